@@ -1,0 +1,142 @@
+"""What every format's reader returns and every format's writer receives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyckpt.storage.source import ByteSource
+from anyckpt.tensor import LazyTensor
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How the files divide the model over ranks; 1 everywhere means whole tensors."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    virtual_pipeline: int = 1
+    expert_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where training stood.
+
+    Attributes:
+        step: optimizer steps taken (Lightning's ``global_step``, Megatron's ``iteration``), or None.
+        consumed_samples: samples seen, or None.
+        epoch: as Lightning counts, or None.
+        has_optimizer: optimizer state is present, in tensors or objects.
+        has_scheduler: a learning-rate scheduler's state is present.
+        has_rng: random-number-generator states are present.
+    """
+
+    step: int | None = None
+    consumed_samples: int | None = None
+    epoch: int | None = None
+    has_optimizer: bool = False
+    has_scheduler: bool = False
+    has_rng: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer's files and how to call it; never loaded.
+
+    Attributes:
+        library: ``sentencepiece`` or ``huggingface``, or whatever the checkpoint says.
+        files: file name -> contents.  For ``sentencepiece`` one file is the model; for ``huggingface`` the files
+            of the folder that ``AutoTokenizer.from_pretrained`` takes.
+        model_file: name in ``files`` of the sentencepiece model, or None.
+        settings: what the checkpoint says besides (special tokens, chat template, legacy), spelled as NeMo does.
+        hub_name: name on the Hugging Face hub if the checkpoint only names it, or None.
+    """
+
+    library: str
+    files: Mapping[str, ByteSource] = field(default_factory=dict)
+    model_file: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    hub_name: str | None = None
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint, opened: names over bytes, and everything beside them.
+
+    Attributes:
+        path: what was opened.
+        format: name of the format, as in ``--to``.
+        format_version: writer's version or generation as far as the files tell, or None.
+        tensors: every tensor under its full stored name (shards of a distributed checkpoint joined), weights
+            and training state alike, in stored order.
+        dialect: naming of the weights: ``hf``, a Megatron dialect (see ``models.dialects``), or None if unknown.
+        model_prefix: what precedes a weight's own name (``state_dict.`` in a Lightning checkpoint).
+        state_prefixes: names that begin with one of these are training state, not weights.
+        objects: non-tensor state under dotted names; plain data and inert records, nothing executed.
+        config: the model's configuration as stored, as plain data.
+        config_kind: spelling of ``config``: ``hf``, ``nemo1``, ``nemo2``, ``megatron-args`` or None.
+        tokenizer: the tokenizer that travels with the model, or None.
+        artifacts: other files: name -> contents.
+        layout: parallel layout of the files.
+        training: where training stood.
+        warnings: anything odd that a user should know.
+        ignored: stored names that carry no weights, with the reason (``_extra_state``, ``inv_freq``).
+        details: format-specific facts for ``inspect``, as plain data.
+    """
+
+    path: str
+    format: str
+    tensors: dict[str, LazyTensor]
+    format_version: str | None = None
+    dialect: str | None = None
+    model_prefix: str = ""
+    state_prefixes: tuple[str, ...] = ()
+    objects: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_kind: str | None = None
+    tokenizer: Tokenizer | None = None
+    artifacts: dict[str, ByteSource] = field(default_factory=dict)
+    layout: ParallelLayout = ParallelLayout()
+    training: TrainingState = TrainingState()
+    warnings: list[str] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, LazyTensor]:
+        """The model's own tensors, without ``model_prefix`` and without training state."""
+        return {
+            name[len(self.model_prefix) :]: tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(self.model_prefix) and not name.startswith(self.state_prefixes or ("\0",))
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weights; a tensor that is stored once under two names counts once."""
+        seen: set[Any] = set()
+        total = 0
+        for tensor in self.weights().values():
+            key = storage_key(tensor)
+            if key is None or key not in seen:
+                total += tensor.size
+                seen.add(key)
+        return total
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({self.path!r}, format={self.format!r}, {len(self.tensors)} tensors, "
+            f"{self.parameters:,} parameters)"
+        )
+
+
+def storage_key(tensor: LazyTensor) -> Any:
+    """Equal for two tensors that are the same view of the same stored bytes (tied weights); None if not one piece."""
+    pieces = tensor.pieces()
+    first = next(pieces, None)
+    if first is None or next(pieces, None) is not None:
+        return None
+    path, offset = first.source.locate()
+    where: Any = id(first.source) if path is None else (path, offset)
+    return (where, first.offset, first.shape, first.strides, tensor.shape, tensor.dtype.name)

@@ -1,0 +1,1 @@
+"""Plans of byte moves, and carrying them out."""

@@ -1,0 +1,74 @@
+"""Every error that anyckpt raises on purpose.
+
+A message is one line that names the file, the tensor where there is one, what was expected, what was
+found, and what to do next.  The command line prints it without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class AnyckptError(Exception):
+    """Base of all errors; catch this to catch everything that anyckpt raises on purpose.
+
+    Args:
+        problem: what is wrong, without a final full stop.
+        path: the file or directory concerned.
+        tensor: the tensor's name, if one is concerned.
+        expected: what should have been there.
+        found: what was there.
+        remedy: what the user can do next, as an imperative sentence without a final full stop.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        where = [] if self.path is None else [self.path]
+        if self.tensor is not None:
+            where.append(f"tensor {self.tensor!r}")
+        facts = [] if self.expected is None else [f"expected {self.expected}"]
+        if self.found is not None:
+            facts.append(f"found {self.found}")
+        text = ": ".join([*where, self.problem])
+        if facts:
+            text += f" ({', '.join(facts)})"
+        if self.remedy is not None:
+            text += f"; {self.remedy}"
+        return text.replace("\n", " ")
+
+
+class FormatError(AnyckptError):
+    """A file or directory is missing, truncated, damaged, or not of the format that it claims."""
+
+
+class UnsafeError(FormatError):
+    """A file asks for something that a checkpoint has no business asking for (path traversal, links, bombs)."""
+
+
+class MappingError(AnyckptError):
+    """Names, shapes or configuration do not fit the model family, or a model is incomplete."""
+
+
+class OutputError(AnyckptError):
+    """A destination cannot be written: it exists, the disk is full, the work to resume is of another plan."""
+
+
+class UsageError(AnyckptError):
+    """The options asked for contradict each other, or this source or target cannot do them."""

@@ -1,0 +1,103 @@
+"""Reading a strided region of a source into an array, in as few reads as its shape allows.
+
+The one place that decides between reading straight into the caller's memory, reading a covering span into a
+scratch buffer and copying from there, and reading run by run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from anyckpt.storage.source import ByteSource
+
+SCRATCH_BYTES = 4 << 20
+"""Size of one scratch buffer; a thread holds about as many as an expression has computing nodes on one path."""
+
+_SPARSE = 8  # read a covering span only while at least one byte in eight of it is wanted
+_SHORT_RUN = 16 << 10  # a run shorter than this costs about as much to ask for as to read
+
+_local = threading.local()
+
+
+@contextmanager
+def scratch(nbytes: int) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """A buffer of ``nbytes`` for this thread, reused afterwards: fresh pages are slower to get than bytes are to copy."""
+    free: list[np.ndarray[Any, np.dtype[np.uint8]]] = getattr(_local, "free", None) or []
+    _local.free = free
+    buffer = free.pop() if free else None
+    if buffer is None or buffer.nbytes < nbytes:
+        buffer = np.empty(max(nbytes, SCRATCH_BYTES), dtype=np.uint8)
+    try:
+        yield buffer[:nbytes]
+    finally:
+        if buffer.nbytes <= 2 * SCRATCH_BYTES:
+            free.append(buffer)
+
+
+def gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.ndarray[Any, Any]) -> None:
+    """Fill ``out`` with the elements of ``source`` at ``offset + sum(index * stride)``.
+
+    Args:
+        source: where the bytes are.
+        offset: byte offset of the element with index zero.
+        strides: bytes between neighbours along each axis, none negative; zero repeats.
+        out: any strides, of a raw dtype (its item size is the element's).
+
+    Raises:
+        FormatError: an element lies outside the source.
+    """
+    if out.size == 0:
+        return
+    kept = sorted((a for a in range(out.ndim) if out.shape[a] > 1), key=lambda axis: -strides[axis])
+    dropped: tuple[Any, ...] = tuple(slice(None) if n > 1 else 0 for n in out.shape)
+    position = {axis: rank for rank, axis in enumerate(sorted(kept))}
+    view = out[(*dropped, ...)].transpose([position[axis] for axis in kept])
+    _gather(source, offset, tuple(strides[axis] for axis in kept), view)
+
+
+def _gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.ndarray[Any, Any]) -> None:
+    """As ``gather``, with axes ordered by falling stride and none of length one."""
+    itemsize = out.itemsize
+    span = itemsize + sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True))
+    if span == out.nbytes and out.flags.c_contiguous and (not strides or strides[-1] == itemsize):
+        source.read_into(offset, out.reshape(-1).view(np.uint8))
+        return
+    run = _contiguous_run(out.shape, strides, itemsize)
+    dense = span <= _SPARSE * out.nbytes or run < _SHORT_RUN
+    if dense and span <= SCRATCH_BYTES:
+        with scratch(span) as buffer:
+            source.read_into(offset, buffer)
+            spread = np.lib.stride_tricks.as_strided(
+                buffer[:itemsize].view(out.dtype), out.shape, strides, writeable=False
+            )
+            np.copyto(out, spread)
+        return
+    rows = 1
+    if dense and strides[0]:
+        inner_span = span - (out.shape[0] - 1) * strides[0]
+        rows = max(1, (SCRATCH_BYTES - inner_span) // strides[0] + 1)
+    if len(strides) == 1 and not strides[0]:
+        _gather(source, offset, (), out[:1].reshape(()))
+        out[1:] = out[0]
+        return
+    for start in range(0, out.shape[0], rows):
+        part = out[start : start + rows]
+        if part.shape[0] == 1:
+            _gather(source, offset + start * strides[0], strides[1:], part[0, ...])
+        else:
+            _gather(source, offset + start * strides[0], strides, part)
+
+
+def _contiguous_run(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
+    """Bytes that lie together in the source before the first jump."""
+    run = itemsize
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if stride != run:
+            break
+        run *= count
+    return run

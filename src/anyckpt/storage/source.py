@@ -1,0 +1,230 @@
+"""Sources of bytes: anything with a size and ranged reads.
+
+A tensor refers to a source and an offset, so a member of a plain tar inside a distributed checkpoint is
+nothing special: it is a range of a local file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from anyckpt.errors import FormatError
+
+_OPEN_FILES_LIMIT = 256
+
+
+class ByteSource(ABC):
+    """A run of bytes that can be read at any offset, from any thread.
+
+    Attributes:
+        name: what to call it in a message, such as ``/data/model.nemo » model_weights.ckpt``.
+        path: the local file that holds it, or None.
+        size: bytes.
+    """
+
+    __slots__ = ("name", "path", "size")
+    name: str
+    path: str | None
+    size: int
+
+    @abstractmethod
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``; the range is known to be in bounds."""
+
+    def read_into(self, offset: int, buffer: Any) -> None:
+        """Fill ``buffer`` (any writable contiguous buffer) with the bytes from ``offset`` on.
+
+        Raises:
+            FormatError: the range is not inside the source, or the file has become shorter.
+        """
+        view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
+        self.check_range(offset, len(view))
+        if len(view):
+            self._read_into(offset, view)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The ``length`` bytes from ``offset`` on.
+
+        Raises:
+            FormatError: the range is not inside the source.
+        """
+        self.check_range(offset, length)
+        buffer = bytearray(length)
+        if length:
+            self._read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_all(self, limit: int = 1 << 30) -> bytes:
+        """Everything, for small things such as configuration.
+
+        Raises:
+            FormatError: the source is larger than ``limit`` bytes.
+        """
+        if self.size > limit:
+            raise FormatError("too large to be read whole", path=self.name, expected=f"at most {limit} bytes", found=self.size)
+        return self.read(0, self.size)
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise FormatError unless ``[offset, offset + length)`` lies inside the source."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise FormatError(
+                "a byte range lies outside the file; it is truncated or its index is damaged",
+                path=self.name,
+                expected=f"a range within {self.size} bytes",
+                found=f"[{offset}, {offset + length})",
+                remedy="copy the checkpoint again from its origin",
+            )
+
+    def slice(self, offset: int, length: int, name: str | None = None) -> ByteSource:
+        """A part of this source as a source of its own.
+
+        Raises:
+            FormatError: the range is not inside the source.
+        """
+        self.check_range(offset, length)
+        return SlicedSource(self, offset, length, name)
+
+    def locate(self) -> tuple[str | None, int]:
+        """The local file that holds the bytes and the offset in it at which they start; (None, 0) if none does."""
+        return self.path, 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} ({self.size:,} bytes)>"
+
+
+class _OpenFiles:
+    """Descriptors kept open, least recently used first out: a checkpoint may have more files than a process may open."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._descriptors: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
+
+    def acquire(self, path: str) -> tuple[int, list[int]]:
+        with self._lock:
+            entry = self._descriptors.get(path)
+            if entry is None:
+                entry = (os.open(path, os.O_RDONLY | os.O_CLOEXEC), [0])
+                self._descriptors[path] = entry
+                self._evict()
+            else:
+                self._descriptors.move_to_end(path)
+            entry[1][0] += 1
+            return entry
+
+    def release(self, entry: tuple[int, list[int]]) -> None:
+        with self._lock:
+            entry[1][0] -= 1
+
+    def forget(self, path: str) -> None:
+        """Close the descriptor of ``path``, which is about to be replaced or removed."""
+        with self._lock:
+            entry = self._descriptors.get(path)
+            if entry is not None and entry[1][0] == 0:
+                del self._descriptors[path]
+                os.close(entry[0])
+
+    def _evict(self) -> None:
+        if len(self._descriptors) <= self._limit:
+            return
+        for path, (descriptor, users) in self._descriptors.items():
+            if users[0] == 0:
+                del self._descriptors[path]
+                os.close(descriptor)
+                return
+
+
+_open_files = _OpenFiles(_OPEN_FILES_LIMIT)
+
+
+class LocalFile(ByteSource):
+    """A file on a local or mounted file system, read with ``preadv`` (positional, so threads do not disturb one another).
+
+    Raises:
+        FormatError: the file is missing or not a regular file.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self.name = os.fspath(path)
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise FormatError(f"cannot be opened: {error.strerror}", path=path) from error
+        if not os.path.isfile(self.path):
+            raise FormatError("is not a regular file", path=path)
+        self.size = status.st_size
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        assert self.path is not None
+        try:
+            entry = _open_files.acquire(self.path)
+        except OSError as error:
+            raise FormatError(f"cannot be opened: {error.strerror}", path=self.name) from error
+        try:
+            position = 0
+            while position < len(buffer):
+                count = os.preadv(entry[0], [buffer[position:]], offset + position)
+                if count == 0:
+                    raise FormatError(
+                        "became shorter while it was being read",
+                        path=self.name,
+                        expected=f"{self.size} bytes",
+                        found=f"{offset + position} bytes",
+                    )
+                position += count
+        except OSError as error:
+            raise FormatError(f"cannot be read at byte {offset}: {error.strerror}", path=self.name) from error
+        finally:
+            _open_files.release(entry)
+
+
+def forget_open_file(path: str) -> None:
+    """Close the cached descriptor of ``path``, which is about to be replaced or removed."""
+    _open_files.forget(os.path.abspath(path))
+
+
+class SlicedSource(ByteSource):
+    """A part of another source; a part of a part refers to the whole directly."""
+
+    __slots__ = ("_base", "_offset")
+
+    def __init__(self, base: ByteSource, offset: int, length: int, name: str | None = None) -> None:
+        self.name = base.name if name is None else name
+        self.path = base.path
+        self.size = length
+        if isinstance(base, SlicedSource):
+            base, offset = base._base, base._offset + offset
+        self._base = base
+        self._offset = offset
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        self._base._read_into(self._offset + offset, buffer)
+
+    def locate(self) -> tuple[str | None, int]:
+        path, start = self._base.locate()
+        return path, start + self._offset
+
+
+class MemorySource(ByteSource):
+    """Bytes in memory: small generated things, and live training state."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes | bytearray | memoryview | np.ndarray[Any, Any], name: str = "memory") -> None:
+        view = memoryview(data)
+        self._data = view.cast("B") if view.nbytes else memoryview(b"")
+        self.name = name
+        self.path = None
+        self.size = view.nbytes
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self._data[offset : offset + len(buffer)]

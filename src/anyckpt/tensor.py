@@ -1,0 +1,800 @@
+"""Lazy tensors: a dtype, a shape, and where each piece lies.
+
+Slicing, joining, reshaping and permuting give another description and read nothing.  Reading asks for a box
+(a hyper-rectangle) or for a run of elements in C order, which is what a writer needs; either touches only the
+bytes that it returns.  Only casts and arithmetic compute, box by box.
+
+Boxes are delivered into caller-provided arrays of the *raw* dtype (unsigned integers of the element's width,
+see ``dtypes``), so that joining two QKV shards and joining two fp8 scales are the same copy.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from anyckpt.dtypes import DType, dtype, from_numpy
+from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.storage.gather import SCRATCH_BYTES, gather, scratch
+from anyckpt.storage.source import ByteSource, MemorySource
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Shape = tuple[int, ...]
+
+_MATERIALISE_LIMIT = 64
+
+
+class LazyTensor(ABC):
+    """A tensor that has not been read.
+
+    Attributes:
+        dtype: element type.
+        shape: elements along each axis.
+    """
+
+    __slots__ = ("dtype", "shape")
+    dtype: DType
+    shape: Shape
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read_box(self, start: Shape, out: Array) -> None:
+        """Fill ``out`` with the box of its shape that begins at ``start``.
+
+        Args:
+            start: first index along each axis; the box must lie inside the tensor.
+            out: array of raw dtype, of any strides.
+
+        Raises:
+            FormatError: bytes are missing from a file.
+        """
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Stored]:
+        """Every stored piece that the tensor is made of, in no stated order."""
+
+    def read_flat(self, start: int, out: Array) -> None:
+        """Fill the one-dimensional ``out`` with elements ``start`` and following, counted in C order.
+
+        Raises:
+            FormatError: bytes are missing from a file.
+        """
+        position = 0
+        for box_start, box_shape in flat_boxes(self.shape, start, out.shape[0]):
+            count = math.prod(box_shape)
+            self.read_box(box_start, out[position : position + count].reshape(box_shape))
+            position += count
+
+    def numpy(self) -> Array:
+        """The whole tensor as an array; ml_dtypes types for bfloat16 and fp8, void for what numpy cannot compute with.
+
+        Raises:
+            FormatError: bytes are missing from a file.
+            UsageError: the tensor repeats stored bytes so often that an array of it is a denial of service.
+        """
+        stored = sum(piece.stored_bytes() for piece in self.pieces())
+        if self.nbytes > max(1 << 20, _MATERIALISE_LIMIT * stored) and stored:
+            raise UsageError(
+                "repeats a few stored values so often that it is not read whole",
+                expected=f"at most {_MATERIALISE_LIMIT} times its {stored} stored bytes",
+                found=f"{self.nbytes} bytes",
+                remedy="read slices of it",
+            )
+        out = np.empty(self.shape, dtype=self.dtype.raw)
+        if out.size:
+            self.read_box((0,) * self.ndim, out)
+        return as_numbers(out, self.dtype)
+
+    def chunks(self, nbytes: int = SCRATCH_BYTES) -> Iterator[Array]:
+        """The elements in C order, as one-dimensional arrays of at most ``nbytes``; each is valid until the next.
+
+        Raises:
+            FormatError: bytes are missing from a file.
+        """
+        step = max(1, nbytes // self.dtype.itemsize)
+        buffer = np.empty(min(step, self.size), dtype=self.dtype.raw)
+        for start in range(0, self.size, step):
+            part = buffer[: min(step, self.size - start)]
+            self.read_flat(start, part)
+            yield as_numbers(part, self.dtype)
+
+    # -- facts -----------------------------------------------------------------------------------------------
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements in C order, whatever is stored."""
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("a tensor without axes has no length")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.dtype.name}, shape={self.shape}, {self.nbytes:,} bytes)"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    # -- algebra ---------------------------------------------------------------------------------------------
+
+    def narrow(self, axis: int, start: int, length: int) -> LazyTensor:
+        """The part with indices ``[start, start + length)`` along ``axis``."""
+        begin = [0] * self.ndim
+        begin[axis] = start
+        shape = [*self.shape]
+        shape[axis] = length
+        return self.box(tuple(begin), tuple(shape))
+
+    def box(self, start: Shape, shape: Shape) -> LazyTensor:
+        """The box of the given shape that begins at ``start``.
+
+        Raises:
+            UsageError: it is not inside the tensor.
+        """
+        if len(start) != self.ndim or len(shape) != self.ndim or any(
+            b < 0 or n < 0 or b + n > whole for b, n, whole in zip(start, shape, self.shape, strict=True)
+        ):
+            raise UsageError("a slice lies outside the tensor", expected=self.shape, found=f"{start} + {shape}")
+        if shape == self.shape:
+            return self
+        return self._box(start, shape)
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return Boxed(self, start, shape)
+
+    def __getitem__(self, key: Any) -> LazyTensor:
+        """As numpy's basic indexing: integers, slices with positive steps, ellipsis."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in [k for k in keys if k is Ellipsis]:
+            at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+            keys[at : at + 1] = [slice(None)] * (self.ndim - len(keys) + 1)
+        keys += [slice(None)] * (self.ndim - len(keys))
+        if len(keys) > self.ndim:
+            raise UsageError("too many indices", expected=f"{self.ndim} at most", found=len(keys))
+        start: list[int] = []
+        shape: list[int] = []
+        steps: list[int] = []
+        for k, whole in zip(keys, self.shape, strict=True):
+            if isinstance(k, slice):
+                first, last, step = k.indices(whole)
+                if step < 1:
+                    raise UsageError("a slice's step must be positive", found=step)
+                start.append(first)
+                shape.append(max(0, last - first))
+                steps.append(step)
+            else:
+                at = int(k) + (whole if int(k) < 0 else 0)
+                if not 0 <= at < whole:
+                    raise UsageError("an index lies outside the tensor", expected=f"less than {whole}", found=k)
+                start.append(at)
+                shape.append(1)
+                steps.append(1)
+        result = self.box(tuple(start), tuple(shape))
+        for axis, step in enumerate(steps):
+            if step > 1:
+                result = result.every(axis, step)
+        if all(isinstance(k, slice) for k in keys):
+            return result
+        return result.reshape(tuple(n for k, n in zip(keys, result.shape, strict=True) if isinstance(k, slice)))
+
+    def every(self, axis: int, step: int) -> LazyTensor:
+        """Each ``step``-th index along ``axis``, from the first on."""
+        whole, length = self.shape[axis], -(-self.shape[axis] // step)
+        padded: LazyTensor = self
+        if whole % step:
+            missing = [*self.shape]
+            missing[axis] = step - whole % step
+            padded = concatenate([self, Constant(self.dtype, tuple(missing))], axis)
+        split = (*self.shape[:axis], length, step, *self.shape[axis + 1 :])
+        joined = (*self.shape[:axis], length, *self.shape[axis + 1 :])
+        return padded.reshape(split).narrow(axis + 1, 0, 1).reshape(joined)
+
+    def reshape(self, shape: Sequence[int]) -> LazyTensor:
+        """The same elements in C order under another shape; one length may be -1.
+
+        Raises:
+            UsageError: the number of elements differs.
+        """
+        wanted = tuple(shape)
+        if -1 in wanted:
+            known = -math.prod(wanted)
+            wanted = tuple(self.size // known if n == -1 and known else n for n in wanted)
+        if math.prod(wanted) != self.size or any(n < 0 for n in wanted):
+            raise UsageError("cannot be reshaped", expected=f"{self.size} elements", found=tuple(shape))
+        if not self.size:
+            return Constant(self.dtype, wanted)
+        return self if wanted == self.shape else self._reshape(wanted)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return Reshaped(self, shape)
+
+    def permute(self, axes: Sequence[int]) -> LazyTensor:
+        """Axes in another order, as ``numpy.transpose``.
+
+        Raises:
+            UsageError: ``axes`` is not a permutation.
+        """
+        order = tuple(axes)
+        if sorted(order) != list(range(self.ndim)):
+            raise UsageError("is not an order of the axes", expected=f"a permutation of {self.ndim}", found=order)
+        return self if order == tuple(range(self.ndim)) else self._permute(order)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return Permuted(self, axes)
+
+    def transpose(self) -> LazyTensor:
+        """Axes in reverse order."""
+        return self.permute(range(self.ndim)[::-1])
+
+    def cast(self, to: DType | str) -> LazyTensor:
+        """The values rounded to another type (to nearest, ties to even), or self if it is the same.
+
+        Raises:
+            UsageError: either type is one that numpy cannot compute with.
+        """
+        target = dtype(to)
+        if target == self.dtype:
+            return self
+        if self.dtype.numpy is None or target.numpy is None:
+            raise UsageError(f"{self.dtype.name} cannot be cast to {target.name}")
+        return Mapped((self,), target, _cast_function(target))
+
+    def pad(self, axis: int, length: int) -> LazyTensor:
+        """Zeros appended along ``axis`` up to ``length``."""
+        extra = length - self.shape[axis]
+        if extra < 0:
+            raise UsageError("cannot be padded to fewer", expected=f"at least {self.shape[axis]}", found=length)
+        if not extra:
+            return self
+        shape = [*self.shape]
+        shape[axis] = extra
+        return concatenate([self, Constant(self.dtype, tuple(shape))], axis)
+
+
+class Stored(LazyTensor):
+    """A strided region of a source: what a file format's reader makes.
+
+    Args:
+        source: where the bytes are.
+        offset: byte at which the element with index zero begins.
+        dtype: element type; little-endian.
+        shape: elements along each axis.
+        strides: elements between neighbours along each axis, none negative; C order if None.
+    """
+
+    __slots__ = ("offset", "source", "strides")
+
+    def __init__(
+        self, source: ByteSource, offset: int, dtype: DType, shape: Shape, strides: Shape | None = None
+    ) -> None:
+        self.source = source
+        self.offset = offset
+        self.dtype = dtype
+        self.shape = shape
+        self.strides = strides if strides != _c_strides(shape) else None
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        itemsize = self.dtype.itemsize
+        strides = self.strides or _c_strides(self.shape)
+        first = self.offset + itemsize * sum(b * s for b, s in zip(start, strides, strict=True))
+        gather(self.source, first, tuple(s * itemsize for s in strides), out)
+
+    def pieces(self) -> Iterator[Stored]:
+        yield self
+
+    def stored_bytes(self) -> int:
+        """Bytes from the first element to the last one."""
+        if not self.size:
+            return 0
+        strides = self.strides or _c_strides(self.shape)
+        return self.dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True)))
+
+    def check(self) -> None:
+        """Raise FormatError unless every element lies inside the source; reads nothing."""
+        self.source.check_range(self.offset, self.stored_bytes())
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        strides = self.strides or _c_strides(self.shape)
+        first = self.offset + self.dtype.itemsize * sum(b * s for b, s in zip(start, strides, strict=True))
+        return Stored(self.source, first, self.dtype, shape, strides)
+
+    def every(self, axis: int, step: int) -> LazyTensor:
+        strides = [*(self.strides or _c_strides(self.shape))]
+        strides[axis] *= step
+        shape = [*self.shape]
+        shape[axis] = -(-shape[axis] // step)
+        return Stored(self.source, self.offset, self.dtype, tuple(shape), tuple(strides))
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        strides = None if self.strides is None else _reshaped_strides(self.shape, self.strides, shape)
+        if self.strides is not None and strides is None:
+            return Reshaped(self, shape)
+        return Stored(self.source, self.offset, self.dtype, shape, strides)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        strides = self.strides or _c_strides(self.shape)
+        order = tuple(strides[a] for a in axes)
+        return Stored(self.source, self.offset, self.dtype, tuple(self.shape[a] for a in axes), order)
+
+
+class Constant(LazyTensor):
+    """One element repeated; zero if ``element`` (its little-endian bytes) is None."""
+
+    __slots__ = ("element",)
+
+    def __init__(self, dtype: DType, shape: Shape, element: bytes | None = None) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.element = bytes(dtype.itemsize) if element is None else element
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        out[...] = np.frombuffer(self.element, dtype=out.dtype)[0]
+
+    def pieces(self) -> Iterator[Stored]:
+        return iter(())
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return Constant(self.dtype, shape, self.element)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return Constant(self.dtype, shape, self.element)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return Constant(self.dtype, tuple(self.shape[a] for a in axes), self.element)
+
+
+class Mosaic(LazyTensor):
+    """Boxes laid side by side: joined shards, a padded vocabulary, an interleaved QKV.
+
+    Args:
+        dtype: element type of every piece.
+        shape: the whole.
+        starts: index of the first element of each piece, ``[pieces, axes]``.
+        stops: index past the last one, same shape.
+        tiles: the pieces; any sequence, so that a checkpoint of a million chunks can make them when asked.
+    """
+
+    __slots__ = ("starts", "stops", "tiles")
+
+    def __init__(self, dtype: DType, shape: Shape, starts: Array, stops: Array, tiles: Sequence[LazyTensor]) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.starts = starts
+        self.stops = stops
+        self.tiles = tiles
+
+    def _overlaps(self, start: Shape, shape: Shape) -> Iterator[tuple[int, list[int], list[int]]]:
+        """Number, first index and index past the last of each piece's part inside a box, in the whole's indices."""
+        end = tuple(b + n for b, n in zip(start, shape, strict=True))
+        hit = ((self.starts < end) & (self.stops > start)).all(axis=1)
+        for number in np.flatnonzero(hit):
+            low = np.maximum(self.starts[number], start)
+            high = np.minimum(self.stops[number], end)
+            yield int(number), low.tolist(), high.tolist()
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        for number, low, high in self._overlaps(start, out.shape):
+            inside = tuple(a - int(b) for a, b in zip(low, self.starts[number], strict=True))
+            where = tuple(slice(a - b, c - b) for a, b, c in zip(low, start, high, strict=True))
+            self.tiles[number].read_box(inside, out[(*where, ...)])
+
+    def pieces(self) -> Iterator[Stored]:
+        for tile in self.tiles:
+            yield from tile.pieces()
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        tiles, starts, stops = [], [], []
+        for number, low, high in self._overlaps(start, shape):
+            inside = tuple(a - int(b) for a, b in zip(low, self.starts[number], strict=True))
+            extent = tuple(c - a for a, c in zip(low, high, strict=True))
+            tiles.append(self.tiles[number].box(inside, extent))
+            starts.append([a - b for a, b in zip(low, start, strict=True)])
+            stops.append([c - b for b, c in zip(start, high, strict=True)])
+        return _mosaic(self.dtype, shape, starts, stops, tiles)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        moved = _moved_unit_axes(self.shape, shape)
+        if moved is None or len(self.tiles) > _PUSH_LIMIT:
+            return Reshaped(self, shape)
+        starts = _with_axes(self.starts, moved, 0)
+        stops = _with_axes(self.stops, moved, 1)
+        tiles = [
+            tile.reshape(tuple(int(n) for n in stops[i] - starts[i])) for i, tile in enumerate(self.tiles)
+        ]
+        return Mosaic(self.dtype, shape, starts, stops, tiles)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        if len(self.tiles) > _PUSH_LIMIT:
+            return Permuted(self, axes)
+        shape = tuple(self.shape[a] for a in axes)
+        order = list(axes)
+        tiles = [tile.permute(axes) for tile in self.tiles]
+        return Mosaic(self.dtype, shape, self.starts[:, order], self.stops[:, order], tiles)
+
+
+_PUSH_LIMIT = 4096
+
+
+class _View(LazyTensor):
+    """A view of one other tensor."""
+
+    __slots__ = ("child",)
+    child: LazyTensor
+
+    def pieces(self) -> Iterator[Stored]:
+        return self.child.pieces()
+
+
+class Boxed(_View):
+    """A box of a tensor that has no better way to describe it."""
+
+    __slots__ = ("start",)
+
+    def __init__(self, child: LazyTensor, start: Shape, shape: Shape) -> None:
+        self.child = child
+        self.start = start
+        self.shape = shape
+        self.dtype = child.dtype
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        self.child.read_box(tuple(a + b for a, b in zip(self.start, start, strict=True)), out)
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return Boxed(self.child, tuple(a + b for a, b in zip(self.start, start, strict=True)), shape)
+
+
+class Permuted(_View):
+    """Axes in another order; axis ``i`` is the child's axis ``axes[i]``."""
+
+    __slots__ = ("axes",)
+
+    def __init__(self, child: LazyTensor, axes: Shape) -> None:
+        self.child = child
+        self.axes = axes
+        self.shape = tuple(child.shape[a] for a in axes)
+        self.dtype = child.dtype
+
+    def _inverse(self, values: Shape) -> Shape:
+        back = [0] * len(values)
+        for position, axis in enumerate(self.axes):
+            back[axis] = values[position]
+        return tuple(back)
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        self.child.read_box(self._inverse(start), out.transpose(self._inverse(tuple(range(out.ndim)))))
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return Permuted(self.child.box(self._inverse(start), self._inverse(shape)), self.axes)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return self.child.permute(tuple(self.axes[a] for a in axes))
+
+
+class Reshaped(_View):
+    """The same elements in C order under another shape."""
+
+    __slots__ = ()
+
+    def __init__(self, child: LazyTensor, shape: Shape) -> None:
+        self.child = child
+        self.shape = shape
+        self.dtype = child.dtype
+
+    def read_flat(self, start: int, out: Array) -> None:
+        self.child.read_flat(start, out)
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if out.size == 0:
+            return
+        common = 0
+        for a, b in zip(reversed(self.shape), reversed(self.child.shape), strict=False):
+            if a != b:
+                break
+            common += 1
+        lead, child_lead = self.ndim - common, self.child.ndim - common
+        for first, part in _runs(self.shape[:lead], start[:lead], out):
+            position = 0
+            for box_start, box_shape in flat_boxes(self.child.shape[:child_lead], first, part.shape[0]):
+                count = math.prod(box_shape)
+                rows = part[position : position + count]
+                self.child.read_box(box_start + start[lead:], rows.reshape(box_shape + rows.shape[1:]))
+                position += count
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return self.child.reshape(shape)
+
+
+class Mapped(LazyTensor):
+    """An element-wise function of tensors of one shape.
+
+    Args:
+        children: the operands.
+        dtype: element type of the result.
+        function: from arrays of the operands' numpy types to an array of the result's; may run in any thread.
+    """
+
+    __slots__ = ("children", "function")
+
+    def __init__(self, children: tuple[LazyTensor, ...], dtype: DType, function: Callable[..., Array]) -> None:
+        self.children = children
+        self.dtype = dtype
+        self.shape = children[0].shape
+        self.function = function
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if out.size == 0:
+            return
+        widest = max(child.dtype.itemsize for child in self.children)
+        if out.size * widest > SCRATCH_BYTES and out.ndim:
+            axis = next(a for a, n in enumerate(out.shape) if n > 1)
+            step = max(1, out.shape[axis] * SCRATCH_BYTES // (out.size * widest))
+            for at in range(0, out.shape[axis], step):
+                where = (slice(None),) * axis + (slice(at, at + step),)
+                self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
+            return
+        self._compute(start, out, 0, ())
+
+    def _compute(self, start: Shape, out: Array, number: int, operands: tuple[Array, ...]) -> None:
+        if number == len(self.children):
+            result = self.function(*operands)
+            out[...] = result.view(self.dtype.raw)
+            return
+        child = self.children[number]
+        with scratch(out.size * child.dtype.itemsize) as buffer:
+            raw = buffer.view(child.dtype.raw).reshape(out.shape)
+            child.read_box(start, raw)
+            self._compute(start, out, number + 1, (*operands, as_numbers(raw, child.dtype)))
+
+    def pieces(self) -> Iterator[Stored]:
+        for child in self.children:
+            yield from child.pieces()
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return Mapped(tuple(c.box(start, shape) for c in self.children), self.dtype, self.function)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return Mapped(tuple(c.reshape(shape) for c in self.children), self.dtype, self.function)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return Mapped(tuple(c.permute(axes) for c in self.children), self.dtype, self.function)
+
+
+# -- making tensors ------------------------------------------------------------------------------------------
+
+
+def from_array(array: Array) -> Stored:
+    """A tensor of the elements of an array, which must not change afterwards."""
+    kind = from_numpy(array.dtype)
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)
+    return Stored(MemorySource(contiguous.view(kind.raw)), 0, kind, tuple(array.shape))
+
+
+def concatenate(tensors: Sequence[LazyTensor], axis: int) -> LazyTensor:
+    """Tensors one after another along ``axis``.
+
+    Raises:
+        UsageError: dtypes differ, or shapes differ off the axis.
+    """
+    first = tensors[0]
+    starts, stops, at = [], [], 0
+    for tensor in tensors:
+        same = tensor.shape[:axis] + tensor.shape[axis + 1 :] == first.shape[:axis] + first.shape[axis + 1 :]
+        if tensor.dtype != first.dtype or not same:
+            raise UsageError(
+                f"cannot be joined along axis {axis}",
+                expected=f"{first.dtype.name} {first.shape}",
+                found=f"{tensor.dtype.name} {tensor.shape}",
+            )
+        begin, end = [0] * first.ndim, [*tensor.shape]
+        begin[axis], end[axis] = at, at + tensor.shape[axis]
+        at = end[axis]
+        starts.append(begin)
+        stops.append(end)
+    shape = (*first.shape[:axis], at, *first.shape[axis + 1 :])
+    return _mosaic(first.dtype, shape, starts, stops, list(tensors))
+
+
+def stack(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
+    """Tensors of one shape along a new axis."""
+    return concatenate([t.reshape((*t.shape[:axis], 1, *t.shape[axis:])) for t in tensors], axis)
+
+
+def mosaic(dtype: DType, shape: Shape, starts: Sequence[Sequence[int]], tiles: Sequence[LazyTensor]) -> LazyTensor:
+    """Boxes laid side by side at ``starts``, which must cover ``shape`` exactly once.
+
+    Raises:
+        AnyckptError: a piece of another dtype, a piece outside, an overlap or a gap.
+    """
+    stops = [[b + n for b, n in zip(start, tile.shape, strict=True)] for start, tile in zip(starts, tiles, strict=True)]
+    check_cover(shape, _corners(starts, len(shape)), _corners(stops, len(shape)))
+    for tile in tiles:
+        if tile.dtype != dtype:
+            raise AnyckptError("a piece has another element type", expected=dtype.name, found=tile.dtype.name)
+    return _mosaic(dtype, shape, starts, stops, tiles)
+
+
+def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
+    """Raise AnyckptError unless the boxes ``[starts, stops)`` cover ``shape`` exactly once.
+
+    Args:
+        shape: the whole.
+        starts: first index of each box, ``[boxes, axes]``.
+        stops: index past the last, same shape.
+    """
+    if (starts < 0).any() or (stops > np.array(shape, dtype=np.int64)).any():
+        worst = int(np.flatnonzero((starts < 0).any(1) | (stops > np.array(shape, dtype=np.int64)).any(1))[0])
+        raise AnyckptError(
+            "a piece lies outside the tensor", expected=f"within {shape}",
+            found=f"{starts[worst].tolist()} to {stops[worst].tolist()}",
+        )  # fmt: skip
+    full = (stops > starts).all(axis=1)
+    starts, stops = starts[full], stops[full]
+    covered = sum(math.prod(row) for row in (stops - starts).tolist())
+    if covered != math.prod(shape):
+        raise AnyckptError(
+            "pieces overlap" if covered > math.prod(shape) else "pieces are missing",
+            expected=f"{math.prod(shape)} elements of shape {shape}", found=f"{covered} elements",
+        )  # fmt: skip
+    if not shape or len(starts) < 2:
+        return
+    axis = int(np.argmax([len(np.unique(starts[:, a])) for a in range(len(shape))]))
+    order = np.argsort(starts[:, axis], kind="stable")
+    starts, stops = starts[order], stops[order]
+    reach = np.searchsorted(starts[:, axis], stops[:, axis], side="left")
+    for i in np.flatnonzero(reach > np.arange(len(starts)) + 1):
+        others = slice(i + 1, reach[i])
+        if ((starts[others] < stops[i]) & (stops[others] > starts[i])).all(axis=1).any():
+            raise AnyckptError("pieces overlap", found=f"{starts[i].tolist()} to {stops[i].tolist()}")
+
+
+def as_numbers(raw: Array, kind: DType) -> Array:
+    """An array of raw elements seen as numbers, or as it is where numpy has no such numbers."""
+    return raw if kind.numpy is None else raw.view(kind.numpy)
+
+
+# -- index arithmetic ----------------------------------------------------------------------------------------
+
+
+def flat_boxes(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape, Shape]]:
+    """Cut ``count`` elements from ``start`` on, in C order, into boxes: at most two per axis and one more."""
+    if count <= 0:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = math.prod(shape[1:])
+    row, offset = divmod(start, inner)
+    if offset or count < inner:
+        here = min(count, inner - offset)
+        for box_start, box_shape in flat_boxes(shape[1:], offset, here):
+            yield (row, *box_start), (1, *box_shape)
+        start, count, row = start + here, count - here, row + 1
+        if not count:
+            return
+    rows, rest = divmod(count, inner)
+    if rows:
+        yield (row, *(0,) * (len(shape) - 1)), (rows, *shape[1:])
+    if rest:
+        for box_start, box_shape in flat_boxes(shape[1:], 0, rest):
+            yield (row + rows, *box_start), (1, *box_shape)
+
+
+def _runs(shape: Shape, start: Shape, out: Array) -> Iterator[tuple[int, Array]]:
+    """Cut a box over the leading axes into runs of consecutive flat indices.
+
+    Yields the flat index of the run and the part of ``out`` that it fills, its leading axes merged into one.
+    """
+    if not shape:
+        yield 0, out[np.newaxis]
+        return
+    axis = len(shape) - 1
+    while (
+        axis
+        and out.shape[axis] == shape[axis]
+        and out.strides[axis - 1] == out.strides[axis] * out.shape[axis]
+    ):
+        axis -= 1
+    merged = out.shape[:axis] + (math.prod(out.shape[axis : len(shape)]),) + out.shape[len(shape) :]
+    flat = out.reshape(merged) if axis < len(shape) - 1 else out
+    strides = _c_strides(shape)
+    for index in np.ndindex(*out.shape[:axis]):
+        first = sum((a + b) * s for a, b, s in zip(index, start, strides, strict=False))
+        first += sum(b * s for b, s in zip(start[axis:], strides[axis:], strict=True))
+        yield first, flat[index]
+
+
+def _c_strides(shape: Shape) -> Shape:
+    strides, run = [], 1
+    for n in reversed(shape):
+        strides.append(run)
+        run *= n
+    return tuple(reversed(strides))
+
+
+def _reshaped_strides(shape: Shape, strides: Shape, wanted: Shape) -> Shape | None:
+    """Strides that give ``wanted`` without moving elements, or None if there are none."""
+    old = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
+    new = [n for n in wanted if n != 1]
+    found: list[int] = []
+    while old or new:
+        if not old or not new:
+            return None
+        old_group, new_group = [old.pop(0)], [new.pop(0)]
+        old_size, new_size = old_group[0][0], new_group[0]
+        while old_size != new_size:
+            if old_size < new_size:
+                if not old:
+                    return None
+                old_group.append(old.pop(0))
+                old_size *= old_group[-1][0]
+            else:
+                if not new:
+                    return None
+                new_group.append(new.pop(0))
+                new_size *= new_group[-1]
+        for (_, outer), (length, inner) in zip(old_group, old_group[1:], strict=False):
+            if outer != inner * length:
+                return None
+        step = old_group[-1][1] * new_size
+        for n in new_group:
+            step //= n
+            found.append(step)
+    return tuple(1 if n == 1 else found.pop(0) for n in wanted)
+
+
+def _moved_unit_axes(shape: Shape, wanted: Shape) -> list[int] | None:
+    """For each wanted axis the old axis that it is, or -1 for a new axis of length one; None if it is more than that."""
+    if [n for n in shape if n != 1] != [n for n in wanted if n != 1]:
+        return None
+    old = [a for a, n in enumerate(shape) if n != 1]
+    return [-1 if n == 1 else old.pop(0) for n in wanted]
+
+
+def _with_axes(corners: Array, axes: list[int], fill: int) -> Array:
+    result = np.full((len(corners), len(axes)), fill, dtype=np.int64)
+    for position, axis in enumerate(axes):
+        if axis >= 0:
+            result[:, position] = corners[:, axis]
+    return result
+
+
+def _corners(values: Sequence[Sequence[int]], ndim: int) -> Array:
+    return np.array(values, dtype=np.int64).reshape(len(values), ndim)
+
+
+def _mosaic(
+    dtype: DType,
+    shape: Shape,
+    starts: Sequence[Sequence[int]],
+    stops: Sequence[Sequence[int]],
+    tiles: Sequence[LazyTensor],
+) -> LazyTensor:
+    if len(tiles) == 1 and tiles[0].shape == shape:
+        return tiles[0]
+    if not tiles:
+        return Constant(dtype, shape)
+    return Mosaic(dtype, shape, _corners(starts, len(shape)), _corners(stops, len(shape)), tiles)
+
+
+def _cast_function(target: DType) -> Callable[[Array], Array]:
+    def convert(array: Array) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return array.astype(target.numpy)
+
+    return convert
