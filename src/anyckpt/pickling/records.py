@@ -49,7 +49,7 @@ class Record:
     as dictionary keys.
 
     Attributes:
-        type: what is called, nearly always a :class:`Global`; a :class:`Record` when the callee is itself a result.
+        type: what is called, nearly always a :class:`Global`, a :class:`Record` when itself a result.
         args: the positional arguments.
         new: True when built by ``type.__new__(type, *args)``, False when by ``type(*args)``.
         kwargs: keyword arguments of ``__new__``, or None.
@@ -106,7 +106,7 @@ class Record:
             raise FormatError(f"an object of type {self.path} is given its state twice")
 
     def fields(self) -> dict[Any, Any]:
-        """The attributes: a dictionary state, or both halves of a ``(dict, slots)`` state; empty otherwise."""
+        """The attributes: a dictionary state, or both halves of a ``(dict, slots)`` state; else empty."""
         state = self.state
         if isinstance(state, dict):
             return state
@@ -130,7 +130,7 @@ class DictRecord(dict[Any, Any]):
 
     Attributes:
         type: the subclass.
-        args: arguments that it was called with, such as a defaultdict's factory; its content is not among them.
+        args: arguments that it was called with, such as a defaultdict's factory, but not its content.
         new: as for :class:`Record`.
         state: attributes set on the dictionary itself (a state dict carries ``_metadata`` so), or None.
     """

@@ -1,0 +1,155 @@
+"""Reads pickles of protocols 0 to 5 without importing or calling anything that they name.
+
+Python's pickle machine is reproduced opcode by opcode (the facts: CPython's ``pickletools`` and
+``_pickle.c``), except that a name becomes a :class:`~anyckpt.pickling.records.Global` and a call a
+:class:`~anyckpt.pickling.records.Record` or, for the few types in :mod:`~anyckpt.pickling.rebuild`, plain
+data.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import numpy as np
+
+from anyckpt.errors import AnyckptError, FormatError, UnsafeError
+from anyckpt.pickling.interpreter import KeepAllError, execute
+from anyckpt.pickling.opcodes import Machine
+from anyckpt.pickling.window import ByteReader, ShortDataError, Window
+
+_PRUNE_FROM = 1 << 20
+
+
+class _CallerError(Exception):
+    """Carries an exception of a caller's function past the handlers meant for a malformed pickle."""
+
+
+def load(
+    data: bytes | memoryview | ByteReader,
+    *,
+    persistent_load: Callable[[Any], Any] | None = None,
+    constructors: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None = None,
+    name: str,
+) -> Any:
+    """The object that the pickle at the start of ``data`` describes, as plain data and inert records.
+
+    Args:
+        data: the pickle; bytes after its STOP opcode are ignored.
+        persistent_load: gives the object for a persistent id; without it a persistent id is an error.
+        constructors: the caller's own stand-ins, by dotted name: called with the tuple of arguments where the
+            pickle calls that name.  What it returns may have ``set_state(state)``; returning
+            ``NotImplemented`` keeps the ordinary record.  This is how a reader of a million small objects
+            keeps them compact.
+        name: the file's name, for messages.
+
+    Raises:
+        FormatError: the pickle is truncated or malformed.
+        UnsafeError: it uses the extension registry, sets the state of a class, or has a bomb for a key.
+    """
+    return load_prefix(data, 0, persistent_load=persistent_load, constructors=constructors, name=name)[0]
+
+
+def load_prefix(
+    data: bytes | memoryview | ByteReader,
+    start: int = 0,
+    *,
+    persistent_load: Callable[[Any], Any] | None = None,
+    constructors: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None = None,
+    name: str,
+) -> tuple[Any, int]:
+    """As :func:`load`, for a pickle that begins at ``start``; gives the object and the offset after STOP.
+
+    A ``ByteReader`` is read in windows of 256 KiB, so that the pickle at the head of a file of many GB costs
+    only its own size.
+    """
+    window = Window(data, start, name)
+    machine = Machine(window, _guarded(persistent_load), _guard_all(constructors))
+    used = _used_entries(window.data) if window.whole else None
+    try:
+        try:
+            return _run(machine, used)
+        except KeepAllError:
+            return _run(Machine(Window(data, start, name), machine.persistent_load, machine.callers), None)
+    except _CallerError as problem:
+        raise cast(BaseException, problem.__cause__) from None
+
+
+def _guarded(function: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    if function is None:
+        return None
+
+    def call(argument: Any) -> Any:
+        try:
+            return function(argument)
+        except AnyckptError:
+            raise
+        except Exception as problem:
+            raise _CallerError from problem
+
+    return call
+
+
+def _guard_all(
+    constructors: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None,
+) -> dict[str, Callable[[Any], Any]]:
+    return {path: cast("Callable[[Any], Any]", _guarded(call)) for path, call in (constructors or {}).items()}
+
+
+def _used_entries(data: bytes) -> bytearray | None:
+    """Which memo entries a big protocol-4 pickle may get back: a superset, or None to keep all.
+
+    Picklers memoize everything and get back a fifth of it.  Keeping only entries whose number follows a byte
+    that looks like LONG_BINGET saves most of the memory of a million-chunk index.  An operand that looks so
+    by chance only keeps one more entry.
+    """
+    if len(data) < _PRUNE_FROM or data[0] != 0x80 or data[1] < 4:
+        return None
+    used = np.zeros(data.count(b"\x94") + 1, np.uint8)
+    used[:256] = 1
+    raw = np.frombuffer(data, np.uint8)
+    step = 1 << 22
+    for begin in range(0, raw.size - 4, step):
+        at = np.flatnonzero(raw[begin : min(begin + step, raw.size - 4)] == 0x6A) + begin
+        index = sum((raw[at + 1 + k].astype(np.uint32) << np.uint32(8 * k) for k in range(4)), np.uint32(0))
+        used[index[index < used.size]] = 1
+    return bytearray(used)
+
+
+def _run(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
+    """Execute the stream; turn every way in which it can be wrong into a typed error with its offset."""
+    window = machine.window
+    try:
+        return execute(machine, used)
+    except FormatError as problem:
+        if problem.path is not None:
+            raise
+        raise _located(window, problem) from None
+    except (IndexError, struct.error, ShortDataError) as problem:
+        left = window.size - window.base - window.opcode
+        if isinstance(problem, IndexError) and left > 1:
+            raise _located(window, FormatError("an opcode needs more objects than the stack holds")) from None
+        needed = f"{problem.needed} bytes" if isinstance(problem, ShortDataError) else "more bytes"
+        truncated = FormatError(
+            "the pickle ends before its STOP opcode", expected=needed, found=f"{max(left - 1, 0)}"
+        )
+        raise _located(window, truncated) from None
+    except KeyError as problem:
+        raise _located(window, FormatError(f"memo entry {problem} is read but was never stored")) from None
+    except (ValueError, OverflowError, TypeError, AttributeError, RecursionError, MemoryError) as problem:
+        raise _located(window, FormatError(f"an operand cannot be decoded: {str(problem)[:200]}")) from None
+
+
+def _located(window: Window, problem: FormatError) -> FormatError:
+    """The same error with the file's name, the offset of the opcode, and what to do."""
+    remedy = "the file is damaged or was made by hand; compare it with its source"
+    if isinstance(problem, UnsafeError):
+        remedy = "do not open this file with other software before finding out where it came from"
+    return type(problem)(
+        f"pickle, byte {window.base + window.opcode}: {problem.problem}",
+        path=window.name,
+        expected=problem.expected,
+        found=problem.found,
+        remedy=remedy,
+    )

@@ -1,0 +1,62 @@
+"""Records of the torch objects that a checkpoint is made of, as ``torch.save`` of torch 2.13 writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anyckpt.dtypes import DType
+from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
+
+ORDERED_DICT = Global("collections", "OrderedDict")
+NAMESPACE = Global("argparse", "Namespace")
+UNTYPED_STORAGE = Global("torch.storage", "UntypedStorage")
+
+
+def dtype_global(dtype: DType) -> Global:
+    """``torch.bfloat16`` and the like, which a pickle names as a constant."""
+    return Global("torch", dtype.name)
+
+
+def size(shape: Sequence[int]) -> Record:
+    """A ``torch.Size``."""
+    return Record(Global("torch", "Size"), (tuple(shape),))
+
+
+def ordered_dict(items: Mapping[Any, Any], *, metadata: object = None) -> DictRecord:
+    """An OrderedDict, with the ``_metadata`` attribute that ``Module.state_dict()`` sets if given."""
+    result = DictRecord(ORDERED_DICT, state=None if metadata is None else {"_metadata": metadata})
+    result.update(items)
+    return result
+
+
+def namespace(fields: Mapping[str, Any]) -> Record:
+    """An ``argparse.Namespace``; ``torch.load(weights_only=True)`` refuses it unless the user allows it."""
+    return Record(NAMESPACE, (), True, state=dict(fields))
+
+
+def storage(dtype: DType, key: str, count: int, *, location: str = "cpu") -> PersistentId:
+    """The reference to ``count`` elements of ``dtype`` in the record ``data/<key>``.
+
+    A dtype without a storage class of its own is an untyped storage, whose length is in bytes; its tensors
+    must name the dtype (:func:`tensor` does).
+    """
+    if dtype.storage is None:
+        return PersistentId(("storage", UNTYPED_STORAGE, key, location, count * dtype.itemsize))
+    return PersistentId(("storage", Global("torch", dtype.storage), key, location, count))
+
+
+def tensor(
+    reference: PersistentId,
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    *,
+    dtype: DType,
+    requires_grad: bool = False,
+) -> Record:
+    """A tensor over ``reference``; ``offset`` and ``stride`` count elements of ``dtype``."""
+    arguments = (reference, offset, tuple(shape), tuple(stride), requires_grad, DictRecord(ORDERED_DICT))
+    if dtype.storage is None:
+        return Record(Global("torch._utils", "_rebuild_tensor_v3"), (*arguments, dtype_global(dtype)))
+    return Record(Global("torch._utils", "_rebuild_tensor_v2"), arguments)

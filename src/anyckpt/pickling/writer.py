@@ -1,0 +1,301 @@
+"""Writes pickles from plain data and inert records, so that nothing real is ever pickled.
+
+Protocol 2 uses only the opcodes that ``torch.load(weights_only=True)`` accepts (torch 2.13,
+``torch/_weights_only_unpickler.py``), with two exceptions that it has no way to express: integers of more
+than 255 bytes and tuples that contain themselves through a list.  Protocol 4 is what distributed checkpoints
+use for their index.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from anyckpt.errors import FormatError, UsageError
+from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
+
+_PYTHON2_NAMES = {"builtins": "__builtin__", "copyreg": "copy_reg"}
+_TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
+_BATCH = 1000  # as Python's pickler: a reader never has to hold a whole dictionary on its stack
+
+
+def dumps(obj: object, *, protocol: int = 2, name: str = "pickle") -> bytes:
+    """The pickle of ``obj``.
+
+    Args:
+        obj: None, bool, int, float, complex, str, bytes, bytearray, range, slice, tuple, list, dict, set,
+            frozenset, Global, Record, DictRecord or PersistentId, nested in any way; objects met twice are
+            written once, so what was shared stays shared.
+        protocol: 2 or 4.
+        name: the file's name, for messages.
+
+    Raises:
+        UsageError: another type of object, or another protocol.
+        FormatError: an object that is among its own arguments, or a name that a pickle cannot hold.
+    """
+    if protocol not in (2, 4):
+        raise UsageError(f"pickle protocol {protocol} is not written", path=name, expected="2 or 4")
+    return _Writer(protocol, name).dump(obj)
+
+
+class _Writer:
+    """Depth first with an explicit stack, so that no nesting is too deep.
+
+    An entry of the stack is a method and its arguments, to run once what was pushed after it is written.
+    """
+
+    def __init__(self, protocol: int, name: str) -> None:
+        self._protocol = protocol
+        self._name = name
+        self._out = bytearray(b"\x80" + bytes([protocol]))
+        self._memo: dict[int, int] = {}
+        self._texts: dict[object, int] = {}
+        self._count = 0
+        self._todo: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._open: set[int] = set()
+        self._kept: list[object] = []
+
+    def dump(self, obj: object) -> bytes:
+        self._later(self._save, obj)
+        while self._todo:
+            method, arguments = self._todo.pop()
+            method(*arguments)
+        self._out += b"."
+        return bytes(self._out)
+
+    def _later(self, method: Callable[..., None], *arguments: object) -> None:
+        self._todo.append((method, arguments))
+
+    def _emit(self, opcodes: bytes) -> None:
+        self._out += opcodes
+
+    def _put(self) -> int:
+        index = self._count
+        self._count += 1
+        if self._protocol == 4:
+            self._out += b"\x94"
+        else:
+            self._out += b"q" + bytes([index]) if index < 256 else b"r" + struct.pack("<I", index)
+        return index
+
+    def _get(self, index: int) -> None:
+        self._out += b"h" + bytes([index]) if index < 256 else b"j" + struct.pack("<I", index)
+
+    def _memoize(self, obj: object) -> None:
+        self._memo[id(obj)] = self._put()
+
+    def _save(self, obj: object) -> None:
+        known = self._memo.get(id(obj))
+        if known is not None:
+            self._get(known)
+            return
+        save = _SAVERS.get(type(obj))
+        if save is None:
+            kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
+            raise UsageError(
+                f"an object of type {kind} cannot be written to a pickle",
+                path=self._name,
+                expected="plain data or an inert record",
+            )
+        save(self, obj)
+
+    def _none(self, obj: None) -> None:
+        self._out += b"N"
+
+    def _bool(self, obj: bool) -> None:
+        self._out += b"\x88" if obj else b"\x89"
+
+    def _int(self, obj: int) -> None:
+        if 0 <= obj < 0x100:
+            self._out += b"K" + bytes([obj])
+        elif 0 <= obj < 0x10000:
+            self._out += b"M" + struct.pack("<H", obj)
+        elif -0x80000000 <= obj < 0x80000000:
+            self._out += b"J" + struct.pack("<i", obj)
+        else:
+            raw = obj.to_bytes(obj.bit_length() // 8 + 1, "little", signed=True)
+            length = len(raw)
+            self._out += b"\x8a" + bytes([length]) if length < 256 else b"\x8b" + struct.pack("<i", length)
+            self._out += raw
+
+    def _float(self, obj: float) -> None:
+        self._out += b"G" + struct.pack(">d", obj)
+
+    def _str(self, obj: str) -> None:
+        known = self._texts.get(obj)
+        if known is not None:
+            self._get(known)
+            return
+        raw = obj.encode("utf-8", "surrogatepass")
+        if self._protocol == 4 and len(raw) < 256:
+            self._out += b"\x8c" + bytes([len(raw)])
+        elif len(raw) < 1 << 32:
+            self._out += b"X" + struct.pack("<I", len(raw))
+        else:
+            raise UsageError("a string of 4 GiB or more cannot be written to a pickle", path=self._name)
+        self._out += raw
+        self._texts[obj] = self._put()
+
+    def _bytes(self, obj: bytes) -> None:
+        if self._protocol == 2:
+            self._reduce(obj, Global("_codecs", "encode"), (obj.decode("latin-1"), "latin1"))
+            return
+        if len(obj) < 256:
+            self._out += b"C" + bytes([len(obj)])
+        elif len(obj) < 1 << 32:
+            self._out += b"B" + struct.pack("<I", len(obj))
+        else:
+            self._out += b"\x8e" + struct.pack("<Q", len(obj))
+        self._out += obj
+        self._memoize(obj)
+
+    def _reduce(self, obj: object, callee: Global, arguments: tuple[Any, ...]) -> None:
+        """A value of a builtin type, written as the call that makes it."""
+        self._kept.append(arguments)
+        self._later(self._memoize, obj)
+        self._later(self._emit, b"R")
+        self._later(self._save, arguments)
+        self._later(self._save, callee)
+
+    def _bytearray(self, obj: bytearray) -> None:
+        self._reduce(obj, Global("builtins", "bytearray"), (bytes(obj),) if obj else ())
+
+    def _complex(self, obj: complex) -> None:
+        self._reduce(obj, Global("builtins", "complex"), (obj.real, obj.imag))
+
+    def _range(self, obj: range) -> None:
+        self._reduce(obj, Global("builtins", "range"), (obj.start, obj.stop, obj.step))
+
+    def _slice(self, obj: slice) -> None:
+        self._reduce(obj, Global("builtins", "slice"), (obj.start, obj.stop, obj.step))
+
+    def _set(self, obj: set[Any] | frozenset[Any]) -> None:
+        self._reduce(obj, Global("builtins", type(obj).__name__), (list(obj),))
+
+    def _tuple(self, obj: tuple[Any, ...]) -> None:
+        if not obj:
+            self._out += b")"
+            return
+        self._later(self._end_tuple, obj)
+        for part in reversed(obj):
+            self._later(self._save, part)
+        if len(obj) > 3:
+            self._out += b"("
+
+    def _end_tuple(self, obj: tuple[Any, ...]) -> None:
+        known = self._memo.get(id(obj))
+        if known is None:
+            self._out += _TUPLES.get(len(obj), b"t")
+            self._memoize(obj)
+        else:
+            # A part of the tuple contained it, and has written it: drop the parts that are on the stack.
+            self._out += b"0" * len(obj) if len(obj) <= 3 else b"1"
+            self._get(known)
+
+    def _list(self, obj: list[Any]) -> None:
+        self._out += b"]"
+        self._memoize(obj)
+        self._appends(obj)
+
+    def _appends(self, items: list[Any]) -> None:
+        for begin in reversed(range(0, len(items), _BATCH)):
+            batch = items[begin : begin + _BATCH]
+            self._later(self._emit, b"a" if len(batch) == 1 else b"e")
+            for item in reversed(batch):
+                self._later(self._save, item)
+            if len(batch) > 1:
+                self._later(self._emit, b"(")
+
+    def _dict(self, obj: dict[Any, Any]) -> None:
+        self._out += b"}"
+        self._memoize(obj)
+        self._set_items(list(obj.items()))
+
+    def _set_items(self, pairs: list[tuple[Any, Any]]) -> None:
+        for begin in reversed(range(0, len(pairs), _BATCH)):
+            batch = pairs[begin : begin + _BATCH]
+            self._later(self._emit, b"s" if len(batch) == 1 else b"u")
+            for key, value in reversed(batch):
+                self._later(self._save, value)
+                self._later(self._save, key)
+            if len(batch) > 1:
+                self._later(self._emit, b"(")
+
+    def _global(self, obj: Global) -> None:
+        known = self._texts.get(obj)
+        if known is not None:
+            self._get(known)
+            return
+        if self._protocol == 4:
+            self._str(obj.module)
+            self._str(obj.name)
+            self._out += b"\x93"
+        else:
+            module = _PYTHON2_NAMES.get(obj.module, obj.module)
+            name = "xrange" if obj.path == "builtins.range" else obj.name
+            if "\n" in module + name:
+                raise FormatError("a class name contains a line break", path=self._name)
+            self._out += b"c" + f"{module}\n{name}\n".encode()
+        self._texts[obj] = self._put()
+
+    def _begin(self, obj: Record | DictRecord) -> None:
+        """Write the call; the object's content follows once it is in the memo."""
+        if id(obj) in self._open:
+            raise FormatError(f"an object of type {obj.type!r} is among its own arguments", path=self._name)
+        self._open.add(id(obj))
+        keywords = obj.kwargs if isinstance(obj, Record) else None
+        if keywords and self._protocol == 2:
+            # Protocol 2 has no NEWOBJ_EX; this function of the standard library does the same.
+            arguments: tuple[Any, ...] = (obj.type, obj.args, keywords)
+            self._kept.append(arguments)
+            parts, opcode = [Global("copyreg", "__newobj_ex__"), arguments], b"R"
+        elif keywords:
+            parts, opcode = [obj.type, obj.args, keywords], b"\x92"
+        else:
+            parts, opcode = [obj.type, obj.args], b"\x81" if obj.new else b"R"
+        self._later(self._made, obj, opcode)
+        for part in reversed(parts):
+            self._later(self._save, part)
+
+    def _made(self, obj: Record | DictRecord, opcode: bytes) -> None:
+        self._out += opcode
+        self._open.discard(id(obj))
+        self._memoize(obj)
+        if obj.state is not None:
+            self._later(self._emit, b"b")
+            self._later(self._save, obj.state)
+        if isinstance(obj, DictRecord):
+            self._set_items(list(obj.items()))
+        else:
+            if obj.pairs:
+                self._set_items(obj.pairs)
+            if obj.items:
+                self._appends(obj.items)
+
+    def _persistent(self, obj: PersistentId) -> None:
+        self._later(self._emit, b"Q")
+        self._later(self._save, obj.id)
+
+
+_SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
+    type(None): _Writer._none,
+    bool: _Writer._bool,
+    int: _Writer._int,
+    float: _Writer._float,
+    complex: _Writer._complex,
+    str: _Writer._str,
+    bytes: _Writer._bytes,
+    bytearray: _Writer._bytearray,
+    range: _Writer._range,
+    slice: _Writer._slice,
+    tuple: _Writer._tuple,
+    list: _Writer._list,
+    dict: _Writer._dict,
+    set: _Writer._set,
+    frozenset: _Writer._set,
+    Global: _Writer._global,
+    Record: _Writer._begin,
+    DictRecord: _Writer._begin,
+    PersistentId: _Writer._persistent,
+}
