@@ -19,11 +19,19 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype, from_numpy
 from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.indexing import (
+    Array,
+    Shape,
+    c_strides,
+    check_cover,
+    flat_boxes,
+    moved_unit_axes,
+    reshaped_strides,
+    runs,
+    with_axes,
+)
 from anyckpt.storage.gather import SCRATCH_BYTES, gather, scratch
 from anyckpt.storage.source import ByteSource, MemorySource
-
-Array = np.ndarray[Any, np.dtype[Any]]
-Shape = tuple[int, ...]
 
 _MATERIALISE_LIMIT = 64
 
@@ -147,8 +155,10 @@ class LazyTensor(ABC):
         Raises:
             UsageError: it is not inside the tensor.
         """
-        if len(start) != self.ndim or len(shape) != self.ndim or any(
-            b < 0 or n < 0 or b + n > whole for b, n, whole in zip(start, shape, self.shape, strict=True)
+        if (
+            len(start) != self.ndim
+            or len(shape) != self.ndim
+            or any(b < 0 or n < 0 or b + n > whole for b, n, whole in zip(start, shape, self.shape, strict=True))
         ):
             raise UsageError("a slice lies outside the tensor", expected=self.shape, found=f"{start} + {shape}")
         if shape == self.shape:
@@ -287,11 +297,11 @@ class Stored(LazyTensor):
         self.offset = offset
         self.dtype = dtype
         self.shape = shape
-        self.strides = strides if strides != _c_strides(shape) else None
+        self.strides = strides if strides != c_strides(shape) else None
 
     def read_box(self, start: Shape, out: Array) -> None:
         itemsize = self.dtype.itemsize
-        strides = self.strides or _c_strides(self.shape)
+        strides = self.strides or c_strides(self.shape)
         first = self.offset + itemsize * sum(b * s for b, s in zip(start, strides, strict=True))
         gather(self.source, first, tuple(s * itemsize for s in strides), out)
 
@@ -302,7 +312,7 @@ class Stored(LazyTensor):
         """Bytes from the first element to the last one."""
         if not self.size:
             return 0
-        strides = self.strides or _c_strides(self.shape)
+        strides = self.strides or c_strides(self.shape)
         return self.dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True)))
 
     def check(self) -> None:
@@ -310,25 +320,25 @@ class Stored(LazyTensor):
         self.source.check_range(self.offset, self.stored_bytes())
 
     def _box(self, start: Shape, shape: Shape) -> LazyTensor:
-        strides = self.strides or _c_strides(self.shape)
+        strides = self.strides or c_strides(self.shape)
         first = self.offset + self.dtype.itemsize * sum(b * s for b, s in zip(start, strides, strict=True))
         return Stored(self.source, first, self.dtype, shape, strides)
 
     def every(self, axis: int, step: int) -> LazyTensor:
-        strides = [*(self.strides or _c_strides(self.shape))]
+        strides = [*(self.strides or c_strides(self.shape))]
         strides[axis] *= step
         shape = [*self.shape]
         shape[axis] = -(-shape[axis] // step)
         return Stored(self.source, self.offset, self.dtype, tuple(shape), tuple(strides))
 
     def _reshape(self, shape: Shape) -> LazyTensor:
-        strides = None if self.strides is None else _reshaped_strides(self.shape, self.strides, shape)
+        strides = None if self.strides is None else reshaped_strides(self.shape, self.strides, shape)
         if self.strides is not None and strides is None:
             return Reshaped(self, shape)
         return Stored(self.source, self.offset, self.dtype, shape, strides)
 
     def _permute(self, axes: Shape) -> LazyTensor:
-        strides = self.strides or _c_strides(self.shape)
+        strides = self.strides or c_strides(self.shape)
         order = tuple(strides[a] for a in axes)
         return Stored(self.source, self.offset, self.dtype, tuple(self.shape[a] for a in axes), order)
 
@@ -391,8 +401,8 @@ class Mosaic(LazyTensor):
     def read_box(self, start: Shape, out: Array) -> None:
         for number, low, high in self._overlaps(start, out.shape):
             inside = tuple(a - int(b) for a, b in zip(low, self.starts[number], strict=True))
-            where = tuple(slice(a - b, c - b) for a, b, c in zip(low, start, high, strict=True))
-            self.tiles[number].read_box(inside, out[(*where, ...)])
+            where: tuple[Any, ...] = tuple(slice(a - b, c - b) for a, b, c in zip(low, start, high, strict=True))
+            self.tiles[number].read_box(inside, out[where + (Ellipsis,)])  # noqa: RUF005 (mypy and Python 3.10)
 
     def pieces(self) -> Iterator[Stored]:
         for tile in self.tiles:
@@ -409,14 +419,12 @@ class Mosaic(LazyTensor):
         return _mosaic(self.dtype, shape, starts, stops, tiles)
 
     def _reshape(self, shape: Shape) -> LazyTensor:
-        moved = _moved_unit_axes(self.shape, shape)
+        moved = moved_unit_axes(self.shape, shape)
         if moved is None or len(self.tiles) > _PUSH_LIMIT:
             return Reshaped(self, shape)
-        starts = _with_axes(self.starts, moved, 0)
-        stops = _with_axes(self.stops, moved, 1)
-        tiles = [
-            tile.reshape(tuple(int(n) for n in stops[i] - starts[i])) for i, tile in enumerate(self.tiles)
-        ]
+        starts = with_axes(self.starts, moved, 0)
+        stops = with_axes(self.stops, moved, 1)
+        tiles = [tile.reshape(tuple(int(n) for n in stops[i] - starts[i])) for i, tile in enumerate(self.tiles)]
         return Mosaic(self.dtype, shape, starts, stops, tiles)
 
     def _permute(self, axes: Shape) -> LazyTensor:
@@ -508,7 +516,7 @@ class Reshaped(_View):
                 break
             common += 1
         lead, child_lead = self.ndim - common, self.child.ndim - common
-        for first, part in _runs(self.shape[:lead], start[:lead], out):
+        for first, part in runs(self.shape[:lead], start[:lead], out):
             position = 0
             for box_start, box_shape in flat_boxes(self.child.shape[:child_lead], first, part.shape[0]):
                 count = math.prod(box_shape)
@@ -629,149 +637,9 @@ def mosaic(dtype: DType, shape: Shape, starts: Sequence[Sequence[int]], tiles: S
     return _mosaic(dtype, shape, starts, stops, tiles)
 
 
-def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
-    """Raise AnyckptError unless the boxes ``[starts, stops)`` cover ``shape`` exactly once.
-
-    Args:
-        shape: the whole.
-        starts: first index of each box, ``[boxes, axes]``.
-        stops: index past the last, same shape.
-    """
-    if (starts < 0).any() or (stops > np.array(shape, dtype=np.int64)).any():
-        worst = int(np.flatnonzero((starts < 0).any(1) | (stops > np.array(shape, dtype=np.int64)).any(1))[0])
-        raise AnyckptError(
-            "a piece lies outside the tensor", expected=f"within {shape}",
-            found=f"{starts[worst].tolist()} to {stops[worst].tolist()}",
-        )  # fmt: skip
-    full = (stops > starts).all(axis=1)
-    starts, stops = starts[full], stops[full]
-    covered = sum(math.prod(row) for row in (stops - starts).tolist())
-    if covered != math.prod(shape):
-        raise AnyckptError(
-            "pieces overlap" if covered > math.prod(shape) else "pieces are missing",
-            expected=f"{math.prod(shape)} elements of shape {shape}", found=f"{covered} elements",
-        )  # fmt: skip
-    if not shape or len(starts) < 2:
-        return
-    axis = int(np.argmax([len(np.unique(starts[:, a])) for a in range(len(shape))]))
-    order = np.argsort(starts[:, axis], kind="stable")
-    starts, stops = starts[order], stops[order]
-    reach = np.searchsorted(starts[:, axis], stops[:, axis], side="left")
-    for i in np.flatnonzero(reach > np.arange(len(starts)) + 1):
-        others = slice(i + 1, reach[i])
-        if ((starts[others] < stops[i]) & (stops[others] > starts[i])).all(axis=1).any():
-            raise AnyckptError("pieces overlap", found=f"{starts[i].tolist()} to {stops[i].tolist()}")
-
-
 def as_numbers(raw: Array, kind: DType) -> Array:
     """An array of raw elements seen as numbers, or as it is where numpy has no such numbers."""
     return raw if kind.numpy is None else raw.view(kind.numpy)
-
-
-# -- index arithmetic ----------------------------------------------------------------------------------------
-
-
-def flat_boxes(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape, Shape]]:
-    """Cut ``count`` elements from ``start`` on, in C order, into boxes: at most two per axis and one more."""
-    if count <= 0:
-        return
-    if not shape:
-        yield (), ()
-        return
-    inner = math.prod(shape[1:])
-    row, offset = divmod(start, inner)
-    if offset or count < inner:
-        here = min(count, inner - offset)
-        for box_start, box_shape in flat_boxes(shape[1:], offset, here):
-            yield (row, *box_start), (1, *box_shape)
-        start, count, row = start + here, count - here, row + 1
-        if not count:
-            return
-    rows, rest = divmod(count, inner)
-    if rows:
-        yield (row, *(0,) * (len(shape) - 1)), (rows, *shape[1:])
-    if rest:
-        for box_start, box_shape in flat_boxes(shape[1:], 0, rest):
-            yield (row + rows, *box_start), (1, *box_shape)
-
-
-def _runs(shape: Shape, start: Shape, out: Array) -> Iterator[tuple[int, Array]]:
-    """Cut a box over the leading axes into runs of consecutive flat indices.
-
-    Yields the flat index of the run and the part of ``out`` that it fills, its leading axes merged into one.
-    """
-    if not shape:
-        yield 0, out[np.newaxis]
-        return
-    axis = len(shape) - 1
-    while (
-        axis
-        and out.shape[axis] == shape[axis]
-        and out.strides[axis - 1] == out.strides[axis] * out.shape[axis]
-    ):
-        axis -= 1
-    merged = out.shape[:axis] + (math.prod(out.shape[axis : len(shape)]),) + out.shape[len(shape) :]
-    flat = out.reshape(merged) if axis < len(shape) - 1 else out
-    strides = _c_strides(shape)
-    for index in np.ndindex(*out.shape[:axis]):
-        first = sum((a + b) * s for a, b, s in zip(index, start, strides, strict=False))
-        first += sum(b * s for b, s in zip(start[axis:], strides[axis:], strict=True))
-        yield first, flat[index]
-
-
-def _c_strides(shape: Shape) -> Shape:
-    strides, run = [], 1
-    for n in reversed(shape):
-        strides.append(run)
-        run *= n
-    return tuple(reversed(strides))
-
-
-def _reshaped_strides(shape: Shape, strides: Shape, wanted: Shape) -> Shape | None:
-    """Strides that give ``wanted`` without moving elements, or None if there are none."""
-    old = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
-    new = [n for n in wanted if n != 1]
-    found: list[int] = []
-    while old or new:
-        if not old or not new:
-            return None
-        old_group, new_group = [old.pop(0)], [new.pop(0)]
-        old_size, new_size = old_group[0][0], new_group[0]
-        while old_size != new_size:
-            if old_size < new_size:
-                if not old:
-                    return None
-                old_group.append(old.pop(0))
-                old_size *= old_group[-1][0]
-            else:
-                if not new:
-                    return None
-                new_group.append(new.pop(0))
-                new_size *= new_group[-1]
-        for (_, outer), (length, inner) in zip(old_group, old_group[1:], strict=False):
-            if outer != inner * length:
-                return None
-        step = old_group[-1][1] * new_size
-        for n in new_group:
-            step //= n
-            found.append(step)
-    return tuple(1 if n == 1 else found.pop(0) for n in wanted)
-
-
-def _moved_unit_axes(shape: Shape, wanted: Shape) -> list[int] | None:
-    """For each wanted axis the old axis that it is, or -1 for a new axis of length one; None if it is more than that."""
-    if [n for n in shape if n != 1] != [n for n in wanted if n != 1]:
-        return None
-    old = [a for a, n in enumerate(shape) if n != 1]
-    return [-1 if n == 1 else old.pop(0) for n in wanted]
-
-
-def _with_axes(corners: Array, axes: list[int], fill: int) -> Array:
-    result = np.full((len(corners), len(axes)), fill, dtype=np.int64)
-    for position, axis in enumerate(axes):
-        if axis >= 0:
-            result[:, position] = corners[:, axis]
-    return result
 
 
 def _corners(values: Sequence[Sequence[int]], ndim: int) -> Array:

@@ -39,7 +39,10 @@ def chunked(draw: st.DrawFn) -> Pair:
         cut = draw(st.integers(1, size[axis] - 1))
         low = (*size[:axis], cut, *size[axis + 1 :])
         high = (*size[:axis], size[axis] - cut, *size[axis + 1 :])
-        boxes[number : number + 1] = [(start, low), ((*start[:axis], start[axis] + cut, *start[axis + 1 :]), high)]
+        boxes[number : number + 1] = [
+            (start, low),
+            ((*start[:axis], start[axis] + cut, *start[axis + 1 :]), high),
+        ]
     boxes = draw(st.permutations(boxes))
     tiles = []
     for start, size in boxes:
@@ -143,7 +146,7 @@ def test_a_slice_reads_only_its_bytes() -> None:
 
 def test_bytes_beyond_the_source_are_an_error_that_names_it() -> None:
     source = MemorySource(b"\0" * 10, name="weights.bin")
-    with pytest.raises(FormatError, match="weights.bin"):
+    with pytest.raises(FormatError, match=r"weights\.bin"):
         Stored(source, 4, dtype("float32"), (2,)).numpy()
     with pytest.raises(FormatError):
         Stored(source, 0, dtype("float32"), (2, 2), (0, 3)).check()
@@ -174,4 +177,10 @@ def test_a_repeated_element_is_not_blown_up() -> None:
 
 def test_casts_round_to_nearest_even() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -2.5, np.inf, np.nan], dtype=np.float32)
-    assert [float(v) for v in lazy.from_array(values).cast("bf16").numpy()[:5]] == [1.0, 1.0, 1.015625, -2.5, np.inf]
+    assert [float(v) for v in lazy.from_array(values).cast("bf16").numpy()[:5]] == [
+        1.0,
+        1.0,
+        1.015625,
+        -2.5,
+        np.inf,
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Union
+from typing import Any
 
 from anyckpt.errors import OutputError
 from anyckpt.storage.source import ByteSource
@@ -72,7 +72,7 @@ class Computed:
     build: Callable[[Sequence[int]], bytes] = field(compare=False)
 
 
-Part = Union[Literal, TensorData, SourceData, Computed]
+Part = Literal | TensorData | SourceData | Computed
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,11 @@ def describe(plan: Plan) -> dict[str, Any]:
         "format": plan.format,
         "bytes": plan.nbytes,
         "files": [
-            {"path": file.path, "bytes": file.nbytes, "tensors": sum(isinstance(p, TensorData) for p in file.parts)}
+            {
+                "path": file.path,
+                "bytes": file.nbytes,
+                "tensors": sum(isinstance(p, TensorData) for p in file.parts),
+            }
             for file in plan.files
         ],
         "ignored": [{"name": name, "reason": reason} for name, reason in plan.ignored.items()],

@@ -23,7 +23,7 @@ class WriteOptions:
     """What a user asked of a writer.
 
     Attributes:
-        max_shard_size: bytes per weight file where the format shards by size (``hf``), or None for the format's default.
+        max_shard_size: bytes per weight file where the format shards by size (``hf``); None for its default.
         sharded: ``nemo``: write a distributed checkpoint inside the archive instead of one flat file.
         ranks: how many files a distributed checkpoint is spread over.
     """

@@ -26,7 +26,7 @@ _local = threading.local()
 
 @contextmanager
 def scratch(nbytes: int) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """A buffer of ``nbytes`` for this thread, reused afterwards: fresh pages are slower to get than bytes are to copy."""
+    """A buffer of ``nbytes`` for this thread, reused: fresh pages are slower to get than bytes are to copy."""
     free: list[np.ndarray[Any, np.dtype[np.uint8]]] = getattr(_local, "free", None) or []
     _local.free = free
     buffer = free.pop() if free else None

@@ -67,7 +67,12 @@ class ByteSource(ABC):
             FormatError: the source is larger than ``limit`` bytes.
         """
         if self.size > limit:
-            raise FormatError("too large to be read whole", path=self.name, expected=f"at most {limit} bytes", found=self.size)
+            raise FormatError(
+                "too large to be read whole",
+                path=self.name,
+                expected=f"at most {limit} bytes",
+                found=self.size,
+            )
         return self.read(0, self.size)
 
     def check_range(self, offset: int, length: int) -> None:
@@ -99,7 +104,7 @@ class ByteSource(ABC):
 
 
 class _OpenFiles:
-    """Descriptors kept open, least recently used first out: a checkpoint may have more files than a process may open."""
+    """Descriptors kept open, least recently used out first: a checkpoint may have more files than may be open."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -141,10 +146,23 @@ class _OpenFiles:
 
 
 _open_files = _OpenFiles(_OPEN_FILES_LIMIT)
+_read_lock = threading.Lock()
+_read_total = 0
+
+
+def _count_read(nbytes: int) -> None:
+    global _read_total
+    with _read_lock:
+        _read_total += nbytes
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read from local files so far, for reports and for tests of what is not read."""
+    return _read_total
 
 
 class LocalFile(ByteSource):
-    """A file on a local or mounted file system, read with ``preadv`` (positional, so threads do not disturb one another).
+    """A file on a local or mounted file system, read at positions, so that threads do not disturb one another.
 
     Raises:
         FormatError: the file is missing or not a regular file.
@@ -181,6 +199,7 @@ class LocalFile(ByteSource):
                         found=f"{offset + position} bytes",
                     )
                 position += count
+            _count_read(len(buffer))
         except OSError as error:
             raise FormatError(f"cannot be read at byte {offset}: {error.strerror}", path=self.name) from error
         finally:

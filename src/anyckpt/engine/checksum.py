@@ -1,0 +1,60 @@
+"""Checksums gathered block by block, in any order.
+
+A container's CRC-32 is joined from the CRCs of its blocks.  A tensor's digest in the manifest is
+``xxh3_128`` over the concatenated 8-byte little-endian ``xxh3_64`` digests of its 4 MiB chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+from isal import isal_zlib
+
+from anyckpt.engine.blocks import CHUNK_BYTES
+
+DIGEST = "xxh3-128 of xxh3-64 per 4 MiB"
+
+
+def crc32(data: Any) -> int:
+    """CRC-32 of a buffer, as zip files have it."""
+    return int(isal_zlib.crc32(data))
+
+
+def chunk_digest(data: Any) -> int:
+    """Digest of one chunk."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def join_crc32(pieces: Mapping[int, tuple[int, int]]) -> int:
+    """CRC-32 of a part from those of its pieces.
+
+    Args:
+        pieces: first byte in the part -> (CRC-32, length).
+    """
+    total = 0
+    for start in sorted(pieces):
+        crc, length = pieces[start]
+        total = int(isal_zlib.crc32_combine(total, crc, length))
+    return total
+
+
+def join_digests(chunks: Mapping[int, int]) -> str:
+    """Digest of a tensor, as hexadecimal text, from those of its chunks.
+
+    Args:
+        chunks: first byte in the tensor -> digest.
+    """
+    listed = b"".join(chunks[start].to_bytes(8, "little") for start in sorted(chunks))
+    return xxhash.xxh3_128_hexdigest(listed)
+
+
+def digest_of(read: Any, nbytes: int) -> str:
+    """Digest of ``nbytes`` bytes.
+
+    Args:
+        read: from (offset, length) to the bytes there.
+    """
+    starts = range(0, nbytes, CHUNK_BYTES)
+    return join_digests({start: chunk_digest(read(start, min(CHUNK_BYTES, nbytes - start))) for start in starts})

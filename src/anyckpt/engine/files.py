@@ -1,0 +1,167 @@
+"""Writing blocks to files: past the page cache where the file system takes it, through it elsewhere.
+
+Measured on ext4 (docs/performance.md), durable writes with O_DIRECT take half the time of buffered ones, and two
+threads writing one file through the page cache take several times longer than one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from anyckpt.engine.blocks import CHUNK_BYTES
+from anyckpt.errors import OutputError
+
+PAGE = 4096
+_DIRECT_MINIMUM = 1 << 20
+
+
+class BlockBuffer:
+    """Page-aligned memory for one block, reused."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE)
+        self.whole: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(self._memory, dtype=np.uint8)
+
+    def at(self, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Memory for bytes ``[offset, offset + nbytes)`` of a file, aligned in memory as they are in the file."""
+        lead = offset % PAGE
+        return self.whole[lead : lead + nbytes]
+
+
+class BlockFile:
+    """One output file being written by several threads.
+
+    Args:
+        path: where; created, or opened as it is if ``keep``.
+        nbytes: final size; the space is reserved at once, so that a full disk shows before the work is done.
+
+    Raises:
+        OutputError: the file cannot be created or the disk has no room.
+    """
+
+    def __init__(self, path: str, nbytes: int, *, keep: bool = False) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self._buffered_lock = threading.Lock()
+        self._direct: int | None = None
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
+        try:
+            self._buffered = os.open(path, flags, 0o644)
+            _reserve(self._buffered, nbytes)
+        except OSError as error:
+            raise write_error(path, error) from error
+        if nbytes >= _DIRECT_MINIMUM:
+            self._direct = _open_direct(path)
+
+    def write(self, offset: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Write a block that lies in memory as ``BlockBuffer.at`` gave it.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        try:
+            if self._direct is None:
+                with self._buffered_lock:
+                    _write_all(self._buffered, data, offset)
+                return
+            end = offset + len(data)
+            low = min(end, -(-offset // PAGE) * PAGE)
+            high = max(low, end // PAGE * PAGE)
+            if high > low:
+                _write_all(self._direct, data[low - offset : high - offset], low)
+            for start, stop in ((offset, low), (high, end)):
+                if stop > start:
+                    with self._buffered_lock:
+                        _write_all(self._buffered, data[start - offset : stop - offset], start)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def sync(self) -> None:
+        """Make everything written so far durable.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        try:
+            os.fsync(self._buffered)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def close(self) -> None:
+        for descriptor in (self._buffered, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._direct = None
+
+
+def write_error(path: str, error: OSError) -> OutputError:
+    """What an operating-system error means to the user of a destination."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            "no space left for the output" if error.errno == errno.ENOSPC else "the disk quota is used up",
+            path=path,
+            remedy="free some space and run the same command with --resume",
+        )
+    return OutputError(f"cannot be written: {error.strerror}", path=path)
+
+
+def sync_directory(path: str) -> None:
+    """Make the entries of a directory durable, where the file system knows how to."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
+    view = data.data
+    while len(view):
+        count = os.pwrite(descriptor, view, offset)
+        view = view[count:]
+        offset += count
+
+
+def _open_direct(path: str) -> int | None:
+    """A descriptor that bypasses the page cache, or None where the file system refuses (tmpfs, some network ones)."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | flag)
+    except OSError:
+        return None
+    with mmap.mmap(-1, PAGE) as probe:
+        try:
+            os.preadv(descriptor, [probe], 0)
+        except OSError:
+            os.close(descriptor)
+            return None
+    return descriptor
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Set the size and reserve the blocks; where the file system cannot reserve, only set the size.
+
+    The system call is used because the C library's ``posix_fallocate`` writes every block where it is missing.
+    """
+    if nbytes and hasattr(os, "posix_fallocate"):
+        libc = ctypes.CDLL(None, use_errno=True)
+        fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+        if fallocate is not None:
+            fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+            if fallocate(descriptor, 0, 0, nbytes) != 0:
+                code = ctypes.get_errno()
+                if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    raise OSError(code, os.strerror(code))
+    os.ftruncate(descriptor, nbytes)

@@ -1,0 +1,142 @@
+"""The manifest: what anyckpt wrote, with digests, so that ``verify`` can answer for every byte later.
+
+A directory holds it as ``.anyckpt-manifest.json``; beside a single file ``NAME`` lies ``.NAME.anyckpt-manifest.json``.
+Other tools ignore both.  Each entry gives the byte range of a tensor's piece, so that checking needs no knowledge of
+the format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from anyckpt.engine.checksum import DIGEST, digest_of
+from anyckpt.errors import FormatError
+from anyckpt.storage.source import LocalFile
+
+MANIFEST_NAME = ".anyckpt-manifest.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """A run of bytes of the output.
+
+    Attributes:
+        name: the tensor's stored name; empty for bytes that are no tensor (headers, configuration).
+        piece: which piece of it, empty if whole.
+        file: relative to the output directory; empty if the output is a single file.
+        offset: first byte in the file.
+        nbytes: how many.
+        digest: see ``checksum.DIGEST``.
+    """
+
+    name: str
+    piece: str
+    file: str
+    offset: int
+    nbytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Attributes: ``format`` of the output, ``files`` (path -> size in bytes) and ``entries``."""
+
+    format: str
+    files: dict[str, int]
+    entries: tuple[ManifestEntry, ...]
+
+    def to_bytes(self) -> bytes:
+        """The manifest as JSON, one entry per line."""
+        rows = ",\n".join(
+            json.dumps([e.name, e.piece, e.file, e.offset, e.nbytes, e.digest], ensure_ascii=False)
+            for e in self.entries
+        )
+        head = {"anyckpt_manifest": _VERSION, "format": self.format, "digest": DIGEST, "files": self.files}
+        text = json.dumps(head, indent=0, ensure_ascii=False)
+        return f'{text[:-2]},\n"entries": [\n{rows}\n]\n}}\n'.encode()
+
+
+def manifest_path(output: str) -> str:
+    """Where the manifest of an output lies."""
+    if os.path.isdir(output):
+        return os.path.join(output, MANIFEST_NAME)
+    return beside(output)
+
+
+def beside(output: str) -> str:
+    """Where the manifest of a single-file output lies."""
+    parent, name = os.path.split(os.path.abspath(output))
+    return os.path.join(parent, f".{name}.anyckpt-manifest.json")
+
+
+def read_manifest(output: str) -> Manifest | None:
+    """The manifest of an output, or None if it has none.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    path = manifest_path(output)
+    if not os.path.lexists(path):
+        return None
+    try:
+        data = json.loads(LocalFile(path).read_all())
+        if data["anyckpt_manifest"] != _VERSION or data["digest"] != DIGEST:
+            raise FormatError("is a manifest of another version of anyckpt", path=path)
+        files = {str(name): int(size) for name, size in data["files"].items()}
+        entries = tuple(
+            ManifestEntry(str(n), str(p), str(f), int(o), int(b), str(d)) for n, p, f, o, b, d in data["entries"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError("is a damaged manifest", path=path, remedy="delete it to do without it") from error
+    return Manifest(str(data["format"]), files, entries)
+
+
+def check_manifest(output: str, manifest: Manifest) -> Iterator[tuple[ManifestEntry | None, str]]:
+    """Read every byte that a manifest answers for.
+
+    Yields (entry, problem) for each entry checked, with an empty problem if it is sound; (None, problem) for a file
+    that is missing or of another size.
+    """
+    sources: dict[str, LocalFile] = {}
+    for name, size in manifest.files.items():
+        path = _inside(output, name)
+        if path is None:
+            yield None, f"the manifest names {name!r}, which lies outside the output"
+            continue
+        try:
+            source = LocalFile(path)
+        except FormatError as error:
+            yield None, str(error)
+            continue
+        if source.size != size:
+            yield None, f"{path}: size differs from the manifest (expected {size}, found {source.size})"
+        else:
+            sources[name] = source
+    for entry in manifest.entries:
+        found: Any = sources.get(entry.file)
+        if found is None:
+            continue
+        try:
+            part = found.slice(entry.offset, entry.nbytes)
+            digest = digest_of(part.read, entry.nbytes)
+        except FormatError as error:
+            yield entry, str(error)
+            continue
+        same = digest == entry.digest
+        yield (
+            entry,
+            "" if same else f"{found.name}: bytes differ from the manifest (expected {entry.digest}, found {digest})",
+        )
+
+
+def _inside(output: str, name: str) -> str | None:
+    if not name:
+        return output
+    if os.path.isabs(name) or ".." in name.split("/"):
+        return None
+    return os.path.join(output, *name.split("/"))
