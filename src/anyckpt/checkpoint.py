@@ -9,6 +9,8 @@ from typing import Any
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
+_SHOWN_TENSORS = 50  # rows of a notebook's table
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -129,6 +131,17 @@ class Checkpoint:
             f"Checkpoint({self.path!r}, format={self.format!r}, {len(self.tensors)} tensors, "
             f"{self.parameters:,} parameters)"
         )
+
+    def _repr_html_(self) -> str:
+        from anyckpt.display import html_table
+
+        shown = list(self.tensors.items())[:_SHOWN_TENSORS]
+        rows = [
+            (name, tensor.dtype.name, str(list(tensor.shape)), f"{tensor.nbytes:,} bytes") for name, tensor in shown
+        ]
+        if len(self.tensors) > len(shown):
+            rows.append((f"... {len(self.tensors) - len(shown):,} more", "", "", ""))
+        return html_table(repr(self), ("name", "type", "shape", "size"), rows)
 
 
 def storage_key(tensor: LazyTensor) -> Any:

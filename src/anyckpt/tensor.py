@@ -135,6 +135,12 @@ class LazyTensor(ABC):
     def __repr__(self) -> str:
         return f"LazyTensor({self.dtype.name}, shape={self.shape}, {self.nbytes:,} bytes)"
 
+    def _repr_html_(self) -> str:
+        from anyckpt.display import html_table
+
+        row = (self.dtype.name, str(list(self.shape)), f"{self.nbytes:,} bytes")
+        return html_table(type(self).__name__, ("type", "shape", "size"), [row])
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         array = self.numpy()
         return array if dtype is None else array.astype(dtype)

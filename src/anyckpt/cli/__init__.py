@@ -1,0 +1,122 @@
+"""The command line: one module per command, no logic.
+
+Exit codes: 0 done (``diff``: equal, ``verify``: sound), 1 different or damaged, 2 an error that the user can do
+something about, in one line on standard error; 130 interrupted; 70 a defect of anyckpt itself, with a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+_COMMANDS = {
+    "inspect": "Say what is in a checkpoint.",
+    "convert": "Convert a checkpoint to another format.",
+    "diff": "Compare two checkpoints by value.",
+    "verify": "Check a checkpoint for damage.",
+    "unpack": "Unpack a .nemo archive into a directory.",
+    "pack": "Pack a directory into a .nemo archive.",
+    "edit": "Change configuration or artifacts of a .nemo archive.",
+}
+"""Name -> one line of help, so that ``anyckpt --help`` imports no command."""
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module when it is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"anyckpt.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        from anyckpt import __version__
+
+        click.echo(f"anyckpt {__version__}")
+        ctx.exit()
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
+def group() -> None:
+    """Open, inspect and convert any large-model checkpoint, exactly, in bounded memory, without its framework."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and leave the process with its exit code."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: those of the command line if None.
+
+    Returns:
+        the exit code.
+    """
+    from anyckpt.errors import AnyckptError
+
+    try:
+        result = group.main(args=arguments, prog_name="anyckpt", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), _usage_hint(error))
+    except AnyckptError as error:
+        return _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", code=130)
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141
+    except OSError as error:
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except MemoryError:
+        return _fail("not enough memory; lower --memory or --workers")
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return _fail("this is a defect of anyckpt; please report it with the lines above", code=70)
+
+
+def _usage_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return "" if context is None else f"; see {context.command_path} --help"
+
+
+def _fail(message: str, hint: str = "", code: int = 2) -> int:
+    from anyckpt.display import printable
+
+    line = printable(" ".join(message.splitlines())) + hint
+    try:
+        print(f"error: {line}", file=sys.stderr)
+    except BrokenPipeError:
+        return code
+    return code
+
+
+def _silence_stdout() -> None:
+    """Let the interpreter flush standard output at exit without another complaint about the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,84 @@
+"""What commands share: JSON on standard output, tables for people, a progress bar on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from anyckpt.display import printable
+
+Progress = Callable[[int, int], None]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line of standard output; non-ASCII escaped, so that any terminal and parser takes it."""
+    print(json.dumps(value, allow_nan=False))
+
+
+def print_line(text: str = "") -> None:
+    """A line for people on standard output, control characters escaped."""
+    print(printable(text))
+
+
+def print_note(text: str) -> None:
+    """A line on standard error: a warning, a log entry."""
+    print(printable(text), file=sys.stderr)
+
+
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), title: str = ""
+) -> None:
+    """Aligned columns on standard output.
+
+    Args:
+        header: the columns' names; none for a list of facts.
+        rows: cells as text.
+        right: numbers of the columns to align right.
+        title: a line above.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    table = Table(
+        box=None, show_header=bool(header), pad_edge=False, title=Text(printable(title)) if title else None,
+        title_justify="left", title_style="bold", header_style="bold",
+    )  # fmt: skip
+    cells = [[printable(cell) for cell in row] for row in rows]
+    for number in range(len(header) or max(map(len, cells), default=0)):
+        table.add_column(
+            header[number] if header else "",
+            justify="right" if number in right else "left",
+            style="cyan" if not number and not header else "",
+            overflow="fold",
+            no_wrap=not terminal,
+        )
+    for row in cells:
+        table.add_row(*map(Text, row))
+    Console(width=None if terminal else 1 << 16, soft_wrap=not terminal, highlight=False).print(table)
+
+
+@contextmanager
+def progress_bar(action: str) -> Iterator[Progress | None]:
+    """A bar with bytes, rate and time left on standard error; nothing, and no callback, if that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(action, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update

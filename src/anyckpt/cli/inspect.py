@@ -1,0 +1,144 @@
+"""``anyckpt inspect``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from anyckpt.cli.console import print_json, print_line, print_note, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from anyckpt.operations.inspect import Inspection, TensorFacts
+
+_SHOWN_CONFIG = 40
+
+
+@click.command()
+@click.argument("path")
+@click.option(
+    "--tensors", metavar="GLOB", help="List the tensors whose names match, with shape, type, shards and files."
+)
+@click.option("--stats", is_flag=True, help="Add min, max, mean, std, zeros, NaN and Inf of each listed tensor.")
+@click.option("--digest", is_flag=True, help="Add the SHA-256 of each listed tensor's little-endian bytes in C order.")
+@click.option(
+    "--names", type=click.Choice(["stored", "hub"]), default="stored", show_default=True,
+    help="Names as stored, or Megatron-Core names with shards joined and layers un-stacked.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(path: str, tensors: str | None, stats: bool, digest: bool, names: str, as_json: bool) -> None:
+    """Say what is in the checkpoint at PATH, without loading it.
+
+    --stats, --digest and --names hub list all tensors unless --tensors chooses some.
+    """
+    from anyckpt.operations.inspect import inspect
+
+    with progress_bar("reading") as progress:
+        found = inspect(path, tensors=tensors, stats=stats, digest=digest, names=names, progress=progress)
+    if as_json:
+        print_json(found.to_json())
+        return
+    _print_summary(found)
+    if found.tensors is not None:
+        print_line()
+        _print_tensors(found.tensors)
+    for warning in found.warnings:
+        print_note(f"warning: {warning}")
+
+
+def _print_summary(found: Inspection) -> None:
+    from anyckpt.units import format_bytes, format_count
+
+    layout = {
+        "tensor": found.layout["tensor_parallel"],
+        "pipeline": found.layout["pipeline_parallel"],
+        "virtual pipeline": found.layout["virtual_pipeline"],
+        "expert": found.layout["expert_parallel"],
+    }
+    training = {"step": found.step, "epoch": found.epoch, "consumed samples": found.consumed_samples}
+    rows = [
+        ("path", found.path),
+        ("format", " ".join(filter(None, (found.format, found.format_version)))),
+        ("family", f"{found.family or 'unknown'}" + (f" ({found.dialect} names)" if found.dialect else "")),
+        ("parameters", f"{found.parameters:,} ({format_count(found.parameters)})"),
+        ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),
+        (
+            "types",
+            ", ".join(
+                f"{name}: {count:,} tensors, {format_bytes(found.dtype_bytes[name])}"
+                for name, count in found.dtypes.items()
+            ),
+        ),
+        ("parallel", ", ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "whole tensors"),
+        ("training", ", ".join(f"{name} {value:,}" for name, value in training.items() if value is not None)),
+        ("states", ", ".join(name for name, there in found.states.items() if there)),
+        ("tokenizer", _tokenizer_line(found.tokenizer)),
+        ("artifacts", ", ".join(found.artifacts)),
+        ("ignored", ", ".join(f"{name} ({why})" for name, why in _few(found.ignored))),
+        *((name.replace("_", " "), _brief(value)) for name, value in found.details.items()),
+    ]
+    print_table((), [(name, value) for name, value in rows if value])
+    if found.config:
+        print_line()
+        settings = list(_flat("", found.config))
+        shown = [(name, _brief(value)) for name, value in settings[:_SHOWN_CONFIG]]
+        if len(settings) > _SHOWN_CONFIG:
+            shown.append((f"... {len(settings) - _SHOWN_CONFIG} more", "print all with --json"))
+        print_table((), shown, title=f"config ({found.config_kind or 'unknown kind'})")
+
+
+def _print_tensors(tensors: list[TensorFacts]) -> None:
+    from anyckpt.units import format_bytes
+
+    header = ["name", "type", "shape", "size", "shards", "files"]
+    right = [3, 4]
+    moments = any(tensor.statistics is not None for tensor in tensors)
+    if moments:
+        header += ["min", "max", "mean", "std", "zeros", "nan", "inf"]
+        right += range(6, 13)
+    digests = any(tensor.sha256 is not None for tensor in tensors)
+    if digests:
+        header.append("sha256")
+    rows = []
+    for tensor in tensors:
+        shape = str(list(tensor.shape))
+        row = [tensor.name, tensor.dtype, shape, format_bytes(tensor.nbytes), str(tensor.shards), _files(tensor.files)]
+        if moments:
+            row += ["-" if v is None else f"{v:.5g}" for v in _moments(tensor)]
+        if digests:
+            row.append(tensor.sha256 or "-")
+        rows.append(row)
+    print_table(header, rows, right=right)
+
+
+def _moments(tensor: TensorFacts) -> list[float | None]:
+    s = tensor.statistics
+    return [None] * 7 if s is None else [s.min, s.max, s.mean, s.std, s.zeros, s.nan, s.inf]
+
+
+def _files(files: tuple[str, ...]) -> str:
+    return ", ".join(files[:2]) + (f" and {len(files) - 2} more" if len(files) > 2 else "")
+
+
+def _few(names: dict[str, str], limit: int = 5) -> list[tuple[str, str]]:
+    items = list(names.items())
+    return items[:limit] + ([(f"{len(items) - limit} more", "all with --json")] if len(items) > limit else [])
+
+
+def _tokenizer_line(tokenizer: dict[str, Any] | None) -> str:
+    if tokenizer is None:
+        return ""
+    return ": ".join(filter(None, (tokenizer["library"], ", ".join(tokenizer["files"]) or tokenizer["hub_name"])))
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        return [(prefix, value)]
+    return [row for key, item in value.items() for row in _flat(f"{prefix}.{key}" if prefix else key, item)]
+
+
+def _brief(value: Any, limit: int = 100) -> str:
+    import json
+
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,312 @@
+"""Saying what is in a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
+from anyckpt.display import html_table
+from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.formats import registry
+from anyckpt.operations.scan import Progress, Statistics, scan
+from anyckpt.operations.select import as_patterns, matching
+from anyckpt.pickling.plain import to_plain
+from anyckpt.tensor import LazyTensor
+from anyckpt.units import format_bytes, format_count
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor.
+
+    Attributes:
+        name: stored name, or hub name if these were asked for.
+        dtype: torch's name of the element type.
+        shape: global shape.
+        nbytes: bytes of the elements.
+        shards: stored pieces that the tensor is made of.
+        files: files that hold them, relative to the checkpoint where they lie inside it.
+        sha256: digest of the little-endian bytes in C order, if asked for.
+        statistics: if asked for; None also where numpy cannot compute with the type.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    shards: int
+    files: tuple[str, ...]
+    sha256: str | None = None
+    statistics: Statistics | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As in ``inspect --json``: ``sha256`` and ``stats`` are there only if computed."""
+        facts: dict[str, Any] = {
+            "name": self.name, "dtype": self.dtype, "shape": list(self.shape), "nbytes": self.nbytes,
+            "shards": self.shards, "files": list(self.files),
+        }  # fmt: skip
+        if self.sha256 is not None:
+            facts["sha256"] = self.sha256
+        if self.statistics is not None:
+            facts["stats"] = self.statistics.to_json()
+        return facts
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a checkpoint.
+
+    Attributes:
+        path: what was opened.
+        format: name of the format, as in ``--to``.
+        format_version: as far as the files tell, or None.
+        family: model family, or None if unknown.
+        dialect: naming of the weights, or None if unknown.
+        parameters: elements of the weights; tied weights count once.
+        bytes: bytes of all tensors, training state included; a tensor stored once under two names counts once.
+        tensor_count: stored tensors, training state included.
+        dtypes: element type -> number of tensors.
+        dtype_bytes: element type -> bytes, tied ones once.
+        layout: parallel sizes of the files.
+        step: optimizer steps taken, or None.
+        epoch: or None.
+        consumed_samples: or None.
+        states: ``optimizer``, ``scheduler``, ``rng`` -> present.
+        artifacts: names of the other files.
+        tokenizer: ``library``, ``files`` and ``hub_name``, or None.
+        config: the model's configuration as stored.
+        config_kind: its spelling, or None.
+        ignored: stored names that carry no weights -> reason.
+        objects: names of non-tensor state.
+        details: facts that only this format has.
+        warnings: anything odd.
+        tensors: the tensors asked for, or None if none were.
+    """
+
+    path: str
+    format: str
+    format_version: str | None
+    family: str | None
+    dialect: str | None
+    parameters: int
+    bytes: int
+    tensor_count: int
+    dtypes: dict[str, int]
+    dtype_bytes: dict[str, int]
+    layout: dict[str, int]
+    step: int | None
+    epoch: int | None
+    consumed_samples: int | None
+    states: dict[str, bool]
+    artifacts: list[str]
+    tokenizer: dict[str, Any] | None
+    config: dict[str, Any]
+    config_kind: str | None
+    ignored: dict[str, str]
+    objects: list[str]
+    details: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    tensors: list[TensorFacts] | None = None
+
+    @property
+    def has_optimizer(self) -> bool:
+        return self.states["optimizer"]
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``inspect --json`` prints it."""
+        facts = {
+            name: getattr(self, name)
+            for name in (
+                "path", "format", "format_version", "family", "parameters", "bytes", "tensor_count", "dtypes",
+                "layout", "step", "has_optimizer", "artifacts", "config", "warnings", "dialect", "dtype_bytes",
+                "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored", "objects", "details",
+            )
+        }  # fmt: skip
+        if self.tensors is not None:
+            facts["tensors"] = [tensor.to_json() for tensor in self.tensors]
+        return facts
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("format", " ".join(filter(None, (self.format, self.format_version)))),
+            ("family", self.family or "unknown"),
+            ("parameters", f"{self.parameters:,} ({format_count(self.parameters)})"),
+            ("bytes", format_bytes(self.bytes)),
+            ("tensors", f"{self.tensor_count:,}"),
+            ("types", ", ".join(f"{name}: {count}" for name, count in self.dtypes.items())),
+            *(("warning", text) for text in self.warnings),
+        ]
+        return html_table(self.path, (), rows)
+
+
+def inspect(
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    tensors: str | Sequence[str] | None = None,
+    stats: bool = False,
+    digest: bool = False,
+    names: str = "stored",
+    progress: Progress | None = None,
+) -> Inspection:
+    """Say what is in a checkpoint; no tensor data is read unless ``stats`` or ``digest`` ask for it.
+
+    Args:
+        source: a path, or a checkpoint that is open.
+        tensors: glob or globs of tensors to list; all of them if None and ``stats``, ``digest`` or hub names are
+            asked for.
+        stats: compute statistics of the listed tensors.
+        digest: compute the SHA-256 of the listed tensors.
+        names: ``stored``, or ``hub`` for Megatron-Core names with shards joined and layers un-stacked.
+        progress: called with (bytes done, bytes to do) while tensors are read.
+
+    Raises:
+        FormatError: the checkpoint is damaged, or none.
+        MappingError: hub names are asked for and the model is incomplete.
+        UsageError: hub names are asked for and the family is unknown, or a glob matches nothing.
+    """
+    if names not in ("stored", "hub"):
+        raise UsageError("unknown kind of names", expected="stored or hub", found=names)
+    checkpoint = source if isinstance(source, Checkpoint) else registry.read(source)
+    model, warning = _identify(checkpoint)
+    listed = None
+    globs = as_patterns(tensors)
+    if globs or stats or digest or names == "hub":
+        chosen = _hub_names(checkpoint, model, warning) if names == "hub" else checkpoint.tensors
+        listed = _list(checkpoint.path, chosen, globs, stats, digest, progress)
+    counts, sizes = _by_dtype(checkpoint.tensors)
+    training = checkpoint.training
+    return Inspection(
+        path=checkpoint.path,
+        format=checkpoint.format,
+        format_version=checkpoint.format_version,
+        family=None if model is None else model.family,
+        dialect=checkpoint.dialect,
+        parameters=checkpoint.parameters,
+        bytes=sum(sizes.values()),
+        tensor_count=len(checkpoint.tensors),
+        dtypes=counts,
+        dtype_bytes=sizes,
+        layout=asdict(checkpoint.layout),
+        step=training.step,
+        epoch=training.epoch,
+        consumed_samples=training.consumed_samples,
+        states={
+            "optimizer": training.has_optimizer,
+            "scheduler": training.has_scheduler,
+            "rng": training.has_rng,
+        },
+        artifacts=list(checkpoint.artifacts),
+        tokenizer=_tokenizer_facts(checkpoint.tokenizer),
+        config=to_plain(checkpoint.config),
+        config_kind=checkpoint.config_kind,
+        ignored=dict(checkpoint.ignored),
+        objects=list(checkpoint.objects),
+        details=to_plain(checkpoint.details),
+        warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
+        tensors=listed,
+    )
+
+
+def _identify(checkpoint: Checkpoint) -> tuple[Any, str | None]:
+    """The model, or None and why a family that seems known is not."""
+    from anyckpt import models
+
+    try:
+        return models.identify(checkpoint), None
+    except AnyckptError as error:
+        return None, f"the model family cannot be told: {error}"
+
+
+def _hub_names(checkpoint: Checkpoint, model: Any, why: str | None) -> dict[str, LazyTensor]:
+    from anyckpt import models
+
+    if model is None:
+        raise UsageError(
+            "the model family is unknown, so its tensors have no hub names" + (f": {why}" if why else ""),
+            path=checkpoint.path,
+            remedy="list them with --names stored",
+        )
+    hub: dict[str, LazyTensor] = models.to_hub(checkpoint, model).tensors
+    return hub
+
+
+def _list(
+    path: str,
+    tensors: dict[str, LazyTensor],
+    globs: tuple[str, ...],
+    stats: bool,
+    digest: bool,
+    progress: Progress | None,
+) -> list[TensorFacts]:
+    names = matching(tensors, globs) if globs else list(tensors)
+    if globs and not names:
+        raise UsageError(
+            f"no tensor matches {' or '.join(map(repr, globs))}",
+            path=path,
+            remedy="list all with --tensors '*'",
+        )
+    total = sum(tensors[name].nbytes for name in names)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    listed = []
+    for name in names:
+        tensor = tensors[name]
+        sha256 = statistics = None
+        if stats or digest:
+            try:
+                found = scan(tensor, statistics=stats, digest=digest, advance=advance)
+            except AnyckptError as error:
+                error.tensor = error.tensor or name
+                raise
+            sha256, statistics = found.sha256, found.statistics
+        shards, files = _where(path, tensor)
+        listed.append(
+            TensorFacts(name, tensor.dtype.name, tensor.shape, tensor.nbytes, shards, files, sha256, statistics)
+        )
+    return listed
+
+
+def _where(path: str, tensor: LazyTensor) -> tuple[int, tuple[str, ...]]:
+    """Number of stored pieces, and the files that hold them."""
+    files: dict[str, None] = {}
+    count = 0
+    root = os.path.abspath(path)
+    for piece in tensor.pieces():
+        count += 1
+        file = piece.source.path
+        if file is None:
+            name = piece.source.name
+        elif file == root:
+            name = os.path.basename(file)
+        else:
+            name = os.path.relpath(file, root) if file.startswith(root + os.sep) else file
+        files[name] = None
+    return count, tuple(files)
+
+
+def _by_dtype(tensors: dict[str, LazyTensor]) -> tuple[dict[str, int], dict[str, int]]:
+    counts = Counter(tensor.dtype.name for tensor in tensors.values())
+    sizes = dict.fromkeys(counts, 0)
+    seen: set[Any] = set()
+    for tensor in tensors.values():
+        key = storage_key(tensor)
+        if key is None or key not in seen:
+            sizes[tensor.dtype.name] += tensor.nbytes
+            seen.add(key)
+    return dict(counts), sizes
+
+
+def _tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+    if tokenizer is None:
+        return None
+    return {"library": tokenizer.library, "files": list(tokenizer.files), "hub_name": tokenizer.hub_name}

@@ -1,0 +1,67 @@
+"""Sizes, counts and times as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from anyckpt.errors import UsageError
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)\s*", re.IGNORECASE)
+_POWERS = " kmgtp"
+
+
+def parse_bytes(text: str | int, option: str = "a size") -> int:
+    """Bytes from ``5GB`` (powers of 1000), ``5GiB`` (powers of 1024) or a plain number of bytes.
+
+    Args:
+        text: what the user wrote; a number is returned as it is.
+        option: what to call it in a message.
+
+    Raises:
+        UsageError: it is not a size, or it is zero.
+    """
+    if isinstance(text, int):
+        value = text
+    else:
+        match = _SIZE.fullmatch(text)
+        if match is None or (match[3] and not match[2]):
+            raise UsageError(
+                f"{option} is not a size", expected="a number and a unit such as 5GB, 512MB or 2GiB", found=repr(text)
+            )
+        base = 1024 if match[3] else 1000
+        value = int(float(match[1]) * base ** _POWERS.index(match[2].lower() or " "))
+    if value <= 0:
+        raise UsageError(f"{option} must be larger than nothing", expected="at least 1 byte", found=repr(text))
+    return value
+
+
+def format_bytes(count: float) -> str:
+    """``16.1 GB``: three digits and a decimal unit."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
+
+
+def format_count(count: int) -> str:
+    """``8.03 B``: a number of parameters in thousands, millions, billions."""
+    return _scaled(count, ("", "K", "M", "B", "T")).rstrip()
+
+
+def format_seconds(seconds: float) -> str:
+    """``0.42 s``, ``12.3 s``, ``4 min 05 s`` or ``2 h 07 min``."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _scaled(count: float, names: tuple[str, ...]) -> str:
+    power = 0
+    value = float(count)
+    while value >= 999.5 and power < len(names) - 1:
+        value /= 1000
+        power += 1
+    if not power:
+        return f"{count:,.0f} {names[0]}"
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {names[power]}"
