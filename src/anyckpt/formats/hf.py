@@ -1,0 +1,373 @@
+"""Hugging Face model folders: ``config.json`` beside safetensors files or older ``pytorch_model*.bin``.
+
+File names, the index and the rule by which weights are spread over shards are those of transformers 5.23 and
+huggingface_hub 2.4 (``save_pretrained`` and ``split_state_dict_into_shards_factory``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
+from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
+from anyckpt.errors import FormatError, UnsafeError, UsageError
+from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.safetensors import read_safetensors, safetensors_parts, weights_only
+from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.tensor import LazyTensor
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+"""Bytes of weights per file unless the user says otherwise; decimal, as transformers counts ``5GB``."""
+
+_JSON_LIMIT = 1 << 30  # an index of a million tensors is some 100 MB
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""In the order in which transformers prefers them."""
+
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_TOKENIZER_FILE = re.compile(
+    r"tokenizer.*|.*\.(model|tiktoken)|tekken\.json|special_tokens_map\.json|added_tokens\.json"
+    r"|(vocab|merges|normalizer)\.(json|txt)|chat_template\.(json|jinja)"
+)
+_SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def _detect(location: Location) -> bool:
+    names = set(location.names)
+    if not names.isdisjoint((*_WEIGHTS, *_ADAPTERS)) or any(_SHARD.fullmatch(name) for name in names):
+        return True
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+
+
+def _read(location: Location) -> Checkpoint:
+    warnings: list[str] = []
+    details: dict[str, Any] = {}
+    tensors = _read_weights(location, warnings, details)
+    is_adapter = bool(details.get("adapter"))
+    config_name = "adapter_config.json" if is_adapter else "config.json"
+    config: dict[str, Any] = {}
+    if config_name in location.names:
+        config = read_json(LocalFile(location.join(config_name)))
+    else:
+        warnings.append(f"there is no {config_name}: the model family is found from names and shapes, if at all")
+    tokenizer_files, artifacts = _other_files(location, config_name)
+    return Checkpoint(
+        location.path,
+        "hf",
+        tensors,
+        format_version=_version(config),
+        dialect=None if is_adapter else "hf",
+        config=config,
+        config_kind="hf" if config and not is_adapter else None,
+        tokenizer=_tokenizer(tokenizer_files),
+        artifacts=artifacts,
+        training=_training_state(artifacts),
+        warnings=warnings,
+        details=details,
+    )
+
+
+def _version(config: Mapping[str, Any]) -> str | None:
+    version = config.get("transformers_version")
+    return f"transformers {version}" if isinstance(version, str) else None
+
+
+def _read_weights(location: Location, warnings: list[str], details: dict[str, Any]) -> dict[str, LazyTensor]:
+    names = set(location.names)
+    chosen = next((name for name in (*_WEIGHTS, *_ADAPTERS) if name in names), None)
+    if chosen is not None and chosen.endswith(".index.json"):
+        return _read_indexed(location, chosen, warnings, details)
+    if chosen is not None:
+        if chosen in _ADAPTERS:
+            details["adapter"] = True
+            warnings.append("this is an adapter for a base model, not a model")
+        return _read_file(location, chosen, warnings, details)
+    shards = [name for name in location.names if _SHARD.fullmatch(name)]
+    if shards:
+        return _read_shards(location, shards, warnings, details)
+    loose = [name for name in location.names if name.endswith(".safetensors")]
+    if len(loose) > 1:
+        raise FormatError(
+            "holds several weight files but no index that says which belong together",
+            path=location.path, expected="model.safetensors or model.safetensors.index.json",
+            found=", ".join(loose[:5]), remedy="open one of the files, or copy the index too",
+        )  # fmt: skip
+    return _read_file(location, loose[0], warnings, details)
+
+
+def _read_file(location: Location, name: str, warnings: list[str], details: dict[str, Any]) -> dict[str, LazyTensor]:
+    source = LocalFile(location.join(name))
+    if not name.endswith(".bin"):
+        tensors, metadata = read_safetensors(source)
+        if metadata:
+            details.setdefault("metadata", {}).update(metadata)
+        return tensors
+    from anyckpt.formats.torch_file import read_torch
+
+    contents = read_torch(source)
+    warnings.extend(contents.warnings)
+    if not isinstance(contents.root, Mapping):
+        raise FormatError(
+            "does not hold a state dict", path=source.name,
+            expected="a dict of tensors", found=type(contents.root).__name__,
+        )  # fmt: skip
+    strange = [key for key, value in contents.root.items() if not isinstance(value, LazyTensor)]
+    if strange:
+        warnings.append(f"{source.name}: entries that are not tensors are left out: {', '.join(map(str, strange[:5]))}")
+    return {str(key): value for key, value in contents.root.items() if isinstance(value, LazyTensor)}
+
+
+def _read_indexed(
+    location: Location, index_name: str, warnings: list[str], details: dict[str, Any]
+) -> dict[str, LazyTensor]:
+    path = location.join(index_name)
+    index = read_json(LocalFile(path))
+    where = index.get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise FormatError(
+            "has no weight_map from tensor names to files", path=path, remedy="copy it again from its origin"
+        )
+    files = sorted(set(where.values()))
+    for file in files:
+        _check_plain_name(file, path)
+    missing = [file for file in files if file not in location.names]
+    if missing:
+        raise FormatError(
+            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:5])}",
+            path=location.path, remedy="copy the missing files from the model's origin",
+        )  # fmt: skip
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        found = _read_file(location, file, warnings, details)
+        for name in found:
+            if where.get(name) != file:
+                raise FormatError(
+                    "the index and the weight files disagree", path=location.join(file), tensor=name,
+                    expected=f"it in {where[name]}" if name in where else "a tensor that the index lists",
+                    remedy="copy index and weight files again, from one revision of the model",
+                )  # fmt: skip
+        tensors.update(found)
+    absent = sorted(where.keys() - tensors.keys())
+    if absent:
+        raise FormatError(
+            f"{len(absent)} tensors of the index are not in the weight files: {', '.join(absent[:5])}",
+            path=location.join(where[absent[0]]), tensor=absent[0],
+            remedy="copy index and weight files again, from one revision of the model",
+        )  # fmt: skip
+    suffix = files[0].rpartition(".")[2]
+    spare = [n for n in location.names if _SHARD.fullmatch(n) and n.endswith(suffix) and n not in files]
+    if spare:
+        warnings.append(f"weight files that the index does not name are ignored: {', '.join(spare[:5])}")
+    return tensors
+
+
+def _read_shards(
+    location: Location, names: list[str], warnings: list[str], details: dict[str, Any]
+) -> dict[str, LazyTensor]:
+    """Shards whose index was lost: their names say how many there are."""
+    parsed = [match for name in names if (match := _SHARD.fullmatch(name))]
+    kinds = {(match[1], match[3], match[4]) for match in parsed}
+    if len(kinds) > 1:
+        raise FormatError(
+            "holds several sets of weight files and no index that says which to use", path=location.path,
+            found=", ".join(f"{stem}-*-of-{count}.{suffix}" for stem, count, suffix in sorted(kinds)),
+            remedy="copy the index too, or move one set elsewhere",
+        )  # fmt: skip
+    stem, count, suffix = kinds.pop()
+    present = {int(match[2]) for match in parsed}
+    missing = [number for number in range(1, min(int(count), 100_000) + 1) if number not in present]
+    if missing or len(present) != int(count):
+        first = f"{stem}-{missing[0] if missing else 0:05d}-of-{count}.{suffix}"
+        raise FormatError(
+            f"{len(missing)} of {int(count)} weight files are missing, such as {first}, and so is the index",
+            path=location.path, remedy="copy the missing files from the model's origin",
+        )  # fmt: skip
+    warnings.append("there is no index: the weight files are taken to be complete because their names count them")
+    tensors: dict[str, LazyTensor] = {}
+    for name in names:
+        for key, tensor in _read_file(location, name, warnings, details).items():
+            if key in tensors:
+                raise FormatError("is in two weight files", path=location.join(name), tensor=key)
+            tensors[key] = tensor
+    return tensors
+
+
+def read_json(source: ByteSource) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FormatError: it is empty, not JSON, nested too deeply, or not an object.
+    """
+    try:
+        value = json.loads(source.read_all(_JSON_LIMIT).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        brief = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
+        raise FormatError(
+            f"is not valid JSON: {brief}", path=source.name, remedy="copy it again from its origin"
+        ) from None
+    if not isinstance(value, dict):
+        raise FormatError("is not a JSON object", path=source.name, found=type(value).__name__)
+    return value
+
+
+def _check_plain_name(name: str, path: str) -> None:
+    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
+        raise UnsafeError(
+            "names a file outside its own folder", path=path,
+            expected="a plain file name", found=repr(name)[:120],
+        )  # fmt: skip
+
+
+def _other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSource], dict[str, ByteSource]]:
+    """Files of the folder that are not weights: those of the tokenizer, and the rest."""
+    import os
+
+    tokenizer: dict[str, ByteSource] = {}
+    others: dict[str, ByteSource] = {}
+    for name in location.names:
+        if name == config_name or name.startswith(".") or not os.path.isfile(location.join(name)):
+            continue
+        if _TOKENIZER_FILE.fullmatch(name):
+            tokenizer[name] = LocalFile(location.join(name))
+        elif not _WEIGHT_FILE.fullmatch(name):
+            others[name] = LocalFile(location.join(name))
+    return tokenizer, others
+
+
+def _tokenizer(files: dict[str, ByteSource]) -> Tokenizer | None:
+    """A folder with anything but a bare sentencepiece model is one for ``AutoTokenizer``."""
+    if not files:
+        return None
+    model = next((name for name in _SENTENCEPIECE_NAMES if name in files), None)
+    if model is not None and not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
+        return Tokenizer("sentencepiece", files, model)
+    return Tokenizer("huggingface", files, model)
+
+
+def _training_state(artifacts: Mapping[str, ByteSource]) -> TrainingState:
+    if "trainer_state.json" not in artifacts:
+        return TrainingState()
+    state = read_json(artifacts["trainer_state.json"])
+    step, epoch = state.get("global_step"), state.get("epoch")
+    return TrainingState(
+        step=step if isinstance(step, int) else None,
+        epoch=int(epoch) if isinstance(epoch, (int, float)) and abs(epoch) < 1 << 53 else None,
+    )
+
+
+# -- writing -------------------------------------------------------------------------------------------------
+
+
+def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    weights, ignored = weights_only(checkpoint)
+    notes: list[str] = []
+    metadata = {**(checkpoint.details.get("metadata", {}) if checkpoint.format == "hf" else {}), "format": "pt"}
+    files = _weight_files(weights, options.max_shard_size or DEFAULT_SHARD_SIZE, metadata)
+    extra: dict[str, OutputFile] = {}
+    if checkpoint.config:
+        extra["config.json"] = small_file("config.json", _json(checkpoint.config))
+    else:
+        notes.append("there is no configuration to write: add a config.json before transformers can load this folder")
+    if checkpoint.tokenizer is not None:
+        extra.update(_tokenizer_files(checkpoint.tokenizer, notes))
+    for name, source in checkpoint.artifacts.items():
+        _check_plain_name(name, checkpoint.path)
+        extra.setdefault(name, OutputFile(name, (SourceData(source),), 1))
+    generation = _generation_config(checkpoint.config)
+    if generation is not None:
+        extra.setdefault("generation_config.json", small_file("generation_config.json", _json(generation)))
+    taken = {file.path for file in files}
+    kept = tuple(file for name, file in extra.items() if name not in taken)
+    return Plan("hf", (*files, *kept), ignored=ignored, notes=tuple(notes))
+
+
+def _weight_files(tensors: Mapping[str, LazyTensor], limit: int, metadata: Mapping[str, str]) -> list[OutputFile]:
+    if limit <= 0:
+        raise UsageError("the shard size must be positive", found=limit)
+    shards = _split(tensors, limit)
+    if len(shards) <= 1:
+        return [OutputFile("model.safetensors", safetensors_parts(tensors, metadata))]
+    files: list[OutputFile] = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append(OutputFile(name, safetensors_parts(shard, metadata)))
+        weight_map.update(dict.fromkeys(shard, name))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    parameters = sum(tensor.size for tensor in tensors.values())
+    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
+    files.append(small_file("model.safetensors.index.json", _json(index)))
+    return files
+
+
+def _split(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
+    """Greedily in the given order; a tensor above the limit gets a file of its own."""
+    shards: list[dict[str, LazyTensor]] = []
+    current: dict[str, LazyTensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > limit:
+            shards.append({name: tensor})
+            continue
+        if size + tensor.nbytes > limit:
+            shards.append(current)
+            current, size = {}, 0
+        current[name] = tensor
+        size += tensor.nbytes
+    if current:
+        shards.append(current)
+    return shards
+
+
+def _tokenizer_files(tokenizer: Tokenizer, notes: list[str]) -> dict[str, OutputFile]:
+    """The tokenizer's files under the names that ``AutoTokenizer.from_pretrained`` looks for."""
+    files: dict[str, OutputFile] = {}
+    for name, source in tokenizer.files.items():
+        plain = name.rpartition("/")[2]
+        if name == tokenizer.model_file and plain not in _SENTENCEPIECE_NAMES:
+            plain = "tokenizer.model"
+        _check_plain_name(plain, source.name)
+        files[plain] = OutputFile(plain, (SourceData(source),), 1)
+    if tokenizer.library == "sentencepiece" and "tokenizer.model" in files and "tokenizer_config.json" not in files:
+        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": bool(tokenizer.settings.get("legacy", False))}
+        files["tokenizer_config.json"] = small_file("tokenizer_config.json", _json(settings))
+    if not files and tokenizer.hub_name:
+        notes.append(f"the checkpoint only names its tokenizer: get it from {tokenizer.hub_name}")
+    return files
+
+
+def _generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What transformers derives from a model configuration when it saves a model that can generate."""
+    architectures = config.get("architectures") or [""]
+    tokens = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
+    }
+    if not tokens or not str(architectures[0]).endswith("ForCausalLM"):
+        return None
+    return {"_from_model_config": True, **tokens}
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the configuration cannot be written as JSON: {error}") from None
+
+
+FORMAT = Format(
+    name="hf",
+    title="Hugging Face folder",
+    detect=_detect,
+    read=_read,
+    plan=_plan,
+    dialect=lambda options: "hf",
+    config_kind="hf",
+)
