@@ -65,17 +65,13 @@ class Machine:
             if built is not NotImplemented:
                 return built
         elif type(callee) is not Global and type(callee) is not Record:
-            raise FormatError(
-                "a value is called", expected="a class or function", found=type(callee).__name__
-            )
+            raise FormatError("a value is called", expected="a class or function", found=type(callee).__name__)
         return Record(callee, args, new)
 
     def build(self, target: Any, state: Any) -> None:
         """BUILD on anything but a fresh record."""
         if type(target) is Global:
-            raise UnsafeError(
-                f"the attributes of {target.path} itself are changed", expected="those of an instance"
-            )
+            raise UnsafeError(f"the attributes of {target.path} itself are changed", expected="those of an instance")
         setter = getattr(target, "set_state", None)
         if setter is None:
             raise FormatError("a state is given to a plain value", found=type(target).__name__)
@@ -94,9 +90,7 @@ class Machine:
         elif type(target) is Record:
             target.pairs = [*(target.pairs or ()), *zip(halves, halves, strict=True)]
         else:
-            raise FormatError(
-                "items are set on something that is not a dictionary", found=type(target).__name__
-            )
+            raise FormatError("items are set on something that is not a dictionary", found=type(target).__name__)
 
     def append(self, target: Any, items: list[Any]) -> None:
         """APPEND and APPENDS."""
@@ -107,16 +101,12 @@ class Machine:
                 target.items = []
             target.items.extend(items)
         else:
-            raise FormatError(
-                "items are appended to something that is not a list", found=type(target).__name__
-            )
+            raise FormatError("items are appended to something that is not a list", found=type(target).__name__)
 
     def persistent(self, identifier: Any) -> Any:
         """PERSID and BINPERSID."""
         if self.persistent_load is None:
-            raise FormatError(
-                "a reference to data outside the pickle", expected="a pickle that is complete in itself"
-            )
+            raise FormatError("a reference to data outside the pickle", expected="a pickle that is complete in itself")
         return self.persistent_load(identifier)
 
     def rare(self, code: int, at: int, stack: list[Any]) -> tuple[int, list[Any]]:
@@ -138,9 +128,7 @@ class Machine:
             length = struct.unpack_from("<Q", self.window.data, at)[0]
             left = self.window.size - self.window.base - at - 8
             if length > left:
-                raise FormatError(
-                    "a frame reaches past the end", expected=f"at most {left} bytes", found=length
-                )
+                raise FormatError("a frame reaches past the end", expected=f"at most {left} bytes", found=length)
             return at + 8, stack
         if code == 0x93:  # STACK_GLOBAL
             name = stack.pop()

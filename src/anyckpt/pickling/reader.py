@@ -8,6 +8,7 @@ data.
 
 from __future__ import annotations
 
+import gc
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -19,7 +20,7 @@ from anyckpt.pickling.interpreter import KeepAllError, execute
 from anyckpt.pickling.opcodes import Machine
 from anyckpt.pickling.window import ByteReader, ShortDataError, Window
 
-_PRUNE_FROM = 1 << 20
+_BIG = 1 << 20  # bytes from which a pickle is worth preparations
 
 
 class _CallerError(Exception):
@@ -67,6 +68,10 @@ def load_prefix(
     window = Window(data, start, name)
     machine = Machine(window, _guarded(persistent_load), _guard_all(constructors))
     used = _used_entries(window.data) if window.whole else None
+    # A collector that looks for cycles among millions of new objects, all alive, takes a quarter of the time.
+    pause = len(window.data) >= _BIG and gc.isenabled()
+    if pause:
+        gc.disable()
     try:
         try:
             return _run(machine, used)
@@ -74,6 +79,9 @@ def load_prefix(
             return _run(Machine(Window(data, start, name), machine.persistent_load, machine.callers), None)
     except _CallerError as problem:
         raise cast(BaseException, problem.__cause__) from None
+    finally:
+        if pause:
+            gc.enable()
 
 
 def _guarded(function: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
@@ -104,7 +112,7 @@ def _used_entries(data: bytes) -> bytearray | None:
     that looks like LONG_BINGET saves most of the memory of a million-chunk index.  An operand that looks so
     by chance only keeps one more entry.
     """
-    if len(data) < _PRUNE_FROM or data[0] != 0x80 or data[1] < 4:
+    if len(data) < _BIG or data[0] != 0x80 or data[1] < 4:
         return None
     used = np.zeros(data.count(b"\x94") + 1, np.uint8)
     used[:256] = 1
@@ -131,9 +139,7 @@ def _run(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
         if isinstance(problem, IndexError) and left > 1:
             raise _located(window, FormatError("an opcode needs more objects than the stack holds")) from None
         needed = f"{problem.needed} bytes" if isinstance(problem, ShortDataError) else "more bytes"
-        truncated = FormatError(
-            "the pickle ends before its STOP opcode", expected=needed, found=f"{max(left - 1, 0)}"
-        )
+        truncated = FormatError("the pickle ends before its STOP opcode", expected=needed, found=f"{max(left - 1, 0)}")
         raise _located(window, truncated) from None
     except KeyError as problem:
         raise _located(window, FormatError(f"memo entry {problem} is read but was never stored")) from None

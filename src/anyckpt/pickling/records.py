@@ -142,9 +142,7 @@ class DictRecord(dict[Any, Any]):
     new: bool
     state: Any
 
-    def __init__(
-        self, type: Global, args: tuple[Any, ...] = EMPTY, new: bool = False, *, state: object = None
-    ) -> None:
+    def __init__(self, type: Global, args: tuple[Any, ...] = EMPTY, new: bool = False, *, state: object = None) -> None:
         self.type = type
         self.args = args
         self.new = new

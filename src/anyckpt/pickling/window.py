@@ -77,9 +77,7 @@ class Window:
         if length <= held or length > left:
             return False
         if length > _LARGEST_OPERAND:
-            raise FormatError(
-                "an operand is too long", expected=f"at most {_LARGEST_OPERAND} bytes", found=needed
-            )
+            raise FormatError("an operand is too long", expected=f"at most {_LARGEST_OPERAND} bytes", found=needed)
         self.data = self._source.read(offset, min(max(_STEP, length), left))
         self.base, self.opcode = offset, 0
         return True
