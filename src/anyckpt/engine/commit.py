@@ -63,24 +63,31 @@ class Staging:
         except OSError as error:
             raise write_error(destination, error) from error
         self._lock = self._acquire_lock()
-        path = os.path.join(self._directory, "journal")
-        self.resumed = resume and os.path.exists(path) and self._load(path, fingerprint)
         try:
-            if not self.resumed:
-                self._clear()
-            self._journal: TextIO = open(path, "a", encoding="ascii")
-            if not self.resumed:
-                self._append({"fingerprint": fingerprint})
+            self._journal = self._open_journal(fingerprint, resume)
         except OSError as error:
+            os.close(self._lock)
             raise write_error(destination, error) from error
+        except OutputError:
+            os.close(self._lock)
+            raise
+
+    def _open_journal(self, fingerprint: str, resume: bool) -> TextIO:
+        path = os.path.join(self._directory, "journal")
+        if resume and os.path.exists(path) and self._load(path, fingerprint):
+            return open(path, "a", encoding="ascii")
+        self._clear()
+        journal = open(path, "a", encoding="ascii")
+        _append(journal, {"fingerprint": fingerprint})
+        return journal
 
     def _acquire_lock(self) -> int:
         descriptor = os.open(os.path.join(self._directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
                 raise OutputError(
                     "is being written by another process",
                     path=self.destination,
@@ -105,11 +112,6 @@ class Staging:
                 self.finished[file, offset] = record
         return True
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
-
     def record(self, blocks: dict[tuple[int, int], BlockRecord]) -> None:
         """Note blocks whose bytes are durable.
 
@@ -118,7 +120,7 @@ class Staging:
         """
         rows = [[file, offset, done.crcs, done.digests] for (file, offset), done in blocks.items()]
         try:
-            self._append({"blocks": rows})
+            _append(self._journal, {"blocks": rows})
         except OSError as error:
             raise write_error(self.destination, error) from error
 
@@ -182,6 +184,12 @@ class Staging:
                 shutil.rmtree(path)
             elif name != "lock":
                 os.unlink(path)
+
+
+def _append(journal: TextIO, entry: dict[str, Any]) -> None:
+    journal.write(json.dumps(entry, separators=(",", ":")) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
 
 
 def _journal_entries(path: str) -> tuple[list[dict[str, Any]], int]:

@@ -1,0 +1,70 @@
+"""A plan with every kind of part, and a program that executes it: ``python sample.py DESTINATION [resume]``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from anyckpt import tensor as lazy
+from anyckpt.engine import blocks, checksum, execute, files
+from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, Plan, SourceData, TensorData, small_file
+from anyckpt.storage import LocalFile, MemorySource
+from anyckpt.tensor import Stored
+
+
+def sample_plan(source: Path, *, directory: bool = True) -> Plan:
+    """Three data files of tensors, literals, an artifact and checksums; metadata; a marker."""
+    data = LocalFile(source)
+    rows = data.size // 4 // 64
+    whole = Stored(data, 0, lazy.dtype("float32"), (rows, 64))
+    groups = whole[: rows // 8 * 8].reshape((rows // 8, 8, 64))
+    views = {
+        "plain": whole,
+        "interleaved": lazy.concatenate([groups[:, 2:], groups[:, :2]], 1).reshape((-1, 64)),
+        "transposed": whole[:100].transpose(),
+        "cast": whole.cast("bfloat16"),
+        "small": whole[3, :5],
+        "empty": whole[:0],
+        "padded": whole[: rows // 2].pad(0, rows),
+    }
+    outputs = []
+    for number, names in enumerate((["small", "plain", "empty", "cast"], ["transposed", "interleaved"], ["padded"])):
+        parts: list[Part] = [Literal(b"header of an odd length %d" % number)]
+        for name in names:
+            parts.append(TensorData(name, views[name]))
+            parts.append(Computed(4, (len(parts) - 1,), lambda crcs: crcs[0].to_bytes(4, "little")))
+        parts.append(SourceData(MemorySource(b"artifact" * 1000)))
+        asked = tuple(i for i, part in enumerate(parts) if not isinstance(part, Computed))
+        parts.append(Computed(4 * len(asked), asked, lambda crcs: b"".join(c.to_bytes(4, "little") for c in crcs)))
+        outputs.append(OutputFile(f"data/{number}.bin", tuple(parts)))
+    if not directory:
+        return Plan("sample", (OutputFile("", outputs[0].parts),))
+    marker = small_file("metadata.json", "{}", stage=2)
+    return Plan("sample", (marker, *outputs, small_file("config.yaml", "a: 1\n")), links={"last": "data"})
+
+
+def shrink_blocks(nbytes: int, sync_every: int = 1 << 30) -> None:
+    """Make blocks small, so that a small plan has many."""
+    for module in (blocks, checksum, files):
+        module.CHUNK_BYTES = nbytes
+    execute._SYNC_EVERY = sync_every
+    files._DIRECT_MINIMUM = 4096
+
+
+def make_source(path: Path, nbytes: int) -> Path:
+    path.write_bytes(np.random.default_rng(5).integers(0, 256, nbytes, dtype=np.uint8).tobytes())
+    return path
+
+
+if __name__ == "__main__":
+    shrink_blocks(16384, sync_every=200_000)
+    print("ready", flush=True)
+    execute.execute(
+        sample_plan(Path(sys.argv[1])),
+        sys.argv[2],
+        resume="resume" in sys.argv[3:],
+        workers=2,
+        source_paths=[sys.argv[1]],
+    )
