@@ -218,21 +218,20 @@ class Machine:
         stack.append(value)
         return begin + length, stack
 
-    def _line(self, at: int) -> tuple[bytes, int]:
+    def _line(self, at: int, operand: int) -> tuple[bytes, int]:
         data = self.window.data
         end = data.find(b"\n", at)
         if end < 0:
             # The line's end lies beyond the window, who knows where: ask for twice as much, or for all.
             held, left = len(data) - at, self.window.size - self.window.base - at
-            missing = at - self.window.opcode - 1
-            raise ShortDataError(missing + (min(2 * held + 1, left) if held < left else left + 1))
+            raise ShortDataError(at - operand + (min(2 * held + 1, left) if held < left else left + 1))
         return data[at:end], end + 1
 
     def _text(self, code: int, at: int, stack: list[Any]) -> tuple[int, list[Any]]:
         """Opcodes of protocol 0, whose operand is a line of text."""
-        line, end = self._line(at)
+        line, end = self._line(at, at)
         if code in (0x63, 0x69):  # GLOBAL, INST
-            second, end = self._line(end)
+            second, end = self._line(end, at)
             found = self.global_name(line.decode("utf-8"), second.decode("utf-8"))
             if code == 0x69:
                 args, stack = stack, self._pop_mark()

@@ -269,7 +269,7 @@ def _expand(obj: Any, budget: int) -> tuple[Any, list[tuple[Any, Any]]]:
     elif isinstance(obj, (range, slice)):
         pairs = [("__type__", f"builtins.{type(obj).__name__}"), ("args", (obj.start, obj.stop, obj.step))]
     else:
-        pairs = [("__type__", obj.type), *record_parts(obj)]
+        pairs = [("__type__", obj.type if obj.path == "?" else obj.path), *record_parts(obj)]
     copy: dict[str, Any] = {}
     children = []
     for key, value in pairs:

@@ -136,7 +136,8 @@ def _run(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
         raise _located(window, problem) from None
     except (IndexError, struct.error, ShortDataError) as problem:
         left = window.size - window.base - window.opcode
-        if isinstance(problem, IndexError) and left > 1:
+        stopped = window.data[window.opcode : window.opcode + 1] == b"."
+        if isinstance(problem, IndexError) and (left > 1 or stopped):
             raise _located(window, FormatError("an opcode needs more objects than the stack holds")) from None
         needed = f"{problem.needed} bytes" if isinstance(problem, ShortDataError) else "more bytes"
         truncated = FormatError("the pickle ends before its STOP opcode", expected=needed, found=f"{max(left - 1, 0)}")

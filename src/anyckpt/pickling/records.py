@@ -89,8 +89,15 @@ class Record:
 
     @property
     def path(self) -> str:
-        """The dotted name of what is called; ``?`` where the callee is not a name."""
-        return self.type.path if isinstance(self.type, Global) else "?"
+        """The dotted name of what is called; ``?`` where that is neither a name nor an attribute of one.
+
+        A class method is pickled as the result of ``getattr(class, name)`` before protocol 4.
+        """
+        callee = self.type
+        if isinstance(callee, Record) and callee.type == Global("builtins", "getattr") and len(callee.args) == 2:
+            owner, name = callee.args
+            return f"{owner.path}.{name}" if isinstance(owner, Global) and isinstance(name, str) else "?"
+        return callee.path if isinstance(callee, Global) else "?"
 
     def set_state(self, state: object) -> None:
         """Keep what BUILD gives; a second dictionary adds to the first, as ``__dict__.update`` does.

@@ -20,7 +20,13 @@ _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 _BATCH = 1000  # as Python's pickler: a reader never has to hold a whole dictionary on its stack
 
 
-def dumps(obj: object, *, protocol: int = 2, name: str = "pickle") -> bytes:
+def dumps(
+    obj: object,
+    *,
+    protocol: int = 2,
+    name: str = "pickle",
+    stand_in: Callable[[Any], Any] | None = None,
+) -> bytes:
     """The pickle of ``obj``.
 
     Args:
@@ -29,14 +35,16 @@ def dumps(obj: object, *, protocol: int = 2, name: str = "pickle") -> bytes:
             written once, so what was shared stays shared.
         protocol: 2 or 4.
         name: the file's name, for messages.
+        stand_in: called with each object of another type, in the order in which they are written; gives what to
+            write in its place.  The same result for the same object keeps what was shared shared.
 
     Raises:
-        UsageError: another type of object, or another protocol.
+        UsageError: another type of object and no stand-in for it, or another protocol.
         FormatError: an object that is among its own arguments, or a name that a pickle cannot hold.
     """
     if protocol not in (2, 4):
         raise UsageError(f"pickle protocol {protocol} is not written", path=name, expected="2 or 4")
-    return _Writer(protocol, name).dump(obj)
+    return _Writer(protocol, name, stand_in).dump(obj)
 
 
 class _Writer:
@@ -45,9 +53,10 @@ class _Writer:
     An entry of the stack is a method and its arguments, to run once what was pushed after it is written.
     """
 
-    def __init__(self, protocol: int, name: str) -> None:
+    def __init__(self, protocol: int, name: str, stand_in: Callable[[Any], Any] | None) -> None:
         self._protocol = protocol
         self._name = name
+        self._stand_in = stand_in
         self._out = bytearray(b"\x80" + bytes([protocol]))
         self._memo: dict[int, int] = {}
         self._texts: dict[object, int] = {}
@@ -91,6 +100,14 @@ class _Writer:
             self._get(known)
             return
         save = _SAVERS.get(type(obj))
+        if save is None and self._stand_in is not None:
+            obj = self._stand_in(obj)
+            self._kept.append(obj)
+            known = self._memo.get(id(obj))
+            if known is not None:
+                self._get(known)
+                return
+            save = _SAVERS.get(type(obj))
         if save is None:
             kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
             raise UsageError(
