@@ -64,4 +64,4 @@ def _scaled(count: float, names: tuple[str, ...]) -> str:
     if not power:
         return f"{count:,.0f} {names[0]}"
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {names[power]}"
+    return f"{value:,.{digits}f} {names[power]}"

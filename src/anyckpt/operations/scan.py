@@ -172,14 +172,16 @@ def _real(chunk: Array, name: str) -> Array:
     """A chunk as real numbers that numpy reduces correctly."""
     if name == "complex32":
         pairs = chunk.view("<f2").reshape(-1, 2).astype(np.float64)
-        magnitude: Array = np.hypot(pairs[:, 0], pairs[:, 1])
-        return magnitude
+        return _magnitude(pairs[:, 0], pairs[:, 1])
     if chunk.dtype.kind == "c":
-        real, imaginary = chunk.real.astype(np.float64), chunk.imag.astype(np.float64)
-        magnitude = np.hypot(real, imaginary)
-        return magnitude
+        return _magnitude(chunk.real.astype(np.float64), chunk.imag.astype(np.float64))
     if chunk.dtype.kind == "b":
         return (chunk.view(np.uint8) != 0).astype(np.uint8)
     if chunk.dtype.kind in "iu":
         return chunk
     return chunk.astype(np.float64)
+
+
+def _magnitude(real: Array, imaginary: Array) -> Array:
+    result: Array = np.hypot(real, imaginary)
+    return result

@@ -1,0 +1,80 @@
+"""Changing the element type of weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyckpt.dtypes import dtype
+from anyckpt.errors import FormatError, UsageError
+from anyckpt.operations.select import matching
+from anyckpt.tensor import LazyTensor
+
+TARGETS = ("bfloat16", "float16", "float32")
+
+KEEP_IN_FP32 = ("*expert_bias", "*e_score_correction_bias", "*A_log", "*.D", "*dt_bias")
+"""Names of weights that training code holds in float32 whatever the model's type, because rounding them changes
+routing or decay: the router's bias (Megatron-Core ``expert_bias``, DeepSeek ``e_score_correction_bias``) and Mamba's
+``A_log``, ``D`` and ``dt_bias``."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The outcome.
+
+    Attributes:
+        tensors: all tensors, cast or not.
+        casts: "float32 -> bfloat16" -> number of tensors.
+        notes: which tensors were kept as they are, and why.
+    """
+
+    tensors: dict[str, LazyTensor]
+    casts: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def cast_weights(tensors: dict[str, LazyTensor], to: str | None, keep: Sequence[str] = KEEP_IN_FP32) -> Cast:
+    """Cast floating-point weights; integers, booleans, complex numbers and 8-bit floats stay as they are.
+
+    Eight-bit floats are quantized values, meaningless without the scale beside them, so rounding them to another type
+    would not be the same weight.
+
+    Args:
+        tensors: weights by name.
+        to: ``bf16``, ``fp16``, ``fp32`` or the long names; no cast at all if None.
+        keep: globs of names that stay as they are unless ``to`` is float32.
+
+    Raises:
+        UsageError: ``to`` is another type.
+    """
+    if to is None:
+        return Cast(tensors, {}, ())
+    try:
+        target = dtype(to)
+    except FormatError as error:
+        raise UsageError(str(error)) from None
+    if target.name not in TARGETS:
+        raise UsageError("cannot cast to this type", expected=", ".join(TARGETS), found=target.name)
+    kept = set() if target.name == "float32" else set(matching(tensors, keep))
+    casts: Counter[str] = Counter()
+    listed: list[str] = []
+    result: dict[str, LazyTensor] = {}
+    eight_bit = 0
+    for name, tensor in tensors.items():
+        result[name] = tensor
+        if not tensor.dtype.is_floating or tensor.dtype == target:
+            continue
+        if tensor.dtype.itemsize == 1:
+            eight_bit += 1
+        elif name in kept:
+            listed.append(name)
+        else:
+            result[name] = tensor.cast(target)
+            casts[f"{tensor.dtype.name} -> {target.name}"] += 1
+    notes = []
+    if listed:
+        notes.append(f"kept in their stored type, because rounding them changes the model: {', '.join(listed)}")
+    if eight_bit:
+        notes.append(f"{eight_bit} tensors of 8-bit floats are quantized values and are not cast")
+    return Cast(result, dict(casts), tuple(notes))

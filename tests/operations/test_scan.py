@@ -1,0 +1,135 @@
+"""Statistics and digests against numpy on whole arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from anyckpt.dtypes import dtype
+from anyckpt.errors import UnsafeError
+from anyckpt.operations import scan as module
+from anyckpt.operations.scan import Statistics, scan
+from anyckpt.storage.source import MemorySource
+from anyckpt.tensor import Constant, Stored, from_array
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 64)
+
+
+def statistics_of(array: np.ndarray) -> Statistics:
+    found = scan(from_array(array), statistics=True, digest=False).statistics
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind", ["float64", "float32", "float16", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+)
+def test_moments_of_floats_are_those_of_the_whole_array(kind: object) -> None:
+    array = (np.random.default_rng(1).standard_normal(1000) * 3 + 7).astype(kind)
+    array[::10] = 0
+    found, exact = statistics_of(array), array.astype(np.float64)
+    assert (found.min, found.max) == (exact.min(), exact.max())
+    assert found.mean == pytest.approx(exact.mean(), rel=1e-12)
+    assert found.std == pytest.approx(exact.std(), rel=1e-12)
+    assert (found.zeros, found.nan, found.inf) == (100, 0, 0)
+
+
+def test_a_large_mean_does_not_cancel_the_deviation() -> None:
+    array = 1e9 + np.arange(1000.0)
+    assert statistics_of(array).std == pytest.approx(array.std(), rel=1e-12)
+
+
+def test_nan_and_infinity_are_counted_and_left_out_of_moments() -> None:
+    array = np.array([1, np.nan, np.inf, -np.inf, 3, -0.0], dtype=np.float32)
+    found = statistics_of(array)
+    assert (found.nan, found.inf, found.zeros) == (1, 2, 1)
+    assert (found.min, found.max, found.mean) == (0, 3, pytest.approx(4 / 3))
+
+
+def test_nothing_finite_has_no_moments() -> None:
+    found = statistics_of(np.full(40, np.nan, dtype=np.float32))
+    assert (found.min, found.max, found.mean, found.std, found.nan) == (None, None, None, None, 40)
+    assert statistics_of(np.zeros((0, 3), dtype=np.float32)).mean is None
+
+
+def test_integers_keep_their_exact_extremes() -> None:
+    found = statistics_of(np.array([2**63 - 1, -(2**63), 0, 5], dtype=np.int64))
+    assert (found.min, found.max, found.zeros) == (-(2**63), 2**63 - 1, 1)
+
+
+def test_booleans_count_as_zero_and_one_whatever_byte_is_stored() -> None:
+    found = scan(Stored(MemorySource(bytes([0, 1, 2, 0])), 0, dtype("bool"), (4,)), statistics=True, digest=False)
+    assert found.statistics is not None
+    assert (found.statistics.min, found.statistics.max, found.statistics.mean, found.statistics.zeros) == (0, 1, 0.5, 2)
+
+
+@pytest.mark.parametrize("kind", ["complex64", "complex128"])
+def test_complex_numbers_are_described_by_their_magnitude(kind: str) -> None:
+    found = statistics_of(np.array([3 + 4j, 0, complex(np.nan, 1), complex(0, np.inf)], dtype=kind))
+    assert (found.min, found.max, found.nan, found.inf, found.zeros) == (0, 5, 1, 1, 1)
+
+
+def test_half_precision_complex_numbers_are_understood_too() -> None:
+    pairs = np.array([3, 4, 0, 0], dtype="<f2")
+    found = scan(Stored(MemorySource(pairs), 0, dtype("complex32"), (2,)), statistics=True, digest=True)
+    assert found.statistics is not None
+    assert (found.statistics.max, found.statistics.zeros) == (5, 1)
+
+
+def test_packed_types_have_a_digest_and_no_statistics() -> None:
+    data = bytes(range(7))
+    found = scan(Stored(MemorySource(data), 0, dtype("float4_e2m1fn_x2"), (7,)), statistics=True, digest=True)
+    assert found.statistics is None
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("kind", "small"),
+    [("float32", 1e-42), ("float64", 1e-310), ("float16", 1e-6), (ml_dtypes.bfloat16, 1e-40)],
+)
+def test_denormal_numbers_are_counted(kind: object, small: float) -> None:
+    assert statistics_of(np.array([small, 1, 0, -small] * 20).astype(kind)).denormals == 40
+
+
+def test_eight_bit_floats_have_no_denormals_worth_counting() -> None:
+    assert statistics_of(np.array([2**-9, 1]).astype(ml_dtypes.float8_e4m3fn)).denormals == 0
+
+
+def test_the_digest_is_of_c_order_bytes_whatever_is_stored() -> None:
+    array = np.arange(3000, dtype=np.float32).reshape(50, 60)
+    found = scan(from_array(array).transpose(), statistics=False, digest=True)
+    assert found.sha256 == hashlib.sha256(np.ascontiguousarray(array.T).tobytes()).hexdigest()
+    assert found.statistics is None
+
+
+def test_progress_adds_up_to_the_size() -> None:
+    advanced: list[int] = []
+    scan(from_array(np.zeros(1000, dtype=np.float32)), statistics=True, digest=False, advance=advanced.append)
+    assert sum(advanced) == 4000
+    assert len(advanced) > 10
+
+
+def test_moments_that_overflow_are_not_numbers_in_json() -> None:
+    huge = statistics_of(np.array([-1.7e308, 1.7e308] * 20))
+    assert huge.max == 1.7e308
+    assert huge.to_json()["std"] is None
+    assert not any(isinstance(v, float) and not math.isfinite(v) for v in huge.to_json().values())
+
+
+def test_a_scalar_repeated_to_terabytes_is_refused() -> None:
+    expanded = Stored(MemorySource(bytes(4)), 0, dtype("float32"), (1 << 40,), (0,))
+    with pytest.raises(UnsafeError, match="repeats a few stored bytes"):
+        scan(expanded, statistics=True, digest=True)
+
+
+def test_padding_of_zeros_is_no_repetition() -> None:
+    found = scan(Constant(dtype("float32"), (100,)), statistics=True, digest=False).statistics
+    assert found is not None
+    assert found.zeros == 100
