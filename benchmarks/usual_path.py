@@ -106,7 +106,7 @@ def main() -> None:
     options.target.mkdir()
     # Megatron-Core 0.16 asks for a GPU while saving, and makes no use of it.
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.current_device = lambda: 0
+    torch.cuda.current_device = lambda: torch.device("cpu")
     dist_checkpointing.save(model.sharded_state_dict(), str(options.target))
     subprocess.run(["sync"], check=True)
     finished = time.monotonic()
