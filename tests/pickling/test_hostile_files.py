@@ -100,7 +100,7 @@ def test_a_bomb_of_shared_lists_is_shown_found_and_written_within_bounds() -> No
 
 def test_very_deep_data_is_shown_simplified_walked_and_written() -> None:
     deep: list[Any] = [1.5]
-    for _ in range(100_000):
+    for _ in range(20_000):
         deep = [deep]
     assert "..." in json.dumps(to_plain(deep))
     assert list(find_leaves(deep, lambda leaf: isinstance(leaf, PersistentId))) == []

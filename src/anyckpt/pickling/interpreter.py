@@ -129,7 +129,11 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                             machine.set_items(target, items)
                     elif code == 0x52:  # REDUCE
                         args = stack.pop()
-                        stack[-1] = machine.call(stack[-1], args, False)
+                        callee = stack[-1]
+                        if id(callee) == machine.size and type(args) is tuple and len(args) == 1:
+                            stack[-1] = args[0] if type(args[0]) is tuple else machine.call(callee, args, False)
+                        else:
+                            stack[-1] = machine.call(callee, args, False)
                     elif code == 0x72:  # LONG_BINPUT
                         if used is not None:
                             raise KeepAllError

@@ -20,13 +20,13 @@ _MAX_DIGITS = 4300  # decimal conversion takes quadratic time; Python itself sto
 class Machine:
     """What a running pickle has besides its stack: marks, memo, names met so far, the caller's functions."""
 
-    __slots__ = ("_names", "_protocol", "builders", "callers", "marks", "memo", "persistent_load", "window")
+    __slots__ = ("_names", "_protocol", "builders", "callers", "marks", "memo", "persistent_load", "size", "window")
 
     def __init__(
         self,
         window: Window,
         persistent_load: Callable[[Any], Any] | None,
-        callers: Mapping[str, Callable[[Any], Any]],
+        callers: Mapping[str, Constructor],
     ) -> None:
         self.window = window
         self.persistent_load = persistent_load
@@ -36,6 +36,8 @@ class Machine:
         # Keyed by the identity of a Global, which is far cheaper than hashing it; _names keeps them alive.
         self.builders: dict[int, Constructor] = {}
         self._names: dict[tuple[str, str], Global] = {}
+        # The identity of torch.Size, of which an index has more than of all else.
+        self.size = 0
         self._protocol = 0
 
     def global_name(self, module: str, name: str) -> Global:
@@ -50,9 +52,11 @@ class Machine:
             found = self._names[module, name] = Global(module, name)
             caller = self.callers.get(found.path)
             if caller is not None:
-                self.builders[id(found)] = _ignoring_form(caller)
+                self.builders[id(found)] = caller
             elif found.path in CONSTRUCTORS:
                 self.builders[id(found)] = CONSTRUCTORS[found.path]
+                if found.path == "torch.Size":
+                    self.size = id(found)
         return found
 
     def call(self, callee: Any, args: Any, new: bool) -> Any:
@@ -275,10 +279,6 @@ _COUNTED = {
     0x96: "<Q",  # BYTEARRAY8
 }
 _TEXT = frozenset(b"ciFgpILVSP")
-
-
-def _ignoring_form(caller: Callable[[Any], Any]) -> Constructor:
-    return lambda callee, args, new: caller(args)
 
 
 def _number(line: bytes) -> int:

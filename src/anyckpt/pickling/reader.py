@@ -18,6 +18,8 @@ import numpy as np
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.pickling.interpreter import KeepAllError, execute
 from anyckpt.pickling.opcodes import Machine
+from anyckpt.pickling.rebuild import Constructor
+from anyckpt.pickling.records import Global
 from anyckpt.pickling.window import ByteReader, ShortDataError, Window
 
 _BIG = 1 << 20  # bytes from which a pickle is worth preparations
@@ -38,7 +40,8 @@ def load(
 
     Args:
         data: the pickle; bytes after its STOP opcode are ignored.
-        persistent_load: gives the object for a persistent id; without it a persistent id is an error.
+        persistent_load: gives the object for a persistent id, and may be asked for the same one again;
+            without it a persistent id is an error.
         constructors: the caller's own stand-ins, by dotted name: called with the tuple of arguments where the
             pickle calls that name.  What it returns may have ``set_state(state)``; returning
             ``NotImplemented`` keeps the ordinary record.  This is how a reader of a million small objects
@@ -66,7 +69,8 @@ def load_prefix(
     only its own size.
     """
     window = Window(data, start, name)
-    machine = Machine(window, _guarded(persistent_load), _guard_all(constructors))
+    callers = {path: _guarded_constructor(call) for path, call in (constructors or {}).items()}
+    machine = Machine(window, _guarded(persistent_load), callers)
     used = _used_entries(window.data) if window.whole else None
     # A collector that looks for cycles among millions of new objects, all alive, takes a quarter of the time.
     pause = len(window.data) >= _BIG and gc.isenabled()
@@ -76,7 +80,7 @@ def load_prefix(
         try:
             return _run(machine, used)
         except KeepAllError:
-            return _run(Machine(Window(data, start, name), machine.persistent_load, machine.callers), None)
+            return _run(Machine(Window(data, start, name), machine.persistent_load, callers), None)
     except _CallerError as problem:
         raise cast(BaseException, problem.__cause__) from None
     finally:
@@ -99,10 +103,16 @@ def _guarded(function: Callable[[Any], Any] | None) -> Callable[[Any], Any] | No
     return call
 
 
-def _guard_all(
-    constructors: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None,
-) -> dict[str, Callable[[Any], Any]]:
-    return {path: cast("Callable[[Any], Any]", _guarded(call)) for path, call in (constructors or {}).items()}
+def _guarded_constructor(function: Callable[[tuple[Any, ...]], Any]) -> Constructor:
+    def call(callee: Global, args: tuple[Any, ...], new: bool) -> Any:
+        try:
+            return function(args)
+        except AnyckptError:
+            raise
+        except Exception as problem:
+            raise _CallerError from problem
+
+    return call
 
 
 def _used_entries(data: bytes) -> bytearray | None:
