@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,27 @@ class ParallelLayout:
     pipeline_parallel: int = 1
     virtual_pipeline: int = 1
     expert_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class RankShard:
+    """What one rank, and one virtual pipeline chunk of it, holds.
+
+    Attributes:
+        tensor_rank: tensor-parallel rank.
+        pipeline_rank: pipeline stage.
+        virtual_rank: chunk of the stage, 0 without virtual pipeline.
+        expert_rank: expert-parallel rank.
+        tensors: by the hub's spelling of the name, layers numbered as the rank does, from 0.
+        source: the file, for messages.
+    """
+
+    tensor_rank: int
+    pipeline_rank: int
+    virtual_rank: int
+    expert_rank: int
+    tensors: dict[str, LazyTensor]
+    source: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,21 @@ class Tokenizer:
     hub_name: str | None = None
 
 
+@dataclass(frozen=True)
+class StoredChecksum:
+    """A checksum that a container keeps of some of its bytes.
+
+    Attributes:
+        name: what the bytes are, for messages.
+        source: the bytes.
+        crc32: their CRC-32 as stored.
+    """
+
+    name: str
+    source: ByteSource
+    crc32: int
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint, opened: names over bytes, and everything beside them.
@@ -86,6 +122,8 @@ class Checkpoint:
         warnings: anything odd that a user should know.
         ignored: stored names that carry no weights, with the reason (``_extra_state``, ``inv_freq``).
         details: format-specific facts for ``inspect``, as plain data.
+        ranks: the ranks' shards, for formats that keep a file per rank.
+        checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
     """
 
     path: str
@@ -105,6 +143,8 @@ class Checkpoint:
     warnings: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    ranks: tuple[RankShard, ...] = ()
+    checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
 
     def weights(self) -> dict[str, LazyTensor]:
         """The model's own tensors, without ``model_prefix`` and without training state."""
