@@ -17,9 +17,9 @@ from anyckpt.engine.blocks import CHUNK_BYTES
 DIGEST = "xxh3-128 of xxh3-64 per 4 MiB"
 
 
-def crc32(data: Any) -> int:
-    """CRC-32 of a buffer, as zip files have it."""
-    return int(isal_zlib.crc32(data))
+def crc32(data: Any, before: int = 0) -> int:
+    """CRC-32 of a buffer, as zip files have it; of what came before and the buffer, if ``before`` is its CRC-32."""
+    return int(isal_zlib.crc32(data, before))
 
 
 def chunk_digest(data: Any) -> int:

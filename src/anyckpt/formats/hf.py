@@ -252,6 +252,11 @@ def _tokenizer(files: dict[str, ByteSource]) -> Tokenizer | None:
     return Tokenizer("huggingface", files, model)
 
 
+def read_tokenizer(location: Location) -> Tokenizer | None:
+    """The tokenizer whose files lie in a folder, or None if there are none."""
+    return _tokenizer(_other_files(location, "config.json")[0])
+
+
 def _training_state(artifacts: Mapping[str, ByteSource]) -> TrainingState:
     if "trainer_state.json" not in artifacts:
         return TrainingState()

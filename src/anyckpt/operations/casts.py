@@ -34,6 +34,23 @@ class Cast:
     notes: tuple[str, ...]
 
 
+def cast_target(name: str | None) -> str | None:
+    """Torch's name of the type that the user asked for.
+
+    Raises:
+        UsageError: weights are not cast to this type.
+    """
+    if name is None:
+        return None
+    try:
+        target = dtype(name).name
+    except FormatError:
+        target = name
+    if target not in TARGETS:
+        raise UsageError("weights cannot be cast to this type", expected=", ".join(TARGETS), found=name)
+    return target
+
+
 def cast_weights(tensors: dict[str, LazyTensor], to: str | None, keep: Sequence[str] = KEEP_IN_FP32) -> Cast:
     """Cast floating-point weights; integers, booleans, complex numbers and 8-bit floats stay as they are.
 
@@ -42,20 +59,16 @@ def cast_weights(tensors: dict[str, LazyTensor], to: str | None, keep: Sequence[
 
     Args:
         tensors: weights by name.
-        to: ``bf16``, ``fp16``, ``fp32`` or the long names; no cast at all if None.
+        to: as ``cast_target`` takes it; no cast at all if None.
         keep: globs of names that stay as they are unless ``to`` is float32.
 
     Raises:
-        UsageError: ``to`` is another type.
+        UsageError: weights are not cast to this type.
     """
-    if to is None:
+    name = cast_target(to)
+    if name is None:
         return Cast(tensors, {}, ())
-    try:
-        target = dtype(to)
-    except FormatError as error:
-        raise UsageError(str(error)) from None
-    if target.name not in TARGETS:
-        raise UsageError("cannot cast to this type", expected=", ".join(TARGETS), found=target.name)
+    target = dtype(name)
     kept = set() if target.name == "float32" else set(matching(tensors, keep))
     casts: Counter[str] = Counter()
     listed: list[str] = []

@@ -128,9 +128,10 @@ def compare(
 
 
 def _same_bits(x: Array, y: Array) -> Array:
-    if x.dtype.kind == "u":
-        return np.equal(x, y)
-    return np.equal(x.view("<u8").reshape(-1, 2), y.view("<u8").reshape(-1, 2)).all(axis=1)  # 16-byte elements
+    if x.dtype.kind == "c":  # 16-byte elements, moved as two numbers
+        x, y = x.view("<u8").reshape(-1, 2), y.view("<u8").reshape(-1, 2)
+    same: Array = np.equal(x, y).reshape(len(x), -1).all(axis=1)
+    return same
 
 
 def _deviation(reason: str, worst: _Worst) -> Deviation:

@@ -176,7 +176,8 @@ def _real(chunk: Array, name: str) -> Array:
     if chunk.dtype.kind == "c":
         return _magnitude(chunk.real.astype(np.float64), chunk.imag.astype(np.float64))
     if chunk.dtype.kind == "b":
-        return (chunk.view(np.uint8) != 0).astype(np.uint8)
+        ones: Array = chunk.view(np.uint8) != 0
+        return ones.astype(np.uint8)
     if chunk.dtype.kind in "iu":
         return chunk
     return chunk.astype(np.float64)

@@ -1,0 +1,40 @@
+"""``anyckpt verify``."""
+
+from __future__ import annotations
+
+import click
+
+from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
+
+
+@click.command()
+@click.argument("path")
+@click.option("--deep", is_flag=True, help="Also read every weight: NaN, infinities, denormal numbers.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(path: str, deep: bool, as_json: bool) -> int:
+    """Check the checkpoint at PATH: byte ranges, checksums, digests, completeness of the model.
+
+    Exit code: 0 sound, 1 damaged, 2 cannot read.
+    """
+    from anyckpt.operations.verify import verify
+
+    with progress_bar("verifying") as progress:
+        found = verify(path, deep=deep, progress=progress)
+    if as_json:
+        print_json(found.to_json())
+        return 0 if found.sound else 1
+    for problem in found.problems:
+        print_line(f"{problem.where}: {problem.problem}")
+    for warning in found.warnings:
+        print_note(f"warning: {warning}")
+    checked = found.checked
+    looked_at = [
+        f"{checked.tensors:,} tensors in {checked.pieces:,} pieces inside their files",
+        f"{checked.digests:,} digests" if checked.digests else "",
+        f"{checked.checksums:,} checksums" if checked.checksums else "",
+        "the model complete" if checked.model else "",
+        f"{checked.values:,} tensors of finite values" if checked.values else "",
+    ]
+    verdict = "sound" if found.sound else f"damaged, {len(found.problems)} problems"
+    print_line(f"{found.path}: {verdict}; {', '.join(filter(None, looked_at))}")
+    return 0 if found.sound else 1

@@ -1,0 +1,209 @@
+"""Converting a checkpoint: read, choose, rename, cast, lay out, write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.execute import DEFAULT_MEMORY, execute
+from anyckpt.engine.plan import describe
+from anyckpt.errors import UsageError
+from anyckpt.formats import registry
+from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
+from anyckpt.operations.destination import check_destination
+from anyckpt.operations.naming import rename_for
+from anyckpt.operations.scan import Progress
+from anyckpt.operations.select import as_patterns, matching
+from anyckpt.operations.supplied import read_config, read_tokenizer
+from anyckpt.tensor import LazyTensor
+from anyckpt.units import parse_bytes
+
+_STATE = "no weight; --optimizer keep carries training state where the target can hold it"
+_UNWANTED = "not asked for by --include and --exclude"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did, or with ``dry_run`` would do.
+
+    Attributes:
+        output: the path that now holds the output.
+        format: its format.
+        tensors: tensors written.
+        bytes_read: bytes read from the source's files; 0 in a dry run.
+        bytes_written: size of the output's files; in a dry run what it would be.
+        seconds: wall time of reading and writing; 0 in a dry run.
+        peak_rss_bytes: the process's largest resident set so far; 0 in a dry run.
+        ignored: source names that the output leaves out -> reason.
+        casts: "float32 -> bfloat16" -> number of tensors.
+        notes: what a user should know about the output.
+        files: its files, as ``path``, ``bytes`` and ``tensors``.
+        resumed_bytes: bytes that an interrupted run had written before.
+        dry_run: nothing was written.
+    """
+
+    output: str
+    format: str
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_rss_bytes: int
+    ignored: dict[str, str] = field(default_factory=dict)
+    casts: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    files: tuple[dict[str, Any], ...] = ()
+    resumed_bytes: int = 0
+    dry_run: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``convert --json`` prints it; a dry run lists the files."""
+        facts: dict[str, Any] = {
+            "output": self.output, "format": self.format, "tensors": self.tensors, "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written, "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
+            "ignored": [{"name": name, "reason": reason} for name, reason in self.ignored.items()],
+            "casts": self.casts, "notes": list(self.notes), "resumed_bytes": self.resumed_bytes,
+            "dry_run": self.dry_run,
+        }  # fmt: skip
+        if self.dry_run:
+            facts["files"] = list(self.files)
+        return facts
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    to: str,
+    family: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    max_shard_size: int | str | None = None,
+    sharded: bool = False,
+    optimizer: str = "drop",
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the checkpoint at ``source`` in another format, bit for bit unless a cast is asked for.
+
+    Weights are renamed, fused, split and padded by the rules of the model family if source and target name them
+    differently; where the target takes any names, they keep their own.
+
+    Args:
+        source: what to read; its format is detected.
+        destination: what to write; it appears only when it is whole.
+        to: name of the target format, such as ``hf`` or ``nemo``.
+        family: the model family, where the checkpoint does not tell.
+        config: the model's configuration (Hugging Face, NeMo or Megatron), as a file or a dictionary, where the
+            checkpoint has none.
+        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
+        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights.
+        keep_in_fp32: globs of weights that a cast leaves alone.
+        include: glob or globs of the source's weight names; others are left out.
+        exclude: glob or globs of weight names to leave out.
+        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
+        sharded: ``nemo``: put a distributed checkpoint into the archive.
+        optimizer: ``drop``, or ``keep`` to carry training state where source and target name weights alike and the
+            target can hold it; what is not carried is listed in ``ignored``.
+        overwrite: replace an existing checkpoint at the end.
+        resume: continue what an interrupted run of the same conversion left.
+        workers: threads.
+        memory: bytes for blocks in flight, or a text such as ``512MB``.
+        dry_run: plan, and write nothing.
+        progress: called with (bytes done, bytes in all) from any thread.
+
+    Raises:
+        FormatError: the source is damaged.
+        MappingError: names, shapes or configuration do not fit the model family, or the model is incomplete.
+        OutputError: the destination exists or cannot be written.
+        UsageError: the options contradict each other, or no rule leads from this source to this target.
+    """
+    origin, output = os.fspath(source), os.fspath(destination)
+    target = registry.by_name(to)
+    if target.plan is None:
+        raise UsageError(f"{to} can be read but not written")
+    if optimizer not in ("keep", "drop"):
+        raise UsageError("unknown value for optimizer", expected="keep or drop", found=optimizer)
+    options = registry.WriteOptions(
+        max_shard_size=None if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size"),
+        sharded=sharded,
+    )
+    budget = DEFAULT_MEMORY if memory is None else parse_bytes(memory, "--memory")
+    check_destination(output, [origin], overwrite=overwrite)
+
+    checkpoint, left_out = _choose(registry.read(origin), as_patterns(include), as_patterns(exclude))
+    if optimizer == "drop":
+        checkpoint, dropped = _without_state(checkpoint)
+        left_out.update(dropped)
+    if tokenizer is not None:
+        checkpoint = replace(checkpoint, tokenizer=read_tokenizer(os.fspath(tokenizer)))
+    wanted = cast_target(dtype)
+    renamed = rename_for(checkpoint, target, options, family=family, config=read_config(config), dtype=wanted)
+    cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
+    laid_out = target.plan(_with_cast(renamed.checkpoint, cast.tensors), options)
+    plan = replace(
+        laid_out,
+        ignored={**checkpoint.ignored, **left_out, **renamed.ignored, **laid_out.ignored},
+        casts=cast.casts,
+        notes=(*renamed.notes, *cast.notes, *laid_out.notes),
+    )
+    files = tuple(describe(plan)["files"])
+    if dry_run:
+        count = len({part.name for part in plan.tensors()})
+        done = Conversion(output, plan.format, count, 0, plan.nbytes, 0.0, 0, dry_run=True)
+    else:
+        report = execute(
+            plan, output, overwrite=overwrite, resume=resume, workers=workers, memory=budget,
+            progress=progress, source_paths=[origin],
+        )  # fmt: skip
+        done = Conversion(**asdict(report))
+    return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
+
+
+def _choose(
+    checkpoint: Checkpoint, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint without the weights that the user does not want, and these."""
+    if not include and not exclude:
+        return checkpoint, {}
+    names = list(checkpoint.weights())
+    for glob in include:
+        if not matching(names, [glob]):
+            raise UsageError(
+                f"no weight matches --include {glob!r}",
+                path=checkpoint.path,
+                remedy="list the names with anyckpt inspect --tensors '*'",
+            )
+    chosen = set(matching(names, include) if include else names) - set(matching(names, exclude))
+    if not chosen:
+        raise UsageError("--include and --exclude leave no weight", path=checkpoint.path)
+    left_out = {checkpoint.model_prefix + name: _UNWANTED for name in names if name not in chosen}
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
+    return replace(checkpoint, tensors=tensors), left_out
+
+
+def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
+    """The weights alone under their own names, and what else there was."""
+    weights = checkpoint.weights()
+    stored = {checkpoint.model_prefix + name for name in weights}
+    dropped = {name: _STATE for name in (*checkpoint.tensors, *checkpoint.objects) if name not in stored}
+    training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
+    bare = replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, training=training)
+    return bare, dropped
+
+
+def _with_cast(checkpoint: Checkpoint, weights: dict[str, LazyTensor]) -> Checkpoint:
+    prefix = checkpoint.model_prefix
+    changed = {prefix + name: tensor for name, tensor in weights.items()}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **changed})

@@ -1,0 +1,178 @@
+"""Comparing two checkpoints by value, whatever their formats and layouts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.formats import registry
+from anyckpt.operations.compare import Tolerance, compare
+from anyckpt.operations.naming import common_names
+from anyckpt.operations.scan import Progress
+from anyckpt.tensor import LazyTensor
+
+_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor that is in both checkpoints, and not the same.
+
+    Attributes:
+        name: under the names that were compared.
+        reason: ``shape``, ``dtype`` (the values may or may not differ too: see ``max_abs``) or ``values``.
+        max_abs: largest absolute difference over elements that are finite in both, or None.
+        max_rel: largest ``|a - b| / |b|`` over these, or None.
+        a: type and shape in the first checkpoint.
+        b: type and shape in the second.
+        elements: elements that differ beyond the tolerance, or None if shapes differ.
+        nonfinite: how many of these are NaN or infinite on one side at least, or None if shapes differ.
+    """
+
+    name: str
+    reason: str
+    max_abs: float | None
+    max_rel: float | None
+    a: str
+    b: str
+    elements: int | None = None
+    nonfinite: int | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two checkpoints have in common and what not; true if they differ.
+
+    Attributes:
+        compared: tensors that are in both.
+        only_in_a: names of tensors that only the first has.
+        only_in_b: names of tensors that only the second has.
+        different: tensors that are in both and differ.
+        names: ``hub``, ``weights`` (stored names without their common prefix) or ``stored``.
+        notes: what a user should know about the comparison.
+    """
+
+    compared: int
+    only_in_a: list[str]
+    only_in_b: list[str]
+    different: list[TensorDifference]
+    names: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        return not (self.only_in_a or self.only_in_b or self.different)
+
+    def __bool__(self) -> bool:
+        return not self.equal
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``diff --json`` prints it."""
+        return {
+            "equal": self.equal,
+            "compared": self.compared,
+            "only_in_a": self.only_in_a,
+            "only_in_b": self.only_in_b,
+            "different": [asdict(tensor) for tensor in self.different],
+            "names": self.names,
+            "notes": list(self.notes),
+        }
+
+
+def diff(
+    a: str | os.PathLike[str] | Checkpoint,
+    b: str | os.PathLike[str] | Checkpoint,
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    raw: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Difference:
+    """Compare every weight of two checkpoints.
+
+    Weights meet under their Megatron-Core names where the model family of both is known, so formats, shards, fused
+    tensors and the padding of the vocabulary do not matter; else under their stored names.
+
+    Args:
+        a: a path, or a checkpoint that is open.
+        b: another.
+        rtol: relative tolerance: ``|a - b| <= atol + rtol * |b|`` is equal.  With both zero only the same type and
+            the same bits are; with a tolerance types may differ and NaN equals NaN.
+        atol: absolute tolerance.
+        raw: compare all tensors, training state included, under their stored names.
+        workers: threads; as many as processors, up to 4, if None.
+        progress: called with (bytes done, bytes to do) of the second checkpoint, from any thread.
+
+    Raises:
+        FormatError: a checkpoint is damaged.
+        UsageError: a tolerance is negative, or there is nothing to compare.
+    """
+    if not (rtol >= 0 and atol >= 0):
+        raise UsageError("a tolerance cannot be negative", found=f"rtol {rtol}, atol {atol}")
+    first = a if isinstance(a, Checkpoint) else registry.read(a)
+    second = b if isinstance(b, Checkpoint) else registry.read(b)
+    names = common_names(first, second, raw=raw)
+    shared = [name for name in names.a if name in names.b]
+    only_in_a = [name for name in names.a if name not in names.b]
+    only_in_b = [name for name in names.b if name not in names.a]
+    if not shared:
+        raise UsageError(
+            f"have no tensor name in common: {first.path} and {second.path}",
+            expected=f"names such as {next(iter(names.a), 'none at all')}",
+            found=next(iter(names.b), "none at all"),
+        )
+    pairs = [(name, names.a[name], names.b[name]) for name in shared]
+    different = _compare_all(pairs, Tolerance(rtol, atol), workers, progress)
+    return Difference(len(shared), only_in_a, only_in_b, different, names.kind, names.notes)
+
+
+def _compare_all(
+    pairs: list[tuple[str, LazyTensor, LazyTensor]],
+    tolerance: Tolerance,
+    workers: int | None,
+    progress: Progress | None,
+) -> list[TensorDifference]:
+    total = sum(b.nbytes for _, a, b in pairs if a.shape == b.shape)
+    lock = threading.Lock()
+    done = 0
+    stop = threading.Event()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        if stop.is_set():
+            raise KeyboardInterrupt
+        with lock:
+            done += count
+            so_far = done
+        if progress is not None:
+            progress(so_far, total)
+
+    def one(pair: tuple[str, LazyTensor, LazyTensor]) -> TensorDifference | None:
+        name, a, b = pair
+        facts = (f"{a.dtype.name} {list(a.shape)}", f"{b.dtype.name} {list(b.shape)}")
+        if a.shape != b.shape:
+            return TensorDifference(name, "shape", None, None, *facts)
+        try:
+            found = compare(a, b, tolerance, advance)
+        except AnyckptError as error:
+            error.tensor = error.tensor or name
+            raise
+        if found is None:
+            return None
+        return TensorDifference(
+            name, found.reason, found.max_abs, found.max_rel, *facts, found.elements, found.nonfinite
+        )
+
+    with ThreadPoolExecutor(workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
+        try:
+            return [result for result in pool.map(one, pairs) if result is not None]
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise

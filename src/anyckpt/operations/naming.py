@@ -1,0 +1,191 @@
+"""Bringing a checkpoint's weights under other names: those of a target, or those that two checkpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from anyckpt import models
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import MappingError, UsageError
+from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.models import Hub, Model, dialects
+from anyckpt.tensor import LazyTensor
+
+_UNTRANSLATED = "training state, whose names are not translated between formats"
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A checkpoint under a target's names.
+
+    Attributes:
+        checkpoint: with the target's names and configuration.
+        ignored: stored names that it leaves out -> reason.
+        notes: what a user should know.
+    """
+
+    checkpoint: Checkpoint
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def rename_for(
+    checkpoint: Checkpoint,
+    target: Format,
+    options: WriteOptions,
+    *,
+    family: str | None = None,
+    config: dict[str, Any] | None = None,
+    dtype: str | None = None,
+) -> Renamed:
+    """The weights under the names that ``target`` gives them, and the configuration in its spelling.
+
+    Where the target takes any names, or names weights as the source does, nothing changes.  Else the model family's
+    rules lead through the hub; where the family is unknown, two Megatron dialects still translate by name.
+
+    Args:
+        checkpoint: the source.
+        target: the format to write.
+        options: what the user asked of it.
+        family: the model family, where the checkpoint does not tell.
+        config: the model's configuration, where the checkpoint has none.
+        dtype: what the weights will be cast to, for the configuration to say so, or None.
+
+    Raises:
+        MappingError: names, shapes or configuration do not fit the family, or the model is incomplete.
+        UsageError: no rule leads from the source's names to the target's.
+    """
+    wanted = target.dialect(options)
+    if wanted is None:
+        return Renamed(_with_dtype(checkpoint, dtype))
+    known = checkpoint.dialect or dialects.detect(checkpoint.weights())
+    told = family is not None or config is not None
+    fits = target.config_kind is None or checkpoint.config_kind in (None, target.config_kind)
+    if not told and known == wanted and fits:
+        return Renamed(_with_dtype(replace(checkpoint, dialect=wanted), dtype))
+    if not told and known is None and checkpoint.format == target.name:
+        return Renamed(_with_dtype(checkpoint, dtype))
+    model = models.identify(checkpoint, family=family, config=config)
+    if model is not None:
+        return _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
+    if known in dialects.MEGATRON and wanted in dialects.MEGATRON and fits:
+        renamed = dialects.rename(checkpoint.weights(), known, wanted)
+        note = "the model family is unknown: names are translated, completeness is not checked"
+        return Renamed(_with_weights(checkpoint, renamed, wanted), _state_of(checkpoint), (note,))
+    raise UsageError(
+        f"{target.name} needs a model whose family is known",
+        path=checkpoint.path,
+        expected=f"{wanted} names",
+        found=f"{known or 'unknown'} names",
+        remedy="name it with --family and --config, or convert to safetensors, torch or dcp, which keep names",
+    )
+
+
+def _through_hub(
+    checkpoint: Checkpoint, model: Model, wanted: str, config_kind: str | None, dtype: str | None
+) -> Renamed:
+    hub = models.to_hub(checkpoint, model)
+    out = models.from_hub(hub, wanted)
+    renamed = _with_weights(checkpoint, out.tensors, wanted)
+    if config_kind is not None and checkpoint.config_kind == config_kind:
+        renamed = _with_dtype(renamed, dtype)
+    elif config_kind is not None:
+        described = hub.model
+        if dtype is not None:
+            described = replace(described, config=replace(described.config, dtype=dtype))
+        config = models.render_config(described, config_kind)
+        renamed = replace(renamed, config=config, config_kind=config_kind)
+    ignored = {**_state_of(checkpoint), **hub.ignored, **out.ignored}
+    return Renamed(renamed, ignored, (*hub.notes, *out.notes))
+
+
+def _with_weights(checkpoint: Checkpoint, weights: dict[str, LazyTensor], dialect: str) -> Checkpoint:
+    return replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, dialect=dialect)
+
+
+def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    """With a configuration that says which type the weights have, where it says anything about it.
+
+    Hugging Face's key is ``torch_dtype`` in transformers 4 and ``dtype`` in 5; without it, or with the old one,
+    ``from_pretrained(dtype="auto")`` would load a cast model in another type.
+    """
+    stale = [key for key in ("dtype", "torch_dtype") if isinstance(checkpoint.config.get(key), str)]
+    if dtype is None or not stale:
+        return checkpoint
+    return replace(checkpoint, config={**checkpoint.config, **dict.fromkeys(stale, dtype)})
+
+
+def _state_of(checkpoint: Checkpoint) -> dict[str, str]:
+    weights = {checkpoint.model_prefix + name for name in checkpoint.weights()}
+    return {name: _UNTRANSLATED for name in checkpoint.tensors if name not in weights}
+
+
+@dataclass(frozen=True)
+class CommonNames:
+    """The tensors of two checkpoints under names that make them meet.
+
+    Attributes:
+        a: those of the first.
+        b: those of the second.
+        kind: ``hub``, ``weights`` or ``stored``.
+        notes: what a user should know.
+    """
+
+    a: dict[str, LazyTensor]
+    b: dict[str, LazyTensor]
+    kind: str
+    notes: tuple[str, ...] = ()
+
+
+def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
+    """Names under which the same weights of two checkpoints meet.
+
+    Hub names where the family of both is known, or of one whose configuration explains the other; else the weights'
+    stored names without their common prefix.  Rows that only pad the vocabulary are left out.
+
+    Args:
+        a: a checkpoint.
+        b: another.
+        raw: all tensors under their stored names instead.
+    """
+    if raw:
+        return CommonNames(a.tensors, b.tensors, "stored")
+    try:
+        models_of = _identify_both(a, b)
+        if models_of is not None:
+            return _hub_names(models.to_hub(a, models_of[0]), models.to_hub(b, models_of[1]))
+        why = "the model family of one side is unknown"
+    except MappingError as error:
+        why = f"they do not fit the model family: {error}"
+    kinds = [c.dialect or dialects.detect(c.weights()) for c in (a, b)]
+    first, second = a.weights(), b.weights()
+    if kinds[0] != kinds[1] and all(kind in dialects.MEGATRON for kind in kinds):
+        second = dialects.rename(second, kinds[1], kinds[0])
+    return CommonNames(first, second, "weights", (f"compared under stored names, because {why}",))
+
+
+def _identify_both(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
+    first, second = models.identify(a), models.identify(b)
+    if first is not None and second is None:
+        second = models.identify(b, family=first.family, config=a.config)
+    elif second is not None and first is None:
+        first = models.identify(a, family=second.family, config=b.config)
+    return None if first is None or second is None else (first, second)
+
+
+def _hub_names(a: Hub, b: Hub) -> CommonNames:
+    first, second = dict(a.tensors), dict(b.tensors)
+    size = a.model.config.vocab_size or b.model.config.vocab_size
+    trimmed = 0
+    for name in models.VOCABULARY_TENSORS:
+        if size is not None and name in first and name in second:
+            rows = (first[name].shape[0], second[name].shape[0])
+            if min(rows) >= size and max(rows) > size:
+                first[name], second[name] = (side[name].narrow(0, 0, size) for side in (first, second))
+                trimmed = max(rows) - size
+    notes = [*a.notes, *(note for note in b.notes if note not in a.notes)]
+    if trimmed:
+        notes.append(f"rows that pad the vocabulary of {size} tokens, up to {trimmed}, are not compared")
+    return CommonNames(first, second, "hub", tuple(notes))

@@ -1,0 +1,57 @@
+"""What a user hands in beside a checkpoint: a configuration, a tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.checkpoint import Tokenizer
+from anyckpt.errors import UsageError
+from anyckpt.formats import hf
+from anyckpt.formats.registry import look_at
+from anyckpt.storage.source import LocalFile
+
+_CONFIG_LIMIT = 64 << 20
+
+
+def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A configuration as plain data, from JSON or YAML.
+
+    Raises:
+        FormatError: the file is missing, not valid, or no mapping.
+    """
+    if config is None:
+        return None
+    if isinstance(config, Mapping):
+        return dict(config)
+    from anyckpt.plain_yaml import load_yaml_mapping
+
+    source = LocalFile(config)
+    if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return hf.read_json(source)
+    return load_yaml_mapping(source.read_all(_CONFIG_LIMIT), source.name)
+
+
+def read_tokenizer(path: str) -> Tokenizer:
+    """A tokenizer from a folder for ``AutoTokenizer``, from ``tokenizer.json``, or from a sentencepiece model.
+
+    Raises:
+        FormatError: the path is missing.
+        UsageError: the folder holds no tokenizer.
+    """
+    location = look_at(path)
+    if location.is_directory:
+        found = hf.read_tokenizer(location)
+        if found is None:
+            raise UsageError(
+                "holds no tokenizer",
+                path=path,
+                expected="tokenizer.json, tokenizer.model, vocab.json or the like",
+                found=", ".join(location.names[:5]) or "nothing",
+            )
+        return found
+    source, name = LocalFile(path), os.path.basename(path)
+    if name.endswith(".json"):
+        return Tokenizer("huggingface", {name: source})
+    return Tokenizer("sentencepiece", {name: source}, name)

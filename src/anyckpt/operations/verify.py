@@ -1,0 +1,226 @@
+"""Checking a checkpoint for damage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from anyckpt import models
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.checksum import crc32
+from anyckpt.engine.manifest import check_manifest, read_manifest
+from anyckpt.errors import AnyckptError, MappingError
+from anyckpt.formats import registry
+from anyckpt.operations.scan import Progress, scan
+from anyckpt.storage.source import ByteSource
+
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong.
+
+    Attributes:
+        where: a file or a tensor.
+        problem: what is wrong, in one line.
+    """
+
+    where: str
+    problem: str
+
+
+@dataclass
+class Checked:
+    """How much was looked at.
+
+    Attributes:
+        tensors: tensors whose pieces were found inside their files.
+        pieces: stored pieces of these.
+        digests: runs of bytes that agree with the manifest.
+        checksums: CRCs of the container that agree with its bytes.
+        model: whether layers and weights were found complete for the model family.
+        values: tensors whose elements were read and looked at.
+    """
+
+    tensors: int = 0
+    pieces: int = 0
+    digests: int = 0
+    checksums: int = 0
+    model: bool = False
+    values: int = 0
+
+
+@dataclass
+class Verification:
+    """The outcome; true if the checkpoint is sound.
+
+    Attributes:
+        path: what was checked.
+        format: its format.
+        problems: what is wrong; none if the checkpoint is sound.
+        warnings: what is odd and may be right.
+        checked: how much was looked at.
+    """
+
+    path: str
+    format: str
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    checked: Checked = field(default_factory=Checked)
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.sound
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``verify --json`` prints it."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "sound": self.sound,
+            "problems": [asdict(problem) for problem in self.problems],
+            "warnings": self.warnings,
+            "checked": asdict(self.checked),
+        }
+
+
+def verify(
+    source: str | os.PathLike[str] | Checkpoint, *, deep: bool = False, progress: Progress | None = None
+) -> Verification:
+    """Check structure, byte ranges, the manifest's digests, the container's CRCs and the model's completeness.
+
+    The manifest answers for every byte that anyckpt wrote, so CRCs are read only where there is no manifest, or where
+    it found damage.
+
+    Args:
+        source: a path, or a checkpoint that is open.
+        deep: also read every tensor: NaN and infinities in weights are problems, denormal numbers are warnings.
+        progress: called with (bytes done, bytes to do) of each pass over the data.
+
+    Raises:
+        FormatError: it cannot be opened at all.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else registry.read(source)
+    result = Verification(checkpoint.path, checkpoint.format, warnings=list(checkpoint.warnings))
+    _check_pieces(checkpoint, result)
+    if not _check_digests(checkpoint.path, result, progress):
+        _check_checksums(checkpoint, result, progress)
+    _check_model(checkpoint, result)
+    if deep:
+        _check_values(checkpoint, result, progress)
+    return result
+
+
+def _check_pieces(checkpoint: Checkpoint, result: Verification) -> None:
+    for name, tensor in checkpoint.tensors.items():
+        try:
+            for piece in tensor.pieces():
+                piece.check()
+                result.checked.pieces += 1
+        except AnyckptError as error:
+            result.problems.append(Problem(name, str(error)))
+        else:
+            result.checked.tensors += 1
+
+
+def _check_digests(path: str, result: Verification, progress: Progress | None) -> bool:
+    """Whether there is a manifest and every byte agrees with it."""
+    try:
+        manifest = read_manifest(path)
+    except AnyckptError as error:
+        result.problems.append(Problem("manifest", str(error)))
+        return False
+    if manifest is None:
+        return False
+    total = sum(entry.nbytes for entry in manifest.entries)
+    done = 0
+    good = True
+    for entry, problem in check_manifest(path, manifest):
+        if problem:
+            where = entry.name or entry.file if entry is not None else "manifest"
+            result.problems.append(Problem(where or os.path.basename(path), problem))
+            good = False
+        else:
+            result.checked.digests += 1
+        if entry is not None and progress is not None:
+            done += entry.nbytes
+            progress(done, total)
+    return good
+
+
+def _check_checksums(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
+    try:
+        stored = list(checkpoint.checksums())
+    except AnyckptError as error:
+        result.problems.append(Problem(checkpoint.path, str(error)))
+        return
+    total = sum(item.source.size for item in stored)
+    done = 0
+    for item in stored:
+        try:
+            found = 0
+            for block in _blocks(item.source):
+                found = crc32(block, found)
+                done += len(block)
+                if progress is not None:
+                    progress(done, total)
+        except AnyckptError as error:
+            result.problems.append(Problem(item.name, str(error)))
+            continue
+        if found == item.crc32:
+            result.checked.checksums += 1
+        else:
+            problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
+            result.problems.append(Problem(item.name, problem))
+
+
+def _blocks(source: ByteSource) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(_BLOCK, source.size)))
+    for start in range(0, source.size, _BLOCK):
+        part = buffer[: min(_BLOCK, source.size - start)]
+        source.read_into(start, part)
+        yield part
+
+
+def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
+    try:
+        model = models.identify(checkpoint)
+        if model is not None:
+            models.to_hub(checkpoint, model)
+            result.checked.model = True
+    except MappingError as error:
+        result.problems.append(Problem(checkpoint.path, str(error)))
+
+
+def _check_values(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
+    weights = {name: t for name, t in checkpoint.weights().items() if t.dtype.is_floating or t.dtype.kind == "complex"}
+    total = sum(tensor.nbytes for tensor in weights.values())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    for name, tensor in weights.items():
+        try:
+            found = scan(tensor, statistics=True, digest=False, advance=advance).statistics
+        except AnyckptError as error:
+            result.problems.append(Problem(name, str(error)))
+            continue
+        if found is None:
+            continue
+        result.checked.values += 1
+        if found.nan or found.inf:
+            counts = [f"{n:,} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n]
+            result.problems.append(Problem(name, f"{' and '.join(counts)} of {tensor.size:,} elements"))
+        if found.denormals:
+            share = f"{found.denormals:,} of {tensor.size:,} elements are denormal numbers"
+            result.warnings.append(f"{name}: {share}, as a stray write leaves them")
