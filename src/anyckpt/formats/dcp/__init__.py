@@ -1,0 +1,93 @@
+"""PyTorch distributed checkpoints (DCP): a directory of ``.distcp`` files and a ``.metadata``."""
+
+from __future__ import annotations
+
+from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.engine.plan import Plan
+from anyckpt.formats.dcp.reader import METADATA, DcpContents, read_dcp
+from anyckpt.formats.dcp.writer import dcp_files
+from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.storage.folder import LocalFolder
+
+__all__ = ["FORMAT", "DcpContents", "dcp_files", "read_dcp"]
+
+_OTHERS = ("metadata.json", "meta.pt")
+"""What makes a directory with a ``.metadata`` a Megatron-Core or a Lightning checkpoint."""
+
+_OPTIMIZER_ROOTS = ("optim", "optimizer", "optimizers", "optimizer_states")
+_SCHEDULER_ROOTS = ("scheduler", "lr_scheduler", "lr_schedulers", "opt_param_scheduler")
+
+
+def detect(location: Location) -> bool:
+    """A directory with ``.metadata`` (or one per rank, or shards of an unfinished save) that is nobody else's."""
+    if not location.is_directory or any(name in location.names for name in _OTHERS):
+        return False
+    return METADATA in location.names or any(
+        name.startswith("__") and name.endswith((".distcp", METADATA)) for name in location.names
+    )
+
+
+def read(location: Location) -> Checkpoint:
+    """Open a distributed checkpoint under its own names.
+
+    Raises:
+        FormatError: see :func:`read_dcp`.
+    """
+    contents = read_dcp(LocalFolder(location.path))
+    roots = {
+        name: str((contents.paths or {}).get(name, (name.split(".", 1)[0],))[0])
+        for name in (*contents.tensors, *contents.objects)
+    }
+    optimizer = sorted({root for root in roots.values() if root in _OPTIMIZER_ROOTS})
+    return Checkpoint(
+        path=location.path,
+        format=FORMAT.name,
+        format_version=contents.version,
+        tensors=contents.tensors,
+        state_prefixes=tuple(f"{root}." for root in optimizer),
+        objects=contents.objects,
+        training=TrainingState(
+            has_optimizer=bool(optimizer),
+            has_scheduler=any(root in _SCHEDULER_ROOTS for root in roots.values()),
+        ),
+        warnings=contents.warnings,
+        details=dcp_details(contents),
+    )
+
+
+def dcp_details(contents: DcpContents) -> dict[str, object]:
+    """What ``inspect`` shows of a distributed checkpoint, and what writing it again needs."""
+    return {
+        "files": len(contents.files),
+        "chunks": contents.chunks,
+        "shard_files": contents.shard_files,
+        "key_paths": contents.paths,
+        "metadata_class": contents.metadata_class,
+        "flattened": list(contents.flattened),
+    }
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """Names are kept; a nested state keeps its nesting if the source recorded it.
+
+    Raises:
+        UsageError: an object cannot be pickled.
+    """
+    paths = checkpoint.details.get("key_paths")
+    files = dcp_files(
+        checkpoint.tensors,
+        checkpoint.objects,
+        ranks=options.ranks,
+        paths=paths if isinstance(paths, dict) else None,
+        file_bytes=options.max_shard_size,
+    )
+    return Plan(FORMAT.name, tuple(files))
+
+
+FORMAT = Format(
+    name="dcp",
+    title="PyTorch distributed checkpoint",
+    detect=detect,
+    read=read,
+    plan=plan,
+)

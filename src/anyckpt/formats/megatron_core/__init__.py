@@ -1,0 +1,20 @@
+"""Megatron-Core distributed checkpoints, backend ``torch_dist``: what Megatron-LM, NeMo and Megatron-Bridge save."""
+
+from __future__ import annotations
+
+from anyckpt.formats.megatron_core.location import detect
+from anyckpt.formats.megatron_core.reader import read, read_torch_dist
+from anyckpt.formats.megatron_core.writer import plan, torch_dist_files
+from anyckpt.formats.registry import Format
+
+__all__ = ["FORMAT", "read_torch_dist", "torch_dist_files"]
+
+FORMAT = Format(
+    name="megatron-core",
+    title="Megatron-Core distributed checkpoint (torch_dist)",
+    detect=detect,
+    read=read,
+    plan=plan,
+    dialect=lambda options: "megatron-core",
+    config_kind="megatron-args",
+)

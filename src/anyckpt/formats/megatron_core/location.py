@@ -1,0 +1,130 @@
+"""Finding a Megatron-Core checkpoint: the directory itself, or the iteration that a training root points to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+from anyckpt.errors import FormatError
+from anyckpt.formats.registry import Location
+from anyckpt.storage.folder import LocalFolder
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMIT = "metadata.json"
+COMMON = "common.pt"
+_TRACKER_LIMIT = 64
+_COMMIT_LIMIT = 1 << 20
+
+
+def is_checkpoint(names: tuple[str, ...], path: str) -> bool:
+    """Whether a directory with these files is a Megatron-Core checkpoint, whole or not.
+
+    ``metadata.json`` marks a finished one; shards beside a ``common.pt`` are one that was not finished (an
+    asynchronous save writes ``common.pt`` first).  ``.metadata`` alone is somebody else's.
+    """
+    shards = any(name.endswith(".distcp") for name in names)
+    if COMMIT in names:
+        return shards or ".metadata" in names or "sharded_backend" in _commit(path, quiet=True)
+    return COMMON in names and (shards or ".metadata" in names)
+
+
+def detect(location: Location) -> bool:
+    """As the registry asks: a checkpoint, or a training root whose newest iteration is one."""
+    if not location.is_directory:
+        return False
+    if is_checkpoint(location.names, location.path):
+        return True
+    if TRACKER not in location.names:
+        return False
+    try:
+        found = iteration_folder(location)
+        return is_checkpoint(tuple(sorted(os.listdir(found))), found)
+    except (FormatError, OSError):
+        # A tracker that leads nowhere is still Megatron's: reading it says what is wrong.
+        return not any(_has_ranks(location.join(name)) for name in location.names)
+
+
+def _has_ranks(path: str) -> bool:
+    """Whether an iteration is of the older layout of one directory per rank."""
+    return os.path.isdir(path) and any(name.startswith("mp_rank_") for name in os.listdir(path))
+
+
+def iteration_folder(location: Location) -> str:
+    """The directory that the tracker file of a training root names: ``iter_0000010`` or ``release``.
+
+    Megatron-LM ``training/checkpointing.py`` writes the number, or the word ``release``, in ASCII.
+
+    Raises:
+        FormatError: the tracker is unreadable, or the directory is missing.
+    """
+    source = LocalFolder(location.path).open(TRACKER)
+    text = source.read_all(_TRACKER_LIMIT).decode("ascii", "replace").strip()
+    if text != "release" and not re.fullmatch(r"\d{1,18}", text):
+        raise FormatError(
+            "does not name an iteration", path=source.name, expected="a number or the word 'release'", found=repr(text)
+        )
+    name = text if text == "release" else f"iter_{int(text):07d}"
+    if name not in location.names:
+        raise FormatError(
+            f"names {name}, which is missing",
+            path=source.name,
+            found=", ".join(n for n in location.names if n.startswith("iter_")) or "no iteration at all",
+            remedy="open one of the iterations that are there",
+        )
+    return location.join(name)
+
+
+def check_commit(path: str, names: set[str]) -> list[str]:
+    """Check ``metadata.json``, the last file to be written; gives warnings.
+
+    Raises:
+        FormatError: it is not valid, or names a backend other than torch_dist.
+    """
+    if COMMIT not in names:
+        return ["has no metadata.json: the save stopped before its very end; Megatron-Core refuses to load it"]
+    backend = _commit(path).get("sharded_backend")
+    if backend == "zarr":
+        raise FormatError(
+            "is written by Megatron-Core's zarr backend, which is not read yet",
+            path=path,
+            expected="torch_dist",
+            found="zarr",
+            remedy="load it in Megatron-Core before 0.16 and save it with --dist-ckpt-format torch_dist",
+        )
+    if backend != "torch_dist":
+        raise FormatError(
+            "names an unknown backend",
+            path=os.path.join(path, COMMIT),
+            expected="torch_dist",
+            found=repr(backend)[:100],
+        )
+    return []
+
+
+def _commit(path: str, *, quiet: bool = False) -> dict[str, Any]:
+    """The contents of ``metadata.json``; empty if ``quiet`` and it is not valid."""
+    try:
+        source = LocalFolder(path).open(COMMIT)
+        if source.size == 0:
+            raise FormatError(
+                "is empty", path=source.name, remedy="the save was interrupted; use the checkpoint before it"
+            )
+        value = json.loads(source.read_all(_COMMIT_LIMIT))
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__} where an object is expected")
+    except FormatError:
+        if quiet:
+            return {}
+        raise
+    except (ValueError, RecursionError) as problem:
+        if quiet:
+            return {}
+        raise FormatError(
+            f"is not valid JSON: {problem}",
+            path=os.path.join(path, COMMIT),
+            expected='{"sharded_backend": "torch_dist", ...}',
+            remedy="the save was interrupted; use the checkpoint before it",
+        ) from None
+    return value

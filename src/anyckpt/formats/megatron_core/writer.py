@@ -1,0 +1,114 @@
+"""Laying out a Megatron-Core ``torch_dist`` checkpoint as Megatron-Core 0.16 writes it; later versions read it too."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
+from anyckpt.formats.dcp import dcp_files
+from anyckpt.formats.megatron_core.extra_state import extra_states
+from anyckpt.formats.megatron_core.location import TRACKER
+from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.torch_file import zip_parts
+from anyckpt.pickling import Record
+from anyckpt.pickling.plain import to_plain
+from anyckpt.pickling.torch_objects import NAMESPACE, namespace
+from anyckpt.tensor import LazyTensor
+
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_SHARDED_OBJECT = re.compile(r"/shard_[\d.]+(_[\d.]+)?$")
+_CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0 the rows of fused QKV are grouped as they are today
+_FOREIGN = "state of another framework, which Megatron-Core has no place for"
+
+
+def torch_dist_files(
+    tensors: Mapping[str, LazyTensor],
+    objects: Mapping[str, Any],
+    common: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    ranks: int = 1,
+    file_bytes: int | None = None,
+) -> list[OutputFile]:
+    """The files of a ``torch_dist`` checkpoint; ``metadata.json``, which marks it as whole, has stage 2.
+
+    Args:
+        tensors: under their stored names, layers stacked.
+        objects: sharded objects (``rng_state/shard_0.0_1.1``), without Megatron-Core's list of one.  The
+            ``_extra_state`` objects that models with these tensors ask for are added.
+        common: what goes into ``common.pt``.
+        prefix: directory inside the output; empty for the output itself.
+        ranks: over how many ranks' files the bytes are spread.
+        file_bytes: bytes per file, or None for the default.
+
+    Raises:
+        UsageError: an object cannot be pickled.
+    """
+    folder = f"{prefix}/" if prefix else ""
+    extra: dict[str, Any] = {name: None for name in extra_states(tensors) if name not in objects}
+    shards = dcp_files(tensors, {**extra, **objects}, prefix=prefix, ranks=ranks, megatron=True, file_bytes=file_bytes)
+    common_parts = zip_parts(
+        dict(common), archive_name="common", tensor_name=lambda path: ".".join(["common", *map(str, path)])
+    )
+    return [
+        OutputFile(f"{folder}common.pt", tuple(common_parts)),
+        *shards,
+        small_file(f"{folder}metadata.json", json.dumps(_BACKENDS), stage=2),
+    ]
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """A ``torch_dist`` checkpoint directory with the model's arguments in ``common.pt``.
+
+    What was in the source's common state stays there; its sharded objects stay sharded objects.
+
+    Raises:
+        UsageError: an object cannot be pickled.
+    """
+    known = checkpoint.details.get("common")
+    common_names = set(known) if isinstance(known, list) else set()
+    sharded = {name for name in checkpoint.objects if _SHARDED_OBJECT.search(name)}
+    common = {name: checkpoint.objects[name] for name in checkpoint.objects if name in common_names}
+    foreign = {name: _FOREIGN for name in checkpoint.objects if name not in sharded and name not in common_names}
+    common["args"] = _arguments(common.get("args"), checkpoint.config if _has_arguments(checkpoint) else {})
+    common["checkpoint_version"] = common.get("checkpoint_version", _CHECKPOINT_VERSION)
+    common["iteration"] = common.get("iteration", checkpoint.training.step or 0)
+    files = torch_dist_files(
+        checkpoint.tensors,
+        {name: checkpoint.objects[name] for name in checkpoint.objects if name in sharded},
+        common,
+        ranks=options.ranks,
+        file_bytes=options.max_shard_size,
+    )
+    if checkpoint.tokenizer is not None:
+        files += [
+            OutputFile(f"tokenizer/{name}", (SourceData(source),))
+            for name, source in checkpoint.tokenizer.files.items()
+        ]
+    note = f"for Megatron-LM's --load, move it to <root>/release and write 'release' into <root>/{TRACKER}"
+    return Plan("megatron-core", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
+
+
+def _has_arguments(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config_kind == "megatron-args"
+
+
+def _arguments(stored: Any, config: Mapping[str, Any]) -> Any:
+    """The ``args`` of the common state: the stored ones with what the configuration changes or adds.
+
+    A stored value that the configuration shows unchanged is kept as it was pickled (an enum, a dtype).
+    """
+    if stored is not None and not (isinstance(stored, Record) and stored.type == NAMESPACE):
+        return stored
+    fields = dict(stored.fields()) if isinstance(stored, Record) else {}
+    shown = to_plain(fields)
+    return namespace({**fields, **{k: v for k, v in config.items() if k not in shown or shown[k] != v}})
