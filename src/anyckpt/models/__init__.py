@@ -1,0 +1,77 @@
+"""What tensors mean: model families, the hub's names, Megatron's dialects, and configurations.
+
+``identify`` tells the model, ``to_hub`` brings its weights to the hub's names, ``from_hub`` to any other naming, and
+``render_config`` spells its configuration for any framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from anyckpt.errors import UsageError
+from anyckpt.models import config_hf, config_megatron, config_nemo
+from anyckpt.models.config import ModelConfig
+from anyckpt.models.families import by_name, families
+from anyckpt.models.family import Family
+from anyckpt.models.hub import Hub, Model, Named, from_hub, to_hub
+from anyckpt.models.identify import KINDS, config_kind, identify
+
+__all__ = [
+    "KINDS",
+    "Family",
+    "Hub",
+    "Model",
+    "ModelConfig",
+    "Named",
+    "by_name",
+    "config_kind",
+    "families",
+    "from_hub",
+    "identify",
+    "render_config",
+    "size_label",
+    "to_hub",
+]
+
+_RENDERERS: dict[str, Callable[[Family, ModelConfig, list[str]], dict[str, Any]]] = {
+    "hf": config_hf.render,
+    "nemo1": config_nemo.render_nemo1,
+    "nemo2": config_nemo.render_nemo2,
+    "megatron-args": config_megatron.render,
+}
+
+
+def render_config(
+    model: Model, kind: str, *, extra: Mapping[str, Any] | None = None, notes: list[str] | None = None
+) -> dict[str, Any]:
+    """A model's configuration in a framework's spelling, as plain data for JSON or YAML.
+
+    Args:
+        model: the model.
+        kind: ``hf`` (``config.json``), ``nemo1`` (``model_config.yaml``), ``nemo2`` (the ``_target_`` and ``config``
+            of ``model.yaml``) or ``megatron-args``.
+        extra: keys to add or replace at the top level.
+        notes: what the framework cannot say is appended here.
+
+    Raises:
+        MappingError: the framework cannot express the model.
+        UsageError: no such kind.
+    """
+    if kind not in _RENDERERS:
+        raise UsageError(f"unknown kind of configuration {kind!r}", expected=f"one of {', '.join(_RENDERERS)}")
+    said: list[str] = [] if notes is None else notes
+    rendered = _RENDERERS[kind](model.definition, model.config, said)
+    if kind != "hf":
+        lost = config_hf.surplus(model.config)
+        if lost:
+            said.append(f"keys of config.json that the {kind} configuration has no place for: {', '.join(lost)}")
+    return {**rendered, **(extra or {})}
+
+
+def size_label(parameters: int) -> str:
+    """A number of parameters as people say it: ``8.0B``, ``405.9B``, ``74.9K``."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if parameters >= size:
+            return f"{parameters / size:.1f}{unit}"
+    return str(parameters)

@@ -1,0 +1,230 @@
+"""Hugging Face's ``config.json``: read in its 4.x and 5.x spellings, written so that both load it.
+
+4.x has ``rope_theta`` beside ``rope_scaling`` and ``torch_dtype``; 5.x has ``rope_parameters`` and ``dtype``
+(transformers 5.23, ``modeling_rope_utils`` and ``configuration_utils``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.dtypes import BY_NAME
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader, check, render_fields, vocabulary_divisor
+from anyckpt.models.family import Family
+
+COMMON = (
+    Field("num_layers", "num_hidden_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("ffn_hidden_size", "intermediate_size"),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field("num_query_groups", "num_key_value_heads", default=lambda found: found["num_attention_heads"]),
+    Field(
+        "kv_channels", "head_dim", default=lambda found: found["hidden_size"] // max(1, found["num_attention_heads"])
+    ),
+    Field("vocab_size", "vocab_size"),
+    Field("max_position_embeddings", "max_position_embeddings", default=None),
+    Field("init_method_std", "initializer_range", "number", 0.02),
+    Field("attention_dropout", "attention_dropout", "number", 0.0),
+    Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", False),
+    Field("bos_token_id", "bos_token_id", "tokens", None),
+    Field("eos_token_id", "eos_token_id", "tokens", None),
+    Field("pad_token_id", "pad_token_id", "tokens", None),
+)
+"""Keys that decoder-only families share."""
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+_SPELLED = {hub: name for name, hub in reversed(_ACTIVATIONS.items())}
+
+_ATTENTION_BIAS = "attention_bias"
+_HANDLED = {
+    "architectures", "model_type", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
+    "partial_rotary_factor", "dtype", "torch_dtype", _ATTENTION_BIAS,
+}  # fmt: skip
+_WITHOUT_MEANING = {
+    "_name_or_path", "transformers_version", "use_cache", "pretraining_tp", "auto_map", "_attn_implementation",
+    "output_attentions", "output_hidden_states", "return_dict", "attn_implementation", "torchscript",
+}  # fmt: skip
+"""Keys that say nothing about the model itself."""
+
+
+def is_known(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of the family."""
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    if config.get("model_type") in family.hugging_face.model_types:
+        return True
+    return "model_type" not in config and first in family.hugging_face.architectures
+
+
+def parse(family: Family, config: Mapping[str, Any]) -> ModelConfig:
+    """The hub's configuration from a ``config.json``.
+
+    Raises:
+        MappingError: a key is missing, of the wrong type, or says something that the family cannot be.
+    """
+    reader = Reader(config, "config.json")
+    known = family.hugging_face
+    fields = reader.fields(known.fields, known.defaults)
+    base, scaling, percent = _rope(reader, known.defaults)
+    activation = reader.text("hidden_act") or known.defaults.get("hidden_act", "silu")
+    _expect(family, "activation", "hidden_act", _ACTIVATIONS.get(activation, activation))
+    keys = {entry.key for entry in known.fields} | _HANDLED | known.constants.keys()
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise MappingError(
+            "the model is quantized, and its packed weights are not those of its family",
+            expected="no quantization_config in config.json", found=method or "one",
+            remedy="convert the unquantized model, or convert the files with --to safetensors",
+        )  # fmt: skip
+    result = ModelConfig(
+        **{
+            **{name: value for name, value in family.traits.items() if name not in fields},
+            **fields,
+            "family": family.name,
+            "make_vocab_size_divisible_by": vocabulary_divisor(fields["vocab_size"] or 1),
+            "rotary_base": base,
+            "rotary_percent": percent,
+            "rope_scaling": scaling,
+            "window_size": _window(reader, known.defaults),
+            "dtype": _dtype(config),
+            "extra": {"hf": {key: value for key, value in config.items() if key not in keys}},
+        }
+    )
+    _check_biases(reader, result)
+    return check(result)
+
+
+def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, Any]:
+    """A ``config.json`` that transformers 4.x and 5.x load.
+
+    Raises:
+        MappingError: transformers' class of the family cannot express the configuration.
+    """
+    known = family.hugging_face
+    if config.vocab_size is None:
+        raise MappingError(
+            "the vocabulary size is unknown", expected="vocab_size in the configuration",
+            remedy="give it with --config, or give the tokenizer with --tokenizer",
+        )  # fmt: skip
+    keys = {entry.key for entry in known.fields}
+    rope = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
+    rendered: dict[str, Any] = {
+        "use_cache": True,
+        **config.extra.get("hf", {}),
+        **known.constants,
+        **render_fields(known.fields, config),
+        "architectures": [known.architectures[0]],
+        "model_type": known.model_types[0],
+        "hidden_act": _SPELLED[config.activation],
+        "rope_theta": config.rotary_base,
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+    }
+    if config.rotary_percent != 1.0:
+        rendered["partial_rotary_factor"] = rope["partial_rotary_factor"] = config.rotary_percent
+    rendered["rope_parameters"] = rope
+    if config.dtype is not None:
+        rendered["dtype"] = rendered["torch_dtype"] = config.dtype
+    if "mlp_bias" in keys:
+        rendered[_ATTENTION_BIAS] = config.add_bias_linear or config.add_qkv_bias
+    _render_window(family, config, rendered, notes)
+    if config.hidden_dropout:
+        notes.append(f"hidden_dropout {config.hidden_dropout} has no place in a {known.model_types[0]} config.json")
+    return rendered
+
+
+def surplus(config: ModelConfig) -> list[str]:
+    """Keys of the source's ``config.json`` that may mean something and that no other framework's spelling has."""
+    return sorted(
+        key
+        for key, value in config.extra.get("hf", {}).items()
+        if key not in _WITHOUT_MEANING and value not in (None, False, [], {})
+    )
+
+
+def _rope(reader: Reader, defaults: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float]:
+    """Base, scaling and rotated fraction of a head, from either spelling; 5.x's is the stronger one."""
+    parameters = Reader(reader.mapping("rope_parameters"), "config.json's rope_parameters")
+    old = reader.mapping("rope_scaling")
+    base = parameters.number("rope_theta") or reader.number("rope_theta") or defaults.get("rope_theta", 10000.0)
+    percent = parameters.number("partial_rotary_factor") or reader.number("partial_rotary_factor")
+    scaling = dict(parameters.values) if parameters.values else dict(old)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        scaling.pop(key, None)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    if not isinstance(kind, str):
+        raise MappingError("config.json's rope type is not text", found=repr(kind)[:80])
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise MappingError(
+            "config.json has rope parameters per kind of layer, which this family does not have",
+            found=", ".join(map(str, scaling)),
+        )
+    result = None if kind == "default" else {"rope_type": kind, **scaling}
+    return base, result, percent or defaults.get("partial_rotary_factor", 1.0)
+
+
+def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Megatron's window: transformers counts the token itself, Megatron does not."""
+    if "sliding_window" not in defaults:
+        return None
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else defaults["sliding_window"]
+    if length is None:
+        return None
+    if length < 1:
+        raise MappingError("config.json's sliding_window is not possible", expected="a positive length", found=length)
+    return length - 1, 0
+
+
+def _render_window(family: Family, config: ModelConfig, rendered: dict[str, Any], notes: list[str]) -> None:
+    windowed = "sliding_window" in family.hugging_face.defaults
+    if config.window_size is None:
+        if windowed:
+            rendered["sliding_window"] = None
+        return
+    left, right = config.window_size
+    if not windowed or right != 0 or left < 0:
+        raise MappingError(
+            f"transformers' {family.hugging_face.architectures[0]} has no such attention window",
+            expected="none" if not windowed else "(left, 0)", found=config.window_size,
+            remedy="choose the family with --family",
+        )  # fmt: skip
+    rendered["sliding_window"] = left + 1
+    if left % 128 == 0 and "hf" not in config.extra:
+        notes.append(
+            f"a window of ({left}, 0) sees {left + 1} tokens, so sliding_window is {left + 1}; NeMo's importer writes "
+            f"({left}, 0) for models of {left}: if this is one, set sliding_window to {left} in config.json"
+        )
+
+
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    name = config.get("dtype") or config.get("torch_dtype")
+    plain = name.removeprefix("torch.") if isinstance(name, str) else None
+    return plain if plain in BY_NAME else None
+
+
+def _check_biases(reader: Reader, config: ModelConfig) -> None:
+    """transformers can give biases to all attention projections alone; Megatron only to all layers or to q, k, v."""
+    attention = bool(reader.flag(_ATTENTION_BIAS))
+    if attention != config.add_bias_linear and not config.add_qkv_bias:
+        raise MappingError(
+            "has biases that Megatron-Core has no layers for", expected="attention_bias and mlp_bias to be equal",
+            found=f"attention_bias {attention}, mlp_bias {config.add_bias_linear}",
+        )  # fmt: skip
+
+
+def _expect(family: Family, hub: str, key: str, found: Any) -> None:
+    expected = family.traits.get(hub, found)
+    if found != expected:
+        raise MappingError(f"config.json's {key} is not that of family {family.name}", expected=expected, found=found)

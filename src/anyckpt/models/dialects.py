@@ -1,0 +1,227 @@
+"""How Megatron and NeMo spell the hub's names, as data; and renaming between these spellings.
+
+The hub's names are Megatron-Core's in Transformer Engine spelling, one tensor per layer.  Dialects differ from it by
+a prefix, by stacking the layers (a distributed checkpoint has one tensor for all layers, with a leading layer axis),
+and, when read, by the spelling of norms (local specification) and of halves saved apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from anyckpt.errors import MappingError, UsageError
+from anyckpt.tensor import LazyTensor, concatenate, stack
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A spelling of the hub's names.
+
+    Attributes:
+        name: as formats name it.
+        prefix: precedes every name.
+        stacked: the layers of one tensor are stacked along a leading axis, if all layers have the same tensors.
+    """
+
+    name: str
+    prefix: str
+    stacked: bool
+
+
+DIALECTS = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect("hub", "", False),
+        Dialect("megatron-core", "", True),
+        Dialect("nemo-flat", "model.", False),
+        Dialect("nemo-sharded", "model.", True),
+        Dialect("nemo2", "module.", True),
+    )
+}
+"""The spellings that are written.  ``hub`` is Megatron-LM's and plain Megatron-Core's state dict."""
+
+_PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")
+"""Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``."""
+
+_EVIDENCE = re.compile(
+    r"embedding\.word_embeddings\.weight"
+    r"|(?:decoder|encoder)\.layers\.(?:\d+\.)?(?:self_attention\.linear_|mlp\.linear_fc|mlp\.experts\.|mixer\.in_proj)"
+)
+"""Names that only Megatron gives: other models have an ``encoder.layers.0`` too."""
+
+_LAYER = re.compile(r"((?:decoder|encoder)\.layers)\.(\d+)\.(.+)")
+_STACK = re.compile(r"((?:decoder|encoder)\.layers)\.(?!\d+\.)(.+)")
+_MOST_LAYERS = 10_000
+
+IGNORED = (
+    (re.compile(r".*\._extra_state(?:[./].*|\d*)?"), "Transformer Engine's state, which carries no weights"),
+    (re.compile(r"(?:.*\.)?rotary_pos_emb\.inv_freq"), "rope frequencies, which follow from the configuration"),
+)
+"""Stored names that carry no weights."""
+
+_NORMS = (
+    ("input_layernorm", "self_attention.linear_qkv.layer_norm", "self_attention.linear_qkv.weight"),
+    ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm", "mlp.linear_fc1.weight"),
+)
+"""Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
+have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
+
+_HALVES = ("weight_w", "weight_v")
+"""Gate and up projection that ``singleton_local_shards`` saves apart."""
+
+
+def detect(names: Iterable[str]) -> str | None:
+    """The dialect of a model's stored names: ``hf``, one of ``DIALECTS``, or None."""
+    known = list(names)
+    if any(name.startswith("model.layers.") for name in known):
+        return "hf"
+    prefix = find_prefix(known)
+    if prefix is None:
+        return None
+    plain = [name[len(prefix) :] for name in known if name.startswith(prefix)]
+    stacked = any(_STACK.fullmatch(name) and not _is_ignored(name) for name in plain)
+    if prefix == "":
+        return "megatron-core" if stacked else "hub"
+    if prefix.startswith("model."):
+        return "nemo-sharded" if stacked else "nemo-flat"
+    return "nemo2"
+
+
+def find_prefix(names: Iterable[str]) -> str | None:
+    """The wrapper's prefix of Megatron names, or None if they are not Megatron names."""
+    known = list(names)
+    for prefix in _PREFIXES:
+        if any(name.startswith(prefix) and _EVIDENCE.match(name, len(prefix)) for name in known):
+            return prefix
+    return None
+
+
+def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Tensors of any Megatron dialect under the hub's names, and what carries no weights, with the reason.
+
+    Names that no dialect has are kept as they are.
+
+    Raises:
+        MappingError: two stored tensors are the same hub tensor, or halves do not fit together.
+    """
+    prefix = find_prefix(tensors) or ""
+    found: dict[str, LazyTensor] = {}
+    ignored: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        reason = _is_ignored(name)
+        if reason is not None:
+            ignored[name] = reason
+            continue
+        plain = name[len(prefix) :] if name.startswith(prefix) else name
+        for key, value in _unstacked(plain, tensor):
+            if key in found:
+                raise MappingError("two stored tensors are the same one of the model", tensor=name, found=key)
+            found[key] = value
+    return _fused_norms(_joined_halves(found)), ignored
+
+
+def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str) -> dict[str, LazyTensor]:
+    """Tensors under a dialect's names, from the hub's.
+
+    Raises:
+        UsageError: no such dialect.
+    """
+    target = by_name(dialect)
+    named = _stacked(tensors) if target.stacked else dict(tensors)
+    return {target.prefix + name: tensor for name, tensor in named.items()}
+
+
+def rename(tensors: Mapping[str, LazyTensor], source: str, target: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Tensors of a model of no known family from one Megatron dialect to another, and what is left out and why.
+
+    Raises:
+        UsageError: no such dialect.
+        MappingError: two stored tensors are the same tensor.
+    """
+    by_name(source)
+    if source == target:
+        return dict(tensors), {}
+    named, ignored = to_hub_names(tensors)
+    return from_hub_names(named, target), ignored
+
+
+def by_name(name: str) -> Dialect:
+    """The dialect called ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in DIALECTS:
+        raise UsageError(f"unknown dialect {name!r}", expected=f"one of {', '.join(DIALECTS)}")
+    return DIALECTS[name]
+
+
+def _is_ignored(name: str) -> str | None:
+    return next((reason for pattern, reason in IGNORED if pattern.fullmatch(name)), None)
+
+
+def _unstacked(name: str, tensor: LazyTensor) -> Iterable[tuple[str, LazyTensor]]:
+    match = _STACK.fullmatch(name)
+    if match is None or not tensor.ndim:
+        return [(name, tensor)]
+    layers = tensor.shape[0]
+    if layers > _MOST_LAYERS:
+        raise MappingError("has too many layers", tensor=name, expected=f"at most {_MOST_LAYERS}", found=layers)
+    return [(f"{match[1]}.{layer}.{match[2]}", tensor[layer]) for layer in range(layers)]
+
+
+def _stacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Layers stacked where every layer has the same tensors, as Megatron-Core does; otherwise as they are."""
+    stacks: dict[str, dict[int, LazyTensor]] = {}
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            result[name] = tensor
+        else:
+            key = f"{match[1]}.{match[3]}"
+            stacks.setdefault(key, {})[int(match[2])] = tensor
+            result.setdefault(key, tensor)
+    counts = {len(layers) for layers in stacks.values()}
+    shapes_agree = all(len({(t.shape, t.dtype.name) for t in layers.values()}) == 1 for layers in stacks.values())
+    if len(counts) > 1 or not shapes_agree or any(set(s) != set(range(len(s))) for s in stacks.values()):
+        return dict(tensors)
+    for key, layers in stacks.items():
+        result[key] = stack([layers[number] for number in range(len(layers))])
+    return result
+
+
+def _joined_halves(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if last not in _HALVES:
+            result[name] = tensor
+            continue
+        halves = [tensors.get(f"{stem}.{half}") for half in _HALVES]
+        present = [half for half in halves if half is not None]
+        if len(present) < len(halves):
+            raise MappingError("the other half of a gated projection is missing", tensor=name)
+        result.setdefault(f"{stem}.weight", concatenate(present, 0))
+    return result
+
+
+def _fused_norms(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Norms under Transformer Engine's names: fused into the linear layer after them where the layer has one."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        key = name
+        match = _LAYER.fullmatch(name)
+        if match is not None:
+            layer = f"{match[1]}.{match[2]}."
+            for module, fused, home in _NORMS:
+                if match[3].startswith(f"{module}.") and layer + home in tensors:
+                    key = layer + fused + match[3][len(module) :].replace(".", "_")
+                elif match[3].startswith(f"{fused}_") and layer + home not in tensors:
+                    key = f"{layer}{module}.{match[3][len(fused) + 1 :]}"
+        if key in result:
+            raise MappingError("two stored tensors are the same one of the model", tensor=name, found=key)
+        result[key] = tensor
+    return result

@@ -1,0 +1,321 @@
+"""From a checkpoint to the hub and from the hub to any naming; complete, or an error that lists names.
+
+The hub's tensors have Megatron-Core's names in Transformer Engine spelling, whole, one per layer
+(``decoder.layers.3.self_attention.linear_qkv.weight``), with the vocabulary rows that are stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from anyckpt.checkpoint import Checkpoint, storage_key
+from anyckpt.errors import MappingError
+from anyckpt.models import dialects
+from anyckpt.models.config import ModelConfig, padded
+from anyckpt.models.family import Family
+from anyckpt.models.rules import Instance
+from anyckpt.tensor import LazyTensor
+
+_SHOWN = 8  # names listed in a message; more do not help
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a known family.
+
+    Attributes:
+        family: its name, as in ``--family``.
+        config: what it is.
+        definition: the family's rules and spellings.
+        notes: what was concluded rather than read (a tie, the true vocabulary).
+    """
+
+    family: str
+    config: ModelConfig
+    definition: Family
+    notes: tuple[str, ...] = ()
+
+    def with_dtype(self, name: str) -> Model:
+        """The same model with its weights cast to another type."""
+        return replace(self, config=replace(self.config, dtype=name))
+
+
+@dataclass
+class Hub:
+    """A model's weights under the hub's names.
+
+    Attributes:
+        model: what the weights are of.
+        tensors: hub name -> whole tensor, in the order of the family's rules.
+        ignored: stored names that were knowingly left out, with the reason.
+        notes: what a user should know.
+    """
+
+    model: Model
+    tensors: dict[str, LazyTensor]
+    ignored: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Named(NamedTuple):
+    """Tensors under a dialect's names, hub names that were left out with the reason, and notes."""
+
+    tensors: dict[str, LazyTensor]
+    ignored: dict[str, str]
+    notes: list[str]
+
+
+def to_hub(checkpoint: Checkpoint, model: Model) -> Hub:
+    """The weights of a checkpoint under the hub's names; views only, nothing is read but samples of a redundant head.
+
+    Raises:
+        MappingError: a tensor or a layer is missing, a stored name is of no rule, a shape contradicts the
+            configuration, or a redundant output layer differs from the embedding that it is tied to.
+    """
+    weights = checkpoint.weights()
+    dialect = checkpoint.dialect or dialects.detect(weights)
+    if dialect == "hf":
+        return _from_family_names(weights, model, checkpoint.path)
+    if dialect is None:
+        raise MappingError(
+            "the names are neither Hugging Face's nor Megatron's", path=checkpoint.path, found=_some(weights),
+            remedy="convert names unchanged, to safetensors, torch or dcp",
+        )  # fmt: skip
+    named, ignored = dialects.to_hub_names(weights)
+    notes = list(model.notes)
+    expected = model.definition.expected(model.config)
+    _drop_tied_copy(named, model, ignored)
+    _check_complete([(item.hub,) for item in expected], named, model, checkpoint.path)
+    for item in expected:
+        _check_shape(item.hub, named[item.hub], item.shape, item, model, checkpoint.path)
+    return Hub(model, {item.hub: named[item.hub] for item in expected}, ignored, notes)
+
+
+def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) -> Hub:
+    definition, config = model.definition, model.config
+    expected = definition.expected(config)
+    ignored = _ignorable(weights, definition)
+    kept = {name: tensor for name, tensor in weights.items() if name not in ignored}
+    ignored |= _redundant_heads(kept, model, path)
+    _check_complete([item.sources for item in expected], kept, model, path)
+    tensors: dict[str, LazyTensor] = {}
+    for item in expected:
+        operation = item.rule.operation
+        sources = [kept[name] for name in item.sources]
+        shapes = operation.source_shapes(item.shape, config)
+        for name, tensor, shape in zip(item.sources, sources, shapes, strict=True):
+            _check_shape(name, tensor, shape, item, model, path)
+            if tensor.dtype != sources[0].dtype:
+                raise MappingError(
+                    "parts of one fused tensor have different element types", path=path, tensor=name,
+                    expected=sources[0].dtype.name, found=tensor.dtype.name, remedy="cast all with --dtype",
+                )  # fmt: skip
+        tensors[item.hub] = operation.to_hub(sources, config)
+    return Hub(model, tensors, ignored, list(model.notes))
+
+
+def from_hub(hub: Hub, dialect: str) -> Named:
+    """The hub's tensors under another naming; views only.
+
+    For ``hf`` the vocabulary is cut to its true size; for Megatron's dialects (see ``dialects.DIALECTS``) it is
+    padded with zero rows to the configuration's ``rows``.
+
+    Raises:
+        MappingError: hub tensors are missing or of no rule, or the true vocabulary is larger than what is stored.
+        UsageError: no such dialect.
+    """
+    definition, config = hub.model.definition, hub.model.config
+    expected = definition.expected(config)
+    _check_complete([(item.hub,) for item in expected], hub.tensors, hub.model, None)
+    notes: list[str] = []
+    rows = config.vocab_size if dialect == "hf" else config.rows
+    resized = {
+        item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes)
+        if item.rule.partition == "vocabulary"
+        else hub.tensors[item.hub]
+        for item in expected
+    }
+    if dialect != "hf":
+        return Named(dialects.from_hub_names(resized, dialect), {}, notes)
+    tensors: dict[str, LazyTensor] = {}
+    for item in expected:
+        parts = item.rule.operation.from_hub(resized[item.hub], config)
+        tensors.update(zip(item.sources, parts, strict=True))
+    return Named(tensors, {}, notes)
+
+
+def _resize_vocabulary(
+    name: str, tensor: LazyTensor, rows: int | None, config: ModelConfig, notes: list[str]
+) -> LazyTensor:
+    stored = tensor.shape[0]
+    true = config.vocab_size
+    if rows is None or stored == rows:
+        return tensor
+    if true is not None and stored < true:
+        raise MappingError(
+            "has fewer rows than the vocabulary", tensor=name, expected=f"at least {true}", found=stored,
+            remedy="give the right vocab_size with --config",
+        )  # fmt: skip
+    if stored > rows:
+        notes.append(f"{name}: {stored - rows} padding rows of the vocabulary are cut off")
+        return tensor.narrow(0, 0, rows)
+    notes.append(f"{name}: {rows - stored} zero rows pad the vocabulary to {rows}")
+    return tensor.pad(0, rows)
+
+
+# -- checks --------------------------------------------------------------------------------------------------
+
+
+def _check_complete(
+    expected: Iterable[tuple[str, ...]], found: Mapping[str, LazyTensor], model: Model, path: str | None
+) -> None:
+    """Every expected name is there and no other one, or an error with both lists."""
+    wanted = [name for names in expected for name in names]
+    missing = [name for name in wanted if name not in found]
+    unknown = sorted(found.keys() - set(wanted), key=_natural)
+    if not missing and not unknown:
+        return
+    problems = []
+    if missing:
+        layers = _whole_layers(missing, wanted)
+        text = f"layer {', '.join(map(str, layers[:_SHOWN]))} is missing: " if layers else ""
+        problems.append(f"{text}{len(missing)} tensors of the model are missing: {_some(missing)}")
+    if unknown:
+        problems.append(f"no rule of family {model.family} covers {len(unknown)} tensors: {_some(unknown)}")
+    remedy = "copy the missing files; if the configuration is wrong, give the right one with --config"
+    if unknown:
+        remedy = (
+            "choose another --family, give the right configuration with --config, leave the tensors out with "
+            "--exclude, or convert names unchanged to safetensors"
+        )
+    raise MappingError(
+        "; ".join(problems),
+        path=path,
+        tensor=(missing or unknown)[0] if len(missing or unknown) == 1 else None,
+        remedy=remedy,
+    )
+
+
+def _whole_layers(missing: list[str], wanted: list[str]) -> list[int]:
+    """Layers of which nothing is there, if all that is missing belongs to such layers."""
+    lost = _by_layer(missing)
+    layers = _by_layer(wanted)
+    whole = [layer for layer, names in lost.items() if layer is not None and len(names) == len(layers[layer])]
+    return sorted(whole) if len(whole) == len(lost) else []
+
+
+def _by_layer(names: Iterable[str]) -> dict[int | None, list[str]]:
+    grouped: dict[int | None, list[str]] = {}
+    for name in names:
+        match = re.search(r"\.(\d+)\.", name)
+        grouped.setdefault(int(match[1]) if match else None, []).append(name)
+    return grouped
+
+
+def _check_shape(
+    name: str, tensor: LazyTensor, shape: tuple[int, ...], item: Instance, model: Model, path: str | None
+) -> None:
+    if tensor.shape == shape:
+        return
+    if item.rule.partition == "vocabulary" and tensor.shape[1:] == shape[1:] and tensor.ndim == len(shape):
+        true = model.config.vocab_size
+        if true is None or tensor.shape[0] >= true:
+            return
+    raise MappingError(
+        "its shape contradicts the configuration", path=path, tensor=name, expected=shape, found=tensor.shape,
+        remedy="give the configuration that belongs to these weights with --config",
+    )  # fmt: skip
+
+
+def _ignorable(weights: Mapping[str, LazyTensor], definition: Family) -> dict[str, str]:
+    patterns = [
+        (re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")), reason) for pattern, reason in definition.ignorable
+    ]
+    found: dict[str, str] = {}
+    for name in weights:
+        for pattern, reason in patterns:
+            if pattern.fullmatch(name):
+                found[name] = reason
+    return found
+
+
+def _redundant_heads(kept: dict[str, LazyTensor], model: Model, path: str) -> dict[str, str]:
+    """Take out a stored output layer of a model that is tied: transformers ignores it too."""
+    if not model.config.share_embeddings_and_output_weights:
+        return {}
+    head, embedding = head_and_embedding(model)
+    if head not in kept or embedding not in kept:
+        return {}
+    _check_equal(head, kept.pop(head), kept[embedding], path)
+    return {head: f"tied to {embedding}"}
+
+
+def head_and_embedding(model: Model) -> tuple[str, str]:
+    """The family's names of the output layer, were it untied, and of the word embedding."""
+    rules = {rule.hub: rule.source[0] for rule in model.definition.rules}
+    return rules.get("output_layer.weight", "lm_head.weight"), rules["embedding.word_embeddings.weight"]
+
+
+def _drop_tied_copy(named: dict[str, LazyTensor], model: Model, ignored: dict[str, str]) -> None:
+    """Take out the copy of the embedding that a last pipeline stage keeps as its output layer."""
+    head = named.get("output_layer.weight")
+    embedding = named.get("embedding.word_embeddings.weight")
+    if model.config.share_embeddings_and_output_weights and head is not None and embedding is not None:
+        _check_equal("output_layer.weight", head, embedding, None)
+        del named["output_layer.weight"]
+        ignored["output_layer.weight"] = "tied to embedding.word_embeddings.weight"
+
+
+def _check_equal(name: str, tensor: LazyTensor, other: LazyTensor, path: str | None) -> None:
+    """Compare a few rows: enough to notice a tie that the configuration claims and the weights do not have."""
+    if tensor.shape == other.shape and tensor.dtype == other.dtype:
+        key = storage_key(tensor)
+        if (key is not None and key == storage_key(other)) or not tensor.size:
+            return
+        rows = sorted({0, tensor.shape[0] // 2, tensor.shape[0] - 1})
+        if all(_same(tensor[row], other[row]) for row in rows):
+            return
+    raise MappingError(
+        "differs from the embedding although the configuration ties them", path=path, tensor=name,
+        expected=f"{other.dtype.name} {other.shape} with equal values", found=f"{tensor.dtype.name} {tensor.shape}",
+        remedy="if the model is untied, give a configuration that says so with --config, else --exclude the tensor",
+    )  # fmt: skip
+
+
+def _same(one: LazyTensor, other: LazyTensor) -> bool:
+    first = np.empty(one.shape, one.dtype.raw)
+    second = np.empty(other.shape, other.dtype.raw)
+    one.read_box((0,) * one.ndim, first)
+    other.read_box((0,) * other.ndim, second)
+    return first.tobytes() == second.tobytes()
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names, key=_natural)
+    more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() and len(part) < 18 else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def true_vocabulary(rows: int, config: ModelConfig, tokens: int | None) -> tuple[int, str | None]:
+    """The true vocabulary of a Megatron checkpoint that has so many rows, and a note on how it was concluded.
+
+    The tokenizer's count is taken if padding it by Megatron's rule, at some power-of-two tensor parallel size, gives
+    the stored rows; a vocabulary may be larger than its tokenizer, so otherwise all rows are taken to be true.
+    """
+    if tokens is not None and tokens < rows:
+        multiples = (config.make_vocab_size_divisible_by << shift for shift in range(8))
+        if any(padded(tokens, multiple) == rows for multiple in multiples):
+            return tokens, f"the vocabulary is taken to be the tokenizer's {tokens} tokens, padded to {rows} rows"
+    if tokens == rows:
+        return rows, None
+    return rows, f"the true vocabulary is not recorded: all {rows} rows of the embedding are taken to be it"

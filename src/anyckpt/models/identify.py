@@ -1,0 +1,141 @@
+"""Which family a checkpoint's model is of, from whatever configuration there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import MappingError, UsageError
+from anyckpt.models import config_hf, config_megatron, config_nemo, dialects, vocabulary
+from anyckpt.models.config import ModelConfig
+from anyckpt.models.families import by_name, families
+from anyckpt.models.family import Family
+from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
+from anyckpt.tensor import LazyTensor
+
+KINDS = ("hf", "nemo1", "nemo2", "megatron-args")
+"""Spellings of a configuration."""
+
+
+def config_kind(config: Mapping[str, Any]) -> str | None:
+    """Which of ``KINDS`` a configuration is, from its keys; None if none."""
+    inner = config.get("config")
+    if "_target_" in config or (isinstance(inner, Mapping) and "_target_" in inner):
+        return "nemo2"
+    if "num_hidden_layers" in config or ("model_type" in config and "architectures" in config):
+        return "hf"
+    unwrapped = config_nemo.unwrapped(config)
+    if unwrapped.keys() & {"encoder_seq_length", "mcore_gpt", "rotary_percentage", "megatron_amp_O2"}:
+        return "nemo1"
+    return "megatron-args" if {"num_layers", "num_attention_heads"} <= config.keys() else None
+
+
+def identify(
+    checkpoint: Checkpoint, *, family: str | None = None, config: Mapping[str, Any] | None = None
+) -> Model | None:
+    """The model that a checkpoint holds, or None if its family is unknown.
+
+    Args:
+        checkpoint: opened; only its configuration, names and shapes are looked at.
+        family: name of the family, if the user says it.
+        config: a configuration of any of ``KINDS`` that replaces the checkpoint's.
+
+    Raises:
+        MappingError: the family is known and the configuration is not one of it, or there is none although the
+            user names the family.
+        UsageError: no such family, or a configuration of no known kind.
+    """
+    chosen = None if family is None else by_name(family)
+    values = checkpoint.config if config is None else config
+    kind = checkpoint.config_kind if config is None else config_kind(config)
+    if config is not None and kind is None:
+        raise UsageError(
+            "the configuration given is of no known kind",
+            expected="the keys of a config.json, a NeMo model_config.yaml or model.yaml, or Megatron arguments",
+            found=", ".join(map(str, list(config)[:5])),
+        )
+    if kind not in KINDS or not values:
+        if chosen is None:
+            return None
+        raise MappingError(
+            "has no configuration, and names alone do not tell a model's heads", path=checkpoint.path,
+            remedy="give one with --config",
+        )  # fmt: skip
+    found = _parse(kind, values, chosen)
+    if found is None:
+        return None
+    definition, parsed = found
+    model = Model(definition.name, parsed, definition)
+    return _with_facts_from_tensors(model, checkpoint, kind, values)
+
+
+def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple[Family, ModelConfig] | None:
+    if kind == "hf":
+        family = chosen or next((f for f in families().values() if config_hf.is_known(f, values)), None)
+        return None if family is None else (family, config_hf.parse(family, values))
+    if kind == "nemo2":
+        name = config_nemo.nemo2_class(values) or ""
+        family = chosen or next((f for f in families().values() if name in f.nemo2.configs), None)
+        return None if family is None else (family, config_nemo.parse_nemo2(family, values))
+    if kind == "nemo1":
+        if chosen is None and "num_layers" not in config_nemo.unwrapped(values):
+            return None
+        return _by_traits(config_nemo.parse_nemo1(values), config_nemo.unwrapped(values), chosen)
+    return _by_traits(config_megatron.parse(values), values, chosen)
+
+
+def _by_traits(
+    config: ModelConfig, values: Mapping[str, Any], chosen: Family | None
+) -> tuple[Family, ModelConfig] | None:
+    """Megatron and NeMo 1 do not name the family: it is the one whose traits the configuration has."""
+    hint = values.get("hf_model_type")
+    for family in [chosen] if chosen is not None else list(families().values()):
+        wrong = {name: value for name, value in family.traits.items() if getattr(config, name) != value}
+        if chosen is not None and wrong:
+            name = next(iter(wrong))
+            raise MappingError(
+                f"the configuration's {name} is not that of family {chosen.name}",
+                expected=wrong[name], found=getattr(config, name), remedy="choose another --family",
+            )  # fmt: skip
+        named = hint in family.hugging_face.model_types
+        if chosen is not None or (not wrong and (named or (hint is None and family.recognise(config)))):
+            return family, replace(config, family=family.name)
+    return None
+
+
+def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, values: Mapping[str, Any]) -> Model:
+    """Element type, rows of the embedding and ties are what the tensors say; a configuration may leave them out."""
+    weights = checkpoint.weights()
+    config = model.config
+    notes: list[str] = []
+    sizes: dict[str, int] = {}
+    for tensor in weights.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
+    if sizes:
+        config = replace(config, dtype=max(sizes, key=lambda name: sizes[name]))
+    head, embedding = head_and_embedding(model)
+    dialect = checkpoint.dialect or dialects.detect(weights)
+    if dialect == "hf":
+        if kind == "hf" and "tie_word_embeddings" not in values and embedding in weights and head not in weights:
+            config = replace(config, share_embeddings_and_output_weights=True)
+            notes.append(f"there is no {head} and config.json says nothing: the embedding is taken to be tied")
+    elif dialect is not None:
+        config = _with_stored_vocabulary(config, checkpoint, weights, notes)
+    return replace(model, config=config, notes=tuple(notes))
+
+
+def _with_stored_vocabulary(
+    config: ModelConfig, checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], notes: list[str]
+) -> ModelConfig:
+    suffix = "embedding.word_embeddings.weight"
+    stored = next((tensor for name, tensor in weights.items() if name.endswith(suffix)), None)
+    if stored is None or not stored.ndim:
+        return config
+    rows = stored.shape[0]
+    if config.vocab_size is None and rows:
+        true, note = true_vocabulary(rows, config, vocabulary.count(checkpoint.tokenizer))
+        notes += [] if note is None else [note]
+        config = replace(config, vocab_size=true)
+    return replace(config, padded_vocab_size=rows or None)

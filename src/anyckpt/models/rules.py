@@ -1,0 +1,207 @@
+"""Rules: which tensors of a family become which tensors of the hub, and how; data, read both ways.
+
+A rule has patterns of names.  A ``*`` stands for the index of a layer, a second one for the index of an expert: the
+k-th star of every pattern of a rule is the same index, along the rule's k-th axis.  Which indices exist follows from
+the configuration, so a rule table and a configuration together say exactly which tensors a model consists of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from anyckpt.indexing import Shape
+from anyckpt.models.config import ModelConfig
+from anyckpt.tensor import LazyTensor, concatenate
+
+Partition = Literal["column", "row", "gate-up", "vocabulary", "replicated"]
+"""How tensor parallelism divides a hub tensor.
+
+``column`` along axis 0; ``row`` along axis 1; ``gate-up`` each half of axis 0 separately; ``vocabulary`` along axis 0
+after padding; ``replicated`` not at all.
+"""
+
+
+class Operation(ABC):
+    """How the tensors of one side of a rule become those of the other; both ways are views."""
+
+    @abstractmethod
+    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
+        """The hub tensor; shapes have been checked."""
+
+    @abstractmethod
+    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
+        """The source tensors, in the order of the rule's patterns."""
+
+    @abstractmethod
+    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
+        """Shapes of the source tensors of a hub tensor of this shape."""
+
+
+class Identity(Operation):
+    """The same tensor under another name."""
+
+    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
+        return sources[0]
+
+    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
+        return [tensor]
+
+    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
+        return [shape]
+
+
+class InterleavedQueryKeyValue(Operation):
+    """Query, key and value rows interleaved by query group: a group's query heads, its key head, its value head.
+
+    For weights and biases alike.
+    """
+
+    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
+        groups, rest = config.num_query_groups, sources[0].shape[1:]
+        grouped = [tensor.reshape((groups, tensor.shape[0] // groups, *rest)) for tensor in sources]
+        return concatenate(grouped, 1).reshape((sum(tensor.shape[0] for tensor in sources), *rest))
+
+    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
+        groups, rest = config.num_query_groups, tensor.shape[1:]
+        grouped = tensor.reshape((groups, tensor.shape[0] // groups, *rest))
+        parts, start = [], 0
+        for shape in self.source_shapes(tensor.shape, config):
+            rows = shape[0] // groups
+            parts.append(grouped.narrow(1, start, rows).reshape(shape))
+            start += rows
+        return parts
+
+    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
+        query = config.num_attention_heads * config.kv_channels
+        key = config.num_query_groups * config.kv_channels
+        return [(rows, *shape[1:]) for rows in (query, key, key)]
+
+
+class Halves(Operation):
+    """Two tensors of one shape, one after the other along axis 0: the gate and the up projection of a gated MLP."""
+
+    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
+        return concatenate(sources, 0)
+
+    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
+        half = tensor.shape[0] // 2
+        return [tensor.narrow(0, 0, half), tensor.narrow(0, half, half)]
+
+    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
+        return [(shape[0] // 2, *shape[1:])] * 2
+
+
+IDENTITY = Identity()
+INTERLEAVED_QKV = InterleavedQueryKeyValue()
+GATE_UP = Halves()
+
+Condition = Callable[[ModelConfig, tuple[int, ...]], bool]
+
+
+def _always(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a family's table.
+
+    Attributes:
+        source: patterns of the family's own names, in the operation's order.
+        hub: pattern of the hub's name.
+        shape: lengths of the hub tensor, as names of ``DIMENSIONS`` or of the family's own.
+        operation: how source becomes hub and back.
+        partition: how tensor parallelism divides the hub tensor.
+        when: whether the tensor exists, from the configuration and the indices that the stars stand for.
+        axes: what the stars count, as names of ``AXES`` or of the family's own.
+    """
+
+    source: tuple[str, ...]
+    hub: str
+    shape: tuple[str, ...]
+    operation: Operation = IDENTITY
+    partition: Partition = "replicated"
+    when: Condition = _always
+    axes: tuple[str, ...] = ("layer", "expert")
+
+
+Dimension = Callable[[ModelConfig], int]
+
+DIMENSIONS: Mapping[str, Dimension] = {
+    "hidden": lambda config: config.hidden_size,
+    "vocabulary": lambda config: config.rows or 0,
+    "attention": lambda config: config.num_attention_heads * config.kv_channels,
+    "qkv": lambda config: (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels,
+    "head": lambda config: config.kv_channels,
+    "ffn": lambda config: config.ffn_hidden_size,
+    "fc1": lambda config: config.ffn_hidden_size * (2 if config.gated_linear_unit else 1),
+}
+"""Lengths that every family's rules may refer to by name."""
+
+Axis = Callable[[ModelConfig], Iterable[int]]
+
+AXES: Mapping[str, Axis] = {"layer": lambda config: range(config.num_layers)}
+"""What the stars of every family's rules may count."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A rule for one layer (and expert): concrete names and the hub tensor's shape."""
+
+    rule: Rule
+    sources: tuple[str, ...]
+    hub: str
+    shape: Shape
+
+
+def instances(
+    rules: Sequence[Rule], axes: Mapping[str, Axis], dimensions: Mapping[str, Dimension], config: ModelConfig
+) -> Iterator[Instance]:
+    """Every tensor that a model of this configuration has, in the table's order, layer by layer.
+
+    Args:
+        rules: the family's table.
+        axes: the indices along each axis.
+        dimensions: what the names in shapes mean.
+        config: the model.
+    """
+    lengths = {name: dimension(config) for name, dimension in dimensions.items()}
+    prepared = [
+        _Prepared(
+            entry,
+            tuple(pattern.split("*") for pattern in entry.source),
+            entry.hub.split("*"),
+            tuple(lengths[name] for name in entry.shape),
+        )
+        for entry in rules
+    ]
+    for outer, group in itertools.groupby(prepared, key=lambda item: item.axes[:1]):
+        together = list(group)
+        for first in axes[outer[0]](config) if outer else [None]:
+            for item in together:
+                for rest in itertools.product(*(axes[name](config) for name in item.axes[1:])):
+                    indices = () if first is None else (first, *rest)
+                    if item.rule.when(config, indices):
+                        sources = tuple(_fill(pattern, indices) for pattern in item.sources)
+                        yield Instance(item.rule, sources, _fill(item.hub, indices), item.shape)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    rule: Rule
+    sources: tuple[list[str], ...]
+    hub: list[str]
+    shape: Shape
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.rule.axes[: len(self.hub) - 1]
+
+
+def _fill(pieces: Sequence[str], indices: tuple[int, ...]) -> str:
+    """A pattern, cut at its stars, with the indices in their place."""
+    return pieces[0] + "".join(f"{index}{piece}" for index, piece in zip(indices, pieces[1:], strict=True))
