@@ -1,4 +1,4 @@
-"""Sizes, counts and times as people write and read them."""
+"""Sizes and times as people write and read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from anyckpt.errors import UsageError
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)\s*", re.IGNORECASE)
 _POWERS = " kmgtp"
+_UNITS = ("kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def parse_bytes(text: str | int, option: str = "a size") -> int:
@@ -37,12 +38,14 @@ def parse_bytes(text: str | int, option: str = "a size") -> int:
 
 def format_bytes(count: float) -> str:
     """``16.1 GB``: three digits and a decimal unit."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
-
-
-def format_count(count: int) -> str:
-    """``8.03 B``: a number of parameters in thousands, millions, billions."""
-    return _scaled(count, ("", "K", "M", "B", "T")).rstrip()
+    if count < 999.5:
+        return f"{count:,.0f} B"
+    power = 0
+    while count >= 999.5 and power < len(_UNITS):
+        count /= 1000
+        power += 1
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:,.{digits}f} {_UNITS[power - 1]}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -53,15 +56,3 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _scaled(count: float, names: tuple[str, ...]) -> str:
-    power = 0
-    value = float(count)
-    while value >= 999.5 and power < len(names) - 1:
-        value /= 1000
-        power += 1
-    if not power:
-        return f"{count:,.0f} {names[0]}"
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:,.{digits}f} {names[power]}"

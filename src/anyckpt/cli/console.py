@@ -59,7 +59,11 @@ def print_table(
         )
     for row in cells:
         table.add_row(*map(Text, row))
-    Console(width=None if terminal else 1 << 16, soft_wrap=not terminal, highlight=False).print(table)
+    console = Console(width=None if terminal else 1 << 16, soft_wrap=not terminal, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
 
 
 @contextmanager

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.inspect import Inspection, TensorFacts
 
 _SHOWN_CONFIG = 40
+_LONGEST_VALUE = 100
 
 
 @click.command()
@@ -47,7 +48,7 @@ def command(path: str, tensors: str | None, stats: bool, digest: bool, names: st
 
 
 def _print_summary(found: Inspection) -> None:
-    from anyckpt.units import format_bytes, format_count
+    from anyckpt.units import format_bytes
 
     layout = {
         "tensor": found.layout["tensor_parallel"],
@@ -60,7 +61,7 @@ def _print_summary(found: Inspection) -> None:
         ("path", found.path),
         ("format", " ".join(filter(None, (found.format, found.format_version)))),
         ("family", f"{found.family or 'unknown'}" + (f" ({found.dialect} names)" if found.dialect else "")),
-        ("parameters", f"{found.parameters:,} ({format_count(found.parameters)})"),
+        ("parameters", f"{found.parameters:,} ({found.size})"),
         ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),
         (
             "types",
@@ -75,7 +76,7 @@ def _print_summary(found: Inspection) -> None:
         ("tokenizer", _tokenizer_line(found.tokenizer)),
         ("artifacts", ", ".join(found.artifacts)),
         ("ignored", ", ".join(f"{name} ({why})" for name, why in _few(found.ignored))),
-        *((name.replace("_", " "), _brief(value)) for name, value in found.details.items()),
+        *((name.replace("_", " "), _brief(value)) for name, value in found.details.items() if _is_short(value)),
     ]
     print_table((), [(name, value) for name, value in rows if value])
     if found.config:
@@ -137,8 +138,16 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
     return [row for key, item in value.items() for row in _flat(f"{prefix}.{key}" if prefix else key, item)]
 
 
-def _brief(value: Any, limit: int = 100) -> str:
+def _brief(value: Any) -> str:
+    text = _text(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def _is_short(value: Any) -> bool:
+    return bool(value) and len(_text(value)) <= _LONGEST_VALUE
+
+
+def _text(value: Any) -> str:
     import json
 
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

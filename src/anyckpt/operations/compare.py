@@ -130,8 +130,7 @@ def compare(
 def _same_bits(x: Array, y: Array) -> Array:
     if x.dtype.kind == "c":  # 16-byte elements, moved as two numbers
         x, y = x.view("<u8").reshape(-1, 2), y.view("<u8").reshape(-1, 2)
-    same: Array = np.equal(x, y).reshape(len(x), -1).all(axis=1)
-    return same
+    return np.asarray(np.equal(x, y).reshape(len(x), -1).all(axis=1))
 
 
 def _deviation(reason: str, worst: _Worst) -> Deviation:

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.display import html_table
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
+from anyckpt.models import Model
 from anyckpt.operations.scan import Progress, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor
-from anyckpt.units import format_bytes, format_count
+from anyckpt.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Inspection:
         family: model family, or None if unknown.
         dialect: naming of the weights, or None if unknown.
         parameters: elements of the weights; tied weights count once.
+        size: the same as people say it, such as ``8.0B``.
         bytes: bytes of all tensors, training state included; a tensor stored once under two names counts once.
         tensor_count: stored tensors, training state included.
         dtypes: element type -> number of tensors.
@@ -93,6 +96,7 @@ class Inspection:
     family: str | None
     dialect: str | None
     parameters: int
+    size: str
     bytes: int
     tensor_count: int
     dtypes: dict[str, int]
@@ -123,7 +127,8 @@ class Inspection:
             for name in (
                 "path", "format", "format_version", "family", "parameters", "bytes", "tensor_count", "dtypes",
                 "layout", "step", "has_optimizer", "artifacts", "config", "warnings", "dialect", "dtype_bytes",
-                "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored", "objects", "details",
+                "size", "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored", "objects",
+                "details",
             )
         }  # fmt: skip
         if self.tensors is not None:
@@ -134,7 +139,7 @@ class Inspection:
         rows = [
             ("format", " ".join(filter(None, (self.format, self.format_version)))),
             ("family", self.family or "unknown"),
-            ("parameters", f"{self.parameters:,} ({format_count(self.parameters)})"),
+            ("parameters", f"{self.parameters:,} ({self.size})"),
             ("bytes", format_bytes(self.bytes)),
             ("tensors", f"{self.tensor_count:,}"),
             ("types", ", ".join(f"{name}: {count}" for name, count in self.dtypes.items())),
@@ -177,6 +182,7 @@ def inspect(
     if globs or stats or digest or names == "hub":
         chosen = _hub_names(checkpoint, model, warning) if names == "hub" else checkpoint.tensors
         listed = _list(checkpoint.path, chosen, globs, stats, digest, progress)
+    parameters = checkpoint.parameters
     counts, sizes = _by_dtype(checkpoint.tensors)
     training = checkpoint.training
     return Inspection(
@@ -185,7 +191,8 @@ def inspect(
         format_version=checkpoint.format_version,
         family=None if model is None else model.family,
         dialect=checkpoint.dialect,
-        parameters=checkpoint.parameters,
+        parameters=parameters,
+        size=models.size_label(parameters),
         bytes=sum(sizes.values()),
         tensor_count=len(checkpoint.tensors),
         dtypes=counts,
@@ -211,27 +218,22 @@ def inspect(
     )
 
 
-def _identify(checkpoint: Checkpoint) -> tuple[Any, str | None]:
+def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
     """The model, or None and why a family that seems known is not."""
-    from anyckpt import models
-
     try:
         return models.identify(checkpoint), None
     except AnyckptError as error:
         return None, f"the model family cannot be told: {error}"
 
 
-def _hub_names(checkpoint: Checkpoint, model: Any, why: str | None) -> dict[str, LazyTensor]:
-    from anyckpt import models
-
+def _hub_names(checkpoint: Checkpoint, model: Model | None, why: str | None) -> dict[str, LazyTensor]:
     if model is None:
         raise UsageError(
             "the model family is unknown, so its tensors have no hub names" + (f": {why}" if why else ""),
             path=checkpoint.path,
             remedy="list them with --names stored",
         )
-    hub: dict[str, LazyTensor] = models.to_hub(checkpoint, model).tensors
-    return hub
+    return models.to_hub(checkpoint, model).tensors
 
 
 def _list(

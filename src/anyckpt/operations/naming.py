@@ -70,10 +70,11 @@ def rename_for(
     model = models.identify(checkpoint, family=family, config=config)
     if model is not None:
         return _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
-    if known in dialects.MEGATRON and wanted in dialects.MEGATRON and fits:
-        renamed = dialects.rename(checkpoint.weights(), known, wanted)
+    if known in dialects.DIALECTS and wanted in dialects.DIALECTS and fits:
+        renamed, ignored = dialects.rename(checkpoint.weights(), known, wanted)
         note = "the model family is unknown: names are translated, completeness is not checked"
-        return Renamed(_with_weights(checkpoint, renamed, wanted), _state_of(checkpoint), (note,))
+        named = _with_dtype(_with_weights(checkpoint, renamed, wanted), dtype)
+        return Renamed(named, {**_state_of(checkpoint), **ignored}, (note,))
     raise UsageError(
         f"{target.name} needs a model whose family is known",
         path=checkpoint.path,
@@ -92,10 +93,8 @@ def _through_hub(
     if config_kind is not None and checkpoint.config_kind == config_kind:
         renamed = _with_dtype(renamed, dtype)
     elif config_kind is not None:
-        described = hub.model
-        if dtype is not None:
-            described = replace(described, config=replace(described.config, dtype=dtype))
-        config = models.render_config(described, config_kind)
+        described = hub.model if dtype is None else hub.model.with_dtype(dtype)
+        config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
     ignored = {**_state_of(checkpoint), **hub.ignored, **out.ignored}
     return Renamed(renamed, ignored, (*hub.notes, *out.notes))
@@ -161,8 +160,8 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
         why = f"they do not fit the model family: {error}"
     kinds = [c.dialect or dialects.detect(c.weights()) for c in (a, b)]
     first, second = a.weights(), b.weights()
-    if kinds[0] != kinds[1] and all(kind in dialects.MEGATRON for kind in kinds):
-        second = dialects.rename(second, kinds[1], kinds[0])
+    if kinds[0] != kinds[1] and all(kind in dialects.DIALECTS for kind in kinds):
+        first, second = dialects.to_hub_names(first)[0], dialects.to_hub_names(second)[0]
     return CommonNames(first, second, "weights", (f"compared under stored names, because {why}",))
 
 
@@ -177,15 +176,17 @@ def _identify_both(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
 
 def _hub_names(a: Hub, b: Hub) -> CommonNames:
     first, second = dict(a.tensors), dict(b.tensors)
-    size = a.model.config.vocab_size or b.model.config.vocab_size
-    trimmed = 0
-    for name in models.VOCABULARY_TENSORS:
-        if size is not None and name in first and name in second:
-            rows = (first[name].shape[0], second[name].shape[0])
-            if min(rows) >= size and max(rows) > size:
-                first[name], second[name] = (side[name].narrow(0, 0, size) for side in (first, second))
-                trimmed = max(rows) - size
     notes = [*a.notes, *(note for note in b.notes if note not in a.notes)]
-    if trimmed:
-        notes.append(f"rows that pad the vocabulary of {size} tokens, up to {trimmed}, are not compared")
+    size = min((v for v in (a.model.config.vocab_size, b.model.config.vocab_size) if v is not None), default=None)
+    padding = 0
+    for rule in a.model.definition.rules:
+        name = rule.hub
+        if size is None or rule.partition != "vocabulary" or name not in first or name not in second:
+            continue
+        rows = (first[name].shape[0], second[name].shape[0])
+        if min(rows) >= size:
+            first[name], second[name] = (side[name].narrow(0, 0, size) for side in (first, second))
+            padding = max(padding, max(rows) - size)
+    if padding:
+        notes.append(f"rows beyond the vocabulary of {size} tokens, up to {padding}, are padding and not compared")
     return CommonNames(first, second, "hub", tuple(notes))

@@ -1,0 +1,5 @@
+"""``python -m anyckpt.cli``."""
+
+from anyckpt.cli import main
+
+main()
