@@ -2,8 +2,9 @@
 
 from anyckpt.formats.torch_file.archive import ZipRecord
 from anyckpt.formats.torch_file.contents import TorchContents
+from anyckpt.formats.torch_file.format import FORMAT
 from anyckpt.formats.torch_file.layout import shift_parts
 from anyckpt.formats.torch_file.reader import read_torch
 from anyckpt.formats.torch_file.writer import tensor_zip_parts, zip_parts
 
-__all__ = ["TorchContents", "ZipRecord", "read_torch", "shift_parts", "tensor_zip_parts", "zip_parts"]
+__all__ = ["FORMAT", "TorchContents", "ZipRecord", "read_torch", "shift_parts", "tensor_zip_parts", "zip_parts"]

@@ -126,7 +126,8 @@ class _Storages:
 
     def store(self, value: Any, tensor: LazyTensor, dtype: DType | None) -> PersistentId:
         """The reference to the elements of ``tensor``, under the name of ``value``, which it belongs to."""
-        found = storage_key(tensor)
+        # A tensor alone shares with nobody, and its place may cost a read to find out.
+        found = storage_key(tensor) if len(self._names) > 1 else None
         key = None if found is None else self._keys.get((found, dtype))
         if key is None:
             key = str(len(self.records))

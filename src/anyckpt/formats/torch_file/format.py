@@ -1,0 +1,201 @@
+"""The format ``torch``: a file of ``torch.save`` as a checkpoint, and a checkpoint as such a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, StoredChecksum, TrainingState
+from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.torch_file.archive import read_zip
+from anyckpt.formats.torch_file.contents import TorchContents
+from anyckpt.formats.torch_file.reader import read_torch
+from anyckpt.formats.torch_file.safe import refused
+from anyckpt.formats.torch_file.stream import is_stream
+from anyckpt.formats.torch_file.tape import is_tape
+from anyckpt.formats.torch_file.tree import COMPOSITE, Flat, flatten, parts_of, unflatten, with_parts
+from anyckpt.formats.torch_file.values import MetaTensor
+from anyckpt.formats.torch_file.writer import zip_parts
+from anyckpt.pickling import torch_objects
+from anyckpt.storage.source import LocalFile
+from anyckpt.tensor import LazyTensor
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_STEPS = ("global_step", "iteration", "step")
+_OPTIMIZERS = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
+_SCHEDULERS = ("lr_schedulers", "lr_scheduler", "scheduler", "opt_param_scheduler")
+_WASTE = 1024
+
+
+def detect(location: Location) -> bool:
+    """Whether a file is one of ``torch.save``, of any generation, by its contents."""
+    if location.is_directory:
+        return False
+    if location.head.startswith(b"PK\x03\x04"):
+        return any(name.endswith("/data.pkl") for name in read_zip(LocalFile(location.path)))
+    return is_stream(location.head) or is_tape(location.head)
+
+
+def read(location: Location) -> Checkpoint:
+    """Open a torch file.
+
+    Raises:
+        FormatError: see ``read_torch``.
+    """
+    contents = read_torch(LocalFile(location.path))
+    return torch_checkpoint(location.path, contents, flatten(contents.root, location.path))
+
+
+def torch_checkpoint(path: str, contents: TorchContents, flat: Flat) -> Checkpoint:
+    """What any torch file is as a checkpoint: a state dict, by itself or with other things beside it."""
+    root = contents.root if isinstance(contents.root, dict) else {}
+    prefix, states = _prefixes(flat)
+    return Checkpoint(
+        path=path,
+        format=FORMAT.name,
+        format_version=contents.generation if contents.version is None else f"{contents.generation} {contents.version}",
+        tensors=flat.tensors,
+        model_prefix=prefix,
+        state_prefixes=states,
+        objects=flat.objects,
+        training=training_state(root),
+        warnings=[*contents.warnings, *_oddities(contents, flat)],
+        details=torch_details(contents, flat),
+        checksums=lambda: stored_checksums(contents),
+    )
+
+
+def torch_details(contents: TorchContents, flat: Flat) -> dict[str, Any]:
+    """What ``inspect`` shows of a torch file, and what writing it again needs."""
+    details: dict[str, Any] = {
+        "generation": contents.generation,
+        "version": contents.version,
+        "root_folder": contents.folder,
+        "byteorder": contents.byteorder,
+        "storages": len(contents.storages),
+        "storage_bytes": sum(storage.nbytes for storage in contents.storages.values()),
+        "key_paths": flat.paths,
+        "original_keys": flat.original_keys,
+    }
+    return details
+
+
+def stored_checksums(contents: TorchContents) -> Iterator[StoredChecksum]:
+    """The CRC-32s that a zip archive keeps; 0 stands for one that was not computed."""
+    for record in contents.records:
+        if record.crc or not record.source.size:
+            yield StoredChecksum(record.source.name, record.source, record.crc)
+
+
+def training_state(root: Mapping[Any, Any]) -> TrainingState:
+    """Where training stood, as far as the usual top-level keys of a training checkpoint tell."""
+    step = next((root[key] for key in _STEPS if type(root.get(key)) is int), None)
+    return TrainingState(
+        step=step,
+        epoch=root["epoch"] if type(root.get("epoch")) is int else None,
+        has_optimizer=any(root.get(key) for key in _OPTIMIZERS),
+        has_scheduler=any(root.get(key) for key in _SCHEDULERS),
+        has_rng=any("rng_state" in key for key in root if type(key) is str),
+    )
+
+
+def _prefixes(flat: Flat) -> tuple[str, tuple[str, ...]]:
+    """What precedes the weights' own names, and the names of everything else that holds tensors."""
+    tops = {flat.paths[name][0] for name in flat.tensors if flat.paths.get(name)}
+    if any(len(flat.paths[name]) < 2 for name in flat.tensors if name in flat.paths):
+        return "", tuple(f"{top}." for top in sorted(map(str, tops)) if top in _OPTIMIZERS)
+    for wrapper in _WRAPPERS:
+        if wrapper in tops:
+            return f"{wrapper}.", ()
+    return "", tuple(f"{top}." for top in sorted(map(str, tops)) if top in _OPTIMIZERS)
+
+
+def _oddities(contents: TorchContents, flat: Flat) -> list[str]:
+    """What a user should know."""
+    found = []
+    for name in flat.renamed:
+        found.append(f"two paths give one dotted name; the second is called {name!r}")
+    for kind in flat.unpacked[:5]:
+        found.append(f"objects of class {kind} hold tensors; they are shown under their attributes' names")
+    shown: dict[str, dict[Any, int]] = {}
+    for tensor, facts in contents.facts.values():
+        shown.setdefault(facts.storage, {})[facts.offset, facts.strides, tensor.shape] = tensor.nbytes
+    held = sum(storage.nbytes for storage in contents.storages.values())
+    waste = sum(
+        max(0, storage.nbytes - sum(shown[key].values())) for key, storage in contents.storages.items() if key in shown
+    )
+    if waste >= _WASTE and waste > held // 10:
+        found.append(
+            f"stores {waste:,} bytes that no tensor shows (slices of larger tensors); converting it to torch leaves"
+            " them out"
+        )
+    for name, leaf in flat.objects.items():
+        if isinstance(leaf, MetaTensor):
+            found.append(f"tensor {name!r} is of the meta device and has no elements")
+    for name, whole in flat.distributed.items():
+        if whole.local.shape != whole.shape:
+            kind = ", ".join(whole.placements)
+            found.append(f"tensor {name!r} is one rank's part of a tensor of shape {whole.shape} ({kind})")
+    return found
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """One file: nested as the source was if it tells and its names are unchanged, else a flat state dict.
+
+    Raises:
+        UsageError: an object cannot be pickled.
+    """
+    root, ignored = as_object(checkpoint)
+    notes = []
+    unsafe = refused(root)
+    if unsafe:
+        notes.append(f"torch.load(weights_only=True) refuses objects in this file: {', '.join(unsafe[:5])}")
+    if checkpoint.config or checkpoint.tokenizer or checkpoint.artifacts:
+        notes.append("a torch file has no place for the configuration, the tokenizer and other files of the source")
+    parts = zip_parts(root)
+    return Plan(FORMAT.name, (OutputFile("", parts),), ignored=ignored, notes=tuple(notes))
+
+
+def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str]]:
+    """What to save for a checkpoint, and what it leaves out with the reason."""
+    paths = checkpoint.details.get("key_paths") or {}
+    keys = checkpoint.details.get("original_keys") or {}
+    whole, parts = assemble(checkpoint.tensors, checkpoint.objects)
+    if all(name in paths for name in whole if name not in checkpoint.objects) and paths:
+        values = {name: whole[name] for name in paths if name in whole}
+        left = {name: "has no place in the nested file" for name in whole if name not in paths}
+        return unflatten(values, paths, keys), left
+    state = {name: whole[name] for name in whole if name in checkpoint.tensors or name in parts}
+    left = {name: "a state dict holds tensors only" for name in whole if name not in state}
+    return torch_objects.ordered_dict(state), left
+
+
+def assemble(tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Tensors and objects in one table, the parts of a tensor of several parts put together again.
+
+    Gives the table and the names of tensors of several parts; one that lacks a part is left out.
+    """
+    whole: dict[str, Any] = {}
+    taken: set[str] = set()
+    composites: set[str] = set()
+    for name, value in objects.items():
+        if isinstance(value, COMPOSITE):
+            inner = {part: f"{name}.{part}" for part in parts_of(value)}
+            if all(stored in tensors for stored in inner.values()):
+                whole[name] = with_parts(value, {part: tensors[stored] for part, stored in inner.items()})
+                composites.add(name)
+                taken.update(inner.values())
+        else:
+            whole[name] = value
+    return {**whole, **{name: tensor for name, tensor in tensors.items() if name not in taken}}, composites
+
+
+FORMAT = Format(
+    name="torch",
+    title="torch.save file",
+    detect=detect,
+    read=read,
+    plan=plan,
+    single_file=True,
+)
