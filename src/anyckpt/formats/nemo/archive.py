@@ -1,0 +1,62 @@
+"""A ``.nemo`` being laid out: tar headers and contents as the parts of one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from anyckpt.engine.plan import Literal, OutputFile, Part, SourceData
+from anyckpt.formats.torch_file import shift_parts
+from anyckpt.storage.source import ByteSource
+from anyckpt.storage.tar import tar_end, tar_header, tar_padding
+
+LayOut = Callable[[int, bool], Sequence[Part]]
+"""From the offset in the archive, and whether contents may be aligned to it, to the parts of a member."""
+
+
+class ArchiveWriter:
+    """Collects members; names are stored as given, which for NeMo means with ``./`` in front."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._position = 0
+
+    def add_directory(self, name: str, mtime: int = 0) -> None:
+        """A directory; NeMo's own archives begin with ``.``."""
+        self._append([Literal(tar_header(name, 0, is_directory=True, mtime=mtime))])
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """A member known when planning."""
+        self.add(name, lambda offset, aligned: [Literal(data)])
+
+    def add_source(self, name: str, source: ByteSource, mtime: int = 0) -> None:
+        """A member copied verbatim."""
+        self.add(name, lambda offset, aligned: [SourceData(source)] if source.size else [], mtime)
+
+    def add(self, name: str, lay_out: LayOut, mtime: int = 0) -> None:
+        """A member whose parts depend on where in the archive it begins, because they align contents there.
+
+        The header is longer from 8 GiB on, which moves what follows it; a member that is only that large while it
+        is aligned to the shorter header's end is laid out without alignment, which has one size everywhere.
+        """
+        parts: Sequence[Part] = []
+        size = 0
+        for aligned in (True, True, False):
+            header = tar_header(name, size, mtime=mtime)
+            parts = lay_out(self._position + len(header), aligned)
+            size = sum(part.nbytes for part in parts)
+            if len(tar_header(name, size, mtime=mtime)) == len(header):
+                break
+        else:
+            parts = lay_out(self._position + len(tar_header(name, size, mtime=mtime)), False)
+        self._append([Literal(tar_header(name, size, mtime=mtime))])
+        self._append(parts)
+        if size % 512:
+            self._append([Literal(tar_padding(size))])
+
+    def file(self) -> OutputFile:
+        """The archive as the one file of an output."""
+        return OutputFile("", (*self._parts, Literal(tar_end(self._position))))
+
+    def _append(self, parts: Sequence[Part]) -> None:
+        self._parts += shift_parts(parts, len(self._parts))
+        self._position += sum(part.nbytes for part in parts)

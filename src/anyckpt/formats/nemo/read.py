@@ -1,0 +1,213 @@
+"""Opening a ``.nemo`` in place: its configuration, its weights wherever they lie in it, and its other members."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.engine.manifest import MANIFEST_NAME
+from anyckpt.errors import FormatError
+from anyckpt.formats.megatron_core.reader import read_torch_dist
+from anyckpt.formats.nemo.config import is_megatron_config, missing_artifacts
+from anyckpt.formats.nemo.container import (
+    CONFIG,
+    FLAT_WEIGHTS,
+    SHARDED_WEIGHTS,
+    Container,
+    Subfolder,
+    open_container,
+)
+from anyckpt.formats.nemo.tokenizer import read_tokenizer
+from anyckpt.formats.registry import Location
+from anyckpt.formats.torch_file import read_torch
+from anyckpt.pickling.walk import find_leaves
+from anyckpt.plain_yaml import load_yaml_mapping
+from anyckpt.storage.source import ByteSource
+from anyckpt.tensor import LazyTensor
+
+_RANK_FOLDER = re.compile(
+    r"^(?:mp_rank_(?P<rank>\d+)|tp_rank_(?P<tensor>\d+)_pp_rank_(?P<pipeline>\d+))(?:_fsdp_shard_\d+)?/"
+    r"|^fsdp_shard_\d+/"
+)
+_FLAT_NAME = re.compile(r"^model\.(?:module\.)?(?:decoder|embedding|output_layer)\.")
+_EXTRA_STATE = re.compile(r"(^|\.)_extra_state$")
+_EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
+
+
+@dataclass
+class _Weights:
+    """What the weights of a ``.nemo`` are found to be."""
+
+    tensors: dict[str, LazyTensor]
+    kind: str
+    dialect: str | None
+    objects: dict[str, Any] = field(default_factory=dict)
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    warnings: list[str] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def read(location: Location) -> Checkpoint:
+    """Open a ``.nemo`` file or an unpacked one.
+
+    Raises:
+        FormatError: the archive is damaged, has no configuration or no weights, or divides them over rank folders.
+        UnsafeError: a member is a link, climbs out, is there twice; or the configuration is a bomb.
+    """
+    container = open_container(location)
+    folder = container.folder
+    names = list(container.members) if container.members else list(folder.names())
+    files = [name for name in names if not (container.members and container.members[name].is_directory)]
+    config = read_config(container, files)
+    weights = _read_weights(container, files, location.path)
+    others = {
+        name: folder.open(name)
+        for name in files
+        if name not in (CONFIG, FLAT_WEIGHTS, MANIFEST_NAME) and not name.startswith(f"{SHARDED_WEIGHTS}/")
+    }
+    tokenizer = read_tokenizer(config, others)
+    missing = missing_artifacts(config, others)
+    used = set() if tokenizer is None else {id(source) for source in tokenizer.files.values()}
+    return Checkpoint(
+        path=location.path,
+        format="nemo",
+        format_version=_text(config.get("nemo_version")),
+        tensors=weights.tensors,
+        dialect=weights.dialect,
+        objects=weights.objects,
+        config=config,
+        config_kind="nemo1" if is_megatron_config(config) else None,
+        tokenizer=tokenizer,
+        artifacts={name: source for name, source in others.items() if id(source) not in used},
+        layout=weights.layout,
+        warnings=[
+            *weights.warnings,
+            *(f"{key} refers to {name!r}, which the archive lacks" for key, name in missing.items()),
+        ],
+        ignored=weights.ignored,
+        details={
+            **weights.details,
+            "container": container.kind,
+            "weights": weights.kind,
+            "target": _text(config.get("target")),
+            "nemo_version": _text(config.get("nemo_version")),
+            "members": [{"name": name, "bytes": source.size} for name, source in _sized(container, files)],
+        },
+    )
+
+
+def read_config(container: Container, files: list[str]) -> dict[str, Any]:
+    """``model_config.yaml`` as plain data.
+
+    Raises:
+        FormatError: it is missing or invalid.
+        UnsafeError: it would build objects, or expands without bound.
+    """
+    folder = container.folder
+    if CONFIG not in files:
+        elsewhere = next((name for name in files if name.endswith(f"/{CONFIG}")), None)
+        raise FormatError(
+            f"has no {CONFIG}",
+            path=folder.name,
+            expected=f"{CONFIG} at the top of the archive",
+            found=elsewhere or (", ".join(files[:5]) or "no files"),
+            remedy="pack it again from within that folder" if elsewhere else "check that it is a .nemo file",
+        )
+    source = folder.open(CONFIG)
+    return load_yaml_mapping(source.read_all(limit=64 << 20), source.name)
+
+
+def _read_weights(container: Container, files: list[str], path: str) -> _Weights:
+    flat = FLAT_WEIGHTS in files
+    sharded = any(name.startswith(f"{SHARDED_WEIGHTS}/") for name in files)
+    ranks = [found for name in files if (found := _RANK_FOLDER.match(name))]
+    if flat + sharded + bool(ranks) > 1:
+        raise FormatError(
+            "holds weights in more than one layout",
+            path=path,
+            expected=f"one of {FLAT_WEIGHTS}, {SHARDED_WEIGHTS}/ and rank folders",
+            found=", ".join(name for name in files if name.endswith(FLAT_WEIGHTS) or SHARDED_WEIGHTS in name)[:200],
+        )
+    if ranks:
+        raise _rank_folders(ranks, path)
+    if flat:
+        return _read_flat(container.folder.open(FLAT_WEIGHTS))
+    if sharded:
+        return _read_sharded(container, path)
+    raise FormatError(
+        "has no weights",
+        path=path,
+        expected=f"{FLAT_WEIGHTS} or {SHARDED_WEIGHTS}/",
+        found=", ".join(files[:5]),
+        remedy="copy it again from its origin",
+    )
+
+
+def _rank_folders(ranks: list[re.Match[str]], path: str) -> FormatError:
+    tensor = 1 + max(int(found["tensor"] or found["rank"] or 0) for found in ranks)
+    pipeline = 1 + max(int(found["pipeline"] or 0) for found in ranks)
+    return FormatError(
+        f"holds one weight file per rank (tensor parallel {tensor}, pipeline parallel {pipeline}), "
+        "which cannot be joined yet",
+        path=path,
+        expected=f"{FLAT_WEIGHTS} or {SHARDED_WEIGHTS}/",
+        found=ranks[0][0],
+        remedy="load it in the NeMo that wrote it, at that parallel size, and save it with use_dist_ckpt true",
+    )
+
+
+def _read_flat(source: ByteSource) -> _Weights:
+    """``torch.save(state_dict)``; the top level is the state dict."""
+    contents = read_torch(source)
+    root = contents.root
+    if not isinstance(root, dict):
+        raise FormatError(
+            "does not hold a state dict", path=source.name, expected="a dictionary", found=type(root).__name__
+        )
+    tensors: dict[str, LazyTensor] = {}
+    holders: set[Any] = set()
+    for keys, tensor in find_leaves(dict(root), lambda value: isinstance(value, LazyTensor)):
+        name = ".".join(map(str, keys))
+        if name in tensors:
+            raise FormatError("two tensors have the same name", path=source.name, tensor=name)
+        tensors[name] = tensor
+        holders.add(keys[0])
+    if not tensors:
+        raise FormatError("holds no tensors", path=source.name, remedy="copy it again from its origin")
+    objects = {str(key): value for key, value in root.items() if key not in holders}
+    is_megatron = all(_FLAT_NAME.match(name) for name in tensors)
+    return _Weights(
+        tensors,
+        "flat",
+        "nemo-flat" if is_megatron else None,
+        objects,
+        warnings=list(contents.warnings),
+        ignored={name: _EXTRA_REASON for name in objects if _EXTRA_STATE.search(name)},
+        details={"torch_generation": contents.generation},
+    )
+
+
+def _read_sharded(container: Container, path: str) -> _Weights:
+    """A Megatron-Core distributed checkpoint inside the archive."""
+    found = read_torch_dist(Subfolder(container.folder, SHARDED_WEIGHTS), path=path)
+    return _Weights(
+        found.tensors,
+        "sharded",
+        found.dialect,
+        found.objects,
+        found.layout,
+        found.warnings,
+        found.ignored,
+        found.details,
+    )
+
+
+def _sized(container: Container, files: list[str]) -> list[tuple[str, ByteSource]]:
+    return [(name, container.folder.open(name)) for name in files]
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,139 @@
+"""Laying out a ``.nemo`` as NeMo 1.7 and later write it: a plain tar, its configuration first, its weights last."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.plan import OutputFile, Part, Plan
+from anyckpt.errors import FormatError, UsageError
+from anyckpt.formats.megatron_core.writer import torch_dist_files
+from anyckpt.formats.nemo.archive import ArchiveWriter
+from anyckpt.formats.nemo.config import (
+    GPT_TARGET,
+    NEMO_VERSION,
+    is_megatron_config,
+    missing_artifacts,
+    referenced_names,
+)
+from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS
+from anyckpt.formats.nemo.tokenizer import has_prefix, write_tokenizer
+from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.torch_file import zip_parts
+from anyckpt.formats.torch_file.writer import ALIGNMENT, PAGE
+from anyckpt.plain_yaml import dump_yaml
+from anyckpt.storage.source import ByteSource
+
+_FLAT_EXTRA = re.compile(r"(^|\.)_extra_state$")
+_SHARDED_EXTRA = re.compile(r"^model\..*_extra_state/shard_[\d._]+$")
+_NO_PLACE = "a .nemo holds weights only"
+_NO_ARTIFACT = "its configuration does not refer to it"
+
+
+def dialect(options: WriteOptions) -> str | None:
+    """Megatron names begin with ``model.``; layers are stacked in a distributed checkpoint only."""
+    return "nemo-sharded" if options.sharded else "nemo-flat"
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """One tar archive: ``./model_config.yaml``, artifacts, then ``./model_weights.ckpt`` or ``./model_weights/``.
+
+    Raises:
+        UsageError: there is no configuration, or one that NeMo does not know.
+        FormatError: the configuration refers to a file that the source lacks.
+    """
+    config = _configuration(checkpoint)
+    ignored: dict[str, str] = {}
+    notes: list[str] = []
+    members: dict[str, ByteSource] = {}
+    if checkpoint.tokenizer is not None:
+        config["tokenizer"], members, notes = write_tokenizer(checkpoint.tokenizer, config)
+    referenced = referenced_names(config)
+    for name, source in checkpoint.artifacts.items():
+        if checkpoint.format == "nemo" or has_prefix(name) or name in referenced:
+            members[name] = source
+        else:
+            ignored[name] = _NO_ARTIFACT
+    _check_artifacts(config, members, checkpoint.path)
+    _complete(config, notes)
+
+    archive = ArchiveWriter()
+    archive.add_directory(".")
+    archive.add_bytes(f"./{CONFIG}", dump_yaml(config).encode())
+    for name in sorted(members):
+        archive.add_source(f"./{name}", members[name])
+    extra = _SHARDED_EXTRA if options.sharded else _FLAT_EXTRA
+    objects = {name: checkpoint.objects[name] for name in checkpoint.objects if extra.search(name)}
+    ignored.update({name: _NO_PLACE for name in checkpoint.objects if name not in objects})
+    if options.sharded:
+        _add_sharded(archive, checkpoint, objects, options)
+    else:
+        _add_flat(archive, checkpoint, objects)
+    return Plan("nemo", (archive.file(),), ignored=ignored, notes=tuple(notes))
+
+
+def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A copy of the configuration in NeMo's spelling."""
+    if not checkpoint.config:
+        raise UsageError(
+            "a .nemo needs a model configuration and the source has none",
+            path=checkpoint.path,
+            remedy="pass one with --config",
+        )
+    if checkpoint.config_kind not in ("nemo1", None):
+        raise UsageError(
+            f"a .nemo needs NeMo's model configuration; the source's ({checkpoint.config_kind}) is not translated",
+            path=checkpoint.path,
+            remedy="pass one with --config, or name the model family with --family",
+        )
+    return copy.deepcopy(checkpoint.config)
+
+
+def _check_artifacts(config: dict[str, Any], members: Mapping[str, ByteSource], path: str) -> None:
+    missing = missing_artifacts(config, members)
+    for key, name in missing.items():
+        raise FormatError(
+            f"the configuration's {key} refers to {name!r}, which is not among the artifacts",
+            path=path,
+            found=", ".join(members) or "no artifacts",
+            remedy="add the file, or set the key to null (anyckpt edit)",
+        )
+
+
+def _complete(config: dict[str, Any], notes: list[str]) -> None:
+    """``target`` and ``nemo_version``, which NeMo puts at the end of a configuration that lacks them."""
+    if config.get("target") is None:
+        if is_megatron_config(config):
+            config.pop("target", None)
+            config["target"] = GPT_TARGET
+        else:
+            notes.append("the configuration names no class (target): restore it by calling the model's own class")
+    if config.get("nemo_version") is None:
+        config.pop("nemo_version", None)
+        config["nemo_version"] = NEMO_VERSION
+
+
+def _add_flat(archive: ArchiveWriter, checkpoint: Checkpoint, objects: Mapping[str, Any]) -> None:
+    state: dict[str, Any] = {**checkpoint.tensors, **objects}
+
+    def lay_out(offset: int, aligned: bool) -> Sequence[Part]:
+        page = PAGE if aligned else ALIGNMENT
+        return zip_parts(state, archive_name=SHARDED_WEIGHTS, file_offset=offset, page=page)
+
+    archive.add(f"./{FLAT_WEIGHTS}", lay_out)
+
+
+def _add_sharded(
+    archive: ArchiveWriter, checkpoint: Checkpoint, objects: Mapping[str, Any], options: WriteOptions
+) -> None:
+    files = torch_dist_files(checkpoint.tensors, objects, {}, ranks=options.ranks, file_bytes=options.max_shard_size)
+    archive.add_directory(f"./{SHARDED_WEIGHTS}")
+    for file in sorted(files, key=lambda file: (file.stage, file.path)):
+        _add_file(archive, file)
+
+
+def _add_file(archive: ArchiveWriter, file: OutputFile) -> None:
+    archive.add(f"./{SHARDED_WEIGHTS}/{file.path}", lambda offset, aligned: file.parts)
