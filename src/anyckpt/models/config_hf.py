@@ -124,7 +124,7 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         "use_cache": True,
         **config.extra.get("hf", {}),
         **known.constants,
-        **render_fields(known.fields, config),
+        **{key: value for key, value in render_fields(known.fields, config).items() if _is_sayable(key, value)},
         "architectures": [known.architectures[0]],
         "model_type": known.model_types[0],
         "hidden_act": _SPELLED[config.activation],
@@ -139,9 +139,16 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
     if "mlp_bias" in keys:
         rendered[_ATTENTION_BIAS] = config.add_bias_linear or config.add_qkv_bias
     _render_window(family, config, rendered, notes)
+    if config.eos_token_id is None and "eos_token_id" in keys and "hf" not in config.extra:
+        notes.append("which token ends a text is not recorded: set eos_token_id in config.json before generating")
     if config.hidden_dropout:
         notes.append(f"hidden_dropout {config.hidden_dropout} has no place in a {known.model_types[0]} config.json")
     return rendered
+
+
+def _is_sayable(key: str, value: Any) -> bool:
+    """Null is a value for token ids; for any other key it would replace the class's default by nothing."""
+    return value is not None or key.endswith("_token_id")
 
 
 def surplus(config: ModelConfig) -> list[str]:

@@ -8,15 +8,19 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.models import config_hf, config_megatron, config_nemo, dialects, vocabulary
+from anyckpt.models import config_hf, config_megatron, config_nemo, dialects
 from anyckpt.models.config import ModelConfig
 from anyckpt.models.families import by_name, families
 from anyckpt.models.family import Family
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
+from anyckpt.models.tokens import TokenFacts, token_facts
 from anyckpt.tensor import LazyTensor
 
 KINDS = ("hf", "nemo1", "nemo2", "megatron-args")
 """Spellings of a configuration."""
+
+_TRANSFORMER = {"num_layers", "hidden_size", "num_attention_heads"}
+"""Without these, arguments or a NeMo 1 configuration are of no transformer (or of a test's stub)."""
 
 
 def config_kind(config: Mapping[str, Any]) -> str | None:
@@ -79,11 +83,11 @@ def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple
         name = config_nemo.nemo2_class(values) or ""
         family = chosen or next((f for f in families().values() if name in f.nemo2.configs), None)
         return None if family is None else (family, config_nemo.parse_nemo2(family, values))
-    if kind == "nemo1":
-        if chosen is None and "num_layers" not in config_nemo.unwrapped(values):
-            return None
-        return _by_traits(config_nemo.parse_nemo1(values), config_nemo.unwrapped(values), chosen)
-    return _by_traits(config_megatron.parse(values), values, chosen)
+    inner = config_nemo.unwrapped(values) if kind == "nemo1" else values
+    if chosen is None and not inner.keys() >= _TRANSFORMER:
+        return None
+    parse = config_nemo.parse_nemo1 if kind == "nemo1" else config_megatron.parse
+    return _by_traits(parse(inner), inner, chosen)
 
 
 def _by_traits(
@@ -122,12 +126,14 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
             config = replace(config, share_embeddings_and_output_weights=True)
             notes.append(f"there is no {head} and config.json says nothing: the embedding is taken to be tied")
     elif dialect is not None:
-        config = _with_stored_vocabulary(config, checkpoint, weights, notes)
+        facts = token_facts(checkpoint.tokenizer)
+        missing = {name: token for name, token in facts.special.items() if getattr(config, name) is None}
+        config = _with_stored_vocabulary(replace(config, **missing), facts, weights, notes)
     return replace(model, config=config, notes=tuple(notes))
 
 
 def _with_stored_vocabulary(
-    config: ModelConfig, checkpoint: Checkpoint, weights: Mapping[str, LazyTensor], notes: list[str]
+    config: ModelConfig, facts: TokenFacts, weights: Mapping[str, LazyTensor], notes: list[str]
 ) -> ModelConfig:
     suffix = "embedding.word_embeddings.weight"
     stored = next((tensor for name, tensor in weights.items() if name.endswith(suffix)), None)
@@ -135,7 +141,7 @@ def _with_stored_vocabulary(
         return config
     rows = stored.shape[0]
     if config.vocab_size is None and rows:
-        true, note = true_vocabulary(rows, config, vocabulary.count(checkpoint.tokenizer))
+        true, note = true_vocabulary(rows, config, facts.count)
         notes += [] if note is None else [note]
         config = replace(config, vocab_size=true)
     return replace(config, padded_vocab_size=rows or None)
