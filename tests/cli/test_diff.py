@@ -1,0 +1,122 @@
+"""``anyckpt diff``: verdicts, exit codes, JSON contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.cli.runner import Runner
+from tests.support import fixture_path
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.execute import execute
+from anyckpt.formats.registry import WriteOptions, by_name
+from anyckpt.tensor import LazyTensor, from_array
+
+LLAMA = "families/llama/hf"
+
+
+def written(path: Path, **arrays: np.ndarray) -> Path:
+    tensors: dict[str, LazyTensor] = {name: from_array(array) for name, array in arrays.items()}
+    plan = by_name("safetensors").plan
+    assert plan is not None
+    execute(plan(Checkpoint("made", "torch", tensors), WriteOptions()), str(path))
+    return path
+
+
+def test_equal_is_exit_code_0(anyckpt: Runner) -> None:
+    path = fixture_path(LLAMA)
+    found = anyckpt("diff", path, path, "--json")
+    assert found.code == 0
+    assert found.json == {
+        "equal": True, "compared": 15, "only_in_a": [], "only_in_b": [], "different": [], "names": "hub", "notes": [],
+    }  # fmt: skip
+    assert "equal: 15 of 15" in anyckpt("diff", path, path).out
+
+
+def test_different_is_exit_code_1_with_names_reasons_and_sizes(anyckpt: Runner, tmp_path: Path) -> None:
+    a = written(tmp_path / "a", same=np.ones(3), value=np.array([1.0, 2.0]), shape=np.ones(2), gone=np.ones(1))
+    b = written(tmp_path / "b", same=np.ones(3), value=np.array([1.0, 2.5]), shape=np.ones((2, 1)), new=np.ones(1))
+    found = anyckpt("diff", a, b, "--json")
+    assert found.code == 1
+    shown = found.json
+    assert shown["equal"] is False
+    assert shown["compared"] == 3
+    assert (shown["only_in_a"], shown["only_in_b"]) == (["gone"], ["new"])
+    different = {entry["name"]: entry for entry in shown["different"]}
+    assert set(different) == {"value", "shape"}
+    assert (different["value"]["reason"], different["value"]["max_abs"]) == ("values", 0.5)
+    assert different["value"]["max_rel"] == pytest.approx(0.2)
+    assert (different["shape"]["reason"], different["shape"]["max_abs"]) == ("shape", None)
+    text = anyckpt("diff", a, b)
+    assert text.code == 1
+    assert "only in A: gone" in text.out
+    assert "only in B: new" in text.out
+    assert "different: 1 of 3" in text.out
+
+
+def test_only_a_missing_tensor_is_different_too(anyckpt: Runner, tmp_path: Path) -> None:
+    a = written(tmp_path / "a", x=np.ones(3), y=np.ones(3))
+    b = written(tmp_path / "b", x=np.ones(3))
+    assert anyckpt("diff", a, b).code == 1
+    assert anyckpt("diff", b, a).code == 1
+
+
+def test_tolerances(anyckpt: Runner, tmp_path: Path) -> None:
+    a = written(tmp_path / "a", x=np.array([1.0, 100.0]))
+    b = written(tmp_path / "b", x=np.array([1.01, 101.0]))
+    assert anyckpt("diff", a, b).code == 1
+    assert anyckpt("diff", a, b, "--rtol", "0.02").code == 0
+    assert anyckpt("diff", a, b, "--atol", "0.5").code == 1
+    assert anyckpt("diff", a, b, "--atol", "1").code == 0
+
+
+def test_a_type_is_a_difference_unless_a_tolerance_is_given(anyckpt: Runner, tmp_path: Path) -> None:
+    a = written(tmp_path / "a", x=np.array([1.0, 2.0], dtype=np.float32))
+    b = written(tmp_path / "b", x=np.array([1.0, 2.0], dtype=np.float16))
+    found = anyckpt("diff", a, b, "--json")
+    assert found.code == 1
+    assert found.json["different"][0]["reason"] == "dtype"
+    assert found.json["different"][0]["max_abs"] == 0
+    assert anyckpt("diff", a, b, "--rtol", "1e-9").code == 0
+
+
+@pytest.mark.parametrize("words", [("--rtol", "-1"), ("--atol", "nan")])
+def test_impossible_tolerances_are_exit_code_2(anyckpt: Runner, words: tuple[str, str]) -> None:
+    path = fixture_path(LLAMA)
+    assert "tolerance" in anyckpt("diff", path, path, *words).error
+
+
+def test_nothing_in_common_is_exit_code_2(anyckpt: Runner, tmp_path: Path) -> None:
+    a, b = written(tmp_path / "a", x=np.ones(3)), written(tmp_path / "b", y=np.ones(3))
+    assert "no tensor name in common" in anyckpt("diff", a, b).error
+
+
+def test_raw_compares_stored_names(anyckpt: Runner, tmp_path: Path) -> None:
+    path = fixture_path(LLAMA)
+    assert anyckpt("diff", path, path, "--raw", "--json").json["names"] == "stored"
+    assert anyckpt("convert", path, tmp_path / "nemo", "--to", "nemo").code == 0
+    assert anyckpt("diff", path, tmp_path / "nemo").code == 0
+    assert "no tensor name in common" in anyckpt("diff", path, tmp_path / "nemo", "--raw").error
+
+
+def test_rows_that_pad_the_vocabulary_are_not_compared(anyckpt: Runner, tmp_path: Path) -> None:
+    path = fixture_path(LLAMA)
+    config = tmp_path / "config.yaml"
+    assert anyckpt("convert", path, tmp_path / "nemo", "--to", "nemo").code == 0
+    found = anyckpt("diff", path, tmp_path / "nemo", "--json")
+    assert found.code == 0
+    rows = anyckpt("inspect", tmp_path / "nemo", "--tensors", "*word_embeddings*", "--json").json["tensors"][0][
+        "shape"
+    ][0]
+    assert rows == 256
+    assert any("padding" in note for note in found.json["notes"])
+    assert not config.exists()
+
+
+def test_training_state_is_compared_with_raw_only(anyckpt: Runner) -> None:
+    path = fixture_path("mcore/gpt_opt_plain/ckpt")
+    weights = anyckpt("diff", path, path, "--json").json["compared"]
+    everything = anyckpt("diff", path, path, "--raw", "--json").json["compared"]
+    assert 0 < weights < everything
