@@ -107,6 +107,7 @@ _BUILT_IN = (
     "nemo2",
     "lightning",
     "megatron_core",
+    "megatron_lm",
     "dcp",
     "hf",
     "safetensors",

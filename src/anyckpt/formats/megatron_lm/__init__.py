@@ -1,0 +1,18 @@
+"""Megatron-LM's own checkpoints, one file per rank: ``mp_rank_00_001/model_optim_rng.pt``."""
+
+from __future__ import annotations
+
+from anyckpt.formats.megatron_lm.location import detect
+from anyckpt.formats.megatron_lm.reader import read
+from anyckpt.formats.registry import Format
+
+__all__ = ["FORMAT"]
+
+FORMAT = Format(
+    name="megatron-lm",
+    title="Megatron-LM checkpoint of one file per rank",
+    detect=detect,
+    read=read,
+    dialect=lambda options: "megatron-lm",
+    config_kind="megatron-args",
+)

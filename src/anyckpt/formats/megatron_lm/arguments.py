@@ -1,0 +1,109 @@
+"""What the ``args`` of a rank file say of the parallel layout.
+
+Facts: ``megatron/training/arguments.py`` of core 0.16; ``model_parallel_size`` is its name for the tensor-parallel
+size before ``checkpoint_version`` 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anyckpt.errors import FormatError
+from anyckpt.formats.torch_file.values import brief
+from anyckpt.pickling import Record
+from anyckpt.pickling.plain import to_plain
+
+_LARGEST_SIZE = 1 << 16
+_LAYER_TYPES = {1: "embedding", 2: "loss", 3: "encoder", 4: "decoder", 5: "mtp"}
+SAME_ON_EVERY_RANK = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "padded_vocab_size",
+    "swiglu",
+    "untie_embeddings_and_output_weights",
+    "expert_tensor_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Arguments that describe the model or its layout besides the sizes in ``Sizes``."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of ranks along each dimension; None where the arguments do not say."""
+
+    tensor: int | None
+    pipeline: int | None
+    virtual: int | None
+    expert: int | None
+
+
+def read_sizes(arguments: Mapping[str, Any], path: str) -> Sizes:
+    """The sizes that a rank's arguments state.
+
+    Raises:
+        FormatError: one is not a number of ranks.
+    """
+
+    def size(*keys: str) -> int | None:
+        value = next((arguments[key] for key in keys if arguments.get(key) is not None), None)
+        if value is None:
+            return None
+        if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
+            raise FormatError(
+                f"args.{keys[0]} is not possible", path=path, expected="a number of ranks", found=brief(value)
+            )
+        return value
+
+    return Sizes(
+        size("tensor_model_parallel_size", "model_parallel_size"),
+        size("pipeline_model_parallel_size"),
+        size("virtual_pipeline_model_parallel_size"),
+        size("expert_model_parallel_size"),
+    )
+
+
+def plain_arguments(arguments: Mapping[Any, Any]) -> dict[str, Any]:
+    """The arguments as plain data; a layer layout as the text or lists that it was made from."""
+    seen = {key: value for key, value in arguments.items() if isinstance(key, str)}
+    layout = seen.get("pipeline_model_parallel_layout")
+    if isinstance(layout, Record):
+        layout = layout.get("input_data")
+    if isinstance(layout, list):
+        layout = [[_layer_type(kind) for kind in stage] if isinstance(stage, list) else stage for stage in layout]
+    if layout is not None:
+        seen["pipeline_model_parallel_layout"] = layout
+    plain = to_plain(seen)
+    return plain if isinstance(plain, dict) else {}
+
+
+def _layer_type(kind: Any) -> Any:
+    """The name of a ``LayerType``, an enum, which is pickled by its value."""
+    if isinstance(kind, Record) and len(kind.args) == 1 and isinstance(kind.args[0], int):
+        return _LAYER_TYPES.get(kind.args[0], kind)
+    return kind
+
+
+def parallelism(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The layout under the names that the layout rules use, as plain data."""
+    return {
+        "tensor_parallel": sizes.tensor or 1,
+        "pipeline_parallel": sizes.pipeline or 1,
+        "virtual_pipeline": sizes.virtual or 1,
+        "expert_parallel": sizes.expert or 1,
+        "expert_tensor_parallel": config.get("expert_tensor_parallel_size"),
+        "num_layers_in_first_pipeline_stage": config.get("decoder_first_pipeline_num_layers"),
+        "num_layers_in_last_pipeline_stage": config.get("decoder_last_pipeline_num_layers"),
+        "account_for_embedding": bool(config.get("account_for_embedding_in_pipeline_split")),
+        "account_for_loss": bool(config.get("account_for_loss_in_pipeline_split")),
+        "pipeline_layout": config.get("pipeline_model_parallel_layout"),
+    }

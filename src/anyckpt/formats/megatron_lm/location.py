@@ -1,0 +1,158 @@
+"""Finding the ranks of a Megatron-LM checkpoint: tracker file, iteration directory, one directory per rank.
+
+Facts: ``megatron/training/checkpointing.py`` of Megatron-LM 1.0 to core 0.16 (``get_checkpoint_name``,
+``read_metadata``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from anyckpt.errors import FormatError
+from anyckpt.formats.registry import Location
+from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.source import ByteSource
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MODEL_FILE = "model_optim_rng.pt"
+MODEL_FILES = (MODEL_FILE, "model_rng.pt")
+"""What holds a rank's model; the second name is of 2022-12 to 2023-06, with the distributed optimizer."""
+OPTIMIZER_FILE = "distrib_optim.pt"
+_TRACKER_LIMIT = 64
+_RANK = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?", re.ASCII)
+_ITERATION = re.compile(r"iter_(\d{7,18})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RankFolder:
+    """One rank's directory.
+
+    Attributes:
+        name: as it is called.
+        path: where it is.
+        digits: the numbers in its name; the first is the tensor-parallel rank, and what the others are depends on
+            the arguments inside the file.
+        model: the file that holds the model, or None where only optimizer state lies here.
+        files: every file in it.
+    """
+
+    name: str
+    path: str
+    digits: tuple[int, ...]
+    model: ByteSource | None
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """An iteration of a training run, or its release.
+
+    Attributes:
+        path: its directory.
+        tracker: what the tracker file says, if that was followed.
+        number: the iteration that the directory's name tells, or None.
+    """
+
+    path: str
+    tracker: str | None
+    number: int | None
+
+    @property
+    def is_release(self) -> bool:
+        return os.path.basename(os.path.normpath(self.path)) == "release"
+
+
+def detect(location: Location) -> bool:
+    """Whether ranks are here, or in the iteration that the tracker file names, or in any where that one is missing."""
+    if not location.is_directory:
+        return False
+    if _has_ranks(location.path, location.names):
+        return True
+    if TRACKER not in location.names:
+        return False
+    try:
+        inner = find_iteration(location).path
+        return _has_ranks(inner, tuple(os.listdir(inner)))
+    except (FormatError, OSError):
+        # A tracker that leads nowhere is for the reader to explain.
+        return any(_ITERATION.fullmatch(name) and _any_rank(location.join(name)) for name in location.names)
+
+
+def _any_rank(path: str) -> bool:
+    return os.path.isdir(path) and _has_ranks(path, tuple(os.listdir(path)))
+
+
+def _has_ranks(path: str, names: tuple[str, ...]) -> bool:
+    folders = [name for name in names if _RANK.fullmatch(name)]
+    return any(os.path.isfile(os.path.join(path, folder, file)) for folder in folders for file in MODEL_FILES)
+
+
+def find_iteration(location: Location) -> Iteration:
+    """The directory of the ranks: ``location`` itself, or what its tracker file names.
+
+    Raises:
+        FormatError: the tracker is empty or unreadable, or what it names is missing.
+    """
+    if any(_RANK.fullmatch(name) for name in location.names):
+        return Iteration(location.path, None, _number(os.path.basename(os.path.normpath(location.path))))
+    source = LocalFolder(location.path).open(TRACKER)
+    text = source.read_all(_TRACKER_LIMIT).decode("ascii", "replace").strip()
+    present = ", ".join(name for name in location.names if name == "release" or _ITERATION.fullmatch(name))
+    if text != "release" and not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        raise FormatError(
+            "does not name an iteration" if text else "is empty",
+            path=source.name,
+            expected="a number or the word 'release'",
+            found=repr(text) if text else None,
+            remedy=f"open one of the iterations that are there: {present or 'none'}",
+        )
+    name = text if text == "release" else f"iter_{int(text):07d}"
+    if name not in location.names or not os.path.isdir(location.join(name)):
+        raise FormatError(
+            f"names {name}, which is missing",
+            path=source.name,
+            expected=location.join(name),
+            found=present or "no iteration at all",
+            remedy="open one of the iterations that are there; the newest save may be unfinished or deleted",
+        )
+    return Iteration(location.join(name), text, _number(name))
+
+
+def _number(name: str) -> int | None:
+    found = _ITERATION.fullmatch(name)
+    return None if found is None else int(found[1])
+
+
+def rank_folders(path: str) -> list[RankFolder]:
+    """The ranks in an iteration's directory, sorted by their digits.
+
+    Raises:
+        FormatError: there are none, a directory cannot be listed, or no directory holds a model.
+    """
+    found: list[RankFolder] = []
+    try:
+        for name in os.listdir(path):
+            match = _RANK.fullmatch(name)
+            inner = os.path.join(path, name)
+            if match is None or not os.path.isdir(inner):
+                continue
+            files = tuple(sorted(os.listdir(inner)))
+            model = next((file for file in MODEL_FILES if file in files), None)
+            source = None if model is None else LocalFolder(inner).open(model)
+            digits = tuple(int(group) for group in match.groups() if group is not None)
+            found.append(RankFolder(name, inner, digits, source, files))
+    except OSError as error:
+        raise FormatError(f"cannot be listed: {error.strerror}", path=error.filename or path) from error
+    if not any(folder.model is not None for folder in found):
+        raise FormatError(
+            "holds no ranks",
+            path=path,
+            expected=f"mp_rank_00/{MODEL_FILE}",
+            found=", ".join(folder.name for folder in found[:5])
+            or ", ".join(sorted(os.listdir(path))[:5])
+            or "nothing",
+            remedy="the save was interrupted; use the iteration before it",
+        )
+    return sorted(found, key=lambda folder: folder.digits)

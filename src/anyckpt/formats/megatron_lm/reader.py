@@ -1,0 +1,247 @@
+"""Reading Megatron-LM's checkpoints of one file per rank, of all ``checkpoint_version``s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, StoredChecksum, TrainingState
+from anyckpt.errors import FormatError
+from anyckpt.formats.megatron_lm.arguments import Sizes, parallelism, plain_arguments
+from anyckpt.formats.megatron_lm.location import OPTIMIZER_FILE, Iteration, find_iteration, rank_folders
+from anyckpt.formats.megatron_lm.names import hub_names, strip_wrappers
+from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped_rows
+from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
+from anyckpt.formats.registry import Location
+from anyckpt.formats.torch_file import TorchContents, read_torch
+from anyckpt.formats.torch_file.values import brief
+from anyckpt.pickling.plain import to_plain
+from anyckpt.pickling.walk import find_leaves
+from anyckpt.storage.folder import LocalFolder
+from anyckpt.tensor import LazyTensor
+
+_EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
+_FREQUENCIES_REASON = "computed from the configuration"
+_OPTIMIZER = "optimizer"
+_DISTRIBUTED = "distrib_optim"
+_RNG_KEYS = ("rng_state", "random_rng_state")
+_SCHEDULER_KEYS = ("opt_param_scheduler", "lr_scheduler")
+_PER_RANK_STATE = (
+    "rng_state",
+    "random_rng_state",
+    "np_rng_state",
+    "torch_rng_state",
+    "cuda_rng_state",
+    "rng_tracker_states",
+)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One chunk of one rank's model, under its stored names without wrappers."""
+
+    place: Place
+    number: int
+    rank: RankFile
+    tensors: dict[str, LazyTensor]
+
+
+def read(location: Location) -> Checkpoint:
+    """Open an iteration, or the one that a training root's tracker file names.
+
+    ``tensors`` lists what is stored, by rank folder: ``mp_rank_00_001/model.decoder.layers.0...``.  ``ranks`` has
+    the weights under the hub's names, with the rows of fused projections in today's order.  ``objects`` has what
+    rank 0's file holds besides, and each rank's optimizer and random states by its folder.
+
+    Raises:
+        FormatError: a rank is missing, damaged, of another iteration, or contradicts the arguments.
+    """
+    iteration = find_iteration(location)
+    opened = [open_rank(folder) for folder in rank_folders(iteration.path)]
+    files = [rank for rank in opened if rank is not None]
+    sizes = agreed_sizes(files, iteration.path)
+    ranks = place_ranks(files, sizes, iteration.path)
+    first = next(iter(ranks.values()))
+    config = plain_arguments(first.arguments)
+    if config:
+        config["tensor_model_parallel_size"] = sizes.tensor
+    ignored: dict[str, str] = {}
+    chunks = [
+        _Chunk(place, number, rank, _weights(rank, key, ignored))
+        for place, rank in ranks.items()
+        for number, key in sorted({**dict.fromkeys(range(sizes.virtual or 1), ""), **rank.chunks}.items())
+    ]
+    distributed = {rank.folder.name: read for rank in ranks.values() if (read := _distributed(rank)) is not None}
+    has_optimizer = bool(distributed) or any(_OPTIMIZER in rank.root for rank in ranks.values())
+    training = TrainingState(
+        step=first.iteration,
+        consumed_samples=_count(config.get("consumed_train_samples")),
+        has_optimizer=has_optimizer,
+        has_scheduler=any(key in first.root for key in _SCHEDULER_KEYS),
+        has_rng=any(key in first.root for key in _RNG_KEYS),
+    )
+    return Checkpoint(
+        path=location.path,
+        format="megatron-lm",
+        format_version=f"checkpoint_version {first.version:g}",
+        tensors=_stored(ranks, distributed),
+        state_prefixes=tuple(
+            f"{rank.folder.name}/{state}" for rank in ranks.values() for state in (f"{_OPTIMIZER}.", f"{_DISTRIBUTED}.")
+        ),
+        objects=_objects(first, ranks, distributed),
+        config=config,
+        config_kind="megatron-args" if config else None,
+        layout=ParallelLayout(sizes.tensor or 1, sizes.pipeline or 1, sizes.virtual or 1, sizes.expert or 1),
+        training=training,
+        warnings=_warnings(iteration, first, opened, [rank.contents for rank in ranks.values()]),
+        ignored=ignored,
+        details={
+            "iteration_folder": iteration.path,
+            "tracker": iteration.tracker,
+            "checkpoint_version": first.version,
+            "rank_folders": len(ranks),
+            "transformer_impl": config.get("transformer_impl"),
+            "distributed_optimizer": bool(distributed) or any(rank is None for rank in opened),
+            "parallelism": parallelism(config, sizes),
+        },
+        ranks=_shards(chunks, sizes, config, first),
+        checksums=lambda: _checksums([*(rank.contents for rank in ranks.values()), *distributed.values()]),
+    )
+
+
+def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> dict[str, LazyTensor]:
+    """A chunk's weights under dotted names without wrappers; what is no weight goes to ``ignored``.
+
+    Raises:
+        FormatError: something in the model is no dense tensor.
+    """
+    if not key:
+        return {}
+    flat: dict[str, Any] = {}
+    todo: list[tuple[str, Any, int]] = [("", rank.root[key], 0)]
+    while todo:
+        prefix, value, depth = todo.pop()
+        if not isinstance(value, dict):
+            flat[prefix] = value
+        elif depth > 16:
+            raise FormatError("the model is nested too deep", path=rank.path, tensor=prefix)
+        else:
+            parts = [(f"{prefix}.{name}" if prefix else str(name), part, depth + 1) for name, part in value.items()]
+            todo.extend(reversed(parts))
+    cut = strip_wrappers(list(flat))
+    weights: dict[str, LazyTensor] = {}
+    for stored, value in flat.items():
+        name = stored[cut:]
+        if name.endswith("_extra_state"):
+            ignored[name] = _EXTRA_REASON
+        elif name.endswith("rotary_pos_emb.inv_freq"):
+            ignored[name] = _FREQUENCIES_REASON
+        elif isinstance(value, LazyTensor):
+            weights[name] = value
+        else:
+            raise FormatError("is not a dense tensor", path=rank.path, tensor=f"{key}.{stored}", found=brief(value))
+    return weights
+
+
+def _shards(
+    chunks: Sequence[_Chunk], sizes: Sizes, config: Mapping[str, Any], first: RankFile
+) -> tuple[RankShard, ...]:
+    renamed = hub_names([chunk.tensors for chunk in chunks], [chunk.rank.path for chunk in chunks])
+    heads = 0
+    if first.version < GROUPED_SINCE:
+        heads = _heads_on_a_rank(config, sizes.tensor or 1, first)
+    return tuple(
+        RankShard(
+            chunk.place.tensor,
+            chunk.place.pipeline,
+            chunk.number,
+            chunk.place.expert,
+            {
+                name: grouped_rows(name, tensor, first.version, heads, chunk.rank.path)
+                for name, tensor in tensors.items()
+            }
+            if heads
+            else tensors,
+            chunk.rank.path,
+        )
+        for chunk, tensors in zip(chunks, renamed, strict=True)
+    )
+
+
+def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) -> int:
+    """Attention heads of one tensor-parallel rank, which the order of rows before version 2 depends on."""
+    heads = _count(config.get("num_attention_heads"))
+    if not heads or heads % tensor:
+        raise FormatError(
+            "args.num_attention_heads is needed to order the rows of attention projections before checkpoint_version 2",
+            path=first.path,
+            expected=f"a multiple of the tensor-parallel size {tensor}",
+            found=heads or "none",
+        )
+    return heads // tensor
+
+
+def _distributed(rank: RankFile) -> TorchContents | None:
+    if OPTIMIZER_FILE not in rank.folder.files:
+        return None
+    return read_torch(LocalFolder(rank.folder.path).open(OPTIMIZER_FILE))
+
+
+def _stored(ranks: Mapping[Place, RankFile], distributed: Mapping[str, TorchContents]) -> dict[str, LazyTensor]:
+    """Every tensor of models and optimizers, as stored."""
+    tensors: dict[str, LazyTensor] = {}
+    for rank in ranks.values():
+        folder = rank.folder.name
+        for key in (*rank.chunks.values(), _OPTIMIZER):
+            tensors.update(_leaves(f"{folder}/{key}", rank.root.get(key)))
+        if folder in distributed:
+            tensors.update(_leaves(f"{folder}/{_DISTRIBUTED}", distributed[folder].root))
+    return tensors
+
+
+def _leaves(prefix: str, root: Any) -> Iterator[tuple[str, LazyTensor]]:
+    for path, leaf in find_leaves(root, lambda value: isinstance(value, LazyTensor)):
+        parts = [str(to_plain(part)) if isinstance(part, tuple) else str(part) for part in path]
+        if parts[-1:] != ["_extra_state"] and not (parts and parts[-1].endswith("._extra_state")):
+            yield ".".join([prefix, *parts]), leaf
+
+
+def _objects(
+    first: RankFile, ranks: Mapping[Place, RankFile], distributed: Mapping[str, TorchContents]
+) -> dict[str, Any]:
+    taken = {*first.chunks.values(), _OPTIMIZER, *_PER_RANK_STATE}
+    objects = {str(key): value for key, value in first.root.items() if key not in taken}
+    for rank in ranks.values():
+        for key in (_OPTIMIZER, *_PER_RANK_STATE):
+            if key in rank.root:
+                objects[f"{rank.folder.name}/{key}"] = rank.root[key]
+        if rank.folder.name in distributed:
+            objects[f"{rank.folder.name}/{_DISTRIBUTED}"] = distributed[rank.folder.name].root
+    return objects
+
+
+def _warnings(
+    iteration: Iteration, first: RankFile, opened: Sequence[RankFile | None], contents: Iterable[TorchContents]
+) -> list[str]:
+    found = []
+    if not first.arguments:
+        found.append("the rank files hold no args: the parallel layout is taken from the folders' names")
+    if iteration.number is not None and first.iteration not in (None, iteration.number):
+        found.append(f"the folder is of iteration {iteration.number}, but the files in it are of {first.iteration}")
+    if any(rank is None for rank in opened):
+        found.append("the optimizer is stored per data-parallel rank (optim.pt of 2022-12 to 2023-06) and is not read")
+    for file in contents:
+        found.extend(warning for warning in file.warnings if warning not in found)
+    return found
+
+
+def _checksums(contents: Iterable[TorchContents]) -> Iterator[StoredChecksum]:
+    for file in contents:
+        for record in file.records:
+            if record.crc or not record.source.size:
+                yield StoredChecksum(record.name, record.source, record.crc)
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
