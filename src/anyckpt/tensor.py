@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -415,6 +415,12 @@ class Mosaic(LazyTensor):
             yield from tile.pieces()
 
     def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        end = tuple(b + n for b, n in zip(start, shape, strict=True))
+        hit = np.flatnonzero(((self.starts < end) & (self.stops > start)).all(axis=1))
+        low_corners, high_corners = self.starts[hit], self.stops[hit]
+        if len(hit) > 1 and (low_corners >= start).all() and (high_corners <= end).all():
+            some = _Some(self.tiles, hit)
+            return Mosaic(self.dtype, shape, low_corners - start, high_corners - start, some)
         tiles, starts, stops = [], [], []
         for number, low, high in self._overlaps(start, shape):
             inside = tuple(a - int(b) for a, b in zip(low, self.starts[number], strict=True))
@@ -443,6 +449,26 @@ class Mosaic(LazyTensor):
 
 
 _PUSH_LIMIT = 4096
+
+
+class _Some(Sequence[LazyTensor]):
+    """Some of a sequence of pieces, still made only when asked for."""
+
+    def __init__(self, pieces: Sequence[LazyTensor], numbers: Array) -> None:
+        self._pieces: Sequence[LazyTensor] = pieces._pieces if isinstance(pieces, _Some) else pieces
+        self._numbers: Array = pieces._numbers[numbers] if isinstance(pieces, _Some) else numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> LazyTensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LazyTensor]: ...
+    def __getitem__(self, index: int | slice) -> LazyTensor | Sequence[LazyTensor]:
+        if isinstance(index, slice):
+            return _Some(self._pieces, self._numbers[index])
+        return self._pieces[int(self._numbers[index])]
 
 
 class _View(LazyTensor):
