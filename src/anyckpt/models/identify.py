@@ -127,7 +127,9 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
             notes.append(f"there is no {head} and config.json says nothing: the embedding is taken to be tied")
     elif dialect is not None:
         facts = token_facts(checkpoint.tokenizer)
-        missing = {name: token for name, token in facts.special.items() if getattr(config, name) is None}
+        missing: dict[str, Any] = {
+            name: token for name, token in facts.special.items() if getattr(config, name) is None
+        }
         config = _with_stored_vocabulary(replace(config, **missing), facts, weights, notes)
     return replace(model, config=config, notes=tuple(notes))
 

@@ -76,7 +76,7 @@ def _json(files: Mapping[str, ByteSource], name: str) -> dict[str, Any]:
 
 def _sentencepiece(data: bytes) -> TokenFacts:
     pieces = 0
-    ids = {name: default for name, default in _SENTENCEPIECE_IDS.values()}
+    ids = dict(_SENTENCEPIECE_IDS.values())
     for number, value in _protobuf(data):
         pieces += number == _PIECES
         if number == _TRAINER and isinstance(value, bytes):
