@@ -150,7 +150,8 @@ def _children(container: Any, path: Path, flat: Flat) -> Iterator[tuple[str | in
         for key, value in container.items():
             spelled = _spelled(key)
             if type(key) is not str:
-                flat.original_keys[(*path, spelled)] = key
+                where: Path = (*path, spelled)
+                flat.original_keys[where] = key
             yield spelled, value
 
 

@@ -1,0 +1,16 @@
+"""Checkpoints of (PyTorch) Lightning: a file, or a directory ``*.ckpt`` of ``meta.pt`` and distributed shards."""
+
+from anyckpt.formats.lightning.read import detect, read
+from anyckpt.formats.lightning.write import plan
+from anyckpt.formats.registry import Format
+
+__all__ = ["FORMAT"]
+
+FORMAT = Format(
+    name="lightning",
+    title="Lightning checkpoint",
+    detect=detect,
+    read=read,
+    plan=plan,
+    single_file=True,
+)

@@ -1,0 +1,13 @@
+"""Names that Lightning 1.x and 2.x use in their checkpoints (``CheckpointConnector.dump_checkpoint``)."""
+
+from __future__ import annotations
+
+VERSION = "pytorch-lightning_version"
+STATE_DICT = "state_dict"
+HYPER_PARAMETERS = "hyper_parameters"
+TRAINING_STATE = ("optimizer_states", "lr_schedulers", "callbacks", "MixedPrecision", "native_amp_scaling_state")
+"""Top-level entries that a checkpoint saved with ``save_weights_only=True`` lacks."""
+META = "meta.pt"
+"""What makes a directory a sharded checkpoint: everything but weights and optimizer states."""
+KEPT = "lightning"
+"""Key in ``Checkpoint.details`` of the entries that are neither weights nor training state."""

@@ -1,0 +1,141 @@
+"""Opens Lightning checkpoints; hyper-parameters, loops and callbacks are data, whatever classes they name."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.errors import AnyckptError, FormatError
+from anyckpt.formats.dcp import dcp_details, read_dcp
+from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, TRAINING_STATE, VERSION
+from anyckpt.formats.registry import Location
+from anyckpt.formats.torch_file import read_torch
+from anyckpt.formats.torch_file.archive import read_zip
+from anyckpt.formats.torch_file.format import stored_checksums, torch_checkpoint
+from anyckpt.formats.torch_file.reader import root_folder
+from anyckpt.formats.torch_file.stream import is_stream
+from anyckpt.formats.torch_file.tree import flatten
+from anyckpt.pickling.plain import simplify, to_plain
+from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.source import ByteSource, LocalFile
+
+_HEAD = 64 << 10
+_CONSUMED = re.compile(r"consumed_samples=(\d+)(\.\d+)?")
+_MEGATRON_KEYS = ("num_layers", "hidden_size", "num_attention_heads")
+
+
+def detect(location: Location) -> bool:
+    """A directory with ``meta.pt`` and shards, or a torch file whose pickle begins as Lightning's does."""
+    if location.is_directory:
+        return META in location.names and any(name.endswith((".metadata", ".distcp")) for name in location.names)
+    try:
+        return VERSION.encode() in _pickle_head(location)
+    except AnyckptError:
+        return False  # a damaged file is the torch format's to report
+
+
+def _pickle_head(location: Location) -> bytes:
+    source: ByteSource = LocalFile(location.path)
+    if location.head.startswith(b"PK\x03\x04"):
+        records = read_zip(source)
+        source = records[f"{root_folder(records, location.path)}/data.pkl"].source
+    elif not is_stream(location.head):
+        return b""
+    return source.read(0, min(_HEAD, source.size))
+
+
+def read(location: Location) -> Checkpoint:
+    """Open a Lightning checkpoint.
+
+    Raises:
+        FormatError: it is truncated or damaged, or a directory without one of its two halves.
+    """
+    return _read_directory(location) if location.is_directory else _read_file(location)
+
+
+def _read_file(location: Location) -> Checkpoint:
+    contents = read_torch(LocalFile(location.path))
+    flat = flatten(contents.root, location.path)
+    checkpoint = torch_checkpoint(location.path, contents, flat)
+    if not isinstance(contents.root, dict) or VERSION not in contents.root:
+        return checkpoint  # the key is not at the top: a torch file that holds a Lightning checkpoint somewhere
+    if not isinstance(contents.root.get(STATE_DICT), dict):
+        raise FormatError("is a Lightning checkpoint without weights", path=location.path, expected=STATE_DICT)
+    return _as_lightning(checkpoint, contents.root, flat.objects)
+
+
+def _read_directory(location: Location) -> Checkpoint:
+    if ".metadata" not in location.names:
+        raise FormatError(
+            "has meta.pt but no .metadata: the save was not finished",
+            path=location.path,
+            remedy="use the checkpoint before it",
+        )
+    meta = read_torch(LocalFile(location.join(META)))
+    if not isinstance(meta.root, dict):
+        raise FormatError("is not a dictionary", path=location.join(META), remedy="copy the checkpoint again")
+    flat = flatten(meta.root, location.join(META))
+    weights = read_dcp(LocalFolder(location.path))
+    others = dict(flat.objects)
+    weights.objects.update(flat.objects)
+    checkpoint = Checkpoint(
+        path=location.path,
+        format="lightning",
+        tensors={**weights.tensors, **flat.tensors},
+        objects=weights.objects,
+        warnings=[*meta.warnings, *weights.warnings],
+        details={
+            **dcp_details(weights),
+            "key_paths": {**(weights.paths or {}), **flat.paths},
+            "original_keys": flat.original_keys,
+        },
+        checksums=lambda: stored_checksums(meta),
+    )
+    optimizers = {name.split(".", 1)[0] for name in weights.tensors if name.startswith("optimizer_")}
+    checkpoint = _as_lightning(checkpoint, meta.root, others)
+    training = replace(checkpoint.training, has_optimizer=bool(optimizers))
+    states = (*checkpoint.state_prefixes, *(f"{name}." for name in sorted(optimizers)))
+    return replace(checkpoint, training=training, state_prefixes=states)
+
+
+def _as_lightning(checkpoint: Checkpoint, root: dict[Any, Any], objects: dict[str, Any]) -> Checkpoint:
+    """The checkpoint with what Lightning's own entries say."""
+    paths = checkpoint.details["key_paths"]
+    kept = {name: value for name, value in objects.items() if len(paths[name]) == 1 and name not in TRAINING_STATE}
+    config, kind = _configuration(root.get(HYPER_PARAMETERS))
+    consumed = _CONSUMED.search(os.path.basename(os.path.abspath(checkpoint.path)))
+    version = root.get(VERSION)
+    return replace(
+        checkpoint,
+        format="lightning",
+        format_version=version if isinstance(version, str) else None,
+        model_prefix=f"{STATE_DICT}.",
+        state_prefixes=TRAINING_STATE,
+        config=config,
+        config_kind=kind,
+        training=TrainingState(
+            step=_count(root.get("global_step")),
+            consumed_samples=None if consumed is None else int(consumed[1][:18]),
+            epoch=_count(root.get("epoch")),
+            has_optimizer=bool(root.get("optimizer_states")),
+            has_scheduler=bool(root.get("lr_schedulers")),
+        ),
+        details={**checkpoint.details, KEPT: kept},
+    )
+
+
+def _configuration(hyper_parameters: Any) -> tuple[dict[str, Any], str | None]:
+    """The model's configuration: what NeMo puts under ``cfg``, or all hyper-parameters."""
+    plain = to_plain(simplify(hyper_parameters))
+    if not isinstance(plain, dict):
+        return {}, None
+    config = plain["cfg"] if isinstance(plain.get("cfg"), dict) else plain
+    is_megatron = all(type(config.get(key)) is int for key in _MEGATRON_KEYS)
+    return config, "nemo1" if is_megatron else None
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int else None

@@ -1,0 +1,135 @@
+"""Lays out Lightning checkpoints that Lightning 2.x loads and resumes from.
+
+``Trainer.fit(ckpt_path=...)`` wants ``optimizer_states`` and ``lr_schedulers``, but takes them empty; without
+``loops`` it starts at step 0 (checked with Lightning 2.6).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.formats.dcp import dcp_files
+from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
+from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.torch_file.format import assemble
+from anyckpt.formats.torch_file.safe import refused
+from anyckpt.formats.torch_file.tree import unflatten
+from anyckpt.formats.torch_file.writer import zip_parts
+from anyckpt.pickling import torch_objects
+from anyckpt.tensor import LazyTensor
+
+_OLDEST_VERSION = "2.0.0"
+"""Written where the source has none: the first whose layout this is, so that newer ones migrate it."""
+_SHARDED_OPTIMIZER = re.compile(r"optimizer_(\d+)$")
+_NOT_LIGHTNING = "not a part of a Lightning checkpoint"
+_BY_NUMBER = "a sharded checkpoint names optimizer states by weight; a file numbers them and does not say how"
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """One ``.ckpt`` file, or with ``options.sharded`` a directory that ``ModelParallelStrategy`` loads.
+
+    A source that is a Lightning checkpoint keeps its hyper-parameters, loops and counters as they are, and its
+    training state if the checkpoint still has it.
+
+    Raises:
+        UsageError: an object cannot be pickled.
+    """
+    weights = checkpoint.weights()
+    header, optimizers, ignored = _entries(checkpoint, weights)
+    files: tuple[OutputFile, ...]
+    if options.sharded:
+        if header.pop("optimizer_states"):
+            ignored["optimizer_states"] = _BY_NUMBER
+        files = _directory(checkpoint, weights, header, optimizers, options)
+    else:
+        for name, state in sorted(optimizers.items()):
+            numbered = _by_number(state)
+            if numbered is None:
+                ignored[name] = "its param_groups do not name its parameters"
+            else:
+                header["optimizer_states"] = [*header["optimizer_states"], numbered]
+        header[STATE_DICT] = torch_objects.ordered_dict(weights)
+        files = (OutputFile("", zip_parts(header)),)
+    unsafe = refused({name: value for name, value in header.items() if name != STATE_DICT})
+    notes = []
+    if unsafe:
+        notes.append(
+            f"it holds objects that torch.load(weights_only=True) refuses: {', '.join(unsafe[:5])}; give Lightning"
+            " weights_only=False, as for the source"
+        )
+    if checkpoint.tokenizer or checkpoint.artifacts:
+        notes.append("a Lightning checkpoint has no place for the tokenizer and other files of the source")
+    return Plan("lightning", files, ignored=ignored, notes=tuple(notes))
+
+
+def _entries(
+    checkpoint: Checkpoint, weights: Mapping[str, LazyTensor]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Everything but the weights, in Lightning's order; optimizers of a sharded source; what is left out and why."""
+    kept: dict[str, Any] = checkpoint.details.get(KEPT) or {}
+    stored = {checkpoint.model_prefix + name for name in weights}
+    others, _ = assemble(
+        {name: tensor for name, tensor in checkpoint.tensors.items() if name not in stored}, checkpoint.objects
+    )
+    ignored: dict[str, str] = {}
+    nested: dict[Any, Any] = {}
+    if kept:
+        paths = checkpoint.details.get("key_paths") or {}
+        values = {name: others[name] for name in paths if name in others and paths[name]}
+        nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {})
+        ignored = {name: _NOT_LIGHTNING for name in others if name not in values}
+    else:
+        ignored = dict.fromkeys(others, _NOT_LIGHTNING)
+        if checkpoint.config_kind == "nemo1":
+            kept = {"hparams_name": "kwargs", HYPER_PARAMETERS: {"cfg": checkpoint.config}}
+    found = {name: nested.pop(name) for name in list(nested) if _SHARDED_OPTIMIZER.match(str(name))}
+    header = {
+        "epoch": checkpoint.training.epoch or 0,
+        "global_step": checkpoint.training.step or 0,
+        VERSION: _OLDEST_VERSION,
+        STATE_DICT: None,
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+    return {**header, **kept, **nested}, found, ignored
+
+
+def _by_number(state: Any) -> dict[str, Any] | None:
+    """The optimizer state with parameters numbered in the order of its groups, as in a file; None if it cannot be."""
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return None
+    names = [name for group in groups for name in group.get("params", ())]
+    numbers = {name: number for number, name in enumerate(names)}
+    slots = state.get("state", {})
+    if len(numbers) != len(names) or not all(name in numbers for name in slots):
+        return None
+    renumbered = [{**group, "params": [numbers[name] for name in group.get("params", ())]} for group in groups]
+    return {"state": {numbers[name]: slot for name, slot in slots.items()}, "param_groups": renumbered}
+
+
+def _directory(
+    checkpoint: Checkpoint,
+    weights: Mapping[str, LazyTensor],
+    header: dict[str, Any],
+    optimizers: Mapping[str, Any],
+    options: WriteOptions,
+) -> tuple[OutputFile, ...]:
+    """A distributed checkpoint of weights and optimizers, and ``meta.pt``, which marks the whole as complete."""
+    del header[STATE_DICT]
+    prefixes = tuple(f"{name}." for name in optimizers) or ("\0",)
+    tensors = {f"{STATE_DICT}.{name}": tensor for name, tensor in weights.items()}
+    tensors.update((name, tensor) for name, tensor in checkpoint.tensors.items() if name.startswith(prefixes))
+    objects = {name: checkpoint.objects[name] for name in checkpoint.objects if name.startswith(prefixes)}
+    known = checkpoint.details.get("key_paths") or {}
+    paths = {
+        **{name: known[name] for name in (*tensors, *objects) if name in known},
+        **{f"{STATE_DICT}.{name}": (STATE_DICT, name) for name in weights},
+    }
+    shards = dcp_files(tensors, objects, ranks=options.ranks, paths=paths, file_bytes=options.max_shard_size)
+    return (*shards, OutputFile(META, zip_parts(header, archive_name="meta"), stage=2))
