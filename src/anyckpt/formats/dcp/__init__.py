@@ -9,7 +9,7 @@ from anyckpt.formats.dcp.writer import dcp_files
 from anyckpt.formats.registry import Format, Location, WriteOptions
 from anyckpt.storage.folder import LocalFolder
 
-__all__ = ["FORMAT", "DcpContents", "dcp_files", "read_dcp"]
+__all__ = ["FORMAT", "DcpContents", "dcp_details", "dcp_files", "read_dcp"]
 
 _OTHERS = ("metadata.json", "meta.pt")
 """What makes a directory with a ``.metadata`` a Megatron-Core or a Lightning checkpoint."""
@@ -52,6 +52,7 @@ def read(location: Location) -> Checkpoint:
         ),
         warnings=contents.warnings,
         details=dcp_details(contents),
+        checksums=contents.checksums,
     )
 
 

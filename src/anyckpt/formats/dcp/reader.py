@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from anyckpt.checkpoint import StoredChecksum
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.formats.dcp.cover import check_exact_cover
 from anyckpt.formats.dcp.flattened import original_shape, restore
 from anyckpt.formats.dcp.items import Chunks, ItemTable, LazyObjects, Unread
 from anyckpt.formats.dcp.metadata import Index, ItemPlace, TensorEntry, merge, read_index
+from anyckpt.formats.torch_file import read_torch
+from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.indexing import Array
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.source import ByteSource
@@ -40,6 +44,7 @@ class DcpContents:
         flattened: names of tensors that were stored flattened.
         has_mcore_data: the index carries Megatron-Core's own table (0.12 to 0.15).
         warnings: anything odd.
+        checksums: gives the CRC-32s of every record of every item; opens the items' archives when called.
     """
 
     tensors: dict[str, LazyTensor]
@@ -53,6 +58,7 @@ class DcpContents:
     flattened: tuple[str, ...] = ()
     has_mcore_data: bool = False
     warnings: list[str] = field(default_factory=list)
+    checksums: Callable[[], Iterable[StoredChecksum]] = tuple
 
 
 def read_dcp(folder: Folder) -> DcpContents:
@@ -110,9 +116,9 @@ class _Opener:
         index = self._index
         boxes = {name: self._boxes(name, entry) for name, entry in index.tensors.items()}
         table, rows = self._table(boxes)
-        objects = LazyObjects({name: self._object(name) for name in index.objects})
+        objects = {name: self._object(name) for name in index.objects}
         contents = DcpContents(
-            {}, objects, index.paths, index.version, index.metadata_class, warnings=list(index.warnings)
+            {}, LazyObjects(objects), index.paths, index.version, index.metadata_class, warnings=list(index.warnings)
         )
         flattened = []
         for name, entry in index.tensors.items():
@@ -135,6 +141,7 @@ class _Opener:
             name: tuple(file_names[np.unique(table.file[span.start : span.stop])]) for name, span in rows.items()
         }
         contents.warnings += self._oddities()
+        contents.checksums = lambda: _checksums(table, rows, objects.values())
         return contents
 
     def _boxes(self, name: str, entry: TensorEntry) -> Array:
@@ -264,3 +271,11 @@ class _Opener:
         if self._index.places:
             found.append(f"the index lists {len(self._index.places)} items of no tensor or object")
         return found
+
+
+def _checksums(table: ItemTable, rows: Mapping[str, range], objects: Iterable[Unread]) -> Iterator[StoredChecksum]:
+    for unread in objects:
+        yield from stored_checksums(read_torch(unread.archive()))
+    for name, span in rows.items():
+        for row in span:
+            yield from stored_checksums(read_torch(table.archive(row, name)))

@@ -7,16 +7,17 @@ Facts: ``dist_checkpointing/serialization.py`` and ``strategies/{torch,common}.p
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer, TrainingState
+from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum, Tokenizer, TrainingState
 from anyckpt.errors import FormatError
 from anyckpt.formats.dcp import DcpContents, dcp_details, read_dcp
 from anyckpt.formats.dcp.items import LazyObjects
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint, iteration_folder
 from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import read_torch
+from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.storage.folder import Folder, LocalFolder
@@ -101,6 +102,7 @@ def read_torch_dist(folder: Folder, *, path: str, warnings: list[str] | None = N
             "content_metadata": to_plain(common.get("content_metadata")),
             "checkpoint_version": to_plain(common.get("checkpoint_version")),
         },
+        checksums=lambda: _checksums(folder, contents),
     )
 
 
@@ -124,6 +126,12 @@ def read_common(folder: Folder, contents: DcpContents) -> dict[str, Any]:
     if not isinstance(root, dict):
         raise FormatError("is not a dictionary", path=name, found=type(root).__name__)
     return {key if isinstance(key, str) else repr(key): value for key, value in root.items()}
+
+
+def _checksums(folder: Folder, contents: DcpContents) -> Iterator[StoredChecksum]:
+    if COMMON in folder.names():
+        yield from stored_checksums(read_torch(folder.open(COMMON)))
+    yield from contents.checksums()
 
 
 def _version(folder: Folder, contents: DcpContents) -> str:
