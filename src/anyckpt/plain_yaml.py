@@ -76,14 +76,21 @@ def load_yaml_mapping(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def dump_yaml(value: Any, *, sort_keys: bool = False) -> str:
+def dump_yaml(value: Any, *, sort_keys: bool = False, ascii_only: bool = False) -> str:
     """Block-style YAML as ``OmegaConf.to_yaml`` writes it.
+
+    Args:
+        value: plain data.
+        sort_keys: in alphabetical order instead of the given one.
+        ascii_only: escape other characters, as PyYAML does by default.
 
     Raises:
         OutputError: ``value`` is not plain data.
     """
     try:
-        return yaml.dump(value, Dumper=_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=sort_keys)
+        return yaml.dump(
+            value, Dumper=_dumper(), default_flow_style=False, allow_unicode=not ascii_only, sort_keys=sort_keys
+        )
     except (yaml.YAMLError, RecursionError, TypeError) as error:
         raise OutputError(f"the configuration cannot be written as YAML: {error}") from error
 

@@ -1,0 +1,19 @@
+"""NeMo 2 directories: ``context`` with the model's configuration and tokenizer, ``weights`` by Megatron-Core."""
+
+from __future__ import annotations
+
+from anyckpt.formats.nemo2.read import detect, read
+from anyckpt.formats.nemo2.write import dialect, plan
+from anyckpt.formats.registry import Format
+
+__all__ = ["FORMAT"]
+
+FORMAT = Format(
+    name="nemo2",
+    title="NeMo 2 checkpoint directory",
+    detect=detect,
+    read=read,
+    plan=plan,
+    dialect=dialect,
+    config_kind="nemo2",
+)

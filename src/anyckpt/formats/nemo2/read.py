@@ -1,0 +1,161 @@
+"""Opening a NeMo 2 directory: ``context`` says what the model is, ``weights`` is a Megatron-Core checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.errors import FormatError
+from anyckpt.formats.megatron_core.location import check_commit
+from anyckpt.formats.megatron_core.reader import read_torch_dist
+from anyckpt.formats.nemo2.fiddle import decode, to_plain
+from anyckpt.formats.nemo2.tokenizer import read_tokenizer
+from anyckpt.formats.registry import Location
+from anyckpt.plain_yaml import load_yaml_mapping
+from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.source import ByteSource
+
+CONTEXT = "context"
+WEIGHTS = "weights"
+IO_JSON = "io.json"
+MODEL_YAML = "model.yaml"
+_UNFINISHED = "-unfinished"
+_INDEX_NAMES = ("metadata.json", ".metadata", "common.pt")
+_YAML_LIMIT = 16 << 20
+_JSON_LIMIT = 64 << 20
+
+
+def detect(location: Location) -> bool:
+    """A directory with ``context/io.json`` and weights below or beside it, or ``weights/`` with an index."""
+    if not location.is_directory:
+        return False
+    has_context = CONTEXT in location.names and os.path.lexists(location.join(CONTEXT, IO_JSON))
+    if WEIGHTS in location.names:
+        return has_context or _has_index(location.join(WEIGHTS))
+    return has_context
+
+
+def _has_index(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, name)) for name in _INDEX_NAMES)
+
+
+def read(location: Location) -> Checkpoint:
+    """Open a NeMo 2 checkpoint; nothing that ``io.json`` names is imported.
+
+    Raises:
+        FormatError: the save was not finished, ``io.json`` is empty or damaged, or the weights are.
+        UnsafeError: ``io.json`` or ``model.yaml`` expands without bound.
+    """
+    _refuse_unfinished(location.path)
+    weights_path = location.join(WEIGHTS) if WEIGHTS in location.names else location.path
+    if not _has_index(weights_path):
+        raise FormatError(
+            "has no weights",
+            path=location.path,
+            expected=f"a Megatron-Core checkpoint in {WEIGHTS}/ (metadata.json, .metadata and *.distcp)",
+            found=", ".join(location.names[:5]),
+            remedy="copy it again from its origin",
+        )
+    folder = LocalFolder(weights_path)
+    names = set(folder.names())
+    weights = read_torch_dist(folder, path=location.path, warnings=check_commit(weights_path, names))
+    warnings = list(weights.warnings)
+    if "adapter_metadata.json" in names:
+        warnings.append("holds an adapter (PEFT) only, not the model that it belongs to")
+    context, calls, config = _read_context(location, warnings)
+    tokenizer = read_tokenizer(_model(calls).get("tokenizer", config.get("tokenizer")), context)
+    used = set() if tokenizer is None else {id(source) for source in tokenizer.files.values()}
+    inner = config.get("config")
+    return replace(
+        weights,
+        format="nemo2",
+        config=config,
+        config_kind="nemo2" if isinstance(inner, dict) else None,
+        tokenizer=tokenizer,
+        artifacts={
+            name: source
+            for name, source in context.items()
+            if name not in (IO_JSON, MODEL_YAML) and id(source) not in used
+        },
+        training=_training(weights),
+        warnings=warnings,
+        details={
+            **weights.details,
+            "model_class": _class(config),
+            "config_class": _class(inner),
+            "tokenizer_class": _class(config.get("tokenizer")),
+            "context": calls,
+        },
+    )
+
+
+def _refuse_unfinished(path: str) -> None:
+    """NeMo keeps an empty file ``<name>-unfinished`` beside a checkpoint while it saves or deletes it."""
+    for candidate in dict.fromkeys((os.path.abspath(path), os.path.realpath(path))):
+        marker = candidate.removesuffix("-EMA") + _UNFINISHED
+        if os.path.exists(marker):
+            raise FormatError(
+                "is unfinished: NeMo was still writing or deleting it",
+                path=path,
+                found=marker,
+                remedy="use the checkpoint before it; if you know that it is whole, delete the marker",
+            )
+
+
+def _read_context(
+    location: Location, warnings: list[str]
+) -> tuple[dict[str, ByteSource], dict[str, Any], dict[str, Any]]:
+    """Files of the context, all calls in ``io.json`` as plain data, and the model's configuration."""
+    if CONTEXT not in location.names:
+        warnings.append("has no context directory: the model's configuration and tokenizer are missing")
+        return {}, {}, {}
+    folder = LocalFolder(location.join(CONTEXT))
+    files = {name: folder.open(name) for name in folder.names()}
+    calls: dict[str, Any] = {}
+    if IO_JSON in files:
+        source = files[IO_JSON]
+        plain = to_plain(decode(source.read_all(_JSON_LIMIT), source.name), source.name)
+        calls = plain if isinstance(plain, dict) else {}
+    else:
+        warnings.append("has no context/io.json: NeMo cannot load it")
+    expanded: dict[str, Any] = {}
+    if MODEL_YAML in files:
+        source = files[MODEL_YAML]
+        expanded = load_yaml_mapping(source.read_all(_YAML_LIMIT), source.name)
+    return files, calls, _merged(expanded, _model(calls))
+
+
+def _model(calls: dict[str, Any]) -> dict[str, Any]:
+    """The call at ``<root>.model``; older contexts are of the model alone."""
+    model = calls.get("model", calls if "config" in calls else {})
+    return model if isinstance(model, dict) else {}
+
+
+def _training(weights: Checkpoint) -> TrainingState:
+    """As Megatron-Core's reader says, and what Lightning and NeMo's data modules keep in the common state."""
+    common = weights.details.get("common")
+    names = [name for name in common or () if name in weights.objects]
+    samples = (value.get("consumed_samples") for name in names if isinstance(value := weights.objects[name], dict))
+    return replace(
+        weights.training,
+        consumed_samples=next((count for count in samples if type(count) is int), weights.training.consumed_samples),
+        has_scheduler=any(bool(weights.objects[name]) for name in names if name == "lr_schedulers"),
+    )
+
+
+def _merged(expanded: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
+    """``model.yaml``, which has the defaults, with what ``io.json`` says, which has exact values."""
+    result = dict(expanded)
+    for key, value in explicit.items():
+        known = result.get(key)
+        same_class = isinstance(known, dict) and isinstance(value, dict) and _class(known) == _class(value)
+        is_call = same_class and "_call_" not in value
+        result[key] = _merged(known, value) if is_call and isinstance(known, dict) else value
+    return result
+
+
+def _class(call: object) -> str | None:
+    target = call.get("_target_") if isinstance(call, dict) else None
+    return target if isinstance(target, str) else None
