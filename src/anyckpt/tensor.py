@@ -408,7 +408,7 @@ class Mosaic(LazyTensor):
         for number, low, high in self._overlaps(start, out.shape):
             inside = tuple(a - int(b) for a, b in zip(low, self.starts[number], strict=True))
             where: tuple[Any, ...] = tuple(slice(a - b, c - b) for a, b, c in zip(low, start, high, strict=True))
-            self.tiles[number].read_box(inside, out[where + (Ellipsis,)])  # noqa: RUF005 (mypy and Python 3.10)
+            self.tiles[number].read_box(inside, out[where + (Ellipsis,)])  # noqa: RUF005 (see gather)
 
     def pieces(self) -> Iterator[Stored]:
         for tile in self.tiles:
@@ -685,6 +685,10 @@ def _mosaic(
     stops: Sequence[Sequence[int]],
     tiles: Sequence[LazyTensor],
 ) -> LazyTensor:
+    full = [i for i, tile in enumerate(tiles) if tile.size]
+    if len(full) < len(tiles):
+        starts, stops = [starts[i] for i in full], [stops[i] for i in full]
+        tiles = [tiles[i] for i in full]
     if len(tiles) == 1 and tiles[0].shape == shape:
         return tiles[0]
     if not tiles:

@@ -208,7 +208,7 @@ class _FailingDisk:
 def test_a_disk_that_fills_up_can_be_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    shrink_blocks(8192)
+    shrink_blocks(8192, sync_every=20_000)
     plan = sample_plan(source)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", _FailingDisk(calls, errno.ENOSPC))

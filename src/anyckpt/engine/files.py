@@ -38,6 +38,10 @@ class BlockBuffer:
 class BlockFile:
     """One output file being written by several threads.
 
+    Past the page cache, only whole pages can be written.  A page that two blocks share waits in memory until both
+    have filled their part; writing the parts through the page cache instead would stop the other threads' direct
+    writes each time.
+
     Args:
         path: where; created, or opened as it is if ``keep``.
         nbytes: final size; the space is reserved at once, so that a full disk shows before the work is done.
@@ -49,8 +53,10 @@ class BlockFile:
     def __init__(self, path: str, nbytes: int, *, keep: bool = False) -> None:
         self.path = path
         self.nbytes = nbytes
-        self._buffered_lock = threading.Lock()
+        self._synced = keep
+        self._lock = threading.Lock()
         self._direct: int | None = None
+        self._shared: dict[int, _SharedPage] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
         try:
             self._buffered = os.open(path, flags, 0o644)
@@ -68,7 +74,7 @@ class BlockFile:
         """
         try:
             if self._direct is None:
-                with self._buffered_lock:
+                with self._lock:
                     _write_all(self._buffered, data, offset)
                 return
             end = offset + len(data)
@@ -78,10 +84,32 @@ class BlockFile:
                 _write_all(self._direct, data[low - offset : high - offset], low)
             for start, stop in ((offset, low), (high, end)):
                 if stop > start:
-                    with self._buffered_lock:
-                        _write_all(self._buffered, data[start - offset : stop - offset], start)
+                    self._share(start, data[start - offset : stop - offset])
         except OSError as error:
             raise write_error(self.path, error) from error
+
+    def _share(self, offset: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Put a block's part of a page with the others' parts; write the page when it is full."""
+        number = offset // PAGE
+        with self._lock:
+            page = self._shared.get(number)
+            if page is None:
+                page = self._shared[number] = _SharedPage()
+                if self._synced:
+                    self._load(number, page)
+            page.fill(offset % PAGE, data)
+            if page.filled == min(PAGE, self.nbytes - number * PAGE):
+                self._flush(number, page)
+                del self._shared[number]
+
+    def _load(self, number: int, page: _SharedPage) -> None:
+        """What is on the disk of a page: an earlier run's parts, and those from before the last sync."""
+        data = os.pread(self._buffered, PAGE, number * PAGE)
+        page.memory[: len(data)] = data
+
+    def _flush(self, number: int, page: _SharedPage) -> None:
+        assert self._direct is not None
+        _write_all(self._direct, page.whole, number * PAGE)
 
     def sync(self) -> None:
         """Make everything written so far durable.
@@ -90,6 +118,13 @@ class BlockFile:
             OutputError: the system refuses.
         """
         try:
+            with self._lock:
+                for number, page in self._shared.items():
+                    self._flush(number, page)
+                self._shared.clear()
+                self._synced = True
+                if self._direct is not None:
+                    os.ftruncate(self._buffered, self.nbytes)
             os.fsync(self._buffered)
         except OSError as error:
             raise write_error(self.path, error) from error
@@ -99,6 +134,19 @@ class BlockFile:
             if descriptor is not None:
                 os.close(descriptor)
         self._direct = None
+
+
+class _SharedPage:
+    """A page of a file that more than one block fills."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, PAGE)
+        self.whole: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(self.memory, dtype=np.uint8)
+        self.filled = 0
+
+    def fill(self, start: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        self.whole[start : start + len(data)] = data
+        self.filled += len(data)
 
 
 def write_error(path: str, error: OSError) -> OutputError:

@@ -18,8 +18,9 @@ from anyckpt.storage.source import ByteSource
 SCRATCH_BYTES = 4 << 20
 """Size of one scratch buffer; a thread holds about as many as an expression has computing nodes on one path."""
 
-_SPARSE = 8  # read a covering span only while at least one byte in eight of it is wanted
-_SHORT_RUN = 16 << 10  # a run shorter than this costs about as much to ask for as to read
+_LONG_RUN = 64 << 10  # runs of this length are read one by one: asking costs less than the bytes between them
+_SPARSE = 8  # shorter runs are read in a covering span while at least one byte in eight of it is wanted
+_SHORT_RUN = 4 << 10  # a run shorter than this costs more to ask for than any span
 
 _local = threading.local()
 
@@ -56,7 +57,8 @@ def gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.nd
     kept = sorted((a for a in range(out.ndim) if out.shape[a] > 1), key=lambda axis: -strides[axis])
     dropped: tuple[Any, ...] = tuple(slice(None) if n > 1 else 0 for n in out.shape)
     position = {axis: rank for rank, axis in enumerate(sorted(kept))}
-    view = out[(*dropped, ...)].transpose([position[axis] for axis in kept])
+    whole = out[dropped + (Ellipsis,)]  # noqa: RUF005 (mypy knows no unpacking here before Python 3.11)
+    view = whole.transpose([position[axis] for axis in kept])
     _gather(source, offset, tuple(strides[axis] for axis in kept), view)
 
 
@@ -68,7 +70,7 @@ def _gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.n
         source.read_into(offset, out.reshape(-1).view(np.uint8))
         return
     run = _contiguous_run(out.shape, strides, itemsize)
-    dense = span <= _SPARSE * out.nbytes or run < _SHORT_RUN
+    dense = run < _LONG_RUN and (run < _SHORT_RUN or span <= _SPARSE * out.nbytes)
     if dense and span <= SCRATCH_BYTES:
         with scratch(span) as buffer:
             source.read_into(offset, buffer)
