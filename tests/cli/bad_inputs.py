@@ -87,7 +87,7 @@ def _truncations(name: str, relative: str, cuts: tuple[float, ...]) -> None:
 
 _truncations("zip", "legacy/zoo_kinds/zip.pt", (2, 30, 0.1, 0.5, 0.9, -1))
 _truncations("stream", "legacy/zoo_objects/legacy.pt", (2, 12, 0.1, 0.5, 0.9))
-_truncations("tar_of_torch", "legacy/zoo_legacy_tar/old.pt", (2, 200, 0.2, 0.5))
+_truncations("tar_of_torch", "legacy/zoo_legacy_tar/old.pt", (2, 200, 0.1, 0.3))
 _truncations("nemo", NEMO, (2, 512, 1000, 0.2, 0.5))
 _truncations("safetensors", "families/llama/hf/model.safetensors", (4, 8, 100, 0.5, -1))
 
@@ -314,7 +314,7 @@ def shape_against_config(folder: Path) -> Path:
     return edited(folder, change)
 
 
-@unmappable("num_attention_heads")
+@unmappable("model.layers.0.self_attn.q_proj.weight")
 def config_without_heads(folder: Path) -> Path:
     model = copied(LLAMA, folder)
     config = json.loads((model / "config.json").read_text())

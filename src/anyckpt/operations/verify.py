@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -155,37 +155,36 @@ def _check_digests(path: str, result: Verification, progress: Progress | None) -
 
 
 def _check_checksums(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
-    try:
-        stored = list(checkpoint.checksums())
-    except AnyckptError as error:
-        result.problems.append(Problem(checkpoint.path, str(error)))
-        return
-    total = sum(item.source.size for item in stored)
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     done = 0
-    for item in stored:
-        try:
-            found = 0
-            for block in _blocks(item.source):
-                found = crc32(block, found)
-                done += len(block)
-                if progress is not None:
-                    progress(done, total)
-        except AnyckptError as error:
-            result.problems.append(Problem(item.name, str(error)))
-            continue
-        if found == item.crc32:
-            result.checked.checksums += 1
-        else:
-            problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
-            result.problems.append(Problem(item.name, problem))
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, max(done, total))
+
+    try:
+        for item in checkpoint.checksums():
+            found = _crc32(item.source, advance)
+            if found == item.crc32:
+                result.checked.checksums += 1
+            else:
+                problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
+                result.problems.append(Problem(item.name, problem))
+    except AnyckptError as error:
+        result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
 
 
-def _blocks(source: ByteSource) -> Iterator[memoryview]:
+def _crc32(source: ByteSource, advance: Callable[[int], None]) -> int:
     buffer = memoryview(bytearray(min(_BLOCK, source.size)))
+    found = 0
     for start in range(0, source.size, _BLOCK):
         part = buffer[: min(_BLOCK, source.size - start)]
         source.read_into(start, part)
-        yield part
+        found = crc32(part, found)
+        advance(len(part))
+    return found
 
 
 def _check_model(checkpoint: Checkpoint, result: Verification) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
@@ -92,7 +93,7 @@ def _read_directory(location: Location) -> Checkpoint:
             "key_paths": {**(weights.paths or {}), **flat.paths},
             "original_keys": flat.original_keys,
         },
-        checksums=lambda: stored_checksums(meta),
+        checksums=lambda: chain(stored_checksums(meta), weights.checksums()),
     )
     optimizers = {name.split(".", 1)[0] for name in weights.tensors if name.startswith("optimizer_")}
     checkpoint = _as_lightning(checkpoint, meta.root, others)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum
 from anyckpt.engine.manifest import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_core.reader import read_torch_dist
@@ -22,6 +23,7 @@ from anyckpt.formats.nemo.container import (
 from anyckpt.formats.nemo.tokenizer import read_tokenizer
 from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import read_torch
+from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.source import ByteSource
@@ -48,6 +50,7 @@ class _Weights:
     warnings: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    checksums: Callable[[], Iterable[StoredChecksum]] = tuple
 
 
 def read(location: Location) -> Checkpoint:
@@ -96,6 +99,7 @@ def read(location: Location) -> Checkpoint:
             "nemo_version": _text(config.get("nemo_version")),
             "members": [{"name": name, "bytes": source.size} for name, source in _sized(container, files)],
         },
+        checksums=weights.checksums,
     )
 
 
@@ -187,6 +191,7 @@ def _read_flat(source: ByteSource) -> _Weights:
         warnings=list(contents.warnings),
         ignored={name: _EXTRA_REASON for name in objects if _EXTRA_STATE.search(name)},
         details={"torch_generation": contents.generation},
+        checksums=lambda: stored_checksums(contents),
     )
 
 
@@ -202,6 +207,7 @@ def _read_sharded(container: Container, path: str) -> _Weights:
         found.warnings,
         found.ignored,
         found.details,
+        found.checksums,
     )
 
 
