@@ -129,8 +129,9 @@ class InflatedSource(ByteSource):
                     path=self.name,
                     remedy="copy the checkpoint again from its origin",
                 ) from error
-            left = len(state.decompressor.unconsumed_tail) + len(state.decompressor.unused_data)
-            state.position += len(chunk) - left
+            ended = state.decompressor.eof  # zlib then gives what is left by both names
+            left = state.decompressor.unused_data if ended else state.decompressor.unconsumed_tail
+            state.position += len(chunk) - len(left)
             if data:
                 break
             if not chunk and not state.decompressor.eof:
