@@ -1,16 +1,16 @@
 """The formats that anyckpt knows: its own, and those that other packages register.
 
-A format is a ``Format`` with three functions.  Another package adds one through the entry point group
-``anyckpt.formats``, whose value is a ``Format``.
+A format is a ``Format`` with three functions.  Another package adds one through an entry point of the group
+``anyckpt.formats``, named as the format, whose value is a ``Format``; it is asked after ours.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -102,32 +102,49 @@ class Format:
     single_file: bool = False
 
 
-_BUILT_IN = (
-    "nemo",
-    "nemo2",
-    "lightning",
-    "megatron_core",
-    "megatron_lm",
-    "dcp",
-    "hf",
-    "safetensors",
-    "torch_file",
-)
-"""Modules of this package in the order in which they are asked; each has ``FORMAT``."""
+_BUILT_IN = {
+    "nemo": "nemo",
+    "nemo2": "nemo2",
+    "lightning": "lightning",
+    "megatron-core": "megatron_core",
+    "megatron-lm": "megatron_lm",
+    "dcp": "dcp",
+    "hf": "hf",
+    "safetensors": "safetensors",
+    "torch": "torch_file",
+}
+"""Name -> module of this package, in the order in which they are asked; each module has ``FORMAT``."""
 
 _loaded: dict[str, Format] = {}
 
 
+def _names() -> Iterator[str]:
+    """Every format's name: ours, then those that other packages register, which take longer to find."""
+    yield from _BUILT_IN
+    yield from (name for name in _registered() if name not in _BUILT_IN)
+
+
+@cache
+def _registered() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group="anyckpt.formats")}
+
+
+def _load(name: str) -> Format:
+    """A format, imported when it is first asked for: opening one kind of file should not wait for all the others."""
+    if name not in _loaded:
+        if name in _BUILT_IN:
+            found: Format = import_module(f"anyckpt.formats.{_BUILT_IN[name]}").FORMAT
+        else:
+            found = _registered()[name].load()
+        _loaded[name] = found
+    return _loaded[name]
+
+
 def formats() -> dict[str, Format]:
     """Every format by name, in the order in which they are asked to detect."""
-    if not _loaded:
-        for entry in entry_points(group="anyckpt.formats"):
-            extra: Any = entry.load()
-            _loaded[extra.name] = extra
-        for module in _BUILT_IN:
-            known: Format = import_module(f"anyckpt.formats.{module}").FORMAT
-            _loaded[known.name] = known
-    return dict(_loaded)
+    return {name: _load(name) for name in _names()}
 
 
 def by_name(name: str) -> Format:
@@ -136,10 +153,9 @@ def by_name(name: str) -> Format:
     Raises:
         UsageError: there is none.
     """
-    known = formats()
-    if name not in known:
-        raise UsageError(f"unknown format {name!r}", expected=f"one of {', '.join(known)}")
-    return known[name]
+    if name not in _BUILT_IN and name not in _registered():
+        raise UsageError(f"unknown format {name!r}", expected=f"one of {', '.join(_names())}")
+    return _load(name)
 
 
 def detect(location: Location) -> Format:
@@ -150,13 +166,14 @@ def detect(location: Location) -> Format:
     """
     if not location.is_directory and not location.head:
         raise FormatError("is empty", path=location.path, remedy="copy it again from its origin")
-    for known in formats().values():
+    for name in _names():
+        known = _load(name)
         if known.detect(location):
             return known
     raise FormatError(
         "is not a checkpoint of any known format",
         path=location.path,
-        expected=f"one of {', '.join(formats())}",
+        expected=f"one of {', '.join(_names())}",
         found="a directory with " + (", ".join(location.names[:5]) or "nothing in it")
         if location.is_directory
         else f"a file that begins with {location.head[:8]!r}",
