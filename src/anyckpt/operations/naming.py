@@ -69,6 +69,8 @@ def rename_for(
         return Renamed(_with_dtype(checkpoint, dtype))
     model = models.identify(checkpoint, family=family, config=config)
     if model is not None:
+        if config is not None:
+            checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
         return _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
     if known in dialects.DIALECTS and wanted in dialects.DIALECTS and fits:
         renamed, ignored = dialects.rename(checkpoint.weights(), known, wanted)
