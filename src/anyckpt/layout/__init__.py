@@ -1,0 +1,24 @@
+"""Parallel layouts: joining what ranks hold into global tensors, and cutting global tensors for ranks.
+
+Names are the hub's (Megatron-Core, Transformer-Engine spelling); see ``geometry`` for what must be known of a model
+and of a layout, ``partition`` for how each kind of parameter is divided.
+"""
+
+from anyckpt.layout.cut import cut
+from anyckpt.layout.geometry import Geometry, Mamba, Parallelism
+from anyckpt.layout.join import Joined, join
+from anyckpt.layout.pipeline import hybrid_layout, parse_layout
+from anyckpt.layout.replicas import Replicas, compare
+
+__all__ = [
+    "Geometry",
+    "Joined",
+    "Mamba",
+    "Parallelism",
+    "Replicas",
+    "compare",
+    "cut",
+    "hybrid_layout",
+    "join",
+    "parse_layout",
+]
