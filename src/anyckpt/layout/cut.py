@@ -91,12 +91,13 @@ class _Cutter:
                 if not name.of_expert:
                     rank[name.at(layer)] = own[0][tensor_rank]
                     continue
-                groups = {}
-                for member in modules.pop(_module(name), ()):
+                groups: dict[str, list[LazyTensor]] = {}
+                for member in modules.pop(_module(name), ()):  # all at once, where the first one is
                     mine = range(expert_rank * each, (expert_rank + 1) * each)
                     share = tensor_rank % self.parallelism.expert_ways
                     groups[member.at(layer)] = [parts[member][expert][share] for expert in mine]
-                rank.update(experts.spelled(groups, self.spelling))
+                if groups:
+                    rank.update(experts.spelled(groups, self.spelling))
             source = f"{chunk}, tensor rank {tensor_rank}, expert rank {expert_rank}"
             yield RankShard(tensor_rank, chunk.pipeline_rank, chunk.virtual_rank, expert_rank, rank, source)
 
