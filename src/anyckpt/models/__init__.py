@@ -12,7 +12,7 @@ from typing import Any
 from anyckpt.errors import UsageError
 from anyckpt.models import config_hf, config_megatron, config_nemo
 from anyckpt.models.config import ModelConfig
-from anyckpt.models.families import by_name, families
+from anyckpt.models.families import by_name, known_families
 from anyckpt.models.family import Family
 from anyckpt.models.hub import Hub, Model, Named, from_hub, to_hub
 from anyckpt.models.identify import KINDS, config_kind, identify
@@ -26,9 +26,9 @@ __all__ = [
     "Named",
     "by_name",
     "config_kind",
-    "families",
     "from_hub",
     "identify",
+    "known_families",
     "render_config",
     "size_label",
     "to_hub",

@@ -269,6 +269,13 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         "fp16": dtype == "float16",
         "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
     }
+    if factors and "scale_factor" not in family.nemo2.configs[name]:
+        raise MappingError(
+            f"NeMo 2's {name} cannot express this rope scaling",
+            expected="linear, or none",
+            found=dict(config.rope_scaling or {}),
+            remedy="convert with --config of a configuration without it, and set it up in NeMo yourself",
+        )
     if factors:
         rendered |= {key: whole(value) for key, value in factors.items()}
     if config.window_size is not None or "window_size" in family.nemo2.configs.get(name, {}):

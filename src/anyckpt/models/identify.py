@@ -10,7 +10,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import config_hf, config_megatron, config_nemo, dialects
 from anyckpt.models.config import ModelConfig
-from anyckpt.models.families import by_name, families
+from anyckpt.models.families import by_name, known_families
 from anyckpt.models.family import Family
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
 from anyckpt.models.tokens import TokenFacts, token_facts
@@ -77,11 +77,11 @@ def identify(
 
 def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple[Family, ModelConfig] | None:
     if kind == "hf":
-        family = chosen or next((f for f in families().values() if config_hf.is_known(f, values)), None)
+        family = chosen or next((f for f in known_families().values() if config_hf.is_known(f, values)), None)
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
         name = config_nemo.nemo2_class(values) or ""
-        family = chosen or next((f for f in families().values() if name in f.nemo2.configs), None)
+        family = chosen or next((f for f in known_families().values() if name in f.nemo2.configs), None)
         return None if family is None else (family, config_nemo.parse_nemo2(family, values))
     inner = config_nemo.unwrapped(values) if kind == "nemo1" else values
     if chosen is None and not inner.keys() >= _TRANSFORMER:
@@ -95,7 +95,7 @@ def _by_traits(
 ) -> tuple[Family, ModelConfig] | None:
     """Megatron and NeMo 1 do not name the family: it is the one whose traits the configuration has."""
     hint = values.get("hf_model_type")
-    for family in [chosen] if chosen is not None else list(families().values()):
+    for family in [chosen] if chosen is not None else list(known_families().values()):
         wrong = {name: value for name, value in family.traits.items() if getattr(config, name) != value}
         if chosen is not None and wrong:
             name = next(iter(wrong))

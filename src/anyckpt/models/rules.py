@@ -161,7 +161,7 @@ class Instance:
 def instances(
     rules: Sequence[Rule], axes: Mapping[str, Axis], dimensions: Mapping[str, Dimension], config: ModelConfig
 ) -> Iterator[Instance]:
-    """Every tensor that a model of this configuration has, in the table's order, layer by layer.
+    """Every tensor that a model of this configuration has: layer by layer between what has no layer.
 
     Args:
         rules: the family's table.
@@ -179,19 +179,25 @@ def instances(
         )
         for entry in rules
     ]
-    for outer, group in itertools.groupby(prepared, key=lambda item: item.axes[:1]):
-        together = list(group)
-        for first in axes[outer[0]](config) if outer else [None]:
+    leading = list(itertools.takewhile(lambda item: not item.axes, prepared))
+    starred = [item for item in prepared if item.axes]
+    for item in leading:
+        yield from item.at((), config)
+    for outer in dict.fromkeys(item.axes[0] for item in starred):
+        together = [item for item in starred if item.axes[0] == outer]
+        for first in axes[outer](config):
             for item in together:
                 for rest in itertools.product(*(axes[name](config) for name in item.axes[1:])):
-                    indices = () if first is None else (first, *rest)
-                    if item.rule.when(config, indices):
-                        sources = tuple(_fill(pattern, indices) for pattern in item.sources)
-                        yield Instance(item.rule, sources, _fill(item.hub, indices), item.shape)
+                    yield from item.at((first, *rest), config)
+    for item in prepared[len(leading) :]:
+        if not item.axes:
+            yield from item.at((), config)
 
 
 @dataclass(frozen=True)
 class _Prepared:
+    """A rule with its patterns cut at their stars and its shape in numbers."""
+
     rule: Rule
     sources: tuple[list[str], ...]
     hub: list[str]
@@ -200,6 +206,11 @@ class _Prepared:
     @property
     def axes(self) -> tuple[str, ...]:
         return self.rule.axes[: len(self.hub) - 1]
+
+    def at(self, indices: tuple[int, ...], config: ModelConfig) -> Iterator[Instance]:
+        if self.rule.when(config, indices):
+            sources = tuple(_fill(pattern, indices) for pattern in self.sources)
+            yield Instance(self.rule, sources, _fill(self.hub, indices), self.shape)
 
 
 def _fill(pieces: Sequence[str], indices: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ _BUILT_IN = ("mistral", "llama")
 _loaded: dict[str, Family] = {}
 
 
-def families() -> dict[str, Family]:
+def known_families() -> dict[str, Family]:
     """Every family by name, in the order in which a configuration that does not name its family is tried."""
     if not _loaded:
         for entry in entry_points(group="anyckpt.families"):
@@ -37,7 +37,7 @@ def by_name(name: str) -> Family:
     Raises:
         UsageError: there is none.
     """
-    known = families()
+    known = known_families()
     if name not in known:
         raise UsageError(
             f"unknown model family {name!r}",

@@ -1,0 +1,57 @@
+"""The family fixtures, opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.support import fixture_path, sha256_of
+
+from anyckpt import models
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.formats.hf import FORMAT
+from anyckpt.formats.registry import look_at
+from anyckpt.formats.safetensors import read_safetensors
+from anyckpt.models import Hub, Model
+from anyckpt.storage import LocalFile
+from anyckpt.tensor import LazyTensor
+
+FAMILIES = ("llama", "llama_tied_bf16", "llama31_ropescale", "mistral_swa")
+MEGATRON_DIALECTS = ("hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2")
+
+
+@dataclass
+class Case:
+    """A fixture: the Hugging Face checkpoint, its model, and what its author found it to be in Megatron-Core."""
+
+    checkpoint: Checkpoint
+    model: Model
+    meta: dict[str, Any]
+    megatron: dict[str, LazyTensor]
+
+    def padded(self) -> Model:
+        """The model with the vocabulary padding that the fixture's Megatron tensors have."""
+        return replace(self.model, config=replace(self.model.config, padded_vocab_size=self.meta["padded_vocab_size"]))
+
+    def hub(self) -> Hub:
+        return models.to_hub(self.checkpoint, self.model)
+
+
+def open_case(name: str) -> Case:
+    path = fixture_path(f"families/{name}")
+    checkpoint = FORMAT.read(look_at(path / "hf"))
+    model = models.identify(checkpoint)
+    assert model is not None
+    meta = json.loads((path / "meta.json").read_text())
+    return Case(checkpoint, model, meta, read_safetensors(LocalFile(path / "mcore_te.safetensors"))[0])
+
+
+def facts(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Names, element types, shapes and digests."""
+    return {name: (tensor.dtype.name, tensor.shape, sha256_of(tensor)) for name, tensor in tensors.items()}
+
+
+def with_weights(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], dialect: str | None = None) -> Checkpoint:
+    return replace(checkpoint, tensors=dict(tensors), dialect=dialect)
