@@ -72,18 +72,17 @@ def _entries(
     """Everything but the weights, in Lightning's order; optimizers of a sharded source; what is left out and why."""
     kept: dict[str, Any] = checkpoint.details.get(KEPT) or {}
     stored = {checkpoint.model_prefix + name for name in weights}
-    others, _ = assemble(
+    others, incomplete = assemble(
         {name: tensor for name, tensor in checkpoint.tensors.items() if name not in stored}, checkpoint.objects
     )
-    ignored: dict[str, str] = {}
     nested: dict[Any, Any] = {}
     if kept:
         paths = checkpoint.details.get("key_paths") or {}
         values = {name: others[name] for name in paths if name in others and paths[name]}
         nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {})
-        ignored = {name: _NOT_LIGHTNING for name in others if name not in values}
+        ignored = {**incomplete, **{name: _NOT_LIGHTNING for name in others if name not in values}}
     else:
-        ignored = dict.fromkeys(others, _NOT_LIGHTNING)
+        ignored = {**incomplete, **dict.fromkeys(others, _NOT_LIGHTNING)}
         if checkpoint.config_kind == "nemo1":
             kept = {"hparams_name": "kwargs", HYPER_PARAMETERS: {"cfg": checkpoint.config}}
     found = {name: nested.pop(name) for name in list(nested) if _SHARDED_OPTIMIZER.match(str(name))}

@@ -161,34 +161,35 @@ def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str]]:
     """What to save for a checkpoint, and what it leaves out with the reason."""
     paths = checkpoint.details.get("key_paths") or {}
     keys = checkpoint.details.get("original_keys") or {}
-    whole, parts = assemble(checkpoint.tensors, checkpoint.objects)
-    if all(name in paths for name in whole if name not in checkpoint.objects) and paths:
+    whole, left = assemble(checkpoint.tensors, checkpoint.objects)
+    tensors = [name for name in whole if name in checkpoint.tensors or isinstance(whole[name], COMPOSITE)]
+    if paths and all(name in paths for name in tensors):
         values = {name: whole[name] for name in paths if name in whole}
-        left = {name: "has no place in the nested file" for name in whole if name not in paths}
+        left.update({name: "has no place in the nested file" for name in whole if name not in paths})
         return unflatten(values, paths, keys), left
-    state = {name: whole[name] for name in whole if name in checkpoint.tensors or name in parts}
-    left = {name: "a state dict holds tensors only" for name in whole if name not in state}
-    return torch_objects.ordered_dict(state), left
+    left.update(dict.fromkeys(set(whole).difference(tensors), "a state dict holds tensors only"))
+    return torch_objects.ordered_dict({name: whole[name] for name in tensors}), left
 
 
-def assemble(tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+def assemble(tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors and objects in one table, the parts of a tensor of several parts put together again.
 
-    Gives the table and the names of tensors of several parts; one that lacks a part is left out.
+    Gives the table, and the parts that are left out because others of the same tensor are missing.
     """
     whole: dict[str, Any] = {}
-    taken: set[str] = set()
-    composites: set[str] = set()
+    parts: set[str] = set()
+    left: dict[str, str] = {}
     for name, value in objects.items():
-        if isinstance(value, COMPOSITE):
-            inner = {part: f"{name}.{part}" for part in parts_of(value)}
-            if all(stored in tensors for stored in inner.values()):
-                whole[name] = with_parts(value, {part: tensors[stored] for part, stored in inner.items()})
-                composites.add(name)
-                taken.update(inner.values())
-        else:
+        if not isinstance(value, COMPOSITE):
             whole[name] = value
-    return {**whole, **{name: tensor for name, tensor in tensors.items() if name not in taken}}, composites
+            continue
+        stored = {part: f"{name}.{part}" for part in parts_of(value)}
+        parts.update(stored.values())
+        if all(part in tensors for part in stored.values()):
+            whole[name] = with_parts(value, {part: tensors[stored_name] for part, stored_name in stored.items()})
+        else:
+            left.update({part: "the rest of its tensor is left out" for part in stored.values() if part in tensors})
+    return {**whole, **{name: tensor for name, tensor in tensors.items() if name not in parts}}, left
 
 
 FORMAT = Format(

@@ -112,7 +112,8 @@ def zip_layout(records: Sequence[Record], folder: str, base: int) -> tuple[Part,
     parts: list[Part] = []
     placed: list[_Placed] = []
     data: list[int] = []  # which parts have a CRC-32 that is not known yet
-    gap = _Gap(None, b"")  # the bytes since the last of these
+    before: _Placed | None = None  # the last of these
+    fixed = bytearray()  # what follows its descriptor
     position = 0
     for record in records:
         if not 0 < record.alignment <= _LARGEST_ALIGNMENT or record.alignment & (record.alignment - 1):
@@ -124,13 +125,14 @@ def zip_layout(records: Sequence[Record], folder: str, base: int) -> tuple[Part,
         header = place.local(base, record.alignment)
         position += len(header) + place.size + place.descriptor_size
         if known is not None:
-            gap = replace(gap, fixed=gap.fixed + header + known + place.descriptor())
+            fixed += header + known + place.descriptor()
             continue
-        gap = replace(gap, fixed=gap.fixed + header)
-        parts.append(gap.part(tuple(data[-1:])))
+        fixed += header
+        parts.append(_Gap(before, bytes(fixed)).part(tuple(data[-1:])))
         data.append(len(parts))
         parts.append(record.part)
-        gap = _Gap(place, b"")
+        before, fixed = place, bytearray()
+    gap = _Gap(before, bytes(fixed))
     end = partial(_end, tuple(placed), gap, f"{folder}/.data/serialization_id", position, base)
     tail = end([0] * len(data))
     parts.append(Computed(len(tail), tuple(data), end) if data else Literal(tail))

@@ -147,9 +147,15 @@ def _children(container: Any, path: Path, flat: Flat) -> Iterator[tuple[str | in
         for key, value in record_parts(container):
             yield _spelled(key), value
     else:
+        used: set[str] = set()
         for key, value in container.items():
-            spelled = _spelled(key)
+            spelled = key
             if type(key) is not str:
+                spelled, number = _spelled(key), 1
+                while spelled in container or spelled in used:
+                    number += 1
+                    spelled = f"{_spelled(key)}#{number}"
+                used.add(spelled)
                 where: Path = (*path, spelled)
                 flat.original_keys[where] = key
             yield spelled, value
