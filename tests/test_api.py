@@ -127,3 +127,10 @@ def test_an_open_checkpoint_can_be_inspected_compared_and_verified() -> None:
     assert not anyckpt.diff(checkpoint, fixture_path(LLAMA))
     assert anyckpt.verify(checkpoint)
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_absurd_counters_from_a_file_are_not_shown() -> None:
+    training = anyckpt.TrainingState(step=10**5000, epoch=3)
+    found = anyckpt.inspect(Checkpoint("x", "torch", {}, training=training))
+    assert (found.step, found.epoch) == (None, 3)
+    json.dumps(found.to_json())

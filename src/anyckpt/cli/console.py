@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,17 @@ def print_table(
         console.print(table)
     for line in captured.get().splitlines():
         print(line.rstrip())
+
+
+def by_reason(ignored: Mapping[str, str], shown: int = 3) -> list[str]:
+    """Names left out, one line for each reason: the first few and how many more there are."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in ignored.items():
+        grouped.setdefault(reason, []).append(name)
+    return [
+        ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if names[shown:] else "") + f" ({reason})"
+        for reason, names in grouped.items()
+    ]
 
 
 @contextmanager

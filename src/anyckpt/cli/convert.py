@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from anyckpt.cli.console import print_json, print_line, print_note, print_table, progress_bar
+from anyckpt.cli.console import by_reason, print_json, print_line, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion
@@ -87,10 +87,8 @@ def _print(done: Conversion) -> None:
         print_line()
     for cast, count in done.casts.items():
         print_line(f"cast {cast}: {count} tensors")
-    for reason, names in _by_reason(done.ignored).items():
-        print_line(
-            f"left out ({reason}): {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if names[3:] else "")
-        )
+    for line in by_reason(done.ignored):
+        print_line(f"left out: {line}")
     for note in done.notes:
         print_note(f"note: {note}")
     size = format_bytes(done.bytes_written)
@@ -102,10 +100,3 @@ def _print(done: Conversion) -> None:
         f"{done.output}: {done.format}, {done.tensors} tensors, {size} in {format_seconds(done.seconds)} "
         f"({rate}/s, peak memory {format_bytes(done.peak_rss_bytes)})"
     )
-
-
-def _by_reason(ignored: dict[str, str]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for name, reason in ignored.items():
-        grouped.setdefault(reason, []).append(name)
-    return grouped

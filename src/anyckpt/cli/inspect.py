@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anyckpt.cli.console import print_json, print_line, print_note, print_table, progress_bar
+from anyckpt.cli.console import by_reason, print_json, print_line, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
     from anyckpt.operations.inspect import Inspection, TensorFacts
@@ -61,13 +61,13 @@ def _print_summary(found: Inspection) -> None:
         ("path", found.path),
         ("format", " ".join(filter(None, (found.format, found.format_version)))),
         ("family", f"{found.family or 'unknown'}" + (f" ({found.dialect} names)" if found.dialect else "")),
-        ("parameters", f"{found.parameters:,} ({found.size})"),
+        ("model", _model_line(found.model)),
+        ("parameters", f"{found.parameters:,}" + (f" ({found.size})" if found.parameters >= 1000 else "")),
         ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),
         (
             "types",
             ", ".join(
-                f"{name}: {count:,} tensors, {format_bytes(found.dtype_bytes[name])}"
-                for name, count in found.dtypes.items()
+                f"{count:,} {name} ({format_bytes(found.dtype_bytes[name])})" for name, count in found.dtypes.items()
             ),
         ),
         ("parallel", ", ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "whole tensors"),
@@ -75,7 +75,7 @@ def _print_summary(found: Inspection) -> None:
         ("states", ", ".join(name for name, there in found.states.items() if there)),
         ("tokenizer", _tokenizer_line(found.tokenizer)),
         ("artifacts", ", ".join(found.artifacts)),
-        ("ignored", ", ".join(f"{name} ({why})" for name, why in _few(found.ignored))),
+        ("ignored", "; ".join(by_reason(found.ignored))),
         *((name.replace("_", " "), _brief(value)) for name, value in found.details.items() if _is_short(value)),
     ]
     print_table((), [(name, value) for name, value in rows if value])
@@ -121,9 +121,19 @@ def _files(files: tuple[str, ...]) -> str:
     return ", ".join(files[:2]) + (f" and {len(files) - 2} more" if len(files) > 2 else "")
 
 
-def _few(names: dict[str, str], limit: int = 5) -> list[tuple[str, str]]:
-    items = list(names.items())
-    return items[:limit] + ([(f"{len(items) - limit} more", "all with --json")] if len(items) > limit else [])
+def _model_line(model: dict[str, Any] | None) -> str:
+    if model is None:
+        return ""
+    rows, true = model["padded_vocab_size"], model["vocab_size"]
+    vocabulary = f"{true:,} tokens" if true is not None else "unknown vocabulary"
+    if rows is not None and rows != true:
+        vocabulary += f" padded to {rows:,} rows"
+    tied = "tied" if model["share_embeddings_and_output_weights"] else "untied"
+    return (
+        f"{model['num_layers']} layers of width {model['hidden_size']:,}, MLP {model['ffn_hidden_size']:,}, "
+        f"{model['num_attention_heads']} heads of {model['kv_channels']} in {model['num_query_groups']} groups, "
+        f"{vocabulary}, {tied} embeddings"
+    )
 
 
 def _tokenizer_line(tokenizer: dict[str, Any] | None) -> str:

@@ -20,6 +20,11 @@ from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import format_bytes
 
+_MODEL_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "padded_vocab_size", "share_embeddings_and_output_weights", "max_position_embeddings",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TensorFacts:
@@ -68,6 +73,7 @@ class Inspection:
         format_version: as far as the files tell, or None.
         family: model family, or None if unknown.
         dialect: naming of the weights, or None if unknown.
+        model: what the model is, in Megatron-Core's words (see ``_MODEL_FIELDS``), or None if the family is unknown.
         parameters: elements of the weights; tied weights count once.
         size: the same as people say it, such as ``8.0B``.
         bytes: bytes of all tensors, training state included; a tensor stored once under two names counts once.
@@ -95,6 +101,7 @@ class Inspection:
     format_version: str | None
     family: str | None
     dialect: str | None
+    model: dict[str, Any] | None
     parameters: int
     size: str
     bytes: int
@@ -127,8 +134,8 @@ class Inspection:
             for name in (
                 "path", "format", "format_version", "family", "parameters", "bytes", "tensor_count", "dtypes",
                 "layout", "step", "has_optimizer", "artifacts", "config", "warnings", "dialect", "dtype_bytes",
-                "size", "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored", "objects",
-                "details",
+                "size", "model", "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored",
+                "objects", "details",
             )
         }  # fmt: skip
         if self.tensors is not None:
@@ -191,6 +198,7 @@ def inspect(
         format_version=checkpoint.format_version,
         family=None if model is None else model.family,
         dialect=checkpoint.dialect,
+        model=None if model is None else {name: getattr(model.config, name) for name in _MODEL_FIELDS},
         parameters=parameters,
         size=models.size_label(parameters),
         bytes=sum(sizes.values()),
@@ -198,9 +206,9 @@ def inspect(
         dtypes=counts,
         dtype_bytes=sizes,
         layout=asdict(checkpoint.layout),
-        step=training.step,
-        epoch=training.epoch,
-        consumed_samples=training.consumed_samples,
+        step=_count(training.step),
+        epoch=_count(training.epoch),
+        consumed_samples=_count(training.consumed_samples),
         states={
             "optimizer": training.has_optimizer,
             "scheduler": training.has_scheduler,
@@ -306,6 +314,11 @@ def _by_dtype(tensors: dict[str, LazyTensor]) -> tuple[dict[str, int], dict[str,
             sizes[tensor.dtype.name] += tensor.nbytes
             seen.add(key)
     return dict(counts), sizes
+
+
+def _count(value: int | None) -> int | None:
+    """A counter from a file; None instead of a number that no training reaches and no JSON reader takes."""
+    return value if value is not None and abs(value) < 1 << 63 else None
 
 
 def _tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
