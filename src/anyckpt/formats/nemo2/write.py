@@ -101,10 +101,11 @@ def _calls(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str]) -> 
     stored = checkpoint.details.get("context") if checkpoint.format == "nemo2" else None
     model: dict[str, Any] = {"_target_": config["_target_"], "config": {}, **context["model"]}
     if isinstance(stored, dict) and isinstance(stored.get("model"), dict):
-        if _has_other(stored):
-            notes.append("the source's trainer and datamodule are not kept: they hold what only NeMo can serialize")
-        else:
-            context, model = stored, dict(stored["model"])
+        foreign = [key for key, value in stored.items() if _has_other(value)]
+        if foreign:
+            notes.append(f"of the source's context, {', '.join(foreign)} holds what only NeMo can serialize: not kept")
+        context = {key: context.get(key) if key in foreign else value for key, value in stored.items()}
+        model = dict(stored["model"]) if "model" not in foreign else model
     explicit = model["config"] if isinstance(model.get("config"), dict) else {}
     model["_target_"] = config["_target_"]
     model["config"] = _explicit(inner, explicit)
