@@ -176,8 +176,14 @@ def test_adapters_are_read_as_what_they_are(tmp_path: Path) -> None:
 
 def test_step_of_a_training_run(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"global_step": 1200, "epoch": 1.5}')
-    training = read(folder).training
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"):
+        (folder / name).write_bytes(b"never read")
+    checkpoint = read(folder)
+    training = checkpoint.training
     assert (training.step, training.epoch) == (1200, 1)
+    assert (training.has_optimizer, training.has_scheduler, training.has_rng) == (True, True, True)
+    assert any("optimizer.pt" in text for text in checkpoint.warnings)
+    assert set(checkpoint.artifacts) == {"generation_config.json", "trainer_state.json"}
 
 
 def test_tokenizer_files(folder: Path) -> None:

@@ -217,6 +217,8 @@ def test_nemo_2() -> None:
     assert parsed.rope_scaling is not None
     assert parsed.rope_scaling["factor"] == 32.0
     assert identified({"_target_": f"{NEMO2_BASE}.gemma.GemmaConfig2B"}) is None
+    with pytest.raises(MappingError, match="normalization is not that of family llama"):
+        identified({**config, "normalization": "LayerNorm"})
     with pytest.raises(MappingError, match="activation_func is unknown"):
         identified({**config, "activation_func": {"_target_": "os.system"}})
 

@@ -15,6 +15,7 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.layout.partition import Rules
 from anyckpt.models import Hub, rules
 from anyckpt.storage import ByteSource
 from anyckpt.tensor import Constant, Stored, from_array
@@ -54,8 +55,17 @@ def test_rules_are_those_of_the_fixture(name: str) -> None:
     case = open_case(name)
     ours = {rule.hub: (list(rule.source), rule.operation, rule.partition) for rule in case.model.definition.rules}
     for theirs in case.meta["rules"]:
-        expected = (theirs["hf"], OPERATIONS[theirs["op"]], TAGS[theirs["tp"]])
-        assert ours[theirs["mcore"]] == expected
+        partition = "qkv" if theirs["op"] == "qkv" else TAGS[theirs["tp"]]
+        assert ours[theirs["mcore"]] == (theirs["hf"], OPERATIONS[theirs["op"]], partition)
+
+
+def test_partitions_are_those_of_the_layouts() -> None:
+    table = Rules()
+    for family in models.known_families().values():
+        for rule in family.rules:
+            kind = table.kind(rule.hub.replace("*", "0"))
+            assert kind is not None
+            assert kind.name == rule.partition, rule.hub
 
 
 @pytest.mark.parametrize("name", FAMILIES)

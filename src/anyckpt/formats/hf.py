@@ -34,6 +34,13 @@ _TOKENIZER_FILE = re.compile(
     r"tokenizer.*|.*\.(model|tiktoken)|tekken\.json|special_tokens_map\.json|added_tokens\.json"
     r"|(vocab|merges|normalizer)\.(json|txt)|chat_template\.(json|jinja)"
 )
+_STATES = {
+    "optimizer": r"optimizer\.(pt|bin)",
+    "scheduler": r"scheduler\.pt",
+    "rng": r"rng_state(_\d+)?\.pth",
+}
+"""Files of ``transformers.Trainer`` beside the weights."""
+
 _SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
@@ -69,7 +76,7 @@ def _read(location: Location) -> Checkpoint:
         config_kind="hf" if config and not is_adapter else None,
         tokenizer=_tokenizer(tokenizer_files),
         artifacts=artifacts,
-        training=_training_state(artifacts),
+        training=_training_state(location, artifacts, warnings),
         warnings=warnings,
         details=details,
     )
@@ -257,14 +264,22 @@ def read_tokenizer(location: Location) -> Tokenizer | None:
     return _tokenizer(_other_files(location, "config.json")[0])
 
 
-def _training_state(artifacts: Mapping[str, ByteSource]) -> TrainingState:
-    if "trainer_state.json" not in artifacts:
-        return TrainingState()
-    state = read_json(artifacts["trainer_state.json"])
+def _training_state(location: Location, artifacts: Mapping[str, ByteSource], warnings: list[str]) -> TrainingState:
+    """Where ``transformers.Trainer`` stood; its optimizer, scheduler and rng files are noticed, not read."""
+    state = read_json(artifacts["trainer_state.json"]) if "trainer_state.json" in artifacts else {}
     step, epoch = state.get("global_step"), state.get("epoch")
+    found = {
+        kind: [name for name in location.names if re.fullmatch(pattern, name)] for kind, pattern in _STATES.items()
+    }
+    unread = [name for names in found.values() for name in names]
+    if unread:
+        warnings.append(f"training state that is not read: {', '.join(unread[:5])}")
     return TrainingState(
-        step=step if isinstance(step, int) else None,
+        step=step if type(step) is int else None,
         epoch=int(epoch) if isinstance(epoch, (int, float)) and abs(epoch) < 1 << 53 else None,
+        has_optimizer=bool(found["optimizer"]),
+        has_scheduler=bool(found["scheduler"]),
+        has_rng=bool(found["rng"]),
     )
 
 

@@ -82,7 +82,11 @@ def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple
     if kind == "nemo2":
         name = config_nemo.nemo2_class(values) or ""
         family = chosen or next((f for f in known_families().values() if name in f.nemo2.configs), None)
-        return None if family is None else (family, config_nemo.parse_nemo2(family, values))
+        if family is None:
+            return None
+        config = config_nemo.parse_nemo2(family, values)
+        _check_traits(family, config)
+        return family, config
     inner = config_nemo.unwrapped(values) if kind == "nemo1" else values
     if chosen is None and not inner.keys() >= _TRANSFORMER:
         return None
@@ -94,19 +98,29 @@ def _by_traits(
     config: ModelConfig, values: Mapping[str, Any], chosen: Family | None
 ) -> tuple[Family, ModelConfig] | None:
     """Megatron and NeMo 1 do not name the family: it is the one whose traits the configuration has."""
+    if chosen is not None:
+        _check_traits(chosen, config)
+        return chosen, replace(config, family=chosen.name)
     hint = values.get("hf_model_type")
-    for family in [chosen] if chosen is not None else list(known_families().values()):
-        wrong = {name: value for name, value in family.traits.items() if getattr(config, name) != value}
-        if chosen is not None and wrong:
-            name = next(iter(wrong))
-            raise MappingError(
-                f"the configuration's {name} is not that of family {chosen.name}",
-                expected=wrong[name], found=getattr(config, name), remedy="choose another --family",
-            )  # fmt: skip
-        named = hint in family.hugging_face.model_types
-        if chosen is not None or (not wrong and (named or (hint is None and family.recognise(config)))):
+    for family in known_families().values():
+        named = hint in family.hugging_face.model_types or (hint is None and family.recognise(config))
+        if named and not _wrong_traits(family, config):
             return family, replace(config, family=family.name)
     return None
+
+
+def _wrong_traits(family: Family, config: ModelConfig) -> list[str]:
+    return [name for name, value in family.traits.items() if getattr(config, name) != value]
+
+
+def _check_traits(family: Family, config: ModelConfig) -> None:
+    for name in _wrong_traits(family, config):
+        raise MappingError(
+            f"the configuration's {name} is not that of family {family.name}",
+            expected=family.traits[name],
+            found=getattr(config, name),
+            remedy="choose another --family",
+        )
 
 
 def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, values: Mapping[str, Any]) -> Model:

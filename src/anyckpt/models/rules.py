@@ -17,11 +17,11 @@ from anyckpt.indexing import Shape
 from anyckpt.models.config import ModelConfig
 from anyckpt.tensor import LazyTensor, concatenate
 
-Partition = Literal["column", "row", "gate-up", "vocabulary", "replicated"]
-"""How tensor parallelism divides a hub tensor.
+Partition = Literal["column", "row", "gate-up", "qkv", "vocabulary", "replicated"]
+"""How tensor parallelism divides a hub tensor, in the words of ``layout.partition``.
 
-``column`` along axis 0; ``row`` along axis 1; ``gate-up`` each half of axis 0 separately; ``vocabulary`` along axis 0
-after padding; ``replicated`` not at all.
+``column`` along axis 0; ``row`` along axis 1; ``gate-up`` each half of axis 0 separately; ``qkv`` along axis 0, whose
+rows are interleaved by query group; ``vocabulary`` along axis 0 after padding; ``replicated`` not at all.
 """
 
 
