@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from anyckpt.formats.megatron_lm.location import detect
 from anyckpt.formats.megatron_lm.reader import read
+from anyckpt.formats.megatron_lm.writer import plan
 from anyckpt.formats.registry import Format
 
 __all__ = ["FORMAT"]
@@ -13,6 +14,7 @@ FORMAT = Format(
     title="Megatron-LM checkpoint of one file per rank",
     detect=detect,
     read=read,
-    dialect=lambda options: "megatron-lm",
+    plan=plan,
+    dialect=lambda options: "hub",
     config_kind="megatron-args",
 )

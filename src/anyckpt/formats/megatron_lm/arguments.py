@@ -91,19 +91,3 @@ def _layer_type(kind: Any) -> Any:
     if isinstance(kind, Record) and len(kind.args) == 1 and isinstance(kind.args[0], int):
         return _LAYER_TYPES.get(kind.args[0], kind)
     return kind
-
-
-def parallelism(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """The layout under the names that the layout rules use, as plain data."""
-    return {
-        "tensor_parallel": sizes.tensor or 1,
-        "pipeline_parallel": sizes.pipeline or 1,
-        "virtual_pipeline": sizes.virtual or 1,
-        "expert_parallel": sizes.expert or 1,
-        "expert_tensor_parallel": config.get("expert_tensor_parallel_size"),
-        "num_layers_in_first_pipeline_stage": config.get("decoder_first_pipeline_num_layers"),
-        "num_layers_in_last_pipeline_stage": config.get("decoder_last_pipeline_num_layers"),
-        "account_for_embedding": bool(config.get("account_for_embedding_in_pipeline_split")),
-        "account_for_loss": bool(config.get("account_for_loss_in_pipeline_split")),
-        "pipeline_layout": config.get("pipeline_model_parallel_layout"),
-    }

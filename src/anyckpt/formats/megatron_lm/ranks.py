@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,15 +188,15 @@ def place_ranks(ranks: Sequence[RankFile], sizes: Sizes, where: str) -> dict[Pla
                 remedy="gather the ranks of one save in one directory",
             )
         found[place] = rank
-    if len(found) < tensor * pipeline * expert:
-        every = (
-            Place(t, p, e) for t in range(tensor) for p in range(pipeline) for e in range(expert)
-        )  # a generator: stated sizes may be huge
-        missing = next(place for place in every if place not in found)
+    missing = next((place for place in _written(sizes, ranks[0]) if place not in found), None)
+    if missing is not None:
+        name = folder_name(
+            missing.tensor, missing.pipeline if pipeline > 1 else None, missing.expert if expert > 1 else None
+        )
         raise FormatError(
             "a rank folder is missing",
             path=where,
-            expected=f"{_folder_name(missing, pipeline, expert)}: {tensor * pipeline * expert} ranks, {says}",
+            expected=f"{name}: {says}",
             found=f"{len(found)} rank folders",
             remedy="copy the folders of all ranks here",
         )
@@ -222,8 +222,28 @@ def _place(rank: RankFile, pipeline: int, expert: int, says: str) -> Place:
     return Place(first, rest[0] if pipeline > 1 else 0, rest[0] if expert > 1 else 0)
 
 
-def _folder_name(place: Place, pipeline: int, expert: int) -> str:
-    return folder_name(place.tensor, place.pipeline if pipeline > 1 else None, place.expert if expert > 1 else None)
+def _written(sizes: Sizes, first: RankFile) -> Iterator[Place]:
+    """The ranks that Megatron-LM writes: of each stage, those whose data rank or expert-data rank is 0.
+
+    The world's ranks count tensor-parallel ranks and expert-tensor-parallel ranks fastest, so with fewer ranks per
+    expert than per layer not every pair of tensor and expert rank exists.
+
+    Raises:
+        FormatError: the expert-tensor-parallel size does not divide the tensor-parallel size.
+    """
+    tensor, expert = sizes.tensor or 1, sizes.expert or 1
+    ways = first.arguments.get("expert_tensor_parallel_size") if expert > 1 else None
+    ways = tensor if ways is None else ways
+    if type(ways) is not int or ways < 1 or tensor % ways:
+        raise FormatError(
+            "args.expert_tensor_parallel_size is not possible",
+            path=first.path,
+            expected=f"a divisor of the tensor-parallel size {tensor}",
+            found=brief(ways),
+        )
+    for pipeline in range(sizes.pipeline or 1):
+        for rank in range(max(tensor, ways * expert)):
+            yield Place(rank % tensor, pipeline, rank // ways % expert)
 
 
 def folder_name(tensor: int, pipeline: int | None, expert: int | None) -> str:

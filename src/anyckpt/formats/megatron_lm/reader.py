@@ -8,7 +8,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, StoredChecksum, TrainingState
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_lm.arguments import Sizes, parallelism, plain_arguments
+from anyckpt.formats.megatron_lm.arguments import Sizes, plain_arguments
 from anyckpt.formats.megatron_lm.location import OPTIMIZER_FILE, Iteration, find_iteration, rank_folders
 from anyckpt.formats.megatron_lm.names import hub_names, strip_wrappers
 from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped_rows
@@ -52,7 +52,8 @@ def read(location: Location) -> Checkpoint:
 
     ``tensors`` lists what is stored, by rank folder: ``mp_rank_00_001/model.decoder.layers.0...``.  ``ranks`` has
     the weights under the hub's names, with the rows of fused projections in today's order.  ``objects`` has what
-    rank 0's file holds besides, and each rank's optimizer and random states by its folder.
+    rank 0's file holds besides, and each rank's optimizer and random states by its folder.  A ``release`` is of no
+    training step, whatever its files say: Megatron-LM starts counting anew.
 
     Raises:
         FormatError: a rank is missing, damaged, of another iteration, or contradicts the arguments.
@@ -75,7 +76,7 @@ def read(location: Location) -> Checkpoint:
     distributed = {rank.folder.name: read for rank in ranks.values() if (read := _distributed(rank)) is not None}
     has_optimizer = bool(distributed) or any(_OPTIMIZER in rank.root for rank in ranks.values())
     training = TrainingState(
-        step=first.iteration,
+        step=None if iteration.is_release else first.iteration,
         consumed_samples=_count(config.get("consumed_train_samples")),
         has_optimizer=has_optimizer,
         has_scheduler=any(key in first.root for key in _SCHEDULER_KEYS),
@@ -103,7 +104,6 @@ def read(location: Location) -> Checkpoint:
             "rank_folders": len(ranks),
             "transformer_impl": config.get("transformer_impl"),
             "distributed_optimizer": bool(distributed) or any(rank is None for rank in opened),
-            "parallelism": parallelism(config, sizes),
         },
         ranks=_shards(chunks, sizes, config, first),
         checksums=lambda: _checksums([*(rank.contents for rank in ranks.values()), *distributed.values()]),
@@ -202,9 +202,14 @@ def _stored(ranks: Mapping[Place, RankFile], distributed: Mapping[str, TorchCont
 
 def _leaves(prefix: str, root: Any) -> Iterator[tuple[str, LazyTensor]]:
     for path, leaf in find_leaves(root, lambda value: isinstance(value, LazyTensor)):
-        parts = [str(to_plain(part)) if isinstance(part, tuple) else str(part) for part in path]
+        parts = [_key(part) for part in path]
         if parts[-1:] != ["_extra_state"] and not (parts and parts[-1].endswith("._extra_state")):
             yield ".".join([prefix, *parts]), leaf
+
+
+def _key(part: Any) -> str:
+    """A key as Python shows it: the distributed optimizer's are pairs of element types."""
+    return f"({', '.join(str(to_plain(one)) for one in part)})" if isinstance(part, tuple) else str(part)
 
 
 def _objects(

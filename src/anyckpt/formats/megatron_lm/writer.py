@@ -1,0 +1,162 @@
+"""Laying out a Megatron-LM checkpoint of one file per rank, as core 0.16 writes it with ``--ckpt-format torch``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard
+from anyckpt.engine.plan import OutputFile, Plan, small_file
+from anyckpt.errors import UsageError
+from anyckpt.formats.megatron_lm.location import MODEL_FILE, TRACKER
+from anyckpt.formats.megatron_lm.modules import with_extra_states
+from anyckpt.formats.megatron_lm.names import part_norms
+from anyckpt.formats.megatron_lm.ranks import folder_name
+from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.torch_file import zip_parts
+from anyckpt.pickling import Global, Record
+from anyckpt.pickling.plain import to_plain
+from anyckpt.pickling.torch_objects import NAMESPACE, namespace, ordered_dict
+
+_VERSION = 3.0
+_EMBEDDING = "embedding.word_embeddings.weight"
+_KEPT = ("opt_param_scheduler", "num_floating_point_operations_so_far")
+_OF_ONE_PROCESS = ("rank", "local_rank", "model_parallel_size")
+"""What is only true of the process that saved the file, and an old name of the tensor-parallel size."""
+_TOKENIZERS = {"huggingface": "HuggingFaceTokenizer", "sentencepiece": "GPTSentencePieceTokenizer"}
+_NOT_CARRIED = "is not carried to another layout"
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """Tracker file, iteration directory, and a file per rank.
+
+    The ranks are ``checkpoint.ranks``, or one that holds everything if there are none.  The directory is that of
+    the training step if there is one, else ``release``.  Names are in the spelling of ``transformer_impl`` in the
+    configuration: ``local``, or Transformer Engine's, which is also the default.  ``objects`` gives the arguments
+    that the configuration was read from, the state of the scheduler, and, if the layout has the same rank folders,
+    random states.
+
+    Raises:
+        UsageError: ranks outside the checkpoint's layout, or an object that cannot be pickled.
+    """
+    layout = checkpoint.layout if checkpoint.ranks else ParallelLayout()
+    shards = checkpoint.ranks or (RankShard(0, 0, 0, 0, checkpoint.tensors, checkpoint.path),)
+    files = _by_file(shards, layout)
+    step = checkpoint.training.step or 0
+    local = checkpoint.config_kind == "megatron-args" and checkpoint.config.get("transformer_impl") == "local"
+    arguments = _arguments(checkpoint, layout, shards, step)
+    kept = {key: checkpoint.objects[key] for key in _KEPT if key in checkpoint.objects}
+    random = _random_states(checkpoint, files)
+    common = {"args": arguments, "checkpoint_version": _VERSION, "iteration": step}
+    iteration = f"iter_{step:07d}" if step else "release"
+    outputs = [
+        _rank_file(
+            f"{iteration}/{folder}", folder, common, _models(chunks, layout, local), {**kept, **random.get(folder, {})}
+        )
+        for folder, chunks in files.items()
+    ]
+    notes = [f"has no optimizer state: load it with --no-load-optim{'' if random else ' --no-load-rng'}, or --finetune"]
+    written = {"args", "checkpoint_version", "iteration", *kept, *(f"{folder}/rng_state" for folder in random)}
+    return Plan(
+        "megatron-lm",
+        (*outputs, small_file(TRACKER, str(step) if step else "release", stage=2)),
+        ignored={
+            **checkpoint.ignored,
+            **{name: _NOT_CARRIED for name in checkpoint.objects if name not in written},
+        },
+        notes=tuple(notes if step else ()),
+    )
+
+
+def _by_file(shards: Sequence[RankShard], layout: ParallelLayout) -> dict[str, dict[int, RankShard]]:
+    """Rank folder -> chunk -> shard.
+
+    Raises:
+        UsageError: a shard is outside the layout or there twice.
+    """
+    files: dict[str, dict[int, RankShard]] = {}
+    for shard in sorted(shards, key=lambda s: (s.tensor_rank, s.pipeline_rank, s.expert_rank, s.virtual_rank)):
+        at = (shard.tensor_rank, shard.pipeline_rank, shard.virtual_rank, shard.expert_rank)
+        sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.virtual_pipeline, layout.expert_parallel)
+        folder = folder_name(
+            shard.tensor_rank,
+            shard.pipeline_rank if layout.pipeline_parallel > 1 else None,
+            shard.expert_rank if layout.expert_parallel > 1 else None,
+        )
+        chunks = files.setdefault(folder, {})
+        if any(not 0 <= number < size for number, size in zip(at, sizes, strict=True)) or shard.virtual_rank in chunks:
+            raise UsageError(
+                "a rank lies outside the layout or is there twice",
+                expected=f"tensor, pipeline, virtual, expert below {sizes}",
+                found=at,
+            )
+        chunks[shard.virtual_rank] = shard
+    return files
+
+
+def _models(chunks: Mapping[int, RankShard], layout: ParallelLayout, local: bool) -> dict[str, Any]:
+    """``model``, or ``model0`` and following; Megatron leaves a chunk without tensors out."""
+    models: dict[str, Any] = {}
+    for number, shard in chunks.items():
+        tensors = part_norms(shard.tensors) if local else shard.tensors
+        key = f"model{number}" if layout.virtual_pipeline > 1 else "model"
+        if tensors or key == "model":
+            models[key] = ordered_dict(dict(with_extra_states(tensors)))
+    return models
+
+
+def _rank_file(
+    path: str, folder: str, common: Mapping[str, Any], models: Mapping[str, Any], state: Mapping[str, Any]
+) -> OutputFile:
+    parts = zip_parts(
+        {**common, **models, **state},
+        archive_name=MODEL_FILE.removesuffix(".pt"),
+        tensor_name=partial(_tensor_name, folder),
+    )
+    return OutputFile(f"{path}/{MODEL_FILE}", parts)
+
+
+def _tensor_name(folder: str, path: tuple[Any, ...]) -> str:
+    return f"{folder}/" + ".".join(map(str, path))
+
+
+def _random_states(checkpoint: Checkpoint, files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Random states by folder: all or none, since a state belongs to its place in the layout."""
+    suffix = "/rng_state"
+    stored = {name.removesuffix(suffix): value for name, value in checkpoint.objects.items() if name.endswith(suffix)}
+    return {folder: {"rng_state": stored[folder]} for folder in files} if stored.keys() == files.keys() else {}
+
+
+def _arguments(checkpoint: Checkpoint, layout: ParallelLayout, shards: Sequence[RankShard], step: int) -> Record:
+    """The ``args``: the stored ones with what the configuration changes or adds, and the layout.
+
+    A stored value that the configuration shows unchanged is kept as it was pickled (an enum, a dtype).
+    """
+    stored = checkpoint.objects.get("args")
+    fields = dict(stored.fields()) if isinstance(stored, Record) and stored.type == NAMESPACE else {}
+    shown = to_plain(fields)
+    config = checkpoint.config if checkpoint.config_kind == "megatron-args" else {}
+    fields.update({key: value for key, value in config.items() if key not in shown or shown[key] != value})
+    for gone in _OF_ONE_PROCESS:
+        fields.pop(gone, None)
+    fields.update(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=layout.expert_parallel,
+        iteration=step,
+        ckpt_format="torch",
+        use_dist_ckpt=False,
+    )
+    rows = next((shard.tensors[_EMBEDDING].shape[0] for shard in shards if _EMBEDDING in shard.tensors), None)
+    if rows is not None:
+        fields["padded_vocab_size"] = rows * layout.tensor_parallel
+    if "position_embedding_type" in fields:
+        fields.setdefault("add_position_embedding", fields["position_embedding_type"] == "learned_absolute")
+    if checkpoint.tokenizer is not None and checkpoint.tokenizer.library in _TOKENIZERS:
+        fields.setdefault("tokenizer_type", _TOKENIZERS[checkpoint.tokenizer.library])
+    dtype = fields.get("params_dtype")
+    if isinstance(dtype, str) and dtype.startswith("torch."):
+        fields["params_dtype"] = Global("torch", dtype.removeprefix("torch."))
+    return namespace(fields)

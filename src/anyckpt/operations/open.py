@@ -1,0 +1,80 @@
+"""Opening a checkpoint as one whole model, however many ranks its files are of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import UsageError
+from anyckpt.formats import registry
+from anyckpt.layout import Geometry, Parallelism, join
+from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
+
+_STATE = "optimizer state of one rank"
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Whatever is at ``path``, with the global tensors under the hub's names if its files are of ranks.
+
+    Raises:
+        FormatError: it is not a checkpoint, or a damaged one.
+        MappingError: ranks, layers or experts are missing, or the files contradict the layout.
+    """
+    return join_ranks(registry.read(path))
+
+
+def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None) -> Checkpoint:
+    """The checkpoint with global tensors in place of the ranks'; itself if its files are not of ranks.
+
+    The layout that the files have stays in ``layout``; the vocabulary keeps its padding rows.
+
+    Args:
+        checkpoint: as read.
+        rules: pattern -> partition kind, for names that the built-in table does not have.
+
+    Raises:
+        MappingError: ranks, layers or experts are missing, or the files contradict the layout.
+        UsageError: the layout is impossible for the model, or no configuration describes it.
+    """
+    if not checkpoint.ranks:
+        return checkpoint
+    joined = join(checkpoint.ranks, parallelism_of(checkpoint), geometry_of(checkpoint), rules=rules)
+    state = {name: _STATE for name in checkpoint.tensors if name.startswith(checkpoint.state_prefixes or ("\0",))}
+    return replace(
+        checkpoint,
+        tensors=joined.tensors,
+        dialect="hub",
+        model_prefix="",
+        state_prefixes=(),
+        warnings=[*checkpoint.warnings, *joined.warnings],
+        ignored={**checkpoint.ignored, **joined.ignored, **state},
+        ranks=(),
+    )
+
+
+def geometry_of(checkpoint: Checkpoint) -> Geometry:
+    """What partition rules need to know of a checkpoint's model.
+
+    Raises:
+        MappingError: its configuration is not possible.
+        UsageError: its configuration is of a kind that describes no ranks.
+    """
+    if checkpoint.config_kind not in (None, "megatron-args"):
+        raise UsageError(
+            "no layout of ranks is known for this kind of configuration",
+            path=checkpoint.path,
+            expected="Megatron arguments",
+            found=checkpoint.config_kind,
+        )
+    return geometry_from_args(checkpoint.config)
+
+
+def parallelism_of(checkpoint: Checkpoint) -> Parallelism:
+    """How a checkpoint's files are spread over ranks.
+
+    Raises:
+        MappingError: its configuration is not possible.
+    """
+    return parallelism_from_args(checkpoint.config, checkpoint.layout)
