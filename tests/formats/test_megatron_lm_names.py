@@ -7,7 +7,6 @@ import pytest
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_lm.names import fuse_norms, hub_names, part_norms, strip_wrappers
 
-
 LAYER = "decoder.layers.0"
 
 
