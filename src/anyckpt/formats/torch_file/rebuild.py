@@ -37,6 +37,7 @@ _LARGEST_REPEAT = 16 << 30
 _REPEAT = 64
 _REMEDY = "the file is damaged or was made by hand; compare it with its source"
 _INTEGERS = {"quint8": "uint8", "qint8": "int8", "qint32": "int32", "quint4x2": "uint8", "quint2x4": "uint8"}
+_PACKED = {"quint4x2": 2, "quint2x4": 4}
 _PLAIN_CLASSES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter"}
 
 
@@ -277,13 +278,21 @@ class TensorBuilder:
         if not isinstance(args[0], Storage) or args[0].dtype is None or args[0].dtype.name not in _INTEGERS:
             raise self._bad("a quantized tensor has no quantized storage")
         dtype = args[0].dtype
-        tensor, facts = self.view(args[0], args[1], args[2], args[3], BY_NAME[_INTEGERS[dtype.name]])
+        size, stride = self._lengths(args[2], "size"), self._lengths(args[3], "stride")
+        count = _PACKED.get(dtype.name)
+        if count is None:
+            tensor, facts = self.view(args[0], args[1], size, stride, BY_NAME[_INTEGERS[dtype.name]])
+        elif args[1] != 0 or _usual_strides(size, stride) is not None:
+            return NotImplemented  # a view into the middle of a byte
+        else:
+            nbytes = -(-math.prod(size) // count)
+            tensor, facts = self.view(args[0], 0, (nbytes,), (1,), BY_NAME["uint8"])
         if isinstance(tensor, MetaTensor):
             return tensor
         scheme, scale, zero_point, *rest = args[4]
-        name = scheme.name if isinstance(scheme, Global) else str(scheme)
+        name = scheme.name if isinstance(scheme, Global) else brief(scheme)
         axis = rest[0] if rest and type(rest[0]) is int else None
-        return QuantizedTensor(self._note(tensor, facts), dtype, name, scale, zero_point, axis)
+        return QuantizedTensor(self._note(tensor, facts), size, dtype, name, scale, zero_point, axis)
 
     def _meta(self, args: tuple[Any, ...]) -> Any:
         """``_rebuild_meta_tensor_no_storage(dtype, size, stride, requires_grad)``."""
@@ -299,7 +308,7 @@ class TensorBuilder:
 
     def _distributed(self, arguments: tuple[Any, ...], state: Any) -> Any:
         """``_rebuild_wrapper_subclass(class, dtype, size, ...)`` of a ``DTensor``; other classes stay records."""
-        fields = state if isinstance(state, dict) else {}
+        fields = _attributes(state)
         local, spec = fields.get("_local_tensor"), fields.get("_spec")
         if len(arguments) < 3 or not isinstance(local, LazyTensor) or not isinstance(spec, Record):
             return NotImplemented

@@ -192,7 +192,8 @@ class QuantizedTensor:
     """A tensor of one of torch's quantized types: ``scale * (int_repr - zero_point)``.
 
     Attributes:
-        int_repr: the integers, as torch's ``int_repr()``: uint8, int8 or int32 (packed types stay packed).
+        int_repr: the integers, as torch's ``int_repr()``: uint8, int8 or int32; one axis of bytes for packed types.
+        shape: of the tensor.
         dtype: ``quint8``, ``qint8``, ``qint32``, ``quint4x2`` or ``quint2x4``.
         scheme: ``per_tensor_affine``, ``per_channel_affine``, ...
         scale: a number, or a tensor with one per channel.
@@ -201,6 +202,7 @@ class QuantizedTensor:
     """
 
     int_repr: LazyTensor
+    shape: tuple[int, ...]
     dtype: DType
     scheme: str
     scale: Any

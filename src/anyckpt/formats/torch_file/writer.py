@@ -199,8 +199,7 @@ def _quantized(storages: _Storages, tensor: QuantizedTensor) -> Record:
         storages.part(tensor, "zero_point", tensor.zero_point),
     )
     scheme = (Global("torch", tensor.scheme), *numbers, *(() if tensor.axis is None else (tensor.axis,)))
-    shape = tensor.int_repr.shape
-    arguments = (reference, 0, shape, _strides(shape), scheme, False, DictRecord(objects.ORDERED_DICT))
+    arguments = (reference, 0, tensor.shape, _strides(tensor.shape), scheme, False, DictRecord(objects.ORDERED_DICT))
     return Record(Global("torch._utils", "_rebuild_qtensor"), arguments)
 
 
@@ -211,7 +210,7 @@ def _nested(storages: _Storages, tensor: NestedTensor) -> Record:
 
 
 def _distributed(storages: _Storages, tensor: DistributedTensor) -> Record:
-    state = {"_local_tensor": storages.part(tensor, "local", tensor.local), "_spec": tensor.spec}
+    state = (None, {"_local_tensor": storages.part(tensor, "local", tensor.local), "_spec": tensor.spec})
     wrapper = Global("torch._utils", "_rebuild_wrapper_subclass")
     arguments = (wrapper, tensor.arguments[0], tensor.arguments, state)
     return Record(Global("torch._tensor", "_rebuild_from_type_v2"), arguments)
