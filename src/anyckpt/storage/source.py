@@ -135,6 +135,14 @@ class _OpenFiles:
                 del self._descriptors[path]
                 os.close(entry[0])
 
+    def renew(self, path: str, status: os.stat_result) -> None:
+        """Close the descriptor of ``path`` if it is of a file that was there before the one of ``status``."""
+        with self._lock:
+            entry = self._descriptors.get(path)
+            if entry is not None and entry[1][0] == 0 and not os.path.samestat(os.fstat(entry[0]), status):
+                del self._descriptors[path]
+                os.close(entry[0])
+
     def _evict(self) -> None:
         if len(self._descriptors) <= self._limit:
             return
@@ -180,6 +188,7 @@ class LocalFile(ByteSource):
         if not os.path.isfile(self.path):
             raise FormatError("is not a regular file", path=path)
         self.size = status.st_size
+        _open_files.renew(self.path, status)
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         assert self.path is not None

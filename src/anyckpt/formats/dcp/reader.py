@@ -76,11 +76,17 @@ def read_dcp(folder: Folder) -> DcpContents:
     extra = index.extra.get("mcore_data")
     try:
         return _Opener(folder, names, index).open(extra)
-    except AnyckptError as problem:
-        if problem.path is None:
-            problem.path = metadata_name
-            problem.remedy = problem.remedy or _AGAIN
+    except UnsafeError:
         raise
+    except AnyckptError as problem:
+        raise FormatError(
+            problem.problem,
+            path=problem.path or metadata_name,
+            tensor=problem.tensor,
+            expected=problem.expected,
+            found=problem.found,
+            remedy=problem.remedy or _AGAIN,
+        ) from problem
 
 
 def _read_index(folder: Folder, names: set[str]) -> tuple[Index, str]:
