@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from anyckpt.formats.registry import read as open
-    from anyckpt.operations.archive import edit, pack, unpack
+    from anyckpt.operations.archive import ArchiveReport, edit, pack, unpack
     from anyckpt.operations.convert import Conversion, convert
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import Inspection, inspect
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnyckptError",
+    "ArchiveReport",
     "Checkpoint",
     "Conversion",
     "Difference",
@@ -69,7 +70,7 @@ _WHERE = {
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
     **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),
-    **dict.fromkeys(("edit", "pack", "unpack"), "operations.archive"),
+    **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),
 }
 
 

@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.display import printable
+
+if TYPE_CHECKING:
+    from anyckpt.operations.archive import ArchiveReport
 
 Progress = Callable[[int, int], None]
 
@@ -75,6 +78,19 @@ def by_reason(ignored: Mapping[str, str], shown: int = 3) -> list[str]:
         ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if names[shown:] else "") + f" ({reason})"
         for reason, names in grouped.items()
     ]
+
+
+def print_archive(done: ArchiveReport, as_json: bool) -> None:
+    """What was done to an archive."""
+    from anyckpt.units import format_bytes, format_seconds
+
+    if as_json:
+        print_json(done.to_json())
+        return
+    for name in done.changed:
+        print_line(f"changed: {name}")
+    size = format_bytes(done.bytes_written)
+    print_line(f"{done.output}: {len(done.members)} files, {size} in {format_seconds(done.seconds)}")
 
 
 @contextmanager

@@ -190,6 +190,18 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return key, load_yaml(value.encode(), f"the value of {key}")
 
 
+def parse_replacement(text: str) -> tuple[str, str]:
+    """``name=path`` as given on a command line.
+
+    Raises:
+        UsageError: there is no ``=``, no name or no path.
+    """
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UsageError("is not a replacement", expected="name=path", found=text)
+    return name, path
+
+
 def _archive(path: Path) -> Container:
     location = look_at(path)
     if location.is_directory:

@@ -1,0 +1,36 @@
+"""``anyckpt edit``."""
+
+from __future__ import annotations
+
+import click
+
+from anyckpt.cli.console import print_archive, progress_bar
+
+
+@click.command()
+@click.argument("archive")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Configuration key (a.b.c) and YAML value.")
+@click.option(
+    "--replace-artifact", "artifacts", metavar="NAME=PATH", multiple=True,
+    help="Artifact, by name or by the configuration key that refers to it, and the file with its new contents.",
+)  # fmt: skip
+@click.option("-o", "--output", metavar="PATH", help="Write another archive; ARCHIVE itself is replaced otherwise.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    archive: str,
+    settings: tuple[str, ...],
+    artifacts: tuple[str, ...],
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Change configuration or artifacts of the .nemo ARCHIVE; weights are copied and never loaded."""
+    from anyckpt.operations.archive import edit, parse_replacement, parse_setting
+
+    with progress_bar("editing") as progress:
+        done = edit(
+            archive, set=dict(map(parse_setting, settings)), replace=dict(map(parse_replacement, artifacts)),
+            output=output, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    print_archive(done, as_json)

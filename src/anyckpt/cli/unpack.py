@@ -1,0 +1,21 @@
+"""``anyckpt unpack``."""
+
+from __future__ import annotations
+
+import click
+
+from anyckpt.cli.console import print_archive, progress_bar
+
+
+@click.command()
+@click.argument("archive")
+@click.argument("directory", metavar="DIR")
+@click.option("--overwrite", is_flag=True, help="Replace an unpacked checkpoint, at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(archive: str, directory: str, overwrite: bool, as_json: bool) -> None:
+    """Unpack the .nemo ARCHIVE into the new directory DIR."""
+    from anyckpt.operations.archive import unpack
+
+    with progress_bar("unpacking") as progress:
+        done = unpack(archive, directory, overwrite=overwrite, progress=progress)
+    print_archive(done, as_json)
