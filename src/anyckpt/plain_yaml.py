@@ -10,16 +10,18 @@ Source: OmegaConf 2.4, ``_yaml.py`` (loader) and ``_utils.py`` (dumper).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable
 from functools import cache
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.errors import FormatError, OutputError, UnsafeError
 
-_TEXT_LIMIT = 16 << 20
-_NODE_LIMIT = 1_000_000
+if TYPE_CHECKING:
+    import yaml
+
+_TEXT_LIMIT = 8 << 20
+_NODE_LIMIT = 100_000
 _DEPTH_LIMIT = 100
 
 _FLOAT = re.compile(
@@ -53,6 +55,8 @@ def load_yaml(data: bytes, name: str) -> Any:
         FormatError: it is not valid YAML, or has a key twice.
         UnsafeError: it is too large, too deep, expands to too much, or names objects to build.
     """
+    import yaml
+
     if len(data) > _TEXT_LIMIT:
         raise UnsafeError("is too large", path=name, expected=f"at most {_TEXT_LIMIT} bytes", found=len(data))
     try:
@@ -87,6 +91,8 @@ def dump_yaml(value: Any, *, sort_keys: bool = False, ascii_only: bool = False) 
     Raises:
         OutputError: ``value`` is not plain data.
     """
+    import yaml
+
     try:
         return yaml.dump(
             value, Dumper=_dumper(), default_flow_style=False, allow_unicode=not ascii_only, sort_keys=sort_keys
@@ -100,6 +106,8 @@ def _check_events(text: str, name: str) -> bool:
 
     The parser's events come one by one without recursion, so depth and expanded size are known before a tree is.
     """
+    import yaml
+
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
     total = 0
@@ -135,11 +143,13 @@ def _check_events(text: str, name: str) -> bool:
 
 @cache
 def _loader() -> type[yaml.CSafeLoader]:
+    import yaml
+
     class Loader(yaml.CSafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(names)) != len(names):
-                twice = next(key for key in names if names.count(key) > 1)
+            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice, count = names.most_common(1)[0] if names else ("", 0)
+            if count > 1:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {twice!r} is there twice", node.start_mark
                 )
@@ -156,6 +166,8 @@ def _loader() -> type[yaml.CSafeLoader]:
 
 @cache
 def _dumper() -> type[yaml.SafeDumper]:
+    import yaml
+
     class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, data: Any) -> bool:
             return True

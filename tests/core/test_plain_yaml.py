@@ -76,7 +76,7 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         "a: !custom 1",
         "a: !!binary aGk=",
         "a: !!timestamp 2024-01-01",
-        "x: " + "a" * (17 << 20),
+        "x: " + "a" * (9 << 20),
     ],
     ids=range(13),
 )

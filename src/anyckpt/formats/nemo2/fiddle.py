@@ -20,8 +20,8 @@ from anyckpt.errors import FormatError, UnsafeError, UsageError
 CONFIG = "fiddle._src.config"
 _METADATA = "BuildableTraverserMetadata"
 _VERSION = "0.0.1"
-_TEXT_LIMIT = 64 << 20
-_NODE_LIMIT = 500_000
+_TEXT_LIMIT = 16 << 20
+_NODE_LIMIT = 100_000
 _DEPTH_LIMIT = 100
 _ATTRIBUTE = re.compile(r"^Attr\(name='(.*)'\)$", re.DOTALL)
 

@@ -24,7 +24,7 @@ MODEL_YAML = "model.yaml"
 _UNFINISHED = "-unfinished"
 _INDEX_NAMES = ("metadata.json", ".metadata", "common.pt")
 _YAML_LIMIT = 16 << 20
-_JSON_LIMIT = 64 << 20
+_JSON_LIMIT = 16 << 20
 
 
 def detect(location: Location) -> bool:
