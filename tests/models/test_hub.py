@@ -171,6 +171,9 @@ def test_a_redundant_tied_head_is_ignored_only_if_equal() -> None:
     other = {**case.checkpoint.tensors, "lm_head.weight": from_array(embedding.numpy() * 2)}
     with pytest.raises(MappingError, match=r"'lm_head.weight': differs from the embedding"):
         models.to_hub(with_weights(case.checkpoint, other, "hf"), case.model)
+    scalars = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), Constant(BY_NAME["bfloat16"], ()))
+    with pytest.raises(MappingError, match="differs from the embedding"):
+        models.to_hub(with_weights(case.checkpoint, {**case.checkpoint.tensors, **scalars}, "hf"), case.model)
     stage = {**case.megatron, "output_layer.weight": case.megatron["embedding.word_embeddings.weight"]}
     hub = models.to_hub(with_weights(case.checkpoint, stage), case.model)
     assert hub.ignored == {"output_layer.weight": "tied to embedding.word_embeddings.weight"}

@@ -273,7 +273,7 @@ def _drop_tied_copy(named: dict[str, LazyTensor], model: Model, ignored: dict[st
 
 def _check_equal(name: str, tensor: LazyTensor, other: LazyTensor, path: str | None) -> None:
     """Compare a few rows: enough to notice a tie that the configuration claims and the weights do not have."""
-    if tensor.shape == other.shape and tensor.dtype == other.dtype:
+    if tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.ndim:
         key = storage_key(tensor)
         if (key is not None and key == storage_key(other)) or not tensor.size:
             return
