@@ -152,7 +152,7 @@ def copy(name: str, other: str) -> Change:
         (
             "moe_tp2_ep2",
             "mp_rank_00_001",
-            model(lambda weights: [weights.pop(k) for k in list(weights) if "layers.1.mlp.experts.local_experts.1" in k]),
+            model(lambda weights: [weights.pop(k) for k in list(weights) if "1.mlp.experts.local_experts.1" in k]),
             "expert",
         ),
         (

@@ -1,0 +1,136 @@
+"""What we write, read by torch and by Megatron-Core; what Megatron-Core's modules register, in which order."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.formats.megatron_lm_files import FILE, open_layout  # noqa: E402
+from tests.formats.test_megatron_lm_reader import MCORE  # noqa: E402
+from tests.support import fixture_path, write_plan  # noqa: E402
+
+from anyckpt.checkpoint import ParallelLayout  # noqa: E402
+from anyckpt.formats.megatron_lm import FORMAT  # noqa: E402
+from anyckpt.formats.registry import WriteOptions  # noqa: E402
+from anyckpt.layout import Parallelism, cut  # noqa: E402
+from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args  # noqa: E402
+from anyckpt.operations.open import geometry_of, open_checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.peer
+
+
+def load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+
+
+@pytest.mark.parametrize("name", MCORE)
+def test_torch_loads_the_same_structure(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")  # the fixtures' args hold an enum of it
+    source = fixture_path(f"legacy/megatron_{name}")
+    assert FORMAT.plan is not None
+    output = write_plan(FORMAT.plan(open_layout(source), WriteOptions()), tmp_path / "out")
+    for path in sorted(source.glob(f"*/*/{FILE}")):
+        old, new = load(path), load(output / path.relative_to(source))
+        assert type(new["args"]) is argparse.Namespace
+        ours, theirs = vars(new["args"]), vars(old["args"])
+        assert ours["params_dtype"] is theirs["params_dtype"]
+        assert ours["attention_backend"] is theirs["attention_backend"]
+        assert set(theirs) - set(ours) == {"rank"}
+        for key in (key for key in old if key.startswith("model")):
+            assert type(new[key]) is type(old[key])
+            assert list(new[key]) == list(old[key])
+            for weight, value in old[key].items():
+                assert (value is None) == (new[key][weight] is None)
+                assert value is None or torch.equal(value, new[key][weight])
+                assert value is None or value.dtype == new[key][weight].dtype
+
+
+def test_the_safe_loader_takes_it_with_the_namespace_allowed(tmp_path: Path) -> None:
+    source = fixture_path("legacy/megatron_oldnames_v1")
+    assert FORMAT.plan is not None
+    output = write_plan(FORMAT.plan(open_layout(source), WriteOptions()), tmp_path / "out")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        loaded = torch.load(output / "iter_0000100" / "mp_rank_01" / FILE, weights_only=True)
+    assert loaded["checkpoint_version"] == 3.0
+    assert loaded["args"].tensor_model_parallel_size == 2
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """Megatron-Core's parallel state of one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parallel_state = pytest.importorskip("megatron.core.parallel_state")
+        import torch.distributed as dist
+
+        store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel(1, 1)
+        yield
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def mcore_model(arguments: dict[str, Any]) -> Any:
+    """Megatron-Core's GPT for a fixture's arguments, with its local layers."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=arguments["num_layers"], hidden_size=arguments["hidden_size"],
+        ffn_hidden_size=arguments["ffn_hidden_size"], num_attention_heads=arguments["num_attention_heads"],
+        num_query_groups=arguments["num_query_groups"], kv_channels=arguments["kv_channels"],
+        normalization=arguments["normalization"], gated_linear_unit=arguments["swiglu"],
+        add_bias_linear=arguments["add_bias_linear"], add_qkv_bias=arguments["add_qkv_bias"],
+        qk_layernorm=arguments["qk_layernorm"], num_moe_experts=arguments["num_experts"],
+        moe_shared_expert_intermediate_size=arguments["moe_shared_expert_intermediate_size"],
+        activation_func=torch.nn.functional.silu, params_dtype=arguments["params_dtype"],
+        use_cpu_initialization=True, perform_initialization=False,
+    )  # fmt: skip
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
+        ),
+        vocab_size=arguments["padded_vocab_size"], max_sequence_length=arguments["max_position_embeddings"],
+        position_embedding_type=arguments["position_embedding_type"],
+        share_embeddings_and_output_weights=not arguments["untie_embeddings_and_output_weights"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt_tp2_pp2", "gpt_tp2_pp2_vpp2", "gpt_tp1_pp1_release", "moe_tp2_ep2"])
+def test_megatron_core_loads_a_merged_model_strictly(name: str, one_process: None, tmp_path: Path) -> None:
+    """Merged to one rank and written; every key that its modules ask for is there, and no other."""
+    source = fixture_path(f"legacy/megatron_{name}")
+    checkpoint = open_checkpoint(source)
+    alone = Parallelism()
+    shards = cut(
+        checkpoint.tensors, alone, geometry_of(checkpoint), spelling=expert_spelling_from_args(checkpoint.config)
+    )
+    cut_again = replace(
+        checkpoint,
+        ranks=tuple(shards),
+        layout=ParallelLayout(),
+        config={**checkpoint.config, **args_from_parallelism(alone)},
+    )
+    assert FORMAT.plan is not None
+    output = write_plan(FORMAT.plan(cut_again, WriteOptions()), tmp_path / "out")
+    loaded = load(next(output.glob(f"*/mp_rank_00/{FILE}")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = mcore_model(vars(loaded["args"]))
+        model.load_state_dict(loaded["model"], strict=True)
+    kept = {key: value for key, value in model.state_dict().items() if value is not None}
+    assert list(model.state_dict()) == list(loaded["model"])
+    for key, value in kept.items():
+        assert torch.equal(value, loaded["model"][key])
