@@ -103,6 +103,55 @@ def test_a_closed_pipe_ends_the_command_quietly() -> None:
     assert done.stderr == ""
 
 
+def in_a_terminal(*words: str | Path, **environment: str) -> str:
+    """What a command sends to a terminal of 200 columns."""
+    import os
+    import pty
+
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "anyckpt.cli", *map(str, words)],
+        stdout=child,
+        stderr=child,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", **environment},
+    )
+    os.close(child)
+    seen = b""
+    while True:
+        try:
+            data = os.read(parent, 1 << 16)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += data
+    os.close(parent)
+    assert process.wait() == 0
+    return seen.decode()
+
+
+def test_colour_on_a_terminal_unless_it_is_not_wanted() -> None:
+    words = ("inspect", fixture_path("families/llama/hf"))
+    assert "\x1b[36m" in in_a_terminal(*words)
+    assert "\x1b[36m" not in in_a_terminal(*words, NO_COLOR="1")
+
+
+def test_long_work_shows_a_bar_with_bytes_and_rate_on_a_terminal(tmp_path: Path) -> None:
+    import json
+    import struct
+
+    size = 400_000_000
+    header = json.dumps({"w": {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    seen = in_a_terminal("inspect", path, "--digest", "--stats")
+    assert "reading" in seen
+    assert "/400.0 MB" in seen
+    assert "MB/s" in seen
+
+
 def test_no_colour_and_no_bar_where_there_is_no_terminal(anyckpt: Runner) -> None:
     found: Any = anyckpt("inspect", fixture_path("families/llama/hf"), "--tensors", "*", "--digest")
     assert "\x1b" not in found.out + found.err

@@ -19,7 +19,7 @@ from anyckpt.tensor import Constant, Stored, from_array
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 64)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 16)
 
 
 def statistics_of(array: np.ndarray) -> Statistics:
@@ -114,6 +114,11 @@ def test_progress_adds_up_to_the_size() -> None:
     scan(from_array(np.zeros(1000, dtype=np.float32)), statistics=True, digest=False, advance=advanced.append)
     assert sum(advanced) == 4000
     assert len(advanced) > 10
+
+
+def test_a_sum_that_overflows_is_no_infinity_among_the_elements() -> None:
+    found = statistics_of(np.full(40, 1.7e308))
+    assert (found.inf, found.nan, found.max) == (0, 0, 1.7e308)
 
 
 def test_moments_that_overflow_are_not_numbers_in_json() -> None:

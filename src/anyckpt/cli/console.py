@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from anyckpt.operations.archive import ArchiveReport
 
 Progress = Callable[[int, int], None]
+
+_PATIENCE_SECONDS = 0.3
 
 
 def print_json(value: Any) -> None:
@@ -95,21 +99,52 @@ def print_archive(done: ArchiveReport, as_json: bool) -> None:
 
 @contextmanager
 def progress_bar(action: str) -> Iterator[Progress | None]:
-    """A bar with bytes, rate and time left on standard error; nothing, and no callback, if that is not a terminal."""
+    """A bar with bytes, rate and time left on standard error; nothing, and no callback, if that is not a terminal.
+
+    It appears when work has lasted a moment, so that quick commands neither flicker nor wait for its imports.
+    """
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    bar = _Bar(action)
+    try:
+        yield bar.update
+    finally:
+        bar.close()
 
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(action, total=None)
 
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+class _Bar:
+    """Safe to update from any thread."""
 
-        yield update
+    def __init__(self, action: str) -> None:
+        self._action = action
+        self._begin = time.monotonic() + _PATIENCE_SECONDS
+        self._lock = threading.Lock()
+        self._show: Progress | None = None
+        self._hide: Callable[[], None] | None = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._show is None:
+            with self._lock:
+                if self._show is None and time.monotonic() >= self._begin:
+                    self._open()
+        if self._show is not None:
+            self._show(done, total)
+
+    def close(self) -> None:
+        if self._hide is not None:
+            self._hide()
+
+    def _open(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        bar = progress.Progress(
+            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
+            progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        bar.start()
+        task = bar.add_task(self._action, total=None)
+        self._hide = bar.stop
+        self._show = lambda done, total: bar.update(task, completed=done, total=total)

@@ -105,7 +105,7 @@ def _print_tensors(tensors: list[TensorFacts]) -> None:
         shape = str(list(tensor.shape))
         row = [tensor.name, tensor.dtype, shape, format_bytes(tensor.nbytes), str(tensor.shards), _files(tensor.files)]
         if moments:
-            row += ["-" if v is None else f"{v:.5g}" for v in _moments(tensor)]
+            row += ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.5g}" for v in _moments(tensor)]
         if digests:
             row.append(tensor.sha256 or "-")
         rows.append(row)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from anyckpt.operations.parallel import Advance
 from anyckpt.tensor import LazyTensor, as_numbers
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -83,9 +83,7 @@ class _Worst:
             self.max_rel = max(self.max_rel or 0.0, float((gap[nonzero] / np.abs(b[nonzero])).max()))
 
 
-def compare(
-    a: LazyTensor, b: LazyTensor, tolerance: Tolerance, advance: Callable[[int], None] | None = None
-) -> Deviation | None:
+def compare(a: LazyTensor, b: LazyTensor, tolerance: Tolerance, advance: Advance | None = None) -> Deviation | None:
     """How ``a`` differs from ``b``, or None if it does not.
 
     Without a tolerance two tensors are equal if their types and all their bits are, so NaN equals the same NaN and

@@ -15,7 +15,7 @@ from anyckpt.formats import registry
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.naming import rename_for
-from anyckpt.operations.scan import Progress
+from anyckpt.operations.parallel import Progress
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.operations.supplied import read_config, read_tokenizer
 from anyckpt.tensor import LazyTensor

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +11,8 @@ from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.compare import Tolerance, compare
 from anyckpt.operations.naming import common_names
-from anyckpt.operations.scan import Progress
+from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
-
-_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -138,22 +134,9 @@ def _compare_all(
     workers: int | None,
     progress: Progress | None,
 ) -> list[TensorDifference]:
-    total = sum(b.nbytes for _, a, b in pairs if a.shape == b.shape)
-    lock = threading.Lock()
-    done = 0
-    stop = threading.Event()
+    meter = Meter(sum(b.nbytes for _, a, b in pairs if a.shape == b.shape), progress)
 
-    def advance(count: int) -> None:
-        nonlocal done
-        if stop.is_set():
-            raise KeyboardInterrupt
-        with lock:
-            done += count
-            so_far = done
-        if progress is not None:
-            progress(so_far, total)
-
-    def one(pair: tuple[str, LazyTensor, LazyTensor]) -> TensorDifference | None:
+    def one(pair: tuple[str, LazyTensor, LazyTensor], advance: Advance) -> TensorDifference | None:
         name, a, b = pair
         facts = (f"{a.dtype.name} {list(a.shape)}", f"{b.dtype.name} {list(b.shape)}")
         if a.shape != b.shape:
@@ -169,10 +152,4 @@ def _compare_all(
             name, found.reason, found.max_abs, found.max_rel, *facts, found.elements, found.nonfinite
         )
 
-    with ThreadPoolExecutor(workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
-        try:
-            return [result for result in pool.map(one, pairs) if result is not None]
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    return [result for result in each(one, pairs, meter, workers) if result is not None]

@@ -14,7 +14,8 @@ from anyckpt.display import html_table
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model
-from anyckpt.operations.scan import Progress, Statistics, scan
+from anyckpt.operations.parallel import Advance, Meter, Progress, each
+from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor
@@ -259,31 +260,25 @@ def _list(
             path=path,
             remedy="list all with --tensors '*'",
         )
-    total = sum(tensors[name].nbytes for name in names)
-    done = 0
+    if not stats and not digest:
+        return [_facts(path, name, tensors[name], Scan(None, None)) for name in names]
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    def one(name: str, advance: Advance) -> TensorFacts:
+        try:
+            found = scan(tensors[name], statistics=stats, digest=digest, advance=advance)
+        except AnyckptError as error:
+            error.tensor = error.tensor or name
+            raise
+        return _facts(path, name, tensors[name], found)
 
-    listed = []
-    for name in names:
-        tensor = tensors[name]
-        sha256 = statistics = None
-        if stats or digest:
-            try:
-                found = scan(tensor, statistics=stats, digest=digest, advance=advance)
-            except AnyckptError as error:
-                error.tensor = error.tensor or name
-                raise
-            sha256, statistics = found.sha256, found.statistics
-        shards, files = _where(path, tensor)
-        listed.append(
-            TensorFacts(name, tensor.dtype.name, tensor.shape, tensor.nbytes, shards, files, sha256, statistics)
-        )
-    return listed
+    return each(one, names, Meter(sum(tensors[name].nbytes for name in names), progress))
+
+
+def _facts(path: str, name: str, tensor: LazyTensor, found: Scan) -> TensorFacts:
+    shards, files = _where(path, tensor)
+    return TensorFacts(
+        name, tensor.dtype.name, tensor.shape, tensor.nbytes, shards, files, found.sha256, found.statistics
+    )
 
 
 def _where(path: str, tensor: LazyTensor) -> tuple[int, tuple[str, ...]]:

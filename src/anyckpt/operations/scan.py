@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from anyckpt.errors import UnsafeError
+from anyckpt.operations.parallel import Advance
 from anyckpt.tensor import LazyTensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes to do."""
 
-_CHUNK = 1 << 20  # small enough that its float64 copy stays in the processor's cache
+_CHUNK_ELEMENTS = 1 << 16  # their float64 copy stays in the processor's cache
 
 _LARGE = 1 << 30
 _REPETITIONS = 1 << 16
@@ -71,29 +69,32 @@ class _Moments:
 
     def add(self, chunk: Array) -> None:
         values = chunk.astype(np.float64, copy=False)
-        if chunk.dtype.kind not in "iu":
+        total = float(values.sum())
+        if not math.isfinite(total):
             finite = np.isfinite(values)
-            if not finite.all():
-                nan = int(np.isnan(values).sum())
-                self.nan += nan
-                self.inf += len(values) - int(finite.sum()) - nan
-                chunk, values = chunk[finite], values[finite]
+            nan = int(np.count_nonzero(np.isnan(values)))
+            self.nan += nan
+            self.inf += len(values) - int(np.count_nonzero(finite)) - nan
+            chunk, values = chunk[finite], values[finite]
+            total = float(values.sum())
         if not len(values):
             return
         low, high = chunk.min().item(), chunk.max().item()
         self.low = low if self.low is None else min(self.low, low)
         self.high = high if self.high is None else max(self.high, high)
-        self.zeros += len(values) - int(np.count_nonzero(values))
-        if self.smallest_normal:
-            small = np.abs(values) < self.smallest_normal
-            self.denormals += int(np.count_nonzero(values[small]))
+        zeros = len(values) - int(np.count_nonzero(values))
+        self.zeros += zeros
         count = len(values)
-        mean = float(values.mean())
-        squares = float(np.square(values - mean).sum())
-        shift, total = mean - self.mean, self.count + count
-        self.squares += squares + shift * shift * self.count * count / total
-        self.mean += shift * count / total
-        self.count = total
+        mean = total / count
+        deviation = values - mean
+        squares = float(np.dot(deviation, deviation))
+        shift, both = mean - self.mean, self.count + count
+        self.squares += squares + shift * shift * self.count * count / both
+        self.mean += shift * count / both
+        self.count = both
+        if self.smallest_normal:
+            small = np.abs(values, out=deviation) < self.smallest_normal
+            self.denormals += int(np.count_nonzero(small)) - zeros
 
     def result(self) -> Statistics:
         some = self.count > 0
@@ -117,7 +118,7 @@ class Scan:
     sha256: str | None
 
 
-def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Callable[[int], None] | None = None) -> Scan:
+def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance | None = None) -> Scan:
     """Read a tensor once.
 
     Args:
@@ -134,7 +135,7 @@ def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Callabl
     sha = hashlib.sha256() if digest else None
     moments = _Moments(_smallest_normal(tensor)) if statistics and _is_number(tensor) else None
     with np.errstate(all="ignore"):
-        for chunk in tensor.chunks(_CHUNK):
+        for chunk in tensor.chunks(_CHUNK_ELEMENTS * tensor.dtype.itemsize):
             if sha is not None:
                 sha.update(chunk.view(np.uint8).data)
             if moments is not None:

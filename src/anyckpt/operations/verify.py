@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +12,8 @@ from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
-from anyckpt.operations.scan import Progress, scan
+from anyckpt.operations.parallel import Advance, Meter, Progress, each
+from anyckpt.operations.scan import Statistics, scan
 from anyckpt.storage.source import ByteSource
 
 _BLOCK = 4 << 20
@@ -155,18 +155,10 @@ def _check_digests(path: str, result: Verification, progress: Progress | None) -
 
 
 def _check_checksums(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, max(done, total))
-
+    meter = Meter(sum(tensor.nbytes for tensor in checkpoint.tensors.values()), progress)
     try:
         for item in checkpoint.checksums():
-            found = _crc32(item.source, advance)
+            found = _crc32(item.source, meter.advance)
             if found == item.crc32:
                 result.checked.checksums += 1
             else:
@@ -176,7 +168,7 @@ def _check_checksums(checkpoint: Checkpoint, result: Verification, progress: Pro
         result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
 
 
-def _crc32(source: ByteSource, advance: Callable[[int], None]) -> int:
+def _crc32(source: ByteSource, advance: Advance) -> int:
     buffer = memoryview(bytearray(min(_BLOCK, source.size)))
     found = 0
     for start in range(0, source.size, _BLOCK):
@@ -199,27 +191,25 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
 
 def _check_values(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
     weights = {name: t for name, t in checkpoint.weights().items() if t.dtype.is_floating or t.dtype.kind == "complex"}
-    total = sum(tensor.nbytes for tensor in weights.values())
-    done = 0
 
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    for name, tensor in weights.items():
+    def one(name: str, advance: Advance) -> Statistics | AnyckptError | None:
         try:
-            found = scan(tensor, statistics=True, digest=False, advance=advance).statistics
+            return scan(weights[name], statistics=True, digest=False, advance=advance).statistics
         except AnyckptError as error:
-            result.problems.append(Problem(name, str(error)))
+            return error
+
+    meter = Meter(sum(tensor.nbytes for tensor in weights.values()), progress)
+    for name, found in zip(weights, each(one, weights, meter), strict=True):
+        size = weights[name].size
+        if isinstance(found, AnyckptError):
+            result.problems.append(Problem(name, str(found)))
             continue
         if found is None:
             continue
         result.checked.values += 1
         if found.nan or found.inf:
             counts = [f"{n:,} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n]
-            result.problems.append(Problem(name, f"{' and '.join(counts)} of {tensor.size:,} elements"))
+            result.problems.append(Problem(name, f"{' and '.join(counts)} of {size:,} elements"))
         if found.denormals:
-            share = f"{found.denormals:,} of {tensor.size:,} elements are denormal numbers"
+            share = f"{found.denormals:,} of {size:,} elements are denormal numbers"
             result.warnings.append(f"{name}: {share}, as a stray write leaves them")

@@ -1,0 +1,79 @@
+"""Reading many tensors in a few threads: numpy and hashlib let other threads run while they work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes to do, from any thread."""
+
+Advance = Callable[[int], None]
+"""Called with the number of bytes just read."""
+
+_WORKERS = 4
+
+
+class Meter:
+    """Adds up bytes from several threads and tells a callback.
+
+    Args:
+        total: bytes to do; the sum told is never larger than the total told.
+        progress: what to tell, or None.
+    """
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def advance(self, count: int) -> None:
+        """Add ``count`` bytes.
+
+        Raises:
+            InterruptedError: another thread has failed, so this one need not go on.
+        """
+        if self._stopped:
+            raise InterruptedError
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done += count
+            self._progress(self._done, max(self._done, self._total))
+
+    def stop(self) -> None:
+        """Make threads that advance give up."""
+        self._stopped = True
+
+
+def each(
+    work: Callable[[Item, Advance], Result], items: Iterable[Item], meter: Meter, workers: int | None = None
+) -> list[Result]:
+    """The results of ``work`` for each item, in the items' order.
+
+    The first error ends the work and is raised; so does an interrupt from the keyboard.
+
+    Args:
+        work: called with an item and the meter's ``advance``.
+        items: what to work on.
+        meter: told of progress.
+        workers: threads; as many as processors, up to 4, if None.
+    """
+    with ThreadPoolExecutor(workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(work, item, meter.advance) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = next((future for future in futures if future.done() and future.exception() is not None), None)
+            return [future.result() for future in (futures if failed is None else [failed])]
+        except BaseException:
+            meter.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
