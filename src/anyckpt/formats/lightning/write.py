@@ -86,16 +86,18 @@ def _entries(
         if checkpoint.config_kind == "nemo1":
             kept = {"hparams_name": "kwargs", HYPER_PARAMETERS: {"cfg": checkpoint.config}}
     found = {name: nested.pop(name) for name in list(nested) if _SHARDED_OPTIMIZER.match(str(name))}
-    header = {
+    header: dict[str, Any] = {
         "epoch": checkpoint.training.epoch or 0,
         "global_step": checkpoint.training.step or 0,
         VERSION: _OLDEST_VERSION,
         STATE_DICT: None,
-        "callbacks": {},
-        "optimizer_states": [],
-        "lr_schedulers": [],
+        **nested,
     }
-    return {**header, **kept, **nested}, found, ignored
+    header.update((name, value) for name, value in kept.items() if name not in nested)
+    header.setdefault("callbacks", {})
+    header.setdefault("optimizer_states", [])
+    header.setdefault("lr_schedulers", [])
+    return header, found, ignored
 
 
 def _by_number(state: Any) -> dict[str, Any] | None:
