@@ -83,9 +83,10 @@ class _Cutter:
         parts = {
             name: {index: self._parts(name, tensor) for index, tensor in own.items()} for name, own in present.items()
         }
+        all_modules = _modules(parts)
         for tensor_rank, expert_rank in self.parallelism.read_pairs:
             rank: dict[str, LazyTensor] = {}
-            modules = _modules(parts)
+            modules = dict(all_modules)
             for name, own in parts.items():
                 layer = 0 if name.stack is None else name.layer - chunk.layers[name.stack].start
                 if not name.of_expert:

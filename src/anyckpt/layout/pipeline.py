@@ -101,14 +101,14 @@ def _counts(parallelism: Parallelism, total: int) -> list[int]:
     if first is not None or last is not None:
         if parallelism.account_for_embedding or parallelism.account_for_loss:
             raise UsageError("a number of layers in the first or last stage excludes accounting for embedding and loss")
-        if stages == 1 and (first or last or 0) != total:
-            raise UsageError("a number of layers in the first or last stage needs a pipeline", found=f"{stages} stage")
+        if stages == 1 and {first, last} - {None} != {total}:
+            raise UsageError("a number of layers in the first or last stage needs a pipeline", found="one stage")
         middle = stages - (first is not None) - (last is not None)
         rest = total - (first or 0) - (last or 0)
-        if rest < 0 or min(first or 0, last or 0) < 0 or (rest % middle if middle > 0 else rest):
+        if stages > 1 and (rest < 0 or min(first or 0, last or 0) < 0 or (rest % middle if middle else rest)):
             raise UsageError(
                 "layers cannot be laid out with these numbers in the first and last pipeline stage",
-                expected=f"{total} layers less those, a multiple of {max(middle, 0)} stages",
+                expected=f"{total} layers less those, a multiple of {middle} stages",
                 found=f"{first} in the first, {last} in the last, {rest} left",
             )
         each = rest // middle if middle > 0 else 0
@@ -140,8 +140,6 @@ def _counts(parallelism: Parallelism, total: int) -> list[int]:
     counts = [count // virtual for _ in range(virtual) for count in per_stage]
     counts[0] -= parallelism.account_for_embedding
     counts[-1] -= parallelism.account_for_loss
-    if min(counts) < 0:
-        raise UsageError("the first or last chunk has no room for the embedding or output layer", found=counts)
     return counts
 
 
