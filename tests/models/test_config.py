@@ -248,6 +248,20 @@ def test_megatron_arguments() -> None:
     assert identified({**arguments, "swiglu": False}) is None
 
 
+@pytest.mark.parametrize("kind", ["nemo1", "nemo2", "megatron-args"])
+@pytest.mark.parametrize("feature", ["num_moe_experts", "multi_latent_attention", "mtp_num_layers"])
+def test_another_architecture_is_not_taken_for_llama(kind: str, feature: str) -> None:
+    rendered = models.render_config(open_case("llama").model, kind)
+    (rendered["config"] if kind == "nemo2" else rendered)[feature] = 8
+    if kind == "nemo2":  # whose class says Llama
+        with pytest.raises(MappingError, match=f"{feature} is not that of family llama .*found 8"):
+            identified(rendered)
+        return
+    assert identified(rendered) is None
+    with pytest.raises(MappingError, match=f"{feature} is not that of family llama .*found 8"):
+        identified(rendered, family="llama")
+
+
 def test_what_a_framework_cannot_say_is_an_error_or_a_note() -> None:
     model = open_case("llama31_ropescale").model
     yarn = {"rope_type": "yarn", "factor": 4.0}

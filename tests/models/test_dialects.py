@@ -132,6 +132,12 @@ def test_the_same_tensor_twice() -> None:
     }
     with pytest.raises(MappingError, match="the same one of the model"):
         dialects.to_hub_names(twice)
+    experts = {
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight": tensor(4, 2),
+        "decoder.layers.0.mlp.experts.experts.linear_fc1.weight": tensor(1, 4, 2),
+    }
+    with pytest.raises(MappingError, match="the same one of the model"):
+        dialects.to_hub_names(experts)
     norms = {
         "decoder.layers.0.mlp.linear_fc1.weight": tensor(4, 2),
         "decoder.layers.0.pre_mlp_layernorm.weight": tensor(2),
@@ -164,6 +170,39 @@ def test_renaming_a_model_of_no_known_family() -> None:
     assert dialects.rename(stored, "nemo-flat", "nemo-flat") == (stored, {})
     with pytest.raises(UsageError, match="unknown dialect"):
         dialects.rename(stored, "nemo-flat", "hf")
+
+
+@pytest.mark.parametrize("name", ["gpt_moe_ep2_seq_shared", "gpt_moe_firstdense_tp2_ep2"])
+def test_experts_that_megatron_core_stacked(name: str) -> None:
+    """With and without a layer axis: one tensor per expert in the hub, and the same checkpoint from there."""
+    checkpoint = MEGATRON_CORE.read(look_at(fixture_path(f"mcore/{name}/ckpt")))
+    hub, ignored = dialects.to_hub_names(checkpoint.weights())
+    layer = 1 if "firstdense" in name else 0
+    assert ignored == {}
+    assert sum(f"layers.{layer}.mlp.experts.linear_fc1.weight" in key for key in hub) == 4
+    assert f"decoder.layers.{layer}.pre_mlp_layernorm.weight" in hub
+    again = renamed(
+        dialects.from_hub_names(hub, "megatron-core"),
+        ("layers.pre_mlp_layernorm.weight", "layers.mlp.linear_fc1.layer_norm_weight"),
+        ("layers.1.pre_mlp_layernorm.weight", "layers.1.mlp.linear_fc1.layer_norm_weight"),
+    )
+    assert facts(again) == facts(checkpoint.weights())
+
+
+def test_experts_as_modules_and_alone() -> None:
+    layer = "decoder.layers.0.mlp.experts."
+    modules = {f"{layer}local_experts.{e}.linear_fc1.weight": tensor(4, 2, start=e) for e in range(3)}
+    alone = {f"{layer}experts.{e}.linear_fc1.weight_{half}": tensor(2, 2, start=e) for e in range(3) for half in "wv"}
+    for stored in (modules, alone):
+        hub, _ = dialects.to_hub_names(stored)
+        assert set(hub) == {f"{layer}linear_fc1.weight{e}" for e in range(3)}
+        ((name, stacked),) = dialects.from_hub_names(hub, "megatron-core").items()
+        assert name == "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+        assert stacked.shape == (1, 3, 4, 2)
+        assert list(stacked.numpy()[0, :, 0, 0]) == [0, 1, 2]
+    del hub[f"{layer}linear_fc1.weight1"]
+    with pytest.raises(MappingError, match="expert 1 is missing"):
+        dialects.from_hub_names(hub, "megatron-core")
 
 
 MEGATRON_ARGS = {

@@ -20,6 +20,14 @@ _LARGEST = 1 << 40  # no size in a model is near it; beyond it, arithmetic on a 
 _MOST_LAYERS = 10_000
 
 
+FEATURES = (
+    "num_moe_experts", "num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_override_pattern",
+    "hybrid_layer_pattern", "is_hybrid_model", "heterogeneous_block_specs", "heterogeneous_layers_config_path",
+    "attention_output_gate", "experimental_attention_variant",
+)  # fmt: skip
+"""Megatron-Core's switches of other architectures: a family that does not know one that is on is not the model's."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model is, in Megatron-Core's words.
@@ -58,8 +66,8 @@ class ModelConfig:
         eos_token_id: one, several, or None.
         pad_token_id: or None.
         dtype: element type of the weights, in torch's name.
-        extra: what a family needs beyond these fields, and under ``hf`` the keys of a Hugging Face configuration
-            that are no fields here.
+        extra: under ``hf`` the keys of a Hugging Face configuration that are no fields here; under ``features`` those
+            of ``FEATURES`` that a Megatron or NeMo configuration has.
     """
 
     family: str
@@ -291,6 +299,10 @@ class Reader:
         ):
             return value[0], value[1]
         raise self._wrong(key, "two whole numbers")
+
+    def features(self) -> dict[str, Any]:
+        """What of ``FEATURES`` is on."""
+        return {key: self.values[key] for key in FEATURES if self.values.get(key)}
 
     def _wrong(self, key: str, expected: str) -> MappingError:
         return MappingError(

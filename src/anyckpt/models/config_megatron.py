@@ -66,6 +66,7 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
             window_size=reader.pair("window_size"),
             rope_scaling=from_factors(rope, reader.number("rotary_seq_len_interpolation_factor")),
             dtype=_dtype(reader),
+            extra={"features": reader.features()},
         )
     )
 

@@ -144,6 +144,7 @@ def parse_nemo1(config: Mapping[str, Any]) -> ModelConfig:
             window_size=reader.pair("window_size"),
             rope_scaling=from_factors(factors, reader.number("seq_len_interpolation_factor")),
             dtype=_PRECISIONS.get(precision),
+            extra={"features": reader.features()},
         )
     )
 
@@ -243,6 +244,7 @@ def parse_nemo2(family: Family, config: Mapping[str, Any]) -> ModelConfig:
             window_size=window,
             rope_scaling=from_factors(factors, reader.number("seq_len_interpolation_factor")),
             dtype=_nemo2_dtype(reader),
+            extra={"features": reader.features()},
         )
     )
 

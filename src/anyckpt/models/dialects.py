@@ -2,7 +2,7 @@
 
 The hub's names are Megatron-Core's in Transformer Engine spelling, one tensor per layer.  Dialects differ from it by
 a prefix, by stacking the layers (a distributed checkpoint has one tensor for all layers, with a leading layer axis),
-and, when read, by the spelling of norms (local specification) and of halves saved apart.
+and, when read, by the spelling of norms (local specification), of experts and of halves saved apart.
 """
 
 from __future__ import annotations
@@ -68,6 +68,15 @@ _NORMS = (
 """Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
 have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
 
+_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
+"""One expert's tensor under the hub's name, which is that of Transformer Engine's grouped layers."""
+
+_EXPERT_MODULE = re.compile(r"(.+\.mlp\.experts)\.(?:local_experts|experts)\.(\d+)\.(linear_fc[12])\.(weight|bias)")
+"""One expert's tensor where experts are modules of their own, or in a checkpoint of single experts."""
+
+_EXPERT_STACK = re.compile(r"(.+\.mlp\.experts)\.experts\.(linear_fc[12])\.(weight|bias)")
+"""All experts' tensor of a layer in a distributed checkpoint; the word is doubled there."""
+
 _HALVES = ("weight_w", "weight_v")
 """Gate and up projection that ``singleton_local_shards`` saves apart."""
 
@@ -116,10 +125,8 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
             continue
         plain = name[len(prefix) :] if name.startswith(prefix) else name
         for key, value in _unstacked(plain, tensor):
-            if key in found:
-                raise MappingError("two stored tensors are the same one of the model", tensor=name, found=key)
-            found[key] = value
-    return _fused_norms(_joined_halves(found)), ignored
+            _put(found, key, value, name)
+    return _fused_norms(_separate_experts(_joined_halves(found))), ignored
 
 
 def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str) -> dict[str, LazyTensor]:
@@ -127,9 +134,10 @@ def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str) -> dict[str,
 
     Raises:
         UsageError: no such dialect.
+        MappingError: an expert is missing.
     """
     target = by_name(dialect)
-    named = _stacked(tensors) if target.stacked else dict(tensors)
+    named = _stacked(_stacked_experts(tensors)) if target.stacked else dict(tensors)
     return {target.prefix + name: tensor for name, tensor in named.items()}
 
 
@@ -156,6 +164,12 @@ def by_name(name: str) -> Dialect:
     if name not in DIALECTS:
         raise UsageError(f"unknown dialect {name!r}", expected=f"one of {', '.join(DIALECTS)}")
     return DIALECTS[name]
+
+
+def _put(tensors: dict[str, LazyTensor], key: str, tensor: LazyTensor, stored: str) -> None:
+    if key in tensors:
+        raise MappingError("two stored tensors are the same one of the model", tensor=stored, found=key)
+    tensors[key] = tensor
 
 
 def _is_ignored(name: str) -> str | None:
@@ -193,6 +207,40 @@ def _stacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return result
 
 
+def _separate_experts(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        module, whole = _EXPERT_MODULE.fullmatch(name), _EXPERT_STACK.fullmatch(name)
+        if module is not None:
+            _put(result, f"{module[1]}.{module[3]}.{module[4]}{module[2]}", tensor, name)
+        elif whole is not None and tensor.ndim:
+            for expert in range(tensor.shape[0]):
+                _put(result, f"{whole[1]}.{whole[2]}.{whole[3]}{expert}", tensor[expert], name)
+        else:
+            _put(result, name, tensor, name)
+    return result
+
+
+def _stacked_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The experts of a layer stacked, as distributed checkpoints have them."""
+    stacks: dict[str, dict[int, LazyTensor]] = {}
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            result[name] = tensor
+            continue
+        key = f"{match[1]}.experts.{match[2]}.{match[3]}"
+        stacks.setdefault(key, {})[int(match[4])] = tensor
+        result.setdefault(key, tensor)
+    for key, experts in stacks.items():
+        if set(experts) != set(range(len(experts))):
+            missing = min(set(range(len(experts))) - set(experts))
+            raise MappingError(f"expert {missing} is missing", tensor=key)
+        result[key] = stack([experts[number] for number in range(len(experts))])
+    return result
+
+
 def _joined_halves(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     result: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
@@ -221,7 +269,5 @@ def _fused_norms(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
                     key = layer + fused + match[3][len(module) :].replace(".", "_")
                 elif match[3].startswith(f"{fused}_") and layer + home not in tensors:
                     key = f"{layer}{module}.{match[3][len(fused) + 1 :]}"
-        if key in result:
-            raise MappingError("two stored tensors are the same one of the model", tensor=name, found=key)
-        result[key] = tensor
+        _put(result, key, tensor, name)
     return result

@@ -59,6 +59,7 @@ class Family:
             configuration, which does not name it.
         hugging_face: spelling there.
         nemo2: spelling there.
+        features: of ``config.FEATURES``, those that the family may have.
         recognise: whether a Megatron or NeMo 1 configuration that has the traits is of this family.
         axes: what stars count besides layers.
         dimensions: lengths that the rules name beyond the common ones.
@@ -70,6 +71,7 @@ class Family:
     traits: Mapping[str, Any]
     hugging_face: HuggingFace
     nemo2: NeMo2
+    features: frozenset[str] = frozenset()
     ignorable: tuple[tuple[str, str], ...] = ()
     recognise: Callable[[ModelConfig], bool] = field(default=lambda config: True)
     axes: Mapping[str, Axis] = field(default_factory=dict)

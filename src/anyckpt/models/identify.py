@@ -109,16 +109,20 @@ def _by_traits(
     return None
 
 
-def _wrong_traits(family: Family, config: ModelConfig) -> list[str]:
-    return [name for name, value in family.traits.items() if getattr(config, name) != value]
+def _wrong_traits(family: Family, config: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """Field, expected and found of whatever the family cannot be."""
+    features = config.extra.get("features", {})
+    strange = [(name, "none", value) for name, value in features.items() if name not in family.features]
+    traits = ((name, value, getattr(config, name)) for name, value in family.traits.items())
+    return strange + [(name, expected, found) for name, expected, found in traits if found != expected]
 
 
 def _check_traits(family: Family, config: ModelConfig) -> None:
-    for name in _wrong_traits(family, config):
+    for name, expected, found in _wrong_traits(family, config):
         raise MappingError(
             f"the configuration's {name} is not that of family {family.name}",
-            expected=family.traits[name],
-            found=getattr(config, name),
+            expected=expected,
+            found=str(found)[:80],
             remedy="choose another --family",
         )
 
