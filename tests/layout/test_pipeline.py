@@ -165,9 +165,12 @@ def refused(**options: object) -> Callable[[], tuple[Chunk, ...]]:
         (refused(pipeline_parallel=2, pipeline_layout=[["E", "t", 4], [3.5]]), "not understood.*3.5"),
         (refused(pipeline_parallel=2, pipeline_layout=17), "not understood"),
         (refused(pipeline_parallel=2, stacks={"encoder": 2, "decoder": 2}), "split rank between 1 and 1"),
-        (refused(pipeline_parallel=3, pipeline_split_rank=2, stacks={"encoder": 3, "decoder": 2}), "multiples of 2 and 1"),
+        (
+            refused(pipeline_parallel=3, pipeline_split_rank=2, stacks={"encoder": 3, "decoder": 2}),
+            "multiples of 2 and 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_layouts_that_do_not_fit_are_refused(attempt: Callable[[], object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         attempt()

@@ -1,4 +1,4 @@
-"""Cutting and joining undo each other, for every geometry and layout; and each does what independent arithmetic does."""
+"""Cutting and joining undo each other for every geometry and layout, and do what independent arithmetic does."""
 
 from __future__ import annotations
 
