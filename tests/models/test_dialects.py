@@ -85,6 +85,9 @@ def test_halves_saved_apart() -> None:
             split[name] = value
     hub = models.to_hub(with_weights(case.checkpoint, split), case.padded())
     assert facts(hub.tensors) == facts(case.megatron)
+    for both in (split | dict(case.megatron), dict(case.megatron) | split):
+        with pytest.raises(MappingError, match="the same one of the model"):
+            models.to_hub(with_weights(case.checkpoint, both), case.padded())
     del split["decoder.layers.1.mlp.linear_fc1.weight_w"]
     with pytest.raises(MappingError, match=r"linear_fc1.weight_v': the other half"):
         models.to_hub(with_weights(case.checkpoint, split), case.padded())

@@ -246,13 +246,14 @@ def _joined_halves(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     for name, tensor in tensors.items():
         stem, _, last = name.rpartition(".")
         if last not in _HALVES:
-            result[name] = tensor
+            _put(result, name, tensor, name)
             continue
         halves = [tensors.get(f"{stem}.{half}") for half in _HALVES]
         present = [half for half in halves if half is not None]
         if len(present) < len(halves):
             raise MappingError("the other half of a gated projection is missing", tensor=name)
-        result.setdefault(f"{stem}.weight", concatenate(present, 0))
+        if last == _HALVES[0]:
+            _put(result, f"{stem}.weight", concatenate(present, 0), name)
     return result
 
 
