@@ -140,15 +140,15 @@ def test_long_work_shows_a_bar_with_bytes_and_rate_on_a_terminal(tmp_path: Path)
     import json
     import struct
 
-    size = 400_000_000
+    size = 200_000_000
     header = json.dumps({"w": {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}}).encode()
     path = tmp_path / "large.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
-    seen = in_a_terminal("inspect", path, "--digest", "--stats")
+    seen = in_a_terminal("inspect", path, "--stats")
     assert "reading" in seen
-    assert "/400.0 MB" in seen
+    assert "/200.0 MB" in seen
     assert "MB/s" in seen
 
 

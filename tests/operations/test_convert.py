@@ -168,3 +168,59 @@ def test_contradictory_options_are_usage_errors(tmp_path: Path, options: dict[st
     with pytest.raises(UsageError):
         anyckpt.convert(fixture_path("families/llama/hf"), tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_conversion_leaves_no_destination_and_can_be_resumed(tmp_path: Path) -> None:
+    source, out = fixture_path("families/llama/hf"), tmp_path / "out"
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        anyckpt.convert(source, out, to="megatron-core", progress=interrupt)
+    assert not out.exists()
+    anyckpt.convert(source, out, to="megatron-core", resume=True)
+    assert anyckpt.verify(out, deep=True)
+    assert not anyckpt.diff(source, out)
+
+
+def test_a_model_of_unknown_family_moves_between_megatron_containers_by_name(tmp_path: Path) -> None:
+    source = fixture_path("mcore/gpt_moe_ep2_seq_shared/ckpt")
+    config = {"num_layers": 1, "hidden_size": 8, "encoder_seq_length": 16, "mcore_gpt": True, "num_attention_heads": 2}
+    with pytest.raises(UsageError, match="--config"):
+        anyckpt.convert(source, tmp_path / "no.nemo", to="nemo", sharded=True)
+    assert not list(tmp_path.iterdir())
+    done = anyckpt.convert(source, tmp_path / "out.nemo", to="nemo", sharded=True, config=config)
+    assert any("completeness is not checked" in note for note in done.notes)
+    there = anyckpt.open(tmp_path / "out.nemo")
+    names = {f"model.{name}" for name in anyckpt.open(source).weights()}
+    local_specification = (
+        "model.decoder.layers.mlp.linear_fc1.layer_norm_weight"  # Transformer Engine's has no such norm
+    )
+    assert names - set(there.tensors) == {local_specification}
+    assert set(there.tensors) - names == {"model.decoder.layers.pre_mlp_layernorm.weight"}
+    assert not anyckpt.diff(source, tmp_path / "out.nemo")
+
+
+def test_no_rule_leads_from_an_unknown_model_to_hugging_face(tmp_path: Path) -> None:
+    source = fixture_path("nemo/asr_ctc_conformer_v3_0_0/ctc.nemo")
+    with pytest.raises(UsageError, match="convert to safetensors, torch or dcp"):
+        anyckpt.convert(source, tmp_path / "out", to="hf")
+
+
+def test_manifests_do_not_travel(tmp_path: Path) -> None:
+    at = fixture_path("families/llama/hf")
+    for target in ("hf", "megatron-core", "nemo2", "nemo", "hf"):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}-{target}"
+        anyckpt.convert(at, out, to=target)
+        checkpoint = anyckpt.open(out)
+        assert not [name for name in checkpoint.artifacts if "manifest" in name], target
+        at = out
+
+
+def test_files_without_a_place_in_the_target_are_listed(tmp_path: Path) -> None:
+    source = fixture_path("families/llama/hf")
+    done = anyckpt.convert(source, tmp_path / "out", to="dcp")
+    assert set(done.ignored) == {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert not anyckpt.convert(source, tmp_path / "hf", to="hf").ignored

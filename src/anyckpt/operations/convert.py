@@ -9,7 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.execute import DEFAULT_MEMORY, execute
-from anyckpt.engine.plan import describe
+from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
@@ -21,7 +21,7 @@ from anyckpt.operations.supplied import read_config, read_tokenizer
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import parse_bytes
 
-_STATE = "no weight; --optimizer keep carries training state where the target can hold it"
+_STATE = "state besides the weights; --optimizer keep carries it where the target can hold it"
 _UNWANTED = "not asked for by --include and --exclude"
 
 
@@ -154,7 +154,13 @@ def convert(
     laid_out = target.plan(_with_cast(renamed.checkpoint, cast.tensors), options)
     plan = replace(
         laid_out,
-        ignored={**checkpoint.ignored, **left_out, **renamed.ignored, **laid_out.ignored},
+        ignored={
+            **checkpoint.ignored,
+            **left_out,
+            **renamed.ignored,
+            **_unused_files(checkpoint, laid_out),
+            **laid_out.ignored,
+        },
         casts=cast.casts,
         notes=(*renamed.notes, *cast.notes, *laid_out.notes),
     )
@@ -201,6 +207,13 @@ def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
     training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
     bare = replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, training=training)
     return bare, dropped
+
+
+def _unused_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """Artifacts and tokenizer files that no part of the plan copies."""
+    files = {**checkpoint.artifacts, **(checkpoint.tokenizer.files if checkpoint.tokenizer is not None else {})}
+    used = {id(part.source) for file in plan.files for part in file.parts if isinstance(part, SourceData)}
+    return {name: f"a {plan.format} checkpoint has no place for it" for name, s in files.items() if id(s) not in used}
 
 
 def _with_cast(checkpoint: Checkpoint, weights: dict[str, LazyTensor]) -> Checkpoint:

@@ -13,7 +13,7 @@ from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
 from anyckpt.tensor import LazyTensor
 
-_UNTRANSLATED = "training state, whose names are not translated between formats"
+_UNTRANSLATED = "state besides the weights, whose names are not translated between formats"
 
 
 @dataclass(frozen=True)
@@ -60,23 +60,19 @@ def rename_for(
     wanted = target.dialect(options)
     if wanted is None:
         return Renamed(_with_dtype(checkpoint, dtype))
-    known = checkpoint.dialect or dialects.detect(checkpoint.weights())
     told = family is not None or config is not None
+    if config is not None:
+        checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
+    known = checkpoint.dialect or dialects.detect(checkpoint.weights())
     fits = target.config_kind is None or checkpoint.config_kind in (None, target.config_kind)
-    if not told and known == wanted and fits:
-        return Renamed(_with_dtype(replace(checkpoint, dialect=wanted), dtype))
-    if not told and known is None and checkpoint.format == target.name:
-        return Renamed(_with_dtype(checkpoint, dtype))
-    model = models.identify(checkpoint, family=family, config=config)
+    alike = fits and (known == wanted or (known is None and checkpoint.format == target.name))
+    model = None if alike and not told else models.identify(checkpoint, family=family, config=config)
     if model is not None:
-        if config is not None:
-            checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
         return _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
-    if known in dialects.DIALECTS and wanted in dialects.DIALECTS and fits:
-        renamed, ignored = dialects.rename(checkpoint.weights(), known, wanted)
-        note = "the model family is unknown: names are translated, completeness is not checked"
-        named = _with_dtype(_with_weights(checkpoint, renamed, wanted), dtype)
-        return Renamed(named, {**_state_of(checkpoint), **ignored}, (note,))
+    if alike:
+        return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype))
+    if known in dialects.DIALECTS and wanted in dialects.DIALECTS:
+        return _by_dialect(checkpoint, known, wanted, fits, dtype)
     raise UsageError(
         f"{target.name} needs a model whose family is known",
         path=checkpoint.path,
@@ -84,6 +80,18 @@ def rename_for(
         found=f"{known or 'unknown'} names",
         remedy="name it with --family and --config, or convert to safetensors, torch or dcp, which keep names",
     )
+
+
+def _by_dialect(checkpoint: Checkpoint, known: str, wanted: str, fits: bool, dtype: str | None) -> Renamed:
+    renamed, ignored = dialects.rename(checkpoint.weights(), known, wanted)
+    notes = ["the model family is unknown: names are translated, and completeness is not checked"]
+    named = _with_weights(checkpoint, renamed, wanted)
+    if not fits:
+        notes.append(
+            f"the configuration is left out: only that of a known family is translated from {checkpoint.config_kind}"
+        )
+        named = replace(named, config={}, config_kind=None)
+    return Renamed(_with_dtype(named, dtype), {**_state_of(checkpoint), **ignored}, tuple(notes))
 
 
 def _through_hub(
@@ -120,7 +128,7 @@ def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
 
 def _state_of(checkpoint: Checkpoint) -> dict[str, str]:
     weights = {checkpoint.model_prefix + name for name in checkpoint.weights()}
-    return {name: _UNTRANSLATED for name in checkpoint.tensors if name not in weights}
+    return {name: _UNTRANSLATED for name in (*checkpoint.tensors, *checkpoint.objects) if name not in weights}
 
 
 @dataclass(frozen=True)

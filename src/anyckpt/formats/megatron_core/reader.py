@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum, Tokenizer, TrainingState
+from anyckpt.engine.manifest import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.dcp import DcpContents, dcp_details, read_dcp
 from anyckpt.formats.dcp.items import LazyObjects
@@ -27,7 +28,7 @@ COMMON_ITEM = re.compile(r"^common_state/shard_0_1$")
 _EXTRA_STATE = re.compile(r"^(?P<key>.*_extra_state)(/shard_[\d._]+)?$")
 _STATE_PREFIX = re.compile(r"^(chained_\d+\.)?optimizer\.")
 _RNG_GRID = re.compile(r"^rng_state/shard_\d+\.\d+_(\d+)\.(\d+)$")
-_OWN_FILES = (COMMIT, COMMON, ".metadata", "integrity.json")
+_OWN_FILES = (COMMIT, COMMON, ".metadata", "integrity.json", MANIFEST_NAME)
 _EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
 
 
