@@ -22,6 +22,7 @@ from tests.support import (
     write_plan,
 )
 
+from anyckpt.checkpoint import TrainingState
 from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import AnyckptError, FormatError
@@ -31,6 +32,7 @@ from anyckpt.formats.dcp.chunks import cut, stacked_axes
 from anyckpt.formats.dcp.cover import check_exact_cover, is_grid
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.indexing import check_cover
+from anyckpt.pickling.torch_objects import namespace
 from anyckpt.storage.folder import LocalFolder
 from anyckpt.storage.source import bytes_read
 from anyckpt.tensor import Constant, LazyTensor, from_array
@@ -226,6 +228,18 @@ def test_a_layer_is_a_chunk_and_big_chunks_begin_at_pages(tmp_path: Path) -> Non
     assert pieces == [(name, f"chunk at [{layer}, 0, 0]", (1, 1024, 1024)) for layer in range(3)]
 
 
+def test_repeated_elements_are_written_out(tmp_path: Path) -> None:
+    row = np.arange(4, dtype=np.float32)
+    expanded = from_array(row)
+    expanded = type(expanded)(expanded.source, 0, expanded.dtype, (5, 4), (0, 1))
+    plain = from_array(np.arange(20, dtype=np.float32).reshape(5, 4))
+    tensors = {"expanded": expanded, "plain": plain, "again": expanded}
+    write_plan(Plan("dcp", tuple(dcp_files(tensors, {}))), tmp_path / "c")
+    found = opened(tmp_path / "c").tensors
+    assert found["expanded"].numpy().tolist() == found["again"].numpy().tolist() == [row.tolist()] * 5
+    assert found["plain"].numpy().tolist() == plain.numpy().tolist()
+
+
 def test_bytes_are_spread_over_ranks_and_files() -> None:
     tensors = {f"t{n}": Constant(BY_NAME["float32"], (256, 1024)) for n in range(16)}
     by_rank = [file for file in dcp_files(tensors, {}, ranks=4) if file.stage == 0]
@@ -237,13 +251,24 @@ def test_bytes_are_spread_over_ranks_and_files() -> None:
 
 def test_format_keeps_names_nesting_and_objects(tmp_path: Path) -> None:
     source = dcp.FORMAT.read(look_at(fixture_path("mcore/dcp_hsdp_tp_w4/ckpt")))
-    assert source.training.has_optimizer and source.state_prefixes == ("optim.",)
+    assert source.training == TrainingState(epoch=3, has_optimizer=True)
+    assert (source.model_prefix, source.state_prefixes) == ("model.", ("optim.",))
+    assert "layers.0.weight" in source.weights() and "lst.0" not in source.weights()
     assert dcp.FORMAT.plan is not None
     write_plan(dcp.FORMAT.plan(source, WriteOptions()), tmp_path / "c")
     again = dcp.FORMAT.read(look_at(tmp_path / "c"))
     assert_tensors_equal_expected(again.tensors, expected_of("mcore/dcp_hsdp_tp_w4")["tensors"])
     assert again.details["key_paths"] == source.details["key_paths"]
     assert dict(again.objects) == dict(source.objects)
+
+
+def test_megatron_arguments_in_a_plain_checkpoint(tmp_path: Path) -> None:
+    """As Megatron FSDP saves them."""
+    objects = {"args": namespace({"num_layers": 2}), "iteration": 12}
+    write_plan(Plan("dcp", tuple(dcp_files(sample(), objects))), tmp_path / "c")
+    checkpoint = dcp.FORMAT.read(look_at(tmp_path / "c"))
+    assert (checkpoint.config, checkpoint.config_kind) == ({"num_layers": 2}, "megatron-args")
+    assert checkpoint.training == TrainingState(step=12) and checkpoint.model_prefix == ""
 
 
 def test_detect() -> None:

@@ -66,13 +66,19 @@ class LocalFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
+        self._names: list[str] | None = None
 
     def names(self) -> Sequence[str]:
-        """Files in the directory and at most four levels below it.
+        """Files in the directory and at most four levels below it, as they were when first asked for.
 
         Raises:
             FormatError: the directory cannot be listed.
         """
+        if self._names is None:
+            self._names = self._list()
+        return self._names
+
+    def _list(self) -> list[str]:
         found: list[str] = []
         todo = [("", 0)]
         while todo:

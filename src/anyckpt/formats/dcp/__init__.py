@@ -7,6 +7,9 @@ from anyckpt.engine.plan import Plan
 from anyckpt.formats.dcp.reader import METADATA, DcpContents, read_dcp
 from anyckpt.formats.dcp.writer import dcp_files
 from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.pickling import Record
+from anyckpt.pickling.plain import to_plain
+from anyckpt.pickling.torch_objects import NAMESPACE
 from anyckpt.storage.folder import LocalFolder
 
 __all__ = ["FORMAT", "DcpContents", "dcp_details", "dcp_files", "read_dcp"]
@@ -16,6 +19,8 @@ _OTHERS = ("metadata.json", "meta.pt")
 
 _OPTIMIZER_ROOTS = ("optim", "optimizer", "optimizers", "optimizer_states")
 _SCHEDULER_ROOTS = ("scheduler", "lr_scheduler", "lr_schedulers", "opt_param_scheduler")
+_MODEL_ROOTS = ("model", "state_dict", "model_state_dict")
+_STEPS = ("iteration", "global_step", "step")
 
 
 def detect(location: Location) -> bool:
@@ -34,26 +39,39 @@ def read(location: Location) -> Checkpoint:
         FormatError: see :func:`read_dcp`.
     """
     contents = read_dcp(LocalFolder(location.path))
-    roots = {
-        name: str((contents.paths or {}).get(name, (name.split(".", 1)[0],))[0])
-        for name in (*contents.tensors, *contents.objects)
-    }
-    optimizer = sorted({root for root in roots.values() if root in _OPTIMIZER_ROOTS})
+    paths = contents.paths or {}
+    roots = {name: str(path[0]) for name, path in paths.items() if len(path) > 1}
+    optimizer = sorted(set(roots.values()).intersection(_OPTIMIZER_ROOTS))
+    wrapped = {roots.get(name) for name in contents.tensors}
+    args = contents.objects.get("args")  # Megatron FSDP saves Megatron's arguments so
+    config = to_plain(args.fields()) if isinstance(args, Record) and args.type == NAMESPACE else {}
     return Checkpoint(
         path=location.path,
         format=FORMAT.name,
         format_version=contents.version,
         tensors=contents.tensors,
+        model_prefix=next((f"{root}." for root in _MODEL_ROOTS if root in wrapped), ""),
         state_prefixes=tuple(f"{root}." for root in optimizer),
         objects=contents.objects,
+        config=config,
+        config_kind="megatron-args" if config else None,
         training=TrainingState(
+            step=next((found for name in _STEPS if (found := _whole(contents, name)) is not None), None),
+            epoch=_whole(contents, "epoch"),
             has_optimizer=bool(optimizer),
             has_scheduler=any(root in _SCHEDULER_ROOTS for root in roots.values()),
+            has_rng=any(root.startswith("rng") for root in (*roots.values(), *contents.objects)),
         ),
         warnings=contents.warnings,
         details=dcp_details(contents),
         checksums=contents.checksums,
     )
+
+
+def _whole(contents: DcpContents, name: str) -> int | None:
+    """The whole number that was saved as the object ``name``, if any."""
+    value = contents.objects.get(name)
+    return value if type(value) is int else None
 
 
 def dcp_details(contents: DcpContents) -> dict[str, object]:

@@ -7,21 +7,22 @@ file, by padding that torch's reader skips, so that they can be written past the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
 from anyckpt.formats.dcp.chunks import cut, stacked_axes
 from anyckpt.formats.torch_file import shift_parts, tensor_zip_parts, zip_parts
+from anyckpt.formats.torch_file.writer import PAGE
 from anyckpt.indexing import Shape
 from anyckpt.pickling import Global, Record, dumps
 from anyckpt.pickling.torch_objects import dtype_global, size
-from anyckpt.tensor import LazyTensor
+from anyckpt.tensor import Constant, LazyTensor
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILE_BYTES = 4 << 30
-_CHUNK_BYTES = 1 << 30
+_CHUNK_BYTES = 256 << 20  # a loader reads whole chunks to take its slice of them
 _VERSION = "1.0.0"  # torch 2.13 torch/distributed/checkpoint/filesystem.py CURRENT_DCP_VERSION
 
 
@@ -108,6 +109,7 @@ class _Layout:
         self._file_bytes = file_bytes
         self._ranks = max(1, ranks)
         self._done = 0
+        self._archives: dict[tuple[DType, Shape, int], tuple[Part, ...]] = {}
         self._rank = -1
         self._number = 0
 
@@ -121,10 +123,15 @@ class _Layout:
         box = tensor.box(start, shape)
         file = self._file(box.nbytes)
         offset = file.nbytes
+        # Archives of equal tensors differ only in their padding, and that only by where in a page they begin.
+        kind = (box.dtype, shape, offset % PAGE)
+        parts = self._archives.get(kind)
+        if parts is None:
+            stand_in = Constant(box.dtype, shape)
+            parts = self._archives[kind] = tensor_zip_parts(name, stand_in, file_offset=offset)
         piece = "" if shape == tensor.shape else f"chunk at {list(start)}"
-        parts = tensor_zip_parts(name, box, file_offset=offset)
-        parts = tuple(replace(part, piece=piece) if isinstance(part, TensorData) else part for part in parts)
-        return _Item(start, shape, file.name, offset, file.add(parts))
+        own = [TensorData(name, box, piece) if isinstance(part, TensorData) else part for part in parts]
+        return _Item(start, shape, file.name, offset, file.add(own))
 
     def _file(self, nbytes: int) -> _File:
         """The file for the next item, of ``nbytes`` tensor bytes."""
