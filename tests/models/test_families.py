@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -85,9 +86,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def entry_points(group: str) -> list[Any]:
         return [EntryPoint()] if group == "anyckpt.families" else []
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
-    monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
+    registry._registered.cache_clear()
     yield
+    registry._registered.cache_clear()
 
 
 def checkpoint() -> Checkpoint:
@@ -115,7 +117,7 @@ def checkpoint() -> Checkpoint:
 
 
 def test_another_packages_family(registered: None) -> None:
-    assert list(models.known_families()) == ["test-moe", "mistral", "llama"]
+    assert list(models.known_families()) == ["mistral", "llama", "test-moe"]
     source = checkpoint()
     model = models.identify(source)
     assert model is not None

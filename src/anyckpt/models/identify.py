@@ -10,7 +10,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import config_hf, config_megatron, config_nemo, dialects
 from anyckpt.models.config import ModelConfig
-from anyckpt.models.families import by_name, known_families
+from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
 from anyckpt.models.tokens import TokenFacts, token_facts
@@ -77,11 +77,11 @@ def identify(
 
 def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple[Family, ModelConfig] | None:
     if kind == "hf":
-        family = chosen or next((f for f in known_families().values() if config_hf.is_known(f, values)), None)
+        family = chosen or next((f for f in each_family() if config_hf.is_known(f, values)), None)
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
         name = config_nemo.nemo2_class(values) or ""
-        family = chosen or next((f for f in known_families().values() if name in f.nemo2.configs), None)
+        family = chosen or next((f for f in each_family() if name in f.nemo2.configs), None)
         if family is None:
             return None
         config = config_nemo.parse_nemo2(family, values)
@@ -102,7 +102,7 @@ def _by_traits(
         _check_traits(chosen, config)
         return chosen, replace(config, family=chosen.name)
     hint = values.get("hf_model_type")
-    for family in known_families().values():
+    for family in each_family():
         named = hint in family.hugging_face.model_types or (hint is None and family.recognise(config))
         if named and not _wrong_traits(family, config):
             return family, replace(config, family=family.name)

@@ -1,13 +1,14 @@
 """The model families that anyckpt knows: its own, and those that other packages register.
 
-A family is a ``models.family.Family``.  Another package adds one through the entry point group
-``anyckpt.families``, whose value is a ``Family``.
+A family is a ``models.family.Family``.  Another package adds one through an entry point of the group
+``anyckpt.families``, named as the family, whose value is a ``Family``; it is tried after ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from anyckpt.errors import UsageError
@@ -16,19 +17,26 @@ from anyckpt.models.family import Family
 _BUILT_IN = ("mistral", "llama")
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 
-_loaded: dict[str, Family] = {}
+
+@cache
+def _registered() -> tuple[Family, ...]:
+    from importlib.metadata import entry_points
+
+    points: Any = entry_points(group="anyckpt.families")
+    return tuple(point.load() for point in points)
+
+
+def each_family() -> Iterator[Family]:
+    """Families in the order in which a configuration is tried; those of other packages last, for they take a search."""
+    for module in _BUILT_IN:
+        family: Family = import_module(f"anyckpt.models.families.{module}").FAMILY
+        yield family
+    yield from _registered()
 
 
 def known_families() -> dict[str, Family]:
-    """Every family by name, in the order in which a configuration that does not name its family is tried."""
-    if not _loaded:
-        for entry in entry_points(group="anyckpt.families"):
-            extra: Any = entry.load()
-            _loaded[extra.name] = extra
-        for module in _BUILT_IN:
-            known: Family = import_module(f"anyckpt.models.families.{module}").FAMILY
-            _loaded[known.name] = known
-    return dict(_loaded)
+    """Every family by name."""
+    return {family.name: family for family in each_family()}
 
 
 def by_name(name: str) -> Family:
@@ -37,11 +45,11 @@ def by_name(name: str) -> Family:
     Raises:
         UsageError: there is none.
     """
-    known = known_families()
-    if name not in known:
-        raise UsageError(
-            f"unknown model family {name!r}",
-            expected=f"one of {', '.join(sorted(known))}",
-            remedy="leave --family out to convert names unchanged, or register the family (docs: add a family)",
-        )
-    return known[name]
+    for family in each_family():
+        if family.name == name:
+            return family
+    raise UsageError(
+        f"unknown model family {name!r}",
+        expected=f"one of {', '.join(sorted(known_families()))}",
+        remedy="leave --family out to convert names unchanged, or register the family (docs: add a family)",
+    )
