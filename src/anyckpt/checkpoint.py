@@ -65,6 +65,28 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
+class OptimizerState:
+    """An Adam optimizer's state by parameter, whatever container it came from.
+
+    A slot is ``master`` (the weights in float32), ``exp_avg`` or ``exp_avg_sq``; its tensors have the weights' names
+    and shapes, and are joined, cut and renamed by the weights' rules.
+
+    Attributes:
+        slots: slot -> weight's name -> tensor, for a whole model.
+        ranks: slot -> the ranks' shards, for formats that keep a file per rank; then ``slots`` is empty.
+        step: optimizer steps taken, or None.
+        groups: hyperparameters of the parameter groups as stored, without ``params``.
+        grad_scaler: state of the loss scaler of fp16 training as stored, or None.
+    """
+
+    slots: Mapping[str, dict[str, LazyTensor]] = field(default_factory=dict)
+    ranks: Mapping[str, tuple[RankShard, ...]] = field(default_factory=dict)
+    step: int | None = None
+    groups: tuple[dict[str, Any], ...] = ()
+    grad_scaler: Any = None
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer's files and how to call it; never loaded.
 
@@ -123,6 +145,8 @@ class Checkpoint:
         ignored: stored names that carry no weights, with the reason (``_extra_state``, ``inv_freq``).
         details: format-specific facts for ``inspect``, as plain data.
         ranks: the ranks' shards, for formats that keep a file per rank.
+        optimizer: finds the optimizer's state by parameter, None if there is none; raises MappingError where the
+            counts or shapes in the files do not prove which parameter a state is of.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
     """
 
@@ -144,6 +168,7 @@ class Checkpoint:
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[RankShard, ...] = ()
+    optimizer: Callable[[], OptimizerState] | None = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
 
     def weights(self) -> dict[str, LazyTensor]:

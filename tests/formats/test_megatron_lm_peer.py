@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support import fixture_path, write_plan  # noqa: E402
 
 from anyckpt.checkpoint import ParallelLayout  # noqa: E402
 from anyckpt.formats.megatron_lm import FORMAT  # noqa: E402
+from anyckpt.formats.megatron_lm.buffers import Rule, starts  # noqa: E402
 from anyckpt.formats.registry import WriteOptions  # noqa: E402
 from anyckpt.layout import Parallelism, cut  # noqa: E402
 from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args  # noqa: E402
@@ -134,3 +136,37 @@ def test_megatron_core_loads_a_merged_model_strictly(name: str, one_process: Non
     assert list(model.state_dict()) == list(loaded["model"])
     for key, value in kept.items():
         assert torch.equal(value, loaded["model"][key])
+
+
+@pytest.mark.parametrize("bucket", [None, 100, 1000])
+@pytest.mark.parametrize("shared", [(), (0,), (5,), (0, 5), (3,)])
+def test_buffers_are_filled_as_megatron_core_fills_them(
+    bucket: int | None, shared: tuple[int, ...], one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions in the buffer less the padding at the ends of buckets, which files leave out."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    sizes = [70, 64, 1, 129, 8, 300]
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    for number in shared:
+        params[number].shared_embedding = True
+    buffer = _ParamAndGradBuffer(
+        DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True),
+        torch.float32, torch.float32, params, torch.distributed.group.WORLD, bucket,
+        {param: str(number) for number, param in enumerate(params)}, 1.0, list(range(len(params))), False,
+        SimpleNamespace(tp=torch.distributed.group.WORLD, dp_cp=torch.distributed.group.WORLD),
+    )  # fmt: skip
+    left_out, padding = [], 0
+    for one in buffer.buckets:
+        left_out.append(padding)
+        padding += one.grad_data.numel() - one.numel_unpadded
+    theirs = {
+        str(n): buffer.param_index_map[p][0] - left_out[buffer.param_index_map[p][2]] for n, p in enumerate(params)
+    }
+    names = [str(number) for number in reversed(range(len(sizes)))]
+    rule = Rule(bucket=bucket, shared=tuple(map(str, shared)))
+    found, total = starts([(name, sizes[int(name)]) for name in names], rule)
+    assert dict(zip(names, found, strict=True)) == theirs
+    assert total == buffer.numel_unpadded

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Geometry, Parallelism, join
 from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
+from anyckpt.layout.from_nemo_config import geometry_from_nemo, parallelism_from_nemo
 
 _STATE = "optimizer state of one rank"
 
@@ -51,7 +53,17 @@ def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None
         warnings=[*checkpoint.warnings, *joined.warnings],
         ignored={**checkpoint.ignored, **joined.ignored, **state},
         ranks=(),
+        optimizer=None if checkpoint.optimizer is None else partial(_join_optimizer, checkpoint, rules),
     )
+
+
+def _join_optimizer(checkpoint: Checkpoint, rules: Mapping[str, str] | None) -> OptimizerState:
+    """The optimizer's state by global parameter, each slot joined as the weights are."""
+    assert checkpoint.optimizer is not None
+    state = checkpoint.optimizer()
+    parallelism, geometry = parallelism_of(checkpoint), geometry_of(checkpoint)
+    slots = {slot: join(ranks, parallelism, geometry, rules=rules).tensors for slot, ranks in state.ranks.items()}
+    return replace(state, slots=slots, ranks={})
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:
@@ -61,11 +73,13 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         MappingError: its configuration is not possible.
         UsageError: its configuration is of a kind that describes no ranks.
     """
+    if checkpoint.config_kind == "nemo1":
+        return geometry_from_nemo(checkpoint.config)
     if checkpoint.config_kind not in (None, "megatron-args"):
         raise UsageError(
             "no layout of ranks is known for this kind of configuration",
             path=checkpoint.path,
-            expected="Megatron arguments",
+            expected="Megatron arguments or NeMo's configuration",
             found=checkpoint.config_kind,
         )
     return geometry_from_args(checkpoint.config)
@@ -77,4 +91,6 @@ def parallelism_of(checkpoint: Checkpoint) -> Parallelism:
     Raises:
         MappingError: its configuration is not possible.
     """
+    if checkpoint.config_kind == "nemo1":
+        return parallelism_from_nemo(checkpoint.config, checkpoint.layout)
     return parallelism_from_args(checkpoint.config, checkpoint.layout)

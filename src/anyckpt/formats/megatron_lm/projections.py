@@ -19,7 +19,9 @@ Facts: ``fix_query_key_value_ordering`` in ``megatron/checkpointing.py`` of Mega
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+from anyckpt.checkpoint import RankShard
 from anyckpt.errors import FormatError
 from anyckpt.tensor import LazyTensor
 
@@ -27,21 +29,29 @@ _PROJECTION = re.compile(r"\.(self_attention\.linear_qkv|cross_attention\.linear
 GROUPED_SINCE = 2.0
 
 
-def grouped_rows(name: str, tensor: LazyTensor, version: float, heads: int, path: str) -> LazyTensor:
-    """A rank's weight or bias with its rows in today's order; any other tensor as it is.
+def grouped(shard: RankShard, version: float, heads: int) -> RankShard:
+    """A rank's shard with the rows of its projections in today's order; itself if they are.
 
     Args:
-        name: the hub's name.
-        tensor: as stored, ``[rows]`` or ``[rows, columns]``.
+        shard: under the hub's names.
         version: the file's ``checkpoint_version``.
         heads: attention heads on this rank.
-        path: the file, for messages.
 
     Raises:
         FormatError: the rows do not divide into the heads.
     """
+    if version >= GROUPED_SINCE:
+        return shard
+    tensors = {
+        name: _grouped_rows(name, tensor, version, heads, shard.source) for name, tensor in shard.tensors.items()
+    }
+    return replace(shard, tensors=tensors)
+
+
+def _grouped_rows(name: str, tensor: LazyTensor, version: float, heads: int, path: str) -> LazyTensor:
+    """A weight ``[rows, columns]`` or bias ``[rows]`` in today's order; any other tensor as it is."""
     found = _PROJECTION.search(name)
-    if version >= GROUPED_SINCE or found is None:
+    if found is None:
         return tensor
     parts = 3 if found[1].endswith("qkv") else 2
     rows = tensor.shape[0] if tensor.ndim in (1, 2) else 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, StoredChecksum, TrainingState
+from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard, StoredChecksum, TrainingState
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_lm.arguments import Sizes, plain_arguments
+from anyckpt.formats.megatron_lm.arguments import plain_arguments
 from anyckpt.formats.megatron_lm.location import OPTIMIZER_FILE, Iteration, find_iteration, rank_folders
 from anyckpt.formats.megatron_lm.names import hub_names, strip_wrappers
-from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped_rows
+from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
+from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
 from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import TorchContents, read_torch
@@ -82,6 +84,8 @@ def read(location: Location) -> Checkpoint:
         has_scheduler=any(key in first.root for key in _SCHEDULER_KEYS),
         has_rng=any(key in first.root for key in _RNG_KEYS),
     )
+    layout = ParallelLayout(sizes.tensor or 1, sizes.pipeline or 1, sizes.virtual or 1, sizes.expert or 1)
+    shards, heads = _shards(chunks), _heads_on_a_rank(config, layout.tensor_parallel, first)
     return Checkpoint(
         path=location.path,
         format="megatron-lm",
@@ -93,7 +97,7 @@ def read(location: Location) -> Checkpoint:
         objects=_objects(first, ranks, distributed),
         config=config,
         config_kind="megatron-args" if config else None,
-        layout=ParallelLayout(sizes.tensor or 1, sizes.pipeline or 1, sizes.virtual or 1, sizes.expert or 1),
+        layout=layout,
         training=training,
         warnings=_warnings(iteration, first, opened, [rank.contents for rank in ranks.values()]),
         ignored=ignored,
@@ -105,7 +109,8 @@ def read(location: Location) -> Checkpoint:
             "transformer_impl": config.get("transformer_impl"),
             "distributed_optimizer": bool(distributed) or any(rank is None for rank in opened),
         },
-        ranks=_shards(chunks, sizes, config, first),
+        ranks=tuple(grouped(shard, first.version, heads) for shard in shards),
+        optimizer=partial(_optimizer, shards, ranks, distributed, config, layout, heads) if has_optimizer else None,
         checksums=lambda: _checksums([*(rank.contents for rank in ranks.values()), *distributed.values()]),
     )
 
@@ -144,33 +149,48 @@ def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> dict[str, Laz
     return weights
 
 
-def _shards(
-    chunks: Sequence[_Chunk], sizes: Sizes, config: Mapping[str, Any], first: RankFile
-) -> tuple[RankShard, ...]:
-    renamed = hub_names([chunk.tensors for chunk in chunks], [chunk.rank.path for chunk in chunks])
-    heads = 0
-    if first.version < GROUPED_SINCE:
-        heads = _heads_on_a_rank(config, sizes.tensor or 1, first)
+def _shards(chunks: Sequence[_Chunk]) -> tuple[RankShard, ...]:
+    """The chunks' weights under the hub's names, rows as stored."""
+    paths = [chunk.rank.path for chunk in chunks]
+    renamed = hub_names([chunk.tensors for chunk in chunks], paths)
     return tuple(
-        RankShard(
-            chunk.place.tensor,
-            chunk.place.pipeline,
-            chunk.number,
-            chunk.place.expert,
-            {
-                name: grouped_rows(name, tensor, first.version, heads, chunk.rank.path)
-                for name, tensor in tensors.items()
-            }
-            if heads
-            else tensors,
-            chunk.rank.path,
-        )
-        for chunk, tensors in zip(chunks, renamed, strict=True)
+        RankShard(chunk.place.tensor, chunk.place.pipeline, chunk.number, chunk.place.expert, tensors, path)
+        for chunk, tensors, path in zip(chunks, renamed, paths, strict=True)
     )
 
 
+def _optimizer(
+    shards: Sequence[RankShard],
+    ranks: Mapping[Place, RankFile],
+    distributed: Mapping[str, TorchContents],
+    config: Mapping[str, Any],
+    layout: ParallelLayout,
+    heads: int,
+) -> OptimizerState:
+    """The optimizer's state, rows of projections in today's order."""
+    version = next(iter(ranks.values())).version
+    own: dict[Place, list[RankShard]] = {}
+    for shard in shards:
+        own.setdefault(Place(shard.tensor_rank, shard.pipeline_rank, shard.expert_rank), []).append(shard)
+    states = []
+    for place, rank in ranks.items():
+        flat = distributed.get(rank.folder.name)
+        states.append(
+            RankState(tuple(own[place]), rank.root.get(_OPTIMIZER), None if flat is None else flat.root, rank.path)
+        )
+    found = read_optimizer(states, config, layout)
+    slots = {slot: tuple(grouped(shard, version, heads) for shard in own) for slot, own in found.ranks.items()}
+    return replace(found, ranks=slots)
+
+
 def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) -> int:
-    """Attention heads of one tensor-parallel rank, which the order of rows before version 2 depends on."""
+    """Attention heads of one tensor-parallel rank, which the order of rows before version 2 depends on; else 0.
+
+    Raises:
+        FormatError: they are needed and not known.
+    """
+    if first.version >= GROUPED_SINCE:
+        return 0
     heads = _count(config.get("num_attention_heads"))
     if not heads or heads % tensor:
         raise FormatError(

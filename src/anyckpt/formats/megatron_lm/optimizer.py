@@ -1,0 +1,294 @@
+"""Reading the state of Megatron's optimizers by parameter.
+
+Three containers hold it: ``Float16OptimizerWithFloat16Params`` (masters by group, Adam's state by number),
+``FP32Optimizer`` (no masters), and the distributed optimizer (flat buffers in ``distrib_optim.pt``).  A model with
+experts has one optimizer for them and one for the rest, and a list in place of one container.
+
+Facts: ``state_dict`` of these classes in ``megatron/core/optimizer/{optimizer,distrib_optimizer}.py`` of 0.7 to
+0.16, and their forms before, which differ in key names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
+from anyckpt.dtypes import BY_NAME
+from anyckpt.errors import MappingError
+from anyckpt.formats.megatron_lm.buffers import place, rules
+from anyckpt.formats.megatron_lm.parameters import REMEDY, Parameter, deal_out, parameters_of
+from anyckpt.pickling import Global
+from anyckpt.tensor import LazyTensor
+
+SLOTS = ("master", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FLOAT32 = BY_NAME["float32"]
+_HALF = ("bfloat16", "float16")
+
+Found = dict[Parameter, dict[str, LazyTensor]]
+
+
+@dataclass(frozen=True)
+class RankState:
+    """A rank's model, and what its files hold of the optimizer.
+
+    Attributes:
+        shards: the rank's chunks, tensors in the order of the file and as they are stored there.
+        optimizer: ``optimizer`` of the model's file.
+        distributed: what ``distrib_optim.pt`` holds, or None.
+        path: the model's file.
+    """
+
+    shards: tuple[RankShard, ...]
+    optimizer: Any
+    distributed: Any
+    path: str
+
+
+def read_optimizer(ranks: Sequence[RankState], arguments: Mapping[str, Any], layout: ParallelLayout) -> OptimizerState:
+    """The optimizer's state by parameter and rank.
+
+    Args:
+        ranks: every rank, in the order of the checkpoint's.
+        arguments: of the training run, as plain data.
+        layout: of the files.
+
+    Raises:
+        MappingError: counts or shapes do not prove which parameter a state is of.
+    """
+    slots: dict[str, list[RankShard]] = {slot: [] for slot in SLOTS}
+    steps: set[int] = set()
+    for rank in ranks:
+        reader = _RankReader(rank, arguments, layout)
+        found = reader.read()
+        steps |= reader.steps
+        for number, shard in enumerate(rank.shards):
+            for slot in SLOTS:
+                tensors = {p.name: state[slot] for p, state in found.items() if p.chunk == number}
+                slots[slot].append(replace(shard, tensors=tensors))
+    if len(steps) > 1:
+        raise MappingError(
+            "parameters have taken different numbers of optimizer steps",
+            path=ranks[0].path,
+            found=", ".join(map(str, sorted(steps)[:5])),
+            remedy=REMEDY,
+        )
+    containers = _containers(ranks[0].optimizer)
+    groups = [group for container in containers for group in _groups(container, ranks[0].path)]
+    return OptimizerState(
+        ranks={slot: tuple(shards) for slot, shards in slots.items()},
+        step=next(iter(steps), None),
+        groups=tuple({str(key): value for key, value in group.items() if key != "params"} for group in groups),
+        grad_scaler=next((c["grad_scaler"] for c in containers if "grad_scaler" in c), None),
+    )
+
+
+class _RankReader:
+    def __init__(self, rank: RankState, arguments: Mapping[str, Any], layout: ParallelLayout) -> None:
+        self.rank = rank
+        self.arguments = arguments
+        self.layout = layout
+        self.steps: set[int] = set()
+
+    def read(self) -> Found:
+        """Each parameter's slots, in the order of the file."""
+        containers = _containers(self.rank.optimizer)
+        groups = [_groups(container, self.rank.path) for container in containers]
+        parameters = parameters_of(self.rank.shards)
+        dealt = iter(deal_out(parameters, [group for one in groups for group in one], self.rank.path))
+        buffers = _buffers(self.rank.distributed, len(containers)) if self.rank.distributed is not None else None
+        found: Found = {}
+        for number, (container, own) in enumerate(zip(containers, groups, strict=True)):
+            mine = [next(dealt) for _ in own]
+            if buffers is not None:
+                self._note_group_steps(own)
+                found.update(self._from_buffers(buffers[number], mine))
+            else:
+                found.update(self._by_number(container, own, mine))
+        return {parameter: found[parameter] for parameter in parameters}
+
+    def _bad(self, problem: str, **facts: Any) -> MappingError:
+        return MappingError(problem, path=self.rank.path, remedy=REMEDY, **facts)
+
+    # -- masters by group, Adam's state by number --------------------------------------------------------------
+
+    def _by_number(
+        self, container: Mapping[Any, Any], groups: Sequence[Mapping[Any, Any]], dealt: Sequence[list[Parameter]]
+    ) -> Iterator[tuple[Parameter, dict[str, LazyTensor]]]:
+        state = _inner(container).get("state")
+        if not isinstance(state, dict):
+            raise self._bad(
+                "the optimizer's state is not in the model's file",
+                expected="distrib_optim.pt"
+                if self.arguments.get("use_distributed_optimizer")
+                else "a dictionary 'state'",
+                found=", ".join(map(str, list(_inner(container))[:5])),
+            )
+        masters = next(
+            (container[key] for key in ("fp32_from_fp16_params", "fp32_from_fp16") if key in container), None
+        )
+        self._note_group_steps(groups)
+        for number, (group, parameters) in enumerate(zip(groups, dealt, strict=True)):
+            indices = group.get("params")
+            if not isinstance(indices, (list, tuple)):
+                raise self._bad(f"parameter group {number} of the optimizer lists no parameters")
+            own = self._masters(masters, number, parameters)
+            for index, parameter in zip(indices, parameters, strict=True):
+                one = state.get(index) if type(index) is int else None
+                if not isinstance(one, dict):
+                    raise self._bad(
+                        "the optimizer has no state for a parameter", tensor=parameter.name, found=f"number {index}"
+                    )
+                self._note_step(one.get("step"))
+                slots = {slot: one.get(slot) for slot in _MOMENTS}
+                slots["master"] = own.get(parameter, one.get("master_param", parameter.weight))
+                yield parameter, self._checked(parameter, slots)
+
+    def _masters(self, masters: Any, number: int, parameters: Sequence[Parameter]) -> dict[Parameter, Any]:
+        """The float32 copies of a group's parameters; those that are float32 themselves have none."""
+        if masters is None:
+            return {}
+        halves = [parameter for parameter in parameters if parameter.weight.dtype.name in _HALF]
+        own = masters[number] if isinstance(masters, list) and number < len(masters) else None
+        if not isinstance(own, list) or len(own) != len(halves):
+            raise self._bad(
+                f"the float32 weights of parameter group {number} do not fit the model",
+                expected=f"{len(halves)}, one for each parameter of 16 bits",
+                found=len(own) if isinstance(own, list) else "none",
+            )
+        return dict(zip(halves, own, strict=True))
+
+    def _checked(self, parameter: Parameter, slots: Mapping[str, Any]) -> dict[str, LazyTensor]:
+        for slot, tensor in slots.items():
+            wanted = parameter.weight.shape
+            if not isinstance(tensor, LazyTensor) or tensor.shape != wanted:
+                raise self._bad(
+                    f"the optimizer's {slot} does not fit its parameter",
+                    tensor=parameter.name,
+                    expected=f"a tensor of shape {wanted}",
+                    found=tensor.shape if isinstance(tensor, LazyTensor) else type(tensor).__name__,
+                )
+        master = slots["master"]
+        if master.dtype != _FLOAT32:
+            raise self._bad(
+                "the optimizer has no float32 weights",
+                tensor=parameter.name,
+                expected="float32",
+                found=master.dtype.name,
+            )
+        return {slot: slots[slot] for slot in SLOTS}
+
+    # -- flat buffers ------------------------------------------------------------------------------------------
+
+    def _from_buffers(
+        self, buffers: Any, dealt: Sequence[list[Parameter]]
+    ) -> Iterator[tuple[Parameter, dict[str, LazyTensor]]]:
+        """Parameters of one optimizer.
+
+        Buffers are numbered by chunk, and in a chunk by the first parameter of each element type.
+        """
+        here = {parameter for group in dealt for parameter in group}
+        expected: dict[tuple[int, str], list[Parameter]] = {}
+        for parameter in parameters_of(self.rank.shards):
+            if parameter in here:
+                expected.setdefault((parameter.chunk, parameter.weight.dtype.name), []).append(parameter)
+        stored = self._stored_buffers(buffers)
+        types = [(key[1], len(parameters)) for key, parameters in expected.items()]
+        if [kind for kind, _ in types] != [kind for kind, _ in stored]:
+            raise self._bad(
+                "the buffers of the distributed optimizer do not fit the model's parameters",
+                expected=", ".join(f"{kind} for {count} parameters" for kind, count in types) or "none",
+                found=", ".join(kind for kind, _ in stored) or "none",
+            )
+        for ((chunk, _), parameters), (_, buffer) in zip(expected.items(), stored, strict=True):
+            yield from self._from_buffer(buffer, chunk, parameters)
+
+    def _stored_buffers(self, buffers: Any) -> list[tuple[str, Mapping[Any, Any]]]:
+        """Parameters' element type and contents of each buffer, in order."""
+        if not isinstance(buffers, dict) or not buffers.get("buckets_coalesced"):
+            raise self._bad(
+                "the distributed optimizer's state is of an older form",
+                expected="buffers of coalesced buckets, as Megatron-Core writes since 0.7",
+                found=", ".join(map(str, list(buffers)[:3])) if isinstance(buffers, dict) else type(buffers).__name__,
+            )
+        found: list[tuple[str, Mapping[Any, Any]]] = []
+        for number in sorted(key for key in buffers if type(key) is int):
+            for kinds, contents in buffers[number].items() if isinstance(buffers[number], dict) else ():
+                kind = kinds[0] if isinstance(kinds, tuple) and kinds else kinds
+                if not isinstance(kind, Global) or not isinstance(contents, dict):
+                    raise self._bad("a buffer of the distributed optimizer is malformed", found=f"buffer {number}")
+                found.append((kind.name, contents))
+        return found
+
+    def _from_buffer(
+        self, buffer: Mapping[Any, Any], chunk: int, parameters: Sequence[Parameter]
+    ) -> Iterator[tuple[Parameter, dict[str, LazyTensor]]]:
+        whole = {"master": buffer.get("param"), **{slot: buffer.get(slot) for slot in _MOMENTS}}
+        elements = buffer.get("numel_unpadded")
+        shard = self.rank.shards[chunk]
+        for slot, tensor in whole.items():
+            if not isinstance(tensor, LazyTensor) or tensor.ndim != 1 or elements not in (None, tensor.size):
+                raise self._bad(
+                    f"a buffer of the distributed optimizer has no whole {slot}",
+                    expected=f"{elements} elements" if type(elements) is int else "one axis",
+                    found=tensor.shape if isinstance(tensor, LazyTensor) else type(tensor).__name__,
+                )
+        tied = not self.arguments.get("untie_embeddings_and_output_weights")
+        candidates = rules(
+            self.arguments,
+            first_chunk=shard.pipeline_rank == 0 and shard.virtual_rank == 0,
+            shared=tied and self.layout.pipeline_parallel > 1,
+        )
+        total = next(tensor.size for tensor in whole.values() if isinstance(tensor, LazyTensor))
+        for parameter, start in place(parameters, total, candidates, self.rank.path).items():
+            slots = {
+                slot: tensor.narrow(0, start, parameter.weight.size).reshape(parameter.weight.shape)
+                for slot, tensor in whole.items()
+                if isinstance(tensor, LazyTensor) and start + parameter.weight.size <= tensor.size
+            }
+            yield parameter, self._checked(parameter, {slot: slots.get(slot) for slot in SLOTS})
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _note_group_steps(self, groups: Sequence[Mapping[Any, Any]]) -> None:
+        for group in groups:
+            self._note_step(group.get("step"))
+
+    def _note_step(self, step: Any) -> None:
+        if isinstance(step, LazyTensor):
+            step = float(step.reshape((1,)).numpy()[0]) if step.size == 1 else None
+        if isinstance(step, (int, float)) and step == step and abs(step) < 1 << 53:
+            self.steps.add(int(step))
+
+
+def _containers(optimizer: Any) -> list[Mapping[Any, Any]]:
+    """The optimizers' states: one, or a list of them."""
+    found = optimizer if isinstance(optimizer, list) else [optimizer]
+    return [one if isinstance(one, dict) else {} for one in found]
+
+
+def _inner(container: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The state of the optimizer that Megatron's own wraps."""
+    wrapped = next((container[key] for key in ("optimizer", "optimizer_state_dict") if key in container), container)
+    return wrapped if isinstance(wrapped, dict) else {}
+
+
+def _groups(container: Mapping[Any, Any], path: str) -> list[Mapping[Any, Any]]:
+    groups = _inner(container).get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise MappingError(
+            "the optimizer's state has no parameter groups",
+            path=path,
+            expected="a list 'param_groups'",
+            found=", ".join(map(str, list(container)[:5])) or "nothing",
+            remedy=REMEDY,
+        )
+    return groups
+
+
+def _buffers(distributed: Any, count: int) -> list[Any]:
+    """What the distributed optimizer keeps for each of the rank's optimizers."""
+    found = distributed if isinstance(distributed, list) else [distributed]
+    return [*found, *([None] * (count - len(found)))]
