@@ -97,10 +97,10 @@ def mla_layer(make: Numbers, prefix: str, geometry: Geometry, ffn: int, bias: bo
     mlp = {k: v for k, v in dense_layer(make, prefix, geometry, ffn).items() if ".mlp." in k}
     return {
         f"{prefix}input_layernorm.weight": make(HIDDEN),
-        f"{attention}linear_q_down_proj.weight": make(3, HIDDEN),
+        f"{attention}linear_q_down_proj.weight": make(4, HIDDEN),
         f"{attention}linear_q_up_proj.layer_norm_weight": make(3),
         f"{attention}linear_q_up_proj.weight": make(width * 2, 3),
-        f"{attention}linear_kv_down_proj.weight": make(5, HIDDEN),
+        f"{attention}linear_kv_down_proj.weight": make(8, HIDDEN),
         f"{attention}linear_kv_up_proj.layer_norm_weight": make(3),
         f"{attention}linear_kv_up_proj.weight": make(width * 3, 3),
         f"{attention}core_attention.softmax_offset": make(geometry.num_attention_heads),

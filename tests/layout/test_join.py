@@ -11,7 +11,7 @@ import pytest
 from anyckpt.checkpoint import RankShard
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.layout import Geometry, Parallelism, compare, cut, join
+from anyckpt.layout import Geometry, Latent, Parallelism, compare, cut, join
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import Constant, LazyTensor, Stored, from_array
 from tests.layout.sample import HIDDEN, Numbers, assert_equal, model, rank_of
@@ -354,3 +354,20 @@ def test_legacy_grouped_experts_lie_as_megatron_sees_them() -> None:
     weight2 = second["decoder.layers.0.mlp.experts.weight2"].numpy()
     expected = tensors["decoder.layers.0.mlp.experts.linear_fc2.weight2"].numpy()
     np.testing.assert_array_equal(weight2.reshape(2, -1, HIDDEN)[0].T, expected)
+
+
+def test_latent_down_projections_are_joined_whether_divided_or_not() -> None:
+    """Megatron-Core's implementations differ; as at run time, the rows tell."""
+    make = Numbers()
+    query, key = "self_attention.linear_q_down_proj.weight", "self_attention.linear_kv_down_proj.weight"
+    tensors = {f"decoder.layers.0.{query}": make(4, 2), f"decoder.layers.0.{key}": make(6, 2)}
+    layout = Parallelism(tensor_parallel=2)
+    for divided in (False, True):
+        shards = cut(tensors, layout, Geometry(num_layers=1, latent=Latent(4, 4, 2, down_parallel=divided)))
+        assert shards[1].tensors[f"decoder.layers.0.{key}"].shape == ((3, 2) if divided else (6, 2))
+        geometry = Geometry(num_layers=1, latent=Latent(4, 4, 2))
+        assert_equal(join(shards, layout, geometry).tensors, tensors)
+    with pytest.raises(MappingError, match="10 rows by the configuration, or a share of 2 ranks, found .3, 2."):
+        join(shards, layout, Geometry(num_layers=1, latent=Latent(4, 8, 2)))
+    with pytest.raises(MappingError, match="10 rows by the configuration"):
+        cut(tensors, layout, Geometry(num_layers=1, latent=Latent(4, 8, 2)))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +22,9 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build 
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 from anyckpt.errors import UsageError  # noqa: E402
-from anyckpt.layout import Geometry, Parallelism, parse_layout  # noqa: E402
+from anyckpt.layout import Geometry, Latent, Parallelism, parse_layout  # noqa: E402
+from anyckpt.layout.names import Names  # noqa: E402
+from anyckpt.layout.partition import Rules  # noqa: E402
 from anyckpt.layout.pipeline import chunks  # noqa: E402
 
 
@@ -127,3 +133,28 @@ def test_pairs_of_tensor_and_expert_ranks_are_those_of_megatrons_groups(tp: int,
     assert set(parallelism.written_pairs) == written
     for r in range(world):
         assert rank_in(experts, "tp", r) == rank_in(dense, "tp", r) % etp
+
+
+def test_every_parameter_is_divided_as_megatron_divides_it() -> None:
+    """GPT gated and not, with experts, multi-token prediction and latent attention; BERT; T5."""
+    here = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.layout.megatron_parameters"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    models = json.loads(done.stdout.splitlines()[-1])
+    assert len(models) == 6
+    for title, found in models.items():
+        gated = title in ("gated", "experts")
+        latent = Latent(q_lora_rank=8, kv_lora_rank=8, qk_pos_emb_head_dim=4, down_parallel=True)  # the local kind
+        names = Names(Rules(), Geometry(gated_linear_unit=gated, num_experts=2, latent=latent))
+        for text, (parallel, axis, stride) in found["parameters"].items():
+            division = names.all([text])[0][0].division
+            assert division is not None
+            theirs = (axis, stride) if parallel else (None, 1)
+            assert (division.axis, division.blocks) == theirs, f"{title}: {text}"
+        assert {(division.axis) for name, _ in names.all(found["buffers"]) if (division := name.division)} <= {None, 0}

@@ -84,8 +84,7 @@ KNOWN = {
         f"{L}pre_cross_attn_layernorm.weight",
         f"{A}q_layernorm.weight",
         f"{A}k_layernorm.weight",
-        f"{A}linear_q_down_proj.weight",
-        f"{A}linear_kv_down_proj.weight",
+        f"{A}linear_qkv_down_proj.weight",
         f"{A}linear_kv_up_proj.layer_norm_weight",
         f"{A}linear_proj.post_layernorm.weight",
         f"{L}mlp.router.weight",
@@ -109,6 +108,7 @@ KNOWN = {
         "ln_pre.bias",
         "encoder.initial_layernorm.weight",
     ],
+    "latent-down": [f"{A}linear_q_down_proj.weight", f"{A}linear_kv_down_proj.weight"],
     "mamba-in": [f"{L}mixer.in_proj.weight"],
     "mamba-conv": [
         f"{L}mixer.conv1d.weight",

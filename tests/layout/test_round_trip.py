@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from anyckpt.layout import Geometry, Mamba, Parallelism, cut, join
+from anyckpt.layout import Geometry, Latent, Mamba, Parallelism, cut, join
 from anyckpt.tensor import LazyTensor
 from tests.layout.sample import assert_equal, assert_shards_equal, model
 
@@ -81,6 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
         vocab_size=vocabulary,
         make_vocab_size_divisible_by=draw(st.sampled_from([1, 3, 8])),
         mamba=Mamba(num_heads=4, head_dim=2, num_groups=4, state_dim=3),
+        latent=draw(st.sampled_from([None, Latent(4, 6, 2), Latent(4, 6, 2, down_parallel=True)])),
     )
     parallelism = dataclasses.replace(
         layout,

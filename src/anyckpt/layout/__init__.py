@@ -5,7 +5,7 @@ and of a layout, ``partition`` for how each kind of parameter is divided.
 """
 
 from anyckpt.layout.cut import cut
-from anyckpt.layout.geometry import Geometry, Mamba, Parallelism
+from anyckpt.layout.geometry import Geometry, Latent, Mamba, Parallelism
 from anyckpt.layout.join import Joined, join
 from anyckpt.layout.pipeline import hybrid_layout, parse_layout
 from anyckpt.layout.replicas import Replicas, compare
@@ -13,6 +13,7 @@ from anyckpt.layout.replicas import Replicas, compare
 __all__ = [
     "Geometry",
     "Joined",
+    "Latent",
     "Mamba",
     "Parallelism",
     "Replicas",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +13,22 @@ from anyckpt.tensor import Constant, LazyTensor, concatenate
 
 Padding = Literal["zeros", "repeat-last-row"]
 """What fills the rows behind the vocabulary: NeMo writes zeros, Megatron-LM's converter repeats the last row."""
+
+
+def settled(name: str, part: LazyTensor, ways: int, how: Division) -> Division:
+    """How a tensor is divided whose parts tell.
+
+    Raises:
+        MappingError: the part is neither the whole nor a rank's share of it.
+    """
+    if not how.either or how.rows is None:
+        return how
+    if part.ndim and part.shape[0] in (how.rows, how.rows / ways):
+        return dataclasses.replace(how, axis=None if part.shape[0] == how.rows else 0, either=False)
+    raise MappingError(
+        "the files and the model's configuration disagree on this tensor",
+        tensor=name, expected=f"{how.rows} rows by the configuration, or a share of {ways} ranks", found=part.shape,
+    )  # fmt: skip
 
 
 def join_parts(name: str, parts: Sequence[LazyTensor], how: Division, geometry: Geometry) -> LazyTensor:
@@ -53,6 +70,8 @@ def cut_parts(
     Raises:
         MappingError: the tensor cannot be divided so.
     """
+    if how.either:
+        how = dataclasses.replace(settled(name, tensor, 1, how), axis=how.axis)
     if how.axis is None:
         return [tensor] * ways
     _check_axis(name, tensor, how)

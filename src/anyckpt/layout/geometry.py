@@ -38,6 +38,25 @@ class Mamba:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Sizes of multi-head latent attention, in Megatron-Core's words.
+
+    Attributes:
+        q_lora_rank: width of the query's latent, None if queries have none.
+        kv_lora_rank: width of the keys' and values' latent.
+        qk_pos_emb_head_dim: width of the rotary part of a key.
+        down_parallel: when cutting, divide the down projections along axis 0, as Megatron-Core's local implementation
+            does and, up to 0.11, that of Transformer Engine; later every rank has the whole.  When joining, their
+            rows tell, by which Megatron itself goes at run time.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_pos_emb_head_dim: int
+    down_parallel: bool = False
+
+
+@dataclass(frozen=True)
 class Geometry:
     """What partition rules need to know of a model.
 
@@ -59,6 +78,7 @@ class Geometry:
             ``make_vocab_size_divisible_by`` says.
         make_vocab_size_divisible_by: rows are padded to a multiple of this times the tensor-parallel size.
         mamba: sizes of its Mamba-2 mixers, None if it has none.
+        latent: sizes of its multi-head latent attention, None if it has none or they are not known.
     """
 
     num_layers: int | None = None
@@ -75,6 +95,7 @@ class Geometry:
     padded_vocab_size: int | None = None
     make_vocab_size_divisible_by: int = 128
     mamba: Mamba | None = None
+    latent: Latent | None = None
 
     @property
     def query_key_value_rows(self) -> int | None:

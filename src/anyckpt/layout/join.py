@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from anyckpt.checkpoint import RankShard
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import experts
-from anyckpt.layout.division import join_parts
+from anyckpt.layout.division import join_parts, settled
 from anyckpt.layout.geometry import Geometry, Parallelism
 from anyckpt.layout.names import Name, Names, check_parallel, listed, stack_sizes
 from anyckpt.layout.partition import Rules
@@ -226,12 +226,13 @@ class _Joiner:
     def _add(self, text: str, name: Name, shares: Sequence[Copies]) -> None:
         """Join the first copy of every share, and note what should be equal to it."""
         assert name.division is not None
-        if name.division.axis is None:
+        how = settled(text, shares[0][0][1], len(shares), name.division)
+        if how.axis is None:
             self._note(text, [copy for share in shares for copy in share])
         else:
             for share in shares:
                 self._note(text, share)
-        whole = join_parts(text, [share[0][1] for share in shares], name.division, self.geometry)
+        whole = join_parts(text, [share[0][1] for share in shares], how, self.geometry)
         holder = shares[0][0][0]
         if text in self.joined.tensors:  # a stage's copy of the embedding
             self._note(text, [(self.holders[text], self.joined.tensors[text]), (holder, whole)])

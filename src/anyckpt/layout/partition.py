@@ -1,7 +1,7 @@
 """How tensor parallelism divides each kind of parameter: one table of names, and what its words mean.
 
-Kinds go by name alone, never by shape or position.  Sources: Megatron-Core 0.16's layers (``partition_dim``,
-``partition_stride``), each observed on rank files that it wrote except where the table says otherwise.
+Kinds go by name alone, never by shape or position.  Sources: what Megatron-Core 0.16's layers say of their parameters
+(``partition_dim``, ``partition_stride``) and rank files that it wrote, except where the table says otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ KINDS: Mapping[str, str] = {
     "qkv": "along axis 0, rows interleaved by query group",
     "vocabulary": "along axis 0 after padding",
     "replicated": "not at all",
+    "latent-down": "not at all, or along axis 0: MLA's down projections",
     "mamba-in": "each of z, x, B, C, dt along axis 0",
     "mamba-conv": "each of x, B, C along axis 0",
     "dropped": "carries no weights",
@@ -62,7 +63,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     # attention
     ("**.linear_qkv.{weight,bias}", "qkv"),
     (f"**.{_COLUMN_BASES}.{_NORM}", "column"),
-    ("**.{linear_q_down_proj,linear_kv_down_proj,linear_qkv_down_proj}.{weight,bias}", "replicated"),
+    ("**.{linear_q_down_proj,linear_kv_down_proj}.weight", "latent-down"),
+    ("**.linear_qkv_down_proj.weight", "replicated"),
     ("**.core_attention.softmax_offset", "column"),
     ("**.linear_proj.weight", "row"),
     ("**.linear_proj.bias", "replicated"),
@@ -99,8 +101,8 @@ TABLE: tuple[tuple[str, str], ...] = (
 )
 """Pattern -> kind, with ``@place`` for what is outside layers; the first match counts.
 
-``**.`` is any number of leading parts, ``*`` stays inside a part, ``{a,b}`` is either.  Not observed but read in the
-sources: Mamba, MLA, multi-token prediction, LoRA, vision encoders.
+``**.`` is any number of leading parts, ``*`` stays inside a part, ``{a,b}`` is either.  Only read in the
+sources, not observed: Mamba, attention sinks, LoRA and DoRA of Bridge, vision encoders.
 """
 
 
@@ -125,13 +127,15 @@ class Division:
         axis: None if every rank holds the whole.
         blocks: global lengths of the blocks that are divided separately, or how many equal ones there are.
         vocabulary: padded before it is divided.
-        rows: length of the axis of the whole tensor where it is known.
+        rows: length of axis 0 of the whole tensor where it is known.
+        either: what ranks hold tells whether it is divided; ``axis`` is how to cut it.
     """
 
     axis: int | None
     blocks: tuple[int, ...] | int = 1
     vocabulary: bool = False
     rows: int | None = None
+    either: bool = False
 
 
 class Rules:
@@ -182,6 +186,8 @@ def division(kind: Kind, name: str, geometry: Geometry) -> Division:
                 tensor=name, remedy="give a complete configuration with --config",
             )  # fmt: skip
         return Division(0, geometry.mamba.in_proj if kind.name == "mamba-in" else geometry.mamba.conv1d)
+    if kind.name == "latent-down":
+        return _latent_down(name, geometry)
     if kind.name == "qkv":
         return Division(0, rows=geometry.query_key_value_rows)
     simple: Mapping[str, Division] = {
@@ -193,6 +199,15 @@ def division(kind: Kind, name: str, geometry: Geometry) -> Division:
         "replicated": Division(None),
     }
     return simple[kind.name]
+
+
+def _latent_down(name: str, geometry: Geometry) -> Division:
+    latent = geometry.latent
+    if latent is None:
+        return Division(None)
+    of_query = ".linear_q_down_proj." in name
+    rows = latent.q_lora_rank if of_query else latent.kv_lora_rank + latent.qk_pos_emb_head_dim
+    return Division(0 if latent.down_parallel else None, rows=rows, either=True)
 
 
 def unknown(names: Iterable[str], path: str | None = None) -> MappingError:
