@@ -280,3 +280,20 @@ def test_a_truncated_file_is_reported_by_the_torch_format(tmp_path: Path) -> Non
     path.write_bytes(fixture_path(ADAMW).read_bytes()[:-10])
     with pytest.raises(FormatError, match="truncated"):
         registry.read(path)
+
+
+def test_extra_states_stay_beside_the_weights(tmp_path: Path) -> None:
+    data = archive(
+        {
+            "pytorch-lightning_version": "2.4.0",
+            "state_dict": {"w": tensor(), "layer._extra_state": {"recipe": 1}},
+            "optimizer_states": tensor(11, (), ()),
+        }
+    )
+    checkpoint = FORMAT.read(_location(data))
+    assert checkpoint.objects["state_dict.layer._extra_state"] == {"recipe": 1}
+    root = saved(planned(checkpoint))
+    assert root["state_dict"]["layer._extra_state"] == {"recipe": 1}
+    assert root["optimizer_states"] == []
+    again = registry.read(write_plan(planned(checkpoint, sharded=True), tmp_path / "a.ckpt"))
+    assert again.objects["state_dict.layer._extra_state"] == {"recipe": 1}

@@ -16,14 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.formats.torch_archives import archive, small_file, storage, tensor
-from tests.support import expected_of, fixture_path
+from tests.support import expected_of, file_bytes, fixture_path
 
+from anyckpt.checkpoint import storage_key
+from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
-from anyckpt.formats.registry import look_at
+from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.torch_file import read_torch
+from anyckpt.formats.torch_file.byteorder import SwappedSource
 from anyckpt.formats.torch_file.format import FORMAT, stored_checksums
 from anyckpt.formats.torch_file.tree import flatten
 from anyckpt.pickling import Global, Record
+from anyckpt.pickling import torch_objects as objects
 from anyckpt.storage.source import LocalFile, MemorySource
 from anyckpt.tensor import LazyTensor
 
@@ -31,6 +35,8 @@ FILES = sorted(fixture_path("legacy/malicious").glob("*.pt"))
 
 _WATCH = """
 import json, sys, time
+from anyckpt.checkpoint import storage_key
+from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError
 from anyckpt.formats import registry
 registry.formats()
@@ -430,3 +436,109 @@ def test_detection_reports_a_damaged_archive(tmp_path: Path) -> None:
     path.write_bytes(small_file()[:-40])
     with pytest.raises(FormatError, match="truncated"):
         FORMAT.detect(look_at(path))
+
+
+def nested_tuple(levels: int) -> Any:
+    """A tuple whose text has two to the power of ``levels`` parts."""
+    value: Any = ("x",)
+    for _ in range(levels):
+        value = (value, value)
+    return value
+
+
+def test_values_whose_text_is_endless_are_not_printed() -> None:
+    bomb = nested_tuple(60)
+    located = storage()
+    located.id = (*located.id[:3], bomb, located.id[4])
+    assert read_bytes(archive({"w": tensor(of=located)})).root["w"].shape == (3, 4)
+    for index in range(5):
+        reference = storage()
+        reference.id = (*reference.id[:index], bomb, *reference.id[index + 1 :])
+        if index != 3:
+            with pytest.raises(FormatError):
+                read_bytes(archive({"w": reference}))
+    for arguments in ((storage(), bomb, (1,), (1,)), (storage(), 0, bomb, (1,)), (bomb, 0, (1,), (1,))):
+        with pytest.raises(FormatError):
+            read_bytes(archive({"w": Record(Global("torch._utils", "_rebuild_tensor"), arguments)}))
+    layout = Record(Global("torch.serialization", "_get_layout"), (bomb,))
+    with pytest.raises(FormatError):
+        read_bytes(archive({"w": Record(Global("torch._utils", "_rebuild_sparse_tensor"), (layout, (1, 2, 3)))}))
+
+
+def test_attributes_with_odd_names_are_left_out() -> None:
+    state = {10**5000: 1, "partition_dim": 0, (1, 2): 3}
+    arguments = (tensor(), True, None, state)
+    contents = read_bytes(archive({"w": Record(Global("torch._utils", "_rebuild_parameter_with_state"), arguments)}))
+    assert contents.facts_of(contents.root["w"]).attributes == {"partition_dim": 0}
+
+
+def test_odd_keys_have_names(tmp_path: Path) -> None:
+    root = {10**5000: tensor(), None: {True: tensor(), (1, "a"): tensor()}, "optimizer": tensor(11, (), ())}
+    path = tmp_path / "a.pt"
+    path.write_bytes(archive(root))
+    checkpoint = FORMAT.read(look_at(path))
+    assert list(checkpoint.tensors) == ["<int>", "None.True", "None.<tuple>", "optimizer"]
+    assert checkpoint.training.has_optimizer
+    plan = FORMAT.plan(checkpoint, WriteOptions())  # type: ignore[misc]
+    again = read_bytes(file_bytes(plan.files[0])).root
+    assert list(again) == [10**5000, None, "optimizer"]
+    assert list(again[None]) == [True, (1, "a")]
+
+
+def test_storages_of_old_cuda_files() -> None:
+    reference = storage()
+    reference.id = ("storage", Global("torch.cuda", "FloatStorage"), "0", "cuda:3", 12)
+    contents = read_bytes(archive({"w": tensor(of=reference)}))
+    assert contents.root["w"].numpy()[2, 3] == 11
+    assert contents.facts_of(contents.root["w"]).location == "cuda:3"
+
+
+def test_big_endian_complex_and_untyped_storages() -> None:
+    values = struct.pack(">4f", 1, 2, 3, 4)
+    complex_numbers = objects.tensor(storage("0", 2, "complex64"), 0, (2,), (1,), dtype=dtype("complex64"))
+    halves = objects.tensor(storage("1", 3, "uint16"), 1, (2,), (1,), dtype=dtype("uint16"))
+    tied = objects.tensor(storage("1", 3, "uint16"), 1, (2,), (1,), dtype=dtype("uint16"))
+    records = {"byteorder": b"big", "data/0": values, "data/1": struct.pack(">3H", 1, 2, 3)}
+    root = read_bytes(archive({"c": complex_numbers, "u": halves, "t": tied}, records)).root
+    assert root["c"].numpy().tolist() == [1 + 2j, 3 + 4j]
+    assert root["u"].numpy().tolist() == [2, 3]
+    assert storage_key(root["u"]) == storage_key(root["t"])
+
+
+def test_swapped_bytes_are_read_at_any_offset() -> None:
+    source = SwappedSource(MemorySource(bytes(range(32))), 4)
+    whole = source.read(0, 32)
+    assert whole[:8] == bytes([3, 2, 1, 0, 7, 6, 5, 4])
+    for offset in range(32):
+        for length in range(32 - offset):
+            assert source.read(offset, length) == whole[offset : offset + length]
+
+
+def test_tensors_of_devices_that_save_numpy_arrays() -> None:
+    array = Record(
+        Global("numpy.core.multiarray", "_reconstruct"),
+        (Global("numpy", "ndarray"), (0,), b"b"),
+        state=(
+            1,
+            (2, 2),
+            Record(Global("numpy", "dtype"), ("f4", False, True), state=(3, "<", None, None, None, -1, -1, 0)),
+            False,
+            struct.pack("<4f", 1, 2, 3, 4),
+        ),
+    )
+    made = Record(
+        Global("torch._utils", "_rebuild_device_tensor_from_numpy"), (array, Global("torch", "bfloat16"), "xla:0", True)
+    )
+    contents = read_bytes(archive({"w": made}))
+    assert contents.root["w"].dtype.name == "bfloat16"
+    assert contents.root["w"].numpy().astype(float).tolist() == [[1, 2], [3, 4]]
+    assert contents.facts_of(contents.root["w"]).requires_grad
+
+
+def test_checksums_are_told_to_verify() -> None:
+    checkpoint = FORMAT.read(look_at(fixture_path("legacy/zoo_dtypes/zip.pt")))
+    stored = list(checkpoint.checksums())
+    assert len(stored) == 28
+    for item in stored:
+        assert zlib.crc32(item.source.read_all()) == item.crc32
+    assert not list(FORMAT.read(look_at(fixture_path("legacy/zoo_dtypes/legacy.pt"))).checksums())

@@ -298,6 +298,16 @@ def test_names_that_meet_are_told_apart_and_nothing_is_lost() -> None:
     assert unflatten({name: values[name] for name in flat.paths}, flat.paths, flat.original_keys) == root
 
 
+def test_tensors_are_planned_under_their_stored_names(tmp_path: Path) -> None:
+    x, y = from_array(np.zeros(2)), from_array(np.ones(2))
+    path = tmp_path / "a.pt"
+    path.write_bytes(bytes_of(zip_parts({"a.b": x, "a": {"b": y, 0: x, "0": y}, "c": [y]})))
+    checkpoint = FORMAT.read(look_at(path))
+    plan = FORMAT.plan(checkpoint, WriteOptions())  # type: ignore[misc]
+    assert [part.name for part in plan.tensors()] == ["a.b", "a.b#2"]
+    assert list(checkpoint.tensors) == ["a.b", "a.b#2", "a.0#2", "a.0", "c.0"]
+
+
 def test_a_bare_tensor_and_a_list() -> None:
     x = from_array(np.ones(2))
     flat = flatten(x, "a.pt")

@@ -15,7 +15,7 @@ from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_D
 from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.archive import read_zip
-from anyckpt.formats.torch_file.format import stored_checksums, torch_checkpoint
+from anyckpt.formats.torch_file.format import is_filled, stored_checksums, torch_checkpoint
 from anyckpt.formats.torch_file.reader import root_folder
 from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tree import flatten
@@ -121,8 +121,8 @@ def _as_lightning(checkpoint: Checkpoint, root: dict[Any, Any], objects: dict[st
             step=_count(root.get("global_step")),
             consumed_samples=None if consumed is None else int(consumed[1][:18]),
             epoch=_count(root.get("epoch")),
-            has_optimizer=bool(root.get("optimizer_states")),
-            has_scheduler=bool(root.get("lr_schedulers")),
+            has_optimizer=is_filled(root.get("optimizer_states")),
+            has_scheduler=is_filled(root.get("lr_schedulers")),
         ),
         details={**checkpoint.details, KEPT: kept},
     )

@@ -15,7 +15,7 @@ from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file.format import assemble
+from anyckpt.formats.torch_file.format import assemble, is_filled
 from anyckpt.formats.torch_file.safe import refused
 from anyckpt.formats.torch_file.tree import unflatten
 from anyckpt.formats.torch_file.writer import zip_parts
@@ -42,7 +42,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     header, optimizers, ignored = _entries(checkpoint, weights)
     files: tuple[OutputFile, ...]
     if options.sharded:
-        if header.pop("optimizer_states"):
+        if is_filled(header.pop("optimizer_states")):
             ignored["optimizer_states"] = _BY_NUMBER
         files = _directory(checkpoint, weights, header, optimizers, options)
     else:
@@ -51,8 +51,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             if numbered is None:
                 ignored[name] = "its param_groups do not name its parameters"
             else:
-                header["optimizer_states"] = [*header["optimizer_states"], numbered]
-        header[STATE_DICT] = torch_objects.ordered_dict(weights)
+                header["optimizer_states"].append(numbered)
+        header[STATE_DICT] = torch_objects.ordered_dict({**weights, **header[STATE_DICT]})
         files = (OutputFile("", zip_parts(header)),)
     unsafe = refused({name: value for name, value in header.items() if name != STATE_DICT})
     notes = []
@@ -69,7 +69,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 def _entries(
     checkpoint: Checkpoint, weights: Mapping[str, LazyTensor]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """Everything but the weights, in Lightning's order; optimizers of a sharded source; what is left out and why."""
+    """Everything but the weights, in Lightning's order; optimizers of a sharded source; what is left out and why.
+
+    Under ``state_dict`` is what stands beside the weights: extra states of modules, which are not tensors.
+    """
     kept: dict[str, Any] = checkpoint.details.get(KEPT) or {}
     stored = {checkpoint.model_prefix + name for name in weights}
     others, incomplete = assemble(
@@ -85,17 +88,19 @@ def _entries(
         ignored = {**incomplete, **dict.fromkeys(others, _NOT_LIGHTNING)}
         if checkpoint.config_kind == "nemo1":
             kept = {"hparams_name": "kwargs", HYPER_PARAMETERS: {"cfg": checkpoint.config}}
-    found = {name: nested.pop(name) for name in list(nested) if _SHARDED_OPTIMIZER.match(str(name))}
+    found = {name: nested.pop(name) for name in list(nested) if type(name) is str and _SHARDED_OPTIMIZER.match(name)}
+    extra = nested.pop(STATE_DICT, None)
     header: dict[str, Any] = {
         "epoch": checkpoint.training.epoch or 0,
         "global_step": checkpoint.training.step or 0,
         VERSION: _OLDEST_VERSION,
-        STATE_DICT: None,
+        STATE_DICT: extra if isinstance(extra, dict) else {},
         **nested,
     }
     header.update((name, value) for name, value in kept.items() if name not in nested)
     header.setdefault("callbacks", {})
-    header.setdefault("optimizer_states", [])
+    if not isinstance(header.get("optimizer_states"), list):
+        header["optimizer_states"] = []
     header.setdefault("lr_schedulers", [])
     return header, found, ignored
 
@@ -103,15 +108,20 @@ def _entries(
 def _by_number(state: Any) -> dict[str, Any] | None:
     """The optimizer state with parameters numbered in the order of its groups, as in a file; None if it cannot be."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+    slots = state.get("state", {}) if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not isinstance(slots, dict) or not all(map(_names_parameters, groups)):
         return None
-    names = [name for group in groups for name in group.get("params", ())]
+    names = [name for group in groups for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
-    slots = state.get("state", {})
     if len(numbers) != len(names) or not all(name in numbers for name in slots):
         return None
-    renumbered = [{**group, "params": [numbers[name] for name in group.get("params", ())]} for group in groups]
+    renumbered = [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups]
     return {"state": {numbers[name]: slot for name, slot in slots.items()}, "param_groups": renumbered}
+
+
+def _names_parameters(group: Any) -> bool:
+    names = group.get("params") if isinstance(group, dict) else None
+    return isinstance(names, list) and all(type(name) is str for name in names)
 
 
 def _directory(
@@ -122,15 +132,16 @@ def _directory(
     options: WriteOptions,
 ) -> tuple[OutputFile, ...]:
     """A distributed checkpoint of weights and optimizers, and ``meta.pt``, which marks the whole as complete."""
-    del header[STATE_DICT]
+    extra = header.pop(STATE_DICT)
     prefixes = tuple(f"{name}." for name in optimizers) or ("\0",)
     tensors = {f"{STATE_DICT}.{name}": tensor for name, tensor in weights.items()}
     tensors.update((name, tensor) for name, tensor in checkpoint.tensors.items() if name.startswith(prefixes))
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects if name.startswith(prefixes)}
+    objects.update((f"{STATE_DICT}.{name}", value) for name, value in extra.items())
     known = checkpoint.details.get("key_paths") or {}
     paths = {
         **{name: known[name] for name in (*tensors, *objects) if name in known},
-        **{f"{STATE_DICT}.{name}": (STATE_DICT, name) for name in weights},
+        **{f"{STATE_DICT}.{name}": (STATE_DICT, name) for name in (*weights, *extra)},
     }
     shards = dcp_files(tensors, objects, ranks=options.ranks, paths=paths, file_bytes=options.max_shard_size)
     return (*shards, OutputFile(META, zip_parts(header, archive_name="meta"), stage=2))

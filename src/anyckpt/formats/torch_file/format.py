@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, StoredChecksum, TrainingState
@@ -16,7 +16,7 @@ from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tape import is_tape
 from anyckpt.formats.torch_file.tree import COMPOSITE, Flat, flatten, parts_of, unflatten, with_parts
 from anyckpt.formats.torch_file.values import MetaTensor
-from anyckpt.formats.torch_file.writer import zip_parts
+from anyckpt.formats.torch_file.writer import dotted, zip_parts
 from anyckpt.pickling import torch_objects
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import LazyTensor
@@ -94,10 +94,15 @@ def training_state(root: Mapping[Any, Any]) -> TrainingState:
     return TrainingState(
         step=step,
         epoch=root["epoch"] if type(root.get("epoch")) is int else None,
-        has_optimizer=any(root.get(key) for key in _OPTIMIZERS),
-        has_scheduler=any(root.get(key) for key in _SCHEDULERS),
+        has_optimizer=any(is_filled(root.get(key)) for key in _OPTIMIZERS),
+        has_scheduler=any(is_filled(root.get(key)) for key in _SCHEDULERS),
         has_rng=any("rng_state" in key for key in root if type(key) is str),
     )
+
+
+def is_filled(value: Any) -> bool:
+    """Whether an entry is there and not an empty container."""
+    return value is not None and not (isinstance(value, (dict, list, tuple)) and not value)
 
 
 def _prefixes(flat: Flat) -> tuple[str, tuple[str, ...]]:
@@ -153,8 +158,18 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         notes.append(f"torch.load(weights_only=True) refuses objects in this file: {', '.join(unsafe[:5])}")
     if checkpoint.config or checkpoint.tokenizer or checkpoint.artifacts:
         notes.append("a torch file has no place for the configuration, the tokenizer and other files of the source")
-    parts = zip_parts(root)
+    parts = zip_parts(root, tensor_name=stored_names(checkpoint))
     return Plan(FORMAT.name, (OutputFile("", parts),), ignored=ignored, notes=tuple(notes))
+
+
+def stored_names(checkpoint: Checkpoint) -> Callable[[tuple[Any, ...]], str]:
+    """Gives the name of the tensor at a path: the checkpoint's own, which dots in keys do not make ambiguous."""
+    keys = checkpoint.details.get("original_keys") or {}
+    names = {
+        tuple(keys.get(path[: depth + 1], step) for depth, step in enumerate(path)): name
+        for name, path in (checkpoint.details.get("key_paths") or {}).items()
+    }
+    return lambda path: names.get(path) or dotted(path)
 
 
 def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str]]:

@@ -10,7 +10,7 @@ from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.rebuild import TensorBuilder, storage_dtype
 from anyckpt.formats.torch_file.stream import is_stream, read_stream
 from anyckpt.formats.torch_file.tape import is_tape, read_tape
-from anyckpt.formats.torch_file.values import Storage, brief
+from anyckpt.formats.torch_file.values import Storage, brief, brief_text
 from anyckpt.pickling import load
 from anyckpt.storage.source import ByteSource
 
@@ -102,7 +102,7 @@ class _ZipStorages:
                 expected=f"a record {self._folder}/data/{key[:100]}",
                 remedy="copy the file again from its origin",
             )
-        storage = Storage(key, source, dtype, count, str(location), self._big_endian)
+        storage = Storage(key, source, dtype, count, brief_text(location), self._big_endian)
         if source is not None and source.size != storage.nbytes:
             raise FormatError(
                 f"storage {key!r} has another size than the pickle says",

@@ -16,6 +16,7 @@ import numpy as np
 
 from anyckpt.dtypes import BY_NAME, BY_STORAGE, DType
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.formats.torch_file.unbuilt import UnbuiltTensor
 from anyckpt.formats.torch_file.values import (
     DistributedTensor,
     MetaTensor,
@@ -28,8 +29,8 @@ from anyckpt.formats.torch_file.values import (
 )
 from anyckpt.indexing import Array
 from anyckpt.pickling import Global, Record
-from anyckpt.storage.source import MemorySource
-from anyckpt.tensor import LazyTensor, Mapped, Stored
+from anyckpt.pickling.plain import view
+from anyckpt.tensor import LazyTensor, Mapped, Stored, from_array
 
 _MOST_AXES = 32  # numpy's own limit before 2.0
 _LARGEST = 1 << 62
@@ -82,6 +83,8 @@ class TensorBuilder:
             "_rebuild_meta_tensor_no_storage": self._meta,
             "_rebuild_nested_tensor": self._nested,
             "_rebuild_device_tensor_from_cpu_tensor": self._from_device,
+            "_rebuild_device_tensor_from_numpy": self._from_device,
+            "_rebuild_xla_tensor": self._from_device,
         }
         self.constructors: dict[str, Callable[[tuple[Any, ...]], Any]] = {
             **{f"torch._utils.{name}": call for name, call in utils.items()},
@@ -103,7 +106,8 @@ class TensorBuilder:
         found = self.facts.get(id(tensor))
         return TensorFacts() if found is None else found[1]
 
-    def _note(self, tensor: LazyTensor, facts: TensorFacts) -> LazyTensor:
+    def note(self, tensor: LazyTensor, facts: TensorFacts) -> LazyTensor:
+        """The tensor, with what the file says of it remembered."""
         self.facts[id(tensor)] = (tensor, facts)
         return tensor
 
@@ -165,7 +169,7 @@ class TensorBuilder:
     def rebuild(self, storage: Any, offset: Any, size: Any, stride: Any) -> LazyTensor | MetaTensor:
         """As ``view``, with the facts noted."""
         tensor, facts = self.view(storage, offset, size, stride)
-        return tensor if isinstance(tensor, MetaTensor) else self._note(tensor, facts)
+        return tensor if isinstance(tensor, MetaTensor) else self.note(tensor, facts)
 
     def _tensor(self, args: tuple[Any, ...], dtype: DType | None = None) -> Any:
         """``_rebuild_tensor(storage, offset, size, stride)`` and ``_v2(..., requires_grad, hooks[, metadata])``."""
@@ -179,7 +183,7 @@ class TensorBuilder:
             tensor = Mapped((tensor,), tensor.dtype, _conjugate if tensor.dtype.numpy else _conjugate_half)
         if bits.get("neg"):
             tensor = Mapped((tensor,), tensor.dtype, _negate if tensor.dtype.numpy else _negate_half)
-        return self._note(
+        return self.note(
             tensor,
             replace(
                 facts,
@@ -216,7 +220,7 @@ class TensorBuilder:
             changes["attributes"] = {**facts.attributes, **changes["attributes"]}
         else:
             changes.pop("attributes", None)
-        return self._note(copy.copy(tensor), replace(facts, **changes))
+        return self.note(copy.copy(tensor), replace(facts, **changes))
 
     def _from_type(self, args: tuple[Any, ...]) -> Any:
         """``_rebuild_from_type_v2(function, class, arguments, state)``: tensors with attributes, and subclasses."""
@@ -235,16 +239,19 @@ class TensorBuilder:
         return self._with(tensor, parameter=parameter, subclass=subclass, attributes=_attributes(state))
 
     def _from_device(self, args: tuple[Any, ...]) -> Any:
-        """``_rebuild_device_tensor_from_cpu_tensor(data, dtype, device, requires_grad)``."""
-        if len(args) != 4 or not isinstance(args[0], LazyTensor):
+        """``_rebuild_device_tensor_from_*(data, dtype, device, requires_grad)``: a tensor or a numpy array."""
+        data = view(args[0]) if len(args) == 4 else None
+        if isinstance(data, np.ndarray) and data.dtype.name in BY_NAME:
+            data = from_array(data.astype(data.dtype.newbyteorder("<")))
+        if not isinstance(data, LazyTensor):
             return NotImplemented
-        return self._with(args[0].cast(self._dtype(args[1])), requires_grad=args[3] is True)
+        return self._with(data.cast(self._dtype(args[1])), requires_grad=args[3] is True)
 
     def _unbuilt(self, args: tuple[Any, ...], parameter: bool = False) -> Any:
         """Classes that torch before 0.4 saved as ``class()`` or ``class(data)`` followed by a state."""
         if len(args) > 2 or (args and not isinstance(args[0], LazyTensor)):
             return NotImplemented
-        tensor = UnbuiltTensor(self, parameter)
+        tensor = UnbuiltTensor(self.view, self.facts_of, self.note, parameter)
         if args:
             tensor.become(args[0], self.facts_of(args[0]))
         return tensor
@@ -255,7 +262,8 @@ class TensorBuilder:
         """``_rebuild_sparse_tensor(layout, parts)``."""
         if len(args) != 2 or not isinstance(args[0], Record) or type(args[1]) is not tuple:
             return NotImplemented
-        layout = str(args[0].args[0]).removeprefix("torch.") if args[0].args else ""
+        layout = args[0].args[0] if args[0].args and type(args[0].args[0]) is str else ""
+        layout = layout.removeprefix("torch.")
         data = args[1]
         if layout == "sparse_coo" and len(data) in (3, 4):
             names: tuple[str, ...] = ("indices", "values")
@@ -264,7 +272,7 @@ class TensorBuilder:
             names = ("compressed_indices", "plain_indices", "values")
             size = data[3]
         else:
-            raise self._bad("unknown layout of a sparse tensor", layout or brief(args[0]))
+            raise self._bad("unknown layout of a sparse tensor", brief(layout))
         parts = dict(zip(names, data, strict=False))
         if not all(isinstance(part, LazyTensor) for part in parts.values()):
             raise self._bad("a part of a sparse tensor is not a tensor")
@@ -292,7 +300,7 @@ class TensorBuilder:
         scheme, scale, zero_point, *rest = args[4]
         name = scheme.name if isinstance(scheme, Global) else brief(scheme)
         axis = rest[0] if rest and type(rest[0]) is int else None
-        return QuantizedTensor(self._note(tensor, facts), size, dtype, name, scale, zero_point, axis)
+        return QuantizedTensor(self.note(tensor, facts), size, dtype, name, scale, zero_point, axis)
 
     def _meta(self, args: tuple[Any, ...]) -> Any:
         """``_rebuild_meta_tensor_no_storage(dtype, size, stride, requires_grad)``."""
@@ -317,46 +325,6 @@ class TensorBuilder:
         return DistributedTensor(local, self._lengths(arguments[2], "size"), described, spec, arguments)
 
 
-class UnbuiltTensor(Stored):
-    """A tensor whose elements the pickle states after it made the object: the form of torch before 0.4."""
-
-    __slots__ = ("_builder", "_parameter")
-
-    def __init__(self, builder: TensorBuilder, parameter: bool) -> None:
-        super().__init__(MemorySource(b""), 0, BY_NAME["float32"], (0,))
-        self._builder = builder
-        self._parameter = parameter
-        builder._note(self, TensorFacts(parameter=parameter))
-
-    def become(self, tensor: LazyTensor, facts: TensorFacts) -> None:
-        """Take the elements of ``tensor``."""
-        if not isinstance(tensor, Stored):
-            raise FormatError("a tensor is made of something else than a view of a storage")
-        self.source, self.offset, self.dtype = tensor.source, tensor.offset, tensor.dtype
-        self.shape, self.strides = tensor.shape, tensor.strides
-        self._builder._note(self, replace(facts, parameter=self._parameter))
-
-    def set_state(self, state: object) -> None:
-        """``Tensor.__setstate__``: (storage, offset, size, stride), (data, ..., requires_grad) or (requires_grad, ...).
-
-        Raises:
-            FormatError: another state, or a view that does not lie inside its storage.
-        """
-        if isinstance(state, tuple) and len(state) == 4 and isinstance(state[0], Storage):
-            tensor, facts = self._builder.view(*state)
-            if isinstance(tensor, LazyTensor):
-                self.become(tensor, facts)
-            return
-        if isinstance(state, tuple) and len(state) == 5 and isinstance(state[0], LazyTensor):
-            self.become(state[0], self._builder.facts_of(state[0]))
-            state = (state[3], state[4], state[2])
-        if isinstance(state, tuple) and len(state) in (2, 3) and type(state[0]) is bool:
-            facts = self._builder.facts_of(self)
-            self._builder._note(self, replace(facts, requires_grad=state[0]))
-            return
-        raise FormatError("a tensor is given a state of unknown form", found=type(state).__name__)
-
-
 def _usual_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
     """None for C order, whatever the strides of axes of length one, which say nothing."""
     step = 1
@@ -372,7 +340,7 @@ def _attributes(state: Any) -> Mapping[str, Any]:
     if isinstance(state, tuple) and len(state) == 2:
         return {**_attributes(state[0]), **_attributes(state[1])}
     if isinstance(state, dict):
-        return {str(name): value for name, value in state.items()}
+        return {name: value for name, value in state.items() if type(name) is str}
     return {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt.errors import FormatError
 from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.rebuild import TensorBuilder, storage_dtype
-from anyckpt.formats.torch_file.values import Storage, brief
+from anyckpt.formats.torch_file.values import Storage, brief, brief_text
 from anyckpt.pickling import load_prefix
 from anyckpt.storage.source import ByteSource
 
@@ -52,7 +52,7 @@ class _Storages:
         if type(key) is not str or type(count) is not int or not 0 <= count < 1 << 62:
             raise self._malformed(identifier)
         dtype = storage_dtype(kind, self._name)
-        facts = (dtype, count, str(location))
+        facts = (dtype, count, brief_text(location))
         if self.wanted.setdefault(key, facts)[:2] != facts[:2]:
             raise FormatError(f"storage {key!r} is referred to with two sizes", path=self._name, remedy=_REMEDY)
         if not known:
@@ -69,7 +69,7 @@ class _Storages:
         assert root.source is not None
         width = 1 if dtype is None else dtype.itemsize
         part = root.source.slice(offset * width, length * width)
-        return Storage(str(view_key), part, dtype, length, root.location, root.big_endian)
+        return Storage(brief_text(view_key), part, dtype, length, root.location, root.big_endian)
 
     def _malformed(self, identifier: Any) -> FormatError:
         return FormatError(

@@ -9,7 +9,7 @@ import numpy as np
 from anyckpt.errors import FormatError
 from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.rebuild import TensorBuilder, storage_dtype
-from anyckpt.formats.torch_file.values import MetaTensor, Storage, brief
+from anyckpt.formats.torch_file.values import MetaTensor, Storage, brief, brief_text
 from anyckpt.pickling import load_prefix
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar import looks_like_tar, read_tar
@@ -80,12 +80,12 @@ def read_tape(source: ByteSource) -> TorchContents:
     def persistent_load(identifier: Any) -> Any:
         if type(identifier) is tuple and identifier:
             return identifier[0]
-        key = (
-            int(identifier) if type(identifier) is str and identifier.isascii() and identifier.isdigit() else identifier
-        )
-        if type(key) is int and key in tensors:
+        key = identifier
+        if type(key) is str and len(key) <= 20 and key.isascii() and key.isdigit():
+            key = int(key)
+        if _is_key(key) and key in tensors:
             return tensors[key]
-        if type(key) is int and key in storages:
+        if _is_key(key) and key in storages:
             return storages[key]
         raise FormatError("a reference is to a tensor that is missing", path=source.name, found=brief(identifier))
 
@@ -96,7 +96,7 @@ def read_tape(source: ByteSource) -> TorchContents:
     return TorchContents(
         root,
         "tar",
-        str(system["protocol_version"]) if isinstance(system, dict) and "protocol_version" in system else None,
+        brief(system["protocol_version"]) if isinstance(system, dict) and "protocol_version" in system else None,
         byteorder="big" if big_endian else "little",
         storages={str(key): storage for key, storage in storages.items()},
         facts=builder.facts,
@@ -107,7 +107,7 @@ def _storages(cursor: _Cursor, big_endian: bool) -> dict[int, Storage]:
     storages: dict[int, Storage] = {}
     for _ in range(cursor.count()):
         facts = cursor.pickle()
-        if type(facts) is not tuple or len(facts) != 3 or type(facts[0]) is not int:
+        if type(facts) is not tuple or len(facts) != 3 or not _is_key(facts[0]):
             raise cursor.bad("a storage is described in an unknown way", facts)
         key, location, kind = facts
         dtype = storage_dtype(kind, cursor.source.name)
@@ -115,17 +115,12 @@ def _storages(cursor: _Cursor, big_endian: bool) -> dict[int, Storage]:
         if count < 0:
             raise cursor.bad("a storage has a negative size", count)
         part = cursor.skip(count * (1 if dtype is None else dtype.itemsize))
-        storages[key] = Storage(str(key), part, dtype, count, str(location), big_endian)
+        storages[key] = Storage(str(key), part, dtype, count, brief_text(location), big_endian)
     views = cursor.pickle()
     if type(views) is not list:
         raise cursor.bad("the list of views is not a list", views)
     for view in views:
-        if (
-            type(view) is not tuple
-            or len(view) != 4
-            or any(type(n) is not int for n in view)
-            or view[1] not in storages
-        ):
+        if type(view) is not tuple or len(view) != 4 or not all(map(_is_key, view)) or view[1] not in storages:
             raise cursor.bad("a view of a storage is described in an unknown way", view)
         key, root_key, offset, count = view
         root = storages[root_key]
@@ -142,8 +137,10 @@ def _tensors(cursor: _Cursor, storages: dict[int, Storage], builder: TensorBuild
     tensors: dict[int, LazyTensor] = {}
     for _ in range(cursor.count()):
         facts = cursor.pickle()
-        if type(facts) is not tuple or len(facts) != 3 or type(facts[0]) is not int or not _known(facts[1], storages):
+        if type(facts) is not tuple or len(facts) != 3 or not _is_key(facts[0]) or not _is_key(facts[1]):
             raise cursor.bad("a tensor is described in an unknown way", facts)
+        if facts[1] not in storages:
+            raise cursor.bad("a tensor's storage is missing", facts)
         (axes,) = cursor.numbers(1, 4)
         cursor.skip(4)
         if not 0 <= axes <= _MOST_AXES:
@@ -155,5 +152,6 @@ def _tensors(cursor: _Cursor, storages: dict[int, Storage], builder: TensorBuild
     return tensors
 
 
-def _known(key: Any, storages: dict[int, Storage]) -> bool:
-    return type(key) is int and key in storages
+def _is_key(value: Any) -> bool:
+    """Whether a value is the address of a tensor or storage, or another number of 64 bits."""
+    return type(value) is int and value.bit_length() <= 64

@@ -18,6 +18,7 @@ from anyckpt.formats.torch_file.values import (
     QuantizedTensor,
     SparseTensor,
     Storage,
+    spelled,
 )
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import record_parts
@@ -145,28 +146,20 @@ def _children(container: Any, path: Path, flat: Flat) -> Iterator[tuple[str | in
         if container.path not in flat.unpacked:
             flat.unpacked.append(container.path)
         for key, value in record_parts(container):
-            yield _spelled(key), value
+            yield spelled(key), value
     else:
         used: set[str] = set()
         for key, value in container.items():
-            spelled = key
+            name = key
             if type(key) is not str:
-                spelled, number = _spelled(key), 1
-                while spelled in container or spelled in used:
+                name, number = spelled(key), 1
+                while name in container or name in used:
                     number += 1
-                    spelled = f"{_spelled(key)}#{number}"
-                used.add(spelled)
-                where: Path = (*path, spelled)
+                    name = f"{spelled(key)}#{number}"
+                used.add(name)
+                where: Path = (*path, name)
                 flat.original_keys[where] = key
-            yield spelled, value
-
-
-def _spelled(key: Any) -> str:
-    if type(key) is str:
-        return key
-    if type(key) is int and key.bit_length() < 256:
-        return str(key)
-    return str(key)[:100] if type(key) in (bool, float, type(None)) else f"<{type(key).__name__}>"
+            yield name, value
 
 
 def _holders(root: Any) -> tuple[set[int], int]:

@@ -30,6 +30,20 @@ def brief(value: Any) -> str:
     return _word(value)
 
 
+def spelled(key: Any) -> str:
+    """A dictionary key as a part of a name."""
+    if type(key) is str:
+        return key
+    if type(key) is int and key.bit_length() < 256:
+        return str(key)
+    return str(key)[:100] if type(key) in (bool, float, type(None)) else f"<{type(key).__name__}>"
+
+
+def brief_text(value: Any) -> str:
+    """Text as it is; of anything else, a few words."""
+    return value if type(value) is str else brief(value)
+
+
 def _word(value: Any) -> str:
     if type(value) is int and value.bit_length() > 256:
         return "a very large number"
@@ -59,6 +73,7 @@ class Storage:
     count: int
     location: str = "cpu"
     big_endian: bool = False
+    _swapped: dict[int, ByteSource] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +83,11 @@ class Storage:
         """The bytes in little-endian order, seen as elements of ``dtype``."""
         assert self.source is not None
         width = (self.dtype or dtype).component_size
-        return SwappedSource(self.source, width) if self.big_endian and width > 1 else self.source
+        if not self.big_endian or width == 1:
+            return self.source
+        if width not in self._swapped:  # one source for all views, so that tied tensors are known to be tied
+            self._swapped[width] = SwappedSource(self.source, width)
+        return self._swapped[width]
 
     def tensor(self) -> LazyTensor:
         """All elements as a tensor of one axis; bytes if untyped."""

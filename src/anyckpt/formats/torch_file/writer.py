@@ -18,6 +18,7 @@ from anyckpt.formats.torch_file.values import (
     QuantizedTensor,
     SparseTensor,
     Storage,
+    spelled,
 )
 from anyckpt.pickling import DictRecord, Global, PersistentId, Record, dumps
 from anyckpt.pickling import torch_objects as objects
@@ -35,7 +36,7 @@ LARGE = 1 << 20
 
 def dotted(path: Path) -> str:
     """The name of a tensor at ``path``: keys and indices joined by dots."""
-    return ".".join(map(str, path))
+    return ".".join(map(spelled, path))
 
 
 def zip_parts(
