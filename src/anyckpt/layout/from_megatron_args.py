@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt.checkpoint import ParallelLayout
 from anyckpt.errors import MappingError
 from anyckpt.layout.experts import Spelling
-from anyckpt.layout.geometry import Geometry, Mamba, Parallelism
+from anyckpt.layout.geometry import Geometry, Latent, Mamba, Parallelism
 
 _LARGEST = 1 << 40
 _MAMBA_DEFAULTS = {"head_dim": 64, "num_groups": 8, "state_dim": 128}
@@ -48,6 +48,7 @@ def geometry_from_args(arguments: Mapping[str, Any]) -> Geometry:
         padded_vocab_size=_size(arguments, "padded_vocab_size"),
         make_vocab_size_divisible_by=_size(arguments, "make_vocab_size_divisible_by") or 128,
         mamba=_mamba(arguments, hidden),
+        latent=_latent(arguments),
     )
 
 
@@ -128,3 +129,11 @@ def _mamba(arguments: Mapping[str, Any], hidden: int | None) -> Mamba | None:
             return None
         heads = 2 * hidden // sizes["head_dim"]
     return Mamba(heads, sizes["head_dim"], sizes["num_groups"], sizes["state_dim"])
+
+
+def _latent(arguments: Mapping[str, Any]) -> Latent | None:
+    keys, positions = _size(arguments, "kv_lora_rank"), _size(arguments, "qk_pos_emb_head_dim")
+    if not arguments.get("multi_latent_attention") or keys is None or positions is None:
+        return None
+    local = arguments.get("transformer_impl") == "local"
+    return Latent(_size(arguments, "q_lora_rank"), keys, positions, down_parallel=local)
