@@ -18,6 +18,7 @@ from tests.support import file_bytes, fixture_path, write_plan  # noqa: E402
 
 from anyckpt.checkpoint import storage_key  # noqa: E402
 from anyckpt.engine.plan import OutputFile  # noqa: E402
+from anyckpt.formats import registry  # noqa: E402
 from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
 from anyckpt.formats.torch_file import read_torch, zip_parts  # noqa: E402
 from anyckpt.formats.torch_file.format import FORMAT  # noqa: E402
@@ -299,3 +300,26 @@ def test_a_converted_stream_is_loaded_with_mmap(tmp_path: Path) -> None:
         if isinstance(value, torch.Tensor):
             assert raw(ours[name]) == raw(value), name
     assert (tmp_path / "new.pt").stat().st_size < source.stat().st_size + 3000
+
+
+@pytest.mark.parametrize("case", ["dcp_fsdp_w2", "dcp_hsdp_tp_w4"])
+def test_a_distributed_checkpoint_gets_its_nesting_back(case: str, tmp_path: Path) -> None:
+    """As by torch's own ``dcp_to_torch_save``."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    source = fixture_path(f"mcore/{case}/ckpt")
+    dcp_to_torch_save(source, tmp_path / "theirs.pt")
+    checkpoint = registry.read(source)
+    write_plan(FORMAT.plan(checkpoint, WriteOptions()), tmp_path / "ours.pt")  # type: ignore[misc]
+    theirs, ours = (torch.load(tmp_path / name, weights_only=False) for name in ("theirs.pt", "ours.pt"))
+    assert equal(ours, theirs)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
