@@ -140,6 +140,18 @@ def test_a_file_that_the_manifest_names_is_missing(anyckpt: Runner, tmp_path: Pa
     assert "tokenizer_config.json" in found.json["problems"][0]["problem"]
 
 
+def test_a_manifest_of_another_file_says_how_to_get_rid_of_it(anyckpt: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    assert anyckpt("convert", fixture_path(LLAMA), out, "--to", "safetensors").code == 0
+    shutil.copy(fixture_path(LLAMA) / "model.safetensors", out)
+    found = anyckpt("verify", out, "--json")
+    assert found.code == 1
+    manifest = tmp_path / ".out.safetensors.anyckpt-manifest.json"
+    assert f"delete {manifest}" in found.json["problems"][0]["problem"]
+    manifest.unlink()
+    assert anyckpt("verify", out).code == 0
+
+
 def test_a_damaged_manifest_is_said_and_the_rest_is_checked(anyckpt: Runner, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(fixture_path(LLAMA), out)

@@ -9,7 +9,7 @@ from typing import Any
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.checksum import crc32
-from anyckpt.engine.manifest import check_manifest, read_manifest
+from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
@@ -144,6 +144,8 @@ def _check_digests(path: str, result: Verification, progress: Progress | None) -
     for entry, problem in check_manifest(path, manifest):
         if problem:
             where = entry.name or entry.file if entry is not None else "manifest"
+            if entry is None:
+                problem += f"; if it was replaced on purpose, delete {manifest_path(path)}"
             result.problems.append(Problem(where or os.path.basename(path), problem))
             good = False
         else:
