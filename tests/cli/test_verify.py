@@ -143,7 +143,7 @@ def test_a_file_that_the_manifest_names_is_missing(anyckpt: Runner, tmp_path: Pa
 def test_a_manifest_of_another_file_says_how_to_get_rid_of_it(anyckpt: Runner, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     assert anyckpt("convert", fixture_path(LLAMA), out, "--to", "safetensors").code == 0
-    shutil.copy(fixture_path(LLAMA) / "model.safetensors", out)
+    shutil.copy(fixture_path("families/mistral_swa/hf/model.safetensors"), out)
     found = anyckpt("verify", out, "--json")
     assert found.code == 1
     manifest = tmp_path / ".out.safetensors.anyckpt-manifest.json"
