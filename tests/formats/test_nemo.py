@@ -23,7 +23,6 @@ BASIC = ["nemo1_basic_v2_5_3", "nemo1_basic_v3_0_0"]
 SHARDED = ["nemo1_dist_tp1", "nemo1_dist_tp2"]
 ASR = "asr_ctc_conformer_v3_0_0"
 WHOLE = [*BASIC, *SHARDED, ASR]
-RANKS = ["nemo1_mp_tp2", "nemo1_mp_tp2_pp2"]
 Members = dict[str, bytes]
 
 
@@ -124,13 +123,6 @@ def test_megatron_model_is_recognised() -> None:
         assert checkpoint.layout.tensor_parallel == ranks
         assert checkpoint.tokenizer is not None and checkpoint.tokenizer.library == "sentencepiece"
         assert checkpoint.ignored and all(key.endswith("_extra_state") for key in checkpoint.ignored)
-
-
-@pytest.mark.parametrize("name", RANKS)
-def test_rank_folders_are_named(name: str) -> None:
-    tensor, pipeline = 2, 2 if name.endswith("pp2") else 1
-    with pytest.raises(FormatError, match=rf"tensor parallel {tensor}, pipeline parallel {pipeline}.*_rank_00"):
-        opened(archive_of(name))
 
 
 def test_sharded_plain_tar_is_read_in_place() -> None:

@@ -13,9 +13,10 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError, UsageError
+from anyckpt.formats.unfinished import check_finished
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class WriteOptions:
         max_shard_size: bytes per weight file where the format shards by size (``hf``); None for its default.
         sharded: ``nemo``: write a distributed checkpoint inside the archive instead of one flat file.
         ranks: how many files a distributed checkpoint is spread over.
+        layout: for which ranks ``Checkpoint.ranks`` is cut, None if it is not.
     """
 
     max_shard_size: int | None = None
     sharded: bool = False
     ranks: int = 1
+    layout: ParallelLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Location:
 def look_at(path: str | os.PathLike[str]) -> Location:
     """What is at ``path``.
 
+    NeMo calls a checkpoint of one file per rank ``checkpoints/x.ckpt`` though the files are
+    ``checkpoints/mp_rank_00/x.ckpt`` and so on; the first rank's file is then what is there.
+
     Raises:
         FormatError: nothing is, or it cannot be read.
     """
@@ -70,9 +76,22 @@ def look_at(path: str | os.PathLike[str]) -> Location:
         with open(text, "rb") as file:
             return Location(text, False, head=file.read(512))
     except FileNotFoundError as error:
+        first = _first_rank(text)
+        if first is not None:
+            return look_at(first)
         raise FormatError("does not exist", path=text, remedy="check the path") from error
     except OSError as error:
         raise FormatError(f"cannot be opened: {error.strerror}", path=text) from error
+
+
+def _first_rank(path: str) -> str | None:
+    folder, name = os.path.split(path)
+    try:
+        ranks = sorted(entry for entry in os.listdir(folder or ".") if entry.startswith(("mp_rank_", "tp_rank_")))
+    except OSError:
+        return None
+    files = (os.path.join(folder, rank, name) for rank in ranks)
+    return next((file for file in files if os.path.isfile(file)), None) if name else None
 
 
 @dataclass(frozen=True)
@@ -180,11 +199,17 @@ def detect(location: Location) -> Format:
     )
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     """Open whatever is at ``path``.
 
+    Args:
+        path: a file or directory.
+        force: open a checkpoint that NeMo marked as unfinished, too.
+
     Raises:
-        FormatError: it is not a checkpoint, or a damaged one.
+        FormatError: it is not a checkpoint, a damaged one, or an unfinished one.
     """
     location = look_at(path)
+    if not force:
+        check_finished(location.path)
     return detect(location).read(location)

@@ -17,14 +17,18 @@ from anyckpt.layout.from_nemo_config import geometry_from_nemo, parallelism_from
 _STATE = "optimizer state of one rank"
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     """Whatever is at ``path``, with the global tensors under the hub's names if its files are of ranks.
+
+    Args:
+        path: a file or directory.
+        force: open a checkpoint that NeMo marked as unfinished, too.
 
     Raises:
         FormatError: it is not a checkpoint, or a damaged one.
         MappingError: ranks, layers or experts are missing, or the files contradict the layout.
     """
-    return join_ranks(registry.read(path))
+    return join_ranks(registry.read(path, force=force))
 
 
 def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None) -> Checkpoint:

@@ -1,6 +1,6 @@
 """Checkpoints of (PyTorch) Lightning: a file, or a directory ``*.ckpt`` of ``meta.pt`` and distributed shards."""
 
-from anyckpt.formats.lightning.read import detect, read
+from anyckpt.formats.lightning.ranks import detect, read
 from anyckpt.formats.lightning.write import plan
 from anyckpt.formats.registry import Format
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum
+from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, StoredChecksum
 from anyckpt.engine.manifest import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_core.reader import read_torch_dist
@@ -21,18 +22,24 @@ from anyckpt.formats.nemo.container import (
     open_container,
 )
 from anyckpt.formats.nemo.tokenizer import read_tokenizer
+from anyckpt.formats.rank_files import (
+    Chunk,
+    Place,
+    by_place,
+    check_places,
+    has_local_norms,
+    rank_shards,
+    with_virtual,
+)
 from anyckpt.formats.registry import Location
-from anyckpt.formats.torch_file import read_torch
+from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.plain_yaml import load_yaml_mapping
+from anyckpt.storage.folder import Folder
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
-_RANK_FOLDER = re.compile(
-    r"^(?:mp_rank_(?P<rank>\d+)|tp_rank_(?P<tensor>\d+)_pp_rank_(?P<pipeline>\d+))(?:_fsdp_shard_\d+)?/"
-    r"|^fsdp_shard_\d+/"
-)
 _FLAT_NAME = re.compile(r"^model\.(?:module\.)?(?:decoder|embedding|output_layer)\.")
 _EXTRA_STATE = re.compile(r"(^|\.)_extra_state$")
 _EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
@@ -51,13 +58,17 @@ class _Weights:
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     checksums: Callable[[], Iterable[StoredChecksum]] = tuple
+    ranks: tuple[RankShard, ...] = ()
 
 
 def read(location: Location) -> Checkpoint:
     """Open a ``.nemo`` file or an unpacked one.
 
+    Where it has a folder per rank, ``tensors`` lists what is stored by folder, and ``ranks`` has the weights under
+    the hub's names.
+
     Raises:
-        FormatError: the archive is damaged, has no configuration or no weights, or divides them over rank folders.
+        FormatError: the archive is damaged, has no configuration or no weights, or lacks ranks.
         UnsafeError: a member is a link, climbs out, is there twice; or the configuration is a bomb.
     """
     container = open_container(location)
@@ -65,11 +76,13 @@ def read(location: Location) -> Checkpoint:
     names = list(container.members) if container.members else list(folder.names())
     files = [name for name in names if not (container.members and container.members[name].is_directory)]
     config = read_config(container, files)
-    weights = _read_weights(container, files, location.path)
+    weights = _read_weights(container, files, config, location.path)
     others = {
         name: folder.open(name)
         for name in files
-        if name not in (CONFIG, FLAT_WEIGHTS, MANIFEST_NAME) and not name.startswith(f"{SHARDED_WEIGHTS}/")
+        if name not in (CONFIG, FLAT_WEIGHTS, MANIFEST_NAME)
+        and not name.startswith(f"{SHARDED_WEIGHTS}/")
+        and not name.endswith(f"/{FLAT_WEIGHTS}")
     }
     tokenizer = read_tokenizer(config, others)
     missing = missing_artifacts(config, others)
@@ -100,6 +113,7 @@ def read(location: Location) -> Checkpoint:
             "members": [{"name": name, "bytes": source.size} for name, source in _sized(container, files)],
         },
         checksums=weights.checksums,
+        ranks=weights.ranks,
     )
 
 
@@ -124,10 +138,11 @@ def read_config(container: Container, files: list[str]) -> dict[str, Any]:
     return load_yaml_mapping(source.read_all(limit=64 << 20), source.name)
 
 
-def _read_weights(container: Container, files: list[str], path: str) -> _Weights:
+def _read_weights(container: Container, files: list[str], config: dict[str, Any], path: str) -> _Weights:
     flat = FLAT_WEIGHTS in files
     sharded = any(name.startswith(f"{SHARDED_WEIGHTS}/") for name in files)
-    ranks = [found for name in files if (found := _RANK_FOLDER.match(name))]
+    folders = (name.removesuffix(f"/{FLAT_WEIGHTS}") for name in files if name.endswith(f"/{FLAT_WEIGHTS}"))
+    ranks = by_place(folders)
     if flat + sharded + bool(ranks) > 1:
         raise FormatError(
             "holds weights in more than one layout",
@@ -136,7 +151,7 @@ def _read_weights(container: Container, files: list[str], path: str) -> _Weights
             found=", ".join(name for name in files if name.endswith(FLAT_WEIGHTS) or SHARDED_WEIGHTS in name)[:200],
         )
     if ranks:
-        raise _rank_folders(ranks, path)
+        return _read_ranks(container.folder, ranks, config, path)
     if flat:
         return _read_flat(container.folder.open(FLAT_WEIGHTS))
     if sharded:
@@ -144,33 +159,54 @@ def _read_weights(container: Container, files: list[str], path: str) -> _Weights
     raise FormatError(
         "has no weights",
         path=path,
-        expected=f"{FLAT_WEIGHTS} or {SHARDED_WEIGHTS}/",
+        expected=f"{FLAT_WEIGHTS}, {SHARDED_WEIGHTS}/ or rank folders",
         found=", ".join(files[:5]),
         remedy="copy it again from its origin",
     )
 
 
-def _rank_folders(ranks: list[re.Match[str]], path: str) -> FormatError:
-    tensor = 1 + max(int(found["tensor"] or found["rank"] or 0) for found in ranks)
-    pipeline = 1 + max(int(found["pipeline"] or 0) for found in ranks)
-    return FormatError(
-        f"holds one weight file per rank (tensor parallel {tensor}, pipeline parallel {pipeline}), "
-        "which cannot be joined yet",
-        path=path,
-        expected=f"{FLAT_WEIGHTS} or {SHARDED_WEIGHTS}/",
-        found=ranks[0][0],
-        remedy="load it in the NeMo that wrote it, at that parallel size, and save it with use_dist_ckpt true",
+def _read_ranks(folder: Folder, ranks: dict[Place, str], config: dict[str, Any], path: str) -> _Weights:
+    """A state dict for each rank."""
+    layout = check_places(ranks, config, path)
+    tensors: dict[str, LazyTensor] = {}
+    warnings: list[str] = []
+    opened: list[TorchContents] = []
+    chunks: list[Chunk] = []
+    for place, rank in ranks.items():
+        name = f"{rank}/{FLAT_WEIGHTS}"
+        contents = read_torch(folder.open(name))
+        root = _state_dict(contents.root, name)
+        opened.append(contents)
+        warnings += [warning for warning in contents.warnings if warning not in warnings]
+        chunks.append(Chunk(place, 0, root, name))
+        for keys, tensor in find_leaves(dict(root), lambda value: isinstance(value, LazyTensor)):
+            tensors[".".join(map(str, (rank, *keys)))] = tensor
+    layout = with_virtual(layout, chunks, config, path)
+    ignored: dict[str, str] = {}
+    shards = rank_shards(chunks, config, layout, ignored)
+    return _Weights(
+        tensors,
+        "ranks",
+        None,
+        layout=layout,
+        warnings=warnings,
+        ignored=ignored,
+        details={"rank_folders": len(ranks), "local_norms": has_local_norms(chunks)},
+        checksums=lambda: chain.from_iterable(map(stored_checksums, opened)),
+        ranks=shards,
     )
+
+
+def _state_dict(root: Any, name: str) -> dict[Any, Any]:
+    if not isinstance(root, dict):
+        raise FormatError("does not hold a state dict", path=name, expected="a dictionary", found=type(root).__name__)
+    return root
 
 
 def _read_flat(source: ByteSource) -> _Weights:
     """``torch.save(state_dict)``; the top level is the state dict."""
     contents = read_torch(source)
-    root = contents.root
-    if not isinstance(root, dict):
-        raise FormatError(
-            "does not hold a state dict", path=source.name, expected="a dictionary", found=type(root).__name__
-        )
+    root = _state_dict(contents.root, source.name)
     tensors: dict[str, LazyTensor] = {}
     holders: set[Any] = set()
     for keys, tensor in find_leaves(dict(root), lambda value: isinstance(value, LazyTensor)):

@@ -11,6 +11,8 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Part, Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.megatron_core.writer import torch_dist_files
+from anyckpt.formats.megatron_lm.modules import with_extra_states
+from anyckpt.formats.megatron_lm.names import part_norms
 from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import (
     GPT_TARGET,
@@ -21,6 +23,7 @@ from anyckpt.formats.nemo.config import (
 )
 from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS
 from anyckpt.formats.nemo.tokenizer import has_prefix, write_tokenizer
+from anyckpt.formats.rank_files import Place, folder_name
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file import zip_parts
 from anyckpt.formats.torch_file.writer import ALIGNMENT, PAGE
@@ -34,15 +37,24 @@ _NO_ARTIFACT = "its configuration does not refer to it"
 
 
 def dialect(options: WriteOptions) -> str | None:
-    """Megatron names begin with ``model.``; layers are stacked in a distributed checkpoint only."""
+    """Megatron names begin with ``model.``; layers are stacked in a distributed checkpoint only.
+
+    Ranks are cut under the hub's names.
+    """
+    if options.layout is not None and not options.sharded:
+        return "hub"
     return "nemo-sharded" if options.sharded else "nemo-flat"
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """One tar archive: ``./model_config.yaml``, artifacts, then ``./model_weights.ckpt`` or ``./model_weights/``.
 
+    A checkpoint with ``ranks`` gets a folder for each, ``./mp_rank_00/model_weights.ckpt``, or
+    ``./tp_rank_00_pp_rank_000/model_weights.ckpt`` with a pipeline, as NeMo saves a model without
+    ``use_dist_ckpt``.
+
     Raises:
-        UsageError: there is no configuration, or one that NeMo does not know.
+        UsageError: there is no configuration, or one that NeMo does not know; or NeMo has no files for such ranks.
         FormatError: the configuration refers to a file that the source lacks.
     """
     config = _configuration(checkpoint)
@@ -59,6 +71,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             ignored[name] = _NO_ARTIFACT
     _check_artifacts(config, members, checkpoint.path)
     _complete(config, notes)
+    states = _rank_states(checkpoint, config, notes) if checkpoint.ranks else {}
 
     archive = ArchiveWriter()
     archive.add_directory(".")
@@ -68,7 +81,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     extra = _SHARDED_EXTRA if options.sharded else _FLAT_EXTRA
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects if extra.search(name)}
     ignored.update({name: _NO_PLACE for name in checkpoint.objects if name not in objects})
-    if options.sharded:
+    if states:
+        for folder, state in states.items():
+            archive.add_directory(f"./{folder}")
+            _add_state(archive, f"./{folder}/{FLAT_WEIGHTS}", state, folder)
+    elif options.sharded:
         _add_sharded(archive, checkpoint, objects, options)
     else:
         _add_flat(archive, checkpoint, objects)
@@ -116,14 +133,57 @@ def _complete(config: dict[str, Any], notes: list[str]) -> None:
         config["nemo_version"] = NEMO_VERSION
 
 
+def _rank_states(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
+    """Folder -> state dict of each rank; the configuration is changed to describe the layout.
+
+    Norms have modules of their own if the source's had, or if the configuration does not ask for Transformer Engine.
+    """
+    layout = checkpoint.layout
+    if layout.virtual_pipeline > 1 or layout.expert_parallel > 1:
+        raise UsageError(
+            "a .nemo has no files for ranks of a virtual pipeline or with different experts",
+            path=checkpoint.path,
+            expected="virtual pipeline and expert parallel size 1",
+            found=f"{layout.virtual_pipeline} and {layout.expert_parallel}",
+            remedy="choose --sharded, which any parallel size loads",
+        )
+    config.update(
+        tensor_model_parallel_size=layout.tensor_parallel, pipeline_model_parallel_size=layout.pipeline_parallel
+    )
+    if config.get("virtual_pipeline_model_parallel_size") is not None:
+        config["virtual_pipeline_model_parallel_size"] = None
+    if is_megatron_config(config) and not config.get("mcore_gpt"):
+        config["mcore_gpt"] = True
+        notes.append("names are Megatron-Core's: mcore_gpt is set to true")
+    local = checkpoint.details.get("local_norms", not config.get("transformer_engine"))
+    states: dict[str, dict[str, Any]] = {}
+    for shard in sorted(checkpoint.ranks, key=lambda shard: (shard.tensor_rank, shard.pipeline_rank)):
+        place = Place(shard.tensor_rank, shard.pipeline_rank)
+        folder = folder_name(place, layout.pipeline_parallel)
+        if folder in states or place.tensor >= layout.tensor_parallel or place.pipeline >= layout.pipeline_parallel:
+            raise UsageError("a rank lies outside the layout or is there twice", expected=str(layout), found=folder)
+        own = part_norms(shard.tensors) if local else shard.tensors
+        states[folder] = {f"model.{name}": value for name, value in with_extra_states(own)}
+    return states
+
+
 def _add_flat(archive: ArchiveWriter, checkpoint: Checkpoint, objects: Mapping[str, Any]) -> None:
-    state: dict[str, Any] = {**checkpoint.tensors, **objects}
+    _add_state(archive, f"./{FLAT_WEIGHTS}", {**checkpoint.tensors, **objects})
+
+
+def _add_state(archive: ArchiveWriter, name: str, state: dict[str, Any], folder: str = "") -> None:
+    """A state dict; tensors are called as they are read, behind the rank's folder."""
 
     def lay_out(offset: int, aligned: bool) -> Sequence[Part]:
-        page = PAGE if aligned else ALIGNMENT
-        return zip_parts(state, archive_name=SHARDED_WEIGHTS, file_offset=offset, page=page)
+        return zip_parts(
+            state,
+            archive_name=SHARDED_WEIGHTS,
+            file_offset=offset,
+            page=PAGE if aligned else ALIGNMENT,
+            tensor_name=lambda path: ".".join(map(str, (*([folder] if folder else []), *path))),
+        )
 
-    archive.add(f"./{FLAT_WEIGHTS}", lay_out)
+    archive.add(name, lay_out)
 
 
 def _add_sharded(

@@ -1,0 +1,191 @@
+"""Lightning checkpoints of one file per rank, as NeMo 1 saves model-parallel training: ``mp_rank_00/x.ckpt``.
+
+``checkpoints/`` has a folder for each rank, and each of them a file for each checkpoint.  Opening one rank's file
+opens all of that name; so does opening ``checkpoints/`` if there is only one name in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import FormatError
+from anyckpt.formats.lightning import read as single
+from anyckpt.formats.lightning.keys import STATE_DICT, TRAINING_STATE
+from anyckpt.formats.rank_files import Chunk, Place, by_place, check_places, parse_folder, rank_shards, with_virtual
+from anyckpt.formats.registry import Location, look_at
+from anyckpt.formats.torch_file import TorchContents, read_torch
+from anyckpt.formats.torch_file.format import stored_checksums
+from anyckpt.formats.torch_file.tree import flatten
+from anyckpt.formats.unfinished import check_finished, marker_path
+from anyckpt.plain_yaml import load_yaml_mapping
+from anyckpt.storage.source import LocalFile
+from anyckpt.tensor import LazyTensor
+
+_CHUNK = re.compile(r"model(\d{1,4})", re.ASCII)
+_HYPER_PARAMETERS_FILE = "hparams.yaml"
+_HYPER_PARAMETERS_LIMIT = 64 << 20
+_LAST = "-last"
+_EMA = "-EMA"
+
+
+def detect(location: Location) -> bool:
+    """A Lightning checkpoint, or a directory whose rank folders have them."""
+    if location.is_directory and any(_names_in(location.path, folder) for folder in _rank_folders(location.names)):
+        return True
+    return single.detect(location)
+
+
+def read(location: Location) -> Checkpoint:
+    """Open a Lightning checkpoint, of one rank or of all; a folder's only one that NeMo did not mark as unfinished.
+
+    Of all ranks, ``tensors`` lists what is stored, by rank folder, and ``ranks`` has the weights under the hub's
+    names; ``objects`` has what rank 0's file holds besides, and each rank's training state by its folder.  The
+    configuration is in the files, or in a ``hparams.yaml`` beside the rank folders or one level above.
+
+    Raises:
+        FormatError: a file is truncated or damaged, a rank is missing or of another step, or there are several
+            checkpoints to choose from.
+    """
+    if location.is_directory:
+        folders = _rank_folders(location.names)
+        return (
+            _read_ranks(location.path, _only_name(location, folders), location.path) if folders else _marked(location)
+        )
+    folder, name = os.path.split(os.path.abspath(location.path))
+    if parse_folder(os.path.basename(folder)) is None:
+        return _marked(location)
+    return _read_ranks(os.path.dirname(folder), name, location.path)
+
+
+def _marked(location: Location) -> Checkpoint:
+    checkpoint = single.read(location)
+    if checkpoint.format != "lightning":
+        return checkpoint
+    return replace(checkpoint, details={**checkpoint.details, **_markers(os.path.basename(location.path))})
+
+
+def _markers(name: str) -> dict[str, bool]:
+    """What NeMo's name of a checkpoint says: ``x-last.ckpt``, ``x-last-EMA.ckpt``."""
+    stem = name.removesuffix(".ckpt")
+    return {"last": stem.removesuffix(_EMA).endswith(_LAST), "averaged_weights": stem.endswith(_EMA)}
+
+
+def _rank_folders(names: Iterable[str]) -> list[str]:
+    return [name for name in names if re.match(r"(mp|tp)_rank_\d", name) and parse_folder(name) is not None]
+
+
+def _names_in(root: str, folder: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(os.path.join(root, folder)) if name.endswith(".ckpt"))
+    except OSError:
+        return []
+
+
+def _only_name(location: Location, folders: list[str]) -> str:
+    every = sorted({name for folder in folders for name in _names_in(location.path, folder)})
+    names = [name for name in every if not os.path.lexists(marker_path(location.join(name)))]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        check_finished(location.join(every[-1]))
+    raise FormatError(
+        "holds several checkpoints",
+        path=location.path,
+        expected="the name of one of them",
+        found=", ".join(names[:8]) + (" ..." if names[8:] else ""),
+        remedy=f"open {location.join(names[-1])}",
+    )
+
+
+def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
+    found = by_place(
+        folder for folder in _rank_folders(sorted(os.listdir(root))) if os.path.isfile(os.path.join(root, folder, name))
+    )
+    files = {place: os.path.join(root, folder, name) for place, folder in found.items()}
+    first = single.read(look_at(next(iter(files.values()))))
+    config, kind = _configuration(first, root)
+    layout = check_places(files, config, root)
+    tensors: dict[str, LazyTensor] = {}
+    objects = {key: value for key, value in first.objects.items() if not key.startswith(TRAINING_STATE)}
+    warnings: list[str] = []
+    chunks: list[Chunk] = []
+    opened: list[TorchContents] = []
+    for place, file in files.items():
+        contents = read_torch(LocalFile(file))
+        opened.append(contents)
+        warnings += [warning for warning in contents.warnings if warning not in warnings]
+        state = contents.root if isinstance(contents.root, dict) else {}
+        _check_step(first, state, file)
+        chunks += _chunks(place, state, file)
+        flat = flatten(state, file)
+        tensors.update((f"{found[place]}/{key}", tensor) for key, tensor in flat.tensors.items())
+        objects.update((f"{found[place]}/{key}", state[key]) for key in TRAINING_STATE if key in state)
+    layout = with_virtual(layout, chunks, config, root)
+    ignored = dict(first.ignored)
+    return replace(
+        first,
+        path=path,
+        tensors=tensors,
+        model_prefix="",
+        state_prefixes=tuple(f"{folder}/{key}" for folder in found.values() for key in TRAINING_STATE),
+        objects=objects,
+        config=config,
+        config_kind=kind,
+        layout=layout,
+        warnings=warnings,
+        details={
+            **{key: value for key, value in first.details.items() if key not in ("key_paths", "original_keys")},
+            **_markers(name),
+            "rank_folders": len(files),
+        },
+        ranks=rank_shards(chunks, config, layout, ignored),
+        ignored=ignored,
+        optimizer=None,
+        checksums=lambda: chain.from_iterable(map(stored_checksums, opened)),
+    )
+
+
+def _configuration(first: Checkpoint, root: str) -> tuple[dict[str, Any], str | None]:
+    """The model's configuration: in the file, or in NeMo's file of hyper-parameters."""
+    if first.config:
+        return first.config, first.config_kind
+    for folder in (root, os.path.dirname(os.path.abspath(root))):
+        file = os.path.join(folder, _HYPER_PARAMETERS_FILE)
+        if os.path.isfile(file):
+            values = load_yaml_mapping(LocalFile(file).read_all(_HYPER_PARAMETERS_LIMIT), file)
+            config = values["cfg"] if isinstance(values.get("cfg"), dict) else values
+            return config, "nemo1"
+    return {}, None
+
+
+def _check_step(first: Checkpoint, state: Mapping[Any, Any], file: str) -> None:
+    step = state.get("global_step")
+    if step != first.training.step:
+        raise FormatError(
+            "ranks are of different steps",
+            path=file,
+            expected=f"global_step {first.training.step}, as in {first.path}",
+            found=step if type(step) is int else "none",
+            remedy="gather the ranks of one save",
+        )
+
+
+def _chunks(place: Place, state: Mapping[Any, Any], file: str) -> list[Chunk]:
+    """The rank's state dict, or with virtual pipeline those under ``model0`` and following."""
+    numbered = {
+        int(match[1]): value
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, dict) and (match := _CHUNK.fullmatch(key))
+    }
+    if not numbered:
+        own = state.get(STATE_DICT)
+        if not isinstance(own, dict):
+            raise FormatError("is a Lightning checkpoint without weights", path=file, expected=STATE_DICT)
+        numbered = {0: own}
+    return [Chunk(place, number, value, file) for number, value in sorted(numbered.items())]

@@ -1,0 +1,280 @@
+"""Files of one rank each, as NeMo 1 lays them out: in a ``.nemo``, and beside it as Lightning checkpoints.
+
+A rank's folder is ``mp_rank_TT`` without a pipeline and ``tp_rank_TT_pp_rank_PPP`` with one
+(``NLPSaveRestoreConnector`` and ``inject_model_parallel_rank`` of NeMo 1.0 to 2.5).  Layers are numbered from 0 on
+every stage.  Names are Megatron-Core's behind ``model.`` (``model.module.`` with ``megatron_amp_O2``), or those of
+NeMo's own Megatron modules (``model.language_model.encoder.layers.0.mlp.dense_h_to_4h``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anyckpt.checkpoint import ParallelLayout, RankShard
+from anyckpt.errors import FormatError
+from anyckpt.formats.megatron_lm.names import hub_names
+from anyckpt.formats.megatron_lm.projections import grouped
+from anyckpt.formats.torch_file.values import brief
+from anyckpt.tensor import LazyTensor, concatenate
+
+_FOLDER = re.compile(
+    r"(?:mp_rank_(?P<rank>\d{2,5})|tp_rank_(?P<tensor>\d{2,5})_pp_rank_(?P<pipeline>\d{3,5}))", re.ASCII
+)
+_SHARD_OF_FSDP = re.compile(r"(?:.*_)?fsdp_shard_\d+", re.ASCII)
+_WRAPPERS = ("model.", "module.")
+_UP = re.compile(r"^(?P<module>.*\.(?:dense_h_to_4h))_2\.(?P<kind>weight|bias)$")
+_EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
+_FREQUENCIES_REASON = "computed from the configuration"
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+_VIRTUAL = "virtual_pipeline_model_parallel_size"
+_EXPERT = "expert_model_parallel_size"
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Which rank a file is of.
+
+    Attributes:
+        tensor: tensor-parallel rank.
+        pipeline: pipeline stage.
+    """
+
+    tensor: int
+    pipeline: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one rank, or one virtual pipeline chunk of it, stores.
+
+    Attributes:
+        place: the rank.
+        number: the chunk, 0 without virtual pipeline.
+        state: the state dict; dictionaries inside it are modules.
+        source: the file, for messages.
+    """
+
+    place: Place
+    number: int
+    state: Mapping[Any, Any]
+    source: str
+
+
+def parse_folder(name: str) -> Place | None:
+    """The rank whose folder it is, None if it is not one.
+
+    Raises:
+        FormatError: it is of torch's fully sharded data parallelism, whose shards cut across tensors.
+    """
+    found = _FOLDER.fullmatch(name)
+    if found is not None:
+        return Place(int(found["tensor"] or found["rank"]), int(found["pipeline"] or 0))
+    if _SHARD_OF_FSDP.fullmatch(name):
+        raise FormatError(
+            "is a shard of torch's fully sharded data parallelism, which only the writer's world can join",
+            path=name,
+            remedy="load it in the NeMo that wrote it and save it with a full state dict",
+        )
+    return None
+
+
+def folder_name(place: Place, pipeline_parallel: int) -> str:
+    """The folder of a rank."""
+    if pipeline_parallel > 1:
+        return f"tp_rank_{place.tensor:02d}_pp_rank_{place.pipeline:03d}"
+    return f"mp_rank_{place.tensor:02d}"
+
+
+def by_place(folders: Iterable[str]) -> dict[Place, str]:
+    """Rank -> its folder, sorted by rank; names that are no rank's folder are left out.
+
+    Raises:
+        FormatError: two folders are of one rank, or one is of fully sharded data parallelism.
+    """
+    found: dict[Place, str] = {}
+    for folder in folders:
+        place = parse_folder(folder)
+        if place is None:
+            continue
+        if place in found:
+            raise FormatError(
+                "two folders are of the same rank", path=folder, found=f"{found[place]} and {folder}",
+                remedy="remove the one that is of another save",
+            )  # fmt: skip
+        found[place] = folder
+    return dict(sorted(found.items()))
+
+
+def check_places(places: Iterable[Place], config: Mapping[str, Any], path: str) -> ParallelLayout:
+    """The layout of the files, every rank of which is there.
+
+    Args:
+        places: those of the files.
+        config: NeMo 1's configuration; what it leaves out, the folders tell.
+        path: where the folders are.
+
+    Raises:
+        FormatError: a folder is missing, or is of a rank that the configuration does not have.
+    """
+    found = set(places)
+    sizes = [_size(config, key, path) for key in _SIZES]
+    tensor = sizes[0] or 1 + max(place.tensor for place in found)
+    pipeline = sizes[1] or 1 + max(place.pipeline for place in found)
+    says = f"tensor parallel {tensor} x pipeline parallel {pipeline}"
+    says += " by the configuration" if any(sizes) else " by the folders' names"
+    for place in sorted(found):
+        if place.tensor >= tensor or place.pipeline >= pipeline:
+            held = 1 + max(p.tensor for p in found), 1 + max(p.pipeline for p in found)
+            raise FormatError(
+                "the rank folders and the configuration contradict each other",
+                path=path,
+                expected=says,
+                found=f"folders of tensor parallel {held[0]} x pipeline parallel {held[1]}",
+                remedy="gather the ranks of one save, and its own configuration",
+            )
+    for rank in range(tensor * pipeline):
+        place = Place(rank % tensor, rank // tensor)
+        if place not in found:
+            raise FormatError(
+                "a rank folder is missing",
+                path=path,
+                expected=f"{folder_name(place, pipeline)}: {says}",
+                found=f"{len(found)} rank folders",
+                remedy="copy the folders of all ranks here",
+            )
+    if (_size(config, _EXPERT, path) or 1) > 1:
+        raise FormatError(
+            "has one folder for ranks that hold different experts",
+            path=path,
+            expected="expert_model_parallel_size 1 in the configuration",
+            found=config[_EXPERT],
+            remedy="load it in the NeMo that wrote it and save it with use_dist_ckpt true",
+        )
+    return ParallelLayout(tensor, pipeline)
+
+
+def with_virtual(
+    layout: ParallelLayout, chunks: Sequence[Chunk], config: Mapping[str, Any], path: str
+) -> ParallelLayout:
+    """The layout with the virtual pipeline that the chunks show.
+
+    Raises:
+        FormatError: the configuration says otherwise; then nothing tells which layers a file has.
+    """
+    found = 1 + max((chunk.number for chunk in chunks), default=0)
+    stated = _size(config, _VIRTUAL, path) or 1
+    if layout.pipeline_parallel > 1 and found != stated:
+        raise FormatError(
+            "the rank files and the configuration contradict each other on the virtual pipeline",
+            path=path,
+            expected=f"{_VIRTUAL} {stated}, by the configuration",
+            found=f"{found} chunk(s) in each file",
+            remedy="give the configuration that the files were saved with",
+        )
+    return ParallelLayout(layout.tensor_parallel, layout.pipeline_parallel, found)
+
+
+def rank_shards(
+    chunks: Sequence[Chunk], config: Mapping[str, Any], layout: ParallelLayout, ignored: dict[str, str]
+) -> tuple[RankShard, ...]:
+    """The ranks' weights under the hub's names.
+
+    Args:
+        chunks: every rank's.
+        config: NeMo 1's configuration: ``megatron_legacy`` is for models from before October 2020, whose fused
+            projections have all queries, then all keys, then all values of the rank.
+        layout: of the files.
+        ignored: gets the names that carry no weights, with the reason.
+
+    Raises:
+        FormatError: something is no dense tensor, or two names are of the same weight.
+    """
+    stored = [_joined_halves(_weights(chunk, ignored), chunk.source) for chunk in chunks]
+    renamed = hub_names(stored, [chunk.source for chunk in chunks])
+    heads = 0
+    if config.get("megatron_legacy"):
+        stated = config.get("num_attention_heads")
+        if type(stated) is not int or stated < 1 or stated % layout.tensor_parallel:
+            raise FormatError(
+                "num_attention_heads is needed to order the rows of attention projections of a megatron_legacy model",
+                path=chunks[0].source,
+                expected=f"a multiple of tensor parallel size {layout.tensor_parallel}",
+                found=brief(stated),
+            )
+        heads = stated // layout.tensor_parallel
+    shards = [
+        RankShard(chunk.place.tensor, chunk.place.pipeline, chunk.number, 0, own, chunk.source)
+        for chunk, own in zip(chunks, renamed, strict=True)
+    ]
+    return tuple(grouped(shard, 0.0, heads) for shard in shards) if heads else tuple(shards)
+
+
+def has_local_norms(chunks: Sequence[Chunk]) -> bool:
+    """Whether norms have modules of their own, as in Megatron-Core's layers without Transformer Engine."""
+    return any(str(name).endswith(".input_layernorm.weight") for chunk in chunks for name in chunk.state)
+
+
+def _weights(chunk: Chunk, ignored: dict[str, str]) -> dict[str, LazyTensor]:
+    """A chunk's weights by dotted names without wrappers."""
+    flat: dict[str, Any] = {}
+    todo: list[tuple[str, Any, int]] = [("", chunk.state, 0)]
+    while todo:
+        prefix, value, depth = todo.pop()
+        if not isinstance(value, dict):
+            flat[prefix] = value
+        elif depth > 16:
+            raise FormatError("the model is nested too deep", path=chunk.source, tensor=prefix)
+        else:
+            parts = [(f"{prefix}.{name}" if prefix else str(name), part, depth + 1) for name, part in value.items()]
+            todo.extend(reversed(parts))
+    cut = 0
+    while any(flat and all(name.startswith(wrapper, cut) for name in flat) for wrapper in _WRAPPERS):
+        cut = next(iter(flat)).index(".", cut) + 1
+    weights: dict[str, LazyTensor] = {}
+    for name, value in flat.items():
+        short = name[cut:].replace("._orig_mod", "")
+        if "_extra_state" in short.rpartition(".")[2]:
+            ignored[short] = _EXTRA_REASON
+        elif short.endswith("rotary_pos_emb.inv_freq"):
+            ignored[short] = _FREQUENCIES_REASON
+        elif not isinstance(value, LazyTensor):
+            raise FormatError("is not a dense tensor", path=chunk.source, tensor=name, found=brief(value))
+        elif short in weights:
+            raise FormatError("holds a weight under two names", path=chunk.source, tensor=short)
+        else:
+            weights[short] = value
+    return weights
+
+
+def _joined_halves(weights: dict[str, LazyTensor], source: str) -> dict[str, LazyTensor]:
+    """With ``dense_h_to_4h`` and ``dense_h_to_4h_2``, a rank's gate and up projection apart, in one tensor."""
+    ups = {name: found for name in weights if (found := _UP.match(name)) is not None}
+    result = {name: tensor for name, tensor in weights.items() if name not in ups}
+    for name, found in ups.items():
+        gate = f"{found['module']}.{found['kind']}"
+        if (
+            gate not in weights
+            or weights[gate].shape != weights[name].shape
+            or weights[gate].dtype != weights[name].dtype
+        ):
+            raise FormatError(
+                "is the second half of a gated layer whose first half is missing or different",
+                path=source,
+                tensor=name,
+                expected=f"{gate} of shape {weights[name].shape}",
+                found=weights[gate].shape if gate in weights else "no such tensor",
+            )
+        result[gate] = concatenate([weights[gate], weights[name]], 0)
+    return result
+
+
+def _size(config: Mapping[str, Any], key: str, path: str) -> int | None:
+    value = config.get(key)
+    if value is None or (type(value) is int and 0 < value <= 1 << 16):
+        return value
+    raise FormatError(
+        f"{key} in the configuration is not possible", path=path, expected="a number of ranks", found=brief(value)
+    )
