@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +17,12 @@ from tests.formats.megatron_lm_files import FILE, open_layout  # noqa: E402
 from tests.formats.test_megatron_lm_reader import MCORE  # noqa: E402
 from tests.support import fixture_path, write_plan  # noqa: E402
 
-from anyckpt.checkpoint import ParallelLayout  # noqa: E402
 from anyckpt.formats.megatron_lm import FORMAT  # noqa: E402
 from anyckpt.formats.megatron_lm.buffers import Rule, starts  # noqa: E402
 from anyckpt.formats.registry import WriteOptions  # noqa: E402
-from anyckpt.layout import Parallelism, cut  # noqa: E402
-from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args  # noqa: E402
-from anyckpt.operations.open import geometry_of, open_checkpoint  # noqa: E402
+from anyckpt.layout import Parallelism  # noqa: E402
+from anyckpt.operations.open import open_checkpoint  # noqa: E402
+from anyckpt.operations.recut import cut_for_ranks  # noqa: E402
 
 pytestmark = pytest.mark.peer
 
@@ -115,18 +113,8 @@ def test_megatron_core_loads_a_merged_model_strictly(name: str, one_process: Non
     """Merged to one rank and written; every key that its modules ask for is there, and no other."""
     source = fixture_path(f"legacy/megatron_{name}")
     checkpoint = open_checkpoint(source)
-    alone = Parallelism()
-    shards = cut(
-        checkpoint.tensors, alone, geometry_of(checkpoint), spelling=expert_spelling_from_args(checkpoint.config)
-    )
-    cut_again = replace(
-        checkpoint,
-        ranks=tuple(shards),
-        layout=ParallelLayout(),
-        config={**checkpoint.config, **args_from_parallelism(alone)},
-    )
     assert FORMAT.plan is not None
-    output = write_plan(FORMAT.plan(cut_again, WriteOptions()), tmp_path / "out")
+    output = write_plan(FORMAT.plan(cut_for_ranks(checkpoint, Parallelism()), WriteOptions()), tmp_path / "out")
     loaded = load(next(output.glob(f"*/mp_rank_00/{FILE}")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

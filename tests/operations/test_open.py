@@ -13,14 +13,14 @@ from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture, ope
 from tests.formats.test_megatron_lm_reader import MCORE
 from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, sha256_of, write_plan
 
-from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.megatron_lm import FORMAT
 from anyckpt.formats.megatron_lm.names import fuse_norms
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.layout import Parallelism, cut
-from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args
-from anyckpt.operations.open import geometry_of, join_ranks, open_checkpoint, parallelism_of
+from anyckpt.layout import Parallelism
+from anyckpt.layout.from_megatron_args import args_from_parallelism
+from anyckpt.operations.open import join_ranks, open_checkpoint, parallelism_of
+from anyckpt.operations.recut import cut_for_ranks
 
 OLD = tuple(f"oldnames_v{version}" for version in range(4))
 
@@ -48,35 +48,21 @@ def test_joined_tensors_are_the_model(name: str) -> None:
     assert checkpoint.format == "megatron-lm"
 
 
-def recut(checkpoint: Checkpoint, parallelism: Parallelism) -> Checkpoint:
-    """The checkpoint with a joined model's tensors cut for other ranks, ready to be planned."""
-    shards = cut(
-        checkpoint.tensors, parallelism, geometry_of(checkpoint), spelling=expert_spelling_from_args(checkpoint.config)
-    )
-    layout = ParallelLayout(
-        parallelism.tensor_parallel, parallelism.pipeline_parallel, parallelism.virtual_pipeline,
-        parallelism.expert_parallel,
-    )  # fmt: skip
-    return replace(
-        checkpoint,
-        ranks=tuple(shards),
-        layout=layout,
-        config={**checkpoint.config, **args_from_parallelism(parallelism)},
-    )
-
-
 @pytest.mark.parametrize("name", MCORE)
 def test_cutting_again_gives_the_rank_files(name: str, tmp_path: Path) -> None:
     source = fixture_path(f"legacy/megatron_{name}")
     checkpoint = open_checkpoint(source)
     assert FORMAT.plan is not None
-    output = write_plan(FORMAT.plan(recut(checkpoint, parallelism_of(checkpoint)), WriteOptions()), tmp_path / "out")
+    output = write_plan(
+        FORMAT.plan(cut_for_ranks(checkpoint, parallelism_of(checkpoint)), WriteOptions()), tmp_path / "out"
+    )
     theirs = sorted(path.relative_to(source) for path in source.glob(f"*/*/{FILE}"))
     assert sorted(path.relative_to(output) for path in output.glob("*/*/*")) == theirs
     for path in theirs:
         new, old = root_of(output / path), root_of(source / path)
         models = [key for key in old if key.startswith("model")]
         assert [key for key in new if key.startswith("model")] == models
+        assert ("optimizer" in new) == ("optimizer" in old)
         for key in models:
             assert list(new[key]) == list(old[key])
             for tensor, value in old[key].items():
@@ -103,7 +89,7 @@ def test_cutting_again_gives_the_rank_files(name: str, tmp_path: Path) -> None:
 def test_another_layout_holds_the_same_model(name: str, parallelism: Parallelism, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(fixture_path(f"legacy/megatron_{name}"))
     assert FORMAT.plan is not None
-    output = write_plan(FORMAT.plan(recut(checkpoint, parallelism), WriteOptions()), tmp_path / "out")
+    output = write_plan(FORMAT.plan(cut_for_ranks(checkpoint, parallelism), WriteOptions()), tmp_path / "out")
     again = open_checkpoint(output)
     assert again.layout.tensor_parallel == parallelism.tensor_parallel
     assert {k: sha256_of(v) for k, v in again.tensors.items()} == {
@@ -115,7 +101,6 @@ def test_a_whole_checkpoint_is_left_as_it_is() -> None:
     checkpoint = open_checkpoint(fixture_path("legacy/megatron_gpt_tp2_pp2"))
     assert join_ranks(checkpoint) is checkpoint
     assert all("optimizer" not in name for name in checkpoint.tensors)
-    assert checkpoint.ignored["mp_rank_00_000/optimizer.optimizer.state.0.exp_avg"]
 
 
 Change = Callable[[dict[Any, Any]], None]

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture, root_of, write_torch
+from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture, open_layout, root_of, write_torch
 from tests.operations.test_open import hub_spelling
-from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, sha256_of
+from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, sha256_of, write_plan
 
+from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import MappingError
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.formats.megatron_lm import FORMAT
+from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.torch_file import read_torch
+from anyckpt.layout import Parallelism
+from anyckpt.operations.open import open_checkpoint, parallelism_of
+from anyckpt.operations.recut import cut_for_ranks
+from anyckpt.storage.source import LocalFile
+from anyckpt.tensor import LazyTensor
 
 WITH_OPTIMIZER = ("gpt_tp2_pp2", "gpt_fp32_optim_tp2", "distopt_tp2_dp2")
 SLOTS = ("master", "exp_avg", "exp_avg_sq")
@@ -233,3 +242,115 @@ def adam_of(model: dict[str, Any]) -> dict[str, Any]:
         {"weight_decay": 0.0, "params": list(range(len(decay), len(state)))},
     ]
     return {"state": state, "param_groups": groups}
+
+
+# -- written again ---------------------------------------------------------------------------------------------
+
+
+def facts(value: Any) -> Any:
+    """A tree with tensors as what they hold."""
+    if isinstance(value, LazyTensor):
+        return value.dtype.name, value.shape, sha256_of(value)
+    if isinstance(value, dict):
+        return {key: facts(part) for key, part in value.items()}
+    return [facts(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def written(checkpoint: Checkpoint, parallelism: Parallelism, path: Path) -> Path:
+    assert FORMAT.plan is not None
+    return write_plan(FORMAT.plan(cut_for_ranks(checkpoint, parallelism), WriteOptions()), path)
+
+
+@pytest.mark.parametrize("name", ["gpt_tp2_pp2", "gpt_fp32_optim_tp2"])
+def test_joined_and_cut_again_it_is_what_megatron_wrote(name: str, tmp_path: Path) -> None:
+    source = fixture_path(f"legacy/megatron_{name}")
+    checkpoint = open_checkpoint(source)
+    output = written(checkpoint, parallelism_of(open_layout(source)), tmp_path / "out")
+    for path in sorted(source.glob(f"iter_*/*/{FILE}")):
+        ours = facts(root_of(output / path.relative_to(source))["optimizer"])
+        theirs = facts(root_of(path)["optimizer"])
+        for group in ours.get("optimizer", ours)["param_groups"]:
+            assert group.pop("step") == 7  # for fused optimizers, beside torch's own
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("name", WITH_OPTIMIZER)
+@pytest.mark.parametrize(
+    "parallelism",
+    [
+        Parallelism(),
+        Parallelism(tensor_parallel=4),
+        Parallelism(pipeline_parallel=2),
+        Parallelism(tensor_parallel=2, pipeline_parallel=2),
+    ],
+)
+def test_another_layout_holds_the_same_state(name: str, parallelism: Parallelism, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(fixture_path(f"legacy/megatron_{name}"))
+    again = open_checkpoint(written(checkpoint, parallelism, tmp_path / "out"))
+    assert checkpoint.optimizer is not None and again.optimizer is not None
+    before, after = checkpoint.optimizer(), again.optimizer()
+    assert after.step == before.step
+    assert facts(after.slots) == facts(before.slots)
+
+
+def test_steps_are_storages_of_their_own(tmp_path: Path) -> None:
+    """Adam counts them up in place: one shared storage would count every parameter's."""
+    checkpoint = open_checkpoint(fixture_path("legacy/megatron_gpt_tp2_pp2"))
+    output = written(checkpoint, Parallelism(), tmp_path / "out")
+    contents = read_torch(LocalFile(output / "iter_0000007" / "mp_rank_00" / FILE))
+    states = contents.root["optimizer"]["optimizer"]["state"].values()
+    storages = {contents.facts_of(state["step"]).storage for state in states}
+    assert len(storages) == len(states) == 30
+
+
+def experts_state(name: str, tmp_path: Path) -> Checkpoint:
+    """A model with experts, and an optimizer's state whose moments are its weights."""
+    checkpoint = open_checkpoint(fixture_path(f"legacy/megatron_{name}"))
+    slots = {slot: {key: tensor.cast("float32") for key, tensor in checkpoint.tensors.items()} for slot in SLOTS}
+    return replace(
+        checkpoint,
+        optimizer=lambda: OptimizerState(slots=slots, step=3),
+        training=replace(checkpoint.training, has_optimizer=True),
+    )
+
+
+def test_experts_have_an_optimizer_of_their_own(tmp_path: Path) -> None:
+    checkpoint = experts_state("moe_tp2_ep2", tmp_path)
+    output = written(checkpoint, Parallelism(tensor_parallel=2, expert_parallel=2), tmp_path / "out")
+    dense, experts = root_of(output / "iter_0000007" / "mp_rank_01_001" / FILE)["optimizer"]
+    for container, of_expert in ((dense, False), (experts, True)):
+        groups = container["optimizer"]["param_groups"]
+        assert [group["wd_mult"] for group in groups] == [1.0, 0.0]
+        assert all(group["is_expert_parallel"] is of_expert for group in groups)
+        assert groups[0]["lr"] == 0.001
+        assert groups[0]["betas"] == (0.9, 0.95)
+    assert len(experts["optimizer"]["state"]) == 2 * 2 * 2
+    again = open_checkpoint(output)
+    assert checkpoint.optimizer is not None and again.optimizer is not None
+    assert facts(again.optimizer().slots) == facts(checkpoint.optimizer().slots)
+    assert again.optimizer().step == 3
+
+
+def test_a_whole_model_is_written_with_its_state(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(fixture_path("legacy/megatron_gpt_fp32_optim_tp2"))
+    assert FORMAT.plan is not None
+    output = write_plan(FORMAT.plan(checkpoint, WriteOptions()), tmp_path / "out")
+    again = open_checkpoint(output)
+    assert checkpoint.optimizer is not None and again.optimizer is not None
+    assert facts(again.optimizer().slots) == facts(checkpoint.optimizer().slots)
+
+
+def test_state_that_lacks_a_parameter_is_not_written(tmp_path: Path) -> None:
+    checkpoint = experts_state("moe_tp2_ep2", tmp_path)
+    assert checkpoint.optimizer is not None
+    state = checkpoint.optimizer()
+    del state.slots["exp_avg"]["decoder.final_layernorm.weight"]
+    with pytest.raises(MappingError, match="exp_avg does not fit its parameter"):
+        written(replace(checkpoint, optimizer=lambda: state), Parallelism(), tmp_path / "out")
+
+
+def test_dropped_state_is_not_written(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(fixture_path("legacy/megatron_gpt_tp2_pp2"))
+    dropped = replace(checkpoint, training=replace(checkpoint.training, has_optimizer=False))
+    output = written(dropped, Parallelism(), tmp_path / "out")
+    assert "optimizer" not in root_of(output / "iter_0000007" / "mp_rank_00" / FILE)

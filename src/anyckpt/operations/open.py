@@ -14,8 +14,6 @@ from anyckpt.layout import Geometry, Parallelism, join
 from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
 from anyckpt.layout.from_nemo_config import geometry_from_nemo, parallelism_from_nemo
 
-_STATE = "optimizer state of one rank"
-
 
 def open_checkpoint(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     """Whatever is at ``path``, with the global tensors under the hub's names if its files are of ranks.
@@ -34,7 +32,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, force: bool = False) -> Che
 def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None) -> Checkpoint:
     """The checkpoint with global tensors in place of the ranks'; itself if its files are not of ranks.
 
-    The layout that the files have stays in ``layout``; the vocabulary keeps its padding rows.
+    The layout that the files have stays in ``layout``; the vocabulary keeps its padding rows.  The optimizer's state
+    is in ``optimizer``, joined when that is called, and no longer among the tensors.
 
     Args:
         checkpoint: as read.
@@ -47,7 +46,6 @@ def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None
     if not checkpoint.ranks:
         return checkpoint
     joined = join(checkpoint.ranks, parallelism_of(checkpoint), geometry_of(checkpoint), rules=rules)
-    state = {name: _STATE for name in checkpoint.tensors if name.startswith(checkpoint.state_prefixes or ("\0",))}
     return replace(
         checkpoint,
         tensors=joined.tensors,
@@ -55,7 +53,7 @@ def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None
         model_prefix="",
         state_prefixes=(),
         warnings=[*checkpoint.warnings, *joined.warnings],
-        ignored={**checkpoint.ignored, **joined.ignored, **state},
+        ignored={**checkpoint.ignored, **joined.ignored},
         ranks=(),
         optimizer=None if checkpoint.optimizer is None else partial(_join_optimizer, checkpoint, rules),
     )

@@ -18,14 +18,13 @@ from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm.buffers import place, rules
-from anyckpt.formats.megatron_lm.parameters import REMEDY, Parameter, deal_out, parameters_of
+from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, deal_out, parameters_of
 from anyckpt.pickling import Global
 from anyckpt.tensor import LazyTensor
 
 SLOTS = ("master", "exp_avg", "exp_avg_sq")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLOAT32 = BY_NAME["float32"]
-_HALF = ("bfloat16", "float16")
 
 Found = dict[Parameter, dict[str, LazyTensor]]
 
@@ -150,7 +149,7 @@ class _RankReader:
         """The float32 copies of a group's parameters; those that are float32 themselves have none."""
         if masters is None:
             return {}
-        halves = [parameter for parameter in parameters if parameter.weight.dtype.name in _HALF]
+        halves = [parameter for parameter in parameters if parameter.weight.dtype.name in HALF]
         own = masters[number] if isinstance(masters, list) and number < len(masters) else None
         if not isinstance(own, list) or len(own) != len(halves):
             raise self._bad(

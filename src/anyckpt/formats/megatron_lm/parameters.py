@@ -21,6 +21,8 @@ from anyckpt.tensor import LazyTensor
 
 _BUFFERS = (".expert_bias", ".local_tokens_per_expert")
 _DECOUPLED = ("embedding.word_embeddings.weight", "output_layer.weight")
+HALF = ("bfloat16", "float16")
+"""Element types of weights that the optimizer keeps a float32 copy of."""
 REMEDY = "drop the optimizer with --optimizer drop"
 
 

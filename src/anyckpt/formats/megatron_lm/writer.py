@@ -12,6 +12,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.megatron_lm.location import MODEL_FILE, TRACKER
 from anyckpt.formats.megatron_lm.modules import with_extra_states
 from anyckpt.formats.megatron_lm.names import part_norms
+from anyckpt.formats.megatron_lm.optimizer_writer import OptimizerWriter
 from anyckpt.formats.megatron_lm.ranks import folder_name
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file import zip_parts
@@ -24,7 +25,17 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 _KEPT = ("opt_param_scheduler", "num_floating_point_operations_so_far")
 _OF_ONE_PROCESS = ("rank", "local_rank", "model_parallel_size")
 """What is only true of the process that saved the file, and an old name of the tensor-parallel size."""
+_ALONE = {
+    "expert_tensor_parallel_size": 1,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "pipeline_model_parallel_layout": None,
+}
+"""What a layout of one rank makes of arguments that describe another."""
 _TOKENIZERS = {"huggingface": "HuggingFaceTokenizer", "sentencepiece": "GPTSentencePieceTokenizer"}
+_OPTIMIZER_OBJECTS = ("/optimizer", "/distrib_optim")
 _NOT_CARRIED = "is not carried to another layout"
 
 
@@ -35,38 +46,48 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     the training step if there is one, else ``release``.  Names are in the spelling of ``transformer_impl`` in the
     configuration: ``local``, or Transformer Engine's, which is also the default.  ``objects`` gives the arguments
     that the configuration was read from, the state of the scheduler, and, if the layout has the same rank folders,
-    random states.
+    random states.  The optimizer's state, where there is one, is laid out as Megatron's optimizer without
+    distribution keeps it.
 
     Raises:
+        MappingError: a parameter has no optimizer state, or one of another shape.
         UsageError: ranks outside the checkpoint's layout, or an object that cannot be pickled.
     """
     layout = checkpoint.layout if checkpoint.ranks else ParallelLayout()
     shards = checkpoint.ranks or (RankShard(0, 0, 0, 0, checkpoint.tensors, checkpoint.path),)
     files = _by_file(shards, layout)
-    step = checkpoint.training.step or 0
+    state = checkpoint.optimizer() if checkpoint.optimizer is not None and checkpoint.training.has_optimizer else None
+    step = checkpoint.training.step or (state.step if state is not None else None) or 0
     local = checkpoint.config_kind == "megatron-args" and checkpoint.config.get("transformer_impl") == "local"
-    arguments = _arguments(checkpoint, layout, shards, step)
+    optimizer = None if state is None else OptimizerWriter(state, shards, checkpoint.config, local)
     kept = {key: checkpoint.objects[key] for key in _KEPT if key in checkpoint.objects}
     random = _random_states(checkpoint, files)
-    common = {"args": arguments, "checkpoint_version": _VERSION, "iteration": step}
+    common = {"args": _arguments(checkpoint, layout, shards, step), "checkpoint_version": _VERSION, "iteration": step}
     iteration = f"iter_{step:07d}" if step else "release"
-    outputs = [
-        _rank_file(
-            f"{iteration}/{folder}", folder, common, _models(chunks, layout, local), {**kept, **random.get(folder, {})}
-        )
-        for folder, chunks in files.items()
-    ]
-    notes = [f"has no optimizer state: load it with --no-load-optim{'' if random else ' --no-load-rng'}, or --finetune"]
+    outputs = []
+    for folder, chunks in files.items():
+        own = {} if optimizer is None else {"optimizer": optimizer.rank([chunks[number] for number in sorted(chunks)])}
+        contents = {**common, **_models(chunks, layout, local), **own, **kept, **random.get(folder, {})}
+        outputs.append(_rank_file(f"{iteration}/{folder}", folder, contents))
     written = {"args", "checkpoint_version", "iteration", *kept, *(f"{folder}/rng_state" for folder in random)}
+    left = [name for name in checkpoint.objects if name not in written]
     return Plan(
         "megatron-lm",
         (*outputs, small_file(TRACKER, str(step) if step else "release", stage=2)),
         ignored={
             **checkpoint.ignored,
-            **{name: _NOT_CARRIED for name in checkpoint.objects if name not in written},
+            **{name: _NOT_CARRIED for name in left if optimizer is None or not name.endswith(_OPTIMIZER_OBJECTS)},
         },
-        notes=tuple(notes if step else ()),
+        notes=_notes(step, optimizer is not None, bool(random)),
     )
+
+
+def _notes(step: int, optimizer: bool, random: bool) -> tuple[str, ...]:
+    """How Megatron-LM must be told to load what is there."""
+    missing = [name for name, there in (("--no-load-optim", optimizer), ("--no-load-rng", random)) if not there]
+    if not step or not missing:
+        return ()
+    return (f"load it with {' '.join(missing)}" + ("" if optimizer else ", or --finetune"),)
 
 
 def _by_file(shards: Sequence[RankShard], layout: ParallelLayout) -> dict[str, dict[int, RankShard]]:
@@ -106,14 +127,9 @@ def _models(chunks: Mapping[int, RankShard], layout: ParallelLayout, local: bool
     return models
 
 
-def _rank_file(
-    path: str, folder: str, common: Mapping[str, Any], models: Mapping[str, Any], state: Mapping[str, Any]
-) -> OutputFile:
-    parts = zip_parts(
-        {**common, **models, **state},
-        archive_name=MODEL_FILE.removesuffix(".pt"),
-        tensor_name=partial(_tensor_name, folder),
-    )
+def _rank_file(path: str, folder: str, contents: Mapping[str, Any]) -> OutputFile:
+    name = MODEL_FILE.removesuffix(".pt")
+    parts = zip_parts(dict(contents), archive_name=name, tensor_name=partial(_tensor_name, folder))
     return OutputFile(f"{path}/{MODEL_FILE}", parts)
 
 
@@ -140,6 +156,8 @@ def _arguments(checkpoint: Checkpoint, layout: ParallelLayout, shards: Sequence[
     fields.update({key: value for key, value in config.items() if key not in shown or shown[key] != value})
     for gone in _OF_ONE_PROCESS:
         fields.pop(gone, None)
+    if not checkpoint.ranks:
+        fields.update({key: value for key, value in _ALONE.items() if key in fields})
     fields.update(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
