@@ -6,6 +6,7 @@ The fixtures are of the local implementation, whose norms have names of their ow
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_the_model_cut_again_is_the_files(case: str) -> None:
 def test_the_true_vocabulary_is_trimmed_exactly(case: str) -> None:
     parallelism, geometry = described(case)
     facts = expected_of(f"legacy/{case}")
-    trimmed = Geometry(**{**geometry.__dict__, "vocab_size": facts["true_vocab_size"]})
+    trimmed = replace(geometry, vocab_size=facts["true_vocab_size"])
     joined = join(stored(case, parallelism), parallelism, trimmed)
     name = "embedding.word_embeddings.weight"
     assert joined.tensors[name].shape[0] == 61
@@ -163,3 +164,39 @@ def test_adapters_of_nemo_are_joined(tmp_path: Path) -> None:
     joined = join(shards, Parallelism(tensor_parallel=2, pipeline_parallel=2), geometry)
     merged = facts["merged_fused"]
     assert_tensors_equal_expected({f"model.{name}": tensor for name, tensor in joined.tensors.items()}, merged)
+
+
+OTHER_LAYOUTS = [
+    Parallelism(1, 1),
+    Parallelism(2, 1),
+    Parallelism(4, 2),
+    Parallelism(1, 2, 2),
+    Parallelism(2, 2, num_layers_in_first_pipeline_stage=1),
+    Parallelism(1, 3, pipeline_layout="Et|t*2|"),
+    Parallelism(2, 1, 1, expert_parallel=2),
+    Parallelism(2, 2, 1, expert_parallel=4, expert_tensor_parallel=1),
+    Parallelism(4, 1, 1, expert_parallel=2, expert_tensor_parallel=2),
+]
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS, ids=str)
+@pytest.mark.parametrize("case", ["megatron_gpt_pp3_uneven", "megatron_gpt_tp2_pp2_vpp2", "megatron_moe_tp2_ep2"])
+def test_another_layout_holds_the_same_model(case: str, layout: Parallelism) -> None:
+    parallelism, geometry = described(case)
+    if layout.expert_parallel > 1 and not geometry.num_experts:
+        layout = replace(layout, expert_parallel=1)
+    layers = geometry.num_layers or 0
+    if layout.pipeline_layout:
+        layout = replace(layout, pipeline_layout=f"E|t*{layers - 1}|tL")
+    elif layers % (layout.pipeline_parallel * layout.virtual_pipeline):
+        layout = replace(layout, virtual_pipeline=1)
+    facts = expected_of(f"legacy/{case}")
+    vocabulary = facts["true_vocab_size"]
+    joined = join(stored(case, parallelism), parallelism, replace(geometry, vocab_size=vocabulary))
+    target = replace(geometry, vocab_size=vocabulary, padded_vocab_size=None)
+    shards = cut(joined.tensors, layout, target)
+    rows = {s.tensors[n].shape[0] for s in shards for n in s.tensors if n == "embedding.word_embeddings.weight"}
+    assert rows == {-(-vocabulary // (8 * layout.tensor_parallel)) * 8}
+    again = join(shards, layout, target, verify_replicas=True)
+    assert not again.warnings
+    assert_equal(again.tensors, joined.tensors)

@@ -6,12 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from anyckpt.layout import Geometry, Latent, Mamba, Parallelism, cut, join
 from anyckpt.tensor import LazyTensor
-from tests.layout.sample import assert_equal, assert_shards_equal, model
+from tests.layout.sample import Numbers, assert_equal, assert_shards_equal, dense_layer, model
 
 _SIZES = st.sampled_from([1, 2, 4])
 
@@ -101,7 +102,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_joining_undoes_cutting_and_the_other_way_round(case: Case) -> None:
     shards = cut(
         case.tensors, case.parallelism, case.geometry, padding=case.padding, spelling=case.spelling  # type: ignore[arg-type]
@@ -116,7 +117,7 @@ def test_joining_undoes_cutting_and_the_other_way_round(case: Case) -> None:
 
 
 @given(cases(), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_layout_may_lie_between(case: Case, data: st.DataObject) -> None:
     """From one layout to another and back; nothing is read until the end."""
     between = Parallelism(
@@ -184,8 +185,95 @@ def test_padding_rows_that_a_vocabulary_has_are_kept() -> None:
     assert (found[8:] == 0).all() and found[7].all()
 
 
+def test_padding_rows_that_a_layout_does_not_need_are_dropped() -> None:
+    geometry = Geometry(
+        num_layers=0, vocab_size=5, make_vocab_size_divisible_by=4, share_embeddings_and_output_weights=True
+    )
+    tensors = model(geometry, [], ffn=4, rows=16)
+    (shard,) = cut(tensors, Parallelism(), geometry)
+    name = "embedding.word_embeddings.weight"
+    np.testing.assert_array_equal(shard.tensors[name].numpy(), tensors[name].numpy()[:8])
+
+
 def test_rows_stay_as_stored_where_the_true_vocabulary_is_unknown() -> None:
     geometry = Geometry(num_layers=0, share_embeddings_and_output_weights=True)
     tensors = model(geometry, [], ffn=4, rows=256)
     layout = Parallelism(tensor_parallel=2)
     assert_equal(join(cut(tensors, layout, geometry), layout, geometry).tensors, tensors)
+
+
+def encoder_layers(make: Numbers, stack: str, count: int, cross: bool = False) -> dict[str, LazyTensor]:
+    geometry = Geometry(num_attention_heads=4, num_query_groups=4, kv_channels=2)
+    tensors: dict[str, LazyTensor] = {}
+    for layer in range(count):
+        prefix = f"{stack}.layers.{layer}."
+        tensors |= dense_layer(make, prefix, geometry, ffn=4, bias=True)
+        if cross:
+            tensors |= {
+                f"{prefix}pre_cross_attn_layernorm.weight": make(4),
+                f"{prefix}cross_attention.linear_q.weight": make(8, 4),
+                f"{prefix}cross_attention.linear_kv.weight": make(16, 4),
+                f"{prefix}cross_attention.linear_kv.bias": make(16),
+                f"{prefix}cross_attention.linear_proj.weight": make(4, 8),
+                f"{prefix}cross_attention.linear_proj.bias": make(4),
+            }
+    return tensors
+
+
+@pytest.mark.parametrize("layout", [Parallelism(2), Parallelism(4, 2), Parallelism(2, 2, 2)], ids=str)
+def test_an_encoder_with_heads(layout: Parallelism) -> None:
+    """BERT: heads and pooler are on the last stage, and so is the copy of the embedding."""
+    make = Numbers()
+    tensors = {
+        "embedding.word_embeddings.weight": make(8, 4),
+        "embedding.position_embeddings.weight": make(5, 4),
+        "embedding.tokentype_embeddings.weight": make(2, 4),
+        **encoder_layers(make, "encoder", 4),
+        "encoder.final_layernorm.weight": make(4),
+        "lm_head.dense.weight": make(4, 4),
+        "lm_head.layer_norm.bias": make(4),
+        "output_layer.bias": make(8),
+        "binary_head.weight": make(2, 4),
+        "pooler.dense.bias": make(4),
+    }
+    geometry = Geometry(
+        num_layers=4, share_embeddings_and_output_weights=True, vocab_size=8, make_vocab_size_divisible_by=3
+    )
+    shards = cut(tensors, layout, geometry)
+    last = {name for name in shards[-1].tensors if "encoder.layers" not in name}
+    if layout.pipeline_parallel > 1:
+        assert last == {
+            *("encoder.final_layernorm.weight", "lm_head.dense.weight", "lm_head.layer_norm.bias"),
+            *("output_layer.bias", "binary_head.weight", "pooler.dense.bias", "output_layer.weight"),
+        }
+    joined = join(shards, layout, geometry, verify_replicas=True)
+    assert_equal(joined.tensors, tensors)
+
+
+@pytest.mark.parametrize("layout", [Parallelism(2), Parallelism(2, 3, pipeline_split_rank=1)], ids=str)
+def test_an_encoder_with_a_decoder(layout: Parallelism) -> None:
+    """T5: the first decoder stage and the head have copies of the embedding, every stage the relative positions."""
+    make = Numbers()
+    tensors = {
+        "embedding.word_embeddings.weight": make(8, 4),
+        "encoder_relative_pos_emb.relative_attention_bias.weight": make(3, 4),
+        "decoder_relative_pos_emb.relative_attention_bias.weight": make(3, 4),
+        **encoder_layers(make, "encoder", 2),
+        "encoder.final_layernorm.weight": make(4),
+        **encoder_layers(make, "decoder", 4, cross=True),
+        "decoder.final_layernorm.weight": make(4),
+        "lm_head.output_layer.bias": make(8),
+    }
+    geometry = Geometry(
+        num_layers=4, encoder_num_layers=2, vocab_size=8, make_vocab_size_divisible_by=1,
+        share_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    shards = cut(tensors, layout, geometry)
+    if layout.pipeline_parallel > 1:
+        assert "lm_head.output_layer.weight" in shards[-1].tensors
+        has = [shard.pipeline_rank for shard in shards if "embedding.word_embeddings.weight" in shard.tensors]
+        assert has == [0, 0, 1, 1]
+        assert all("encoder_relative_pos_emb.relative_attention_bias.weight" in shard.tensors for shard in shards)
+    joined = join(shards, layout, geometry, verify_replicas=True)
+    assert not joined.warnings
+    assert_equal(joined.tensors, tensors)

@@ -168,10 +168,14 @@ def _tied(
     held: Mapping[Name, dict[int, LazyTensor]], names: Names, parallelism: Parallelism
 ) -> dict[Name, dict[int, LazyTensor]]:
     """The last stage's copy of a shared embedding; nothing without a pipeline or for tensors without embedding."""
-    if any(name.text == TIED for name in held):
+    given = next((name.text for name in held if name.text in TIED), None)
+    if given is not None:
         raise MappingError(
             "is there, though the model's configuration says that it is the embedding",
-            tensor=TIED, remedy="say in --config that they are not shared (untie_embeddings_and_output_weights)",
+            tensor=given, remedy="say in --config that they are not shared (untie_embeddings_and_output_weights)",
         )  # fmt: skip
     own = next((tensors for name, tensors in held.items() if name.text == EMBEDDING), None)
-    return {} if own is None or parallelism.pipeline_parallel == 1 else {names.all([TIED])[0][0]: own}
+    if own is None or parallelism.pipeline_parallel == 1:
+        return {}
+    copy = TIED[{"encoder", "decoder"} <= {name.stack for name in held}]
+    return {names.all([copy])[0][0]: own}

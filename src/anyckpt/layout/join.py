@@ -17,8 +17,8 @@ from anyckpt.layout.replicas import SMALL, Replicas, compare
 from anyckpt.tensor import LazyTensor
 
 EMBEDDING = "embedding.word_embeddings.weight"
-TIED = "output_layer.weight"
-"""The embedding's copy on the last stage, where embedding and output layer are shared."""
+TIED = ("output_layer.weight", "lm_head.output_layer.weight")
+"""The embedding's copy on the last stage, where embedding and output layer are shared: of GPT and BERT, of T5."""
 
 Pair = tuple[int, int]  # (tensor rank, expert rank)
 Copies = list[tuple[str, LazyTensor]]  # (file, what it holds)
@@ -262,13 +262,14 @@ def _untie(joined: Joined, geometry: Geometry) -> None:
     """Take out the copy of a shared embedding."""
     if not geometry.share_embeddings_and_output_weights or EMBEDDING not in joined.tensors:
         return
-    copy = joined.tensors.pop(TIED, None)
-    if copy is None:
-        return
     original = joined.tensors[EMBEDDING]
-    if copy.shape != original.shape or copy.dtype != original.dtype:
-        raise _not_tied(f"{original.dtype.name} {original.shape}", f"{copy.dtype.name} {copy.shape}")
-    joined.replicas.append(Replicas(TIED, ((EMBEDDING, original), (TIED, copy)), tied=True))
+    for name in TIED:
+        copy = joined.tensors.pop(name, None)
+        if copy is None:
+            continue
+        if copy.shape != original.shape or copy.dtype != original.dtype:
+            raise _not_tied(name, f"{original.dtype.name} {original.shape}", f"{copy.dtype.name} {copy.shape}")
+        joined.replicas.append(Replicas(name, ((EMBEDDING, original), (name, copy)), tied=True))
 
 
 def _verify(joined: Joined, everything: bool | None) -> None:
@@ -281,14 +282,15 @@ def _verify(joined: Joined, everything: bool | None) -> None:
                 if any(name.startswith("mtp.") for name in joined.tensors):
                     joined.warnings += compare([replicas])
                 else:
-                    raise _not_tied("no difference", f"{count} of {replicas.copies[0][1].size} elements differ")
+                    found = f"{count} of {replicas.copies[0][1].size} elements differ"
+                    raise _not_tied(replicas.name, "no difference", found)
         elif everything or replicas.nbytes <= SMALL:
             joined.warnings += compare([replicas])
 
 
-def _not_tied(expected: str, found: str) -> MappingError:
+def _not_tied(name: str, expected: str, found: str) -> MappingError:
     return MappingError(
         "the output layer is not the embedding, though the model's configuration says that they are shared",
-        tensor=TIED, expected=expected, found=found,
+        tensor=name, expected=expected, found=found,
         remedy="say in --config that they are not shared (untie_embeddings_and_output_weights) to keep both",
     )  # fmt: skip
