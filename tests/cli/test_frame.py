@@ -156,3 +156,14 @@ def test_no_colour_and_no_bar_where_there_is_no_terminal(anyckpt: Runner) -> Non
     found: Any = anyckpt("inspect", fixture_path("families/llama/hf"), "--tensors", "*", "--digest")
     assert "\x1b" not in found.out + found.err
     assert found.err == ""
+
+
+def test_columns_are_aligned_and_rich_is_not_imported_where_there_is_no_terminal() -> None:
+    code = """
+import sys
+from anyckpt.cli.console import print_table
+print_table(("name", "n"), [("a", "10"), ("long", "9")], right=(1,), title="Title")
+print("rich" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "Title\nname   n\na     10\nlong   9\nFalse\n"

@@ -38,7 +38,7 @@ def print_note(text: str) -> None:
 def print_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), title: str = ""
 ) -> None:
-    """Aligned columns on standard output.
+    """Aligned columns on standard output; coloured and folded to its width if that is a terminal.
 
     Args:
         header: the columns' names; none for a list of facts.
@@ -46,31 +46,39 @@ def print_table(
         right: numbers of the columns to align right.
         title: a line above.
     """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _print_rich(header, cells, right, title)
+        return
+    lines = [list(header), *cells] if header else cells
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if title:
+        print(title)
+    for line in lines:
+        placed = enumerate(zip(line, widths, strict=True))
+        aligned = [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in placed]
+        print("  ".join(aligned).rstrip())
+
+
+def _print_rich(header: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[int], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
     table = Table(
-        box=None, show_header=bool(header), pad_edge=False, title=Text(printable(title)) if title else None,
+        box=None, show_header=bool(header), pad_edge=False, title=Text(title) if title else None,
         title_justify="left", title_style="bold", header_style="bold",
     )  # fmt: skip
-    cells = [[printable(cell) for cell in row] for row in rows]
     for number in range(len(header) or max(map(len, cells), default=0)):
         table.add_column(
             header[number] if header else "",
             justify="right" if number in right else "left",
             style="cyan" if not number and not header else "",
             overflow="fold",
-            no_wrap=not terminal,
         )
     for row in cells:
         table.add_row(*map(Text, row))
-    console = Console(width=None if terminal else 1 << 16, soft_wrap=not terminal, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():
-        print(line.rstrip())
+    Console(highlight=False).print(table)
 
 
 def by_reason(ignored: Mapping[str, str], shown: int = 3) -> list[str]:
