@@ -308,6 +308,19 @@ def test_a_gap_is_noticed_without_a_configuration() -> None:
     assert len(cut(tensors, Parallelism(), Geometry(), complete=False)[0].tensors) == 2
 
 
+def test_a_stack_that_is_missing_altogether_is_noticed() -> None:
+    shards = [
+        dataclasses.replace(s, tensors={n: t for n, t in s.tensors.items() if ".layers." not in n}) for s in dense()
+    ]
+    with pytest.raises(MappingError, match="disagree on the decoder layers.*found 0 layers in the file .none."):
+        join(shards, DENSE_LAYOUT, DENSE)
+    with pytest.raises(MappingError, match="disagree on the mtp layers.*expected 1 layers.*found 0"):
+        join(dense(), DENSE_LAYOUT, dataclasses.replace(DENSE, mtp_num_layers=1))
+    tensors = model(DENSE, ["dense"] * 4, ffn=4, rows=10)
+    with pytest.raises(MappingError, match="disagree on the mtp layers.*expected 0 by the.*found none among"):
+        cut(tensors, DENSE_LAYOUT, dataclasses.replace(DENSE, mtp_num_layers=1))
+
+
 def test_names_without_weights_are_said_to_be_left_out() -> None:
     shards = edited(
         dense(), (0, 0, 0, 0), lambda t: t.update({"decoder.layers.0.mlp.linear_fc1._extra_state": Numbers()(3)})

@@ -118,21 +118,21 @@ def check_parallel(geometry: Geometry, tensor_parallel: int, expert_parallel: in
 
 
 def stack_sizes(names: Iterable[Name], geometry: Geometry) -> dict[str, int]:
-    """Layers of each stack that the names mention: as configured, else one more than the highest index.
+    """Layers of each stack: as configured, else one more than the highest index that the names mention.
 
-    The highest index is the size only where names number layers globally.
+    Which of ``encoder`` and ``decoder`` a model has, the names tell; the highest index is the size only where names
+    number layers globally.
     """
     seen: dict[str, int] = {}
     for name in names:
         if name.stack is not None and name.division is not None:
             seen[name.stack] = max(seen.get(name.stack, 0), name.layer + 1)
-    two = "encoder" in seen and "decoder" in seen
-    configured = {
-        "decoder": geometry.num_layers,
-        "encoder": geometry.encoder_num_layers if two and geometry.encoder_num_layers else geometry.num_layers,
-        "mtp": geometry.mtp_num_layers,
-    }
-    return {stack: size if configured[stack] is None else configured[stack] or 0 for stack, size in seen.items()}
+    main = [stack for stack in ("encoder", "decoder") if stack in seen] or ["decoder"]
+    configured: dict[str, int | None] = dict.fromkeys(main, geometry.num_layers)
+    if len(main) == 2 and geometry.encoder_num_layers is not None:
+        configured["encoder"] = geometry.encoder_num_layers
+    configured["mtp"] = geometry.mtp_num_layers
+    return {stack: seen.get(stack, 0) if stated is None else stated for stack, stated in configured.items()}
 
 
 def listed(numbers: Iterable[int]) -> str:

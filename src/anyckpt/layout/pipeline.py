@@ -61,7 +61,7 @@ def chunks(parallelism: Parallelism, geometry: Geometry, stacks: Mapping[str, in
     Args:
         parallelism: the layout.
         geometry: the model.
-        stacks: layers of each stack that the model has: ``decoder`` or ``encoder`` or both, and maybe ``mtp``.
+        stacks: layers of each stack that the model has: ``decoder`` or ``encoder`` or both, and ``mtp``.
 
     Raises:
         UsageError: layers cannot be laid out so.
