@@ -76,6 +76,8 @@ class OptimizerState:
         ranks: slot -> the ranks' shards, for formats that keep a file per rank; then ``slots`` is empty.
         step: optimizer steps taken, or None.
         groups: hyperparameters of the parameter groups as stored, without ``params``.
+        group_of: weight's name -> index in ``groups``, where the container says or counts prove it; empty where only
+            the weights' names and shapes tell.
         grad_scaler: state of the loss scaler of fp16 training as stored, or None.
     """
 
@@ -83,6 +85,7 @@ class OptimizerState:
     ranks: Mapping[str, tuple[RankShard, ...]] = field(default_factory=dict)
     step: int | None = None
     groups: tuple[dict[str, Any], ...] = ()
+    group_of: Mapping[str, int] = field(default_factory=dict)
     grad_scaler: Any = None
 
 

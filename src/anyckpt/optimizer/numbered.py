@@ -1,0 +1,171 @@
+"""State keyed by the parameters' numbers, as PyTorch's optimizers and so Lightning's ``.ckpt`` files keep it.
+
+Numbers count through the groups; in a group parameters have the model's order, which is that of the state dict.  No
+file says which parameters a group has, so that it is concluded from shapes: one group is all parameters; of several,
+one has the matrices and one the rest.  A frozen parameter has no number.  NeMo 1 with ``megatron_amp_O2`` wraps the
+optimizer and lists its fp32 masters group by group (``fp32_from_fp16_params``), its EMA callback wraps it in ``opt``.
+
+Facts: ``torch/optim/optimizer.py`` 1.0 to 2.13; ``MainParamsOptimizerWrapper`` of NeMo 1.0 to 2.2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.indexing import Shape
+from anyckpt.optimizer.groups import decays
+from anyckpt.optimizer.parameters import aligned, trained
+from anyckpt.optimizer.state import MASTER, Slots, checked, options, same_step, unproved
+from anyckpt.tensor import LazyTensor
+
+_ENTRY = re.compile(
+    r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?state\.(?P<index>\d{1,9})\.(?P<slot>[^.]+)"
+)
+_MASTER = re.compile(
+    r"optimizer_states\.(?P<number>\d{1,4})\.fp32_from_fp16_params\.(?P<group>\d{1,6})\.(?P<index>\d{1,9})"
+)
+_GROUPS = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?param_groups")
+_SCALER = re.compile(r"optimizer_states\.\d+\.(?:grad_scaler|optimizer\.grad_scaler)")
+_HALF = ("float16", "bfloat16")
+_STEP = "step"
+
+
+@dataclass
+class _Optimizer:
+    """One optimizer as stored."""
+
+    states: dict[int, dict[str, LazyTensor]] = field(default_factory=dict)
+    masters: dict[int, dict[int, LazyTensor]] = field(default_factory=dict)
+    groups: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def indices(self, number: int) -> list[Any]:
+        """Numbers of a group's parameters."""
+        found = self.groups[number].get("params")
+        return found if isinstance(found, list) else []
+
+    def shape(self, index: Any) -> Shape | None:
+        """Shape of a parameter by its state, None if it has none yet."""
+        own = self.states.get(index, {})
+        return next((tensor.shape for slot, tensor in own.items() if slot != _STEP), None)
+
+
+def has_numbered(checkpoint: Checkpoint) -> bool:
+    """There is such state."""
+    return any(_ENTRY.fullmatch(name) for name in checkpoint.tensors)
+
+
+def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
+    """The state, by the names of ``checkpoint.weights()``.
+
+    Raises:
+        FormatError: bytes of a step are missing.
+        MappingError: shapes do not prove which parameter a state is of.
+    """
+    weights = checkpoint.weights()
+    left = trained(weights)
+    slots: Slots = {}
+    groups: list[dict[str, Any]] = []
+    group_of: dict[str, int] = {}
+    steps: list[Any] = []
+    for number, optimizer in sorted(_optimizers(checkpoint).items()):
+        names = _names(optimizer, left, f"optimizer {number}", checkpoint.path)
+        for group, own in enumerate(names):
+            for name, index in zip(own, optimizer.indices(group), strict=True):
+                stored = optimizer.states.get(index, {})
+                steps.append(stored.get(_STEP))
+                for slot, tensor in stored.items():
+                    if slot != _STEP:
+                        slots.setdefault(slot, {})[name] = tensor
+                group_of[name] = len(groups)
+                del left[name]
+            steps.append(optimizer.groups[group].get(_STEP))
+            for name, tensor in _masters(optimizer, group, own, weights, checkpoint.path).items():
+                slots.setdefault(MASTER, {})[name] = tensor
+            groups.append(options(optimizer.groups[group]))
+    slots = {slot: {name: own[name] for name in weights if name in own} for slot, own in slots.items()}
+    known = {name for own in slots.values() for name in own}
+    state = OptimizerState(
+        slots=slots,
+        step=same_step(steps, checkpoint.path),
+        groups=tuple(groups),
+        group_of={name: group_of[name] for name in weights if name in known},
+        grad_scaler=next((checkpoint.objects[name] for name in checkpoint.objects if _SCALER.fullmatch(name)), None),
+    )
+    return checked(state, weights, checkpoint.path)
+
+
+def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
+    found: dict[int, _Optimizer] = {}
+    for name, tensor in checkpoint.tensors.items():
+        entry, master = _ENTRY.fullmatch(name), _MASTER.fullmatch(name)
+        if entry is not None:
+            own = found.setdefault(int(entry["number"]), _Optimizer())
+            own.states.setdefault(int(entry["index"]), {})[entry["slot"]] = tensor
+        elif master is not None:
+            own = found.setdefault(int(master["number"]), _Optimizer())
+            own.masters.setdefault(int(master["group"]), {})[int(master["index"])] = tensor
+    for name in checkpoint.objects:
+        listed = _GROUPS.fullmatch(name)
+        if listed is None or int(listed["number"]) not in found:
+            continue
+        groups = checkpoint.objects[name]
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise unproved("the optimizer's parameter groups are not a list of groups", path=checkpoint.path)
+        found[int(listed["number"])].groups = groups
+    for number, optimizer in found.items():
+        indices = [index for group in range(len(optimizer.groups)) for index in optimizer.indices(group)]
+        lost = [index for index in optimizer.states if index not in set(indices)]
+        if lost or len(set(indices)) < len(indices):
+            raise unproved(
+                f"the parameter groups of optimizer {number} do not list each of its parameters once",
+                path=checkpoint.path, expected=f"{len(optimizer.states)} parameters", found=f"{len(indices)} listed, "
+                f"{len(lost)} not",
+            )  # fmt: skip
+    return found
+
+
+def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, path: str) -> list[list[str]]:
+    """The parameters of each group, in its order."""
+    shapes = [[optimizer.shape(index) for index in optimizer.indices(n)] for n in range(len(optimizer.groups))]
+    filled = [number for number, own in enumerate(shapes) if own]
+    names: list[list[str]] = [[] for _ in shapes]
+    if len(filled) == 1:
+        names[filled[0]] = aligned(shapes[filled[0]], left, f"{what} of one parameter group", path)
+        return names
+    kinds = {number: _kind(shapes[number]) for number in filled}
+    if sorted(map(str, kinds.values())) != ["False", "True"]:
+        raise unproved(
+            f"nothing tells which parameters are in which group of {what}",
+            path=path, expected="one group, or one of matrices and one of biases and norms",
+            found="groups of " + ", ".join(str(len(shapes[number])) for number in filled) + " parameters",
+        )  # fmt: skip
+    for number, kind in kinds.items():
+        candidates = {name: tensor for name, tensor in left.items() if decays(name, tensor.shape) == kind}
+        names[number] = aligned(shapes[number], candidates, f"parameter group {number} of {what}", path)
+    return names
+
+
+def _kind(shapes: Sequence[Shape | None]) -> bool | None:
+    """Whether a group is of matrices, of anything else, or of both (None)."""
+    found = {len(shape) > 1 for shape in shapes if shape is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _masters(
+    optimizer: _Optimizer, group: int, names: Sequence[str], weights: Mapping[str, LazyTensor], path: str
+) -> dict[str, LazyTensor]:
+    """The fp32 copies of a group's 16-bit parameters; none where the optimizer is not wrapped."""
+    if not optimizer.masters:
+        return {}
+    own = optimizer.masters.get(group, {})
+    halves = [name for name in names if weights[name].dtype.name in _HALF]
+    if sorted(own) != list(range(len(halves))):
+        raise unproved(
+            f"parameter group {group} has not one master weight for each 16-bit parameter",
+            path=path, expected=len(halves), found=len(own),
+        )  # fmt: skip
+    return {name: own[index] for index, name in enumerate(halves)}

@@ -1,0 +1,30 @@
+"""Finding optimizer state in a checkpoint of any format that does not bring a finder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.optimizer.model_space import has_model_space, read_model_space
+from anyckpt.optimizer.named import has_named, read_named
+from anyckpt.optimizer.numbered import has_numbered, read_numbered
+
+_READERS: tuple[tuple[Callable[[Checkpoint], bool], Callable[[Checkpoint], OptimizerState]], ...] = (
+    (has_model_space, read_model_space),
+    (has_numbered, read_numbered),
+    (has_named, read_named),
+)
+
+
+def with_optimizer(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with ``optimizer`` set, if it has state that is understood; itself otherwise.
+
+    The state has the names of ``weights()``; it is looked for when ``optimizer`` is called, which raises MappingError
+    where names, counts or shapes do not prove which parameter a state is of.
+    """
+    if checkpoint.optimizer is not None:
+        return checkpoint
+    reader = next((read for has, read in _READERS if has(checkpoint)), None)
+    return checkpoint if reader is None else replace(checkpoint, optimizer=partial(reader, checkpoint))

@@ -1,0 +1,150 @@
+"""What is done with the neutral form of optimizer state: renaming it with the weights, and checking it against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from anyckpt.checkpoint import OptimizerState
+from anyckpt.dtypes import dtype
+from anyckpt.errors import MappingError
+from anyckpt.indexing import Shape
+from anyckpt.tensor import Constant, LazyTensor
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SLOTS = (MASTER, *MOMENTS)
+DROP = "leave it out with --optimizer drop"
+
+Slots = dict[str, dict[str, LazyTensor]]
+Rename = Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]]
+"""What brings the weights under other names or into another layout: gets tensors by name, gives tensors by name."""
+
+_TAG = dtype("int32")
+_FLOAT32 = dtype("float32")
+
+
+def renamed(state: OptimizerState, rename: Rename, *, master: Rename | None = None) -> OptimizerState:
+    """The same state under other names.
+
+    Args:
+        state: of a whole model.
+        rename: what was done to the weights.
+        master: what to do to the master weights where that differs: arithmetic, or the filling of padding rows.
+
+    Raises:
+        MappingError: the rule does not fit: parameters without state, or of other shapes than the weights.
+    """
+    slots: Slots = {}
+    for slot, tensors in state.slots.items():
+        function = master if slot == MASTER and master is not None else rename
+        slots[slot] = _applied(function, tensors, slot)
+    shapes = {name: tensor.shape for tensors in state.slots.values() for name, tensor in tensors.items()}
+    tags = {name: _tag(shapes[name], number) for name, number in state.group_of.items() if name in shapes}
+    moved = _applied(rename, tags, "parameter groups") if len(tags) == len(shapes) else {}
+    return replace(state, slots=slots, group_of={name: _tagged(tensor) for name, tensor in moved.items()})
+
+
+def with_masters(state: OptimizerState, weights: Mapping[str, LazyTensor]) -> OptimizerState:
+    """With a master for every parameter: the weight itself, in fp32, where the optimizer keeps no copy.
+
+    Raises:
+        MappingError: state of a parameter that is not among the weights.
+    """
+    own = state.slots.get(MASTER, {})
+    names = dict.fromkeys(name for tensors in state.slots.values() for name in tensors)
+    masters: dict[str, LazyTensor] = {}
+    for name in names:
+        if name not in own and name not in weights:
+            raise unproved("has optimizer state but no weight", tensor=name)
+        masters[name] = own[name] if name in own else weights[name].cast(_FLOAT32)
+    return replace(state, slots={MASTER: masters, **{slot: t for slot, t in state.slots.items() if slot != MASTER}})
+
+
+def checked(state: OptimizerState, weights: Mapping[str, LazyTensor], path: str | None) -> OptimizerState:
+    """The state, if every slot has the shape of its weight, and every slot but ``master`` the same parameters.
+
+    Raises:
+        MappingError: it has not.
+    """
+    moments = {slot: tensors for slot, tensors in state.slots.items() if slot != MASTER}
+    counts = {slot: len(tensors) for slot, tensors in moments.items()}
+    names = {name for tensors in moments.values() for name in tensors}
+    for slot, tensors in state.slots.items():
+        for name, tensor in tensors.items():
+            if name not in weights:
+                raise unproved(f"has the optimizer's {slot}, but is no weight of the model", path=path, tensor=name)
+            if tensor.shape != weights[name].shape:
+                raise unproved(
+                    f"the optimizer's {slot} does not fit its parameter",
+                    path=path, tensor=name, expected=weights[name].shape, found=tensor.shape,
+                )  # fmt: skip
+        if slot != MASTER and len(tensors) < len(names):
+            raise unproved(
+                f"the optimizer's {slot} is missing for some parameters",
+                path=path, tensor=min(names - tensors.keys()), expected=f"{len(names)} tensors",
+                found=", ".join(f"{count} of {slot}" for slot, count in counts.items()),
+            )  # fmt: skip
+    return state
+
+
+def same_step(steps: Iterable[Any], path: str | None) -> int | None:
+    """The step that all say that say one.
+
+    Args:
+        steps: numbers, tensors of one element, or what is neither and says nothing.
+        path: file, for messages.
+
+    Raises:
+        FormatError: bytes are missing from a file.
+        MappingError: they differ.
+    """
+    found = {number for step in steps if (number := _whole(step)) is not None}
+    if len(found) > 1:
+        listed = ", ".join(map(str, sorted(found)[:5]))
+        raise unproved("parameters have taken different numbers of optimizer steps", path=path, found=listed)
+    return next(iter(found), None)
+
+
+def options(group: Mapping[Any, Any]) -> dict[str, Any]:
+    """A parameter group's hyperparameters, without its parameters and steps."""
+    return {str(key): value for key, value in group.items() if key not in ("params", "step")}
+
+
+def unproved(problem: str, **facts: Any) -> MappingError:
+    """The error for state that cannot be shown to belong to the parameters."""
+    return MappingError(problem, remedy=DROP, **facts)
+
+
+def _applied(rename: Rename, tensors: Mapping[str, LazyTensor], what: str) -> dict[str, LazyTensor]:
+    try:
+        return dict(rename(dict(tensors)))
+    except MappingError as error:
+        raise unproved(
+            f"the optimizer's {what} does not fit the model: {error.problem}",
+            path=error.path, tensor=error.tensor, expected=error.expected, found=error.found,
+        ) from None  # fmt: skip
+
+
+def _tag(shape: Shape, number: int) -> LazyTensor:
+    """A tensor of one number, to see where a rule takes a parameter of this shape."""
+    return Constant(_TAG, shape, number.to_bytes(4, "little"))
+
+
+def _tagged(tensor: LazyTensor) -> int:
+    """The number in a tensor's first element."""
+    value = np.empty((1,) * tensor.ndim, dtype=tensor.dtype.raw)
+    tensor.read_box((0,) * tensor.ndim, value)
+    return int(value.reshape(-1)[0])
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, LazyTensor):
+        numeric = value.size == 1 and value.dtype.kind in ("float", "integer") and value.dtype.numpy is not None
+        value = value.numpy().reshape(-1)[0].item() if numeric else None
+    if type(value) not in (int, float) or value != value or abs(value) >= 1 << 53:
+        return None
+    return int(value)
