@@ -206,7 +206,7 @@ class _RankReader:
 
     def _stored_buffers(self, buffers: Any) -> list[tuple[str, Mapping[Any, Any]]]:
         """Parameters' element type and contents of each buffer, in order."""
-        if not isinstance(buffers, dict) or not buffers.get("buckets_coalesced"):
+        if not isinstance(buffers, dict) or buffers.get("buckets_coalesced") is not True:
             raise self._bad(
                 "the distributed optimizer's state is of an older form",
                 expected="buffers of coalesced buckets, as Megatron-Core writes since 0.7",

@@ -16,7 +16,7 @@ from anyckpt.checkpoint import OptimizerState, RankShard
 from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm.modules import registered_order
 from anyckpt.formats.megatron_lm.names import part_norms
-from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, decays, parameters_of
+from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, decays, flag, parameters_of
 from anyckpt.tensor import LazyTensor, from_array
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,7 +60,7 @@ class OptimizerWriter:
         self._slots = {slot: {_place(shard): shard.tensors for shard in own} for slot, own in held.items()}
         everything = [parameter for shard in shards for parameter in parameters_of([shard])]
         self._half = any(parameter.weight.dtype.name in HALF for parameter in everything)
-        self._separate = any(group.get("is_decoupled_lr") for group in state.groups)
+        self._separate = any(flag(group, "is_decoupled_lr") for group in state.groups)
         kinds = {Kind(parameter.of_expert, undecayed, False) for parameter in everything for undecayed in (False, True)}
         self._kinds = sorted(kinds | ({Kind(False, False, True)} if self._separate else set()))
 
@@ -139,8 +139,8 @@ class OptimizerWriter:
         alike = [group for group in self._state.groups if decays(group) != kind.undecayed]
         alike.sort(
             key=lambda group: (
-                bool(group.get("is_expert_parallel")) != kind.of_expert,
-                bool(group.get("is_decoupled_lr")) != kind.decoupled,
+                flag(group, "is_expert_parallel") != kind.of_expert,
+                flag(group, "is_decoupled_lr") != kind.decoupled,
             )
         )
         found = dict(alike[0]) if alike else self._from_arguments()

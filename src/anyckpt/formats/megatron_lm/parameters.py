@@ -77,7 +77,7 @@ def deal_out(parameters: Sequence[Parameter], groups: Sequence[Mapping[Any, Any]
         MappingError: a parameter fits no group, or a group has another number of parameters than fit it.
     """
     dealt: list[list[Parameter]] = [[] for _ in groups]
-    separate = any(group.get("is_decoupled_lr") for group in groups)
+    separate = any(flag(group, "is_decoupled_lr") for group in groups)
     for parameter in parameters:
         fitting = [number for number, group in enumerate(groups) if _fits(parameter, group, separate)]
         if not fitting:
@@ -104,12 +104,17 @@ def deal_out(parameters: Sequence[Parameter], groups: Sequence[Mapping[Any, Any]
 
 
 def _fits(parameter: Parameter, group: Mapping[Any, Any], separate: bool) -> bool:
-    expert = group.get("is_expert_parallel")
     return (
         decays(group) == parameter.decays
-        and (expert is None or bool(expert) == parameter.of_expert)
-        and (not separate or bool(group.get("is_decoupled_lr")) == parameter.decoupled)
+        and (group.get("is_expert_parallel") is None or flag(group, "is_expert_parallel") == parameter.of_expert)
+        and (not separate or flag(group, "is_decoupled_lr") == parameter.decoupled)
     )
+
+
+def flag(group: Mapping[Any, Any], key: str) -> bool:
+    """Whether a group says that something is so; values of other types than numbers say nothing."""
+    value = group.get(key)
+    return isinstance(value, (bool, int, float)) and value != 0
 
 
 def decays(group: Mapping[Any, Any]) -> bool:
