@@ -185,15 +185,24 @@ def archive(source: ByteSource, offset: int, length: int, name: str) -> ByteSour
 
 
 class Unread:
-    """An object that has not been read yet."""
+    """An object that has not been read yet.
 
-    __slots__ = ("_length", "_name", "_offset", "_source")
+    Args:
+        source: the file.
+        offset: first byte of its archive.
+        length: bytes of its archive.
+        name: its name.
+        wrapped: Megatron-Core's sharded objects are in a list of one.
+    """
 
-    def __init__(self, source: ByteSource, offset: int, length: int, name: str) -> None:
+    __slots__ = ("_length", "_name", "_offset", "_source", "_wrapped")
+
+    def __init__(self, source: ByteSource, offset: int, length: int, name: str, *, wrapped: bool = True) -> None:
         self._source = source
         self._offset = offset
         self._length = length
         self._name = name
+        self._wrapped = wrapped
 
     def archive(self) -> ByteSource:
         """The item as a source of its own."""
@@ -206,7 +215,7 @@ class Unread:
             FormatError: the item is damaged.
         """
         value = read_torch(self.archive()).root
-        if _SHARDED_OBJECT.search(self._name) and isinstance(value, list) and len(value) == 1:
+        if self._wrapped and _SHARDED_OBJECT.search(self._name) and isinstance(value, list) and len(value) == 1:
             return value[0]
         return value
 

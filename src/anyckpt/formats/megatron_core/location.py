@@ -85,14 +85,6 @@ def check_commit(path: str, names: set[str]) -> list[str]:
     if COMMIT not in names:
         return ["has no metadata.json: the save stopped before its very end; Megatron-Core refuses to load it"]
     backend = _commit(path).get("sharded_backend")
-    if backend == "zarr":
-        raise FormatError(
-            "is written by Megatron-Core's zarr backend, which is not read yet",
-            path=path,
-            expected="torch_dist",
-            found="zarr",
-            remedy="load it in Megatron-Core before 0.16 and save it with --dist-ckpt-format torch_dist",
-        )
     if backend != "torch_dist":
         raise FormatError(
             "names an unknown backend",

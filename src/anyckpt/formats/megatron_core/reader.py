@@ -36,7 +36,7 @@ def read(location: Location) -> Checkpoint:
     """Open a checkpoint, or the newest iteration of a training root.
 
     Raises:
-        FormatError: it is unfinished, damaged, or of the zarr backend.
+        FormatError: it is unfinished, damaged, or of an unknown backend.
     """
     path = location.path
     if not is_checkpoint(location.names, path):
@@ -66,7 +66,23 @@ def read_torch_dist(folder: Folder, *, path: str, warnings: list[str] | None = N
     Raises:
         FormatError: see :func:`~anyckpt.formats.dcp.read_dcp`; or the common state is damaged.
     """
-    contents = read_dcp(folder)
+    return megatron_checkpoint(folder, read_dcp(folder), path=path, warnings=warnings)
+
+
+def megatron_checkpoint(
+    folder: Folder, contents: DcpContents, *, path: str, warnings: list[str] | None = None
+) -> Checkpoint:
+    """The checkpoint whose tensors and sharded objects are ``contents``, of whichever backend.
+
+    Args:
+        folder: where the files are.
+        contents: tensors and sharded objects.
+        path: what the user opened.
+        warnings: what is known to be odd already.
+
+    Raises:
+        FormatError: the common state is damaged.
+    """
     common = read_common(folder, contents)
     args = common.get("args")
     fields = args.fields() if isinstance(args, Record) else args if isinstance(args, dict) else {}

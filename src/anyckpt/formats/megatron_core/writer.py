@@ -74,28 +74,36 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: an object cannot be pickled.
     """
+    common, sharded, foreign = common_and_sharded(checkpoint)
+    files = torch_dist_files(
+        checkpoint.tensors,
+        sharded,
+        common,
+        ranks=options.ranks,
+        file_bytes=options.max_shard_size,
+    )
+    files += tokenizer_files(checkpoint)
+    note = f"for Megatron-LM's --load, move it to <root>/release and write 'release' into <root>/{TRACKER}"
+    return Plan("megatron-core", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
+
+
+def common_and_sharded(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """What goes into ``common.pt``, the sharded objects by key, and the names that have no place, with the reason."""
     known = checkpoint.details.get("common")
     common_names = set(known) if isinstance(known, list) else set()
-    sharded = {name for name in checkpoint.objects if _SHARDED_OBJECT.search(name)}
+    sharded = {name: checkpoint.objects[name] for name in checkpoint.objects if _SHARDED_OBJECT.search(name)}
     common = {name: checkpoint.objects[name] for name in checkpoint.objects if name in common_names}
     foreign = {name: _FOREIGN for name in checkpoint.objects if name not in sharded and name not in common_names}
     common["args"] = _arguments(common.get("args"), checkpoint.config if _has_arguments(checkpoint) else {})
     common["checkpoint_version"] = common.get("checkpoint_version", _CHECKPOINT_VERSION)
     common["iteration"] = common.get("iteration", checkpoint.training.step or 0)
-    files = torch_dist_files(
-        checkpoint.tensors,
-        {name: checkpoint.objects[name] for name in checkpoint.objects if name in sharded},
-        common,
-        ranks=options.ranks,
-        file_bytes=options.max_shard_size,
-    )
-    if checkpoint.tokenizer is not None:
-        files += [
-            OutputFile(f"tokenizer/{name}", (SourceData(source),))
-            for name, source in checkpoint.tokenizer.files.items()
-        ]
-    note = f"for Megatron-LM's --load, move it to <root>/release and write 'release' into <root>/{TRACKER}"
-    return Plan("megatron-core", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
+    return common, sharded, foreign
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> list[OutputFile]:
+    """The tokenizer's files under ``tokenizer/``, where Megatron-Bridge puts them."""
+    files = {} if checkpoint.tokenizer is None else checkpoint.tokenizer.files
+    return [OutputFile(f"tokenizer/{name}", (SourceData(source),)) for name, source in files.items()]
 
 
 def _has_arguments(checkpoint: Checkpoint) -> bool:

@@ -1,0 +1,23 @@
+"""Megatron-Core distributed checkpoints, backend ``zarr``: a directory per tensor, a file per chunk.
+
+The default of Megatron-Core before 0.7 and of NeMo 1 until 2024; Megatron-Core wrote it until 0.15.  Facts:
+``dist_checkpointing/strategies/{zarr,tensorstore}.py`` of 0.2 to 0.15, and the specification of zarr's format 2.
+"""
+
+from __future__ import annotations
+
+from anyckpt.formats.megatron_core_zarr.reader import detect, is_zarr, read, read_zarr
+from anyckpt.formats.megatron_core_zarr.writer import plan
+from anyckpt.formats.registry import Format
+
+__all__ = ["FORMAT", "is_zarr", "read_zarr"]
+
+FORMAT = Format(
+    name="megatron-core-zarr",
+    title="Megatron-Core distributed checkpoint (zarr)",
+    detect=detect,
+    read=read,
+    plan=plan,
+    dialect=lambda options: "megatron-core",
+    config_kind="megatron-args",
+)

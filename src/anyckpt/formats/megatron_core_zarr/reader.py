@@ -1,0 +1,140 @@
+"""Opening a checkpoint of the zarr backend: reads ``.zarray`` files and sizes, no chunk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
+from anyckpt.checkpoint import Checkpoint, StoredChecksum
+from anyckpt.errors import FormatError
+from anyckpt.formats.dcp import DcpContents
+from anyckpt.formats.dcp.items import LazyObjects, Unread
+from anyckpt.formats.megatron_core.location import COMMIT, TRACKER, iteration_folder
+from anyckpt.formats.megatron_core.reader import megatron_checkpoint
+from anyckpt.formats.megatron_core_zarr.array import ZARRAY, open_array, read_metadata
+from anyckpt.formats.registry import Location
+from anyckpt.formats.torch_file import read_torch
+from anyckpt.formats.torch_file.format import stored_checksums
+from anyckpt.storage.folder import Folder, LocalFolder
+from anyckpt.storage.source import ByteSource
+from anyckpt.tensor import LazyTensor
+
+_LOCKS = ".sync"
+"""Ends the name of a directory of lock files, which has files called like an array's, all empty."""
+_OBJECT = re.compile(r"(?P<name>.+/shard_[\d._]+)\.pt", re.ASCII)
+_ATTRIBUTES = (".zattrs", ".zgroup", ".zmetadata")
+_COMMIT_LIMIT = 1 << 20
+
+
+def is_zarr(folder: Folder) -> bool:
+    """Whether ``metadata.json`` names the zarr backend."""
+    try:
+        values = json.loads(folder.open(COMMIT).read_all(_COMMIT_LIMIT))
+    except (FormatError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("sharded_backend") == "zarr"
+
+
+def detect(location: Location) -> bool:
+    """A checkpoint, or a training root whose newest iteration is one."""
+    return location.is_directory and _checkpoint_folder(location) is not None
+
+
+def _checkpoint_folder(location: Location) -> str | None:
+    if COMMIT in location.names:
+        return location.path if is_zarr(LocalFolder(location.path)) else None
+    if TRACKER in location.names:
+        try:
+            path = iteration_folder(location)
+        except FormatError:
+            return None
+        return path if os.path.isfile(os.path.join(path, COMMIT)) and is_zarr(LocalFolder(path)) else None
+    return None
+
+
+def read(location: Location) -> Checkpoint:
+    """Open a checkpoint, or the newest iteration of a training root.
+
+    Raises:
+        FormatError: see :func:`read_zarr`.
+    """
+    return read_zarr(LocalFolder(_checkpoint_folder(location) or location.path), path=location.path)
+
+
+def read_zarr(folder: Folder, *, path: str) -> Checkpoint:
+    """The checkpoint in ``folder``, on disk or in an archive.
+
+    Args:
+        folder: where the files are.
+        path: what the user opened.
+
+    Raises:
+        FormatError: an array is compressed, damaged, or lacks a chunk; or the common state is damaged.
+    """
+    contents = _contents(folder)
+    checkpoint = megatron_checkpoint(folder, contents, path=path)
+    return replace(
+        checkpoint,
+        format="megatron-core-zarr",
+        format_version="zarr format 2, Megatron-Core 0.15 or older",
+        details={**checkpoint.details, "backend": "zarr"},
+    )
+
+
+def _contents(folder: Folder) -> DcpContents:
+    """Tensors and objects by the names of their directories and files."""
+    names = folder.names()
+    arrays = {name.removesuffix(f"/{ZARRAY}") for name in names if name.endswith(f"/{ZARRAY}")}
+    arrays = {key for key in arrays if not key.endswith(_LOCKS)}
+    tensors: dict[str, LazyTensor] = {}
+    objects: dict[str, Unread] = {}
+    files: dict[str, dict[str, ByteSource]] = {key: {} for key in arrays}
+    used: list[str] = []
+    for name in names:
+        if any(part.endswith(_LOCKS) for part in name.split("/")[:-1]):
+            used.append(name)
+            continue
+        key = _holder(name, arrays)
+        if key is not None:
+            used.append(name)
+            part = name[len(key) + 1 :]
+            if part != ZARRAY and part not in _ATTRIBUTES:
+                files[key][part] = folder.open(name)
+        elif (found := _OBJECT.fullmatch(name)) is not None:
+            used.append(name)
+            source = folder.open(name)
+            objects[found["name"]] = Unread(source, 0, source.size, found["name"], wrapped=False)
+    if not tensors and not arrays:
+        raise FormatError(
+            "has no zarr arrays", path=folder.name, expected=f"a directory with {ZARRAY} for each tensor",
+            found=", ".join(names[:5]), remedy="the save was interrupted, or not all files were copied",
+        )  # fmt: skip
+    for key in sorted(arrays):
+        metadata = read_metadata(folder.open(f"{key}/{ZARRAY}"), key)
+        tensors[key] = open_array(key, metadata, files[key], f"{folder.name}/{key}")
+    return DcpContents(
+        tensors,
+        LazyObjects(objects),
+        chunks={key: len(own) for key, own in files.items()},
+        shard_files={key: tuple(f"{key}/{part}" for part in own) for key, own in files.items()},
+        files=tuple(used),
+        checksums=lambda: _checksums(objects),
+    )
+
+
+def _holder(name: str, arrays: set[str]) -> str | None:
+    """The array whose directory a file is in."""
+    at = name.rfind("/")
+    while at > 0:
+        if name[:at] in arrays:
+            return name[:at]
+        at = name.rfind("/", 0, at)
+    return None
+
+
+def _checksums(objects: dict[str, Unread]) -> Iterator[StoredChecksum]:
+    return chain.from_iterable(stored_checksums(read_torch(unread.archive())) for unread in objects.values())

@@ -1,0 +1,102 @@
+"""Laying out a checkpoint of the zarr backend as Megatron-Core 0.12 writes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.plan import OutputFile, Plan, TensorData, small_file
+from anyckpt.errors import UsageError
+from anyckpt.formats.dcp.chunks import stacked_axes
+from anyckpt.formats.megatron_core.extra_state import extra_states
+from anyckpt.formats.megatron_core.location import COMMIT, COMMON
+from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files
+from anyckpt.formats.megatron_core_zarr.array import ZARRAY, boxes, render_metadata
+from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.torch_file import zip_parts
+from anyckpt.indexing import Shape
+from anyckpt.tensor import LazyTensor
+
+_BACKENDS = {
+    "sharded_backend": "zarr",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_CHUNK_BYTES = 256 << 20  # a loader reads whole chunks to take its slice of them
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """A directory per tensor and object, ``common.pt``, and ``metadata.json``, which marks the whole as finished.
+
+    Raises:
+        UsageError: an element type that the zarr backend does not have, a name that is no directory's, or an object
+            that cannot be pickled.
+    """
+    common, sharded, foreign = common_and_sharded(checkpoint)
+    objects = {**{name: None for name in extra_states(checkpoint.tensors) if name not in sharded}, **sharded}
+    files = [OutputFile(COMMON, zip_parts(common, archive_name="common", tensor_name=_named("common")))]
+    for name, tensor in checkpoint.tensors.items():
+        files += _array_files(name, tensor)
+    files += [_object_file(name, value) for name, value in objects.items()]
+    files += tokenizer_files(checkpoint)
+    files.append(small_file(COMMIT, json.dumps(_BACKENDS), stage=2))
+    _check_apart(checkpoint.tensors, objects)
+    note = "Megatron-Core from 0.16 on does not read the zarr backend; megatron-core (torch_dist) is read by all"
+    return Plan("megatron-core-zarr", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
+
+
+def _array_files(name: str, tensor: LazyTensor) -> Iterator[OutputFile]:
+    if tensor.dtype.zarr is None:
+        raise UsageError(
+            "the zarr backend has no such element type", tensor=name, found=tensor.dtype.name,
+            remedy="write megatron-core (torch_dist), or cast it with --dtype",
+        )  # fmt: skip
+    if "/" in name or "\0" in name or name.startswith(".") or name.endswith(".sync") or len(name.encode()) > 255:
+        raise UsageError("cannot be the name of a zarr array's directory", tensor=name)
+    chunks = _chunks(name, tensor)
+    yield small_file(f"{name}/{ZARRAY}", render_metadata(tensor.dtype, tensor.shape, chunks), stage=1)
+    if not tensor.size:
+        return
+    for chunk, start, extent in boxes(tensor.shape, chunks):
+        box = tensor.box(start, extent)
+        for axis, length in enumerate(chunks):
+            if extent[axis] < length:
+                box = box.pad(axis, length)
+        piece = "" if chunks == tensor.shape else f"chunk {chunk}"
+        yield OutputFile(f"{name}/{chunk}", (TensorData(name, box, piece),))
+
+
+def _chunks(name: str, tensor: LazyTensor) -> Shape:
+    """A chunk per layer and expert of stacked tensors, of at most 256 MB where a row allows.
+
+    As even as possible, since every chunk file has a whole chunk's size.
+    """
+    ones = min(stacked_axes(name), max(0, tensor.ndim - 1))
+    chunks = [1] * ones + [max(1, length) for length in tensor.shape[ones:]]
+    for axis in range(ones, tensor.ndim):
+        row = tensor.dtype.itemsize * math.prod(chunks[axis + 1 :])
+        if chunks[axis] * row <= _CHUNK_BYTES:
+            break
+        step = max(1, _CHUNK_BYTES // row)
+        chunks[axis] = -(-chunks[axis] // -(-chunks[axis] // step))
+    return tuple(chunks)
+
+
+def _object_file(name: str, value: object) -> OutputFile:
+    """A sharded object: ``torch.save`` of the object itself, the archive's folder called as the file is."""
+    parts = zip_parts(value, archive_name=name.rpartition("/")[2], tensor_name=_named(name))
+    return OutputFile(f"{name}.pt", parts)
+
+
+def _named(name: str) -> Any:
+    return lambda path: ".".join([name, *map(str, path)])
+
+
+def _check_apart(tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any]) -> None:
+    for name in objects:
+        if name.partition("/")[0] in tensors:
+            raise UsageError("an object and a tensor would share a directory", tensor=name.partition("/")[0])
