@@ -22,11 +22,13 @@ if TYPE_CHECKING:
         UnsafeError,
         UsageError,
     )
-    from anyckpt.formats.registry import read as open
     from anyckpt.operations.archive import ArchiveReport, edit, pack, unpack
     from anyckpt.operations.convert import Conversion, convert
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import Inspection, inspect
+    from anyckpt.operations.open import open_checkpoint as open
+    from anyckpt.operations.recut import LayoutRequest
+    from anyckpt.operations.reshard import reshard
     from anyckpt.operations.verify import Verification, verify
     from anyckpt.tensor import LazyTensor
 
@@ -40,6 +42,7 @@ __all__ = [
     "Difference",
     "FormatError",
     "Inspection",
+    "LayoutRequest",
     "LazyTensor",
     "MappingError",
     "OutputError",
@@ -56,6 +59,7 @@ __all__ = [
     "inspect",
     "open",
     "pack",
+    "reshard",
     "unpack",
     "verify",
 ]
@@ -69,6 +73,8 @@ _WHERE = {
     **dict.fromkeys(("Conversion", "convert"), "operations.convert"),
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
     **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),
+    "LayoutRequest": "operations.recut",
+    "reshard": "operations.reshard",
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),
     **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),
 }
@@ -79,7 +85,7 @@ def __getattr__(name: str) -> Any:
 
     value: Any
     if name == "open":
-        value = import_module("anyckpt.formats.registry").read
+        value = import_module("anyckpt.operations.open").open_checkpoint
     elif name == "__version__":
         from importlib.metadata import version
 

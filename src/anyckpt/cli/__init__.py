@@ -16,6 +16,7 @@ import click
 _COMMANDS = {
     "inspect": "Say what is in a checkpoint.",
     "convert": "Convert a checkpoint to another format.",
+    "reshard": "Change the parallel layout of a checkpoint and keep its format.",
     "diff": "Compare two checkpoints by value.",
     "verify": "Check a checkpoint for damage.",
     "unpack": "Unpack a .nemo archive into a directory.",

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from anyckpt.cli.console import by_reason, print_json, print_line, print_note, print_table, progress_bar
+from anyckpt.cli.layout import layout_options, layout_request
 
 if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 _SHOWN_FILES = 20
+
+
+_WRITING = (
+    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Cast floating-point weights."),
+    click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads."),
+    click.option("--memory", metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
+    click.option("--force", is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
+    click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, at the end."),
+    click.option("--resume", is_flag=True, help="Continue what an interrupted run left."),
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+)
+
+
+def writing_options(command: Command) -> Command:
+    """Options of every command that writes a checkpoint."""
+    for option in reversed(_WRITING):
+        command = option(command)
+    return command
 
 
 @click.command()
@@ -21,53 +44,31 @@ _SHOWN_FILES = 20
 @click.option("--family", metavar="NAME", help="Model family, where the checkpoint does not tell.")
 @click.option("--config", metavar="FILE", help="Model configuration, where the checkpoint has none.")
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Cast floating-point weights.")
 @click.option(
     "--optimizer", type=click.Choice(["keep", "drop"]), default="drop", show_default=True,
-    help="Carry training state, where names stay as they are and the target can hold it.",
+    help="Carry training state, where the target can hold it.",
 )  # fmt: skip
-@click.option("--sharded", is_flag=True, help="nemo: put a distributed checkpoint into the archive.")
+@click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
 @click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
 @click.option("--include", metavar="GLOB", multiple=True, help="Take only weights whose source names match.")
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out weights whose source names match.")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads.")
-@click.option("--memory", metavar="SIZE", help="Bytes for blocks in flight, such as 512MB.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, at the end.")
-@click.option("--resume", is_flag=True, help="Continue what an interrupted run left.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    source: str,
-    destination: str,
-    to: str,
-    family: str | None,
-    config: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    optimizer: str,
-    sharded: bool,
-    max_shard_size: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    workers: int | None,
-    memory: str | None,
-    overwrite: bool,
-    resume: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+@layout_options
+@writing_options
+def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint at SRC, whatever its format, to FORMAT at DST.
 
     Values stay bit for bit the same unless --dtype asks for a cast.  DST appears only when it is whole.
     """
     from anyckpt.operations.convert import convert
 
+    layout = layout_request(options)
     with progress_bar("converting") as progress:
-        done = convert(
-            source, destination, to=to, family=family, config=config, tokenizer=tokenizer, dtype=dtype,
-            include=include, exclude=exclude, max_shard_size=max_shard_size, sharded=sharded, optimizer=optimizer,
-            overwrite=overwrite, resume=resume, workers=workers, memory=memory, dry_run=dry_run, progress=progress,
-        )  # fmt: skip
+        done = convert(source, destination, layout=layout, progress=progress, **options)
+    show(done, as_json)
+
+
+def show(done: Conversion, as_json: bool) -> None:
+    """Print what was done, or would be."""
     if as_json:
         print_json(done.to_json())
     else:

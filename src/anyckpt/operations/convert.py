@@ -12,10 +12,13 @@ from anyckpt.engine.execute import DEFAULT_MEMORY, execute
 from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
+from anyckpt.layout import Parallelism
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.naming import rename_for
+from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
+from anyckpt.operations.recut import LayoutRequest, cut_for_ranks, present_layout, sizes_of, wanted_layout
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.operations.supplied import read_config, read_tokenizer
 from anyckpt.tensor import LazyTensor
@@ -88,6 +91,9 @@ def convert(
     max_shard_size: int | str | None = None,
     sharded: bool = False,
     optimizer: str = "drop",
+    layout: LayoutRequest | None = None,
+    keep_layout: bool = False,
+    force: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     workers: int | None = None,
@@ -116,6 +122,9 @@ def convert(
         sharded: ``nemo``: put a distributed checkpoint into the archive.
         optimizer: ``drop``, or ``keep`` to carry training state where source and target name weights alike and the
             target can hold it; what is not carried is listed in ``ignored``.
+        layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
+        keep_layout: take what ``layout`` does not say from the source's files rather than leave tensors whole.
+        force: read a source that is marked as unfinished, too.
         overwrite: replace an existing checkpoint at the end.
         resume: continue what an interrupted run of the same conversion left.
         workers: threads.
@@ -142,7 +151,13 @@ def convert(
     budget = DEFAULT_MEMORY if memory is None else parse_bytes(memory, "--memory")
     check_destination(output, [origin], overwrite=overwrite)
 
-    checkpoint, left_out = _choose(registry.read(origin), as_patterns(include), as_patterns(exclude))
+    request = LayoutRequest() if layout is None else layout
+    stored = request.described(registry.read(origin, force=force))
+    present = present_layout(stored) if keep_layout else Parallelism()
+    cut, layout_notes = wanted_layout(request, present, target, options)
+    if cut is not None:
+        options = replace(options, layout=sizes_of(cut))
+    checkpoint, left_out = _choose(join_ranks(stored, rules=request.rules), as_patterns(include), as_patterns(exclude))
     if optimizer == "drop":
         checkpoint, dropped = _without_state(checkpoint)
         left_out.update(dropped)
@@ -151,7 +166,10 @@ def convert(
     wanted = cast_target(dtype)
     renamed = rename_for(checkpoint, target, options, family=family, config=read_config(config), dtype=wanted)
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
-    laid_out = target.plan(_with_cast(renamed.checkpoint, cast.tensors), options)
+    ready = _with_cast(renamed.checkpoint, cast.tensors)
+    if cut is not None:
+        ready = cut_for_ranks(ready, cut, rules=request.rules, padding=request.padding)
+    laid_out = target.plan(ready, options)
     plan = replace(
         laid_out,
         ignored={
@@ -162,7 +180,7 @@ def convert(
             **laid_out.ignored,
         },
         casts=cast.casts,
-        notes=(*renamed.notes, *cast.notes, *laid_out.notes),
+        notes=(*checkpoint.warnings, *layout_notes, *renamed.notes, *cast.notes, *laid_out.notes),
     )
     files = tuple(describe(plan)["files"])
     if dry_run:
@@ -205,7 +223,9 @@ def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
     stored = {checkpoint.model_prefix + name for name in weights}
     dropped = {name: _STATE for name in (*checkpoint.tensors, *checkpoint.objects) if name not in stored}
     training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
-    bare = replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, training=training)
+    bare = replace(
+        checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, training=training, optimizer=None
+    )
     return bare, dropped
 
 

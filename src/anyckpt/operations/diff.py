@@ -8,9 +8,9 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, UsageError
-from anyckpt.formats import registry
 from anyckpt.operations.compare import Tolerance, compare
 from anyckpt.operations.naming import common_names
+from anyckpt.operations.open import open_checkpoint
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
 
@@ -111,8 +111,8 @@ def diff(
     """
     if not (rtol >= 0 and atol >= 0):
         raise UsageError("a tolerance cannot be negative", found=f"rtol {rtol}, atol {atol}")
-    first = a if isinstance(a, Checkpoint) else registry.read(a)
-    second = b if isinstance(b, Checkpoint) else registry.read(b)
+    first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
+    second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
     names = common_names(first, second, raw=raw)
     shared = [name for name in names.a if name in names.b]
     only_in_a = [name for name in names.a if name not in names.b]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.display import html_table
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model
+from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
@@ -183,7 +184,7 @@ def inspect(
     """
     if names not in ("stored", "hub"):
         raise UsageError("unknown kind of names", expected="stored or hub", found=names)
-    checkpoint = source if isinstance(source, Checkpoint) else registry.read(source)
+    checkpoint = _joined(source if isinstance(source, Checkpoint) else registry.read(source))
     model, warning = _identify(checkpoint)
     listed = None
     globs = as_patterns(tensors)
@@ -225,6 +226,17 @@ def inspect(
         warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
         tensors=listed,
     )
+
+
+def _joined(checkpoint: Checkpoint) -> Checkpoint:
+    """With the ranks' shards joined; as stored, with a warning, if they do not make up a model."""
+    if not checkpoint.ranks:
+        return checkpoint
+    try:
+        return join_ranks(checkpoint, verify_replicas=False)
+    except (MappingError, UsageError) as error:
+        told = f"tensors are listed as the ranks hold them, for they cannot be joined: {error}"
+        return replace(checkpoint, warnings=[*checkpoint.warnings, told])
 
 
 def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:

@@ -29,7 +29,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, force: bool = False) -> Che
     return join_ranks(registry.read(path, force=force))
 
 
-def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None) -> Checkpoint:
+def join_ranks(
+    checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None, verify_replicas: bool | None = None
+) -> Checkpoint:
     """The checkpoint with global tensors in place of the ranks'; itself if its files are not of ranks.
 
     The layout that the files have stays in ``layout``; the vocabulary keeps its padding rows.  The optimizer's state
@@ -38,6 +40,7 @@ def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None
     Args:
         checkpoint: as read.
         rules: pattern -> partition kind, for names that the built-in table does not have.
+        verify_replicas: read copies that should be equal and compare them: all, none, or (None) the small ones.
 
     Raises:
         MappingError: ranks, layers or experts are missing, or the files contradict the layout.
@@ -45,7 +48,13 @@ def join_ranks(checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None
     """
     if not checkpoint.ranks:
         return checkpoint
-    joined = join(checkpoint.ranks, parallelism_of(checkpoint), geometry_of(checkpoint), rules=rules)
+    joined = join(
+        checkpoint.ranks,
+        parallelism_of(checkpoint),
+        geometry_of(checkpoint),
+        rules=rules,
+        verify_replicas=verify_replicas,
+    )
     return replace(
         checkpoint,
         tensors=joined.tensors,

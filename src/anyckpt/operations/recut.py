@@ -1,18 +1,148 @@
-"""Cutting a whole model for ranks, with its optimizer's state."""
+"""Cutting a whole model for ranks, with its optimizer's state, as a user asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout
+from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard
+from anyckpt.errors import UsageError
+from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut
 from anyckpt.layout.division import Padding
 from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args
-from anyckpt.operations.open import geometry_of
+from anyckpt.operations.open import geometry_of, parallelism_of
 
 _EMBEDDING = "embedding.word_embeddings.weight"
+_ROWS = ("override_vocab_size", "padded_vocab_size")  # NeMo's and Megatron's words for the padded vocabulary
+_ANY_SIZE = "its distributed checkpoints load at any parallel size: the layout asked for needs nothing done"
+
+
+@dataclass(frozen=True)
+class LayoutRequest:
+    """The layout that a user asks for; None is not said.
+
+    Attributes:
+        tensor_parallel: ``--tp``.
+        pipeline_parallel: ``--pp``.
+        virtual_pipeline: ``--vpp``, chunks per stage.
+        expert_parallel: ``--ep``.
+        expert_tensor_parallel: ``--etp``.
+        first_stage_layers: ``--first-stage-layers``.
+        last_stage_layers: ``--last-stage-layers``.
+        pipeline_layout: ``--pipeline-layout``, as Megatron's ``--pipeline-model-parallel-layout``.
+        vocab_size: ``--vocab-size``, without padding rows.
+        make_vocab_size_divisible_by: rows are padded to a multiple of this times the tensor-parallel size.
+        padding: what fills new padding rows.
+        rules: pattern -> partition kind, for names that the built-in table does not have.
+    """
+
+    tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
+    virtual_pipeline: int | None = None
+    expert_parallel: int | None = None
+    expert_tensor_parallel: int | None = None
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    pipeline_layout: str | None = None
+    vocab_size: int | None = None
+    make_vocab_size_divisible_by: int | None = None
+    padding: Padding = "zeros"
+    rules: Mapping[str, str] | None = None
+
+    @property
+    def asks_for_ranks(self) -> bool:
+        """Whether any parallel size is said."""
+        sizes = (
+            self.tensor_parallel, self.pipeline_parallel, self.virtual_pipeline, self.expert_parallel,
+            self.expert_tensor_parallel, self.first_stage_layers, self.last_stage_layers, self.pipeline_layout,
+        )  # fmt: skip
+        return any(size is not None for size in sizes)
+
+    def over(self, present: Parallelism) -> Parallelism:
+        """The layout asked for, with what is not said taken from ``present``."""
+        stages_change = any(
+            value is not None
+            for value in (
+                self.pipeline_parallel, self.virtual_pipeline, self.first_stage_layers, self.last_stage_layers,
+                self.pipeline_layout,
+            )
+        )  # fmt: skip
+        changed: dict[str, Any] = {}
+        if stages_change:
+            changed = {
+                "num_layers_in_first_pipeline_stage": self.first_stage_layers,
+                "num_layers_in_last_pipeline_stage": self.last_stage_layers,
+                "account_for_embedding": False,
+                "account_for_loss": False,
+                "pipeline_layout": self.pipeline_layout,
+                "virtual_pipeline": self.virtual_pipeline or 1,
+            }
+        sizes = {
+            "tensor_parallel": self.tensor_parallel,
+            "pipeline_parallel": self.pipeline_parallel,
+            "expert_parallel": self.expert_parallel,
+            "expert_tensor_parallel": self.expert_tensor_parallel,
+        }
+        changed.update({name: size for name, size in sizes.items() if size is not None})
+        if present.expert_tensor_parallel == present.tensor_parallel:
+            changed.setdefault("expert_tensor_parallel", None)
+        return replace(present, **changed)
+
+    def described(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with the vocabulary that the user says in its configuration."""
+        said = {"vocab_size": self.vocab_size, "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by}
+        config = {**checkpoint.config, **{name: value for name, value in said.items() if value is not None}}
+        return replace(checkpoint, config=config)
+
+
+def wanted_layout(
+    request: LayoutRequest, present: Parallelism, target: Format, options: WriteOptions
+) -> tuple[Parallelism | None, tuple[str, ...]]:
+    """For which ranks the target's files are cut, None if it keeps whole tensors, and what the user should know.
+
+    Args:
+        request: what the user says.
+        present: what holds where the user says nothing.
+        target: the format to write.
+        options: of the writer, without ``layout``.
+
+    Raises:
+        UsageError: a layout is asked for that the target's files cannot have.
+    """
+    parallelism = request.over(present)
+    parallelism.check()
+    layout = sizes_of(parallelism)
+    if target.dialect(options) == "hub" or (
+        layout != ParallelLayout() and target.dialect(replace(options, layout=layout)) == "hub"
+    ):
+        return parallelism, ()
+    if not request.asks_for_ranks or layout == ParallelLayout():
+        return None, ()
+    if target.config_kind in (None, "hf"):
+        raise UsageError(
+            f"{target.name} keeps whole tensors and has no parallel layout",
+            found=f"tensor, pipeline, virtual, expert {tuple(vars(layout).values())}",
+            remedy="leave --tp, --pp, --vpp, --ep and --etp out",
+        )
+    return None, (_ANY_SIZE,)
+
+
+def sizes_of(parallelism: Parallelism) -> ParallelLayout:
+    """The sizes alone."""
+    return ParallelLayout(
+        parallelism.tensor_parallel,
+        parallelism.pipeline_parallel,
+        parallelism.virtual_pipeline,
+        parallelism.expert_parallel,
+    )
+
+
+def present_layout(checkpoint: Checkpoint) -> Parallelism:
+    """The layout that a checkpoint's files have; whole tensors if they are not of ranks."""
+    return Parallelism() if checkpoint.layout == ParallelLayout() else parallelism_of(checkpoint)
 
 
 def cut_for_ranks(
@@ -25,7 +155,7 @@ def cut_for_ranks(
     """The checkpoint with the ranks' shards beside its tensors, ready for a format that keeps a file per rank.
 
     Args:
-        checkpoint: global tensors under the hub's names, and Megatron's arguments as configuration.
+        checkpoint: global tensors under the hub's names, and Megatron's or NeMo's configuration.
         parallelism: the layout wanted.
         rules: pattern -> partition kind, for names that the built-in table does not have.
         padding: what fills new padding rows of the vocabulary; padding of optimizer state is zero.
@@ -38,18 +168,23 @@ def cut_for_ranks(
     spelling = expert_spelling_from_args(checkpoint.config)
     shards = cut(checkpoint.tensors, parallelism, geometry, rules=rules, padding=padding, spelling=spelling)
     optimizer = checkpoint.optimizer
+    arguments = args_from_parallelism(parallelism) if checkpoint.config_kind == "megatron-args" else {}
+    rows = sum(s.tensors[_EMBEDDING].shape[0] for s in shards if _EMBEDDING in s.tensors and _is_first(s))
+    for key in _ROWS:
+        if rows and checkpoint.config.get(key) is not None:
+            arguments[key] = rows
     return replace(
         checkpoint,
         ranks=tuple(shards),
-        layout=ParallelLayout(
-            parallelism.tensor_parallel,
-            parallelism.pipeline_parallel,
-            parallelism.virtual_pipeline,
-            parallelism.expert_parallel,
-        ),
-        config={**checkpoint.config, **args_from_parallelism(parallelism)},
+        layout=sizes_of(parallelism),
+        config={**checkpoint.config, **arguments},
         optimizer=None if optimizer is None else partial(_cut_optimizer, checkpoint, parallelism, geometry, rules),
     )
+
+
+def _is_first(shard: RankShard) -> bool:
+    """Whether its tensor-parallel rank is met here first: embeddings are repeated over expert ranks and stages."""
+    return shard.pipeline_rank == 0 and shard.virtual_rank == 0 and shard.expert_rank == 0
 
 
 def _cut_optimizer(

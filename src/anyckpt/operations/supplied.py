@@ -1,4 +1,4 @@
-"""What a user hands in beside a checkpoint: a configuration, a tokenizer."""
+"""What a user hands in beside a checkpoint: a configuration, a tokenizer, partition rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Tokenizer
-from anyckpt.errors import UsageError
+from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import hf
 from anyckpt.formats.registry import look_at
 from anyckpt.storage.source import LocalFile
@@ -31,6 +31,21 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> di
     if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return hf.read_json(source)
     return load_yaml_mapping(source.read_all(_CONFIG_LIMIT), source.name)
+
+
+def read_rules(path: str) -> dict[str, str]:
+    """Partition rules: pattern of names -> kind, from YAML or JSON; kinds are checked where they are used.
+
+    Raises:
+        FormatError: the file is missing, not valid, or no mapping of names to names.
+    """
+    rules = read_config(path) or {}
+    for pattern, kind in rules.items():
+        if not isinstance(kind, str):
+            raise FormatError(
+                "a partition rule is not 'pattern: kind'", path=path, tensor=pattern, found=repr(kind)[:80]
+            )
+    return rules
 
 
 def read_tokenizer(path: str) -> Tokenizer:

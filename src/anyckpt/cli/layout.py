@@ -1,0 +1,65 @@
+"""Options that describe a parallel layout, shared by the commands that take one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from anyckpt.operations.recut import LayoutRequest
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_SIZE = click.IntRange(min=1)
+_OPTIONS = (
+    click.option("--tp", type=_SIZE, metavar="N", help="Tensor parallel size, where a file per rank is written."),
+    click.option("--pp", type=_SIZE, metavar="N", help="Pipeline parallel size."),
+    click.option("--vpp", type=_SIZE, metavar="N", help="Virtual pipeline: chunks per stage."),
+    click.option("--ep", type=_SIZE, metavar="N", help="Expert parallel size."),
+    click.option("--etp", type=_SIZE, metavar="N", help="Expert tensor parallel size; as --tp if not given."),
+    click.option("--first-stage-layers", type=_SIZE, metavar="N", help="Layers of the first pipeline stage."),
+    click.option("--last-stage-layers", type=_SIZE, metavar="N", help="Layers of the last pipeline stage."),
+    click.option("--pipeline-layout", metavar="TEXT", help="Stages in Megatron's notation, such as 'Et|tt|t|tL'."),
+    click.option("--vocab-size", type=_SIZE, metavar="N", help="True vocabulary, without padding rows."),
+    click.option("--make-vocab-size-divisible-by", type=_SIZE, metavar="N", help="Pad to a multiple of N x --tp."),
+    click.option(
+        "--vocab-padding", type=click.Choice(["zeros", "repeat-last-row"]), default="zeros", show_default=True,
+        help="What fills new padding rows of the vocabulary.",
+    ),
+    click.option("--partition-rules", metavar="FILE", help="YAML of name pattern: kind, for names without a rule."),
+)  # fmt: skip
+
+
+def layout_options(command: Command) -> Command:
+    """The options, in the order in which ``--help`` shows them."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def layout_request(options: dict[str, Any]) -> LayoutRequest:
+    """What the user says, taken out of a command's options.
+
+    Raises:
+        FormatError: the rules file cannot be read.
+    """
+    from anyckpt.operations.recut import LayoutRequest
+    from anyckpt.operations.supplied import read_rules
+
+    rules = options.pop("partition_rules")
+    return LayoutRequest(
+        tensor_parallel=options.pop("tp"),
+        pipeline_parallel=options.pop("pp"),
+        virtual_pipeline=options.pop("vpp"),
+        expert_parallel=options.pop("ep"),
+        expert_tensor_parallel=options.pop("etp"),
+        first_stage_layers=options.pop("first_stage_layers"),
+        last_stage_layers=options.pop("last_stage_layers"),
+        pipeline_layout=options.pop("pipeline_layout"),
+        vocab_size=options.pop("vocab_size"),
+        make_vocab_size_divisible_by=options.pop("make_vocab_size_divisible_by"),
+        padding=options.pop("vocab_padding"),
+        rules=None if rules is None else read_rules(rules),
+    )
