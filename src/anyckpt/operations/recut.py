@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard
-from anyckpt.errors import UsageError
+from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut
 from anyckpt.layout.division import Padding
@@ -165,6 +165,14 @@ def cut_for_ranks(
         UsageError: the layout is impossible for the model.
     """
     geometry = _target_geometry(checkpoint, parallelism)
+    if parallelism.expert_parallel > 1 and geometry.num_experts is None:
+        raise UsageError(
+            "the model has no experts to spread",
+            path=checkpoint.path,
+            expected="expert parallel size 1",
+            found=parallelism.expert_parallel,
+            remedy="leave --ep out",
+        )
     spelling = expert_spelling_from_args(checkpoint.config)
     shards = cut(checkpoint.tensors, parallelism, geometry, rules=rules, padding=padding, spelling=spelling)
     optimizer = checkpoint.optimizer
@@ -209,7 +217,13 @@ def _target_geometry(checkpoint: Checkpoint, parallelism: Parallelism) -> Geomet
     embedding = checkpoint.tensors.get(_EMBEDDING)
     rows = None if embedding is None else embedding.shape[0]
     true = checkpoint.config.get("vocab_size")
-    known = type(true) is int and rows is not None and 0 < true <= rows
+    if type(true) is int and rows is not None and true > rows:
+        raise MappingError(
+            "the vocabulary is larger than what is stored",
+            path=checkpoint.path, tensor=_EMBEDDING, expected=f"at least {true} rows", found=f"{rows} rows",
+            remedy="give the true --vocab-size",
+        )  # fmt: skip
+    known = type(true) is int and rows is not None and true > 0
     same = checkpoint.layout.tensor_parallel == parallelism.tensor_parallel
     if rows is None or (same and geometry.padded_vocab_size):
         return geometry
