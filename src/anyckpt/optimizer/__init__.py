@@ -7,5 +7,6 @@ weights are.  Formats of one file per rank find it themselves; ``with_optimizer`
 
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.optimizer.state import checked, renamed, with_masters
+from anyckpt.optimizer.write import laid_out
 
-__all__ = ["checked", "renamed", "with_masters", "with_optimizer"]
+__all__ = ["checked", "laid_out", "renamed", "with_masters", "with_optimizer"]

@@ -36,6 +36,17 @@ def decays(name: str, shape: Shape) -> bool:
     return len(shape) > 1 and not name.endswith(".bias")
 
 
+def is_edge(name: str) -> bool:
+    """A parameter is the embedding or the output layer."""
+    return name.endswith(_EDGES)
+
+
+def effective(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's hyperparameters for a trainer that knows no ``wd_mult``: weight decay is what Megatron would apply."""
+    multiplier = group.get("wd_mult", group.get("pre_wd_mult", 1.0))
+    return {**group, "weight_decay": 0.0} if multiplier == 0 and "weight_decay" in group else dict(group)
+
+
 def group_decays(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
     """Weight decay applies to a group: it says so, or nothing distinguishes it from the others in this."""
     multiplier = next((group[key] for key in ("wd_mult", "pre_wd_mult") if key in group), None)
@@ -62,7 +73,7 @@ def assigned(shapes: Mapping[str, Shape], groups: Sequence[Mapping[str, Any]], p
     experts, edges = any(kind.expert for kind in kinds), any(kind.edge for kind in kinds)
     found: dict[str, int] = {}
     for name, shape in shapes.items():
-        kind = Kind(decays(name, shape), experts and ".experts." in name, edges and name.endswith(_EDGES))
+        kind = Kind(decays(name, shape), experts and ".experts." in name, edges and is_edge(name))
         fitting = [number for number, own in enumerate(kinds) if own == kind]
         if not fitting:  # one group for all: nothing is exempt from weight decay, or decay is off
             fitting = [number for number, own in enumerate(kinds) if own[1:] == kind[1:]]

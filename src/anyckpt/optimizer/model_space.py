@@ -16,9 +16,11 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import FormatError, MappingError
+from anyckpt.indexing import Shape
 from anyckpt.models import dialects
 from anyckpt.optimizer.groups import assigned
 from anyckpt.optimizer.state import MASTER, Slots, checked, options, same_step, unproved
+from anyckpt.tensor import LazyTensor
 
 _ENTRY = re.compile(
     r"(?:chained_\d+\.)?optimizer\.state\.(?P<slot>param|fp32_param|(?:max_)?exp_avg(?:_sq)?|momentum_buffer)\.(?P<name>.+)"
@@ -27,6 +29,8 @@ _MASTERS = ("param", "fp32_param")
 _STACKED = re.compile(r"(?:.*\.)?(?:decoder|encoder)\.layers\.(?!\d)")
 _EXPERTS = ".experts.experts."
 _COMMON = "optimizer"
+ORIGINAL_GROUPS = "original_param_groups"
+"""Entry of the common state with the groups of another framework, which ``write_model_space`` leaves there."""
 
 
 def has_model_space(checkpoint: Checkpoint) -> bool:
@@ -56,11 +60,12 @@ def read_model_space(checkpoint: Checkpoint) -> OptimizerState:
     groups = [group for part in parts for group in groups_of(part, checkpoint.path)]
     steps = [group.get("step") for group in groups]
     steps += [part["state"].get("common_step") for part in map(inner, parts) if isinstance(part.get("state"), dict)]
+    own_groups, group_of = _grouped(checkpoint, slots, groups)
     state = OptimizerState(
         slots=slots,
         step=same_step(steps, checkpoint.path),
-        groups=tuple(options(group) for group in groups),
-        group_of=_group_of(slots, groups, checkpoint.path),
+        groups=own_groups,
+        group_of=group_of,
         grad_scaler=next((part["grad_scaler"] for part in parts if part.get("grad_scaler")), None),
     )
     return checked(state, weights, checkpoint.path)
@@ -101,14 +106,30 @@ def groups_of(part: Mapping[Any, Any], path: str) -> list[Mapping[str, Any]]:
     return groups
 
 
-def _group_of(slots: Slots, groups: list[Mapping[str, Any]], path: str) -> dict[str, int]:
-    """The group of each parameter by Megatron's rule; nothing where the rule does not tell."""
-    names = {name: tensor for own in slots.values() for name, tensor in own.items()}
-    shapes = {}
-    for name, tensor in names.items():
-        axes = (_STACKED.match(name) is not None) + (_EXPERTS in name)
-        shapes[name] = tensor.shape[axes:]
+def module_shapes(tensors: Mapping[str, LazyTensor]) -> dict[str, Shape]:
+    """The shape that each parameter has in its module: without the axes along which layers and experts are stacked."""
+    return {
+        name: tensor.shape[(_STACKED.match(name) is not None) + (_EXPERTS in name) :]
+        for name, tensor in tensors.items()
+    }
+
+
+def _grouped(
+    checkpoint: Checkpoint, slots: Slots, groups: list[Mapping[str, Any]]
+) -> tuple[tuple[dict[str, Any], ...], dict[str, int]]:
+    """Groups, and that of each parameter: those of another framework if kept, else Megatron's as its rule tells."""
+    tensors = {name: tensor for own in slots.values() for name, tensor in own.items()}
+    kept = checkpoint.objects.get(ORIGINAL_GROUPS)
+    if isinstance(kept, dict):
+        originals, group_of = kept.get("param_groups"), kept.get("group_of")
+        if isinstance(originals, list) and isinstance(group_of, dict) and tensors.keys() <= group_of.keys():
+            numbers = {name: group_of[name] for name in tensors}
+            fits = all(type(n) is int and 0 <= n < len(originals) for n in numbers.values())
+            if fits and all(isinstance(group, dict) for group in originals):
+                return tuple(options(group) for group in originals), numbers
+    own = tuple(options(group) for group in groups)
     try:
-        return assigned(shapes, groups, path) if groups and dialects.find_prefix(names) is not None else {}
+        told = groups and dialects.find_prefix(tensors) is not None
+        return own, assigned(module_shapes(tensors), groups, checkpoint.path) if told else {}
     except MappingError:
-        return {}
+        return own, {}

@@ -17,7 +17,8 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.indexing import Shape
-from anyckpt.optimizer.groups import decays
+from anyckpt.optimizer.groups import assigned, decays
+from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.parameters import aligned, trained
 from anyckpt.optimizer.state import MASTER, Slots, checked, options, same_step, unproved
 from anyckpt.tensor import LazyTensor
@@ -135,6 +136,12 @@ def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, pat
     names: list[list[str]] = [[] for _ in shapes]
     if len(filled) == 1:
         names[filled[0]] = aligned(shapes[filled[0]], left, f"{what} of one parameter group", path)
+        return names
+    if all("wd_mult" in group or "pre_wd_mult" in group for group in optimizer.groups):  # Megatron's, in NeMo
+        group_of = assigned(module_shapes(left), optimizer.groups, path)
+        for number in filled:
+            own = {name: tensor for name, tensor in left.items() if group_of[name] == number}
+            names[number] = aligned(shapes[number], own, f"parameter group {number} of {what}", path)
         return names
     kinds = {number: _kind(shapes[number]) for number in filled}
     if sorted(map(str, kinds.values())) != ["False", "True"]:

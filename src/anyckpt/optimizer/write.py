@@ -1,0 +1,64 @@
+"""Putting optimizer state into a checkpoint as a target format keeps it, for the format to write like anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.errors import UsageError
+from anyckpt.optimizer.parameters import trained
+from anyckpt.optimizer.state import DROP, MOMENTS, SLOTS, checked, unproved
+from anyckpt.optimizer.write_model_space import write_model_space
+from anyckpt.optimizer.write_named import write_named
+from anyckpt.optimizer.write_numbered import write_numbered
+from anyckpt.tensor import LazyTensor
+
+_WRITERS: Mapping[str, Callable[[Checkpoint, OptimizerState], Checkpoint]] = {
+    "megatron-core": write_model_space,
+    "lightning": write_numbered,
+    "dcp": write_named,
+}
+BY_THEMSELVES = ("megatron-lm",)
+"""Formats that lay out ``Checkpoint.optimizer`` themselves, because they write a file per rank."""
+
+
+def laid_out(checkpoint: Checkpoint, format_name: str) -> Checkpoint:
+    """The checkpoint with its optimizer's state among ``tensors`` and ``objects``, in the form of a target format.
+
+    Args:
+        checkpoint: weights under the target's names, in ``optimizer`` the state under the same names (see
+            :func:`~anyckpt.optimizer.state.renamed`), and no other training state.
+        format_name: the target's, as in ``--to``.
+
+    Raises:
+        FormatError: bytes of the state are missing.
+        MappingError: the state does not fit the weights, or is not Adam's.
+        UsageError: the format has no place for optimizer state.
+    """
+    if checkpoint.optimizer is None or format_name in BY_THEMSELVES:
+        return checkpoint
+    writer = _WRITERS.get(format_name)
+    if writer is None:
+        raise UsageError(
+            f"{format_name} has no place for optimizer state",
+            path=checkpoint.path, expected=", ".join((*_WRITERS, *BY_THEMSELVES)), remedy=DROP,
+        )  # fmt: skip
+    weights = checkpoint.weights()
+    state = checked(checkpoint.optimizer(), weights, checkpoint.path)
+    _check_complete(state, weights, checkpoint.path)
+    training = replace(checkpoint.training, has_optimizer=True)
+    return writer(replace(checkpoint, training=training, optimizer=None), state)
+
+
+def _check_complete(state: OptimizerState, weights: Mapping[str, LazyTensor], path: str) -> None:
+    """Raise MappingError unless it is Adam's state of at least one parameter."""
+    foreign = [slot for slot in state.slots if slot not in SLOTS]
+    lacking = [slot for slot in MOMENTS if not state.slots.get(slot)]
+    if foreign or lacking:
+        raise unproved(
+            "the optimizer is not Adam", path=path, expected=", ".join(MOMENTS), found=", ".join(state.slots) or "none"
+        )
+    unknown = [name for name in state.slots[MOMENTS[0]] if name not in trained(weights)]
+    if unknown:
+        raise unproved("has optimizer state but is no parameter", path=path, tensor=unknown[0])

@@ -1,0 +1,114 @@
+"""Laying state out as Lightning's ``.ckpt`` files keep it: PyTorch's own form, parameters by number.
+
+Numbers count through the groups, in a group in the order of the state dict.  A model in 16 bits whose optimizer has
+fp32 masters gets NeMo 1's form (``megatron_amp_O2``), the only one that holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.optimizer.groups import assigned, effective
+from anyckpt.optimizer.model_space import module_shapes
+from anyckpt.optimizer.state import MASTER, MOMENTS
+from anyckpt.tensor import LazyTensor, from_array
+
+_ROOT = "optimizer_states"
+_KEPT = "lightning"
+_HALF = ("float16", "bfloat16")
+
+Path = tuple[str | int, ...]
+
+
+def write_numbered(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
+    """The checkpoint with the state as ``optimizer_states`` of a Lightning checkpoint.
+
+    Raises:
+        MappingError: nothing tells which group a parameter is in.
+    """
+    weights = checkpoint.weights()
+    names = [name for name in weights if name in state.slots[MOMENTS[0]]]
+    groups = [effective(group) for group in state.groups] or [{}]
+    group_of = state.group_of
+    if not all(name in group_of for name in names):
+        shapes = module_shapes({name: weights[name] for name in names})
+        group_of = assigned(shapes, state.groups, checkpoint.path) if state.groups else dict.fromkeys(names, 0)
+    members = [[name for name in names if group_of[name] == number] for number in range(len(groups))]
+    tree = _tree(state, groups, members, weights)
+    tensors, objects, paths, keys = _flat({_ROOT: [tree]})
+    known = checkpoint.details
+    kept = known.get(_KEPT) or _lightning_entries(checkpoint)
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, **tensors},
+        objects={**{name: checkpoint.objects[name] for name in checkpoint.objects}, **objects},
+        state_prefixes=(*checkpoint.state_prefixes, _ROOT),
+        details={
+            **known,
+            _KEPT: kept,
+            "key_paths": {**(known.get("key_paths") or {}), **paths},
+            "original_keys": {**(known.get("original_keys") or {}), **keys},
+        },
+    )
+
+
+def _lightning_entries(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a Lightning checkpoint from another format has besides weights and state."""
+    entries: dict[str, Any] = {"global_step": checkpoint.training.step or 0}
+    if checkpoint.config_kind == "nemo1":
+        entries.update(hparams_name="kwargs", hyper_parameters={"cfg": checkpoint.config})
+    return entries
+
+
+def _tree(
+    state: OptimizerState, groups: list[dict[str, Any]], members: list[list[str]], weights: Mapping[str, LazyTensor]
+) -> dict[str, Any]:
+    states: dict[int, dict[str, LazyTensor]] = {}
+    param_groups: list[dict[str, Any]] = []
+    for group, names in zip(groups, members, strict=True):
+        first = len(states)
+        for name in names:
+            own = {slot: state.slots[slot][name] for slot in MOMENTS}
+            if state.step is not None:  # each a storage of its own: a loaded one is counted up in place
+                own = {"step": from_array(np.array(state.step, np.float32)), **own}
+            states[len(states)] = own
+        param_groups.append({**group, "params": list(range(first, len(states)))})
+    tree: dict[str, Any] = {"state": states, "param_groups": param_groups}
+    masters = state.slots.get(MASTER, {})
+    if not any(weights[name].dtype.name in _HALF for name in masters):
+        return tree
+    lists = [[masters[name] for name in own if weights[name].dtype.name in _HALF] for own in members]
+    scaler = {} if state.grad_scaler is None else {"grad_scaler": state.grad_scaler}
+    return {"optimizer": tree, **scaler, "fp32_from_fp16_params": lists}
+
+
+def _flat(
+    tree: dict[str, Any],
+) -> tuple[dict[str, LazyTensor], dict[str, Any], dict[str, Path], dict[Path, Any]]:
+    """Tensors and objects by dotted name, the path of each, and the keys that are not strings."""
+    tensors: dict[str, LazyTensor] = {}
+    objects: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
+    keys: dict[Path, Any] = {}
+    todo: list[tuple[Path, Any]] = [((), tree)]
+    while todo:
+        path, value = todo.pop()
+        name = ".".join(map(str, path))
+        if isinstance(value, LazyTensor):
+            tensors[name], paths[name] = value, path
+        elif isinstance(value, dict) and value and path[-1:] not in (("param_groups",), ("grad_scaler",)):
+            for key, child in reversed(value.items()):
+                where = (*path, str(key))
+                if not isinstance(key, str):
+                    keys[where] = key
+                todo.append((where, child))
+        elif isinstance(value, list) and value and path[-1:] != ("param_groups",):
+            todo.extend(((*path, index), child) for index, child in reversed(list(enumerate(value))))
+        else:
+            objects[name], paths[name] = value, path
+    return tensors, objects, paths, keys
