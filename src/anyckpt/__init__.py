@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from anyckpt.operations.archive import ArchiveReport, edit, pack, unpack
+    from anyckpt.operations.average import average
     from anyckpt.operations.convert import Conversion, convert
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import Inspection, inspect
@@ -53,6 +54,7 @@ __all__ = [
     "UsageError",
     "Verification",
     "__version__",
+    "average",
     "convert",
     "diff",
     "edit",
@@ -70,6 +72,7 @@ _WHERE = {
         ("AnyckptError", "FormatError", "MappingError", "OutputError", "UnsafeError", "UsageError"), "errors"
     ),
     "LazyTensor": "tensor",
+    "average": "operations.average",
     **dict.fromkeys(("Conversion", "convert"), "operations.convert"),
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
     **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),

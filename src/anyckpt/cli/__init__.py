@@ -17,6 +17,7 @@ _COMMANDS = {
     "inspect": "Say what is in a checkpoint.",
     "convert": "Convert a checkpoint to another format.",
     "reshard": "Change the parallel layout of a checkpoint and keep its format.",
+    "average": "Average checkpoints of one model.",
     "diff": "Compare two checkpoints by value.",
     "verify": "Check a checkpoint for damage.",
     "unpack": "Unpack a .nemo archive into a directory.",

@@ -77,7 +77,7 @@ class Conversion:
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     destination: str | os.PathLike[str],
     *,
     to: str,
@@ -100,6 +100,7 @@ def convert(
     memory: int | str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    sources: Sequence[str | os.PathLike[str]] | None = None,
 ) -> Conversion:
     """Write the checkpoint at ``source`` in another format, bit for bit unless a cast is asked for.
 
@@ -107,7 +108,7 @@ def convert(
     differently; where the target takes any names, they keep their own.
 
     Args:
-        source: what to read; its format is detected.
+        source: what to read; its format is detected.  Or a checkpoint that is open.
         destination: what to write; it appears only when it is whole.
         to: name of the target format, such as ``hf`` or ``nemo``.
         family: the model family, where the checkpoint does not tell.
@@ -131,6 +132,7 @@ def convert(
         memory: bytes for blocks in flight, or a text such as ``512MB``.
         dry_run: plan, and write nothing.
         progress: called with (bytes done, bytes in all) from any thread.
+        sources: every path that an open checkpoint reads, if that is more than its own.
 
     Raises:
         FormatError: the source is damaged.
@@ -138,7 +140,8 @@ def convert(
         OutputError: the destination exists or cannot be written.
         UsageError: the options contradict each other, or no rule leads from this source to this target.
     """
-    origin, output = os.fspath(source), os.fspath(destination)
+    output = os.fspath(destination)
+    origins = [os.fspath(path) for path in sources or [source.path if isinstance(source, Checkpoint) else source]]
     target = registry.by_name(to)
     if target.plan is None:
         raise UsageError(f"{to} can be read but not written")
@@ -149,15 +152,16 @@ def convert(
         sharded=sharded,
     )
     budget = DEFAULT_MEMORY if memory is None else parse_bytes(memory, "--memory")
-    check_destination(output, [origin], overwrite=overwrite)
+    check_destination(output, origins, overwrite=overwrite)
 
     request = LayoutRequest() if layout is None else layout
-    stored = request.described(registry.read(origin, force=force))
+    opened = source if isinstance(source, Checkpoint) else registry.read(source, force=force)
+    stored = request.described(opened)
     present = present_layout(stored) if keep_layout else Parallelism()
     cut, layout_notes = wanted_layout(request, present, target, options)
     if cut is not None:
         options = replace(options, layout=sizes_of(cut))
-    checkpoint, left_out = _choose(join_ranks(stored, rules=request.rules), as_patterns(include), as_patterns(exclude))
+    checkpoint, left_out = choose(join_ranks(stored, rules=request.rules), as_patterns(include), as_patterns(exclude))
     if optimizer == "drop":
         checkpoint, dropped = _without_state(checkpoint)
         left_out.update(dropped)
@@ -189,13 +193,13 @@ def convert(
     else:
         report = execute(
             plan, output, overwrite=overwrite, resume=resume, workers=workers, memory=budget,
-            progress=progress, source_paths=[origin],
+            progress=progress, source_paths=origins,
         )  # fmt: skip
         done = Conversion(**asdict(report))
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
 
 
-def _choose(
+def choose(
     checkpoint: Checkpoint, include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> tuple[Checkpoint, dict[str, str]]:
     """The checkpoint without the weights that the user does not want, and these."""
