@@ -51,10 +51,12 @@ class DType:
         if self.numpy_name is None:
             return None
         if hasattr(np, self.numpy_name) or self.numpy_name == "bool":
-            return np.dtype(self.numpy_name).newbyteorder("<")
+            little: np.dtype[Any] = np.dtype(self.numpy_name).newbyteorder("<")
+            return little
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, self.numpy_name))
+        narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self.numpy_name))
+        return narrow
 
     @property
     def is_floating(self) -> bool:

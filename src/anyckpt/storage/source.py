@@ -224,13 +224,16 @@ class SlicedSource(ByteSource):
     """A part of another source; a part of a part refers to the whole directly."""
 
     __slots__ = ("_base", "_offset")
+    _base: ByteSource
+    _offset: int
 
     def __init__(self, base: ByteSource, offset: int, length: int, name: str | None = None) -> None:
         self.name = base.name if name is None else name
         self.path = base.path
         self.size = length
         if isinstance(base, SlicedSource):
-            base, offset = base._base, base._offset + offset
+            offset += base._offset
+            base = base._base
         self._base = base
         self._offset = offset
 
@@ -248,7 +251,7 @@ class MemorySource(ByteSource):
     __slots__ = ("_data",)
 
     def __init__(self, data: bytes | bytearray | memoryview | np.ndarray[Any, Any], name: str = "memory") -> None:
-        view = memoryview(data)
+        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
         self._data = view.cast("B") if view.nbytes else memoryview(b"")
         self.name = name
         self.path = None
