@@ -7,11 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.optimizer.flat_buffers import has_flat_buffers, read_flat_buffers
 from anyckpt.optimizer.model_space import has_model_space, read_model_space
 from anyckpt.optimizer.named import has_named, read_named
 from anyckpt.optimizer.numbered import has_numbered, read_numbered
 
 _READERS: tuple[tuple[Callable[[Checkpoint], bool], Callable[[Checkpoint], OptimizerState]], ...] = (
+    (has_flat_buffers, read_flat_buffers),
     (has_model_space, read_model_space),
     (has_numbered, read_numbered),
     (has_named, read_named),

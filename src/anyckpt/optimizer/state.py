@@ -43,9 +43,9 @@ def renamed(state: OptimizerState, rename: Rename, *, master: Rename | None = No
         function = master if slot == MASTER and master is not None else rename
         slots[slot] = _applied(function, tensors, slot)
     shapes = {name: tensor.shape for tensors in state.slots.values() for name, tensor in tensors.items()}
-    tags = {name: _tag(shapes[name], number) for name, number in state.group_of.items() if name in shapes}
+    tags = {name: tag(shapes[name], number) for name, number in state.group_of.items() if name in shapes}
     moved = _applied(rename, tags, "parameter groups") if len(tags) == len(shapes) else {}
-    return replace(state, slots=slots, group_of={name: _tagged(tensor) for name, tensor in moved.items()})
+    return replace(state, slots=slots, group_of={name: tagged(tensor) for name, tensor in moved.items()})
 
 
 def with_masters(state: OptimizerState, weights: Mapping[str, LazyTensor]) -> OptimizerState:
@@ -129,12 +129,12 @@ def _applied(rename: Rename, tensors: Mapping[str, LazyTensor], what: str) -> di
         ) from None  # fmt: skip
 
 
-def _tag(shape: Shape, number: int) -> LazyTensor:
+def tag(shape: Shape, number: int) -> LazyTensor:
     """A tensor of one number, to see where a rule takes a parameter of this shape."""
     return Constant(_TAG, shape, number.to_bytes(4, "little"))
 
 
-def _tagged(tensor: LazyTensor) -> int:
+def tagged(tensor: LazyTensor) -> int:
     """The number in a tensor's first element."""
     value = np.empty((1,) * tensor.ndim, dtype=tensor.dtype.raw)
     tensor.read_box((0,) * tensor.ndim, value)
