@@ -138,6 +138,20 @@ _BUILT_IN = {
 _loaded: dict[str, Format] = {}
 
 
+def deferred(module: str, name: str) -> Callable[..., Any]:
+    """A function that is imported when it is called: what only detects should not wait for what reads and writes.
+
+    Args:
+        module: full name of the module.
+        name: of the function in it.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(module), name)(*arguments)
+
+    return call
+
+
 def _names() -> Iterator[str]:
     """Every format's name: ours, then those that other packages register, which take longer to find."""
     yield from _BUILT_IN

@@ -14,7 +14,6 @@ from anyckpt.display import html_table
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model
-from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
@@ -232,6 +231,8 @@ def _joined(checkpoint: Checkpoint) -> Checkpoint:
     """With the ranks' shards joined; as stored, with a warning, if they do not make up a model."""
     if not checkpoint.ranks:
         return checkpoint
+    from anyckpt.operations.open import join_ranks
+
     try:
         return join_ranks(checkpoint, verify_replicas=False)
     except (MappingError, UsageError) as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from anyckpt.formats.megatron_lm.location import detect
-from anyckpt.formats.megatron_lm.reader import read
-from anyckpt.formats.megatron_lm.writer import plan
-from anyckpt.formats.registry import Format
+from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 
@@ -13,8 +11,8 @@ FORMAT = Format(
     name="megatron-lm",
     title="Megatron-LM checkpoint of one file per rank",
     detect=detect,
-    read=read,
-    plan=plan,
+    read=deferred("anyckpt.formats.megatron_lm.reader", "read"),
+    plan=deferred("anyckpt.formats.megatron_lm.writer", "plan"),
     dialect=lambda options: "hub",
     config_kind="megatron-args",
 )

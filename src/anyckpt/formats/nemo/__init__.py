@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from anyckpt.formats.nemo.container import detect
-from anyckpt.formats.nemo.read import read
-from anyckpt.formats.nemo.write import dialect, plan
-from anyckpt.formats.registry import Format
+from anyckpt.formats.nemo.naming import dialect
+from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 
@@ -13,8 +12,8 @@ FORMAT = Format(
     name="nemo",
     title="NeMo archive (.nemo)",
     detect=detect,
-    read=read,
-    plan=plan,
+    read=deferred("anyckpt.formats.nemo.read", "read"),
+    plan=deferred("anyckpt.formats.nemo.write", "plan"),
     dialect=dialect,
     config_kind="nemo1",
     single_file=True,

@@ -11,8 +11,6 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, StoredChecksum
 from anyckpt.engine.manifest import MANIFEST_NAME
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_core.reader import read_torch_dist
-from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
 from anyckpt.formats.nemo.config import is_megatron_config, missing_artifacts
 from anyckpt.formats.nemo.container import (
     CONFIG,
@@ -234,6 +232,9 @@ def _read_flat(source: ByteSource) -> _Weights:
 
 def _read_sharded(container: Container, path: str) -> _Weights:
     """A Megatron-Core distributed checkpoint inside the archive."""
+    from anyckpt.formats.megatron_core.reader import read_torch_dist
+    from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
+
     folder = Subfolder(container.folder, SHARDED_WEIGHTS)
     found = read_zarr(folder, path=path) if is_zarr(folder) else read_torch_dist(folder, path=path)
     return _Weights(

@@ -36,16 +36,6 @@ _NO_PLACE = "a .nemo holds weights only"
 _NO_ARTIFACT = "its configuration does not refer to it"
 
 
-def dialect(options: WriteOptions) -> str | None:
-    """Megatron names begin with ``model.``; layers are stacked in a distributed checkpoint only.
-
-    Ranks are cut under the hub's names.
-    """
-    if options.layout is not None and not options.sharded:
-        return "hub"
-    return "nemo-sharded" if options.sharded else "nemo-flat"
-
-
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """One tar archive: ``./model_config.yaml``, artifacts, then ``./model_weights.ckpt`` or ``./model_weights/``.
 

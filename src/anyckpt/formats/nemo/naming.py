@@ -1,0 +1,15 @@
+"""How a ``.nemo`` names weights."""
+
+from __future__ import annotations
+
+from anyckpt.formats.registry import WriteOptions
+
+
+def dialect(options: WriteOptions) -> str | None:
+    """Megatron names begin with ``model.``; layers are stacked in a distributed checkpoint only.
+
+    Ranks are cut under the hub's names.
+    """
+    if options.layout is not None and not options.sharded:
+        return "hub"
+    return "nemo-sharded" if options.sharded else "nemo-flat"
