@@ -125,6 +125,7 @@ _BUILT_IN = {
     "nemo": "nemo",
     "nemo2": "nemo2",
     "lightning": "lightning",
+    "megatron-bridge": "megatron_bridge",
     "megatron-core-zarr": "megatron_core_zarr",
     "megatron-core": "megatron_core",
     "megatron-lm": "megatron_lm",

@@ -1,0 +1,24 @@
+"""Megatron-Bridge checkpoints: a Megatron-Core payload with ``run_config.yaml`` and ``train_state.pt`` beside it.
+
+Facts: ``training/checkpointing.py``, ``training/state.py``, ``training/utils/checkpoint_utils.py`` and
+``models/gpt_provider.py`` of Megatron-Bridge 0.1 to 0.4, and a ``run_config.yaml`` that a training run of 2025-10
+printed.  Megatron-Bridge itself has not been run on what is written here.
+"""
+
+from __future__ import annotations
+
+from anyckpt.formats.megatron_bridge.read import detect, read
+from anyckpt.formats.megatron_bridge.write import plan
+from anyckpt.formats.registry import Format
+
+__all__ = ["FORMAT"]
+
+FORMAT = Format(
+    name="megatron-bridge",
+    title="Megatron-Bridge checkpoint",
+    detect=detect,
+    read=read,
+    plan=plan,
+    dialect=lambda options: "megatron-core",
+    config_kind="megatron-args",
+)

@@ -1,0 +1,103 @@
+"""Laying out a training root as Megatron-Bridge saves it: ``iter_0000010/`` and two trackers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
+from anyckpt.errors import UsageError
+from anyckpt.formats.megatron_bridge.config import Facts, described, run_config_of
+from anyckpt.formats.megatron_bridge.read import LATEST, RUN_CONFIG, TRAIN_STATE
+from anyckpt.formats.megatron_core.location import TRACKER
+from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files, torch_dist_files
+from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.torch_file import zip_parts
+from anyckpt.plain_yaml import dump_yaml
+from anyckpt.tensor import from_array
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_COUNTS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+"""``content_metadata`` of a checkpoint without optimizer; a load fails where there is none."""
+_NO_PLACE = "a Megatron-Bridge checkpoint has no place for it"
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """``iter_*/`` with a ``torch_dist`` payload, ``run_config.yaml``, ``train_state.pt`` and ``tokenizer/``; trackers.
+
+    A source that is a Megatron-Bridge checkpoint keeps its configuration and its other files.
+
+    Raises:
+        UsageError: there is no configuration in Megatron's words, or an object that cannot be pickled.
+    """
+    if checkpoint.config_kind != "megatron-args" or not checkpoint.config:
+        raise UsageError(
+            "a Megatron-Bridge checkpoint needs the model's configuration and the source has none that is translated",
+            path=checkpoint.path,
+            found=f"a configuration of kind {checkpoint.config_kind}" if checkpoint.config else "no configuration",
+            remedy="pass one with --config, or name the model family with --family",
+        )
+    ours = checkpoint.format == "megatron-bridge"
+    step = checkpoint.training.step or 0
+    folder = f"iter_{step:07d}"
+    common, sharded, foreign = common_and_sharded(checkpoint)
+    if "args" not in checkpoint.objects:
+        del common["args"]  # Megatron-Bridge takes these for a Megatron-LM checkpoint's
+    common.update(iteration=step)
+    common.setdefault("content_metadata", dict(_METADATA))
+    embedding = checkpoint.tensors.get(_EMBEDDING)
+    facts = Facts(
+        dtype=None if embedding is None else embedding.dtype.name,
+        has_optimizer=any("optimizer." in name for name in checkpoint.tensors),
+        has_rng=any(name.startswith("rng_state/") for name in sharded),
+    )
+    known = checkpoint.details.get("run_config") if ours else None
+    if isinstance(known, dict):
+        run_config = described(known, facts)
+    else:
+        rows = None if embedding is None else embedding.shape[0]
+        run_config = run_config_of(checkpoint.config, rows, facts)
+    state = _train_state(checkpoint, step)
+    files = torch_dist_files(
+        checkpoint.tensors, sharded, common, prefix=folder, ranks=options.ranks, file_bytes=options.max_shard_size
+    )
+    files += [OutputFile(f"{folder}/{file.path}", file.parts, file.stage) for file in tokenizer_files(checkpoint)]
+    if ours:
+        files += [OutputFile(f"{folder}/{name}", (SourceData(s),)) for name, s in checkpoint.artifacts.items()]
+    files += [
+        small_file(f"{folder}/{RUN_CONFIG}", dump_yaml(run_config, sort_keys=True), stage=1),
+        _state_file(f"{folder}/{TRAIN_STATE}", state, stage=1),
+        _state_file(LATEST, state, stage=2),
+        small_file(TRACKER, str(step), stage=2),
+    ]
+    ignored = {**checkpoint.ignored, **foreign}
+    if not ours:
+        ignored.update(dict.fromkeys(checkpoint.artifacts, _NO_PLACE))
+    notes = () if isinstance(known, dict) else (
+        f"{RUN_CONFIG} describes the model by {run_config['model']['_target_'].rpartition('.')[2]}; training settings"
+        " are the trainer's to give",
+    )  # fmt: skip
+    return Plan("megatron-bridge", tuple(files), ignored=ignored, notes=notes)
+
+
+def _state_file(path: str, state: dict[str, Any], stage: int) -> OutputFile:
+    name = path.rpartition("/")[2].removesuffix(".pt")
+    parts = zip_parts(state, archive_name="train_state", tensor_name=lambda keys: ".".join([name, *map(str, keys)]))
+    return OutputFile(path, parts, stage)
+
+
+def _train_state(checkpoint: Checkpoint, step: int) -> dict[str, Any]:
+    """``TrainState.state_dict()``: tensors without axes."""
+    known = checkpoint.details.get("train_state") if checkpoint.format == "megatron-bridge" else None
+    counts: dict[str, int] = {**dict.fromkeys(_COUNTS, 0), **(known if isinstance(known, dict) else {})}
+    counts.update(step=step, consumed_train_samples=checkpoint.training.consumed_samples or 0)
+    operations = checkpoint.objects.get("num_floating_point_operations_so_far", 0)
+    flops = float(operations) if type(operations) in (int, float) else 0.0
+    return {
+        **{name: from_array(np.array(counts[name], np.int64)) for name in _COUNTS},
+        "floating_point_operations_so_far": from_array(np.array(flops, np.float32)),
+        **{name: from_array(np.array(False)) for name in ("do_train", "do_valid", "do_test")},
+    }
