@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -13,6 +14,7 @@ from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
+from anyckpt.operations.carry import carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.naming import rename_for
@@ -121,8 +123,8 @@ def convert(
         exclude: glob or globs of weight names to leave out.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
         sharded: ``nemo``: put a distributed checkpoint into the archive.
-        optimizer: ``drop``, or ``keep`` to carry training state where source and target name weights alike and the
-            target can hold it; what is not carried is listed in ``ignored``.
+        optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where source and target name
+            weights alike, else the optimizer's state by parameter, through the same rules as the weights.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
         keep_layout: take what ``layout`` does not say from the source's files rather than leave tensors whole.
         force: read a source that is marked as unfinished, too.
@@ -168,9 +170,14 @@ def convert(
     if tokenizer is not None:
         checkpoint = replace(checkpoint, tokenizer=read_tokenizer(os.fspath(tokenizer)))
     wanted = cast_target(dtype)
-    renamed = rename_for(checkpoint, target, options, family=family, config=read_config(config), dtype=wanted)
+    given = read_config(config)
+    renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted)
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
     ready = _with_cast(renamed.checkpoint, cast.tensors)
+    moved: frozenset[str] = frozenset()
+    if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, cut is not None):
+        rename = partial(_renamed_tensors, checkpoint, target, options, family, given)
+        ready, moved = carry_optimizer(checkpoint, ready, target.name, rename)
     if cut is not None:
         ready = cut_for_ranks(ready, cut, rules=request.rules, padding=request.padding)
     laid_out = target.plan(ready, options)
@@ -179,7 +186,7 @@ def convert(
         ignored={
             **checkpoint.ignored,
             **left_out,
-            **renamed.ignored,
+            **{name: reason for name, reason in renamed.ignored.items() if name not in moved},
             **_unused_files(checkpoint, laid_out),
             **laid_out.ignored,
         },
@@ -197,6 +204,19 @@ def convert(
         )  # fmt: skip
         done = Conversion(**asdict(report))
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
+
+
+def _renamed_tensors(
+    checkpoint: Checkpoint,
+    target: registry.Format,
+    options: registry.WriteOptions,
+    family: str | None,
+    config: dict[str, Any] | None,
+    tensors: dict[str, LazyTensor],
+) -> dict[str, LazyTensor]:
+    """What becomes of tensors that have the names and shapes of the checkpoint's weights."""
+    bare = replace(checkpoint, tensors=tensors, model_prefix="", state_prefixes=(), objects={}, optimizer=None)
+    return rename_for(bare, target, options, family=family, config=config).checkpoint.tensors
 
 
 def choose(
@@ -226,6 +246,8 @@ def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
     weights = checkpoint.weights()
     stored = {checkpoint.model_prefix + name for name in weights}
     dropped = {name: _STATE for name in (*checkpoint.tensors, *checkpoint.objects) if name not in stored}
+    if checkpoint.optimizer is not None:
+        dropped.setdefault("optimizer", _STATE)
     training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
     bare = replace(
         checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, training=training, optimizer=None
