@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.support import assert_tensors_equal_expected, expected_of, file_bytes, fixture_path
 
+import anyckpt
 from anyckpt.checkpoint import ParallelLayout
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError
@@ -94,6 +95,51 @@ def test_what_is_stored_is_listed_by_rank(tmp_path: Path) -> None:
     assert all("optimizer" not in name for name in checkpoint.weights())
     assert len(checkpoint.ranks) == 4
     assert list(checkpoint.checksums())
+
+
+def tokenizer(folder: Path) -> Path:
+    """The model file, which a training run has by its path and a checkpoint beside it does not hold."""
+    path = folder / "tiny_spm.model"
+    members = read_tar(LocalFile(fixture_path(f"{CASE}/model.nemo")))
+    path.write_bytes(next(m.source.read_all() for m in members.values() if m.name.endswith(path.name)))
+    return path
+
+
+def test_directory_of_a_distributed_save(tmp_path: Path) -> None:
+    """What NeMo 1 leaves in ``checkpoints`` with ``use_dist_ckpt``: Lightning's entries are the common state."""
+    case = "nemo/nemo1_dist_tp2"
+    path = tmp_path / "checkpoints" / "m--step=6-last"
+    for member in read_tar(LocalFile(fixture_path(f"{case}/model.nemo"))).values():
+        if member.name.startswith("model_weights/") and not member.is_directory:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / member.name.rpartition("/")[2]).write_bytes(member.source.read_all())
+    config = expected_of(case)["config"]
+    common = {"global_step": 6, "epoch": 0, "state_dict": {}, "hyper_parameters": {"cfg": config}, "loops": {}}
+    (path / "common.pt").write_bytes(file_bytes(OutputFile("", zip_parts(common))))
+    checkpoint = registry.read(path)
+    assert_tensors_equal_expected(checkpoint.tensors, expected_of(case)["global_tensors_by_sharded_key"])
+    assert checkpoint.config == config and checkpoint.config_kind == "nemo1"
+    assert checkpoint.training.step == 6 and checkpoint.layout == ParallelLayout(2, 1)
+    anyckpt.convert(path, tmp_path / "m.nemo", to="nemo", tokenizer=tokenizer(tmp_path))
+    assert not anyckpt.diff(fixture_path(f"{case}/model.nemo"), tmp_path / "m.nemo")
+    (tmp_path / "checkpoints" / "m--step=6-last-unfinished").touch()
+    with pytest.raises(FormatError, match="unfinished"):
+        registry.read(path)
+
+
+def test_rank_files_become_an_archive(tmp_path: Path) -> None:
+    """A partially trained model: the checkpoint's name as NeMo gives it, the layout kept or changed."""
+    path = checkpoints(tmp_path / "checkpoints") / NAME
+    whole = fixture_path(f"{CASE}/model.nemo")
+    model = tokenizer(tmp_path)
+    layout = anyckpt.LayoutRequest(tensor_parallel=4)
+    anyckpt.convert(path, tmp_path / "flat.nemo", to="nemo", tokenizer=model)
+    anyckpt.convert(path, tmp_path / "four.nemo", to="nemo", tokenizer=model, layout=layout)
+    anyckpt.convert(path, tmp_path / "same.nemo", to="nemo", tokenizer=model, keep_layout=True)
+    for name, ranks in (("flat", 0), ("four", 4), ("same", 4)):
+        assert not anyckpt.diff(whole, tmp_path / f"{name}.nemo")
+        assert len(registry.read(tmp_path / f"{name}.nemo").ranks) == ranks
+    assert registry.read(tmp_path / "same.nemo").layout == ParallelLayout(2, 2)
 
 
 def test_several_names_must_be_chosen_from(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling import Record
-from anyckpt.pickling.plain import to_plain
+from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.folder import Folder, LocalFolder
 from anyckpt.tensor import LazyTensor
 
@@ -28,6 +28,7 @@ COMMON_ITEM = re.compile(r"^common_state/shard_0_1$")
 _EXTRA_STATE = re.compile(r"^(?P<key>.*_extra_state)(/shard_[\d._]+)?$")
 _STATE_PREFIX = re.compile(r"^(chained_\d+\.)?optimizer\.")
 _RNG_GRID = re.compile(r"^rng_state/shard_\d+\.\d+_(\d+)\.(\d+)$")
+_NEMO_KEYS = ("num_layers", "hidden_size", "num_attention_heads")
 _OWN_FILES = (COMMIT, COMMON, ".metadata", "integrity.json", MANIFEST_NAME)
 _EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
 
@@ -86,7 +87,7 @@ def megatron_checkpoint(
     common = read_common(folder, contents)
     args = common.get("args")
     fields = args.fields() if isinstance(args, Record) else args if isinstance(args, dict) else {}
-    config = to_plain(fields)
+    config, kind = _configuration(fields, common)
     ignored = {found["key"]: _EXTRA_REASON for name in contents.objects if (found := _EXTRA_STATE.match(name))}
     sharded = contents.objects.without({name for name in contents.objects if _EXTRA_STATE.match(name)})
     objects = LazyObjects({**common, **sharded.unread()})
@@ -104,8 +105,8 @@ def megatron_checkpoint(
         model_prefix=prefix,
         state_prefixes=tuple(prefixes),
         objects=objects,
-        config=config if isinstance(config, dict) else {},
-        config_kind="megatron-args" if config else None,
+        config=config,
+        config_kind=kind,
         tokenizer=tokenizer,
         artifacts={name: source for name, source in artifacts.items() if not name.startswith("tokenizer/")},
         layout=_layout(config, contents),
@@ -121,6 +122,18 @@ def megatron_checkpoint(
         },
         checksums=lambda: _checksums(folder, contents),
     )
+
+
+def _configuration(arguments: Any, common: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Megatron-LM's arguments; else what NeMo 1's trainer keeps as Lightning's hyper-parameters, and their kind."""
+    config = to_plain(arguments)
+    if isinstance(config, dict) and config:
+        return config, "megatron-args"
+    found = to_plain(simplify(common.get("hyper_parameters")))
+    inner = found.get("cfg", found) if isinstance(found, dict) else None
+    if isinstance(inner, dict) and all(type(inner.get(key)) is int for key in _NEMO_KEYS):
+        return inner, "nemo1"
+    return {}, None
 
 
 def read_common(folder: Folder, contents: DcpContents) -> dict[str, Any]:

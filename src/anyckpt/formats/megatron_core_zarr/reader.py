@@ -108,7 +108,7 @@ def _contents(folder: Folder) -> DcpContents:
             used.append(name)
             source = folder.open(name)
             objects[found["name"]] = Unread(source, 0, source.size, found["name"], wrapped=False)
-    if not tensors and not arrays:
+    if not arrays:
         raise FormatError(
             "has no zarr arrays", path=folder.name, expected=f"a directory with {ZARRAY} for each tensor",
             found=", ".join(names[:5]), remedy="the save was interrupted, or not all files were copied",
