@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.storage.source import ByteSource
-from anyckpt.tensor import LazyTensor
+from anyckpt.tensor import LazyTensor, Mapped, Stored
 
 _SHOWN_TENSORS = 50  # rows of a notebook's table
 
@@ -213,11 +213,15 @@ class Checkpoint:
 
 
 def storage_key(tensor: LazyTensor) -> Any:
-    """Equal for two tensors that are the same view of the same stored bytes (tied weights); None if not one piece."""
-    pieces = tensor.pieces()
-    first = next(pieces, None)
-    if first is None or next(pieces, None) is not None:
+    """Equal for two tensors that are the same elements, because they are the same view of the same stored bytes.
+
+    Tied weights are such, also after the same cast.  None for what is put together of several pieces.
+    """
+    if isinstance(tensor, Mapped) and len(tensor.children) == 1:
+        inner = storage_key(tensor.children[0])
+        return None if inner is None else (tensor.function, tensor.dtype.name, inner)
+    if not isinstance(tensor, Stored):
         return None
-    path, offset = first.source.locate()
-    where: Any = id(first.source) if path is None else (path, offset)
-    return (where, first.offset, first.shape, first.strides, tensor.shape, tensor.dtype.name)
+    path, offset = tensor.source.locate()
+    where: Any = id(tensor.source) if path is None else (path, offset)
+    return (where, tensor.offset, tensor.shape, tensor.strides, tensor.dtype.name)

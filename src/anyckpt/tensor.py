@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, overload
 
 import numpy as np
@@ -696,6 +697,7 @@ def _mosaic(
     return Mosaic(dtype, shape, _corners(starts, len(shape)), _corners(stops, len(shape)), tiles)
 
 
+@cache
 def _cast_function(target: DType) -> Callable[[Array], Array]:
     def convert(array: Array) -> Array:
         with np.errstate(over="ignore", invalid="ignore"):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyckpt import tensor as lazy
+from anyckpt.checkpoint import storage_key
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UsageError
 from anyckpt.storage import MemorySource
@@ -184,3 +185,16 @@ def test_casts_round_to_nearest_even() -> None:
         -2.5,
         np.inf,
     ]
+
+
+def test_only_the_same_elements_count_as_the_same_storage() -> None:
+    source = MemorySource(np.arange(12, dtype=np.float32))
+    one, other = (Stored(source, 0, dtype("float32"), (3, 4)) for _ in range(2))
+    assert storage_key(one) == storage_key(other) is not None
+    assert storage_key(one.cast("bf16")) == storage_key(other.cast("bf16"))
+    assert storage_key(one.cast("bf16")) != storage_key(one.cast("fp16"))
+    assert storage_key(one.transpose()) != storage_key(one)
+    doubled = lazy.Mapped((one,), dtype("float32"), lambda values: values * 2)
+    halved = lazy.Mapped((one,), dtype("float32"), lambda values: values / 2)
+    assert storage_key(doubled) != storage_key(halved)
+    assert storage_key(lazy.concatenate([one, other], 0)) is None
