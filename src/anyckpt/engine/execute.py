@@ -6,7 +6,6 @@ do not depend on the number of threads, on the order of blocks, or on being inte
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import sys
@@ -19,6 +18,7 @@ from anyckpt.engine.blocks import Block, LatePart, cut
 from anyckpt.engine.checksum import chunk_digest, crc32, join_crc32, join_digests
 from anyckpt.engine.commit import BlockRecord, Staging
 from anyckpt.engine.files import BlockBuffer, BlockFile, write_error
+from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import MANIFEST_NAME, Manifest, ManifestEntry, beside
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData
 from anyckpt.errors import AnyckptError, OutputError, UsageError
@@ -89,8 +89,7 @@ def execute(
     started = time.monotonic()
     read_before = sources.bytes_read()
     count = _worker_count(workers, memory)
-    fingerprint = _fingerprint(plan, source_paths)
-    staging = Staging(destination, fingerprint, resume=resume, overwrite=overwrite)
+    staging = Staging(destination, fingerprint(plan, source_paths), resume=resume, overwrite=overwrite)
     run = _Run(plan, staging, count, progress)
     try:
         manifest = run.write_everything()
@@ -416,33 +415,3 @@ def _worker_count(workers: int | None, memory: int) -> int:
     if workers is not None and workers < 1:
         raise UsageError("at least one worker is needed", found=workers)
     return min(workers or min(8, max(2, os.cpu_count() or 2)), affordable)
-
-
-def _fingerprint(plan: Plan, source_paths: Sequence[str]) -> str:
-    """Identifies a plan and the state of its sources: sizes and modification times of every file."""
-    digest = hashlib.sha256(plan.format.encode())
-    for file in plan.files:
-        digest.update(f"\0file {file.path} {file.stage} {file.nbytes}".encode())
-        for part in file.parts:
-            if isinstance(part, Literal):
-                digest.update(b"\0literal" + part.data)
-            elif isinstance(part, TensorData):
-                text = f"\0tensor {part.name} {part.piece} {part.tensor.dtype.name} {part.tensor.shape}"
-                digest.update(text.encode("utf-8", "surrogatepass"))
-            else:
-                digest.update(f"\0{type(part).__name__} {part.nbytes}".encode())
-    for root in source_paths:
-        for path in _files_under(root):
-            status = os.stat(path)
-            digest.update(f"\0source {path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _files_under(root: str) -> Iterator[str]:
-    if not os.path.isdir(root):
-        yield os.path.abspath(root)
-        return
-    for folder, folders, names in os.walk(os.path.abspath(root)):
-        folders.sort()
-        for name in sorted(names):
-            yield os.path.join(folder, name)
