@@ -192,3 +192,10 @@ def test_inspect_shows_the_model_and_not_its_copies(capsys: pytest.CaptureFixtur
     assert fc1["shape"] == [24, 8]
     assert facts["has_optimizer"] is True
     assert facts["step"] == 7
+
+
+def test_a_sharded_archive_stays_sharded(tmp_path: Path) -> None:
+    source = fixture_path("nemo/nemo1_dist_tp2") / "model.nemo"
+    reshard(source, tmp_path / "again.nemo", layout=LayoutRequest())
+    assert registry.read(tmp_path / "again.nemo").dialect == "nemo-sharded"
+    assert diff(source, tmp_path / "again.nemo").equal

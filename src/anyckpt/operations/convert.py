@@ -159,6 +159,9 @@ def convert(
     request = LayoutRequest() if layout is None else layout
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=force)
     stored = request.described(opened)
+    spread = replace(options, sharded=True)
+    if keep_layout and stored.dialect == target.dialect(spread) != target.dialect(options):
+        options = spread
     present = present_layout(stored) if keep_layout else Parallelism()
     cut, layout_notes = wanted_layout(request, present, target, options)
     if cut is not None:
