@@ -62,6 +62,7 @@ def render_config(
         raise UsageError(f"unknown kind of configuration {kind!r}", expected=f"one of {', '.join(_RENDERERS)}")
     said: list[str] = [] if notes is None else notes
     rendered = _RENDERERS[kind](model.definition, model.config, said)
+    said.extend(model.definition.caveats(model.config, kind))
     if kind != "hf":
         lost = config_hf.surplus(model.config)
         if lost:

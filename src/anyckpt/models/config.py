@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.errors import MappingError
+from anyckpt.models.blocks import BlockConfig, check_blocks
 
 Tokens = int | tuple[int, ...] | None
 
@@ -29,8 +30,8 @@ FEATURES = (
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What a model is, in Megatron-Core's words.
+class ModelConfig(BlockConfig):
+    """What a model is, in Megatron-Core's words; what experts and other blocks add is in ``BlockConfig``.
 
     Attributes:
         family: name of the model family, as in ``--family``.
@@ -60,6 +61,13 @@ class ModelConfig:
         share_embeddings_and_output_weights: the output layer is the embedding.
         init_method_std: standard deviation of the initialisation.
         window_size: tokens to the (left, right) that attention sees besides the token itself; None for all.
+        window_attn_skip_freq: which layers have the window: None for all, N for all but every N-th (from 1), or for
+            each layer 1 if it has and 0 if it sees all.
+        rotary_base_local: theta in layers that have the window, where it is another.
+        query_pre_attn_scalar: attention scores are divided by its square root; None for the width of a head.
+        attn_logit_softcapping: attention scores are squashed to plus or minus this; None for not at all.
+        final_logit_softcapping: the same of the logits.
+        parallel_residual: attention and MLP of a layer read the same residual stream, and their outputs are added.
         attention_dropout: probability.
         hidden_dropout: probability.
         bos_token_id: or None.
@@ -97,6 +105,12 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool = True
     init_method_std: float = 0.02
     window_size: tuple[int, int] | None = None
+    window_attn_skip_freq: int | tuple[int, ...] | None = None
+    rotary_base_local: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    parallel_residual: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     bos_token_id: Tokens = None
@@ -152,6 +166,13 @@ def check(config: ModelConfig) -> ModelConfig:
             "the configuration's attention heads do not divide into its query groups",
             expected=f"a multiple of {config.num_query_groups}", found=config.num_attention_heads,
         )  # fmt: skip
+    layers = config.window_attn_skip_freq
+    possible = layers is None or (layers > 0 if isinstance(layers, int) else len(layers) == config.num_layers)
+    if not possible:
+        raise MappingError(
+            "the configuration's window_attn_skip_freq is not possible",
+            expected=f"a positive number or {config.num_layers} of them", found=layers,
+        )  # fmt: skip
     for name in ("vocab_size", "padded_vocab_size", "max_position_embeddings"):
         value = getattr(config, name)
         if value is not None and not 0 < value < _LARGEST:
@@ -161,6 +182,7 @@ def check(config: ModelConfig) -> ModelConfig:
             "the configuration's make_vocab_size_divisible_by is not possible",
             expected="a positive size", found=config.make_vocab_size_divisible_by,
         )  # fmt: skip
+    check_blocks(config, config.num_layers)
     return config
 
 
@@ -288,6 +310,14 @@ class Reader:
             return tuple(value) if isinstance(value, (list, tuple)) else value
         raise self._wrong(key, "a token id or several")
 
+    def frequency(self, key: str) -> int | tuple[int, ...] | None:
+        value = self.values.get(key)
+        if value is None or (type(value) is int and abs(value) < _LARGEST):
+            return value
+        if isinstance(value, (list, tuple)) and all(type(number) is int and number in (0, 1) for number in value):
+            return tuple(value)
+        raise self._wrong(key, "a whole number, or 0 or 1 for each layer")
+
     def pair(self, key: str) -> tuple[int, int] | None:
         value = self.values.get(key)
         if value is None:
@@ -308,6 +338,26 @@ class Reader:
         return MappingError(
             f"the {self.what}'s {key} is of the wrong type", expected=expected, found=repr(self.values[key])[:80]
         )
+
+
+OPTIONAL = (
+    Field("window_attn_skip_freq", "window_attn_skip_freq", "frequency", None),
+    Field("rotary_base_local", "rotary_base_local", "number", None),
+    Field("query_pre_attn_scalar", "query_pre_attn_scalar", "number", None),
+    Field("attn_logit_softcapping", "attn_logit_softcapping", "number", None),
+    Field("final_logit_softcapping", "final_logit_softcapping", "number", None),
+    Field("parallel_residual", "parallel_residual", "flag", False),
+)
+"""Fields that few families have, which Megatron's arguments and NeMo 1 are told only where they say something.
+
+They are ours there: Megatron-LM and NeMo 1 ignore them, and a family's ``caveats`` say so.
+"""
+
+
+def render_optional(config: ModelConfig) -> dict[str, Any]:
+    """Those of ``OPTIONAL`` that are not at their defaults."""
+    rendered = render_fields(OPTIONAL, config)
+    return {entry.key: rendered[entry.key] for entry in OPTIONAL if getattr(config, entry.hub) != entry.default}
 
 
 def render_fields(table: Iterable[Field], config: ModelConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader, check, render_fields, vocabulary_divisor
-from anyckpt.models.family import Family
+from anyckpt.models.family import Family, HuggingFace
 
 COMMON = (
     Field("num_layers", "num_hidden_layers"),
@@ -38,8 +38,9 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "squared_relu",
@@ -54,6 +55,9 @@ _HANDLED = {
 _WITHOUT_MEANING = {
     "_name_or_path", "transformers_version", "use_cache", "pretraining_tp", "auto_map", "_attn_implementation",
     "output_attentions", "output_hidden_states", "return_dict", "attn_implementation", "torchscript",
+    "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "cache_implementation",
+    "classifier_dropout", "summary_type", "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout",
+    "task_specific_params", "is_decoder", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "n_ctx",
 }  # fmt: skip
 """Keys that say nothing about the model itself."""
 
@@ -76,10 +80,10 @@ def parse(family: Family, config: Mapping[str, Any]) -> ModelConfig:
     reader = Reader(config, "config.json")
     known = family.hugging_face
     fields = reader.fields(known.fields, known.defaults)
-    base, scaling, percent = _rope(reader, known.defaults)
-    activation = reader.text("hidden_act") or known.defaults.get("hidden_act", "silu")
-    _expect(family, "activation", "hidden_act", _ACTIVATIONS.get(activation, activation))
-    keys = {entry.key for entry in known.fields} | _HANDLED | known.constants.keys()
+    base, scaling, percent = _rope(reader, known) if is_rotary(family) else (10000.0, None, 1.0)
+    keys = {entry.key for entry in known.fields} | _HANDLED | known.constants.keys() | known.keys
+    keys |= {key for entry in known.fields for key in entry.aliases}
+    keys |= {known.activation_key or "", known.rotary_base_key, known.rotary_percent_key}
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -91,7 +95,10 @@ def parse(family: Family, config: Mapping[str, Any]) -> ModelConfig:
     result = ModelConfig(
         **{
             **{name: value for name, value in family.traits.items() if name not in fields},
+            "num_query_groups": fields.get("num_attention_heads"),
+            "kv_channels": _head_width(fields),
             **fields,
+            **_activation(family, reader),
             "family": family.name,
             "make_vocab_size_divisible_by": vocabulary_divisor(fields["vocab_size"] or 1),
             "rotary_base": base,
@@ -99,10 +106,12 @@ def parse(family: Family, config: Mapping[str, Any]) -> ModelConfig:
             "rope_scaling": scaling,
             "window_size": _window(reader, known.defaults),
             "dtype": _dtype(config),
+            **known.read(reader, fields),
             "extra": {"hf": {key: value for key, value in config.items() if key not in keys}},
         }
     )
-    _check_biases(reader, result)
+    if known.attention_bias is not None:
+        _check_biases(reader, result, known.attention_bias)
     return check(result)
 
 
@@ -119,7 +128,7 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
             remedy="give it with --config, or give the tokenizer with --tokenizer",
         )  # fmt: skip
     keys = {entry.key for entry in known.fields}
-    rope = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
+    _check_heads(family, config)
     rendered: dict[str, Any] = {
         "use_cache": True,
         **config.extra.get("hf", {}),
@@ -127,23 +136,78 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         **{key: value for key, value in render_fields(known.fields, config).items() if _is_sayable(key, value)},
         "architectures": [known.architectures[0]],
         "model_type": known.model_types[0],
-        "hidden_act": _SPELLED[config.activation],
-        "rope_theta": config.rotary_base,
-        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
     }
-    if config.rotary_percent != 1.0:
-        rendered["partial_rotary_factor"] = rope["partial_rotary_factor"] = config.rotary_percent
-    rendered["rope_parameters"] = rope
+    if known.activation_key is not None:
+        rendered[known.activation_key] = known.activations.get(config.activation, _SPELLED[config.activation])
+    if config.position_embedding_type == "rope" and is_rotary(family):
+        rendered |= _render_rope(family, config)
     if config.dtype is not None:
         rendered["dtype"] = rendered["torch_dtype"] = config.dtype
-    if "mlp_bias" in keys:
+    if known.attention_bias is not None and ("mlp_bias" in keys or config.add_bias_linear):
         rendered[_ATTENTION_BIAS] = config.add_bias_linear or config.add_qkv_bias
     _render_window(family, config, rendered, notes)
+    rendered |= known.write(config, notes)
     if config.eos_token_id is None and "eos_token_id" in keys and "hf" not in config.extra:
         notes.append("which token ends a text is not recorded: set eos_token_id in config.json before generating")
-    if config.hidden_dropout:
+    if config.hidden_dropout and not any(entry.hub == "hidden_dropout" for entry in known.fields):
         notes.append(f"hidden_dropout {config.hidden_dropout} has no place in a {known.model_types[0]} config.json")
     return rendered
+
+
+def is_rotary(family: Family) -> bool:
+    """Whether models of the family have rotary embeddings, or may have."""
+    return bool(family.traits.get("position_embedding_type", "rope") == "rope")
+
+
+def _render_rope(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """Both spellings."""
+    known = family.hugging_face
+    rope = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
+    rendered: dict[str, Any] = {
+        known.rotary_base_key: config.rotary_base,
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+    }
+    if config.rotary_percent != 1.0 or known.rotary_percent != 1.0:
+        rendered[known.rotary_percent_key] = rope["partial_rotary_factor"] = config.rotary_percent
+    return {**rendered, "rope_parameters": rope}
+
+
+def _activation(family: Family, reader: Reader) -> dict[str, str]:
+    """The hub's field, if the configuration has a key for it."""
+    known = family.hugging_face
+    if known.activation_key is None:
+        return {}
+    spelled = reader.text(known.activation_key) or known.defaults.get(known.activation_key)
+    meant = family.traits.get("activation", "silu")
+    if spelled is not None:
+        meant = known.misspelled.get(spelled, _ACTIVATIONS.get(spelled, spelled))
+    _expect(family, "activation", known.activation_key, meant)
+    if meant not in _SPELLED:
+        raise MappingError(
+            f"config.json's {known.activation_key} is unknown",
+            expected=f"one of {', '.join(_ACTIVATIONS)}", found=meant[:80],
+        )  # fmt: skip
+    return {"activation": meant}
+
+
+def _head_width(fields: Mapping[str, Any]) -> int | None:
+    """Of a class that has no key for it."""
+    return fields["hidden_size"] // max(1, fields["num_attention_heads"]) if "num_attention_heads" in fields else None
+
+
+def _check_heads(family: Family, config: ModelConfig) -> None:
+    """A class that has no key for a head's width or for key heads derives them."""
+    known = family.hugging_face
+    said = {entry.hub for entry in known.fields}
+    derived = {"kv_channels": config.hidden_size // config.num_attention_heads}
+    if not known.keys & {"multi_query", "num_kv_heads"}:
+        derived["num_query_groups"] = config.num_attention_heads
+    for name, value in derived.items():
+        if "num_attention_heads" in said and name not in said and getattr(config, name) != value:
+            raise MappingError(
+                f"transformers' {known.architectures[0]} has no key for {name}",
+                expected=value, found=getattr(config, name), remedy="choose the family with --family",
+            )  # fmt: skip
 
 
 def _is_sayable(key: str, value: Any) -> bool:
@@ -160,12 +224,12 @@ def surplus(config: ModelConfig) -> list[str]:
     )
 
 
-def _rope(reader: Reader, defaults: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float]:
+def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | None, float]:
     """Base, scaling and rotated fraction of a head, from either spelling; 5.x's is the stronger one."""
     parameters = Reader(reader.mapping("rope_parameters"), "config.json's rope_parameters")
     old = reader.mapping("rope_scaling")
-    base = parameters.number("rope_theta") or reader.number("rope_theta") or defaults.get("rope_theta", 10000.0)
-    percent = parameters.number("partial_rotary_factor") or reader.number("partial_rotary_factor")
+    base = parameters.number("rope_theta") or reader.number(known.rotary_base_key) or known.rotary_base
+    percent = parameters.number("partial_rotary_factor") or reader.number(known.rotary_percent_key)
     scaling = dict(parameters.values) if parameters.values else dict(old)
     for key in ("rope_theta", "partial_rotary_factor"):
         scaling.pop(key, None)
@@ -179,7 +243,7 @@ def _rope(reader: Reader, defaults: Mapping[str, Any]) -> tuple[float, dict[str,
             found=", ".join(map(str, scaling)),
         )
     result = None if kind == "default" else {"rope_type": kind, **scaling}
-    return base, result, percent or defaults.get("partial_rotary_factor", 1.0)
+    return base, result, percent or known.rotary_percent
 
 
 def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -196,10 +260,18 @@ def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | No
 
 def _render_window(family: Family, config: ModelConfig, rendered: dict[str, Any], notes: list[str]) -> None:
     windowed = "sliding_window" in family.hugging_face.defaults
+    if "sliding_window" in family.hugging_face.keys:
+        return
     if config.window_size is None:
         if windowed:
             rendered["sliding_window"] = None
         return
+    if config.window_attn_skip_freq is not None:
+        raise MappingError(
+            f"transformers' {family.hugging_face.architectures[0]} has the window in every layer",
+            expected="no window_attn_skip_freq", found=config.window_attn_skip_freq,
+            remedy="choose the family with --family",
+        )  # fmt: skip
     left, right = config.window_size
     if not windowed or right != 0 or left < 0:
         raise MappingError(
@@ -221,9 +293,10 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     return plain if plain in BY_NAME else None
 
 
-def _check_biases(reader: Reader, config: ModelConfig) -> None:
+def _check_biases(reader: Reader, config: ModelConfig, default: bool) -> None:
     """transformers can give biases to all attention projections alone; Megatron only to all layers or to q, k, v."""
-    attention = bool(reader.flag(_ATTENTION_BIAS))
+    stated = reader.flag(_ATTENTION_BIAS)
+    attention = default if stated is None else stated
     if attention != config.add_bias_linear and not config.add_qkv_bias:
         raise MappingError(
             "has biases that Megatron-Core has no layers for", expected="attention_bias and mlp_bias to be equal",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.models.config import Field, ModelConfig, Reader, check, render_fields, whole
+from anyckpt.errors import MappingError
+from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
+from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.models.family import Family
 from anyckpt.models.scaling import from_factors, to_factors
 
@@ -24,7 +26,6 @@ FIELDS = (
     Field("normalization", "normalization", "text", "LayerNorm"),
     Field("layernorm_zero_centered_gamma", "apply_layernorm_1p", "flag", False),
     Field("layernorm_epsilon", "norm_epsilon", "number", 1e-5, ("layernorm_epsilon",)),
-    Field("gated_linear_unit", "swiglu", "flag", False),
     Field("add_qkv_bias", "add_qkv_bias", "flag", False),
     Field("qk_layernorm", "qk_layernorm", "flag", False),
     Field("position_embedding_type", "position_embedding_type", "text", "learned_absolute"),
@@ -40,6 +41,8 @@ FIELDS = (
 )
 """Token ids are ours: Megatron-LM gets them from the tokenizer and ignores these."""
 
+_POSITIONS = ("rope", "learned_absolute", "mrope", "relative", "yarn", "none")
+
 
 def parse(config: Mapping[str, Any]) -> ModelConfig:
     """The hub's configuration, of no family yet.
@@ -48,7 +51,9 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
         MappingError: an argument is missing or of the wrong type.
     """
     reader = Reader(config, "checkpoint's args")
-    fields = reader.fields(FIELDS, {})
+    fields = reader.fields((*FIELDS, *OPTIONAL), {})
+    fields |= parse_blocks(reader, {}, fields)
+    yarn = parse_yarn(reader, {}, fields)
     grouped = reader.flag("group_query_attention")
     groups = reader.integer("num_query_groups") if grouped is not False else None
     no_bias, bias = reader.flag("disable_bias_linear"), reader.flag("add_bias_linear")
@@ -62,9 +67,10 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
             num_query_groups=groups if groups and (grouped or groups > 1) else fields["num_attention_heads"],
             add_bias_linear=bias if bias is not None else not no_bias,
             activation=_activation(reader),
+            gated_linear_unit=any(map(reader.flag, ("swiglu", "quick_geglu", "gated_linear_unit"))),
             share_embeddings_and_output_weights=not reader.flag("untie_embeddings_and_output_weights"),
             window_size=reader.pair("window_size"),
-            rope_scaling=from_factors(rope, reader.number("rotary_seq_len_interpolation_factor")),
+            rope_scaling=yarn or from_factors(rope, reader.number("rotary_seq_len_interpolation_factor")),
             dtype=_dtype(reader),
             extra={"features": reader.features()},
         )
@@ -77,9 +83,17 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
     Raises:
         MappingError: rope scaling that Megatron-Core does not have.
     """
-    factors, interpolation = to_factors(config.rope_scaling, "Megatron-Core", fixed=True)
+    yarn = render_yarn(family, config, "Megatron-Core")
+    plain = config.rope_scaling if yarn is None else None
+    factors, interpolation = to_factors(plain, "Megatron-Core", fixed=True)
+    if config.position_embedding_type not in _POSITIONS:
+        raise MappingError(
+            "Megatron-Core has no such position embedding",
+            expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
+        )  # fmt: skip
     arguments: dict[str, Any] = {
         **render_fields(FIELDS, config),
+        **render_optional(config),
         "padded_vocab_size": config.rows,
         "rotary_base": whole(config.rotary_base),
         "seq_length": config.max_position_embeddings,
@@ -88,6 +102,7 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         "swiglu": config.gated_linear_unit and config.activation == "silu",
         "squared_relu": config.activation == "squared_relu",
         "openai_gelu": config.activation == "gelu_tanh",
+        "gated_linear_unit": config.gated_linear_unit,
         "quick_geglu": config.activation == "quick_gelu" and config.gated_linear_unit,
         "add_bias_linear": config.add_bias_linear,
         "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
@@ -105,7 +120,16 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         "expert_model_parallel_size": 1,
         "context_parallel_size": 1,
         "hf_model_type": family.hugging_face.model_types[0],
+        **render_blocks(config, "num_experts"),
+        **(yarn or {}),
     }
+    if config.query_pre_attn_scalar is not None:
+        arguments["softmax_scale"] = config.query_pre_attn_scalar**-0.5
+    if config.gated_linear_unit and not (arguments["swiglu"] or arguments["quick_geglu"]):
+        notes.append(
+            f"Megatron-LM has no argument for a gated {config.activation}: build the model with gated_linear_unit and "
+            "that activation_func in its TransformerConfig"
+        )
     return arguments
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader, check, render_fields, whole
+from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
+from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.models.family import Family
 from anyckpt.models.scaling import from_factors, to_factors
 
@@ -116,7 +117,8 @@ def parse_nemo1(config: Mapping[str, Any]) -> ModelConfig:
         MappingError: a key is missing, of the wrong type or of an unknown value.
     """
     reader = Reader(unwrapped(config), "model_config.yaml")
-    fields = reader.fields(NEMO1_FIELDS, {})
+    fields = reader.fields((*NEMO1_FIELDS, *OPTIONAL), {})
+    fields |= parse_blocks(reader, {}, fields)
     spelled = (reader.text("normalization") or "layernorm").lower()
     activation = (reader.text("activation") or "gelu").lower()
     for key, value, table in (("normalization", spelled, _NORMS), ("activation", activation, _ACTIVATIONS)):
@@ -126,6 +128,8 @@ def parse_nemo1(config: Mapping[str, Any]) -> ModelConfig:
             )
     norm, zero_centered = _NORMS[spelled]
     function, gated = _ACTIVATIONS[activation]
+    if function == "gelu" and reader.flag("openai_gelu"):
+        function = "gelu_tanh"
     factors = {}
     if reader.flag("scale_positional_embedding"):
         factors = {"scale_factor": reader.number("scale_factor") or 8.0}
@@ -138,7 +142,7 @@ def parse_nemo1(config: Mapping[str, Any]) -> ModelConfig:
             vocab_size=reader.integer("vocab_size") or reader.integer("override_vocab_size"),
             padded_vocab_size=reader.integer("override_vocab_size") or reader.integer("padded_vocab_size"),
             normalization=norm,
-            layernorm_zero_centered_gamma=zero_centered,
+            layernorm_zero_centered_gamma=zero_centered or bool(reader.flag("layernorm_zero_centered_gamma")),
             activation=function,
             gated_linear_unit=gated,
             window_size=reader.pair("window_size"),
@@ -155,14 +159,24 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
     Raises:
         MappingError: NeMo 1 cannot express the configuration.
     """
+    if not family.nemo1:
+        raise MappingError(
+            f"NeMo 1 has no models of family {family.name}", remedy="convert to nemo2, megatron-core or megatron-lm"
+        )
     factors, interpolation = to_factors(config.rope_scaling, "NeMo 1", fixed=True)
     if factors and factors["scale_factor"] != 8.0:
         notes.append(
             f"NeMo 1 scales rope by 8; the model needs {factors['scale_factor']:g}, which is written as scale_factor "
             "but releases before it know no such key"
         )
-    norms = {value: key for key, value in _NORMS.items()}
-    activations = {value: key for key, value in reversed(_ACTIVATIONS.items())}
+    norms = {value: key for key, value in _NORMS.items()} | {("RMSNorm", True): "rmsnorm"}
+    activations = {value: key for key, value in reversed(_ACTIVATIONS.items())} | {("gelu_tanh", True): "geglu"}
+    activation = activations.get((config.activation, config.gated_linear_unit))
+    if activation is None:
+        raise MappingError(
+            "NeMo 1 has no such activation", expected=f"one of {', '.join(_ACTIVATIONS)}",
+            found=f"{'gated ' if config.gated_linear_unit else ''}{config.activation}",
+        )  # fmt: skip
     rendered: dict[str, Any] = {
         "mcore_gpt": True,
         "micro_batch_size": 1,
@@ -177,7 +191,8 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         "vocab_size": config.vocab_size,
         "override_vocab_size": config.rows,
         "normalization": norms[config.normalization, config.layernorm_zero_centered_gamma],
-        "activation": activations[config.activation, config.gated_linear_unit],
+        "activation": activation,
+        **render_optional(config),
         "use_scaled_init_method": True,
         "ffn_dropout": 0.0,
         "apply_query_key_layer_scaling": False,
@@ -188,12 +203,19 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         "precision": {"bfloat16": "bf16", "float16": 16}.get(config.dtype or "", 32),
         "hf_model_type": family.hugging_face.model_types[0],
         "target": NEMO1_TARGET,
+        **render_blocks(config),
     }
     if factors:
         rendered |= {"scale_positional_embedding": True, "scale_factor": whole(factors["scale_factor"])}
     if config.window_size is not None:
         rendered["window_size"] = list(config.window_size)
-    return rendered
+    if config.layernorm_zero_centered_gamma:
+        rendered["layernorm_zero_centered_gamma"] = True
+    if activation == "geglu" and config.activation == "gelu_tanh":
+        rendered["openai_gelu"] = True
+    if config.query_pre_attn_scalar is not None:
+        rendered["softmax_scale"] = config.query_pre_attn_scalar**-0.5
+    return {**rendered, **family.nemo1_keys(config)}
 
 
 def _is_absent(key: str, value: Any) -> bool:
@@ -230,21 +252,27 @@ def parse_nemo2(family: Family, config: Mapping[str, Any]) -> ModelConfig:
         MappingError: a field is missing, of the wrong type or of an unknown value.
     """
     reader = Reader(_inner(config), "NeMo 2 configuration")
-    own = family.nemo2.configs.get(nemo2_class(config) or "", {})
+    own = {} if family.nemo2 is None else family.nemo2.configs.get(nemo2_class(config) or "", {})
     defaults = {**_BASE_DEFAULTS, **own}
-    fields = reader.fields(NEMO2_FIELDS, defaults)
+    extra = () if family.nemo2 is None else family.nemo2.fields
+    fields = reader.fields((*NEMO2_FIELDS, *OPTIONAL[:1], *extra), defaults)
+    fields |= parse_blocks(reader, defaults, fields)
+    yarn = parse_yarn(reader, defaults, fields)
     window = reader.pair("window_size") if "window_size" in reader.values else defaults.get("window_size")
     factors = {key: reader.number(key) or defaults[key] for key in _LLAMA31 if key in defaults}
     return check(
         ModelConfig(
-            **fields,
-            family=family.name,
-            vocab_size=fields["padded_vocab_size"],
-            activation=_function(reader),
-            window_size=window,
-            rope_scaling=from_factors(factors, reader.number("seq_len_interpolation_factor")),
-            dtype=_nemo2_dtype(reader),
-            extra={"features": reader.features()},
+            **{
+                **fields,
+                "family": family.name,
+                "vocab_size": fields["padded_vocab_size"],
+                "activation": _function(reader, defaults.get("activation", "silu")),
+                "window_size": window,
+                "rope_scaling": yarn or from_factors(factors, reader.number("seq_len_interpolation_factor")),
+                "dtype": _nemo2_dtype(reader),
+                "extra": {"features": reader.features()},
+                **({} if family.nemo2 is None else family.nemo2.read(reader, defaults)),
+            }
         )
     )
 
@@ -255,14 +283,19 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
     Raises:
         MappingError: NeMo 2 cannot express the configuration.
     """
-    factors, interpolation = to_factors(config.rope_scaling, "NeMo 2", fixed=False)
+    if family.nemo2 is None:
+        raise MappingError(
+            f"NeMo 2 has no models of family {family.name}", remedy="convert to megatron-core or megatron-lm"
+        )
+    yarn = render_yarn(family, config, "NeMo 2")
+    factors, interpolation = to_factors(config.rope_scaling if yarn is None else None, "NeMo 2", fixed=False)
     name = family.nemo2.choose(config)
     dtype = config.dtype or "float32"
     rendered: dict[str, Any] = {
         "_target_": f"{family.nemo2.module}.{name}",
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
-        **render_fields(NEMO2_FIELDS, config),
+        **render_fields((*NEMO2_FIELDS, *family.nemo2.fields), config),
         "vocab_size": config.rows,
         "rotary_base": whole(config.rotary_base),
         "activation_func": {"_target_": _FUNCTIONS[config.activation], "_call_": False},
@@ -270,6 +303,8 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
+        **render_blocks(config),
+        **(yarn or {}),
     }
     if factors and "scale_factor" not in family.nemo2.configs[name]:
         raise MappingError(
@@ -280,20 +315,23 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         )
     if factors:
         rendered |= {key: whole(value) for key, value in factors.items()}
+    if config.window_attn_skip_freq is not None:
+        rendered |= render_fields(OPTIONAL[:1], config)
     if config.window_size is not None or "window_size" in family.nemo2.configs.get(name, {}):
         rendered["window_size"] = None if config.window_size is None else list(config.window_size)
     if config.vocab_size is not None and config.vocab_size != config.rows:
         notes.append(
             f"NeMo 2 has no field for the true vocabulary of {config.vocab_size}: on the way back the tokenizer says it"
         )
+    rendered |= family.nemo2.write(config)
     return {"_target_": f"{family.nemo2.module}.{family.nemo2.model}", "config": rendered}
 
 
-def _function(reader: Reader) -> str:
+def _function(reader: Reader, default: str) -> str:
     value = reader.values.get("activation_func")
     target = value.get("_target_") if isinstance(value, Mapping) else value
     if target is None:
-        return "silu"
+        return default
     name = str(target).rpartition(".")[2]
     known = {path.rpartition(".")[2]: hub for hub, path in _FUNCTIONS.items()} | {"fast_gelu": "gelu_tanh"}
     if name not in known:

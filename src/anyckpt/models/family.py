@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from anyckpt.models.config import Field, ModelConfig
+from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.rules import AXES, DIMENSIONS, Axis, Dimension, Instance, Rule, instances
+from anyckpt.models.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,19 @@ class HuggingFace:
         defaults: by key, what transformers' configuration class takes where ``config.json`` has no such key.
         fields: the one-to-one keys, ``config_hf.COMMON`` and the family's own.
         constants: keys that are written as they are.
+        activations: hub activation -> spelling, where it is not the usual one.
+        misspelled: spelling -> hub activation, where the family means something else by it.
+        rotary_base_key: key of theta in 4.x.
+        rotary_base: what it is where no key says.
+        rotary_percent_key: key of the rotated fraction of a head in 4.x.
+        rotary_percent: what it is where no key says.
+        attention_bias: what ``attention_bias`` is where the key is absent; None if the family has no such key.
+        activation_key: key of the MLP's activation; None if it is none of the configuration's.
+        read: hub fields that are no one-to-one keys, from the configuration and the fields parsed so far; stronger
+            than both the table and the traits.
+        write: the keys of ``read``, from the model; notes are appended to the list.
+        keys: names of these keys.
+        variants: other spellings under which tensors are stored.
     """
 
     model_types: tuple[str, ...]
@@ -27,6 +41,18 @@ class HuggingFace:
     defaults: Mapping[str, Any]
     fields: tuple[Field, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=dict)
+    misspelled: Mapping[str, str] = field(default_factory=dict)
+    rotary_base_key: str = "rope_theta"
+    rotary_base: float = 10000.0
+    rotary_percent_key: str = "partial_rotary_factor"
+    rotary_percent: float = 1.0
+    attention_bias: bool | None = False
+    activation_key: str | None = "hidden_act"
+    read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, found: {})
+    write: Callable[[ModelConfig, list[str]], Mapping[str, Any]] = field(default=lambda config, notes: {})
+    keys: frozenset[str] = frozenset()
+    variants: tuple[Variant, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,12 +64,18 @@ class NeMo2:
         model: name of the model class.
         configs: names of the configuration classes that are read, and by key their defaults beyond the family's.
         choose: name of the configuration class to write.
+        fields: one-to-one fields of these classes beyond NeMo's common ones.
+        read: hub fields that are no one-to-one fields, from the configuration and the class's defaults.
+        write: fields that are no one-to-one fields; they replace what is written otherwise.
     """
 
     module: str
     model: str
     configs: Mapping[str, Mapping[str, Any]]
     choose: Callable[[ModelConfig], str]
+    fields: tuple[Field, ...] = ()
+    read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, defaults: {})
+    write: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
 
 
 @dataclass(frozen=True)
@@ -58,9 +90,13 @@ class Family:
         traits: hub fields that every model of the family has; they also tell the family of a Megatron or NeMo 1
             configuration, which does not name it.
         hugging_face: spelling there.
-        nemo2: spelling there.
-        features: of ``config.FEATURES``, those that the family may have.
+        nemo2: spelling there; None if it has no such models.
+        nemo1: whether NeMo 1 has such models.
+        features: of ``config.FEATURES``, those that the family may have; ``yarn`` if its rope may be scaled so.
         recognise: whether a Megatron or NeMo 1 configuration that has the traits is of this family.
+        nemo1_keys: keys that NeMo 1 needs for the family beyond the common ones; they replace what is written
+            otherwise.
+        caveats: what a kind of configuration (``identify.KINDS``) cannot say of a model; each becomes a note.
         axes: what stars count besides layers.
         dimensions: lengths that the rules name beyond the common ones.
     """
@@ -70,10 +106,13 @@ class Family:
     rules: tuple[Rule, ...]
     traits: Mapping[str, Any]
     hugging_face: HuggingFace
-    nemo2: NeMo2
+    nemo2: NeMo2 | None = None
+    nemo1: bool = True
     features: frozenset[str] = frozenset()
     ignorable: tuple[tuple[str, str], ...] = ()
     recognise: Callable[[ModelConfig], bool] = field(default=lambda config: True)
+    nemo1_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
+    caveats: Callable[[ModelConfig, str], Iterable[str]] = field(default=lambda config, kind: ())
     axes: Mapping[str, Axis] = field(default_factory=dict)
     dimensions: Mapping[str, Dimension] = field(default_factory=dict)
 

@@ -19,6 +19,7 @@ from anyckpt.models import dialects
 from anyckpt.models.config import ModelConfig, padded
 from anyckpt.models.family import Family
 from anyckpt.models.rules import Instance
+from anyckpt.models.variants import family_names, stored_name, stored_names
 from anyckpt.tensor import LazyTensor
 
 _SHOWN = 8  # names listed in a message; more do not help
@@ -101,6 +102,11 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
     expected = definition.expected(config)
     ignored = _ignorable(weights, definition)
     kept = {name: tensor for name, tensor in weights.items() if name not in ignored}
+    variants = definition.hugging_face.variants
+    if any(variant.written for variant in variants):
+        whole = {stored_name(name, variants): None for item in expected for name in item.sources}
+        _check_complete([tuple(whole)], kept, model, path)
+    kept = family_names(kept, variants)
     ignored |= _redundant_heads(kept, model, path)
     _check_complete([item.sources for item in expected], kept, model, path)
     tensors: dict[str, LazyTensor] = {}
@@ -146,7 +152,7 @@ def from_hub(hub: Hub, dialect: str) -> Named:
     for item in expected:
         parts = item.rule.operation.from_hub(resized[item.hub], config)
         tensors.update(zip(item.sources, parts, strict=True))
-    return Named(tensors, {}, notes)
+    return Named(stored_names(tensors, definition.hugging_face.variants), {}, notes)
 
 
 def _resize_vocabulary(

@@ -81,7 +81,7 @@ def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
         name = config_nemo.nemo2_class(values) or ""
-        family = chosen or next((f for f in each_family() if name in f.nemo2.configs), None)
+        family = chosen or next((f for f in each_family() if f.nemo2 is not None and name in f.nemo2.configs), None)
         if family is None:
             return None
         config = config_nemo.parse_nemo2(family, values)

@@ -17,11 +17,14 @@ from anyckpt.indexing import Shape
 from anyckpt.models.config import ModelConfig
 from anyckpt.tensor import LazyTensor, concatenate
 
-Partition = Literal["column", "row", "gate-up", "qkv", "vocabulary", "replicated"]
+Partition = Literal[
+    "column", "row", "gate-up", "qkv", "vocabulary", "replicated", "latent-down", "mamba-in", "mamba-conv"
+]
 """How tensor parallelism divides a hub tensor, in the words of ``layout.partition``.
 
 ``column`` along axis 0; ``row`` along axis 1; ``gate-up`` each half of axis 0 separately; ``qkv`` along axis 0, whose
-rows are interleaved by query group; ``vocabulary`` along axis 0 after padding; ``replicated`` not at all.
+rows are interleaved by query group; ``vocabulary`` along axis 0 after padding; ``replicated`` not at all;
+``latent-down``, ``mamba-in`` and ``mamba-conv`` as ``layout.partition.KINDS`` says.
 """
 
 
@@ -95,9 +98,49 @@ class Halves(Operation):
         return [(shape[0] // 2, *shape[1:])] * 2
 
 
+class ConcatenatedQueryKeyValue(InterleavedQueryKeyValue):
+    """One tensor that holds all query rows, then all key rows, then all value rows, interleaved by query group."""
+
+    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
+        parts, start = [], 0
+        for shape in super().source_shapes(sources[0].shape, config):
+            parts.append(sources[0].narrow(0, start, shape[0]))
+            start += shape[0]
+        return super().to_hub(parts, config)
+
+    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
+        return [concatenate(super().from_hub(tensor, config), 0)]
+
+    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
+        return [shape]
+
+
+class Transposed(Operation):
+    """Another operation on matrices that are stored as (in, out), as transformers' ``Conv1D`` does.
+
+    Args:
+        inner: the operation on the transposed sources.
+    """
+
+    def __init__(self, inner: Operation) -> None:
+        self._inner = inner
+
+    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
+        return self._inner.to_hub([tensor.transpose() for tensor in sources], config)
+
+    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
+        return [part.transpose() for part in self._inner.from_hub(tensor, config)]
+
+    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
+        return [part[::-1] for part in self._inner.source_shapes(shape, config)]
+
+
 IDENTITY = Identity()
 INTERLEAVED_QKV = InterleavedQueryKeyValue()
+CONCATENATED_QKV = ConcatenatedQueryKeyValue()
 GATE_UP = Halves()
+TRANSPOSED = Transposed(IDENTITY)
+TRANSPOSED_CONCATENATED_QKV = Transposed(CONCATENATED_QKV)
 
 Condition = Callable[[ModelConfig, tuple[int, ...]], bool]
 
@@ -137,14 +180,26 @@ DIMENSIONS: Mapping[str, Dimension] = {
     "attention": lambda config: config.num_attention_heads * config.kv_channels,
     "qkv": lambda config: (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels,
     "head": lambda config: config.kv_channels,
+    "positions": lambda config: config.max_position_embeddings or 0,
     "ffn": lambda config: config.ffn_hidden_size,
     "fc1": lambda config: config.ffn_hidden_size * (2 if config.gated_linear_unit else 1),
+    "experts": lambda config: config.num_moe_experts or 0,
+    "expert-ffn": lambda config: config.moe_ffn_hidden_size or 0,
+    "expert-fc1": lambda config: (config.moe_ffn_hidden_size or 0) * (2 if config.gated_linear_unit else 1),
+    "shared-ffn": lambda config: config.moe_shared_expert_intermediate_size or 0,
+    "shared-fc1": lambda config: (
+        (config.moe_shared_expert_intermediate_size or 0) * (2 if config.gated_linear_unit else 1)
+    ),
+    "one": lambda config: 1,
 }
 """Lengths that every family's rules may refer to by name."""
 
 Axis = Callable[[ModelConfig], Iterable[int]]
 
-AXES: Mapping[str, Axis] = {"layer": lambda config: range(config.num_layers)}
+AXES: Mapping[str, Axis] = {
+    "layer": lambda config: range(config.num_layers),
+    "expert": lambda config: range(config.num_moe_experts or 0),
+}
 """What the stars of every family's rules may count."""
 
 
