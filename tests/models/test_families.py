@@ -117,7 +117,7 @@ def checkpoint() -> Checkpoint:
 
 
 def test_another_packages_family(registered: None) -> None:
-    assert list(models.known_families()) == ["mistral", "llama", "test-moe"]
+    assert list(models.known_families())[-1] == "test-moe", "ours are tried first"
     source = checkpoint()
     model = models.identify(source)
     assert model is not None

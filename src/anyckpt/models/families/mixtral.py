@@ -1,0 +1,114 @@
+"""Mixtral 8x7B and 8x22B: Mistral's attention, and experts in every layer.
+
+transformers normalises over the experts that a token goes to, which is Megatron-Core's softmax after the choice;
+NeMo's importer sets ``moe_router_pre_softmax``, which does not normalise.  The map and the fields were checked by equal
+logits in Megatron-Core 0.16 with tensor parallel sizes 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.models.config import Field, ModelConfig
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama, sparse
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.variants import Variant
+
+_SEVEN_B = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "num_moe_experts": 8,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": True,
+    "moe_aux_loss_coeff": 0.01,
+    "rotary_base": 1_000_000,
+}
+_EXPERT = f"{sparse.LAYER}.block_sparse_moe.experts.*"
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    if config.moe_router_pre_softmax:
+        notes.append(
+            "moe_router_pre_softmax is set, and transformers' Mixtral always normalises over the chosen experts: right "
+            "for weights that NeMo's importer made of a Mixtral, not for a model that was trained so"
+        )
+    return {}
+
+
+FAMILY = Family(
+    name="mixtral",
+    title="Mixtral",
+    rules=(
+        *sparse.LEADING,
+        *sparse.ATTENTION,
+        *sparse.experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
+        *sparse.TRAILING,
+    ),
+    ignorable=llama.IGNORABLE,
+    traits={
+        **llama.TRAITS,
+        "add_bias_linear": False,
+        "moe_router_score_function": "softmax",
+        "moe_shared_expert_intermediate_size": None,
+        "moe_layer_freq": None,
+    },
+    features=frozenset({"num_moe_experts", "num_experts"}),
+    recognise=lambda config: config.num_moe_experts is not None,
+    hugging_face=HuggingFace(
+        model_types=("mixtral",),
+        architectures=("MixtralForCausalLM",),
+        defaults={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        fields=(
+            *COMMON,
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("num_moe_experts", "num_local_experts"),
+            Field("moe_router_topk", "num_experts_per_tok"),
+            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+        ),
+        read=lambda reader, found: {"moe_ffn_hidden_size": found["ffn_hidden_size"]},
+        write=_write,
+        variants=(
+            Variant(f"{sparse.LAYER}.mlp.experts.gate_up_proj", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight")),
+            Variant(f"{sparse.LAYER}.mlp.experts.down_proj", (f"{_EXPERT}.w2.weight",)),
+            Variant(f"{sparse.LAYER}.mlp.gate.weight", (f"{sparse.LAYER}.block_sparse_moe.gate.weight",)),
+        ),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.mixtral",
+        model="MixtralModel",
+        configs={
+            "MixtralConfig": _SEVEN_B,
+            "MixtralConfig8x3B": {**_SEVEN_B, "hidden_size": 2560, "ffn_hidden_size": 8960},
+            "MixtralConfig8x7B": _SEVEN_B,
+            "MixtralConfig8x22B": {
+                **_SEVEN_B,
+                "num_layers": 56,
+                "hidden_size": 6144,
+                "num_attention_heads": 48,
+                "ffn_hidden_size": 16384,
+                "seq_length": 65536,
+            },
+        },
+        choose=lambda config: "MixtralConfig8x7B",
+    ),
+)

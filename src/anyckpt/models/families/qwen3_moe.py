@@ -1,0 +1,149 @@
+"""Qwen3 30B-A3B, 235B-A22B and their kin: attention with normalised queries and keys, experts in most layers.
+
+The map and the fields were checked against transformers 5.23, Megatron-Core 0.16 and Megatron-Bridge 0.3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama, sparse
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import Rule
+from anyckpt.models.variants import Variant
+
+_EXPERT = f"{sparse.LAYER}.mlp.experts.*"
+
+STACKED = (
+    Variant(f"{sparse.LAYER}.mlp.experts.gate_up_proj", (f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight")),
+    Variant(f"{sparse.LAYER}.mlp.experts.down_proj", (f"{_EXPERT}.down_proj.weight",)),
+)
+"""transformers 5's layout in memory, and on disk with ``save_original_format=False``."""
+
+KEYS = frozenset({"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "use_sliding_window"})
+
+
+def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The router's normalisation, and which layers have experts.
+
+    Raises:
+        MappingError: attention has a window, which Qwen's models with experts are not released with.
+    """
+    if reader.flag("use_sliding_window"):
+        raise MappingError("config.json's use_sliding_window is not that of the family", expected=False, found=True)
+    return {
+        "moe_router_pre_softmax": not reader.flag("norm_topk_prob"),
+        "moe_layer_freq": sparse.layers_with_experts(reader, min(found["num_layers"], 10_000)),
+    }
+
+
+def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    """The keys of ``read``."""
+    return {
+        "norm_topk_prob": not config.moe_router_pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": sparse.dense_layers(config),
+        "use_sliding_window": False,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    return {**write(config, notes), "num_local_experts": config.num_moe_experts}  # as 4.x and as 5.x names it
+
+
+_BASE = {
+    "qk_layernorm": True,
+    "kv_channels": 128,
+    "num_query_groups": 4,
+    "init_method_std": 0.02,
+    "layernorm_epsilon": 1e-6,
+    "rotary_base": 1_000_000,
+    "seq_length": 4096,
+    "vocab_size": 151_936,
+    "num_moe_experts": 128,
+    "moe_router_topk": 8,
+    "moe_aux_loss_coeff": 1e-3,
+}
+
+FAMILY = Family(
+    name="qwen3-moe",
+    title="Qwen3 with experts",
+    rules=(
+        *sparse.LEADING,
+        *sparse.ATTENTION,
+        Rule((f"{sparse.LAYER}.self_attn.q_norm.weight",), f"{sparse.HUB}.self_attention.q_layernorm.weight",
+             ("head",)),
+        Rule((f"{sparse.LAYER}.self_attn.k_norm.weight",), f"{sparse.HUB}.self_attention.k_layernorm.weight",
+             ("head",)),
+        *sparse.DENSE,
+        *sparse.experts(),
+        *sparse.TRAILING,
+    ),
+    traits={
+        **llama.TRAITS,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "moe_router_score_function": "softmax",
+        "moe_shared_expert_intermediate_size": None,
+    },
+    features=frozenset({"num_moe_experts", "num_experts"}),
+    recognise=lambda config: config.num_moe_experts is not None,
+    hugging_face=HuggingFace(
+        model_types=("qwen3_moe",),
+        architectures=("Qwen3MoeForCausalLM",),
+        defaults={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "router_aux_loss_coef": 0.001,
+        },
+        fields=(
+            *COMMON,
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("num_moe_experts", "num_experts", aliases=("num_local_experts",)),
+            Field("moe_router_topk", "num_experts_per_tok"),
+            Field("moe_ffn_hidden_size", "moe_intermediate_size"),
+            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+        ),
+        read=read,
+        write=_write,
+        keys=KEYS,
+        variants=STACKED,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.qwen3",
+        model="Qwen3Model",
+        configs={
+            "Qwen3MoEConfig": _BASE,
+            "Qwen3Config30B_A3B": {
+                **_BASE,
+                "num_layers": 48,
+                "hidden_size": 2048,
+                "num_attention_heads": 32,
+                "ffn_hidden_size": 6144,
+                "moe_ffn_hidden_size": 768,
+            },
+            "Qwen3Config235B_A22B": {
+                **_BASE,
+                "num_layers": 94,
+                "hidden_size": 4096,
+                "num_attention_heads": 64,
+                "ffn_hidden_size": 12288,
+                "moe_ffn_hidden_size": 1536,
+            },
+        },
+        choose=lambda config: "Qwen3MoEConfig",
+    ),
+)  # fmt: skip

@@ -1,0 +1,54 @@
+"""The fixtures of families with experts, latent attention or mixers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.models import Model
+from anyckpt.tensor import LazyTensor, concatenate, stack
+
+FAMILIES = ("mixtral", "qwen3_moe")
+
+UNSAYABLE: dict[str, tuple[str, ...]] = {}
+"""Kinds of configuration that have no such models."""
+
+NOT_IN_THE_HUB: dict[str, tuple[str, ...]] = {}
+"""Fields of the fixture that say nothing about its weights."""
+
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
+_GATE_UP = {"w1": 0, "w3": 1, "gate_proj": 0, "up_proj": 1}
+
+
+def other_spelling(name: str, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The weights as transformers 5 has them in memory."""
+    result: dict[str, LazyTensor] = {}
+    experts: dict[str, dict[int, dict[str, LazyTensor]]] = {}
+    for key, tensor in tensors.items():
+        match = _EXPERT.fullmatch(key)
+        if match is not None:
+            prefix = match[1].replace("block_sparse_moe", "mlp")
+            experts.setdefault(prefix, {}).setdefault(int(match[2]), {})[match[3]] = tensor
+        else:
+            result[key.replace("block_sparse_moe", "mlp")] = tensor
+    for prefix, each in experts.items():
+        first, down = [], []
+        for number in range(len(each)):
+            parts = {_GATE_UP[word]: tensor for word, tensor in each[number].items() if word in _GATE_UP}
+            first.append(concatenate([parts[index] for index in sorted(parts)], 0))
+            down.append(next(tensor for word, tensor in each[number].items() if word in ("w2", "down_proj")))
+        result[f"{prefix}.experts.gate_up_proj"] = stack(first)
+        result[f"{prefix}.experts.down_proj"] = stack(down)
+    return result
+
+
+def rendered_like(name: str, model: Model) -> Iterator[Model]:
+    """The fixture's model, and others of its family whose configurations differ."""
+    yield model
+    yield _changed(model, rotary_base=5e5, moe_aux_loss_coeff=0.125, init_method_std=0.01)
+
+
+def _changed(model: Model, **fields: Any) -> Model:
+    return replace(model, config=replace(model.config, **fields))
