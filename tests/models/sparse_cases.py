@@ -10,9 +10,9 @@ from typing import Any
 from anyckpt.models import Model
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
-FAMILIES = ("mixtral", "qwen3_moe")
+FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe")
 
-UNSAYABLE: dict[str, tuple[str, ...]] = {}
+UNSAYABLE: dict[str, tuple[str, ...]] = {"qwen2_moe": ("nemo2",)}
 """Kinds of configuration that have no such models."""
 
 NOT_IN_THE_HUB: dict[str, tuple[str, ...]] = {}

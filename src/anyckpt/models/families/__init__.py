@@ -14,7 +14,7 @@ from typing import Any
 from anyckpt.errors import UsageError
 from anyckpt.models.family import Family
 
-_BUILT_IN = ("mixtral", "qwen3_moe", "mistral", "llama")
+_BUILT_IN = ("mixtral", "qwen3_moe", "qwen2_moe", "mistral", "llama")
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 
 

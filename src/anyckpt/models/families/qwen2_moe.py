@@ -1,0 +1,101 @@
+"""Qwen1.5-MoE and Qwen2-57B-A14B: biases of query, key and value, experts, and a gated expert for every token.
+
+Checked by equal logits in Megatron-Core 0.16 with tensor parallel sizes 1 and 2; NeMo and Megatron-Bridge 0.3.1 have
+no such models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama, qwen3_moe, sparse
+from anyckpt.models.family import Family, HuggingFace
+from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Rule
+
+_ATTENTION = f"{sparse.LAYER}.self_attn"
+_SHARED = f"{sparse.LAYER}.mlp.shared_expert"
+_HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
+
+
+def _head(hidden: int, heads: int) -> int:
+    return hidden // max(1, heads)
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    if reader.flag("qkv_bias") is False:
+        raise MappingError("config.json's qkv_bias is not that of family qwen2-moe", expected=True, found=False)
+    head = reader.integer("head_dim")
+    default = _head(found["hidden_size"], found["num_attention_heads"])
+    return {**qwen3_moe.read(reader, found), "kv_channels": default if head is None else head}
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    usual = config.kv_channels == _head(config.hidden_size, config.num_attention_heads)
+    return {**qwen3_moe.write(config, notes), **({} if usual else {"head_dim": config.kv_channels})}
+
+
+FAMILY = Family(
+    name="qwen2-moe",
+    title="Qwen2 with experts",
+    rules=(
+        *sparse.LEADING,
+        *sparse.ATTENTION,
+        Rule((f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
+             f"{sparse.HUB}.self_attention.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, "qkv"),
+        *sparse.DENSE,
+        *sparse.experts(),
+        Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",
+             ("shared-fc1", "hidden"), GATE_UP, "gate-up", sparse.is_sparse),
+        Rule((f"{_SHARED}.down_proj.weight",), f"{_HUB_SHARED}.linear_fc2.weight", ("hidden", "shared-ffn"),
+             partition="row", when=sparse.is_sparse),
+        Rule((f"{sparse.LAYER}.mlp.shared_expert_gate.weight",), f"{_HUB_SHARED}.gate_weight", ("one", "hidden"),
+             when=sparse.is_sparse),
+        *sparse.TRAILING,
+    ),
+    traits={
+        **llama.TRAITS,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "moe_router_score_function": "softmax",
+        "moe_shared_expert_gate": True,
+    },
+    features=frozenset({"num_moe_experts", "num_experts"}),
+    recognise=lambda config: config.num_moe_experts is not None,
+    hugging_face=HuggingFace(
+        model_types=("qwen2_moe",),
+        architectures=("Qwen2MoeForCausalLM",),
+        defaults={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "router_aux_loss_coef": 0.001,
+        },
+        fields=(
+            *(entry for entry in COMMON if entry.key != "head_dim"),
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("num_moe_experts", "num_experts"),
+            Field("moe_router_topk", "num_experts_per_tok"),
+            Field("moe_ffn_hidden_size", "moe_intermediate_size"),
+            Field("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
+            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+        ),
+        constants={"qkv_bias": True},
+        read=_read,
+        write=_write,
+        keys=qwen3_moe.KEYS | {"head_dim", "layer_types", "max_window_layers"},
+        variants=qwen3_moe.STACKED,
+    ),
+)  # fmt: skip
