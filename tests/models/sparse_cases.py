@@ -10,12 +10,19 @@ from typing import Any
 from anyckpt.models import Model
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
-FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe")
+FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2_lite")
 
-UNSAYABLE: dict[str, tuple[str, ...]] = {"qwen2_moe": ("nemo2",)}
+UNSAYABLE: dict[str, tuple[str, ...]] = {
+    "qwen2_moe": ("nemo2",),
+    "deepseek_v3": ("nemo1",),
+    "deepseek_v2_lite": ("nemo1",),
+}
 """Kinds of configuration that have no such models."""
 
-NOT_IN_THE_HUB: dict[str, tuple[str, ...]] = {}
+NOT_IN_THE_HUB: dict[str, tuple[str, ...]] = {
+    "deepseek_v3": ("kv_channels",),
+    "deepseek_v2_lite": ("kv_channels",),
+}
 """Fields of the fixture that say nothing about its weights."""
 
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
@@ -47,6 +54,12 @@ def other_spelling(name: str, tensors: Mapping[str, LazyTensor]) -> dict[str, La
 def rendered_like(name: str, model: Model) -> Iterator[Model]:
     """The fixture's model, and others of its family whose configurations differ."""
     yield model
+    if model.config.multi_latent_attention:
+        yarn = {
+            "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
+            "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707,
+        }  # fmt: skip
+        yield _changed(model, rope_scaling=yarn)
     yield _changed(model, rotary_base=5e5, moe_aux_loss_coeff=0.125, init_method_std=0.01)
 
 

@@ -22,6 +22,9 @@ from anyckpt import models  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
 from anyckpt.formats.registry import WriteOptions  # noqa: E402
 
+FOR_OTHERS = {"moe_layer_freq", "scoring_func", "topk_method"}
+"""Keys of DeepSeek's own code and of vLLM, which transformers 5 does not write."""
+
 THROUGH = (("megatron-core", "megatron-args"), ("nemo-flat", "nemo1"), ("nemo2", "nemo2"))
 
 
@@ -42,7 +45,9 @@ def test_transformers_reads_our_configuration_as_its_own(name: str, drop: tuple[
     case = open_case(name)
     kind = type(transformers.AutoConfig.from_pretrained(fixture_path(f"families/{name}/hf")))
     ours = {key: value for key, value in models.render_config(case.model, "hf").items() if key not in drop}
-    assert kind.from_dict(ours).to_dict() == kind.from_dict(case.checkpoint.config).to_dict()
+    theirs = kind.from_dict(case.checkpoint.config).to_dict()
+    understood = {k: v for k, v in kind.from_dict(ours).to_dict().items() if k in theirs or k not in FOR_OTHERS}
+    assert understood == theirs
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -64,7 +64,11 @@ IGNORED = (
 _NORMS = (
     ("input_layernorm", "self_attention.linear_qkv.layer_norm", "self_attention.linear_qkv.weight"),
     ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm", "mlp.linear_fc1.weight"),
-)
+    ("self_attention.q_layernorm", "self_attention.linear_q_up_proj.layer_norm",
+     "self_attention.linear_q_up_proj.weight"),
+    ("self_attention.kv_layernorm", "self_attention.linear_kv_up_proj.layer_norm",
+     "self_attention.linear_kv_up_proj.weight"),
+)  # fmt: skip
 """Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
 have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
 

@@ -1,0 +1,126 @@
+"""DeepSeek-V2 and V2-Lite: V3's map, softmax scores without a bias, and in Lite queries without a latent.
+
+V2-Lite was checked by equal logits in Megatron-Core 0.16 (Megatron-Bridge 0.3.1 takes a ``q_lora_rank`` of null for 512,
+which breaks it); V2 itself was read from the sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from anyckpt.models.config import ModelConfig, Reader
+from anyckpt.models.families import deepseek_v3, llama, qwen3_moe
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    deepseek_v3.refuse(reader, "scoring_func", "softmax", "deepseek-v2")
+    deepseek_v3.refuse(reader, "norm_topk_prob", False, "deepseek-v2")
+    deepseek_v3.refuse(reader, "mlp_bias", False, "deepseek-v2")
+    fields = deepseek_v3.read(reader, found, shared=2, dense=0)
+    if (reader.text("topk_method") or "greedy") == "greedy" and (found["moe_router_num_groups"] or 1) > 1:
+        fields |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
+    return fields
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    grouped = (config.moe_router_num_groups or 1) > 1
+    method = "group_limited_greedy" if grouped else "greedy"
+    return {**deepseek_v3.write(config), "scoring_func": "softmax", "topk_method": method, "norm_topk_prob": False}
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
+    groups, topk = config.moe_router_group_topk, config.moe_router_topk
+    if kind != "hf" and (config.moe_router_num_groups or 1) > 1 and groups and topk != groups:
+        yield (
+            f"Megatron-Core ranks groups of experts by the best {(topk or 0) // groups} of each, transformers by the "
+            "best one: the model will choose other experts"
+        )
+
+
+_LARGE: dict[str, Any] = {
+    "hidden_size": 5120,
+    "ffn_hidden_size": 12288,
+    "num_moe_experts": 160,
+    "moe_ffn_hidden_size": 1536,
+    "moe_shared_expert_intermediate_size": 3072,
+    "moe_router_topk": 6,
+    "moe_router_num_groups": 8,
+    "moe_router_group_topk": 3,
+    "moe_router_topk_scaling_factor": 16.0,
+    "moe_aux_loss_coeff": 1e-3,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+_LITE: dict[str, Any] = {
+    **_LARGE,
+    "hidden_size": 2048,
+    "ffn_hidden_size": 10944,
+    "num_attention_heads": 16,
+    "kv_channels": 16,
+    "q_lora_rank": None,
+    "num_moe_experts": 64,
+    "moe_ffn_hidden_size": 1408,
+    "moe_shared_expert_intermediate_size": 2816,
+    "moe_router_num_groups": 1,
+    "moe_router_group_topk": 1,
+    "moe_router_topk_scaling_factor": 1.0,
+}
+
+FAMILY = Family(
+    name="deepseek-v2",
+    title="DeepSeek-V2, V2-Lite",
+    rules=deepseek_v3.RULES,
+    ignorable=llama.IGNORABLE,
+    traits={
+        **deepseek_v3.TRAITS,
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "moe_router_pre_softmax": True,
+    },
+    features=deepseek_v3.FEATURES,
+    recognise=lambda config: config.num_moe_experts is not None,
+    caveats=_caveats,
+    nemo1=False,
+    dimensions=deepseek_v3.DIMENSIONS,
+    hugging_face=HuggingFace(
+        model_types=("deepseek_v2",),
+        architectures=("DeepseekV2ForCausalLM",),
+        defaults={
+            "vocab_size": 102400,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_routed_experts": 64,
+            "moe_intermediate_size": 1407,
+            "routed_scaling_factor": 1.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        fields=deepseek_v3.FIELDS,
+        constants={"mlp_bias": False},
+        read=_read,
+        write=_write,
+        keys=deepseek_v3.KEYS,
+        variants=qwen3_moe.STACKED,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.deepseek",
+        model="DeepSeekModel",
+        configs={
+            "DeepSeekV2Config": deepseek_v3.nemo2_class(60, 1, **_LARGE),
+            "DeepSeekV2LiteConfig": deepseek_v3.nemo2_class(27, 1, **_LITE),
+        },
+        choose=lambda config: "DeepSeekV2Config" if config.q_lora_rank is not None else "DeepSeekV2LiteConfig",
+    ),
+)

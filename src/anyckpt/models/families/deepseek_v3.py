@@ -1,0 +1,301 @@
+"""DeepSeek-V3, R1 and their kin: latent attention, dense layers first, then experts chosen from groups with a bias.
+
+All tensors but the fused gate and up projections are Megatron-Core's as they are; the norm before the MLP has another
+name in dense layers than in those with experts.  Checked against transformers 5.23, Megatron-Core 0.16 and
+Megatron-Bridge 0.3.1.  transformers 5 leaves ``scoring_func`` and ``topk_method`` out of ``config.json``: the scores are
+sigmoids in every model of the type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama, qwen3_moe, sparse
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import GATE_UP, Rule
+
+_ATTENTION = f"{sparse.LAYER}.self_attn"
+_HUB_ATTENTION = f"{sparse.HUB}.self_attention"
+_SHARED = f"{sparse.LAYER}.mlp.shared_experts"
+_HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
+
+
+def _narrow(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.q_lora_rank is not None
+
+
+def _wide(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.q_lora_rank is None
+
+
+def _shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.moe_shared_expert_intermediate_size is not None and config.is_sparse(indices[0])
+
+
+def _biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.moe_router_enable_expert_bias and config.is_sparse(indices[0])
+
+
+RULES = (
+    *sparse.LEADING,
+    Rule((f"{sparse.LAYER}.input_layernorm.weight",), f"{sparse.HUB}.input_layernorm.weight", ("hidden",)),
+    Rule((f"{_ATTENTION}.q_proj.weight",), f"{_HUB_ATTENTION}.linear_q_proj.weight", ("queries", "hidden"),
+         partition="column", when=_wide),
+    Rule((f"{_ATTENTION}.q_a_proj.weight",), f"{_HUB_ATTENTION}.linear_q_down_proj.weight", ("q-latent", "hidden"),
+         partition="latent-down", when=_narrow),
+    Rule((f"{_ATTENTION}.q_a_layernorm.weight",), f"{_HUB_ATTENTION}.linear_q_up_proj.layer_norm_weight",
+         ("q-latent",), when=_narrow),
+    Rule((f"{_ATTENTION}.q_b_proj.weight",), f"{_HUB_ATTENTION}.linear_q_up_proj.weight", ("queries", "q-latent"),
+         partition="column", when=_narrow),
+    Rule((f"{_ATTENTION}.kv_a_proj_with_mqa.weight",), f"{_HUB_ATTENTION}.linear_kv_down_proj.weight",
+         ("kv-latent-and-rope", "hidden"), partition="latent-down"),
+    Rule((f"{_ATTENTION}.kv_a_layernorm.weight",), f"{_HUB_ATTENTION}.linear_kv_up_proj.layer_norm_weight",
+         ("kv-latent",)),
+    Rule((f"{_ATTENTION}.kv_b_proj.weight",), f"{_HUB_ATTENTION}.linear_kv_up_proj.weight",
+         ("keys-and-values", "kv-latent"), partition="column"),
+    Rule((f"{_ATTENTION}.o_proj.weight",), f"{_HUB_ATTENTION}.linear_proj.weight", ("hidden", "values"),
+         partition="row"),
+    *sparse.DENSE,
+    *sparse.experts(),
+    Rule((f"{sparse.LAYER}.mlp.gate.e_score_correction_bias",), f"{sparse.HUB}.mlp.router.expert_bias", ("experts",),
+         when=_biased),
+    Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",
+         ("shared-fc1", "hidden"), GATE_UP, "gate-up", _shared),
+    Rule((f"{_SHARED}.down_proj.weight",), f"{_HUB_SHARED}.linear_fc2.weight", ("hidden", "shared-ffn"),
+         partition="row", when=_shared),
+    *sparse.TRAILING,
+)  # fmt: skip
+
+DIMENSIONS = {
+    "q-latent": lambda config: config.q_lora_rank or 0,
+    "kv-latent": lambda config: config.kv_lora_rank or 0,
+    "kv-latent-and-rope": lambda config: (config.kv_lora_rank or 0) + (config.qk_pos_emb_head_dim or 0),
+    "queries": lambda config: (
+        config.num_attention_heads * ((config.qk_head_dim or 0) + (config.qk_pos_emb_head_dim or 0))
+    ),
+    "keys-and-values": lambda config: (
+        config.num_attention_heads * ((config.qk_head_dim or 0) + (config.v_head_dim or 0))
+    ),
+    "values": lambda config: config.num_attention_heads * (config.v_head_dim or 0),
+}
+
+TRAITS = {
+    **llama.TRAITS,
+    "add_bias_linear": False,
+    "qk_layernorm": True,
+    "multi_latent_attention": True,
+    "moe_shared_expert_gate": False,
+}
+
+FEATURES = frozenset({"num_moe_experts", "num_experts", "multi_latent_attention", "yarn"})
+
+FIELDS = (
+    *(entry for entry in COMMON if entry.key != "head_dim"),
+    Field("layernorm_epsilon", "rms_norm_eps", "number"),
+    Field("q_lora_rank", "q_lora_rank", default=None),
+    Field("kv_lora_rank", "kv_lora_rank"),
+    Field("qk_head_dim", "qk_nope_head_dim"),
+    Field("qk_pos_emb_head_dim", "qk_rope_head_dim"),
+    Field("v_head_dim", "v_head_dim"),
+    Field("num_moe_experts", "n_routed_experts"),
+    Field("moe_router_topk", "num_experts_per_tok"),
+    Field("moe_ffn_hidden_size", "moe_intermediate_size"),
+    Field("moe_router_num_groups", "n_group", default=None),
+    Field("moe_router_group_topk", "topk_group", default=None),
+    Field("moe_router_topk_scaling_factor", "routed_scaling_factor", "number"),
+)
+
+KEYS = frozenset({
+    "head_dim", "qk_head_dim", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "norm_topk_prob",
+    "scoring_func", "topk_method", "q_lora_rank", "n_group", "topk_group", "aux_loss_alpha",
+})  # fmt: skip
+"""What ``read`` and ``write`` look after; null means something in three of the one-to-one keys."""
+
+
+def read(reader: Reader, found: Mapping[str, Any], *, shared: int, dense: int) -> dict[str, Any]:
+    """What the types have in common.
+
+    Args:
+        reader: ``config.json``.
+        found: hub fields of the table.
+        shared: experts for every token where no key says.
+        dense: dense layers before the others where no key says.
+
+    Raises:
+        MappingError: a number is absurd.
+    """
+    count, first = reader.integer("n_shared_experts"), reader.integer("first_k_dense_replace")
+    count = (0 if "n_shared_experts" in reader.values else shared) if count is None else count
+    first = dense if first is None else first
+    every = reader.integer("moe_layer_freq") or 1
+    layers = range(min(found["num_layers"], 10_000))
+    pattern = tuple(int(layer >= first and layer % every == 0) for layer in layers)
+    return {
+        "kv_channels": found["v_head_dim"],
+        "moe_layer_freq": None if all(pattern) else pattern,
+        "moe_shared_expert_intermediate_size": count * found["moe_ffn_hidden_size"] or None,
+        "moe_aux_loss_coeff": reader.number("aux_loss_alpha") or 0.0,
+        "moe_router_pre_softmax": True,
+    }
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """The keys of ``read``.
+
+    Raises:
+        MappingError: layers with experts are followed by dense ones, or the shared expert is no multiple of an expert.
+    """
+    dense = sparse.dense_layers(config)
+    width, each = config.moe_shared_expert_intermediate_size or 0, config.moe_ffn_hidden_size or 1
+    if dense != list(range(len(dense))) or width % each:
+        raise MappingError(
+            "transformers' DeepSeek has no such layers",
+            expected="dense layers first, and a shared expert as wide as so many experts",
+            found=f"dense layers {dense[:8]}, widths {width} and {each}",
+        )
+    keys = {
+        "head_dim": config.qk_pos_emb_head_dim,
+        "n_shared_experts": width // each or None,
+        "first_k_dense_replace": len(dense),
+        "moe_layer_freq": 1,
+        "q_lora_rank": config.q_lora_rank,
+        "n_group": config.moe_router_num_groups,
+        "topk_group": config.moe_router_group_topk,
+    }
+    return keys | ({"aux_loss_alpha": config.moe_aux_loss_coeff} if config.moe_aux_loss_coeff else {})
+
+
+def refuse(reader: Reader, key: str, expected: Any, kind: str) -> None:
+    """Refuse a configuration that says something other than what every model of the type is.
+
+    Raises:
+        MappingError: it does.
+    """
+    value = reader.values.get(key)
+    if value is not None and value != expected:
+        raise MappingError(
+            f"config.json's {key} is not that of family {kind}", expected=expected, found=repr(value)[:80]
+        )
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    refuse(reader, "scoring_func", "sigmoid", "deepseek-v3")
+    refuse(reader, "topk_method", "noaux_tc", "deepseek-v3")
+    refuse(reader, "norm_topk_prob", True, "deepseek-v3")
+    return {
+        **read(reader, found, shared=1, dense=3),
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    constant = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+    return {**write(config), **constant, "rope_interleave": True}
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
+    groups, topk = config.moe_router_group_topk, config.moe_router_topk
+    if kind != "hf" and (config.moe_router_num_groups or 1) > 1 and groups and topk != 2 * groups:
+        yield (
+            f"Megatron-Core ranks groups of experts by the best {(topk or 0) // groups} of each, transformers by the "
+            "best 2: the model will choose other experts"
+        )
+
+
+_BASE: dict[str, Any] = {
+    "num_attention_heads": 128,
+    "kv_channels": 128,
+    "layernorm_epsilon": 1e-6,
+    "init_method_std": 0.006,
+    "make_vocab_size_divisible_by": 3200,
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rotary_scaling_factor": 40.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "moe_router_pre_softmax": True,
+}
+
+
+def nemo2_class(layers: int, dense: int, **own: Any) -> dict[str, Any]:
+    """Defaults of one of NeMo 2's DeepSeek classes."""
+    return {**_BASE, "num_layers": layers, "moe_layer_freq": [0] * dense + [1] * (layers - dense), **own}
+
+
+FAMILY = Family(
+    name="deepseek-v3",
+    title="DeepSeek-V3, R1",
+    rules=RULES,
+    ignorable=llama.IGNORABLE,
+    traits={**TRAITS, "moe_router_score_function": "sigmoid"},
+    features=FEATURES,
+    recognise=lambda config: config.num_moe_experts is not None,
+    caveats=_caveats,
+    nemo1=False,
+    dimensions=DIMENSIONS,
+    hugging_face=HuggingFace(
+        model_types=("deepseek_v3",),
+        architectures=("DeepseekV3ForCausalLM",),
+        defaults={
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+        fields=FIELDS,
+        read=_read,
+        write=_write,
+        keys=KEYS | {"rope_interleave"},
+        variants=qwen3_moe.STACKED,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.deepseek",
+        model="DeepSeekModel",
+        configs={
+            "DeepSeekV3Config": nemo2_class(
+                61, 3,
+                hidden_size=7168,
+                ffn_hidden_size=18432,
+                num_moe_experts=256,
+                moe_ffn_hidden_size=2048,
+                moe_shared_expert_intermediate_size=2048,
+                moe_router_topk=8,
+                moe_router_num_groups=8,
+                moe_router_group_topk=4,
+                moe_router_topk_scaling_factor=2.5,
+                moe_aux_loss_coeff=1e-4,
+                make_vocab_size_divisible_by=1280,
+                moe_router_score_function="sigmoid",
+                moe_router_enable_expert_bias=True,
+            ),
+        },
+        choose=lambda config: "DeepSeekV3Config",
+    ),
+)  # fmt: skip
