@@ -18,7 +18,10 @@ from anyckpt.models import Hub, Model
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor
 
-FAMILIES = ("llama", "llama_tied_bf16", "llama31_ropescale", "mistral_swa")
+FAMILIES = (
+    "llama", "llama_tied_bf16", "llama31_ropescale", "mistral_swa", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
+    "phi3", "starcoder2", "nemotron",
+)  # fmt: skip
 MEGATRON_DIALECTS = ("hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2")
 
 

@@ -14,7 +14,18 @@ from tests.models.cases import FAMILIES, open_case
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UsageError
-from anyckpt.models import KINDS, Model, ModelConfig
+from anyckpt.models import KINDS, Model, ModelConfig, config_hf
+
+WINDOWS = {"gemma2": (5, 0), "gemma3": (5, 0)}  # which the fixtures' authors set in Bridge's model
+OLD_ROPE = ("rope_theta", "rope_scaling", "torch_dtype", "rotary_pct", "rotary_emb_base", "rope_local_base_freq")
+LEFT_OUT = {
+    "phi3": {"embd_pdrop", "original_max_position_embeddings"},
+    "starcoder2": {"embedding_dropout"},
+    "gemma": {"use_bidirectional_attention"},
+    "gemma2": {"use_bidirectional_attention"},
+    "gemma3": {"use_bidirectional_attention"},
+}
+"""Keys of a fixture that no other framework's configuration has: those of a rate of 0, and what rope does not use."""
 
 IN_NO_CONFIG_OF_NEMO_2 = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
@@ -127,11 +138,58 @@ def test_fields_are_those_that_the_fixture_was_verified_with(name: str) -> None:
     factor = verified.pop("rope_scaling_factor", None)
     assert verified.pop("rope_scaling", False) == (config["rope_scaling"] is not None)
     assert factor is None or config["rope_scaling"]["factor"] == factor
-    window = verified.pop("window_size", None)
+    window = verified.pop("window_size", None) or WINDOWS.get(name)
+    verified["activation"] = {"relu2": "squared_relu"}.get(verified["activation"], verified["activation"])
     assert config["window_size"] == (None if window is None else tuple(window))
     assert {key: config[key] for key in verified} == verified
     assert config["dtype"] == case.meta["weights_dtype"].removeprefix("torch.")
     assert config["vocab_size"] == case.meta["vocab_size"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_there_and_back(name: str, kind: str) -> None:
+    model = open_case(name).model
+    rendered = json.loads(json.dumps(models.render_config(model, kind)))
+    assert models.config_kind(rendered) == kind
+    back = model_of(rendered)
+    assert back.family == model.family
+    assert compared(back.config, kind) == compared(model.config, kind)
+    final, first = models.render_config(back, "hf"), models.render_config(model, "hf")
+    lost = {key for key in first if key not in final or final[key] != first[key]}
+    allowed = config_hf.WITHOUT_MEANING | LEFT_OUT.get(name, set())
+    assert lost <= allowed | (IN_NO_CONFIG_OF_NEMO_2 if kind == "nemo2" else set())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_in_both_spellings(name: str) -> None:
+    model = open_case(name).model
+    rendered = models.render_config(model, "hf")
+    old = {key: value for key, value in rendered.items() if key not in ("rope_parameters", "dtype")}
+    new = {key: value for key, value in rendered.items() if key not in OLD_ROPE}
+    for spelled in (old, new, {key: value for key, value in old.items() if key != "layer_types"}):
+        assert compared(model_of(spelled).config) == compared(model.config)
+    assert model_of(rendered).config == model.config
+
+
+@pytest.mark.parametrize("kind", ["nemo1", "nemo2", "megatron-args"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_is_mistaken_for_another(name: str, kind: str) -> None:
+    """Nor is a configuration that does not name its family, as those of NVIDIA's own tools do not."""
+    model = open_case(name).model
+    rendered = models.render_config(model, kind)
+    rendered.pop("hf_model_type", None)
+    back = identified(rendered, kind)
+    assert back is not None
+    assert back.family == ("llama" if model.family == "phi3" and kind != "nemo2" else model.family)
+    for other in models.known_families().values():
+        if (
+            {other.name, model.family} != {"llama", "phi3"}
+            and other.name != model.family
+            and other.recognise(model.config)
+        ):
+            wrong = {key for key, value in other.traits.items() if getattr(model.config, key) != value}
+            assert wrong, other.name
 
 
 def test_what_each_framework_is_told_about_the_fixtures() -> None:
@@ -216,7 +274,7 @@ def test_nemo_2() -> None:
     assert parsed.share_embeddings_and_output_weights
     assert parsed.rope_scaling is not None
     assert parsed.rope_scaling["factor"] == 32.0
-    assert identified({"_target_": f"{NEMO2_BASE}.gemma.GemmaConfig2B"}) is None
+    assert identified({"_target_": f"{NEMO2_BASE}.hyena.HyenaConfig"}) is None
     with pytest.raises(MappingError, match="normalization is not that of family llama"):
         identified({**config, "normalization": "LayerNorm"})
     with pytest.raises(MappingError, match="activation_func is unknown"):

@@ -68,6 +68,7 @@ class ModelConfig(BlockConfig):
         attn_logit_softcapping: attention scores are squashed to plus or minus this; None for not at all.
         final_logit_softcapping: the same of the logits.
         parallel_residual: attention and MLP of a layer read the same residual stream, and their outputs are added.
+        shared_layernorm: and they share the norm before them.
         attention_dropout: probability.
         hidden_dropout: probability.
         bos_token_id: or None.
@@ -111,6 +112,7 @@ class ModelConfig(BlockConfig):
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     parallel_residual: bool = False
+    shared_layernorm: bool = False
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     bos_token_id: Tokens = None
@@ -347,6 +349,7 @@ OPTIONAL = (
     Field("attn_logit_softcapping", "attn_logit_softcapping", "number", None),
     Field("final_logit_softcapping", "final_logit_softcapping", "number", None),
     Field("parallel_residual", "parallel_residual", "flag", False),
+    Field("shared_layernorm", "shared_layernorm", "flag", False),
 )
 """Fields that few families have, which Megatron's arguments and NeMo 1 are told only where they say something.
 

@@ -175,13 +175,12 @@ def render_yarn(family: Family, config: ModelConfig, target: str) -> dict[str, A
         )  # fmt: skip
     if latent:
         return {"rope_type": "yarn", **{name: whole(numbers[theirs]) for theirs, (name, _) in _YARN.items()}}
-    return {
-        "position_embedding_type": "yarn",
-        **{f"yarn_{name}": whole(numbers[theirs]) for theirs, (name, _) in _YARN.items() if theirs in scaling},
-        "yarn_mscale": scaling.get("mscale"),
-        "yarn_mscale_all_dim": scaling.get("mscale_all_dim"),
-        _ROUND: bool(truncated),
-    }
+    said = {f"yarn_{name}": whole(numbers[theirs]) for theirs, (name, _) in _YARN.items() if theirs in scaling}
+    if target == "NeMo 2":  # whose class has another name for it, and no others
+        said["rotary_scaling_factor"] = said.pop("yarn_rotary_scaling_factor")
+    else:
+        said = {"yarn_mscale": None, "yarn_mscale_all_dim": None, **said}
+    return {"position_embedding_type": "yarn", **said, _ROUND: bool(truncated)}
 
 
 def _layer_pattern(reader: Reader, defaults: Mapping[str, Any], layers: int) -> tuple[int, ...] | None:

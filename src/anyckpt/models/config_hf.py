@@ -13,6 +13,7 @@ from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader, check, render_fields, vocabulary_divisor
 from anyckpt.models.family import Family, HuggingFace
+from anyckpt.models.windows import window_length
 
 COMMON = (
     Field("num_layers", "num_hidden_layers"),
@@ -48,11 +49,12 @@ _ACTIVATIONS = {
 _SPELLED = {hub: name for name, hub in reversed(_ACTIVATIONS.items())}
 
 _ATTENTION_BIAS = "attention_bias"
+_LOCAL_BASE = "rope_local_base_freq"
 _HANDLED = {
     "architectures", "model_type", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
     "partial_rotary_factor", "dtype", "torch_dtype", _ATTENTION_BIAS,
 }  # fmt: skip
-_WITHOUT_MEANING = {
+WITHOUT_MEANING = {
     "_name_or_path", "transformers_version", "use_cache", "pretraining_tp", "auto_map", "_attn_implementation",
     "output_attentions", "output_hidden_states", "return_dict", "attn_implementation", "torchscript",
     "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "cache_implementation",
@@ -220,13 +222,16 @@ def surplus(config: ModelConfig) -> list[str]:
     return sorted(
         key
         for key, value in config.extra.get("hf", {}).items()
-        if key not in _WITHOUT_MEANING and value not in (None, False, [], {})
+        if key not in WITHOUT_MEANING and value not in (None, False, [], {})
     )
 
 
 def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | None, float]:
     """Base, scaling and rotated fraction of a head, from either spelling; 5.x's is the stronger one."""
-    parameters = Reader(reader.mapping("rope_parameters"), "config.json's rope_parameters")
+    stated = reader.mapping("rope_parameters")
+    if _LOCAL_BASE in known.keys:  # theta of windowed layers, which the family reads itself
+        stated = Reader(stated, "config.json's rope_parameters").mapping("full_attention")
+    parameters = Reader(stated, "config.json's rope_parameters")
     old = reader.mapping("rope_scaling")
     base = parameters.number("rope_theta") or reader.number(known.rotary_base_key) or known.rotary_base
     percent = parameters.number("partial_rotary_factor") or reader.number(known.rotary_percent_key)
@@ -266,25 +271,18 @@ def _render_window(family: Family, config: ModelConfig, rendered: dict[str, Any]
         if windowed:
             rendered["sliding_window"] = None
         return
+    if not windowed:
+        raise MappingError(
+            f"transformers' {family.hugging_face.architectures[0]} has no such attention window",
+            expected="none", found=config.window_size, remedy="choose the family with --family",
+        )  # fmt: skip
     if config.window_attn_skip_freq is not None:
         raise MappingError(
             f"transformers' {family.hugging_face.architectures[0]} has the window in every layer",
             expected="no window_attn_skip_freq", found=config.window_attn_skip_freq,
             remedy="choose the family with --family",
         )  # fmt: skip
-    left, right = config.window_size
-    if not windowed or right != 0 or left < 0:
-        raise MappingError(
-            f"transformers' {family.hugging_face.architectures[0]} has no such attention window",
-            expected="none" if not windowed else "(left, 0)", found=config.window_size,
-            remedy="choose the family with --family",
-        )  # fmt: skip
-    rendered["sliding_window"] = left + 1
-    if left % 128 == 0 and "hf" not in config.extra:
-        notes.append(
-            f"a window of ({left}, 0) sees {left + 1} tokens, so sliding_window is {left + 1}; NeMo's importer writes "
-            f"({left}, 0) for models of {left}: if this is one, set sliding_window to {left} in config.json"
-        )
+    rendered["sliding_window"] = window_length(config, notes)
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.errors import MappingError
 from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
 from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
-from anyckpt.models.family import Family
+from anyckpt.models.family import Family, NeMo2
 from anyckpt.models.scaling import from_factors, to_factors
 
 _SHARED = (
@@ -84,6 +84,7 @@ _ACTIVATIONS = {
     "relu": ("relu", False),
     "squared-relu": ("squared_relu", False),
 }
+_POSITIONS = ("rope", "learned_absolute", "yarn", "mrope", "none")
 _PRECISIONS = {"bf16": "bfloat16", "16": "float16", "fp16": "float16", "32": "float32"}
 _FUNCTIONS = {
     "silu": "torch.nn.functional.silu",
@@ -252,13 +253,13 @@ def parse_nemo2(family: Family, config: Mapping[str, Any]) -> ModelConfig:
         MappingError: a field is missing, of the wrong type or of an unknown value.
     """
     reader = Reader(_inner(config), "NeMo 2 configuration")
-    own = {} if family.nemo2 is None else family.nemo2.configs.get(nemo2_class(config) or "", {})
-    defaults = {**_BASE_DEFAULTS, **own}
-    extra = () if family.nemo2 is None else family.nemo2.fields
-    fields = reader.fields((*NEMO2_FIELDS, *OPTIONAL[:1], *extra), defaults)
+    known = family.nemo2 or NeMo2("", "", {}, lambda config: "")
+    defaults = {**_BASE_DEFAULTS, **known.configs.get(nemo2_class(config) or "", {})}
+    table = (*NEMO2_FIELDS, *OPTIONAL[:1], *known.fields)
+    fields = reader.fields([entry for entry in table if entry.hub not in known.own], defaults)
     fields |= parse_blocks(reader, defaults, fields)
     yarn = parse_yarn(reader, defaults, fields)
-    window = reader.pair("window_size") if "window_size" in reader.values else defaults.get("window_size")
+    window = None if "window_size" in known.own else _nemo2_window(reader, defaults)
     factors = {key: reader.number(key) or defaults[key] for key in _LLAMA31 if key in defaults}
     return check(
         ModelConfig(
@@ -271,7 +272,7 @@ def parse_nemo2(family: Family, config: Mapping[str, Any]) -> ModelConfig:
                 "rope_scaling": yarn or from_factors(factors, reader.number("seq_len_interpolation_factor")),
                 "dtype": _nemo2_dtype(reader),
                 "extra": {"features": reader.features()},
-                **({} if family.nemo2 is None else family.nemo2.read(reader, defaults)),
+                **known.read(reader, defaults),
             }
         )
     )
@@ -289,6 +290,7 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         )
     yarn = render_yarn(family, config, "NeMo 2")
     factors, interpolation = to_factors(config.rope_scaling if yarn is None else None, "NeMo 2", fixed=False)
+    _check_nemo2_has(family, config)
     name = family.nemo2.choose(config)
     dtype = config.dtype or "float32"
     rendered: dict[str, Any] = {
@@ -325,6 +327,28 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         )
     rendered |= family.nemo2.write(config)
     return {"_target_": f"{family.nemo2.module}.{family.nemo2.model}", "config": rendered}
+
+
+def _nemo2_window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | None:
+    found = reader.pair("window_size") if "window_size" in reader.values else defaults.get("window_size")
+    return None if found is None else (found[0], found[1])
+
+
+def _check_nemo2_has(family: Family, config: ModelConfig) -> None:
+    """What few families have must be in the family's classes."""
+    known = set() if family.nemo2 is None else {entry.hub for entry in family.nemo2.fields} | family.nemo2.own
+    for entry in OPTIONAL[1:]:
+        value = getattr(config, entry.hub)
+        if entry.hub not in known and value != entry.default:
+            raise MappingError(
+                f"NeMo 2's models of family {family.name} have no {entry.hub}", expected=entry.default, found=value,
+                remedy="convert to megatron-core or megatron-lm",
+            )  # fmt: skip
+    if config.position_embedding_type not in _POSITIONS:
+        raise MappingError(
+            "NeMo 2 has no such position embedding",
+            expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
+        )  # fmt: skip
 
 
 def _function(reader: Reader, default: str) -> str:

@@ -65,6 +65,7 @@ class NeMo2:
         configs: names of the configuration classes that are read, and by key their defaults beyond the family's.
         choose: name of the configuration class to write.
         fields: one-to-one fields of these classes beyond NeMo's common ones.
+        own: names of common hub fields that ``read`` gives, because these classes spell them in another way.
         read: hub fields that are no one-to-one fields, from the configuration and the class's defaults.
         write: fields that are no one-to-one fields; they replace what is written otherwise.
     """
@@ -74,6 +75,7 @@ class NeMo2:
     configs: Mapping[str, Mapping[str, Any]]
     choose: Callable[[ModelConfig], str]
     fields: tuple[Field, ...] = ()
+    own: frozenset[str] = frozenset()
     read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, defaults: {})
     write: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
 

@@ -81,10 +81,12 @@ def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
         name = config_nemo.nemo2_class(values) or ""
-        family = chosen or next((f for f in each_family() if f.nemo2 is not None and name in f.nemo2.configs), None)
-        if family is None:
+        named = [chosen] if chosen else [f for f in each_family() if f.nemo2 is not None and name in f.nemo2.configs]
+        candidates = [(family, config_nemo.parse_nemo2(family, values)) for family in named]
+        fitting = [(f, config) for f, config in candidates if f.recognise(config) and not _wrong_traits(f, config)]
+        if not candidates:
             return None
-        config = config_nemo.parse_nemo2(family, values)
+        family, config = candidates[0] if len(candidates) == 1 or not fitting else fitting[0]
         _check_traits(family, config)
         return family, config
     inner = config_nemo.unwrapped(values) if kind == "nemo1" else values

@@ -98,18 +98,20 @@ class Halves(Operation):
         return [(shape[0] // 2, *shape[1:])] * 2
 
 
-class ConcatenatedQueryKeyValue(InterleavedQueryKeyValue):
+class ConcatenatedQueryKeyValue(Operation):
     """One tensor that holds all query rows, then all key rows, then all value rows, interleaved by query group."""
+
+    _separate = InterleavedQueryKeyValue()
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         parts, start = [], 0
-        for shape in super().source_shapes(sources[0].shape, config):
+        for shape in self._separate.source_shapes(sources[0].shape, config):
             parts.append(sources[0].narrow(0, start, shape[0]))
             start += shape[0]
-        return super().to_hub(parts, config)
+        return self._separate.to_hub(parts, config)
 
     def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
-        return [concatenate(super().from_hub(tensor, config), 0)]
+        return [concatenate(self._separate.from_hub(tensor, config), 0)]
 
     def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
         return [shape]

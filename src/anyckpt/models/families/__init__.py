@@ -15,7 +15,7 @@ from anyckpt.errors import UsageError
 from anyckpt.models.family import Family
 
 _BUILT_IN = (
-    "mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "qwen2", "qwen3", "gemma3", "gemma2",
+    "mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "qwen2", "qwen3", "gemma3", "gemma2",
     "gemma", "phi3", "starcoder2", "nemotron", "mistral", "llama",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""

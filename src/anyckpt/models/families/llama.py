@@ -18,11 +18,17 @@ _HUB = "decoder.layers.*"
 _ATTENTION = f"{_LAYER}.self_attn"
 
 
-def _biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+def biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """Whether all linear layers have biases."""
     return config.add_bias_linear
 
 
-def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+def _biased_qkv(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.add_bias_linear or config.add_qkv_bias
+
+
+def untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """Whether there is an output layer of its own."""
     return not config.share_embeddings_and_output_weights
 
 
@@ -33,19 +39,19 @@ RULES = (
     Rule((f"{_ATTENTION}.q_proj.weight", f"{_ATTENTION}.k_proj.weight", f"{_ATTENTION}.v_proj.weight"),
          f"{_HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"), INTERLEAVED_QKV, "qkv"),
     Rule((f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
-         f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, "qkv", _biased),
+         f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, "qkv", _biased_qkv),
     Rule((f"{_ATTENTION}.o_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention"),
          partition="row"),
-    Rule((f"{_ATTENTION}.o_proj.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",), when=_biased),
+    Rule((f"{_ATTENTION}.o_proj.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",), when=biased),
     Rule((f"{_LAYER}.post_attention_layernorm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
     Rule((f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight"),
          f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"), GATE_UP, "gate-up"),
     Rule((f"{_LAYER}.mlp.gate_proj.bias", f"{_LAYER}.mlp.up_proj.bias"),
-         f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), GATE_UP, "gate-up", _biased),
+         f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), GATE_UP, "gate-up", biased),
     Rule((f"{_LAYER}.mlp.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
-    Rule((f"{_LAYER}.mlp.down_proj.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=_biased),
+    Rule((f"{_LAYER}.mlp.down_proj.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=biased),
     Rule(("model.norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary", when=_untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary", when=untied),
 )  # fmt: skip
 
 IGNORABLE = (
@@ -83,7 +89,8 @@ _LLAMA_32 = {**_LLAMA_31, "scale_factor": 32, "share_embeddings_and_output_weigh
 _CODE = {"rotary_base": 1_000_000, "seq_length": 16_384}
 
 
-def _size(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, int]:
+def size(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, int]:
+    """What a NeMo 2 class of one model size fixes."""
     return {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -95,22 +102,22 @@ def _size(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[s
 
 NEMO2_CONFIGS: dict[str, dict[str, Any]] = {
     "LlamaConfig": {},
-    "Llama2Config7B": _size(32, 4096, 11008, 32, 32),
-    "Llama2Config13B": _size(40, 5120, 13824, 40, 40),
-    "Llama2Config70B": _size(80, 8192, 28672, 64, 8),
+    "Llama2Config7B": size(32, 4096, 11008, 32, 32),
+    "Llama2Config13B": size(40, 5120, 13824, 40, 40),
+    "Llama2Config70B": size(80, 8192, 28672, 64, 8),
     "Llama3Config": {**_LLAMA_3, "rotary_base": 10_000, "seq_length": 4096},
-    "Llama3Config8B": {**_LLAMA_3, **_size(32, 4096, 14336, 32, 8)},
-    "Llama3Config70B": {**_LLAMA_3, **_size(80, 8192, 28672, 64, 8), "init_method_std": 0.008944},
+    "Llama3Config8B": {**_LLAMA_3, **size(32, 4096, 14336, 32, 8)},
+    "Llama3Config70B": {**_LLAMA_3, **size(80, 8192, 28672, 64, 8), "init_method_std": 0.008944},
     "Llama31Config": {**_LLAMA_31, "rotary_base": 10_000, "seq_length": 4096},
-    "Llama31Config8B": {**_LLAMA_31, **_size(32, 4096, 14336, 32, 8)},
-    "Llama31Config70B": {**_LLAMA_31, **_size(80, 8192, 28672, 64, 8)},
-    "Llama31Config405B": {**_LLAMA_31, **_size(126, 16384, 53248, 128, 8)},
-    "Llama32Config1B": {**_LLAMA_32, **_size(16, 2048, 8192, 32, 8), "seq_length": 4096},
-    "Llama32Config3B": {**_LLAMA_32, **_size(28, 3072, 8192, 24, 8), "seq_length": 4096},
-    "CodeLlamaConfig7B": {**_CODE, **_size(32, 4096, 11008, 32, 32)},
-    "CodeLlamaConfig13B": {**_CODE, **_size(40, 5120, 13824, 40, 40)},
-    "CodeLlamaConfig34B": {**_CODE, **_size(48, 8192, 22016, 64, 8)},
-    "CodeLlamaConfig70B": _size(80, 8192, 28672, 64, 8),
+    "Llama31Config8B": {**_LLAMA_31, **size(32, 4096, 14336, 32, 8)},
+    "Llama31Config70B": {**_LLAMA_31, **size(80, 8192, 28672, 64, 8)},
+    "Llama31Config405B": {**_LLAMA_31, **size(126, 16384, 53248, 128, 8)},
+    "Llama32Config1B": {**_LLAMA_32, **size(16, 2048, 8192, 32, 8), "seq_length": 4096},
+    "Llama32Config3B": {**_LLAMA_32, **size(28, 3072, 8192, 24, 8), "seq_length": 4096},
+    "CodeLlamaConfig7B": {**_CODE, **size(32, 4096, 11008, 32, 32)},
+    "CodeLlamaConfig13B": {**_CODE, **size(40, 5120, 13824, 40, 40)},
+    "CodeLlamaConfig34B": {**_CODE, **size(48, 8192, 22016, 64, 8)},
+    "CodeLlamaConfig70B": size(80, 8192, 28672, 64, 8),
 }  # fmt: skip
 """NeMo 2.5's classes with the defaults by which they differ from ``LlamaConfig``."""
 

@@ -1,0 +1,112 @@
+"""Gemma 1 and CodeGemma: Llama's map, gated tanh GELU, norms that store gamma - 1, embeddings scaled in the model.
+
+transformers and Megatron store gamma - 1 alike, so norms are copied; only NeMo 1's converters add one.  Embeddings are
+multiplied by the square root of the width in the model, not in the weights.  The map was checked against transformers
+5.23, Megatron-Core 0.16 and Megatron-Bridge 0.3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+
+TRAITS = {
+    **llama.TRAITS,
+    "layernorm_zero_centered_gamma": True,
+    "activation": "gelu_tanh",
+    "add_bias_linear": False,
+}
+
+DEFAULTS = {
+    "vocab_size": 256000,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+
+NEMO2_BASE = {
+    "activation": "gelu_tanh",
+    "seq_length": 8192,
+    "kv_channels": 256,
+    "share_embeddings_and_output_weights": True,
+    "layernorm_zero_centered_gamma": True,
+}
+_2B = {**NEMO2_BASE, **llama.size(18, 2048, 16384, 8, 1)}
+_7B = {**NEMO2_BASE, **llama.size(28, 3072, 24576, 16, 16)}
+
+
+def check_causal(reader: Reader) -> None:
+    """Embedding models of the same classes see the whole text, which is no key of Megatron's.
+
+    Raises:
+        MappingError: attention is not causal.
+    """
+    if reader.flag("use_bidirectional_attention"):
+        raise MappingError(
+            "config.json's use_bidirectional_attention is not that of the family", expected=False, found=True
+        )
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_causal(reader)
+    return {}
+
+
+def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    """Megatron-LM has no argument for the embedding's factor."""
+    if kind == "megatron-args":
+        yield (
+            "Gemma multiplies embeddings by the square root of hidden_size, for which Megatron-LM has no argument: do "
+            "it in the model, as Megatron-Bridge's provider does"
+        )
+
+
+FAMILY = Family(
+    name="gemma",
+    title="Gemma, CodeGemma",
+    rules=llama.RULES,
+    ignorable=llama.IGNORABLE,
+    traits=TRAITS,
+    recognise=lambda config: config.window_size is None and config.query_pre_attn_scalar is None,
+    caveats=caveats,
+    nemo1_keys=lambda config: {"apply_embedding_scaling": True},
+    hugging_face=HuggingFace(
+        model_types=("gemma",),
+        architectures=("GemmaForCausalLM",),
+        defaults={
+            **DEFAULTS,
+            "hidden_size": 3072,
+            "intermediate_size": 24576,
+            "num_hidden_layers": 28,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        misspelled={"gelu": "gelu_tanh"},
+        read=_read,
+        keys=frozenset({"hidden_activation"}),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.gemma",
+        model="GemmaModel",
+        configs={
+            "GemmaConfig": NEMO2_BASE,
+            "GemmaConfig2B": _2B,
+            "GemmaConfig7B": _7B,
+            "CodeGemmaConfig2B": _2B,
+            "CodeGemmaConfig7B": _7B,
+        },
+        choose=lambda config: "GemmaConfig",
+    ),
+)

@@ -1,0 +1,148 @@
+"""Gemma 2: Gemma with norms after attention and MLP too, soft caps, and a window in every other layer.
+
+transformers gives layers 0, 2, ... the window; NeMo and Bridge 0.3.1 give it to the others.  The hub says what
+transformers does.  Tensors were checked against Megatron-Bridge 0.3.1, logits on its model with parity, window and the
+outer norms' epsilon put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.models.config import Field, ModelConfig, Reader, whole
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import gemma, llama
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import Rule
+from anyckpt.models.windows import read_window, write_window
+
+_FC1_NORM = "decoder.layers.*.mlp.linear_fc1.layer_norm_weight"
+
+RULES = (
+    *(
+        replace(rule, source=("model.layers.*.pre_feedforward_layernorm.weight",)) if rule.hub == _FC1_NORM else rule
+        for rule in llama.RULES
+    ),
+    Rule(("model.layers.*.post_attention_layernorm.weight",),
+         "decoder.layers.*.self_attention.linear_proj.post_layernorm.weight", ("hidden",)),
+    Rule(("model.layers.*.post_feedforward_layernorm.weight",),
+         "decoder.layers.*.mlp.linear_fc2.post_layernorm.weight", ("hidden",)),
+)  # fmt: skip
+
+FIELDS = (
+    Field("layernorm_epsilon", "rms_norm_eps", "number"),
+    Field("query_pre_attn_scalar", "query_pre_attn_scalar", "number", None),
+    Field("attn_logit_softcapping", "attn_logit_softcapping", "number", None),
+    Field("final_logit_softcapping", "final_logit_softcapping", "number", None),
+)
+
+DEFAULTS = {
+    **gemma.DEFAULTS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+}
+KEYS = frozenset({"sliding_window", "layer_types", "hidden_act"})
+
+
+def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Window and the layers that have it."""
+    gemma.check_causal(reader)
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 4096
+    return read_window(reader, length, [layer % 2 == 0 for layer in range(min(found["num_layers"], 10_000))])
+
+
+def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    """The keys of ``read``, and those for which null means something else than their absence."""
+    return {
+        **write_window(config, notes),
+        "query_pre_attn_scalar": whole(config.query_pre_attn_scalar or config.kv_channels),
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+
+
+def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    """What Megatron-LM and NeMo lack, or do in other layers."""
+    yield from gemma.caveats(config, kind)
+    if kind == "megatron-args":
+        yield (
+            "Megatron-LM has no arguments for norms after attention and MLP, and for soft caps: build the model with "
+            "such layers, as Megatron-Bridge's provider does"
+        )
+    elif kind != "hf" and config.window_size is not None:
+        yield (
+            "NeMo gives the window to the second, fourth, ... layer, transformers to the first, third, ...: logits "
+            "differ from the window's length on"
+        )
+
+
+_BASE = {
+    **gemma.NEMO2_BASE,
+    "layernorm_epsilon": 1e-6,
+    "window_size": (4096, 0),
+    "vocab_size": 256000,
+    "query_pre_attn_scalar": 224,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+
+
+def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """NeMo's class has the window in every other layer without saying so."""
+    windowed = reader.pair("window_size") if "window_size" in reader.values else defaults.get("window_size")
+    stated = reader.frequency("window_attn_skip_freq")
+    return {"window_attn_skip_freq": 2 if windowed is not None and stated is None else stated}
+
+
+def _nemo1(config: ModelConfig) -> Mapping[str, Any]:
+    return {
+        "name": "megatron_gemma2",
+        "apply_embedding_scaling": True,
+        "mcore_customization_config": {
+            "query_pre_attn_scalar": whole(config.query_pre_attn_scalar or config.kv_channels),
+            "attn_logit_softcapping": config.attn_logit_softcapping,
+            "final_logit_softcapping": config.final_logit_softcapping,
+        },
+    }
+
+
+FAMILY = Family(
+    name="gemma2",
+    title="Gemma 2",
+    rules=RULES,
+    ignorable=llama.IGNORABLE,
+    traits=gemma.TRAITS,
+    recognise=lambda config: config.query_pre_attn_scalar is not None or config.window_size is not None,
+    caveats=caveats,
+    nemo1_keys=_nemo1,
+    hugging_face=HuggingFace(
+        model_types=("gemma2",),
+        architectures=("Gemma2ForCausalLM",),
+        defaults={**DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        fields=(*COMMON, *FIELDS),
+        activation_key="hidden_activation",
+        read=read,
+        write=write,
+        keys=KEYS,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.gemma2",
+        model="Gemma2Model",
+        configs={
+            "Gemma2Config": _BASE,
+            "Gemma2Config2B": {**_BASE, **llama.size(26, 2304, 9216, 8, 4), "query_pre_attn_scalar": 256},
+            "Gemma2Config9B": {**_BASE, **llama.size(42, 3584, 14336, 16, 8), "query_pre_attn_scalar": 256},
+            "Gemma2Config27B": {**_BASE, **llama.size(46, 4608, 36864, 32, 16), "query_pre_attn_scalar": 144},
+        },
+        choose=lambda config: "Gemma2Config",
+        fields=FIELDS[1:],
+        read=_read_nemo2,
+    ),
+)

@@ -1,0 +1,164 @@
+"""Gemma 3, text: Gemma 2 with normalised queries and keys, without soft caps, five layers of six with a window.
+
+Layers with a window have a theta of their own, and scaling of rope is for the others alone.  NeMo 2 has both thetas in
+one field, an integer for the window, and applies it as (W, 0), one token more than transformers; the hub says what
+transformers does.  Tensors were checked against Megatron-Bridge 0.3.1, logits on its model with window and the outer
+norms' epsilon put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import ModelConfig, Reader, whole
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import gemma, gemma2, llama, qwen3
+from anyckpt.models.family import Family, NeMo2
+from anyckpt.models.windows import read_window, windowed_layers, write_window
+
+_LOCAL, _GLOBAL = 10_000.0, 1_000_000.0
+_PERIOD = 6
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Window, the layers that have it, and their theta, in either spelling."""
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 4096
+    period = reader.integer("sliding_window_pattern") or reader.integer("_sliding_window_pattern") or _PERIOD
+    nested = Reader(reader.mapping("rope_parameters"), "config.json's rope_parameters").mapping("sliding_attention")
+    local = Reader(nested, "config.json's rope_parameters")
+    if local.values.get("rope_type", "default") != "default":
+        raise MappingError(
+            "config.json scales rope in layers with a window, which Gemma 3 does not",
+            expected="rope_type default", found=repr(local.values["rope_type"])[:80],
+        )  # fmt: skip
+    gemma.check_causal(reader)
+    usual = [(layer + 1) % period != 0 for layer in range(min(found["num_layers"], 10_000))]
+    return {
+        **read_window(reader, length, usual),
+        "rotary_base_local": local.number("rope_theta") or reader.number("rope_local_base_freq") or _LOCAL,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    """The keys of ``_read``, and those for which null means something else than their absence."""
+    local = config.rotary_base_local or _LOCAL
+    period = config.window_attn_skip_freq
+    return {
+        **gemma2.write(config, notes),
+        **write_window(config, notes, 4096),
+        **({"sliding_window_pattern": period} if isinstance(period, int) and period != _PERIOD else {}),
+        "rope_local_base_freq": local,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})},
+            "sliding_attention": {"rope_theta": local, "rope_type": "default"},
+        },
+    }
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    if kind == "nemo1":
+        yield "NeMo 1 has no Gemma 3: its layers with a window have no theta of their own, and no norms after them"
+    if kind == "megatron-args":
+        yield from gemma2.caveats(config, kind)
+        yield "Megatron-LM has one theta, and scales rope in all layers: set rotary_base_local up in the model"
+
+
+def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    bases = reader.pair("rotary_base") if "rotary_base" in reader.values else (int(_LOCAL), int(_GLOBAL))
+    length = reader.integer("window_size") if "window_size" in reader.values else defaults.get("window_size", 512)
+    pattern = reader.pair("interleaved_attn_pattern") or (_PERIOD - 1, 1)
+    factor = reader.number("rope_scaling_factor") or defaults.get("rope_scaling_factor", 1.0)
+    scale = reader.number("softmax_scale") or defaults.get("softmax_scale")
+    if pattern[0] < 1 or pattern[1] != 1 or length is None or length < 0:
+        raise MappingError(
+            "NeMo 2's interleaved_attn_pattern is not possible", expected="layers with a window, then 1", found=pattern
+        )
+    local, everywhere = bases or (int(_LOCAL), int(_GLOBAL))
+    return {
+        "rotary_base": float(everywhere),
+        "rotary_base_local": float(local),
+        "window_size": (length, 0),
+        "window_attn_skip_freq": sum(pattern),
+        "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
+        "query_pre_attn_scalar": None if not scale or scale < 0 else whole(round(scale**-2, 6)),
+    }
+
+
+def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
+    layers = windowed_layers(config)
+    period = config.window_attn_skip_freq
+    period = len(layers) + 1 if period is None and all(layers) else period
+    bases = [whole(config.rotary_base_local or _LOCAL), whole(config.rotary_base)]
+    if not isinstance(period, int) or period < 2 or not all(isinstance(base, int) for base in bases):
+        raise MappingError(
+            "NeMo 2's Gemma 3 cannot express these layers", expected="a window in all but every N-th, whole thetas",
+            found=f"{config.window_attn_skip_freq}, {bases}", remedy="convert to megatron-core or megatron-lm",
+        )  # fmt: skip
+    scaling = config.rope_scaling or {}
+    return {
+        "rotary_base": bases,
+        "window_size": config.window_size[0] if config.window_size else None,
+        "interleaved_attn_pattern": [period - 1, 1],
+        "rope_scaling_factor": scaling.get("factor", 1.0),
+        "seq_len_interpolation_factor": None,
+        "softmax_scale": None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
+    }
+
+
+_BASE = {
+    **gemma.NEMO2_BASE,
+    "kv_channels": None,
+    "qk_layernorm": True,
+    "layernorm_epsilon": 1e-6,
+    "seq_length": 131_072,
+    "vocab_size": 262_208,
+    "window_size": 512,
+}
+_LARGE = {**_BASE, "kv_channels": 256, "window_size": 1024, "rope_scaling_factor": 8.0}
+
+FAMILY = Family(
+    name="gemma3",
+    title="Gemma 3 (text)",
+    rules=(*gemma2.RULES, *qwen3.NORMS),
+    ignorable=llama.IGNORABLE,
+    traits={**gemma.TRAITS, "qk_layernorm": True},
+    caveats=_caveats,
+    nemo1_keys=lambda config: {"apply_embedding_scaling": True},
+    hugging_face=replace(
+        gemma2.FAMILY.hugging_face,
+        model_types=("gemma3_text",),
+        architectures=("Gemma3ForCausalLM",),
+        defaults={**gemma2.DEFAULTS, "vocab_size": 262_208, "max_position_embeddings": 131_072},
+        fields=(*COMMON, *gemma2.FIELDS),
+        rotary_base=_GLOBAL,
+        read=_read,
+        write=_write,
+        keys=gemma2.KEYS | {"rope_local_base_freq"},
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.gemma3",
+        model="Gemma3Model",
+        configs={
+            "Gemma3Config": _BASE,
+            "Gemma3Config1B": {
+                **_BASE, **llama.size(26, 1152, 6912, 4, 1), "kv_channels": 256, "vocab_size": 262_144,
+                "seq_length": 32768,
+            },
+            "Gemma3Config4B": {**_LARGE, **llama.size(34, 2560, 10240, 8, 4)},
+            "Gemma3Config12B": {**_LARGE, **llama.size(48, 3840, 15360, 16, 8)},
+            "Gemma3Config27B": {
+                **_LARGE, **llama.size(62, 5376, 21504, 32, 16), "kv_channels": 128, "softmax_scale": 168**-0.5,
+            },
+        },
+        choose=lambda config: "Gemma3Config",
+        own=frozenset({
+            "rotary_base", "rotary_base_local", "window_size", "window_attn_skip_freq", "query_pre_attn_scalar",
+            "rope_scaling",
+        }),
+        read=_read_nemo2,
+        write=_write_nemo2,
+    ),
+)  # fmt: skip

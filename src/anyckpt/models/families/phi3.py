@@ -1,0 +1,61 @@
+"""Phi-3, Phi-3.5, Phi-4 (dense): Llama with one tensor for query, key and value, and one for gate and up projection.
+
+The map was checked against transformers 5.23 and Megatron-Core 0.16.  NeMo 2's importer forgets the number of key heads
+and long rope; here the first is kept, and the second is refused where Megatron cannot have it.
+"""
+
+from __future__ import annotations
+
+from anyckpt.models.config import Field
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import CONCATENATED_QKV, Rule
+
+_FUSED = (
+    Rule(("model.layers.*.self_attn.qkv_proj.weight",), "decoder.layers.*.self_attention.linear_qkv.weight",
+         ("qkv", "hidden"), CONCATENATED_QKV, "qkv"),
+    Rule(("model.layers.*.mlp.gate_up_proj.weight",), "decoder.layers.*.mlp.linear_fc1.weight", ("fc1", "hidden"),
+         partition="gate-up"),
+)  # fmt: skip
+_BY_NAME = {rule.hub: rule for rule in _FUSED}
+
+FAMILY = Family(
+    name="phi3",
+    title="Phi-3, Phi-3.5, Phi-4",
+    rules=tuple(_BY_NAME.get(rule.hub, rule) for rule in llama.RULES if not rule.hub.endswith(".bias")),
+    ignorable=llama.IGNORABLE,
+    traits={**llama.TRAITS, "add_bias_linear": False},
+    recognise=lambda config: False,  # Megatron's arguments do not tell it from Llama, which is the same model
+    hugging_face=HuggingFace(
+        model_types=("phi3",),
+        architectures=("Phi3ForCausalLM",),
+        defaults={
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
+        fields=(
+            *(entry for entry in COMMON if entry.key != "head_dim"),
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("hidden_dropout", "resid_pdrop", "number", 0.0),
+        ),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.phi3mini",
+        model="Phi3Model",
+        configs={
+            "Phi3Config": {},
+            "Phi3ConfigMini": {**llama.size(32, 3072, 8192, 32, 32), "vocab_size": 32064},
+        },
+        choose=lambda config: "Phi3Config",
+    ),
+)

@@ -1,0 +1,60 @@
+"""Qwen3, dense: Llama's map with queries and keys normalised per head.
+
+The map was checked against transformers 5.23, Megatron-Core 0.16 and Megatron-Bridge 0.3.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anyckpt.models.config import Field
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama, qwen2
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import Rule
+
+NORMS = tuple(
+    Rule((f"model.layers.*.self_attn.{which}_norm.weight",),
+         f"decoder.layers.*.self_attention.{which}_layernorm.weight", ("head",))
+    for which in ("q", "k")
+)  # fmt: skip
+"""Of queries and keys."""
+
+_BASE = {**qwen2.NEMO2_BASE, "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 128, "num_query_groups": 8}
+
+
+def _size(layers: int, hidden: int, ffn: int, heads: int, tied: bool = False) -> dict[str, Any]:
+    return {**_BASE, **llama.size(layers, hidden, ffn, heads, 8), "share_embeddings_and_output_weights": tied}
+
+
+FAMILY = Family(
+    name="qwen3",
+    title="Qwen3",
+    rules=(*llama.RULES, *NORMS),
+    ignorable=llama.IGNORABLE,
+    traits={**llama.TRAITS, "add_bias_linear": False, "qk_layernorm": True},
+    hugging_face=HuggingFace(
+        model_types=("qwen3",),
+        architectures=("Qwen3ForCausalLM",),
+        defaults={**qwen2.DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
+        fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        read=qwen2.read,
+        write=qwen2.write,
+        keys=qwen2.KEYS,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.qwen3",
+        model="Qwen3Model",
+        configs={
+            "Qwen3Config": _BASE,
+            "Qwen3Config600M": _size(28, 1024, 3072, 16, tied=True),
+            "Qwen3Config1P7B": _size(28, 2048, 6144, 16, tied=True),
+            "Qwen3Config4B": _size(36, 2560, 9728, 32, tied=True),
+            "Qwen3Config8B": _size(36, 4096, 12288, 32),
+            "Qwen3Config14B": _size(40, 5120, 17408, 40),
+            "Qwen3Config32B": _size(64, 5120, 25600, 64),
+        },
+        choose=lambda config: "Qwen3Config",
+        write=lambda config: {"max_position_embeddings": config.max_position_embeddings},
+    ),
+)
