@@ -10,12 +10,13 @@ from typing import Any
 from anyckpt.models import Model
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
-FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2_lite")
+FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2_lite", "gpt_oss")
 
 UNSAYABLE: dict[str, tuple[str, ...]] = {
     "qwen2_moe": ("nemo2",),
     "deepseek_v3": ("nemo1",),
     "deepseek_v2_lite": ("nemo1",),
+    "gpt_oss": ("nemo1",),
 }
 """Kinds of configuration that have no such models."""
 
@@ -60,6 +61,13 @@ def rendered_like(name: str, model: Model) -> Iterator[Model]:
             "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707,
         }  # fmt: skip
         yield _changed(model, rope_scaling=yarn)
+    if name == "gpt_oss":
+        yarn = {
+            "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
+            "beta_slow": 1.0, "truncate": False,
+        }  # fmt: skip
+        yield _changed(model, rope_scaling=yarn)
+        yield _changed(model, window_size=None, window_attn_skip_freq=None, activation_func_clamp_value=5.0)
     yield _changed(model, rotary_base=5e5, moe_aux_loss_coeff=0.125, init_method_std=0.01)
 
 

@@ -55,7 +55,6 @@ def test_the_other_stored_spelling(name: str) -> None:
     """Experts stacked, as transformers 5 has them in memory and may save them."""
     case = open_case(name)
     other = other_spelling(name, case.checkpoint.tensors)
-    assert set(other) != set(case.checkpoint.tensors)
     hub = models.to_hub(with_weights(case.checkpoint, other, "hf"), case.model)
     assert facts(hub.tensors) == facts(case.hub().tensors)
     assert facts(models.from_hub(hub, "hf").tensors) == facts(case.checkpoint.tensors)

@@ -175,7 +175,9 @@ def render_yarn(family: Family, config: ModelConfig, target: str) -> dict[str, A
         )  # fmt: skip
     if latent:
         return {"rope_type": "yarn", **{name: whole(numbers[theirs]) for theirs, (name, _) in _YARN.items()}}
-    said = {f"yarn_{name}": whole(numbers[theirs]) for theirs, (name, _) in _YARN.items() if theirs in scaling}
+    said: dict[str, Any] = {
+        f"yarn_{name}": whole(numbers[theirs]) for theirs, (name, _) in _YARN.items() if theirs in scaling
+    }
     if target == "NeMo 2":  # whose class has another name for it, and no others
         said["rotary_scaling_factor"] = said.pop("yarn_rotary_scaling_factor")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor, stack
@@ -82,7 +83,7 @@ def stored_name(name: str, variants: tuple[Variant, ...]) -> str:
         if variant.written:
             match = _compiled(variant.names[0]).fullmatch(name)
             if match is not None:
-                return _fill(variant.stored, match.groups())
+                return _fill(variant.stored, match.groups()[: variant.stored.count("*")])
     return name
 
 
@@ -103,6 +104,7 @@ def _parts(name: str, tensor: LazyTensor, variant: Variant, indices: tuple[str, 
     }
 
 
+@cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
 

@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V2-Lite: V3's map, softmax scores without a bias, and in Lite queries without a latent.
 
-V2-Lite was checked by equal logits in Megatron-Core 0.16 (Megatron-Bridge 0.3.1 takes a ``q_lora_rank`` of null for 512,
+V2-Lite was checked by equal logits in Megatron-Core 0.16 (Megatron-Bridge 0.3.1 takes a null ``q_lora_rank`` for 512,
 which breaks it); V2 itself was read from the sources.
 """
 

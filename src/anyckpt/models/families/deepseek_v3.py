@@ -2,7 +2,7 @@
 
 All tensors but the fused gate and up projections are Megatron-Core's as they are; the norm before the MLP has another
 name in dense layers than in those with experts.  Checked against transformers 5.23, Megatron-Core 0.16 and
-Megatron-Bridge 0.3.1.  transformers 5 leaves ``scoring_func`` and ``topk_method`` out of ``config.json``: the scores are
+Megatron-Bridge 0.3.1.  transformers 5 leaves ``scoring_func`` and ``topk_method`` out of ``config.json``: scores are
 sigmoids in every model of the type.
 """
 

@@ -85,6 +85,7 @@ FAMILY = Family(
             Field("moe_router_topk", "num_experts_per_tok"),
             Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
         ),
+        rotary_base=1_000_000.0,
         read=lambda reader, found: {"moe_ffn_hidden_size": found["ffn_hidden_size"]},
         write=_write,
         variants=(

@@ -1,0 +1,192 @@
+"""GPT-OSS 20B and 120B in bf16: attention sinks, a window in every other layer, biases in router and experts.
+
+transformers stores a layer's experts in one tensor, as (in, out), with gate and up in turn.  Checked by equal logits in
+Megatron-Core 0.16 with plain rope, and against Megatron-Bridge 0.3.1's tensors; the released files are MXFP4 and their
+rope is scaled by YaRN: that was read from the sources only.  The model is as wide as its experts, so shapes do not tell
+whether a matrix is transposed: it always is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anyckpt.indexing import Shape
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama, sparse
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import IDENTITY, INTERLEAVED_QKV, TRANSPOSED, Operation, Rule, Transposed
+from anyckpt.models.variants import Variant
+from anyckpt.models.windows import read_window, write_window
+from anyckpt.tensor import LazyTensor, concatenate
+
+
+class GateUpInTurn(Operation):
+    """One tensor whose even rows are the gate and whose odd rows are up, as two halves."""
+
+    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
+        rows, rest = sources[0].shape[0] // 2, sources[0].shape[1:]
+        pairs = sources[0].reshape((rows, 2, *rest))
+        return concatenate([pairs.narrow(1, half, 1).reshape((rows, *rest)) for half in range(2)], 0)
+
+    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
+        rows, rest = tensor.shape[0] // 2, tensor.shape[1:]
+        halves = [tensor.narrow(0, half * rows, rows).reshape((rows, 1, *rest)) for half in range(2)]
+        return [concatenate(halves, 1).reshape(tensor.shape)]
+
+    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
+        return [shape]
+
+
+_IN_TURN = GateUpInTurn()
+_ATTENTION = f"{sparse.LAYER}.self_attn"
+_HUB_ATTENTION = f"{sparse.HUB}.self_attention"
+_EXPERTS = f"{sparse.LAYER}.mlp.experts"
+_HUB_EXPERTS = f"{sparse.HUB}.mlp.experts"
+_KEYS = frozenset({"sliding_window", "layer_types", "swiglu_alpha", "initial_context_length", "experts_per_token"})
+
+
+_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+"""What transformers' class takes where ``config.json`` says nothing of rope."""
+
+
+def _stack(name: str) -> Variant:
+    return Variant(f"{_EXPERTS}.{name}", (f"{_EXPERTS}.*.{name}",), written=True)
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 128
+    layers = range(min(found["num_layers"], 10_000))
+    usual = {} if reader.values.keys() & {"rope_parameters", "rope_scaling"} else {"rope_scaling": _YARN}
+    return {
+        **usual,
+        **read_window(reader, length, [layer % 2 == 0 for layer in layers]),
+        "moe_ffn_hidden_size": found["ffn_hidden_size"],
+        "add_qkv_bias": True,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    plain = {} if config.rope_scaling else {"rope_scaling": {"rope_type": "default"}}  # null would be YaRN
+    return {**write_window(config, notes), **plain, "swiglu_alpha": 1.702}  # quick GELU
+
+
+def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
+    every = config.window_attn_skip_freq
+    return {"window_attn_skip_freq": list(every) if isinstance(every, tuple) else every}
+
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 2880,
+    "ffn_hidden_size": 2880,
+    "num_attention_heads": 64,
+    "num_query_groups": 8,
+    "kv_channels": 64,
+    "add_bias_linear": True,
+    "vocab_size": 201_088,
+    "seq_length": 131_072,
+    "position_embedding_type": "yarn",
+    "rotary_base": 150_000,
+    "yarn_rotary_scaling_factor": 32.0,
+    "yarn_original_max_position_embeddings": 131_072,
+    "yarn_correction_range_round_to_int": False,
+    "moe_router_topk": 4,
+    "moe_ffn_hidden_size": 2880,
+    "window_size": (128, 0),
+    "window_attn_skip_freq": 2,
+    "softmax_type": "learnable",
+    "glu_linear_offset": 1.0,
+}
+
+FAMILY = Family(
+    name="gpt-oss",
+    title="GPT-OSS",
+    rules=(
+        *sparse.LEADING,
+        *sparse.ATTENTION,
+        Rule((f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
+             f"{_HUB_ATTENTION}.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, "qkv"),
+        Rule((f"{_ATTENTION}.o_proj.bias",), f"{_HUB_ATTENTION}.linear_proj.bias", ("hidden",)),
+        Rule((f"{_ATTENTION}.sinks",), f"{_HUB_ATTENTION}.core_attention.softmax_offset", ("heads",),
+             partition="column"),
+        Rule((f"{sparse.LAYER}.post_attention_layernorm.weight",), f"{sparse.HUB}.pre_mlp_layernorm.weight",
+             ("hidden",)),
+        Rule((f"{sparse.LAYER}.mlp.router.weight",), f"{sparse.HUB}.mlp.router.weight", ("experts", "hidden")),
+        Rule((f"{sparse.LAYER}.mlp.router.bias",), f"{sparse.HUB}.mlp.router.bias", ("experts",)),
+        Rule((f"{_EXPERTS}.*.gate_up_proj",), f"{_HUB_EXPERTS}.linear_fc1.weight*", ("expert-fc1", "hidden"),
+             Transposed(_IN_TURN), "gate-up"),
+        Rule((f"{_EXPERTS}.*.gate_up_proj_bias",), f"{_HUB_EXPERTS}.linear_fc1.bias*", ("expert-fc1",), _IN_TURN,
+             "gate-up"),
+        Rule((f"{_EXPERTS}.*.down_proj",), f"{_HUB_EXPERTS}.linear_fc2.weight*", ("hidden", "expert-ffn"),
+             TRANSPOSED, "row"),
+        Rule((f"{_EXPERTS}.*.down_proj_bias",), f"{_HUB_EXPERTS}.linear_fc2.bias*", ("hidden",), IDENTITY),
+        *sparse.TRAILING,
+    ),
+    traits={
+        **{name: value for name, value in llama.TRAITS.items() if name != "add_qkv_bias"},
+        "activation": "quick_gelu",
+        "add_bias_linear": True,
+        "softmax_type": "learnable",
+        "glu_linear_offset": 1.0,
+        "moe_layer_freq": None,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": False,
+        "moe_shared_expert_intermediate_size": None,
+    },
+    features=frozenset({"num_moe_experts", "num_experts", "yarn"}),
+    recognise=lambda config: config.num_moe_experts is not None,
+    nemo1=False,
+    dimensions={"heads": lambda config: config.num_attention_heads},
+    hugging_face=HuggingFace(
+        model_types=("gpt_oss",),
+        architectures=("GptOssForCausalLM",),
+        defaults={
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "router_aux_loss_coef": 0.001,
+            "swiglu_limit": 7.0,
+        },
+        fields=(
+            *COMMON,
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("num_moe_experts", "num_local_experts"),
+            Field("moe_router_topk", "num_experts_per_tok"),
+            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+            Field("activation_func_clamp_value", "swiglu_limit", "number"),
+        ),
+        constants={"hidden_act": "silu"},
+        rotary_base=150_000.0,
+        attention_bias=True,
+        activation_key=None,
+        read=_read,
+        write=_write,
+        keys=_KEYS,
+        variants=tuple(
+            _stack(name) for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+        ),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.gpt_oss",
+        model="GPTOSSModel",
+        configs={
+            "GPTOSSConfig": _BASE,
+            "GPTOSSConfig120B": {**_BASE, "num_layers": 36, "num_moe_experts": 128},
+            "GPTOSSConfig20B": {**_BASE, "num_layers": 24, "num_moe_experts": 32},
+        },
+        choose=lambda config: "GPTOSSConfig",
+        write=_write_nemo2,
+    ),
+)  # fmt: skip
