@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 from tests.formats.torch_archives import archive, storage, tensor  # noqa: E402
 from tests.support import file_bytes, fixture_path, write_plan  # noqa: E402
 
+import anyckpt  # noqa: E402
 from anyckpt.checkpoint import storage_key  # noqa: E402
 from anyckpt.engine.plan import OutputFile  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
@@ -323,3 +324,17 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)
+
+
+@pytest.mark.parametrize("target", ["torch", "lightning"])
+def test_a_quantized_weight_stays_whole_without_training_state(tmp_path: Path, target: str) -> None:
+    source, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    weight = torch.quantize_per_tensor(torch.linspace(-1, 1, 6), 0.1, 3, torch.qint8)
+    torch.save({"epoch": 1, "state_dict": {"w": weight, "s": torch.eye(3).to_sparse(), "b": torch.ones(2)}}, source)
+    anyckpt.convert(source, out, to=target)
+    found = torch.load(out)
+    found = found if target == "torch" else found["state_dict"]
+    assert set(found) == {"w", "s", "b"}
+    assert found["w"].q_scale() == weight.q_scale()
+    assert torch.equal(found["w"].int_repr(), weight.int_repr())
+    assert torch.equal(found["s"].to_dense(), torch.eye(3))

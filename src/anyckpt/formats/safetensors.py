@@ -17,7 +17,7 @@ from anyckpt.dtypes import BY_SAFETENSORS, DType, dtype
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import Format, Location, WriteOptions
-from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.storage.source import ByteSource, LocalFile, check_not_pointer
 from anyckpt.tensor import LazyTensor, Stored
 
 HEADER_LIMIT = 100_000_000
@@ -43,6 +43,7 @@ def read_safetensors(source: ByteSource) -> tuple[dict[str, LazyTensor], dict[st
         FormatError: the file is truncated, its header is not valid, or ranges do not fit shapes, one another or
             the file.
     """
+    check_not_pointer(source.read(0, min(64, source.size)), source.name)
     if source.size < 8:
         raise _damaged(source, "is too short for a safetensors file", "at least 8 bytes", f"{source.size} bytes")
     length = int.from_bytes(source.read(0, 8), "little")
@@ -131,7 +132,7 @@ def _tensor(source: ByteSource, name: str, entry: Any, base: int) -> tuple[int, 
     if kind is None:
         raise _damaged(source, "has an unknown element type", f"one of {', '.join(_WRITING_ORDER)}", code, name)
     if not isinstance(shape, list) or len(shape) > _AXES_LIMIT or not all(map(_is_count, shape)):
-        raise _damaged(source, "has an invalid shape", f"at most {_AXES_LIMIT} lengths", shape, name)
+        raise _damaged(source, "has an invalid shape", f"at most {_AXES_LIMIT} lengths, none negative", shape, name)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise _damaged(source, "has invalid data_offsets", "begin and end", offsets, name)
     if math.prod(max(n, 1) for n in shape) * kind.itemsize >= 1 << 63:
@@ -222,7 +223,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 
 def weights_only(checkpoint: Checkpoint) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The weights under their own names, and why every other tensor is left out."""
+    """The weights under their own names, and why everything else is left out."""
     reason = "training state, which this format has no place for"
     prefixes = checkpoint.state_prefixes or ("\0",)
     ignored = {
@@ -230,6 +231,7 @@ def weights_only(checkpoint: Checkpoint) -> tuple[dict[str, LazyTensor], dict[st
         for name in checkpoint.tensors
         if name.startswith(prefixes) or not name.startswith(checkpoint.model_prefix)
     }
+    ignored.update(dict.fromkeys(checkpoint.objects, "not a tensor, and this format keeps tensors only"))
     return checkpoint.weights(), ignored
 
 

@@ -245,16 +245,22 @@ def choose(
 
 
 def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
-    """The weights alone under their own names, and what else there was."""
-    weights = checkpoint.weights()
-    stored = {checkpoint.model_prefix + name for name in weights}
+    """The weights alone under their own names, and what else there was.
+
+    A weight of several parts (sparse, quantized) is an object besides its tensors, and stays.
+    """
+    weights, prefix = checkpoint.weights(), checkpoint.model_prefix
+    wholes = {name[:end] for name in weights for end, letter in enumerate(name) if letter == "."}
+    composite = {name: checkpoint.objects[prefix + name] for name in wholes if prefix + name in checkpoint.objects}
+    stored = {prefix + name for name in (*weights, *composite)}
     dropped = {name: _STATE for name in (*checkpoint.tensors, *checkpoint.objects) if name not in stored}
     if checkpoint.optimizer is not None:
         dropped.setdefault("optimizer", _STATE)
     training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
     bare = replace(
-        checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, training=training, optimizer=None
-    )
+        checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects=composite, training=training,
+        optimizer=None,
+    )  # fmt: skip
     return bare, dropped
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_D
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file.format import assemble, is_filled
 from anyckpt.formats.torch_file.safe import refused
-from anyckpt.formats.torch_file.tree import unflatten
+from anyckpt.formats.torch_file.tree import COMPOSITE, parts_of, unflatten
 from anyckpt.formats.torch_file.writer import zip_parts
 from anyckpt.pickling import torch_objects
 from anyckpt.tensor import LazyTensor
@@ -38,12 +39,15 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: an object cannot be pickled.
     """
-    weights = checkpoint.weights()
-    header, optimizers, ignored = _entries(checkpoint, weights)
+    weights, prefix = checkpoint.weights(), checkpoint.model_prefix
+    composite = {name: value for name, value in checkpoint.objects.items() if _is_weight(name, value, prefix, weights)}
+    others = {name: value for name, value in checkpoint.objects.items() if name not in composite}
+    header, optimizers, ignored = _entries(replace(checkpoint, objects=others), weights)
     files: tuple[OutputFile, ...]
     if options.sharded:
         if is_filled(header.pop("optimizer_states")):
             ignored["optimizer_states"] = _BY_NUMBER
+        ignored.update(dict.fromkeys(composite, "a sharded directory has its tensors only, not what joins them"))
         files = _directory(checkpoint, weights, header, optimizers, options)
     else:
         for name, state in sorted(optimizers.items()):
@@ -52,7 +56,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
                 ignored[name] = "its param_groups do not name its parameters"
             else:
                 header["optimizer_states"].append(numbered)
-        header[STATE_DICT] = torch_objects.ordered_dict({**weights, **header[STATE_DICT]})
+        whole, _ = assemble(weights, {name.removeprefix(prefix): value for name, value in composite.items()})
+        header[STATE_DICT] = torch_objects.ordered_dict({**whole, **header[STATE_DICT]})
         files = (OutputFile("", zip_parts(header)),)
     unsafe = refused({name: value for name, value in header.items() if name != STATE_DICT})
     notes = []
@@ -64,6 +69,12 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if checkpoint.tokenizer or checkpoint.artifacts:
         notes.append("a Lightning checkpoint has no place for the tokenizer and other files of the source")
     return Plan("lightning", files, ignored=ignored, notes=tuple(notes))
+
+
+def _is_weight(name: str, value: Any, prefix: str, weights: Mapping[str, LazyTensor]) -> bool:
+    """Whether an object is a sparse, quantized or nested tensor among the weights, which have its parts."""
+    own = name.removeprefix(prefix)
+    return isinstance(value, COMPOSITE) and any(f"{own}.{part}" in weights for part in parts_of(value))
 
 
 def _entries(
