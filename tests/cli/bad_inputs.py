@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import struct
 import tarfile
@@ -98,6 +99,24 @@ def truncated_gzip(folder: Path) -> Path:
     path = folder / "model.nemo"
     path.write_bytes(data[: len(data) // 2])
     return path
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+_of_suffixes("git_lfs_pointer", _SUFFIXES, _POINTER, "Git LFS pointer")
+
+
+@unreadable("Git LFS pointer")
+def git_lfs_pointer_in_a_folder(folder: Path) -> Path:
+    (folder / "model").mkdir()
+    shutil.copy(fixture_path(LLAMA) / "config.json", folder / "model")
+    (folder / "model" / "pytorch_model.bin").write_bytes(_POINTER)
+    return folder / "model"
+
+
+@unreadable("is not a regular file")
+def named_pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "model.nemo")
+    return folder / "model.nemo"
 
 
 # -- safetensors ---------------------------------------------------------------------------------------------

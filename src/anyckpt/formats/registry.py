@@ -17,6 +17,7 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.unfinished import check_finished
+from anyckpt.storage.source import check_not_pointer
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def look_at(path: str | os.PathLike[str]) -> Location:
     try:
         if os.path.isdir(text):
             return Location(text, True, names=tuple(sorted(os.listdir(text))))
+        if os.path.exists(text) and not os.path.isfile(text):
+            raise FormatError("is not a regular file", path=text, expected="a file or directory that stays as it is")
         with open(text, "rb") as file:
             return Location(text, False, head=file.read(512))
     except FileNotFoundError as error:
         first = _first_rank(text)
         if first is not None:
             return look_at(first)
-        raise FormatError("does not exist", path=text, remedy="check the path") from error
+        raise FormatError("does not exist", path=text or "''", remedy="check the path") from error
     except OSError as error:
         raise FormatError(f"cannot be opened: {error.strerror}", path=text) from error
 
@@ -135,6 +138,8 @@ _BUILT_IN = {
     "torch": "torch_file",
 }
 """Name -> module of this package, in the order in which they are asked; each module has ``FORMAT``."""
+
+_LOOKED_AT = 20
 
 _loaded: dict[str, Format] = {}
 
@@ -201,6 +206,7 @@ def detect(location: Location) -> Format:
     """
     if not location.is_directory and not location.head:
         raise FormatError("is empty", path=location.path, remedy="copy it again from its origin")
+    check_not_pointer(location.head, location.path)
     for name in _names():
         known = _load(name)
         if known.detect(location):
@@ -212,7 +218,25 @@ def detect(location: Location) -> Format:
         found="a directory with " + (", ".join(location.names[:5]) or "nothing in it")
         if location.is_directory
         else f"a file that begins with {location.head[:8]!r}",
+        remedy=_nearby(location),
     )
+
+
+def _nearby(location: Location) -> str | None:
+    """Which checkpoint in a directory the user may have meant: an iteration, a snapshot, a file."""
+    for name in location.names[:_LOOKED_AT]:
+        inside = location.join(name)
+        if not (os.path.isdir(inside) or os.path.isfile(inside)):
+            continue
+        try:
+            there = look_at(inside)
+            if there.head or there.is_directory:
+                known = next((format for format in map(_load, _BUILT_IN) if format.detect(there)), None)
+                if known is not None:
+                    return f"open {inside}, which looks like {known.name}"
+        except FormatError:
+            continue
+    return None
 
 
 def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:

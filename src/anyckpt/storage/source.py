@@ -19,6 +19,20 @@ from anyckpt.errors import FormatError
 _OPEN_FILES_LIMIT = 256
 
 
+def check_not_pointer(head: bytes, name: str) -> None:
+    """Refuse the small text file that Git leaves where Git LFS has not fetched the real one.
+
+    Args:
+        head: how the file begins.
+        name: what to call it.
+
+    Raises:
+        FormatError: it is such a pointer.
+    """
+    if head.startswith(b"version https://git-lfs"):
+        raise FormatError("is a Git LFS pointer, not the file itself", path=name, remedy="fetch it with git lfs pull")
+
+
 class ByteSource(ABC):
     """A run of bytes that can be read at any offset, from any thread.
 

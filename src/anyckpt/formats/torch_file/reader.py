@@ -12,7 +12,8 @@ from anyckpt.formats.torch_file.stream import is_stream, read_stream
 from anyckpt.formats.torch_file.tape import is_tape, read_tape
 from anyckpt.formats.torch_file.values import Storage, brief, brief_text
 from anyckpt.pickling import load
-from anyckpt.storage.source import ByteSource
+from anyckpt.pickling.suspicious import suspicious_calls
+from anyckpt.storage.source import ByteSource, check_not_pointer
 
 _WHOLE = 4 << 20
 _LARGEST_DEFLATED_PICKLE = 64 << 20
@@ -32,12 +33,19 @@ def read_torch(source: ByteSource) -> TorchContents:
     head = source.read(0, min(512, source.size))
     if not head:
         raise FormatError("is empty", path=source.name, remedy="copy it again from its origin")
-    if head.startswith(b"PK\x03\x04"):
-        return _read_zip(source)
-    if is_stream(head):
-        return read_stream(source)
-    if is_tape(head):
-        return read_tape(source)
+    check_not_pointer(head, source.name)
+    read = _read_zip if head.startswith(b"PK\x03\x04") else read_stream if is_stream(head) else None
+    if read is None and is_tape(head):
+        read = read_tape
+    if read is not None:
+        contents = read(source)
+        calls = suspicious_calls(contents.root)
+        if calls:
+            contents.warnings.append(
+                f"asks whoever loads it to call {', '.join(calls[:5])}; nothing was called here, but"
+                " torch.load(weights_only=False) would: find out where the file came from"
+            )
+        return contents
     raise FormatError(
         "is not a torch file",
         path=source.name,
