@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.cli.runner import Runner
-from tests.support import fixture_path
+from tests.support import fixture_path, write_plan
 
 import anyckpt as api
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.execute import execute
+from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import WriteOptions, by_name
+from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = "families/llama/hf"
@@ -127,3 +130,17 @@ def test_training_state_is_compared_with_raw_only(anyckpt: Runner) -> None:
     weights = anyckpt("diff", path, path, "--json").json["compared"]
     everything = anyckpt("diff", path, path, "--raw", "--json").json["compared"]
     assert 0 < weights < everything
+
+
+def test_vocabularies_of_two_sizes_differ_though_all_shared_rows_are_equal(anyckpt: Runner, tmp_path: Path) -> None:
+    path, smaller = fixture_path(LLAMA), tmp_path / "smaller"
+    smaller.mkdir()
+    config = json.loads((path / "config.json").read_text())
+    (smaller / "config.json").write_text(json.dumps({**config, "vocab_size": 96}))
+    tensors = api.open(path).tensors
+    cut = {name: t.narrow(0, 0, 96) if t.shape[:1] == (151,) else t for name, t in tensors.items()}
+    write_plan(Plan("safetensors", (OutputFile("model.safetensors", safetensors_parts(cut)),)), smaller)
+    found = anyckpt("diff", path, smaller, "--json")
+    assert found.code == 1
+    assert {row["reason"] for row in found.json["different"]} == {"shape"}
+    assert any("96 and 151" in note for note in found.json["notes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,45 @@ def test_a_sparse_archive_of_100_gigabytes_is_opened_without_reading_it(anyckpt:
         file.truncate(8 + len(header) + 4 * count)
     found = anyckpt("inspect", path, "--json").json
     assert (found["bytes"], found["parameters"]) == (4 * count, count)
+
+
+def test_state_that_is_no_tensor_is_shown_as_data(anyckpt: Runner) -> None:
+    path = fixture_path("legacy/ptl_adamw") / "model--val_loss=0.5-epoch=3.ckpt"
+    found = anyckpt("inspect", path, "--json").json
+    assert list(found["values"]) == found["objects"]
+    assert found["values"]["epoch"] == found["epoch"] == 3
+    assert "state besides tensors" in anyckpt("inspect", path).out
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("reduce_os_system", "posix.system"), ("getattr_chain", "torch.os.system"),
+        ("reduce_builtin_exec", "builtins.exec"), ("nested_pickle_loads", "_pickle.loads"),
+        ("stack_global_proto4", "os.system"), ("torch_load_gadget", "torch.serialization.load"),
+    ],
+)  # fmt: skip
+def test_what_a_hostile_pickle_asks_for_is_said_and_not_done(anyckpt: Runner, name: str, call: str) -> None:
+    found = anyckpt("inspect", fixture_path(f"legacy/malicious/{name}.pt"), "--json").json
+    assert any(call in warning and "nothing was called" in warning for warning in found["warnings"])
+
+
+def test_ordinary_objects_are_no_reason_to_warn(anyckpt: Runner) -> None:
+    for relative in ("legacy/zoo_objects/zip.pt", "legacy/zoo_kinds/zip.pt", "legacy/averaging/m--epoch=0.ckpt"):
+        warnings = anyckpt("inspect", fixture_path(relative), "--json").json["warnings"]
+        assert not any("asks whoever loads it" in warning for warning in warnings)
+
+
+def test_a_checkpoint_inside_the_directory_is_pointed_to(anyckpt: Runner, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    shutil.copytree(fixture_path("families/llama/hf"), tmp_path / "snapshot")
+    error = anyckpt("inspect", tmp_path).error
+    assert error.endswith(f"open {tmp_path / 'snapshot'}, which looks like hf")
+
+
+def test_a_missing_sentencepiece_model_is_said(anyckpt: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(fixture_path("nemo/nemo2_llama_spm/model"), path)
+    next((path / "context").glob("*.model")).unlink()
+    found = anyckpt("inspect", path, "--json").json
+    assert any("sentencepiece model is not in context" in warning for warning in found["warnings"])

@@ -80,12 +80,17 @@ def _print_summary(found: Inspection) -> None:
     ]
     print_table((), [(name, value) for name, value in rows if value])
     if found.config:
-        print_line()
-        settings = list(_flat("", found.config))
-        shown = [(name, _brief(value)) for name, value in settings[:_SHOWN_CONFIG]]
-        if len(settings) > _SHOWN_CONFIG:
-            shown.append((f"... {len(settings) - _SHOWN_CONFIG} more", "print all with --json"))
-        print_table((), shown, title=f"config ({found.config_kind or 'unknown kind'})")
+        _print_values(_flat("", found.config), f"config ({found.config_kind or 'unknown kind'})")
+    if found.values:
+        _print_values(list(found.values.items()), "state besides tensors")
+
+
+def _print_values(settings: list[tuple[str, Any]], title: str) -> None:
+    shown = [(name, _brief(value)) for name, value in settings[:_SHOWN_CONFIG]]
+    if len(settings) > _SHOWN_CONFIG:
+        shown.append((f"... {len(settings) - _SHOWN_CONFIG} more", "print all with --json"))
+    print_line()
+    print_table((), shown, title=title)
 
 
 def _print_tensors(tensors: list[TensorFacts]) -> None:

@@ -14,6 +14,7 @@ from anyckpt.display import html_table
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model
+from anyckpt.operations.naming import identify
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
@@ -92,6 +93,7 @@ class Inspection:
         config_kind: its spelling, or None.
         ignored: stored names that carry no weights -> reason.
         objects: names of non-tensor state.
+        values: the same state as plain data, shortened where it is long; nothing that a file names is executed.
         details: facts that only this format has.
         warnings: anything odd.
         tensors: the tensors asked for, or None if none were.
@@ -120,6 +122,7 @@ class Inspection:
     config_kind: str | None
     ignored: dict[str, str]
     objects: list[str]
+    values: dict[str, Any]
     details: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] | None = None
@@ -136,7 +139,7 @@ class Inspection:
                 "path", "format", "format_version", "family", "parameters", "bytes", "tensor_count", "dtypes",
                 "layout", "step", "has_optimizer", "artifacts", "config", "warnings", "dialect", "dtype_bytes",
                 "size", "model", "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored",
-                "objects", "details",
+                "objects", "values", "details",
             )
         }  # fmt: skip
         if self.tensors is not None:
@@ -221,6 +224,7 @@ def inspect(
         config_kind=checkpoint.config_kind,
         ignored=dict(checkpoint.ignored),
         objects=list(checkpoint.objects),
+        values=to_plain(checkpoint.objects),
         details=to_plain(checkpoint.details),
         warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
         tensors=listed,
@@ -243,7 +247,7 @@ def _joined(checkpoint: Checkpoint) -> Checkpoint:
 def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
     """The model, or None and why a family that seems known is not."""
     try:
-        return models.identify(checkpoint), None
+        return identify(checkpoint), None
     except AnyckptError as error:
         return None, f"the model family cannot be told: {error}"
 

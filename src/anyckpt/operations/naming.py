@@ -8,12 +8,26 @@ from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import MappingError, UsageError
+from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
 from anyckpt.tensor import LazyTensor
 
 _UNTRANSLATED = "state besides the weights, whose names are not translated between formats"
+
+
+def identify(checkpoint: Checkpoint, *, family: str | None = None, config: Any = None) -> Model | None:
+    """What ``models.identify`` finds, with the file in errors about a configuration.
+
+    Raises:
+        MappingError: the configuration contradicts itself, the tensors, or what the family can be.
+        UsageError: the family is unknown, or the configuration is of no known kind.
+    """
+    try:
+        return models.identify(checkpoint, family=family, config=config)
+    except AnyckptError as error:
+        error.path = error.path or (checkpoint.path if config is None else "--config")
+        raise
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ def rename_for(
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
     fits = target.config_kind is None or checkpoint.config_kind in (None, target.config_kind)
     alike = fits and (known == wanted or (known is None and checkpoint.format == target.name))
-    model = None if alike and not told else models.identify(checkpoint, family=family, config=config)
+    model = None if alike and not told else identify(checkpoint, family=family, config=config)
     if model is not None:
         return _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
     if alike:
@@ -176,7 +190,7 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
 
 
 def _identify_both(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
-    first, second = models.identify(a), models.identify(b)
+    first, second = identify(a), identify(b)
     if first is not None and second is None:
         second = models.identify(b, family=first.family, config=a.config)
     elif second is not None and first is None:
@@ -187,7 +201,10 @@ def _identify_both(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
 def _hub_names(a: Hub, b: Hub) -> CommonNames:
     first, second = dict(a.tensors), dict(b.tensors)
     notes = [*a.notes, *(note for note in b.notes if note not in a.notes)]
-    size = min((v for v in (a.model.config.vocab_size, b.model.config.vocab_size) if v is not None), default=None)
+    sizes = {v for v in (a.model.config.vocab_size, b.model.config.vocab_size) if v is not None}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if sizes:
+        notes.append(f"the vocabularies differ: {' and '.join(map(str, sorted(sizes)))} tokens, padding aside")
     padding = 0
     for rule in a.model.definition.rules:
         name = rule.hub

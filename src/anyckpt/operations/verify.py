@@ -12,6 +12,7 @@ from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
+from anyckpt.operations.naming import identify
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Statistics, scan
@@ -186,11 +187,13 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
     try:
         whole = join_ranks(checkpoint)
         result.warnings += [text for text in whole.warnings if text not in result.warnings]
-        model = models.identify(whole)
+        model = identify(whole)
         if model is not None:
             models.to_hub(whole, model)
             result.checked.model = True
     except MappingError as error:
+        if error.path == checkpoint.path:
+            error.path = None
         result.problems.append(Problem(checkpoint.path, str(error)))
 
 

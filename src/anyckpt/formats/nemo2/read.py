@@ -66,6 +66,8 @@ def read(location: Location) -> Checkpoint:
         warnings.append("holds an adapter (PEFT) only, not the model that it belongs to")
     context, calls, config = _read_context(location, warnings)
     tokenizer = read_tokenizer(_model(calls).get("tokenizer", config.get("tokenizer")), context)
+    if tokenizer is not None and tokenizer.library == "sentencepiece" and tokenizer.model_file is None:
+        warnings.append("the tokenizer's sentencepiece model is not in context/, where the configuration has it")
     used = set() if tokenizer is None else {id(source) for source in tokenizer.files.values()}
     inner = config.get("config")
     return replace(
