@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -167,3 +168,27 @@ print("rich" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "Title\nname   n\na     10\nlong   9\nFalse\n"
+
+
+def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(anyckpt: Runner) -> None:
+    done = anyckpt()
+    assert (done.code, done.out) == (2, "")
+    assert "\n  inspect " in done.err
+    assert not done.err.startswith("error")
+
+
+def test_names_beyond_the_terminals_encoding_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "mödel.safetensors"
+    path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    words = [sys.executable, "-m", "anyckpt.cli", "inspect", str(path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "m\\xf6del" in done.stdout
+
+
+def test_a_closed_standard_output_is_no_defect() -> None:
+    path = fixture_path("families/llama/hf")
+    command = f"{sys.executable} -m anyckpt.cli inspect {path} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

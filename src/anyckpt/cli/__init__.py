@@ -6,6 +6,7 @@ something about, in one line on standard error; 130 interrupted; 70 a defect of 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -78,13 +79,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     from anyckpt.errors import AnyckptError
 
     try:
+        _prepare_streams()
         result = group.main(args=arguments, prog_name="anyckpt", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as request:
         return request.exit_code
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        print(help_text.format_message(), file=sys.stderr)
+        return 2
     except click.ClickException as error:
-        return _fail(error.format_message(), _usage_hint(error))
+        return _fail(error.format_message().removesuffix("."), _usage_hint(error))
     except AnyckptError as error:
         return _fail(str(error))
     except (click.Abort, KeyboardInterrupt):
@@ -101,6 +106,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return _fail("this is a defect of anyckpt; please report it with the lines above", code=70)
+
+
+def _prepare_streams() -> None:
+    """Let every name be printed, whatever the terminal's encoding, and nothing fail where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _usage_hint(error: click.ClickException) -> str:
