@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -195,3 +197,45 @@ def test_a_missing_parent_folder_is_made_or_refused_in_one_line(anyckpt: Runner,
 
 def test_an_unwritable_destination_is_one_line(anyckpt: Runner) -> None:
     assert "/proc/" in anyckpt("convert", fixture_path(LLAMA), "/proc/nothing/out.pt", "--to", "torch").error
+
+
+def test_overwriting_replaces_no_other_file_and_no_device(anyckpt: Runner, tmp_path: Path) -> None:
+    thesis, pipe = tmp_path / "thesis.tex", tmp_path / "pipe"
+    thesis.write_text("years of work")
+    os.mkfifo(pipe)
+    for path in (thesis, pipe):
+        words = ("convert", fixture_path(LLAMA), path, "--to", "safetensors", "--overwrite")
+        assert "is a file that is not a checkpoint" in anyckpt(*words).error
+    assert thesis.read_text() == "years of work"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["pipe", "thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["damaged.nemo", "without_suffix"])
+def test_overwriting_replaces_a_damaged_checkpoint(anyckpt: Runner, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    words = ("convert", fixture_path(LLAMA), out, "--to", "nemo", "--overwrite")
+    assert anyckpt(*words).code == 0
+    out.write_bytes(bytes(100))
+    assert anyckpt(*words).code == 0
+    assert not api.diff(fixture_path(LLAMA), out)
+
+
+@pytest.mark.parametrize("words", [(), ("--optimizer", "keep")])
+def test_what_a_format_of_tensors_leaves_out_of_a_quantized_weight_is_said(
+    anyckpt: Runner, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    source = fixture_path("legacy/zoo_kinds/zip.pt")
+    composite = set(api.open(source).objects)
+    done = anyckpt("convert", source, tmp_path / "m.safetensors", "--to", "safetensors", "--json", *words).json
+    assert composite
+    assert composite <= {entry["name"] for entry in done["ignored"]}
+
+
+def test_an_impossible_configuration_names_its_file(anyckpt: Runner, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(fixture_path(LLAMA), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    error = anyckpt("convert", source, tmp_path / "out", "--to", "nemo").error
+    assert error.startswith(f"{source}: the configuration's num_attention_heads")

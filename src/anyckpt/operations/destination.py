@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from anyckpt.engine.manifest import MANIFEST_NAME
+from anyckpt.engine.manifest import MANIFEST_NAME, beside
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
+
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
 
 
 def check_destination(destination: str, sources: Sequence[str], *, overwrite: bool) -> None:
@@ -35,18 +37,27 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
         return
     if not overwrite:
         raise OutputError("already exists", path=destination, remedy="choose another path or pass --overwrite")
-    if os.path.isdir(destination) and not _replaceable(destination):
+    if os.path.exists(destination) and not _replaceable(destination):
+        what = "a directory that holds something else than" if os.path.isdir(destination) else "a file that is not"
         raise OutputError(
-            "is a directory that holds something else than a checkpoint, which --overwrite does not replace",
+            f"is {what} a checkpoint, which --overwrite does not replace",
             path=destination,
             remedy="choose another path or remove it yourself",
         )
 
 
-def _replaceable(directory: str) -> bool:
-    location = registry.look_at(directory)
-    if not location.names or MANIFEST_NAME in location.names:
+def _replaceable(path: str) -> bool:
+    """Whether a checkpoint is there, a damaged one included if its name or its manifest tells; never a device."""
+    if os.path.isdir(path):
+        location = registry.look_at(path)
+        if not location.names or MANIFEST_NAME in location.names:
+            return True
+    elif not os.path.isfile(path):
+        return False
+    elif not os.path.getsize(path) or os.path.lexists(beside(path)) or path.lower().endswith(_SUFFIXES):
         return True
+    else:
+        location = registry.look_at(path)
     try:
         registry.detect(location)
     except FormatError:
