@@ -14,7 +14,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, overload
+from operator import index
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -176,7 +177,11 @@ class LazyTensor(ABC):
         return Boxed(self, start, shape)
 
     def __getitem__(self, key: Any) -> LazyTensor:
-        """As numpy's basic indexing: integers, slices with positive steps, ellipsis."""
+        """As numpy's basic indexing: integers, slices with positive steps, ellipsis.
+
+        Raises:
+            UsageError: an index is something else, there are too many, or one lies outside the tensor.
+        """
         keys = list(key) if isinstance(key, tuple) else [key]
         if Ellipsis in [k for k in keys if k is Ellipsis]:
             at = next(i for i, k in enumerate(keys) if k is Ellipsis)
@@ -195,8 +200,10 @@ class LazyTensor(ABC):
                 start.append(first)
                 shape.append(max(0, last - first))
                 steps.append(step)
+            elif isinstance(k, bool) or not isinstance(k, SupportsIndex):
+                raise UsageError("an index is neither a whole number nor a slice", found=repr(k)[:80])
             else:
-                at = int(k) + (whole if int(k) < 0 else 0)
+                at = index(k) + (whole if index(k) < 0 else 0)
                 if not 0 <= at < whole:
                     raise UsageError("an index lies outside the tensor", expected=f"less than {whole}", found=k)
                 start.append(at)

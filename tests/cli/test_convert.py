@@ -167,6 +167,7 @@ def test_configuration_tokenizer_and_family_can_be_handed_in(anyckpt: Runner, tm
         ("--memory", "1 parsec", "--memory"),
         ("--memory", "1kB", "memory"),
         ("--family", "nonsense", "unknown model family"),
+        ("--tokenizer", str(fixture_path(LLAMA) / "config.json"), "is not a tokenizer"),
     ],
 )
 def test_unusable_options_are_errors(anyckpt: Runner, tmp_path: Path, option: str, value: str, text: str) -> None:
@@ -239,3 +240,10 @@ def test_an_impossible_configuration_names_its_file(anyckpt: Runner, tmp_path: P
     (source / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
     error = anyckpt("convert", source, tmp_path / "out", "--to", "nemo").error
     assert error.startswith(f"{source}: the configuration's num_attention_heads")
+
+
+def test_sharded_is_refused_where_it_means_nothing(anyckpt: Runner, tmp_path: Path) -> None:
+    words = ("convert", fixture_path(LLAMA), tmp_path / "out", "--sharded", "--to")
+    assert "--sharded means nothing for torch" in anyckpt(*words, "torch").error
+    assert not list(tmp_path.iterdir())
+    assert anyckpt(*words, "lightning").code == 0

@@ -129,6 +129,9 @@ def test_deep_finds_nan_infinity_and_denormal_numbers(anyckpt: Runner, tmp_path:
     assert found.json["problems"] == [{"where": "bad", "problem": "1 NaN and 2 infinite of 4 elements"}]
     assert found.json["warnings"] == ["odd: 1 of 2 elements are denormal numbers, as a stray write leaves them"]
     assert found.json["checked"]["values"] == 3
+    text = anyckpt("verify", path, "--deep").out
+    assert "damaged (1 problem); " in text
+    assert "finite" not in text.splitlines()[-1]
 
 
 def test_a_file_that_the_manifest_names_is_missing(anyckpt: Runner, tmp_path: Path) -> None:

@@ -198,3 +198,11 @@ def test_only_the_same_elements_count_as_the_same_storage() -> None:
     halved = lazy.Mapped((one,), dtype("float32"), lambda values: values / 2)
     assert storage_key(doubled) != storage_key(halved)
     assert storage_key(lazy.concatenate([one, other], 0)) is None
+
+
+@pytest.mark.parametrize("index", ["a", 1.5, None, True, (0, 1.0), [0]])
+def test_what_is_no_index_is_an_error(index: Any) -> None:
+    tensor = lazy.from_array(np.zeros((2, 3), dtype=np.float32))
+    with pytest.raises(UsageError, match="neither a whole number nor a slice"):
+        tensor[index]
+    assert tensor[np.int64(1)].shape == (3,)

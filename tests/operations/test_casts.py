@@ -49,6 +49,8 @@ def test_floats_are_cast_and_counted_and_the_rest_is_kept_and_said() -> None:
 
 def test_the_list_of_kept_weights_is_the_callers_choice() -> None:
     done = cast_weights(weights(), "fp16", keep=("a.*",))
+    assert any("65,504" in note for note in done.notes)
+    assert not any("65,504" in note for note in cast_weights(weights(), "bf16").notes)
     assert dtypes(done.tensors)["a.weight"] == "float32"
     assert dtypes(done.tensors)["mixer.D"] == "float16"
 

@@ -33,8 +33,8 @@ def command(path: str, deep: bool, as_json: bool) -> int:
         f"{checked.digests:,} digests" if checked.digests else "",
         f"{checked.checksums:,} checksums" if checked.checksums else "",
         "the model complete" if checked.model else "",
-        f"{checked.values:,} tensors of finite values" if checked.values else "",
+        f"the values of {checked.values:,} tensors" if checked.values else "",
     ]
-    verdict = "sound" if found.sound else f"damaged, {len(found.problems)} problems"
+    verdict = "sound" if found.sound else f"damaged ({len(found.problems)} problem{'s' * (len(found.problems) > 1)})"
     print_line(f"{found.path}: {verdict}; {', '.join(filter(None, looked_at))}")
     return 0 if found.sound else 1

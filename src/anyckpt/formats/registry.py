@@ -26,7 +26,7 @@ class WriteOptions:
 
     Attributes:
         max_shard_size: bytes per weight file where the format shards by size (``hf``); None for its default.
-        sharded: ``nemo``: write a distributed checkpoint inside the archive instead of one flat file.
+        sharded: ``nemo``, ``lightning``: write a distributed checkpoint instead of one flat file.
         ranks: how many files a distributed checkpoint is spread over.
         layout: for which ranks ``Checkpoint.ranks`` is cut, None if it is not.
     """
@@ -112,6 +112,7 @@ class Format:
             the options, because a ``.nemo`` names them one way flat and another sharded.
         config_kind: spelling of the configuration that ``plan`` expects in ``Checkpoint.config``, or None.
         single_file: whether the output is one file rather than a directory.
+        sharded: whether it can hold a distributed checkpoint, as ``WriteOptions.sharded`` asks.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Format:
     dialect: Callable[[WriteOptions], str | None] = field(default=lambda options: None)
     config_kind: str | None = None
     single_file: bool = False
+    sharded: bool = False
 
 
 _BUILT_IN = {

@@ -88,6 +88,8 @@ def cast_weights(tensors: dict[str, LazyTensor], to: str | None, keep: Sequence[
     notes = []
     if listed:
         notes.append(f"kept in their stored type, because rounding them changes the model: {', '.join(listed)}")
+    if target.name == "float16" and casts:
+        notes.append("float16 ends at 65,504: larger values become infinite, which anyckpt verify --deep finds")
     if eight_bit:
         notes.append(f"{eight_bit} tensors of 8-bit floats are quantized values and are not cast")
     return Cast(result, dict(casts), tuple(notes))

@@ -122,7 +122,7 @@ def convert(
         include: glob or globs of the source's weight names; others are left out.
         exclude: glob or globs of weight names to leave out.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
-        sharded: ``nemo``: put a distributed checkpoint into the archive.
+        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
         optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where source and target name
             weights alike, else the optimizer's state by parameter, through the same rules as the weights.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
@@ -147,6 +147,8 @@ def convert(
     target = registry.by_name(to)
     if target.plan is None:
         raise UsageError(f"{to} can be read but not written")
+    if sharded and not target.sharded:
+        raise UsageError(f"--sharded means nothing for {to}", remedy="leave it out, or convert to nemo or lightning")
     if optimizer not in ("keep", "drop"):
         raise UsageError("unknown value for optimizer", expected="keep or drop", found=optimizer)
     options = registry.WriteOptions(

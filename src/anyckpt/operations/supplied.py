@@ -9,6 +9,7 @@ from typing import Any
 from anyckpt.checkpoint import Tokenizer
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import hf
+from anyckpt.formats.nemo.tokenizer import is_sentencepiece
 from anyckpt.formats.registry import look_at
 from anyckpt.storage.source import LocalFile
 
@@ -53,7 +54,7 @@ def read_tokenizer(path: str) -> Tokenizer:
 
     Raises:
         FormatError: the path is missing.
-        UsageError: the folder holds no tokenizer.
+        UsageError: the folder holds no tokenizer, or the file is none.
     """
     location = look_at(path)
     if location.is_directory:
@@ -67,6 +68,11 @@ def read_tokenizer(path: str) -> Tokenizer:
             )
         return found
     source, name = LocalFile(path), os.path.basename(path)
-    if name.endswith(".json"):
+    if name == "tokenizer.json":
         return Tokenizer("huggingface", {name: source})
+    if not is_sentencepiece(source):
+        raise UsageError(
+            "is not a tokenizer", path=path, expected="a folder, tokenizer.json or a sentencepiece model",
+            remedy="give the folder that AutoTokenizer loads",
+        )  # fmt: skip
     return Tokenizer("sentencepiece", {name: source}, name)

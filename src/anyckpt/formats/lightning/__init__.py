@@ -13,4 +13,5 @@ FORMAT = Format(
     read=read,
     plan=plan,
     single_file=True,
+    sharded=True,
 )

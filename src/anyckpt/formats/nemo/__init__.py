@@ -17,4 +17,5 @@ FORMAT = Format(
     dialect=dialect,
     config_kind="nemo1",
     single_file=True,
+    sharded=True,
 )
