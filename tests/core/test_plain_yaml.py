@@ -47,6 +47,7 @@ def test_aliases_become_separate_values() -> None:
     assert value["a"] is not value["b"] and value["a"]["k"] is not value["c"]["k"]
 
 
+@pytest.mark.peer
 def test_agrees_with_omegaconf() -> None:
     omegaconf = pytest.importorskip("omegaconf")
     assert dump_yaml(VALUES) == omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(VALUES))

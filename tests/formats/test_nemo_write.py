@@ -273,6 +273,7 @@ class Sized(ByteSource):
         raise AssertionError("nothing is read when planning")
 
 
+@pytest.mark.peer
 def test_configuration_is_what_omegaconf_reads(tmp_path: Path) -> None:
     omegaconf = pytest.importorskip("omegaconf")
     tokenizer = Tokenizer("sentencepiece", {"tokenizer.model": SPM}, "tokenizer.model")
