@@ -20,7 +20,7 @@ from anyckpt.tensor import LazyTensor
 
 FAMILIES = (
     "llama", "llama_tied_bf16", "llama31_ropescale", "mistral_swa", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
-    "phi3", "starcoder2", "nemotron",
+    "phi3", "starcoder2", "nemotron", "gpt2", "starcoder_gpt_bigcode", "gpt_neox", "falcon_seq_mqa",
 )  # fmt: skip
 MEGATRON_DIALECTS = ("hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2")
 

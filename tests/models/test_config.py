@@ -139,6 +139,8 @@ def test_fields_are_those_that_the_fixture_was_verified_with(name: str) -> None:
     assert verified.pop("rope_scaling", False) == (config["rope_scaling"] is not None)
     assert factor is None or config["rope_scaling"]["factor"] == factor
     window = verified.pop("window_size", None) or WINDOWS.get(name)
+    if "max_sequence_length" in verified:
+        verified["max_position_embeddings"] = verified.pop("max_sequence_length")
     verified["activation"] = {"relu2": "squared_relu"}.get(verified["activation"], verified["activation"])
     assert config["window_size"] == (None if window is None else tuple(window))
     assert {key: config[key] for key in verified} == verified

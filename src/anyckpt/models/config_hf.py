@@ -59,7 +59,8 @@ WITHOUT_MEANING = {
     "output_attentions", "output_hidden_states", "return_dict", "attn_implementation", "torchscript",
     "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "cache_implementation",
     "classifier_dropout", "summary_type", "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout",
-    "task_specific_params", "is_decoder", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "n_ctx",
+    "summary_activation", "task_specific_params", "is_decoder", "n_ctx", "attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32",
 }  # fmt: skip
 """Keys that say nothing about the model itself."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.models.mixers import has_mixers, joined_mixers, separate_mixers
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
 
@@ -45,6 +46,9 @@ DIALECTS = {
 _PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")
 """Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``."""
 
+_FAMILIES = ("model.layers.", "backbone.layers.", "transformer.h.", "gpt_neox.layers.")
+"""How layers are named by transformers' decoders."""
+
 _EVIDENCE = re.compile(
     r"embedding\.word_embeddings\.weight"
     r"|(?:decoder|encoder)\.layers\.(?:\d+\.)?(?:self_attention\.linear_|mlp\.linear_fc|mlp\.experts\.|mixer\.in_proj)"
@@ -68,6 +72,7 @@ _NORMS = (
      "self_attention.linear_q_up_proj.weight"),
     ("self_attention.kv_layernorm", "self_attention.linear_kv_up_proj.layer_norm",
      "self_attention.linear_kv_up_proj.weight"),
+    ("norm", "mixer.in_proj.layer_norm", "mixer.in_proj.weight"),
 )  # fmt: skip
 """Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
 have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
@@ -88,7 +93,7 @@ _HALVES = ("weight_w", "weight_v")
 def detect(names: Iterable[str]) -> str | None:
     """The dialect of a model's stored names: ``hf``, one of ``DIALECTS``, or None."""
     known = list(names)
-    if any(name.startswith("model.layers.") for name in known):
+    if any(name.startswith(_FAMILIES) for name in known):
         return "hf"
     prefix = find_prefix(known)
     if prefix is None:
@@ -130,7 +135,7 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
         plain = name[len(prefix) :] if name.startswith(prefix) else name
         for key, value in _unstacked(plain, tensor):
             _put(found, key, value, name)
-    return _fused_norms(_separate_experts(_joined_halves(found))), ignored
+    return _fused_norms(_separate_experts(_joined_halves(joined_mixers(found)))), ignored
 
 
 def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str) -> dict[str, LazyTensor]:
@@ -141,7 +146,7 @@ def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str) -> dict[str,
         MappingError: an expert is missing.
     """
     target = by_name(dialect)
-    named = _stacked(_stacked_experts(tensors)) if target.stacked else dict(tensors)
+    named = _stacked(_stacked_experts(separate_mixers(tensors))) if target.stacked else dict(tensors)
     return {target.prefix + name: tensor for name, tensor in named.items()}
 
 
@@ -192,6 +197,8 @@ def _unstacked(name: str, tensor: LazyTensor) -> Iterable[tuple[str, LazyTensor]
 
 def _stacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Layers stacked where every layer has the same tensors, as Megatron-Core does; otherwise as they are."""
+    if has_mixers(tensors):
+        return dict(tensors)  # Megatron-Core's MambaStack numbers its layers whatever they are
     stacks: dict[str, dict[int, LazyTensor]] = {}
     result: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():

@@ -1,0 +1,184 @@
+"""Falcon 7B, 40B, 180B, 11B and Falcon-RW: three layouts of attention, all of which are Megatron's row for row.
+
+* new (40B, 180B, 11B): query heads, key head and value head group by group;
+* old with one key head (7B): all queries, then key, then value;
+* old with as many key heads (RW): head by head.
+
+Attention and MLP run one after the other, or in parallel with two norms (40B, 180B) or one (7B, 11B).  The map was
+checked against transformers 5.23 and Megatron-Core 0.16 for layers one after the other; the rest was read from
+transformers' sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.families import gpt2, gpt_neox, llama
+from anyckpt.models.family import Family, HuggingFace
+from anyckpt.models.rules import Rule
+
+_LAYER = "transformer.h.*"
+_HUB = "decoder.layers.*"
+_KEYS = frozenset({
+    "multi_query", "num_kv_heads", "n_head_kv", "new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn",
+    "alibi",
+})  # fmt: skip
+
+
+def _is_sequential(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return not config.parallel_residual
+
+
+def _has_two_norms(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.parallel_residual and not config.shared_layernorm
+
+
+def _has_input_norm(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return not _has_two_norms(config, indices)
+
+
+_NORMS = (
+    ("input_layernorm", "self_attention.linear_qkv", _has_input_norm),
+    ("ln_attn", "self_attention.linear_qkv", _has_two_norms),
+    ("post_attention_layernorm", "mlp.linear_fc1", _is_sequential),
+    ("ln_mlp", "mlp.linear_fc1", _has_two_norms),
+)
+
+RULES = (
+    Rule(("transformer.word_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
+         partition="vocabulary"),
+    *(
+        Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",), when=when)
+        for norm, home, when in _NORMS
+        for part in ("weight", "bias")
+    ),
+    Rule((f"{_LAYER}.self_attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
+         ("qkv", "hidden"), partition="qkv"),
+    Rule((f"{_LAYER}.self_attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",),
+         partition="qkv", when=llama.biased),
+    Rule((f"{_LAYER}.self_attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
+         ("hidden", "attention"), partition="row"),
+    Rule((f"{_LAYER}.self_attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",),
+         when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"),
+         partition="gate-up"),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), partition="gate-up",
+         when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"),
+         partition="row"),
+    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=llama.biased),
+    Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
+    Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
+         when=llama.untied),
+)  # fmt: skip
+
+
+def _flag(reader: Reader, key: str, default: bool) -> bool:
+    found = reader.flag(key)
+    return default if found is None else found
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Layout of attention, norms, and positions."""
+    heads = found["num_attention_heads"]
+    new = _flag(reader, "new_decoder_architecture", False)
+    parallel = _flag(reader, "parallel_attn", True)
+    norms = reader.integer("num_ln_in_parallel_attn")
+    norms = 2 if norms is None and new else norms
+    if new and not parallel:
+        raise MappingError(
+            "config.json's new_decoder_architecture runs attention and MLP in parallel", expected="parallel_attn true",
+            found="false",
+        )  # fmt: skip
+    if norms == 2 and not new:
+        raise MappingError(
+            "config.json has two norms before a layer of the old architecture, of which transformers uses none",
+            expected="num_ln_in_parallel_attn null", found=norms,
+        )  # fmt: skip
+    groups = reader.integer("num_kv_heads") or reader.integer("n_head_kv") or heads
+    if not new:
+        groups = 1 if _flag(reader, "multi_query", True) else heads
+    return {
+        "num_query_groups": groups,
+        "parallel_residual": parallel,
+        "shared_layernorm": parallel and norms != 2,
+        "position_embedding_type": "alibi" if _flag(reader, "alibi", False) else "rope",
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    """The keys of ``_read``."""
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    two_norms = config.parallel_residual and not config.shared_layernorm
+    new = two_norms or groups not in (1, heads)
+    if new and not config.parallel_residual:
+        raise MappingError(
+            "Falcon's layers with groups of heads run attention and MLP in parallel",
+            expected=f"num_query_groups 1 or {heads}", found=groups,
+        )  # fmt: skip
+    return {
+        "multi_query": groups == 1 or new,
+        "num_kv_heads": groups if new else heads,
+        "new_decoder_architecture": new,
+        "parallel_attn": config.parallel_residual,
+        "num_ln_in_parallel_attn": (2 if two_norms else 1) if new else None,
+        "alibi": config.position_embedding_type == "alibi",
+    }
+
+
+FAMILY = Family(
+    name="falcon",
+    title="Falcon, Falcon-RW",
+    rules=RULES,
+    traits={
+        "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": False,
+        "activation": "gelu",
+        "gated_linear_unit": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "rotary_interleaved": False,
+    },
+    recognise=lambda config: config.position_embedding_type in ("rope", "alibi") and config.rotary_percent == 1.0,
+    caveats=gpt_neox.caveats,
+    hugging_face=HuggingFace(
+        model_types=("falcon", "RefinedWebModel", "RefinedWeb"),
+        architectures=("FalconForCausalLM", "RWForCausalLM"),
+        defaults={
+            "vocab_size": 65024,
+            "hidden_size": 4544,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 71,
+            "max_position_embeddings": 2048,
+            "layer_norm_epsilon": 1e-5,
+            "activation": "gelu",
+            "bos_token_id": 11,
+            "eos_token_id": 11,
+            "tie_word_embeddings": True,
+        },
+        fields=(
+            Field("num_layers", "num_hidden_layers", aliases=("n_layer",)),
+            Field("hidden_size", "hidden_size", aliases=("n_embed",)),
+            Field("num_attention_heads", "num_attention_heads", aliases=("n_head",)),
+            Field("ffn_hidden_size", "ffn_hidden_size", default=lambda found: 4 * found["hidden_size"]),
+            *gpt2.FIELDS[4:5],
+            Field("max_position_embeddings", "max_position_embeddings", default=None),
+            Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
+            Field("init_method_std", "initializer_range", "number", 0.02),
+            Field("attention_dropout", "attention_dropout", "number", 0.0),
+            Field("hidden_dropout", "hidden_dropout", "number", 0.0),
+            Field("add_bias_linear", "bias", "flag", False),
+            *gpt2.FIELDS[10:],
+        ),
+        activation_key="activation",
+        attention_bias=None,
+        read=_read,
+        write=_write,
+        keys=_KEYS,
+    ),
+    nemo2=gpt2.nemo2_base(),
+)

@@ -1,0 +1,186 @@
+"""GPT-2: learned positions, biases everywhere, and projections that are stored transposed.
+
+transformers' ``Conv1D`` holds (in, out) matrices, query, key and value side by side.  The first files on the hub have
+no ``transformer.`` before the names, and masks among the weights.  The map was checked against transformers 5.23 and
+Megatron-Core 0.16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.families import llama
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import CONCATENATED_QKV, TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, Operation, Rule
+from anyckpt.models.variants import Variant
+
+_LAYER = "transformer.h.*"
+_HUB = "decoder.layers.*"
+
+
+def rules(matrix: Operation, query_key_value: Operation, bias: Operation) -> tuple[Rule, ...]:
+    """The map of models that are named as GPT-2.
+
+    Args:
+        matrix: how matrices are stored.
+        query_key_value: how that of query, key and value is.
+        bias: how their bias is.
+    """
+    attention, mlp = f"{_HUB}.self_attention", f"{_HUB}.mlp"
+    return (
+        Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
+             partition="vocabulary"),
+        Rule(("transformer.wpe.weight",), "embedding.position_embeddings.weight", ("positions", "hidden")),
+        *(
+            Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",))
+            for norm, home in (("ln_1", "self_attention.linear_qkv"), ("ln_2", "mlp.linear_fc1"))
+            for part in ("weight", "bias")
+        ),
+        Rule((f"{_LAYER}.attn.c_attn.weight",), f"{attention}.linear_qkv.weight", ("qkv", "hidden"), query_key_value,
+             "qkv"),
+        Rule((f"{_LAYER}.attn.c_attn.bias",), f"{attention}.linear_qkv.bias", ("qkv",), bias, "qkv"),
+        Rule((f"{_LAYER}.attn.c_proj.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"), matrix,
+             "row"),
+        Rule((f"{_LAYER}.attn.c_proj.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
+        Rule((f"{_LAYER}.mlp.c_fc.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"), matrix, "gate-up"),
+        Rule((f"{_LAYER}.mlp.c_fc.bias",), f"{mlp}.linear_fc1.bias", ("fc1",), partition="gate-up"),
+        Rule((f"{_LAYER}.mlp.c_proj.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), matrix, "row"),
+        Rule((f"{_LAYER}.mlp.c_proj.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
+        Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
+        Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
+        Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
+             when=llama.untied),
+    )  # fmt: skip
+
+
+RULES = rules(TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, CONCATENATED_QKV)
+
+_MASK = "a mask, which follows from the configuration"
+IGNORABLE = tuple(
+    (f"{prefix}h.*.attn.{name}", _MASK) for prefix in ("", "transformer.") for name in ("bias", "masked_bias")
+)
+
+TRAITS = {
+    "normalization": "LayerNorm",
+    "layernorm_zero_centered_gamma": False,
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "position_embedding_type": "learned_absolute",
+    "parallel_residual": False,
+}
+
+FIELDS = (
+    Field("num_layers", "n_layer"),
+    Field("hidden_size", "n_embd"),
+    Field("num_attention_heads", "n_head"),
+    Field("ffn_hidden_size", "n_inner", default=lambda found: 4 * found["hidden_size"]),
+    Field("vocab_size", "vocab_size"),
+    Field("max_position_embeddings", "n_positions"),
+    Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
+    Field("init_method_std", "initializer_range", "number", 0.02),
+    Field("attention_dropout", "attn_pdrop", "number", 0.1),
+    Field("hidden_dropout", "resid_pdrop", "number", 0.1),
+    Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", True),
+    Field("bos_token_id", "bos_token_id", "tokens", None),
+    Field("eos_token_id", "eos_token_id", "tokens", None),
+    Field("pad_token_id", "pad_token_id", "tokens", None),
+)
+
+DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "layer_norm_epsilon": 1e-5,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+
+USUAL = {"scale_attn_weights": True, "add_cross_attention": False}
+_USUAL = {**USUAL, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+
+
+def check_usual(reader: Reader) -> None:
+    """Switches of transformers' classes that Megatron-Core has no layers for are as they usually are.
+
+    Raises:
+        MappingError: one is not.
+    """
+    for key, usual in _USUAL.items():
+        found = reader.flag(key)
+        if found is not None and found != usual:
+            raise MappingError(f"config.json's {key} is not that of the family", expected=usual, found=found)
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_usual(reader)
+    return {}
+
+
+def write_dropout(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    """Megatron has one rate for embeddings and residuals."""
+    return {} if "embd_pdrop" in config.extra.get("hf", {}) else {"embd_pdrop": config.hidden_dropout}
+
+
+def nemo2_base() -> NeMo2:
+    """NeMo 2's general GPT class, for families that have none of their own."""
+    base: dict[str, Any] = {
+        "normalization": "LayerNorm",
+        "activation": "gelu",
+        "gated_linear_unit": False,
+        "add_bias_linear": True,
+        "position_embedding_type": "learned_absolute",
+        "share_embeddings_and_output_weights": True,
+        "attention_dropout": 0.1,
+        "hidden_dropout": 0.1,
+        "seq_length": 1024,
+    }
+    sized = {**base, "seq_length": 2048}
+    return NeMo2(
+        module="nemo.collections.llm.gpt.model.base",
+        model="GPTModel",
+        configs={
+            "GPTConfig": base,
+            "GPTConfig126M": {**sized, **llama.size(12, 768, 3072, 12, 12)},
+            "GPTConfig5B": {**sized, **llama.size(24, 4096, 16384, 32, 32)},
+            "GPTConfig7B": {**sized, **llama.size(32, 4096, 10880, 32, 32)},
+            "GPTConfig20B": {**sized, **llama.size(44, 6144, 24576, 48, 48)},
+            "GPTConfig40B": {**sized, **llama.size(48, 8192, 32768, 64, 64)},
+        },
+        choose=lambda config: "GPTConfig",
+    )
+
+
+FAMILY = Family(
+    name="gpt2",
+    title="GPT-2",
+    rules=RULES,
+    ignorable=IGNORABLE,
+    traits=TRAITS,
+    recognise=lambda config: config.num_query_groups == config.num_attention_heads,
+    hugging_face=HuggingFace(
+        model_types=("gpt2",),
+        architectures=("GPT2LMHeadModel",),
+        defaults={**DEFAULTS, "activation_function": "gelu_new"},
+        fields=FIELDS,
+        constants=_USUAL,
+        activation_key="activation_function",
+        activations={"gelu_tanh": "gelu_new"},
+        attention_bias=None,
+        read=_read,
+        write=write_dropout,
+        variants=tuple(
+            Variant(source.removeprefix("transformer."), (source,))
+            for rule in RULES
+            for source in rule.source
+            if source.startswith("transformer.")
+        ),
+    ),
+    nemo2=nemo2_base(),
+)

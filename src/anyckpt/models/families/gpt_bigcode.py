@@ -1,0 +1,85 @@
+"""StarCoder 1 and SantaCoder (GPTBigCode): GPT-2's names on ordinary linear layers, one key head for all queries.
+
+With one key head the stored query, key and value are Megatron's as they are; without (``multi_query`` false) they are
+stored head by head, as Megatron's are too.  The map was checked against transformers 5.23 and Megatron-Core 0.16.
+NeMo's classes have the erf GELU and untie the embeddings; the released models have the tanh GELU and are tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import ModelConfig, Reader
+from anyckpt.models.families import gpt2, llama
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import IDENTITY
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    gpt2.check_usual(reader)
+    several = reader.flag("multi_query") is False
+    return {"num_query_groups": found["num_attention_heads"] if several else 1}
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    if config.num_query_groups not in (1, config.num_attention_heads):
+        raise MappingError(
+            "GPTBigCode has one key head, or one for each query head",
+            expected=f"1 or {config.num_attention_heads}", found=config.num_query_groups,
+        )  # fmt: skip
+    return {**gpt2.write_dropout(config, notes), "multi_query": config.num_query_groups == 1}
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    if kind == "hf" and config.activation == "gelu" and "hf" not in config.extra:
+        yield (
+            "NeMo's StarCoder classes have the erf GELU, the released models the tanh one: if this is a released "
+            "model, set activation_function to gelu_pytorch_tanh in config.json"
+        )
+
+
+_BASE = {
+    "normalization": "LayerNorm",
+    "activation": "gelu",
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute",
+    "seq_length": 8192,
+    "hidden_dropout": 0.2,
+    "attention_dropout": 0.2,
+    "init_method_std": 0.01,
+    "num_query_groups": 1,
+}
+
+FAMILY = Family(
+    name="gpt_bigcode",
+    title="StarCoder, SantaCoder",
+    rules=gpt2.rules(IDENTITY, IDENTITY, IDENTITY),
+    ignorable=gpt2.IGNORABLE,
+    traits=gpt2.TRAITS,
+    recognise=lambda config: config.num_query_groups == 1 < config.num_attention_heads,
+    caveats=_caveats,
+    hugging_face=HuggingFace(
+        model_types=("gpt_bigcode",),
+        architectures=("GPTBigCodeForCausalLM",),
+        defaults={**gpt2.DEFAULTS, "activation_function": "gelu_pytorch_tanh"},
+        fields=gpt2.FIELDS,
+        constants=gpt2.USUAL,
+        activation_key="activation_function",
+        attention_bias=None,
+        read=_read,
+        write=_write,
+        keys=frozenset({"multi_query", "num_key_value_heads"}),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.starcoder",
+        model="StarcoderModel",
+        configs={
+            "StarcoderConfig": _BASE,
+            "StarcoderConfig15B": {**_BASE, **llama.size(40, 6144, 24576, 48, 1), "init_method_std": 0.02},
+        },
+        choose=lambda config: "StarcoderConfig",
+    ),
+)
