@@ -10,13 +10,14 @@ from typing import Any
 from anyckpt.models import Model
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
-FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2_lite", "gpt_oss")
+FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2_lite", "gpt_oss", "nemotron_h")
 
 UNSAYABLE: dict[str, tuple[str, ...]] = {
     "qwen2_moe": ("nemo2",),
     "deepseek_v3": ("nemo1",),
     "deepseek_v2_lite": ("nemo1",),
     "gpt_oss": ("nemo1",),
+    "nemotron_h": ("nemo1",),
 }
 """Kinds of configuration that have no such models."""
 
@@ -37,24 +38,40 @@ def other_spelling(name: str, tensors: Mapping[str, LazyTensor]) -> dict[str, La
     for key, tensor in tensors.items():
         match = _EXPERT.fullmatch(key)
         if match is not None:
-            prefix = match[1].replace("block_sparse_moe", "mlp")
+            prefix = _in_memory(match[1])
             experts.setdefault(prefix, {}).setdefault(int(match[2]), {})[match[3]] = tensor
         else:
-            result[key.replace("block_sparse_moe", "mlp")] = tensor
+            result[_in_memory(key)] = tensor
     for prefix, each in experts.items():
         first, down = [], []
         for number in range(len(each)):
             parts = {_GATE_UP[word]: tensor for word, tensor in each[number].items() if word in _GATE_UP}
             first.append(concatenate([parts[index] for index in sorted(parts)], 0))
             down.append(next(tensor for word, tensor in each[number].items() if word in ("w2", "down_proj")))
-        result[f"{prefix}.experts.gate_up_proj"] = stack(first)
+        gated = len(parts) == 2
+        result[f"{prefix}.experts.{'gate_up_proj' if gated else 'up_proj'}"] = stack(first)
         result[f"{prefix}.experts.down_proj"] = stack(down)
     return result
+
+
+_WITHOUT_EXPERTS = {
+    "num_moe_experts": None, "moe_router_topk": None, "moe_ffn_hidden_size": None, "moe_router_num_groups": None,
+    "moe_router_group_topk": None, "moe_router_topk_scaling_factor": None, "moe_router_enable_expert_bias": False,
+    "moe_shared_expert_intermediate_size": None, "moe_router_score_function": "softmax",
+}  # fmt: skip
+
+
+def _in_memory(name: str) -> str:
+    return name.replace("block_sparse_moe", "mlp").replace("backbone.", "model.")
 
 
 def rendered_like(name: str, model: Model) -> Iterator[Model]:
     """The fixture's model, and others of its family whose configurations differ."""
     yield model
+    if model.config.hybrid_override_pattern is not None:
+        yield _changed(model, moe_router_topk_scaling_factor=1.5, mamba_state_dim=16, init_method_std=0.01)
+        yield _changed(model, hybrid_override_pattern="M*-M-", **_WITHOUT_EXPERTS)
+        return
     if model.config.multi_latent_attention:
         yarn = {
             "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ from anyckpt.formats.registry import WriteOptions  # noqa: E402
 FOR_OTHERS = {"moe_layer_freq", "scoring_func", "topk_method"}
 """Keys of DeepSeek's own code and of vLLM, which transformers 5 does not write."""
 
+ROUNDED = {"nemotron_h": 2e-6}
+"""chunk_size, which Megatron's configuration has not, orders the sums of transformers' Mamba-2."""
+
 THROUGH = (("megatron-core", "megatron-args"), ("nemo-flat", "nemo1"), ("nemo2", "nemo2"))
 
 
@@ -35,18 +39,21 @@ def test_logits(name: str, dialect: str, kind: str, tmp_path: Path) -> None:
         pytest.skip("the framework has no such models")
     expected = np.load(fixture_path(f"families/{name}/expected.npz"))
     found = logits(through(open_case(name), dialect, kind, tmp_path / "out"), expected["input_ids"])
-    assert np.array_equal(found, logits(fixture_path(f"families/{name}/hf"), expected["input_ids"]))
+    original = logits(fixture_path(f"families/{name}/hf"), expected["input_ids"])
+    assert np.abs(found - original).max() <= ROUNDED.get(name, 0)
     assert np.abs(found - expected["logits"]).max() < 1e-5
 
 
 @pytest.mark.parametrize("drop", [OLD, NEW])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_transformers_reads_our_configuration_as_its_own(name: str, drop: tuple[str, ...]) -> None:
+def test_transformers_reads_our_configuration_as_its_own(name: str, drop: tuple[str, ...], tmp_path: Path) -> None:
     case = open_case(name)
     kind = type(transformers.AutoConfig.from_pretrained(fixture_path(f"families/{name}/hf")))
     ours = {key: value for key, value in models.render_config(case.model, "hf").items() if key not in drop}
-    theirs = kind.from_dict(case.checkpoint.config).to_dict()
-    understood = {k: v for k, v in kind.from_dict(ours).to_dict().items() if k in theirs or k not in FOR_OTHERS}
+    (tmp_path / "config.json").write_text(json.dumps(ours))
+    theirs = kind.from_pretrained(fixture_path(f"families/{name}/hf")).to_dict()
+    found = kind.from_pretrained(tmp_path).to_dict()
+    understood = {key: value for key, value in found.items() if key in theirs or key not in FOR_OTHERS}
     assert understood == theirs
 
 

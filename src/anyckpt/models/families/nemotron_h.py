@@ -1,0 +1,285 @@
+"""Nemotron-H and Nemotron 3: layers of Mamba-2, attention, MLP or experts, in a pattern of letters.
+
+Every layer has one norm, whose place in Megatron-Core depends on what the layer is.  Checked by equal logits in
+Megatron-Core 0.16's MambaModel, with all four kinds of layer.  transformers 4's own code spells the pattern as letters,
+transformers 5 as a list of words; both are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import INTERLEAVED_QKV, Condition, Rule
+from anyckpt.models.variants import Variant
+
+_LAYER = "backbone.layers.*"
+_MIXER = f"{_LAYER}.mixer"
+_HUB = "decoder.layers.*"
+_WORDS = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+_OLD_WORDS = {"mamba": "M", "attention": "*"}
+_LETTERS = {letter: word for word, letter in _WORDS.items()}
+
+
+def _kind(letter: str) -> Condition:
+    def is_kind(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+        return (config.hybrid_override_pattern or "")[indices[0]] == letter
+
+    return is_kind
+
+
+def _shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.moe_shared_expert_intermediate_size is not None and _EXPERTS(config, indices)
+
+
+def _biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.moe_router_enable_expert_bias and _EXPERTS(config, indices)
+
+
+def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return not config.share_embeddings_and_output_weights
+
+
+_MAMBA, _ATTENTION, _MLP, _EXPERTS = (_kind(letter) for letter in "M*-E")
+
+RULES = (
+    Rule(("backbone.embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
+         partition="vocabulary"),
+    Rule((f"{_LAYER}.norm.weight",), f"{_HUB}.mixer.in_proj.layer_norm_weight", ("hidden",), when=_MAMBA),
+    Rule((f"{_MIXER}.A_log",), f"{_HUB}.mixer.A_log", ("mamba-heads",), partition="column", when=_MAMBA),
+    Rule((f"{_MIXER}.D",), f"{_HUB}.mixer.D", ("mamba-heads",), partition="column", when=_MAMBA),
+    Rule((f"{_MIXER}.dt_bias",), f"{_HUB}.mixer.dt_bias", ("mamba-heads",), partition="column", when=_MAMBA),
+    Rule((f"{_MIXER}.in_proj.weight",), f"{_HUB}.mixer.in_proj.weight", ("mamba-in", "hidden"), partition="mamba-in",
+         when=_MAMBA),
+    Rule((f"{_MIXER}.conv1d.weight",), f"{_HUB}.mixer.conv1d.weight", ("mamba-conv", "one", "kernel"),
+         partition="mamba-conv", when=_MAMBA),
+    Rule((f"{_MIXER}.conv1d.bias",), f"{_HUB}.mixer.conv1d.bias", ("mamba-conv",), partition="mamba-conv",
+         when=_MAMBA),
+    Rule((f"{_MIXER}.norm.weight",), f"{_HUB}.mixer.norm.weight", ("mamba-inner",), partition="column", when=_MAMBA),
+    Rule((f"{_MIXER}.out_proj.weight",), f"{_HUB}.mixer.out_proj.weight", ("hidden", "mamba-inner"), partition="row",
+         when=_MAMBA),
+    Rule((f"{_LAYER}.norm.weight",), f"{_HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",),
+         when=_ATTENTION),
+    Rule((f"{_MIXER}.q_proj.weight", f"{_MIXER}.k_proj.weight", f"{_MIXER}.v_proj.weight"),
+         f"{_HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"), INTERLEAVED_QKV, "qkv", _ATTENTION),
+    Rule((f"{_MIXER}.o_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention"),
+         partition="row", when=_ATTENTION),
+    Rule((f"{_LAYER}.norm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",), when=_MLP),
+    Rule((f"{_MIXER}.up_proj.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("ffn", "hidden"), partition="gate-up",
+         when=_MLP),
+    Rule((f"{_MIXER}.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row",
+         when=_MLP),
+    Rule((f"{_LAYER}.norm.weight",), f"{_HUB}.pre_mlp_layernorm.weight", ("hidden",), when=_EXPERTS),
+    Rule((f"{_MIXER}.gate.weight",), f"{_HUB}.mlp.router.weight", ("experts", "hidden"), when=_EXPERTS),
+    Rule((f"{_MIXER}.gate.e_score_correction_bias",), f"{_HUB}.mlp.router.expert_bias", ("experts",), when=_biased),
+    Rule((f"{_MIXER}.experts.*.up_proj.weight",), f"{_HUB}.mlp.experts.linear_fc1.weight*", ("expert-ffn", "hidden"),
+         partition="gate-up", when=_EXPERTS),
+    Rule((f"{_MIXER}.experts.*.down_proj.weight",), f"{_HUB}.mlp.experts.linear_fc2.weight*",
+         ("hidden", "expert-ffn"), partition="row", when=_EXPERTS),
+    Rule((f"{_MIXER}.shared_experts.up_proj.weight",), f"{_HUB}.mlp.shared_experts.linear_fc1.weight",
+         ("shared-ffn", "hidden"), partition="gate-up", when=_shared),
+    Rule((f"{_MIXER}.shared_experts.down_proj.weight",), f"{_HUB}.mlp.shared_experts.linear_fc2.weight",
+         ("hidden", "shared-ffn"), partition="row", when=_shared),
+    Rule(("backbone.norm_f.weight",), "decoder.final_norm.weight", ("hidden",)),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary", when=_untied),
+)  # fmt: skip
+
+
+def _in_memory(pattern: str) -> str:
+    return pattern.replace("backbone.", "model.", 1)
+
+
+_STACKED = tuple(
+    Variant(f"{_MIXER}.experts.{name}", (f"{_MIXER}.experts.*.{name}.weight",)) for name in ("up_proj", "down_proj")
+)
+_VARIANTS = (
+    *_STACKED,
+    *(replace(variant, stored=_in_memory(variant.stored)) for variant in _STACKED),
+    *(
+        Variant(_in_memory(pattern), (pattern,))
+        for pattern in dict.fromkeys(pattern for rule in RULES for pattern in rule.source)
+        if pattern.startswith("backbone.")
+    ),
+)
+
+
+def _inner(config: ModelConfig) -> int:
+    return (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
+
+
+def _states(config: ModelConfig) -> int:
+    return (config.mamba_num_groups or 0) * (config.mamba_state_dim or 0)
+
+
+DIMENSIONS = {
+    "mamba-heads": lambda config: config.mamba_num_heads or 0,
+    "mamba-inner": _inner,
+    "mamba-conv": lambda config: _inner(config) + 2 * _states(config),
+    "mamba-in": lambda config: 2 * _inner(config) + 2 * _states(config) + (config.mamba_num_heads or 0),
+    "kernel": lambda config: 4,
+}
+
+_FIXED: Mapping[str, Any] = {
+    "conv_kernel": 4,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "mlp_bias": False,
+    "use_conv_bias": True,
+    "mamba_hidden_act": "silu",
+    "norm_topk_prob": True,
+    "moe_latent_size": None,
+}
+"""What a model must be for Megatron-Core to have its layers, and transformers' defaults; written as it is."""
+
+_OF_EXPERTS = (
+    Field("num_moe_experts", "n_routed_experts"),
+    Field("moe_router_topk", "num_experts_per_tok"),
+    Field("moe_ffn_hidden_size", "moe_intermediate_size"),
+    Field("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=None),
+    Field("moe_router_num_groups", "n_group", default=None),
+    Field("moe_router_group_topk", "topk_group", default=None),
+    Field("moe_router_topk_scaling_factor", "routed_scaling_factor", "number", 1.0),
+)
+
+
+def _pattern(reader: Reader) -> str:
+    words = reader.values.get("layers_block_type")
+    letters = reader.text("hybrid_override_pattern")
+    if letters is None and isinstance(words, list):
+        known = {**_WORDS, **_OLD_WORDS}
+        letters = "".join(known.get(word, "?") if isinstance(word, str) else "?" for word in words)
+    if not letters or len(letters) > 10_000 or set(letters) - _LETTERS.keys():
+        raise MappingError(
+            "config.json does not say what each layer is",
+            expected=f"layers_block_type of {', '.join(_WORDS)}, or hybrid_override_pattern of {' '.join(_LETTERS)}",
+            found=repr(letters if letters else words)[:80],
+        )  # fmt: skip
+    return letters
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key, expected in _FIXED.items():
+        value = reader.values.get(key)
+        if value is not None and value != expected:
+            raise MappingError(
+                f"config.json's {key} is not what Megatron-Core's layers are", expected=expected, found=repr(value)[:80]
+            )
+    letters = _pattern(reader)
+    if "E" in letters:
+        router = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    else:
+        router = dict.fromkeys((entry.hub for entry in _OF_EXPERTS), None)
+    return {"num_layers": len(letters), "hybrid_override_pattern": letters, **router}
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    letters = config.hybrid_override_pattern or ""
+    return {
+        "num_hidden_layers": config.num_layers,
+        "hybrid_override_pattern": letters,
+        "layers_block_type": [_LETTERS[letter] for letter in letters],
+    }
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
+    if kind == "nemo2" and "E" in (config.hybrid_override_pattern or ""):
+        yield "NeMo 2's MambaModel has no layers with experts: build the model with a layer specification that has them"
+
+
+_BASE: dict[str, Any] = {
+    "activation_func": "squared_relu",
+    "gated_linear_unit": False,
+    "position_embedding_type": "none",
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "seq_length": 8192,
+    "vocab_size": 131_072,
+    "num_layers": 52,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 21504,
+    "mamba_state_dim": 128,
+    "mamba_num_groups": 8,
+    "mamba_head_dim": 64,
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+}
+
+FAMILY = Family(
+    name="nemotron-h",
+    title="Nemotron-H, Nemotron 3 Nano",
+    rules=RULES,
+    traits={
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": False,
+        "activation": "squared_relu",
+        "gated_linear_unit": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "position_embedding_type": "none",
+        "multi_latent_attention": False,
+        "moe_shared_expert_gate": False,
+    },
+    features=frozenset({
+        "hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model", "num_moe_experts", "num_experts",
+    }),
+    recognise=lambda config: config.hybrid_override_pattern is not None,
+    caveats=_caveats,
+    nemo1=False,
+    dimensions=DIMENSIONS,
+    hugging_face=HuggingFace(
+        model_types=("nemotron_h",),
+        architectures=("NemotronHForCausalLM",),
+        defaults={
+            "vocab_size": 131072,
+            "hidden_size": 4096,
+            "intermediate_size": 21504,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 4096,
+            "layer_norm_epsilon": 1e-5,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+            "n_groups": 8,
+            "ssm_state_size": 128,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7688,
+            "moe_shared_expert_intermediate_size": 7688,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "mlp_hidden_act": "relu2",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        fields=(
+            *(entry for entry in COMMON if entry.key != "num_hidden_layers"),
+            Field("hidden_dropout", "hidden_dropout", "number", 0.0),
+            Field("layernorm_epsilon", "layer_norm_epsilon", "number", aliases=("rms_norm_eps",)),
+            Field("mamba_num_heads", "mamba_num_heads"),
+            Field("mamba_head_dim", "mamba_head_dim"),
+            Field("mamba_num_groups", "n_groups"),
+            Field("mamba_state_dim", "ssm_state_size"),
+            *_OF_EXPERTS,
+        ),
+        constants=_FIXED,
+        activation_key="mlp_hidden_act",
+        read=_read,
+        write=_write,
+        keys=frozenset({"num_hidden_layers", "hybrid_override_pattern", "layers_block_type", "mtp_layers_block_type"}),
+        variants=_VARIANTS,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.ssm",
+        model="MambaModel",
+        configs={"NemotronHConfig8B": _BASE, "Nemotron5HybridConfig8B": _BASE},
+        choose=lambda config: "NemotronHConfig8B",
+    ),
+)  # fmt: skip

@@ -1,0 +1,88 @@
+"""Mamba-2 mixers in distributed checkpoints, which save the sections of their fused projections apart.
+
+Megatron-Core 0.16 writes ``mixer.in_proj.weight.{z,x,B,C,dt}`` and ``mixer.conv1d.{weight,bias}.{x,B,C}``; its main
+branch names the convolution's parameters ``conv1d_weight`` and ``conv1d_bias``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from anyckpt.errors import MappingError
+from anyckpt.tensor import LazyTensor, concatenate
+
+_FUSED = re.compile(r"(.+\.mixer)\.(?:(in_proj)\.|(conv1d)[._])(weight|bias)(?:\.(z|x|B|C|dt))?")
+_SECTIONS = {"in_proj": ("z", "x", "B", "C", "dt"), "conv1d": ("x", "B", "C")}
+"""Rows of the projections, in order."""
+
+
+def has_mixers(names: Iterable[str]) -> bool:
+    """Whether any of the hub's names is a mixer's."""
+    return any(_FUSED.fullmatch(name) for name in names)
+
+
+def joined_mixers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Projections whole, under the names of Megatron-Core 0.16; and the name of the stack's last norm.
+
+    Raises:
+        MappingError: a section is missing, or is there twice.
+    """
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        match = _FUSED.fullmatch(name)
+        if match is None:
+            result[name] = tensor
+            continue
+        mixer, module = match[1], match[2] or match[3]
+        key = f"{mixer}.{module}.{match[4]}"
+        whole, first = tensor, None
+        if match[5] is not None:
+            stem = name[: -len(match[5])]
+            first = stem + _SECTIONS[module][0]
+            missing = [stem + part for part in _SECTIONS[module] if stem + part not in tensors]
+            if missing:
+                raise MappingError("a section of a mixer's projection is missing", tensor=missing[0])
+            whole = concatenate([tensors[stem + part] for part in _SECTIONS[module]], 0)
+        if first in (None, name):
+            if key in result:
+                raise MappingError("two stored tensors are the same one of the model", tensor=name, found=key)
+            result[key] = whole
+    if has_mixers(result) and "decoder.final_layernorm.weight" in result:  # as Megatron-Bridge's main branch names it
+        result.setdefault("decoder.final_norm.weight", result["decoder.final_layernorm.weight"])
+        del result["decoder.final_layernorm.weight"]
+    return result
+
+
+def separate_mixers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Projections in sections, whose lengths follow from the shapes of one mixer's tensors.
+
+    Raises:
+        MappingError: they do not.
+    """
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        match = _FUSED.fullmatch(name)
+        if match is None or match[5] is not None:
+            result[name] = tensor
+            continue
+        rows, start = _section_rows(match[1], tensors), 0
+        for section in _SECTIONS[match[2] or match[3]]:
+            result[f"{name}.{section}"] = tensor.narrow(0, start, rows[section])
+            start += rows[section]
+    return result
+
+
+def _section_rows(mixer: str, tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
+    parts = [tensors.get(f"{mixer}.{name}") for name in ("A_log", "in_proj.weight", "conv1d.weight")]
+    lengths = [part.shape[0] for part in parts if part is not None and part.ndim]
+    if len(lengths) == len(parts):
+        heads, projected, convolved = lengths
+        inner = projected - heads - convolved
+        states, odd = divmod(convolved - inner, 2)
+        if inner > 0 and states > 0 and not odd:
+            return {"z": inner, "x": inner, "B": states, "C": states, "dt": heads}
+    raise MappingError(
+        "the sections of its rows do not follow from the mixer's tensors", tensor=f"{mixer}.in_proj.weight",
+        expected="A_log of heads, in_proj of z, x, B, C, dt and conv1d of x, B, C", found=lengths,
+    )  # fmt: skip
