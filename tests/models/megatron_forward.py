@@ -32,9 +32,15 @@ from anyckpt import models  # noqa: E402
 CudaRNGStatesTracker.fork = lambda self, *names: contextlib.nullcontext()
 
 LOCAL = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+FUNCTIONS = {
+    "squared_relu": lambda value: torch.nn.functional.relu(value) ** 2,
+    "openai_gelu": lambda value: torch.nn.functional.gelu(value, approximate="tanh"),
+    "swiglu": torch.nn.functional.silu,
+}
+"""What an argument makes Megatron-LM use in place of the erf GELU."""
 OFF = (
     "bias_activation_fusion",
     "bias_dropout_fusion",
@@ -55,13 +61,14 @@ def build(arguments: dict[str, Any]) -> Any:
         **dict.fromkeys(OFF, False),
         layernorm_epsilon=arguments["norm_epsilon"],
         gated_linear_unit=arguments["swiglu"],
-        activation_func=torch.nn.functional.silu,
+        activation_func=next((FUNCTIONS[name] for name in FUNCTIONS if arguments[name]), torch.nn.functional.gelu),
+        qk_layernorm=arguments["qk_layernorm"],
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
     )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization=arguments["normalization"]),
+        get_gpt_layer_local_spec(normalization=arguments["normalization"], qk_layernorm=arguments["qk_layernorm"]),
         vocab_size=arguments["padded_vocab_size"],
         max_sequence_length=arguments["max_position_embeddings"],
         share_embeddings_and_output_weights=not arguments["untie_embeddings_and_output_weights"],
