@@ -202,7 +202,7 @@ def _check_heads(family: Family, config: ModelConfig) -> None:
     """A class that has no key for a head's width or for key heads derives them."""
     known = family.hugging_face
     said = {entry.hub for entry in known.fields}
-    derived = {"kv_channels": config.hidden_size // config.num_attention_heads}
+    derived = {} if "head_dim" in known.keys else {"kv_channels": config.hidden_size // config.num_attention_heads}
     if not known.keys & {"multi_query", "num_kv_heads"}:
         derived["num_query_groups"] = config.num_attention_heads
     for name, value in derived.items():

@@ -98,6 +98,7 @@ _BASE: dict[str, Any] = {
     "moe_ffn_hidden_size": 2880,
     "window_size": (128, 0),
     "window_attn_skip_freq": 2,
+    "activation": "quick_gelu",
     "softmax_type": "learnable",
     "glu_linear_offset": 1.0,
 }

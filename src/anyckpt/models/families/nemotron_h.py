@@ -192,7 +192,7 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
 
 
 _BASE: dict[str, Any] = {
-    "activation_func": "squared_relu",
+    "activation": "squared_relu",
     "gated_linear_unit": False,
     "position_embedding_type": "none",
     "num_attention_heads": 32,
