@@ -188,6 +188,7 @@ def test_an_interrupted_conversion_leaves_no_destination_and_can_be_resumed(tmp_
 def test_a_model_of_unknown_family_moves_between_megatron_containers_by_name(tmp_path: Path) -> None:
     source = fixture_path("mcore/gpt_moe_ep2_seq_shared/ckpt")
     config = {"num_layers": 1, "hidden_size": 8, "encoder_seq_length": 16, "mcore_gpt": True, "num_attention_heads": 2}
+    config["num_moe_experts"] = 2  # without which it would be GPT-2's
     with pytest.raises(UsageError, match="--config"):
         anyckpt.convert(source, tmp_path / "no.nemo", to="nemo", sharded=True)
     assert not list(tmp_path.iterdir())
