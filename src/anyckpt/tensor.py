@@ -280,7 +280,11 @@ class LazyTensor(ABC):
         return Mapped((self,), target, _cast_function(target))
 
     def pad(self, axis: int, length: int) -> LazyTensor:
-        """Zeros appended along ``axis`` up to ``length``."""
+        """Zeros appended along ``axis`` up to ``length``.
+
+        Raises:
+            UsageError: the axis is longer than that.
+        """
         extra = length - self.shape[axis]
         if extra < 0:
             raise UsageError("cannot be padded to fewer", expected=f"at least {self.shape[axis]}", found=length)

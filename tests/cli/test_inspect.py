@@ -219,3 +219,24 @@ def test_a_missing_sentencepiece_model_is_said(anyckpt: Runner, tmp_path: Path) 
     next((path / "context").glob("*.model")).unlink()
     found = anyckpt("inspect", path, "--json").json
     assert any("sentencepiece model is not in context" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("relative", "part", "text"),
+    [
+        ("mcore/gpt_dense_tp2pp2/ckpt", "__0_0.distcp", "is one shard of a distributed checkpoint"),
+        ("mcore/gpt_dense_tp2pp2/ckpt", ".metadata", "which looks like megatron-core"),
+        ("families/llama/hf", "config.json", "which looks like hf"),
+        ("nemo/nemo2_llama_spm/model", "context", "which looks like nemo2"),
+    ],
+)
+def test_a_part_of_a_checkpoint_leads_to_the_whole(anyckpt: Runner, relative: str, part: str, text: str) -> None:
+    error = anyckpt("inspect", fixture_path(relative) / part).error
+    assert text in error
+    assert str(fixture_path(relative)) in error.rpartition(";")[2]
+
+
+def test_a_torch_file_under_the_name_of_another_format_is_read(anyckpt: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    shutil.copy(fixture_path("legacy/zoo_kinds/zip.pt"), path)
+    assert anyckpt("inspect", path, "--json").json["format"] == "torch"

@@ -225,17 +225,17 @@ def detect(location: Location) -> Format:
 
 
 def _nearby(location: Location) -> str | None:
-    """Which checkpoint in a directory the user may have meant: an iteration, a snapshot, a file."""
-    for name in location.names[:_LOOKED_AT]:
-        inside = location.join(name)
-        if not (os.path.isdir(inside) or os.path.isfile(inside)):
+    """Which checkpoint the user may have meant: one in the directory, or the one that the path is a part of."""
+    inside = [location.join(name) for name in location.names[:_LOOKED_AT]]
+    for path in (*inside, os.path.dirname(os.path.abspath(location.path))):
+        if not (os.path.isdir(path) or os.path.isfile(path)):
             continue
         try:
-            there = look_at(inside)
+            there = look_at(path)
             if there.head or there.is_directory:
                 known = next((format for format in map(_load, _BUILT_IN) if format.detect(there)), None)
                 if known is not None:
-                    return f"open {inside}, which looks like {known.name}"
+                    return f"open {path}, which looks like {known.name}"
         except FormatError:
             continue
     return None

@@ -205,6 +205,8 @@ def _damaged(
 def _detect(location: Location) -> bool:
     if location.is_directory:
         return False
+    if location.head.startswith(b"PK\x03\x04"):
+        return False  # a file of torch.save under a wrong name
     return location.suffix == ".safetensors" or (
         location.head[8:10] in (b'{"', b"{}", b"{ ") and int.from_bytes(location.head[:8], "little") <= HEADER_LIMIT
     )

@@ -227,7 +227,11 @@ def _renamed_tensors(
 def choose(
     checkpoint: Checkpoint, include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint without the weights that the user does not want, and these."""
+    """The checkpoint without the weights that the user does not want, and these.
+
+    Raises:
+        UsageError: a glob matches nothing, or nothing is left.
+    """
     if not include and not exclude:
         return checkpoint, {}
     names = list(checkpoint.weights())

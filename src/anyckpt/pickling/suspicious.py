@@ -45,8 +45,7 @@ def suspicious_calls(root: Any) -> list[str]:
             value = value.type
         return False
 
-    for _ in find_leaves(root, look):
-        raise AssertionError("nothing matches")
+    list(find_leaves(root, look))
     return list(found)
 
 

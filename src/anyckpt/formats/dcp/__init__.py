@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.engine.plan import Plan
+from anyckpt.errors import FormatError
 from anyckpt.formats.dcp.reader import METADATA, DcpContents, read_dcp
 from anyckpt.formats.dcp.writer import dcp_files
 from anyckpt.formats.registry import Format, Location, WriteOptions
@@ -24,7 +27,17 @@ _STEPS = ("iteration", "global_step", "step")
 
 
 def detect(location: Location) -> bool:
-    """A directory with ``.metadata`` (or one per rank, or shards of an unfinished save) that is nobody else's."""
+    """A directory with ``.metadata`` (or one per rank, or shards of an unfinished save) that is nobody else's.
+
+    Raises:
+        FormatError: it is one of the shards, which only their index makes sense of.
+    """
+    if not location.is_directory and location.suffix == ".distcp":
+        raise FormatError(
+            "is one shard of a distributed checkpoint",
+            path=location.path,
+            remedy=f"open the directory that holds it, {os.path.dirname(os.path.abspath(location.path))}",
+        )
     if not location.is_directory or any(name in location.names for name in _OTHERS):
         return False
     return METADATA in location.names or any(
