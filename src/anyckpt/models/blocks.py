@@ -38,6 +38,7 @@ class BlockConfig:
         qk_head_dim: width of a head's part without rotary embedding.
         qk_pos_emb_head_dim: width of a head's rotary part.
         v_head_dim: width of a value head.
+        mtp_num_layers: layers behind the last that predict further tokens; None if there are none.
         hybrid_override_pattern: a letter per layer: M Mamba-2, * attention, - MLP, E experts; None if not hybrid.
         mamba_num_heads: heads of a Mamba-2 mixer.
         mamba_head_dim: width of one.
@@ -67,6 +68,7 @@ class BlockConfig:
     qk_head_dim: int | None = None
     qk_pos_emb_head_dim: int | None = None
     v_head_dim: int | None = None
+    mtp_num_layers: int | None = None
     hybrid_override_pattern: str | None = None
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
@@ -88,7 +90,7 @@ class BlockConfig:
 _SIZES = (
     "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_num_groups", "moe_router_group_topk",
     "moe_shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
-    "v_head_dim", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
+    "v_head_dim", "mtp_num_layers", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
 )  # fmt: skip
 _LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
@@ -109,7 +111,7 @@ def check_blocks(config: BlockConfig, num_layers: int) -> None:
         raise MappingError(
             f"the configuration has no {needed[0]}", remedy="give a complete configuration with --config"
         )
-    if (config.num_moe_experts or 0) * num_layers > _MOST_EXPERTS:
+    if (config.num_moe_experts or 0) * (num_layers + (config.mtp_num_layers or 0)) > _MOST_EXPERTS:
         raise MappingError(
             "the configuration has too many experts",
             expected=f"at most {_MOST_EXPERTS} in all layers", found=f"{config.num_moe_experts} in {num_layers} layers",

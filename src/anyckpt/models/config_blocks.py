@@ -69,7 +69,7 @@ def parse_blocks(reader: Reader, defaults: Mapping[str, Any], common: Mapping[st
     Raises:
         MappingError: a key is of the wrong type.
     """
-    found = reader.fields(_ATTENTION, defaults)
+    found = {**reader.fields(_ATTENTION, defaults), "mtp_num_layers": reader.integer("mtp_num_layers") or None}
     experts = next((count for key in _COUNTS if (count := reader.integer(key))), None) or defaults.get(_COUNTS[0])
     if experts:
         found |= {"num_moe_experts": experts, **reader.fields(_EXPERTS, defaults)}
@@ -106,6 +106,8 @@ def render_blocks(config: ModelConfig, experts: str = "num_moe_experts") -> dict
     if config.hybrid_override_pattern is not None:
         rendered |= {"hybrid_override_pattern": config.hybrid_override_pattern, **render_fields(_MAMBA, config)}
         rendered["is_hybrid_model"] = True
+    if config.mtp_num_layers is not None:
+        rendered["mtp_num_layers"] = config.mtp_num_layers
     default = ModelConfig("", 1, 1, 1, 1, 1, 1)
     changed = [entry for entry in _ATTENTION if getattr(config, entry.hub) != getattr(default, entry.hub)]
     return rendered | render_fields(changed, config)

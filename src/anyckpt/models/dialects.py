@@ -133,6 +133,7 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
             ignored[name] = reason
             continue
         plain = name[len(prefix) :] if name.startswith(prefix) else name
+        plain = plain.replace(".mtp_model_layer.", ".transformer_layer.", 1)  # Megatron-Core's main branch
         for key, value in _unstacked(plain, tensor):
             _put(found, key, value, name)
     return _fused_norms(_separate_experts(_joined_halves(joined_mixers(found)))), ignored

@@ -163,6 +163,7 @@ class Rule:
         partition: how tensor parallelism divides the hub tensor.
         when: whether the tensor exists, from the configuration and the indices that the stars stand for.
         axes: what the stars count, as names of ``AXES`` or of the family's own.
+        after: a length as in ``shape``, by which the first star of the source is more than that of the hub; "" for 0.
     """
 
     source: tuple[str, ...]
@@ -172,6 +173,7 @@ class Rule:
     partition: Partition = "replicated"
     when: Condition = _always
     axes: tuple[str, ...] = ("layer", "expert")
+    after: str = ""
 
 
 Dimension = Callable[[ModelConfig], int]
@@ -193,6 +195,7 @@ DIMENSIONS: Mapping[str, Dimension] = {
         (config.moe_shared_expert_intermediate_size or 0) * (2 if config.gated_linear_unit else 1)
     ),
     "one": lambda config: 1,
+    "layers": lambda config: config.num_layers,
 }
 """Lengths that every family's rules may refer to by name."""
 
@@ -201,6 +204,7 @@ Axis = Callable[[ModelConfig], Iterable[int]]
 AXES: Mapping[str, Axis] = {
     "layer": lambda config: range(config.num_layers),
     "expert": lambda config: range(config.num_moe_experts or 0),
+    "mtp": lambda config: range(config.mtp_num_layers or 0),
 }
 """What the stars of every family's rules may count."""
 
@@ -233,6 +237,7 @@ def instances(
             tuple(pattern.split("*") for pattern in entry.source),
             entry.hub.split("*"),
             tuple(lengths[name] for name in entry.shape),
+            lengths[entry.after] if entry.after else 0,
         )
         for entry in rules
     ]
@@ -259,6 +264,7 @@ class _Prepared:
     sources: tuple[list[str], ...]
     hub: list[str]
     shape: Shape
+    after: int
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -266,7 +272,8 @@ class _Prepared:
 
     def at(self, indices: tuple[int, ...], config: ModelConfig) -> Iterator[Instance]:
         if self.rule.when(config, indices):
-            sources = tuple(_fill(pattern, indices) for pattern in self.sources)
+            numbers = (indices[0] + self.after, *indices[1:]) if self.after else indices
+            sources = tuple(_fill(pattern, numbers) for pattern in self.sources)
             yield Instance(self.rule, sources, _fill(self.hub, indices), self.shape)
 
 

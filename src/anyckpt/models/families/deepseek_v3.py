@@ -9,6 +9,7 @@ sigmoids in every model of the type.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.errors import MappingError
@@ -16,7 +17,7 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, qwen3_moe, sparse
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import GATE_UP, Rule
+from anyckpt.models.rules import GATE_UP, Condition, Rule
 
 _ATTENTION = f"{sparse.LAYER}.self_attn"
 _HUB_ATTENTION = f"{sparse.HUB}.self_attention"
@@ -38,6 +39,13 @@ def _shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 
 def _biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return config.moe_router_enable_expert_bias and config.is_sparse(indices[0])
+
+
+def _as_last_layer(inner: Condition) -> Condition:
+    def condition(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+        return inner(config, (config.num_layers - 1, *indices[1:]))
+
+    return condition
 
 
 RULES = (
@@ -70,7 +78,27 @@ RULES = (
     *sparse.TRAILING,
 )  # fmt: skip
 
+_MTP = "mtp.layers.*"
+_MTP_LAYER = f"{_MTP}.transformer_layer"
+
+MTP_RULES = (
+    Rule((f"{sparse.LAYER}.enorm.weight",), f"{_MTP}.enorm.weight", ("hidden",), axes=("mtp",), after="layers"),
+    Rule((f"{sparse.LAYER}.hnorm.weight",), f"{_MTP}.hnorm.weight", ("hidden",), axes=("mtp",), after="layers"),
+    Rule((f"{sparse.LAYER}.eh_proj.weight",), f"{_MTP}.eh_proj.weight", ("hidden", "twice-hidden"),
+         partition="column", axes=("mtp",), after="layers"),
+    *(
+        replace(rule, hub=rule.hub.replace(sparse.HUB, _MTP_LAYER), when=_as_last_layer(rule.when),
+                axes=("mtp", "expert"), after="layers")
+        for rule in RULES
+        if rule.hub.startswith(sparse.HUB)
+    ),
+    Rule((f"{sparse.LAYER}.shared_head.norm.weight",), f"{_MTP}.final_layernorm.weight", ("hidden",), axes=("mtp",),
+         after="layers"),
+)  # fmt: skip
+"""Multi-token prediction: layers after the last, each like it; read from the sources."""
+
 DIMENSIONS = {
+    "twice-hidden": lambda config: 2 * config.hidden_size,
     "q-latent": lambda config: config.q_lora_rank or 0,
     "kv-latent": lambda config: config.kv_lora_rank or 0,
     "kv-latent-and-rope": lambda config: (config.kv_lora_rank or 0) + (config.qk_pos_emb_head_dim or 0),
@@ -190,11 +218,18 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
         **read(reader, found, shared=1, dense=3),
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
+        "mtp_num_layers": reader.integer("num_nextn_predict_layers") or None,
     }
 
 
 def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    constant = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+    constant: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+    if config.mtp_num_layers is not None:
+        constant |= {"num_nextn_predict_layers": config.mtp_num_layers}
+        notes.append(
+            "layers of multi-token prediction are written without their copies of embedding and output layer; "
+            "transformers does not use these layers"
+        )
     return {**write(config), **constant, "rope_interleave": True}
 
 
@@ -235,10 +270,14 @@ def nemo2_class(layers: int, dense: int, **own: Any) -> dict[str, Any]:
 FAMILY = Family(
     name="deepseek-v3",
     title="DeepSeek-V3, R1",
-    rules=RULES,
-    ignorable=llama.IGNORABLE,
+    rules=(*RULES, *MTP_RULES),
+    ignorable=(
+        *llama.IGNORABLE,
+        ("model.layers.*.embed_tokens.weight", "the embedding again, in a layer of multi-token prediction"),
+        ("model.layers.*.shared_head.head.weight", "the output layer again, in a layer of multi-token prediction"),
+    ),
     traits={**TRAITS, "moe_router_score_function": "sigmoid"},
-    features=FEATURES,
+    features=FEATURES | {"mtp_num_layers"},
     recognise=lambda config: config.num_moe_experts is not None,
     caveats=_caveats,
     nemo1=False,
@@ -272,7 +311,7 @@ FAMILY = Family(
         fields=FIELDS,
         read=_read,
         write=_write,
-        keys=KEYS | {"rope_interleave"},
+        keys=KEYS | {"rope_interleave", "num_nextn_predict_layers"},
         variants=qwen3_moe.STACKED,
     ),
     nemo2=NeMo2(
