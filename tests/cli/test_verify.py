@@ -52,6 +52,18 @@ def test_our_own_outputs_are_sound_and_a_flipped_bit_is_not(anyckpt: Runner, tmp
     assert "damaged" in anyckpt("verify", out).out
 
 
+@pytest.mark.parametrize("target", ["torch", "dcp"])
+def test_the_manifest_answers_for_headers_and_padding_too(anyckpt: Runner, tmp_path: Path, target: str) -> None:
+    source, out = written(tmp_path / "x.safetensors", a=np.ones(3, dtype=np.float32)), tmp_path / "out"
+    assert anyckpt("convert", source, out, "--to", target).code == 0
+    file = out if out.is_file() else next(out.glob("*.distcp"))
+    for offset in range(0, file.stat().st_size, 11):
+        flip(file, offset)
+        assert anyckpt("verify", out).code != 0, offset
+        flip(file, offset)
+    assert anyckpt("verify", out).code == 0
+
+
 @pytest.mark.parametrize("target", ["torch", "lightning", "dcp", "megatron-core", "nemo", "nemo2"])
 def test_without_a_manifest_the_containers_checksums_tell(anyckpt: Runner, tmp_path: Path, target: str) -> None:
     out = tmp_path / "out"

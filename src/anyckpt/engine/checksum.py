@@ -50,6 +50,11 @@ def join_digests(chunks: Mapping[int, int]) -> str:
     return xxhash.xxh3_128_hexdigest(listed)
 
 
+def chunk_digests(data: bytes) -> dict[int, int]:
+    """Digests of the chunks of bytes that are in memory, by first byte."""
+    return {start: chunk_digest(data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES)}
+
+
 def digest_of(read: Any, nbytes: int) -> str:
     """Digest of ``nbytes`` bytes.
 

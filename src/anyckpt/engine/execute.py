@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from anyckpt.engine.blocks import Block, LatePart, cut
-from anyckpt.engine.checksum import chunk_digest, crc32, join_crc32, join_digests
+from anyckpt.engine.checksum import chunk_digest, chunk_digests, crc32, join_crc32, join_digests
 from anyckpt.engine.commit import BlockRecord, Staging
 from anyckpt.engine.files import BlockBuffer, BlockFile, write_error
 from anyckpt.engine.fingerprint import fingerprint
@@ -297,8 +297,7 @@ class _Run:
             if piece.part in wanted:
                 here[piece.part] = crc32(out)
                 record.crcs.append((piece.part, piece.start, here[piece.part], length))
-            if isinstance(part, TensorData | SourceData | Literal):
-                record.digests.append((piece.part, piece.start, chunk_digest(out)))
+            record.digests.append((piece.part, piece.start, chunk_digest(out)))
         files.get(block.file).write(block.offset, memory)
         return record
 
@@ -323,13 +322,13 @@ class _Run:
             assert isinstance(computed, Computed)
             data = _built(file, computed, [join_crc32(crcs.get(i, {})) for i in computed.parts])
             _write_bytes(target, item.offset, data, buffer)
+            digests[item.part] = chunk_digests(data)
         entries = []
         offset = 0
         for index, part in enumerate(file.parts):
-            if not isinstance(part, Computed):
-                name, piece = (part.name, part.piece) if isinstance(part, TensorData) else ("", "")
-                joined = join_digests(digests.get(index, {}))
-                entries.append(ManifestEntry(name, piece, file.path, offset, part.nbytes, joined))
+            name, piece = (part.name, part.piece) if isinstance(part, TensorData) else ("", "")
+            joined = join_digests(digests.get(index, {}))
+            entries.append(ManifestEntry(name, piece, file.path, offset, part.nbytes, joined))
             offset += part.nbytes
         return entries
 
