@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.models.cases import FAMILIES, open_case
 
@@ -395,9 +396,15 @@ PLAIN = st.recursive(
 )
 
 
-@given(st.sampled_from(KINDS), st.data())
-def test_a_hostile_value_is_an_error_of_ours_or_nothing(kind: str, data: st.DataObject) -> None:
-    config = json.loads(json.dumps(models.render_config(open_case("llama31_ropescale").model, kind)))
+@cache
+def rendered_case(name: str, kind: str) -> str:
+    return json.dumps(models.render_config(open_case(name).model, kind))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(FAMILIES), st.sampled_from(KINDS), st.data())
+def test_a_hostile_value_is_an_error_of_ours_or_nothing(name: str, kind: str, data: st.DataObject) -> None:
+    config = json.loads(rendered_case(name, kind))
     inner = config["config"] if kind == "nemo2" else config
     inner[data.draw(st.sampled_from(sorted(inner)))] = data.draw(PLAIN)
     try:

@@ -11,14 +11,12 @@ from tests.support import fixture_path
 import anyckpt
 from anyckpt.operations.recut import LayoutRequest
 
-ONE_KEY_HEAD = {"gemma", "gemma3", "starcoder_gpt_bigcode", "falcon_seq_mqa"}
-
 
 @pytest.mark.parametrize("target", ["nemo", "nemo2", "megatron-core", "megatron-lm"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_there_and_back(name: str, target: str, tmp_path: Path) -> None:
     source = fixture_path(f"families/{name}/hf")
-    layout = LayoutRequest(tensor_parallel=1 if name in ONE_KEY_HEAD else 2) if target == "megatron-lm" else None
+    layout = LayoutRequest(tensor_parallel=2) if target == "megatron-lm" else None
     there = tmp_path / ("there.nemo" if target == "nemo" else "there")
     anyckpt.convert(source, there, to=target, layout=layout)
     anyckpt.convert(there, tmp_path / "back", to="hf")

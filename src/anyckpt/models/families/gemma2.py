@@ -98,7 +98,15 @@ def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any
     """NeMo's class has the window in every other layer without saying so."""
     windowed = reader.pair("window_size") if "window_size" in reader.values else defaults.get("window_size")
     stated = reader.frequency("window_attn_skip_freq")
+    if isinstance(stated, tuple) and all(stated):
+        return {"window_attn_skip_freq": None}
     return {"window_attn_skip_freq": 2 if windowed is not None and stated is None else stated}
+
+
+def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
+    """That all layers have the window, which absence does not say."""
+    everywhere = config.window_size is not None and config.window_attn_skip_freq is None
+    return {"window_attn_skip_freq": [1] * config.num_layers} if everywhere else {}
 
 
 def _nemo1(config: ModelConfig) -> Mapping[str, Any]:
@@ -144,5 +152,6 @@ FAMILY = Family(
         choose=lambda config: "Gemma2Config",
         fields=FIELDS[1:],
         read=_read_nemo2,
+        write=_write_nemo2,
     ),
 )

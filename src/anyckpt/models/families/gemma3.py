@@ -76,12 +76,13 @@ def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any
         raise MappingError(
             "NeMo 2's interleaved_attn_pattern is not possible", expected="layers with a window, then 1", found=pattern
         )
+    layers = reader.integer("num_layers") or defaults.get("num_layers", 0)
     local, everywhere = bases or (int(_LOCAL), int(_GLOBAL))
     return {
         "rotary_base": float(everywhere),
         "rotary_base_local": float(local),
         "window_size": (length, 0),
-        "window_attn_skip_freq": sum(pattern),
+        "window_attn_skip_freq": None if sum(pattern) > layers else sum(pattern),
         "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
         "query_pre_attn_scalar": None if not scale or scale < 0 else whole(round(scale**-2, 6)),
     }
