@@ -285,3 +285,15 @@ def test_the_manifest_finds_a_flipped_bit_a_missing_file_and_a_climbing_name(sou
 def test_a_plan_names_each_file_once() -> None:
     with pytest.raises(OutputError, match="twice"):
         Plan("sample", (small_file("a", b""), small_file("a", b"")))
+
+
+def test_resuming_finished_work_finds_it_done(source: Path, tmp_path: Path) -> None:
+    plan, output = sample_plan(source), tmp_path / "out"
+    execute.execute(plan, str(output), source_paths=[str(source)])
+    before = output.stat().st_ino
+    report = execute.execute(plan, str(output), resume=True, source_paths=[str(source)])
+    assert (report.resumed_bytes, output.stat().st_ino) == (plan.nbytes, before)
+    assert leftovers(tmp_path) == []
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(OutputError, match="already exists"):
+        execute.execute(plan, str(output), resume=True, source_paths=[str(source)])

@@ -19,9 +19,9 @@ from anyckpt.engine.checksum import chunk_digest, chunk_digests, crc32, join_crc
 from anyckpt.engine.commit import BlockRecord, Staging
 from anyckpt.engine.files import BlockBuffer, BlockFile, write_error
 from anyckpt.engine.fingerprint import fingerprint
-from anyckpt.engine.manifest import MANIFEST_NAME, Manifest, ManifestEntry, beside
+from anyckpt.engine.manifest import MANIFEST_NAME, Manifest, ManifestEntry, beside, read_manifest
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData
-from anyckpt.errors import AnyckptError, OutputError, UsageError
+from anyckpt.errors import AnyckptError, FormatError, OutputError, UsageError
 from anyckpt.storage import source as sources
 
 DEFAULT_MEMORY = 96 << 20
@@ -89,8 +89,11 @@ def execute(
     started = time.monotonic()
     read_before = sources.bytes_read()
     count = _worker_count(workers, memory)
-    staging = Staging(destination, fingerprint(plan, source_paths), resume=resume, overwrite=overwrite)
-    run = _Run(plan, staging, count, progress)
+    identity = fingerprint(plan, source_paths)
+    if resume and not overwrite and _is_done(destination, identity):
+        return _report(plan, destination, 0, time.monotonic() - started, plan.nbytes)
+    staging = Staging(destination, identity, resume=resume, overwrite=overwrite)
+    run = _Run(plan, identity, staging, count, progress)
     try:
         manifest = run.write_everything()
         staging.commit(manifest, None if plan.is_directory else beside(destination))
@@ -106,16 +109,32 @@ def execute(
     except BaseException:
         staging.close()
         raise
+    seconds = time.monotonic() - started
+    return _report(plan, destination, sources.bytes_read() - read_before, seconds, run.resumed_bytes)
+
+
+def _report(plan: Plan, destination: str, bytes_read: int, seconds: float, resumed_bytes: int) -> Report:
     return Report(
         output=destination,
         format=plan.format,
         tensors=len({part.name for part in plan.tensors()}),
-        bytes_read=sources.bytes_read() - read_before,
+        bytes_read=bytes_read,
         bytes_written=plan.nbytes,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        resumed_bytes=run.resumed_bytes,
+        resumed_bytes=resumed_bytes,
     )
+
+
+def _is_done(destination: str, identity: str) -> bool:
+    """Whether an earlier run of the same plan was killed after it had finished."""
+    if not os.path.lexists(destination):
+        return False
+    try:
+        manifest = read_manifest(destination)
+    except FormatError:
+        return False
+    return manifest is not None and manifest.plan == identity
 
 
 def peak_rss_bytes() -> int:
@@ -137,8 +156,9 @@ def peak_rss_bytes() -> int:
 class _Run:
     """The state of one execution."""
 
-    def __init__(self, plan: Plan, staging: Staging, workers: int, progress: Progress | None) -> None:
+    def __init__(self, plan: Plan, identity: str, staging: Staging, workers: int, progress: Progress | None) -> None:
         self._plan = plan
+        self._identity = identity
         self._staging = staging
         self._workers = workers
         self._progress = progress
@@ -175,7 +195,9 @@ class _Run:
                 os.symlink(target, path)
         order = {file.path: number for number, file in enumerate(self._plan.files)}
         entries.sort(key=lambda entry: (order[entry.file], entry.offset))
-        manifest = Manifest(self._plan.format, {f.path: f.nbytes for f in self._plan.files}, tuple(entries))
+        manifest = Manifest(
+            self._plan.format, self._identity, {f.path: f.nbytes for f in self._plan.files}, tuple(entries)
+        )
         data = manifest.to_bytes()
         if self._plan.is_directory:
             with open(os.path.join(output, MANIFEST_NAME), "wb") as file:

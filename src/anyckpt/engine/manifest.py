@@ -44,9 +44,17 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Attributes: ``format`` of the output, ``files`` (path -> size in bytes) and ``entries``."""
+    """What was written.
+
+    Attributes:
+        format: of the output.
+        plan: fingerprint of the plan and its sources, so that resuming finished work finds it done.
+        files: path -> size in bytes.
+        entries: every run of bytes.
+    """
 
     format: str
+    plan: str
     files: dict[str, int]
     entries: tuple[ManifestEntry, ...]
 
@@ -56,7 +64,13 @@ class Manifest:
             json.dumps([e.name, e.piece, e.file, e.offset, e.nbytes, e.digest], ensure_ascii=False)
             for e in self.entries
         )
-        head = {"anyckpt_manifest": _VERSION, "format": self.format, "digest": DIGEST, "files": self.files}
+        head: dict[str, Any] = {
+            "anyckpt_manifest": _VERSION,
+            "format": self.format,
+            "digest": DIGEST,
+            "plan": self.plan,
+        }
+        head["files"] = self.files
         text = json.dumps(head, indent=0, ensure_ascii=False)
         return f'{text[:-2]},\n"entries": [\n{rows}\n]\n}}\n'.encode()
 
@@ -93,7 +107,7 @@ def read_manifest(output: str) -> Manifest | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError("is a damaged manifest", path=path, remedy="delete it to do without it") from error
-    return Manifest(str(data["format"]), files, entries)
+    return Manifest(str(data["format"]), str(data.get("plan", "")), files, entries)
 
 
 def check_manifest(output: str, manifest: Manifest) -> Iterator[tuple[ManifestEntry | None, str]]:

@@ -156,7 +156,7 @@ def convert(
         sharded=sharded,
     )
     budget = DEFAULT_MEMORY if memory is None else parse_bytes(memory, "--memory")
-    check_destination(output, origins, overwrite=overwrite)
+    check_destination(output, origins, overwrite=overwrite, resume=resume)
 
     request = LayoutRequest() if layout is None else layout
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=force)

@@ -12,13 +12,14 @@ from anyckpt.formats import registry
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
 
 
-def check_destination(destination: str, sources: Sequence[str], *, overwrite: bool) -> None:
+def check_destination(destination: str, sources: Sequence[str], *, overwrite: bool, resume: bool = False) -> None:
     """Raise unless ``destination`` can be written without touching a source or replacing what is no checkpoint.
 
     Args:
         destination: where the output goes.
         sources: paths that are read.
         overwrite: whether an existing checkpoint may be replaced.
+        resume: whether the destination may be there because the same work is done already, which the engine tells.
 
     Raises:
         UsageError: the destination is a source, lies inside one, or holds one.
@@ -35,9 +36,9 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
             raise UsageError("holds the source", path=destination, remedy="choose another path")
     if not os.path.lexists(destination):
         return
-    if not overwrite:
+    if not overwrite and not resume:
         raise OutputError("already exists", path=destination, remedy="choose another path or pass --overwrite")
-    if os.path.exists(destination) and not _replaceable(destination):
+    if overwrite and os.path.exists(destination) and not _replaceable(destination):
         what = "a directory that holds something else than" if os.path.isdir(destination) else "a file that is not"
         raise OutputError(
             f"is {what} a checkpoint, which --overwrite does not replace",
