@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anyckpt.errors import UsageError
-from anyckpt.units import format_bytes, format_seconds, parse_bytes
+from anyckpt.units import format_bytes, format_seconds, parse_bytes, size_label
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,9 @@ def test_bytes_are_shown_with_three_digits(count: float, text: str) -> None:
 )
 def test_times(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_size_labels() -> None:
+    assert [size_label(n) for n in (74_944, 8_030_261_248, 405_853_388_800, 512, 1_235_814_400)] == [
+        "74.9K", "8.0B", "405.9B", "512", "1.2B",
+    ]  # fmt: skip

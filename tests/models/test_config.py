@@ -432,9 +432,3 @@ def test_identify_without_or_against_a_configuration() -> None:
     chosen = models.identify(case.checkpoint, family="mistral")
     assert chosen is not None
     assert (chosen.family, chosen.config.window_size) == ("mistral", (4095, 0))
-
-
-def test_size_labels() -> None:
-    assert [models.size_label(n) for n in (74_944, 8_030_261_248, 405_853_388_800, 512, 1_235_814_400)] == [
-        "74.9K", "8.0B", "405.9B", "512", "1.2B",
-    ]  # fmt: skip

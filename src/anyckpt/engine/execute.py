@@ -19,8 +19,8 @@ from anyckpt.engine.checksum import chunk_digest, chunk_digests, crc32, join_crc
 from anyckpt.engine.commit import BlockRecord, Staging
 from anyckpt.engine.files import BlockBuffer, BlockFile, write_error
 from anyckpt.engine.fingerprint import fingerprint
-from anyckpt.engine.manifest import MANIFEST_NAME, Manifest, ManifestEntry, beside, read_manifest
-from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData
+from anyckpt.engine.manifest import Manifest, ManifestEntry, beside, read_manifest
+from anyckpt.engine.plan import MANIFEST_NAME, Computed, Literal, OutputFile, Plan, SourceData, TensorData
 from anyckpt.errors import AnyckptError, FormatError, OutputError, UsageError
 from anyckpt.storage import source as sources
 

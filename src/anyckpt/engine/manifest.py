@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.engine.checksum import DIGEST, digest_of
+from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.storage.source import LocalFile
 
-MANIFEST_NAME = ".anyckpt-manifest.json"
 _VERSION = 1
 
 

@@ -15,6 +15,9 @@ from anyckpt.errors import OutputError
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
+MANIFEST_NAME = ".anyckpt-manifest.json"
+"""What the engine adds to a directory that it writes; readers leave it out of what they list."""
+
 
 @dataclass(frozen=True)
 class Literal:

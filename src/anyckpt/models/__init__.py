@@ -30,7 +30,6 @@ __all__ = [
     "identify",
     "known_families",
     "render_config",
-    "size_label",
     "to_hub",
 ]
 
@@ -68,11 +67,3 @@ def render_config(
         if lost:
             said.append(f"keys of config.json that the {kind} configuration has no place for: {', '.join(lost)}")
     return {**rendered, **(extra or {})}
-
-
-def size_label(parameters: int) -> str:
-    """A number of parameters as people say it: ``8.0B``, ``405.9B``, ``74.9K``."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if parameters >= size:
-            return f"{parameters / size:.1f}{unit}"
-    return str(parameters)

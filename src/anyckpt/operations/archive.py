@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.engine.execute import Progress, execute
-from anyckpt.engine.manifest import MANIFEST_NAME
-from anyckpt.engine.plan import OutputFile, Plan, SourceData
+from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan, SourceData
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, missing_artifacts, texts

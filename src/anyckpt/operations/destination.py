@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from anyckpt.engine.manifest import MANIFEST_NAME, beside
+from anyckpt.engine.manifest import beside
+from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
 

@@ -6,21 +6,21 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.display import html_table
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.models import Model
-from anyckpt.operations.naming import identify
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor
-from anyckpt.units import format_bytes
+from anyckpt.units import format_bytes, size_label
+
+if TYPE_CHECKING:
+    from anyckpt.models import Model
 
 _MODEL_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
@@ -204,7 +204,7 @@ def inspect(
         dialect=checkpoint.dialect,
         model=None if model is None else {name: getattr(model.config, name) for name in _MODEL_FIELDS},
         parameters=parameters,
-        size=models.size_label(parameters),
+        size=size_label(parameters),
         bytes=sum(sizes.values()),
         tensor_count=len(checkpoint.tensors),
         dtypes=counts,
@@ -246,6 +246,10 @@ def _joined(checkpoint: Checkpoint) -> Checkpoint:
 
 def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
     """The model, or None and why a family that seems known is not."""
+    if checkpoint.config_kind is None:
+        return None, None
+    from anyckpt.operations.naming import identify
+
     try:
         return identify(checkpoint), None
     except AnyckptError as error:
@@ -259,6 +263,8 @@ def _hub_names(checkpoint: Checkpoint, model: Model | None, why: str | None) -> 
             path=checkpoint.path,
             remedy="list them with --names stored",
         )
+    from anyckpt import models
+
     return models.to_hub(checkpoint, model).tensors
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -67,6 +66,8 @@ def each(
         meter: told of progress.
         workers: threads; as many as processors, up to 4, if None.
     """
+    from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
     with ThreadPoolExecutor(workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(work, item, meter.advance) for item in items]
         try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum, Tokenizer, TrainingState
-from anyckpt.engine.manifest import MANIFEST_NAME
+from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.dcp import DcpContents, dcp_details, read_dcp
 from anyckpt.formats.dcp.items import LazyObjects

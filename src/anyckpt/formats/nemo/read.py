@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, StoredChecksum
-from anyckpt.engine.manifest import MANIFEST_NAME
+from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.nemo.config import is_megatron_config, missing_artifacts
 from anyckpt.formats.nemo.container import (
