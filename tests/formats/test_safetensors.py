@@ -116,10 +116,10 @@ def test_four_bit_numbers_count_bytes_in_our_shapes() -> None:
     ],
 )  # fmt: skip
 def test_damaged_headers_are_refused(source: MemorySource, problem: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(FormatError, match=problem) as caught:
         read_safetensors(source)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert "crafted" in str(caught.value)
     assert "\n" not in str(caught.value)
 

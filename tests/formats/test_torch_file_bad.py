@@ -42,7 +42,7 @@ from anyckpt.formats import registry
 registry.formats()
 before = set(sys.modules)
 for path in sys.argv[1:]:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         checkpoint = registry.read(path)
         outcome = "opened"
@@ -55,7 +55,7 @@ for path in sys.argv[1:]:
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     used = int(peak.split()[1]) / 1024
     new = sorted(m for m in set(sys.modules) - before)
-    print(json.dumps([path, outcome, time.perf_counter() - start, used, new]))
+    print(json.dumps([path, outcome, time.process_time() - start, used, new]))
 """
 
 

@@ -263,13 +263,13 @@ def test_405b_is_mapped_in_a_moment() -> None:
         for name in ("input_layernorm", "post_attention_layernorm"):
             add(f"{prefix}{name}.weight", 16384)
     checkpoint = Checkpoint("x", "hf", tensors, dialect="hf", config=config, config_kind="hf")
-    started = time.perf_counter()
+    started = time.process_time()
     model = models.identify(checkpoint)
     assert model is not None
     hub = models.to_hub(checkpoint, model)
     out = models.from_hub(hub, "megatron-core")
     again = models.to_hub(with_weights(checkpoint, out.tensors), model)
     models.from_hub(again, "hf")
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert out.tensors["decoder.layers.mlp.linear_fc1.weight"].shape == (126, 106496, 16384)
     assert len(again.tensors) == 126 * 6 + 3
