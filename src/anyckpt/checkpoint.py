@@ -145,6 +145,7 @@ class Checkpoint:
         layout: parallel layout of the files.
         training: where training stood.
         warnings: anything odd that a user should know.
+        unloadable: for which of these its own framework refuses to load it; ``verify`` calls that damage.
         ignored: stored names that carry no weights, with the reason (``_extra_state``, ``inv_freq``).
         details: format-specific facts for ``inspect``, as plain data.
         ranks: the ranks' shards, for formats that keep a file per rank.
@@ -168,6 +169,7 @@ class Checkpoint:
     layout: ParallelLayout = ParallelLayout()
     training: TrainingState = TrainingState()
     warnings: list[str] = field(default_factory=list)
+    unloadable: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[RankShard, ...] = ()

@@ -180,3 +180,23 @@ def test_a_damaged_manifest_is_said_and_the_rest_is_checked(anyckpt: Runner, tmp
 
 def test_what_cannot_be_opened_is_exit_code_2(anyckpt: Runner, tmp_path: Path) -> None:
     assert "does not exist" in anyckpt("verify", tmp_path / "nothing").error
+
+
+@pytest.mark.parametrize(
+    ("fixture", "removed", "problem"),
+    [
+        ("mcore/gpt_dense_tp2pp2/ckpt", "metadata.json", "metadata.json"),
+        ("nemo/nemo2_llama_spm/model", "weights/metadata.json", "metadata.json"),
+        ("nemo/nemo2_llama_spm/model", "context/io.json", "io.json"),
+    ],
+)
+def test_what_its_framework_refuses_is_not_sound(
+    anyckpt: Runner, tmp_path: Path, fixture: str, removed: str, problem: str
+) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(fixture_path(fixture), path)
+    assert anyckpt("verify", path).code == 0
+    (path / removed).unlink()
+    found = anyckpt("verify", path, "--json")
+    assert found.code == 1
+    assert any(problem in entry["problem"] for entry in found.json["problems"])

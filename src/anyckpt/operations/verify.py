@@ -110,6 +110,8 @@ def verify(
     """
     checkpoint = source if isinstance(source, Checkpoint) else registry.read(source)
     result = Verification(checkpoint.path, checkpoint.format, warnings=list(checkpoint.warnings))
+    result.problems += [Problem(checkpoint.path, text) for text in checkpoint.unloadable]
+    result.warnings = [text for text in result.warnings if text not in checkpoint.unloadable]
     _check_pieces(checkpoint, result)
     if not _check_digests(checkpoint.path, result, progress):
         _check_checksums(checkpoint, result, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum, Tokenizer, TrainingState
@@ -53,7 +54,7 @@ def read(location: Location) -> Checkpoint:
     folder = LocalFolder(path)
     names = folder.names()
     warnings = check_commit(path, set(names))
-    return read_torch_dist(folder, path=location.path, warnings=warnings)
+    return replace(read_torch_dist(folder, path=location.path, warnings=warnings), unloadable=warnings)
 
 
 def read_torch_dist(folder: Folder, *, path: str, warnings: list[str] | None = None) -> Checkpoint:

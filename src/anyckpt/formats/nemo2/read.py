@@ -60,11 +60,15 @@ def read(location: Location) -> Checkpoint:
         )
     folder = LocalFolder(weights_path)
     names = set(folder.names())
-    weights = read_torch_dist(folder, path=location.path, warnings=check_commit(weights_path, names))
+    unloadable = check_commit(weights_path, names)
+    weights = read_torch_dist(folder, path=location.path, warnings=unloadable)
     warnings = list(weights.warnings)
     if "adapter_metadata.json" in names:
         warnings.append("holds an adapter (PEFT) only, not the model that it belongs to")
-    context, calls, config = _read_context(location, warnings)
+    missing: list[str] = []
+    context, calls, config = _read_context(location, missing)
+    warnings += missing
+    unloadable = [*unloadable, *missing]
     tokenizer = read_tokenizer(_model(calls).get("tokenizer", config.get("tokenizer")), context)
     if tokenizer is not None and tokenizer.library == "sentencepiece" and tokenizer.model_file is None:
         warnings.append("the tokenizer's sentencepiece model is not in context/, where the configuration has it")
@@ -83,6 +87,7 @@ def read(location: Location) -> Checkpoint:
         },
         training=_training(weights),
         warnings=warnings,
+        unloadable=unloadable,
         details={
             **weights.details,
             "model_class": _class(config),
@@ -107,11 +112,11 @@ def _refuse_unfinished(path: str) -> None:
 
 
 def _read_context(
-    location: Location, warnings: list[str]
+    location: Location, missing: list[str]
 ) -> tuple[dict[str, ByteSource], dict[str, Any], dict[str, Any]]:
-    """Files of the context, all calls in ``io.json`` as plain data, and the model's configuration."""
+    """Files of the context, all calls in ``io.json`` as plain data, and the configuration; notes what is missing."""
     if CONTEXT not in location.names:
-        warnings.append("has no context directory: the model's configuration and tokenizer are missing")
+        missing.append("has no context directory: the model's configuration and tokenizer are missing")
         return {}, {}, {}
     folder = LocalFolder(location.join(CONTEXT))
     files = {name: folder.open(name) for name in folder.names()}
@@ -121,7 +126,7 @@ def _read_context(
         plain = to_plain(decode(source.read_all(_JSON_LIMIT), source.name), source.name)
         calls = plain if isinstance(plain, dict) else {}
     else:
-        warnings.append("has no context/io.json: NeMo cannot load it")
+        missing.append("has no context/io.json: NeMo cannot load it")
     expanded: dict[str, Any] = {}
     if MODEL_YAML in files:
         source = files[MODEL_YAML]
