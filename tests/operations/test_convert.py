@@ -225,3 +225,21 @@ def test_files_without_a_place_in_the_target_are_listed(tmp_path: Path) -> None:
     done = anyckpt.convert(source, tmp_path / "out", to="dcp")
     assert set(done.ignored) == {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert not anyckpt.convert(source, tmp_path / "hf", to="hf").ignored
+
+
+def test_a_partly_trained_model_becomes_the_archive_that_training_would_have_left(tmp_path: Path) -> None:
+    """NeMo wrote both: the checkpoint of the last step, and the archive at the end of training."""
+    folder = fixture_path("nemo/ptl_ckpt_nemo2_5_3")
+    anyckpt.convert(next(folder.glob("*-last.ckpt")), tmp_path / "out.nemo", to="nemo")
+    ours, theirs = anyckpt.open(tmp_path / "out.nemo"), anyckpt.open(folder / "toy.nemo")
+    assert {n: sha256_of(t) for n, t in ours.tensors.items()} == {n: sha256_of(t) for n, t in theirs.tensors.items()}
+    assert ours.config == theirs.config
+
+
+def test_globs_match_stored_names_and_those_without_the_common_prefix(tmp_path: Path) -> None:
+    source = fixture_path("mcore/dcp_fsdp_w2") / "ckpt"
+    written = []
+    for number, glob in enumerate(("model.head.*", "head.*")):
+        anyckpt.convert(source, tmp_path / f"{number}.pt", to="torch", include=glob)
+        written.append(list(anyckpt.open(tmp_path / f"{number}.pt").tensors))
+    assert written[0] == written[1] != []

@@ -112,6 +112,8 @@ class Format:
             the options, because a ``.nemo`` names them one way flat and another sharded.
         config_kind: spelling of the configuration that ``plan`` expects in ``Checkpoint.config``, or None.
         single_file: whether the output is one file rather than a directory.
+        unknown_names: whether weights of no known naming are written under their own, if the source has a
+            configuration: the format is not of one kind of model only.
         sharded: whether it can hold a distributed checkpoint, as ``WriteOptions.sharded`` asks.
     """
 
@@ -123,6 +125,7 @@ class Format:
     dialect: Callable[[WriteOptions], str | None] = field(default=lambda options: None)
     config_kind: str | None = None
     single_file: bool = False
+    unknown_names: bool = False
     sharded: bool = False
 
 

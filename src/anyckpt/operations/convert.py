@@ -229,23 +229,31 @@ def choose(
 ) -> tuple[Checkpoint, dict[str, str]]:
     """The checkpoint without the weights that the user does not want, and these.
 
+    Globs match a weight's stored name, or that without the prefix that all weights share.
+
     Raises:
         UsageError: a glob matches nothing, or nothing is left.
     """
     if not include and not exclude:
         return checkpoint, {}
     names = list(checkpoint.weights())
+    prefix = checkpoint.model_prefix
+
+    def chosen_by(globs: tuple[str, ...]) -> set[str]:
+        stored = matching([prefix + name for name in names], globs)
+        return {*matching(names, globs), *(name[len(prefix) :] for name in stored)}
+
     for glob in include:
-        if not matching(names, [glob]):
+        if not chosen_by((glob,)):
             raise UsageError(
                 f"no weight matches --include {glob!r}",
                 path=checkpoint.path,
                 remedy="list the names with anyckpt inspect --tensors '*'",
             )
-    chosen = set(matching(names, include) if include else names) - set(matching(names, exclude))
+    chosen = (chosen_by(include) if include else set(names)) - chosen_by(exclude)
     if not chosen:
         raise UsageError("--include and --exclude leave no weight", path=checkpoint.path)
-    left_out = {checkpoint.model_prefix + name: _UNWANTED for name in names if name not in chosen}
+    left_out = {prefix + name: _UNWANTED for name in names if name not in chosen}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
     return replace(checkpoint, tensors=tensors), left_out
 

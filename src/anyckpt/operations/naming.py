@@ -79,7 +79,8 @@ def rename_for(
         checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
     fits = target.config_kind is None or checkpoint.config_kind in (None, target.config_kind)
-    alike = fits and (known == wanted or (known is None and checkpoint.format == target.name))
+    own = checkpoint.format == target.name or (target.unknown_names and bool(checkpoint.config))
+    alike = fits and (known == wanted or (known is None and own))
     model = None if alike and not told else identify(checkpoint, family=family, config=config)
     if model is not None:
         return _through_hub(checkpoint, model, wanted, target.config_kind, dtype)

@@ -17,5 +17,6 @@ FORMAT = Format(
     dialect=dialect,
     config_kind="nemo1",
     single_file=True,
+    unknown_names=True,
     sharded=True,
 )
