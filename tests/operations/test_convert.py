@@ -233,7 +233,8 @@ def test_a_partly_trained_model_becomes_the_archive_that_training_would_have_lef
     anyckpt.convert(next(folder.glob("*-last.ckpt")), tmp_path / "out.nemo", to="nemo")
     ours, theirs = anyckpt.open(tmp_path / "out.nemo"), anyckpt.open(folder / "toy.nemo")
     assert {n: sha256_of(t) for n, t in ours.tensors.items()} == {n: sha256_of(t) for n, t in theirs.tensors.items()}
-    assert ours.config == theirs.config
+    # The vocabulary is a path of the machine that trained; the archive of training holds the file itself.
+    assert {**ours.config, "vocab_file": None} == {**theirs.config, "vocab_file": None}
 
 
 def test_globs_match_stored_names_and_those_without_the_common_prefix(tmp_path: Path) -> None:
