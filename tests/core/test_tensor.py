@@ -206,3 +206,17 @@ def test_what_is_no_index_is_an_error(index: Any) -> None:
     with pytest.raises(UsageError, match="neither a whole number nor a slice"):
         tensor[index]
     assert tensor[np.int64(1)].shape == (3,)
+
+
+def test_a_contiguous_part_goes_into_a_wider_array_in_few_reads() -> None:
+    class Counting(MemorySource):
+        reads = 0
+
+        def _read_into(self, offset: int, buffer: memoryview) -> None:
+            Counting.reads += 1
+            super()._read_into(offset, buffer)
+
+    array = np.arange(1024 * 256, dtype=np.uint16).reshape(1024, 256)
+    parts = [Stored(Counting(array), 0, dtype("uint16"), array.shape) for _ in range(4)]
+    assert np.array_equal(lazy.concatenate(parts, 1).numpy(), np.concatenate([array] * 4, axis=1))
+    assert Counting.reads == len(parts)

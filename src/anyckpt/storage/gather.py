@@ -70,7 +70,8 @@ def _gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.n
         source.read_into(offset, out.reshape(-1).view(np.uint8))
         return
     run = _contiguous_run(out.shape, strides, itemsize)
-    dense = run < _LONG_RUN and (run < _SHORT_RUN or span <= _SPARSE * out.nbytes)
+    together = span <= out.nbytes + out.nbytes // 4
+    dense = together or (run < _LONG_RUN and (run < _SHORT_RUN or span <= _SPARSE * out.nbytes))
     if dense and span <= SCRATCH_BYTES:
         with scratch(span) as buffer:
             source.read_into(offset, buffer)
