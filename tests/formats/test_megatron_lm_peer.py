@@ -57,8 +57,9 @@ def test_the_safe_loader_takes_it_with_the_namespace_allowed(tmp_path: Path) -> 
     source = fixture_path("legacy/megatron_oldnames_v1")
     assert FORMAT.plan is not None
     output = write_plan(FORMAT.plan(open_layout(source), WriteOptions()), tmp_path / "out")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        loaded = torch.load(output / "iter_0000100" / "mp_rank_01" / FILE, weights_only=True)
+    # Not the context manager: leaving it would also undo what importing Megatron-Core allowed.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    loaded = torch.load(output / "iter_0000100" / "mp_rank_01" / FILE, weights_only=True)
     assert loaded["checkpoint_version"] == 3.0
     assert loaded["args"].tensor_model_parallel_size == 2
 
