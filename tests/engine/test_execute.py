@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,11 +23,12 @@ from tests.support import file_bytes
 
 from anyckpt.engine import blocks, checksum, execute, files
 from anyckpt.engine.blocks import Block, LatePart, cut
+from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, TensorData, small_file
 from anyckpt.errors import FormatError, OutputError, UsageError
-from anyckpt.storage import MemorySource
-from anyckpt.tensor import Stored, dtype
+from anyckpt.storage import LocalFile, MemorySource
+from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, concatenate, dtype
 
 SAMPLE = Path(__file__).with_name("sample.py")
 
@@ -297,3 +299,38 @@ def test_resuming_finished_work_finds_it_done(source: Path, tmp_path: Path) -> N
     os.utime(source, ns=(1, 1))
     with pytest.raises(OutputError, match="already exists"):
         execute.execute(plan, str(output), resume=True, source_paths=[str(source)])
+
+
+def test_other_bytes_of_the_same_shape_are_other_work(source: Path, tmp_path: Path) -> None:
+    data = Stored(LocalFile(source), 0, dtype("float32"), (64, 16))
+
+    def plan(tensor: LazyTensor) -> Plan:
+        return Plan("sample", (OutputFile("", (TensorData("w", tensor),)),))
+
+    def scaled(factor: float) -> LazyTensor:
+        return Mapped((data,), dtype("float32"), lambda values: np.minimum(values, np.float32(factor)))
+
+    half = data.narrow(0, 0, 32)
+    variants = [
+        data,
+        Stored(LocalFile(source), 64, dtype("float32"), (64, 16)),
+        data.permute((1, 0)).reshape((64, 16)),
+        half.pad(0, 64),
+        concatenate([half, Constant(dtype("float32"), (32, 16), b"\x00\x00\x80\x3f")], 0),
+        concatenate([half, half], 0),
+        scaled(2.0),
+        scaled(3.0),
+        data.cast("float16").cast("float32"),
+    ]
+    found = [fingerprint(plan(tensor), [str(source)]) for tensor in variants]
+    assert len(set(found)) == len(variants)
+    assert found[4] == fingerprint(
+        plan(concatenate([half, Constant(dtype("float32"), (32, 16), b"\x00\x00\x80\x3f")], 0)), [str(source)]
+    )
+    assert found[7] == fingerprint(plan(scaled(3.0)), [str(source)])
+    execute.execute(plan(scaled(2.0)), str(tmp_path / "out"), source_paths=[str(source)])
+    with pytest.raises(OutputError, match="already exists"):
+        execute.execute(plan(scaled(3.0)), str(tmp_path / "out"), resume=True, source_paths=[str(source)])
+    (tmp_path / "out").write_bytes(b"cut short")
+    with pytest.raises(OutputError, match="already exists"):
+        execute.execute(plan(scaled(2.0)), str(tmp_path / "out"), resume=True, source_paths=[str(source)])

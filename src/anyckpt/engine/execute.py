@@ -134,7 +134,12 @@ def _is_done(destination: str, identity: str) -> bool:
         manifest = read_manifest(destination)
     except FormatError:
         return False
-    return manifest is not None and manifest.plan == identity
+    if manifest is None or manifest.plan != identity:
+        return False
+    paths = {
+        os.path.join(destination, *name.split("/")) if name else destination: n for name, n in manifest.files.items()
+    }
+    return all(os.path.isfile(path) and os.path.getsize(path) == nbytes for path, nbytes in paths.items())
 
 
 def peak_rss_bytes() -> int:

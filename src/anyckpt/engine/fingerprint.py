@@ -1,32 +1,110 @@
-"""Telling whether interrupted work is of the same plan and of unchanged sources."""
+"""Telling whether interrupted work is of the same plan and of unchanged sources.
+
+Shapes alone do not tell: another padding, weighting or partition rule gives other bytes of the same shape.  So the
+whole description of each tensor counts, down to where its pieces lie; nothing is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from anyckpt.engine.plan import Literal, Plan, TensorData
+import numpy as np
+
+from anyckpt.dtypes import DType
+from anyckpt.engine.plan import Computed, Literal, Plan, SourceData, TensorData
+from anyckpt.storage.source import ByteSource, MemorySource
+from anyckpt.tensor import LazyTensor
+
+_OF_A_SOURCE = ("name", "path", "size", "_base", "_offset", "_row", "_header")
+"""Attributes that say which bytes a source is; others are what it has found out while reading."""
 
 
 def fingerprint(plan: Plan, source_paths: Sequence[str]) -> str:
     """Identifies a plan and the state of its sources: sizes and modification times of every file."""
-    digest = hashlib.sha256(plan.format.encode())
+    describer = _Describer()
+    describer.add(plan.format, dict(plan.links))
     for file in plan.files:
-        digest.update(f"\0file {file.path} {file.stage} {file.nbytes}".encode())
+        describer.add("file", file.path, file.stage, file.nbytes)
         for part in file.parts:
             if isinstance(part, Literal):
-                digest.update(b"\0literal" + part.data)
+                describer.add(part.data)
             elif isinstance(part, TensorData):
-                text = f"\0tensor {part.name} {part.piece} {part.tensor.dtype.name} {part.tensor.shape}"
-                digest.update(text.encode("utf-8", "surrogatepass"))
-            else:
-                digest.update(f"\0{type(part).__name__} {part.nbytes}".encode())
+                describer.add(part.name, part.piece, part.tensor)
+            elif isinstance(part, SourceData):
+                describer.add(part.source)
+            elif isinstance(part, Computed):
+                describer.add("computed", part.nbytes, part.parts)
     for root in source_paths:
         for path in _files_under(root):
             status = os.stat(path)
-            digest.update(f"\0source {path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+            describer.add(path, status.st_size, status.st_mtime_ns)
+    return describer.digest.hexdigest()
+
+
+class _Describer:
+    """Puts values into a digest, each shared one once."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self._seen: dict[int, int] = {}
+        self._kept: list[Any] = []  # so that no other value gets the identity of one that was seen
+
+    def add(self, *values: Any) -> None:
+        for value in values:
+            self._add(value)
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, DType):
+            self._text(value.name)
+        elif value is None or isinstance(value, bool | int | float | str | np.generic | np.dtype):
+            self._text(repr(value))
+        elif isinstance(value, bytes | memoryview):
+            self._text(f"bytes {len(value)}")
+            self.digest.update(value)
+        elif isinstance(value, np.ndarray):
+            self._text(f"array {value.dtype} {value.shape}")
+            self.digest.update(value.tobytes())
+        elif isinstance(value, tuple | list):
+            self._text(f"sequence {len(value)}")
+            self.add(*value)
+        elif isinstance(value, dict):
+            self._add([(str(key), item) for key, item in value.items()])
+        elif id(value) in self._seen:
+            self._text(f"seen {self._seen[id(value)]}")
+        else:
+            self._seen[id(value)] = len(self._seen)
+            self._kept.append(value)
+            self._add_object(value)
+
+    def _add_object(self, value: Any) -> None:
+        self._text(f"{type(value).__module__}.{type(value).__qualname__}")
+        if isinstance(value, MemorySource):
+            self.add(*(getattr(value, name) for name in MemorySource.__slots__))
+        elif isinstance(value, ByteSource):
+            self.add(*(getattr(value, name, None) for name in _OF_A_SOURCE))
+        elif isinstance(value, LazyTensor):
+            self.add(*(getattr(value, name, None) for name in _slots(type(value))))
+        elif isinstance(value, Sequence):
+            # Pieces that are made when asked for: asking may read their headers, and their numbers tell enough.
+            self.add(len(value), *(item for item in vars(value).values() if isinstance(item, np.ndarray | str)))
+        elif callable(value):
+            self._add_function(value)
+
+    def _add_function(self, function: Callable[..., Any]) -> None:
+        self._text(f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}")
+        self.add(*(cell.cell_contents for cell in getattr(function, "__closure__", None) or ()))
+        self.add(*(getattr(function, "args", ())), getattr(function, "keywords", {}))
+
+    def _text(self, text: str) -> None:
+        self.digest.update(b"\0" + text.encode("utf-8", "surrogateescape"))
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        yield from getattr(base, "__slots__", ())
 
 
 def _files_under(root: str) -> Iterator[str]:
