@@ -15,7 +15,7 @@ from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout, RankShard
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_lm.names import hub_names
+from anyckpt.formats.megatron_lm.names import flattened, hub_names
 from anyckpt.formats.megatron_lm.projections import grouped
 from anyckpt.formats.torch_file.values import brief
 from anyckpt.tensor import LazyTensor, concatenate
@@ -219,17 +219,7 @@ def has_local_norms(chunks: Sequence[Chunk]) -> bool:
 
 def _weights(chunk: Chunk, ignored: dict[str, str]) -> dict[str, LazyTensor]:
     """A chunk's weights by dotted names without wrappers."""
-    flat: dict[str, Any] = {}
-    todo: list[tuple[str, Any, int]] = [("", chunk.state, 0)]
-    while todo:
-        prefix, value, depth = todo.pop()
-        if not isinstance(value, dict):
-            flat[prefix] = value
-        elif depth > 16:
-            raise FormatError("the model is nested too deep", path=chunk.source, tensor=prefix)
-        else:
-            parts = [(f"{prefix}.{name}" if prefix else str(name), part, depth + 1) for name, part in value.items()]
-            todo.extend(reversed(parts))
+    flat = flattened(chunk.state, chunk.source)
     cut = 0
     while any(flat and all(name.startswith(wrapper, cut) for name in flat) for wrapper in _WRAPPERS):
         cut = next(iter(flat)).index(".", cut) + 1

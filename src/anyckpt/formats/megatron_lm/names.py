@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from anyckpt.errors import FormatError
 
@@ -157,3 +157,23 @@ def _flat_name(name: str, encoder: str, two_stacks: bool) -> str:
             rest = match.sub(replacement, rest)
             break
     return f"{stack}.{inside['layer']}.{rest}"
+
+
+def flattened(state: Any, path: str) -> dict[str, Any]:
+    """What is in nested dictionaries, by dotted names, in their order.
+
+    Raises:
+        FormatError: they are nested deeper than any model's.
+    """
+    flat: dict[str, Any] = {}
+    todo: list[tuple[str, Any, int]] = [("", state, 0)]
+    while todo:
+        prefix, value, depth = todo.pop()
+        if not isinstance(value, dict):
+            flat[prefix] = value
+        elif depth > 16:
+            raise FormatError("the model is nested too deep", path=path, tensor=prefix)
+        else:
+            parts = [(f"{prefix}.{name}" if prefix else str(name), part, depth + 1) for name, part in value.items()]
+            todo.extend(reversed(parts))
+    return flat

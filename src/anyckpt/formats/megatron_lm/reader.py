@@ -11,7 +11,7 @@ from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankS
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_lm.arguments import plain_arguments
 from anyckpt.formats.megatron_lm.location import OPTIMIZER_FILE, Iteration, find_iteration, rank_folders
-from anyckpt.formats.megatron_lm.names import hub_names, strip_wrappers
+from anyckpt.formats.megatron_lm.names import flattened, hub_names, strip_wrappers
 from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
 from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
@@ -123,17 +123,7 @@ def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> dict[str, Laz
     """
     if not key:
         return {}
-    flat: dict[str, Any] = {}
-    todo: list[tuple[str, Any, int]] = [("", rank.root[key], 0)]
-    while todo:
-        prefix, value, depth = todo.pop()
-        if not isinstance(value, dict):
-            flat[prefix] = value
-        elif depth > 16:
-            raise FormatError("the model is nested too deep", path=rank.path, tensor=prefix)
-        else:
-            parts = [(f"{prefix}.{name}" if prefix else str(name), part, depth + 1) for name, part in value.items()]
-            todo.extend(reversed(parts))
+    flat = flattened(rank.root[key], rank.path)
     cut = strip_wrappers(list(flat))
     weights: dict[str, LazyTensor] = {}
     for stored, value in flat.items():
