@@ -134,6 +134,20 @@ def test_weights_are_sharded_by_size(anyckpt: Runner, tmp_path: Path) -> None:
     assert "--max-shard-size" in anyckpt(*words[:-1], "5 parsecs").error
 
 
+def test_a_size_that_a_format_does_not_divide_by_is_said(anyckpt: Runner, tmp_path: Path) -> None:
+    words = ("convert", fixture_path(LLAMA), tmp_path / "out.safetensors", "--to", "safetensors", "--max-shard-size")
+    assert "does not divide" in anyckpt(*words, "50kB", "--dry-run").err
+    assert "does not divide" not in anyckpt(*words, "5GB", "--dry-run").err
+
+
+@pytest.mark.parametrize("target", ["safetensors", "torch", "dcp"])
+def test_a_configuration_that_has_no_place_is_said(target: str, anyckpt: Runner, tmp_path: Path) -> None:
+    done = anyckpt("convert", fixture_path(LLAMA), tmp_path / "out", "--to", target, "--json").json
+    assert any("no place for the" in note and "configuration" in note for note in done["notes"])
+    again = anyckpt("convert", tmp_path / "out", tmp_path / "again", "--to", target, "--json").json
+    assert not any("no place" in note for note in again["notes"]), "it has none that could be lost"
+
+
 def test_the_configuration_tells_the_type_that_weights_were_cast_to(anyckpt: Runner, tmp_path: Path) -> None:
     for target in ("hf", "nemo"):
         assert anyckpt("convert", fixture_path(LLAMA), tmp_path / target, "--to", target, "--dtype", "bf16").code == 0

@@ -244,6 +244,13 @@ def _nearby(location: Location) -> str | None:
     return None
 
 
+def without_configuration(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The note of a format that holds weights and no configuration, if the source has one."""
+    if not checkpoint.config:
+        return ()
+    return ("the output has no place for the model's configuration: to convert it again, give the source's --config",)
+
+
 def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     """Open whatever is at ``path``.
 

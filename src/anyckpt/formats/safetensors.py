@@ -16,7 +16,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import BY_SAFETENSORS, DType, dtype
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.registry import Format, Location, WriteOptions, without_configuration
 from anyckpt.storage.source import ByteSource, LocalFile, check_not_pointer
 from anyckpt.tensor import LazyTensor, Stored
 
@@ -221,7 +221,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     weights, ignored = weights_only(checkpoint)
     metadata = checkpoint.details.get("metadata") if checkpoint.format == "safetensors" else None
     parts = safetensors_parts(weights, metadata or {"format": "pt"})
-    return Plan("safetensors", (OutputFile("", parts),), ignored=ignored)
+    return Plan("safetensors", (OutputFile("", parts),), ignored=ignored, notes=without_configuration(checkpoint))
 
 
 def weights_only(checkpoint: Checkpoint) -> tuple[dict[str, LazyTensor], dict[str, str]]:

@@ -199,6 +199,8 @@ def convert(
         notes=(*checkpoint.warnings, *layout_notes, *renamed.notes, *cast.notes, *laid_out.notes),
     )
     files = tuple(describe(plan)["files"])
+    if options.max_shard_size is not None:
+        plan = replace(plan, notes=(*plan.notes, *_undivided(files, plan.format, options.max_shard_size)))
     if dry_run:
         count = len({part.name for part in plan.tensors()})
         done = Conversion(output, plan.format, count, 0, plan.nbytes, 0.0, 0, dry_run=True)
@@ -276,6 +278,14 @@ def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
         optimizer=None,
     )  # fmt: skip
     return bare, dropped
+
+
+def _undivided(files: Sequence[Mapping[str, Any]], format_name: str, limit: int) -> list[str]:
+    """What to say of a format whose files are larger than asked though they could be divided."""
+    large = max((file["bytes"] for file in files if file["tensors"] > 1), default=0)
+    if large <= limit + limit // 10:  # the limit counts tensors, and files have headers too
+        return []
+    return [f"--max-shard-size does not divide a {format_name} checkpoint; its largest file has {large:,} bytes"]
 
 
 def _unused_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:

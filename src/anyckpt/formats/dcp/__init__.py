@@ -9,7 +9,7 @@ from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats.dcp.reader import METADATA, DcpContents, read_dcp
 from anyckpt.formats.dcp.writer import dcp_files
-from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.registry import Format, Location, WriteOptions, without_configuration
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
@@ -113,7 +113,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         paths=paths if isinstance(paths, dict) else None,
         file_bytes=options.max_shard_size,
     )
-    return Plan(FORMAT.name, tuple(files))
+    notes = () if "args" in checkpoint.objects else without_configuration(checkpoint)
+    return Plan(FORMAT.name, tuple(files), notes=notes)
 
 
 FORMAT = Format(
