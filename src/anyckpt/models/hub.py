@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from anyckpt.checkpoint import Checkpoint, storage_key
+from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models import dialects
 from anyckpt.models.config import ModelConfig, padded
 from anyckpt.models.family import Family
 from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names, stored_name, stored_names
-from anyckpt.tensor import LazyTensor
+from anyckpt.tensor import Constant, LazyTensor
 
 _SHOWN = 8  # names listed in a message; more do not help
 
@@ -111,6 +112,9 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
     _check_complete([item.sources for item in expected], kept, model, path)
     tensors: dict[str, LazyTensor] = {}
     for item in expected:
+        if not item.sources:
+            tensors[item.hub] = Constant(dtype(config.dtype or "float32"), item.shape)
+            continue
         operation = item.rule.operation
         sources = [kept[name] for name in item.sources]
         shapes = operation.source_shapes(item.shape, config)
@@ -132,7 +136,8 @@ def from_hub(hub: Hub, dialect: str) -> Named:
     padded with zero rows to the configuration's ``rows``.
 
     Raises:
-        MappingError: hub tensors are missing or of no rule, or the true vocabulary is larger than what is stored.
+        MappingError: hub tensors are missing or of no rule, the true vocabulary is larger than what is stored, or a
+            tensor that the family does not have is not zeros.
         UsageError: no such dialect.
     """
     definition, config = hub.model.definition, hub.model.config
@@ -150,6 +155,9 @@ def from_hub(hub: Hub, dialect: str) -> Named:
         return Named(dialects.from_hub_names(resized, dialect), {}, notes)
     tensors: dict[str, LazyTensor] = {}
     for item in expected:
+        if not item.sources:
+            _check_zero(item.hub, resized[item.hub], hub.model)
+            continue
         parts = item.rule.operation.from_hub(resized[item.hub], config)
         tensors.update(zip(item.sources, parts, strict=True))
     return Named(stored_names(tensors, definition.hugging_face.variants), {}, notes)
@@ -238,6 +246,16 @@ def _check_shape(
     )  # fmt: skip
 
 
+def _check_zero(name: str, tensor: LazyTensor, model: Model) -> None:
+    """Read all of a tensor that the family has no place for: a bias, so it is small."""
+    plain = tensor.dtype.numpy is not None
+    if any(values.view(np.uint8).any() and not (plain and (values == 0).all()) for values in tensor.chunks()):
+        raise MappingError(
+            f"is not zero, and Hugging Face's models of family {model.family} have no such tensor", tensor=name,
+            expected="zeros", remedy="choose another --family, or convert to one of Megatron's or NeMo's formats",
+        )  # fmt: skip
+
+
 def _ignorable(weights: Mapping[str, LazyTensor], definition: Family) -> dict[str, str]:
     patterns = [
         (re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")), reason) for pattern, reason in definition.ignorable
@@ -263,7 +281,7 @@ def _redundant_heads(kept: dict[str, LazyTensor], model: Model, path: str) -> di
 
 def head_and_embedding(model: Model) -> tuple[str, str]:
     """The family's names of the output layer, were it untied, and of the word embedding."""
-    rules = {rule.hub: rule.source[0] for rule in model.definition.rules}
+    rules = {rule.hub: rule.source[0] for rule in model.definition.rules if rule.source}
     return rules.get("output_layer.weight", "lm_head.weight"), rules["embedding.word_embeddings.weight"]
 
 

@@ -156,7 +156,8 @@ class Rule:
     """One line of a family's table.
 
     Attributes:
-        source: patterns of the family's own names, in the operation's order.
+        source: patterns of the family's own names, in the operation's order; none if the family has no such tensor,
+            and the hub's is zeros (a bias that Megatron's layer has and the family's has not).
         hub: pattern of the hub's name.
         shape: lengths of the hub tensor, as names of ``DIMENSIONS`` or of the family's own.
         operation: how source becomes hub and back.
