@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.rules import AXES, DIMENSIONS, Axis, Dimension, Instance, Rule, instances
+from anyckpt.models.rules import AXES, DIMENSIONS, Axis, Dimension, Instance, Layer, Rule, instances, same_layers
 from anyckpt.models.variants import Variant
 
 
@@ -101,6 +101,8 @@ class Family:
         caveats: what a kind of configuration (``identify.KINDS``) cannot say of a model; each becomes a note.
         axes: what stars count besides layers.
         dimensions: lengths that the rules name beyond the common ones.
+        layer: the configuration as one layer sees it, for models whose layers differ; the layer's lengths, operations
+            and conditions get it.
     """
 
     name: str
@@ -117,7 +119,9 @@ class Family:
     caveats: Callable[[ModelConfig, str], Iterable[str]] = field(default=lambda config, kind: ())
     axes: Mapping[str, Axis] = field(default_factory=dict)
     dimensions: Mapping[str, Dimension] = field(default_factory=dict)
+    layer: Layer = same_layers
 
     def expected(self, config: ModelConfig) -> list[Instance]:
         """Every tensor that a model of this configuration has."""
-        return list(instances(self.rules, {**AXES, **self.axes}, {**DIMENSIONS, **self.dimensions}, config))
+        lengths = {**DIMENSIONS, **self.dimensions}
+        return list(instances(self.rules, {**AXES, **self.axes}, lengths, config, self.layer))

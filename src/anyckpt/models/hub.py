@@ -117,7 +117,7 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
             continue
         operation = item.rule.operation
         sources = [kept[name] for name in item.sources]
-        shapes = operation.source_shapes(item.shape, config)
+        shapes = operation.source_shapes(item.shape, item.config)
         for name, tensor, shape in zip(item.sources, sources, shapes, strict=True):
             _check_shape(name, tensor, shape, item, model, path)
             if tensor.dtype != sources[0].dtype:
@@ -125,7 +125,7 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
                     "parts of one fused tensor have different element types", path=path, tensor=name,
                     expected=sources[0].dtype.name, found=tensor.dtype.name, remedy="cast all with --dtype",
                 )  # fmt: skip
-        tensors[item.hub] = operation.to_hub(sources, config)
+        tensors[item.hub] = operation.to_hub(sources, item.config)
     return Hub(model, tensors, ignored, list(model.notes))
 
 
@@ -158,7 +158,7 @@ def from_hub(hub: Hub, dialect: str) -> Named:
         if not item.sources:
             _check_zero(item.hub, resized[item.hub], hub.model)
             continue
-        parts = item.rule.operation.from_hub(resized[item.hub], config)
+        parts = item.rule.operation.from_hub(resized[item.hub], item.config)
         tensors.update(zip(item.sources, parts, strict=True))
     return Named(stored_names(tensors, definition.hugging_face.variants), {}, notes)
 

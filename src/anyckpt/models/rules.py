@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from anyckpt.indexing import Shape
@@ -210,18 +210,31 @@ AXES: Mapping[str, Axis] = {
 """What the stars of every family's rules may count."""
 
 
+Layer = Callable[[ModelConfig, int], ModelConfig]
+
+
+def same_layers(config: ModelConfig, layer: int) -> ModelConfig:
+    """The configuration as a layer sees it where all layers are alike: the model's own."""
+    return config
+
+
 @dataclass(frozen=True)
 class Instance:
-    """A rule for one layer (and expert): concrete names and the hub tensor's shape."""
+    """A rule for one layer (and expert): concrete names, the hub tensor's shape, and the layer's configuration."""
 
     rule: Rule
     sources: tuple[str, ...]
     hub: str
     shape: Shape
+    config: ModelConfig
 
 
 def instances(
-    rules: Sequence[Rule], axes: Mapping[str, Axis], dimensions: Mapping[str, Dimension], config: ModelConfig
+    rules: Sequence[Rule],
+    axes: Mapping[str, Axis],
+    dimensions: Mapping[str, Dimension],
+    config: ModelConfig,
+    layer: Layer = same_layers,
 ) -> Iterator[Instance]:
     """Every tensor that a model of this configuration has: layer by layer between what has no layer.
 
@@ -230,6 +243,7 @@ def instances(
         axes: the indices along each axis.
         dimensions: what the names in shapes mean.
         config: the model.
+        layer: the configuration as one layer sees it, by the index along the axis called ``layer``.
     """
     lengths = {name: dimension(config) for name, dimension in dimensions.items()}
     prepared = [
@@ -249,9 +263,11 @@ def instances(
     for outer in dict.fromkeys(item.axes[0] for item in starred):
         together = [item for item in starred if item.axes[0] == outer]
         for first in axes[outer](config):
-            for item in together:
-                for rest in itertools.product(*(axes[name](config) for name in item.axes[1:])):
-                    yield from item.at((first, *rest), config)
+            seen = layer(config, first) if outer == "layer" else config
+            own = together if seen is config else [item.seen_by(seen, dimensions) for item in together]
+            for item in own:
+                for rest in itertools.product(*(axes[name](seen) for name in item.axes[1:])):
+                    yield from item.at((first, *rest), seen)
     for item in prepared[len(leading) :]:
         if not item.axes:
             yield from item.at((), config)
@@ -271,11 +287,15 @@ class _Prepared:
     def axes(self) -> tuple[str, ...]:
         return self.rule.axes[: len(self.hub) - 1]
 
+    def seen_by(self, config: ModelConfig, dimensions: Mapping[str, Dimension]) -> _Prepared:
+        """The same with the shape that it has in a layer of this configuration."""
+        return replace(self, shape=tuple(dimensions[name](config) for name in self.rule.shape))
+
     def at(self, indices: tuple[int, ...], config: ModelConfig) -> Iterator[Instance]:
         if self.rule.when(config, indices):
             numbers = (indices[0] + self.after, *indices[1:]) if self.after else indices
             sources = tuple(_fill(pattern, numbers) for pattern in self.sources)
-            yield Instance(self.rule, sources, _fill(self.hub, indices), self.shape)
+            yield Instance(self.rule, sources, _fill(self.hub, indices), self.shape, config)
 
 
 def _fill(pieces: Sequence[str], indices: tuple[int, ...]) -> str:
