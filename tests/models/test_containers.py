@@ -1,25 +1,96 @@
-"""Every family through every container of Megatron's and NeMo's, and cut for two tensor parallel ranks."""
+"""Every family through every container of Megatron's and NeMo's, and cut for tensor and expert parallel ranks."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from tests.models.cases import FAMILIES, facts
-from tests.support import fixture_path
+from tests.models.cases import facts
+from tests.models.proofs import Fixture, Sample, samples
+from tests.support import fixture_path, write_plan
 
 import anyckpt
+from anyckpt import models
+from anyckpt.errors import AnyckptError
+from anyckpt.formats import megatron_core
+from anyckpt.formats.hf import FORMAT
+from anyckpt.formats.registry import WriteOptions
 from anyckpt.operations.recut import LayoutRequest
+from anyckpt.tensor import LazyTensor
+
+SAMPLES = samples()
+TARGETS = ("nemo", "nemo2", "megatron-core", "megatron-lm")
 
 
-@pytest.mark.parametrize("target", ["nemo", "nemo2", "megatron-core", "megatron-lm"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_there_and_back(name: str, target: str, tmp_path: Path) -> None:
-    source = fixture_path(f"families/{name}/hf")
-    layout = LayoutRequest(tensor_parallel=2) if target == "megatron-lm" else None
+@dataclass
+class Written:
+    """Samples as folders; those that are no fixtures are written once."""
+
+    root: Path
+
+    def path(self, sample: Sample) -> Path:
+        if isinstance(sample, Fixture):
+            return fixture_path(f"families/{sample.name}/hf")
+        folder = self.root / sample.name
+        if not folder.exists():
+            assert FORMAT.plan is not None
+            write_plan(FORMAT.plan(sample.open()[0], WriteOptions()), folder)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written(tmp_path_factory.mktemp("samples"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_there_and_back(name: str, target: str, written: Written, tmp_path: Path) -> None:
+    sample = SAMPLES[name]
+    source = written.path(sample)
     there = tmp_path / ("there.nemo" if target == "nemo" else "there")
+    before = anyckpt.open(source)
+    layout = None
+    if target == "megatron-lm":
+        model = models.identify(before)
+        assert model is not None
+        layout = LayoutRequest(tensor_parallel=2, expert_parallel=2 if model.config.num_moe_experts else None)
+    if target in sample.refused:
+        with pytest.raises(AnyckptError, match=sample.refused[target]):
+            anyckpt.convert(source, there, to=target, layout=layout)
+        assert not there.exists()
+        return
     anyckpt.convert(source, there, to=target, layout=layout)
     anyckpt.convert(there, tmp_path / "back", to="hf")
-    before, after = anyckpt.open(source), anyckpt.open(tmp_path / "back")
+    after = anyckpt.open(tmp_path / "back")
     assert facts(after.tensors) == facts(before.tensors)
     assert after.config["model_type"] == before.config["model_type"]
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if "megatron-core" not in SAMPLES[name].refused])
+def test_keys_of_each_layer(name: str, written: Written, tmp_path: Path) -> None:
+    """Megatron-Core with ``non_homogeneous_layers`` keeps each layer's tensors apart; experts stay stacked."""
+    source = written.path(SAMPLES[name])
+    anyckpt.convert(source, tmp_path / "stacked", to="megatron-core")
+    stacked = anyckpt.open(tmp_path / "stacked")
+    apart = replace(stacked, tensors=of_each_layer(stacked.tensors))
+    assert all(re.search(r"\.layers\.\d+\.", key) for key in apart.tensors if ".layers." in key)
+    assert megatron_core.FORMAT.plan is not None
+    write_plan(megatron_core.FORMAT.plan(apart, WriteOptions()), tmp_path / "apart")
+    anyckpt.convert(tmp_path / "apart", tmp_path / "back", to="hf")
+    assert facts(anyckpt.open(tmp_path / "back").tensors) == facts(anyckpt.open(source).tensors)
+
+
+def of_each_layer(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Layers that are stacked, one by one."""
+    found: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"((?:decoder|encoder)\.layers)\.(?!\d+\.)(.+)", key)
+        if match is None:
+            found[key] = tensor
+        else:
+            found.update({f"{match[1]}.{layer}.{match[2]}": tensor[layer] for layer in range(tensor.shape[0])})
+    return found

@@ -32,10 +32,15 @@ def _registered() -> tuple[Family, ...]:
 
 def each_family() -> Iterator[Family]:
     """Families in the order in which a configuration is tried; those of other packages last, for they take a search."""
+    yield from built_in()
+    yield from _registered()
+
+
+def built_in() -> Iterator[Family]:
+    """The families of this package, in the order in which a configuration is tried."""
     for module in _BUILT_IN:
         family: Family = import_module(f"anyckpt.models.families.{module}").FAMILY
         yield family
-    yield from _registered()
 
 
 def known_families() -> dict[str, Family]:

@@ -1,0 +1,115 @@
+"""Every family, over all its samples: complete or refused with a name, and no value lost, doubled or put twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from tests.models.cases import facts, with_weights
+from tests.models.proofs import PROOFS, Opened, samples
+
+from anyckpt import models
+from anyckpt.errors import MappingError
+from anyckpt.models import Hub, families
+from anyckpt.tensor import LazyTensor, from_array
+
+SAMPLES = samples()
+
+
+@cache
+def opened(name: str) -> Opened:
+    return SAMPLES[name].open()
+
+
+def test_every_family_has_a_proof() -> None:
+    assert set(PROOFS) == {family.name for family in families.built_in()}
+    assert sum(len(proof.samples) for proof in PROOFS.values()) == len(SAMPLES), "a sample's name is its own"
+    for family, proof in PROOFS.items():
+        assert proof.samples
+        assert {opened(sample.name)[1].family for sample in proof.samples} == {family}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_to_the_hub_and_back(name: str) -> None:
+    checkpoint, model = opened(name)
+    hub = models.to_hub(checkpoint, model)
+    assert facts(models.from_hub(hub, "hf").tensors) == facts(checkpoint.tensors)
+    for dialect in ("hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2"):
+        out = models.from_hub(hub, dialect).tensors
+        again = models.to_hub(with_weights(checkpoint, out), model)
+        assert facts(models.from_hub(again, "hf").tensors) == facts(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_missing_tensor_is_named(name: str) -> None:
+    checkpoint, model = opened(name)
+    hub = models.to_hub(checkpoint, model)
+    for missing in checkpoint.tensors:
+        with pytest.raises(MappingError, match="missing") as caught:
+            models.to_hub(with_weights(checkpoint, without(checkpoint.tensors, missing), "hf"), model)
+        assert missing in str(caught.value)
+    for missing in hub.tensors:
+        rest = without(hub.tensors, missing)
+        with pytest.raises(MappingError, match="missing") as caught:
+            models.to_hub(with_weights(checkpoint, rest, "hub"), model)
+        assert missing in str(caught.value)
+        with pytest.raises(MappingError, match="missing") as caught:
+            models.from_hub(replace(hub, tensors=rest), "hf")
+        assert missing in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_surplus_tensor_is_named(name: str) -> None:
+    checkpoint, model = opened(name)
+    hub = models.to_hub(checkpoint, model)
+    for stored, dialect in ((checkpoint.tensors, "hf"), (hub.tensors, "hub")):
+        for extra in ("v", *(surplus(key) for key in list(stored)[:: max(1, len(stored) // 8)])):
+            more = {**stored, extra: from_array(np.zeros(3, "<f4"))}
+            with pytest.raises(MappingError, match="no rule of family .* covers 1 tensors") as caught:
+                models.to_hub(with_weights(checkpoint, more, dialect), model)
+            assert extra in str(caught.value)
+    with pytest.raises(MappingError, match="no rule of family .* covers 1 tensors: v"):
+        models.from_hub(replace(hub, tensors={**hub.tensors, "v": from_array(np.zeros(3, "<f4"))}), "hf")
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_value_has_one_place(name: str) -> None:
+    """Both ways: with every element of its own value, the other side has each of them once, and nothing but zeros else.
+
+    So no tensor can change unseen, and no rule puts two sources in one place.
+    """
+    checkpoint, model = opened(name)
+    numbered = numbers(checkpoint.tensors)
+    hub = models.to_hub(with_weights(checkpoint, numbered, "hf"), model)
+    assert np.array_equal(odd_parts(hub.tensors.values()), odd_parts(numbered.values()))
+    there = numbers(hub.tensors)
+    back = models.from_hub(Hub(model, there), "hf").tensors
+    assert np.array_equal(odd_parts(back.values()), odd_parts(there.values()))
+
+
+def without(tensors: Mapping[str, LazyTensor], name: str) -> dict[str, LazyTensor]:
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def surplus(name: str) -> str:
+    """A name like one that is there."""
+    stem, dot, last = name.rpartition(".")
+    return f"{stem}{dot}other_{last}"
+
+
+def numbers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors of these shapes whose elements are all different, also when they are multiplied by powers of two."""
+    result, start = {}, 0
+    for name, tensor in tensors.items():
+        result[name] = from_array((2.0 * np.arange(start, start + tensor.size) + 1).reshape(tensor.shape))
+        start += tensor.size
+    return result
+
+
+def odd_parts(tensors: Iterable[LazyTensor]) -> np.ndarray:
+    """The odd number that each element is a power of two times, sorted; zeros are left out."""
+    flat = np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors])
+    return np.sort(np.frexp(flat[flat != 0])[0])
