@@ -129,36 +129,93 @@ def _identified(checkpoint: Checkpoint) -> Opened:
     return checkpoint, model
 
 
-def fixtures(*names: str, refused: Mapping[str, str] | None = None) -> tuple[Sample, ...]:
-    """Fixtures that behave alike."""
-    return tuple(Fixture(name=name, refused=refused or {}) for name in names)
+def proof(*given: Sample, outputs: str = "transformers", note: str = "") -> Proof:
+    """A proof by these samples."""
+    return Proof(given, outputs, note)
 
+
+def fixture(name: str, refused: Mapping[str, str] | None = None) -> Sample:
+    """A fixture, and where it cannot go."""
+    return Fixture(name=name, refused=refused or {})
+
+
+def tiny(name: str, model_type: str, refused: Mapping[str, str] | None = None, **config: Any) -> Sample:
+    """A model that transformers makes, and where it cannot go."""
+    return Tiny(name=name, refused=refused or {}, config={"model_type": model_type, **config})
+
+
+_SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 64,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_WIDE = {**GROUPED, "head_dim": 16}
+_FALCON = {
+    "num_attention_heads": 8, "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 64, "ffn_hidden_size": 96,
+}  # fmt: skip
+_NEW_FALCON = {**_FALCON, "new_decoder_architecture": True}
+_GPT = {
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_SCALED = {
+    "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+    "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+}
+_PARTIAL = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75}
 
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
+_PARALLEL = {"nemo2": "models of family .* have no parallel_residual"}
 
 PROOFS: dict[str, Proof] = {
-    "deepseek-v2": Proof(fixtures("deepseek_v2_lite", refused=NO_NEMO_1)),
-    "deepseek-v3": Proof(fixtures("deepseek_v3", refused=NO_NEMO_1)),
-    "falcon": Proof(fixtures("falcon_seq_mqa")),
-    "gemma": Proof(fixtures("gemma")),
-    "gemma2": Proof(fixtures("gemma2")),
-    "gemma3": Proof(fixtures("gemma3")),
-    "gpt2": Proof(fixtures("gpt2")),
-    "gpt_bigcode": Proof(fixtures("starcoder_gpt_bigcode")),
-    "gpt_neox": Proof(fixtures("gpt_neox")),
-    "gpt-oss": Proof(fixtures("gpt_oss", refused=NO_NEMO_1)),
-    "llama": Proof(fixtures("llama", "llama_tied_bf16", "llama31_ropescale")),
-    "mistral": Proof(fixtures("mistral_swa")),
-    "mixtral": Proof(fixtures("mixtral")),
-    "nemotron": Proof(fixtures("nemotron")),
-    "nemotron-h": Proof(fixtures("nemotron_h", refused=NO_NEMO_1)),
-    "phi3": Proof(fixtures("phi3")),
-    "qwen2": Proof(fixtures("qwen2")),
-    "qwen2-moe": Proof(fixtures("qwen2_moe", refused=NO_NEMO_2)),
-    "qwen3": Proof(fixtures("qwen3")),
-    "qwen3-moe": Proof(fixtures("qwen3_moe")),
-    "starcoder2": Proof(fixtures("starcoder2")),
+    "deepseek-v2": proof(fixture("deepseek_v2_lite", NO_NEMO_1)),
+    "deepseek-v3": proof(fixture("deepseek_v3", NO_NEMO_1)),
+    "falcon": proof(
+        fixture("falcon_seq_mqa"),
+        tiny("falcon-7b", "falcon", _PARALLEL, **_FALCON),
+        tiny("falcon-40b", "falcon", _PARALLEL, **_NEW_FALCON, num_kv_heads=2),
+        tiny("falcon-11b", "falcon", _PARALLEL, **_NEW_FALCON, num_kv_heads=4, num_ln_in_parallel_attn=1),
+        tiny("falcon-heads", "falcon", **_FALCON, multi_query=False, parallel_attn=False, bias=True),
+    ),
+    "gemma": proof(fixture("gemma")),
+    "gemma2": proof(fixture("gemma2"), tiny("gemma2-window", "gemma2", **_WIDE, sliding_window=4)),
+    "gemma3": proof(
+        fixture("gemma3"),
+        tiny(
+            "gemma3-scaled",
+            "gemma3_text",
+            **_WIDE,
+            sliding_window=4,
+            rope_parameters=_SCALED,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
+    "gpt2": proof(
+        fixture("gpt2"), tiny("gpt2-untied", "gpt2", **_GPT, tie_word_embeddings=False, activation_function="gelu")
+    ),
+    "gpt_bigcode": proof(
+        fixture("starcoder_gpt_bigcode"), tiny("santacoder-heads", "gpt_bigcode", **_GPT, multi_query=False)
+    ),
+    "gpt_neox": proof(fixture("gpt_neox"), tiny("pythia", "gpt_neox", _PARALLEL, **_SIZES, use_parallel_residual=True)),
+    "gpt-oss": proof(fixture("gpt_oss", NO_NEMO_1)),
+    "llama": proof(fixture("llama"), fixture("llama_tied_bf16"), fixture("llama31_ropescale")),
+    "mistral": proof(fixture("mistral_swa")),
+    "mixtral": proof(fixture("mixtral")),
+    "nemotron": proof(
+        fixture("nemotron"), tiny("nemotron-biased", "nemotron", **GROUPED, mlp_bias=True, attention_bias=True)
+    ),
+    "nemotron-h": proof(fixture("nemotron_h", NO_NEMO_1)),
+    "phi3": proof(fixture("phi3"), tiny("phi4-partial", "phi3", **GROUPED, rope_parameters=_PARTIAL)),
+    "qwen2": proof(
+        fixture("qwen2"),
+        tiny("qwen2-window", "qwen2", **GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    ),
+    "qwen2-moe": proof(fixture("qwen2_moe", NO_NEMO_2)),
+    "qwen3": proof(fixture("qwen3"), tiny("qwen3-tied", "qwen3", **_WIDE, tie_word_embeddings=True)),
+    "qwen3-moe": proof(fixture("qwen3_moe")),
+    "starcoder2": proof(
+        fixture("starcoder2"), tiny("starcoder2-window", "starcoder2", **GROUPED, sliding_window=4, use_bias=False)
+    ),
 }
 """By family's name."""
 

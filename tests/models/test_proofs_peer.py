@@ -1,0 +1,122 @@
+"""Samples of transformers' own classes: the same names and shapes, and the same outputs through every framework."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.peer
+
+from tests.models.cases import facts, with_weights  # noqa: E402
+from tests.models.proofs import PROOFS, Tiny  # noqa: E402
+from tests.support import write_plan  # noqa: E402
+
+from anyckpt import models  # noqa: E402
+from anyckpt.checkpoint import Checkpoint  # noqa: E402
+from anyckpt.formats.hf import FORMAT  # noqa: E402
+from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.tensor import from_array  # noqa: E402
+
+SAMPLES = {
+    sample.name: sample
+    for proof in PROOFS.values()
+    if proof.outputs == "transformers"
+    for sample in proof.samples
+    if isinstance(sample, Tiny)
+}
+THROUGH = (
+    ("megatron-core", "megatron-core", "megatron-args"),
+    ("nemo", "nemo-flat", "nemo1"),
+    ("nemo2", "nemo2", "nemo2"),
+)
+"""Format, naming, and kind of configuration."""
+
+
+def saved(sample: Tiny, folder: Path) -> Path:
+    """A random model of transformers', saved by it."""
+    values = dict(sample.config)
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    family = sample.open()[1].definition
+    torch.manual_seed(0)
+    kind = getattr(transformers, family.hugging_face.architectures[0])
+    theirs = kind._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def computed(path: Path, architecture: str) -> Any:
+    """What transformers computes for inputs that are always the same."""
+    model = getattr(transformers, architecture).from_pretrained(path, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(1)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        shape = (2, config.num_channels, config.image_size, config.image_size)
+        inputs = {"pixel_values": torch.randn(shape, generator=generator)}
+    else:
+        tokens = torch.randint(3, config.vocab_size, (2, 24), generator=generator)
+        inputs = {"input_ids": tokens}
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = tokens[:, :12]
+    with torch.no_grad():
+        found = model(**inputs)
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+def written(checkpoint: Checkpoint, folder: Path) -> Path:
+    assert FORMAT.plan is not None
+    return write_plan(FORMAT.plan(checkpoint, WriteOptions()), folder)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_it_computes_the_same(name: str, tmp_path: Path) -> None:
+    sample = SAMPLES[name]
+    source = FORMAT.read(look_at(saved(sample, tmp_path / "theirs")))
+    architecture = source.config["architectures"][0]
+    model = models.identify(source)
+    assert model is not None
+    ours = sample.open()[0]
+    assert {key: t.shape for key, t in source.tensors.items()} == {key: t.shape for key, t in ours.tensors.items()}
+    expected = computed(tmp_path / "theirs", architecture)
+    assert expected.isfinite().all()
+    hub = models.to_hub(source, model)
+    for target, dialect, kind in THROUGH:
+        if target in sample.refused:
+            continue
+        rendered = models.render_config(model, kind)
+        named = models.from_hub(hub, dialect).tensors
+        between = replace(with_weights(source, named), config=rendered, config_kind=kind, artifacts={}, details={})
+        again = models.identify(between)
+        assert again is not None
+        assert again.family == model.family
+        out = models.from_hub(models.to_hub(between, again), "hf").tensors
+        assert facts(out) == facts(source.tensors)
+        config = models.render_config(again, "hf")
+        final = replace(between, tensors=out, dialect="hf", config=config, config_kind="hf")
+        assert torch.equal(computed(written(final, tmp_path / target), architecture), expected), target
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_comparison_can_fail(name: str, tmp_path: Path) -> None:
+    """With a tensor rolled, or another epsilon, the outputs are others."""
+    source = FORMAT.read(look_at(saved(SAMPLES[name], tmp_path / "theirs")))
+    architecture = source.config["architectures"][0]
+    model = models.identify(source)
+    assert model is not None
+    expected = computed(tmp_path / "theirs", architecture)
+    matrices = [key for key, tensor in source.tensors.items() if tensor.ndim == 2 and ".experts." not in key]
+    changed = matrices[len(matrices) // 2]
+    rolled = from_array(np.roll(source.tensors[changed].numpy(), 1, axis=0))
+    other = with_weights(source, {**source.tensors, changed: rolled}, "hf")
+    assert not torch.equal(computed(written(other, tmp_path / "rolled"), architecture), expected), changed
+    blurred = replace(model, config=replace(model.config, layernorm_epsilon=0.1))
+    other = replace(source, config=models.render_config(blurred, "hf"))
+    assert not torch.equal(computed(written(other, tmp_path / "epsilon"), architecture), expected)
