@@ -7,7 +7,7 @@ The hub's tensors have Megatron-Core's names in Transformer Engine spelling, who
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -17,10 +17,11 @@ from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models import dialects
-from anyckpt.models.config import ModelConfig, padded
+from anyckpt.models.config import PART_OF, ModelConfig, padded
 from anyckpt.models.family import Family
 from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names, stored_name, stored_names
+from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import Constant, LazyTensor
 
 _SHOWN = 8  # names listed in a message; more do not help
@@ -101,15 +102,18 @@ def to_hub(checkpoint: Checkpoint, model: Model) -> Hub:
 def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) -> Hub:
     definition, config = model.definition, model.config
     expected = definition.expected(config)
-    ignored = _ignorable(weights, definition)
-    kept = {name: tensor for name, tensor in weights.items() if name not in ignored}
+    found = unwrapped(weights, definition.rules, PART_OF in config.extra)
+    ignored = _ignorable(found.tensors, definition)
+    kept = {name: tensor for name, tensor in found.tensors.items() if name not in ignored}
+    ignored = {found.stored(name): reason for name, reason in ignored.items()}
+    ignored |= dict.fromkeys(found.others, f"of another part of the {config.extra.get(PART_OF)} model than its text")
     variants = definition.hugging_face.variants
     if any(variant.written for variant in variants):
         whole = {stored_name(name, variants): None for item in expected for name in item.sources}
-        _check_complete([tuple(whole)], kept, model, path)
+        _check_complete([tuple(whole)], kept, model, path, found.stored)
     kept = family_names(kept, variants)
-    ignored |= _redundant_heads(kept, model, path)
-    _check_complete([item.sources for item in expected], kept, model, path)
+    ignored |= {found.stored(name): reason for name, reason in _redundant_heads(kept, model, path).items()}
+    _check_complete([item.sources for item in expected], kept, model, path, found.stored)
     tensors: dict[str, LazyTensor] = {}
     for item in expected:
         if not item.sources:
@@ -119,14 +123,14 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
         sources = [kept[name] for name in item.sources]
         shapes = operation.source_shapes(item.shape, item.config)
         for name, tensor, shape in zip(item.sources, sources, shapes, strict=True):
-            _check_shape(name, tensor, shape, item, model, path)
+            _check_shape(found.stored(name), tensor, shape, item, model, path)
             if tensor.dtype != sources[0].dtype:
                 raise MappingError(
-                    "parts of one fused tensor have different element types", path=path, tensor=name,
+                    "parts of one fused tensor have different element types", path=path, tensor=found.stored(name),
                     expected=sources[0].dtype.name, found=tensor.dtype.name, remedy="cast all with --dtype",
                 )  # fmt: skip
         tensors[item.hub] = operation.to_hub(sources, item.config)
-    return Hub(model, tensors, ignored, list(model.notes))
+    return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected)])
 
 
 def from_hub(hub: Hub, dialect: str) -> Named:
@@ -160,7 +164,15 @@ def from_hub(hub: Hub, dialect: str) -> Named:
             continue
         parts = item.rule.operation.from_hub(resized[item.hub], item.config)
         tensors.update(zip(item.sources, parts, strict=True))
+    notes += _remarks(expected)
     return Named(stored_names(tensors, definition.hugging_face.variants), {}, notes)
+
+
+def _remarks(expected: Iterable[Instance]) -> list[str]:
+    """What the operations say of their values, once for each rule."""
+    by_rule = {item.rule.hub: item for item in expected if item.sources}
+    said = ((name, item.rule.operation.remark(item.config)) for name, item in by_rule.items())
+    return [f"{name}: {remark}" for name, remark in said if remark is not None]
 
 
 def _resize_vocabulary(
@@ -185,18 +197,32 @@ def _resize_vocabulary(
 # -- checks --------------------------------------------------------------------------------------------------
 
 
+def _left_out(names: Sequence[str], config: ModelConfig) -> Iterator[str]:
+    """What a user should know of a model that is a part of what is stored."""
+    if names:
+        parts = dict.fromkeys(re.split(r"\.\d|\.", name.removeprefix("model."), maxsplit=1)[0] for name in names)
+        yield (
+            f"only the text part of the {config.extra[PART_OF]} model is taken: {len(names)} tensors of "
+            f"{', '.join(list(parts)[:_SHOWN])} are left out"
+        )
+
+
 def _check_complete(
-    expected: Iterable[tuple[str, ...]], found: Mapping[str, LazyTensor], model: Model, path: str | None
+    expected: Iterable[tuple[str, ...]],
+    found: Mapping[str, LazyTensor],
+    model: Model,
+    path: str | None,
+    spelled: Callable[[str], str] = str,
 ) -> None:
-    """Every expected name is there and no other one, or an error with both lists."""
+    """Every expected name is there and no other one, or an error with both lists, as they are spelled in the file."""
     wanted = [name for names in expected for name in names]
-    missing = [name for name in wanted if name not in found]
-    unknown = sorted(found.keys() - set(wanted), key=_natural)
+    missing = [spelled(name) for name in wanted if name not in found]
+    unknown = sorted(map(spelled, found.keys() - set(wanted)), key=_natural)
     if not missing and not unknown:
         return
     problems = []
     if missing:
-        layers = _whole_layers(missing, wanted)
+        layers = _whole_layers(missing, list(map(spelled, wanted)))
         text = f"layer {', '.join(map(str, layers[:_SHOWN]))} is missing: " if layers else ""
         problems.append(f"{text}{len(missing)} tensors of the model are missing: {_some(missing)}")
     if unknown:
