@@ -78,6 +78,8 @@ class OptimizerState:
         groups: hyperparameters of the parameter groups as stored, without ``params``.
         group_of: weight's name -> index in ``groups``, where the container says or counts prove it; empty where only
             the weights' names and shapes tell.
+        order: names of the parameters in the framework that numbers them, in its order; kept as they are whatever
+            the weights are called meanwhile.  Empty where the state never was by number.
         grad_scaler: state of the loss scaler of fp16 training as stored, or None.
     """
 
@@ -86,6 +88,7 @@ class OptimizerState:
     step: int | None = None
     groups: tuple[dict[str, Any], ...] = ()
     group_of: Mapping[str, int] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
     grad_scaler: Any = None
 
 

@@ -45,6 +45,10 @@ def writing_options(command: Command) -> Command:
 @click.option("--config", metavar="FILE", help="Model configuration, where the checkpoint has none.")
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
 @click.option(
+    "--names", type=click.Choice(["hf", "hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2"]),
+    help="lightning, dcp, torch, safetensors: how to name weights; as the source does if not given.",
+)  # fmt: skip
+@click.option(
     "--optimizer", type=click.Choice(["keep", "drop"]), default="drop", show_default=True,
     help="Carry training state, where the target can hold it.",
 )  # fmt: skip

@@ -86,6 +86,7 @@ def convert(
     family: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    names: str | None = None,
     dtype: str | None = None,
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
     include: str | Sequence[str] | None = None,
@@ -117,6 +118,7 @@ def convert(
         config: the model's configuration (Hugging Face, NeMo or Megatron), as a file or a dictionary, where the
             checkpoint has none.
         tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
+        names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights.
         keep_in_fp32: globs of weights that a cast leaves alone.
         include: glob or globs of the source's weight names; others are left out.
@@ -176,12 +178,12 @@ def convert(
         checkpoint = replace(checkpoint, tokenizer=read_tokenizer(os.fspath(tokenizer)))
     wanted = cast_target(dtype)
     given = read_config(config)
-    renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted)
+    renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted, names=names)
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
     ready = _with_cast(renamed.checkpoint, cast.tensors)
     moved: frozenset[str] = frozenset()
     if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, cut is not None):
-        rename = partial(_renamed_tensors, checkpoint, target, options, family, given)
+        rename = partial(_renamed_tensors, checkpoint, target, options, family, given, names)
         ready, moved = carry_optimizer(checkpoint, ready, target.name, rename)
     if cut is not None:
         ready = cut_for_ranks(ready, cut, rules=request.rules, padding=request.padding)
@@ -219,11 +221,12 @@ def _renamed_tensors(
     options: registry.WriteOptions,
     family: str | None,
     config: dict[str, Any] | None,
+    names: str | None,
     tensors: dict[str, LazyTensor],
 ) -> dict[str, LazyTensor]:
     """What becomes of tensors that have the names and shapes of the checkpoint's weights."""
     bare = replace(checkpoint, tensors=tensors, model_prefix="", state_prefixes=(), objects={}, optimizer=None)
-    return rename_for(bare, target, options, family=family, config=config).checkpoint.tensors
+    return rename_for(bare, target, options, family=family, config=config, names=names).checkpoint.tensors
 
 
 def choose(

@@ -11,6 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
+from anyckpt.models.hub import head_and_embedding
 from anyckpt.tensor import LazyTensor
 
 _UNTRANSLATED = "state besides the weights, whose names are not translated between formats"
@@ -56,8 +57,10 @@ def rename_for(
 ) -> Renamed:
     """The weights under the names that ``target`` gives them, and the configuration in its spelling.
 
-    Where the target takes any names, or names weights as the source does, nothing changes.  Else the model family's
-    rules lead through the hub; where the family is unknown, two Megatron dialects still translate by name.
+    names: str | None = None,
+    Where the target takes any names and none are asked for, or names weights as the source does, nothing changes.
+    Else the model family's rules lead through the hub; where the family is unknown, two Megatron dialects still
+    translate by name.
 
     Args:
         checkpoint: the source.
@@ -69,12 +72,20 @@ def rename_for(
 
     Raises:
         MappingError: names, shapes or configuration do not fit the family, or the model is incomplete.
-        UsageError: no rule leads from the source's names to the target's.
+        names: dialect that the user asks for, where the target takes any names.
+        UsageError: no rule leads from the source's names to the target's, or the target has names of its own.
     """
     wanted = target.dialect(options)
     if wanted is None:
         return Renamed(_with_dtype(checkpoint, dtype))
     told = family is not None or config is not None
+    if names is not None:
+        if wanted not in (None, names):
+            raise UsageError(
+                f"{target.name} has names of its own", expected=f"{wanted} names", found=names,
+                remedy="leave --names out",
+            )  # fmt: skip
+        wanted = names
     if config is not None:
         checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
@@ -83,7 +94,12 @@ def rename_for(
     alike = fits and (known == wanted or (known is None and own))
     model = None if alike and not told else identify(checkpoint, family=family, config=config)
     if model is not None:
-        return _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
+        renamed = _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
+        if names == "hf" and model.config.share_embeddings_and_output_weights:
+            head, embedding = head_and_embedding(model)
+            left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
+            renamed = replace(renamed, notes=(*renamed.notes, left_out))
+        return renamed
     if alike:
         return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype))
     if known in dialects.DIALECTS and wanted in dialects.DIALECTS:

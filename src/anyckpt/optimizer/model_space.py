@@ -16,6 +16,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import FormatError, MappingError
+from anyckpt.formats.original_groups import ORIGINAL_GROUPS, with_original_groups
 from anyckpt.indexing import Shape
 from anyckpt.models import dialects
 from anyckpt.optimizer.groups import assigned
@@ -29,8 +30,6 @@ _MASTERS = ("param", "fp32_param")
 _STACKED = re.compile(r"(?:.*\.)?(?:decoder|encoder)\.layers\.(?!\d)")
 _EXPERTS = ".experts.experts."
 _COMMON = "optimizer"
-ORIGINAL_GROUPS = "original_param_groups"
-"""Entry of the common state with the groups of another framework, which ``write_model_space`` leaves there."""
 
 
 def has_model_space(checkpoint: Checkpoint) -> bool:
@@ -60,15 +59,14 @@ def read_model_space(checkpoint: Checkpoint) -> OptimizerState:
     groups = [group for part in parts for group in groups_of(part, checkpoint.path)]
     steps = [group.get("step") for group in groups]
     steps += [part["state"].get("common_step") for part in map(inner, parts) if isinstance(part.get("state"), dict)]
-    own_groups, group_of = _grouped(checkpoint, slots, groups)
     state = OptimizerState(
         slots=slots,
         step=same_step(steps, checkpoint.path),
-        groups=own_groups,
-        group_of=group_of,
+        groups=tuple(options(group) for group in groups),
+        group_of=_grouped(checkpoint, slots, groups),
         grad_scaler=next((part["grad_scaler"] for part in parts if part.get("grad_scaler")), None),
     )
-    return checked(state, weights, checkpoint.path)
+    return checked(with_original_groups(state, checkpoint.objects.get(ORIGINAL_GROUPS)), weights, checkpoint.path)
 
 
 def common_optimizers(checkpoint: Checkpoint) -> list[Mapping[Any, Any]]:
@@ -114,22 +112,11 @@ def module_shapes(tensors: Mapping[str, LazyTensor]) -> dict[str, Shape]:
     }
 
 
-def _grouped(
-    checkpoint: Checkpoint, slots: Slots, groups: list[Mapping[str, Any]]
-) -> tuple[tuple[dict[str, Any], ...], dict[str, int]]:
-    """Groups, and that of each parameter: those of another framework if kept, else Megatron's as its rule tells."""
+def _grouped(checkpoint: Checkpoint, slots: Slots, groups: list[Mapping[str, Any]]) -> dict[str, int]:
+    """The group of each parameter by Megatron's rule; empty where that does not tell."""
     tensors = {name: tensor for own in slots.values() for name, tensor in own.items()}
-    kept = checkpoint.objects.get(ORIGINAL_GROUPS)
-    if isinstance(kept, dict):
-        originals, group_of = kept.get("param_groups"), kept.get("group_of")
-        if isinstance(originals, list) and isinstance(group_of, dict) and tensors.keys() <= group_of.keys():
-            numbers = {name: group_of[name] for name in tensors}
-            fits = all(type(n) is int and 0 <= n < len(originals) for n in numbers.values())
-            if fits and all(isinstance(group, dict) for group in originals):
-                return tuple(options(group) for group in originals), numbers
-    own = tuple(options(group) for group in groups)
     try:
         told = groups and dialects.find_prefix(tensors) is not None
-        return own, assigned(module_shapes(tensors), groups, checkpoint.path) if told else {}
+        return assigned(module_shapes(tensors), groups, checkpoint.path) if told else {}
     except MappingError:
-        return own, {}
+        return {}

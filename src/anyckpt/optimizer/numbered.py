@@ -48,6 +48,13 @@ class _Optimizer:
         found = self.groups[number].get("params")
         return found if isinstance(found, list) else []
 
+    def stated_names(self, number: int) -> list[str] | None:
+        """Names of a group's parameters, None where the file has none, or not one for each."""
+        found = self.groups[number].get("param_names")
+        if not isinstance(found, list) or len(found) != len(self.indices(number)):
+            return None
+        return found if all(isinstance(name, str) for name in found) else None
+
     def shape(self, index: Any) -> Shape | None:
         """Shape of a parameter by its state, None if it has none yet."""
         own = self.states.get(index, {})
@@ -68,6 +75,7 @@ def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
     """
     weights = checkpoint.weights()
     left = trained(weights)
+    order = tuple(left)
     slots: Slots = {}
     groups: list[dict[str, Any]] = []
     group_of: dict[str, int] = {}
@@ -94,6 +102,7 @@ def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
         step=same_step(steps, checkpoint.path),
         groups=tuple(groups),
         group_of={name: group_of[name] for name in weights if name in known},
+        order=order,
         grad_scaler=next((checkpoint.objects[name] for name in checkpoint.objects if _SCALER.fullmatch(name)), None),
     )
     return checked(state, weights, checkpoint.path)
@@ -130,7 +139,11 @@ def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
 
 
 def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, path: str) -> list[list[str]]:
-    """The parameters of each group, in its order."""
+    """The parameters of each group, in its order: by the names that PyTorch 2.6 keeps, if it was given any."""
+    stated = [optimizer.stated_names(number) for number in range(len(optimizer.groups))]
+    told = [name for names in stated for name in names or []]
+    if told and None not in stated and len(set(told)) == len(told) and all(name in left for name in told):
+        return [names or [] for names in stated]
     shapes = [[optimizer.shape(index) for index in optimizer.indices(n)] for n in range(len(optimizer.groups))]
     filled = [number for number, own in enumerate(shapes) if own]
     names: list[list[str]] = [[] for _ in shapes]

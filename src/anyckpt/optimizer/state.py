@@ -110,8 +110,8 @@ def same_step(steps: Iterable[Any], path: str | None) -> int | None:
 
 
 def options(group: Mapping[Any, Any]) -> dict[str, Any]:
-    """A parameter group's hyperparameters, without its parameters and steps."""
-    return {str(key): value for key, value in group.items() if key not in ("params", "step")}
+    """A parameter group's hyperparameters, without its parameters (and their names, as PyTorch 2.6 keeps) and steps."""
+    return {str(key): value for key, value in group.items() if key not in ("params", "param_names", "step")}
 
 
 def unproved(problem: str, **facts: Any) -> MappingError:

@@ -15,9 +15,10 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.dtypes import dtype
+from anyckpt.formats.original_groups import original_groups
 from anyckpt.indexing import Shape
 from anyckpt.optimizer.groups import Kind, decays, group_decays, is_edge
-from anyckpt.optimizer.model_space import ORIGINAL_GROUPS, module_shapes
+from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.parameters import trained
 from anyckpt.optimizer.state import MASTER, SLOTS, unproved, with_masters
 
@@ -62,9 +63,8 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
             "distrib_optim_sharding_type": _TYPE,
             "chained_optim_avoid_prefix": True,
         },
+        **original_groups(state),
     }
-    if state.group_of and not all("wd_mult" in group or "pre_wd_mult" in group for group in state.groups):
-        common[ORIGINAL_GROUPS] = {"param_groups": list(state.groups), "group_of": dict(state.group_of)}
     known = checkpoint.details.get("common")
     names = [*(known if isinstance(known, list) else []), *common]
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects}

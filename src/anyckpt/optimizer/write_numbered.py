@@ -1,7 +1,8 @@
 """Laying state out as Lightning's ``.ckpt`` files keep it: PyTorch's own form, parameters by number.
 
-Numbers count through the groups, in a group in the order of the state dict.  A model in 16 bits whose optimizer has
-fp32 masters gets NeMo 1's form (``megatron_amp_O2``), the only one that holds them.
+Numbers count through the groups, in a group in the order of the state dict, which is that in which modules register
+parameters.  For a model of transformers only the state dict that the state came from tells it.  A model in 16 bits
+whose optimizer has fp32 masters gets NeMo 1's form (``megatron_amp_O2``), the only one that holds them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.optimizer.groups import assigned, effective
 from anyckpt.optimizer.model_space import module_shapes
-from anyckpt.optimizer.state import MASTER, MOMENTS
+from anyckpt.optimizer.state import MASTER, MOMENTS, unproved
 from anyckpt.tensor import LazyTensor, from_array
 
 _ROOT = "optimizer_states"
@@ -29,8 +30,9 @@ def write_numbered(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
     """The checkpoint with the state as ``optimizer_states`` of a Lightning checkpoint.
 
     Raises:
-        MappingError: nothing tells which group a parameter is in.
+        MappingError: nothing tells which group a parameter is in, or in which order modules register parameters.
     """
+    checkpoint = _in_order(checkpoint, state)
     weights = checkpoint.weights()
     names = [name for name in weights if name in state.slots[MOMENTS[0]]]
     groups = [effective(group) for group in state.groups] or [{}]
@@ -55,6 +57,21 @@ def write_numbered(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
             "original_keys": {**(known.get("original_keys") or {}), **keys},
         },
     )
+
+
+def _in_order(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
+    """The checkpoint with its weights in the order in which the model's modules register them."""
+    place = {checkpoint.model_prefix + name: number for number, name in enumerate(state.order)}
+    if all(checkpoint.model_prefix + name in place for name in state.slots[MOMENTS[0]]):
+        ordered = sorted(checkpoint.tensors, key=lambda name: place.get(name, len(place)))
+        return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in ordered})
+    if checkpoint.dialect == "hf":
+        raise unproved(
+            "the state is by number, and nothing tells in which order the model registers its parameters",
+            path=checkpoint.path, expected="state that was by number under these names before; or --to dcp, by name",
+            found=f"the order of {len(state.order)} other names" if state.order else "no order",
+        )  # fmt: skip
+    return checkpoint
 
 
 def _lightning_entries(checkpoint: Checkpoint) -> dict[str, Any]:

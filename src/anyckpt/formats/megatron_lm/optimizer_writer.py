@@ -136,7 +136,7 @@ class OptimizerWriter:
 
     def _hyperparameters(self, kind: Kind) -> dict[str, Any]:
         """Those of the group that is most like it in the source, else the training run's."""
-        alike = [group for group in self._state.groups if decays(group) != kind.undecayed]
+        alike = [group for group in self._state.groups if decays(group) != kind.undecayed] or [*self._state.groups]
         alike.sort(
             key=lambda group: (
                 flag(group, "is_expert_parallel") != kind.of_expert,

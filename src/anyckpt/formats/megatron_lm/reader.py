@@ -15,6 +15,7 @@ from anyckpt.formats.megatron_lm.names import flattened, hub_names, strip_wrappe
 from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
 from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
+from anyckpt.formats.original_groups import ORIGINAL_GROUPS, with_original_groups
 from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.values import brief
@@ -158,7 +159,7 @@ def _optimizer(
     heads: int,
 ) -> OptimizerState:
     """The optimizer's state, rows of projections in today's order."""
-    version = next(iter(ranks.values())).version
+    first = next(iter(ranks.values()))
     own: dict[Place, list[RankShard]] = {}
     for shard in shards:
         own.setdefault(Place(shard.tensor_rank, shard.pipeline_rank, shard.expert_rank), []).append(shard)
@@ -169,8 +170,8 @@ def _optimizer(
             RankState(tuple(own[place]), rank.root.get(_OPTIMIZER), None if flat is None else flat.root, rank.path)
         )
     found = read_optimizer(states, config, layout)
-    slots = {slot: tuple(grouped(shard, version, heads) for shard in own) for slot, own in found.ranks.items()}
-    return replace(found, ranks=slots)
+    slots = {slot: tuple(grouped(shard, first.version, heads) for shard in own) for slot, own in found.ranks.items()}
+    return with_original_groups(replace(found, ranks=slots), first.root.get(ORIGINAL_GROUPS))
 
 
 def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) -> int:

@@ -14,6 +14,7 @@ from anyckpt.formats.megatron_lm.modules import with_extra_states
 from anyckpt.formats.megatron_lm.names import part_norms
 from anyckpt.formats.megatron_lm.optimizer_writer import OptimizerWriter
 from anyckpt.formats.megatron_lm.ranks import folder_name
+from anyckpt.formats.original_groups import original_groups
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file import zip_parts
 from anyckpt.pickling import Global, Record
@@ -62,14 +63,19 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     optimizer = None if state is None else OptimizerWriter(state, shards, checkpoint.config, local)
     kept = {key: checkpoint.objects[key] for key in _KEPT if key in checkpoint.objects}
     random = _random_states(checkpoint, files)
-    common = {"args": _arguments(checkpoint, layout, shards, step), "checkpoint_version": _VERSION, "iteration": step}
+    common = {
+        "args": _arguments(checkpoint, layout, shards, step),
+        "checkpoint_version": _VERSION,
+        "iteration": step,
+        **({} if state is None else original_groups(state)),
+    }
     iteration = f"iter_{step:07d}" if step else "release"
     outputs = []
     for folder, chunks in files.items():
         own = {} if optimizer is None else {"optimizer": optimizer.rank([chunks[number] for number in sorted(chunks)])}
         contents = {**common, **_models(chunks, layout, local), **own, **kept, **random.get(folder, {})}
         outputs.append(_rank_file(f"{iteration}/{folder}", folder, contents))
-    written = {"args", "checkpoint_version", "iteration", *kept, *(f"{folder}/rng_state" for folder in random)}
+    written = {*common, *kept, *(f"{folder}/rng_state" for folder in random)}
     left = [name for name in checkpoint.objects if name not in written]
     return Plan(
         "megatron-lm",
