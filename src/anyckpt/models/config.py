@@ -24,9 +24,13 @@ _MOST_LAYERS = 10_000
 FEATURES = (
     "num_moe_experts", "num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_override_pattern",
     "hybrid_layer_pattern", "is_hybrid_model", "heterogeneous_block_specs", "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
     "attention_output_gate", "experimental_attention_variant",
 )  # fmt: skip
 """Megatron-Core's switches of other architectures: a family that does not know one that is on is not the model's."""
+
+PART_OF = "part_of"
+"""Key of ``ModelConfig.extra``."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class ModelConfig(BlockConfig):
         pad_token_id: or None.
         dtype: element type of the weights, in torch's name.
         extra: under ``hf`` the keys of a Hugging Face configuration that are no fields here; under ``features`` those
-            of ``FEATURES`` that a Megatron or NeMo configuration has.
+            of ``FEATURES`` that a Megatron or NeMo configuration has; under ``PART_OF`` the type of the larger model
+            whose text part this one is.
     """
 
     family: str

@@ -11,7 +11,7 @@ from typing import Any
 
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader, check, render_fields, vocabulary_divisor
+from anyckpt.models.config import PART_OF, Field, ModelConfig, Reader, check, render_fields, vocabulary_divisor
 from anyckpt.models.family import Family, HuggingFace
 from anyckpt.models.windows import window_length
 
@@ -65,8 +65,39 @@ WITHOUT_MEANING = {
 """Keys that say nothing about the model itself."""
 
 
+_OF_THE_WHOLE = (
+    "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "quantization_config",
+)  # fmt: skip
+"""Keys that a model with several parts says once, beside them."""
+
+
 def is_known(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of the family."""
+    """Whether a ``config.json``, or its text part, is of the family."""
+    return _is_own(family, config) or _part(family, config) is not None or _foreign(family, config) is not None
+
+
+def own_part(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a ``config.json`` is the family's, in transformers' keys."""
+    if _is_own(family, config):
+        return config
+    part = _part(family, config)
+    if part is not None:
+        return {**{key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}, **part}
+    return _foreign(family, config) or config
+
+
+def _part(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The text part of a model that also sees or hears."""
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) and _is_own(family, part) else None
+
+
+def _foreign(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return None if "model_type" in config else family.hugging_face.foreign(config)
+
+
+def _is_own(family: Family, config: Mapping[str, Any]) -> bool:
     names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     if config.get("model_type") in family.hugging_face.model_types:
@@ -80,6 +111,7 @@ def parse(family: Family, config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         MappingError: a key is missing, of the wrong type, or says something that the family cannot be.
     """
+    whole, config = config, own_part(family, config)
     reader = Reader(config, "config.json")
     known = family.hugging_face
     fields = reader.fields(known.fields, known.defaults)
@@ -110,7 +142,10 @@ def parse(family: Family, config: Mapping[str, Any]) -> ModelConfig:
             "window_size": _window(reader, known.defaults),
             "dtype": _dtype(config),
             **known.read(reader, fields),
-            "extra": {"hf": {key: value for key, value in config.items() if key not in keys}},
+            "extra": {
+                "hf": {key: value for key, value in config.items() if key not in keys},
+                **({PART_OF: str(whole.get("model_type"))} if _part(family, whole) is not None else {}),
+            },
         }
     )
     if known.attention_bias is not None:

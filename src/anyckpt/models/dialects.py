@@ -46,8 +46,8 @@ DIALECTS = {
 _PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")
 """Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``."""
 
-_FAMILIES = ("model.layers.", "backbone.layers.", "transformer.h.", "gpt_neox.layers.")
-"""How layers are named by transformers' decoders."""
+_FAMILIES = re.compile(r"(?:.+\.)?(?:(?:model|language_model|backbone|gpt_neox)\.layers|transformer\.h)\.\d")
+"""How layers are named by transformers' decoders, wrapped or not."""
 
 _EVIDENCE = re.compile(
     r"embedding\.word_embeddings\.weight"
@@ -93,7 +93,7 @@ _HALVES = ("weight_w", "weight_v")
 def detect(names: Iterable[str]) -> str | None:
     """The dialect of a model's stored names: ``hf``, one of ``DIALECTS``, or None."""
     known = list(names)
-    if any(name.startswith(_FAMILIES) for name in known):
+    if any(_FAMILIES.match(name) for name in known):
         return "hf"
     prefix = find_prefix(known)
     if prefix is None:

@@ -34,6 +34,8 @@ class HuggingFace:
         write: the keys of ``read``, from the model; notes are appended to the list.
         keys: names of these keys.
         variants: other spellings under which tensors are stored.
+        foreign: transformers' keys from a ``config.json`` of another code that the family's models are of; None if it
+            is not one.
     """
 
     model_types: tuple[str, ...]
@@ -53,6 +55,7 @@ class HuggingFace:
     write: Callable[[ModelConfig, list[str]], Mapping[str, Any]] = field(default=lambda config, notes: {})
     keys: frozenset[str] = frozenset()
     variants: tuple[Variant, ...] = ()
+    foreign: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = field(default=lambda config: None)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Family:
         recognise: whether a Megatron or NeMo 1 configuration that has the traits is of this family.
         nemo1_keys: keys that NeMo 1 needs for the family beyond the common ones; they replace what is written
             otherwise.
+        megatron_keys: the same of Megatron-LM's arguments.
         caveats: what a kind of configuration (``identify.KINDS``) cannot say of a model; each becomes a note.
         axes: what stars count besides layers.
         dimensions: lengths that the rules name beyond the common ones.
@@ -116,6 +120,7 @@ class Family:
     ignorable: tuple[tuple[str, str], ...] = ()
     recognise: Callable[[ModelConfig], bool] = field(default=lambda config: True)
     nemo1_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
+    megatron_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
     caveats: Callable[[ModelConfig, str], Iterable[str]] = field(default=lambda config, kind: ())
     axes: Mapping[str, Axis] = field(default_factory=dict)
     dimensions: Mapping[str, Dimension] = field(default_factory=dict)

@@ -130,7 +130,7 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
                     expected=sources[0].dtype.name, found=tensor.dtype.name, remedy="cast all with --dtype",
                 )  # fmt: skip
         tensors[item.hub] = operation.to_hub(sources, item.config)
-    return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected)])
+    return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected), *_left_out(found.others, config)])
 
 
 def from_hub(hub: Hub, dialect: str) -> Named:
@@ -200,7 +200,7 @@ def _resize_vocabulary(
 def _left_out(names: Sequence[str], config: ModelConfig) -> Iterator[str]:
     """What a user should know of a model that is a part of what is stored."""
     if names:
-        parts = dict.fromkeys(re.split(r"\.\d|\.", name.removeprefix("model."), maxsplit=1)[0] for name in names)
+        parts = dict.fromkeys(name.removeprefix("model.").partition(".")[0] for name in names)
         yield (
             f"only the text part of the {config.extra[PART_OF]} model is taken: {len(names)} tensors of "
             f"{', '.join(list(parts)[:_SHOWN])} are left out"

@@ -9,11 +9,12 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import config_hf, config_megatron, config_nemo, dialects
-from anyckpt.models.config import ModelConfig
+from anyckpt.models.config import PART_OF, ModelConfig
 from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
 from anyckpt.models.tokens import TokenFacts, token_facts
+from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import LazyTensor
 
 KINDS = ("hf", "nemo1", "nemo2", "megatron-args")
@@ -33,7 +34,9 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
     unwrapped = config_nemo.unwrapped(config)
     if unwrapped.keys() & {"encoder_seq_length", "mcore_gpt", "rotary_percentage", "megatron_amp_O2"}:
         return "nemo1"
-    return "megatron-args" if {"num_layers", "num_attention_heads"} <= config.keys() else None
+    if {"num_layers", "num_attention_heads"} <= config.keys():
+        return "megatron-args"
+    return "hf" if any(config_hf.is_known(family, config) for family in each_family()) else None
 
 
 def identify(
@@ -145,7 +148,9 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
     head, embedding = head_and_embedding(model)
     dialect = checkpoint.dialect or dialects.detect(weights)
     if dialect == "hf":
-        if kind == "hf" and "tie_word_embeddings" not in values and embedding in weights and head not in weights:
+        named = unwrapped(weights, model.definition.rules, PART_OF in config.extra).tensors
+        said = kind != "hf" or "tie_word_embeddings" in config_hf.own_part(model.definition, values)
+        if not said and embedding in named and head not in named:
             config = replace(config, share_embeddings_and_output_weights=True)
             notes.append(f"there is no {head} and config.json says nothing: the embedding is taken to be tied")
     elif dialect is not None:

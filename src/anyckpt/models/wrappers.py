@@ -1,0 +1,111 @@
+"""Names with more or less before them than the family's rules have.
+
+A model's class may be wrapped (``module.``, ``_orig_mod.``, ``base_model.model.``), may be the text part of a model
+that also sees (``language_model.model.`` of transformers 4, ``model.language_model.`` of transformers 5), or may be
+saved without its head and so without the prefix of the part that is not the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+
+from anyckpt.models.rules import Rule
+from anyckpt.tensor import LazyTensor
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_TEXT = "language_model."
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """Tensors under names as a family's rules have them.
+
+    Attributes:
+        tensors: of the model, and whatever else is not recognised as another part's.
+        others: stored names of other parts, if the model is said to be a part.
+        base: what the rules' names begin with, but those of the head.
+        prefix: what is stored in place of it.
+        outer: what is stored before the names of the head.
+    """
+
+    tensors: dict[str, LazyTensor]
+    others: tuple[str, ...] = ()
+    base: str = ""
+    prefix: str = ""
+    outer: str = ""
+
+    def stored(self, name: str) -> str:
+        """The stored name of a tensor that the rules call ``name``."""
+        if self.base == self.prefix and not self.outer:
+            return name
+        return self.prefix + name[len(self.base) :] if name.startswith(self.base) else self.outer + name
+
+
+def unwrapped(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part: bool) -> Unwrapped:
+    """Tensors without their wrapper's prefix, and with the family's.
+
+    Args:
+        tensors: by stored name.
+        rules: the family's.
+        is_part: the model is a part of what is stored, so that what is beside it belongs to other parts.
+    """
+    anchor, patterns = _patterns(rules)
+    base = _base(anchor, patterns)
+    prefix = _prefix(tensors, anchor, base)
+    if prefix is None or (prefix == base and not is_part):
+        return Unwrapped(dict(tensors))
+    outside = [pattern for pattern in patterns if base and not pattern.startswith(base)]
+    outer = _outer(tensors, prefix, base, outside)
+    heads = {name.partition(".")[0] for name in outside}
+    renamed: dict[str, LazyTensor] = {}
+    others: list[str] = []
+    for name, tensor in tensors.items():
+        if name.startswith(outer) and name[len(outer) :].partition(".")[0] in heads:
+            renamed[name[len(outer) :]] = tensor
+        elif name.startswith(prefix):
+            renamed[base + name[len(prefix) :]] = tensor
+        elif is_part:
+            others.append(name)
+        else:
+            renamed[name] = tensor
+    return Unwrapped(renamed, tuple(others), base, prefix, outer)
+
+
+def _patterns(rules: Iterable[Rule]) -> tuple[str, list[str]]:
+    """A name that tells where the model is, and all names."""
+    listed = list(rules)
+    patterns = [pattern for rule in listed for pattern in rule.source]
+    embedding = next((rule.source[0] for rule in listed if rule.hub == _EMBEDDING and rule.source), None)
+    return embedding or next((pattern for pattern in patterns if "*" not in pattern), ""), patterns
+
+
+def _base(anchor: str, patterns: list[str]) -> str:
+    """The prefix that all of the model but its head has."""
+    shared = [anchor, *(pattern for pattern in patterns if "*" in pattern)]
+    parts = zip(*(pattern.split(".")[:-1] for pattern in shared), strict=False)
+    return "".join(f"{same[0]}." for same in takewhile(lambda each: len(set(each)) == 1, parts))
+
+
+def _prefix(tensors: Mapping[str, LazyTensor], anchor: str, base: str) -> str | None:
+    """What is stored before the names in place of ``base``; None if that is not clear."""
+    if not anchor or anchor in tensors:
+        return base if anchor else None
+    tail = anchor[len(base) :]
+    found = [name[: -len(tail)] for name in tensors if name == tail or name.endswith(f".{tail}")]
+    for candidates in (found, [prefix for prefix in found if _TEXT in prefix]):
+        shortest = min(candidates, key=len, default=None)
+        if shortest is not None and all(prefix.startswith(shortest) for prefix in candidates):
+            return shortest
+    return None
+
+
+def _outer(tensors: Mapping[str, LazyTensor], prefix: str, base: str, outside: list[str]) -> str:
+    """What is stored before the names that are outside the base: some leading part of its prefix."""
+    parts = prefix.split(".")[:-1]
+    for count in range(len(parts), -1, -1):
+        outer = "".join(f"{part}." for part in parts[:count])
+        if any(outer + name in tensors for name in outside):
+            return outer
+    return prefix.removesuffix(base) if prefix.endswith(base) else ""
