@@ -28,7 +28,7 @@ class Numbers:
 def dense_layer(make: Numbers, prefix: str, geometry: Geometry, ffn: int, bias: bool = False) -> dict[str, LazyTensor]:
     """A GPT layer; ``ffn`` is the width of one half if the MLP is gated."""
     assert geometry.num_attention_heads and geometry.kv_channels
-    rows = geometry.query_key_value_rows or 0
+    rows = geometry.query_key_value_rows(0) or 0
     fc1 = ffn * (2 if geometry.gated_linear_unit else 1)
     tensors = {
         f"{prefix}self_attention.linear_proj.weight": make(HIDDEN, geometry.num_attention_heads * geometry.kv_channels),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tests.models import remote_code
 from tests.support import fixture_path
 
 from anyckpt import models
@@ -199,6 +200,17 @@ PROOFS: dict[str, Proof] = {
     "gpt_neox": proof(fixture("gpt_neox"), tiny("pythia", "gpt_neox", _PARALLEL, **_SIZES, use_parallel_residual=True)),
     "gpt-oss": proof(fixture("gpt_oss", NO_NEMO_1)),
     "llama": proof(fixture("llama"), fixture("llama_tied_bf16"), fixture("llama31_ropescale")),
+    "llama-nemotron": proof(
+        Synthetic(
+            name="llama-nemotron",
+            config=remote_code.DECILM,
+            shapes=remote_code.decilm_shapes(remote_code.DECILM),
+            provenance=remote_code.DECILM_SOURCE,
+            refused=NO_NEMO_1,
+        ),
+        outputs="Megatron-Core",
+        note="heterogeneous layers; transformers has no class of it",
+    ),
     "mistral": proof(fixture("mistral_swa")),
     "mixtral": proof(fixture("mixtral")),
     "nemotron": proof(

@@ -105,7 +105,8 @@ class _Cutter:
     def _parts(self, name: Name, tensor: LazyTensor) -> list[LazyTensor]:
         assert name.division is not None
         ways = self.parallelism.expert_ways if name.of_expert else self.parallelism.tensor_parallel
-        return cut_parts(name.text, tensor, name.division, ways, self.geometry, self.padding)
+        how = name.division.at(name.layer, self.geometry)
+        return cut_parts(name.text, tensor, how, ways, self.geometry, self.padding)
 
 
 def _module(name: Name) -> str:
@@ -128,6 +129,7 @@ def _check(
     """Every layer and expert is there exactly once."""
     for stack in {stack for chunk in stages for stack in chunk.layers}:
         due = {layer for chunk in stages for layer in chunk.layers.get(stack, range(0))}
+        due = due if stack != "decoder" or not due else geometry.filled(range(max(due) + 1))
         found = {name.layer for name in held if name.stack == stack}
         if found != due if complete else not found <= due:
             raise MappingError(

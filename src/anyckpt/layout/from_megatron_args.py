@@ -10,6 +10,7 @@ from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout
 from anyckpt.errors import MappingError
+from anyckpt.heterogeneous import LayerBlock, decode
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.geometry import Geometry, Latent, Mamba, Parallelism
 
@@ -49,6 +50,7 @@ def geometry_from_args(arguments: Mapping[str, Any]) -> Geometry:
         make_vocab_size_divisible_by=_size(arguments, "make_vocab_size_divisible_by") or 128,
         mamba=_mamba(arguments, hidden),
         latent=_latent(arguments),
+        blocks=_blocks(arguments, heads, hidden),
     )
 
 
@@ -129,6 +131,11 @@ def _mamba(arguments: Mapping[str, Any], hidden: int | None) -> Mamba | None:
             return None
         heads = 2 * hidden // sizes["head_dim"]
     return Mamba(heads, sizes["head_dim"], sizes["num_groups"], sizes["state_dim"])
+
+
+def _blocks(arguments: Mapping[str, Any], heads: int | None, hidden: int | None) -> tuple[LayerBlock, ...] | None:
+    text = arguments.get("heterogeneous_layers_config_encoded_json")
+    return decode(text, heads, hidden) if isinstance(text, str) and text and heads and hidden else None
 
 
 def _latent(arguments: Mapping[str, Any]) -> Latent | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.heterogeneous import LayerBlock
 
 _LARGEST = 1 << 20  # of a parallel size; beyond it, arithmetic on a hostile file is the attack
 
@@ -78,6 +79,7 @@ class Geometry:
             ``make_vocab_size_divisible_by`` says.
         make_vocab_size_divisible_by: rows are padded to a multiple of this times the tensor-parallel size.
         mamba: sizes of its Mamba-2 mixers, None if it has none.
+        blocks: what each layer of the stack is where they differ; None if they do not.
         latent: sizes of its multi-head latent attention, None if it has none or they are not known.
     """
 
@@ -96,14 +98,33 @@ class Geometry:
     make_vocab_size_divisible_by: int = 128
     mamba: Mamba | None = None
     latent: Latent | None = None
+    blocks: tuple[LayerBlock, ...] | None = None
 
-    @property
-    def query_key_value_rows(self) -> int | None:
-        """Rows of the global ``linear_qkv``, None if a size is unknown."""
-        if self.num_attention_heads is None or self.num_query_groups is None or self.kv_channels is None:
+    def query_key_value_rows(self, layer: int) -> int | None:
+        """Rows of a layer's global ``linear_qkv``, None if a size is unknown.
+
+        Args:
+            layer: index of the layer, as the whole model counts.
+        """
+        groups = self.num_query_groups
+        if self.blocks is not None:
+            groups = self.blocks[layer].num_query_groups if layer < len(self.blocks) else None
+        if self.num_attention_heads is None or groups is None or self.kv_channels is None:
             return None
         queries = self.num_attention_heads * (2 if self.attention_output_gate else 1)
-        return (queries + 2 * self.num_query_groups) * self.kv_channels
+        return (queries + 2 * groups) * self.kv_channels
+
+    def filled(self, layers: range) -> set[int]:
+        """Those of so many layers, counted from the first of them, that have parameters."""
+        blocks = self.blocks or ()
+        return {layer - layers.start for layer in layers if layer >= len(blocks) or not blocks[layer].empty}
+
+    @property
+    def query_groups(self) -> set[int]:
+        """How many query groups there are, in any layer."""
+        if self.blocks is not None:
+            return {block.num_query_groups for block in self.blocks if block.num_query_groups is not None}
+        return set() if self.num_query_groups is None else {self.num_query_groups}
 
     def rows(self, stored: int, tensor_parallel: int) -> int:
         """Rows of a padded vocabulary tensor of which ``stored`` are given.

@@ -185,7 +185,7 @@ class _Joiner:
         for stack in {"decoder", "encoder", *chunk.layers}:
             due = chunk.layers.get(stack, range(0))
             found = {name.layer for name in first.order if name.stack == stack}
-            expected = set(range(len(due)))
+            expected = self.geometry.filled(due) if stack == "decoder" else set(range(len(due)))
             if found != expected if self.complete else not found <= expected:
                 span = f", global {due.start} to {due.stop - 1}" if due else ""
                 raise MappingError(
@@ -200,7 +200,7 @@ class _Joiner:
         shares: list[Copies] = [[] for _ in range(self.parallelism.tensor_parallel)]
         for pair in sorted(ranks):
             shares[pair[0]].append((ranks[pair].source, ranks[pair].dense[name]))
-        self._add(name.at(_layer(chunk, name)), name, shares)
+        self._add(name.at(_layer(chunk, name)), name, shares, _layer(chunk, name))
 
     def _join_experts(self, chunk: Chunk, name: Name, ranks: Mapping[Pair, _Held]) -> None:
         """The tensors that every expert has under one name."""
@@ -221,12 +221,12 @@ class _Joiner:
                 parts = shares.setdefault(expert, [[] for _ in range(self.parallelism.expert_ways)])
                 parts[pair[0] % self.parallelism.expert_ways].append((held.source, tensor))
         for expert in sorted(shares):
-            self._add(f"{base}{expert}", name, shares[expert])
+            self._add(f"{base}{expert}", name, shares[expert], _layer(chunk, name))
 
-    def _add(self, text: str, name: Name, shares: Sequence[Copies]) -> None:
+    def _add(self, text: str, name: Name, shares: Sequence[Copies], layer: int) -> None:
         """Join the first copy of every share, and note what should be equal to it."""
         assert name.division is not None
-        how = settled(text, shares[0][0][1], len(shares), name.division)
+        how = settled(text, shares[0][0][1], len(shares), name.division.at(layer, self.geometry))
         if how.axis is None:
             self._note(text, [copy for share in shares for copy in share])
         else:

@@ -102,8 +102,9 @@ class Names:
 
 def check_parallel(geometry: Geometry, tensor_parallel: int, expert_parallel: int) -> None:
     """Raise MappingError unless query groups and experts can be spread over so many ranks."""
-    groups = geometry.num_query_groups
-    if groups is not None and groups % tensor_parallel and tensor_parallel % groups:
+    for groups in sorted(geometry.query_groups):
+        if not groups % tensor_parallel or not tensor_parallel % groups:
+            continue
         raise MappingError(
             "query groups cannot be spread over the tensor-parallel ranks",
             expected=f"{tensor_parallel} ranks to divide the groups, or the groups the ranks",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout.geometry import Geometry
@@ -72,6 +72,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("**.linear_fc1.{weight,bias}", "gate-up"),
     ("**.linear_fc2.weight", "row"),
     ("**.linear_fc2.bias", "replicated"),
+    # in place of attention or MLP in heterogeneous models
+    ("**.layers.*.{self_attention,mlp}.weight", "column"),
     ("**.router.{weight,bias,expert_bias}", "replicated"),
     ("**.shared_experts.gate_weight", "replicated"),
     # multi-token prediction
@@ -128,6 +130,7 @@ class Division:
         blocks: global lengths of the blocks that are divided separately, or how many equal ones there are.
         vocabulary: padded before it is divided.
         rows: length of axis 0 of the whole tensor where it is known.
+        of_layer: that length is the layer's, of which ``Geometry.query_key_value_rows`` knows.
         either: what ranks hold tells whether it is divided; ``axis`` is how to cut it.
     """
 
@@ -135,7 +138,12 @@ class Division:
     blocks: tuple[int, ...] | int = 1
     vocabulary: bool = False
     rows: int | None = None
+    of_layer: bool = False
     either: bool = False
+
+    def at(self, layer: int, geometry: Geometry) -> Division:
+        """The same of a layer, as the whole model counts."""
+        return replace(self, rows=geometry.query_key_value_rows(layer)) if self.of_layer else self
 
 
 class Rules:
@@ -189,7 +197,7 @@ def division(kind: Kind, name: str, geometry: Geometry) -> Division:
     if kind.name == "latent-down":
         return _latent_down(name, geometry)
     if kind.name == "qkv":
-        return Division(0, rows=geometry.query_key_value_rows)
+        return Division(0, of_layer=True)
     simple: Mapping[str, Division] = {
         "column": Division(0),
         "row": Division(1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyckpt.errors import MappingError
+from anyckpt.heterogeneous import LayerBlock
 
 _LARGEST = 1 << 40
 _MOST_EXPERTS = 1_000_000  # of all layers together; names are made for each
@@ -44,6 +45,8 @@ class BlockConfig:
         mamba_head_dim: width of one.
         mamba_num_groups: groups that share B and C.
         mamba_state_dim: width of the state.
+        heterogeneous_blocks: what each layer is, where they differ in width, in query groups, or in what they are;
+            None if they do not.
         softmax_type: ``vanilla``, or ``learnable`` for an attention sink per head.
         glu_linear_offset: added to the half of a gated MLP that is not activated.
         activation_func_clamp_value: both halves are clamped to it; None for not at all.
@@ -74,6 +77,7 @@ class BlockConfig:
     mamba_head_dim: int | None = None
     mamba_num_groups: int | None = None
     mamba_state_dim: int | None = None
+    heterogeneous_blocks: tuple[LayerBlock, ...] | None = None
     softmax_type: str = "vanilla"
     glu_linear_offset: float = 0.0
     activation_func_clamp_value: float | None = None
@@ -116,7 +120,7 @@ def check_blocks(config: BlockConfig, num_layers: int) -> None:
             "the configuration has too many experts",
             expected=f"at most {_MOST_EXPERTS} in all layers", found=f"{config.num_moe_experts} in {num_layers} layers",
         )  # fmt: skip
-    for name in ("moe_layer_freq", "hybrid_override_pattern"):
+    for name in ("moe_layer_freq", "hybrid_override_pattern", "heterogeneous_blocks"):
         value = getattr(config, name)
         if value is not None and len(value) != num_layers:
             raise MappingError(

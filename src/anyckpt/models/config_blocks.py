@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.errors import MappingError
+from anyckpt.heterogeneous import decode
 from anyckpt.models.config import Field, ModelConfig, Reader, render_fields, whole
 from anyckpt.models.family import Family
 
@@ -75,6 +76,9 @@ def parse_blocks(reader: Reader, defaults: Mapping[str, Any], common: Mapping[st
         found |= {"num_moe_experts": experts, **reader.fields(_EXPERTS, defaults)}
         found["moe_ffn_hidden_size"] = found["moe_ffn_hidden_size"] or common["ffn_hidden_size"]
         found["moe_layer_freq"] = _layer_pattern(reader, defaults, common["num_layers"])
+    blocks = reader.text("heterogeneous_layers_config_encoded_json")
+    if blocks:
+        found["heterogeneous_blocks"] = decode(blocks, common["num_attention_heads"], common["hidden_size"])
     if reader.values.get("multi_latent_attention", defaults.get("multi_latent_attention")):
         found |= {"multi_latent_attention": True, **reader.fields(_LATENT, defaults)}
     pattern = reader.text("hybrid_override_pattern") or defaults.get("hybrid_override_pattern")

@@ -73,6 +73,8 @@ _NORMS = (
     ("self_attention.kv_layernorm", "self_attention.linear_kv_up_proj.layer_norm",
      "self_attention.linear_kv_up_proj.weight"),
     ("norm", "mixer.in_proj.layer_norm", "mixer.in_proj.weight"),
+    ("input_layernorm", "self_attention.layer_norm", "self_attention.weight"),
+    ("pre_mlp_layernorm", "mlp.layer_norm", "mlp.weight"),
 )  # fmt: skip
 """Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
 have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
@@ -139,15 +141,23 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
     return _fused_norms(_separate_experts(_joined_halves(joined_mixers(found)))), ignored
 
 
-def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str) -> dict[str, LazyTensor]:
+def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str, *, numbered: bool = False) -> dict[str, LazyTensor]:
     """Tensors under a dialect's names, from the hub's.
+
+    Args:
+        tensors: by hub name.
+        dialect: one of ``DIALECTS``.
+        numbered: layers are never stacked: Megatron-Core numbers those of a heterogeneous model, though they be alike.
 
     Raises:
         UsageError: no such dialect.
         MappingError: an expert is missing.
     """
     target = by_name(dialect)
-    named = _stacked(_stacked_experts(separate_mixers(tensors))) if target.stacked else dict(tensors)
+    named = dict(tensors)
+    if target.stacked:
+        named = _stacked_experts(separate_mixers(tensors))
+        named = named if numbered else _stacked(named)
     return {target.prefix + name: tensor for name, tensor in named.items()}
 
 

@@ -156,7 +156,8 @@ def from_hub(hub: Hub, dialect: str) -> Named:
         for item in expected
     }
     if dialect != "hf":
-        return Named(dialects.from_hub_names(resized, dialect), {}, notes)
+        numbered = config.heterogeneous_blocks is not None
+        return Named(dialects.from_hub_names(resized, dialect, numbered=numbered), {}, notes)
     tensors: dict[str, LazyTensor] = {}
     for item in expected:
         if not item.sources:

@@ -1,0 +1,219 @@
+"""Llama-Nemotron whose layers differ (DeciLM): Super 49B, Ultra 253B, Llama-3.1-Nemotron-51B.
+
+A layer is Llama's, but its attention or its MLP may be left out, or be one matrix; query groups and widths are each
+layer's own.  Models of the collection whose layers are alike (Nano 8B, 70B) are plain Llama.  Names and keys are those
+of NVIDIA's ``modeling_decilm.py`` and ``block_config.py`` and of Megatron-Core 0.16's heterogeneous layers, a model of
+which loads what is written here.
+
+NeMo 2.5's and Megatron-Bridge 0.3.1's converters know of no replaced layers, and take the query groups of the first
+layer for those of all (Llama-3.1-Nemotron-51B has both).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.heterogeneous import LayerBlock, parse, render
+from anyckpt.models.config import Field, ModelConfig, Reader, whole
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import Condition, Rule
+
+_LAYER = "model.layers.*"
+_HUB = "decoder.layers.*"
+_CODE = "nvidia/Llama-3_3-Nemotron-Super-49B-v1"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_decilm.DeciLMConfig", "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+}  # fmt: skip
+
+
+def _blocks(config: ModelConfig) -> tuple[LayerBlock, ...]:
+    if config.heterogeneous_blocks is None:
+        raise MappingError(
+            "the configuration does not say what each layer is", expected="heterogeneous_layers_config_encoded_json",
+            remedy="choose --family llama if all layers are alike, else give a complete configuration with --config",
+        )  # fmt: skip
+    return config.heterogeneous_blocks
+
+
+def _is(part: str, kind: str) -> Condition:
+    return lambda config, indices: getattr(_blocks(config)[indices[0]], part) == kind
+
+
+def _where_whole(rule: Rule) -> Rule:
+    """Llama's rule, for layers that have the block."""
+    part = "attention" if "self_attention" in rule.hub else "mlp" if ".mlp." in rule.hub else None
+    if part is None:
+        return rule
+    is_whole, also = _is(part, "whole"), rule.when
+    return replace(rule, when=lambda config, indices: is_whole(config, indices) and also(config, indices))
+
+
+def _replaced(part: str, norm: str, matrix: str, hub: str) -> tuple[Rule, Rule]:
+    """One matrix with a norm before it."""
+    when = _is(part, "linear")
+    return (
+        Rule((f"{_LAYER}.{norm}.weight",), f"{_HUB}.{hub}.layer_norm_weight", ("hidden",), when=when),
+        Rule((f"{_LAYER}.{matrix}.weight",), f"{_HUB}.{hub}.weight", ("hidden", "hidden"), partition="column",
+             when=when),
+    )  # fmt: skip
+
+
+RULES = (
+    *map(_where_whole, llama.RULES),
+    *_replaced("attention", "input_layernorm", "self_attn.linear_attn", "self_attention"),
+    *_replaced("mlp", "post_attention_layernorm", "mlp.linear_mlp", "mlp"),
+)
+
+
+def _layer(config: ModelConfig, index: int) -> ModelConfig:
+    """A layer's own query groups and width."""
+    block = _blocks(config)[index]
+    return replace(
+        config,
+        num_query_groups=block.num_query_groups or config.num_query_groups,
+        ffn_hidden_size=block.ffn_hidden_size or config.ffn_hidden_size,
+    )
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The layers; of the whole model, query groups are the first attention's and the width is the largest."""
+    heads, hidden = found["num_attention_heads"], found["hidden_size"]
+    if heads < 1 or hidden < 1:
+        raise MappingError("config.json's num_attention_heads and hidden_size are not possible", found=(heads, hidden))
+    if found["add_bias_linear"]:
+        raise MappingError("config.json has biases that no released model of family llama-nemotron has")
+    blocks = parse(reader.values.get("block_configs"), heads, hidden)
+    return {
+        "heterogeneous_blocks": blocks,
+        "num_query_groups": next((b.num_query_groups for b in blocks if b.num_query_groups), heads),
+        "ffn_hidden_size": max((b.ffn_hidden_size or 0 for b in blocks), default=0) or 4 * hidden,
+    }
+
+
+def _block_configs(config: ModelConfig) -> list[dict[str, Any]]:
+    return [render(block, config.num_attention_heads, config.hidden_size) for block in _blocks(config)]
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    blocks = _block_configs(config)
+    for index, block in enumerate(blocks):
+        if "ffn_hidden_size" in block["ffn"]:
+            raise MappingError(
+                f"DeciLM has no word for the width of layer {index}", expected="a multiple of 256",
+                found=block["ffn"]["ffn_hidden_size"],
+            )  # fmt: skip
+    written = {"block_configs": blocks, "intermediate_size": None, "num_key_value_heads": None}
+    if "auto_map" in config.extra.get("hf", {}):
+        return written
+    notes.append(
+        f"transformers has no class of its own for this family: put the *.py files of {_CODE} beside the model"
+    )
+    return {**written, "auto_map": _AUTO_MAP}
+
+
+def _encoded(config: ModelConfig) -> dict[str, Any]:
+    """Megatron-Core's layers; the keys besides ``block_configs`` are those that Megatron-LM compares arguments with."""
+    values = {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "hidden_act": "silu",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "tie_word_embeddings": config.share_embeddings_and_output_weights,
+        "rope_theta": whole(config.rotary_base),
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+        "block_configs": _block_configs(config),
+    }
+    return {"heterogeneous_block_specs": True, "heterogeneous_layers_config_encoded_json": json.dumps(values)}
+
+
+def _nemo2_write(config: ModelConfig) -> dict[str, Any]:
+    if config.rope_scaling is None or config.rope_scaling.get("rope_type") != "llama3":
+        raise MappingError(
+            "NeMo 2's Llama-Nemotron always scales rope as Llama 3.1", expected="rope_scaling of type llama3",
+            found=config.rope_scaling, remedy="convert to megatron-core",
+        )  # fmt: skip
+    return _encoded(config)
+
+
+def _megatron_keys(config: ModelConfig) -> dict[str, Any]:
+    """Megatron-LM asks for a path, too, which it does not open where it has the JSON."""
+    return {
+        **_encoded(config),
+        "heterogeneous_layers_config_path": "config.json",
+        "use_rotary_position_embeddings": True,
+        "group_query_attention": True,
+    }
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    groups = {block.num_query_groups for block in _blocks(config)} - {None}
+    if kind == "megatron-args" and (len(groups) > 1 or not config.rope_scaling):
+        yield (
+            "Megatron-LM's argument parser takes heterogeneous layers only with llama3-scaled rope and as many query "
+            "groups in every layer: build the model with Megatron-Core's HeterogeneousTransformerConfig"
+        )
+
+
+def _nemo2_read(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not reader.values.get("heterogeneous_layers_config_encoded_json"):
+        raise MappingError(
+            "the NeMo 2 configuration has no heterogeneous_layers_config_encoded_json",
+            remedy="give the model's config.json with --config",
+        )
+    return {}
+
+
+FAMILY = Family(
+    name="llama-nemotron",
+    title="Llama-Nemotron Super, Ultra, 51B (DeciLM)",
+    rules=RULES,
+    ignorable=llama.IGNORABLE,
+    traits={**llama.TRAITS, "add_bias_linear": False},
+    features=frozenset({
+        "heterogeneous_block_specs", "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json",
+    }),
+    recognise=lambda config: config.heterogeneous_blocks is not None,
+    hugging_face=HuggingFace(
+        model_types=("nemotron-nas",),
+        architectures=("DeciLMForCausalLM",),
+        defaults=llama.FAMILY.hugging_face.defaults,
+        fields=(
+            *(entry for entry in COMMON if entry.key != "intermediate_size"),
+            Field("ffn_hidden_size", "intermediate_size", default=0),
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("add_bias_linear", "mlp_bias", "flag", False),
+        ),
+        read=_read,
+        write=_write,
+        keys=frozenset({"block_configs"}),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.llama_nemotron",
+        model="LlamaNemotronModel",
+        configs={
+            "Llama33NemotronSuper49BConfig": {
+                **llama.NEMO2_CONFIGS["Llama31Config70B"], **llama.size(80, 8192, 28672, 64, 8),
+            },
+            "Llama31NemotronUltra253BConfig": {
+                **llama.NEMO2_CONFIGS["Llama31Config405B"], **llama.size(126, 8192, 53248, 64, 8),
+            },
+        },
+        choose=lambda config: (
+            "Llama33NemotronSuper49BConfig" if config.num_layers == 80 else "Llama31NemotronUltra253BConfig"
+        ),
+        read=_nemo2_read,
+        write=_nemo2_write,
+    ),
+    nemo1=False,
+    megatron_keys=_megatron_keys,
+    caveats=_caveats,
+    layer=_layer,
+)  # fmt: skip

@@ -1,0 +1,102 @@
+"""Small models whose classes transformers never had: names, shapes and configurations as their own code has them.
+
+Written down from the modeling files that the released models carry, not from our rules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Shapes = dict[str, tuple[int, ...]]
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+# -- DeciLM --------------------------------------------------------------------------------------------------
+
+
+def block(heads_in_group: int | None = None, ffn_mult: float | None = None, linear: str = "") -> dict[str, Any]:
+    """An entry of ``block_configs`` with every key that released models have; ``linear`` names what is replaced."""
+    return {
+        "attention": {
+            "n_heads_in_group": heads_in_group, "no_op": heads_in_group is None and "attention" not in linear,
+            "num_sink_tokens": None, "replace_with_linear": "attention" in linear, "sparsify": None,
+            "unshifted_sink": False, "use_prefill_window_in_sink_attention": False, "window_length": None,
+        },
+        "ffn": {
+            "ffn_mult": ffn_mult, "no_op": ffn_mult is None and "ffn" not in linear,
+            "replace_with_linear": "ffn" in linear, "sparsify": None,
+        },
+    }  # fmt: skip
+
+
+DECILM_SOURCE = (
+    "config.json of nvidia/Llama-3_3-Nemotron-Super-49B-v1 as NVIDIA NeMo 2.5 has it, names and shapes of NeMo "
+    "AutoModel's DeciLM layers and TensorRT-LLM's nemotron_nas converter"
+)
+DECILM: dict[str, Any] = {
+    "architectures": ["DeciLMForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_decilm.DeciLMConfig",
+        "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+    },
+    "block_configs": [
+        block(4, 5.25),
+        block(None, 2.625),
+        block(2, 13.0),
+        block(linear="attention, ffn"),
+        block(4, linear="ffn"),
+        block(),
+    ],
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": None,
+    "max_position_embeddings": 128,
+    "mlp_bias": False,
+    "model_type": "nemotron-nas",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": None,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": LLAMA3_ROPE,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 128,
+}
+
+
+def decilm_shapes(config: dict[str, Any]) -> Shapes:
+    hidden, rows = config["hidden_size"], config["vocab_size"]
+    found: Shapes = {"model.embed_tokens.weight": (rows, hidden)}
+    for layer, parts in enumerate(config["block_configs"]):
+        name = f"model.layers.{layer}"
+        attention, ffn = parts["attention"], parts["ffn"]
+        if not attention["no_op"]:
+            found[f"{name}.input_layernorm.weight"] = (hidden,)
+        if attention["replace_with_linear"]:
+            found[f"{name}.self_attn.linear_attn.weight"] = (hidden, hidden)
+        elif not attention["no_op"]:
+            keys = hidden // attention["n_heads_in_group"]
+            for projection, out in (("q_proj", hidden), ("k_proj", keys), ("v_proj", keys), ("o_proj", hidden)):
+                found[f"{name}.self_attn.{projection}.weight"] = (out, hidden)
+        if not ffn["no_op"]:
+            found[f"{name}.post_attention_layernorm.weight"] = (hidden,)
+        if ffn["replace_with_linear"]:
+            found[f"{name}.mlp.linear_mlp.weight"] = (hidden, hidden)
+        elif not ffn["no_op"]:
+            width = int(2 * ffn["ffn_mult"] * hidden / 3)
+            width = width if width % 256 == 0 else width + 256 - width % 256
+            found[f"{name}.mlp.gate_proj.weight"] = found[f"{name}.mlp.up_proj.weight"] = (width, hidden)
+            found[f"{name}.mlp.down_proj.weight"] = (hidden, width)
+    return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}
