@@ -60,7 +60,7 @@ def _print_summary(found: Inspection) -> None:
     rows = [
         ("path", found.path),
         ("format", " ".join(filter(None, (found.format, found.format_version)))),
-        ("family", f"{found.family or 'unknown'}" + (f" ({found.dialect} names)" if found.dialect else "")),
+        ("family", _family_line(found)),
         ("model", _model_line(found.model)),
         ("parameters", f"{found.parameters:,}" + (f" ({found.size})" if found.parameters >= 1000 else "")),
         ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),
@@ -124,6 +124,13 @@ def _moments(tensor: TensorFacts) -> list[float | None]:
 
 def _files(files: tuple[str, ...]) -> str:
     return ", ".join(files[:2]) + (f" and {len(files) - 2} more" if len(files) > 2 else "")
+
+
+def _family_line(found: Inspection) -> str:
+    """The family, or what the names look like."""
+    likely = found.likely_families
+    family = found.family or "unknown" + (f", by names {', '.join(likely)}" if likely else "")
+    return family + (f" ({found.dialect} names)" if found.dialect else "")
 
 
 def _model_line(model: dict[str, Any] | None) -> str:

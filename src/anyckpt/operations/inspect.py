@@ -97,6 +97,7 @@ class Inspection:
         details: facts that only this format has.
         warnings: anything odd.
         tensors: the tensors asked for, or None if none were.
+        likely_families: where the family is unknown, those that name all tensors as they are named here.
     """
 
     path: str
@@ -126,6 +127,7 @@ class Inspection:
     details: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] | None = None
+    likely_families: tuple[str, ...] = ()
 
     @property
     def has_optimizer(self) -> bool:
@@ -142,6 +144,7 @@ class Inspection:
                 "objects", "values", "details",
             )
         }  # fmt: skip
+        facts["likely_families"] = list(self.likely_families)
         if self.tensors is not None:
             facts["tensors"] = [tensor.to_json() for tensor in self.tensors]
         return facts
@@ -228,7 +231,19 @@ def inspect(
         details=to_plain(checkpoint.details),
         warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
         tensors=listed,
+        likely_families=_likely(checkpoint) if model is None else (),
     )
+
+
+def _likely(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Families whose rules explain all names; none if some tensor is of no rule."""
+    from anyckpt.models.recognise import resemblance
+
+    try:
+        nearest = resemblance(checkpoint.weights())
+    except MappingError:
+        return ()
+    return () if nearest is None or nearest.strange else nearest.families
 
 
 def _joined(checkpoint: Checkpoint) -> Checkpoint:

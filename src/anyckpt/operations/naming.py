@@ -12,6 +12,7 @@ from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
 from anyckpt.models.hub import head_and_embedding
+from anyckpt.operations.unknown import unknown_family
 from anyckpt.tensor import LazyTensor
 
 _UNTRANSLATED = "state besides the weights, whose names are not translated between formats"
@@ -54,10 +55,10 @@ def rename_for(
     family: str | None = None,
     config: dict[str, Any] | None = None,
     dtype: str | None = None,
+    names: str | None = None,
 ) -> Renamed:
     """The weights under the names that ``target`` gives them, and the configuration in its spelling.
 
-    names: str | None = None,
     Where the target takes any names and none are asked for, or names weights as the source does, nothing changes.
     Else the model family's rules lead through the hub; where the family is unknown, two Megatron dialects still
     translate by name.
@@ -69,16 +70,13 @@ def rename_for(
         family: the model family, where the checkpoint does not tell.
         config: the model's configuration, where the checkpoint has none.
         dtype: what the weights will be cast to, for the configuration to say so, or None.
+        names: dialect that the user asks for, where the target takes any names.
 
     Raises:
         MappingError: names, shapes or configuration do not fit the family, or the model is incomplete.
-        names: dialect that the user asks for, where the target takes any names.
         UsageError: no rule leads from the source's names to the target's, or the target has names of its own.
     """
     wanted = target.dialect(options)
-    if wanted is None:
-        return Renamed(_with_dtype(checkpoint, dtype))
-    told = family is not None or config is not None
     if names is not None:
         if wanted not in (None, names):
             raise UsageError(
@@ -86,6 +84,9 @@ def rename_for(
                 remedy="leave --names out",
             )  # fmt: skip
         wanted = names
+    if wanted is None:
+        return Renamed(_with_dtype(checkpoint, dtype))
+    told = family is not None or config is not None
     if config is not None:
         checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
@@ -104,13 +105,7 @@ def rename_for(
         return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype))
     if known in dialects.DIALECTS and wanted in dialects.DIALECTS:
         return _by_dialect(checkpoint, known, wanted, fits, dtype)
-    raise UsageError(
-        f"{target.name} needs a model whose family is known",
-        path=checkpoint.path,
-        expected=f"{wanted} names",
-        found=f"{known or 'unknown'} names",
-        remedy="name it with --family and --config, or convert to safetensors, torch or dcp, which keep names",
-    )
+    raise unknown_family(checkpoint, target.name, wanted, known)
 
 
 def _by_dialect(checkpoint: Checkpoint, known: str, wanted: str, fits: bool, dtype: str | None) -> Renamed:

@@ -1,0 +1,125 @@
+"""Which families' tensors a checkpoint's names look like, where no configuration tells the family.
+
+Names tell the kind of a model, never its sizes: how many heads share a projection's rows is in no shape.  So this
+only says what to look for; a conversion needs the configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from anyckpt.models import dialects
+from anyckpt.models.families import by_name, each_family
+from anyckpt.models.family import Family
+from anyckpt.tensor import LazyTensor
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$")
+_OPTIONAL = re.compile(r".*\.bias|output_layer\.weight|mtp\..*")
+"""Hub names that models of one family may have or not."""
+
+
+@dataclass(frozen=True)
+class Resemblance:
+    """The families that names resemble most.
+
+    Attributes:
+        families: their names; several that name tensors alike, or that the tensors there do not tell apart.
+        strange: names that no rule of theirs explains.
+    """
+
+    families: tuple[str, ...]
+    strange: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The families as a message has them."""
+        return " or ".join(filter(None, (", ".join(self.families[:-1]), self.families[-1])))
+
+
+def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
+    """The families whose rules explain most of a model's tensors by name, or None if none explains any.
+
+    Args:
+        weights: under their stored names, of Hugging Face or any Megatron dialect.
+
+    Raises:
+        MappingError: two Megatron names are the same tensor.
+    """
+    by_hub = dialects.detect(weights) in dialects.DIALECTS
+    names = dialects.to_hub_names(weights)[0] if by_hub else weights
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_INDEX.sub("*", name), []).append(name)
+    kinds = [_Kind(family, by_hub, alike) for family in each_family()]
+    best = min((kind.distance for kind in kinds), default=None)
+    if best is None or best[0] == len(alike):
+        return None
+    nearest = [kind for kind in kinds if kind.distance == best]
+    strange = tuple(name for key in nearest[0].strange for name in alike[key])
+    return Resemblance(tuple(kind.family.name for kind in nearest), strange)
+
+
+class _Kind:
+    """A family, held against names.
+
+    Args:
+        family: the family.
+        by_hub: whether the names are the hub's.
+        alike: names that differ in numbers alone, by what they have in common.
+    """
+
+    def __init__(self, family: Family, by_hub: bool, alike: Mapping[str, list[str]]) -> None:
+        self.family = family
+        found: set[str] = set()
+        self.strange = []
+        for key, names in alike.items():
+            hubs = _explained(family, by_hub, names[0])
+            found.update(hubs)
+            if not hubs and not any(pattern.fullmatch(names[0]) for pattern in _ignorable(family)):
+                self.strange.append(key)
+        absent = {rule.hub for rule in family.rules} - found
+        needed = sum(_OPTIONAL.fullmatch(hub) is None for hub in absent)
+        wrong = sum(family.traits.get(trait, said) != said for trait, said in _said(found).items())
+        self.distance = (len(self.strange), wrong, needed)
+
+
+def _said(hubs: Iterable[str]) -> dict[str, bool]:
+    """What the presence of tensors says of the configuration."""
+    ends = {hub.rpartition("self_attention.")[2] for hub in hubs if "self_attention." in hub}
+    if "linear_qkv.weight" not in ends:
+        return {}
+    return {
+        "add_qkv_bias": "linear_qkv.bias" in ends and "linear_proj.bias" not in ends,
+        "qk_layernorm": "q_layernorm.weight" in ends,
+    }
+
+
+def _explained(family: Family, by_hub: bool, name: str) -> list[str]:
+    """The hub patterns that a name is of."""
+    return [hub for pattern, hub in _patterns(family.name, by_hub) if pattern.fullmatch(name)]
+
+
+@cache
+def _patterns(family: str, by_hub: bool) -> list[tuple[re.Pattern[str], str]]:
+    definition = by_name(family)
+    if by_hub:
+        return [(_compiled(rule.hub), rule.hub) for rule in definition.rules]
+    hubs: dict[str, list[str]] = {}
+    for rule in definition.rules:
+        for source in rule.source:
+            hubs.setdefault(source, []).append(rule.hub)
+    for variant in definition.hugging_face.variants:
+        for name in variant.names:
+            hubs.setdefault(variant.stored, []).extend(hubs.get(name, ()))
+    return [(_compiled(pattern), hub) for pattern, found in hubs.items() for hub in found]
+
+
+def _ignorable(family: Family) -> list[re.Pattern[str]]:
+    return [re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")) for pattern, _ in family.ignorable]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
