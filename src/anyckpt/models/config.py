@@ -14,6 +14,7 @@ from typing import Any
 
 from anyckpt.errors import MappingError
 from anyckpt.models.blocks import BlockConfig, check_blocks
+from anyckpt.models.encoders import EncoderConfig, check_encoders
 
 Tokens = int | tuple[int, ...] | None
 
@@ -25,7 +26,7 @@ FEATURES = (
     "num_moe_experts", "num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_override_pattern",
     "hybrid_layer_pattern", "is_hybrid_model", "heterogeneous_block_specs", "heterogeneous_layers_config_path",
     "heterogeneous_layers_config_encoded_json",
-    "attention_output_gate", "experimental_attention_variant",
+    "attention_output_gate", "experimental_attention_variant", "decoder_num_layers", "mcore_bert", "mcore_t5",
 )  # fmt: skip
 """Megatron-Core's switches of other architectures: a family that does not know one that is on is not the model's."""
 
@@ -34,8 +35,9 @@ PART_OF = "part_of"
 
 
 @dataclass(frozen=True)
-class ModelConfig(BlockConfig):
-    """What a model is, in Megatron-Core's words; what experts and other blocks add is in ``BlockConfig``.
+class ModelConfig(BlockConfig, EncoderConfig):
+    """What a model is, in Megatron-Core's words; what experts and other blocks add is in ``BlockConfig``, what models
+    that are not decoders alone add in ``EncoderConfig``.
 
     Attributes:
         family: name of the model family, as in ``--family``.
@@ -190,6 +192,7 @@ def check(config: ModelConfig) -> ModelConfig:
             expected="a positive size", found=config.make_vocab_size_divisible_by,
         )  # fmt: skip
     check_blocks(config, config.num_layers)
+    check_encoders(config)
     return config
 
 

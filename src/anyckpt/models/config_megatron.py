@@ -8,6 +8,7 @@ from typing import Any
 from anyckpt.errors import MappingError
 from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
 from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
+from anyckpt.models.config_encoders import parse_encoders, render_encoders
 from anyckpt.models.family import Family
 from anyckpt.models.scaling import from_factors, to_factors
 
@@ -52,6 +53,7 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
     """
     reader = Reader(config, "checkpoint's args")
     fields = reader.fields((*FIELDS, *OPTIONAL), {})
+    fields |= parse_encoders(reader, fields)
     fields |= parse_blocks(reader, {}, fields)
     yarn = parse_yarn(reader, {}, fields)
     grouped = reader.flag("group_query_attention")
@@ -121,6 +123,7 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         "context_parallel_size": 1,
         "hf_model_type": family.hugging_face.model_types[0],
         **render_blocks(config, "num_experts"),
+        **render_encoders(config),
         **(yarn or {}),
         **family.megatron_keys(config),
     }

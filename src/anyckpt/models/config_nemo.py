@@ -13,6 +13,7 @@ from typing import Any
 from anyckpt.errors import MappingError
 from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
 from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
+from anyckpt.models.config_encoders import is_encoder_decoder, parse_encoders, render_encoders, sections, with_encoder
 from anyckpt.models.family import Family, NeMo2
 from anyckpt.models.scaling import from_factors, to_factors
 
@@ -84,7 +85,7 @@ _ACTIVATIONS = {
     "relu": ("relu", False),
     "squared-relu": ("squared_relu", False),
 }
-_POSITIONS = ("rope", "learned_absolute", "yarn", "mrope", "none")
+_POSITIONS = ("rope", "learned_absolute", "yarn", "mrope", "relative", "none")
 _PRECISIONS = {"bf16": "bfloat16", "16": "float16", "fp16": "float16", "32": "float32"}
 _FUNCTIONS = {
     "silu": "torch.nn.functional.silu",
@@ -119,6 +120,7 @@ def parse_nemo1(config: Mapping[str, Any]) -> ModelConfig:
     """
     reader = Reader(unwrapped(config), "model_config.yaml")
     fields = reader.fields((*NEMO1_FIELDS, *OPTIONAL), {})
+    fields |= parse_encoders(reader, fields)
     fields |= parse_blocks(reader, {}, fields)
     spelled = (reader.text("normalization") or "layernorm").lower()
     activation = (reader.text("activation") or "gelu").lower()
@@ -205,6 +207,7 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         "hf_model_type": family.hugging_face.model_types[0],
         "target": NEMO1_TARGET,
         **render_blocks(config),
+        **render_encoders(config),
     }
     if factors:
         rendered |= {"scale_positional_embedding": True, "scale_factor": whole(factors["scale_factor"])}
@@ -216,6 +219,8 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         rendered["openai_gelu"] = True
     if config.query_pre_attn_scalar is not None:
         rendered["softmax_scale"] = config.query_pre_attn_scalar**-0.5
+    if config.encoder_num_layers is not None:
+        rendered |= sections(rendered, config)
     return {**rendered, **family.nemo1_keys(config)}
 
 
@@ -227,9 +232,13 @@ def unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The model's part of a configuration: training scripts keep it under ``model``, ``hparams.yaml`` under ``cfg``."""
     for key in ("cfg", "model"):
         inner = config.get(key)
-        if isinstance(inner, Mapping) and "num_layers" in inner and "num_layers" not in config:
-            return inner
-    return config
+        if (
+            isinstance(inner, Mapping)
+            and "num_layers" not in config
+            and ("num_layers" in inner or is_encoder_decoder(inner))
+        ):
+            return with_encoder(inner)
+    return with_encoder(config)
 
 
 # -- NeMo 2 --------------------------------------------------------------------------------------------------
