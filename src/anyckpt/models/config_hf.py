@@ -135,7 +135,7 @@ def parse(family: Family, config: Mapping[str, Any]) -> ModelConfig:
             **fields,
             **_activation(family, reader),
             "family": family.name,
-            "make_vocab_size_divisible_by": vocabulary_divisor(fields["vocab_size"] or 1),
+            "make_vocab_size_divisible_by": vocabulary_divisor(fields.get("vocab_size") or 1),
             "rotary_base": base,
             "rotary_percent": percent,
             "rope_scaling": scaling,
@@ -160,7 +160,8 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         MappingError: transformers' class of the family cannot express the configuration.
     """
     known = family.hugging_face
-    if config.vocab_size is None:
+    has_vocabulary = any(rule.partition == "vocabulary" for rule in family.rules)
+    if config.vocab_size is None and has_vocabulary:
         raise MappingError(
             "the vocabulary size is unknown", expected="vocab_size in the configuration",
             remedy="give it with --config, or give the tokenizer with --tokenizer",
@@ -168,7 +169,7 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
     keys = {entry.key for entry in known.fields}
     _check_heads(family, config)
     rendered: dict[str, Any] = {
-        "use_cache": True,
+        **({"use_cache": True} if has_vocabulary else {}),
         **config.extra.get("hf", {}),
         **known.constants,
         **{key: value for key, value in render_fields(known.fields, config).items() if _is_sayable(key, value)},

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.indexing import Shape
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.rules import AXES, DIMENSIONS, Axis, Dimension, Instance, Layer, Rule, instances, same_layers
 from anyckpt.models.variants import Variant
@@ -34,6 +35,9 @@ class HuggingFace:
         write: the keys of ``read``, from the model; notes are appended to the list.
         keys: names of these keys.
         variants: other spellings under which tensors are stored.
+        prefix: what names begin with, but those of the head, where a class has one.
+        headless: whether the class written has no head, so that names are written without ``prefix``.
+        copies: stored names of tensors that are there a second time, each with the one it is the same as.
         foreign: transformers' keys from a ``config.json`` of another code that the family's models are of; None if it
             is not one.
     """
@@ -55,6 +59,9 @@ class HuggingFace:
     write: Callable[[ModelConfig, list[str]], Mapping[str, Any]] = field(default=lambda config, notes: {})
     keys: frozenset[str] = frozenset()
     variants: tuple[Variant, ...] = ()
+    prefix: str = ""
+    headless: Callable[[ModelConfig], bool] = field(default=lambda config: False)
+    copies: tuple[tuple[str, str], ...] = ()
     foreign: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = field(default=lambda config: None)
 
 
@@ -71,6 +78,7 @@ class NeMo2:
         own: names of common hub fields that ``read`` gives, because these classes spell them in another way.
         read: hub fields that are no one-to-one fields, from the configuration and the class's defaults.
         write: fields that are no one-to-one fields; they replace what is written otherwise.
+        without: fields that NeMo 2's other classes have and these have not.
     """
 
     module: str
@@ -81,6 +89,12 @@ class NeMo2:
     own: frozenset[str] = frozenset()
     read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, defaults: {})
     write: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
+    without: frozenset[str] = frozenset()
+
+
+def unrefined(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
+    """The configuration itself, for families whose configurations say everything."""
+    return config
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,21 @@ class Family:
         hugging_face: spelling there.
         nemo2: spelling there; None if it has no such models.
         nemo1: whether NeMo 1 has such models.
+        nemo1_classes: NeMo 1's classes for them other than ``MegatronGPTModel``, without the module, and what these
+            take where their configuration has no such key: a value, or a function of the configuration.
+        megatron: whether Megatron-Core has such models.
+        unties: kinds of configuration (``identify.KINDS``) whose models have an output layer of their own even where
+            the model's is its embedding, which then is written twice.
         features: of ``config.FEATURES``, those that the family may have; ``yarn`` if its rope may be scaled so.
         recognise: whether a Megatron or NeMo 1 configuration that has the traits is of this family.
         nemo1_keys: keys that NeMo 1 needs for the family beyond the common ones; they replace what is written
             otherwise.
         megatron_keys: the same of Megatron-LM's arguments.
         caveats: what a kind of configuration (``identify.KINDS``) cannot say of a model; each becomes a note.
+        refine: the configuration with what the tensors say and it may leave out, from the shapes of those outside
+            layers by the hub's names.
+        twins: hub names that Megatron's modules give to a tensor a second time, each with its first name.
+        prefixes: by dialect, what Megatron names begin with where it is not the dialect's own prefix.
         axes: what stars count besides layers.
         dimensions: lengths that the rules name beyond the common ones.
         layer: the configuration as one layer sees it, for models whose layers differ; the layer's lengths, operations
@@ -116,12 +139,18 @@ class Family:
     hugging_face: HuggingFace
     nemo2: NeMo2 | None = None
     nemo1: bool = True
+    nemo1_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    megatron: bool = True
+    unties: frozenset[str] = frozenset()
     features: frozenset[str] = frozenset()
     ignorable: tuple[tuple[str, str], ...] = ()
     recognise: Callable[[ModelConfig], bool] = field(default=lambda config: True)
     nemo1_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
     megatron_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
     caveats: Callable[[ModelConfig, str], Iterable[str]] = field(default=lambda config, kind: ())
+    refine: Callable[[ModelConfig, Mapping[str, Shape]], ModelConfig] = unrefined
+    twins: tuple[tuple[str, str], ...] = ()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, Axis] = field(default_factory=dict)
     dimensions: Mapping[str, Dimension] = field(default_factory=dict)
     layer: Layer = same_layers

@@ -93,6 +93,7 @@ def to_hub(checkpoint: Checkpoint, model: Model) -> Hub:
     notes = list(model.notes)
     expected = model.definition.expected(model.config)
     _drop_tied_copy(named, model, ignored)
+    ignored |= _drop_copies(named, model.definition.twins, checkpoint.path)
     _check_complete([(item.hub,) for item in expected], named, model, checkpoint.path)
     for item in expected:
         _check_shape(item.hub, named[item.hub], item.shape, item, model, checkpoint.path)
@@ -112,6 +113,8 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
         whole = {stored_name(name, variants): None for item in expected for name in item.sources}
         _check_complete([tuple(whole)], kept, model, path, found.stored)
     kept = family_names(kept, variants)
+    copies = _drop_copies(kept, definition.hugging_face.copies, path)
+    ignored |= {found.stored(name): reason for name, reason in copies.items()}
     ignored |= {found.stored(name): reason for name, reason in _redundant_heads(kept, model, path).items()}
     _check_complete([item.sources for item in expected], kept, model, path, found.stored)
     tensors: dict[str, LazyTensor] = {}
@@ -144,10 +147,12 @@ def from_hub(hub: Hub, dialect: str) -> Named:
             tensor that the family does not have is not zeros.
         UsageError: no such dialect.
     """
+    notes: list[str] = []
+    if _KINDS.get(dialect) in hub.model.definition.unties and hub.model.config.share_embeddings_and_output_weights:
+        hub = _untied(hub, notes)
     definition, config = hub.model.definition, hub.model.config
     expected = definition.expected(config)
     _check_complete([(item.hub,) for item in expected], hub.tensors, hub.model, None)
-    notes: list[str] = []
     rows = config.vocab_size if dialect == "hf" else config.rows
     resized = {
         item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes)
@@ -156,8 +161,14 @@ def from_hub(hub: Hub, dialect: str) -> Named:
         for item in expected
     }
     if dialect != "hf":
+        resized.update({name: resized[first] for name, first in definition.twins if first in resized})
         numbered = config.heterogeneous_blocks is not None
-        return Named(dialects.from_hub_names(resized, dialect, numbered=numbered), {}, notes)
+        named = dialects.from_hub_names(resized, dialect, numbered=numbered)
+        prefix = definition.prefixes.get(dialect)
+        if prefix is not None:
+            usual = dialects.DIALECTS[dialect].prefix
+            named = {prefix + name.removeprefix(usual): tensor for name, tensor in named.items()}
+        return Named(named, {}, notes)
     tensors: dict[str, LazyTensor] = {}
     for item in expected:
         if not item.sources:
@@ -166,7 +177,16 @@ def from_hub(hub: Hub, dialect: str) -> Named:
         parts = item.rule.operation.from_hub(resized[item.hub], item.config)
         tensors.update(zip(item.sources, parts, strict=True))
     notes += _remarks(expected)
-    return Named(stored_names(tensors, definition.hugging_face.variants), {}, notes)
+    return Named(as_written(tensors, hub.model), {}, notes)
+
+
+def as_written(tensors: Mapping[str, LazyTensor], model: Model) -> dict[str, LazyTensor]:
+    """Tensors under the family's names as they are written for the class that the model is."""
+    known = model.definition.hugging_face
+    named = stored_names(tensors, known.variants)
+    if not known.headless(model.config):
+        return named
+    return {name.removeprefix(known.prefix): tensor for name, tensor in named.items()}
 
 
 def _remarks(expected: Iterable[Instance]) -> list[str]:
@@ -174,6 +194,18 @@ def _remarks(expected: Iterable[Instance]) -> list[str]:
     by_rule = {item.rule.hub: item for item in expected if item.sources}
     said = ((name, item.rule.operation.remark(item.config)) for name, item in by_rule.items())
     return [f"{name}: {remark}" for name, remark in said if remark is not None]
+
+
+_KINDS = {"nemo-flat": "nemo1", "nemo-sharded": "nemo1", "nemo2": "nemo2"}
+"""Whose models have a dialect's names, where it is one framework alone."""
+
+
+def _untied(hub: Hub, notes: list[str]) -> Hub:
+    """The model with an output layer of its own, equal to its embedding."""
+    notes.append("NeMo's class of the model shares no weights: its output layer is a copy of the embedding from now on")
+    config = replace(hub.model.config, share_embeddings_and_output_weights=False)
+    tensors = {**hub.tensors, "output_layer.weight": hub.tensors["embedding.word_embeddings.weight"]}
+    return replace(hub, model=replace(hub.model, config=config), tensors=tensors)
 
 
 def _resize_vocabulary(
@@ -307,35 +339,59 @@ def _redundant_heads(kept: dict[str, LazyTensor], model: Model, path: str) -> di
 
 
 def head_and_embedding(model: Model) -> tuple[str, str]:
-    """The family's names of the output layer, were it untied, and of the word embedding."""
+    """The family's names of the output layer, were it untied, and of the word embedding; "" if it has none."""
     rules = {rule.hub: rule.source[0] for rule in model.definition.rules if rule.source}
-    return rules.get("output_layer.weight", "lm_head.weight"), rules["embedding.word_embeddings.weight"]
+    return rules.get("output_layer.weight", "lm_head.weight"), rules.get("embedding.word_embeddings.weight", "")
 
 
 def _drop_tied_copy(named: dict[str, LazyTensor], model: Model, ignored: dict[str, str]) -> None:
     """Take out the copy of the embedding that a last pipeline stage keeps as its output layer."""
-    head = named.get("output_layer.weight")
     embedding = named.get("embedding.word_embeddings.weight")
-    if model.config.share_embeddings_and_output_weights and head is not None and embedding is not None:
-        _check_equal("output_layer.weight", head, embedding, None)
-        del named["output_layer.weight"]
-        ignored["output_layer.weight"] = "tied to embedding.word_embeddings.weight"
+    for name in ("output_layer.weight", "lm_head.output_layer.weight"):
+        head = named.get(name)
+        if model.config.share_embeddings_and_output_weights and head is not None and embedding is not None:
+            _check_equal(name, head, embedding, None)
+            del named[name]
+            ignored[name] = "tied to embedding.word_embeddings.weight"
+
+
+def _drop_copies(tensors: dict[str, LazyTensor], pairs: Iterable[tuple[str, str]], path: str) -> dict[str, str]:
+    """Take out tensors that are there under two names; one that is there under the second alone gets the first."""
+    dropped: dict[str, str] = {}
+    for name, first in pairs:
+        copy = tensors.pop(name, None)
+        if copy is None:
+            continue
+        original = tensors.setdefault(first, copy)
+        if original is not copy:
+            if not _is_equal(copy, original):
+                raise MappingError(
+                    f"differs from {first}, though it is the same tensor in every model of the family",
+                    path=path, tensor=name, expected=f"{original.dtype.name} {original.shape} with equal values",
+                    found=f"{copy.dtype.name} {copy.shape}", remedy="--exclude the one that is wrong",
+                )  # fmt: skip
+            dropped[name] = f"the same tensor as {first}"
+    return dropped
 
 
 def _check_equal(name: str, tensor: LazyTensor, other: LazyTensor, path: str | None) -> None:
-    """Compare a few rows: enough to notice a tie that the configuration claims and the weights do not have."""
-    if tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.ndim:
-        key = storage_key(tensor)
-        if (key is not None and key == storage_key(other)) or not tensor.size:
-            return
-        rows = sorted({0, tensor.shape[0] // 2, tensor.shape[0] - 1})
-        if all(_same(tensor[row], other[row]) for row in rows):
-            return
+    if _is_equal(tensor, other):
+        return
     raise MappingError(
         "differs from the embedding although the configuration ties them", path=path, tensor=name,
         expected=f"{other.dtype.name} {other.shape} with equal values", found=f"{tensor.dtype.name} {tensor.shape}",
         remedy="if the model is untied, give a configuration that says so with --config, else --exclude the tensor",
     )  # fmt: skip
+
+
+def _is_equal(tensor: LazyTensor, other: LazyTensor) -> bool:
+    """Compare a few rows: enough to notice a tie that the configuration claims and the weights do not have."""
+    if tensor.shape != other.shape or tensor.dtype != other.dtype or not tensor.ndim:
+        return False
+    key = storage_key(tensor)
+    if (key is not None and key == storage_key(other)) or not tensor.size:
+        return True
+    return all(_same(tensor[row], other[row]) for row in sorted({0, tensor.shape[0] // 2, tensor.shape[0] - 1}))
 
 
 def _same(one: LazyTensor, other: LazyTensor) -> bool:

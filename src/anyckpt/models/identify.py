@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.indexing import Shape
 from anyckpt.models import config_hf, config_megatron, config_nemo, dialects
 from anyckpt.models.config import PART_OF, ModelConfig
 from anyckpt.models.families import by_name, each_family
-from anyckpt.models.family import Family
+from anyckpt.models.family import Family, unrefined
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
 from anyckpt.models.tokens import TokenFacts, token_facts
+from anyckpt.models.variants import family_names
 from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import LazyTensor
 
@@ -70,7 +72,7 @@ def identify(
             "has no configuration, and names alone do not tell a model's heads", path=checkpoint.path,
             remedy="give one with --config",
         )  # fmt: skip
-    found = _parse(kind, values, chosen)
+    found = _parse(kind, values, chosen, _parts(checkpoint.weights()))
     if found is None:
         return None
     definition, parsed = found
@@ -78,7 +80,29 @@ def identify(
     return _with_facts_from_tensors(model, checkpoint, kind, values)
 
 
-def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple[Family, ModelConfig] | None:
+_STACKS = ("encoder.layers.", "decoder.layers.")
+_OTHERS = ("embedding.word_embeddings.", "conv1.")
+
+
+def _parts(names: Iterable[str]) -> frozenset[str]:
+    """Which of the parts that tell kinds of models apart Megatron names have; none for other names."""
+    known = list(names)
+    prefix = dialects.find_prefix(known)
+    if prefix is None:
+        return frozenset()
+    return frozenset(part for part in (*_STACKS, *_OTHERS) if any(name.startswith(part, len(prefix)) for name in known))
+
+
+def _has_parts(family: Family, parts: frozenset[str]) -> bool:
+    """Whether a family's models have these parts, and layers in no other stack."""
+    own = {part for part in (*_STACKS, *_OTHERS) if any(rule.hub.startswith(part) for rule in family.rules)}
+    stacks = parts & {*_STACKS}
+    return parts <= own and (not stacks or stacks == own & {*_STACKS})
+
+
+def _parse(
+    kind: str, values: Mapping[str, Any], chosen: Family | None, parts: frozenset[str]
+) -> tuple[Family, ModelConfig] | None:
     if kind == "hf":
         family = chosen or next((f for f in each_family() if config_hf.is_known(f, values)), None)
         return None if family is None else (family, config_hf.parse(family, values))
@@ -92,15 +116,25 @@ def _parse(kind: str, values: Mapping[str, Any], chosen: Family | None) -> tuple
         family, config = candidates[0] if len(candidates) == 1 or not fitting else fitting[0]
         _check_traits(family, config)
         return family, config
-    inner = config_nemo.unwrapped(values) if kind == "nemo1" else values
+    inner = _with_defaults_of_class(config_nemo.unwrapped(values)) if kind == "nemo1" else values
     if chosen is None and not inner.keys() >= _TRANSFORMER:
         return None
     parse = config_nemo.parse_nemo1 if kind == "nemo1" else config_megatron.parse
-    return _by_traits(parse(inner), inner, chosen)
+    return _by_traits(parse(inner), inner, chosen, parts)
+
+
+def _with_defaults_of_class(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A NeMo 1 configuration with what its class takes where it says nothing."""
+    name = str(values.get("target")).rpartition(".")[2]
+    for family in each_family():
+        if name in family.nemo1_classes:
+            defaults = {key: at(values) if callable(at) else at for key, at in family.nemo1_classes[name].items()}
+            return {**values, **{key: value for key, value in defaults.items() if values.get(key) is None}}
+    return values
 
 
 def _by_traits(
-    config: ModelConfig, values: Mapping[str, Any], chosen: Family | None
+    config: ModelConfig, values: Mapping[str, Any], chosen: Family | None, parts: frozenset[str]
 ) -> tuple[Family, ModelConfig] | None:
     """Megatron and NeMo 1 do not name the family: it is the one whose traits the configuration has."""
     if chosen is not None:
@@ -109,7 +143,7 @@ def _by_traits(
     hint = values.get("hf_model_type")
     for family in each_family():
         named = hint in family.hugging_face.model_types or (hint is None and family.recognise(config))
-        if named and not _wrong_traits(family, config):
+        if named and not _wrong_traits(family, config) and _has_parts(family, parts):
             return family, replace(config, family=family.name)
     return None
 
@@ -145,6 +179,7 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
     if config.mtp_num_layers and weights and not any(".eh_proj." in name for name in weights):
         config = replace(config, mtp_num_layers=None)
         notes.append("the configuration's layers of multi-token prediction are not in the checkpoint")
+    config = model.definition.refine(config, _outside_layers(model, checkpoint))
     head, embedding = head_and_embedding(model)
     dialect = checkpoint.dialect or dialects.detect(weights)
     if dialect == "hf":
@@ -160,6 +195,20 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
         }
         config = _with_stored_vocabulary(replace(config, **missing), facts, weights, notes)
     return replace(model, config=config, notes=tuple(notes))
+
+
+def _outside_layers(model: Model, checkpoint: Checkpoint) -> dict[str, Shape]:
+    """Shapes of what is stored outside layers, by the hub's names; nothing for a family that does not ask."""
+    definition, weights = model.definition, checkpoint.weights()
+    if definition.refine is unrefined:
+        return {}
+    if (checkpoint.dialect or dialects.detect(weights)) != "hf":
+        prefix = dialects.find_prefix(weights) or ""
+        return {name.removeprefix(prefix): tensor.shape for name, tensor in weights.items()}
+    named = unwrapped(weights, definition.rules, PART_OF in model.config.extra).tensors
+    named = family_names(named, definition.hugging_face.variants)
+    rules = (rule for rule in definition.rules if "*" not in rule.hub)
+    return {rule.hub: named[name].shape for rule in rules for name in rule.source[:1] if name in named}
 
 
 def _with_stored_vocabulary(
