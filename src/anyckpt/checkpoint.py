@@ -93,6 +93,33 @@ class OptimizerState:
 
 
 @dataclass(frozen=True)
+class AdapterSettings:
+    """What an adapter (LoRA, DoRA) says of itself beside its tensors.
+
+    Attributes:
+        kind: ``lora`` or ``dora``.
+        rank: of its updates, None if not said.
+        alpha: updates are multiplied by alpha over their rank; None if not said.
+        rank_stabilized: alpha is divided by the rank's square root instead (rsLoRA).
+        ranks: pattern of module names -> another rank; patterns are regular expressions of the end of a name.
+        alphas: pattern of module names -> another alpha.
+        dropout: during training.
+        targets: modules that it adapts, in the words of its writer.
+        base: name or path of the model that it was trained on, None if not said.
+    """
+
+    kind: str = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    base: str | None = None
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer's files and how to call it; never loaded.
 
@@ -152,6 +179,7 @@ class Checkpoint:
         ignored: stored names that carry no weights, with the reason (``_extra_state``, ``inv_freq``).
         details: format-specific facts for ``inspect``, as plain data.
         ranks: the ranks' shards, for formats that keep a file per rank.
+        adapter: what it says of itself if it is an adapter for a base model; None if it is a model.
         optimizer: finds the optimizer's state by parameter, None if there is none; raises MappingError where the
             counts or shapes in the files do not prove which parameter a state is of.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
@@ -177,6 +205,7 @@ class Checkpoint:
     details: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[RankShard, ...] = ()
     optimizer: Callable[[], OptimizerState] | None = field(default=None, repr=False)
+    adapter: AdapterSettings | None = None
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
 
     def weights(self) -> dict[str, LazyTensor]:

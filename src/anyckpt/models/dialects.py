@@ -136,7 +136,7 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
             continue
         plain = name[len(prefix) :] if name.startswith(prefix) else name
         plain = plain.replace(".mtp_model_layer.", ".transformer_layer.", 1)  # Megatron-Core's main branch
-        for key, value in _unstacked(plain, tensor):
+        for key, value in unstacked(plain, tensor):
             _put(found, key, value, name)
     return _fused_norms(_separate_experts(_joined_halves(joined_mixers(found)))), ignored
 
@@ -196,7 +196,12 @@ def _is_ignored(name: str) -> str | None:
     return next((reason for pattern, reason in IGNORED if pattern.fullmatch(name)), None)
 
 
-def _unstacked(name: str, tensor: LazyTensor) -> Iterable[tuple[str, LazyTensor]]:
+def unstacked(name: str, tensor: LazyTensor) -> Iterable[tuple[str, LazyTensor]]:
+    """Every layer's part of a tensor, if its name says that it has all layers', else the tensor itself.
+
+    Raises:
+        MappingError: there are too many layers for a model.
+    """
     match = _STACK.fullmatch(name)
     if match is None or not tensor.ndim:
         return [(name, tensor)]

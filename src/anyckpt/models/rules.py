@@ -47,6 +47,17 @@ class Operation(ABC):
     def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
         """Shapes of the source tensors of a hub tensor of this shape."""
 
+    parts: tuple[str, ...] = ()
+    """How Megatron calls each of several sources where it knows them apart, as in adapters."""
+
+    def on_rows(self) -> Operation | None:
+        """The same operation on tensors that share only the weights' output features, as their axis 0; None if none.
+
+        Such are the second factor of a low-rank update, (out, rank), and a norm per output feature, whatever the order
+        in which the weights themselves are stored.
+        """
+        return None
+
     def remark(self, config: ModelConfig) -> str | None:
         """What a user should know of the values that this operation gives for such a model; None if they are exact."""
         return None
@@ -54,6 +65,9 @@ class Operation(ABC):
 
 class Identity(Operation):
     """The same tensor under another name."""
+
+    def on_rows(self) -> Operation | None:
+        return self
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         return sources[0]
@@ -70,6 +84,11 @@ class InterleavedQueryKeyValue(Operation):
 
     For weights and biases alike.
     """
+
+    parts = ("q", "k", "v")
+
+    def on_rows(self) -> Operation | None:
+        return self
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         groups, rest = config.num_query_groups, sources[0].shape[1:]
@@ -95,6 +114,11 @@ class InterleavedQueryKeyValue(Operation):
 class InterleavedKeyValue(Operation):
     """Key and value rows interleaved by query group: a group's key head, then its value head (cross attention)."""
 
+    parts = ("k", "v")
+
+    def on_rows(self) -> Operation | None:
+        return self
+
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         groups, rest = config.num_query_groups, sources[0].shape[1:]
         heads = [tensor.reshape((groups, tensor.shape[0] // groups, *rest)) for tensor in sources]
@@ -113,6 +137,11 @@ class InterleavedKeyValue(Operation):
 class Halves(Operation):
     """Two tensors of one shape, one after the other along axis 0: the gate and the up projection of a gated MLP."""
 
+    parts = ("gate", "up")
+
+    def on_rows(self) -> Operation | None:
+        return self
+
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         return concatenate(sources, 0)
 
@@ -128,6 +157,9 @@ class ConcatenatedQueryKeyValue(Operation):
     """One tensor that holds all query rows, then all key rows, then all value rows, interleaved by query group."""
 
     _separate = InterleavedQueryKeyValue()
+
+    def on_rows(self) -> Operation | None:
+        return self
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         parts, start = [], 0
@@ -152,6 +184,9 @@ class Transposed(Operation):
 
     def __init__(self, inner: Operation) -> None:
         self._inner = inner
+
+    def on_rows(self) -> Operation | None:
+        return self._inner.on_rows()
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         return self._inner.to_hub([tensor.transpose() for tensor in sources], config)
@@ -202,6 +237,11 @@ class Scaled(Operation):
         self._inner = inner
         self._factor = factor
         self._parts = parts
+        self.parts = inner.parts
+
+    def on_rows(self) -> Operation | None:
+        inner = self._inner.on_rows()
+        return None if inner is None else Scaled(inner, self._factor, self._parts)
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         return self._inner.to_hub(self._changed(sources, config, np.multiply), config)

@@ -1,0 +1,22 @@
+"""Adapters (LoRA, DoRA): their names in PEFT, NeMo and Megatron-Bridge, their forms, and their sum with a model."""
+
+from __future__ import annotations
+
+from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, fused, of_one_rank, separated
+from anyckpt.models.adapters.merge import idle, merged
+from anyckpt.models.adapters.settings import read_adapter, settings_of, spelling_of
+
+__all__ = [
+    "Adapter",
+    "Layers",
+    "LowRank",
+    "Target",
+    "fused",
+    "idle",
+    "merged",
+    "of_one_rank",
+    "read_adapter",
+    "separated",
+    "settings_of",
+    "spelling_of",
+]

@@ -1,0 +1,343 @@
+"""An adapter in the hub: low-rank updates of the hub's weights, whatever wrote them.
+
+An update belongs to a weight of the hub (``decoder.layers.3.self_attention.linear_qkv.weight``), and either to all of
+its rows, which are then in the hub's order (Megatron's fused form), or to one of its parts, rows as Hugging Face has
+them (the canonical form): ``q``, ``k``, ``v`` of a fused QKV, ``gate`` and ``up`` of a gated MLP.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from anyckpt.errors import MappingError, UsageError
+from anyckpt.models.config import ModelConfig
+from anyckpt.models.hub import Model
+from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Instance, Operation
+from anyckpt.tensor import Constant, LazyTensor, Mapped, concatenate
+
+_SPLIT: tuple[tuple[re.Pattern[str], Operation, Callable[[ModelConfig], bool]], ...] = (
+    (re.compile(r".*\.self_attention\.linear_qkv\.weight"), INTERLEAVED_QKV, lambda config: True),
+    (re.compile(r".*\.linear_fc1\.weight\d*"), GATE_UP, lambda config: config.gated_linear_unit),
+)
+"""Which weights have parts that Megatron-Bridge's ``CanonicalLoRA`` adapts one by one, and how rows go together."""
+
+_SHOWN = 8
+
+
+class Target(NamedTuple):
+    """What an update changes: a weight of the hub, and a part of its rows (empty for all of them)."""
+
+    weight: str
+    part: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.weight} ({self.part})" if self.part else self.weight
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``scale * up @ down``.
+
+    Attributes:
+        down: (rank, in), LoRA's A.
+        up: (out, rank), LoRA's B.
+        scale: alpha over rank, or over its square root.
+        magnitude: (out,), DoRA's lengths of rows; None for plain LoRA.
+        bias: (out,), LoRA's own bias of B; None mostly.
+        names: as stored, for messages.
+    """
+
+    down: LazyTensor
+    up: LazyTensor
+    scale: float
+    magnitude: LazyTensor | None = None
+    bias: LazyTensor | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass
+class Adapter:
+    """Everything that an adapter changes.
+
+    Attributes:
+        updates: by what they change, in stored order.
+        replaced: what takes the place of whole tensors of the base (PEFT's ``modules_to_save``, trained biases): hub
+            name -> which of its rule's sources -> the family's own tensor.
+        notes: what a user should know.
+    """
+
+    updates: dict[Target, LowRank]
+    replaced: dict[str, dict[int, LazyTensor]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Layers:
+    """The weights of a model by hub name, for adapters.
+
+    Args:
+        model: the model that adapters belong to.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.instances: dict[str, Instance] = {item.hub: item for item in model.definition.expected(model.config)}
+
+    def instance(self, weight: str, name: str) -> Instance:
+        """The rule of a weight that an adapter's tensor ``name`` is for.
+
+        Raises:
+            MappingError: the model has no such weight.
+        """
+        if weight not in self.instances:
+            raise MappingError(
+                f"the model ({self.model.family}, {self.model.config.num_layers} layers) has no weight for it",
+                tensor=name, expected=f"a weight such as {next(iter(self.matrices()))}", found=weight,
+                remedy="give the base model's own configuration with --config",
+            )  # fmt: skip
+        return self.instances[weight]
+
+    def matrices(self) -> Iterable[str]:
+        """Hub names of the matrices."""
+        return (name for name, item in self.instances.items() if len(item.shape) == 2)
+
+    def split(self, weight: str, parts: Iterable[str] = ()) -> tuple[Operation, ModelConfig] | None:
+        """How the rows of a weight's parts go together, and the layer's configuration; None if it has no parts.
+
+        Args:
+            weight: hub name.
+            parts: those that there are: they tell which way it is where the family has another one than Megatron.
+        """
+        item = self.instances[weight]
+        known = split_by_name(weight, item.config)
+        if known is not None and set(parts) <= set(known.parts):
+            return known, item.config
+        own = item.rule.operation.on_rows()
+        return (own, item.config) if own is not None and own.parts and set(parts) <= set(own.parts) else None
+
+
+def split_by_name(weight: str, config: ModelConfig) -> Operation | None:
+    """How Megatron lays the parts of a weight's rows together, None if it has none."""
+    for pattern, operation, applies in _SPLIT:
+        if pattern.fullmatch(weight) and applies(config):
+            return operation
+    return None
+
+
+# -- forms ---------------------------------------------------------------------------------------------------
+
+
+def separated(adapter: Adapter, layers: Layers) -> Adapter:
+    """The canonical form: an update of all rows becomes one of each part, with ``down`` repeated; exact.
+
+    Raises:
+        MappingError: an update has other rows than the model's weight.
+    """
+    updates: dict[Target, LowRank] = {}
+    for target, update in adapter.updates.items():
+        split = None if target.part else layers.split(target.weight)
+        if split is None:
+            updates[target] = update
+            continue
+        operation, config = split
+        check_update(target, update, layers)
+        ups = operation.from_hub(update.up, config)
+        lengths = [None] * len(ups) if update.magnitude is None else operation.from_hub(update.magnitude, config)
+        biases = [None] * len(ups) if update.bias is None else operation.from_hub(update.bias, config)
+        for part, up, magnitude, bias in zip(operation.parts, ups, lengths, biases, strict=True):
+            updates[Target(target.weight, part)] = replace(update, up=up, magnitude=magnitude, bias=bias)
+    return replace(adapter, updates=updates)
+
+
+def fused(adapter: Adapter, layers: Layers) -> Adapter:
+    """The fused form: updates of a weight's parts become one of all its rows.
+
+    If all parts have the same ``down`` the rank stays; otherwise ``down`` is theirs one after the other and ``up`` has
+    theirs on its diagonal, so that the rank is the sum of theirs (3r for a QKV, 2r for gate and up).  Exact.
+
+    Raises:
+        MappingError: an update has other rows than the model's weight.
+        UsageError: parts cannot be one update: their scales or types differ, or only some of them have a magnitude.
+    """
+    updates: dict[Target, LowRank] = {}
+    for target in adapter.updates:
+        whole = Target(target.weight)
+        if not target.part:
+            updates[target] = adapter.updates[target]
+        elif whole not in updates:
+            parts = {t.part: u for t, u in adapter.updates.items() if t.weight == target.weight}
+            updates[whole] = _fuse(target.weight, parts, layers)
+    return replace(adapter, updates=updates)
+
+
+def _fuse(weight: str, parts: Mapping[str, LowRank], layers: Layers) -> LowRank:
+    split = layers.split(weight, parts)
+    assert split is not None
+    operation, config = split
+    first = next(iter(parts.values()))
+    names = tuple(name for update in parts.values() for name in update.names)
+    for part, update in parts.items():
+        check_update(Target(weight, part), update, layers)
+    if len({(u.up.dtype, u.down.dtype) for u in parts.values()}) > 1:
+        raise UsageError("parts of one fused adapter have different element types", tensor=weight,
+                         remedy="cast them with --dtype first")  # fmt: skip
+    magnitudes = [parts[part].magnitude if part in parts else None for part in operation.parts]
+    if any(m is not None for m in magnitudes) and any(m is None for m in magnitudes):
+        raise UsageError(
+            "DoRA adapts only some of the parts of a fused weight, and the lengths of the others' rows are the base's",
+            tensor=weight, expected=", ".join(operation.parts), found=", ".join(parts),
+            remedy="merge it into the base with anyckpt merge-lora",
+        )  # fmt: skip
+    if any(update.bias is not None for update in parts.values()):
+        raise UsageError("Megatron's adapters have no bias", tensor=names[0],
+                         remedy="merge it into the base with anyckpt merge-lora")  # fmt: skip
+    scale = max(update.scale for update in parts.values())
+    scaled = {part: scaled_to(update, scale, names[0]) for part, update in parts.items()}
+    shared = len(parts) == len(operation.parts) and _all_equal([update.down for update in parts.values()])
+    width = first.rank if shared else sum(update.rank for update in parts.values())
+    ups: list[LazyTensor] = []
+    rows = [shape[0] for shape in operation.source_shapes(layers.instances[weight].shape, config)]
+    at = 0
+    for part, length in zip(operation.parts, rows, strict=True):
+        up = scaled[part].up if part in scaled else Constant(first.up.dtype, (length, 0))
+        ups.append(up if shared else _at_columns(up, at, width))
+        at += up.shape[1]
+    down = first.down if shared else concatenate([scaled[p].down for p in operation.parts if p in scaled], 0)
+    lengths = [m for m in magnitudes if m is not None]
+    magnitude = operation.to_hub(lengths, config) if lengths else None
+    return LowRank(down, operation.to_hub(ups, config), scale, magnitude, names=names)
+
+
+def _at_columns(up: LazyTensor, at: int, width: int) -> LazyTensor:
+    """A matrix with columns of zeros before and behind it."""
+    before = Constant(up.dtype, (up.shape[0], at))
+    behind = Constant(up.dtype, (up.shape[0], width - at - up.shape[1]))
+    return concatenate([before, up, behind], 1)
+
+
+def _all_equal(tensors: Sequence[LazyTensor]) -> bool:
+    """Whether tensors have the same elements; reads them."""
+    first = tensors[0]
+    return all(
+        other.shape == first.shape
+        and all(a.tobytes() == b.tobytes() for a, b in zip(first.chunks(), other.chunks(), strict=True))
+        for other in tensors[1:]
+    )
+
+
+def of_one_rank(adapter: Adapter) -> tuple[Adapter, int, float]:
+    """The adapter with one rank and one scale, as Megatron's single ``dim`` and ``alpha`` need; these two.
+
+    Smaller ranks get rows and columns of zeros, so nothing changes.
+
+    Raises:
+        UsageError: scales differ, and by more than a power of two, which alone is exact.
+    """
+    rank = max(update.rank for update in adapter.updates.values())
+    scale = max(update.scale for update in adapter.updates.values())
+    updates = {}
+    for target, update in adapter.updates.items():
+        own = scaled_to(update, scale, (update.names or (str(target),))[0])
+        updates[target] = replace(own, down=own.down.pad(0, rank), up=own.up.pad(1, rank))
+    return replace(adapter, updates=updates), rank, scale * rank
+
+
+def scaled_to(update: LowRank, scale: float, name: str) -> LowRank:
+    """The same update with another scale.
+
+    Raises:
+        UsageError: the scales' ratio is no power of two, so values would be rounded.
+    """
+    if update.scale == scale or math.isclose(update.scale, scale, rel_tol=1e-12):
+        return replace(update, scale=scale)
+    ratio = update.scale / scale if scale else 0.0
+    if abs(math.frexp(ratio)[0]) != 0.5 or update.up.dtype.numpy is None:
+        raise UsageError(
+            "the adapter's modules have different scales, and Megatron has one alpha and one rank for all",
+            tensor=name, expected=f"{scale:g}, or that times a power of two", found=f"{update.scale:g}",
+            remedy="merge it into the base with anyckpt merge-lora",
+        )  # fmt: skip
+    return replace(update, scale=scale, up=Mapped((update.up,), update.up.dtype, _times(ratio)))
+
+
+@lru_cache
+def _times(ratio: float) -> Callable[[np.ndarray], np.ndarray]:
+    def multiply(array: np.ndarray) -> np.ndarray:
+        wide = array.astype(np.float64) * ratio
+        narrow = wide.astype(array.dtype)
+        if not np.array_equal(narrow.astype(np.float64), wide):
+            raise MappingError(
+                "an adapter's values cannot be brought to the common scale without rounding",
+                expected="values far from the smallest of their type", found=f"{array.dtype} times {ratio:g}",
+                remedy="cast to float32 first with --dtype",
+            )  # fmt: skip
+        return narrow
+
+    return multiply
+
+
+# -- checks --------------------------------------------------------------------------------------------------
+
+
+def check_update(target: Target, update: LowRank, layers: Layers) -> None:
+    """Check that an update fits its weight.
+
+    Raises:
+        MappingError: the model has no such weight or part, or of another shape.
+    """
+    name = (update.names or (str(target),))[-1]
+    item = layers.instance(target.weight, name)
+    shape = item.shape
+    if target.part:
+        split = layers.split(target.weight, [target.part])
+        if split is None:
+            raise MappingError(f"the model's weight has no part {target.part!r}", tensor=name, found=target.weight)
+        operation, config = split
+        shape = operation.source_shapes(shape, config)[operation.parts.index(target.part)]
+    check_factors(update, name)
+    rows, columns = update.up.shape[0], update.down.shape[1]
+    padded = item.rule.partition == "vocabulary" and (layers.model.config.vocab_size or 0) <= rows <= shape[0]
+    if len(shape) != 2 or columns != shape[1] or (rows != shape[0] and not padded):
+        raise MappingError(
+            "the adapter is of another base model", tensor=name,
+            expected=f"an update of a weight of shape {shape}", found=f"one of shape {(rows, columns)}",
+            remedy="give the base model that it was trained on, or its configuration with --config",
+        )  # fmt: skip
+    for vector in (update.magnitude, update.bias):
+        if vector is not None and vector.shape != (rows,):
+            raise MappingError("has another length than the weight has rows", tensor=name, expected=(rows,),
+                               found=vector.shape)  # fmt: skip
+
+
+def check_factors(update: LowRank, name: str) -> None:
+    """Check that the two factors can be multiplied.
+
+    Raises:
+        MappingError: they cannot.
+    """
+    down, up = update.down, update.up
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
+        raise MappingError(
+            "the two factors of an update do not fit together", tensor=name,
+            expected="(rank, in) and (out, rank) of one rank", found=f"{down.shape} and {up.shape}",
+        )  # fmt: skip
+    if not down.dtype.is_floating or not up.dtype.is_floating or down.dtype.numpy is None or up.dtype.numpy is None:
+        raise MappingError("an adapter's factor is not of floating-point numbers", tensor=name,
+                           found=f"{down.dtype.name} and {up.dtype.name}")  # fmt: skip
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of many names."""
+    listed = list(names)
+    more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more

@@ -1,0 +1,128 @@
+"""From an opened adapter to the hub's updates, with the scale that its settings say."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
+from anyckpt.models.adapters import megatron, peft
+from anyckpt.models.adapters.adapter import Adapter, Layers
+
+_LONGEST_PATTERN = 200
+_MOST_REPEATS = 3
+
+
+def spelling_of(checkpoint: Checkpoint) -> str | None:
+    """``peft`` or ``megatron`` if a checkpoint is an adapter with such names, None if it is no adapter."""
+    names = checkpoint.weights()
+    if peft.is_adapter(names):
+        return "peft"
+    return "megatron" if megatron.is_adapter(names) else None
+
+
+def settings_of(checkpoint: Checkpoint) -> AdapterSettings | None:
+    """What an adapter says of itself, or that it says nothing; None if the checkpoint is no adapter.
+
+    A file of tensors has no settings: names tell that it is an adapter.
+    """
+    if checkpoint.adapter is not None:
+        return checkpoint.adapter
+    return None if spelling_of(checkpoint) is None else AdapterSettings()
+
+
+def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Layers | None) -> Adapter:
+    """The updates that a checkpoint holds; every tensor of it is used once.
+
+    Args:
+        checkpoint: an adapter, of whatever naming.
+        settings: its own, or with the alpha that the user says.
+        layers: the base model's weights; None if its family is not known, which Megatron's names do not need.
+
+    Raises:
+        MappingError: tensors are missing, of no rule, or of another base model.
+        UsageError: the scale is not known, or the base model is needed and not known.
+    """
+    weights = checkpoint.weights()
+    try:
+        if spelling_of(checkpoint) == "peft":
+            if layers is None:
+                raise UsageError(
+                    "the adapter's names are Hugging Face's, and without the base model's configuration nothing says "
+                    "which of Megatron's weights they are",
+                    remedy="give the base model's config.json, or its folder, with --config",
+                )
+            return peft.from_peft(weights, lambda module, rank: scale_of(settings, module, rank), layers)
+        experts = None if layers is None else layers.model.config.num_moe_experts
+        return megatron.from_megatron(
+            weights, lambda weight, rank: scale_of(settings, weight, rank, exact=".experts." not in weight), experts
+        )
+    except AnyckptError as error:
+        error.path = error.path or checkpoint.path
+        raise
+
+
+def scale_of(settings: AdapterSettings, module: str, rank: int, *, exact: bool = True) -> float:
+    """What the update of a module is multiplied by.
+
+    Args:
+        settings: the adapter's.
+        module: its name, for the patterns.
+        rank: that of its tensors.
+        exact: the settings' rank must be that; Megatron's experts may have a smaller one.
+
+    Raises:
+        MappingError: the settings say another rank.
+        UsageError: they say no alpha.
+    """
+    alpha = _matching(settings.alphas, module, settings.alpha)
+    stated = _matching(settings.ranks, module, settings.rank)
+    if alpha is None:
+        raise UsageError(
+            "the adapter does not say its alpha, so its scale is not known", expected="adapter_config.json or the like",
+            remedy="give it with --alpha",
+        )  # fmt: skip
+    if exact and stated is not None and stated != rank:
+        raise MappingError(
+            "the adapter's settings and tensors contradict each other on the rank", tensor=module,
+            expected=stated, found=rank, remedy="copy configuration and tensors of one adapter",
+        )  # fmt: skip
+    return alpha / math.sqrt(rank) if settings.rank_stabilized else alpha / rank
+
+
+def _matching(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
+    return next((value for pattern, value in patterns.items() if _compiled(pattern).fullmatch(module)), default)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """PEFT's meaning of a pattern: a regular expression of the end of a module's name, from a dot on.
+
+    Raises:
+        FormatError: it is none, or one that could take forever.
+    """
+    repeats = sum(pattern.count(sign) for sign in "*+{")
+    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)[*+{?]", pattern):
+        raise FormatError("a pattern of module names is too complicated", expected="a module's name",
+                          found=repr(pattern[:80]))  # fmt: skip
+    try:
+        return re.compile(rf"(.*\.)?({pattern})")
+    except re.error as error:
+        raise FormatError(f"a pattern of module names is not valid: {error}", found=repr(pattern[:80])) from None
+
+
+def with_alpha(settings: AdapterSettings, alpha: float | None) -> AdapterSettings:
+    """The settings with the alpha that the user says, for all modules.
+
+    Raises:
+        UsageError: it is not a number that scales anything.
+    """
+    if alpha is None:
+        return settings
+    if not math.isfinite(alpha):
+        raise UsageError("--alpha must be a number", found=alpha)
+    return replace(settings, alpha=alpha, alphas={})
