@@ -180,6 +180,7 @@ class Checkpoint:
         details: format-specific facts for ``inspect``, as plain data.
         ranks: the ranks' shards, for formats that keep a file per rank.
         adapter: what it says of itself if it is an adapter for a base model; None if it is a model.
+        quantization: how weights are quantized, in Hugging Face's words (``quantization_config``); None if they are not.
         optimizer: finds the optimizer's state by parameter, None if there is none; raises MappingError where the
             counts or shapes in the files do not prove which parameter a state is of.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
@@ -204,6 +205,7 @@ class Checkpoint:
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[RankShard, ...] = ()
+    quantization: Mapping[str, Any] | None = None
     optimizer: Callable[[], OptimizerState] | None = field(default=None, repr=False)
     adapter: AdapterSettings | None = None
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)

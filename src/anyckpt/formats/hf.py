@@ -41,6 +41,8 @@ _STATES = {
 }
 """Files of ``transformers.Trainer`` beside the weights."""
 
+_MODELOPT = "hf_quant_config.json"
+
 _SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
@@ -79,12 +81,24 @@ def _read(location: Location) -> Checkpoint:
         training=_training_state(location, artifacts, warnings),
         warnings=warnings,
         details=details,
+        quantization=None if is_adapter else _quantization(config, artifacts),
     )
 
 
 def _version(config: Mapping[str, Any]) -> str | None:
     version = config.get("transformers_version")
     return f"transformers {version}" if isinstance(version, str) else None
+
+
+def _quantization(config: Mapping[str, Any], artifacts: Mapping[str, ByteSource]) -> Mapping[str, Any] | None:
+    """What ``config.json`` says of it, or the file that older releases of NVIDIA ModelOpt write beside it."""
+    stated = config.get("quantization_config")
+    if stated is not None or _MODELOPT not in artifacts:
+        return stated if isinstance(stated, Mapping) or stated is None else {}
+    facts = read_json(artifacts[_MODELOPT]).get("quantization")
+    if not isinstance(facts, Mapping) or facts.get("quant_algo") is None:
+        return None
+    return {"quant_method": "modelopt", **facts, "ignore": facts.get("exclude_modules")}
 
 
 def _read_weights(location: Location, warnings: list[str], details: dict[str, Any]) -> dict[str, LazyTensor]:
@@ -300,6 +314,8 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         extra.update(_tokenizer_files(checkpoint.tokenizer, notes))
     for name, source in checkpoint.artifacts.items():
         _check_plain_name(name, checkpoint.path)
+        if name == _MODELOPT and checkpoint.quantization is None:
+            continue  # of weights that have been dequantized
         extra.setdefault(name, OutputFile(name, (SourceData(source),), 1))
     generation = _generation_config(checkpoint.config)
     if generation is not None:

@@ -17,6 +17,7 @@ from anyckpt.layout import Parallelism
 from anyckpt.operations.carry import carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
+from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.naming import rename_for
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
@@ -119,7 +120,7 @@ def convert(
             checkpoint has none.
         tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
         names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
-        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights.
+        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
         keep_in_fp32: globs of weights that a cast leaves alone.
         include: glob or globs of the source's weight names; others are left out.
         exclude: glob or globs of weight names to leave out.
@@ -177,7 +178,9 @@ def convert(
     if tokenizer is not None:
         checkpoint = replace(checkpoint, tokenizer=read_tokenizer(os.fspath(tokenizer)))
     wanted = cast_target(dtype)
-    given = read_config(config)
+    full = in_full_precision(checkpoint, wanted, read_config(config))
+    checkpoint, given = full.checkpoint, full.config
+    left_out.update(full.ignored)
     renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted, names=names)
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
     ready = _with_cast(renamed.checkpoint, cast.tensors)
@@ -197,8 +200,8 @@ def convert(
             **_unused_files(checkpoint, laid_out),
             **laid_out.ignored,
         },
-        casts=cast.casts,
-        notes=(*checkpoint.warnings, *layout_notes, *renamed.notes, *cast.notes, *laid_out.notes),
+        casts={**cast.casts, **full.casts},
+        notes=(*checkpoint.warnings, *layout_notes, *full.notes, *renamed.notes, *cast.notes, *laid_out.notes),
     )
     files = tuple(describe(plan)["files"])
     if options.max_shard_size is not None:

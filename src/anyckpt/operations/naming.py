@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from anyckpt import models
+from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
@@ -22,9 +22,12 @@ def identify(checkpoint: Checkpoint, *, family: str | None = None, config: Any =
     """What ``models.identify`` finds, with the file in errors about a configuration.
 
     Raises:
-        MappingError: the configuration contradicts itself, the tensors, or what the family can be.
+        MappingError: the configuration contradicts itself, the tensors, or what the family can be, or the weights
+            are quantized.
         UsageError: the family is unknown, or the configuration is of no known kind.
     """
+    if checkpoint.quantization is not None:
+        raise quantization.refusal(checkpoint.quantization, checkpoint.path)
     try:
         return models.identify(checkpoint, family=family, config=config)
     except AnyckptError as error:

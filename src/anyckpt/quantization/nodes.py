@@ -1,0 +1,182 @@
+"""Lazy tensors of quantized weights: two codes in a byte, a scale for each block, and the product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+
+from anyckpt.dtypes import DType, dtype
+from anyckpt.indexing import Array, Shape
+from anyckpt.quantization.numbers import E2M1, values_of
+from anyckpt.storage.gather import scratch
+from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored
+
+_BYTE, _FLOAT32 = dtype("uint8"), dtype("float32")
+
+
+class Halved(LazyTensor):
+    """The 4-bit codes of bytes that hold two neighbours along an axis, the first in the low half; one code a byte.
+
+    Args:
+        child: uint8.
+        axis: along which there are twice as many codes as bytes.
+    """
+
+    __slots__ = ("axis", "child")
+
+    def __init__(self, child: LazyTensor, axis: int) -> None:
+        self.child = child
+        self.axis = axis
+        self.dtype = _BYTE
+        self.shape = (*child.shape[:axis], 2 * child.shape[axis], *child.shape[axis + 1 :])
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if not out.size:
+            return
+        axis, low, high = self.axis, start[self.axis], start[self.axis] + out.shape[self.axis]
+        first, last = low // 2, -(-high // 2)
+        shape = (*out.shape[:axis], last - first, *out.shape[axis + 1 :])
+        with scratch(math.prod(shape)) as buffer:
+            pairs = buffer.reshape(shape)
+            self.child.read_box((*start[:axis], first, *start[axis + 1 :]), pairs)
+            codes, target = np.moveaxis(pairs, axis, -1), np.moveaxis(out, axis, -1)
+            odd = low % 2  # the box begins with the second code of a byte
+            even = target[..., odd::2]
+            np.bitwise_and(codes[..., odd : odd + even.shape[-1]], 15, out=even)
+            others = target[..., 1 - odd :: 2]
+            np.right_shift(codes[..., : others.shape[-1]], 4, out=others)
+
+    def pieces(self) -> Iterator[Stored]:
+        return self.child.pieces()
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        axis = self.axis
+        if start[axis] % 2 or shape[axis] % 2:
+            return Boxed(self, start, shape)
+        halves = [(*edge[:axis], edge[axis] // 2, *edge[axis + 1 :]) for edge in (start, shape)]
+        return Halved(self.child.box(*halves), axis)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        if self.axis == self.ndim - 1 and shape and shape[-1] == self.shape[-1]:
+            return Halved(self.child.reshape((*shape[:-1], shape[-1] // 2)), len(shape) - 1)
+        return super()._reshape(shape)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return Halved(self.child.permute(axes), axes.index(self.axis))
+
+
+class Repeated(LazyTensor):
+    """A tensor whose every element stands for a block of elements, the last block along an axis perhaps cut short.
+
+    Args:
+        child: one element per block.
+        block: elements of a block along each axis.
+        shape: of the whole, from the index ``start`` of the first block's first element on.
+        start: how many elements of the first block along each axis are left out.
+    """
+
+    __slots__ = ("block", "child", "start")
+
+    def __init__(self, child: LazyTensor, block: Shape, shape: Shape, start: Shape | None = None) -> None:
+        self.child = child
+        self.block = block
+        self.shape = shape
+        self.start = (0,) * len(shape) if start is None else start
+        self.dtype = child.dtype
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if not out.size:
+            return
+        begin = [a + b for a, b in zip(self.start, start, strict=True)]
+        end = [a + n for a, n in zip(begin, out.shape, strict=True)]
+        first = tuple(a // size for a, size in zip(begin, self.block, strict=True))
+        last = tuple(-(-b // size) for b, size in zip(end, self.block, strict=True))
+        small = np.empty(tuple(b - a for a, b in zip(first, last, strict=True)), self.dtype.raw)
+        self.child.read_box(first, small)
+        spread = [axis for axis, n in enumerate(small.shape) if n > 1 and self.block[axis] > 1]
+        rows = spread.pop(0) if len(spread) > 1 else None  # copied block by block: rows repeated would be the whole
+        for axis in spread:
+            small = np.repeat(small, self.block[axis], axis=axis)
+            skipped = begin[axis] - first[axis] * self.block[axis]
+            small = small[(slice(None),) * axis + (slice(skipped, skipped + out.shape[axis]),)]
+        if rows is None:
+            out[...] = small
+            return
+        size = self.block[rows]
+        for number in range(first[rows], last[rows]):
+            low, high = max(number * size, begin[rows]) - begin[rows], min((number + 1) * size, end[rows]) - begin[rows]
+            where = (slice(None),) * rows
+            at = number - first[rows]
+            np.copyto(out[where + (slice(low, high),)], small[where + (slice(at, at + 1),)])  # noqa: RUF005 (see gather)
+
+    def pieces(self) -> Iterator[Stored]:
+        return self.child.pieces()
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        begin = tuple(a + b for a, b in zip(self.start, start, strict=True))
+        first = tuple(a // size for a, size in zip(begin, self.block, strict=True))
+        last = tuple(-(-(a + n) // size) for a, n, size in zip(begin, shape, self.block, strict=True))
+        if any(b <= a for a, b in zip(first, last, strict=True)):
+            return Boxed(self, start, shape)
+        child = self.child.box(first, tuple(b - a for a, b in zip(first, last, strict=True)))
+        return Repeated(child, self.block, shape, tuple(a % size for a, size in zip(begin, self.block, strict=True)))
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        block, shape, start = (tuple(values[a] for a in axes) for values in (self.block, self.shape, self.start))
+        return Repeated(self.child.permute(axes), block, shape, start)
+
+
+def scaled(codes: LazyTensor, scales: LazyTensor, block: Shape, to: DType, *, halved: bool = False) -> LazyTensor:
+    """Codes times the scale of their block, computed in float32 and rounded to nearest, ties to even.
+
+    Args:
+        codes: an 8-bit float or integer; with ``halved`` bytes that hold two e2m1 codes along the last axis.
+        scales: a float, or e8m0 exponents (``float8_e8m0fnu`` or ``uint8``); one per block, on as many axes.
+        block: elements of a block along each axis.
+        to: bfloat16, float16 or float32.
+        halved: whether the codes are two in a byte.
+    """
+    elements = Halved(codes, codes.ndim - 1) if halved else codes
+    function = _multiplier(None if halved else codes.dtype, to)
+    return Mapped((elements, Repeated(_numbers(scales), block, elements.shape)), to, function)
+
+
+def product(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
+    """Scales times one number (a tensor of one element), in float32."""
+    repeated = Repeated(_numbers(common).reshape((1,) * scales.ndim), scales.shape, scales.shape)
+    return Mapped((_numbers(scales), repeated), _FLOAT32, _times)
+
+
+def _numbers(scales: LazyTensor) -> LazyTensor:
+    return scales if scales.dtype == _FLOAT32 else Mapped((scales,), _FLOAT32, _decoder(scales.dtype))
+
+
+def _times(one: Array, other: Array) -> Array:
+    result: Array = one * other
+    return result
+
+
+@cache
+def _decoder(kind: DType) -> Callable[[Array], Array]:
+    def decode(array: Array) -> Array:
+        decoded: Array = array.astype(np.float32) if kind.itemsize > 1 else np.take(values_of(kind), array.view("u1"))
+        return decoded
+
+    return decode
+
+
+@cache
+def _multiplier(kind: DType | None, to: DType) -> Callable[[Array, Array], Array]:
+    """The function of codes of a type (None for e2m1) and of scales."""
+    table = E2M1 if kind is None else values_of(kind)
+
+    def multiply(codes: Array, scales: Array) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers: Array = np.take(table, codes.view("u1"))
+            np.multiply(numbers, scales, out=numbers)
+            return numbers if to == _FLOAT32 else numbers.astype(to.numpy)
+
+    return multiply

@@ -1,0 +1,220 @@
+"""Dequantizing: weights that are codes and scales become numbers, when they are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from anyckpt.dtypes import dtype
+from anyckpt.errors import MappingError
+from anyckpt.indexing import Shape
+from anyckpt.quantization.methods import Facts, Scheme, method_of, schemes_of
+from anyckpt.quantization.nodes import product, scaled
+from anyckpt.tensor import LazyTensor
+
+_OF_ACTIVATIONS = (
+    ".input_scale", ".activation_scale", ".input_scale_ub", ".output_scale", ".k_scale", ".v_scale", ".kv_scale",
+    ".q_scale", ".prob_output_scale",
+)  # fmt: skip
+_UNNEEDED = "the scale of a quantized activation, which a model in full precision does not have"
+_ENDS = ("weight", "_proj")
+"""How names of weights end that are quantized, so that a model's own ``logit_scale`` is not taken for a part of one."""
+
+_SCALE_TYPES = {"float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "uint8"}
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """The outcome.
+
+    Attributes:
+        tensors: weights under the names that the model has them unquantized.
+        casts: "float8_e4m3fn -> bfloat16" -> number of weights.
+        ignored: names that are left out -> reason.
+    """
+
+    tensors: dict[str, LazyTensor]
+    casts: dict[str, int]
+    ignored: dict[str, str]
+
+
+def refusal(facts: Facts, path: str) -> MappingError:
+    """The error for a quantized model that was not asked to be dequantized."""
+    try:
+        schemes_of(facts)
+    except MappingError as error:
+        error.path = path
+        return error
+    return MappingError(
+        "the model is quantized, and its weights are not those of its family", path=path,
+        expected="weights in full precision", found=method_of(facts),
+        remedy="dequantize it with --dtype bf16, or copy the files as they are with --to safetensors",
+    )  # fmt: skip
+
+
+def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: str) -> Dequantized:
+    """Weights as numbers; nothing is read.
+
+    Code times scale is computed in float32 and rounded once more to ``to``, as transformers does.
+
+    Args:
+        tensors: weights, codes and scales by name.
+        facts: the configuration's ``quantization_config``.
+        to: ``bfloat16``, ``float16`` or ``float32``.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        MappingError: the method is not understood, scales or codes are missing, or scales do not fit their codes.
+    """
+    try:
+        schemes = schemes_of(facts)
+        blocks = [scheme.block(facts) for scheme in schemes]
+    except MappingError as error:
+        error.path = path
+        raise
+    spared = _spared(facts)
+    used: set[str] = set()
+    ignored: dict[str, str] = {}
+    made: dict[str, LazyTensor] = {}
+    casts: Counter[str] = Counter()
+    for name, codes in tensors.items():
+        found = next((k for k, scheme in enumerate(schemes) if _fits(name, codes, scheme, tensors)), None)
+        if found is not None:
+            scheme = schemes[found]
+            stem = name.removesuffix(scheme.codes)
+            used |= {stem + suffix for suffix in (scheme.scales, scheme.common) if suffix}
+            made[stem] = _weight(name, codes, stem, scheme, blocks[found], tensors, to, path)
+            casts[f"{'float4_e2m1' if scheme.halved else codes.dtype.name} -> {to}"] += 1
+        elif name.endswith(_OF_ACTIVATIONS):
+            ignored[name] = _UNNEEDED
+        else:
+            made.setdefault(name, codes)
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in made.items():
+        if name in used:
+            continue
+        result[name] = _checked(name, tensor, schemes, spared, to, path)
+    return Dequantized(result, dict(casts), ignored)
+
+
+def _fits(name: str, codes: LazyTensor, scheme: Scheme, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a tensor is the codes of a weight that is stored so."""
+    stem = name.removesuffix(scheme.codes)
+    if not name.endswith(scheme.codes) or stem + scheme.scales not in tensors or not codes.ndim:
+        return False
+    if scheme.common and stem + scheme.common not in tensors:
+        return False
+    return codes.dtype.name == "uint8" if scheme.halved else codes.dtype.name.startswith("float8_e")
+
+
+def _weight(
+    name: str, codes: LazyTensor, stem: str, scheme: Scheme, block: tuple[int, int] | None,
+    tensors: Mapping[str, LazyTensor], to: str, path: str,
+) -> LazyTensor:  # fmt: skip
+    scales = tensors[stem + scheme.scales]
+    if scales.dtype.name not in _SCALE_TYPES:
+        raise MappingError(
+            "scales have no such type", path=path, tensor=stem + scheme.scales,
+            expected=", ".join(sorted(_SCALE_TYPES)), found=scales.dtype.name,
+        )  # fmt: skip
+    if scheme.grouped:
+        codes = _merged(name, codes, path)
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if scheme.halved else codes.shape
+    arranged, sizes = _arranged(shape, scales, block)
+    if arranged is None:
+        raise MappingError(
+            "scales do not fit the weight's codes", path=path, tensor=stem + scheme.scales,
+            expected=f"one for each block of {block}, row, or all of {shape}", found=scales.shape,
+            remedy="copy config.json and weight files again, from one revision of the model",
+        )  # fmt: skip
+    if scheme.common:
+        common = tensors[stem + scheme.common]
+        if common.size != 1 or not common.dtype.is_floating:
+            raise MappingError(
+                "is not one number", path=path, tensor=stem + scheme.common,
+                expected="one float", found=f"{common.dtype.name} {common.shape}",
+            )  # fmt: skip
+        arranged = product(arranged, common)
+    whole = scaled(codes, arranged, sizes, dtype(to), halved=scheme.halved)
+    if not scheme.transposed:
+        return whole
+    order = (*range(whole.ndim - 2), whole.ndim - 1, whole.ndim - 2)
+    return whole.permute(order)
+
+
+def _merged(name: str, codes: LazyTensor, path: str) -> LazyTensor:
+    """Codes ``[..., columns]`` of ``[..., blocks, bytes of a block]``."""
+    if codes.ndim < 3 or not codes.size:
+        raise MappingError(
+            "is not blocks of a quantized weight", path=path, tensor=name,
+            expected="rows, blocks of a row, bytes of a block", found=codes.shape,
+        )  # fmt: skip
+    return codes.reshape((*codes.shape[:-2], codes.shape[-2] * codes.shape[-1]))
+
+
+def _arranged(
+    shape: Shape, scales: LazyTensor, block: tuple[int, int] | None
+) -> tuple[LazyTensor | None, tuple[int, ...]]:
+    """Scales with as many axes as the codes, and how many codes along each axis one is of; None if they do not fit."""
+    ones = tuple(1 for _ in shape)
+    if scales.size == 1:
+        return scales.reshape(ones), tuple(max(1, n) for n in shape)
+    if scales.ndim == 4 and len(shape) == 2 and scales.shape[1] == scales.shape[3] == 1:  # as ModelOpt writes blocks
+        scales = scales.reshape((scales.shape[0], scales.shape[2]))
+    if block is not None and len(shape) > 1:
+        sizes = (*ones[:-2], *block)
+        if scales.shape == tuple(-(-n // size) for n, size in zip(shape, sizes, strict=True)):
+            return scales, sizes
+    if scales.shape in (shape[:-1], (*shape[:-1], 1)):
+        return scales.reshape((*shape[:-1], 1)), (*ones[:-1], max(1, shape[-1]))
+    return None, ()
+
+
+def _checked(
+    name: str, tensor: LazyTensor, schemes: Iterable[Scheme], spared: tuple[str, ...], to: str, path: str
+) -> LazyTensor:
+    """A tensor of the result, if it is none of the parts of a quantized weight; unquantized 8-bit floats are cast."""
+    for scheme in schemes:
+        for suffix in filter(None, (scheme.scales, scheme.common, scheme.codes)):
+            if name.endswith(tuple(end + suffix for end in _ENDS)):
+                raise MappingError(
+                    "is part of a quantized weight whose other parts are missing or of other types", path=path,
+                    tensor=name, remedy="copy the weight files again from the model's origin",
+                )  # fmt: skip
+    if tensor.dtype.itemsize > 1:
+        return tensor
+    if not any(_names(pattern, name) for pattern in spared):
+        raise MappingError(
+            "is a quantized weight without scales", path=path, tensor=name,
+            expected="scales beside it, or its module among those that are not quantized", found=tensor.dtype.name,
+        )  # fmt: skip
+    return tensor.cast(to) if tensor.dtype.is_floating else tensor
+
+
+def _spared(facts: Facts) -> tuple[str, ...]:
+    """Patterns of the modules that are not quantized, under each of the methods' keys for them."""
+    patterns: list[str] = []
+    for key in ("modules_to_not_convert", "ignored_layers", "ignore"):
+        value = facts.get(key)
+        patterns += [pattern for pattern in value if isinstance(pattern, str)] if isinstance(value, list) else []
+    return tuple(patterns)
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a module's pattern is of a tensor: its beginning, or the end of its module, up to a dot.
+
+    Patterns are names, globs, or (with ``re:``) regular expressions, of which only ``.*`` and escaped dots are
+    understood: an expression from a file may take any time.
+    """
+    plain = pattern.removeprefix("re:").replace("\\.", ".").replace(".*", "*")
+    begin, end = ("" if plain.startswith("*") else "."), ("" if plain.endswith("*") else ".")
+    pieces = f"{begin}{plain}{end}".split("*")
+    module = f".{name.rpartition('.')[0]}."
+    at = 0
+    for piece in pieces:
+        at = module.find(piece, at)
+        if at < 0:
+            return False
+        at += len(piece)
+    return True
