@@ -163,6 +163,10 @@ _SCALED = {
     "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
 }
 _PARTIAL = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75}
+MAMBA = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 16, "vocab_size": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
@@ -210,6 +214,11 @@ PROOFS: dict[str, Proof] = {
         ),
         outputs="Megatron-Core",
         note="heterogeneous layers; transformers has no class of it",
+    ),
+    "mamba2": proof(
+        tiny("mamba2", "mamba2", **MAMBA, n_groups=4),
+        tiny("mamba2-one-group", "mamba2", {"megatron-lm": "groups of Mamba mixers"}, **MAMBA, n_groups=1),
+        note="to Megatron-Core by names, shapes and its saved checkpoint: its kernels need a GPU",
     ),
     "mistral": proof(fixture("mistral_swa")),
     "mixtral": proof(fixture("mixtral")),

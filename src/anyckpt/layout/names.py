@@ -110,6 +110,13 @@ def check_parallel(geometry: Geometry, tensor_parallel: int, expert_parallel: in
             expected=f"{tensor_parallel} ranks to divide the groups, or the groups the ranks",
             found=f"{groups} query groups", remedy="choose another --tp",
         )  # fmt: skip
+    mamba = geometry.mamba
+    if mamba is not None and (mamba.num_groups % tensor_parallel or mamba.num_heads % tensor_parallel):
+        raise MappingError(
+            "the groups of Mamba mixers cannot be spread over the tensor-parallel ranks",
+            expected=f"heads and groups in multiples of {tensor_parallel}",
+            found=f"{mamba.num_heads} heads in {mamba.num_groups} groups", remedy="choose another --tp",
+        )  # fmt: skip
     if (geometry.num_experts or 0) % expert_parallel:
         raise MappingError(
             "experts cannot be spread over the expert-parallel ranks",

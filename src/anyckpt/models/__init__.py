@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.errors import UsageError
@@ -60,7 +61,9 @@ def render_config(
     if kind not in _RENDERERS:
         raise UsageError(f"unknown kind of configuration {kind!r}", expected=f"one of {', '.join(_RENDERERS)}")
     said: list[str] = [] if notes is None else notes
-    rendered = _RENDERERS[kind](model.definition, model.config, said)
+    tied = model.config.share_embeddings_and_output_weights and kind not in model.definition.unties
+    config = replace(model.config, share_embeddings_and_output_weights=tied)
+    rendered = _RENDERERS[kind](model.definition, config, said)
     said.extend(model.definition.caveats(model.config, kind))
     if kind != "hf":
         lost = config_hf.surplus(model.config)

@@ -37,7 +37,7 @@ _LATENT = (
 _MAMBA = (
     Field("mamba_num_heads", "mamba_num_heads", default=None),
     Field("mamba_head_dim", "mamba_head_dim", default=64),
-    Field("mamba_num_groups", "mamba_num_groups", default=8, aliases=("mamba_ssm_ngroups",)),
+    Field("mamba_num_groups", "mamba_num_groups", default=8, aliases=("mamba_ssm_ngroups", "ngroups_mamba")),
     Field("mamba_state_dim", "mamba_state_dim", default=128),
 )
 _ATTENTION = (
@@ -72,7 +72,8 @@ def parse_blocks(reader: Reader, defaults: Mapping[str, Any], common: Mapping[st
     """
     found = {**reader.fields(_ATTENTION, defaults), "mtp_num_layers": reader.integer("mtp_num_layers") or None}
     experts = next((count for key in _COUNTS if (count := reader.integer(key))), None) or defaults.get(_COUNTS[0])
-    if experts:
+    pattern = reader.text("hybrid_override_pattern") or defaults.get("hybrid_override_pattern")
+    if experts and "E" in (pattern or "E"):  # NeMo 1's megatron_mamba_config.yaml has 16 of which no layer is made
         found |= {"num_moe_experts": experts, **reader.fields(_EXPERTS, defaults)}
         found["moe_ffn_hidden_size"] = found["moe_ffn_hidden_size"] or common["ffn_hidden_size"]
         found["moe_layer_freq"] = _layer_pattern(reader, defaults, common["num_layers"])
@@ -81,7 +82,6 @@ def parse_blocks(reader: Reader, defaults: Mapping[str, Any], common: Mapping[st
         found["heterogeneous_blocks"] = decode(blocks, common["num_attention_heads"], common["hidden_size"])
     if reader.values.get("multi_latent_attention", defaults.get("multi_latent_attention")):
         found |= {"multi_latent_attention": True, **reader.fields(_LATENT, defaults)}
-    pattern = reader.text("hybrid_override_pattern") or defaults.get("hybrid_override_pattern")
     if pattern:
         found |= {"hybrid_override_pattern": pattern, **reader.fields(_MAMBA, defaults)}
         if found["mamba_num_heads"] is None:  # Megatron-Core's default: twice the model's width

@@ -93,6 +93,11 @@ def _part(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any] | None
     return part if isinstance(part, Mapping) and _is_own(family, part) else None
 
 
+def is_foreign(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` has the keys of another code than transformers."""
+    return not _is_own(family, config) and _foreign(family, config) is not None
+
+
 def _foreign(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None if "model_type" in config else family.hugging_face.foreign(config)
 

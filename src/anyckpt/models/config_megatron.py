@@ -83,8 +83,10 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
     """Arguments with which Megatron-LM builds the model, at tensor and pipeline parallel size 1.
 
     Raises:
-        MappingError: rope scaling that Megatron-Core does not have.
+        MappingError: Megatron-Core has no such models, or no such rope scaling.
     """
+    if not family.megatron:
+        raise MappingError(f"Megatron-Core has no models of family {family.name}", remedy="convert to nemo or hf")
     yarn = render_yarn(family, config, "Megatron-Core")
     plain = config.rope_scaling if yarn is None else None
     factors, interpolation = to_factors(plain, "Megatron-Core", fixed=True)

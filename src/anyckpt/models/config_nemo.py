@@ -41,7 +41,7 @@ _SHARED = (
 NEMO1_FIELDS = (
     *_SHARED,
     Field("rotary_percent", "rotary_percentage", "number", 1.0),
-    Field("add_bias_linear", "bias", "flag", True),
+    Field("add_bias_linear", "bias", "flag", True, ("add_bias_linear",)),
     Field("add_qkv_bias", "qkv_bias", "flag", False),
     Field("bos_token_id", "bos_token_id", "tokens", None),
     Field("eos_token_id", "eos_token_id", "tokens", None),
@@ -335,6 +335,7 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
             f"NeMo 2 has no field for the true vocabulary of {config.vocab_size}: on the way back the tokenizer says it"
         )
     rendered |= family.nemo2.write(config)
+    rendered = {key: value for key, value in rendered.items() if key not in family.nemo2.without}
     return {"_target_": f"{family.nemo2.module}.{family.nemo2.model}", "config": rendered}
 
 

@@ -10,7 +10,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.indexing import Shape
 from anyckpt.models import config_hf, config_megatron, config_nemo, dialects
-from anyckpt.models.config import PART_OF, ModelConfig
+from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family, unrefined
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
@@ -39,6 +39,11 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
     if {"num_layers", "num_attention_heads"} <= config.keys():
         return "megatron-args"
     return "hf" if any(config_hf.is_known(family, config) for family in each_family()) else None
+
+
+def is_foreign(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a family that we know, but has the keys of another code than transformers."""
+    return "model_type" not in config and any(config_hf.is_foreign(family, config) for family in each_family())
 
 
 def identify(
@@ -120,7 +125,7 @@ def _parse(
     if chosen is None and not inner.keys() >= _TRANSFORMER:
         return None
     parse = config_nemo.parse_nemo1 if kind == "nemo1" else config_megatron.parse
-    return _by_traits(parse(inner), inner, chosen, parts)
+    return _by_traits(parse(inner), inner, chosen, parts, kind)
 
 
 def _with_defaults_of_class(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -134,18 +139,29 @@ def _with_defaults_of_class(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _by_traits(
-    config: ModelConfig, values: Mapping[str, Any], chosen: Family | None, parts: frozenset[str]
+    config: ModelConfig, values: Mapping[str, Any], chosen: Family | None, parts: frozenset[str], kind: str
 ) -> tuple[Family, ModelConfig] | None:
     """Megatron and NeMo 1 do not name the family: it is the one whose traits the configuration has."""
     if chosen is not None:
-        _check_traits(chosen, config)
-        return chosen, replace(config, family=chosen.name)
+        own = _of_family(chosen, config, values, kind)
+        _check_traits(chosen, own)
+        return chosen, own
     hint = values.get("hf_model_type")
     for family in each_family():
-        named = hint in family.hugging_face.model_types or (hint is None and family.recognise(config))
-        if named and not _wrong_traits(family, config) and _has_parts(family, parts):
-            return family, replace(config, family=family.name)
+        own = _of_family(family, config, values, kind)
+        named = hint in family.hugging_face.model_types or (hint is None and family.recognise(own))
+        if named and not _wrong_traits(family, own) and _has_parts(family, parts):
+            return family, own
     return None
+
+
+def _of_family(family: Family, config: ModelConfig, values: Mapping[str, Any], kind: str) -> ModelConfig:
+    """The configuration as that of a family, which may store norms in another way than this kind of checkpoint."""
+    marker = family.whole_norms.get(kind)
+    if marker is None or not values.get(marker) or config.layernorm_zero_centered_gamma:
+        return replace(config, family=family.name)
+    extra = {**config.extra, WHOLE_NORMS: True}
+    return replace(config, family=family.name, layernorm_zero_centered_gamma=True, extra=extra)
 
 
 def _wrong_traits(family: Family, config: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -185,7 +201,8 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
     if dialect == "hf":
         named = unwrapped(weights, model.definition.rules, PART_OF in config.extra).tensors
         said = kind != "hf" or "tie_word_embeddings" in config_hf.own_part(model.definition, values)
-        if not said and embedding in named and head not in named:
+        tied = config.share_embeddings_and_output_weights
+        if not (said or tied) and embedding in named and head not in named:
             config = replace(config, share_embeddings_and_output_weights=True)
             notes.append(f"there is no {head} and config.json says nothing: the embedding is taken to be tied")
     elif dialect is not None:

@@ -11,6 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
+from anyckpt.models.identify import is_foreign
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.operations.unknown import unknown_family
 from anyckpt.tensor import LazyTensor
@@ -93,7 +94,7 @@ def rename_for(
     if config is not None:
         checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
-    fits = target.config_kind is None or checkpoint.config_kind in (None, target.config_kind)
+    fits = target.config_kind is None or checkpoint.config_kind is None or _is_spelled(checkpoint, target.config_kind)
     own = checkpoint.format == target.name or (target.unknown_names and bool(checkpoint.config))
     alike = fits and (known == wanted or (known is None and own))
     model = None if alike and not told else identify(checkpoint, family=family, config=config)
@@ -129,14 +130,20 @@ def _through_hub(
     hub = models.to_hub(checkpoint, model)
     out = models.from_hub(hub, wanted)
     renamed = _with_weights(checkpoint, out.tensors, wanted)
-    if config_kind is not None and checkpoint.config_kind == config_kind:
-        renamed = _with_dtype(renamed, dtype)
+    if config_kind is not None and _is_spelled(checkpoint, config_kind):
+        config = models.restated(checkpoint.config, hub.restated)
+        renamed = _with_dtype(replace(renamed, config=config), dtype)
     elif config_kind is not None:
         described = hub.model if dtype is None else hub.model.with_dtype(dtype)
         config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
     ignored = {**_state_of(checkpoint), **hub.ignored, **out.ignored}
     return Renamed(renamed, ignored, (*hub.notes, *out.notes))
+
+
+def _is_spelled(checkpoint: Checkpoint, kind: str) -> bool:
+    """Whether the configuration is one of that kind, and not one of a model's own code beside it."""
+    return checkpoint.config_kind == kind and not (kind == "hf" and is_foreign(checkpoint.config))
 
 
 def _with_weights(checkpoint: Checkpoint, weights: dict[str, LazyTensor], dialect: str) -> Checkpoint:

@@ -147,6 +147,9 @@ _OF_EXPERTS = (
 )
 
 
+_ACTIVATIONS = ("squared_relu", "gelu")
+
+
 def _pattern(reader: Reader) -> str:
     words = reader.values.get("layers_block_type")
     letters = reader.text("hybrid_override_pattern")
@@ -207,6 +210,31 @@ _BASE: dict[str, Any] = {
     "mamba_head_dim": 64,
     "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
 }
+_LARGE: dict[str, Any] = {**_BASE, "hidden_size": 8192, "num_attention_heads": 64, "mamba_state_dim": 256}
+_47B: dict[str, Any] = {
+    **_LARGE,
+    "num_layers": 98,
+    "ffn_hidden_size": 30720,
+    "hybrid_override_pattern": (
+        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
+    ),
+}
+_56B: dict[str, Any] = {
+    **_LARGE,
+    "num_layers": 118,
+    "ffn_hidden_size": 32768,
+    "hybrid_override_pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-",
+}
+_HYBRID_8B: dict[str, Any] = {
+    **_BASE,
+    "activation": "gelu",
+    "vocab_size": None,
+    "num_layers": 56,
+    "ffn_hidden_size": 16384,
+    "seq_length": 4096,
+    "hybrid_override_pattern": "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-",
+}
+"""NVIDIA's Mamba-2 hybrid of 2024, before Nemotron-H: the same layers with another activation."""
 
 FAMILY = Family(
     name="nemotron-h",
@@ -215,7 +243,6 @@ FAMILY = Family(
     traits={
         "normalization": "RMSNorm",
         "layernorm_zero_centered_gamma": False,
-        "activation": "squared_relu",
         "gated_linear_unit": False,
         "add_bias_linear": False,
         "add_qkv_bias": False,
@@ -227,7 +254,7 @@ FAMILY = Family(
     features=frozenset({
         "hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model", "num_moe_experts", "num_experts",
     }),
-    recognise=lambda config: config.hybrid_override_pattern is not None,
+    recognise=lambda config: config.hybrid_override_pattern is not None and config.activation in _ACTIVATIONS,
     caveats=_caveats,
     nemo1=False,
     dimensions=DIMENSIONS,
@@ -279,7 +306,16 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.ssm",
         model="MambaModel",
-        configs={"NemotronHConfig8B": _BASE, "Nemotron5HybridConfig8B": _BASE},
+        configs={
+            "NemotronHConfigBase": {**_BASE, "num_layers": 2, "hybrid_override_pattern": None},
+            "NemotronHConfig8B": _BASE,
+            "NemotronHConfig47B": _47B,
+            "NemotronHConfig56B": _56B,
+            "Nemotron5HybridConfig8B": _BASE,
+            "Nemotron5HybridConfig47B": _47B,
+            "Nemotron5HybridConfig56B": _56B,
+            "NVIDIAMambaHybridConfig8B": _HYBRID_8B,
+        },
         choose=lambda config: "NemotronHConfig8B",
     ),
 )  # fmt: skip

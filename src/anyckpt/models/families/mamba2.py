@@ -1,0 +1,266 @@
+"""Mamba-2: state-spaces' own models and transformers' ``mamba2``; to Megatron-Core, a hybrid of Mamba layers alone.
+
+Names and shapes are those of Megatron-Core 0.16's MambaModel, which was built and saved for it; its kernels need a
+GPU, so logits were compared with transformers alone.  state-spaces' code calls the embedding ``backbone.embedding``,
+and its ``config.json`` has keys of its own, whose defaults are those of its ``Mamba2`` module.  NeMo's converters tie
+nothing, for NeMo's classes cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader, padded
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import nemotron_h
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.variants import Variant
+
+_MIXERS_EPSILON = 1e-5
+_LENGTH = 2048
+_NOT_MAMBAS = {
+    "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "max_position_embeddings",
+    "attention_dropout",
+}  # fmt: skip
+
+_FIXED: Mapping[str, Any] = {"conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "hidden_act": "silu"}
+"""What a model must be for Megatron-Core to have its mixers, and transformers' defaults; written as it is."""
+
+_STATE_SPACES: Mapping[str, Any] = {
+    "d_conv": 4, "bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None,
+    "D_has_hdim": False, "activation": "swish",
+}  # fmt: skip
+"""The same of state-spaces' module."""
+
+
+def _from_state_spaces(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """transformers' keys from ``MambaConfig`` of state-spaces' code, if its layers are Mamba-2."""
+    reader = Reader(config, "config.json")
+    mixer = config.get("ssm_cfg")
+    if not isinstance(mixer, Mapping) or mixer.get("layer") != "Mamba2" or reader.values.get("d_model") is None:
+        return None
+    sizes = Reader(mixer, "config.json's ssm_cfg")
+    hidden = _or(reader.integer("d_model"), 0)
+    expand = _or(sizes.integer("expand"), 2)
+    width = _or(sizes.integer("headdim"), 64)
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": _or(reader.integer("n_layer"), 64),
+        "vocab_size": _or(reader.integer("vocab_size"), 50277),
+        "num_heads": hidden * expand // max(1, width),
+        "head_dim": width,
+        "n_groups": _or(sizes.integer("ngroups"), 1),
+        "state_size": _or(sizes.integer("d_state"), 128),
+        "expand": expand,
+        "residual_in_fp32": config.get("residual_in_fp32", True),
+        "tie_word_embeddings": config.get("tie_embeddings", True),
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        **{key: mixer[key] for key in _STATE_SPACES if key in mixer},
+        **{key: config[key] for key in ("d_intermediate", "attn_layer_idx", "rms_norm") if key in config},
+        "pad_vocab_size_multiple": config.get("pad_vocab_size_multiple", 8),
+    }
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+_OF_STATE_SPACES: Mapping[str, Any] = {
+    **_STATE_SPACES, "d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True,
+}  # fmt: skip
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key, expected in {**_FIXED, **_OF_STATE_SPACES}.items():
+        value = reader.values.get(key)
+        if value is not None and value != expected:
+            raise MappingError(
+                f"config.json's {key} is not what Megatron-Core's layers are", expected=expected, found=repr(value)[:80]
+            )
+    _check_steps(reader)
+    hidden, heads = found["hidden_size"], found["mamba_num_heads"]
+    expand = _or(reader.integer("expand"), 2)
+    if expand * hidden != heads * found["mamba_head_dim"]:
+        raise MappingError(
+            "config.json's expand does not fit its heads", expected=f"{heads} heads of {found['mamba_head_dim']}",
+            found=f"{expand} times {hidden}",
+        )  # fmt: skip
+    multiple = reader.integer("pad_vocab_size_multiple")
+    padding = {}
+    if multiple:
+        padding = {
+            "make_vocab_size_divisible_by": multiple,
+            "padded_vocab_size": padded(found["vocab_size"], max(1, multiple)),
+        }
+    attention = heads if heads > 0 and hidden % heads == 0 else 1
+    return {
+        **padding,
+        "hybrid_override_pattern": "M" * min(max(0, found["num_layers"]), 10_000),
+        "max_position_embeddings": reader.integer("max_position_embeddings") or _LENGTH,
+        "ffn_hidden_size": hidden,  # no layer has such; Megatron's configuration must have positive sizes
+        "num_attention_heads": attention,
+        "num_query_groups": attention,
+        "kv_channels": max(1, hidden // attention),
+    }
+
+
+def _check_steps(reader: Reader) -> None:
+    """Megatron-Core has no limits of time steps."""
+    limits = reader.values.get("time_step_limit")
+    if limits is None:
+        return
+    ends = limits if isinstance(limits, (list, tuple)) else []
+    spelled = [end.get("__float__") if isinstance(end, Mapping) else end for end in ends]
+    if len(spelled) != 2 or spelled[0] != 0 or str(spelled[1]).lower() not in ("inf", "infinity"):
+        raise MappingError(
+            "config.json's time_step_limit is not what Megatron-Core's layers are",
+            expected="from 0 to infinity", found=repr(limits)[:80],
+        )  # fmt: skip
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    inner = (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
+    if inner % config.hidden_size:
+        raise MappingError(
+            "transformers' Mamba2ForCausalLM has mixers of a multiple of the model's width",
+            expected=f"a multiple of {config.hidden_size}", found=inner,
+        )  # fmt: skip
+    length = config.max_position_embeddings
+    return {
+        "expand": inner // config.hidden_size,
+        **({} if length in (None, _LENGTH) else {"max_position_embeddings": length}),
+    }
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
+    if kind != "hf" and config.layernorm_epsilon != _MIXERS_EPSILON:
+        yield (
+            f"Megatron-Core's mixers normalise with an epsilon of {_MIXERS_EPSILON:g}, whatever layernorm_epsilon "
+            f"says; the model's is {config.layernorm_epsilon:g}"
+        )
+
+
+def _nemo1(config: ModelConfig) -> Mapping[str, Any]:
+    return {
+        "target": "nemo.collections.nlp.models.language_modeling.megatron_mamba_model.MegatronMambaModel",
+        "vocab_size": config.rows,  # of which this class makes as many rows
+        "add_bias_linear": False,
+        "gated_linear_unit": False,
+        "mamba_ssm_ngroups": config.mamba_num_groups,
+    }
+
+
+_NEMO1 = {
+    "hybrid_override_pattern": lambda values: "M" * max(0, min(10_000, _count(values.get("num_layers")))),
+    "add_bias_linear": False,
+    "share_embeddings_and_output_weights": False,
+}
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int else 0
+
+
+_BASE: dict[str, Any] = {
+    "activation": "gelu",
+    "gated_linear_unit": False,
+    "position_embedding_type": "none",
+    "num_attention_heads": 1,
+    "seq_length": 2048,
+    "mamba_num_groups": 1,
+    "make_vocab_size_divisible_by": 16,
+}
+
+
+def _size(layers: int, hidden: int) -> dict[str, Any]:
+    """What a NeMo 2 class of one model size fixes."""
+    return {
+        **_BASE,
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": hidden,
+        "hybrid_override_pattern": "M" * layers,
+    }
+
+
+FAMILY = Family(
+    name="mamba2",
+    title="Mamba-2",
+    rules=tuple(rule for rule in nemotron_h.RULES if "*" not in rule.hub or ".mixer." in rule.hub),
+    traits={
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": False,
+        "add_bias_linear": False,
+        "position_embedding_type": "none",
+        "multi_latent_attention": False,
+    },
+    features=frozenset({
+        "hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model", "num_moe_experts", "num_experts",
+    }),
+    recognise=lambda config: set(config.hybrid_override_pattern or "") == {"M"},
+    caveats=_caveats,
+    unties=frozenset({"nemo1", "nemo2"}),
+    nemo1_keys=_nemo1,
+    nemo1_classes={"MegatronMambaModel": _NEMO1},
+    dimensions=nemotron_h.DIMENSIONS,
+    hugging_face=HuggingFace(
+        model_types=("mamba2",),
+        architectures=("Mamba2ForCausalLM",),
+        defaults={
+            "vocab_size": 32768,
+            "hidden_size": 4096,
+            "num_hidden_layers": 64,
+            "num_heads": 128,
+            "head_dim": 64,
+            "n_groups": 8,
+            "state_size": 128,
+            "layer_norm_epsilon": 1e-5,
+            "initializer_range": 0.1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        fields=(
+            *(entry for entry in COMMON if entry.hub not in _NOT_MAMBAS),
+            Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
+            Field("mamba_num_heads", "num_heads"),
+            Field("mamba_head_dim", "head_dim"),
+            Field("mamba_num_groups", "n_groups"),
+            Field("mamba_state_dim", "state_size"),
+        ),
+        constants=_FIXED,
+        attention_bias=None,
+        activation_key=None,
+        read=_read,
+        write=_write,
+        keys=frozenset({"expand", "time_step_limit", "max_position_embeddings", "pad_vocab_size_multiple"})
+        | _OF_STATE_SPACES.keys(),
+        variants=(Variant("backbone.embedding.weight", ("backbone.embeddings.weight",)),),
+        foreign=_from_state_spaces,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.ssm",
+        model="MambaModel",
+        configs={
+            "SSMConfig": {
+                **_BASE, "num_layers": 2, "seq_length": 8192, "mamba_num_groups": 8,
+                "make_vocab_size_divisible_by": 128,
+            },
+            "BaseMambaConfig130M": _size(24, 768),
+            "BaseMambaConfig370M": _size(48, 1024),
+            "BaseMambaConfig780M": _size(48, 1536),
+            "BaseMambaConfig1_3B": _size(48, 2048),
+            "BaseMambaConfig2_7B": _size(64, 2560),
+            "NVIDIAMambaConfig8B": {
+                **_size(56, 4096), "num_attention_heads": 32, "seq_length": 4096, "mamba_num_groups": 8,
+                "make_vocab_size_divisible_by": 128,
+            },
+        },
+        choose=lambda config: "SSMConfig",
+        without=frozenset({"vocab_size"}),
+    ),
+)  # fmt: skip
