@@ -11,18 +11,19 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tests.models import remote_code
 from tests.support import fixture_path
 
 from anyckpt import models
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import look_at
 from anyckpt.models import Model
-from anyckpt.models.variants import stored_names
+from anyckpt.models.hub import as_written
+from anyckpt.optimizer.parameters import trained
 from anyckpt.tensor import LazyTensor, from_array
 
 Opened = tuple[Checkpoint, Model]
@@ -36,7 +37,11 @@ class Sample:
         name: of its own among all families' samples.
         refused: target format (``nemo2``, ``megatron-lm``, ...) -> pattern of the error, where the target has no such
             model.
+
+    ``shows`` says in the table of families what such a sample proves.
     """
+
+    shows: ClassVar[str]
 
     name: str
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -53,6 +58,8 @@ class Fixture(Sample):
     It has the tensors of Megatron-Core that gave equal logits (``mcore_te.safetensors``) and these logits.
     """
 
+    shows = "**tensors**"
+
     def open(self) -> Opened:
         return _identified(FORMAT.read(look_at(fixture_path(f"families/{self.name}") / "hf")))
 
@@ -65,6 +72,8 @@ class Tiny(Sample):
         config: its ``config.json``, as the arguments of transformers' configuration class; with ``model_type``.
     """
 
+    shows = "**outputs**"
+
     config: Mapping[str, Any]
 
     def open(self) -> Opened:
@@ -75,8 +84,9 @@ class Tiny(Sample):
         tensors: dict[str, LazyTensor] = {}
         for item in model.definition.expected(model.config):
             shapes = item.rule.operation.source_shapes(item.shape, model.config)
-            tensors.update({n: values(n, tuple(s)) for n, s in zip(item.sources, shapes, strict=True)})
-        return _identified(replace(empty, tensors=stored_names(tensors, family.hugging_face.variants)))
+            if item.sources:
+                tensors.update({n: values(n, tuple(s)) for n, s in zip(item.sources, shapes, strict=True)})
+        return _identified(replace(empty, tensors=as_written(tensors, model)))
 
     @property
     def _type(self) -> Any:
@@ -92,6 +102,8 @@ class Synthetic(Sample):
         shapes: stored name -> shape, written down independently of our rules.
         provenance: where names, shapes and keys were seen.
     """
+
+    shows = "**names**"
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
@@ -168,6 +180,12 @@ MAMBA = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 
+_BERT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+_BERTS = ("BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertModel")
+
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
 _PARALLEL = {"nemo2": "models of family .* have no parallel_residual"}
@@ -182,6 +200,7 @@ PROOFS: dict[str, Proof] = {
         tiny("falcon-11b", "falcon", _PARALLEL, **_NEW_FALCON, num_kv_heads=4, num_ln_in_parallel_attn=1),
         tiny("falcon-heads", "falcon", **_FALCON, multi_query=False, parallel_attn=False, bias=True),
     ),
+    "bert": proof(*(tiny(name, "bert", **_BERT, architectures=[name]) for name in _BERTS)),
     "gemma": proof(fixture("gemma")),
     "gemma2": proof(fixture("gemma2"), tiny("gemma2-window", "gemma2", **_WIDE, sliding_window=4)),
     "gemma3": proof(
@@ -220,6 +239,10 @@ PROOFS: dict[str, Proof] = {
         tiny("mamba2-one-group", "mamba2", {"megatron-lm": "groups of Mamba mixers"}, **MAMBA, n_groups=1),
         note="to Megatron-Core by names, shapes and its saved checkpoint: its kernels need a GPU",
     ),
+    "megatron-bert": proof(
+        fixture("megatron_bert"),
+        *(tiny(f"Megatron{name}", "megatron-bert", **_BERT, architectures=[f"Megatron{name}"]) for name in _BERTS[1:]),
+    ),
     "mistral": proof(fixture("mistral_swa")),
     "mixtral": proof(fixture("mixtral")),
     "nemotron": proof(
@@ -239,6 +262,25 @@ PROOFS: dict[str, Proof] = {
     ),
 }
 """By family's name."""
+
+
+def in_training(checkpoint: Checkpoint, model: Model) -> Checkpoint:
+    """The sample as Megatron-Core names it, with Adam's state of every parameter."""
+    named = models.from_hub(models.to_hub(checkpoint, model), "hub").tensors
+    parameters = trained(named)
+    slots = {
+        slot: {name: values(f"{slot} {name}", tensor.shape) for name, tensor in parameters.items()}
+        for slot in ("master", "exp_avg", "exp_avg_sq")
+    }
+    exact = {name: tensor for name, tensor in parameters.items() if tensor.dtype.name == "float32"}
+    slots["master"].update(exact)  # weights in fp32 are their own masters
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    return replace(
+        checkpoint, tensors=dict(named), dialect="hub", format="megatron-lm", artifacts={},
+        config=models.render_config(model, "megatron-args"), config_kind="megatron-args",
+        training=replace(checkpoint.training, has_optimizer=True, step=1),
+        optimizer=lambda: OptimizerState(slots=slots, step=1, groups=(group,)),
+    )  # fmt: skip
 
 
 def samples() -> dict[str, Sample]:

@@ -428,7 +428,7 @@ def test_identify_without_or_against_a_configuration() -> None:
         models.identify(bare, family="lama", config=case.checkpoint.config)
     with pytest.raises(UsageError, match="of no known kind"):
         models.identify(bare, config={"a": 1})
-    assert models.identify(replace(bare, config={"model_type": "bert"}, config_kind="hf")) is None
+    assert models.identify(replace(bare, config={"model_type": "rwkv"}, config_kind="hf")) is None
     chosen = models.identify(case.checkpoint, family="mistral")
     assert chosen is not None
     assert (chosen.family, chosen.config.window_size) == ("mistral", (4095, 0))

@@ -42,9 +42,8 @@ def saved(sample: Tiny, folder: Path) -> Path:
     """A random model of transformers', saved by it."""
     values = dict(sample.config)
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    family = sample.open()[1].definition
     torch.manual_seed(0)
-    kind = getattr(transformers, family.hugging_face.architectures[0])
+    kind = getattr(transformers, sample.open()[0].config["architectures"][0])
     theirs = kind._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -68,7 +67,8 @@ def computed(path: Path, architecture: str) -> Any:
             inputs["decoder_input_ids"] = tokens[:, :12]
     with torch.no_grad():
         found = model(**inputs)
-    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+    outputs = [value.flatten() for value in found.to_tuple() if isinstance(value, torch.Tensor)]
+    return torch.cat(outputs)
 
 
 def written(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -17,7 +17,7 @@ from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models import dialects
-from anyckpt.models.config import PART_OF, ModelConfig, padded
+from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig, padded
 from anyckpt.models.family import Family
 from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names, stored_name, stored_names
@@ -57,12 +57,14 @@ class Hub:
         tensors: hub name -> whole tensor, in the order of the family's rules.
         ignored: stored names that were knowingly left out, with the reason.
         notes: what a user should know.
+        restated: keys of the configuration as stored that hold no longer for these tensors -> what holds.
     """
 
     model: Model
     tensors: dict[str, LazyTensor]
     ignored: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    restated: dict[str, Any] = field(default_factory=dict)
 
 
 class Named(NamedTuple):
@@ -94,10 +96,35 @@ def to_hub(checkpoint: Checkpoint, model: Model) -> Hub:
     expected = model.definition.expected(model.config)
     _drop_tied_copy(named, model, ignored)
     ignored |= _drop_copies(named, model.definition.twins, checkpoint.path)
+    for item in expected:
+        if item.rule.optional:
+            named.setdefault(item.hub, Constant(dtype(model.config.dtype or "float32"), item.shape))
     _check_complete([(item.hub,) for item in expected], named, model, checkpoint.path)
     for item in expected:
         _check_shape(item.hub, named[item.hub], item.shape, item, model, checkpoint.path)
-    return Hub(model, {item.hub: named[item.hub] for item in expected}, ignored, notes)
+    hub = Hub(model, {item.hub: named[item.hub] for item in expected}, ignored, notes)
+    return _with_centred_norms(hub) if WHOLE_NORMS in model.config.extra else hub
+
+
+def _with_centred_norms(hub: Hub) -> Hub:
+    """Norms that are stored as gamma, as gamma - 1: computed in float32 and rounded to their own type."""
+    config = hub.model.config
+    plain = replace(config, extra={key: value for key, value in config.extra.items() if key != WHOLE_NORMS})
+    tensors = {
+        name: Mapped((tensor,), tensor.dtype, _less_one) if name.endswith(_NORM_WEIGHTS) else tensor
+        for name, tensor in hub.tensors.items()
+    }
+    note = "norms are stored as gamma; the family's are gamma - 1, which is computed"
+    model = replace(hub.model, config=plain)
+    return Hub(model, tensors, hub.ignored, [*hub.notes, note], {"layernorm_zero_centered_gamma": True})
+
+
+_NORM_WEIGHTS = ("norm.weight", "norm_weight")
+
+
+def _less_one(gamma: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+    wide = gamma.astype(np.float64 if gamma.dtype.itemsize == 8 else np.float32)
+    return (wide - 1).astype(gamma.dtype)
 
 
 def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) -> Hub:

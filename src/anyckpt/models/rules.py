@@ -316,6 +316,7 @@ class Rule:
         partition: how tensor parallelism divides the hub tensor.
         when: whether the tensor exists, from the configuration and the indices that the stars stand for.
         axes: what the stars count, as names of ``AXES`` or of the family's own.
+        optional: nothing is computed with the hub's tensor, so that a stored model may lack it.  Only without source.
         after: a length as in ``shape``, by which the first star of the source is more than that of the hub; "" for 0.
     """
 
@@ -327,6 +328,7 @@ class Rule:
     when: Condition = _always
     axes: tuple[str, ...] = ("layer", "expert")
     after: str = ""
+    optional: bool = False
 
 
 Dimension = Callable[[ModelConfig], int]

@@ -1,0 +1,334 @@
+"""Megatron-BERT: BERT with norms before attention and MLP, as Megatron-Core's BertModel is.
+
+Which heads there are follows from the class, and where a file has more than its class (weights of pre-training under
+the name of a masked language model), from its tensors.  Checked by equal logits in Megatron-Core 0.16's BertModel.
+
+Megatron-LM and NeMo 1 always build the head of a language model, and NeMo 2 at least the bias of its output layer; a
+model without one is for the encoder alone.  NeMo 1 has token types only in a model with ``bert_binary_head``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.indexing import Shape
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_encoders import HEADS
+from anyckpt.models.families.llama import size
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import INTERLEAVED_QKV, Condition, Rule
+from anyckpt.models.variants import Variant
+
+_LAYER = "bert.encoder.layer.*"
+_HUB = "encoder.layers.*"
+PARTS = ("weight", "bias")
+
+
+def _has(field: str) -> Condition:
+    def has(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+        return bool(getattr(config, field))
+
+    return has
+
+
+def _no_lm_head(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return not config.add_lm_head
+
+
+def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.add_lm_head and not config.share_embeddings_and_output_weights
+
+
+def norms(source: str, hub: str) -> tuple[Rule, ...]:
+    """The rules of a norm: names that end in its module on the left, in what is before ``weight`` on the right."""
+    return tuple(Rule((f"{source}.{part}",), f"{hub}{part}", ("hidden",)) for part in PARTS)
+
+
+def embeddings() -> tuple[Rule, ...]:
+    """Of words, positions, and types of tokens."""
+    return (
+        Rule(("bert.embeddings.word_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
+             partition="vocabulary"),
+        Rule(("bert.embeddings.position_embeddings.weight",), "embedding.position_embeddings.weight",
+             ("positions", "hidden")),
+        Rule(("bert.embeddings.token_type_embeddings.weight",), "embedding.tokentype_embeddings.weight",
+             ("token-types", "hidden"), when=_has("num_tokentypes")),
+    )  # fmt: skip
+
+
+def matrices() -> tuple[Rule, ...]:
+    """A layer's linear maps."""
+    own, attention, mlp = f"{_LAYER}.attention", f"{_HUB}.self_attention", f"{_HUB}.mlp"
+    query_key_value = [f"{own}.self.{name}" for name in ("query", "key", "value")]
+    return (
+        Rule(tuple(f"{name}.weight" for name in query_key_value), f"{attention}.linear_qkv.weight", ("qkv", "hidden"),
+             INTERLEAVED_QKV, "qkv"),
+        Rule(tuple(f"{name}.bias" for name in query_key_value), f"{attention}.linear_qkv.bias", ("qkv",),
+             INTERLEAVED_QKV, "qkv"),
+        Rule((f"{own}.output.dense.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"),
+             partition="row"),
+        Rule((f"{own}.output.dense.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
+        Rule((f"{_LAYER}.intermediate.dense.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"),
+             partition="gate-up"),
+        Rule((f"{_LAYER}.intermediate.dense.bias",), f"{mlp}.linear_fc1.bias", ("fc1",), partition="gate-up"),
+        Rule((f"{_LAYER}.output.dense.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+        Rule((f"{_LAYER}.output.dense.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
+    )  # fmt: skip
+
+
+def heads() -> tuple[Rule, ...]:
+    """Behind the encoder: the pooler, the head of the language model, the classifier of two classes."""
+    transform = "cls.predictions.transform"
+    lm_head, pooler, binary = _has("add_lm_head"), _has("add_pooler"), _has("bert_binary_head")
+    return (
+        Rule(("bert.pooler.dense.weight",), "pooler.dense.weight", ("hidden", "hidden"), when=pooler),
+        Rule(("bert.pooler.dense.bias",), "pooler.dense.bias", ("hidden",), when=pooler),
+        Rule((f"{transform}.dense.weight",), "lm_head.dense.weight", ("hidden", "hidden"), when=lm_head),
+        Rule((f"{transform}.dense.bias",), "lm_head.dense.bias", ("hidden",), when=lm_head),
+        *(replace(rule, when=lm_head) for rule in norms(f"{transform}.LayerNorm", "lm_head.layer_norm.")),
+        Rule(("cls.predictions.decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"),
+             partition="vocabulary", when=_untied),
+        Rule(("cls.predictions.bias",), "output_layer.bias", ("vocabulary",), partition="vocabulary", when=lm_head),
+        Rule((), "output_layer.bias", ("vocabulary",), partition="vocabulary", when=_no_lm_head, optional=True),
+        Rule(("cls.seq_relationship.weight",), "binary_head.weight", ("two", "hidden"), when=binary),
+        Rule(("cls.seq_relationship.bias",), "binary_head.bias", ("two",), when=binary),
+    )  # fmt: skip
+
+
+RULES = (
+    *embeddings(),
+    *norms(f"{_LAYER}.attention.ln", f"{_HUB}.self_attention.linear_qkv.layer_norm_"),
+    *norms(f"{_LAYER}.ln", f"{_HUB}.mlp.linear_fc1.layer_norm_"),
+    *matrices(),
+    *norms("bert.encoder.ln", "encoder.final_layernorm."),
+    *heads(),
+)
+
+DIMENSIONS = {"token-types": lambda config: config.num_tokentypes, "two": lambda config: 2}
+IGNORABLE = tuple(
+    (f"{prefix}embeddings.{name}", "numbers of positions, which follow from the configuration")
+    for prefix in ("", "bert.")
+    for name in ("position_ids", "token_type_ids")
+)
+FIELDS = (
+    Field("num_layers", "num_hidden_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("ffn_hidden_size", "intermediate_size"),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field("vocab_size", "vocab_size"),
+    Field("max_position_embeddings", "max_position_embeddings"),
+    Field("num_tokentypes", "type_vocab_size"),
+    Field("init_method_std", "initializer_range", "number", 0.02),
+    Field("layernorm_epsilon", "layer_norm_eps", "number"),
+    Field("attention_dropout", "attention_probs_dropout_prob", "number", 0.1),
+    Field("hidden_dropout", "hidden_dropout_prob", "number", 0.1),
+    Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", True),
+    Field("pad_token_id", "pad_token_id", "tokens", None),
+)
+DEFAULTS = {
+    "vocab_size": 29056,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+TRAITS = {
+    "normalization": "LayerNorm",
+    "layernorm_zero_centered_gamma": False,
+    "activation": "gelu",
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "position_embedding_type": "learned_absolute",
+    "parallel_residual": False,
+    "vision_model_type": None,
+}
+FLAGS: dict[str, dict[str, bool]] = {
+    "ForPreTraining": {"add_pooler": True, "add_lm_head": True, "bert_binary_head": True},
+    "ForMaskedLM": {"add_lm_head": True},
+    "LMHeadModel": {"add_lm_head": True},
+    "ForCausalLM": {"add_lm_head": True},
+    "ForNextSentencePrediction": {"add_pooler": True, "bert_binary_head": True},
+    "Model": {"add_pooler": True},
+}
+"""Heads by the end of the class's name; a bare model may lack the pooler."""
+
+_USUAL = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+
+
+def read_heads(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Which heads the class has, if the model is an encoder with absolute positions.
+
+    Raises:
+        MappingError: it is not.
+    """
+    for key, usual in _USUAL.items():
+        value = reader.values.get(key)
+        if value is not None and value != usual:
+            raise MappingError(f"config.json's {key} is not that of the family", expected=usual, found=repr(value)[:80])
+    names = reader.values.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    return next((flags for end, flags in FLAGS.items() if name.endswith(end)), {})
+
+
+def write_heads(prefix: str, config: ModelConfig) -> dict[str, Any]:
+    """The class with these heads, of those whose names begin with ``prefix``."""
+    if config.add_lm_head:
+        end = "ForPreTraining" if config.bert_binary_head else "ForMaskedLM"
+    else:
+        end = "ForNextSentencePrediction" if config.bert_binary_head else "Model"
+    return {"architectures": [prefix + end]}
+
+
+def headless(config: ModelConfig) -> bool:
+    """Whether the class is that of the bare encoder."""
+    return not (config.add_lm_head or config.bert_binary_head)
+
+
+def refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
+    """The heads that the tensors have, besides those that the configuration says."""
+    types = shapes.get("embedding.tokentype_embeddings.weight")
+    may_lack_pooler = headless(config) and bool(shapes)
+    return replace(
+        config,
+        num_tokentypes=config.num_tokentypes or (types[0] if types else 0),
+        add_pooler=(config.add_pooler and not may_lack_pooler)
+        or any(f"pooler.dense.{part}" in shapes for part in PARTS),
+        add_lm_head=config.add_lm_head or any(name.startswith("lm_head.") for name in shapes),
+        bert_binary_head=config.bert_binary_head or any(f"binary_head.{part}" in shapes for part in PARTS),
+    )
+
+
+def nemo1_keys(config: ModelConfig) -> Mapping[str, Any]:
+    """Keys of ``megatron_bert_config.yaml``."""
+    return {
+        "mcore_bert": True,
+        "transformer_block_type": config.transformer_block_type,
+        "add_pooler": config.add_pooler,
+        "add_lm_head": config.add_lm_head,
+        "bert_binary_head": config.bert_binary_head,
+        "num_tokentypes": config.num_tokentypes,
+        "pre_process": True,
+        "post_process": True,
+        "megatron_legacy": False,
+        "attention_backend": "fused",
+        "target": "nemo.collections.nlp.models.language_modeling.megatron_bert_model.MegatronBertModel",
+    }
+
+
+def megatron_keys(config: ModelConfig) -> Mapping[str, Any]:
+    """Arguments of Megatron-LM's ``pretrain_bert.py``."""
+    return {"bert_binary_head": config.bert_binary_head}
+
+
+def caveats(config: ModelConfig, kind: str) -> Iterable[str]:
+    """What frameworks build besides the model."""
+    if kind in ("nemo1", "megatron-args") and not config.add_lm_head:
+        yield (
+            "the model has no lm_head, which this framework's BertModel builds: load with strict=False, and use the "
+            "encoder's output"
+        )
+    if kind == "nemo1" and config.num_tokentypes and not config.bert_binary_head:
+        yield "NeMo 1 has token types only in a model with bert_binary_head: set it to true to load them"
+
+
+_BASE = {
+    "normalization": "LayerNorm",
+    "activation": "gelu",
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute",
+    "seq_length": 512,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "share_embeddings_and_output_weights": True,
+    "add_pooler": True,
+    "add_lm_head": True,
+    "bert_binary_head": True,
+}
+_BASE_SIZE, _LARGE_SIZE = size(12, 768, 3072, 12, 12), size(24, 1024, 4096, 16, 16)
+
+
+def nemo2(bert_type: str, model: str, stem: str, **defaults: Any) -> NeMo2:
+    """NeMo 2.5's classes of a kind of BERT.
+
+    Args:
+        bert_type: ``megatron`` or ``huggingface``.
+        model: the model's class.
+        stem: what the names of configuration classes begin with.
+        defaults: by which these differ from ``BertConfig``.
+    """
+    base = {**_BASE, "bert_type": bert_type, **defaults}
+
+    def read(reader: Reader, known: Mapping[str, Any]) -> Mapping[str, Any]:
+        kind = reader.text("bert_type") or known["bert_type"]
+        flags = {entry.hub: reader.read(entry, known) for entry in HEADS[1:]}
+        types = reader.integer("num_tokentypes")
+        return {
+            **flags,
+            "num_tokentypes": (2 if flags["bert_binary_head"] else 0) if types is None else types,
+            "transformer_block_type": "pre_ln" if kind == "megatron" else "post_ln",
+        }
+
+    def write(config: ModelConfig) -> Mapping[str, Any]:
+        return {"bert_type": bert_type, **{entry.key: getattr(config, entry.hub) for entry in HEADS}}
+
+    return NeMo2(
+        module="nemo.collections.llm.bert.model.bert",
+        model=model,
+        configs={
+            f"{stem}Config": base,
+            f"{stem}BaseConfig": {**base, **_BASE_SIZE},
+            f"{stem}LargeConfig": {**base, **_LARGE_SIZE},
+            "BertConfig": {**_BASE, "bert_type": "megatron"},
+        },
+        choose=lambda config: f"{stem}Config",
+        own=frozenset({"num_tokentypes", "add_pooler", "add_lm_head", "bert_binary_head"}),
+        read=read,
+        write=write,
+        without=frozenset({"vocab_size"}),
+    )
+
+
+FAMILY = Family(
+    name="megatron-bert",
+    title="Megatron-BERT",
+    rules=RULES,
+    ignorable=IGNORABLE,
+    traits={**TRAITS, "transformer_block_type": "pre_ln"},
+    features=frozenset({"mcore_bert"}),
+    refine=refine,
+    nemo1_keys=nemo1_keys,
+    megatron_keys=megatron_keys,
+    caveats=caveats,
+    dimensions=DIMENSIONS,
+    hugging_face=HuggingFace(
+        model_types=("megatron-bert",),
+        architectures=("MegatronBertForPreTraining",),
+        defaults=DEFAULTS,
+        fields=FIELDS,
+        constants={"is_decoder": False, "add_cross_attention": False},
+        attention_bias=None,
+        read=read_heads,
+        write=lambda config, notes: write_heads("MegatronBert", config),
+        keys=frozenset({"position_embedding_type"}),
+        prefix="bert.",
+        headless=headless,
+        copies=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
+        variants=tuple(
+            Variant(f"{stem}.{old}", (f"{stem}.{new}",))
+            for stem in ("cls.predictions.transform.LayerNorm",)
+            for old, new in (("gamma", "weight"), ("beta", "bias"))
+        ),
+    ),
+    nemo2=nemo2("megatron", "BertModel", "MegatronBert", add_pooler=False, bert_binary_head=False),
+)
