@@ -28,6 +28,7 @@ def main() -> None:
         ("lint", [str(scripts / "ruff"), "check", "."]),
         ("types", [str(scripts / "mypy")]),
         ("import contract", [str(scripts / "lint-imports")]),
+        ("table of families", [str(core), str(ROOT / "tools" / "family_table.py"), "--check"]),
         ("tests of the core, without torch", [str(core), "-m", "pytest", "-m", "not peer", *tests]),
         ("tests against the real libraries", [str(full), "-m", "pytest", "-m", "peer", *tests]),
     ]

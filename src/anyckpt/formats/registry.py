@@ -192,6 +192,11 @@ def formats() -> dict[str, Format]:
     return {name: _load(name) for name in _names()}
 
 
+def built_in() -> dict[str, Format]:
+    """The formats of this package by name."""
+    return {name: _load(name) for name in _BUILT_IN}
+
+
 def by_name(name: str) -> Format:
     """The format called ``name``.
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.optimizer import laid_out, renamed, with_masters, with_optimizer
+from anyckpt.optimizer.parameters import buffers
+from anyckpt.optimizer.state import tag, tagged
 from anyckpt.tensor import LazyTensor
 
 _KEPT_OBJECTS = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
@@ -53,7 +55,7 @@ def carry_optimizer(
             )
         return target, frozenset()
     weights = source.weights()
-    state = renamed(with_masters(found.optimizer(), weights), rename)
+    state = renamed(with_masters(found.optimizer(), weights), _with_buffers(rename, weights))
     objects = {name: source.objects[name] for name in _KEPT_OBJECTS if name in source.objects}
     ready = laid_out(
         replace(
@@ -66,3 +68,21 @@ def carry_optimizer(
     )
     own = {source.model_prefix + name for name in weights}
     return ready, frozenset({*objects, *(name for name in source.tensors if name not in own)})
+
+
+def _with_buffers(
+    rename: Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]], weights: Mapping[str, LazyTensor]
+) -> Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]]:
+    """A renaming of a whole model, for its parameters alone: buffers have no state; they go along and are left out."""
+    without_state = buffers(weights)
+    if not without_state:
+        return rename
+
+    def apply(tensors: dict[str, LazyTensor]) -> Mapping[str, LazyTensor]:
+        lacking = {name: tensor for name, tensor in without_state.items() if name not in tensors}
+        whole = rename({**tensors, **lacking})
+        marks = {name: tag(tensor.shape, 0) for name, tensor in tensors.items()}
+        marked = rename({**marks, **{name: tag(tensor.shape, 1) for name, tensor in lacking.items()}})
+        return {name: tensor for name, tensor in whole.items() if not marked[name].size or not tagged(marked[name])}
+
+    return apply

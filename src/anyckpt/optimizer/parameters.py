@@ -12,10 +12,19 @@ from anyckpt.optimizer.state import unproved
 from anyckpt.tensor import LazyTensor
 
 _BUFFERS = re.compile(
-    r"(?:.*\.)?(?:running_mean|running_var|num_batches_tracked|inv_freq|expert_bias|local_tokens_per_expert"
-    r"|_extra_state|position_ids|masked_bias)"
+    r"(?:.*\.)?(?:running_mean|running_var|num_batches_tracked|inv_freq|expert_bias|e_score_correction_bias"
+    r"|local_tokens_per_expert|_extra_state|position_ids|masked_bias)"
 )
 """Last parts of names of buffers: batch norm's, rotary frequencies, the MoE router's load balance."""
+
+
+def buffers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """What can be no parameter."""
+    return {name: tensor for name, tensor in tensors.items() if _is_buffer(name, tensor)}
+
+
+def _is_buffer(name: str, tensor: LazyTensor) -> bool:
+    return not tensor.dtype.is_floating or _BUFFERS.fullmatch(name) is not None
 
 
 def trained(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -23,7 +32,7 @@ def trained(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     seen: set[Any] = set()
     for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating or _BUFFERS.fullmatch(name):
+        if _is_buffer(name, tensor):
             continue
         key = storage_key(tensor)
         if key is not None and key in seen:
