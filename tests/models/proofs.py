@@ -101,6 +101,7 @@ class Synthetic(Sample):
         config: its ``config.json``.
         shapes: stored name -> shape, written down independently of our rules.
         provenance: where names, shapes and keys were seen.
+        unit_rows: stored names whose rows have length 1, because what the model computes depends on no other.
     """
 
     shows = "**names**"
@@ -108,9 +109,13 @@ class Synthetic(Sample):
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     provenance: str
+    unit_rows: tuple[str, ...] = ()
 
     def open(self) -> Opened:
         tensors = {name: values(name, shape) for name, shape in self.shapes.items()}
+        for name in self.unit_rows:
+            rows = tensors[name].numpy().astype("<f8")
+            tensors[name] = from_array((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype("<f4"))
         config = json.loads(json.dumps(self.config))
         return _identified(Checkpoint(self.name, "hf", tensors, dialect="hf", config=config, config_kind="hf"))
 
@@ -188,6 +193,7 @@ _BERTS = ("BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePredictio
 
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
+_NO_ALIBI = dict.fromkeys(("megatron-core", "megatron-lm"), "Megatron-Core has no such position embedding")
 _PARALLEL = {"nemo2": "models of family .* have no parallel_residual"}
 
 PROOFS: dict[str, Proof] = {
@@ -199,6 +205,39 @@ PROOFS: dict[str, Proof] = {
         tiny("falcon-40b", "falcon", _PARALLEL, **_NEW_FALCON, num_kv_heads=2),
         tiny("falcon-11b", "falcon", _PARALLEL, **_NEW_FALCON, num_kv_heads=4, num_ln_in_parallel_attn=1),
         tiny("falcon-heads", "falcon", **_FALCON, multi_query=False, parallel_attn=False, bias=True),
+    ),
+    "baichuan": proof(
+        *(
+            Synthetic(
+                name=name,
+                config=config,
+                shapes=remote_code.baichuan_shapes(config),
+                provenance=remote_code.BAICHUAN_SOURCE,
+                unit_rows=("lm_head.weight",),
+                refused=refused,
+            )
+            for name, config, refused in (
+                ("baichuan2", remote_code.BAICHUAN, {}),
+                ("baichuan2-alibi", remote_code.BAICHUAN_13B, _NO_ALIBI | {"nemo2": "no such position embedding"}),
+            )
+        ),
+        outputs="Megatron-Core",
+        note="transformers has no class of it; the output layer's rows have length 1 in Megatron",
+    ),
+    "chatglm": proof(
+        Synthetic(
+            name="chatglm",
+            config=remote_code.CHATGLM,
+            shapes=remote_code.chatglm_shapes(remote_code.CHATGLM),
+            provenance=remote_code.CHATGLM_SOURCE,
+        ),
+        outputs="Megatron-Core",
+        note="transformers has no class of it",
+    ),
+    "mpt": proof(
+        tiny(
+            "mpt", "mpt", NO_NEMO_2 | _NO_ALIBI, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64
+        ),
     ),
     "bert": proof(*(tiny(name, "bert", **_BERT, architectures=[name]) for name in _BERTS)),
     "gemma": proof(fixture("gemma")),

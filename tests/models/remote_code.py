@@ -100,3 +100,118 @@ def decilm_shapes(config: dict[str, Any]) -> Shapes:
             found[f"{name}.mlp.gate_proj.weight"] = found[f"{name}.mlp.up_proj.weight"] = (width, hidden)
             found[f"{name}.mlp.down_proj.weight"] = (hidden, width)
     return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}
+
+
+# -- Baichuan 2 ----------------------------------------------------------------------------------------------
+
+BAICHUAN_SOURCE = (
+    "modeling_baichuan.py and configuration_baichuan.py of baichuan-inc/Baichuan2-7B and 13B as copies in public "
+    "repositories have them; NVIDIA NeMo's and vLLM's converters"
+)
+BAICHUAN: dict[str, Any] = {
+    "architectures": ["BaichuanForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_baichuan.BaichuanConfig",
+        "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+    },
+    "tokenizer_class": "BaichuanTokenizer",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "model_max_length": 64,
+    "model_type": "baichuan",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 128,
+}
+BAICHUAN_13B = {key: value for key, value in BAICHUAN.items() if key != "max_position_embeddings"}
+
+
+def baichuan_shapes(config: dict[str, Any]) -> Shapes:
+    hidden, width, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    found: Shapes = {"model.embed_tokens.weight": (rows, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        found |= {
+            f"{name}.self_attn.W_pack.weight": (3 * hidden, hidden),
+            f"{name}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{name}.mlp.gate_proj.weight": (width, hidden),
+            f"{name}.mlp.down_proj.weight": (hidden, width),
+            f"{name}.mlp.up_proj.weight": (width, hidden),
+            f"{name}.input_layernorm.weight": (hidden,),
+            f"{name}.post_attention_layernorm.weight": (hidden,),
+        }
+    return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}
+
+
+# -- ChatGLM 2 and 3 -----------------------------------------------------------------------------------------
+
+CHATGLM_SOURCE = (
+    "modeling_chatglm.py and configuration_chatglm.py of THUDM/chatglm3-6b as copies in public repositories have them; "
+    "NVIDIA NeMo's converter"
+)
+CHATGLM: dict[str, Any] = {
+    "_name_or_path": "THUDM/chatglm3-6b",
+    "model_type": "chatglm",
+    "architectures": ["ChatGLMModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+        "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    },
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "ffn_hidden_size": 96,
+    "fp32_residual_connection": False,
+    "hidden_dropout": 0.0,
+    "hidden_size": 64,
+    "kv_channels": 16,
+    "layernorm_epsilon": 1e-05,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 4,
+    "num_layers": 2,
+    "original_rope": True,
+    "padded_vocab_size": 128,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "seq_length": 64,
+    "use_cache": True,
+    "torch_dtype": "float32",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def chatglm_shapes(config: dict[str, Any]) -> Shapes:
+    hidden, width, rows = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
+    heads, channels = config["num_attention_heads"], config["kv_channels"]
+    packed = channels * (heads + 2 * config["multi_query_group_num"])
+    found: Shapes = {"transformer.embedding.word_embeddings.weight": (rows, hidden)}
+    for layer in range(config["num_layers"]):
+        name = f"transformer.encoder.layers.{layer}"
+        found |= {
+            f"{name}.input_layernorm.weight": (hidden,),
+            f"{name}.self_attention.query_key_value.weight": (packed, hidden),
+            f"{name}.self_attention.query_key_value.bias": (packed,),
+            f"{name}.self_attention.dense.weight": (hidden, heads * channels),
+            f"{name}.post_attention_layernorm.weight": (hidden,),
+            f"{name}.mlp.dense_h_to_4h.weight": (2 * width, hidden),
+            f"{name}.mlp.dense_4h_to_h.weight": (hidden, width),
+        }
+    final = {"transformer.encoder.final_layernorm.weight": (hidden,)}
+    return {**found, **final, "transformer.output_layer.weight": (rows, hidden)}

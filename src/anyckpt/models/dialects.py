@@ -46,7 +46,7 @@ DIALECTS = {
 _PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")
 """Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``."""
 
-_FAMILIES = re.compile(r"(?:.+\.)?(?:(?:model|language_model|backbone|gpt_neox)\.layers|transformer\.h)\.\d")
+_FAMILIES = re.compile(r"(?:.+\.)?(?:(?:model|language_model|backbone|gpt_neox)\.layers|transformer\.(?:h|blocks|encoder\.layers))\.\d")
 """How layers are named by transformers' decoders, wrapped or not."""
 
 _EVIDENCE = re.compile(

@@ -21,13 +21,14 @@ from anyckpt.heterogeneous import LayerBlock, parse, render
 from anyckpt.models.config import Field, ModelConfig, Reader, whole
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
+from anyckpt.models.families.apart import remote_code
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.rules import Condition, Rule
 
 _LAYER = "model.layers.*"
 _HUB = "decoder.layers.*"
 _CODE = "nvidia/Llama-3_3-Nemotron-Super-49B-v1"
-_AUTO_MAP = {
+_CLASSES = {
     "AutoConfig": "configuration_decilm.DeciLMConfig", "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
 }  # fmt: skip
 
@@ -109,12 +110,7 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
                 found=block["ffn"]["ffn_hidden_size"],
             )  # fmt: skip
     written = {"block_configs": blocks, "intermediate_size": None, "num_key_value_heads": None}
-    if "auto_map" in config.extra.get("hf", {}):
-        return written
-    notes.append(
-        f"transformers has no class of its own for this family: put the *.py files of {_CODE} beside the model"
-    )
-    return {**written, "auto_map": _AUTO_MAP}
+    return {**written, **remote_code(config, notes, _CODE, _CLASSES)}
 
 
 def _encoded(config: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""What families share whose code is not transformers', or whose positions are not Megatron-Core's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from anyckpt.models.config import ModelConfig
+
+
+def remote_code(
+    config: ModelConfig, notes: list[str], repository: str, classes: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """``auto_map`` of a model whose code lies beside it, and a note where that code is to be had.
+
+    Args:
+        config: the model; what its own ``config.json`` says stays as it is.
+        notes: of the conversion.
+        repository: a model of the family on the Hugging Face hub.
+        classes: auto class -> module and class.
+    """
+    if "auto_map" in config.extra.get("hf", {}):
+        return {}
+    notes.append(f"transformers has no class of its own for this family: put the *.py files of {repository} beside it")
+    return {"auto_map": dict(classes)}
+
+
+def alibi_caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    """Megatron-Core has no alibi, and builds a model without any positions if it is asked for one in NeMo 1."""
+    if kind == "nemo1" and config.position_embedding_type == "alibi":
+        yield (
+            "Megatron-Core has no alibi, which only NeMo 1's own layers (mcore_gpt: false, with names of their own) "
+            "have: the weights are right, but a stock model of this configuration computes without positions"
+        )

@@ -1,0 +1,108 @@
+"""Baichuan 2 (and 1): Llama with query, key and value in one matrix; 7B with rope, 13B with alibi.
+
+The output layer of Baichuan 2 divides each of its rows by its length before it uses them (``NormHead`` of
+``modeling_baichuan.py``).  Megatron's does not, so the hub has the rows as they are used, and equal logits; NVIDIA's
+converters copy them as they are stored, which changes the logits.  Baichuan 1 (64,000 tokens) has a plain output layer.
+A model that Megatron trained further is exact as Llama (``--family llama``), for its rows need not have length 1.
+
+Names, shapes and keys are those of the released models' own code; vLLM and TensorRT-LLM tell the two generations
+apart by the vocabulary, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama
+from anyckpt.models.families.apart import alibi_caveats, remote_code
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import CONCATENATED_QKV, Rule
+from anyckpt.models.unit_rows import UnitRows
+
+_PACKED = ("model.layers.*.self_attn.W_pack.weight",)
+_FIRST_GENERATION = 64_000  # tokens
+_CLASSES = {
+    "AutoConfig": "configuration_baichuan.BaichuanConfig",
+    "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+}
+_LENGTH = "model_max_length"
+
+
+def has_unit_head(config: ModelConfig) -> bool:
+    """Whether the output layer uses rows of length 1."""
+    return config.vocab_size != _FIRST_GENERATION
+
+
+def _packed(rule: Rule) -> Rule:
+    """Llama's rule, with Baichuan's matrix of queries, keys and values and its output layer."""
+    if rule.hub.endswith("linear_qkv.weight"):
+        return replace(rule, source=_PACKED, operation=CONCATENATED_QKV)
+    return replace(rule, operation=UnitRows(has_unit_head)) if rule.hub == "output_layer.weight" else rule
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The code of 13B knows no ``max_position_embeddings``, for alibi has no longest sequence."""
+    if found["max_position_embeddings"] is not None:
+        return {}
+    return {"position_embedding_type": "alibi", "max_position_embeddings": reader.integer(_LENGTH)}
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    written = dict(remote_code(config, notes, "baichuan-inc/Baichuan2-7B-Base (or 13B)", _CLASSES))
+    if config.max_position_embeddings is not None:
+        written[_LENGTH] = config.max_position_embeddings
+    if config.position_embedding_type == "alibi":
+        written["max_position_embeddings"] = None
+    return written
+
+
+FAMILY = Family(
+    name="baichuan",
+    title="Baichuan 2, Baichuan",
+    rules=tuple(_packed(rule) for rule in llama.RULES if not rule.hub.endswith(".bias")),
+    ignorable=llama.IGNORABLE,
+    traits={
+        **{name: value for name, value in llama.TRAITS.items() if name != "position_embedding_type"},
+        "add_bias_linear": False,
+    },
+    recognise=lambda config: (
+        config.position_embedding_type == "alibi" and config.num_query_groups == config.num_attention_heads
+    ),
+    hugging_face=HuggingFace(
+        model_types=("baichuan",),
+        architectures=("BaichuanForCausalLM", "BaiChuanForCausalLM"),
+        defaults={
+            "vocab_size": 125696,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        fields=(
+            *(entry for entry in COMMON if entry.key not in ("num_key_value_heads", "head_dim", "attention_dropout")),
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+        ),
+        attention_bias=None,
+        read=_read,
+        write=_write,
+        keys=frozenset({_LENGTH}),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.baichuan",
+        model="Baichuan2Model",
+        configs={
+            "Baichuan2Config": {"layernorm_epsilon": 1e-6, "position_embedding_type": "learned_absolute"},
+            "Baichuan2Config7B": {"layernorm_epsilon": 1e-6, **llama.size(32, 4096, 11008, 32, 32)},
+        },
+        choose=lambda config: "Baichuan2Config7B" if config.hidden_size == 4096 else "Baichuan2Config",
+    ),
+    caveats=alibi_caveats,
+)

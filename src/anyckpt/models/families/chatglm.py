@@ -1,0 +1,162 @@
+"""ChatGLM 2 and 3, and GLM-4 in the same code: query, key and value in one matrix, rope on half of each head.
+
+Neighbouring channels are rotated.  Names, shapes and keys are those of the released models' own code
+(``modeling_chatglm.py``, ``configuration_chatglm.py``).  ``rope_ratio`` divides positions in ChatGLM2-6B-32K and
+multiplies theta in ChatGLM 3 and GLM-4; the configuration says which only by the name that it carries.  NVIDIA's
+converters do not know the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.families import llama
+from anyckpt.models.families.apart import remote_code
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import CONCATENATED_QKV, Rule
+
+_LAYER = "transformer.encoder.layers.*"
+_HUB = "decoder.layers.*"
+_BASE = 10000.0
+_SECOND = "chatglm2"
+_CONSTANTS = {
+    "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True,
+}  # fmt: skip
+_MODEL = "modeling_chatglm.ChatGLMForConditionalGeneration"
+_CLASSES = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": _MODEL, "AutoModelForCausalLM": _MODEL,
+}  # fmt: skip
+
+RULES = (
+    Rule(("transformer.embedding.word_embeddings.weight",), "embedding.word_embeddings.weight",
+         ("vocabulary", "hidden"), partition="vocabulary"),
+    Rule((f"{_LAYER}.input_layernorm.weight",), f"{_HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
+    Rule((f"{_LAYER}.self_attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
+         ("qkv", "hidden"), CONCATENATED_QKV, "qkv"),
+    Rule((f"{_LAYER}.self_attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",),
+         CONCATENATED_QKV, "qkv", lambda config, indices: config.add_bias_linear or config.add_qkv_bias),
+    Rule((f"{_LAYER}.self_attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
+         ("hidden", "attention"), partition="row"),
+    Rule((f"{_LAYER}.self_attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",),
+         when=llama.biased),
+    Rule((f"{_LAYER}.post_attention_layernorm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"),
+         partition="gate-up"),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), partition="gate-up",
+         when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"),
+         partition="row"),
+    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=llama.biased),
+    Rule(("transformer.encoder.final_layernorm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
+    Rule(("transformer.output_layer.weight",), "output_layer.weight", ("vocabulary", "hidden"),
+         partition="vocabulary", when=llama.untied),
+)  # fmt: skip
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Query groups and rope."""
+    for key, usual in _CONSTANTS.items():
+        stated = reader.flag(key)
+        if key != "original_rope" and stated is not None and stated != usual:
+            raise MappingError(f"config.json's {key} is not that of the family", expected=usual, found=stated)
+    if reader.integer("pre_seq_len") or reader.integer("quantization_bit"):
+        raise MappingError(
+            "config.json is of a model with a prefix encoder or packed weights", expected="neither pre_seq_len nor "
+            "quantization_bit", remedy="convert the plain model",
+        )  # fmt: skip
+    ratio = reader.number("rope_ratio") or 1.0
+    interpolated = _SECOND in (reader.text("_name_or_path") or "").lower() and ratio != 1
+    grouped = reader.flag("multi_query_attention")
+    return {
+        "num_query_groups": found["num_query_groups"] if grouped else found["num_attention_heads"],
+        "rotary_base": _BASE if interpolated else _BASE * ratio,
+        "rope_scaling": {"rope_type": "linear", "factor": ratio} if interpolated else None,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    written = dict(remote_code(config, notes, "zai-org/chatglm3-6b", _CLASSES))
+    written["multi_query_attention"] = config.num_query_groups != config.num_attention_heads
+    scaling = config.rope_scaling
+    if scaling is not None and (scaling.get("rope_type") != "linear" or config.rotary_base != _BASE):
+        raise MappingError(
+            "ChatGLM has no such rope", expected="rope_scaling of type linear with theta 10000, or none",
+            found=dict(scaling),
+        )  # fmt: skip
+    if scaling is not None:
+        name = config.extra.get("hf", {}).get("_name_or_path") or ""
+        return {**written, "rope_ratio": scaling["factor"], "_name_or_path": name or "zai-org/chatglm2-6b-32k"}
+    return written if config.rotary_base == _BASE else {**written, "rope_ratio": config.rotary_base / _BASE}
+
+
+FAMILY = Family(
+    name="chatglm",
+    title="ChatGLM 2 and 3",
+    rules=RULES,
+    ignorable=(("transformer.rotary_pos_emb.inv_freq", "rope frequencies, which follow from the configuration"),),
+    traits={
+        **{name: value for name, value in llama.TRAITS.items() if name != "add_qkv_bias"},
+        "rotary_interleaved": True,
+        "rotary_percent": 0.5,
+    },
+    hugging_face=HuggingFace(
+        model_types=("chatglm",),
+        architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+        defaults={
+            "padded_vocab_size": 65024,
+            "hidden_size": 4096,
+            "ffn_hidden_size": 13696,
+            "num_layers": 28,
+            "num_attention_heads": 32,
+            "kv_channels": 128,
+            "seq_length": 2048,
+            "layernorm_epsilon": 1e-5,
+        },
+        fields=(
+            Field("num_layers", "num_layers"),
+            Field("hidden_size", "hidden_size"),
+            Field("ffn_hidden_size", "ffn_hidden_size"),
+            Field("num_attention_heads", "num_attention_heads"),
+            Field("num_query_groups", "multi_query_group_num", default=1),
+            Field("kv_channels", "kv_channels"),
+            Field("vocab_size", "padded_vocab_size", aliases=("vocab_size",)),
+            Field("max_position_embeddings", "seq_length"),
+            Field("layernorm_epsilon", "layernorm_epsilon", "number"),
+            Field("init_method_std", "initializer_range", "number", 0.02),
+            Field("attention_dropout", "attention_dropout", "number", 0.0),
+            Field("hidden_dropout", "hidden_dropout", "number", 0.0),
+            Field("add_bias_linear", "add_bias_linear", "flag", False),
+            Field("add_qkv_bias", "add_qkv_bias", "flag", False),
+            Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", False),
+            Field("bos_token_id", "bos_token_id", "tokens", None),
+            Field("eos_token_id", "eos_token_id", "tokens", None),
+            Field("pad_token_id", "pad_token_id", "tokens", None),
+        ),
+        constants=_CONSTANTS,
+        rotary_percent=0.5,
+        attention_bias=None,
+        activation_key=None,
+        read=_read,
+        write=_write,
+        keys=frozenset({"multi_query_attention", "rope_ratio", "pre_seq_len", "quantization_bit"}),
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.chatglm",
+        model="ChatGLMModel",
+        configs={
+            name: {
+                **llama.size(28, 4096, 13696, 32, 2), "seq_length": length, "add_qkv_bias": True,
+                "rotary_percent": 0.5, "rotary_interleaved": True, "make_vocab_size_divisible_by": 65024,
+            }
+            for name, length in (
+                ("ChatGLMConfig", 1024), ("ChatGLM2Config6B", 32768), ("ChatGLM3Config6B", 8192),
+            )
+        },
+        choose=lambda config: {32768: "ChatGLM2Config6B", 8192: "ChatGLM3Config6B"}.get(
+            config.max_position_embeddings or 0, "ChatGLMConfig"
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,125 @@
+"""MPT: alibi, no biases, and query, key and value in one matrix, all queries first.
+
+transformers 5.23 computes the same logits with what comes back, and so does attention with the hub's interleaved rows.
+NeMo 1's converter only renames that matrix, so that its heads are mixed up.  Megatron's norms have biases, which are
+zeros here.  Only NeMo 1's own layers have alibi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.families import llama
+from anyckpt.models.families.apart import alibi_caveats
+from anyckpt.models.family import Family, HuggingFace
+from anyckpt.models.rules import CONCATENATED_QKV, Rule
+
+_LAYER = "transformer.blocks.*"
+_HUB = "decoder.layers.*"
+_ATTENTION = {"attn_type": "multihead_attention", "qk_ln": False, "prefix_lm": False, "softmax_scale": None}
+_MODEL = {"no_bias": True, "logit_scale": None}
+
+RULES = (
+    Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
+         partition="vocabulary"),
+    Rule((f"{_LAYER}.norm_1.weight",), f"{_HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
+    Rule((), f"{_HUB}.self_attention.linear_qkv.layer_norm_bias", ("hidden",)),
+    Rule((f"{_LAYER}.attn.Wqkv.weight",), f"{_HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"),
+         CONCATENATED_QKV, "qkv"),
+    Rule((f"{_LAYER}.attn.out_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention"),
+         partition="row"),
+    Rule((f"{_LAYER}.norm_2.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
+    Rule((), f"{_HUB}.mlp.linear_fc1.layer_norm_bias", ("hidden",)),
+    Rule((f"{_LAYER}.ffn.up_proj.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"), partition="gate-up"),
+    Rule((f"{_LAYER}.ffn.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+    Rule(("transformer.norm_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
+    Rule((), "decoder.final_layernorm.bias", ("hidden",)),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
+         when=llama.untied),
+)  # fmt: skip
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Width of the MLP, once nothing says that layers are others than transformers'."""
+    attention = Reader(reader.mapping("attn_config"), "config.json's attn_config")
+    if attention.flag("alibi") is False:
+        raise MappingError("config.json's attn_config is not that of the family", expected="alibi", found="none")
+    for part, usual in ((attention, _ATTENTION), (reader, _MODEL)):
+        for key, value in usual.items():
+            if part.values.get(key, value) != value:
+                raise MappingError(
+                    f"config.json's {key} is not that of the family", expected=value, found=repr(part.values[key])[:80]
+                )
+    ratio = reader.integer("expansion_ratio")
+    return {"ffn_hidden_size": found["hidden_size"] * (4 if ratio is None else ratio)}
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    ratio, rest = divmod(config.ffn_hidden_size, config.hidden_size)
+    if rest or config.position_embedding_type != "alibi":
+        raise MappingError(
+            "transformers' MptForCausalLM cannot be such a model",
+            expected="a multiple of hidden_size for ffn_hidden_size, and alibi",
+            found=f"{config.ffn_hidden_size} and {config.position_embedding_type}",
+        )
+    attention = config.extra.get("hf", {}).get("attn_config")
+    return {
+        "expansion_ratio": ratio,
+        "attn_config": {"alibi": True, **(attention if isinstance(attention, Mapping) else {})},
+    }
+
+
+FAMILY = Family(
+    name="mpt",
+    title="MPT",
+    rules=RULES,
+    traits={
+        "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": False,
+        "activation": "gelu",
+        "gated_linear_unit": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "position_embedding_type": "alibi",
+        "parallel_residual": False,
+    },
+    recognise=lambda config: config.num_query_groups == config.num_attention_heads,
+    hugging_face=HuggingFace(
+        model_types=("mpt",),
+        architectures=("MptForCausalLM", "MPTForCausalLM"),
+        defaults={
+            "vocab_size": 50368,
+            "d_model": 2048,
+            "n_layers": 24,
+            "n_heads": 16,
+            "max_seq_len": 2048,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+        },
+        fields=(
+            Field("num_layers", "n_layers"),
+            Field("hidden_size", "d_model"),
+            Field("num_attention_heads", "n_heads"),
+            Field("vocab_size", "vocab_size"),
+            Field("max_position_embeddings", "max_seq_len"),
+            Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
+            Field("init_method_std", "initializer_range", "number", 0.02),
+            Field("hidden_dropout", "resid_pdrop", "number", 0.0),
+            Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", True),
+            Field("bos_token_id", "bos_token_id", "tokens", None),
+            Field("eos_token_id", "eos_token_id", "tokens", None),
+            Field("pad_token_id", "pad_token_id", "tokens", None),
+        ),
+        constants=_MODEL,
+        attention_bias=None,
+        activation_key=None,
+        read=_read,
+        write=_write,
+        keys=frozenset({"expansion_ratio"}),
+    ),
+    caveats=alibi_caveats,
+)
