@@ -30,8 +30,8 @@ FEATURES = (
 )  # fmt: skip
 """Megatron-Core's switches of other architectures: a family that does not know one that is on is not the model's."""
 
-PART_OF = "part_of"
-"""Key of ``ModelConfig.extra``."""
+PART_OF, WHOLE_NORMS = "part_of", "whole_norms"
+"""Keys of ``ModelConfig.extra``."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class ModelConfig(BlockConfig, EncoderConfig):
         dtype: element type of the weights, in torch's name.
         extra: under ``hf`` the keys of a Hugging Face configuration that are no fields here; under ``features`` those
             of ``FEATURES`` that a Megatron or NeMo configuration has; under ``PART_OF`` the type of the larger model
-            whose text part this one is.
+            whose text part this one is; under ``WHOLE_NORMS`` that the checkpoint's norms are gamma, although the
+            family's are gamma - 1.
     """
 
     family: str

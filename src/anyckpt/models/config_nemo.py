@@ -241,6 +241,14 @@ def unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return with_encoder(config)
 
 
+def restated(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with other values of some keys of its model's part."""
+    for part in ("cfg", "model"):
+        if config.get(part) is unwrapped(config):
+            return {**config, part: {**config[part], **keys}}
+    return {**config, **keys}
+
+
 # -- NeMo 2 --------------------------------------------------------------------------------------------------
 
 

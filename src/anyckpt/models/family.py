@@ -124,6 +124,8 @@ class Family:
         caveats: what a kind of configuration (``identify.KINDS``) cannot say of a model; each becomes a note.
         refine: the configuration with what the tensors say and it may leave out, from the shapes of those outside
             layers by the hub's names.
+        whole_norms: by kind of configuration, a key that marks models whose norms are stored as gamma although the
+            family's are gamma - 1, which they then become on the way to the hub.
         twins: hub names that Megatron's modules give to a tensor a second time, each with its first name.
         prefixes: by dialect, what Megatron names begin with where it is not the dialect's own prefix.
         axes: what stars count besides layers.
@@ -149,6 +151,7 @@ class Family:
     megatron_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
     caveats: Callable[[ModelConfig, str], Iterable[str]] = field(default=lambda config, kind: ())
     refine: Callable[[ModelConfig, Mapping[str, Shape]], ModelConfig] = unrefined
+    whole_norms: Mapping[str, str] = field(default_factory=dict)
     twins: tuple[tuple[str, str], ...] = ()
     prefixes: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, Axis] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from anyckpt.models.family import Family
 from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names, stored_name, stored_names
 from anyckpt.models.wrappers import unwrapped
-from anyckpt.tensor import Constant, LazyTensor
+from anyckpt.tensor import Constant, LazyTensor, Mapped
 
 _SHOWN = 8  # names listed in a message; more do not help
 

@@ -182,6 +182,11 @@ def convert(
     checkpoint, given = full.checkpoint, full.config
     left_out.update(full.ignored)
     renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted, names=names)
+    if renamed.computed and optimizer == "keep":
+        raise UsageError(
+            "weights are computed on the way, and the optimizer's moments do not go with them", path=checkpoint.path,
+            remedy="leave the state out with --optimizer drop",
+        )  # fmt: skip
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
     ready = _with_cast(renamed.checkpoint, cast.tensors)
     moved: frozenset[str] = frozenset()

@@ -11,8 +11,9 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
-from anyckpt.models.identify import is_foreign
+from anyckpt.models.config_nemo import restated
 from anyckpt.models.hub import head_and_embedding
+from anyckpt.models.identify import is_foreign
 from anyckpt.operations.unknown import unknown_family
 from anyckpt.tensor import LazyTensor
 
@@ -44,11 +45,13 @@ class Renamed:
         checkpoint: with the target's names and configuration.
         ignored: stored names that it leaves out -> reason.
         notes: what a user should know.
+        computed: some weights are not the stored numbers, so that an optimizer's moments do not go with them.
     """
 
     checkpoint: Checkpoint
     ignored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    computed: bool = False
 
 
 def rename_for(
@@ -131,14 +134,14 @@ def _through_hub(
     out = models.from_hub(hub, wanted)
     renamed = _with_weights(checkpoint, out.tensors, wanted)
     if config_kind is not None and _is_spelled(checkpoint, config_kind):
-        config = models.restated(checkpoint.config, hub.restated)
+        config = restated(checkpoint.config, hub.restated)
         renamed = _with_dtype(replace(renamed, config=config), dtype)
     elif config_kind is not None:
         described = hub.model if dtype is None else hub.model.with_dtype(dtype)
         config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
     ignored = {**_state_of(checkpoint), **hub.ignored, **out.ignored}
-    return Renamed(renamed, ignored, (*hub.notes, *out.notes))
+    return Renamed(renamed, ignored, (*hub.notes, *out.notes), bool(hub.restated))
 
 
 def _is_spelled(checkpoint: Checkpoint, kind: str) -> bool:

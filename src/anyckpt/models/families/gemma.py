@@ -1,6 +1,8 @@
 """Gemma 1 and CodeGemma: Llama's map, gated tanh GELU, norms that store gamma - 1, embeddings scaled in the model.
 
-transformers and Megatron store gamma - 1 alike, so norms are copied; only NeMo 1's converters add one.  Embeddings are
+transformers and Megatron store gamma - 1 alike, so norms are copied.  NeMo 1's own converter alone adds one and leaves
+``layernorm_zero_centered_gamma`` out (``convert_gemma_hf_to_nemo.py``; that of Gemma 2 does neither): one is taken off
+such a checkpoint, and written are gamma - 1 and the key, which NeMo's ``MegatronGPTModel`` obeys.  Embeddings are
 multiplied by the square root of the width in the model, not in the weights.  The map was checked against transformers
 5.23, Megatron-Core 0.16 and Megatron-Bridge 0.3.1.
 """
@@ -81,6 +83,7 @@ FAMILY = Family(
     traits=TRAITS,
     recognise=lambda config: config.window_size is None and config.query_pre_attn_scalar is None,
     caveats=caveats,
+    whole_norms={"nemo1": "apply_embedding_scaling"},
     nemo1_keys=lambda config: {"apply_embedding_scaling": True},
     hugging_face=HuggingFace(
         model_types=("gemma",),
