@@ -64,6 +64,10 @@ class TrainingState:
     has_rng: bool = False
 
 
+GROUP = "group"
+"""What is no state, but travels as a slot from ranks to the whole model: which group a parameter is in."""
+
+
 @dataclass(frozen=True)
 class OptimizerState:
     """An Adam optimizer's state by parameter, whatever container it came from.
@@ -73,7 +77,8 @@ class OptimizerState:
 
     Attributes:
         slots: slot -> weight's name -> tensor, for a whole model.
-        ranks: slot -> the ranks' shards, for formats that keep a file per rank; then ``slots`` is empty.
+        ranks: slot -> the ranks' shards, for formats that keep a file per rank; then ``slots`` is empty.  The slot
+            ``GROUP``, where there is one, has in every element the index of the parameter's group.
         step: optimizer steps taken, or None.
         groups: hyperparameters of the parameter groups as stored, without ``params``.
         group_of: weight's name -> index in ``groups``, where the container says or counts prove it; empty where only

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.checkpoint import GROUP, Checkpoint, OptimizerState
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Geometry, Parallelism, join
 from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
 from anyckpt.layout.from_nemo_config import geometry_from_nemo, parallelism_from_nemo
+from anyckpt.optimizer.state import tagged
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
@@ -54,6 +55,7 @@ def join_ranks(
         geometry_of(checkpoint),
         rules=rules,
         verify_replicas=verify_replicas,
+        complete=checkpoint.adapter is None,
     )
     return replace(
         checkpoint,
@@ -74,7 +76,9 @@ def _join_optimizer(checkpoint: Checkpoint, rules: Mapping[str, str] | None) -> 
     state = checkpoint.optimizer()
     parallelism, geometry = parallelism_of(checkpoint), geometry_of(checkpoint)
     slots = {slot: join(ranks, parallelism, geometry, rules=rules).tensors for slot, ranks in state.ranks.items()}
-    return replace(state, slots=slots, ranks={})
+    groups = slots.pop(GROUP, {})
+    told = {name: tagged(tensor) for name, tensor in groups.items()}
+    return replace(state, slots=slots, ranks={}, group_of=told or state.group_of)
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:

@@ -10,14 +10,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import FormatError
 from anyckpt.formats.lightning import read as single
-from anyckpt.formats.lightning.keys import STATE_DICT, TRAINING_STATE
+from anyckpt.formats.lightning.keys import OPTIMIZER_STATES, STATE_DICT, TRAINING_STATE
 from anyckpt.formats.rank_files import Chunk, Place, by_place, check_places, parse_folder, rank_shards, with_virtual
+from anyckpt.formats.rank_optimizer import read_rank_optimizers
 from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
@@ -116,13 +118,16 @@ def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
     warnings: list[str] = []
     chunks: list[Chunk] = []
     opened: list[TorchContents] = []
+    optimizers: list[Any] = []
     for place, file in files.items():
         contents = read_torch(LocalFile(file))
         opened.append(contents)
         warnings += [warning for warning in contents.warnings if warning not in warnings]
         state = contents.root if isinstance(contents.root, dict) else {}
         _check_step(first, state, file)
-        chunks += _chunks(place, state, file)
+        own = _chunks(place, state, file)
+        chunks += own
+        optimizers += [state.get(OPTIMIZER_STATES)] * len(own)
         flat = flatten(state, file)
         tensors.update((f"{found[place]}/{key}", tensor) for key, tensor in flat.tensors.items())
         objects.update((f"{found[place]}/{key}", state[key]) for key in TRAINING_STATE if key in state)
@@ -146,7 +151,7 @@ def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
         },
         ranks=rank_shards(chunks, config, layout, ignored),
         ignored=ignored,
-        optimizer=None,
+        optimizer=partial(read_rank_optimizers, chunks, optimizers, config, layout) if any(optimizers) else None,
         checksums=lambda: chain.from_iterable(map(stored_checksums, opened)),
     )
 
