@@ -110,7 +110,7 @@ def rename_for(
         return renamed
     if alike:
         return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype))
-    if known in dialects.DIALECTS and wanted in dialects.DIALECTS:
+    if dialects.is_megatron(known) and dialects.is_megatron(wanted):
         return _by_dialect(checkpoint, known, wanted, fits, dtype)
     raise unknown_family(checkpoint, target.name, wanted, known)
 
@@ -209,7 +209,7 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
         why = f"they do not fit the model family: {error}"
     kinds = [c.dialect or dialects.detect(c.weights()) for c in (a, b)]
     first, second = a.weights(), b.weights()
-    if kinds[0] != kinds[1] and all(kind in dialects.DIALECTS for kind in kinds):
+    if kinds[0] != kinds[1] and all(map(dialects.is_megatron, kinds)):
         first, second = dialects.to_hub_names(first)[0], dialects.to_hub_names(second)[0]
     return CommonNames(first, second, "weights", (f"compared under stored names, because {why}",))
 
