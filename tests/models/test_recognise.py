@@ -36,8 +36,7 @@ def test_names_tell_the_family(name: str) -> None:
         assert found is not None
         assert model.family in found.families
         assert found.strange == ()
-        rules = [models.by_name(family).rules for family in found.families]
-        assert len(rules) < 6, "a guess among many says nothing"
+        assert len(found.families) <= (3 if tensors is checkpoint.tensors else 6), "a guess among many says nothing"
 
 
 def test_families_that_share_their_names_are_all_said() -> None:

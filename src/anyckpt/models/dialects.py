@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.mixers import has_mixers, joined_mixers, separate_mixers
+from anyckpt.models.other_dialects import other_dialects, spelled_as
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
 
@@ -43,11 +45,18 @@ DIALECTS = {
 }
 """The spellings that are written.  ``hub`` is Megatron-LM's and plain Megatron-Core's state dict."""
 
-_PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")
-"""Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``."""
+_PREFIXES = (
+    "", "model.", "module.", "model.module.", "module.module.", "enc_dec_model.", "enc_dec_model.module.",
+)  # fmt: skip
+"""Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``, and
+``enc_dec_model.`` is NeMo 1's T5."""
 
-_FAMILIES = re.compile(r"(?:.+\.)?(?:(?:model|language_model|backbone|gpt_neox)\.layers|transformer\.(?:h|blocks|encoder\.layers))\.\d")
-"""How layers are named by transformers' decoders, wrapped or not."""
+_FAMILIES = re.compile(
+    r"(?:.+\.)?(?:(?:model|language_model|backbone|gpt_neox)\.layers|transformer\.(?:h|blocks|encoder\.layers))\.\d"
+    r"|(?:(?:bert|vit|vision_model)\.)?encoder\.(?:layer\.\d|block\.\d|layers\.\d+\.self_attn\.[qkv]_proj)"
+    r"|(?:vit\.)?layers\.\d+\.attention\.[qkv]_proj"
+)
+"""How layers are named by transformers' decoders, wrapped or not, and by its encoders."""
 
 _EVIDENCE = re.compile(
     r"embedding\.word_embeddings\.weight"
@@ -93,18 +102,19 @@ _HALVES = ("weight_w", "weight_v")
 
 
 def detect(names: Iterable[str]) -> str | None:
-    """The dialect of a model's stored names: ``hf``, one of ``DIALECTS``, or None."""
+    """The dialect of a model's stored names: ``hf``, one of ``DIALECTS`` or of another package's, or None."""
     known = list(names)
     if any(_FAMILIES.match(name) for name in known):
         return "hf"
     prefix = find_prefix(known)
     if prefix is None:
-        return None
+        other = spelled_as(known)
+        return None if other is None else other.name
     plain = [name[len(prefix) :] for name in known if name.startswith(prefix)]
     stacked = any(_STACK.fullmatch(name) and not _is_ignored(name) for name in plain)
     if prefix == "":
         return "megatron-core" if stacked else "hub"
-    if prefix.startswith("model."):
+    if prefix.startswith(("model.", "enc_dec_model.")):
         return "nemo-sharded" if stacked else "nemo-flat"
     return "nemo2"
 
@@ -126,7 +136,11 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
     Raises:
         MappingError: two stored tensors are the same hub tensor, or halves do not fit together.
     """
-    prefix = find_prefix(tensors) or ""
+    found_prefix = find_prefix(tensors)
+    other = spelled_as(tensors) if found_prefix is None else None
+    if other is not None:
+        tensors = other.to_hub(tensors)
+    prefix = found_prefix or ""
     found: dict[str, LazyTensor] = {}
     ignored: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -146,13 +160,15 @@ def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str, *, numbered:
 
     Args:
         tensors: by hub name.
-        dialect: one of ``DIALECTS``.
+        dialect: one of ``DIALECTS``, or of another package's.
         numbered: layers are never stacked: Megatron-Core numbers those of a heterogeneous model, though they be alike.
 
     Raises:
         UsageError: no such dialect.
         MappingError: an expert is missing.
     """
+    if dialect not in DIALECTS and dialect in other_dialects():
+        return other_dialects()[dialect].from_hub(tensors)
     target = by_name(dialect)
     named = dict(tensors)
     if target.stacked:
@@ -168,21 +184,27 @@ def rename(tensors: Mapping[str, LazyTensor], source: str, target: str) -> tuple
         UsageError: no such dialect.
         MappingError: two stored tensors are the same tensor.
     """
-    by_name(source)
     if source == target:
         return dict(tensors), {}
     named, ignored = to_hub_names(tensors)
     return from_hub_names(named, target), ignored
 
 
+def is_megatron(name: str | None) -> TypeGuard[str]:
+    """Whether a dialect names the hub's tensors: ours, or one of another package."""
+    return name is not None and name != "hf" and (name in DIALECTS or name in other_dialects())
+
+
 def by_name(name: str) -> Dialect:
-    """The dialect called ``name``.
+    """The dialect of ours that is called ``name``.
 
     Raises:
         UsageError: there is none.
     """
     if name not in DIALECTS:
-        raise UsageError(f"unknown dialect {name!r}", expected=f"one of {', '.join(DIALECTS)}")
+        raise UsageError(
+            f"unknown dialect {name!r}", expected=f"one of {', '.join(('hf', *DIALECTS, *other_dialects()))}"
+        )
     return DIALECTS[name]
 
 
@@ -212,7 +234,7 @@ def unstacked(name: str, tensor: LazyTensor) -> Iterable[tuple[str, LazyTensor]]
 
 
 def _stacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Layers stacked where every layer has the same tensors, as Megatron-Core does; otherwise as they are."""
+    """Layers stacked where all of a stack have the same tensors, as Megatron-Core does; otherwise as they are."""
     if has_mixers(tensors):
         return dict(tensors)  # Megatron-Core's MambaStack numbers its layers whatever they are
     stacks: dict[str, dict[int, LazyTensor]] = {}
@@ -225,12 +247,14 @@ def _stacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
             key = f"{match[1]}.{match[3]}"
             stacks.setdefault(key, {})[int(match[2])] = tensor
             result.setdefault(key, tensor)
-    counts = {len(layers) for layers in stacks.values()}
-    shapes_agree = all(len({(t.shape, t.dtype.name) for t in layers.values()}) == 1 for layers in stacks.values())
-    if len(counts) > 1 or not shapes_agree or any(set(s) != set(range(len(s))) for s in stacks.values()):
-        return dict(tensors)
-    for key, layers in stacks.items():
-        result[key] = stack([layers[number] for number in range(len(layers))])
+    for encoder_or_decoder in dict.fromkeys(key.partition(".")[0] for key in stacks):
+        own = {key: layers for key, layers in stacks.items() if key.startswith(f"{encoder_or_decoder}.")}
+        counts = {len(layers) for layers in own.values()}
+        shapes_agree = all(len({(t.shape, t.dtype.name) for t in layers.values()}) == 1 for layers in own.values())
+        if len(counts) > 1 or not shapes_agree or any(set(s) != set(range(len(s))) for s in own.values()):
+            return dict(tensors)
+        for key, layers in own.items():
+            result[key] = stack([layers[number] for number in range(len(layers))])
     return result
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from anyckpt.models import dialects
 from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family
+from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import LazyTensor
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$")
@@ -48,17 +49,18 @@ def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
     Raises:
         MappingError: two Megatron names are the same tensor.
     """
-    by_hub = dialects.detect(weights) in dialects.DIALECTS
+    by_hub = dialects.is_megatron(dialects.detect(weights))
     names = dialects.to_hub_names(weights)[0] if by_hub else weights
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_INDEX.sub("*", name), []).append(name)
-    kinds = [_Kind(family, by_hub, alike) for family in each_family()]
+    firsts = {each[0]: names[each[0]] for each in alike.values()}
+    kinds = [_Kind(family, by_hub, firsts) for family in each_family()]
     best = min((kind.distance for kind in kinds), default=None)
     if best is None or best[0] == len(alike):
         return None
     nearest = [kind for kind in kinds if kind.distance == best]
-    strange = tuple(name for key in nearest[0].strange for name in alike[key])
+    strange = tuple(name for first in nearest[0].strange for name in alike[_INDEX.sub("*", first)])
     return Resemblance(tuple(kind.family.name for kind in nearest), strange)
 
 
@@ -68,21 +70,26 @@ class _Kind:
     Args:
         family: the family.
         by_hub: whether the names are the hub's.
-        alike: names that differ in numbers alone, by what they have in common.
+        tensors: one of each kind of name.
     """
 
-    def __init__(self, family: Family, by_hub: bool, alike: Mapping[str, list[str]]) -> None:
+    def __init__(self, family: Family, by_hub: bool, tensors: Mapping[str, LazyTensor]) -> None:
         self.family = family
-        found: set[str] = set()
+        rules = [rule for rule in family.rules if not rule.optional and (by_hub or rule.source)]
+        stored = {name: name for name in tensors}
+        if not by_hub:
+            found = unwrapped(tensors, family.rules, False)
+            stored = {name: found.stored(name) for name in found.tensors}
+        hubs: set[str] = set()
         self.strange = []
-        for key, names in alike.items():
-            hubs = _explained(family, by_hub, names[0])
-            found.update(hubs)
-            if not hubs and not any(pattern.fullmatch(names[0]) for pattern in _ignorable(family)):
-                self.strange.append(key)
-        absent = {rule.hub for rule in family.rules} - found
+        for name in stored:
+            explained = _explained(family, by_hub, name)
+            hubs.update(explained)
+            if not explained and not any(pattern.fullmatch(name) for pattern in _ignorable(family)):
+                self.strange.append(stored[name])
+        absent = {rule.hub for rule in rules} - hubs
         needed = sum(_OPTIONAL.fullmatch(hub) is None for hub in absent)
-        wrong = sum(family.traits.get(trait, said) != said for trait, said in _said(found).items())
+        wrong = sum(family.traits.get(trait, said) != said for trait, said in _said(hubs).items())
         self.distance = (len(self.strange), wrong, needed)
 
 

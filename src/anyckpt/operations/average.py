@@ -186,7 +186,7 @@ def _together(
         for hub, checkpoint in zip(hubs[1:], chosen[1:], strict=True):
             _check_same(hubs[0].tensors, hub.tensors, first.path, checkpoint.path)
         return _Base(first, hubs[0], dialect), [hub.tensors for hub in hubs], notes
-    if all(kind in dialects.DIALECTS for kind in known) and len(set(known)) > 1:
+    if all(map(dialects.is_megatron, known)) and len(set(known)) > 1:
         named = [dialects.to_hub_names(weights)[0] for weights in own]
         for tensors, checkpoint in zip(named[1:], chosen[1:], strict=True):
             _check_same(named[0], tensors, first.path, checkpoint.path)

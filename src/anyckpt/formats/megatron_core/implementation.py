@@ -18,7 +18,10 @@ import numpy as np
 from anyckpt.formats.dcp.chunks import stacked_axes
 from anyckpt.tensor import LazyTensor
 
-_LINEAR = re.compile(r"^(?P<module>.*\.(?:linear_\w+|mixer\.in_proj|mixer\.out_proj))\.weight(_w)?$")
+_LINEAR = re.compile(
+    r"^(?P<module>.*\.(?:linear_\w+|mixer\.in_proj|mixer\.out_proj|layers\.\d+\.(?:self_attention|mlp)))"
+    r"\.weight(_w)?$"
+)
 _NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:\w+_)?layernorm)\.weight$")
 _ATTENTION = re.compile(r"^(?P<attention>.*(?:self|cross)_attention)\.linear_proj$")
 _STATE = re.compile(r"^(chained_\d+\.)?optimizer\.")

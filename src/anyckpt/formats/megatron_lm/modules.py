@@ -25,7 +25,9 @@ _ORDER = (
 siblings.  Megatron's optimizers number parameters in this order."""
 _RANK = {part: number for number, part in enumerate(_ORDER)}
 _NUMBERED = re.compile(r"([a-z_]*?)(\d{1,9})")
-_PARALLEL_LINEAR = re.compile(r"^(?:.*\.)?(?:linear_\w+|output_layer|eh_proj|mixer\.in_proj|mixer\.out_proj)$")
+_PARALLEL_LINEAR = re.compile(
+    r"^(?:.*\.)?(?:linear_\w+|output_layer|eh_proj|mixer\.in_proj|mixer\.out_proj|layers\.\d+\.(?:self_attention|mlp))$"
+)
 _WEIGHT = re.compile(r"^(?P<module>.+)\.weight\d*$")
 _LAST_NORM = ("decoder.final_layernorm.weight", "decoder.final_norm.weight", "encoder.final_layernorm.weight")
 

@@ -47,7 +47,7 @@ def _packed(rule: Rule) -> Rule:
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     """The code of 13B knows no ``max_position_embeddings``, for alibi has no longest sequence."""
     if found["max_position_embeddings"] is not None:
-        return {}
+        return {"position_embedding_type": "rope"}
     return {"position_embedding_type": "alibi", "max_position_embeddings": reader.integer(_LENGTH)}
 
 
