@@ -69,15 +69,24 @@ def whole_states(state_dict: Mapping[Any, Any], source: str) -> dict[str, Any]:
     for index, one in states[0].items():
         if type(index) is not int:
             continue
-        fragments = [
-            _fields(f, _FRAGMENT_CLASS, source) for f in _list(_fragments(one), f"fragments of {index}", source)
-        ]
+        every = [_fields(f, _FRAGMENT_CLASS, source) for f in _list(_fragments(one), f"fragments of {index}", source)]
+        # NeMo adds empty ones, so that a bucket of one element type waits for parameters of all others.
+        fragments = [own for own in every if _range(own.get("param_range"), source)[0] < own["param_range"][1]]
         result[index] = {
             slot: _parameter(fragments, whole, index, slot, source)
             for slot in _SHARDS
             if all(slot in whole[number] for number in _bucket_numbers(fragments, len(whole), source))
         }
     return {"state": result, "param_groups": ranks[0].get("param_groups")}
+
+
+def shaped(one: Mapping[str, LazyTensor], weight: LazyTensor) -> dict[str, LazyTensor]:
+    """A parameter's slots, which are of one axis, in its shape, and ``param`` where the weight is of two halves."""
+    slots = {slot: t.reshape(weight.shape) if t.size == weight.size else t for slot, t in one.items()}
+    remainder = slots.pop(REMAINDER, None)
+    if remainder is not None and remainder.shape == weight.shape and weight.dtype.name == "bfloat16":
+        slots["param"] = with_remainder(weight, remainder)
+    return slots
 
 
 def with_remainder(weight: LazyTensor, remainder: LazyTensor) -> LazyTensor:

@@ -18,7 +18,7 @@ from typing import Any
 from anyckpt.checkpoint import GROUP, OptimizerState, ParallelLayout
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.formats.apex_buckets import REMAINDER, has_buckets, whole_states, with_remainder
+from anyckpt.formats.apex_buckets import has_buckets, shaped, whole_states
 from anyckpt.formats.megatron_lm.names import flattened
 from anyckpt.formats.parameter_groups import possible_groups
 from anyckpt.formats.rank_files import Chunk, rank_shards
@@ -121,7 +121,7 @@ def _read(chunks: Sequence[Chunk], states: Any, source: str) -> _Rank:
             _note(rank.steps, one.get("step"))
             weight = parameters[key]
             if flat:
-                one = _shaped(one, weight)
+                one = shaped(one, weight)
             master = own_masters.pop(0) if _is_half(weight) and own_masters else one.get("param")
             slots = {
                 "master": weight.cast(_FLOAT32) if master is None else master,
@@ -210,15 +210,6 @@ def _masters(masters: Any, number: int, weights: Sequence[LazyTensor], source: s
 
 def _is_half(weight: LazyTensor) -> bool:
     return weight.dtype.name in _HALF
-
-
-def _shaped(one: Mapping[str, LazyTensor], weight: LazyTensor) -> dict[str, LazyTensor]:
-    """Slots of one axis in the shape of their parameter, the weight put together from its two halves."""
-    slots = {slot: t.reshape(weight.shape) if t.size == weight.size else t for slot, t in one.items()}
-    remainder = slots.pop(REMAINDER, None)
-    if remainder is not None and remainder.shape == weight.shape and weight.dtype.name == "bfloat16":
-        slots["param"] = with_remainder(weight, remainder)
-    return slots
 
 
 def _checked(slots: Mapping[str, Any], weight: LazyTensor, name: str, source: str) -> dict[str, LazyTensor]:

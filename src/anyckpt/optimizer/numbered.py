@@ -1,11 +1,14 @@
 """State keyed by the parameters' numbers, as PyTorch's optimizers and so Lightning's ``.ckpt`` files keep it.
 
 Numbers count through the groups; in a group parameters have the model's order, which is that of the state dict.  No
-file says which parameters a group has, so that it is concluded from shapes: one group is all parameters; of several,
-one has the matrices and one the rest.  A frozen parameter has no number.  NeMo 1 with ``megatron_amp_O2`` wraps the
-optimizer and lists its fp32 masters group by group (``fp32_from_fp16_params``), its EMA callback wraps it in ``opt``.
+file but those of PyTorch 2.6 on says which parameters a group has, so that it is concluded from counts and shapes: one
+group is all parameters; of several, weight decay applies to some by a rule of the trainer's.  A frozen parameter has no
+number.  NeMo 1 with ``megatron_amp_O2`` wraps the optimizer and lists its fp32 masters group by group
+(``fp32_from_fp16_params``), its EMA callback wraps it in ``opt``.  Apex's ``DistributedFusedAdam`` has masters as a
+slot ``param``, or everything in buckets.
 
-Facts: ``torch/optim/optimizer.py`` 1.0 to 2.13; ``MainParamsOptimizerWrapper`` of NeMo 1.0 to 2.2.
+Facts: ``torch/optim/optimizer.py`` 1.0 to 2.13; ``MainParamsOptimizerWrapper`` of NeMo 1.0 to 2.2;
+``apex/contrib/optimizers/distributed_fused_adam.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.formats.apex_buckets import shaped, whole_states
+from anyckpt.formats.parameter_groups import possible_groups
 from anyckpt.indexing import Shape
 from anyckpt.optimizer.groups import assigned, decays
 from anyckpt.optimizer.model_space import module_shapes
@@ -29,10 +34,13 @@ _ENTRY = re.compile(
 _MASTER = re.compile(
     r"optimizer_states\.(?P<number>\d{1,4})\.fp32_from_fp16_params\.(?P<group>\d{1,6})\.(?P<index>\d{1,9})"
 )
+_GATHERED = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?gathered_states\.\d{1,6}")
+_STEPS = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?state\.step")
 _GROUPS = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?param_groups")
 _SCALER = re.compile(r"optimizer_states\.\d+\.(?:grad_scaler|optimizer\.grad_scaler)")
 _HALF = ("float16", "bfloat16")
 _STEP = "step"
+_PARAM = "param"
 
 
 @dataclass
@@ -42,6 +50,8 @@ class _Optimizer:
     states: dict[int, dict[str, LazyTensor]] = field(default_factory=dict)
     masters: dict[int, dict[int, LazyTensor]] = field(default_factory=dict)
     groups: list[Mapping[str, Any]] = field(default_factory=list)
+    step: Any = None
+    flat: bool = False
 
     def indices(self, number: int) -> list[Any]:
         """Numbers of a group's parameters."""
@@ -63,7 +73,7 @@ class _Optimizer:
 
 def has_numbered(checkpoint: Checkpoint) -> bool:
     """There is such state."""
-    return any(_ENTRY.fullmatch(name) for name in checkpoint.tensors)
+    return any(_ENTRY.fullmatch(name) or _GATHERED.fullmatch(name) for name in checkpoint.tensors)
 
 
 def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
@@ -82,13 +92,14 @@ def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
     steps: list[Any] = []
     for number, optimizer in sorted(_optimizers(checkpoint).items()):
         names = _names(optimizer, left, f"optimizer {number}", checkpoint.path)
+        steps.append(optimizer.step)
         for group, own in enumerate(names):
             for name, index in zip(own, optimizer.indices(group), strict=True):
-                stored = optimizer.states.get(index, {})
+                stored = _whole(optimizer, index, left[name])
                 steps.append(stored.get(_STEP))
                 for slot, tensor in stored.items():
                     if slot != _STEP:
-                        slots.setdefault(slot, {})[name] = tensor
+                        slots.setdefault(MASTER if slot == _PARAM else slot, {})[name] = tensor
                 group_of[name] = len(groups)
                 del left[name]
             steps.append(optimizer.groups[group].get(_STEP))
@@ -109,7 +120,7 @@ def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
 
 
 def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
-    found: dict[int, _Optimizer] = {}
+    found = _from_buckets(checkpoint)
     for name, tensor in checkpoint.tensors.items():
         entry, master = _ENTRY.fullmatch(name), _MASTER.fullmatch(name)
         if entry is not None:
@@ -119,7 +130,9 @@ def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
             own = found.setdefault(int(master["number"]), _Optimizer())
             own.masters.setdefault(int(master["group"]), {})[int(master["index"])] = tensor
     for name in checkpoint.objects:
-        listed = _GROUPS.fullmatch(name)
+        listed, counted = _GROUPS.fullmatch(name), _STEPS.fullmatch(name)
+        if counted is not None and int(counted["number"]) in found:
+            found[int(counted["number"])].step = checkpoint.objects[name]
         if listed is None or int(listed["number"]) not in found:
             continue
         groups = checkpoint.objects[name]
@@ -138,6 +151,30 @@ def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
     return found
 
 
+def _whole(optimizer: _Optimizer, index: Any, weight: LazyTensor) -> dict[str, LazyTensor]:
+    """A parameter's state; that of Apex's buckets in the parameter's shape, and its weight of two halves."""
+    stored = optimizer.states.get(index, {})
+    return shaped(stored, weight) if optimizer.flat else stored
+
+
+def _from_buckets(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
+    """Optimizers of which the file has every rank's state as bytes."""
+    gathered: dict[int, list[LazyTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        found = _GATHERED.fullmatch(name)
+        if found is not None:
+            gathered.setdefault(int(found["number"]), []).append(tensor)
+    optimizers: dict[int, _Optimizer] = {}
+    for number, ranks in gathered.items():
+        whole = whole_states({"gathered_states": ranks}, checkpoint.path)
+        states = {index: own for index, own in whole["state"].items() if type(index) is int}
+        groups = whole["param_groups"]
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise unproved("the optimizer's parameter groups are not a list of groups", path=checkpoint.path)
+        optimizers[number] = _Optimizer(states, groups=groups, step=whole["state"]["step"], flat=True)
+    return optimizers
+
+
 def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, path: str) -> list[list[str]]:
     """The parameters of each group, in its order: by the names that PyTorch 2.6 keeps, if it was given any."""
     stated = [optimizer.stated_names(number) for number in range(len(optimizer.groups))]
@@ -147,7 +184,7 @@ def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, pat
     shapes = [[optimizer.shape(index) for index in optimizer.indices(n)] for n in range(len(optimizer.groups))]
     filled = [number for number, own in enumerate(shapes) if own]
     names: list[list[str]] = [[] for _ in shapes]
-    if len(filled) == 1:
+    if len(filled) == 1 and not optimizer.flat:
         names[filled[0]] = aligned(shapes[filled[0]], left, f"{what} of one parameter group", path)
         return names
     if all("wd_mult" in group or "pre_wd_mult" in group for group in optimizer.groups):  # Megatron's, in NeMo
@@ -156,6 +193,15 @@ def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, pat
             own = {name: tensor for name, tensor in left.items() if group_of[name] == number}
             names[number] = aligned(shapes[number], own, f"parameter group {number} of {what}", path)
         return names
+    ways = possible_groups({name: tensor.shape for name, tensor in left.items()}, optimizer.groups, shapes)
+    if len(ways) == 1:
+        return ways[0]
+    if ways or optimizer.flat:
+        raise unproved(
+            f"the parameter groups of {what} do not fit the model in one way",
+            path=path, expected=f"{len(left)} parameters, by a rule for weight decay",
+            found=" + ".join(str(len(own)) for own in shapes) + f" entries, {len(ways)} ways",
+        )  # fmt: skip
     kinds = {number: _kind(shapes[number]) for number in filled}
     if sorted(map(str, kinds.values())) != ["False", "True"]:
         raise unproved(
