@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion, convert
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import Inspection, inspect
+    from anyckpt.operations.merge_lora import merge_lora
     from anyckpt.operations.open import open_checkpoint as open
     from anyckpt.operations.recut import LayoutRequest
     from anyckpt.operations.reshard import reshard
@@ -59,6 +60,7 @@ __all__ = [
     "diff",
     "edit",
     "inspect",
+    "merge_lora",
     "open",
     "pack",
     "reshard",
@@ -77,6 +79,7 @@ _WHERE = {
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
     **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),
     "LayoutRequest": "operations.recut",
+    "merge_lora": "operations.merge_lora",
     "reshard": "operations.reshard",
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),
     **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),

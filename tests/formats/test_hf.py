@@ -163,17 +163,6 @@ def test_several_loose_files_are_ambiguous(tmp_path: Path) -> None:
     assert len(read(tmp_path).tensors) == 3
 
 
-def test_adapters_are_read_as_what_they_are(tmp_path: Path) -> None:
-    model = fixture_path("nemo/speechlm2_v3_0_0/model")
-    shutil.copy(model / "model.safetensors", tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
-    checkpoint = read(tmp_path)
-    assert checkpoint.details["adapter"] is True
-    assert checkpoint.config == {"r": 8}
-    assert (checkpoint.config_kind, checkpoint.dialect) == (None, None)
-    assert any("adapter" in text for text in checkpoint.warnings)
-
-
 def test_step_of_a_training_run(folder: Path) -> None:
     (folder / "trainer_state.json").write_text('{"global_step": 1200, "epoch": 1.5}')
     for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin"):

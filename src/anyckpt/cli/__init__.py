@@ -19,6 +19,7 @@ _COMMANDS = {
     "convert": "Convert a checkpoint to another format.",
     "reshard": "Change the parallel layout of a checkpoint and keep its format.",
     "average": "Average checkpoints of one model.",
+    "merge-lora": "Add a LoRA adapter to its base model.",
     "diff": "Compare two checkpoints by value.",
     "verify": "Check a checkpoint for damage.",
     "unpack": "Unpack a .nemo archive into a directory.",
@@ -37,7 +38,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = import_module(f"anyckpt.cli.{cmd_name}").command
+        command: click.Command = import_module(f"anyckpt.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

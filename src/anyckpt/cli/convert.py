@@ -49,6 +49,11 @@ def writing_options(command: Command) -> Command:
     help="lightning, dcp, torch, safetensors: how to name weights; as the source does if not given.",
 )  # fmt: skip
 @click.option(
+    "--adapter-form", type=click.Choice(["canonical", "fused"]),
+    help="LoRA: an update per Hugging Face module, or one per fused weight of Megatron, at a higher rank.",
+)  # fmt: skip
+@click.option("--alpha", type=float, metavar="X", help="LoRA: alpha, where the adapter does not say it.")
+@click.option(
     "--optimizer", type=click.Choice(["keep", "drop"]), default="drop", show_default=True,
     help="Carry training state, where the target can hold it.",
 )  # fmt: skip

@@ -62,6 +62,7 @@ def _print_summary(found: Inspection) -> None:
         ("format", " ".join(filter(None, (found.format, found.format_version)))),
         ("family", _family_line(found)),
         ("model", _model_line(found.model)),
+        ("adapter", _adapter_line(found.adapter)),
         ("parameters", f"{found.parameters:,}" + (f" ({found.size})" if found.parameters >= 1000 else "")),
         ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),
         (
@@ -146,6 +147,21 @@ def _model_line(model: dict[str, Any] | None) -> str:
         f"{model['num_attention_heads']} heads of {model['kv_channels']} in {model['num_query_groups']} groups, "
         f"{vocabulary}, {tied} embeddings"
     )
+
+
+def _adapter_line(adapter: dict[str, Any] | None) -> str:
+    if adapter is None:
+        return ""
+    kind = {"lora": "LoRA", "dora": "DoRA"}.get(adapter["kind"], adapter["kind"])
+    divisor = "the square root of the rank" if adapter["rank_stabilized"] else "the rank"
+    facts = (
+        f"rank {adapter['rank']}" if adapter["rank"] is not None else "",
+        f"alpha {adapter['alpha']:g} over {divisor}" if adapter["alpha"] is not None else "unknown alpha",
+        adapter["form"],
+        f"of {', '.join(adapter['targets'])}" if adapter["targets"] else "",
+        f"for {adapter['base']}" if adapter["base"] else "for an unnamed base model",
+    )
+    return f"{kind}, " + ", ".join(filter(None, facts))
 
 
 def _tokenizer_line(tokenizer: dict[str, Any] | None) -> str:

@@ -27,7 +27,6 @@ _JSON_LIMIT = 1 << 30  # an index of a million tensors is some 100 MB
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers prefers them."""
 
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _TOKENIZER_FILE = re.compile(
@@ -51,7 +50,7 @@ _SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.mo
 
 def _detect(location: Location) -> bool:
     names = set(location.names)
-    if not names.isdisjoint((*_WEIGHTS, *_ADAPTERS)) or any(_SHARD.fullmatch(name) for name in names):
+    if not names.isdisjoint(_WEIGHTS) or any(_SHARD.fullmatch(name) for name in names):
         return True
     return "config.json" in names and any(name.endswith(".safetensors") for name in names)
 
@@ -60,28 +59,26 @@ def _read(location: Location) -> Checkpoint:
     warnings: list[str] = []
     details: dict[str, Any] = {}
     tensors = _read_weights(location, warnings, details)
-    is_adapter = bool(details.get("adapter"))
-    config_name = "adapter_config.json" if is_adapter else "config.json"
     config: dict[str, Any] = {}
-    if config_name in location.names:
-        config = read_json(LocalFile(location.join(config_name)))
+    if "config.json" in location.names:
+        config = read_json(LocalFile(location.join("config.json")))
     else:
-        warnings.append(f"there is no {config_name}: the model family is found from names and shapes, if at all")
-    tokenizer_files, artifacts = _other_files(location, config_name)
+        warnings.append("there is no config.json: the model family is found from names and shapes, if at all")
+    tokenizer_files, artifacts = other_files(location, "config.json")
     return Checkpoint(
         location.path,
         "hf",
         tensors,
         format_version=_version(config),
-        dialect=None if is_adapter else "hf",
+        dialect="hf",
         config=config,
-        config_kind="hf" if config and not is_adapter else None,
-        tokenizer=_tokenizer(tokenizer_files),
+        config_kind="hf" if config else None,
+        tokenizer=tokenizer_of(tokenizer_files),
         artifacts=artifacts,
-        training=_training_state(location, artifacts, warnings),
+        training=training_state(location, artifacts, warnings),
         warnings=warnings,
         details=details,
-        quantization=None if is_adapter else _quantization(config, artifacts),
+        quantization=_quantization(config, artifacts),
     )
 
 
@@ -103,14 +100,11 @@ def _quantization(config: Mapping[str, Any], artifacts: Mapping[str, ByteSource]
 
 def _read_weights(location: Location, warnings: list[str], details: dict[str, Any]) -> dict[str, LazyTensor]:
     names = set(location.names)
-    chosen = next((name for name in (*_WEIGHTS, *_ADAPTERS) if name in names), None)
+    chosen = next((name for name in _WEIGHTS if name in names), None)
     if chosen is not None and chosen.endswith(".index.json"):
         return _read_indexed(location, chosen, warnings, details)
     if chosen is not None:
-        if chosen in _ADAPTERS:
-            details["adapter"] = True
-            warnings.append("this is an adapter for a base model, not a model")
-        return _read_file(location, chosen, warnings, details)
+        return read_weight_file(location, chosen, warnings, details)
     shards = [name for name in location.names if _SHARD.fullmatch(name)]
     if shards:
         return _read_shards(location, shards, warnings, details)
@@ -121,10 +115,17 @@ def _read_weights(location: Location, warnings: list[str], details: dict[str, An
             path=location.path, expected="model.safetensors or model.safetensors.index.json",
             found=", ".join(loose[:5]), remedy="open one of the files, or copy the index too",
         )  # fmt: skip
-    return _read_file(location, loose[0], warnings, details)
+    return read_weight_file(location, loose[0], warnings, details)
 
 
-def _read_file(location: Location, name: str, warnings: list[str], details: dict[str, Any]) -> dict[str, LazyTensor]:
+def read_weight_file(
+    location: Location, name: str, warnings: list[str], details: dict[str, Any]
+) -> dict[str, LazyTensor]:
+    """The tensors of one safetensors or ``.bin`` file of a folder.
+
+    Raises:
+        FormatError: it is damaged, or holds no state dict.
+    """
     source = LocalFile(location.join(name))
     if not name.endswith(".bin"):
         tensors, metadata = read_safetensors(source)
@@ -167,7 +168,7 @@ def _read_indexed(
         )  # fmt: skip
     tensors: dict[str, LazyTensor] = {}
     for file in files:
-        found = _read_file(location, file, warnings, details)
+        found = read_weight_file(location, file, warnings, details)
         for name in found:
             if where.get(name) != file:
                 raise FormatError(
@@ -214,7 +215,7 @@ def _read_shards(
     warnings.append("there is no index: the weight files are taken to be complete because their names count them")
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        for key, tensor in _read_file(location, name, warnings, details).items():
+        for key, tensor in read_weight_file(location, name, warnings, details).items():
             if key in tensors:
                 raise FormatError("is in two weight files", path=location.join(name), tensor=key)
             tensors[key] = tensor
@@ -247,7 +248,7 @@ def _check_plain_name(name: str, path: str) -> None:
         )  # fmt: skip
 
 
-def _other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSource], dict[str, ByteSource]]:
+def other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSource], dict[str, ByteSource]]:
     """Files of the folder that are not weights: those of the tokenizer, and the rest."""
     import os
 
@@ -263,7 +264,7 @@ def _other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSo
     return tokenizer, others
 
 
-def _tokenizer(files: dict[str, ByteSource]) -> Tokenizer | None:
+def tokenizer_of(files: dict[str, ByteSource]) -> Tokenizer | None:
     """A folder with anything but a bare sentencepiece model is one for ``AutoTokenizer``."""
     if not files:
         return None
@@ -275,10 +276,10 @@ def _tokenizer(files: dict[str, ByteSource]) -> Tokenizer | None:
 
 def read_tokenizer(location: Location) -> Tokenizer | None:
     """The tokenizer whose files lie in a folder, or None if there are none."""
-    return _tokenizer(_other_files(location, "config.json")[0])
+    return tokenizer_of(other_files(location, "config.json")[0])
 
 
-def _training_state(location: Location, artifacts: Mapping[str, ByteSource], warnings: list[str]) -> TrainingState:
+def training_state(location: Location, artifacts: Mapping[str, ByteSource], warnings: list[str]) -> TrainingState:
     """Where ``transformers.Trainer`` stood; its optimizer, scheduler and rng files are noticed, not read."""
     state = read_json(artifacts["trainer_state.json"]) if "trainer_state.json" in artifacts else {}
     step, epoch = state.get("global_step"), state.get("epoch")
@@ -311,7 +312,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     else:
         notes.append("there is no configuration to write: add a config.json before transformers can load this folder")
     if checkpoint.tokenizer is not None:
-        extra.update(_tokenizer_files(checkpoint.tokenizer, notes))
+        extra.update(tokenizer_files(checkpoint.tokenizer, notes))
     for name, source in checkpoint.artifacts.items():
         _check_plain_name(name, checkpoint.path)
         if name == _MODELOPT and checkpoint.quantization is None:
@@ -363,7 +364,7 @@ def _split(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Lazy
     return shards
 
 
-def _tokenizer_files(tokenizer: Tokenizer, notes: list[str]) -> dict[str, OutputFile]:
+def tokenizer_files(tokenizer: Tokenizer, notes: list[str]) -> dict[str, OutputFile]:
     """The tokenizer's files under the names that ``AutoTokenizer.from_pretrained`` looks for."""
     files: dict[str, OutputFile] = {}
     for name, source in tokenizer.files.items():

@@ -115,6 +115,8 @@ class Format:
         unknown_names: whether weights of no known naming are written under their own, if the source has a
             configuration: the format is not of one kind of model only.
         sharded: whether it can hold a distributed checkpoint, as ``WriteOptions.sharded`` asks.
+        adapters: how it names the tensors of an adapter: ``peft`` or as ``models.adapters.megatron.SPELLINGS``; None
+            if it has no place for what an adapter says of itself.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Format:
     single_file: bool = False
     unknown_names: bool = False
     sharded: bool = False
+    adapters: str | None = None
 
 
 _BUILT_IN = {
@@ -138,6 +141,7 @@ _BUILT_IN = {
     "megatron-core": "megatron_core",
     "megatron-lm": "megatron_lm",
     "dcp": "dcp",
+    "peft": "peft",
     "hf": "hf",
     "safetensors": "safetensors",
     "torch": "torch_file",

@@ -14,6 +14,7 @@ from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
+from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.carry import carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
@@ -88,6 +89,8 @@ def convert(
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     names: str | None = None,
+    adapter_form: str | None = None,
+    alpha: float | None = None,
     dtype: str | None = None,
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
     include: str | Sequence[str] | None = None,
@@ -120,6 +123,9 @@ def convert(
             checkpoint has none.
         tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
         names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
+        adapter_form: of an adapter: ``canonical``, an update per Hugging Face module, or ``fused``, one per fused
+            weight of Megatron, at a higher rank; as the source has it if None.
+        alpha: of an adapter: updates are multiplied by it over their rank; what the adapter says if None.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
         keep_in_fp32: globs of weights that a cast leaves alone.
         include: glob or globs of the source's weight names; others are left out.
@@ -181,7 +187,14 @@ def convert(
     full = in_full_precision(checkpoint, wanted, read_config(config))
     checkpoint, given = full.checkpoint, full.config
     left_out.update(full.ignored)
-    renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted, names=names)
+    told = AdapterRequest(adapter_form, alpha)
+    adapter = opened_adapter(checkpoint, told, names=names, optimizer=optimizer)
+    if adapter is not None:
+        renamed = rename_adapter(
+            checkpoint, adapter, target, options, told, family=family, config=given, dtype=wanted
+        )  # fmt: skip
+    else:
+        renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted, names=names)
     if renamed.computed and optimizer == "keep":
         raise UsageError(
             "weights are computed on the way, and the optimizer's moments do not go with them", path=checkpoint.path,

@@ -12,6 +12,7 @@ from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.display import html_table
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.operations.adapters import facts as adapter_facts
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
@@ -95,6 +96,8 @@ class Inspection:
         objects: names of non-tensor state.
         values: the same state as plain data, shortened where it is long; nothing that a file names is executed.
         details: facts that only this format has.
+        adapter: of a LoRA or DoRA adapter its ``kind``, ``rank``, ``alpha``, ``rank_stabilized``, ``form``, ``names``,
+            ``targets`` and ``base``; None of a model.
         warnings: anything odd.
         tensors: the tensors asked for, or None if none were.
         likely_families: where the family is unknown, those that name all tensors as they are named here.
@@ -125,6 +128,7 @@ class Inspection:
     objects: list[str]
     values: dict[str, Any]
     details: dict[str, Any]
+    adapter: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] | None = None
     likely_families: tuple[str, ...] = ()
@@ -141,7 +145,7 @@ class Inspection:
                 "path", "format", "format_version", "family", "parameters", "bytes", "tensor_count", "dtypes",
                 "layout", "step", "has_optimizer", "artifacts", "config", "warnings", "dialect", "dtype_bytes",
                 "size", "model", "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored",
-                "objects", "values", "details",
+                "objects", "values", "details", "adapter",
             )
         }  # fmt: skip
         facts["likely_families"] = list(self.likely_families)
@@ -229,6 +233,7 @@ def inspect(
         objects=list(checkpoint.objects),
         values=to_plain(checkpoint.objects),
         details=to_plain(checkpoint.details),
+        adapter=adapter_facts(checkpoint),
         warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),

@@ -174,7 +174,10 @@ def cut_for_ranks(
             remedy="leave --ep out",
         )
     spelling = expert_spelling_from_args(checkpoint.config)
-    shards = cut(checkpoint.tensors, parallelism, geometry, rules=rules, padding=padding, spelling=spelling)
+    shards = cut(
+        checkpoint.tensors, parallelism, geometry, rules=rules, padding=padding, spelling=spelling,
+        complete=checkpoint.adapter is None,
+    )  # fmt: skip
     optimizer = checkpoint.optimizer
     arguments = args_from_parallelism(parallelism) if checkpoint.config_kind == "megatron-args" else {}
     rows = sum(s.tensors[_EMBEDDING].shape[0] for s in shards if _EMBEDDING in s.tensors and _is_first(s))

@@ -8,7 +8,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Tokenizer
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats import hf
+from anyckpt.formats import hf, registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
 from anyckpt.formats.registry import look_at
 from anyckpt.storage.source import LocalFile
@@ -17,7 +17,7 @@ _CONFIG_LIMIT = 64 << 20
 
 
 def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A configuration as plain data, from JSON or YAML.
+    """A configuration as plain data, from JSON or YAML, or that of the checkpoint whose folder it is.
 
     Raises:
         FormatError: the file is missing, not valid, or no mapping.
@@ -28,6 +28,11 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> di
         return dict(config)
     from anyckpt.plain_yaml import load_yaml_mapping
 
+    if os.path.isdir(config):
+        found = registry.read(config).config
+        if not found:
+            raise FormatError("has no configuration", path=os.fspath(config), remedy="give the configuration's file")
+        return found
     source = LocalFile(config)
     if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return hf.read_json(source)

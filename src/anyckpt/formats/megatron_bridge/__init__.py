@@ -21,4 +21,5 @@ FORMAT = Format(
     plan=plan,
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
+    adapters="megatron",
 )

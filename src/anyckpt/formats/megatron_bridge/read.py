@@ -10,6 +10,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer
 from anyckpt.errors import FormatError
 from anyckpt.formats import dcp
+from anyckpt.formats.megatron_adapters import settings_from
 from anyckpt.formats.megatron_bridge.config import arguments_of
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, TRACKER, check_commit, iteration_folder
 from anyckpt.formats.megatron_core.reader import read_torch_dist
@@ -74,8 +75,13 @@ def read(location: Location) -> Checkpoint:
     tokenizer = payload.tokenizer or _hf_tokenizer(artifacts)
     used = set() if tokenizer is None else {id(source) for source in tokenizer.files.values()}
     model = run_config["model"]
+    saved, call = run_config.get("checkpoint"), run_config.get("peft")
+    base = saved.get("pretrained_checkpoint") if isinstance(saved, Mapping) else None
     return replace(
         payload,
+        adapter=settings_from(call, file.name, base if isinstance(base, str) else None)
+        if isinstance(call, Mapping) and _is_adapter(payload)
+        else None,
         path=location.path,
         format="megatron-bridge",
         config=arguments,
@@ -97,6 +103,11 @@ def read(location: Location) -> Checkpoint:
             "hf_model_id": _hf_model_id(model),
         },
     )
+
+
+def _is_adapter(payload: Checkpoint) -> bool:
+    """Whether nothing but an adapter was saved: a configuration names it also where it was merged."""
+    return bool(payload.tensors) and all(".adapter." in name for name in payload.weights())
 
 
 def _newest(location: Location, warnings: list[str]) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import UsageError
+from anyckpt.formats.megatron_adapters import call_of
 from anyckpt.formats.megatron_bridge.config import Facts, described, run_config_of
 from anyckpt.formats.megatron_bridge.read import LATEST, RUN_CONFIG, TRAIN_STATE
 from anyckpt.formats.megatron_core.location import TRACKER
@@ -18,6 +19,7 @@ from anyckpt.formats.torch_file import zip_parts
 from anyckpt.plain_yaml import dump_yaml
 from anyckpt.tensor import from_array
 
+_ADAPTERS = "megatron.bridge.peft"
 _EMBEDDING = "embedding.word_embeddings.weight"
 _COUNTS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 _METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -60,6 +62,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     else:
         rows = None if embedding is None else embedding.shape[0]
         run_config = run_config_of(checkpoint.config, rows, facts)
+    if checkpoint.adapter is not None:
+        run_config = _with_adapter(run_config, checkpoint.adapter)
     state = _train_state(checkpoint, step)
     files = torch_dist_files(
         checkpoint.tensors, sharded, common, prefix=folder, ranks=options.ranks, file_bytes=options.max_shard_size
@@ -81,6 +85,14 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         " are the trainer's to give",
     )  # fmt: skip
     return Plan("megatron-bridge", tuple(files), ignored=ignored, notes=notes)
+
+
+def _with_adapter(run_config: dict[str, Any], settings: AdapterSettings) -> dict[str, Any]:
+    """With what makes Megatron-Bridge build the adapter, and load its base from where the settings say."""
+    saved = run_config.get("checkpoint") or {}
+    if settings.base is not None:
+        saved = {**saved, "pretrained_checkpoint": settings.base}
+    return {**run_config, "checkpoint": saved, "peft": call_of(settings, _ADAPTERS)}
 
 
 def _state_file(path: str, state: dict[str, Any], stage: int) -> OutputFile:

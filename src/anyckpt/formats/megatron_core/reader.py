@@ -16,6 +16,7 @@ from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.dcp import DcpContents, dcp_details, read_dcp
 from anyckpt.formats.dcp.items import LazyObjects
+from anyckpt.formats.megatron_adapters import ADAPTER, settings_from
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint, iteration_folder
 from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import read_torch
@@ -122,6 +123,7 @@ def megatron_checkpoint(
             "checkpoint_version": to_plain(common.get("checkpoint_version")),
         },
         checksums=lambda: _checksums(folder, contents),
+        adapter=settings_from(call, path) if isinstance(call := to_plain(common.get(ADAPTER)), dict) else None,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.formats.dcp import dcp_files
+from anyckpt.formats.megatron_adapters import ADAPTER, call_of
 from anyckpt.formats.megatron_core.extra_state import extra_states
 from anyckpt.formats.megatron_core.location import TRACKER
 from anyckpt.formats.registry import WriteOptions
@@ -78,6 +79,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     files = torch_dist_files(
         checkpoint.tensors,
         sharded,
+    if checkpoint.adapter is not None:
+        common[ADAPTER] = call_of(checkpoint.adapter, "megatron.bridge.peft")
         common,
         ranks=options.ranks,
         file_bytes=options.max_shard_size,

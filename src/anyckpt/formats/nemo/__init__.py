@@ -19,4 +19,5 @@ FORMAT = Format(
     single_file=True,
     unknown_names=True,
     sharded=True,
+    adapters="nemo1",
 )

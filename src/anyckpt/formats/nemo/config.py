@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from anyckpt.checkpoint import AdapterSettings
+from anyckpt.errors import FormatError
+
 ARTIFACT_SCHEME = "nemo:"
 """A text that begins with this names a member of the archive (NeMo's ``register_artifact``)."""
 
@@ -14,12 +17,65 @@ GPT_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.M
 NEMO_VERSION = "2.0.0"
 """Written where the configuration has none: the last release with ``MegatronGPTModel``, so the newest that fits."""
 
+_LARGEST_RANK = 1 << 31
 _GPT_KEYS = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def is_megatron_config(config: dict[str, Any]) -> bool:
     """Whether a configuration is that of a Megatron GPT-like model, which has these at its top level."""
     return all(type(config.get(key)) is int for key in _GPT_KEYS)
+
+
+def adapter_settings(config: dict[str, Any], path: str) -> AdapterSettings | None:
+    """What the section ``peft`` says of a LoRA adapter; None if there is none.
+
+    NeMo takes alpha to be ``adapter_dim`` where it is missing or null.
+
+    Raises:
+        FormatError: a number is not possible.
+    """
+    section = config.get("peft")
+    tuning = section.get("lora_tuning") if isinstance(section, dict) else None
+    if not isinstance(tuning, dict) or section is None or section.get("peft_scheme") not in ("lora", "qlora"):
+        return None
+    rank = tuning.get("adapter_dim")
+    alpha = rank if tuning.get("alpha") is None else tuning["alpha"]
+    if type(rank) is not int or not isinstance(alpha, (int, float)) or not 0 < rank < _LARGEST_RANK > alpha:
+        raise FormatError(
+            "peft.lora_tuning is not possible", path=path, expected="adapter_dim, a positive whole number, and alpha",
+            found=f"{rank!r:.40} and {alpha!r:.40}",
+        )  # fmt: skip
+    targets, dropout = tuning.get("target_modules"), tuning.get("adapter_dropout")
+    return AdapterSettings(
+        rank=rank,
+        alpha=alpha,
+        dropout=float(dropout) if isinstance(dropout, (int, float)) else 0.0,
+        targets=tuple(map(str, targets)) if isinstance(targets, list) else (),
+        base=base if isinstance(base := config.get("restore_from_path"), str) else None,
+    )
+
+
+def adapter_section(settings: AdapterSettings, canonical: bool) -> dict[str, Any]:
+    """The section ``peft`` of an adapter; ``targets`` are Megatron's names of modules."""
+    known = {"linear_qkv": "attention_qkv", "linear_proj": "attention_dense", "linear_fc1": "mlp_fc1",
+             "linear_fc2": "mlp_fc2", "linear_q": "attention_qkv", "linear_k": "attention_qkv",
+             "linear_v": "attention_qkv", "linear_fc1_up": "mlp_fc1", "linear_fc1_gate": "mlp_fc1"}  # fmt: skip
+    return {
+        "peft_scheme": "lora",
+        "restore_from_path": None,
+        "lora_tuning": {
+            "variant": "canonical" if canonical else "nemo",
+            "target_modules": list(dict.fromkeys(known.get(target, target) for target in settings.targets)),
+            "adapter_dim": settings.rank,
+            "alpha": settings.alpha,
+            "adapter_dropout": settings.dropout,
+            "column_init_method": "xavier",
+            "row_init_method": "zero",
+            "layer_selection": None,
+            "weight_tying": False,
+            "position_embedding_strategy": None,
+        },
+    }
 
 
 def texts(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:

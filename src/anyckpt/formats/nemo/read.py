@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, StoredChecksum
+from anyckpt.checkpoint import AdapterSettings, Checkpoint, ParallelLayout, RankShard, StoredChecksum
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
-from anyckpt.formats.nemo.config import is_megatron_config, missing_artifacts
+from anyckpt.formats.nemo.config import adapter_settings, is_megatron_config, missing_artifacts
 from anyckpt.formats.nemo.container import (
     CONFIG,
     FLAT_WEIGHTS,
@@ -40,6 +40,7 @@ from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
 _FLAT_NAME = re.compile(r"^model\.(?:module\.)?(?:decoder|embedding|output_layer)\.")
+_ADAPTER = re.compile(r"\.adapter_layer\.lora_|\.adapter\.|_extra_state$")
 _EXTRA_STATE = re.compile(r"(^|\.)_extra_state$")
 _EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
 
@@ -113,7 +114,15 @@ def read(location: Location) -> Checkpoint:
         },
         checksums=weights.checksums,
         ranks=weights.ranks,
+        adapter=_adapter(weights, config, location.path),
     )
+
+
+def _adapter(weights: _Weights, config: dict[str, Any], path: str) -> AdapterSettings | None:
+    """What the configuration says of the adapter, if the weights are one: a model may have been trained with it."""
+    names = weights.ranks[0].tensors if weights.ranks else weights.tensors
+    of_adapter = bool(names) and all(_ADAPTER.search(name) for name in names)
+    return (adapter_settings(config, path) or AdapterSettings()) if of_adapter else None
 
 
 def read_config(container: Container, files: list[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import (
     GPT_TARGET,
     NEMO_VERSION,
+    adapter_section,
     is_megatron_config,
     missing_artifacts,
     referenced_names,
@@ -61,6 +62,9 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             ignored[name] = _NO_ARTIFACT
     _check_artifacts(config, members, checkpoint.path)
     _complete(config, notes)
+    if checkpoint.adapter is not None:
+        canonical = any("_unfused_" in name for name in checkpoint.tensors)
+        config["peft"] = adapter_section(checkpoint.adapter, canonical)
     states = _rank_states(checkpoint, config, notes) if checkpoint.ranks else {}
 
     archive = ArchiveWriter()

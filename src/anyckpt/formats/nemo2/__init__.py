@@ -16,4 +16,5 @@ FORMAT = Format(
     plan=plan,
     dialect=dialect,
     config_kind="nemo2",
+    adapters="megatron",
 )

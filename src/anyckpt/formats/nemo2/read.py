@@ -6,8 +6,10 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.checkpoint import AdapterSettings, Checkpoint, TrainingState
 from anyckpt.errors import FormatError
+from anyckpt.formats.hf import read_json
+from anyckpt.formats.megatron_adapters import settings_from
 from anyckpt.formats.megatron_core.location import check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
@@ -19,6 +21,7 @@ from anyckpt.storage.source import ByteSource
 
 CONTEXT = "context"
 WEIGHTS = "weights"
+ADAPTER_METADATA = "adapter_metadata.json"
 IO_JSON = "io.json"
 MODEL_YAML = "model.yaml"
 _UNFINISHED = "-unfinished"
@@ -63,8 +66,6 @@ def read(location: Location) -> Checkpoint:
     unloadable = check_commit(weights_path, names)
     weights = read_torch_dist(folder, path=location.path, warnings=unloadable)
     warnings = list(weights.warnings)
-    if "adapter_metadata.json" in names:
-        warnings.append("holds an adapter (PEFT) only, not the model that it belongs to")
     missing: list[str] = []
     context, calls, config = _read_context(location, missing)
     warnings += missing
@@ -77,6 +78,7 @@ def read(location: Location) -> Checkpoint:
     return replace(
         weights,
         format="nemo2",
+        adapter=_adapter(folder, config, location.join(CONTEXT, IO_JSON)),
         config=config,
         config_kind="nemo2" if isinstance(inner, dict) else None,
         tokenizer=tokenizer,
@@ -96,6 +98,20 @@ def read(location: Location) -> Checkpoint:
             "context": calls,
         },
     )
+
+
+def _adapter(folder: LocalFolder, config: dict[str, Any], path: str) -> AdapterSettings | None:
+    """What the context says of the adapter, if the weights are one: the file with the base's path tells.
+
+    Raises:
+        FormatError: that file is not JSON, or a number is not possible.
+    """
+    if ADAPTER_METADATA not in folder.names():
+        return None
+    base = read_json(folder.open(ADAPTER_METADATA)).get("model_ckpt_path")
+    call = config.get("model_transform")
+    named = base if isinstance(base, str) else None
+    return settings_from(call, path, named) if isinstance(call, dict) else AdapterSettings(base=named)
 
 
 def _refuse_unfinished(path: str) -> None:

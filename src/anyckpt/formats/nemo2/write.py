@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import UsageError
+from anyckpt.formats.megatron_adapters import call_of
 from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.nemo2 import template
 from anyckpt.formats.nemo2.fiddle import encode
-from anyckpt.formats.nemo2.read import CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS
+from anyckpt.formats.nemo2.read import ADAPTER_METADATA, CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS
 from anyckpt.formats.nemo2.tokenizer import write_tokenizer
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.plain_yaml import dump_yaml
 from anyckpt.storage.source import ByteSource
 
+_ADAPTERS = "nemo.collections.llm.peft"
 _GPT_MODULE = "nemo.collections.llm.gpt.model."
 _NO_PLACE = "a NeMo 2 checkpoint has no place for it"
 
@@ -42,6 +45,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     else:
         config.pop("tokenizer", None)
         notes.append("there is no tokenizer: NeMo 2 takes the vocabulary's size from the configuration")
+    if checkpoint.adapter is not None:
+        config["model_transform"] = call_of(checkpoint.adapter, _ADAPTERS)
+        if checkpoint.adapter.base is None:
+            notes.append(f"{WEIGHTS}/{ADAPTER_METADATA} names no base model: NeMo asks for its path there")
     calls = _calls(checkpoint, config, notes)
     context = [
         small_file(f"{CONTEXT}/{IO_JSON}", encode(template.as_calls(calls))),
@@ -63,6 +70,9 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         ranks=options.ranks,
         file_bytes=options.max_shard_size,
     )
+    if checkpoint.adapter is not None:
+        base = json.dumps({"model_ckpt_path": checkpoint.adapter.base or ""})
+        weights.append(small_file(f"{WEIGHTS}/{ADAPTER_METADATA}", base, stage=1))
     return Plan("nemo2", (*context, *weights), ignored=ignored, notes=tuple(notes))
 
 
@@ -109,6 +119,8 @@ def _calls(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str]) -> 
     explicit = model["config"] if isinstance(model.get("config"), dict) else {}
     model["_target_"] = config["_target_"]
     model["config"] = _explicit(inner, explicit)
+    if checkpoint.adapter is not None:
+        model["model_transform"] = config["model_transform"]
     before = model.pop("tokenizer", None)
     if "tokenizer" in config:
         model["tokenizer"] = _explicit_tokenizer(config["tokenizer"], before)

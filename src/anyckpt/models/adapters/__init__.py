@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, fused, of_one_rank, separated
+from anyckpt.models.adapters.adapter import (
+    Adapter,
+    Layers,
+    LowRank,
+    Target,
+    completed,
+    fused,
+    of_one_rank,
+    separated,
+    without_empty,
+)
 from anyckpt.models.adapters.merge import idle, merged
-from anyckpt.models.adapters.settings import read_adapter, settings_of, spelling_of
+from anyckpt.models.adapters.settings import read_adapter, settings_of, spelling_of, with_alpha
 
 __all__ = [
     "Adapter",
     "Layers",
     "LowRank",
     "Target",
+    "completed",
     "fused",
     "idle",
     "merged",
@@ -19,4 +30,6 @@ __all__ = [
     "separated",
     "settings_of",
     "spelling_of",
+    "with_alpha",
+    "without_empty",
 ]

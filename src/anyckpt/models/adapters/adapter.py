@@ -286,6 +286,51 @@ def _times(ratio: float) -> Callable[[np.ndarray], np.ndarray]:
     return multiply
 
 
+def completed(adapter: Adapter, layers: Layers) -> tuple[Adapter, int]:
+    """The adapter with an update of zeros for every part that is missing beside another part, and how many.
+
+    The modules of NeMo and Megatron-Bridge that adapt parts of a weight have adapters for all of them.
+    """
+    by_weight: dict[str, dict[str, LowRank]] = {}
+    for target, update in adapter.updates.items():
+        by_weight.setdefault(target.weight, {})[target.part] = update
+    updates: dict[Target, LowRank] = {}
+    added = 0
+    for weight, parts in by_weight.items():
+        split = None if "" in parts else layers.split(weight, parts)
+        if split is None:
+            updates.update({Target(weight, part): update for part, update in parts.items()})
+            continue
+        operation, config = split
+        like = next(iter(parts.values()))
+        shapes = operation.source_shapes(layers.instances[weight].shape, config)
+        for part, (rows, columns) in zip(operation.parts, shapes, strict=True):
+            if part not in parts:
+                added += 1
+            updates[Target(weight, part)] = parts.get(part) or LowRank(
+                Constant(like.down.dtype, (like.rank, columns)), Constant(like.up.dtype, (rows, like.rank)), like.scale
+            )
+    return replace(adapter, updates=updates), added
+
+
+def without_empty(adapter: Adapter) -> tuple[Adapter, int]:
+    """The adapter without updates of which both factors are zeros, and how many; reads the factors."""
+    kept = {
+        target: update
+        for target, update in adapter.updates.items()
+        if update.magnitude is not None or update.bias is not None
+        or not (is_zero(update.down) and is_zero(update.up))
+    }  # fmt: skip
+    if not kept:
+        return adapter, 0
+    return replace(adapter, updates=kept), len(adapter.updates) - len(kept)
+
+
+def is_zero(tensor: LazyTensor) -> bool:
+    """Whether all elements are; reads up to the first that is not."""
+    return all(not np.count_nonzero(chunk) for chunk in tensor.chunks())
+
+
 # -- checks --------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,9 @@ class _Found(NamedTuple):
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether these are an adapter's names and nothing else."""
+    names = list(names)
+    if not any(".adapter" in name for name in names):
+        return False
     weights = [name for name in names if not any(pattern.fullmatch(name) for pattern, _ in dialects.IGNORED)]
     return bool(weights) and all(_parsed(name) is not None for name in weights)
 

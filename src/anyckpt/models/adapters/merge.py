@@ -9,7 +9,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, check_update, some
+from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, check_update, is_zero, some
 from anyckpt.models.adapters.low_rank import LowRankSum
 from anyckpt.models.hub import Hub
 from anyckpt.tensor import LazyTensor, Mapped
@@ -130,9 +130,5 @@ def idle(adapter: Adapter) -> list[Target]:
     return [
         target
         for target, update in adapter.updates.items()
-        if update.magnitude is None and update.bias is None and (_is_zero(update.up) or _is_zero(update.down))
+        if update.magnitude is None and update.bias is None and (is_zero(update.up) or is_zero(update.down))
     ]
-
-
-def _is_zero(tensor: LazyTensor) -> bool:
-    return all(not np.count_nonzero(chunk) for chunk in tensor.chunks())

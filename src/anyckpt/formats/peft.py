@@ -1,0 +1,194 @@
+"""Hugging Face PEFT's adapter folders: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
+
+What is written is what ``PeftModel.save_pretrained`` of peft 0.21 writes and ``PeftModel.from_pretrained`` loads, with
+keys of the configuration that peft has had since 0.10.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
+from anyckpt.errors import FormatError, UsageError
+from anyckpt.formats.hf import (
+    other_files,
+    read_json,
+    read_weight_file,
+    tokenizer_files,
+    tokenizer_of,
+    training_state,
+)
+from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.safetensors import safetensors_parts, weights_only
+from anyckpt.storage.source import LocalFile
+
+CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LARGEST = 1 << 31
+
+_CHANGES = (
+    "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "arrow_config", "monteclora_config",
+    "kasa_config", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+"""Keys of variants whose update is not ``scale * B @ A`` of a module's weight."""
+
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+"""Ways to initialise that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it."""
+
+_DEFAULTS: Mapping[str, Any] = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "task_type": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+
+def _detect(location: Location) -> bool:
+    if not location.is_directory or any(
+        name.startswith(("model.", "model-", "pytorch_model")) for name in location.names
+    ):
+        return False
+    return any(name in location.names for name in _WEIGHTS)
+
+
+def _read(location: Location) -> Checkpoint:
+    warnings: list[str] = []
+    details: dict[str, Any] = {}
+    name = next(name for name in _WEIGHTS if name in location.names)
+    tensors = read_weight_file(location, name, warnings, details)
+    config: dict[str, Any] = {}
+    settings = AdapterSettings()
+    if CONFIG in location.names:
+        config = read_json(LocalFile(location.join(CONFIG)))
+        settings = settings_from(config, location.join(CONFIG))
+    else:
+        warnings.append(f"there is no {CONFIG}: the adapter's scale is not known")
+    tokenizer, artifacts = other_files(location, CONFIG)
+    version = config.get("peft_version")
+    return Checkpoint(
+        location.path,
+        "peft",
+        tensors,
+        format_version=f"peft {version}" if isinstance(version, str) else None,
+        dialect="peft",
+        config=config,
+        tokenizer=tokenizer_of(tokenizer),
+        artifacts=artifacts,
+        training=training_state(location, artifacts, warnings),
+        warnings=warnings,
+        details=details,
+        adapter=settings,
+    )
+
+
+def settings_from(config: Mapping[str, Any], path: str) -> AdapterSettings:
+    """What ``adapter_config.json`` says; a kind that is not understood is only named.
+
+    Raises:
+        FormatError: a value is not possible.
+    """
+
+    def number(key: str, default: float | None, *, whole: bool = False) -> Any:
+        return _number(config.get(key, default), key, path, whole)
+
+    def patterns(key: str, *, whole: bool) -> dict[str, Any]:
+        value = config.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise FormatError(f"its {key} is not possible", path=path, expected="an object", found=repr(value)[:80])
+        return {str(name): _number(own, f"{key}.{name}", path, whole) for name, own in value.items()}
+
+    targets = config.get("target_modules")
+    base = config.get("base_model_name_or_path")
+    return AdapterSettings(
+        kind=_kind(config),
+        rank=number("r", None, whole=True),
+        alpha=number("lora_alpha", None),
+        rank_stabilized=bool(config.get("use_rslora")),
+        ranks=patterns("rank_pattern", whole=True),
+        alphas=patterns("alpha_pattern", whole=False),
+        dropout=number("lora_dropout", 0.0) or 0.0,
+        targets=tuple(map(str, targets)) if isinstance(targets, list) else (str(targets),) if targets else (),
+        base=base if isinstance(base, str) and base else None,
+    )
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    kind = str(config.get("peft_type", "LORA")).lower()
+    if kind != "lora":
+        return kind
+    strange = [key for key in _CHANGES if config.get(key)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        strange.append(f"init_lora_weights {start[:40]}")
+    if strange:
+        return f"lora with {', '.join(strange)}"
+    return "dora" if config.get("use_dora") else "lora"
+
+
+def _number(value: Any, key: str, path: str, whole: bool) -> Any:
+    if value is None:
+        return None
+    good = type(value) is int or (not whole and type(value) is float and math.isfinite(value))
+    if not good or not abs(value) < _LARGEST or (whole and value < 1):
+        raise FormatError(
+            f"its {key} is not possible", path=path, expected="a positive whole number" if whole else "a number",
+            found=repr(value)[:80],
+        )  # fmt: skip
+    return value
+
+
+def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    if checkpoint.adapter is None:
+        raise UsageError(
+            "is a model, not an adapter", path=checkpoint.path, remedy="convert it to hf; peft is for adapters"
+        )
+    if not checkpoint.config:
+        raise UsageError(
+            f"the adapter has no settings, and peft loads none without {CONFIG}", path=checkpoint.path,
+            remedy="give the base model's configuration with --config and the adapter's --alpha",
+        )  # fmt: skip
+    weights, ignored = weights_only(checkpoint)
+    notes: list[str] = []
+    files = [
+        OutputFile(_WEIGHTS[0], safetensors_parts(weights, {"format": "pt"})),
+        small_file(CONFIG, json.dumps({**_DEFAULTS, **checkpoint.config}, indent=2, sort_keys=True)),
+    ]
+    if checkpoint.tokenizer is not None:
+        files += tokenizer_files(checkpoint.tokenizer, notes).values()
+    if checkpoint.format == "peft":
+        files += [OutputFile(name, (SourceData(source),), 1) for name, source in checkpoint.artifacts.items()]
+    return Plan("peft", tuple(files), ignored=ignored, notes=tuple(notes))
+
+
+FORMAT = Format(
+    name="peft",
+    title="Hugging Face PEFT adapter",
+    detect=_detect,
+    read=_read,
+    plan=_plan,
+    dialect=lambda options: "peft",
+    adapters="peft",
+)

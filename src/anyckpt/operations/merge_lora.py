@@ -1,0 +1,192 @@
+"""Adding an adapter to its base model while the result is written, in any format and layout."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyckpt import models
+from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.dtypes import DType, dtype
+from anyckpt.errors import UsageError
+from anyckpt.formats import registry
+from anyckpt.models import Model, dialects
+from anyckpt.models.adapters import Adapter, Layers, idle, merged, read_adapter
+from anyckpt.operations.adapters import AdapterRequest, opened_adapter
+from anyckpt.operations.casts import KEEP_IN_FP32, cast_target
+from anyckpt.operations.convert import Conversion, convert
+from anyckpt.operations.destination import check_destination
+from anyckpt.operations.full_precision import in_full_precision
+from anyckpt.operations.naming import identify
+from anyckpt.operations.open import join_ranks
+from anyckpt.operations.parallel import Progress
+from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.select import matching
+from anyckpt.operations.supplied import read_config
+from anyckpt.tensor import LazyTensor
+
+_SHOWN = 5
+
+
+def merge_lora(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    family: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    layout: LayoutRequest | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Conversion:
+    """Write the base model with a LoRA or DoRA adapter in its weights.
+
+    Base and adapter may be of any formats, forms and layouts; they meet under the hub's names.  A changed weight is
+    computed in float32 block by block while it is written, and rounded once, to its own type or to ``dtype``;
+    everything else is the base's, bit for bit.  The sum is that of peft's ``merge_and_unload``.
+
+    Args:
+        base: the model that the adapter was trained on; its format is detected.
+        adapter: PEFT's folder, a NeMo or Megatron-Bridge adapter, or a file of such tensors.
+        destination: what to write; it appears only when it is whole.
+        to: name of the target format; the base's, in its parallel layout, if None.
+        scale: every update is multiplied by it, besides its own scale; 0.5 for half of the adapter's strength.
+        alpha: in place of what the adapter says.
+        family: the base's model family, where it does not tell.
+        config: the base's configuration, where it has none.
+        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights; a quantized base needs one.
+        layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
+        force: read sources that are marked as unfinished, too.
+        progress: called with (bytes done, bytes in all) from any thread.
+        options: others of ``convert``; globs of ``include`` and ``exclude`` are not among them.
+
+    Raises:
+        FormatError: a source is damaged.
+        MappingError: the adapter is of another model, tensors of it are missing or of no rule, or the base is
+            incomplete.
+        OutputError: the destination exists or cannot be written.
+        UsageError: one of the two is not what it should be, or the scale is not known.
+    """
+    if not math.isfinite(scale):
+        raise UsageError("--scale must be a number", found=scale)
+    for name in ("include", "exclude", "names", "adapter_form"):
+        if options.get(name):
+            raise UsageError(f"{name} means nothing when an adapter is merged", remedy="leave it out")
+    if options.get("optimizer", "drop") != "drop":
+        raise UsageError("an optimizer's state is not that of the merged weights", remedy="leave --optimizer out")
+    if to is not None:
+        registry.by_name(to)
+    origins = [os.fspath(base), os.fspath(adapter)]
+    check_destination(
+        os.fspath(destination), origins, overwrite=bool(options.get("overwrite")), resume=bool(options.get("resume"))
+    )
+    stored = registry.read(base, force=force)
+    wanted = cast_target(dtype)
+    rules = None if layout is None else layout.rules
+    full = in_full_precision(join_ranks(stored, rules=rules), wanted, read_config(config))
+    whole = full.checkpoint
+    found = join_ranks(registry.read(adapter, force=force), rules=rules)
+    settings = opened_adapter(found, AdapterRequest(alpha=alpha))
+    _check_roles(whole, found, settings)
+    assert settings is not None
+    model = _model(whole, family, full.config)
+    updates = read_adapter(found, settings, Layers(model))
+    result = _merged(whole, model, updates, scale, wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
+    summary = [_summary(found, settings, updates, scale), *_idle(updates), *full.notes]
+    ready = replace(
+        result,
+        optimizer=None,
+        ignored={**whole.ignored, **full.ignored},
+        warnings=[*dict.fromkeys((*summary, *whole.warnings, *found.warnings))],
+    )
+    return convert(
+        ready,
+        destination,
+        to=stored.format if to is None else to,
+        family=family,
+        config=full.config,
+        dtype=dtype,
+        layout=layout,
+        keep_layout=to is None and bool(stored.ranks),
+        progress=progress,
+        sources=origins,
+        **options,
+    )
+
+
+def _check_roles(base: Checkpoint, adapter: Checkpoint, settings: AdapterSettings | None) -> None:
+    """Raise UsageError unless the one is a model and the other an adapter."""
+    if settings is None:
+        raise UsageError(
+            "is no adapter", path=adapter.path, expected="lora_A and lora_B, or linear_in and linear_out, tensors",
+            found=", ".join(list(adapter.weights())[:3]) or "no tensors", remedy="give BASE first, then ADAPTER",
+        )  # fmt: skip
+    if opened_adapter(base, AdapterRequest()) is not None:
+        raise UsageError("is an adapter, not a model", path=base.path, remedy="give BASE first, then ADAPTER")
+
+
+def _model(base: Checkpoint, family: str | None, config: dict[str, Any] | None) -> Model:
+    model = identify(base, family=family, config=config)
+    if model is None:
+        raise UsageError(
+            "the base's model family is not known, so nothing says which weights the adapter changes",
+            path=base.path, remedy="name it with --family and --config",
+        )  # fmt: skip
+    return model
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """Which type a changed weight gets.
+
+    Attributes:
+        target: torch's name of the type that the user asks for, None for the weight's own.
+        keep: globs of weights that keep theirs.
+    """
+
+    target: str | None
+    keep: Any
+
+    def __call__(self, name: str, weight: LazyTensor) -> DType:
+        if self.target is None or (self.target != "float32" and matching([name], self.keep)):
+            return weight.dtype
+        return dtype(self.target)
+
+
+def _merged(
+    base: Checkpoint, model: Model, updates: Adapter, scale: float, wanted: str | None, keep: Any
+) -> Checkpoint:
+    """The base with changed weights, under its own names."""
+    hub = merged(models.to_hub(base, model), updates, scale=scale, cast=_Cast(wanted, keep))
+    dialect = base.dialect or dialects.detect(base.weights())
+    assert dialect is not None  # to_hub has found it
+    out = models.from_hub(hub, dialect)
+    return replace(base, tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={})
+
+
+def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, scale: float) -> str:
+    ranks = sorted({update.rank for update in updates.updates.values()})
+    times = "" if scale == 1 else f", times {scale:g}"
+    replaced = f", and {len(updates.replaced)} whole tensors" if updates.replaced else ""
+    kind = {"lora": "LoRA", "dora": "DoRA"}[settings.kind]
+    return (
+        f"merged with the {kind} adapter {os.path.basename(os.path.abspath(adapter.path))}: "
+        f"{len(updates.updates)} updates of rank {', '.join(map(str, ranks))}{times}{replaced}"
+    )
+
+
+def _idle(updates: Adapter) -> list[str]:
+    """What updates change nothing, for a user who expects another model."""
+    names = [str(target) for target in idle(updates)]
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{len(names)} updates are all zeros and change nothing: {', '.join(names[:_SHOWN])}{more}"]
