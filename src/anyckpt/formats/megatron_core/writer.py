@@ -76,11 +76,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         UsageError: an object cannot be pickled.
     """
     common, sharded, foreign = common_and_sharded(checkpoint)
+    if checkpoint.adapter is not None:
+        common[ADAPTER] = call_of(checkpoint.adapter, "megatron.bridge.peft")
     files = torch_dist_files(
         checkpoint.tensors,
         sharded,
-    if checkpoint.adapter is not None:
-        common[ADAPTER] = call_of(checkpoint.adapter, "megatron.bridge.peft")
         common,
         ranks=options.ranks,
         file_bytes=options.max_shard_size,
