@@ -118,8 +118,10 @@ NEMO2_CONFIGS: dict[str, dict[str, Any]] = {
     "CodeLlamaConfig13B": {**_CODE, **size(40, 5120, 13824, 40, 40)},
     "CodeLlamaConfig34B": {**_CODE, **size(48, 8192, 22016, 64, 8)},
     "CodeLlamaConfig70B": size(80, 8192, 28672, 64, 8),
+    "Llama31NemotronNano8BConfig": {**_LLAMA_31, **size(32, 4096, 14336, 32, 8)},
+    "Llama31Nemotron70BConfig": {**_LLAMA_31, **size(80, 8192, 28672, 64, 8)},
 }  # fmt: skip
-"""NeMo 2.5's classes with the defaults by which they differ from ``LlamaConfig``."""
+"""NeMo 2.5's classes with the defaults by which they differ from ``LlamaConfig``; the last two are Llama-Nemotron's."""
 
 
 def _nemo2_class(config: ModelConfig) -> str:
