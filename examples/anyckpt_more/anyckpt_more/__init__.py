@@ -1,0 +1,1 @@
+"""A model family, a format and a dialect that anyckpt finds through entry points."""
