@@ -180,6 +180,13 @@ _SCALED = {
     "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
 }
 _PARTIAL = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75}
+LLAMA_4 = {
+    **_WIDE, "intermediate_size_mlp": 40, "num_local_experts": 4, "attention_chunk_size": 8,
+}  # fmt: skip
+_LLAMA_3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 MAMBA = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 16, "vocab_size": 64,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -272,6 +279,29 @@ PROOFS: dict[str, Proof] = {
         ),
         outputs="Megatron-Core",
         note="heterogeneous layers; transformers has no class of it",
+    ),
+    "llama4": proof(
+        tiny("llama4", "llama4_text", NO_NEMO_1, **LLAMA_4),
+        tiny(
+            "llama4-interleaved",
+            "llama4_text",
+            NO_NEMO_1,
+            **LLAMA_4,
+            interleave_moe_layer_step=2,
+            use_qk_norm=False,
+            no_rope_layer_interval=2,
+        ),
+        tiny(
+            "llama4-lists",
+            "llama4_text",
+            {**NO_NEMO_1, "nemo2": "cannot express which layers have rotary embedding"},
+            **LLAMA_4,
+            moe_layers=[0, 3],
+            floor_scale=8,
+            attn_scale=0.3,
+            no_rope_layers=[1, 0, 0, 1],
+            rope_parameters={**_LLAMA_3, "rope_theta": 5e5},
+        ),
     ),
     "mamba2": proof(
         tiny("mamba2", "mamba2", **MAMBA, n_groups=4),

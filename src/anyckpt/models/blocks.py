@@ -50,6 +50,14 @@ class BlockConfig:
         softmax_type: ``vanilla``, or ``learnable`` for an attention sink per head.
         glu_linear_offset: added to the half of a gated MLP that is not activated.
         activation_func_clamp_value: both halves are clamped to it; None for not at all.
+        moe_apply_probs_on_input: the router's weight multiplies an expert's input rather than its output.
+        no_rope_freq: for each layer 1 if it has no rotary embedding and 0 if it has; None if all have.
+        qk_l2_norm: queries and keys are divided by their root mean square, in layers that have rotary embedding.
+        attention_chunk_size: layers that have rotary embedding attend within chunks of so many tokens; None if not.
+        attn_temperature_tuning: layers that have none scale queries by
+            ``1 + attn_scale * log(1 + floor((position + 1) / floor_scale))``.
+        attn_scale: see there.
+        floor_scale: see there, in tokens.
     """
 
     num_moe_experts: int | None = None
@@ -81,6 +89,13 @@ class BlockConfig:
     softmax_type: str = "vanilla"
     glu_linear_offset: float = 0.0
     activation_func_clamp_value: float | None = None
+    moe_apply_probs_on_input: bool = False
+    no_rope_freq: tuple[int, ...] | None = None
+    qk_l2_norm: bool = False
+    attention_chunk_size: int | None = None
+    attn_temperature_tuning: bool = False
+    attn_scale: float = 0.1
+    floor_scale: float = 8192.0
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has experts in place of a dense MLP."""
@@ -95,6 +110,7 @@ _SIZES = (
     "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_num_groups", "moe_router_group_topk",
     "moe_shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
     "v_head_dim", "mtp_num_layers", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
+    "attention_chunk_size",
 )  # fmt: skip
 _LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
@@ -120,7 +136,7 @@ def check_blocks(config: BlockConfig, num_layers: int) -> None:
             "the configuration has too many experts",
             expected=f"at most {_MOST_EXPERTS} in all layers", found=f"{config.num_moe_experts} in {num_layers} layers",
         )  # fmt: skip
-    for name in ("moe_layer_freq", "hybrid_override_pattern", "heterogeneous_blocks"):
+    for name in ("moe_layer_freq", "hybrid_override_pattern", "heterogeneous_blocks", "no_rope_freq"):
         value = getattr(config, name)
         if value is not None and len(value) != num_layers:
             raise MappingError(

@@ -25,8 +25,8 @@ _MOST_LAYERS = 10_000
 FEATURES = (
     "num_moe_experts", "num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_override_pattern",
     "hybrid_layer_pattern", "is_hybrid_model", "heterogeneous_block_specs", "heterogeneous_layers_config_path",
-    "heterogeneous_layers_config_encoded_json",
-    "attention_output_gate", "experimental_attention_variant", "decoder_num_layers", "mcore_bert", "mcore_t5",
+    "heterogeneous_layers_config_encoded_json", "attention_output_gate", "experimental_attention_variant",
+    "no_rope_freq", "qk_l2_norm", "moe_apply_probs_on_input", "decoder_num_layers", "mcore_bert", "mcore_t5",
 )  # fmt: skip
 """Megatron-Core's switches of other architectures: a family that does not know one that is on is not the model's."""
 

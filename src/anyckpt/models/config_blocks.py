@@ -44,7 +44,15 @@ _ATTENTION = (
     Field("softmax_type", "softmax_type", "text", "vanilla"),
     Field("glu_linear_offset", "glu_linear_offset", "number", 0.0),
     Field("activation_func_clamp_value", "activation_func_clamp_value", "number", None),
+    Field("moe_apply_probs_on_input", "moe_apply_probs_on_input", "flag", False),
+    Field("no_rope_freq", "no_rope_freq", "frequency", None),
+    Field("qk_l2_norm", "qk_l2_norm", "flag", False),
+    Field("attention_chunk_size", "attention_chunk_size", default=None),
+    Field("attn_temperature_tuning", "attn_temperature_tuning", "flag", False),
+    Field("attn_scale", "attn_scale", "number", 0.1),
+    Field("floor_scale", "floor_scale", "number", 8192.0),
 )
+"""The last four are ours but for NeMo 2, which has the chunks: Megatron-Core ignores them, and ``caveats`` say so."""
 _YARN = {
     "factor": ("rotary_scaling_factor", 40.0),
     "original_max_position_embeddings": ("original_max_position_embeddings", 4096),
@@ -71,6 +79,7 @@ def parse_blocks(reader: Reader, defaults: Mapping[str, Any], common: Mapping[st
         MappingError: a key is of the wrong type.
     """
     found = {**reader.fields(_ATTENTION, defaults), "mtp_num_layers": reader.integer("mtp_num_layers") or None}
+    found["no_rope_freq"] = _without_rope(reader, found["no_rope_freq"], common["num_layers"])
     experts = next((count for key in _COUNTS if (count := reader.integer(key))), None) or defaults.get(_COUNTS[0])
     pattern = reader.text("hybrid_override_pattern") or defaults.get("hybrid_override_pattern")
     if experts and "E" in (pattern or "E"):  # NeMo 1's megatron_mamba_config.yaml has 16 of which no layer is made
@@ -189,6 +198,17 @@ def render_yarn(family: Family, config: ModelConfig, target: str) -> dict[str, A
     else:
         said = {"yarn_mscale": None, "yarn_mscale_all_dim": None, **said}
     return {"position_embedding_type": "yarn", **said, _ROUND: bool(truncated)}
+
+
+def _without_rope(reader: Reader, value: int | tuple[int, ...] | None, layers: int) -> tuple[int, ...] | None:
+    """Megatron-Core's ``no_rope_freq``: none in each n-th layer, or a list of 0 and 1."""
+    if not isinstance(value, int):
+        return value if value and any(value) else None
+    if not 0 <= value <= layers:
+        raise MappingError(
+            f"the {reader.what}'s no_rope_freq is not possible", expected=f"up to {layers} layers", found=value
+        )
+    return tuple(int((layer + 1) % value == 0) for layer in range(min(layers, 10_000))) if value else None
 
 
 def _layer_pattern(reader: Reader, defaults: Mapping[str, Any], layers: int) -> tuple[int, ...] | None:

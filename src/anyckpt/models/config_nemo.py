@@ -96,6 +96,9 @@ _FUNCTIONS = {
     "squared_relu": "nemo.collections.llm.fn.activation.squared_relu",
 }
 _LLAMA31 = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
+_CORES_SCALING = "rope_scaling"
+"""Of classes that scale rope as Megatron-Core does, where only the factor is free, and not themselves."""
+
 _BASE_DEFAULTS = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -278,6 +281,10 @@ def parse_nemo2(family: Family, config: Mapping[str, Any]) -> ModelConfig:
     yarn = parse_yarn(reader, defaults, fields)
     window = None if "window_size" in known.own else _nemo2_window(reader, defaults)
     factors = {key: reader.number(key) or defaults[key] for key in _LLAMA31 if key in defaults}
+    if _CORES_SCALING in defaults:
+        stated = reader.flag(_CORES_SCALING)
+        if defaults[_CORES_SCALING] if stated is None else stated:
+            factors = {"scale_factor": reader.number("rope_scaling_factor") or defaults.get("rope_scaling_factor", 8.0)}
     return check(
         ModelConfig(
             **{
@@ -325,6 +332,10 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         **render_blocks(config),
         **(yarn or {}),
     }
+    if _CORES_SCALING in family.nemo2.configs[name]:
+        to_factors(config.rope_scaling, "Megatron-Core", fixed=True)
+        rendered |= {_CORES_SCALING: bool(factors), "rope_scaling_factor": whole(factors.get("scale_factor", 8.0))}
+        factors = {}
     if factors and "scale_factor" not in family.nemo2.configs[name]:
         raise MappingError(
             f"NeMo 2's {name} cannot express this rope scaling",

@@ -136,7 +136,7 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
     ignored = {found.stored(name): reason for name, reason in ignored.items()}
     ignored |= dict.fromkeys(found.others, f"of another part of the {config.extra.get(PART_OF)} model than its text")
     variants = definition.hugging_face.variants
-    if any(variant.written for variant in variants):
+    if any(variant.written for variant in variants) and all(stored_name(name, variants) == name for name in kept):
         whole = {stored_name(name, variants): None for item in expected for name in item.sources}
         _check_complete([tuple(whole)], kept, model, path, found.stored)
     kept = family_names(kept, variants)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from anyckpt.errors import MappingError
-from anyckpt.tensor import LazyTensor, stack
+from anyckpt.tensor import LazyTensor, concatenate, stack
 
 _MOST_PARTS = 100_000
 
@@ -24,11 +24,13 @@ class Variant:
         stored: pattern of the stored name.
         names: patterns of the family's names, as its rules have them.
         written: it is how the family is stored: what is written, and what messages name.
+        transposed: each expert's part of the stored tensor has its axes in reverse order, as (in, out).
     """
 
     stored: str
     names: tuple[str, ...]
     written: bool = False
+    transposed: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -64,44 +66,67 @@ def family_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...
 def stored_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...]) -> dict[str, LazyTensor]:
     """The family's tensors as they are written: stacked where a variant says so, in the first part's place."""
     result: dict[str, LazyTensor] = {}
-    stacks: dict[str, list[LazyTensor]] = {}
+    stacks: dict[str, tuple[Variant, dict[tuple[int, int], LazyTensor]]] = {}
     for name, tensor in tensors.items():
-        key = stored_name(name, variants)
-        if key == name:
+        found = _written(name, variants)
+        if found is None:
             result[name] = tensor
-        else:
-            stacks.setdefault(key, []).append(tensor)
-            result.setdefault(key, tensor)
-    for key, parts in stacks.items():
-        result[key] = stack(parts)
+            continue
+        key, variant, place = found
+        stacks.setdefault(key, (variant, {}))[1][place] = tensor
+        result.setdefault(key, tensor)
+    for key, (variant, parts) in stacks.items():
+        result[key] = _stacked(variant, [parts[place] for place in sorted(parts)])
     return result
 
 
 def stored_name(name: str, variants: tuple[Variant, ...]) -> str:
     """The name under which a tensor of the family is written."""
+    found = _written(name, variants)
+    return name if found is None else found[0]
+
+
+def _written(name: str, variants: tuple[Variant, ...]) -> tuple[str, Variant, tuple[int, int]] | None:
+    """The name under which it is written if that is another one, and its place there: expert and part of it."""
     for variant in variants:
         if variant.written:
-            match = _compiled(variant.names[0]).fullmatch(name)
-            if match is not None:
-                return _fill(variant.stored, match.groups()[: variant.stored.count("*")])
-    return name
+            for part, pattern in enumerate(variant.names):
+                match = _compiled(pattern).fullmatch(name)
+                if match is not None:
+                    stars = variant.stored.count("*")
+                    place = int(match[stars + 1]) if variant.stacked else 0, part
+                    return _fill(variant.stored, match.groups()[:stars]), variant, place
+    return None
+
+
+def _stacked(variant: Variant, parts: list[LazyTensor]) -> LazyTensor:
+    """One tensor of all experts' parts, which come expert by expert."""
+    share = len(variant.names)
+    if not variant.stacked:
+        return parts[0]
+    whole = parts
+    if share > 1:
+        whole = [concatenate(parts[start : start + share], 0) for start in range(0, len(parts), share)]
+    return stack([each.transpose() for each in whole] if variant.transposed else whole)
 
 
 def _parts(name: str, tensor: LazyTensor, variant: Variant, indices: tuple[str, ...]) -> dict[str, LazyTensor]:
     if not variant.stacked:
         return {_fill(variant.names[0], indices): tensor}
     share = len(variant.names)
-    if tensor.ndim < 2 or tensor.shape[0] > _MOST_PARTS or tensor.shape[1] % share:
+    axis = -1 if variant.transposed else 1
+    if tensor.ndim < 2 or tensor.shape[0] > _MOST_PARTS or tensor.shape[axis] % share:
         raise MappingError(
             "is not a stack of the model's experts", tensor=name,
             expected=f"an axis of experts, then one that {share} tensors share", found=tensor.shape,
         )  # fmt: skip
-    rows = tensor.shape[1] // share
-    return {
-        _fill(pattern, (*indices, str(number))): tensor[number].narrow(0, part * rows, rows)
-        for number in range(tensor.shape[0])
-        for part, pattern in enumerate(variant.names)
-    }
+    rows = tensor.shape[axis] // share
+    parts: dict[str, LazyTensor] = {}
+    for number in range(tensor.shape[0]):
+        each = tensor[number].transpose() if variant.transposed else tensor[number]
+        for part, pattern in enumerate(variant.names):
+            parts[_fill(pattern, (*indices, str(number)))] = each.narrow(0, part * rows, rows)
+    return parts
 
 
 @cache

@@ -1,0 +1,297 @@
+"""Llama 4, text: a shared expert beside the others, layers without rotary embedding between such that attend in chunks.
+
+transformers stores a layer's experts in one tensor, as (in, out); quantizers store them one by one, as they store
+linear layers, which is read too.  Queries and keys have a norm without weights.  Of Scout and Maverick, which also
+see, the text part is taken.
+
+Megatron-Core 0.16 has no attention in chunks and no scaling of queries by position, and NeMo 2 has chunks in all
+layers and no scaling either: up to ``attention_chunk_size`` tokens none of it matters.  Megatron-Core's specifications
+normalise queries and keys in all layers, transformers and NeMo 2 where there is rotary embedding.  NeMo's converter
+drops ``low_freq_factor`` and ``high_freq_factor``, of which Scout's are not Megatron's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader, whole
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.families import llama, sparse
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import GATE_UP, Rule
+from anyckpt.models.variants import Variant
+
+_FEED = f"{sparse.LAYER}.feed_forward"
+_EXPERTS = f"{_FEED}.experts"
+_SHARED = f"{_FEED}.shared_expert"
+_HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
+_CHUNKED, _FULL = "chunked_attention", "full_attention"
+_INTERVAL = 4
+_CHUNK = 8192
+_TUNING = (True, 0.1, 8192)
+"""transformers' defaults: whether layers without rotary embedding scale queries, how much, and from which token on."""
+
+RULES = (
+    *sparse.LEADING,
+    *sparse.ATTENTION,
+    Rule((f"{sparse.LAYER}.post_attention_layernorm.weight",), f"{sparse.HUB}.mlp.linear_fc1.layer_norm_weight",
+         ("hidden",), when=sparse.is_dense),
+    Rule((f"{_FEED}.gate_proj.weight", f"{_FEED}.up_proj.weight"), f"{sparse.HUB}.mlp.linear_fc1.weight",
+         ("fc1", "hidden"), GATE_UP, "gate-up", sparse.is_dense),
+    Rule((f"{_FEED}.down_proj.weight",), f"{sparse.HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row",
+         when=sparse.is_dense),
+    *sparse.experts(module="feed_forward", router="router"),
+    Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",
+         ("shared-fc1", "hidden"), GATE_UP, "gate-up", sparse.is_sparse),
+    Rule((f"{_SHARED}.down_proj.weight",), f"{_HUB_SHARED}.linear_fc2.weight", ("hidden", "shared-ffn"),
+         partition="row", when=sparse.is_sparse),
+    *sparse.TRAILING,
+)  # fmt: skip
+
+_STACKED = (
+    Variant(f"{_EXPERTS}.gate_up_proj", (f"{_EXPERTS}.*.gate_proj.weight", f"{_EXPERTS}.*.up_proj.weight"),
+            written=True, transposed=True),
+    Variant(f"{_EXPERTS}.down_proj", (f"{_EXPERTS}.*.down_proj.weight",), written=True, transposed=True),
+)  # fmt: skip
+
+_KEYS = frozenset({
+    "moe_layers", "interleave_moe_layer_step", "no_rope_layers", "no_rope_layer_interval", "layer_types",
+    "attn_temperature_tuning", "for_llm_compressor",
+})  # fmt: skip
+
+
+def _listed(reader: Reader, key: str) -> tuple[int, ...]:
+    """Whole numbers of a list; none if it is absent or empty."""
+    value = reader.values.get(key)
+    if value is None or (isinstance(value, list) and all(type(number) is int for number in value)):
+        return tuple(value or ())
+    raise MappingError(f"config.json's {key} is of the wrong type", expected="a list", found=repr(value)[:80])
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    layers = range(min(max(0, found["num_layers"]), 10_000))
+    step = reader.integer("interleave_moe_layer_step")
+    sparse_layers: Sequence[int] = _listed(reader, "moe_layers")
+    if reader.values.get("moe_layers") is None:
+        sparse_layers = [layer for layer in layers if (layer + 1) % max(1, 1 if step is None else step) == 0]
+    stated = _listed(reader, "no_rope_layers")
+    if stated and len(stated) < len(layers):
+        raise MappingError(
+            "config.json's no_rope_layers is not that of the model", expected=f"{len(layers)} numbers or none",
+            found=f"{len(stated)}",
+        )  # fmt: skip
+    interval = reader.integer("no_rope_layer_interval") or _INTERVAL
+    rotated = [bool(stated[layer]) if stated else (layer + 1) % interval != 0 for layer in layers]
+    kinds = [_CHUNKED if rope else _FULL for rope in rotated]
+    if reader.values.get("layer_types") not in (None, kinds):
+        raise MappingError(
+            "config.json's layer_types is not that of the model",
+            expected=f"{_CHUNKED} in layers with rotary embedding, else {_FULL}",
+            found=repr(reader.values["layer_types"])[:80],
+        )  # fmt: skip
+    pattern = tuple(int(layer in set(sparse_layers)) for layer in layers)
+    tuning = reader.values.get("attn_temperature_tuning")
+    return {
+        "moe_layer_freq": None if all(pattern) else pattern,
+        "moe_shared_expert_intermediate_size": found["moe_ffn_hidden_size"],
+        "no_rope_freq": None if all(rotated) else tuple(int(not rope) for rope in rotated),
+        "attn_temperature_tuning": tuning is None or bool(tuning),  # Scout's is 4
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    if config.moe_shared_expert_intermediate_size != config.moe_ffn_hidden_size:
+        raise MappingError(
+            "transformers' Llama4ForCausalLM has a shared expert as wide as the others",
+            expected=config.moe_ffn_hidden_size, found=config.moe_shared_expert_intermediate_size,
+        )  # fmt: skip
+    sparse_layers = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+    step = sparse_layers[0] + 1 if sparse_layers else config.num_layers + 1
+    regular = sparse_layers == list(range(step - 1, config.num_layers, step))
+    rotated = _rotated(config)
+    return {
+        "moe_layers": sparse_layers,
+        "interleave_moe_layer_step": step if regular else 1,
+        "no_rope_layers": [int(rope) for rope in rotated],
+        "layer_types": [_CHUNKED if rope else _FULL for rope in rotated],
+        "attention_chunk_size": config.attention_chunk_size or config.max_position_embeddings or _CHUNK,
+        "attn_temperature_tuning": config.attn_temperature_tuning,
+        "floor_scale": whole(config.floor_scale),
+    }
+
+
+def _rotated(config: ModelConfig) -> list[bool]:
+    """For each layer whether it has rotary embedding."""
+    return [not skipped for skipped in config.no_rope_freq or [0] * config.num_layers]
+
+
+def _check_one_expert(config: ModelConfig) -> None:
+    if config.moe_router_topk != 1:
+        raise MappingError(
+            "Megatron-Core weights an expert's input only where there is one for each token",
+            expected=1, found=config.moe_router_topk, remedy="convert to hf",
+        )  # fmt: skip
+
+
+def _megatron(config: ModelConfig) -> Mapping[str, Any]:
+    _check_one_expert(config)
+    return {}
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    if kind == "hf":
+        return
+    if config.attention_chunk_size is not None and kind == "megatron-args":
+        yield f"Megatron-Core attends to all tokens: beyond {config.attention_chunk_size} tokens the model differs"
+    if config.attention_chunk_size is not None and kind == "nemo2" and config.no_rope_freq is not None:
+        yield (
+            "NeMo attends in chunks in all layers, the model where it has rotary embedding: beyond "
+            f"{config.attention_chunk_size} tokens they differ"
+        )
+    if config.attn_temperature_tuning and config.no_rope_freq is not None:
+        name = "NeMo" if kind == "nemo2" else "Megatron-Core"
+        yield (
+            f"{name} does not scale queries by position, as layers without rotary embedding do: beyond "
+            f"{whole(config.floor_scale)} tokens the model differs"
+        )
+    if kind == "nemo2" and (config.attn_temperature_tuning, config.attn_scale, config.floor_scale) != _TUNING:
+        yield (
+            "NeMo 2 has no fields for attn_temperature_tuning, attn_scale and floor_scale: on the way back they are "
+            "transformers' defaults"
+        )
+    if config.qk_l2_norm and config.no_rope_freq is not None and kind == "megatron-args":
+        yield (
+            "Megatron-Core's specifications normalise queries and keys in all layers, the model where it has rotary "
+            "embedding: build it with a specification whose other layers have no q_layernorm and k_layernorm"
+        )
+
+
+def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    interval = defaults["nope_layer_interval"]
+    if "nope_layer_interval" in reader.values:
+        interval = reader.integer("nope_layer_interval")
+    layers = range(min(max(0, reader.integer("num_layers") or defaults["num_layers"]), 10_000))
+    skipped = tuple(int(bool(interval) and (layer + 1) % interval == 0) for layer in layers)
+    return {"no_rope_freq": skipped if any(skipped) else None, "attn_temperature_tuning": True}
+
+
+def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
+    _check_one_expert(config)
+    rotated = _rotated(config)
+    interval = None if all(rotated) else rotated.index(False) + 1
+    if interval is not None and rotated != [(layer + 1) % interval != 0 for layer in range(len(rotated))]:
+        raise MappingError(
+            "NeMo 2's Llama 4 cannot express which layers have rotary embedding", expected="all, or all but every N-th",
+            found=list(config.no_rope_freq or ()), remedy="convert to megatron-core or megatron-lm",
+        )  # fmt: skip
+    return {
+        "nope_layer_interval": interval,
+        "attention_chunk_size": config.attention_chunk_size or _CHUNK,
+        "qk_l2_norm": config.qk_l2_norm,
+    }
+
+
+_BASE: dict[str, Any] = {
+    **llama.size(48, 5120, 16384, 40, 8),
+    "init_method_std": 0.01,
+    "rotary_base": 500_000,
+    "rotary_interleaved": True,
+    "seq_length": 8192,
+    "vocab_size": 202_048,
+    "nope_layer_interval": _INTERVAL,
+    "moe_shared_expert_intermediate_size": 8192,
+    "moe_ffn_hidden_size": 8192,
+    "moe_router_topk": 1,
+    "moe_router_score_function": "sigmoid",
+    "moe_apply_probs_on_input": True,
+    "qk_l2_norm": True,
+    "rope_scaling": True,
+    "rope_scaling_factor": 8.0,
+    "attention_chunk_size": _CHUNK,
+}
+
+FAMILY = Family(
+    name="llama4",
+    title="Llama 4 (text)",
+    rules=RULES,
+    ignorable=llama.IGNORABLE,
+    traits={
+        **llama.TRAITS,
+        "rotary_interleaved": True,
+        "add_bias_linear": False,
+        "multi_latent_attention": False,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
+        "moe_router_enable_expert_bias": False,
+        "moe_shared_expert_gate": False,
+        "moe_apply_probs_on_input": True,
+    },
+    features=frozenset({
+        "num_moe_experts", "num_experts", "no_rope_freq", "qk_l2_norm", "moe_apply_probs_on_input",
+    }),
+    recognise=lambda config: config.num_moe_experts is not None,
+    caveats=_caveats,
+    nemo1=False,
+    megatron_keys=_megatron,
+    hugging_face=HuggingFace(
+        model_types=("llama4_text",),
+        architectures=("Llama4ForCausalLM",),
+        defaults={
+            "vocab_size": 202048,
+            "hidden_size": 5120,
+            "intermediate_size": 8192,
+            "intermediate_size_mlp": 16384,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 1,
+            "router_aux_loss_coef": 0.001,
+            "use_qk_norm": True,
+            "attention_chunk_size": _CHUNK,
+            "attn_scale": 0.1,
+            "floor_scale": 8192,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        fields=(
+            *(entry for entry in COMMON if entry.hub != "ffn_hidden_size"),
+            Field("ffn_hidden_size", "intermediate_size_mlp"),
+            Field("moe_ffn_hidden_size", "intermediate_size"),
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("num_moe_experts", "num_local_experts"),
+            Field("moe_router_topk", "num_experts_per_tok"),
+            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+            Field("qk_l2_norm", "use_qk_norm", "flag"),
+            Field("attention_chunk_size", "attention_chunk_size"),
+            Field("attn_scale", "attn_scale", "number"),
+            Field("floor_scale", "floor_scale", "number"),
+        ),
+        rotary_base=500_000.0,
+        read=_read,
+        write=_write,
+        keys=_KEYS,
+        variants=_STACKED,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.llm.gpt.model.llama",
+        model="LlamaModel",
+        configs={
+            "Llama4Config": _BASE,
+            "Llama4Experts16Config": {**_BASE, "num_moe_experts": 16},
+            "Llama4Experts128Config": {
+                **_BASE, "num_moe_experts": 128, "moe_layer_freq": [0, 1] * 24, "rope_scaling": False,
+                "qk_l2_norm": False,
+            },
+        },
+        choose=lambda config: "Llama4Config",
+        read=_read_nemo2,
+        write=_write_nemo2,
+        without=frozenset({"no_rope_freq", "attn_temperature_tuning", "attn_scale", "floor_scale"}),
+    ),
+)  # fmt: skip
