@@ -23,7 +23,7 @@ from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats import dcp, megatron_core
 from anyckpt.formats.dcp import dcp_files
-from anyckpt.formats.megatron_core.extra_state import extra_states
+from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.pickling import Global, Record, dumps, load
@@ -234,6 +234,39 @@ def test_extra_states_cover_those_that_megatron_core_saved() -> None:
         assert saved <= set(made), case
         others = {name.split("._extra_state")[0].rsplit(".", 1)[-1] for name in set(made) - saved}
         assert others <= {"core_attention", "final_layernorm", "q_layernorm", "k_layernorm", "input_layernorm"}
+        assert implementation_of(checkpoint) == "local"
+        assert set(extra_states(checkpoint.tensors, "local")) == saved, case
+
+
+def test_what_a_model_is_built_of_is_what_its_arguments_or_its_own_states_say() -> None:
+    def of(impl: str | None, states: list[str], asked: str | None = None) -> str | None:
+        config = {"num_layers": 1, **({} if impl is None else {"transformer_impl": impl})}
+        ignored = {f"decoder.layers.{name}._extra_state": "" for name in states}
+        return implementation_of(
+            Checkpoint("x", "megatron-core", {}, config=config, config_kind="megatron-args", ignored=ignored), asked
+        )
+
+    linear, norm, kernel = "mlp.linear_fc1", "q_layernorm", "self_attention.core_attention"
+    assert of("local", []) == of("local", [linear, norm]) == of(None, [linear]) == "local"
+    assert of(None, []) is of(None, [linear, norm]) is of(None, [linear, kernel]) is None
+    assert of("transformer_engine", [linear]) is None  # older ones had no states of norms
+    assert of("local", [linear], "transformer_engine") == "transformer_engine"
+    assert of(None, [linear, norm], "local") == "local"
+
+
+def test_the_norm_before_experts_is_called_as_each_kind_of_layers_calls_it() -> None:
+    fused = ["decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"]
+    own = ["decoder.layers.1.mlp.router.weight", "decoder.layers.1.pre_mlp_layernorm.weight"]
+    local = [*own[:1], "decoder.layers.1.mlp.linear_fc1.layer_norm_weight"]
+    for stacked in (False, True):
+        names = [[n.replace(".1.", ".") if stacked else n for n in given] for given in (own, local)]
+        assert list(spelled(dict.fromkeys(names[0]), "local")) == names[1]
+        assert list(spelled(dict.fromkeys(names[1]), "transformer_engine")) == names[0]
+        assert list(spelled(dict.fromkeys(names[1]), None)) == names[1]
+    for kind in ("local", "transformer_engine", None):
+        assert list(spelled(dict.fromkeys(fused), kind)) == fused  # type: ignore[arg-type]
+    state = {"optimizer.state.exp_avg.decoder.layers.pre_mlp_layernorm.weight": 1}
+    assert list(spelled(state, "local")) == ["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.layer_norm_weight"]
 
 
 def test_extra_states_of_prefixed_and_numbered_layers() -> None:

@@ -21,12 +21,18 @@ _OPTIONS = (
     click.option("--etp", type=_SIZE, metavar="N", help="Expert tensor parallel size; as --tp if not given."),
     click.option("--first-stage-layers", type=_SIZE, metavar="N", help="Layers of the first pipeline stage."),
     click.option("--last-stage-layers", type=_SIZE, metavar="N", help="Layers of the last pipeline stage."),
+    click.option("--account-for-embedding", is_flag=True, help="The embedding takes a layer's place in its stage."),
+    click.option("--account-for-loss", is_flag=True, help="The output layer takes a layer's place in its stage."),
     click.option("--pipeline-layout", metavar="TEXT", help="Stages in Megatron's notation, such as 'Et|tt|t|tL'."),
     click.option("--vocab-size", type=_SIZE, metavar="N", help="True vocabulary, without padding rows."),
     click.option("--make-vocab-size-divisible-by", type=_SIZE, metavar="N", help="Pad to a multiple of N x --tp."),
     click.option(
         "--vocab-padding", type=click.Choice(["zeros", "repeat-last-row"]), default="zeros", show_default=True,
         help="What fills new padding rows of the vocabulary.",
+    ),
+    click.option(
+        "--transformer-impl", type=click.Choice(["local", "transformer_engine"]),
+        help="Megatron's formats: what the model that loads it is built of; by default, what the source tells.",
     ),
     click.option("--partition-rules", metavar="FILE", help="YAML of name pattern: kind, for names without a rule."),
 )  # fmt: skip
@@ -57,9 +63,12 @@ def layout_request(options: dict[str, Any]) -> LayoutRequest:
         expert_tensor_parallel=options.pop("etp"),
         first_stage_layers=options.pop("first_stage_layers"),
         last_stage_layers=options.pop("last_stage_layers"),
+        account_for_embedding=options.pop("account_for_embedding"),
+        account_for_loss=options.pop("account_for_loss"),
         pipeline_layout=options.pop("pipeline_layout"),
         vocab_size=options.pop("vocab_size"),
         make_vocab_size_divisible_by=options.pop("make_vocab_size_divisible_by"),
         padding=options.pop("vocab_padding"),
+        transformer_impl=options.pop("transformer_impl"),
         rules=None if rules is None else read_rules(rules),
     )

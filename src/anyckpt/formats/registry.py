@@ -29,12 +29,15 @@ class WriteOptions:
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint instead of one flat file.
         ranks: how many files a distributed checkpoint is spread over.
         layout: for which ranks ``Checkpoint.ranks`` is cut, None if it is not.
+        transformer_impl: Megatron's formats: ``local`` or ``transformer_engine``, what the model that will load it is
+            built of; None for what the source tells.
     """
 
     max_shard_size: int | None = None
     sharded: bool = False
     ranks: int = 1
     layout: ParallelLayout | None = None
+    transformer_impl: str | None = None
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,7 @@ def convert(
     options = registry.WriteOptions(
         max_shard_size=None if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size"),
         sharded=sharded,
+        transformer_impl=None if layout is None else layout.transformer_impl,
     )
     budget = DEFAULT_MEMORY if memory is None else parse_bytes(memory, "--memory")
     check_destination(output, origins, overwrite=overwrite, resume=resume)
@@ -201,7 +202,7 @@ def convert(
             remedy="leave the state out with --optimizer drop",
         )  # fmt: skip
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
-    ready = _with_cast(renamed.checkpoint, cast.tensors)
+    ready = request.built(_with_cast(renamed.checkpoint, cast.tensors))
     moved: frozenset[str] = frozenset()
     if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, cut is not None):
         rename = partial(_renamed_tensors, checkpoint, target, options, family, given, names)

@@ -32,11 +32,15 @@ class LayoutRequest:
         expert_tensor_parallel: ``--etp``.
         first_stage_layers: ``--first-stage-layers``.
         last_stage_layers: ``--last-stage-layers``.
+        account_for_embedding: ``--account-for-embedding``: the embedding takes a layer's place.
+        account_for_loss: ``--account-for-loss``: the output layer takes a layer's place.
         pipeline_layout: ``--pipeline-layout``, as Megatron's ``--pipeline-model-parallel-layout``.
         vocab_size: ``--vocab-size``, without padding rows.
         make_vocab_size_divisible_by: rows are padded to a multiple of this times the tensor-parallel size.
         padding: what fills new padding rows.
         rules: pattern -> partition kind, for names that the built-in table does not have.
+        transformer_impl: ``--transformer-impl``: ``local`` or ``transformer_engine``, what the model that will load
+            the output is built of.
     """
 
     tensor_parallel: int | None = None
@@ -46,11 +50,14 @@ class LayoutRequest:
     expert_tensor_parallel: int | None = None
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    account_for_embedding: bool = False
+    account_for_loss: bool = False
     pipeline_layout: str | None = None
     vocab_size: int | None = None
     make_vocab_size_divisible_by: int | None = None
     padding: Padding = "zeros"
     rules: Mapping[str, str] | None = None
+    transformer_impl: str | None = None
 
     @property
     def asks_for_ranks(self) -> bool:
@@ -59,7 +66,7 @@ class LayoutRequest:
             self.tensor_parallel, self.pipeline_parallel, self.virtual_pipeline, self.expert_parallel,
             self.expert_tensor_parallel, self.first_stage_layers, self.last_stage_layers, self.pipeline_layout,
         )  # fmt: skip
-        return any(size is not None for size in sizes)
+        return any(size is not None for size in sizes) or self.account_for_embedding or self.account_for_loss
 
     def over(self, present: Parallelism) -> Parallelism:
         """The layout asked for, with what is not said taken from ``present``."""
@@ -67,7 +74,7 @@ class LayoutRequest:
             value is not None
             for value in (
                 self.pipeline_parallel, self.virtual_pipeline, self.first_stage_layers, self.last_stage_layers,
-                self.pipeline_layout,
+                self.pipeline_layout, self.account_for_embedding or None, self.account_for_loss or None,
             )
         )  # fmt: skip
         changed: dict[str, Any] = {}
@@ -75,8 +82,8 @@ class LayoutRequest:
             changed = {
                 "num_layers_in_first_pipeline_stage": self.first_stage_layers,
                 "num_layers_in_last_pipeline_stage": self.last_stage_layers,
-                "account_for_embedding": False,
-                "account_for_loss": False,
+                "account_for_embedding": self.account_for_embedding,
+                "account_for_loss": self.account_for_loss,
                 "pipeline_layout": self.pipeline_layout,
                 "virtual_pipeline": self.virtual_pipeline or 1,
             }
@@ -97,6 +104,12 @@ class LayoutRequest:
         config = {**checkpoint.config, **{name: value for name, value in said.items() if value is not None}}
         return replace(checkpoint, config=config)
 
+    def built(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint whose arguments say what the user says of the layers."""
+        if self.transformer_impl is None:
+            return checkpoint
+        return replace(checkpoint, config={**checkpoint.config, "transformer_impl": self.transformer_impl})
+
 
 def wanted_layout(
     request: LayoutRequest, present: Parallelism, target: Format, options: WriteOptions
@@ -110,8 +123,15 @@ def wanted_layout(
         options: of the writer, without ``layout``.
 
     Raises:
-        UsageError: a layout is asked for that the target's files cannot have.
+        UsageError: a layout or kind of layers is asked for that the target's files cannot have.
     """
+    if request.transformer_impl is not None and target.config_kind != "megatron-args":
+        raise UsageError(
+            f"--transformer-impl means nothing for {target.name}",
+            expected="one of Megatron's own formats, such as megatron-core or megatron-lm",
+            found=request.transformer_impl,
+            remedy="leave it out",
+        )
     parallelism = request.over(present)
     parallelism.check()
     layout = sizes_of(parallelism)

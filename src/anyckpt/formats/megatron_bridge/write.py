@@ -12,6 +12,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.megatron_adapters import call_of
 from anyckpt.formats.megatron_bridge.config import Facts, described, run_config_of
 from anyckpt.formats.megatron_bridge.read import LATEST, RUN_CONFIG, TRAIN_STATE
+from anyckpt.formats.megatron_core.implementation import implementation_of, spelled
 from anyckpt.formats.megatron_core.location import TRACKER
 from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files, torch_dist_files
 from anyckpt.formats.registry import WriteOptions
@@ -65,9 +66,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if checkpoint.adapter is not None:
         run_config = _with_adapter(run_config, checkpoint.adapter)
     state = _train_state(checkpoint, step)
+    built_of = implementation_of(checkpoint, options.transformer_impl)
     files = torch_dist_files(
-        checkpoint.tensors, sharded, common, prefix=folder, ranks=options.ranks, file_bytes=options.max_shard_size
-    )
+        spelled(checkpoint.tensors, built_of), sharded, common, prefix=folder, ranks=options.ranks,
+        file_bytes=options.max_shard_size, implementation=built_of,
+    )  # fmt: skip
     files += [OutputFile(f"{folder}/{file.path}", file.parts, file.stage) for file in tokenizer_files(checkpoint)]
     if ours:
         files += [OutputFile(f"{folder}/{name}", (SourceData(s),)) for name, s in checkpoint.artifacts.items()]

@@ -1,22 +1,29 @@
-"""The ``_extra_state`` objects that Megatron-Core asks for beside the weights.
+"""What a checkpoint's names and objects tell of the layers that a model is built of: Transformer Engine's or local.
 
-Every linear map of a Megatron-Core model, and with Transformer Engine every norm, has a non-tensor state (FP8
-scaling, None without FP8).  A load with the default strictness fails on the first one that the checkpoint does not
-have ("Missing key in checkpoint state_dict"), so a checkpoint made from weights alone gets them, with None.
-
-One checkpoint serves models with and without Transformer Engine: objects that a model does not ask for are passed
-over, unless the load is told to refuse them (``StrictHandling.RAISE_ALL``).
+Every linear map of a Megatron-Core model, and with Transformer Engine every norm, has a non-tensor state,
+``_extra_state`` (FP8 scaling, None without FP8), and Megatron-Core handles keys strictly both ways: a load with the
+default strictness fails on the first object that the checkpoint lacks ("Missing key in checkpoint state_dict"), and
+one with ``StrictHandling.RAISE_ALL`` on the first that the model does not ask for.  No one set of objects passes both
+for both kinds of model, so it goes by the kind where that is known.  Where it is not, all objects are written: that
+serves either kind with the default strictness.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.formats.dcp.chunks import stacked_axes
 from anyckpt.tensor import LazyTensor
+
+Implementation = Literal["local", "transformer_engine"]
+"""Megatron-LM's words of ``--transformer-impl``."""
+
+T = TypeVar("T")
 
 _LINEAR = re.compile(
     r"^(?P<module>.*\.(?:linear_\w+|mixer\.in_proj|mixer\.out_proj|layers\.\d+\.(?:self_attention|mlp)))"
@@ -25,23 +32,67 @@ _LINEAR = re.compile(
 _NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:\w+_)?layernorm)\.weight$")
 _ATTENTION = re.compile(r"^(?P<attention>.*(?:self|cross)_attention)\.linear_proj$")
 _STATE = re.compile(r"^(chained_\d+\.)?optimizer\.")
+_OF_TRANSFORMER_ENGINE = re.compile(r"(?:layernorm|core_attention)\._extra_state$")
+_BEFORE_EXPERTS = re.compile(r"^(?P<layer>.*\.)pre_mlp_layernorm\.(?P<kind>weight|bias)$")
+_AS_IF_FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.linear_fc1\.layer_norm_(?P<kind>weight|bias)$")
 
 
-def extra_states(tensors: Mapping[str, LazyTensor]) -> Iterator[str]:
-    """Keys of the objects that models with these weights ask for.
+def implementation_of(checkpoint: Checkpoint, asked: str | None = None) -> Implementation | None:
+    """What the models that will load a checkpoint are built of, None if it may be either.
+
+    ``local`` if the source's arguments say so, or if they say nothing and the source's own states are of linear maps
+    alone.  That arguments say ``transformer_engine`` is Megatron's default and proves nothing.
+
+    Args:
+        checkpoint: to be written.
+        asked: what the user says, or None.
+    """
+    if asked is not None:
+        return "local" if asked == "local" else "transformer_engine"
+    stated = checkpoint.config.get("transformer_impl") if checkpoint.config_kind == "megatron-args" else None
+    states = [name for name in checkpoint.ignored if name.endswith("._extra_state")]
+    evident = bool(states) and not any(_OF_TRANSFORMER_ENGINE.search(name) for name in states)
+    return "local" if stated == "local" or (stated is None and evident) else None
+
+
+def spelled(tensors: Mapping[str, T], implementation: Implementation | None) -> dict[str, T]:
+    """Tensors under the names that models of this kind ask for.
+
+    They differ in the norm before experts: local layers call it as if it were fused into ``mlp.linear_fc1``.
+    """
+    result: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        own, fused = _BEFORE_EXPERTS.match(name), _AS_IF_FUSED.match(name)
+        if implementation == "local" and own is not None:
+            name = f"{own['layer']}mlp.linear_fc1.layer_norm_{own['kind']}"
+        elif implementation == "transformer_engine" and fused is not None:
+            linear = f"{fused['layer']}mlp.linear_fc1.weight"
+            if linear not in tensors and f"{linear}_w" not in tensors:
+                name = f"{fused['layer']}pre_mlp_layernorm.{fused['kind']}"
+        result[name] = tensor
+    return result
+
+
+def extra_states(tensors: Mapping[str, LazyTensor], implementation: Implementation | None = None) -> Iterator[str]:
+    """Keys of the objects that models of this kind with these weights ask for; of all kinds if it is None.
 
     Layers that are stacked in one tensor have an object each, ``<module>._extra_state/shard_{layer}_{layers}``, and
-    experts one per layer and expert; a layer under its own number has ``.../shard_0_1``.  The attention kernel's is
-    what Megatron-Core before 0.13 with Transformer Engine asks for.
+    experts one per layer and expert; a layer under its own number has ``.../shard_0_1``.  Local models ask for those
+    of linear maps; Transformer Engine's for those of norms as well, and before Megatron-Core 0.13 for the attention
+    kernel's.
     """
     for name, tensor in tensors.items():
-        found = None if _STATE.match(name) else _LINEAR.match(name) or _NORM.match(name)
-        if found is None:
+        if _STATE.match(name):
             continue
-        modules = [found["module"]]
-        attention = _ATTENTION.match(found["module"])
-        if attention is not None:
-            modules.append(f"{attention['attention']}.core_attention")
+        linear, norm = _LINEAR.match(name), _NORM.match(name)
+        modules = []
+        if linear is not None:
+            modules.append(linear["module"])
+            attention = _ATTENTION.match(linear["module"])
+            if attention is not None and implementation is None:
+                modules.append(f"{attention['attention']}.core_attention")
+        elif norm is not None and implementation != "local":
+            modules.append(norm["module"])
         grid = tensor.shape[: min(stacked_axes(name), tensor.ndim)] or (1,)
         whole = ".".join(map(str, grid))
         for module in modules:

@@ -11,12 +11,13 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.megatron_adapters import ADAPTER, call_of
-from anyckpt.formats.megatron_core.extra_state import extra_states
+from anyckpt.formats.megatron_core.implementation import Implementation, extra_states, implementation_of, spelled
 from anyckpt.formats.megatron_core.location import TRACKER
+from anyckpt.formats.megatron_lm.arguments import pickled_arguments
+from anyckpt.formats.megatron_lm.modules import with_second_names
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file import zip_parts
 from anyckpt.pickling import Record
-from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE, namespace
 from anyckpt.tensor import LazyTensor
 
@@ -39,23 +40,26 @@ def torch_dist_files(
     prefix: str = "",
     ranks: int = 1,
     file_bytes: int | None = None,
+    implementation: Implementation | None = None,
 ) -> list[OutputFile]:
     """The files of a ``torch_dist`` checkpoint; ``metadata.json``, which marks it as whole, has stage 2.
 
     Args:
         tensors: under their stored names, layers stacked.
         objects: sharded objects (``rng_state/shard_0.0_1.1``), without Megatron-Core's list of one.  The
-            ``_extra_state`` objects that models with these tensors ask for are added.
+            ``_extra_state`` objects that models with these tensors ask for are added, with None.
         common: what goes into ``common.pt``.
         prefix: directory inside the output; empty for the output itself.
         ranks: over how many ranks' files the bytes are spread.
         file_bytes: bytes per file, or None for the default.
+        implementation: what these models are built of, None if it may be either.
 
     Raises:
         UsageError: an object cannot be pickled.
     """
     folder = f"{prefix}/" if prefix else ""
-    extra: dict[str, Any] = {name: None for name in extra_states(tensors) if name not in objects}
+    tensors = with_second_names(tensors)
+    extra: dict[str, Any] = {name: None for name in extra_states(tensors, implementation) if name not in objects}
     shards = dcp_files(tensors, {**extra, **objects}, prefix=prefix, ranks=ranks, megatron=True, file_bytes=file_bytes)
     common_parts = zip_parts(
         dict(common), archive_name="common", tensor_name=lambda path: ".".join(["common", *map(str, path)])
@@ -70,7 +74,8 @@ def torch_dist_files(
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """A ``torch_dist`` checkpoint directory with the model's arguments in ``common.pt``.
 
-    What was in the source's common state stays there; its sharded objects stay sharded objects.
+    What was in the source's common state stays there; its sharded objects stay sharded objects.  ``_extra_state``
+    objects and the name of the norm before experts go by what ``implementation_of`` finds.
 
     Raises:
         UsageError: an object cannot be pickled.
@@ -78,12 +83,14 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     common, sharded, foreign = common_and_sharded(checkpoint)
     if checkpoint.adapter is not None:
         common[ADAPTER] = call_of(checkpoint.adapter, "megatron.bridge.peft")
+    built_of = implementation_of(checkpoint, options.transformer_impl)
     files = torch_dist_files(
-        checkpoint.tensors,
+        spelled(checkpoint.tensors, built_of),
         sharded,
         common,
         ranks=options.ranks,
         file_bytes=options.max_shard_size,
+        implementation=built_of,
     )
     files += tokenizer_files(checkpoint)
     note = f"for Megatron-LM's --load, move it to <root>/release and write 'release' into <root>/{TRACKER}"
@@ -114,12 +121,7 @@ def _has_arguments(checkpoint: Checkpoint) -> bool:
 
 
 def _arguments(stored: Any, config: Mapping[str, Any]) -> Any:
-    """The ``args`` of the common state: the stored ones with what the configuration changes or adds.
-
-    A stored value that the configuration shows unchanged is kept as it was pickled (an enum, a dtype).
-    """
+    """The ``args`` of the common state: the stored ones with what the configuration changes or adds."""
     if stored is not None and not (isinstance(stored, Record) and stored.type == NAMESPACE):
         return stored
-    fields = dict(stored.fields()) if isinstance(stored, Record) else {}
-    shown = to_plain(fields)
-    return namespace({**fields, **{k: v for k, v in config.items() if k not in shown or shown[k] != v}})
+    return namespace(pickled_arguments(stored, config))

@@ -11,7 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, TensorData, small_file
 from anyckpt.errors import UsageError
 from anyckpt.formats.dcp.chunks import stacked_axes
-from anyckpt.formats.megatron_core.extra_state import extra_states
+from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON
 from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files
 from anyckpt.formats.megatron_core_zarr.array import ZARRAY, boxes, render_metadata
@@ -37,14 +37,16 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             that cannot be pickled.
     """
     common, sharded, foreign = common_and_sharded(checkpoint)
-    objects = {**{name: None for name in extra_states(checkpoint.tensors) if name not in sharded}, **sharded}
+    built_of = implementation_of(checkpoint, options.transformer_impl)
+    tensors = spelled(checkpoint.tensors, built_of)
+    objects = {**{name: None for name in extra_states(tensors, built_of) if name not in sharded}, **sharded}
     files = [OutputFile(COMMON, zip_parts(common, archive_name="common", tensor_name=_named("common")))]
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in tensors.items():
         files += _array_files(name, tensor)
     files += [_object_file(name, value) for name, value in objects.items()]
     files += tokenizer_files(checkpoint)
     files.append(small_file(COMMIT, json.dumps(_BACKENDS), stage=2))
-    _check_apart(checkpoint.tensors, objects)
+    _check_apart(tensors, objects)
     note = "Megatron-Core from 0.16 on does not read the zarr backend; megatron-core (torch_dist) is read by all"
     return Plan("megatron-core-zarr", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
 

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.torch_file.values import brief
-from anyckpt.pickling import Record
+from anyckpt.pickling import Global, Record
 from anyckpt.pickling.plain import to_plain
+from anyckpt.pickling.torch_objects import NAMESPACE
 
 _LARGEST_SIZE = 1 << 16
+_ENUMS = "megatron.core.transformer.enums"
 _LAYER_TYPES = {1: "embedding", 2: "loss", 3: "encoder", 4: "decoder", 5: "mtp"}
 SAME_ON_EVERY_RANK = (
     "num_layers",
@@ -84,6 +87,41 @@ def plain_arguments(arguments: Mapping[Any, Any]) -> dict[str, Any]:
         seen["pipeline_model_parallel_layout"] = layout
     plain = to_plain(seen)
     return plain if isinstance(plain, dict) else {}
+
+
+def pickled_arguments(stored: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an ``args`` to write: the stored ones with what the configuration changes or adds.
+
+    A stored value that the configuration shows unchanged is kept as it was pickled.  Where only the configuration's
+    plain view is left, an element type and a member of Megatron-Core's enums are made again of it; an object of
+    another type is left out rather than replaced by a dictionary, and none that a file merely names is called.
+    """
+    fields = dict(stored.fields()) if isinstance(stored, Record) and stored.type == NAMESPACE else {}
+    shown = to_plain(fields)
+    for key, value in config.items():
+        if key in shown and shown[key] == value:
+            continue
+        if isinstance(value, dict) and "__type__" in value:
+            member = _enum_member(value)
+            if member is not None:
+                fields[key] = member
+        else:
+            fields[key] = _element_type(value)
+    return fields
+
+
+def _element_type(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("torch.") and value.removeprefix("torch.") in BY_NAME:
+        return Global("torch", value.removeprefix("torch."))
+    return value
+
+
+def _enum_member(shown: Mapping[str, Any]) -> Record | None:
+    module, _, name = str(shown["__type__"]).rpartition(".")
+    args = shown.get("args")
+    if module != _ENUMS or not name.isidentifier() or not isinstance(args, list) or [type(a) for a in args] != [int]:
+        return None
+    return Record(Global(module, name), (args[0],))
 
 
 def _layer_type(kind: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard
 from anyckpt.engine.plan import OutputFile, Plan, small_file
 from anyckpt.errors import UsageError
+from anyckpt.formats.megatron_lm.arguments import pickled_arguments
 from anyckpt.formats.megatron_lm.location import MODEL_FILE, TRACKER
 from anyckpt.formats.megatron_lm.modules import with_extra_states
 from anyckpt.formats.megatron_lm.names import part_norms
@@ -17,9 +18,8 @@ from anyckpt.formats.megatron_lm.ranks import folder_name
 from anyckpt.formats.original_groups import original_groups
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file import zip_parts
-from anyckpt.pickling import Global, Record
-from anyckpt.pickling.plain import to_plain
-from anyckpt.pickling.torch_objects import NAMESPACE, namespace, ordered_dict
+from anyckpt.pickling import Record
+from anyckpt.pickling.torch_objects import namespace, ordered_dict
 
 _VERSION = 3.0
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -151,15 +151,9 @@ def _random_states(checkpoint: Checkpoint, files: Mapping[str, Any]) -> dict[str
 
 
 def _arguments(checkpoint: Checkpoint, layout: ParallelLayout, shards: Sequence[RankShard], step: int) -> Record:
-    """The ``args``: the stored ones with what the configuration changes or adds, and the layout.
-
-    A stored value that the configuration shows unchanged is kept as it was pickled (an enum, a dtype).
-    """
-    stored = checkpoint.objects.get("args")
-    fields = dict(stored.fields()) if isinstance(stored, Record) and stored.type == NAMESPACE else {}
-    shown = to_plain(fields)
+    """The ``args``: the stored ones with what the configuration changes or adds, and the layout."""
     config = checkpoint.config if checkpoint.config_kind == "megatron-args" else {}
-    fields.update({key: value for key, value in config.items() if key not in shown or shown[key] != value})
+    fields = pickled_arguments(checkpoint.objects.get("args"), config)
     for gone in _OF_ONE_PROCESS:
         fields.pop(gone, None)
     if not checkpoint.ranks:
@@ -180,7 +174,4 @@ def _arguments(checkpoint: Checkpoint, layout: ParallelLayout, shards: Sequence[
         fields.setdefault("add_position_embedding", fields["position_embedding_type"] == "learned_absolute")
     if checkpoint.tokenizer is not None and checkpoint.tokenizer.library in _TOKENIZERS:
         fields.setdefault("tokenizer_type", _TOKENIZERS[checkpoint.tokenizer.library])
-    dtype = fields.get("params_dtype")
-    if isinstance(dtype, str) and dtype.startswith("torch."):
-        fields["params_dtype"] = Global("torch", dtype.removeprefix("torch."))
     return namespace(fields)
