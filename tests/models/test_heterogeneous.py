@@ -15,6 +15,7 @@ from tests.models.remote_code import DECILM, LLAMA3_ROPE, block, decilm_shapes
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.formats.megatron_bridge.config import Facts, arguments_of, run_config_of
 from anyckpt.heterogeneous import LayerBlock, decode, parse, render, width
 from anyckpt.layout import Parallelism, cut, join
 from anyckpt.layout.from_megatron_args import geometry_from_args
@@ -209,6 +210,18 @@ def test_homogeneous_models_are_llama() -> None:
         model = model_of({"_target_": f"{NEMO}.{name}"})
         assert (model.family, model.config.num_layers, model.config.kv_channels) == ("llama", layers, 128)
         assert model.config.rope_scaling is not None
+
+
+def test_megatron_bridge() -> None:
+    arguments = models.render_config(model_of(DECILM), "megatron-args")
+    run_config = run_config_of(arguments, 128, Facts("bfloat16", False, False))
+    assert run_config["model"]["_target_"].endswith(".LlamaNemotronHeterogeneousProvider")
+    again = model_of(arguments_of(run_config, "run_config.yaml", []))
+    assert again.family == "llama-nemotron"
+    assert again.config.heterogeneous_blocks == model_of(DECILM).config.heterogeneous_blocks
+    assert again.config.rope_scaling == LLAMA3_ROPE
+    with pytest.raises(MappingError, match="always scale rope"):
+        run_config_of({**arguments, "use_rope_scaling": False}, 128, Facts("bfloat16", False, False))
 
 
 # -- names and ranks -----------------------------------------------------------------------------------------

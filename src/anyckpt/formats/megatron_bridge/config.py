@@ -10,11 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, MappingError
 
 GPT_PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 LLAMA31_PROVIDER = "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider"
-"""What is written: the general class, and the one that has fields for the rope scaling of Llama 3.1."""
+HETEROGENEOUS_PROVIDER = (
+    "megatron.bridge.models.llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider"
+)
+"""What is written: the general class, the one that has fields for the rope scaling of Llama 3.1, and its child whose
+layers differ."""
+
+_ENCODED = "heterogeneous_layers_config_encoded_json"
 
 CONTAINER = "megatron.bridge.training.config.ConfigContainer"
 _CHECKPOINT = "megatron.bridge.training.config.CheckpointConfig"
@@ -139,11 +145,14 @@ def run_config_of(arguments: Mapping[str, Any], rows: int | None, facts: Facts) 
         arguments: the model in Megatron-LM's words.
         rows: of the stored vocabulary.
         facts: what is in the checkpoint.
+
+    Raises:
+        MappingError: Megatron-Bridge has no such model.
     """
     scaled = bool(arguments.get("use_rope_scaling"))
     gated = any(arguments.get(key) for key in ("swiglu", "quick_geglu", "gated_linear_unit"))
     model: dict[str, Any] = {
-        "_target_": LLAMA31_PROVIDER if scaled else GPT_PROVIDER,
+        "_target_": _provider(arguments, scaled),
         **{key: arguments[key] for key in _SAME if arguments.get(key) is not None},
         "layernorm_epsilon": arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5)),
         "layernorm_zero_centered_gamma": bool(arguments.get("apply_layernorm_1p")),
@@ -155,6 +164,7 @@ def run_config_of(arguments: Mapping[str, Any], rows: int | None, facts: Facts) 
         "transformer_impl": arguments.get("transformer_impl") or "transformer_engine",
         **{key: arguments.get(key) for key in _SIZES},
         **_written_vocabulary(arguments, rows),
+        **{key: arguments[key] for key in (_ENCODED,) if arguments.get(key)},
     }
     model.update((key, 1) for key in _SIZES if model[key] is None and not key.startswith("virtual"))
     if "seq_length" not in model and arguments.get("max_position_embeddings") is not None:
@@ -167,6 +177,17 @@ def run_config_of(arguments: Mapping[str, Any], rows: int | None, facts: Facts) 
         "model": model,
     }
     return described(config, facts)
+
+
+def _provider(arguments: Mapping[str, Any], scaled: bool) -> str:
+    if not arguments.get(_ENCODED):
+        return LLAMA31_PROVIDER if scaled else GPT_PROVIDER
+    if not scaled:
+        raise MappingError(
+            "Megatron-Bridge's models whose layers differ always scale rope as Llama 3.1",
+            expected="use_rope_scaling", found="none", remedy="convert to megatron-core",
+        )  # fmt: skip
+    return HETEROGENEOUS_PROVIDER
 
 
 def described(run_config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
