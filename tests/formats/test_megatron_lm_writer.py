@@ -209,4 +209,7 @@ def test_extra_states_of_heads() -> None:
         "encoder.final_layernorm.weight", "lm_head.dense.weight", "output_layer._extra_state", "binary_head.weight",
     ]  # fmt: skip
     t5 = ["decoder.final_layernorm.weight", "lm_head.output_layer.bias"]
-    assert not any(name == "output_layer._extra_state" for name, _ in with_extra_states(dict.fromkeys(t5)))
+    assert [name for name, _ in with_extra_states(dict.fromkeys(t5))] == [
+        "decoder.final_layernorm.weight", "lm_head.output_layer.bias", "lm_head.output_layer._extra_state",
+        "output_layer.bias", "output_layer._extra_state",
+    ]  # fmt: skip

@@ -198,8 +198,24 @@ _BERT = {
 }  # fmt: skip
 _BERTS = ("BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertModel")
 
+_T5 = {
+    "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64,
+    "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False,
+}  # fmt: skip
+
+GRIFFIN = {
+    "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "attention_window_size": 8, "logits_soft_cap": 3.0, "vocab_size": 64, "bos_token_id": 2,
+    "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
+NEMO_1_ALONE = {
+    **NO_NEMO_2,
+    "megatron-core": "Megatron-Core has no models of family",
+    "megatron-lm": "Megatron-Core has no models of family",
+}
 _NO_ALIBI = dict.fromkeys(("megatron-core", "megatron-lm"), "Megatron-Core has no such position embedding")
 _PARALLEL = {"nemo2": "models of family .* have no parallel_residual"}
 
@@ -242,9 +258,7 @@ PROOFS: dict[str, Proof] = {
         note="transformers has no class of it",
     ),
     "mpt": proof(
-        tiny(
-            "mpt", "mpt", NO_NEMO_2 | _NO_ALIBI, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64
-        ),
+        tiny("mpt", "mpt", NO_NEMO_2 | _NO_ALIBI, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64),
     ),
     "bert": proof(*(tiny(name, "bert", **_BERT, architectures=[name]) for name in _BERTS)),
     "gemma": proof(fixture("gemma")),
@@ -326,8 +340,18 @@ PROOFS: dict[str, Proof] = {
     "qwen2-moe": proof(fixture("qwen2_moe", NO_NEMO_2)),
     "qwen3": proof(fixture("qwen3"), tiny("qwen3-tied", "qwen3", **_WIDE, tie_word_embeddings=True)),
     "qwen3-moe": proof(fixture("qwen3_moe")),
+    "recurrent-gemma": proof(
+        tiny("recurrent-gemma", "recurrent_gemma", NEMO_1_ALONE, **GRIFFIN),
+        tiny("recurrent-gemma-untied", "recurrent_gemma", NEMO_1_ALONE, **GRIFFIN, tie_word_embeddings=False),
+        note="NeMo 1 alone has such models; its kernels need a GPU",
+    ),
     "starcoder2": proof(
         fixture("starcoder2"), tiny("starcoder2-window", "starcoder2", **GROUPED, sliding_window=4, use_bias=False)
+    ),
+    "t5": proof(
+        fixture("t5_v1_1"),
+        tiny("t5-asymmetric", "t5", **{**_T5, "num_decoder_layers": 3, "d_kv": 8}),
+        tiny("t5-relu", "t5", **{**_T5, "feed_forward_proj": "relu", "relative_attention_num_buckets": 16}),
     ),
 }
 """By family's name."""

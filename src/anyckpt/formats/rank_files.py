@@ -24,7 +24,7 @@ _FOLDER = re.compile(
     r"(?:mp_rank_(?P<rank>\d{2,5})|tp_rank_(?P<tensor>\d{2,5})_pp_rank_(?P<pipeline>\d{3,5}))", re.ASCII
 )
 _SHARD_OF_FSDP = re.compile(r"(?:.*_)?fsdp_shard_\d+", re.ASCII)
-_WRAPPERS = ("model.", "module.")
+_WRAPPERS = ("model.", "module.", "enc_dec_model.")
 _UP = re.compile(r"^(?P<module>.*\.(?:dense_h_to_4h))_2\.(?P<kind>weight|bias)$")
 _EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
 _FREQUENCIES_REASON = "computed from the configuration"

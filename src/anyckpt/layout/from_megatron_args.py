@@ -32,12 +32,13 @@ def geometry_from_args(arguments: Mapping[str, Any]) -> Geometry:
     groups = _size(arguments, "num_query_groups") if arguments.get("group_query_attention") is not False else None
     if not arguments.get("group_query_attention") and groups == 1:
         groups = None  # the default without grouped queries
+    decoder = _size(arguments, "decoder_num_layers")  # of an encoder-decoder, whose num_layers is the encoder's
     channels = _size(arguments, "kv_channels")
     if channels is None and heads and hidden:
         channels = hidden // heads
     return Geometry(
-        num_layers=_size(arguments, "num_layers"),
-        encoder_num_layers=_size(arguments, "encoder_num_layers") if "decoder_num_layers" in arguments else None,
+        num_layers=decoder or _size(arguments, "num_layers"),
+        encoder_num_layers=_size(arguments, "encoder_num_layers") if decoder else None,
         mtp_num_layers=_size(arguments, "mtp_num_layers"),
         num_attention_heads=heads,
         num_query_groups=groups or heads,

@@ -33,12 +33,18 @@ def arguments_from_nemo(config: Mapping[str, Any]) -> dict[str, Any]:
     custom = values.get("mcore_customization_config")
     if isinstance(custom, Mapping):
         values.update(custom)
+    encoder, decoder = values.get("encoder"), values.get("decoder")
+    if isinstance(encoder, Mapping) and isinstance(decoder, Mapping) and "num_layers" in encoder:  # a T5
+        values.update(encoder)
+        values.update(encoder_num_layers=encoder["num_layers"], decoder_num_layers=decoder.get("num_layers"))
+        values["share_embeddings_and_output_weights"] = values.get("share_decoder_tokens_head_embeddings", True)
     tied = values.get("share_embeddings_and_output_weights")
     same = {
         key: values.get(key)
         for key in (
             *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
             *("make_vocab_size_divisible_by", "hybrid_override_pattern", "mtp_num_layers"),
+            *("encoder_num_layers", "decoder_num_layers"),
             *_LAYOUT_KEYS,
         )
     }

@@ -136,10 +136,25 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
             f"Megatron-LM has no argument for a gated {config.activation}: build the model with gated_linear_unit and "
             "that activation_func in its TransformerConfig"
         )
+    if config.activation not in ("gelu", *(name for name, key in _ARGUMENTS.items() if arguments[key])):
+        arguments["activation"] = config.activation
+        if not config.gated_linear_unit:
+            notes.append(
+                f"Megatron-LM has no argument for {config.activation}: build the model with that activation_func in "
+                "its TransformerConfig"
+            )
     return arguments
 
 
+_ARGUMENTS = {
+    "silu": "swiglu", "squared_relu": "squared_relu", "gelu_tanh": "openai_gelu", "quick_gelu": "quick_geglu",
+}  # fmt: skip
+
+
 def _activation(reader: Reader) -> str:
+    stated = reader.text("activation")  # ours, for what no argument says
+    if stated in ("relu", "quick_gelu", "silu"):
+        return stated
     if reader.flag("swiglu"):
         return "silu"
     if reader.flag("squared_relu"):

@@ -126,7 +126,7 @@ class Family:
             layers by the hub's names.
         whole_norms: by kind of configuration, a key that marks models whose norms are stored as gamma although the
             family's are gamma - 1, which they then become on the way to the hub.
-        twins: hub names that Megatron's modules give to a tensor a second time, each with its first name.
+        twins: hub names that a checkpoint of Megatron's may have for a tensor besides its own, each with this one.
         prefixes: by dialect, what Megatron names begin with where it is not the dialect's own prefix.
         axes: what stars count besides layers.
         dimensions: lengths that the rules name beyond the common ones.

@@ -188,7 +188,6 @@ def from_hub(hub: Hub, dialect: str) -> Named:
         for item in expected
     }
     if dialect != "hf":
-        resized.update({name: resized[first] for name, first in definition.twins if first in resized})
         numbered = config.heterogeneous_blocks is not None
         named = dialects.from_hub_names(resized, dialect, numbered=numbered)
         prefix = definition.prefixes.get(dialect)

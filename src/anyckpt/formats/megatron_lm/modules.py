@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _ORDER = (
     *("embedding", "encoder_relative_pos_emb", "decoder_relative_pos_emb", "encoder", "decoder", "mtp"),
@@ -29,6 +31,7 @@ _PARALLEL_LINEAR = re.compile(
     r"^(?:.*\.)?(?:linear_\w+|output_layer|eh_proj|mixer\.in_proj|mixer\.out_proj|layers\.\d+\.(?:self_attention|mlp))$"
 )
 _WEIGHT = re.compile(r"^(?P<module>.+)\.weight\d*$")
+_TWICE = re.compile(r"((?:model\.|module\.|enc_dec_model\.)*)lm_head\.(output_layer\.(?:weight|bias))")
 _LAST_NORM = ("decoder.final_layernorm.weight", "decoder.final_norm.weight", "encoder.final_layernorm.weight")
 
 
@@ -39,6 +42,15 @@ def registered_order(names: Iterable[str]) -> list[str]:
         return tuple(_part_order(part) for part in name.split("."))
 
     return sorted(names, key=key)
+
+
+def with_second_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Tensors, and those that a state dict of Megatron-Core 0.16's has under a second name.
+
+    T5Model makes the output layer of its head a module of its own, too.
+    """
+    found = {match[1] + match[2]: tensors[match[0]] for match in map(_TWICE.fullmatch, tensors) if match is not None}
+    return {**tensors, **{name: tensor for name, tensor in found.items() if name not in tensors}}
 
 
 def _part_order(part: str) -> tuple[int, int]:
@@ -57,16 +69,17 @@ def with_extra_states(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     Column- and row-parallel layers have such a state with and without Transformer Engine, and a strict load fails
     where it is missing.  An output layer that shares the embedding's weight has no tensor but has the state.
     """
+    tensors = with_second_names(tensors)
     names = registered_order(tensors)
     last: dict[str, str] = {}
     for name in names:
         module = name.rpartition(".")[0]
         found = _WEIGHT.match(name)
-        if (found is not None and _PARALLEL_LINEAR.match(module)) or module in last:
+        is_map = (found is not None and _PARALLEL_LINEAR.match(module)) or module.endswith("output_layer")
+        if is_map or module in last:
             last[module] = name
     after = {name: module for module, name in last.items()}
     tied = "output_layer" not in last and any(name in tensors for name in _LAST_NORM)
-    tied = tied and not any(name.startswith("lm_head.output_layer.") for name in names)
     for name in names:
         if tied and _RANK.get(name.partition(".")[0], 0) > _RANK["output_layer"]:
             yield "output_layer._extra_state", None

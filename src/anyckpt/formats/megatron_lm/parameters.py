@@ -61,7 +61,7 @@ def parameters_of(shards: Sequence[RankShard]) -> list[Parameter]:
         Parameter(number, name, tensor)
         for number, shard in enumerate(shards)
         for name, tensor in shard.tensors.items()
-        if not name.endswith(_BUFFERS)
+        if not name.endswith(_BUFFERS) and f"lm_head.{name}" not in shard.tensors  # T5Model has its output layer twice
     ]
 
 
@@ -78,8 +78,9 @@ def deal_out(parameters: Sequence[Parameter], groups: Sequence[Mapping[Any, Any]
     """
     dealt: list[list[Parameter]] = [[] for _ in groups]
     separate = any(flag(group, "is_decoupled_lr") for group in groups)
+    apart = any(flag(group, "is_expert_parallel") for group in groups)
     for parameter in parameters:
-        fitting = [number for number, group in enumerate(groups) if _fits(parameter, group, separate)]
+        fitting = [number for number, group in enumerate(groups) if _fits(parameter, group, separate, apart)]
         if not fitting:
             raise MappingError(
                 "the optimizer has no group for a parameter",
@@ -103,10 +104,11 @@ def deal_out(parameters: Sequence[Parameter], groups: Sequence[Mapping[Any, Any]
     return dealt
 
 
-def _fits(parameter: Parameter, group: Mapping[Any, Any], separate: bool) -> bool:
+def _fits(parameter: Parameter, group: Mapping[Any, Any], separate: bool, apart: bool) -> bool:
+    """Whether a parameter is in a group; without expert parallelism experts are with the dense layers."""
     return (
         decays(group) == parameter.decays
-        and (group.get("is_expert_parallel") is None or flag(group, "is_expert_parallel") == parameter.of_expert)
+        and (not apart or flag(group, "is_expert_parallel") == parameter.of_expert)
         and (not separate or flag(group, "is_decoupled_lr") == parameter.decoupled)
     )
 

@@ -22,8 +22,20 @@ _GPT_KEYS = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def is_megatron_config(config: dict[str, Any]) -> bool:
-    """Whether a configuration is that of a Megatron GPT-like model, which has these at its top level."""
-    return all(type(config.get(key)) is int for key in _GPT_KEYS)
+    """Whether a configuration is that of a Megatron model: these are at its top level, or in a T5's ``encoder``."""
+    stack = config.get("encoder")
+    sections = [config, *([stack] if isinstance(stack, dict) and isinstance(config.get("decoder"), dict) else [])]
+    return any(all(type(section.get(key)) is int for key in _GPT_KEYS) for section in sections)
+
+
+def uses_megatron_core(config: dict[str, Any]) -> bool:
+    """Whether the model is made of Megatron-Core's modules, as each of NeMo's classes has its own key for."""
+    return any(config.get(key) for key in ("mcore_gpt", "mcore_bert", "mcore_t5"))
+
+
+def module_name(config: dict[str, Any]) -> str:
+    """What NeMo 1's class calls its module of Megatron-Core: the first part of names in a flat ``.nemo``."""
+    return "enc_dec_model" if config.get("mcore_t5") else "model"
 
 
 def adapter_settings(config: dict[str, Any], path: str) -> AdapterSettings | None:

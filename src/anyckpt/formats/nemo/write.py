@@ -11,7 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Part, Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.megatron_core.writer import torch_dist_files
-from anyckpt.formats.megatron_lm.modules import with_extra_states
+from anyckpt.formats.megatron_lm.modules import with_extra_states, with_second_names
 from anyckpt.formats.megatron_lm.names import part_norms
 from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import (
@@ -20,7 +20,9 @@ from anyckpt.formats.nemo.config import (
     adapter_section,
     is_megatron_config,
     missing_artifacts,
+    module_name,
     referenced_names,
+    uses_megatron_core,
 )
 from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS
 from anyckpt.formats.nemo.tokenizer import has_prefix, write_tokenizer
@@ -146,7 +148,7 @@ def _rank_states(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str
     )
     if config.get("virtual_pipeline_model_parallel_size") is not None:
         config["virtual_pipeline_model_parallel_size"] = None
-    if is_megatron_config(config) and not config.get("mcore_gpt"):
+    if is_megatron_config(config) and not uses_megatron_core(config):
         config["mcore_gpt"] = True
         notes.append("names are Megatron-Core's: mcore_gpt is set to true")
     local = checkpoint.details.get("local_norms", not config.get("transformer_engine"))
@@ -157,12 +159,12 @@ def _rank_states(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str
         if folder in states or place.tensor >= layout.tensor_parallel or place.pipeline >= layout.pipeline_parallel:
             raise UsageError("a rank lies outside the layout or is there twice", expected=str(layout), found=folder)
         own = part_norms(shard.tensors) if local else shard.tensors
-        states[folder] = {f"model.{name}": value for name, value in with_extra_states(own)}
+        states[folder] = {f"{module_name(config)}.{name}": value for name, value in with_extra_states(own)}
     return states
 
 
 def _add_flat(archive: ArchiveWriter, checkpoint: Checkpoint, objects: Mapping[str, Any]) -> None:
-    _add_state(archive, f"./{FLAT_WEIGHTS}", {**checkpoint.tensors, **objects})
+    _add_state(archive, f"./{FLAT_WEIGHTS}", {**with_second_names(checkpoint.tensors), **objects})
 
 
 def _add_state(archive: ArchiveWriter, name: str, state: dict[str, Any], folder: str = "") -> None:
