@@ -58,6 +58,14 @@ class Operation(ABC):
         """
         return None
 
+    def rows_together(self) -> Operation | None:
+        """How the rows of several sources lie in the hub's tensor, if ``on_rows`` changes values besides."""
+        return self.on_rows()
+
+    def of_part(self, number: int) -> Operation:
+        """How the rows of one of several sources become those of its part of the hub's tensor."""
+        return IDENTITY
+
     def remark(self, config: ModelConfig) -> str | None:
         """What a user should know of the values that this operation gives for such a model; None if they are exact."""
         return None
@@ -242,6 +250,12 @@ class Scaled(Operation):
     def on_rows(self) -> Operation | None:
         inner = self._inner.on_rows()
         return None if inner is None else Scaled(inner, self._factor, self._parts)
+
+    def rows_together(self) -> Operation | None:
+        return self._inner.rows_together()
+
+    def of_part(self, number: int) -> Operation:
+        return Scaled(IDENTITY, self._factor) if number in self._parts else IDENTITY
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         return self._inner.to_hub(self._changed(sources, config, np.multiply), config)

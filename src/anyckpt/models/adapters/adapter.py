@@ -92,6 +92,8 @@ class Layers:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.instances: dict[str, Instance] = {item.hub: item for item in model.definition.expected(model.config)}
+        names = (source for item in self.instances.values() for source in item.sources)
+        self.outer = tuple(dict.fromkeys(name[: name.index(".") + 1] for name in names if "." in name))
 
     def instance(self, weight: str, name: str) -> Instance:
         """The rule of a weight that an adapter's tensor ``name`` is for.
@@ -122,7 +124,7 @@ class Layers:
         known = split_by_name(weight, item.config)
         if known is not None and set(parts) <= set(known.parts):
             return known, item.config
-        own = item.rule.operation.on_rows()
+        own = item.rule.operation.rows_together()
         return (own, item.config) if own is not None and own.parts and set(parts) <= set(own.parts) else None
 
 

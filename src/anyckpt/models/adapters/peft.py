@@ -29,8 +29,8 @@ _FACTOR = re.compile(
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<live>[^.]+)\.(?P<kind>weight|bias)")
 _COPY = re.compile(r".+\.original_module\..+")
-_INNER = ("model.", "transformer.")
-"""What a model without a head lacks in front of its names."""
+_TEXT = "language_model."
+"""What the text part of a model that also sees has in its names."""
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -76,8 +76,8 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
             )  # fmt: skip
         shapes = operation.source_shapes(item.shape, item.config)
         _check_rows(update, shapes[number], item, layers, name)
-        if len(item.sources) == 1:
-            update = _rearranged(update, partial(_to_hub, operation, item))
+        own_rows = operation if len(item.sources) == 1 else operation.of_part(number)
+        update = _rearranged(update, partial(_to_hub, own_rows, item))
         target = Target(item.hub, operation.parts[number] if len(item.sources) > 1 else "")
         if target in updates:
             raise MappingError("adapts a weight that another tensor adapts", tensor=name,
@@ -220,9 +220,12 @@ def _place(module: str, places: _Places, layers: Layers, name: str) -> tuple[Ins
 
 
 def _spellings(module: str, layers: Layers) -> list[str]:
-    """A module's name as the family's rules may have it: as stored, in another stored spelling, without a head."""
+    """A module's name as rules may have it: of a model without a head, of a larger model's part, as transformers spells
+    it now.
+    """
+    plain_names = dict.fromkeys((module, module.replace(_TEXT, "", 1)))
+    known = [*plain_names, *(outer + name for name in plain_names for outer in layers.outer)]
     variants = tuple(v for v in layers.model.definition.hugging_face.variants if not v.stacked)
-    known = [module, *(inner + module for inner in _INNER)]
     nothing = Constant(dtype("float32"), ())
     probe = {key: None for name in known for key in family_names({f"{name}.weight": nothing}, variants)}
     return [*known, *(name.removesuffix(".weight") for name in probe)]
@@ -316,7 +319,7 @@ def _of_sources(item: Instance, parts: Mapping[str, LowRank]) -> dict[str, LowRa
     """Updates of the family's own tensors."""
     operation = item.rule.operation.on_rows()
     names = (next(iter(parts.values())).names or (item.hub,))[0]
-    if operation is None or (len(item.sources) > 1 and not operation.parts):
+    if operation is None or not item.sources or (len(item.sources) > 1 and not operation.parts):
         raise MappingError("no rule says how an adapter of this weight is laid out in Hugging Face's model",
                            tensor=names, found=item.hub)  # fmt: skip
     if len(item.sources) == 1:
@@ -329,7 +332,9 @@ def _of_sources(item: Instance, parts: Mapping[str, LowRank]) -> dict[str, LowRa
     result: dict[str, LowRank] = {}
     for part, update in parts.items():
         if part:
-            result[item.sources[operation.parts.index(part)]] = update
+            number = operation.parts.index(part)
+            own_rows = operation.of_part(number)
+            result[item.sources[number]] = _rearranged(update, partial(_from_hub, own_rows, item, 0))
             continue
         for number, source in enumerate(item.sources):
             result[source] = _rearranged(update, partial(_from_hub, operation, item, number))
