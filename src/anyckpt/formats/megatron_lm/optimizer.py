@@ -1,8 +1,9 @@
 """Reading the state of Megatron's optimizers by parameter.
 
 Three containers hold it: ``Float16OptimizerWithFloat16Params`` (masters by group, Adam's state by number),
-``FP32Optimizer`` (no masters), and the distributed optimizer (flat buffers in ``distrib_optim.pt``).  A model with
-experts has one optimizer for them and one for the rest, and a list in place of one container.
+``FP32Optimizer`` (no masters), and the distributed optimizer (flat buffers in ``distrib_optim.pt``).  With expert
+parallelism there is one optimizer for experts and one for the rest, and a list in place of one container.  The
+distributed optimizer writes each of them once: the one for dense layers is None in the files of other expert ranks.
 
 Facts: ``state_dict`` of these classes in ``megatron/core/optimizer/{optimizer,distrib_optimizer}.py`` of 0.7 to
 0.16, and their forms before, which differ in key names.
@@ -18,7 +19,7 @@ from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm.buffers import place, rules
-from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, deal_out, parameters_of
+from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, deal_out, flag, parameters_of
 from anyckpt.pickling import Global
 from anyckpt.tensor import LazyTensor
 
@@ -59,7 +60,7 @@ def read_optimizer(ranks: Sequence[RankState], arguments: Mapping[str, Any], lay
     """
     slots: dict[str, list[RankShard]] = {slot: [] for slot in SLOTS}
     steps: set[int] = set()
-    for rank in ranks:
+    for rank in _completed(ranks, arguments, layout):
         reader = _RankReader(rank, arguments, layout)
         found = reader.read()
         steps |= reader.steps
@@ -206,6 +207,11 @@ class _RankReader:
 
     def _stored_buffers(self, buffers: Any) -> list[tuple[str, Mapping[Any, Any]]]:
         """Parameters' element type and contents of each buffer, in order."""
+        if buffers is None:
+            raise self._bad(
+                "no rank's distrib_optim.pt has the state of one of the optimizers",
+                expected="the file of the first data-parallel rank of dense layers, and of experts",
+            )
         if not isinstance(buffers, dict) or buffers.get("buckets_coalesced") is not True:
             raise self._bad(
                 "the distributed optimizer's state is of an older form",
@@ -260,6 +266,42 @@ class _RankReader:
             step = float(step.reshape((1,)).numpy()[0]) if step.size == 1 else None
         if isinstance(step, (int, float)) and step == step and abs(step) < 1 << 53:
             self.steps.add(int(step))
+
+
+def _completed(ranks: Sequence[RankState], arguments: Mapping[str, Any], layout: ParallelLayout) -> Iterator[RankState]:
+    """The ranks, with the flat buffers that another rank's file has for them.
+
+    The file of a rank has the state of those optimizers only of whose data-parallel ranks it is the first.
+    """
+    ways = arguments.get("expert_tensor_parallel_size")
+    ways = ways if type(ways) is int and 0 < ways <= layout.tensor_parallel else layout.tensor_parallel
+    held: dict[tuple[Any, ...], Any] = {}
+
+    def keys(rank: RankState) -> list[tuple[Any, ...]]:
+        """Of each optimizer, what tells which state it has."""
+        shard = rank.shards[0]
+        dense = ("dense", shard.pipeline_rank, shard.tensor_rank)
+        experts = ("experts", shard.pipeline_rank, shard.expert_rank, shard.tensor_rank % ways)
+        apart = [_of_experts(container, rank.path) for container in _containers(rank.optimizer)]
+        return [(*(experts if own else dense), number) for number, own in enumerate(apart)]
+
+    for rank in ranks:
+        if isinstance(rank.distributed, list):
+            for key, state in zip(keys(rank), rank.distributed, strict=False):
+                if state is not None:
+                    held.setdefault(key, state)
+    for rank in ranks:
+        if isinstance(rank.distributed, list) and None in rank.distributed:
+            own = [
+                held.get(key) if state is None else state
+                for key, state in zip(keys(rank), rank.distributed, strict=False)
+            ]
+            rank = replace(rank, distributed=own)
+        yield rank
+
+
+def _of_experts(container: Mapping[Any, Any], path: str) -> bool:
+    return any(flag(group, "is_expert_parallel") for group in _groups(container, path))
 
 
 def _containers(optimizer: Any) -> list[Mapping[Any, Any]]:

@@ -31,14 +31,6 @@ class Kind:
     undecayed: bool
     decoupled: bool
 
-    def holds(self, parameter: Parameter, separate: bool) -> bool:
-        """Whether a parameter is in such a group; embeddings have their own only where there are such groups."""
-        return (self.of_expert, self.undecayed, self.decoupled) == (
-            parameter.of_expert,
-            not parameter.decays,
-            separate and parameter.decoupled,
-        )
-
 
 class OptimizerWriter:
     """Lays out the state of every rank.
@@ -48,12 +40,20 @@ class OptimizerWriter:
         shards: every rank's weights.
         arguments: of the training run, for hyperparameters that the state does not have.
         local: names are to be those of Megatron-Core's local layers, whose order differs.
+        apart: experts have an optimizer of their own, as with expert parallelism.
     """
 
     def __init__(
-        self, state: OptimizerState, shards: Iterable[RankShard], arguments: Mapping[str, Any], local: bool
+        self,
+        state: OptimizerState,
+        shards: Iterable[RankShard],
+        arguments: Mapping[str, Any],
+        *,
+        local: bool,
+        apart: bool,
     ) -> None:
         self._state = state
+        self._apart = apart
         self._arguments = arguments
         self._local = local
         held = state.ranks or {slot: (RankShard(0, 0, 0, 0, own, ""),) for slot, own in state.slots.items()}
@@ -61,11 +61,14 @@ class OptimizerWriter:
         everything = [parameter for shard in shards for parameter in parameters_of([shard])]
         self._half = any(parameter.weight.dtype.name in HALF for parameter in everything)
         self._separate = any(flag(group, "is_decoupled_lr") for group in state.groups)
-        kinds = {Kind(parameter.of_expert, undecayed, False) for parameter in everything for undecayed in (False, True)}
-        self._kinds = sorted(kinds | ({Kind(False, False, True)} if self._separate else set()))
+        self._kinds = sorted({self._kind(parameter) for parameter in everything})
+
+    def _kind(self, parameter: Parameter) -> Kind:
+        """That of a parameter's group; embeddings and experts have their own only where there are such groups."""
+        return Kind(self._apart and parameter.of_expert, not parameter.decays, self._separate and parameter.decoupled)
 
     def rank(self, chunks: Sequence[RankShard]) -> Any:
-        """``optimizer`` of one rank's file: a container, or with experts a list of two.
+        """``optimizer`` of one rank's file: a container, or with expert parallelism a list of two.
 
         Args:
             chunks: the rank's shards in order.
@@ -103,7 +106,7 @@ class OptimizerWriter:
         groups: list[dict[str, Any]] = []
         masters: list[list[LazyTensor]] = []
         for kind in kinds:
-            own = [parameter for parameter in parameters if kind.holds(parameter, self._separate)]
+            own = [parameter for parameter in parameters if self._kind(parameter) == kind]
             first = len(state)
             for parameter in own:
                 state[len(state)] = {

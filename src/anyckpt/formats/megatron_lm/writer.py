@@ -60,7 +60,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     state = checkpoint.optimizer() if checkpoint.optimizer is not None and checkpoint.training.has_optimizer else None
     step = checkpoint.training.step or (state.step if state is not None else None) or 0
     local = checkpoint.config_kind == "megatron-args" and checkpoint.config.get("transformer_impl") == "local"
-    optimizer = None if state is None else OptimizerWriter(state, shards, checkpoint.config, local)
+    apart = layout.expert_parallel > 1
+    optimizer = None if state is None else OptimizerWriter(state, shards, checkpoint.config, local=local, apart=apart)
     kept = {key: checkpoint.objects[key] for key in _KEPT if key in checkpoint.objects}
     random = _random_states(checkpoint, files)
     common = {
