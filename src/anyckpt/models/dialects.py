@@ -15,6 +15,7 @@ from typing import TypeGuard
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.mixers import has_mixers, joined_mixers, separate_mixers
 from anyckpt.models.other_dialects import other_dialects, spelled_as
+from anyckpt.models.own_modules import EVIDENCE, core_names
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
 
@@ -59,7 +60,7 @@ _FAMILIES = re.compile(
 """How layers are named by transformers' decoders, wrapped or not, and by its encoders."""
 
 _EVIDENCE = re.compile(
-    r"embedding\.word_embeddings\.weight"
+    EVIDENCE + r"|embedding\.word_embeddings\.weight"
     r"|(?:decoder|encoder)\.layers\.(?:\d+\.)?(?:self_attention\.linear_|mlp\.linear_fc|mlp\.experts\.|mixer\.in_proj)"
 )
 """Names that only Megatron gives: other models have an ``encoder.layers.0`` too."""
@@ -141,7 +142,7 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
     if other is not None:
         tensors = other.to_hub(tensors)
     prefix = found_prefix or ""
-    found: dict[str, LazyTensor] = {}
+    kept: dict[str, LazyTensor] = {}
     ignored: dict[str, str] = {}
     for name, tensor in tensors.items():
         reason = _is_ignored(name)
@@ -150,8 +151,11 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
             continue
         plain = name[len(prefix) :] if name.startswith(prefix) else name
         plain = plain.replace(".mtp_model_layer.", ".transformer_layer.", 1)  # Megatron-Core's main branch
-        for key, value in unstacked(plain, tensor):
-            _put(found, key, value, name)
+        _put(kept, plain, tensor, name)
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in core_names(kept).items():
+        for key, value in unstacked(name, tensor):
+            _put(found, key, value, prefix + name)
     return _fused_norms(_separate_experts(_joined_halves(joined_mixers(found)))), ignored
 
 
