@@ -196,6 +196,10 @@ _BERT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
     "max_position_embeddings": 64,
 }  # fmt: skip
+_IMAGES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
 _BERTS = ("BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertModel")
 
 _T5 = {
@@ -342,7 +346,13 @@ PROOFS: dict[str, Proof] = {
     "qwen3-moe": proof(fixture("qwen3_moe")),
     "recurrent-gemma": proof(
         tiny("recurrent-gemma", "recurrent_gemma", NEMO_1_ALONE, **GRIFFIN),
-        tiny("recurrent-gemma-untied", "recurrent_gemma", NEMO_1_ALONE, **GRIFFIN, tie_word_embeddings=False),
+        tiny(
+            "recurrent-gemma-heads",
+            "recurrent_gemma",
+            {**NEMO_1_ALONE, "nemo": "no output layer besides its embedding"},
+            **{**GRIFFIN, "num_key_value_heads": 4, "num_hidden_layers": 3},
+            tie_word_embeddings=False,
+        ),
         note="NeMo 1 alone has such models; its kernels need a GPU",
     ),
     "starcoder2": proof(
@@ -352,6 +362,30 @@ PROOFS: dict[str, Proof] = {
         fixture("t5_v1_1"),
         tiny("t5-asymmetric", "t5", **{**_T5, "num_decoder_layers": 3, "d_kv": 8}),
         tiny("t5-relu", "t5", **{**_T5, "feed_forward_proj": "relu", "relative_attention_num_buckets": 16}),
+    ),
+    "clip-vision": proof(
+        fixture("clip_vision", NO_NEMO_1),
+        tiny("clip-bare", "clip_vision_model", NO_NEMO_1, **_IMAGES),
+        tiny(
+            "clip-projection",
+            "clip_vision_model",
+            NO_NEMO_1,
+            **_IMAGES,
+            projection_dim=24,
+            architectures=["CLIPVisionModelWithProjection"],
+        ),
+    ),
+    "vit": proof(
+        fixture("vit", {**NO_NEMO_1, **NO_NEMO_2}),
+        tiny("vit-pooler", "vit", {**NO_NEMO_1, **NO_NEMO_2}, **_IMAGES),
+        tiny(
+            "vit-classifier",
+            "vit",
+            {**NO_NEMO_1, **NO_NEMO_2},
+            **_IMAGES,
+            num_labels=5,
+            architectures=["ViTForImageClassification"],
+        ),
     ),
 }
 """By family's name."""

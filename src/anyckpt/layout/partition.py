@@ -52,6 +52,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("class_token", "replicated@first"),
     ("{conv1,position_embeddings,ln_pre}.{weight,bias}", "replicated@first"),
     ("ln_post.{weight,bias}", "replicated@last"),
+    ("{post_layernorm,layernorm,visual_projection,classifier}.{weight,bias}", "replicated@last"),
     # norms
     ("{encoder,decoder}.{final_layernorm,final_norm}.{weight,bias}", "replicated@norm"),
     ("encoder.initial_layernorm.{weight,bias}", "replicated@first"),

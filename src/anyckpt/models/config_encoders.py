@@ -30,6 +30,7 @@ VISION = (
     Field("img_h", "img_h", default=None),
     Field("img_w", "img_w", default=None),
     Field("class_token_len", "class_token_len", default=None),
+    Field("add_post_layernorm", "add_post_layernorm", "flag", False),
     Field("output_dim", "output_dim", default=None),
     Field("num_classes", "num_classes", default=None),
 )

@@ -34,6 +34,8 @@ class EncoderConfig:
         img_h: pixels along an image's height.
         img_w: pixels along its width.
         class_token_len: tokens before those of the patches.
+        add_post_layernorm: a norm behind the last layer, for the class token's output.  Megatron-Core's CLIPViTModel
+            leaves it to the model around it.
         output_dim: width to which the pooled output is projected; None if it is not.
         num_classes: of a classifier behind the first token's output; None if there is none.
     """
@@ -52,6 +54,7 @@ class EncoderConfig:
     img_h: int | None = None
     img_w: int | None = None
     class_token_len: int | None = None
+    add_post_layernorm: bool = False
     output_dim: int | None = None
     num_classes: int | None = None
 

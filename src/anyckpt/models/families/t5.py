@@ -23,7 +23,17 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_encoders import RELATIVE
 from anyckpt.models.families.llama import size
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import GATE_UP, IDENTITY, INTERLEAVED_KV, INTERLEAVED_QKV, Condition, Rule, Scaled
+from anyckpt.models.rules import (
+    GATE_UP,
+    IDENTITY,
+    INTERLEAVED_KV,
+    INTERLEAVED_QKV,
+    Condition,
+    Operation,
+    Partition,
+    Rule,
+    Scaled,
+)
 
 
 def _softmax(config: ModelConfig) -> float:
@@ -63,9 +73,14 @@ def _stack(stack: str, axes: tuple[str, ...], mlp: int) -> tuple[Rule, ...]:
     attention, dense = f"{block}.0.SelfAttention", f"{block}.{mlp}.DenseReluDense"
 
     def rule(
-        source: tuple[str, ...], name: str, shape: tuple[str, ...], *rest: Any, when: Condition | None = None
+        source: tuple[str, ...],
+        name: str,
+        shape: tuple[str, ...],
+        operation: Operation = IDENTITY,
+        partition: Partition = "replicated",
+        when: Condition | None = None,
     ) -> Rule:
-        found = Rule(source, f"{hub}.{name}", shape, *rest, axes=axes)
+        found = Rule(source, f"{hub}.{name}", shape, operation, partition, axes=axes)
         return found if when is None else replace(found, when=when)
 
     return (

@@ -1,0 +1,285 @@
+"""The vision transformer of CLIP, alone or with its projection.
+
+Megatron-Core's CLIPViTModel has no norm behind its layers and no projection: models around it do.  They keep their own
+names here, so that a model comes back whole.  Transformers 4 always has ``vision_model.`` before the names,
+transformers 5 only in the class with the projection.  Checked by equal outputs in Megatron-Core 0.16's CLIPViTModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.indexing import Shape
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.rules import INTERLEAVED_QKV, Condition, Leading, Rule
+
+_PREFIX = "vision_model."
+_LAYER = f"{_PREFIX}encoder.layers.*"
+HUB = "decoder.layers.*"
+PARTS = ("weight", "bias")
+
+
+def _has(field: str) -> Condition:
+    def has(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+        return bool(getattr(config, field))
+
+    return has
+
+
+def layers(query_key_value: Iterable[str], names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """The rules of a layer of a vision transformer.
+
+    Args:
+        query_key_value: patterns of these modules.
+        names: patterns of ``output``, ``fc1``, ``fc2``, and of the norms ``before`` attention and ``after`` it.
+    """
+    three, attention, mlp = list(query_key_value), f"{HUB}.self_attention", f"{HUB}.mlp"
+    return (
+        *(
+            Rule((f"{names[norm]}.{part}",), f"{home}.layer_norm_{part}", ("hidden",))
+            for norm, home in (("before", f"{attention}.linear_qkv"), ("after", f"{mlp}.linear_fc1"))
+            for part in PARTS
+        ),
+        Rule(tuple(f"{name}.weight" for name in three), f"{attention}.linear_qkv.weight", ("qkv", "hidden"),
+             INTERLEAVED_QKV, "qkv"),
+        Rule(tuple(f"{name}.bias" for name in three), f"{attention}.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, "qkv"),
+        Rule((f"{names['output']}.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"),
+             partition="row"),
+        Rule((f"{names['output']}.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
+        Rule((f"{names['fc1']}.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"), partition="gate-up"),
+        Rule((f"{names['fc1']}.bias",), f"{mlp}.linear_fc1.bias", ("fc1",), partition="gate-up"),
+        Rule((f"{names['fc2']}.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+        Rule((f"{names['fc2']}.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
+    )  # fmt: skip
+
+
+_EMBEDDINGS = f"{_PREFIX}embeddings"
+RULES = (
+    Rule((f"{_EMBEDDINGS}.class_embedding",), "class_token", ("one", "class-tokens", "hidden"), Leading(2)),
+    Rule((f"{_EMBEDDINGS}.patch_embedding.weight",), "conv1.weight", ("hidden", "colours", "patch", "patch")),
+    Rule((f"{_EMBEDDINGS}.position_embedding.weight",), "position_embeddings.weight", ("patches", "hidden")),
+    *(Rule((f"{_PREFIX}pre_layrnorm.{part}",), f"ln_pre.{part}", ("hidden",)) for part in PARTS),
+    *layers(
+        (f"{_LAYER}.self_attn.{name}_proj" for name in "qkv"),
+        {
+            "output": f"{_LAYER}.self_attn.out_proj",
+            "fc1": f"{_LAYER}.mlp.fc1",
+            "fc2": f"{_LAYER}.mlp.fc2",
+            "before": f"{_LAYER}.layer_norm1",
+            "after": f"{_LAYER}.layer_norm2",
+        },
+    ),
+    *(
+        Rule((f"{_PREFIX}post_layernorm.{part}",), f"post_layernorm.{part}", ("hidden",),
+             when=_has("add_post_layernorm"))
+        for part in PARTS
+    ),
+    Rule(("visual_projection.weight",), "visual_projection.weight", ("output", "hidden"), when=_has("output_dim")),
+)  # fmt: skip
+
+DIMENSIONS: Mapping[str, Callable[[ModelConfig], int]] = {
+    "class-tokens": lambda config: config.class_token_len or 0,
+    "colours": lambda config: 3,
+    "patch": lambda config: config.patch_dim or 0,
+    "patches": lambda config: config.patches,
+    "output": lambda config: config.output_dim or 0,
+}
+TRAITS = {
+    "normalization": "LayerNorm",
+    "layernorm_zero_centered_gamma": False,
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "position_embedding_type": "learned_absolute",
+    "parallel_residual": False,
+    "transformer_block_type": "pre_ln",
+}
+FIELDS = (
+    Field("num_layers", "num_hidden_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("ffn_hidden_size", "intermediate_size"),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field("patch_dim", "patch_size"),
+    Field("init_method_std", "initializer_range", "number", 0.02),
+    Field("layernorm_epsilon", "layer_norm_eps", "number"),
+)
+
+
+def read_image(reader: Reader, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of an image, of which Megatron-Core's layers take three colours and one class token.
+
+    Args:
+        reader: ``config.json``.
+        known: transformers' defaults.
+
+    Raises:
+        MappingError: it has other channels, or no size.
+    """
+    channels = reader.integer("num_channels")
+    if channels not in (None, 3):
+        raise MappingError(
+            "config.json's num_channels is not that of Megatron-Core's CLIPViTModel", expected=3, found=channels
+        )
+    size = reader.values.get("image_size")
+    pair = reader.pair("image_size") if isinstance(size, (list, tuple)) else None
+    height, width = pair or (reader.integer("image_size") or known["image_size"],) * 2
+    return {"img_h": height, "img_w": width, "class_token_len": 1}
+
+
+def write_image(config: ModelConfig, square: bool) -> dict[str, Any]:
+    """The keys of ``read_image``.
+
+    Args:
+        config: the model.
+        square: transformers' class takes no other images.
+
+    Raises:
+        MappingError: transformers' class takes no such images.
+    """
+    if config.class_token_len != 1 or (square and config.img_h != config.img_w):
+        raise MappingError(
+            "transformers' class takes no such images", expected=f"{'squares and ' if square else ''}one class token",
+            found=f"{config.img_h} x {config.img_w}, {config.class_token_len} class tokens",
+        )  # fmt: skip
+    same = config.img_h == config.img_w
+    return {"image_size": config.img_h if same else [config.img_h, config.img_w], "num_channels": 3}
+
+
+def architecture(reader: Reader) -> str:
+    """The class that a ``config.json`` names, or ""."""
+    names = reader.values.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def megatron_keys(config: ModelConfig) -> Mapping[str, Any]:
+    """Arguments that Megatron-LM needs: an image's tokens are its sequence."""
+    return {"seq_length": config.patches, "max_position_embeddings": config.patches}
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    projects = architecture(reader).endswith("WithProjection")
+    width = reader.integer("projection_dim")
+    return {
+        **read_image(reader, _DEFAULTS),
+        "vision_model_type": "clip",
+        "add_post_layernorm": True,
+        "output_dim": (512 if width is None else width) if projects else None,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    if not config.add_post_layernorm:
+        raise MappingError(
+            "transformers' CLIPVisionModel has a norm behind its layers, which Megatron-Core's CLIPViTModel has not",
+            expected="post_layernorm.weight and post_layernorm.bias among the tensors",
+            remedy="convert the whole model that it is a part of, or to another of Megatron's or NeMo's formats",
+        )
+    width = {} if config.output_dim is None else {"projection_dim": config.output_dim}
+    end = "Model" if config.output_dim is None else "ModelWithProjection"
+    return {**write_image(config, square=True), **width, "architectures": [f"CLIPVision{end}"]}
+
+
+def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
+    projection = shapes.get("visual_projection.weight", ())
+    return replace(
+        config,
+        add_post_layernorm=config.add_post_layernorm or any(f"post_layernorm.{part}" in shapes for part in PARTS),
+        output_dim=projection[0] if config.output_dim is None and projection else config.output_dim,
+    )
+
+
+def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"max_position_embeddings": None}
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
+    if kind != "hf":
+        outside = ["post_layernorm"] * config.add_post_layernorm + ["visual_projection"] * bool(config.output_dim)
+        if outside:
+            yield f"CLIPViTModel has no {' and no '.join(outside)}: kept under that name for the model around it"
+
+
+_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "attention_dropout": 0.0,
+}
+_NEMO2 = {
+    "normalization": "LayerNorm",
+    "activation": "quick_gelu",
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute",
+    "seq_length": None,
+    "patch_dim": 14,
+    "img_h": 336,
+    "img_w": 336,
+    "class_token_len": 1,
+    "vision_model_type": "clip",
+    "layernorm_epsilon": 1e-5,
+}
+
+FAMILY = Family(
+    name="clip-vision",
+    title="CLIP's vision transformer",
+    rules=RULES,
+    ignorable=tuple(
+        (f"{prefix}embeddings.position_ids", "numbers of positions, which follow from the configuration")
+        for prefix in ("", _PREFIX)
+    ),
+    traits={**TRAITS, "vision_model_type": "clip"},
+    nemo1=False,
+    refine=_refine,
+    megatron_keys=megatron_keys,
+    caveats=_caveats,
+    dimensions=DIMENSIONS,
+    hugging_face=HuggingFace(
+        model_types=("clip_vision_model",),
+        architectures=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+        defaults=_DEFAULTS,
+        fields=(*FIELDS, Field("attention_dropout", "attention_dropout", "number")),
+        attention_bias=None,
+        read=_read,
+        write=_write,
+        keys=frozenset({"image_size", "num_channels"}),
+        prefix=_PREFIX,
+        headless=lambda config: config.output_dim is None,
+    ),
+    nemo2=NeMo2(
+        module="nemo.collections.vlm.vision.clip_vit",
+        model="CLIPViTModel",
+        configs={
+            "CLIPViTL_14_336_Config": {
+                **_NEMO2, "num_layers": 24, "hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 16,
+                "num_query_groups": 16, "kv_channels": 64,
+            },
+            "CLIPViTConfig": {**_NEMO2, "activation": "gelu"},
+        },
+        choose=lambda config: "CLIPViTL_14_336_Config",
+        fields=(
+            Field("patch_dim", "patch_dim"),
+            Field("img_h", "img_h"),
+            Field("img_w", "img_w"),
+            Field("class_token_len", "class_token_len"),
+            Field("vision_model_type", "vision_model_type", "text"),
+        ),
+        own=frozenset({"add_qkv_bias"}),
+        read=_read_nemo2,
+        write=lambda config: {"add_qkv_bias": True, "add_class_token": True},
+        without=frozenset({
+            "seq_length", "vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by",
+            "position_embedding_type", "rotary_base", "rotary_percent", "seq_len_interpolation_factor",
+        }),
+    ),
+)  # fmt: skip

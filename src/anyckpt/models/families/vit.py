@@ -1,0 +1,164 @@
+"""ViT, alone, with a pooler, or with a classifier.
+
+NVIDIA has no converter for it.  Its layers are those of Megatron-Core's CLIPViTModel of subtype ``internvit``, whose
+convolution has a bias and which has no norm before its layers, with the plain layers of a vision transformer: checked
+by equal outputs there, in 0.16.  What is behind the layers keeps its own names.  Transformers 5 has other names in
+memory than on disk; both are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.indexing import Shape
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.families import clip_vision
+from anyckpt.models.families.clip_vision import PARTS
+from anyckpt.models.family import Family, HuggingFace
+from anyckpt.models.rules import Leading, Rule
+from anyckpt.models.variants import Variant
+
+_LAYER = "vit.encoder.layer.*"
+_EMBEDDINGS = "vit.embeddings"
+
+
+def _pooled(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.add_pooler
+
+
+def _classified(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.num_classes is not None
+
+
+RULES = (
+    Rule((f"{_EMBEDDINGS}.cls_token",), "class_token", ("one", "class-tokens", "hidden")),
+    Rule((f"{_EMBEDDINGS}.patch_embeddings.projection.weight",), "conv1.weight",
+         ("hidden", "colours", "patch", "patch")),
+    Rule((f"{_EMBEDDINGS}.patch_embeddings.projection.bias",), "conv1.bias", ("hidden",)),
+    Rule((f"{_EMBEDDINGS}.position_embeddings",), "position_embeddings.weight", ("patches", "hidden"), Leading(-1)),
+    *clip_vision.layers(
+        (f"{_LAYER}.attention.attention.{name}" for name in ("query", "key", "value")),
+        {
+            "output": f"{_LAYER}.attention.output.dense",
+            "fc1": f"{_LAYER}.intermediate.dense",
+            "fc2": f"{_LAYER}.output.dense",
+            "before": f"{_LAYER}.layernorm_before",
+            "after": f"{_LAYER}.layernorm_after",
+        },
+    ),
+    *(Rule((f"vit.layernorm.{part}",), f"layernorm.{part}", ("hidden",)) for part in PARTS),
+    Rule(("vit.pooler.dense.weight",), "pooler.dense.weight", ("output", "hidden"), when=_pooled),
+    Rule(("vit.pooler.dense.bias",), "pooler.dense.bias", ("output",), when=_pooled),
+    Rule(("classifier.weight",), "classifier.weight", ("classes", "hidden"), when=_classified),
+    Rule(("classifier.bias",), "classifier.bias", ("classes",), when=_classified),
+)  # fmt: skip
+
+_IN_MEMORY = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "layernorm_before": "layernorm_before",
+    "layernorm_after": "layernorm_after",
+}
+"""Transformers 5's names in a layer, and those on disk."""
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    if reader.flag("qkv_bias") is False:
+        raise MappingError("config.json's qkv_bias is not that of Megatron-Core's layers", expected=True, found=False)
+    kind = clip_vision.architecture(reader)
+    classes = len(reader.mapping("id2label")) or reader.integer("num_labels") or 2
+    pooled = kind.endswith("Model")
+    width = reader.integer("pooler_output_size") or found["hidden_size"]
+    return {
+        **clip_vision.read_image(reader, _DEFAULTS),
+        "vision_model_type": "internvit",
+        "add_pooler": pooled,
+        "output_dim": width if pooled else None,
+        "num_classes": classes if kind.endswith("ForImageClassification") else None,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    written = {**clip_vision.write_image(config, square=False), "qkv_bias": True}
+    if config.output_dim is not None:
+        written["pooler_output_size"] = config.output_dim
+    if config.num_classes is None:
+        return {**written, "architectures": ["ViTModel"]}
+    labelled = "id2label" in config.extra.get("hf", {})
+    labels = {} if labelled else {"num_labels": config.num_classes}
+    return {**written, **labels, "architectures": ["ViTForImageClassification"]}
+
+
+def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
+    """A bare model may lack the pooler; what the tensors have besides the configuration's heads is taken, too."""
+    pooled = any(f"pooler.dense.{part}" in shapes for part in PARTS)
+    classes = next((shapes[name][0] for name in ("classifier.weight", "classifier.bias") if shapes.get(name)), None)
+    width = next((shapes[name][0] for name in ("pooler.dense.weight", "pooler.dense.bias") if shapes.get(name)), None)
+    if not shapes:
+        return config
+    return replace(
+        config,
+        add_pooler=pooled,
+        output_dim=(config.output_dim or width) if pooled else None,
+        num_classes=config.num_classes if config.num_classes is not None else classes,
+    )
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
+    if kind != "hf":
+        outside = ["layernorm", *["pooler"] * config.add_pooler, *["classifier"] * (config.num_classes is not None)]
+        yield f"CLIPViTModel has no {', no '.join(outside)}: kept under that name for the model around it"
+
+
+_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+}
+
+FAMILY = Family(
+    name="vit",
+    title="ViT",
+    rules=RULES,
+    traits={**clip_vision.TRAITS, "vision_model_type": "internvit"},
+    nemo1=False,
+    refine=_refine,
+    megatron_keys=clip_vision.megatron_keys,
+    caveats=_caveats,
+    dimensions={**clip_vision.DIMENSIONS, "classes": lambda config: config.num_classes or 0},
+    hugging_face=HuggingFace(
+        model_types=("vit",),
+        architectures=("ViTModel", "ViTForImageClassification"),
+        defaults=_DEFAULTS,
+        fields=(
+            *clip_vision.FIELDS,
+            Field("attention_dropout", "attention_probs_dropout_prob", "number"),
+            Field("hidden_dropout", "hidden_dropout_prob", "number"),
+        ),
+        attention_bias=None,
+        read=_read,
+        write=_write,
+        keys=frozenset({"image_size", "num_channels", "qkv_bias", "num_labels", "pooler_output_size"}),
+        prefix="vit.",
+        headless=lambda config: config.num_classes is None,
+        variants=tuple(
+            Variant(f"vit.layers.*.{new}.{part}", (f"{_LAYER}.{old}.{part}",))
+            for new, old in _IN_MEMORY.items()
+            for part in PARTS
+        ),
+    ),
+)
