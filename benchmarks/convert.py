@@ -1,6 +1,6 @@
 """Conversions against ``cp -r`` + ``sync`` of the same bytes, side by side, durable on disk.
 
-    python benchmarks/convert.py --directory /a/disk [--size 2|4] [--runs 5]
+    python benchmarks/convert.py --directory /a/disk [--model llama|mixtral|deepseek] [--size 0|2|4] [--runs 5]
 
 Every round times a copy and each conversion once, in turn, with the source in the page cache; the table gives the
 medians and the median of the rounds' ratios.  Each conversion runs in a process of its own, whose peak resident set
@@ -21,7 +21,27 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from synthetic import FOUR_GB, TWO_GB, LlamaShape, write_llama
+from synthetic import (
+    DEEPSEEK_SMALL,
+    DEEPSEEK_TWO_GB,
+    FOUR_GB,
+    MIXTRAL_SMALL,
+    MIXTRAL_TWO_GB,
+    SMALL,
+    TWO_GB,
+    Shape,
+    write_model,
+)
+
+SHAPES: dict[str, dict[int, Shape]] = {
+    "llama": {0: SMALL, 2: TWO_GB, 4: FOUR_GB},
+    "mixtral": {0: MIXTRAL_SMALL, 2: MIXTRAL_TWO_GB},
+    "deepseek": {0: DEEPSEEK_SMALL, 2: DEEPSEEK_TWO_GB},
+}
+"""By model and gigabytes; 0 is just enough to see that the script works."""
+
+TARGETS = {"llama": ("megatron-core", "nemo"), "mixtral": ("megatron-core",), "deepseek": ("megatron-core",)}
+"""What is written from Hugging Face; Megatron-Core's, whose experts of all layers are one tensor, is also read back."""
 
 
 def timed_copy(source: Path, target: Path) -> float:
@@ -57,20 +77,16 @@ def warm(path: Path) -> None:
             subprocess.run(["cat", str(file)], check=True, stdout=subprocess.DEVNULL)
 
 
-def run(directory: Path, shape: LlamaShape, runs: int) -> None:
+def run(directory: Path, shape: Shape, targets: tuple[str, ...], runs: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     hf = directory / "hf"
     if not hf.exists():
-        write_llama(hf, shape)
+        write_model(hf, shape)
     megatron = directory / "megatron"
     if not megatron.exists():
         convert(hf, megatron, "megatron-core")
     subprocess.run(["sync"], check=True)
-    jobs = [
-        ("hf -> megatron-core", hf, "megatron-core"),
-        ("hf -> nemo", hf, "nemo"),
-        ("megatron-core -> hf", megatron, "hf"),
-    ]
+    jobs = [(f"hf -> {to}", hf, to) for to in targets] + [("megatron-core -> hf", megatron, "hf")]
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in jobs}
     ratios: dict[str, list[float]] = {name: [] for name, _, _ in jobs}
     peak: dict[str, int] = {name: 0 for name, _, _ in jobs}
@@ -104,7 +120,11 @@ def run(directory: Path, shape: LlamaShape, runs: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--size", type=int, choices=(2, 4), default=2)
+    parser.add_argument("--model", choices=tuple(SHAPES), default="llama")
+    parser.add_argument("--size", type=int, choices=(0, 2, 4), default=2, help="gigabytes; 4 is Llama's alone")
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    run(options.directory / f"llama-{options.size}gb", TWO_GB if options.size == 2 else FOUR_GB, options.runs)
+    chosen = SHAPES[options.model].get(options.size)
+    if chosen is None:
+        parser.error(f"there is no {options.model} of {options.size} GB")
+    run(options.directory / f"{options.model}-{options.size}gb", chosen, TARGETS[options.model], options.runs)

@@ -25,7 +25,7 @@ import anyckpt
 from anyckpt.checkpoint import OptimizerState, TrainingState
 from anyckpt.tensor import Mapped, dtype
 from convert import remove, timed_copy, warm
-from synthetic import SMALL, TWO_GB, write_llama
+from synthetic import SMALL, TWO_GB, write_model
 
 _GROUP = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "wd_mult": 1.0, "lr_mult": 1.0}
 
@@ -62,7 +62,7 @@ def make_source(directory: Path, optimizer: bool, tensor: int) -> Path:
     if not target.exists():
         hf = directory / "hf"
         if not hf.exists():
-            write_llama(hf, SMALL if optimizer else TWO_GB)
+            write_model(hf, SMALL if optimizer else TWO_GB)
         opened = anyckpt.open(hf)
         anyckpt.convert(
             with_synthetic_optimizer(opened) if optimizer else opened,

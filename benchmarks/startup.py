@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py --directory /a/disk
 
-Times ``import anyckpt``, ``anyckpt inspect`` of a sparse 100 GB ``.nemo`` in a new process, and the plan
-(``--dry-run``) of a conversion of a sparse Llama 405B in 191 shards, each with its peak memory.
+Times ``import anyckpt``, ``anyckpt inspect`` of a sparse 100 GB ``.nemo`` in a new process, and the plans
+(``--dry-run``) of conversions of a sparse Llama 405B in 191 shards and of a sparse DeepSeek-V3 in FP8, of 91,991
+tensors in 163 shards, each with its peak memory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from synthetic import LLAMA_405B, write_llama
+from synthetic import DEEPSEEK_V3, LLAMA_405B, Shape, write_model
 
-_SPARSE = {"shard_bytes": 5_000_000_000, "sparse": True}
 _NEMO_TENSORS = 800
 _NEMO_BYTES = 100_000_000_000
 
@@ -127,6 +127,18 @@ def _state_dict_pickle(names: list[str], elements: int) -> bytes:
     return b"".join([*out, b"u."])
 
 
+def sparse_model(folder: Path, shape: Shape, shard_bytes: int) -> tuple[Path, int]:
+    """A model whose files have the right sizes and no data, and how many files there are."""
+    if not folder.exists():
+        # In a process of its own: what this one has held counts towards the peak of the processes that it starts.
+        options = {"shard_bytes": shard_bytes, "sparse": True}
+        context = multiprocessing.get_context("spawn")
+        maker = context.Process(target=write_model, args=(folder, shape), kwargs=options)
+        maker.start()
+        maker.join()
+    return folder, len(list(folder.glob("*.safetensors")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
@@ -135,14 +147,8 @@ def main() -> None:
     archive = folder / "sparse-100gb.nemo"
     if not archive.exists():
         write_sparse_nemo(archive)
-    llama = folder / "llama-405b"
-    if not llama.exists():
-        # In a process of its own: what this one has held counts towards the peak of the processes that it starts.
-        context = multiprocessing.get_context("spawn")
-        maker = context.Process(target=write_llama, args=(llama, LLAMA_405B), kwargs=_SPARSE)
-        maker.start()
-        maker.join()
-    shards = len(list(llama.glob("*.safetensors")))
+    llama, llama_shards = sparse_model(folder / "llama-405b", LLAMA_405B, 5_000_000_000)
+    deepseek, deepseek_shards = sparse_model(folder / "deepseek-v3", DEEPSEEK_V3, 4_300_000_000)
     empty, _ = timed([sys.executable, "-c", "pass"])
     rows = [
         ("import anyckpt", [sys.executable, "-c", "import anyckpt"]),
@@ -153,7 +159,11 @@ def main() -> None:
     ]
     for to in ("megatron-core", "nemo"):
         command = ["convert", str(llama), str(folder / "none"), "--to", to, "--dry-run", "--json"]
-        rows.append((f"plan Llama 405B ({shards} shards) -> {to}", [sys.executable, "-m", "anyckpt", *command]))
+        rows.append((f"plan Llama 405B ({llama_shards} shards) -> {to}", [sys.executable, "-m", "anyckpt", *command]))
+    for to in ("megatron-core", "hf"):
+        command = ["convert", str(deepseek), str(folder / "none"), "--to", to, "--dtype", "bf16", "--dry-run", "--json"]
+        title = f"plan DeepSeek-V3 in FP8 ({deepseek_shards} shards) -> {to} in bf16"
+        rows.append((title, [sys.executable, "-m", "anyckpt", *command]))
     print(f"An empty Python process takes {empty:.3f} s.\n\n| what | seconds | peak RSS |\n|---|---|---|")
     for title, command in rows:
         seconds, peak = timed(command)

@@ -31,7 +31,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     source = folder / "llama-hf"
-    make = f"from synthetic import *; from pathlib import Path; write_llama(Path({str(source)!r}), SMALL)"
+    make = f"from synthetic import *; from pathlib import Path; write_model(Path({str(source)!r}), SMALL)"
     subprocess.run([str(python), "-c", make], check=True, cwd=ROOT / "benchmarks")
     anyckpt = [str(python), "-m", "anyckpt"]
     subprocess.run([*anyckpt, "inspect", str(source)], check=True)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
+from anyckpt.collector import uncollected
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.registry import Format, Location, WriteOptions
@@ -147,6 +148,7 @@ def read_weight_file(
     return {str(key): value for key, value in contents.root.items() if isinstance(value, LazyTensor)}
 
 
+@uncollected
 def _read_indexed(
     location: Location, index_name: str, warnings: list[str], details: dict[str, Any]
 ) -> dict[str, LazyTensor]:

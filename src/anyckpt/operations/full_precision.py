@@ -8,6 +8,7 @@ from typing import Any
 
 from anyckpt import quantization
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.collector import uncollected
 
 _KEY = "quantization_config"
 _OVERFLOW = "float16 ends at 65,504: larger values become infinite, which anyckpt verify --deep finds"
@@ -32,6 +33,7 @@ class FullPrecision:
     notes: tuple[str, ...] = ()
 
 
+@uncollected
 def in_full_precision(checkpoint: Checkpoint, to: str | None, config: dict[str, Any] | None = None) -> FullPrecision:
     """The checkpoint with quantized weights as numbers of type ``to``, and a configuration that says so.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.collector import uncollected
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
@@ -54,6 +55,7 @@ class Renamed:
     computed: bool = False
 
 
+@uncollected
 def rename_for(
     checkpoint: Checkpoint,
     target: Format,

@@ -9,7 +9,7 @@ use for their index.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyckpt.errors import FormatError, UsageError
@@ -194,11 +194,21 @@ class _Writer:
         if not obj:
             self._out += b")"
             return
-        self._later(self._end_tuple, obj)
-        for part in reversed(obj):
-            self._later(self._save, part)
         if len(obj) > 3:
             self._out += b"("
+        done = self._leaves(obj)
+        self._later(self._end_tuple, obj)
+        for part in reversed(obj[done:]):
+            self._later(self._save, part)
+
+    def _leaves(self, parts: Sequence[Any]) -> int:
+        """Write the numbers, texts and the like that come first, and say how many: they need no place on the stack."""
+        for number, part in enumerate(parts):
+            save = _LEAVES.get(type(part))
+            if save is None:
+                return number
+            save(self, part)
+        return len(parts)
 
     def _end_tuple(self, obj: tuple[Any, ...]) -> None:
         known = self._memo.get(id(obj))
@@ -232,12 +242,18 @@ class _Writer:
     def _set_items(self, pairs: list[tuple[Any, Any]]) -> None:
         for begin in reversed(range(0, len(pairs), _BATCH)):
             batch = pairs[begin : begin + _BATCH]
-            self._later(self._emit, b"s" if len(batch) == 1 else b"u")
-            for key, value in reversed(batch):
-                self._later(self._save, value)
-                self._later(self._save, key)
-            if len(batch) > 1:
-                self._later(self._emit, b"(")
+            self._later(self._items, batch)
+
+    def _items(self, batch: list[tuple[Any, Any]]) -> None:
+        """Keys and values with the opcode that sets them."""
+        marked = len(batch) > 1
+        if marked:
+            self._out += b"("
+        flat = [part for pair in batch for part in pair]
+        done = self._leaves(flat)
+        self._later(self._emit, b"u" if marked else b"s")
+        for part in reversed(flat[done:]):
+            self._later(self._save, part)
 
     def _global(self, obj: Global) -> None:
         known = self._texts.get(obj)
@@ -260,8 +276,13 @@ class _Writer:
         """Write the call; the object's content follows once it is in the memo."""
         if id(obj) in self._open:
             raise FormatError(f"an object of type {obj.type!r} is among its own arguments", path=self._name)
-        self._open.add(id(obj))
         keywords = obj.kwargs if isinstance(obj, Record) else None
+        if not keywords and not obj.args and type(obj.type) is Global:  # most of an index: nothing to wait for
+            self._global(obj.type)
+            self._out += b")"
+            self._made(obj, b"\x81" if obj.new else b"R")
+            return
+        self._open.add(id(obj))
         if keywords and self._protocol == 2:
             # Protocol 2 has no NEWOBJ_EX; this function of the standard library does the same.
             arguments: tuple[Any, ...] = (obj.type, obj.args, keywords)
@@ -282,6 +303,8 @@ class _Writer:
         if obj.state is not None:
             self._later(self._emit, b"b")
             self._later(self._save, obj.state)
+        if type(obj) is Record and not obj.pairs and not obj.items:
+            return
         if isinstance(obj, DictRecord):
             self._set_items(list(obj.items()))
         else:
@@ -316,3 +339,6 @@ _SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
     DictRecord: _Writer._begin,
     PersistentId: _Writer._persistent,
 }
+
+_LEAVES = {kind: _SAVERS[kind] for kind in (type(None), bool, int, float, str, Global)}
+"""Those that never put anything on the stack."""

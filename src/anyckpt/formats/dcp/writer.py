@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.collector import uncollected
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
 from anyckpt.formats.dcp.chunks import cut, stacked_axes
@@ -53,6 +54,7 @@ class _Item:
     length: int
 
 
+@uncollected
 def dcp_files(
     tensors: Mapping[str, LazyTensor],
     objects: Mapping[str, Any],
@@ -84,7 +86,7 @@ def dcp_files(
         UsageError: an object cannot be pickled.
     """
     layout = _Layout(ranks, file_bytes or _FILE_BYTES, sum(tensor.nbytes for tensor in tensors.values()))
-    object_items = {name: layout.add_object(name, [value] if megatron else value) for name, value in objects.items()}
+    object_items = {name: layout.add_object(name, value, megatron) for name, value in objects.items()}
     tensor_items = {}
     for name, tensor in tensors.items():
         boxes = cut(
@@ -110,14 +112,22 @@ class _Layout:
         self._ranks = max(1, ranks)
         self._done = 0
         self._archives: dict[tuple[DType, Shape, int], tuple[Part, ...]] = {}
+        self._nothing: tuple[Part, ...] = ()
         self._rank = -1
         self._number = 0
 
-    def add_object(self, name: str, value: object) -> _Item:
+    def add_object(self, name: str, value: object, listed: bool) -> _Item:
         file = self._file(0)
         offset = file.nbytes
-        parts = zip_parts(value, file_offset=offset, tensor_name=lambda path: ".".join([name, *map(str, path)]))
+        if value is not None:
+            parts = self._archive_of(name, [value] if listed else value, offset)
+        else:  # a model of experts has an object for each, all None: one archive serves all, wherever it lies
+            self._nothing = self._nothing or self._archive_of(name, [None] if listed else None, offset)
+            parts = self._nothing
         return _Item((), (), file.name, offset, file.add(parts))
+
+    def _archive_of(self, name: str, value: object, offset: int) -> tuple[Part, ...]:
+        return zip_parts(value, file_offset=offset, tensor_name=lambda path: ".".join([name, *map(str, path)]))
 
     def add_chunk(self, name: str, tensor: LazyTensor, start: Shape, shape: Shape) -> _Item:
         box = tensor.box(start, shape)
