@@ -226,14 +226,14 @@ def split(name: str, tensor: LazyTensor, ways: int, **facts: object) -> None:
         (
             "decoder.layers.0.mixer.in_proj.weight",
             (8, 1),
-            {"mamba": Mamba(4, 2, 2, 3)},
-            "32 rows by the conf.*8 rows in all",
+            {"mamba": Mamba(4, 2, 4, 3)},
+            "44 rows by the conf.*8 rows in all",
         ),
         (
             "decoder.layers.0.mixer.conv1d.bias",
             (20,),
             {"mamba": Mamba(4, 2, 2, 3)},
-            "multiple of 4, found a length of 6",
+            "heads and groups in multiples of 4, found 4 heads in 2 groups",
         ),
         (
             "decoder.layers.0.self_attention.linear_qkv.weight",

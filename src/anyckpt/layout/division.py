@@ -37,6 +37,7 @@ def join_parts(name: str, parts: Sequence[LazyTensor], how: Division, geometry: 
     Raises:
         MappingError: the parts do not make up a tensor of this kind.
     """
+    _check_alone(name, len(parts), how)
     first = parts[0]
     for rank, part in enumerate(parts):
         if part.dtype != first.dtype or part.shape != first.shape:
@@ -70,6 +71,7 @@ def cut_parts(
     Raises:
         MappingError: the tensor cannot be divided so.
     """
+    _check_alone(name, ways, how)
     if how.either:
         how = dataclasses.replace(settled(name, tensor, 1, how), axis=how.axis)
     if how.axis is None:
@@ -88,6 +90,14 @@ def cut_parts(
             tiles[rank].append(tensor.narrow(how.axis, start + rank * each, each))
         start += block
     return [concatenate(parts, how.axis) for parts in tiles]
+
+
+def _check_alone(name: str, ways: int, how: Division) -> None:
+    if how.alone and ways > 1:
+        raise MappingError(
+            "is of a module that its framework cannot divide over tensor-parallel ranks",
+            tensor=name, expected="tensor parallel size 1", found=ways, remedy="choose --tp 1",
+        )  # fmt: skip
 
 
 def _check_axis(name: str, tensor: LazyTensor, how: Division) -> None:

@@ -24,6 +24,7 @@ KINDS: Mapping[str, str] = {
     "latent-down": "not at all, or along axis 0: MLA's down projections",
     "mamba-in": "each of z, x, B, C, dt along axis 0",
     "mamba-conv": "each of x, B, C along axis 0",
+    "alone": "not at all, nor are there several ranks: its framework cannot divide the module",
     "dropped": "carries no weights",
 }
 """What a rule may say; besides, ``blocks:a,b,c`` divides each of the blocks of axis 0 of these global lengths."""
@@ -85,6 +86,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("**.mixer.{A_log,D,dt_bias}", "column"),
     ("**.mixer.out_proj.weight", "row"),
     ("**.mixer.out_proj.bias", "replicated"),
+    # Griffin of NeMo 1, whose convolution and gated recurrence are as wide as the model on every rank
+    ("**.recurrent_layer.{linear_in,linear_out,conv_1d.conv_1d}.{weight,bias}", "alone"),
+    ("**.recurrent_layer.rg_lru.a_param", "alone"),
+    ("**.recurrent_layer.rg_lru.{input_gate,a_gate}.{w,b}", "alone"),
     # LoRA and DoRA of Megatron-Bridge and NeMo 2; linear_in of a column layer is divided along the rank
     ("**.linear_fc1.adapter.{linear_out.weight,weight_magnitude}", "gate-up"),
     ("**.{linear_proj,linear_fc2}.adapter.linear_in.weight", "row"),
@@ -133,6 +138,7 @@ class Division:
         rows: length of axis 0 of the whole tensor where it is known.
         of_layer: that length is the layer's, of which ``Geometry.query_key_value_rows`` knows.
         either: what ranks hold tells whether it is divided; ``axis`` is how to cut it.
+        alone: there is one rank.
     """
 
     axis: int | None
@@ -141,6 +147,7 @@ class Division:
     rows: int | None = None
     of_layer: bool = False
     either: bool = False
+    alone: bool = False
 
     def at(self, layer: int, geometry: Geometry) -> Division:
         """The same of a layer, as the whole model counts."""
@@ -206,6 +213,7 @@ def division(kind: Kind, name: str, geometry: Geometry) -> Division:
         "gate-up": Division(0, 2 if geometry.gated_linear_unit else 1),
         "vocabulary": Division(0, vocabulary=True),
         "replicated": Division(None),
+        "alone": Division(None, alone=True),
     }
     return simple[kind.name]
 

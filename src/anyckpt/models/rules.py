@@ -22,13 +22,13 @@ from anyckpt.models.config import ModelConfig
 from anyckpt.tensor import LazyTensor, Mapped, concatenate
 
 Partition = Literal[
-    "column", "row", "gate-up", "qkv", "vocabulary", "replicated", "latent-down", "mamba-in", "mamba-conv"
+    "column", "row", "gate-up", "qkv", "vocabulary", "replicated", "latent-down", "mamba-in", "mamba-conv", "alone"
 ]
 """How tensor parallelism divides a hub tensor, in the words of ``layout.partition``.
 
 ``column`` along axis 0; ``row`` along axis 1; ``gate-up`` each half of axis 0 separately; ``qkv`` along axis 0, whose
 rows are interleaved by query group; ``vocabulary`` along axis 0 after padding; ``replicated`` not at all;
-``latent-down``, ``mamba-in`` and ``mamba-conv`` as ``layout.partition.KINDS`` says.
+``latent-down``, ``mamba-in``, ``mamba-conv`` and ``alone`` as ``layout.partition.KINDS`` says.
 """
 
 

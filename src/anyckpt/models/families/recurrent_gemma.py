@@ -1,0 +1,221 @@
+"""RecurrentGemma (Griffin): every third layer attends, the others have a gated linear recurrence.
+
+NeMo 1 alone has such models, and not in parallel: its recurrence is as wide as the model on every rank.  Names and map
+are those of its converters, of which the one to Hugging Face writes no output layer; the attention's biases, which
+transformers' model has not, are zeros there.  ``megatron_griffin_config.yaml``, which they read, has a window of 1024
+tokens; the models' is 2048.  Logits were compared with transformers; NeMo's kernels need a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.errors import MappingError
+from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.config_hf import COMMON
+from anyckpt.models.family import Family, HuggingFace
+from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Rule
+from anyckpt.models.windows import window_length
+
+_LAYER = "model.layers.*"
+_BLOCK = f"{_LAYER}.temporal_block"
+_LRU = f"{_BLOCK}.rg_lru"
+_MLP = f"{_LAYER}.mlp_block"
+_HUB = "decoder.layers.*"
+_RECURRENT = f"{_HUB}.recurrent_layer"
+_HUB_LRU = f"{_RECURRENT}.rg_lru"
+_ATTENTION = f"{_HUB}.self_attention"
+_PERIOD = ("recurrent", "recurrent", "attention")
+_LENGTH = 8192
+_WINDOW = 2048
+
+
+def _attends(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return indices[0] % len(_PERIOD) == 2
+
+
+def _recurs(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return indices[0] % len(_PERIOD) != 2
+
+
+def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return not config.share_embeddings_and_output_weights
+
+
+RULES = (
+    Rule(("model.embed_tokens.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
+         partition="vocabulary"),
+    Rule((f"{_LAYER}.temporal_pre_norm.weight",), f"{_ATTENTION}.linear_qkv.layer_norm_weight", ("hidden",),
+         when=_attends),
+    Rule((f"{_BLOCK}.q_proj.weight", f"{_BLOCK}.k_proj.weight", f"{_BLOCK}.v_proj.weight"),
+         f"{_ATTENTION}.linear_qkv.weight", ("qkv", "hidden"), INTERLEAVED_QKV, "qkv", _attends),
+    Rule((), f"{_ATTENTION}.linear_qkv.bias", ("qkv",), partition="qkv", when=_attends),
+    Rule((f"{_BLOCK}.o_proj.weight",), f"{_ATTENTION}.linear_proj.weight", ("hidden", "attention"), partition="row",
+         when=_attends),
+    Rule((f"{_BLOCK}.o_proj.bias",), f"{_ATTENTION}.linear_proj.bias", ("hidden",), when=_attends),
+    Rule((f"{_LAYER}.temporal_pre_norm.weight",), f"{_RECURRENT}.linear_in.layer_norm_weight", ("hidden",),
+         when=_recurs),
+    Rule((f"{_BLOCK}.linear_x.weight", f"{_BLOCK}.linear_y.weight"), f"{_RECURRENT}.linear_in.weight",
+         ("twice", "hidden"), GATE_UP, "alone", _recurs),
+    Rule((f"{_BLOCK}.linear_x.bias", f"{_BLOCK}.linear_y.bias"), f"{_RECURRENT}.linear_in.bias", ("twice",), GATE_UP,
+         "alone", _recurs),
+    Rule((f"{_BLOCK}.linear_out.weight",), f"{_RECURRENT}.linear_out.weight", ("hidden", "hidden"), partition="alone",
+         when=_recurs),
+    Rule((f"{_BLOCK}.linear_out.bias",), f"{_RECURRENT}.linear_out.bias", ("hidden",), partition="alone",
+         when=_recurs),
+    Rule((f"{_BLOCK}.conv_1d.weight",), f"{_RECURRENT}.conv_1d.conv_1d.weight", ("hidden", "one", "kernel"),
+         partition="alone", when=_recurs),
+    Rule((f"{_BLOCK}.conv_1d.bias",), f"{_RECURRENT}.conv_1d.conv_1d.bias", ("hidden",), partition="alone",
+         when=_recurs),
+    Rule((f"{_LRU}.recurrent_param",), f"{_HUB_LRU}.a_param", ("hidden",), partition="alone", when=_recurs),
+    Rule((f"{_LRU}.input_gate_weight",), f"{_HUB_LRU}.input_gate.w", ("heads", "block", "block"), partition="alone",
+         when=_recurs),
+    Rule((f"{_LRU}.input_gate_bias",), f"{_HUB_LRU}.input_gate.b", ("heads", "block"), partition="alone",
+         when=_recurs),
+    Rule((f"{_LRU}.recurrent_gate_weight",), f"{_HUB_LRU}.a_gate.w", ("heads", "block", "block"), partition="alone",
+         when=_recurs),
+    Rule((f"{_LRU}.recurrent_gate_bias",), f"{_HUB_LRU}.a_gate.b", ("heads", "block"), partition="alone",
+         when=_recurs),
+    Rule((f"{_LAYER}.channel_pre_norm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
+    Rule((f"{_MLP}.gate_proj.weight", f"{_MLP}.up_proj.weight"), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"),
+         GATE_UP, "gate-up"),
+    Rule((f"{_MLP}.gate_proj.bias", f"{_MLP}.up_proj.bias"), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), GATE_UP,
+         "gate-up"),
+    Rule((f"{_MLP}.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+    Rule((f"{_MLP}.down_proj.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",)),
+    Rule(("model.final_norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary", when=_untied),
+)  # fmt: skip
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    blocks = reader.values.get("block_types", reader.values.get("_block_types"))
+    if blocks is not None and (not isinstance(blocks, (list, tuple)) or tuple(blocks) != _PERIOD):
+        raise MappingError(
+            "config.json's block_types is not that of NeMo's Griffin", expected=", ".join(_PERIOD),
+            found=repr(blocks)[:80],
+        )  # fmt: skip
+    for key, expected in (("conv1d_width", 4), ("attention_bias", False), ("lru_width", found["hidden_size"])):
+        value = reader.values.get(key)
+        if value is not None and value != expected:
+            raise MappingError(
+                f"config.json's {key} is not that of NeMo's Griffin", expected=expected, found=repr(value)[:80]
+            )
+    both = reader.integer("intermediate_size")
+    width = 3 * 2560 if both is None else both
+    if width % 2:
+        raise MappingError("config.json's intermediate_size is not possible", expected="an even number", found=width)
+    window = reader.integer("attention_window_size")
+    length = _WINDOW if window is None else window
+    if length < 1:
+        raise MappingError(
+            "config.json's attention_window_size is not possible", expected="a positive length", found=length
+        )
+    return {
+        "ffn_hidden_size": width // 2,  # transformers' class halves it
+        "window_size": (length - 1, 0),
+        "max_position_embeddings": reader.integer("max_position_embeddings") or _LENGTH,
+    }
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    length = config.max_position_embeddings
+    return {
+        "intermediate_size": 2 * config.ffn_hidden_size,
+        "attention_window_size": _LENGTH if config.window_size is None else window_length(config, notes),
+        "lru_width": config.hidden_size,
+        "conv1d_width": 4,
+        "block_types": list(_PERIOD),
+        **({} if length in (None, _LENGTH) else {"max_position_embeddings": length}),
+    }
+
+
+def _nemo1(config: ModelConfig) -> Mapping[str, Any]:
+    if not config.share_embeddings_and_output_weights:
+        raise MappingError(
+            "NeMo's Griffin has no output layer besides its embedding", expected="a tied model",
+            found="tie_word_embeddings false", remedy="convert to hf",
+        )  # fmt: skip
+    return {
+        "target": "nemo.collections.nlp.models.language_modeling.megatron_griffin_model.MegatronGriffinModel",
+        "vocab_size": config.rows,  # of which this class makes as many rows
+        "logits_soft_cap": config.final_logit_softcapping,
+        "gated_linear_unit": True,
+    }
+
+
+_NEMO1: Mapping[str, Any] = {
+    "activation": "geglu",
+    "openai_gelu": True,
+    "layernorm_zero_centered_gamma": True,
+    "rotary_percentage": 0.5,
+    "position_embedding_type": "rope",
+    "vocab_size": 256_000,
+    "final_logit_softcapping": lambda values: values.get("logits_soft_cap", 30.0),
+}
+
+FAMILY = Family(
+    name="recurrent-gemma",
+    title="RecurrentGemma (Griffin)",
+    rules=RULES,
+    ignorable=(
+        (f"{_BLOCK}.rotary_emb.inv_freq", "rope frequencies, which follow from the configuration"),
+        ("model.normalizer", "the square root of hidden_size"),
+    ),
+    traits={
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": True,
+        "activation": "gelu_tanh",
+        "gated_linear_unit": True,
+        "add_bias_linear": True,
+        "qk_layernorm": False,
+        "position_embedding_type": "rope",
+        "rotary_interleaved": False,
+    },
+    recognise=lambda config: config.rotary_percent != 1.0 and config.window_size is not None,
+    megatron=False,
+    nemo1_keys=_nemo1,
+    nemo1_classes={"MegatronGriffinModel": _NEMO1},
+    dimensions={
+        "twice": lambda config: 2 * config.hidden_size,
+        "kernel": lambda config: 4,
+        "heads": lambda config: config.num_attention_heads,
+        "block": lambda config: config.hidden_size // config.num_attention_heads,
+    },
+    hugging_face=HuggingFace(
+        model_types=("recurrent_gemma",),
+        architectures=("RecurrentGemmaForCausalLM",),
+        defaults={
+            "vocab_size": 256000,
+            "hidden_size": 2560,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 10,
+            "rms_norm_eps": 1e-6,
+            "logits_soft_cap": 30.0,
+            "tie_word_embeddings": True,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+        fields=(
+            *(
+                entry
+                for entry in COMMON
+                if entry.hub not in ("ffn_hidden_size", "kv_channels", "max_position_embeddings", "init_method_std")
+            ),
+            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            Field("final_logit_softcapping", "logits_soft_cap", "number"),
+        ),
+        rotary_percent=0.5,
+        attention_bias=None,
+        activation_key="hidden_activation",
+        read=_read,
+        write=_write,
+        keys=frozenset({
+            "block_types", "_block_types", "conv1d_width", "lru_width", "intermediate_size", "attention_window_size",
+            "sliding_window", "max_position_embeddings",
+        }),
+    ),
+)  # fmt: skip
