@@ -213,19 +213,8 @@ GRIFFIN = {
     "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
 
-GRIFFIN = {
-    "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4,
-    "num_key_value_heads": 1, "attention_window_size": 8, "logits_soft_cap": 3.0, "vocab_size": 64, "bos_token_id": 2,
-    "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
-
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
-NEMO_1_ALONE = {
-    **NO_NEMO_2,
-    "megatron-core": "Megatron-Core has no models of family",
-    "megatron-lm": "Megatron-Core has no models of family",
-}
 NEMO_1_ALONE = {
     **NO_NEMO_2,
     "megatron-core": "Megatron-Core has no models of family",
@@ -355,17 +344,6 @@ PROOFS: dict[str, Proof] = {
     "qwen2-moe": proof(fixture("qwen2_moe", NO_NEMO_2)),
     "qwen3": proof(fixture("qwen3"), tiny("qwen3-tied", "qwen3", **_WIDE, tie_word_embeddings=True)),
     "qwen3-moe": proof(fixture("qwen3_moe")),
-    "recurrent-gemma": proof(
-        tiny("recurrent-gemma", "recurrent_gemma", NEMO_1_ALONE, **GRIFFIN),
-        tiny(
-            "recurrent-gemma-heads",
-            "recurrent_gemma",
-            {**NEMO_1_ALONE, "nemo": "no output layer besides its embedding"},
-            **{**GRIFFIN, "num_key_value_heads": 4, "num_hidden_layers": 3},
-            tie_word_embeddings=False,
-        ),
-        note="NeMo 1 alone has such models; its kernels need a GPU",
-    ),
     "recurrent-gemma": proof(
         tiny("recurrent-gemma", "recurrent_gemma", NEMO_1_ALONE, **GRIFFIN),
         tiny(
