@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from anyckpt.engine.blocks import Block, LatePart, cut
-from anyckpt.engine.checksum import chunk_digest, chunk_digests, crc32, join_crc32, join_digests
+from anyckpt.engine.blocks import CHUNK_BYTES, Block, LatePart, cut
+from anyckpt.engine.checksum import chunk_digests, join_crc32, join_digests
 from anyckpt.engine.commit import BlockRecord, Staging
 from anyckpt.engine.files import BlockBuffer, BlockFile, write_error
+from anyckpt.engine.filling import Filling, built, fill_together
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import Manifest, ManifestEntry, beside, read_manifest
-from anyckpt.engine.plan import MANIFEST_NAME, Computed, Literal, OutputFile, Plan, SourceData, TensorData
+from anyckpt.engine.plan import MANIFEST_NAME, Computed, Plan, TensorData
+from anyckpt.engine.together import MOST_TOGETHER, Gang, gangs
 from anyckpt.errors import AnyckptError, FormatError, OutputError, UsageError
 from anyckpt.storage import source as sources
+from anyckpt.storage.gather import SCRATCH_BYTES
 
 DEFAULT_MEMORY = 96 << 20
 """Bytes for blocks in flight; the interpreter and its libraries take some 50 MB besides."""
@@ -93,7 +96,7 @@ def execute(
     if resume and not overwrite and _is_done(destination, identity):
         return _report(plan, destination, 0, time.monotonic() - started, plan.nbytes)
     staging = Staging(destination, identity, resume=resume, overwrite=overwrite)
-    run = _Run(plan, identity, staging, count, progress)
+    run = _Run(plan, identity, staging, count, memory, progress)
     try:
         manifest = run.write_everything()
         staging.commit(manifest, None if plan.is_directory else beside(destination))
@@ -161,11 +164,14 @@ def peak_rss_bytes() -> int:
 class _Run:
     """The state of one execution."""
 
-    def __init__(self, plan: Plan, identity: str, staging: Staging, workers: int, progress: Progress | None) -> None:
+    def __init__(
+        self, plan: Plan, identity: str, staging: Staging, workers: int, memory: int, progress: Progress | None
+    ) -> None:
         self._plan = plan
         self._identity = identity
         self._staging = staging
         self._workers = workers
+        self._together = min(MOST_TOGETHER, max(1, (memory // workers - 2 * SCRATCH_BYTES) // CHUNK_BYTES))
         self._progress = progress
         self._lock = threading.Lock()
         self._records: dict[tuple[int, int], BlockRecord] = dict(staging.finished)
@@ -249,7 +255,8 @@ class _Run:
         return entries
 
     def _run_workers(self, blocks: Sequence[Block], files: _OpenOutputs) -> None:
-        waiting: Iterator[Block] = iter([b for b in blocks if (b.file, b.offset) not in self._staging.finished])
+        due = [b for b in blocks if (b.file, b.offset) not in self._staging.finished]
+        waiting = gangs(self._plan.files, due, self._together)
         threads = [
             threading.Thread(target=self._work, args=(waiting, files), name=f"anyckpt-{i}", daemon=True)
             for i in range(self._workers)
@@ -271,62 +278,48 @@ class _Run:
                 self._sync_quietly(files)
             raise self._failure
 
-    def _work(self, waiting: Iterator[Block], files: _OpenOutputs) -> None:
-        buffer = BlockBuffer()
+    def _work(self, waiting: Iterator[Gang], files: _OpenOutputs) -> None:
+        buffers: list[BlockBuffer] = []
         while not self._stop.is_set():
             with self._lock:
-                block = next(waiting, None)
-            if block is None:
+                gang = next(waiting, None)
+            if gang is None:
                 return
             try:
-                record = self._write_block(block, buffer, files)
-                with self._lock:
-                    self._records[block.file, block.offset] = record
-                    self._unsynced[block.file, block.offset] = record
-                    self._since_sync += block.nbytes
-                    due = self._since_sync >= _SYNC_EVERY
+                buffers += [BlockBuffer() for _ in range(len(gang.blocks) - len(buffers))]
+                for block, record in self._written(gang, buffers, files):
+                    with self._lock:
+                        self._records[block.file, block.offset] = record
+                        self._unsynced[block.file, block.offset] = record
+                        self._since_sync += block.nbytes
+                        due = self._since_sync >= _SYNC_EVERY
+                        if due:
+                            self._since_sync = 0
                     if due:
-                        self._since_sync = 0
-                if due:
-                    self._sync(files)
-                self._advance(block.nbytes)
+                        self._sync(files)
+                    self._advance(block.nbytes)
             except BaseException as error:
                 with self._lock:
                     self._failure = self._failure or error
                 self._stop.set()
                 return
 
-    def _write_block(self, block: Block, buffer: BlockBuffer, files: _OpenOutputs) -> BlockRecord:
-        file = self._plan.files[block.file]
-        wanted = self._wanted_crcs[block.file]
-        record = BlockRecord()
-        memory = buffer.at(block.offset, block.nbytes)
-        here: dict[int, int] = {}
-        position = 0
-        for piece in block.pieces:
-            length = piece.stop - piece.start
-            out = memory[position : position + length]
-            position += length
-            part = file.parts[piece.part]
-            if isinstance(part, Literal):
-                out[:] = memoryview(part.data)[piece.start : piece.stop]
-            elif isinstance(part, SourceData):
-                part.source.read_into(piece.start, out)
-            elif isinstance(part, TensorData):
-                try:
-                    itemsize = part.tensor.dtype.itemsize
-                    part.tensor.read_flat(piece.start // itemsize, out.view(part.tensor.dtype.raw))
-                except AnyckptError as error:
-                    error.tensor = error.tensor or part.name
-                    raise
-            else:
-                out[:] = memoryview(_built(file, part, [here.get(i, 0) for i in part.parts]))
-            if piece.part in wanted:
-                here[piece.part] = crc32(out)
-                record.crcs.append((piece.part, piece.start, here[piece.part], length))
-            record.digests.append((piece.part, piece.start, chunk_digest(out)))
-        files.get(block.file).write(block.offset, memory)
-        return record
+    def _written(
+        self, gang: Gang, buffers: Sequence[BlockBuffer], files: _OpenOutputs
+    ) -> Iterator[tuple[Block, BlockRecord]]:
+        """Fill and write a gang's blocks; each with its record when it is written."""
+        filling = [
+            Filling(block, self._plan.files[block.file], buffer.at(block.offset, block.nbytes))
+            for block, buffer in zip(gang.blocks, buffers, strict=False)
+        ]
+        for number, shared in enumerate(gang.shared):
+            if shared:
+                fill_together(filling, number)
+            for one in filling:
+                one.finish_piece(number, filled=shared, wanted=self._wanted_crcs[one.block.file])
+        for one in filling:
+            files.get(one.block.file).write(one.block.offset, one.memory)
+            yield one.block, one.record
 
     def _finish_file(
         self, number: int, blocks: Sequence[Block], late: Sequence[LatePart], files: _OpenOutputs
@@ -347,7 +340,7 @@ class _Run:
         for item in late:
             computed = file.parts[item.part]
             assert isinstance(computed, Computed)
-            data = _built(file, computed, [join_crc32(crcs.get(i, {})) for i in computed.parts])
+            data = built(file, computed, [join_crc32(crcs.get(i, {})) for i in computed.parts])
             _write_bytes(target, item.offset, data, buffer)
             digests[item.part] = chunk_digests(data)
         entries = []
@@ -410,19 +403,6 @@ class _OpenOutputs:
     def close_all(self) -> None:
         for file in self._open.values():
             file.close()
-
-
-def _built(file: OutputFile, part: Computed, crcs: Sequence[int]) -> bytes:
-    data = part.build(crcs)
-    if len(data) != part.nbytes:
-        raise OutputError(
-            "a computed part has another length than planned",
-            path=file.path,
-            expected=part.nbytes,
-            found=len(data),
-            remedy="report this as a bug in the format's plan",
-        )
-    return data
 
 
 def _write_bytes(target: BlockFile, offset: int, data: bytes, buffer: BlockBuffer) -> None:

@@ -19,6 +19,7 @@ from anyckpt.engine.blocks import CHUNK_BYTES
 from anyckpt.errors import OutputError
 
 PAGE = 4096
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _DIRECT_MINIMUM = 1 << 20
 
 

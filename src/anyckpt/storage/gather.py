@@ -18,7 +18,7 @@ from anyckpt.storage.source import ByteSource
 SCRATCH_BYTES = 4 << 20
 """Size of one scratch buffer; a thread holds about as many as an expression has computing nodes on one path."""
 
-_LONG_RUN = 64 << 10  # runs of this length are read one by one: asking costs less than the bytes between them
+LONG_RUN = 64 << 10  # runs of this length are read one by one: asking costs less than the bytes between them
 _SPARSE = 8  # shorter runs are read in a covering span while at least one byte in eight of it is wanted
 _SHORT_RUN = 4 << 10  # a run shorter than this costs more to ask for than any span
 
@@ -38,6 +38,22 @@ def scratch(nbytes: int) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
     finally:
         if buffer.nbytes <= 2 * SCRATCH_BYTES:
             free.append(buffer)
+
+
+@contextmanager
+def read_ahead(source: ByteSource, start: int, stop: int) -> Iterator[None]:
+    """Bytes ``[start, stop)`` are read once; within, this thread's ``gather`` of any of them reads nothing.
+
+    Raises:
+        FormatError: the source does not have these bytes.
+    """
+    with scratch(stop - start) as buffer:
+        source.read_into(start, buffer)
+        _local.ahead = (source, start, buffer)
+        try:
+            yield
+        finally:
+            _local.ahead = None
 
 
 def gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.ndarray[Any, Any]) -> None:
@@ -66,19 +82,20 @@ def _gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.n
     """As ``gather``, with axes ordered by falling stride and none of length one."""
     itemsize = out.itemsize
     span = itemsize + sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True))
+    ahead = getattr(_local, "ahead", None)
+    if ahead is not None and ahead[0] is source and ahead[1] <= offset and offset + span <= ahead[1] + len(ahead[2]):
+        _copy_from(ahead[2][offset - ahead[1] :], strides, out)
+        return
     if span == out.nbytes and out.flags.c_contiguous and (not strides or strides[-1] == itemsize):
         source.read_into(offset, out.reshape(-1).view(np.uint8))
         return
     run = _contiguous_run(out.shape, strides, itemsize)
     together = span <= out.nbytes + out.nbytes // 4
-    dense = together or (run < _LONG_RUN and (run < _SHORT_RUN or span <= _SPARSE * out.nbytes))
+    dense = together or (run < LONG_RUN and (run < _SHORT_RUN or span <= _SPARSE * out.nbytes))
     if dense and span <= SCRATCH_BYTES:
         with scratch(span) as buffer:
             source.read_into(offset, buffer)
-            spread = np.lib.stride_tricks.as_strided(
-                buffer[:itemsize].view(out.dtype), out.shape, strides, writeable=False
-            )
-            np.copyto(out, spread)
+            _copy_from(buffer, strides, out)
         return
     rows = 1
     if dense and strides[0]:
@@ -94,6 +111,12 @@ def _gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.n
             _gather(source, offset + start * strides[0], strides[1:], part[0, ...])
         else:
             _gather(source, offset + start * strides[0], strides, part)
+
+
+def _copy_from(buffer: np.ndarray[Any, Any], strides: tuple[int, ...], out: np.ndarray[Any, Any]) -> None:
+    """Fill ``out`` with the elements that begin at these bytes and lie ``strides`` apart, which are all there."""
+    first = buffer[: out.itemsize].view(out.dtype)
+    np.copyto(out, np.lib.stride_tricks.as_strided(first, out.shape, strides, writeable=False))
 
 
 def _contiguous_run(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:

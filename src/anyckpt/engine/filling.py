@@ -1,0 +1,95 @@
+"""Filling blocks with what their pieces are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from anyckpt.engine.blocks import Block
+from anyckpt.engine.checksum import chunk_digest, crc32
+from anyckpt.engine.commit import BlockRecord
+from anyckpt.engine.files import Bytes
+from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, SourceData, TensorData
+from anyckpt.engine.together import read_together
+from anyckpt.errors import AnyckptError, OutputError
+from anyckpt.tensor import Stored
+
+
+class Filling:
+    """A block while it is filled, piece by piece."""
+
+    def __init__(self, block: Block, file: OutputFile, memory: Bytes) -> None:
+        self.block = block
+        self.file = file
+        self.memory = memory
+        self.record = BlockRecord()
+        self._crcs: dict[int, int] = {}
+        self._position = 0
+
+    def part(self, number: int) -> Part:
+        return self.file.parts[self.block.pieces[number].part]
+
+    def out(self, number: int) -> Bytes:
+        """Where the next piece goes."""
+        piece = self.block.pieces[number]
+        return self.memory[self._position : self._position + piece.stop - piece.start]
+
+    def finish_piece(self, number: int, *, filled: bool, wanted: set[int]) -> None:
+        """Fill a piece unless it is, and note its checksums; pieces come in order."""
+        piece, part, out = self.block.pieces[number], self.part(number), self.out(number)
+        if filled:
+            pass
+        elif isinstance(part, Literal):
+            out[:] = memoryview(part.data)[piece.start : piece.stop]
+        elif isinstance(part, SourceData):
+            part.source.read_into(piece.start, out)
+        elif isinstance(part, TensorData):
+            with _naming(part):
+                itemsize = part.tensor.dtype.itemsize
+                part.tensor.read_flat(piece.start // itemsize, out.view(part.tensor.dtype.raw))
+        else:
+            out[:] = memoryview(built(self.file, part, [self._crcs.get(i, 0) for i in part.parts]))
+        self._position += len(out)
+        if piece.part in wanted:
+            self._crcs[piece.part] = crc32(out)
+            self.record.crcs.append((piece.part, piece.start, self._crcs[piece.part], len(out)))
+        self.record.digests.append((piece.part, piece.start, chunk_digest(out)))
+
+
+def fill_together(filling: Sequence[Filling], number: int) -> None:
+    """Fill a piece of every block, columns of the same rows."""
+    parts = [one.part(number) for one in filling]
+    tensors = [part.tensor for part in parts if isinstance(part, TensorData) and isinstance(part.tensor, Stored)]
+    start = filling[0].block.pieces[number].start // tensors[0].dtype.itemsize
+    first = parts[0]
+    assert isinstance(first, TensorData)
+    with _naming(first):
+        read_together(tensors, start, [one.out(number).view(tensors[0].dtype.raw) for one in filling])
+
+
+@contextmanager
+def _naming(part: TensorData) -> Iterator[None]:
+    """Errors say which tensor they are about."""
+    try:
+        yield
+    except AnyckptError as error:
+        error.tensor = error.tensor or part.name
+        raise
+
+
+def built(file: OutputFile, part: Computed, crcs: Sequence[int]) -> bytes:
+    """A computed part's bytes.
+
+    Raises:
+        OutputError: they are not as many as planned.
+    """
+    data = part.build(crcs)
+    if len(data) != part.nbytes:
+        raise OutputError(
+            "a computed part has another length than planned",
+            path=file.path,
+            expected=part.nbytes,
+            found=len(data),
+            remedy="report this as a bug in the format's plan",
+        )
+    return data
