@@ -16,9 +16,11 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
 from anyckpt.formats import nemo
+from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import Model
 from anyckpt.models.dialects import detect
+from anyckpt.operations.recut import LayoutRequest
 from anyckpt.tensor import LazyTensor
 
 OWN = (
@@ -73,6 +75,38 @@ def test_a_nemo_file_of_own_modules_to_hugging_face(name: str, apart: bool, tmp_
     assert nemo.FORMAT.plan is not None
     write_plan(nemo.FORMAT.plan(theirs, WriteOptions()), tmp_path / "own.nemo")
     anyckpt.convert(tmp_path / "own.nemo", tmp_path / "hf", to="hf")
+    assert facts(anyckpt.open(tmp_path / "hf").tensors) == facts(source.tensors)
+
+
+@pytest.mark.parametrize("name", ["baichuan2-alibi", "mpt"])
+def test_what_only_own_modules_have_is_written_for_them(name: str, tmp_path: Path) -> None:
+    """Alibi, which Megatron-Core has not."""
+    source, model = opened(name)
+    assert FORMAT.plan is not None
+    write_plan(FORMAT.plan(source, WriteOptions()), tmp_path / "hf")
+    anyckpt.convert(tmp_path / "hf", tmp_path / "own.nemo", to="nemo")
+    found = anyckpt.open(tmp_path / "own.nemo")
+    assert facts(found.tensors) == facts(own_names(models.to_hub(source, model).tensors, apart=False))
+    assert (found.config["mcore_gpt"], found.config["position_embedding_type"]) == (False, "alibi")
+    for given in ({"sharded": True}, {"layout": LayoutRequest(tensor_parallel=2)}):
+        with pytest.raises(MappingError, match="NeMo 1 has alibi only in its own modules"):
+            anyckpt.convert(tmp_path / "hf", tmp_path / "core.nemo", to="nemo", **given)  # type: ignore[arg-type]
+
+
+def test_names_and_configuration_agree_on_megatron_core(tmp_path: Path) -> None:
+    source, model = opened("llama")
+    config = {**models.render_config(model, "nemo1"), "mcore_gpt": False}
+    own = own_names(models.to_hub(source, model).tensors, apart=False)
+    theirs = replace(with_weights(source, own, "nemo-flat"), config=config, config_kind="nemo1", artifacts={})
+    assert nemo.FORMAT.plan is not None
+    write_plan(nemo.FORMAT.plan(theirs, WriteOptions()), tmp_path / "own.nemo")
+    anyckpt.convert(tmp_path / "own.nemo", tmp_path / "same.nemo", to="nemo")
+    same = anyckpt.open(tmp_path / "same.nemo")
+    assert (set(same.tensors), same.config["mcore_gpt"]) == (set(own), False)
+    anyckpt.convert(tmp_path / "own.nemo", tmp_path / "core.nemo", to="nemo", layout=LayoutRequest(tensor_parallel=2))
+    core = anyckpt.open(tmp_path / "core.nemo")
+    assert core.config["mcore_gpt"] is True
+    anyckpt.convert(tmp_path / "core.nemo", tmp_path / "hf", to="hf")
     assert facts(anyckpt.open(tmp_path / "hf").tensors) == facts(source.tensors)
 
 

@@ -117,12 +117,12 @@ def test_two_kinds_of_positions() -> None:
         assert again.config == replace(model.config, extra=again.config.extra)
     for kind in ("nemo1", "megatron-args", "nemo2"):
         if kind == "nemo1":
-            assert "computes without positions" in notes_of(alibi, kind)
-            assert model_of(models.render_config(alibi, kind)).config.position_embedding_type == "alibi"
+            rendered = models.render_config(alibi, kind)
+            assert (rendered["mcore_gpt"], rendered["transformer_engine"]) == (False, False)
+            assert model_of(rendered).config.position_embedding_type == "alibi"
         else:
             with pytest.raises(MappingError, match="no such position embedding"):
                 models.render_config(alibi, kind)
-        assert "computes without positions" not in notes_of(rope, kind)
         again = model_of(models.render_config(rope, kind))
         assert (again.family, again.config.position_embedding_type) == ("baichuan", "rope")
         assert again.config.layernorm_epsilon == 1e-6
@@ -242,7 +242,6 @@ def test_mpt() -> None:
     rendered = models.render_config(model, "hf")
     assert rendered["attn_config"] == MPT["attn_config"]
     assert (rendered["expansion_ratio"], rendered["architectures"]) == (4, ["MptForCausalLM"])
-    assert "computes without positions" in notes_of(model, "nemo1")
     again = model_of(models.render_config(model, "nemo1"))
     assert (again.family, again.config.ffn_hidden_size) == ("mpt", 128)
     assert models.render_config(again, "hf")["attn_config"] == {"alibi": True}

@@ -15,6 +15,7 @@ from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, r
 from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.models.config_encoders import is_encoder_decoder, parse_encoders, render_encoders, sections, with_encoder
 from anyckpt.models.family import Family, NeMo2
+from anyckpt.models.own_modules import has_own_modules
 from anyckpt.models.scaling import from_factors, to_factors
 
 _SHARED = (
@@ -184,7 +185,7 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
             found=f"{'gated ' if config.gated_linear_unit else ''}{config.activation}",
         )  # fmt: skip
     rendered: dict[str, Any] = {
-        "mcore_gpt": True,
+        "mcore_gpt": not has_own_modules(config),
         "micro_batch_size": 1,
         "global_batch_size": 1,
         "tensor_model_parallel_size": 1,
@@ -204,7 +205,7 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         "apply_query_key_layer_scaling": False,
         "transformer_block_type": "pre_ln",
         "seq_len_interpolation_factor": interpolation,
-        "transformer_engine": True,
+        "transformer_engine": not has_own_modules(config),
         "megatron_amp_O2": False,
         "precision": {"bfloat16": "bf16", "float16": 16}.get(config.dtype or "", 32),
         "hf_model_type": family.hugging_face.model_types[0],

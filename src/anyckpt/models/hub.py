@@ -19,6 +19,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models import dialects
 from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig, padded
 from anyckpt.models.family import Family
+from anyckpt.models.own_modules import has_own_modules, own_names
 from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names, stored_name, stored_names
 from anyckpt.models.wrappers import unwrapped
@@ -189,6 +190,8 @@ def from_hub(hub: Hub, dialect: str) -> Named:
     }
     if dialect != "hf":
         numbered = config.heterogeneous_blocks is not None
+        if dialect == "nemo-flat" and has_own_modules(config):
+            resized = own_names(resized)
         named = dialects.from_hub_names(resized, dialect, numbered=numbered)
         prefix = definition.prefixes.get(dialect)
         if prefix is not None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from anyckpt.errors import MappingError
+from anyckpt.models.config import ModelConfig
 from anyckpt.tensor import LazyTensor, concatenate
 
 EVIDENCE = r"language_model\.(?:embedding\.)?word_embeddings\.weight"
@@ -28,7 +29,27 @@ _INSIDE = (
     ("mlp.dense_h_to_4h.", "mlp.linear_fc1."),
     ("mlp.dense_4h_to_h.", "mlp.linear_fc2."),
 )
+_FUSED = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("post_attention_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
 _UP = re.compile(r"(.+\.mlp\.dense_h_to_4h)_2\.(weight|bias)")
+
+
+def has_own_modules(config: ModelConfig) -> bool:
+    """Whether NeMo 1 has the model only in its own modules: Megatron-Core has no alibi."""
+    return config.position_embedding_type == "alibi"
+
+
+def own_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The hub's tensors of a decoder under the names of own modules, with gated MLPs whole (``fast-swiglu``)."""
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        rest = name.replace("decoder.", "encoder.", 1)
+        for own, core in _FUSED + _INSIDE:
+            rest = rest.replace(core, own, 1)
+        result[f"language_model.{rest}"] = tensor
+    return result
 
 
 def core_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Part, Plan
-from anyckpt.errors import FormatError, UsageError
+from anyckpt.errors import FormatError, MappingError, UsageError
 from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.megatron_lm.modules import with_extra_states, with_second_names
 from anyckpt.formats.megatron_lm.names import part_norms
@@ -36,6 +36,7 @@ from anyckpt.storage.source import ByteSource
 _FLAT_EXTRA = re.compile(r"(^|\.)_extra_state$")
 _SHARDED_EXTRA = re.compile(r"^model\..*_extra_state/shard_[\d._]+$")
 _NO_PLACE = "a .nemo holds weights only"
+_OF_CORE = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.")
 _NO_ARTIFACT = "its configuration does not refer to it"
 
 
@@ -68,6 +69,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         canonical = any("_unfused_" in name for name in checkpoint.tensors)
         config["peft"] = adapter_section(checkpoint.adapter, canonical)
     states = _rank_states(checkpoint, config, notes) if checkpoint.ranks else {}
+    if any(_OF_CORE.match(name) for name in checkpoint.tensors):
+        _set_core(config, notes, checkpoint.path)
 
     archive = ArchiveWriter()
     archive.add_directory(".")
@@ -129,6 +132,24 @@ def _complete(config: dict[str, Any], notes: list[str]) -> None:
         config["nemo_version"] = NEMO_VERSION
 
 
+def _set_core(config: dict[str, Any], notes: list[str], path: str) -> None:
+    """Say that names are Megatron-Core's, as those of ranks and of distributed checkpoints always are.
+
+    Raises:
+        MappingError: Megatron-Core has no such model.
+    """
+    if not is_megatron_config(config) or uses_megatron_core(config):
+        return
+    if config.get("position_embedding_type") == "alibi":
+        raise MappingError(
+            "NeMo 1 has alibi only in its own modules, of which flat .nemo files are written", path=path,
+            expected="whole tensors", found="ranks or a distributed checkpoint",
+            remedy="leave --sharded, --tp and --pp out",
+        )  # fmt: skip
+    config["mcore_gpt"] = True
+    notes.append("names are Megatron-Core's: mcore_gpt is set to true")
+
+
 def _rank_states(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
     """Folder -> state dict of each rank; the configuration is changed to describe the layout.
 
@@ -148,9 +169,7 @@ def _rank_states(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str
     )
     if config.get("virtual_pipeline_model_parallel_size") is not None:
         config["virtual_pipeline_model_parallel_size"] = None
-    if is_megatron_config(config) and not uses_megatron_core(config):
-        config["mcore_gpt"] = True
-        notes.append("names are Megatron-Core's: mcore_gpt is set to true")
+    _set_core(config, notes, checkpoint.path)
     local = checkpoint.details.get("local_norms", not config.get("transformer_engine"))
     states: dict[str, dict[str, Any]] = {}
     for shard in sorted(checkpoint.ranks, key=lambda shard: (shard.tensor_rank, shard.pipeline_rank)):

@@ -1,8 +1,8 @@
-"""What families share whose code is not transformers', or whose positions are not Megatron-Core's."""
+"""What families share whose code is not transformers'."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.models.config import ModelConfig
@@ -23,12 +23,3 @@ def remote_code(
         return {}
     notes.append(f"transformers has no class of its own for this family: put the *.py files of {repository} beside it")
     return {"auto_map": dict(classes)}
-
-
-def alibi_caveats(config: ModelConfig, kind: str) -> Iterator[str]:
-    """Megatron-Core has no alibi, and builds a model without any positions if it is asked for one in NeMo 1."""
-    if kind == "nemo1" and config.position_embedding_type == "alibi":
-        yield (
-            "Megatron-Core has no alibi, which only NeMo 1's own layers (mcore_gpt: false, with names of their own) "
-            "have: the weights are right, but a stock model of this configuration computes without positions"
-        )

@@ -1,4 +1,4 @@
-"""Baichuan 2 (and 1): Llama with query, key and value in one matrix; 7B with rope, 13B with alibi.
+"""Baichuan 2 (and 1): Llama with query, key and value in one matrix; 7B with rope, 13B with alibi (NeMo 1 alone).
 
 The output layer of Baichuan 2 divides each of its rows by its length before it uses them (``NormHead`` of
 ``modeling_baichuan.py``).  Megatron's does not, so the hub has the rows as they are used, and equal logits; NVIDIA's
@@ -18,7 +18,7 @@ from typing import Any
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
-from anyckpt.models.families.apart import alibi_caveats, remote_code
+from anyckpt.models.families.apart import remote_code
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.rules import CONCATENATED_QKV, Rule
 from anyckpt.models.unit_rows import UnitRows
@@ -104,5 +104,4 @@ FAMILY = Family(
         },
         choose=lambda config: "Baichuan2Config7B" if config.hidden_size == 4096 else "Baichuan2Config",
     ),
-    caveats=alibi_caveats,
 )

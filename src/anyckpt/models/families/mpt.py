@@ -2,7 +2,7 @@
 
 transformers 5.23 computes the same logits with what comes back, and so does attention with the hub's interleaved rows.
 NeMo 1's converter only renames that matrix, so that its heads are mixed up.  Megatron's norms have biases, which are
-zeros here.  Only NeMo 1's own layers have alibi.
+zeros here.  Only NeMo 1's own modules have alibi.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import llama
-from anyckpt.models.families.apart import alibi_caveats
 from anyckpt.models.family import Family, HuggingFace
 from anyckpt.models.rules import CONCATENATED_QKV, Rule
 
@@ -121,5 +120,4 @@ FAMILY = Family(
         write=_write,
         keys=frozenset({"expansion_ratio"}),
     ),
-    caveats=alibi_caveats,
 )
