@@ -255,7 +255,9 @@ def test_mpt() -> None:
 
 def test_what_mpts_attention_is_besides_is_said_to_be_lost() -> None:
     clipped = model_of({**MPT, "attn_config": {**MPT["attn_config"], "clip_qkv": 6}})  # type: ignore[dict-item]
-    assert "attn_config" in notes_of(clipped, "nemo1")
+    assert "attn_config's clip_qkv of 6 has no place there" in notes_of(clipped, "nemo1")
+    assert notes_of(clipped, "hf") == ""
+    assert notes_of(model_of(MPT), "nemo1") == ""
     assert models.render_config(clipped, "hf")["attn_config"]["clip_qkv"] == 6
 
 
@@ -267,6 +269,7 @@ def test_what_mpts_attention_is_besides_is_said_to_be_lost() -> None:
         ({"attn_config": {"attn_type": "multiquery_attention"}}, "attn_type is not that of the family"),
         ({"attn_config": {"softmax_scale": 0.5}}, "softmax_scale is not that of the family"),
         ({"attn_config": []}, "attn_config is of the wrong type"),
+        ({"norm_type": "low_precision_rmsnorm"}, "norm_type is not that of the family"),
         ({"no_bias": False}, "no_bias is not that of the family"),
         ({"logit_scale": "inv_sqrt_d_model"}, "logit_scale is not that of the family"),
         ({"expansion_ratio": 0}, "ffn_hidden_size is not possible"),

@@ -60,7 +60,9 @@ WITHOUT_MEANING = {
     "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "cache_implementation",
     "classifier_dropout", "summary_type", "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout",
     "summary_activation", "task_specific_params", "is_decoder", "n_ctx", "attention_softmax_in_fp32",
-    "scale_attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32", "apply_query_key_layer_scaling", "bias_dropout_fusion", "gradient_checkpointing",
+    "tokenizer_class", "tokenizer_name", "init_device", "init_config", "embedding_fraction", "learned_pos_emb",
+    "attn_config", "verbose",
 }  # fmt: skip
 """Keys that say nothing about the model itself."""
 

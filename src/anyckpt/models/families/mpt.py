@@ -7,7 +7,7 @@ zeros here.  Only NeMo 1's own modules have alibi.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anyckpt.errors import MappingError
@@ -20,6 +20,8 @@ _LAYER = "transformer.blocks.*"
 _HUB = "decoder.layers.*"
 _ATTENTION = {"attn_type": "multihead_attention", "qk_ln": False, "prefix_lm": False, "softmax_scale": None}
 _MODEL = {"no_bias": True, "logit_scale": None}
+_NORMS = ("low_precision_layernorm", "layernorm")
+_UNSAID = {"clip_qkv": None, "alibi_bias_max": 8}
 
 RULES = (
     Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
@@ -52,6 +54,9 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
                 raise MappingError(
                     f"config.json's {key} is not that of the family", expected=value, found=repr(part.values[key])[:80]
                 )
+    norm = reader.text("norm_type")
+    if norm not in (None, *_NORMS):
+        raise MappingError("config.json's norm_type is not that of the family", expected=_NORMS[0], found=norm)
     ratio = reader.integer("expansion_ratio")
     return {"ffn_hidden_size": found["hidden_size"] * (4 if ratio is None else ratio)}
 
@@ -64,11 +69,20 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
             expected="a multiple of hidden_size for ffn_hidden_size, and alibi",
             found=f"{config.ffn_hidden_size} and {config.position_embedding_type}",
         )
-    attention = config.extra.get("hf", {}).get("attn_config")
-    return {
-        "expansion_ratio": ratio,
-        "attn_config": {"alibi": True, **(attention if isinstance(attention, Mapping) else {})},
-    }
+    return {"expansion_ratio": ratio, "attn_config": {"alibi": True, **_attention(config)}}
+
+
+def _attention(config: ModelConfig) -> Mapping[str, Any]:
+    """What the source says of attention besides what the hub's configuration has."""
+    stated = config.extra.get("hf", {}).get("attn_config")
+    return stated if isinstance(stated, Mapping) else {}
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    for key, usual in _UNSAID.items():
+        value = _attention(config).get(key, usual)
+        if kind != "hf" and value != usual:
+            yield f"attn_config's {key} of {value} has no place there: the target's layers compute with {usual}"
 
 
 FAMILY = Family(
@@ -113,11 +127,12 @@ FAMILY = Family(
             Field("eos_token_id", "eos_token_id", "tokens", None),
             Field("pad_token_id", "pad_token_id", "tokens", None),
         ),
-        constants=_MODEL,
+        constants={**_MODEL, "norm_type": _NORMS[0]},
         attention_bias=None,
         activation_key=None,
         read=_read,
         write=_write,
         keys=frozenset({"expansion_ratio"}),
     ),
+    caveats=_caveats,
 )
