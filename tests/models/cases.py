@@ -36,7 +36,9 @@ class Case:
 
     def padded(self) -> Model:
         """The model with the vocabulary padding that the fixture's Megatron tensors have."""
-        return replace(self.model, config=replace(self.model.config, padded_vocab_size=self.meta["padded_vocab_size"]))
+        return replace(
+            self.model, config=replace(self.model.config, padded_vocab_size=self.meta.get("padded_vocab_size"))
+        )
 
     def hub(self) -> Hub:
         return models.to_hub(self.checkpoint, self.model)

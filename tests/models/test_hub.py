@@ -32,22 +32,6 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_hub_is_megatron_core_bit_for_bit(name: str) -> None:
-    case = open_case(name)
-    hub = case.hub()
-    assert hub.ignored == {}
-    assert set(hub.tensors) == set(case.megatron)
-    out = models.from_hub(replace(hub, model=case.padded()), "hub")
-    assert facts(out.tensors) == facts(case.megatron)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_back_to_the_original_bytes(name: str) -> None:
-    case = open_case(name)
-    assert facts(models.from_hub(case.hub(), "hf").tensors) == facts(case.checkpoint.tensors)
-
-
 @pytest.mark.parametrize("dialect", MEGATRON_DIALECTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_through_each_dialect_and_back(name: str, dialect: str) -> None:

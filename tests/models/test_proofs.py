@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from tests.models.cases import facts, with_weights
-from tests.models.proofs import PROOFS, Opened, samples
+from tests.models.cases import facts, open_case, with_weights
+from tests.models.proofs import PROOFS, Fixture, Opened, samples
 
 from anyckpt import models
 from anyckpt.errors import MappingError
@@ -17,6 +17,7 @@ from anyckpt.models import Hub, families
 from anyckpt.tensor import LazyTensor, from_array
 
 SAMPLES = samples()
+FIXTURES = {name: sample for name, sample in SAMPLES.items() if isinstance(sample, Fixture)}
 
 
 @cache
@@ -30,6 +31,17 @@ def test_every_family_has_a_proof() -> None:
     for family, proof in PROOFS.items():
         assert proof.samples
         assert {opened(sample.name)[1].family for sample in proof.samples} == {family}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_hub_is_megatron_core_bit_for_bit(name: str) -> None:
+    case = open_case(name)
+    hub = case.hub()
+    assert hub.ignored == {}
+    out = models.from_hub(replace(hub, model=case.padded()), "hub").tensors
+    for key in FIXTURES[name].beyond:
+        del out[key]
+    assert facts(out) == facts(case.megatron)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

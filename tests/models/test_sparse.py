@@ -25,16 +25,6 @@ def identified(case: Case, config: dict[str, Any], kind: str) -> Model | None:
     return models.identify(replace(between, config=config, config_kind=kind))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_hub_is_megatron_core_bit_for_bit(name: str) -> None:
-    case = open_case(name)
-    hub = case.hub()
-    assert hub.ignored == {}
-    out = models.from_hub(replace(hub, model=case.padded()), "hub")
-    assert facts(out.tensors) == facts(case.megatron)
-    assert facts(models.from_hub(hub, "hf").tensors) == facts(case.checkpoint.tensors)
-
-
 @pytest.mark.parametrize("dialect", MEGATRON_DIALECTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_through_each_dialect_and_back(name: str, dialect: str) -> None:
