@@ -25,7 +25,7 @@ from anyckpt.engine import blocks, checksum, execute, files
 from anyckpt.engine.blocks import Block, LatePart, cut
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
-from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, TensorData, small_file
+from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData, small_file
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.storage import LocalFile, MemorySource
 from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, concatenate, dtype
@@ -334,3 +334,24 @@ def test_other_bytes_of_the_same_shape_are_other_work(source: Path, tmp_path: Pa
     (tmp_path / "out").write_bytes(b"cut short")
     with pytest.raises(OutputError, match="already exists"):
         execute.execute(plan(scaled(2.0)), str(tmp_path / "out"), resume=True, source_paths=[str(source)])
+
+
+def test_a_change_in_any_file_that_is_read_is_other_work(source: Path, tmp_path: Path) -> None:
+    """Also in one that lies beside the path that was opened, behind a view or a slice of it."""
+    beside = tmp_path / "beside.bin"
+    beside.write_bytes(bytes(4096))
+    other = LocalFile(beside)
+    parts = {
+        "tensor": TensorData("w", Stored(other, 0, dtype("float32"), (64, 16)).narrow(1, 2, 4).cast("float16")),
+        "joined": TensorData(
+            "w", concatenate([Stored(LocalFile(path), 0, dtype("uint8"), (8,)) for path in (source, beside)], 0)
+        ),
+        "slice": SourceData(other.slice(16, 32)),
+    }
+    for part in parts.values():
+        plan = Plan("sample", (OutputFile("", (part,)),))
+        os.utime(beside, ns=(1, 1))
+        before = fingerprint(plan, [str(source)])
+        assert fingerprint(plan, [str(source)]) == before
+        os.utime(beside, ns=(2, 2))
+        assert fingerprint(plan, [str(source)]) != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.support import assert_tensors_equal_expected, expected_of, file_bytes
 import anyckpt
 from anyckpt.checkpoint import ParallelLayout
 from anyckpt.engine.plan import OutputFile
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, OutputError
 from anyckpt.formats import registry
 from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.formats.unfinished import marker_path
@@ -267,3 +268,14 @@ def test_missing_configuration(tmp_path: Path) -> None:
 def test_name_that_no_rank_has(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="does not exist"):
         registry.read(checkpoints(tmp_path) / "other.ckpt")
+
+
+def test_work_is_not_resumed_when_the_file_of_another_rank_changed(tmp_path: Path) -> None:
+    """The path that is opened names one rank's file; all are read."""
+    root = checkpoints(tmp_path / "checkpoints")
+    first, *others = sorted(root.glob("*/*.ckpt"))
+    anyckpt.convert(first, tmp_path / "out", to="dcp")
+    assert anyckpt.convert(first, tmp_path / "out", to="dcp", resume=True).resumed_bytes
+    os.utime(others[-1], ns=(1, 1))
+    with pytest.raises(OutputError, match="already exists"):
+        anyckpt.convert(first, tmp_path / "out", to="dcp", resume=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import Computed, Literal, Plan, SourceData, TensorData
-from anyckpt.storage.source import ByteSource, MemorySource
+from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
 from anyckpt.tensor import LazyTensor
 
 _OF_A_SOURCE = ("name", "path", "size", "_base", "_offset", "_row", "_header")
@@ -23,7 +23,11 @@ _OF_A_SOURCE = ("name", "path", "size", "_base", "_offset", "_row", "_header")
 
 
 def fingerprint(plan: Plan, source_paths: Sequence[str]) -> str:
-    """Identifies a plan and the state of its sources: sizes and modification times of every file."""
+    """Identifies a plan and the state of its sources: sizes and modification times of every file.
+
+    These are the files under the paths, and those that the plan reads, which may lie beside them: a rank's file is
+    opened by the name of another rank's.
+    """
     describer = _Describer()
     describer.add(plan.format, dict(plan.links))
     for file in plan.files:
@@ -39,9 +43,14 @@ def fingerprint(plan: Plan, source_paths: Sequence[str]) -> str:
                 describer.add("computed", part.nbytes, part.parts)
     for root in source_paths:
         for path in _files_under(root):
-            status = os.stat(path)
-            describer.add(path, status.st_size, status.st_mtime_ns)
+            describer.add(path, *_state(path))
     return describer.digest.hexdigest()
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and time of last modification."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 class _Describer:
@@ -85,6 +94,8 @@ class _Describer:
             self.add(*(getattr(value, name) for name in MemorySource.__slots__))
         elif isinstance(value, ByteSource):
             self.add(*(getattr(value, name, None) for name in _OF_A_SOURCE))
+            if isinstance(value, LocalFile):
+                self.add(*_state(value.path))
         elif isinstance(value, LazyTensor):
             self.add(*(getattr(value, name, None) for name in _slots(type(value))))
         elif isinstance(value, Sequence):
