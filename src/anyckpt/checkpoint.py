@@ -95,6 +95,7 @@ class OptimizerState:
     group_of: Mapping[str, int] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     grad_scaler: Any = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
-from anyckpt.optimizer import laid_out, renamed, with_masters, with_optimizer
+from anyckpt.formats.random_states import random_states
+from anyckpt.optimizer import holds_optimizer, laid_out, renamed, with_masters, with_optimizer
 from anyckpt.optimizer.parameters import buffers
 from anyckpt.optimizer.state import tag, tagged
 from anyckpt.tensor import LazyTensor
 
 _KEPT_OBJECTS = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
 """Objects that Megatron's formats read again, whatever the weights are called."""
+_COUNTERS = ("iteration", "global_step", "epoch", "checkpoint_version", "pytorch-lightning_version")
+"""What every format says in a place of its own, or of itself."""
+_LEFT = {
+    "opt_param_scheduler": "the state of Megatron's learning-rate scheduler",
+    "lr_scheduler": "the state of an old Megatron's learning-rate scheduler",
+    "lr_schedulers": "the state of Lightning's learning-rate schedulers",
+    "loops": "where Lightning's loops stood",
+    "callbacks": "the state of Lightning's callbacks",
+}
+_RANDOM = "random states, which belong to the ranks of the source's layout"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What became of a source's training state.
+
+    Attributes:
+        checkpoint: the target with it.
+        moved: stored names of the source that it has in another form, or that say nothing.
+        ignored: stored names that it has not -> reason.
+        notes: what a user should know.
+    """
+
+    checkpoint: Checkpoint
+    moved: frozenset[str] = frozenset()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def moves_state(source: Checkpoint, target: Checkpoint, cut: bool) -> bool:
@@ -32,8 +60,8 @@ def carry_optimizer(
     target: Checkpoint,
     to: str,
     rename: Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]],
-) -> tuple[Checkpoint, frozenset[str]]:
-    """The target with the source's optimizer state in the form that its format keeps, and the stored names it had.
+) -> Carried:
+    """The target with the source's training state in the form that its format keeps.
 
     Args:
         source: as opened, with all its state.
@@ -46,6 +74,13 @@ def carry_optimizer(
         UsageError: there is state that nothing here understands, or the format has no place for it.
     """
     found = with_optimizer(source)
+    random = random_states(source.objects, source.layout)
+    kept = {name: name for name in _KEPT_OBJECTS if name in source.objects} | random
+    gone = {name for name in source.objects if name in random.values() or ("/" in name and _tail(name) in _LEFT)}
+    if found.optimizer is not None:
+        gone |= {name for name in source.objects if holds_optimizer(name)}
+    others = {name: target.objects[name] for name in target.objects if name not in gone}
+    target = replace(target, objects={**{new: source.objects[name] for new, name in kept.items()}, **others})
     if found.optimizer is None:
         if source.training.has_optimizer:
             raise UsageError(
@@ -53,21 +88,26 @@ def carry_optimizer(
                 path=source.path,
                 remedy="leave it out with --optimizer drop",
             )
-        return target, frozenset()
+        return Carried(target, frozenset(kept.values()))
     weights = source.weights()
     state = renamed(with_masters(found.optimizer(), weights), _with_buffers(rename, weights))
-    objects = {name: source.objects[name] for name in _KEPT_OBJECTS if name in source.objects}
-    ready = laid_out(
-        replace(
-            target,
-            objects={**objects, **target.objects},
-            training=replace(source.training, has_rng=False),
-            optimizer=lambda: state,
-        ),
-        to,
-    )
+    step = source.training.step if source.training.step is not None else state.step
+    training = replace(source.training, step=step, has_rng=bool(random))
+    ready = laid_out(replace(target, training=training, optimizer=lambda: state), to)
     own = {source.model_prefix + name for name in weights}
-    return ready, frozenset({*objects, *(name for name in source.tensors if name not in own)})
+    tensors = {name for name in source.tensors if name not in own}
+    objects = {name for name in source.objects if holds_optimizer(name) or name in _COUNTERS}
+    moved = frozenset({*kept.values(), *tensors, *objects})
+    left = [name for name in source.objects if name not in moved and name not in ready.objects]
+    ignored = {name: f"{_LEFT[_tail(name)]}: {to} has another, or none" for name in left if _tail(name) in _LEFT}
+    ignored.update((name, _RANDOM) for name in left if "rng_state" in name)
+    notes = tuple(warning for warning in ready.warnings if warning not in target.warnings)
+    return Carried(ready, moved, ignored, (*state.warnings, *notes))
+
+
+def _tail(name: str) -> str:
+    """The name of what a rank's file holds, without the rank."""
+    return name.rpartition("/")[2]
 
 
 def _with_buffers(

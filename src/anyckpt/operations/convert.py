@@ -15,7 +15,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
-from anyckpt.operations.carry import carry_optimizer, moves_state
+from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
@@ -203,10 +203,13 @@ def convert(
         )  # fmt: skip
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
     ready = request.built(_with_cast(renamed.checkpoint, cast.tensors))
-    moved: frozenset[str] = frozenset()
+    carried = Carried(ready)
     if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, cut is not None):
         rename = partial(_renamed_tensors, checkpoint, target, options, family, given, names)
-        ready, moved = carry_optimizer(checkpoint, ready, target.name, rename)
+        if cut is None and request.expert_parallel is not None:
+            ready = replace(ready, layout=replace(ready.layout, expert_parallel=request.expert_parallel))
+        carried = carry_optimizer(checkpoint, ready, target.name, rename)
+        ready = carried.checkpoint
     if cut is not None:
         ready = cut_for_ranks(ready, cut, rules=request.rules, padding=request.padding)
     laid_out = target.plan(ready, options)
@@ -215,12 +218,16 @@ def convert(
         ignored={
             **checkpoint.ignored,
             **left_out,
-            **{name: reason for name, reason in renamed.ignored.items() if name not in moved},
+            **{name: reason for name, reason in renamed.ignored.items() if name not in carried.moved},
+            **carried.ignored,
             **_unused_files(checkpoint, laid_out),
             **laid_out.ignored,
         },
         casts={**cast.casts, **full.casts},
-        notes=(*checkpoint.warnings, *layout_notes, *full.notes, *renamed.notes, *cast.notes, *laid_out.notes),
+        notes=(
+            *checkpoint.warnings, *layout_notes, *full.notes, *renamed.notes, *carried.notes, *cast.notes,
+            *laid_out.notes,
+        ),
     )
     files = tuple(describe(plan)["files"])
     if options.max_shard_size is not None:

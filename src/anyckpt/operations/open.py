@@ -75,10 +75,12 @@ def _join_optimizer(checkpoint: Checkpoint, rules: Mapping[str, str] | None) -> 
     assert checkpoint.optimizer is not None
     state = checkpoint.optimizer()
     parallelism, geometry = parallelism_of(checkpoint), geometry_of(checkpoint)
-    slots = {slot: join(ranks, parallelism, geometry, rules=rules).tensors for slot, ranks in state.ranks.items()}
+    joined = {slot: join(ranks, parallelism, geometry, rules=rules) for slot, ranks in state.ranks.items()}
+    slots = {slot: found.tensors for slot, found in joined.items()}
     groups = slots.pop(GROUP, {})
     told = {name: tagged(tensor) for name, tensor in groups.items()}
-    return replace(state, slots=slots, ranks={}, group_of=told or state.group_of)
+    warnings = [f"the optimizer's {slot}: {text}" for slot, found in joined.items() for text in found.warnings]
+    return replace(state, slots=slots, ranks={}, group_of=told or state.group_of, warnings=(*state.warnings, *warnings))
 
 
 def geometry_of(checkpoint: Checkpoint) -> Geometry:

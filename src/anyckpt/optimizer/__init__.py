@@ -5,8 +5,8 @@ weights are.  Formats of one file per rank find it themselves; ``with_optimizer`
 ``laid_out`` puts it into the form that a target format keeps.
 """
 
-from anyckpt.optimizer.read import with_optimizer
+from anyckpt.optimizer.read import holds_optimizer, with_optimizer
 from anyckpt.optimizer.state import checked, renamed, with_masters
 from anyckpt.optimizer.write import laid_out
 
-__all__ = ["checked", "laid_out", "renamed", "with_masters", "with_optimizer"]
+__all__ = ["checked", "holds_optimizer", "laid_out", "renamed", "with_masters", "with_optimizer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,16 @@ _READERS: tuple[tuple[Callable[[Checkpoint], bool], Callable[[Checkpoint], Optim
     (has_numbered, read_numbered),
     (has_named, read_named),
 )
+
+_OBJECT = re.compile(
+    r"(?:.*/)?(?:chained_\d+\.)?(?:optimizers?|optim|optimizer_states|optimizer_\d+|distrib_optim|content_metadata"
+    r"|original_param_groups)(?:[./].*)?"
+)
+
+
+def holds_optimizer(name: str) -> bool:
+    """A stored object of this name is of an optimizer's state, by the names that containers keep it under."""
+    return _OBJECT.fullmatch(name) is not None
 
 
 def with_optimizer(checkpoint: Checkpoint) -> Checkpoint:

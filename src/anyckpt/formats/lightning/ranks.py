@@ -17,7 +17,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import FormatError
 from anyckpt.formats.lightning import read as single
-from anyckpt.formats.lightning.keys import OPTIMIZER_STATES, STATE_DICT, TRAINING_STATE
+from anyckpt.formats.lightning.keys import LR_SCHEDULERS, OPTIMIZER_STATES, STATE_DICT, TRAINING_STATE
 from anyckpt.formats.rank_files import Chunk, Place, by_place, check_places, parse_folder, rank_shards, with_virtual
 from anyckpt.formats.rank_optimizer import read_rank_optimizers
 from anyckpt.formats.registry import Location, look_at
@@ -25,6 +25,7 @@ from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.formats.torch_file.tree import flatten
 from anyckpt.formats.unfinished import check_finished, marker_path
+from anyckpt.pickling.plain import to_plain
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import LazyTensor
@@ -47,8 +48,9 @@ def read(location: Location) -> Checkpoint:
     """Open a Lightning checkpoint, of one rank or of all; a folder's only one that NeMo did not mark as unfinished.
 
     Of all ranks, ``tensors`` lists what is stored, by rank folder, and ``ranks`` has the weights under the hub's
-    names; ``objects`` has what rank 0's file holds besides, and each rank's training state by its folder.  The
-    configuration is in the files, or in a ``hparams.yaml`` beside the rank folders or one level above.
+    names; ``objects`` has what rank 0's file holds besides, each rank's training state by its folder, and that of
+    the schedulers by its own name if all ranks have the same.  The configuration is in the files, or in a
+    ``hparams.yaml`` beside the rank folders or one level above.
 
     Raises:
         FormatError: a file is truncated or damaged, a rank is missing or of another step, or there are several
@@ -133,6 +135,10 @@ def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
         objects.update((f"{found[place]}/{key}", state[key]) for key in TRAINING_STATE if key in state)
     layout = with_virtual(layout, chunks, config, root)
     ignored = dict(first.ignored)
+    schedulers = [objects.get(f"{folder}/{LR_SCHEDULERS}") for folder in found.values()]
+    paths: dict[str, tuple[str, ...]] = {}
+    if schedulers[0] and all(to_plain(own) == to_plain(schedulers[0]) for own in schedulers):
+        objects[LR_SCHEDULERS], paths[LR_SCHEDULERS] = schedulers[0], (LR_SCHEDULERS,)
     return replace(
         first,
         path=path,
@@ -145,7 +151,8 @@ def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
         layout=layout,
         warnings=warnings,
         details={
-            **{key: value for key, value in first.details.items() if key not in ("key_paths", "original_keys")},
+            **{key: value for key, value in first.details.items() if key != "original_keys"},
+            "key_paths": paths,
             **_markers(name),
             "rank_folders": len(files),
         },

@@ -94,7 +94,8 @@ def _entries(
         paths = checkpoint.details.get("key_paths") or {}
         values = {name: others[name] for name in paths if name in others and paths[name]}
         nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {})
-        ignored = {**incomplete, **{name: _NOT_LIGHTNING for name in others if name not in values}}
+        foreign = [name for name in others if name not in values and name not in kept]
+        ignored = {**incomplete, **dict.fromkeys(foreign, _NOT_LIGHTNING)}
     else:
         ignored = {**incomplete, **dict.fromkeys(others, _NOT_LIGHTNING)}
         if checkpoint.config_kind == "nemo1":

@@ -30,6 +30,9 @@ _BACKENDS = {
 _SHARDED_OBJECT = re.compile(r"/shard_[\d.]+(_[\d.]+)?$")
 _CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0 the rows of fused QKV are grouped as they are today
 _FOREIGN = "state of another framework, which Megatron-Core has no place for"
+_TRAINING = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
+_OF_EXPERT_RANKS = re.compile(r"rng_state/shard_\d+\.\d+\.\d+_")
+_NO_EXPERT_RANKS = "random states of expert ranks, which a distributed checkpoint does not tell apart"
 
 
 def torch_dist_files(
@@ -100,11 +103,17 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 def common_and_sharded(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """What goes into ``common.pt``, the sharded objects by key, and the names that have no place, with the reason."""
     known = checkpoint.details.get("common")
-    common_names = set(known) if isinstance(known, list) else set()
-    sharded = {name: checkpoint.objects[name] for name in checkpoint.objects if _SHARDED_OBJECT.search(name)}
-    common = {name: checkpoint.objects[name] for name in checkpoint.objects if name in common_names}
-    foreign = {name: _FOREIGN for name in checkpoint.objects if name not in sharded and name not in common_names}
-    common["args"] = _arguments(common.get("args"), checkpoint.config if _has_arguments(checkpoint) else {})
+    common_names = {*_TRAINING, *(known if isinstance(known, list) else ())}
+    ranks = {name for name in checkpoint.objects if _OF_EXPERT_RANKS.match(name)}
+    taken = [name for name in checkpoint.objects if name not in ranks]
+    sharded = {name: checkpoint.objects[name] for name in taken if _SHARDED_OBJECT.search(name)}
+    common = {name: checkpoint.objects[name] for name in taken if name in common_names}
+    foreign = {name: _FOREIGN for name in taken if name not in sharded and name not in common_names}
+    foreign.update(dict.fromkeys(ranks, _NO_EXPERT_RANKS))
+    config = dict(checkpoint.config) if _has_arguments(checkpoint) else {}
+    if config and checkpoint.training.consumed_samples is not None:
+        config.setdefault("consumed_train_samples", checkpoint.training.consumed_samples)
+    common["args"] = _arguments(common.get("args"), config)
     common["checkpoint_version"] = common.get("checkpoint_version", _CHECKPOINT_VERSION)
     common["iteration"] = common.get("iteration", checkpoint.training.step or 0)
     return common, sharded, foreign

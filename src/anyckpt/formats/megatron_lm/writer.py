@@ -16,6 +16,7 @@ from anyckpt.formats.megatron_lm.names import part_norms
 from anyckpt.formats.megatron_lm.optimizer_writer import OptimizerWriter
 from anyckpt.formats.megatron_lm.ranks import folder_name
 from anyckpt.formats.original_groups import original_groups
+from anyckpt.formats.random_states import place_name, random_states
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file import zip_parts
 from anyckpt.pickling import Record
@@ -74,9 +75,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     outputs = []
     for folder, chunks in files.items():
         own = {} if optimizer is None else {"optimizer": optimizer.rank([chunks[number] for number in sorted(chunks)])}
-        contents = {**common, **_models(chunks, layout, local), **own, **kept, **random.get(folder, {})}
+        states = {"rng_state": checkpoint.objects[random[folder]]} if random else {}
+        contents = {**common, **_models(chunks, layout, local), **own, **kept, **states}
         outputs.append(_rank_file(f"{iteration}/{folder}", folder, contents))
-    written = {*common, *kept, *(f"{folder}/rng_state" for folder in random)}
+    written = {*common, *kept, *random.values()}
     left = [name for name in checkpoint.objects if name not in written]
     return Plan(
         "megatron-lm",
@@ -144,11 +146,17 @@ def _tensor_name(folder: str, path: tuple[Any, ...]) -> str:
     return f"{folder}/" + ".".join(map(str, path))
 
 
-def _random_states(checkpoint: Checkpoint, files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Random states by folder: all or none, since a state belongs to its place in the layout."""
-    suffix = "/rng_state"
-    stored = {name.removesuffix(suffix): value for name, value in checkpoint.objects.items() if name.endswith(suffix)}
-    return {folder: {"rng_state": stored[folder]} for folder in files} if stored.keys() == files.keys() else {}
+def _random_states(checkpoint: Checkpoint, files: Mapping[str, Mapping[int, RankShard]]) -> dict[str, str]:
+    """The object that is each folder's random state: all or none, since a state belongs to its place in the layout."""
+    layout = checkpoint.layout if checkpoint.ranks else ParallelLayout()
+    stored = random_states(checkpoint.objects, layout)
+    found: dict[str, str] = {}
+    for folder, chunks in files.items():
+        shard = next(iter(chunks.values()))
+        name = place_name(shard.tensor_rank, shard.pipeline_rank, shard.expert_rank, layout)
+        if name in stored and isinstance(checkpoint.objects[stored[name]], list):
+            found[folder] = stored[name]
+    return found if found.keys() == files.keys() else {}
 
 
 def _arguments(checkpoint: Checkpoint, layout: ParallelLayout, shards: Sequence[RankShard], step: int) -> Record:
@@ -171,6 +179,8 @@ def _arguments(checkpoint: Checkpoint, layout: ParallelLayout, shards: Sequence[
     rows = next((shard.tensors[_EMBEDDING].shape[0] for shard in shards if _EMBEDDING in shard.tensors), None)
     if rows is not None:
         fields["padded_vocab_size"] = rows * layout.tensor_parallel
+    if checkpoint.training.consumed_samples is not None:
+        fields.setdefault("consumed_train_samples", checkpoint.training.consumed_samples)
     if "position_embedding_type" in fields:
         fields.setdefault("add_position_embedding", fields["position_embedding_type"] == "learned_absolute")
     if checkpoint.tokenizer is not None and checkpoint.tokenizer.library in _TOKENIZERS:
