@@ -1,0 +1,100 @@
+"""The text parts of transformers' own multimodal models: taken out of every spelling in which it saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.peer
+
+import anyckpt  # noqa: E402
+from anyckpt import models  # noqa: E402
+from anyckpt.formats.registry import read  # noqa: E402
+
+_TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_EYES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+WHOLES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", **_TEXT, "sliding_window": 8},
+        "vision_config": {"model_type": "siglip_vision_model", **_EYES},
+        "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62, "mm_tokens_per_image": 4,
+    },
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text", **_TEXT, "intermediate_size_mlp": 40, "num_local_experts": 2,
+            "attention_chunk_size": 8,
+        },
+        "vision_config": {
+            "model_type": "llama4_vision_model", **_EYES, "vision_output_dim": 16, "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+        "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_TEXT, "sliding_window": None},
+        "vision_config": {"model_type": "pixtral", **_EYES, "head_dim": 8},
+        "image_token_index": 60, "tie_word_embeddings": False,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **_TEXT, "tie_word_embeddings": False},
+        "vision_config": {"model_type": "clip_vision_model", **_EYES, "projection_dim": 16},
+        "image_token_index": 60, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def saved(model_type: str, folder: Path, original: bool) -> Any:
+    config = transformers.AutoConfig.for_model(model_type, **WHOLES[model_type])
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(std=0.2)
+    whole.save_pretrained(folder, save_original_format=original)
+    return whole
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("model_type", WHOLES)
+def test_the_text_part_computes_the_same(model_type: str, original: bool, tmp_path: Path) -> None:
+    whole = saved(model_type, tmp_path / "whole", original)
+    source = read(str(tmp_path / "whole"))
+    model = models.identify(source)
+    assert model is not None
+    assert model.config.extra["part_of"] == model_type
+    anyckpt.convert(str(tmp_path / "whole"), tmp_path / "megatron", to="megatron-core")
+    anyckpt.convert(str(tmp_path / "megatron"), tmp_path / "text", to="hf")
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", attn_implementation="eager").eval()
+    assert text.config.model_type == WHOLES[model_type]["text_config"]["model_type"]
+    tokens = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = text(input_ids=tokens).logits, whole(input_ids=tokens).logits
+    assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        text.get_input_embeddings().weight[tokens[0, 0]] += 1
+        assert not torch.equal(text(input_ids=tokens).logits, theirs), "the comparison can fail"
+
+
+@pytest.mark.parametrize("model_type", WHOLES)
+def test_what_is_left_out_is_said(model_type: str, tmp_path: Path) -> None:
+    saved(model_type, tmp_path / "whole", True)
+    source = read(str(tmp_path / "whole"))
+    model = models.identify(source)
+    assert model is not None
+    hub = models.to_hub(source, model)
+    expected = sum(len(item.sources) for item in model.definition.expected(model.config))
+    assert len(hub.ignored) + expected >= len(source.tensors)
+    assert all("another part of the" in reason for reason in hub.ignored.values())
+    assert any("vision" in name for name in hub.ignored)
+    assert any(f"{len(hub.ignored)} tensors of " in note for note in hub.notes)
