@@ -86,6 +86,7 @@ class OptimizerState:
         order: names of the parameters in the framework that numbers them, in its order; kept as they are whatever
             the weights are called meanwhile.  Empty where the state never was by number.
         grad_scaler: state of the loss scaler of fp16 training as stored, or None.
+        warnings: copies on several ranks that differ.
     """
 
     slots: Mapping[str, dict[str, LazyTensor]] = field(default_factory=dict)

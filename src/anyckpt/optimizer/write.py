@@ -16,6 +16,7 @@ from anyckpt.tensor import LazyTensor
 
 _WRITERS: Mapping[str, Callable[[Checkpoint, OptimizerState], Checkpoint]] = {
     "megatron-core": write_model_space,
+    "megatron-bridge": write_model_space,
     "lightning": write_numbered,
     "dcp": write_named,
 }

@@ -26,7 +26,10 @@ _NAMES = {MASTER: "param"}
 _PREFIX = "optimizer."
 _TYPE = "fully_reshardable"
 _FLOAT32 = dtype("float32")
-_COMMON = ("optimizer", "content_metadata")
+_APART = (
+    "experts have an optimizer of their own, as in runs with expert parallelism; for one without it choose --ep 1"
+)
+_TOGETHER = "experts share the others' optimizer, as in runs without expert parallelism; for one with it choose --ep 2"
 
 
 def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
@@ -65,6 +68,9 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
         },
         **original_groups(state),
     }
+    warnings = list(checkpoint.warnings)
+    if any(".experts." in name for name in state.slots[MASTER]):
+        warnings.append(_APART if chained else _TOGETHER)
     known = checkpoint.details.get("common")
     names = [*(known if isinstance(known, list) else []), *common]
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects}
@@ -74,6 +80,7 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
         objects={**objects, **common},
         state_prefixes=(*checkpoint.state_prefixes, _PREFIX),
         details={**checkpoint.details, "common": list(dict.fromkeys(names))},
+        warnings=warnings,
     )
 
 
