@@ -253,7 +253,7 @@ PROOFS: dict[str, Proof] = {
             )
         ),
         outputs="Megatron-Core",
-        note="transformers has no class of it; the output layer's rows have length 1 in Megatron",
+        note="Megatron-Core gives the logits of its own code (rope), whose output layer has rows of length 1",
     ),
     "chatglm": proof(
         Synthetic(
@@ -263,7 +263,7 @@ PROOFS: dict[str, Proof] = {
             provenance=remote_code.CHATGLM_SOURCE,
         ),
         outputs="Megatron-Core",
-        note="transformers has no class of it",
+        note="Megatron-Core gives the logits of its own code",
     ),
     "mpt": proof(
         tiny("mpt", "mpt", NO_NEMO_2 | _NO_ALIBI, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64),
@@ -300,7 +300,7 @@ PROOFS: dict[str, Proof] = {
             refused=NO_NEMO_1,
         ),
         outputs="Megatron-Core",
-        note="heterogeneous layers; transformers has no class of it",
+        note="Megatron-Core's heterogeneous model loads our files and gives the logits of its own code",
     ),
     "llama4": proof(
         tiny("llama4", "llama4_text", NO_NEMO_1, **LLAMA_4),
