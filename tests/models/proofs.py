@@ -408,7 +408,6 @@ def in_training(checkpoint: Checkpoint, model: Model) -> Checkpoint:
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     return replace(
         checkpoint, tensors=dict(named), dialect="hub", format="megatron-lm", artifacts={},
-        config=models.render_config(model, "megatron-args"), config_kind="megatron-args",
         training=replace(checkpoint.training, has_optimizer=True, step=1),
         optimizer=lambda: OptimizerState(slots=slots, step=1, groups=(group,)),
     )  # fmt: skip
