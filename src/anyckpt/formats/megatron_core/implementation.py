@@ -29,6 +29,7 @@ _LINEAR = re.compile(
     r"^(?P<module>.*\.(?:linear_\w+|mixer\.in_proj|mixer\.out_proj|layers\.\d+\.(?:self_attention|mlp)))"
     r"\.weight(_w)?$"
 )
+_OUTPUT = re.compile(r"^(?P<outer>(?:model\.|module\.)*)(?:lm_head\.)?output_layer\.(?P<kind>weight|bias)$")
 _NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:\w+_)?layernorm)\.weight$")
 _ATTENTION = re.compile(r"^(?P<attention>.*(?:self|cross)_attention)\.linear_proj$")
 _STATE = re.compile(r"^(chained_\d+\.)?optimizer\.")
@@ -93,8 +94,21 @@ def extra_states(tensors: Mapping[str, LazyTensor], implementation: Implementati
                 modules.append(f"{attention['attention']}.core_attention")
         elif norm is not None and implementation != "local":
             modules.append(norm["module"])
+        elif _has_output_state(name, tensors):
+            modules.append(name.rpartition(".")[0])
         grid = tensor.shape[: min(stacked_axes(name), tensor.ndim)] or (1,)
         whole = ".".join(map(str, grid))
         for module in modules:
             for index in np.ndindex(*grid):
                 yield f"{module}._extra_state/shard_{'.'.join(map(str, index))}_{whole}"
+
+
+def _has_output_state(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a tensor is of an output layer that asks for a state: that of a BERT or T5; a GPT's does not.
+
+    A BERT's has a bias, and so has a T5's that is tied; one that is not tied has none, and is part of ``lm_head``.
+    """
+    found = _OUTPUT.match(name)
+    if found is None:
+        return False
+    return found["kind"] == "bias" or f"{found['outer']}lm_head.output_layer.weight" in tensors
