@@ -328,7 +328,7 @@ PROOFS: dict[str, Proof] = {
     "mamba2": proof(
         tiny("mamba2", "mamba2", **MAMBA, n_groups=4),
         tiny("mamba2-one-group", "mamba2", {"megatron-lm": "groups of Mamba mixers"}, **MAMBA, n_groups=1),
-        note="to Megatron-Core by names, shapes and its saved checkpoint: its kernels need a GPU",
+        note="and in Megatron-Core's MambaModel, with its kernels replaced by the recurrence that they compute",
     ),
     "megatron-bert": proof(
         fixture("megatron_bert"),

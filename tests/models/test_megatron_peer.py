@@ -27,3 +27,22 @@ def test_logits() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert {name: limit for name, limit in LIMITS.items() if found[name] > limit} == {}, found
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba2-one-group"])
+def test_mamba(name: str) -> None:
+    """MambaModel computes transformers' logits, and saves what we write; any of its parameters rolled tells."""
+    pytest.importorskip("transformers")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.models.megatron_mamba", name]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])[name]
+    assert found["difference"] < 1e-4, found["difference"]
+    assert found["least of rolled"] > 5e-3
+    saved = {key.replace(".norm.weight", NORM) if ".mixer." not in key else key: s for key, s in found["saved"].items()}
+    assert saved == found["written"]
+
+
+NORM = ".mixer.in_proj.layer_norm_weight"
+"""Where Transformer Engine's specification, which distributed checkpoints are of, has a layer's norm."""

@@ -1,8 +1,8 @@
 """Mamba-2: state-spaces' own models and transformers' ``mamba2``; to Megatron-Core, a hybrid of Mamba layers alone.
 
-Names and shapes are those of Megatron-Core 0.16's MambaModel, which was built and saved for it; its kernels need a
-GPU, so logits were compared with transformers alone.  state-spaces' code calls the embedding ``backbone.embedding``,
-and its ``config.json`` has keys of its own, whose defaults are those of its ``Mamba2`` module.  NeMo's converters tie
+Checked by equal logits in Megatron-Core 0.16's MambaModel, whose kernels, which need a GPU, were replaced by the
+recurrence that they compute; and by what it saves.  state-spaces' code calls the embedding ``backbone.embedding``, and
+its ``config.json`` has keys of its own, whose defaults are those of its ``Mamba2`` module.  NeMo's converters tie
 nothing, for NeMo's classes cannot.
 """
 
