@@ -224,7 +224,10 @@ NEMO_1_ALONE = {
     "megatron-core": "Megatron-Core has no models of family",
     "megatron-lm": "Megatron-Core has no models of family",
 }
-_NO_ALIBI = dict.fromkeys(("megatron-core", "megatron-lm"), "Megatron-Core has no such position embedding")
+_NO_ALIBI = dict.fromkeys(
+    ("megatron-core", "megatron-core-zarr", "megatron-bridge", "megatron-lm"),
+    "Megatron-Core has no such position embedding",
+)
 _PARALLEL = {"nemo2": "models of family .* have no parallel_residual"}
 
 PROOFS: dict[str, Proof] = {
@@ -255,6 +258,7 @@ PROOFS: dict[str, Proof] = {
         outputs="Megatron-Core",
         note="Megatron-Core gives the logits of its own code (rope), whose output layer has rows of length 1",
     ),
+    "glm": proof(tiny("glm", "glm", **_WIDE), tiny("glm-unbiased", "glm", **_WIDE, attention_bias=False)),
     "chatglm": proof(
         Synthetic(
             name="chatglm",
