@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -11,10 +12,14 @@ import pytest
 from tests.models.cases import facts, with_weights
 from tests.models.proofs import samples
 from tests.models.remote_code import BAICHUAN, BAICHUAN_13B, CHATGLM, baichuan_shapes, chatglm_shapes
+from tests.support import write_plan
 
+import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
+from anyckpt.formats.hf import FORMAT
+from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import Hub, Model
 from anyckpt.models.dialects import detect
 from anyckpt.models.unit_rows import RowsOfLengthOne
@@ -231,6 +236,27 @@ def test_nemo_2_of_chatglm(name: str, length: int) -> None:
     assert (config.add_qkv_bias, config.make_vocab_size_divisible_by) == (True, 65024)
     rendered = models.render_config(replace(model, config=replace(config, vocab_size=65024)), "nemo2")
     assert rendered["config"]["_target_"].endswith(f".{name}")
+
+
+@pytest.mark.parametrize("through", ["megatron-core", "nemo2", "nemo"])
+def test_chatglm_becomes_transformers_own_glm(through: str, tmp_path: Path) -> None:
+    source, _ = samples()["chatglm"].open()
+    assert FORMAT.plan is not None
+    write_plan(FORMAT.plan(source, WriteOptions()), tmp_path / "hf")
+    there = tmp_path / ("there.nemo" if through == "nemo" else "there")
+    anyckpt.convert(tmp_path / "hf", there, to=through)
+    anyckpt.convert(there, tmp_path / "glm", to="hf", family="glm")
+    found = anyckpt.open(tmp_path / "glm")
+    assert found.config["architectures"] == ["GlmForCausalLM"]
+    assert (found.config["num_key_value_heads"], found.config["head_dim"]) == (2, 16)
+    assert (found.config["attention_bias"], found.config["partial_rotary_factor"]) == (True, 0.5)
+    for part in ("weight", "bias"):
+        packed = source.tensors[f"transformer.encoder.layers.1.self_attention.query_key_value.{part}"].numpy()
+        rows = {"q_proj": packed[:64], "k_proj": packed[64:96], "v_proj": packed[96:]}
+        for name, values in rows.items():
+            assert np.array_equal(found.tensors[f"model.layers.1.self_attn.{name}.{part}"].numpy(), values)
+    gate_up = source.tensors["transformer.encoder.layers.0.mlp.dense_h_to_4h.weight"].numpy()
+    assert np.array_equal(found.tensors["model.layers.0.mlp.gate_up_proj.weight"].numpy(), gate_up)
 
 
 # -- MPT -----------------------------------------------------------------------------------------------------

@@ -92,6 +92,15 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     return written if config.rotary_base == _BASE else {**written, "rope_ratio": config.rotary_base / _BASE}
 
 
+NEMO2_CONFIGS: dict[str, dict[str, Any]] = {
+    name: {
+        **llama.size(28, 4096, 13696, 32, 2), "seq_length": length, "add_qkv_bias": True, "rotary_percent": 0.5,
+        "rotary_interleaved": True, "make_vocab_size_divisible_by": 65024,
+    }
+    for name, length in (("ChatGLMConfig", 1024), ("ChatGLM2Config6B", 32768), ("ChatGLM3Config6B", 8192))
+}  # fmt: skip
+"""NeMo 2.5's classes with their defaults."""
+
 FAMILY = Family(
     name="chatglm",
     title="ChatGLM 2 and 3",
@@ -146,15 +155,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.chatglm",
         model="ChatGLMModel",
-        configs={
-            name: {
-                **llama.size(28, 4096, 13696, 32, 2), "seq_length": length, "add_qkv_bias": True,
-                "rotary_percent": 0.5, "rotary_interleaved": True, "make_vocab_size_divisible_by": 65024,
-            }
-            for name, length in (
-                ("ChatGLMConfig", 1024), ("ChatGLM2Config6B", 32768), ("ChatGLM3Config6B", 8192),
-            )
-        },
+        configs=NEMO2_CONFIGS,
         choose=lambda config: {32768: "ChatGLM2Config6B", 8192: "ChatGLM3Config6B"}.get(
             config.max_position_embeddings or 0, "ChatGLMConfig"
         ),

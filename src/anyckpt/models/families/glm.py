@@ -6,12 +6,15 @@ Whatever ChatGLM Megatron or NeMo has, transformers of today loads as ``--family
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from anyckpt.models.config import Field
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import chatglm, gpt2, llama, phi3
 from anyckpt.models.family import Family, HuggingFace
 from anyckpt.models.rules import Rule
 
+_BASE = gpt2.nemo2_base()
 _GATE_UP = "decoder.layers.*.mlp.linear_fc1.weight"
 _BIAS = "decoder.layers.*.self_attention.linear_qkv.bias"
 
@@ -50,5 +53,5 @@ FAMILY = Family(
         rotary_percent=0.5,
         attention_bias=None,
     ),
-    nemo2=gpt2.nemo2_base(),
+    nemo2=replace(_BASE, configs={**_BASE.configs, **chatglm.NEMO2_CONFIGS}),
 )
