@@ -155,6 +155,29 @@ def test_state_of_tensor_parallel_ranks_is_what_was_trained() -> None:
     assert state.step == 7
 
 
+def test_buckets_with_padding_that_the_object_tells() -> None:
+    """As core 0.6 gathered them: each bucket by itself, padded, nothing between parameters."""
+    checkpoint = opened("gpt_opt_dp_zero_dp2", transformer_impl="local")
+    shapes = {name: tensor.shape for name, tensor in checkpoint.weights().items()}
+    expected = state_of(checkpoint).slots
+    name = GATHERED.format(0)
+    ((types, buffer),) = checkpoint.objects[name][0].items()
+    divided = (DENSE[5:], DENSE[:5])  # the last registered come first
+    table, contents = [], {key: [] for key in STORED.values()}
+    for own in divided:
+        size = sum(int(np.prod(shapes[one])) for one in own)
+        table.append(size)
+        for slot, key in STORED.items():
+            parts = [expected[slot][one].numpy().reshape(-1) for one in reversed(own)]
+            contents[key].append(from_array(np.concatenate([*parts, np.full(3, 9, np.float32)])))
+    state = {"per_bucket_numel_unpadded": [{types: table}], 0: {types: contents}}
+    older = replace(checkpoint, objects={**checkpoint.objects, name: state}, optimizer=None)
+    found = state_of(with_optimizer(older)).slots
+    for slot, own in expected.items():
+        assert_same(found[slot], {one: tensor.numpy() for one, tensor in own.items()})
+    assert buffer["numel_unpadded"] > sum(table)  # which has gaps
+
+
 # -- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -192,10 +215,12 @@ def test_objects_that_are_damaged() -> None:
     (types, buffer), *_ = checkpoint.objects[name][0].items()
     for value, words in (
         (3, "is not a dictionary"),
-        ({0: {}}, "padded form of core 0.4"),
-        ({"buckets_coalesced": True, 0: 3}, "not of one pair of element types"),
-        ({"buckets_coalesced": True, 0: {types: {**buffer, "param": None}}}, "has no param"),
-        ({"buckets_coalesced": True, 0: {types: {**buffer, "numel_unpadded": 3}}}, "as many elements as it says"),
+        ({}, "of a layout that is not understood"),
+        ({0: {}}, "buffer of the distributed optimizer is malformed"),
+        ({"buckets_coalesced": True, 0: 3}, "buffer of the distributed optimizer is malformed"),
+        ({"buckets_coalesced": True, 0: {types: {**buffer, "param": None}}}, "has no whole param"),
+        ({"buckets_coalesced": True, 0: {types: {**buffer, "numel_unpadded": 3}}}, "has no whole master.*expected 3"),
+        ({0: {types: buffer}}, "are padded, and it does not say by how much.*--optimizer drop"),
     ):
         refused(replace(checkpoint, objects={**checkpoint.objects, name: value}), words)
     without = {key: value for key, value in checkpoint.objects.items() if "param_state" in key}

@@ -2,9 +2,10 @@
 
 ``dp_reshardable`` stores each bucket as a tensor of one axis (``optimizer.distributed.dp_group_idx_0.gbuf_idx_0.
 dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg``), ``dp_zero_gather_scatter`` whole buffers in an object
-``optimizer.distributed.dp_group_idx_0.param_state/shard_0_1``; neither has the padding at the buckets' ends.  A group's
-number tells whose state it is: pipeline stage and tensor rank of dense parameters; stage, expert rank and expert tensor
-rank of experts.  See ``placing`` for where parameters lie, and ``local_models`` for the parameters of a rank.
+``optimizer.distributed.dp_group_idx_0.param_state/shard_0_1``.  Neither has the padding at the buckets' ends, but for
+the latter in core 0.6, which says how much it is.  A group's number tells whose state it is: pipeline stage and tensor
+rank of dense parameters; stage, expert rank and expert tensor rank of experts.  See ``placing`` for where parameters
+lie, and ``local_models`` for the parameters of a rank.
 
 Facts: ``sharded_param_state_dp_reshardable`` and ``sharded_param_state_dp_zero`` of
 ``megatron/core/optimizer/distrib_optimizer.py``, core 0.7 to 0.16.
@@ -19,12 +20,12 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import FormatError, MappingError
+from anyckpt.formats.megatron_lm.flat_state import flat_buffers
 from anyckpt.optimizer.groups import assigned
 from anyckpt.optimizer.local_models import LocalModels, Order, Rank
 from anyckpt.optimizer.model_space import common_optimizers, groups_of, module_shapes
 from anyckpt.optimizer.placing import Buffer, Start, placed
 from anyckpt.optimizer.state import MASTER, MOMENTS, checked, options, same_step, unproved
-from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor
 
 _GROUP = r"(?:chained_(?P<optimizer>\d{1,3})\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d{1,9})\."
@@ -183,23 +184,17 @@ def _optimizers(checkpoint: Checkpoint) -> dict[int, dict[int, _Group]]:
 
 
 def _gathered(state: Mapping[Any, Any], name: str, path: str) -> Iterator[tuple[int, Buffer]]:
-    """The buffers of an object that has them whole."""
-    if state.get("buckets_coalesced") is not True:
-        raise unproved("the buckets are of the padded form of core 0.4 to 0.6", path=path, tensor=name)
-    for number, buffer in state.items():
-        if type(number) is not int:
-            continue
-        entries = list(buffer.items()) if isinstance(buffer, dict) else []
-        if len(entries) != 1 or not isinstance(entries[0][0], tuple) or not isinstance(entries[0][1], dict):
-            raise FormatError(f"buffer {number} is not of one pair of element types", path=path, tensor=name)
-        types, tensors = entries[0]
-        buckets: dict[str, dict[int, LazyTensor]] = {}
-        for key, slot in _SLOTS.items():
-            whole = tensors.get(key)
-            if not isinstance(whole, LazyTensor) or whole.ndim != 1 or tensors.get("numel_unpadded") != whole.size:
-                raise FormatError(
-                    f"buffer {number} has no {key} of as many elements as it says", path=path, tensor=name,
-                    expected=to_plain(tensors.get("numel_unpadded")),
-                )  # fmt: skip
-            buckets[slot] = {0: whole}
-        yield number, Buffer(f"({', '.join(str(to_plain(one)) for one in types)})", buckets, divided=False)
+    """The buffers of an object that has them whole: coalesced since core 0.7, bucket by bucket before."""
+    for number, flat in enumerate(flat_buffers(state, f"{path} » {name}")):
+        if not flat.coalesced and (flat.unpadded is None or flat.of_gradients):
+            raise unproved(
+                "the buckets of the distributed optimizer are padded, and it does not say by how much",
+                path=path, tensor=name, expected="per_bucket_numel_unpadded, as since core 0.6",
+                found=f"{len(flat.sizes)} buckets of gradients' type {flat.kind}",
+            )  # fmt: skip
+        sizes = flat.sizes if flat.coalesced else flat.unpadded or ()
+        buckets = {
+            slot: {index: own[index].narrow(0, 0, size) for index, size in enumerate(sizes)}
+            for slot, own in flat.slots.items()
+        }
+        yield number, Buffer(f"(torch.{flat.kind})", buckets, divided=not flat.coalesced)

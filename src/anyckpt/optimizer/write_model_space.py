@@ -26,9 +26,7 @@ _NAMES = {MASTER: "param"}
 _PREFIX = "optimizer."
 _TYPE = "fully_reshardable"
 _FLOAT32 = dtype("float32")
-_APART = (
-    "experts have an optimizer of their own, as in runs with expert parallelism; for one without it choose --ep 1"
-)
+_APART = "experts have an optimizer of their own, as in runs with expert parallelism; for one without it choose --ep 1"
 _TOGETHER = "experts share the others' optimizer, as in runs without expert parallelism; for one with it choose --ep 2"
 
 

@@ -5,7 +5,11 @@ each starts at a multiple of 64 elements.  Buckets divide the buffer: one that r
 embedding that is shared between pipeline stages has one of its own.  The ends of buckets are padded in memory, to
 multiples of at least 128, and the file leaves that padding out; so positions restart at each bucket.
 
-Facts: ``_ParamAndGradBuffer`` in ``megatron/core/distributed/param_and_grad_buffer.py`` of 0.7 to 0.16.
+Before 0.7 the file has each bucket by itself, with its padding to a multiple of the data-parallel ranks, and nothing
+lies between parameters.
+
+Facts: ``_ParamAndGradBuffer`` in ``megatron/core/distributed/param_and_grad_buffer.py`` of 0.6 to 0.16, and before
+``GradBuffer`` in ``grad_buffer.py`` (0.4, 0.5) and ``megatron/model/distributed.py`` (23.06).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm.parameters import REMEDY, Parameter
 
 _ALIGNMENT = 64
+_MOST_WAYS = 64
 _SHARED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -104,3 +109,74 @@ def place(
         found=elements,
         remedy=REMEDY,
     )
+
+
+def place_in_buckets(
+    parameters: Sequence[Parameter],
+    sizes: Sequence[int],
+    unpadded: Sequence[int] | None,
+    replicas: Sequence[int],
+    path: str,
+) -> dict[Parameter, tuple[int, int]]:
+    """Bucket and first element of each parameter, where the file has each bucket by itself.
+
+    Args:
+        parameters: those of the buffer, in the order in which modules register them.
+        sizes: elements of each bucket.
+        unpadded: the same without padding, None where the file does not say.
+        replicas: data-parallel ranks to whose multiple buckets may be padded.
+        path: file, for messages.
+
+    Raises:
+        MappingError: no division into buckets fits, or several do.
+    """
+    reverse = list(reversed(parameters))
+    counts = [parameter.weight.size for parameter in reverse]
+    if unpadded is not None:
+        found = _divisions(counts, unpadded, 1)
+    else:
+        found = []
+        for multiple in dict.fromkeys((1, *replicas)):
+            found += [ends for ends in _divisions(counts, sizes, multiple) if ends not in found]
+    if len(found) != 1:
+        raise MappingError(
+            "the buckets of the distributed optimizer do not fit the model's parameters"
+            if not found
+            else "the model's parameters fit the buckets of the distributed optimizer in several ways",
+            path=path,
+            expected=f"{sum(counts)} elements of {len(counts)} parameters, buckets padded to multiples of "
+            f"{' or '.join(map(str, replicas)) or 'the data-parallel ranks'}",
+            found=f"{sum(sizes)} elements in {len(sizes)} buckets",
+            remedy=REMEDY,
+        )
+    places: dict[Parameter, tuple[int, int]] = {}
+    first = 0
+    for bucket, end in enumerate(found[0]):
+        position = 0
+        for parameter, count in zip(reverse[first:end], counts[first:end], strict=True):
+            places[parameter] = (bucket, position)
+            position += count
+        first = end
+    return places
+
+
+def _divisions(counts: Sequence[int], sizes: Sequence[int], multiple: int) -> list[tuple[int, ...]]:
+    """How many parameters lie before the end of each bucket, in at most two ways that fit.
+
+    Args:
+        counts: elements of each parameter.
+        sizes: elements of each bucket.
+        multiple: what buckets are padded to.
+    """
+    ways: list[tuple[int, ...]] = [()]
+    for size in sizes:
+        longer: list[tuple[int, ...]] = []
+        for way in ways:
+            end, total = (way[-1] if way else 0), 0
+            while end < len(counts) and total + counts[end] <= size:
+                total += counts[end]
+                end += 1
+                if -(-total // multiple) * multiple == size:
+                    longer.append((*way, end))
+        ways = longer[:_MOST_WAYS]
+    return [way for way in ways if way and way[-1] == len(counts)][:2]

@@ -18,9 +18,9 @@ from typing import Any
 from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.formats.megatron_lm.buffers import place, rules
+from anyckpt.formats.megatron_lm.buffers import place, place_in_buckets, rules
+from anyckpt.formats.megatron_lm.flat_state import FlatBuffer, flat_buffers
 from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, deal_out, flag, parameters_of
-from anyckpt.pickling import Global
 from anyckpt.tensor import LazyTensor
 
 SLOTS = ("master", "exp_avg", "exp_avg_sq")
@@ -183,77 +183,63 @@ class _RankReader:
     # -- flat buffers ------------------------------------------------------------------------------------------
 
     def _from_buffers(
-        self, buffers: Any, dealt: Sequence[list[Parameter]]
+        self, state: Any, dealt: Sequence[list[Parameter]]
     ) -> Iterator[tuple[Parameter, dict[str, LazyTensor]]]:
         """Parameters of one optimizer.
 
         Buffers are numbered by chunk, and in a chunk by the first parameter of each element type.
         """
-        here = {parameter for group in dealt for parameter in group}
-        expected: dict[tuple[int, str], list[Parameter]] = {}
-        for parameter in parameters_of(self.rank.shards):
-            if parameter in here:
-                expected.setdefault((parameter.chunk, parameter.weight.dtype.name), []).append(parameter)
-        stored = self._stored_buffers(buffers)
-        types = [(key[1], len(parameters)) for key, parameters in expected.items()]
-        if [kind for kind, _ in types] != [kind for kind, _ in stored]:
-            raise self._bad(
-                "the buffers of the distributed optimizer do not fit the model's parameters",
-                expected=", ".join(f"{kind} for {count} parameters" for kind, count in types) or "none",
-                found=", ".join(kind for kind, _ in stored) or "none",
-            )
-        for ((chunk, _), parameters), (_, buffer) in zip(expected.items(), stored, strict=True):
-            yield from self._from_buffer(buffer, chunk, parameters)
-
-    def _stored_buffers(self, buffers: Any) -> list[tuple[str, Mapping[Any, Any]]]:
-        """Parameters' element type and contents of each buffer, in order."""
-        if buffers is None:
+        if state is None:
             raise self._bad(
                 "no rank's distrib_optim.pt has the state of one of the optimizers",
                 expected="the file of the first data-parallel rank of dense layers, and of experts",
             )
-        if not isinstance(buffers, dict) or buffers.get("buckets_coalesced") is not True:
+        here = {parameter for group in dealt for parameter in group}
+        stored = flat_buffers(state, self.rank.path)
+        of_gradients = any(buffer.of_gradients for buffer in stored)
+        in_fp32 = of_gradients and bool(self.arguments.get("accumulate_allreduce_grads_in_fp32"))
+        expected: dict[tuple[int, str], list[Parameter]] = {}
+        for parameter in parameters_of(self.rank.shards):
+            if parameter in here:
+                kind = _FLOAT32.name if in_fp32 else parameter.weight.dtype.name
+                expected.setdefault((parameter.chunk, kind), []).append(parameter)
+        types = [(kind, len(parameters)) for (_, kind), parameters in expected.items()]
+        if [kind for kind, _ in types] != [buffer.kind for buffer in stored]:
             raise self._bad(
-                "the distributed optimizer's state is of an older form",
-                expected="buffers of coalesced buckets, as Megatron-Core writes since 0.7",
-                found=", ".join(map(str, list(buffers)[:3])) if isinstance(buffers, dict) else type(buffers).__name__,
+                "the buffers of the distributed optimizer do not fit the model's parameters",
+                expected=", ".join(f"{kind} for {count} parameters" for kind, count in types) or "none",
+                found=", ".join(buffer.kind for buffer in stored) or "none",
             )
-        found: list[tuple[str, Mapping[Any, Any]]] = []
-        for number in sorted(key for key in buffers if type(key) is int):
-            for kinds, contents in buffers[number].items() if isinstance(buffers[number], dict) else ():
-                kind = kinds[0] if isinstance(kinds, tuple) and kinds else kinds
-                if not isinstance(kind, Global) or not isinstance(contents, dict):
-                    raise self._bad("a buffer of the distributed optimizer is malformed", found=f"buffer {number}")
-                found.append((kind.name, contents))
-        return found
+        for ((chunk, _), parameters), buffer in zip(expected.items(), stored, strict=True):
+            yield from self._from_buffer(buffer, chunk, parameters)
 
     def _from_buffer(
-        self, buffer: Mapping[Any, Any], chunk: int, parameters: Sequence[Parameter]
+        self, buffer: FlatBuffer, chunk: int, parameters: Sequence[Parameter]
     ) -> Iterator[tuple[Parameter, dict[str, LazyTensor]]]:
-        whole = {"master": buffer.get("param"), **{slot: buffer.get(slot) for slot in _MOMENTS}}
-        elements = buffer.get("numel_unpadded")
-        shard = self.rank.shards[chunk]
-        for slot, tensor in whole.items():
-            if not isinstance(tensor, LazyTensor) or tensor.ndim != 1 or elements not in (None, tensor.size):
-                raise self._bad(
-                    f"a buffer of the distributed optimizer has no whole {slot}",
-                    expected=f"{elements} elements" if type(elements) is int else "one axis",
-                    found=tensor.shape if isinstance(tensor, LazyTensor) else type(tensor).__name__,
-                )
-        tied = not self.arguments.get("untie_embeddings_and_output_weights")
-        candidates = rules(
-            self.arguments,
-            first_chunk=shard.pipeline_rank == 0 and shard.virtual_rank == 0,
-            shared=tied and self.layout.pipeline_parallel > 1,
-        )
-        total = next(tensor.size for tensor in whole.values() if isinstance(tensor, LazyTensor))
-        for parameter, start in place(parameters, total, candidates, self.rank.path).items():
-            slots = {
-                slot: tensor.narrow(0, start, parameter.weight.size).reshape(parameter.weight.shape)
-                for slot, tensor in whole.items()
-                if isinstance(tensor, LazyTensor) and start + parameter.weight.size <= tensor.size
-            }
-            yield parameter, self._checked(parameter, {slot: slots.get(slot) for slot in SLOTS})
+        if buffer.coalesced:
+            shard = self.rank.shards[chunk]
+            tied = not self.arguments.get("untie_embeddings_and_output_weights")
+            candidates = rules(
+                self.arguments,
+                first_chunk=shard.pipeline_rank == 0 and shard.virtual_rank == 0,
+                shared=tied and self.layout.pipeline_parallel > 1,
+            )
+            starts = place(parameters, sum(buffer.sizes), candidates, self.rank.path)
+            places = {parameter: (0, start) for parameter, start in starts.items()}
+        else:
+            places = place_in_buckets(parameters, buffer.sizes, buffer.unpadded, self._replicas(), self.rank.path)
+        for parameter, (bucket, start) in places.items():
+            size, shape = parameter.weight.size, parameter.weight.shape
+            slots = {slot: own[bucket].narrow(0, start, size).reshape(shape) for slot, own in buffer.slots.items()}
+            yield parameter, self._checked(parameter, slots)
+
+    def _replicas(self) -> list[int]:
+        """Data-parallel ranks that may have shared a buffer: those of dense layers, and of experts."""
+        data, context = (self.arguments.get(f"{kind}_size") for kind in ("data_parallel", "context_parallel"))
+        if type(data) is not int or data < 1:
+            return []
+        dense = data * (context if type(context) is int and context > 0 else 1)
+        return sorted({dense, max(1, dense // self.layout.expert_parallel)})
 
     # -- steps -------------------------------------------------------------------------------------------------
 
