@@ -46,3 +46,16 @@ def test_mamba(name: str) -> None:
 
 NORM = ".mixer.in_proj.layer_norm_weight"
 """Where Transformer Engine's specification, which distributed checkpoints are of, has a layer's norm."""
+
+
+@pytest.mark.parametrize("name", ["llama4", "llama4-interleaved", "llama4-lists"])
+def test_llama_4(name: str) -> None:
+    """Experts weighted on their input, layers without rotary embedding and norms without weights, as transformers."""
+    pytest.importorskip("transformers")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.models.megatron_llama4", name]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])[name]
+    assert found["difference"] < 1e-4, found["difference"]
+    assert found["least of rolled"] > 0.05

@@ -2,7 +2,7 @@
 
 transformers stores a layer's experts in one tensor, as (in, out); quantizers store them one by one, as they store
 linear layers, which is read too.  Queries and keys have a norm without weights.  Of Scout and Maverick, which also
-see, the text part is taken.
+see, the text part is taken.  Checked by equal logits in Megatron-Core 0.16.
 
 Megatron-Core 0.16 has no attention in chunks and no scaling of queries by position, and NeMo 2 has chunks in all
 layers and no scaling either: up to ``attention_chunk_size`` tokens none of it matters.  Megatron-Core's specifications
