@@ -39,6 +39,7 @@ from anyckpt.models.adapters.megatron import from_megatron, to_megatron
 from anyckpt.models.adapters.peft import PREFIX, to_peft
 from anyckpt.models.adapters.settings import scale_of
 from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Transposed
+from anyckpt.models.variants import name_in_memory
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor, from_array
@@ -128,8 +129,8 @@ def test_nemo_1_ranks_become_the_canonical_adapter() -> None:
     assert checkpoint.adapter == AdapterSettings(rank=4, alpha=8, targets=("all",))
     adapter = read_adapter(checkpoint, checkpoint.adapter, None)
     assert {update.scale for update in adapter.updates.values()} == {2.0}
-    config = ModelConfig(family="llama", num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4, num_query_groups=2,
-                         kv_channels=2, gated_linear_unit=True)  # fmt: skip
+    config = ModelConfig(family="llama", num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=4,
+                         num_query_groups=2, kv_channels=2, gated_linear_unit=True)  # fmt: skip
     layers = Layers(replace(open_case("llama").model, config=config))
     tensors = to_megatron(separated(adapter, layers), "nemo1")
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -302,7 +303,16 @@ def test_every_family(sample: Sample) -> None:
     assert deltas
     found = of(adapter, layers, AdapterSettings(rank=2, alpha=1))
     again = to_peft(found, layers)
-    assert_equal(again.tensors, adapter)
+    variants = model.definition.hugging_face.variants
+    headless = model.definition.hugging_face.headless(model.config)
+    prefix = model.definition.hugging_face.prefix if headless else ""
+    renamed = {
+        PREFIX + name_in_memory(f"{name.removeprefix(PREFIX).rpartition('.lora_')[0]}.weight", variants)
+        .removesuffix(".weight").removeprefix(prefix) + f".lora_{name[-8]}.weight": tensor
+        for name, tensor in adapter.items()
+    }  # fmt: skip
+    assert_equal(again.tensors, renamed)
+    assert facts(of(again.tensors, layers, AdapterSettings(rank=2, alpha=1))) == facts(found)
     hub = models.to_hub(checkpoint, model)
     sums = models.from_hub(merged(hub, found), "hf").tensors
     base = models.from_hub(hub, "hf").tensors

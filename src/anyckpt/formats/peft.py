@@ -32,7 +32,7 @@ _LARGEST = 1 << 31
 
 _CHANGES = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "arrow_config", "monteclora_config",
-    "kasa_config", "target_parameters", "trainable_token_indices",
+    "kasa_config", "trainable_token_indices",
 )  # fmt: skip
 """Keys of variants whose update is not ``scale * B @ A`` of a module's weight."""
 

@@ -25,17 +25,29 @@ class Variant:
         names: patterns of the family's names, as its rules have them.
         written: it is how the family is stored: what is written, and what messages name.
         transposed: each expert's part of the stored tensor has its axes in reverse order, as (in, out).
+        in_memory: transformers of today calls it so once it is loaded, and so adapters name it.
     """
 
     stored: str
     names: tuple[str, ...]
     written: bool = False
     transposed: bool = False
+    in_memory: bool = False
 
     @property
     def stacked(self) -> bool:
         """Whether the stored tensor has a leading axis that the family's have not."""
         return self.names[0].count("*") > self.stored.count("*")
+
+
+def name_in_memory(name: str, variants: tuple[Variant, ...]) -> str:
+    """What transformers of today calls a tensor of the family once it is loaded."""
+    for variant in variants:
+        if variant.in_memory and not variant.stacked:
+            match = _compiled(variant.names[0]).fullmatch(name)
+            if match is not None:
+                return _fill(variant.stored, match.groups())
+    return name
 
 
 def family_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...]) -> dict[str, LazyTensor]:

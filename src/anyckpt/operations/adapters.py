@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,13 +49,19 @@ class AdapterRequest:
 
 
 def opened_adapter(
-    checkpoint: Checkpoint, request: AdapterRequest, *, names: str | None = None, optimizer: str = "drop"
+    checkpoint: Checkpoint,
+    request: AdapterRequest,
+    *,
+    target: Format | None = None,
+    names: str | None = None,
+    optimizer: str = "drop",
 ) -> AdapterSettings | None:
     """What an adapter says of itself, with what the user says; None if the checkpoint is no adapter.
 
     Args:
         checkpoint: an adapter or a model.
         request: what the user says of the adapter.
+        target: the format to write, None if that is no matter.
         names: dialect that the user asks for, which only models have.
         optimizer: ``keep`` or ``drop``.
 
@@ -67,6 +74,10 @@ def opened_adapter(
     if settings is None:
         if request != AdapterRequest():
             raise UsageError("is no adapter", path=checkpoint.path, remedy="leave --adapter-form and --alpha out")
+        if target is not None and target.adapters == target.name:
+            raise UsageError(
+                f"is a model, and {target.name} holds adapters", path=checkpoint.path, remedy="convert it to hf"
+            )
         return None
     if names is not None or optimizer == "keep":
         raise UsageError(
@@ -140,7 +151,7 @@ def rename_adapter(
     model, described = base_model(checkpoint, family, config)
     layers = None if model is None else Layers(model)
     same = checkpoint.format == target.name and checkpoint.dialect == dialect
-    if same and request == AdapterRequest() and config is None:
+    if same and request == AdapterRequest():
         return Renamed(replace(checkpoint, adapter=settings))
     adapter = read_adapter(checkpoint, settings, layers)
     notes: list[str] = []
@@ -231,6 +242,8 @@ def _to_peft(
     if dropped:
         notes.append(f"{dropped} updates of zeros are left out")
     written = to_peft(adapter, layers)
+    if any(re.search(r"\.experts\.\d+\.", name) for name in written.tensors):
+        notes.append("every expert is a module of its own here, which peft finds in transformers 4 only")
     architecture = (layers.model.definition.hugging_face.architectures or ("",))[0]
     config = {
         **written.settings,
@@ -241,8 +254,9 @@ def _to_peft(
     if spelling_of(checkpoint) == "peft":
         config = {**checkpoint.config, **config, "task_type": checkpoint.config.get("task_type")}
         config["use_rslora"] = False
-    if not config["lora_bias"]:
-        del config["lora_bias"]
+    for key in ("lora_bias", "target_parameters"):  # older versions of peft do not know them
+        if not config[key]:
+            del config[key]
     if settings.base is None:
         notes.append("the adapter does not name its base model: give it to PeftModel.from_pretrained")
     renamed = replace(

@@ -189,7 +189,7 @@ def convert(
     checkpoint, given = full.checkpoint, full.config
     left_out.update(full.ignored)
     told = AdapterRequest(adapter_form, alpha)
-    adapter = opened_adapter(checkpoint, told, names=names, optimizer=optimizer)
+    adapter = opened_adapter(checkpoint, told, target=target, names=names, optimizer=optimizer)
     if adapter is not None:
         renamed = rename_adapter(
             checkpoint, adapter, target, options, told, family=family, config=given, dtype=wanted

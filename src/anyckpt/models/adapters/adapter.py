@@ -83,16 +83,22 @@ class Adapter:
 
 
 class Layers:
-    """The weights of a model by hub name, for adapters.
+    """The weights of a model, for adapters.
 
     Args:
         model: the model that adapters belong to.
+
+    Attributes:
+        instances: the rules of its tensors, by hub name.
+        by_sources: the same by the family's own names.
+        outer: first parts of the family's names, each with its dot.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.instances: dict[str, Instance] = {item.hub: item for item in model.definition.expected(model.config)}
         names = (source for item in self.instances.values() for source in item.sources)
+        self.by_sources = {item.sources: item for item in self.instances.values() if item.sources}
         self.outer = tuple(dict.fromkeys(name[: name.index(".") + 1] for name in names if "." in name))
 
     def instance(self, weight: str, name: str) -> Instance:

@@ -178,6 +178,12 @@ def to_megatron(adapter: Adapter, spelling: str) -> dict[str, LazyTensor]:
                 tensor=(update.names or (str(target),))[0],
                 remedy=None if spelling == "nemo1" else "choose --adapter-form fused",
             )  # fmt: skip
+        if not target.weight.rpartition(".")[2].startswith("weight"):
+            raise UsageError(
+                "Megatron has no module for this weight that could be adapted",
+                tensor=(update.names or (str(target),))[0], found=target.weight,
+                remedy="merge it into the base with anyckpt merge-lora",
+            )  # fmt: skip
         stem = _module_stem(target) if spelling == "megatron" else _around_stem(target)
         tensors[f"{stem}.linear_in.weight"] = update.down
         tensors[f"{stem}.linear_out.weight"] = update.up

@@ -35,9 +35,10 @@ def merged(
     tensors = dict(hub.tensors)
     for name, values in adapter.replaced.items():
         item = layers.instances[name]
-        sources = list(item.rule.operation.from_hub(tensors[name], item.config))
+        own = tensors[name].dtype if cast is None else cast(name, tensors[name])
+        sources = [source.cast(own) for source in item.rule.operation.from_hub(tensors[name], item.config)]
         for number, value in values.items():
-            sources[number] = value.cast(sources[number].dtype)
+            sources[number] = value.cast(own)
         tensors[name] = item.rule.operation.to_hub(sources, item.config)
     by_weight: dict[str, dict[str, LowRank]] = {}
     for target, update in adapter.updates.items():
@@ -77,7 +78,7 @@ def _add(
     if bias not in tensors:
         raise MappingError("the adapter has a bias for a module without one", tensor=name, expected=bias,
                            found="no such tensor in the base model")  # fmt: skip
-    own = tensors[bias].dtype
+    own = tensors[bias].dtype if cast is None else cast(bias, tensors[bias])
 
     def add(part: LazyTensor, update: LowRank) -> LazyTensor:
         if update.bias is None:

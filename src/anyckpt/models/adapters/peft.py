@@ -17,8 +17,9 @@ from typing import Any
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, check_factors, check_update, some
-from anyckpt.models.rules import Instance, Operation, Transposed
-from anyckpt.models.variants import family_names
+from anyckpt.models.adapters.parameters import expert_updates, parameters
+from anyckpt.models.rules import Halves, Instance, Operation, Transposed
+from anyckpt.models.variants import family_names, name_in_memory
 from anyckpt.tensor import Constant, LazyTensor
 
 PREFIX = "base_model.model."
@@ -28,6 +29,7 @@ _FACTOR = re.compile(
     r"|lora_magnitude_vector(?:\.(?P<live_magnitude>[^.]+)(?:\.weight)?)?)"
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<live>[^.]+)\.(?P<kind>weight|bias)")
+_OF_BASE = re.compile(r"\.base_layer(\.(?:weight|bias))$")
 _COPY = re.compile(r".+\.original_module\..+")
 _TEXT = "language_model."
 """What the text part of a model that also sees has in its names."""
@@ -66,6 +68,10 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
     updates: dict[Target, LowRank] = {}
     for module, own in found.items():
         name = own.names[0]
+        experts = _of_experts(module, own, layers, places, scale)
+        if experts is not None:
+            updates.update(experts)
+            continue
         item, number = _place(module, places, layers, name)
         update = _update(module, own, scale)
         operation = item.rule.operation.on_rows()
@@ -75,7 +81,7 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
                 tensor=name, found=item.hub,
             )  # fmt: skip
         shapes = operation.source_shapes(item.shape, item.config)
-        _check_rows(update, shapes[number], item, layers, name)
+        _check_rows(update, shapes[number], item, layers, own)
         own_rows = operation if len(item.sources) == 1 else operation.of_part(number)
         update = _rearranged(update, partial(_to_hub, own_rows, item))
         target = Target(item.hub, operation.parts[number] if len(item.sources) > 1 else "")
@@ -100,7 +106,7 @@ def _by_module(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, _Module], d
     saved: dict[str, str] = {}
     adapters: dict[str, str] = {}
     for name, tensor in tensors.items():
-        plain = name.removeprefix(PREFIX).replace(".base_layer.", ".", 1)
+        plain = _OF_BASE.sub(r"\1", name.removeprefix(PREFIX))
         whole, factor = _SAVED.fullmatch(plain), _FACTOR.fullmatch(plain)
         if _COPY.fullmatch(plain):
             continue
@@ -143,6 +149,34 @@ def _slot(factor: re.Match[str]) -> str:
     return "down" if letter == "A" else "up"
 
 
+def _of_experts(
+    module: str, own: _Module, layers: Layers, places: _Places, scale: Callable[[str, int], float]
+) -> dict[Target, LowRank] | None:
+    """Every expert's update if the module is one of experts in one parameter, None otherwise."""
+    if own.up is None or own.down is None or any(name in places for name in _spellings(module, layers)):
+        return None
+    found = expert_updates(
+        module, own.down[1], own.up[1], layers, lambda name: _spellings(name, layers), own.names[0]
+    )  # fmt: skip
+    if found is None:
+        return None
+    parameter, rank, each = found
+    if own.magnitude is not None or own.bias is not None:
+        raise MappingError("peft has no DoRA and no bias for parameters", tensor=own.names[0])
+    factor = scale(parameter, rank)
+    result: dict[Target, LowRank] = {}
+    for expert in each:
+        operation = expert.item.rule.operation.on_rows()
+        if operation is None or (len(expert.item.sources) > 1 and not isinstance(operation, Halves)):
+            raise MappingError("no rule says how an adapter of this parameter is laid out in Megatron",
+                               tensor=own.names[0], found=expert.item.hub)  # fmt: skip
+        update = LowRank(expert.down, expert.up, factor, names=tuple(own.names))
+        if len(expert.item.sources) == 1:
+            update = _rearranged(update, partial(_to_hub, operation, expert.item))
+        result[Target(expert.item.hub)] = update
+    return result
+
+
 def _update(module: str, own: _Module, scale: Callable[[str, int], float]) -> LowRank:
     for slot, tail in (("down", "lora_A"), ("up", "lora_B")):
         if getattr(own, slot) is None:
@@ -181,13 +215,14 @@ def _from_hub(operation: Operation, item: Instance, number: int, tensor: LazyTen
     return operation.from_hub(tensor, item.config)[number]
 
 
-def _check_rows(update: LowRank, shape: tuple[int, ...], item: Instance, layers: Layers, name: str) -> None:
+def _check_rows(update: LowRank, shape: tuple[int, ...], item: Instance, layers: Layers, own: _Module) -> None:
     """The update has the rows that a rule's operation takes apart."""
     rows = update.up.shape[0]
     padded = item.rule.partition == "vocabulary" and (layers.model.config.vocab_size or 0) <= rows <= shape[0]
     if len(shape) != 2 or (rows != shape[0] and not padded):
+        assert own.up is not None and own.down is not None
         raise MappingError(
-            "the adapter is of another base model", tensor=name,
+            "the adapter is of another base model", tensor=(own.down if own.is_embedding else own.up)[0],
             expected=f"{shape[0]} rows by the model's configuration", found=f"{rows} rows",
             remedy="give the base model that it was trained on, or its configuration with --config",
         )  # fmt: skip
@@ -295,24 +330,59 @@ def to_peft(adapter: Adapter, layers: Layers) -> Written:
     for target, update in adapter.updates.items():
         check_update(target, update, layers)
         by_weight.setdefault(target.weight, {})[target.part] = update
+    whole = {
+        weight: _rows_of_family(layers.instances[weight], parts[""])
+        for weight, parts in by_weight.items()
+        if ".experts." in weight and "" in parts
+    }
+    of_experts: dict[str, tuple[int, float]] = {}
+    for found in parameters(whole, layers):
+        named = {"lora_A.weight": found.down, "lora_B.weight": found.up}
+        tensors.update({f"{PREFIX}{found.wrapper}.{tail}": tensor for tail, tensor in named.items()})
+        of_experts[found.name] = (found.rank, found.scale)
+        transposed.add(False)
+        for weight in found.weights:
+            del by_weight[weight]
     for weight, parts in by_weight.items():
         item = layers.instances[weight]
         for source, update in _of_sources(item, parts).items():
-            module = source.removesuffix(".weight")
+            module = _in_memory(source, layers).removesuffix(".weight")
             tensors.update(_named(module, update, weight.startswith("embedding.")))
             scales[module] = (update.rank, update.scale)
             transposed.add(isinstance(item.rule.operation, Transposed))
     for hub, values in adapter.replaced.items():
         sources = layers.instances[hub].sources
-        tensors.update({PREFIX + sources[number]: value for number, value in values.items()})
+        for number, value in values.items():
+            tensors[PREFIX + _in_memory(sources[number], layers)] = value
     settings = {
         "target_modules": _target_modules(list(scales), layers),
+        "target_parameters": sorted({_of_module(name) for name in of_experts}) or None,
         "fan_in_fan_out": transposed == {True},
         "use_dora": any(update.magnitude is not None for update in adapter.updates.values()),
         "lora_bias": any(update.bias is not None for update in adapter.updates.values()),
-        **_ranks(scales, layers),
+        **_ranks({**scales, **of_experts}),
     }
     return Written(tensors, settings)
+
+
+def _of_module(parameter: str) -> str:
+    """A parameter's name from its module's parent on: ``mlp.experts.gate_up_proj``."""
+    return ".".join(parameter.split(".")[-3:])
+
+
+def _rows_of_family(item: Instance, update: LowRank) -> LowRank:
+    """An update of a whole weight with rows as the family's tensors have them, one after the other."""
+    operation = item.rule.operation.on_rows()
+    if operation is None or len(item.sources) != 1:
+        return update
+    return _rearranged(update, partial(_from_hub, operation, item, 0))
+
+
+def _in_memory(source: str, layers: Layers) -> str:
+    """What transformers of today calls a tensor in the class that the model is."""
+    known = layers.model.definition.hugging_face
+    name = name_in_memory(source, known.variants)
+    return name.removeprefix(known.prefix) if known.headless(layers.model.config) else name
 
 
 def _of_sources(item: Instance, parts: Mapping[str, LowRank]) -> dict[str, LowRank]:
@@ -364,7 +434,7 @@ def _target_modules(adapted: list[str], layers: Layers) -> list[str]:
     return sorted({_last(module) if _last(module) in whole else module for module in adapted})
 
 
-def _ranks(scales: Mapping[str, tuple[int, float]], layers: Layers) -> dict[str, Any]:
+def _ranks(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """``r`` and ``lora_alpha`` of most modules, and the exceptions."""
     if not scales:
         return {"r": 1, "lora_alpha": 1, "rank_pattern": {}, "alpha_pattern": {}}

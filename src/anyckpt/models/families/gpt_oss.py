@@ -25,6 +25,9 @@ from anyckpt.tensor import LazyTensor, concatenate
 class GateUpInTurn(Operation):
     """One tensor whose even rows are the gate and whose odd rows are up, as two halves."""
 
+    def on_rows(self) -> Operation | None:
+        return self
+
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         rows, rest = sources[0].shape[0] // 2, sources[0].shape[1:]
         pairs = sources[0].reshape((rows, 2, *rest))

@@ -101,7 +101,7 @@ _VARIANTS = (
     *_STACKED,
     *(replace(variant, stored=_in_memory(variant.stored)) for variant in _STACKED),
     *(
-        Variant(_in_memory(pattern), (pattern,))
+        Variant(_in_memory(pattern), (pattern,), in_memory=True)
         for pattern in dict.fromkeys(pattern for rule in RULES for pattern in rule.source)
         if pattern.startswith("backbone.")
     ),

@@ -156,7 +156,7 @@ FAMILY = Family(
         prefix="vit.",
         headless=lambda config: config.num_classes is None,
         variants=tuple(
-            Variant(f"vit.layers.*.{new}.{part}", (f"{_LAYER}.{old}.{part}",))
+            Variant(f"vit.layers.*.{new}.{part}", (f"{_LAYER}.{old}.{part}",), in_memory=True)
             for new, old in _IN_MEMORY.items()
             for part in PARTS
         ),

@@ -1,0 +1,397 @@
+"""Adapters through every format that has them, and into their base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support import fixture_path
+
+import anyckpt
+from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.errors import FormatError, MappingError, OutputError, UsageError
+from anyckpt.operations.naming import common_names
+from anyckpt.operations.recut import LayoutRequest
+from anyckpt.plain_yaml import load_yaml_mapping
+from anyckpt.tensor import LazyTensor
+
+BASE = fixture_path("families/llama/hf")
+ADAPTER = fixture_path("families/lora_llama/hf_adapter")
+NEMO = fixture_path("legacy/nemo_lora_tp2_pp2/lora.nemo")
+MEGATRON = ("nemo", "nemo2", "megatron-bridge", "megatron-core")
+
+
+def convert(source: Path, to: str, path: Path, **options: Any) -> Checkpoint:
+    anyckpt.convert(source, path, to=to, **options)
+    return anyckpt.open(path)
+
+
+def assert_equal(found: dict[str, LazyTensor], expected: dict[str, LazyTensor]) -> None:
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert np.array_equal(found[name].numpy(), tensor.numpy()), name
+
+
+# -- converting ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"sharded": True}, {"layout": LayoutRequest(2)},
+                                     {"layout": LayoutRequest(2, 2)}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("to", MEGATRON)
+def test_canonical_there_and_back(to: str, options: dict[str, Any], tmp_path: Path) -> None:
+    if options and to != "nemo":
+        options = {}
+    there = convert(ADAPTER, to, tmp_path / "there", config=BASE, **options)
+    settings = there.adapter
+    assert settings is not None
+    assert (settings.kind, settings.rank, settings.alpha) == ("lora", 4, 12)
+    if to not in ("nemo", "megatron-core"):
+        assert settings.base == "/workspace/example-0000000000000llama/hf"
+    assert settings.targets
+    back = convert(tmp_path / "there", "peft", tmp_path / "back")
+    assert_equal(back.tensors, anyckpt.open(ADAPTER).tensors)
+    assert (back.adapter.rank, back.adapter.alpha) == (4, 12) if back.adapter else False
+    assert back.config["task_type"] == "CAUSAL_LM"
+    known = json.loads((ADAPTER / "adapter_config.json").read_text())
+    assert back.config["target_modules"] == sorted(known["target_modules"])
+    assert back.config["base_model_name_or_path"] == (settings.base if to != "nemo" else None)
+
+
+@pytest.mark.parametrize("to", MEGATRON)
+def test_fused_there_and_back(to: str, tmp_path: Path) -> None:
+    there = convert(ADAPTER, to, tmp_path / "there", config=BASE, adapter_form="fused")
+    assert there.adapter is not None
+    assert (there.adapter.rank, there.adapter.alpha) == (12, 36)
+    names = {name.split(".adapter", 1)[-1] for name in there.tensors}
+    assert not any("adapter_q" in name or "_unfused_" in name for name in names)
+    back = convert(tmp_path / "there", "peft", tmp_path / "back")
+    assert (back.config["r"], back.config["lora_alpha"]) == (12, 36)
+    first, second = products(anyckpt.open(ADAPTER), 3.0), products(back, 3.0)
+    assert first.keys() == second.keys()
+    for module, product in first.items():
+        assert np.abs(second[module] - product).max() < 1e-6
+    again = convert(tmp_path / "back", to, tmp_path / "again", config=BASE, adapter_form="fused")
+    assert_equal(again.tensors, there.tensors)
+
+
+def products(checkpoint: Checkpoint, scale: float) -> dict[str, np.ndarray]:
+    tensors = checkpoint.tensors
+    return {
+        name: scale * tensors[name.replace("lora_A", "lora_B")].numpy() @ tensor.numpy()
+        for name, tensor in tensors.items()
+        if "lora_A" in name
+    }
+
+
+def test_forms_of_megatron_without_a_family(tmp_path: Path) -> None:
+    """Between Megatron's formats nothing but names changes, and these need no model family."""
+    there = convert(NEMO, "nemo", tmp_path / "one.nemo")
+    assert_equal(there.tensors, {f"model.{name}": tensor for name, tensor in anyckpt.open(NEMO).tensors.items()})
+    assert there.adapter is not None and (there.adapter.rank, there.adapter.alpha) == (4, 8)
+    core = convert(NEMO, "megatron-core", tmp_path / "core")
+    assert (core.adapter.rank, core.adapter.alpha) == (4, 8) if core.adapter else False
+    assert core.tensors["decoder.layers.mlp.linear_fc1.adapter.linear_out.weight"].shape == (2, 24, 4)
+    with pytest.raises(UsageError, match=r"the base model of the adapter is not known.*--config"):
+        anyckpt.convert(NEMO, tmp_path / "peft", to="peft")
+    with pytest.raises(UsageError, match=r"--adapter-form canonical.*--config"):
+        anyckpt.convert(NEMO, tmp_path / "x", to="megatron-core", adapter_form="canonical")
+
+
+def test_records_of_the_frameworks(tmp_path: Path) -> None:
+    convert(ADAPTER, "nemo2", tmp_path / "nemo2", config=BASE)
+    metadata = json.loads((tmp_path / "nemo2/weights/adapter_metadata.json").read_text())
+    assert metadata == {"model_ckpt_path": "/workspace/example-0000000000000llama/hf"}
+    transform = load_yaml_mapping((tmp_path / "nemo2/context/model.yaml").read_bytes(), "x")["model_transform"]
+    assert transform["_target_"] == "nemo.collections.llm.peft.canonical_lora.CanonicalLoRA"
+    assert (transform["dim"], transform["alpha"]) == (4, 12)
+    assert sorted(transform["target_modules"]) == [
+        "linear_fc1_gate", "linear_fc1_up", "linear_fc2", "linear_k", "linear_proj", "linear_q", "linear_v",
+    ]  # fmt: skip
+    convert(ADAPTER, "megatron-bridge", tmp_path / "bridge", config=BASE, adapter_form="fused")
+    run = load_yaml_mapping((tmp_path / "bridge/iter_0000000/run_config.yaml").read_bytes(), "x")
+    assert run["peft"]["_target_"] == "megatron.bridge.peft.lora.LoRA"
+    assert sorted(run["peft"]["target_modules"]) == ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"]
+    assert run["checkpoint"]["pretrained_checkpoint"] == "/workspace/example-0000000000000llama/hf"
+    nemo = convert(ADAPTER, "nemo", tmp_path / "x.nemo", config=BASE)
+    tuning = nemo.config["peft"]["lora_tuning"]
+    assert (tuning["variant"], tuning["adapter_dim"], tuning["alpha"]) == ("canonical", 4, 12)
+    assert set(tuning["target_modules"]) == {"attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"}
+
+
+def test_ranks_are_cut_as_nemo_cuts_them(tmp_path: Path) -> None:
+    written = convert(ADAPTER, "nemo", tmp_path / "x.nemo", config=BASE, adapter_form="fused",
+                      layout=LayoutRequest(2, 2))  # fmt: skip
+    assert written.layout == ParallelLayout(2, 2)
+    from anyckpt.formats.registry import read
+
+    ranks = {(shard.tensor_rank, shard.pipeline_rank): shard.tensors for shard in read(tmp_path / "x.nemo").ranks}
+    layer = "decoder.layers.0."
+    shapes = {name.removeprefix(layer): tensor.shape for name, tensor in ranks[1, 1].items()}
+    assert shapes == {
+        "self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight": (6, 64),
+        "self_attention.adapter_layer.lora_kqv_adapter.linear_out.weight": (64, 12),
+        "self_attention.adapter_layer.lora_dense_attention_adapter.linear_in.weight": (12, 32),
+        "self_attention.adapter_layer.lora_dense_attention_adapter.linear_out.weight": (32, 12),
+        "mlp.adapter_layer.lora_hto4h_adapter.linear_in.weight": (6, 64),
+        "mlp.adapter_layer.lora_hto4h_adapter.linear_out.weight": (80, 12),
+        "mlp.adapter_layer.lora_4htoh_adapter.linear_in.weight": (12, 40),
+        "mlp.adapter_layer.lora_4htoh_adapter.linear_out.weight": (32, 12),
+    }
+    name = "decoder.layers.1.mlp.adapter_layer.lora_hto4h_adapter.linear_out.weight"
+    whole = written.tensors[name].numpy()
+    local = ranks[1, 1][name.replace("layers.1", "layers.0")].numpy()
+    assert np.array_equal(local, np.concatenate([whole[40:80], whole[120:160]])), "a half of the gate, a half of up"
+
+
+def test_casting_and_copying(tmp_path: Path) -> None:
+    cast = convert(ADAPTER, "peft", tmp_path / "bf16", dtype="bf16")
+    assert {tensor.dtype.name for tensor in cast.tensors.values()} == {"bfloat16"}
+    assert cast.config == anyckpt.open(ADAPTER).config
+    done = anyckpt.convert(ADAPTER, tmp_path / "x.safetensors", to="safetensors")
+    assert any("no place for the adapter's settings" in note for note in done.notes)
+    loose = anyckpt.open(tmp_path / "x.safetensors")
+    assert loose.adapter is None
+    with pytest.raises(UsageError, match=r"does not say its alpha.*--alpha"):
+        anyckpt.convert(loose, tmp_path / "y", to="nemo2", config=BASE, sources=[tmp_path / "x.safetensors"])
+    again = convert(tmp_path / "x.safetensors", "peft", tmp_path / "again", config=BASE, alpha=12)
+    assert_equal(again.tensors, anyckpt.open(ADAPTER).tensors)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"is an adapter, and hf holds models.*merge-lora"):
+        anyckpt.convert(ADAPTER, out, to="hf", config=BASE)
+    with pytest.raises(UsageError, match="is an adapter, and megatron-lm holds models"):
+        anyckpt.convert(ADAPTER, out, to="megatron-lm", config=BASE)
+    with pytest.raises(UsageError, match=r"without the base model's configuration.*--config"):
+        anyckpt.convert(ADAPTER, out, to="nemo2")
+    with pytest.raises(UsageError, match="unknown form of adapter"):
+        anyckpt.convert(ADAPTER, out, to="nemo2", config=BASE, adapter_form="split")
+    with pytest.raises(UsageError, match="leave --optimizer keep out"):
+        anyckpt.convert(ADAPTER, out, to="nemo2", config=BASE, optimizer="keep")
+    with pytest.raises(UsageError, match="is a model, and peft holds adapters"):
+        anyckpt.convert(BASE, out, to="peft")
+    with pytest.raises(UsageError, match="is no adapter"):
+        anyckpt.convert(BASE, out, to="nemo2", alpha=1.0)
+    with pytest.raises(MappingError, match="the adapter is of another base model"):
+        anyckpt.convert(ADAPTER, out, to="nemo2", config=fixture_path("families/gemma/hf"))
+    with pytest.raises(UsageError, match="--alpha must be a number"):
+        anyckpt.convert(ADAPTER, out, to="nemo2", config=BASE, alpha=float("nan"))
+    assert not out.exists()
+
+
+def test_kinds_that_are_not_understood(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "a", use_qalora=True)
+    assert anyckpt.inspect(folder).adapter["kind"] == "lora with use_qalora"  # type: ignore[index]
+    with pytest.raises(UsageError, match=r"of a kind that is not understood.*found lora with use_qalora"):
+        anyckpt.convert(folder, tmp_path / "x", to="nemo2", config=BASE)
+    with pytest.raises(UsageError, match="of a kind that is not understood"):
+        anyckpt.merge_lora(BASE, folder, tmp_path / "x")
+
+
+def copied(path: Path, **changes: Any) -> Path:
+    path.mkdir()
+    config = json.loads((ADAPTER / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    (path / "adapter_model.safetensors").write_bytes((ADAPTER / "adapter_model.safetensors").read_bytes())
+    return path
+
+
+def test_rs_lora_and_patterns(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "a", use_rslora=True)
+    there = convert(folder, "nemo2", tmp_path / "there", config=BASE)
+    assert there.adapter is not None and (there.adapter.rank, there.adapter.alpha) == (4, 24)
+    folder = copied(tmp_path / "b", r=2, rank_pattern={"q_proj": 4})
+    with pytest.raises(MappingError, match="contradict each other on the rank"):
+        anyckpt.convert(folder, tmp_path / "x", to="nemo2", config=BASE)
+    folder = copied(tmp_path / "c", alpha_pattern={"layers.0.self_attn.q_proj": 6})
+    there = convert(folder, "megatron-bridge", tmp_path / "c2", config=BASE)
+    name = "decoder.layers.self_attention.linear_qkv.adapter.adapter_q.linear_out.weight"
+    before = anyckpt.open(ADAPTER).tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].numpy()
+    assert np.array_equal(there.tensors[name][0].numpy(), before / 2)
+    folder = copied(tmp_path / "d", alpha_pattern={"q_proj": 5})
+    with pytest.raises(UsageError, match="modules have different scales"):
+        anyckpt.convert(folder, tmp_path / "x", to="nemo2", config=BASE)
+
+
+# -- inspecting ----------------------------------------------------------------------------------------------
+
+
+def test_inspect() -> None:
+    found = anyckpt.inspect(ADAPTER)
+    assert found.adapter is not None
+    assert {key: found.adapter[key] for key in ("kind", "rank", "alpha", "form", "names", "rank_stabilized")} == {
+        "kind": "lora", "rank": 4, "alpha": 12, "form": "canonical", "names": "peft", "rank_stabilized": False,
+    }  # fmt: skip
+    assert found.to_json()["adapter"]["base"].endswith("llama/hf")
+    nemo = anyckpt.inspect(NEMO)
+    assert nemo.adapter is not None and (nemo.adapter["form"], nemo.adapter["alpha"]) == ("fused", 8)
+    assert anyckpt.inspect(BASE).adapter is None
+
+
+# -- merging -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("merged") / "hf"
+    done = anyckpt.merge_lora(BASE, ADAPTER, path)
+    assert done.notes[0] == "merged with the LoRA adapter hf_adapter: 14 updates of rank 4"
+    return path
+
+
+def assert_same_model(first: Path, second: Path) -> None:
+    names = common_names(anyckpt.open(first), anyckpt.open(second), raw=False)
+    assert names.kind == "hub"
+    assert_equal(names.b, names.a)
+
+
+def test_merged_weights(merged: Path) -> None:
+    base, adapter, found = (anyckpt.open(path).tensors for path in (BASE, ADAPTER, merged))
+    assert sorted(found) == sorted(base)
+    changed = 0
+    for name, tensor in base.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in adapter:
+            up, down = adapter[f"{module}.lora_B.weight"].numpy(), adapter[f"{module}.lora_A.weight"].numpy()
+            assert np.array_equal(found[name].numpy(), tensor.numpy() + (up @ down) * np.float32(3)), name
+            changed += 1
+        else:
+            assert np.array_equal(found[name].numpy(), tensor.numpy()), name
+    assert changed == 14
+    assert anyckpt.open(merged).config == anyckpt.open(BASE).config
+
+
+@pytest.mark.parametrize(
+    ("to", "options"),
+    [
+        ("nemo", {}),
+        ("nemo", {"sharded": True}),
+        ("nemo", {"layout": LayoutRequest(2, 2)}),
+        ("nemo2", {}),
+        ("megatron-core", {}),
+        ("megatron-bridge", {}),
+        ("megatron-lm", {"layout": LayoutRequest(2)}),
+        ("megatron-lm", {"layout": LayoutRequest(2, 2)}),
+        ("safetensors", {}),
+        ("dcp", {}),
+    ],
+    ids=str,
+)
+def test_every_target_holds_the_same_bits(to: str, options: dict[str, Any], merged: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    anyckpt.merge_lora(BASE, ADAPTER, path, to=to, **options)
+    found = anyckpt.open(path)
+    if found.config:
+        assert_same_model(merged, path)
+    else:
+        assert_equal(found.tensors, anyckpt.open(merged).tensors)
+
+
+@pytest.mark.parametrize("base", ["nemo2", "megatron-lm", "nemo"])
+@pytest.mark.parametrize("adapter", [*MEGATRON, "peft"])
+def test_every_source_gives_the_same_bits(base: str, adapter: str, merged: Path, tmp_path: Path) -> None:
+    layout = LayoutRequest(2, 2) if base == "megatron-lm" else None
+    anyckpt.convert(BASE, tmp_path / "base", to=base, layout=layout)
+    given = ADAPTER
+    if adapter != "peft":
+        given = tmp_path / "adapter"
+        anyckpt.convert(ADAPTER, given, to=adapter, config=BASE)
+    done = anyckpt.merge_lora(tmp_path / "base", given, tmp_path / "out")
+    assert done.format == base
+    assert anyckpt.open(tmp_path / "out").layout == anyckpt.open(tmp_path / "base").layout
+    assert_same_model(merged, tmp_path / "out")
+
+
+def test_scale_and_alpha(merged: Path, tmp_path: Path) -> None:
+    base = anyckpt.open(BASE).tensors
+    anyckpt.merge_lora(BASE, ADAPTER, tmp_path / "half", scale=0.5)
+    anyckpt.merge_lora(BASE, ADAPTER, tmp_path / "alpha", alpha=6)
+    anyckpt.merge_lora(BASE, ADAPTER, tmp_path / "none", scale=0)
+    assert_equal(anyckpt.open(tmp_path / "half").tensors, anyckpt.open(tmp_path / "alpha").tensors)
+    assert_equal(anyckpt.open(tmp_path / "none").tensors, base)
+    name = "model.layers.1.mlp.down_proj.weight"
+    full, half = (anyckpt.open(path).tensors[name].numpy() for path in (merged, tmp_path / "half"))
+    assert np.abs((full - base[name].numpy()) - 2 * (half - base[name].numpy())).max() < 1e-6
+
+
+def test_rounding_to_the_weights_type(merged: Path, tmp_path: Path) -> None:
+    """Base in bf16: the sum in float32, rounded once; with --dtype fp32 it is not rounded at all."""
+    anyckpt.convert(BASE, tmp_path / "bf16", to="hf", dtype="bf16")
+    anyckpt.merge_lora(tmp_path / "bf16", ADAPTER, tmp_path / "narrow")
+    anyckpt.merge_lora(tmp_path / "bf16", ADAPTER, tmp_path / "wide", dtype="fp32")
+    narrow, wide = anyckpt.open(tmp_path / "narrow").tensors, anyckpt.open(tmp_path / "wide").tensors
+    assert {tensor.dtype.name for tensor in narrow.values()} == {"bfloat16"}
+    assert {tensor.dtype.name for tensor in wide.values()} == {"float32"}
+    assert_equal(narrow, {name: tensor.cast("bfloat16") for name, tensor in wide.items()})
+    base, adapter = anyckpt.open(tmp_path / "bf16").tensors, anyckpt.open(ADAPTER).tensors
+    name = "model.layers.0.self_attn.k_proj"
+    up, down = (adapter[f"base_model.model.{name}.lora_{side}.weight"].numpy() for side in "BA")
+    exact = base[f"{name}.weight"].numpy().astype("f4") + (up @ down) * np.float32(3)
+    assert np.array_equal(wide[f"{name}.weight"].numpy(), exact)
+    assert anyckpt.open(tmp_path / "wide").config["dtype"] == "float32"
+    # a part of a fused weight is cast along where the rest of it is not adapted
+    folder = copied(tmp_path / "q_only")
+    kept = {name: tensor for name, tensor in adapter.items() if "q_proj" in name}
+    anyckpt.convert(ADAPTER, tmp_path / "q.safetensors", to="safetensors", include="*q_proj*")
+    assert len(kept) == 4
+    (folder / "adapter_model.safetensors").write_bytes((tmp_path / "q.safetensors").read_bytes())
+    anyckpt.merge_lora(tmp_path / "bf16", folder, tmp_path / "q", to="nemo2", dtype="fp32")
+    assert {tensor.dtype.name for tensor in anyckpt.open(tmp_path / "q").tensors.values()} == {"float32"}
+
+
+def test_updates_of_zeros_are_told(tmp_path: Path) -> None:
+    some = {name: tensor for name, tensor in anyckpt.open(ADAPTER).tensors.items() if "k_proj" not in name}
+    folder = copied(tmp_path / "a")
+    anyckpt.convert(ADAPTER, tmp_path / "x.safetensors", to="safetensors", exclude="*k_proj*")
+    assert len(some) == 24
+    (folder / "adapter_model.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes())
+    done = anyckpt.convert(folder, tmp_path / "nemo2", to="nemo2", config=BASE)
+    assert "2 updates of zeros are added: Megatron adapts all parts of a fused weight or none" in done.notes
+    merge = anyckpt.merge_lora(BASE, tmp_path / "nemo2", tmp_path / "m", to="hf")
+    assert any("2 updates are all zeros and change nothing" in note and "(k)" in note for note in merge.notes)
+    back = convert(tmp_path / "nemo2", "peft", tmp_path / "back")
+    assert_equal(back.tensors, some)
+
+
+def test_what_is_not_merged(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="is no adapter.*BASE first"):
+        anyckpt.merge_lora(ADAPTER, BASE, out)
+    with pytest.raises(UsageError, match="is an adapter, not a model"):
+        anyckpt.merge_lora(ADAPTER, ADAPTER, out)
+    with pytest.raises(MappingError, match="the adapter is of another base model"):
+        anyckpt.merge_lora(fixture_path("families/gemma/hf"), ADAPTER, out)
+    with pytest.raises(MappingError, match="no rule of family phi3 has a module that this adapts"):
+        anyckpt.merge_lora(fixture_path("families/phi3/hf"), ADAPTER, out)
+    with pytest.raises(UsageError, match="--scale must be a number"):
+        anyckpt.merge_lora(BASE, ADAPTER, out, scale=float("inf"))
+    with pytest.raises(UsageError, match="optimizer's state is not that of the merged weights"):
+        anyckpt.merge_lora(BASE, ADAPTER, out, optimizer="keep")
+    with pytest.raises(UsageError, match="means nothing when an adapter is merged"):
+        anyckpt.merge_lora(BASE, ADAPTER, out, include="*")
+    with pytest.raises(UsageError, match="holds the source|lies inside the source|are the same"):
+        anyckpt.merge_lora(BASE, ADAPTER, ADAPTER)
+    with pytest.raises(FormatError, match="does not exist"):
+        anyckpt.merge_lora(BASE, tmp_path / "nothing", out)
+    out.mkdir()
+    with pytest.raises(OutputError, match="already exists"):
+        anyckpt.merge_lora(BASE, ADAPTER, out)
+
+
+def test_a_base_of_no_known_family(tmp_path: Path) -> None:
+    anyckpt.convert(BASE, tmp_path / "x.safetensors", to="safetensors")
+    with pytest.raises(UsageError, match=r"family is not known.*--family and --config"):
+        anyckpt.merge_lora(tmp_path / "x.safetensors", ADAPTER, tmp_path / "out", to="hf")
+    anyckpt.merge_lora(tmp_path / "x.safetensors", ADAPTER, tmp_path / "out", to="hf", config=BASE / "config.json")
+    assert anyckpt.open(tmp_path / "out").config["model_type"] == "llama"
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    done = anyckpt.merge_lora(BASE, ADAPTER, tmp_path / "out", to="nemo2", dry_run=True)
+    assert done.dry_run and not (tmp_path / "out").exists()
+    assert done.tensors
