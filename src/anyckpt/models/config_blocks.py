@@ -174,9 +174,15 @@ def render_yarn(family: Family, config: ModelConfig, target: str) -> dict[str, A
     scaling = config.rope_scaling
     if scaling is None:
         return {"rope_type": "rope", "rotary_scaling_factor": 1.0} if config.multi_latent_attention else None
+    latent = config.multi_latent_attention
+    if latent and scaling.get("rope_type") != "yarn":
+        raise MappingError(
+            f"{target}'s latent attention scales rope by YaRN alone", expected="rope_type yarn or default",
+            found=dict(scaling),
+            remedy="set up the scaling in the target yourself, and convert with --config of a configuration without it",
+        )  # fmt: skip
     if "yarn" not in family.features or scaling.get("rope_type") != "yarn":
         return None
-    latent = config.multi_latent_attention
     numbers = {theirs: scaling.get(theirs, default) for theirs, (_, default) in _YARN.items()}
     if scaling.get("original_max_position_embeddings") is None:
         numbers["original_max_position_embeddings"] = config.max_position_embeddings

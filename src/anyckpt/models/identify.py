@@ -34,6 +34,8 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
     if "num_hidden_layers" in config or ("model_type" in config and "architectures" in config):
         return "hf"
     unwrapped = config_nemo.unwrapped(config)
+    if "transformer_impl" in config and "mcore_gpt" not in config:
+        return "megatron-args"  # those of encoder-decoders have an encoder_seq_length, too
     if unwrapped.keys() & {"encoder_seq_length", "mcore_gpt", "rotary_percentage", "megatron_amp_O2"}:
         return "nemo1"
     if {"num_layers", "num_attention_heads"} <= config.keys():
@@ -119,6 +121,8 @@ def _parse(
         if not candidates:
             return None
         family, config = candidates[0] if len(candidates) == 1 or not fitting else fitting[0]
+        if chosen is None and not family.recognise(config) and _wrong_traits(family, config):
+            return None  # another model of the same class
         _check_traits(family, config)
         return family, config
     inner = _with_defaults_of_class(config_nemo.unwrapped(values)) if kind == "nemo1" else values
