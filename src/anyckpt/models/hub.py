@@ -391,15 +391,17 @@ def _drop_copies(tensors: dict[str, LazyTensor], pairs: Iterable[tuple[str, str]
         copy = tensors.pop(name, None)
         if copy is None:
             continue
-        original = tensors.setdefault(first, copy)
-        if original is not copy:
-            if not _is_equal(copy, original):
-                raise MappingError(
-                    f"differs from {first}, though it is the same tensor in every model of the family",
-                    path=path, tensor=name, expected=f"{original.dtype.name} {original.shape} with equal values",
-                    found=f"{copy.dtype.name} {copy.shape}", remedy="--exclude the one that is wrong",
-                )  # fmt: skip
-            dropped[name] = f"the same tensor as {first}"
+        if first not in tensors:
+            tensors[first] = copy
+            continue
+        original = tensors[first]
+        if not _is_equal(copy, original):
+            raise MappingError(
+                f"differs from {first}, though it is the same tensor in every model of the family",
+                path=path, tensor=name, expected=f"{original.dtype.name} {original.shape} with equal values",
+                found=f"{copy.dtype.name} {copy.shape}", remedy="--exclude the one that is wrong",
+            )  # fmt: skip
+        dropped[name] = f"the same tensor as {first}"
     return dropped
 
 
