@@ -37,10 +37,10 @@ def laid_out(checkpoint: Checkpoint, format_name: str) -> Checkpoint:
         MappingError: the state does not fit the weights, or is not Adam's.
         UsageError: the format has no place for optimizer state.
     """
-    if checkpoint.optimizer is None or format_name in BY_THEMSELVES:
+    if checkpoint.optimizer is None:
         return checkpoint
     writer = _WRITERS.get(format_name)
-    if writer is None:
+    if writer is None and format_name not in BY_THEMSELVES:
         raise UsageError(
             f"{format_name} has no place for optimizer state",
             path=checkpoint.path, expected=", ".join((*_WRITERS, *BY_THEMSELVES)), remedy=DROP,
@@ -48,6 +48,8 @@ def laid_out(checkpoint: Checkpoint, format_name: str) -> Checkpoint:
     weights = checkpoint.weights()
     state = checked(checkpoint.optimizer(), weights, checkpoint.path)
     _check_complete(state, weights, checkpoint.path)
+    if writer is None:
+        return checkpoint
     training = replace(checkpoint.training, has_optimizer=True)
     return writer(replace(checkpoint, training=training, optimizer=None), state)
 

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard, StoredChecksum, TrainingState
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, MappingError
 from anyckpt.formats.megatron_lm.arguments import plain_arguments
 from anyckpt.formats.megatron_lm.location import OPTIMIZER_FILE, Iteration, find_iteration, rank_folders
 from anyckpt.formats.megatron_lm.names import flattened, hub_names, strip_wrappers
 from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
+from anyckpt.formats.megatron_lm.parameters import REMEDY
 from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
 from anyckpt.formats.original_groups import ORIGINAL_GROUPS, with_original_groups
@@ -77,7 +78,8 @@ def read(location: Location) -> Checkpoint:
         for number, key in sorted({**dict.fromkeys(range(sizes.virtual or 1), ""), **rank.chunks}.items())
     ]
     distributed = {rank.folder.name: read for rank in ranks.values() if (read := _distributed(rank)) is not None}
-    has_optimizer = bool(distributed) or any(_OPTIMIZER in rank.root for rank in ranks.values())
+    shards_of_state = sum(rank is None for rank in opened)
+    has_optimizer = bool(distributed or shards_of_state) or any(_OPTIMIZER in rank.root for rank in ranks.values())
     training = TrainingState(
         step=None if iteration.is_release else first.iteration,
         consumed_samples=_count(config.get("consumed_train_samples")),
@@ -111,7 +113,11 @@ def read(location: Location) -> Checkpoint:
             "distributed_optimizer": bool(distributed) or any(rank is None for rank in opened),
         },
         ranks=tuple(grouped(shard, first.version, heads) for shard in shards),
-        optimizer=partial(_optimizer, shards, ranks, distributed, config, layout, heads) if has_optimizer else None,
+        optimizer=partial(_refused, iteration.path, shards_of_state)
+        if shards_of_state
+        else partial(_optimizer, shards, ranks, distributed, config, layout, heads)
+        if has_optimizer
+        else None,
         checksums=lambda: _checksums([*(rank.contents for rank in ranks.values()), *distributed.values()]),
     )
 
@@ -172,6 +178,15 @@ def _optimizer(
     found = read_optimizer(states, config, layout)
     slots = {slot: tuple(grouped(shard, first.version, heads) for shard in own) for slot, own in found.ranks.items()}
     return with_original_groups(replace(found, ranks=slots), first.root.get(ORIGINAL_GROUPS))
+
+
+def _refused(path: str, shards: int) -> OptimizerState:
+    """Raise MappingError: the state is in a layout that is bound to the run's data-parallel ranks."""
+    raise MappingError(
+        "the optimizer's state is in a part for each data-parallel rank, as Megatron-LM 23.04 wrote it",
+        path=path, expected="distrib_optim.pt beside each rank's model", found=f"{shards} folders with an optim.pt",
+        remedy=REMEDY,
+    )  # fmt: skip
 
 
 def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) -> int:
