@@ -138,6 +138,8 @@ class Parameter:
 def parameters(updates: Mapping[str, LowRank], layers: Layers) -> list[Parameter]:
     """Updates of whole experts' weights as those of parameters, where transformers holds experts in such.
 
+    A layer of which not everything can be told so is left out.
+
     Args:
         updates: by hub name; rows of ``up`` as the family has them.
         layers: the base model's weights.
@@ -159,6 +161,9 @@ def parameters(updates: Mapping[str, LowRank], layers: Layers) -> list[Parameter
             own = [updates[item.hub] for item in items if item.hub in updates]
             if len(own) == experts and len({(u.rank, u.scale, u.up.dtype, u.down.dtype) for u in own}) == 1:
                 whole.append((name, own, items))
+        told = {item.hub for _, _, items in whole for item in items}
+        if any(weight not in told for weight in updates if weight.startswith(next(iter(_stem(live)), "\0"))):
+            continue
         for number, (name, own, items) in enumerate(whole):
             inside = ".base_layer" * (len(whole) - 1 - number)
             up = stack([update.up for update in own], 2)
@@ -170,6 +175,11 @@ def parameters(updates: Mapping[str, LowRank], layers: Layers) -> list[Parameter
                 )
             )  # fmt: skip
     return found
+
+
+def _stem(live: Mapping[str, list[Instance]]) -> set[str]:
+    """What the hub's names of the experts' weights begin with."""
+    return {items[0].hub.partition(".experts.")[0] + ".experts." for items in live.values()}
 
 
 def _live(module: str, layers: Layers) -> list[str]:

@@ -330,10 +330,11 @@ def to_peft(adapter: Adapter, layers: Layers) -> Written:
     for target, update in adapter.updates.items():
         check_update(target, update, layers)
         by_weight.setdefault(target.weight, {})[target.part] = update
+    apart = {weight.partition(".experts.")[0] for weight, parts in by_weight.items() if "" not in parts}
     whole = {
         weight: _rows_of_family(layers.instances[weight], parts[""])
         for weight, parts in by_weight.items()
-        if ".experts." in weight and "" in parts
+        if ".experts." in weight and weight.partition(".experts.")[0] not in apart
     }
     of_experts: dict[str, tuple[int, float]] = {}
     for found in parameters(whole, layers):
