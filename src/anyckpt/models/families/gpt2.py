@@ -15,7 +15,6 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.rules import CONCATENATED_QKV, TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, Operation, Rule
-from anyckpt.models.variants import Variant
 
 _LAYER = "transformer.h.*"
 _HUB = "decoder.layers.*"
@@ -175,12 +174,6 @@ FAMILY = Family(
         attention_bias=None,
         read=_read,
         write=write_dropout,
-        variants=tuple(
-            Variant(source.removeprefix("transformer."), (source,))
-            for rule in RULES
-            for source in rule.source
-            if source.startswith("transformer.")
-        ),
     ),
     nemo2=nemo2_base(),
 )
