@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peer
 
+from tests.models.proofs import samples  # noqa: E402
+from tests.models.remote_code_references import decilm, inputs  # noqa: E402
+from tests.support import write_plan  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor  # noqa: E402
 
+import anyckpt  # noqa: E402
 from anyckpt import models  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import look_at  # noqa: E402
+from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.operations.recut import LayoutRequest  # noqa: E402
 
 LIMITS = {"llama-nemotron": 2e-5, "baichuan2": 5e-6, "chatglm": 5e-6}
 """Of the difference, as a part of the largest logit."""
@@ -35,6 +42,32 @@ def test_megatron_core_loads_our_files_and_computes_the_same() -> None:
     for name, limit in LIMITS.items():
         assert found[name]["ours"] < limit, found
         assert found[name]["rolled"] > 1000 * limit, "the comparison can fail"
+
+
+def test_ranks_of_layers_that_differ(tmp_path: Path) -> None:
+    """Two ranks of Megatron-Core load our files strictly, and gather what replaced layers compute apart."""
+    pytest.importorskip("megatron.core")
+    checkpoint, _ = samples()["llama-nemotron"].open()
+    assert FORMAT.plan is not None
+    source = write_plan(FORMAT.plan(checkpoint, WriteOptions()), tmp_path / "hf")
+    anyckpt.convert(source, tmp_path / "ranks", to="megatron-lm", layout=LayoutRequest(tensor_parallel=2))
+    command = [sys.executable, "-W", "ignore", "-m", "tests.models.heterogeneous_rank"]
+    root = Path(__file__).parents[2]
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                subprocess.Popen([*command, str(rank), "2", str(tmp_path)], cwd=root, stderr=subprocess.PIPE, text=True)
+            )
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            errors = rank.communicate(timeout=180)[1]
+            assert rank.returncode == 0, errors[-2000:]
+    weights = {name: torch.from_numpy(tensor.numpy()) for name, tensor in checkpoint.tensors.items()}
+    expected = decilm(weights, checkpoint.config, inputs()[0])
+    for rank in range(2):
+        found = torch.from_numpy(np.load(tmp_path / f"logits_{rank}.npy"))[..., : expected.shape[-1]]
+        assert (found - expected).abs().max() < LIMITS["llama-nemotron"] * expected.abs().max()
 
 
 def test_mpt_with_heads_as_megatron_reads_them(tmp_path: Path) -> None:
