@@ -147,7 +147,12 @@ FAMILY = Family(
             "Gemma2Config": _BASE,
             "Gemma2Config2B": {**_BASE, **llama.size(26, 2304, 9216, 8, 4), "query_pre_attn_scalar": 256},
             "Gemma2Config9B": {**_BASE, **llama.size(42, 3584, 14336, 16, 8), "query_pre_attn_scalar": 256},
-            "Gemma2Config27B": {**_BASE, **llama.size(46, 4608, 36864, 32, 16), "query_pre_attn_scalar": 144},
+            "Gemma2Config27B": {
+                **_BASE,
+                **llama.size(46, 4608, 36864, 32, 16),
+                "kv_channels": 128,
+                "query_pre_attn_scalar": 144,
+            },
         },
         choose=lambda config: "Gemma2Config",
         fields=FIELDS[1:],

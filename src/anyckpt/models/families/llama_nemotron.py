@@ -199,7 +199,7 @@ FAMILY = Family(
                 **llama.NEMO2_CONFIGS["Llama31Config70B"], **llama.size(80, 8192, 28672, 64, 8),
             },
             "Llama31NemotronUltra253BConfig": {
-                **llama.NEMO2_CONFIGS["Llama31Config405B"], **llama.size(126, 8192, 53248, 64, 8),
+                **llama.NEMO2_CONFIGS["Llama31Config405B"], **llama.size(162, 16384, 53248, 128, 8),
             },
         },
         choose=lambda config: (

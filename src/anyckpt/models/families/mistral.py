@@ -21,6 +21,15 @@ _SEVEN_B = {
     "window_size": (4096, 0),
 }
 _LATER = {**_SEVEN_B, "kv_channels": 128, "seq_length": 4096, "window_size": None, "rotary_base": 1_000_000}
+_TWELVE_B = {**_LATER, "num_layers": 40, "hidden_size": 5120}
+_LARGE = {
+    **_LATER,
+    "num_layers": 88,
+    "hidden_size": 12288,
+    "ffn_hidden_size": 28672,
+    "num_attention_heads": 96,
+}
+"""Both are called ``MistralNeMo2407Config...`` in NeMo 2.0."""
 
 FAMILY = Family(
     name="mistral",
@@ -52,14 +61,10 @@ FAMILY = Family(
         model="MistralModel",
         configs={
             "MistralConfig7B": _SEVEN_B,
-            "MistralNeMo2407Config12B": {**_LATER, "num_layers": 40, "hidden_size": 5120},
-            "MistralNeMo2407Config123B": {
-                **_LATER,
-                "num_layers": 88,
-                "hidden_size": 12288,
-                "ffn_hidden_size": 28672,
-                "num_attention_heads": 96,
-            },
+            "MistralNeMoConfig12B": _TWELVE_B,
+            "MistralNeMoConfig123B": _LARGE,
+            "MistralNeMo2407Config12B": _TWELVE_B,
+            "MistralNeMo2407Config123B": _LARGE,
         },
         choose=lambda config: "MistralConfig7B",
     ),

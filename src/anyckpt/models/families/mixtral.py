@@ -109,7 +109,6 @@ FAMILY = Family(
                 "hidden_size": 6144,
                 "num_attention_heads": 48,
                 "ffn_hidden_size": 16384,
-                "seq_length": 65536,
             },
         },
         choose=lambda config: "MixtralConfig8x7B",

@@ -210,6 +210,26 @@ _BASE: dict[str, Any] = {
     "mamba_head_dim": 64,
     "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
 }
+_4B: dict[str, Any] = {
+    **_BASE, "hidden_size": 3072, "ffn_hidden_size": 12288, "mamba_num_heads": 112, "kv_channels": 128,
+}  # fmt: skip
+_NANO: dict[str, Any] = {
+    **_BASE, "num_attention_heads": 40, "kv_channels": 128, "mamba_num_heads": 128, "mamba_head_dim": 80,
+}  # fmt: skip
+_NANO_9B: dict[str, Any] = {
+    **_NANO,
+    "num_layers": 56,
+    "hidden_size": 4480,
+    "ffn_hidden_size": 15680,
+    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+}
+_NANO_12B: dict[str, Any] = {
+    **_NANO,
+    "num_layers": 62,
+    "hidden_size": 5120,
+    "ffn_hidden_size": 20480,
+    "hybrid_override_pattern": "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-",
+}
 _LARGE: dict[str, Any] = {**_BASE, "hidden_size": 8192, "num_attention_heads": 64, "mamba_state_dim": 256}
 _47B: dict[str, Any] = {
     **_LARGE,
@@ -308,9 +328,12 @@ FAMILY = Family(
         model="MambaModel",
         configs={
             "NemotronHConfigBase": {**_BASE, "num_layers": 2, "hybrid_override_pattern": None},
+            "NemotronHConfig4B": _4B,
             "NemotronHConfig8B": _BASE,
             "NemotronHConfig47B": _47B,
             "NemotronHConfig56B": _56B,
+            "NemotronNano9Bv2": _NANO_9B,
+            "NemotronNano12Bv2": _NANO_12B,
             "Nemotron5HybridConfig8B": _BASE,
             "Nemotron5HybridConfig47B": _47B,
             "Nemotron5HybridConfig56B": _56B,
