@@ -45,6 +45,8 @@ def command(path: str, tensors: str | None, stats: bool, digest: bool, names: st
         _print_tensors(found.tensors)
     for warning in found.warnings:
         print_note(f"warning: {warning}")
+    for note in found.notes:
+        print_note(f"note: {note}")
 
 
 def _print_summary(found: Inspection) -> None:

@@ -206,9 +206,8 @@ class _Run:
                 os.symlink(target, path)
         order = {file.path: number for number, file in enumerate(self._plan.files)}
         entries.sort(key=lambda entry: (order[entry.file], entry.offset))
-        manifest = Manifest(
-            self._plan.format, self._identity, {f.path: f.nbytes for f in self._plan.files}, tuple(entries)
-        )
+        sizes = {file.path: file.nbytes for file in self._plan.files}
+        manifest = Manifest(self._plan.format, self._identity, sizes, tuple(entries), self._plan.notes)
         data = manifest.to_bytes()
         if self._plan.is_directory:
             with open(os.path.join(output, MANIFEST_NAME), "wb") as file:

@@ -94,7 +94,7 @@ class _Describer:
             self.add(*(getattr(value, name) for name in MemorySource.__slots__))
         elif isinstance(value, ByteSource):
             self.add(*(getattr(value, name, None) for name in _OF_A_SOURCE))
-            if isinstance(value, LocalFile):
+            if isinstance(value, LocalFile) and value.path is not None:
                 self.add(*_state(value.path))
         elif isinstance(value, LazyTensor):
             self.add(*(getattr(value, name, None) for name in _slots(type(value))))

@@ -51,12 +51,14 @@ class Manifest:
         plan: fingerprint of the plan and its sources, so that resuming finished work finds it done.
         files: path -> size in bytes.
         entries: every run of bytes.
+        notes: what a user should know of the output, as the report said it.
     """
 
     format: str
     plan: str
     files: dict[str, int]
     entries: tuple[ManifestEntry, ...]
+    notes: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """The manifest as JSON, one entry per line."""
@@ -69,6 +71,7 @@ class Manifest:
             "format": self.format,
             "digest": DIGEST,
             "plan": self.plan,
+            "notes": list(self.notes),
         }
         head["files"] = self.files
         text = json.dumps(head, indent=0, ensure_ascii=False)
@@ -101,13 +104,14 @@ def read_manifest(output: str) -> Manifest | None:
         data = json.loads(LocalFile(path).read_all())
         if data["anyckpt_manifest"] != _VERSION or data["digest"] != DIGEST:
             raise FormatError("is a manifest of another version of anyckpt", path=path)
+        notes = tuple(str(note) for note in data.get("notes", ()))
         files = {str(name): int(size) for name, size in data["files"].items()}
         entries = tuple(
             ManifestEntry(str(n), str(p), str(f), int(o), int(b), str(d)) for n, p, f, o, b, d in data["entries"]
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError("is a damaged manifest", path=path, remedy="delete it to do without it") from error
-    return Manifest(str(data["format"]), str(data.get("plan", "")), files, entries)
+    return Manifest(str(data["format"]), str(data.get("plan", "")), files, entries, notes)
 
 
 def check_manifest(output: str, manifest: Manifest) -> Iterator[tuple[ManifestEntry | None, str]]:

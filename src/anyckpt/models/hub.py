@@ -164,11 +164,12 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
     return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected), *_left_out(found.others, config)])
 
 
-def from_hub(hub: Hub, dialect: str) -> Named:
+def from_hub(hub: Hub, dialect: str, *, padded: bool = True) -> Named:
     """The hub's tensors under another naming; views only.
 
     For ``hf`` the vocabulary is cut to its true size; for Megatron's dialects (see ``dialects.DIALECTS``) it is
-    padded with zero rows to the configuration's ``rows``.
+    padded with zero rows to the configuration's ``rows``, unless they are to be cut for ranks, which pads by itself:
+    then ``padded`` is False.
 
     Raises:
         MappingError: hub tensors are missing or of no rule, the true vocabulary is larger than what is stored, or a
@@ -181,7 +182,7 @@ def from_hub(hub: Hub, dialect: str) -> Named:
     definition, config = hub.model.definition, hub.model.config
     expected = definition.expected(config)
     _check_complete([(item.hub,) for item in expected], hub.tensors, hub.model, None)
-    rows = config.vocab_size if dialect == "hf" else config.rows
+    rows = config.vocab_size if dialect == "hf" else config.rows if padded else None
     resized = {
         item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes)
         if item.rule.partition == "vocabulary"
@@ -247,7 +248,7 @@ def _resize_vocabulary(
     if true is not None and stored < true:
         raise MappingError(
             "has fewer rows than the vocabulary", tensor=name, expected=f"at least {true}", found=stored,
-            remedy="give the right vocab_size with --config",
+            remedy="give the right size with --vocab-size",
         )  # fmt: skip
     if stored > rows:
         notes.append(f"{name}: {stored - rows} padding rows of the vocabulary are cut off")

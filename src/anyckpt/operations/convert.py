@@ -19,10 +19,17 @@ from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
-from anyckpt.operations.naming import rename_for
+from anyckpt.operations.naming import Vocabulary, rename_for
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
-from anyckpt.operations.recut import LayoutRequest, cut_for_ranks, present_layout, sizes_of, wanted_layout
+from anyckpt.operations.recut import (
+    LayoutRequest,
+    cut_for_ranks,
+    padding_notes,
+    present_layout,
+    sizes_of,
+    wanted_layout,
+)
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.operations.supplied import read_config, read_tokenizer
 from anyckpt.tensor import LazyTensor
@@ -195,7 +202,10 @@ def convert(
             checkpoint, adapter, target, options, told, family=family, config=given, dtype=wanted
         )  # fmt: skip
     else:
-        renamed = rename_for(checkpoint, target, options, family=family, config=given, dtype=wanted, names=names)
+        renamed = rename_for(
+            checkpoint, target, options, family=family, config=given, dtype=wanted, names=names,
+            vocabulary=request.vocabulary,
+        )  # fmt: skip
     if renamed.computed and optimizer == "keep":
         raise UsageError(
             "weights are computed on the way, and the optimizer's moments do not go with them", path=checkpoint.path,
@@ -205,13 +215,15 @@ def convert(
     ready = request.built(_with_cast(renamed.checkpoint, cast.tensors))
     carried = Carried(ready)
     if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, cut is not None):
-        rename = partial(_renamed_tensors, checkpoint, target, options, family, given, names)
+        rename = partial(_renamed_tensors, checkpoint, target, options, family, given, names, request.vocabulary)
         if cut is None and request.expert_parallel is not None:
             ready = replace(ready, layout=replace(ready.layout, expert_parallel=request.expert_parallel))
         carried = carry_optimizer(checkpoint, ready, target.name, rename)
         ready = carried.checkpoint
     if cut is not None:
-        ready = cut_for_ranks(ready, cut, rules=request.rules, padding=request.padding)
+        whole = ready
+        ready = cut_for_ranks(whole, cut, rules=request.rules, padding=request.padding)
+        layout_notes += padding_notes(whole, ready, request.padding)
     laid_out = target.plan(ready, options)
     plan = replace(
         laid_out,
@@ -225,7 +237,12 @@ def convert(
         },
         casts={**cast.casts, **full.casts},
         notes=(
-            *checkpoint.warnings, *layout_notes, *full.notes, *renamed.notes, *carried.notes, *cast.notes,
+            *checkpoint.warnings,
+            *layout_notes,
+            *full.notes,
+            *renamed.notes,
+            *carried.notes,
+            *cast.notes,
             *laid_out.notes,
         ),
     )
@@ -251,11 +268,13 @@ def _renamed_tensors(
     family: str | None,
     config: dict[str, Any] | None,
     names: str | None,
+    vocabulary: Vocabulary,
     tensors: dict[str, LazyTensor],
 ) -> dict[str, LazyTensor]:
     """What becomes of tensors that have the names and shapes of the checkpoint's weights."""
     bare = replace(checkpoint, tensors=tensors, model_prefix="", state_prefixes=(), objects={}, optimizer=None)
-    return rename_for(bare, target, options, family=family, config=config, names=names).checkpoint.tensors
+    renamed = rename_for(bare, target, options, family=family, config=config, names=names, vocabulary=vocabulary)
+    return renamed.checkpoint.tensors
 
 
 def choose(

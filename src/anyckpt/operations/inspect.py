@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.display import html_table
-from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.engine.manifest import read_manifest
+from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.adapters import facts as adapter_facts
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
@@ -99,6 +100,7 @@ class Inspection:
         adapter: of a LoRA or DoRA adapter its ``kind``, ``rank``, ``alpha``, ``rank_stabilized``, ``form``, ``names``,
             ``targets`` and ``base``; None of a model.
         warnings: anything odd.
+        notes: what anyckpt said of the output when it wrote this, such as what fills the vocabulary's padding rows.
         tensors: the tensors asked for, or None if none were.
         likely_families: where the family is unknown, those that name all tensors as they are named here.
     """
@@ -130,6 +132,7 @@ class Inspection:
     details: dict[str, Any]
     adapter: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] | None = None
     likely_families: tuple[str, ...] = ()
 
@@ -145,7 +148,7 @@ class Inspection:
                 "path", "format", "format_version", "family", "parameters", "bytes", "tensor_count", "dtypes",
                 "layout", "step", "has_optimizer", "artifacts", "config", "warnings", "dialect", "dtype_bytes",
                 "size", "model", "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored",
-                "objects", "values", "details", "adapter",
+                "objects", "values", "details", "adapter", "notes",
             )
         }  # fmt: skip
         facts["likely_families"] = list(self.likely_families)
@@ -235,9 +238,19 @@ def inspect(
         details=to_plain(checkpoint.details),
         adapter=adapter_facts(checkpoint),
         warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
+        notes=_notes(checkpoint.path),
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
     )
+
+
+def _notes(path: str) -> list[str]:
+    """Those of the manifest, if there is a sound one."""
+    try:
+        manifest = read_manifest(path)
+    except FormatError:
+        return []
+    return [] if manifest is None else list(manifest.notes)
 
 
 def _likely(checkpoint: Checkpoint) -> tuple[str, ...]:

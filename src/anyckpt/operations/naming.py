@@ -39,6 +39,28 @@ def identify(checkpoint: Checkpoint, *, family: str | None = None, config: Any =
 
 
 @dataclass(frozen=True)
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a user says of a model's vocabulary; None is not said.
+
+    Attributes:
+        size: the true one; rows beyond it are padding.
+        divisible_by: rows are padded to a multiple of this.
+    """
+
+    size: int | None = None
+    divisible_by: int | None = None
+
+    def of(self, hub: Hub) -> Hub:
+        """The hub with a model that this is said of."""
+        config = hub.model.config
+        if self.size is not None:
+            config = replace(config, vocab_size=self.size)
+        if self.divisible_by is not None:
+            config = replace(config, make_vocab_size_divisible_by=self.divisible_by, padded_vocab_size=None)
+        return replace(hub, model=replace(hub.model, config=config))
+
+
 class Renamed:
     """A checkpoint under a target's names.
 
@@ -66,6 +88,7 @@ def rename_for(
     dtype: str | None = None,
     names: str | None = None,
 ) -> Renamed:
+    vocabulary: Vocabulary | None = None,
     """The weights under the names that ``target`` gives them, and the configuration in its spelling.
 
     Where the target takes any names and none are asked for, or names weights as the source does, nothing changes.
@@ -81,6 +104,7 @@ def rename_for(
         dtype: what the weights will be cast to, for the configuration to say so, or None.
         names: dialect that the user asks for, where the target takes any names.
 
+        vocabulary: what the user says of it.
     Raises:
         MappingError: names, shapes or configuration do not fit the family, or the model is incomplete.
         UsageError: no rule leads from the source's names to the target's, or the target has names of its own.
@@ -95,7 +119,8 @@ def rename_for(
         wanted = names
     if wanted is None:
         return Renamed(_with_dtype(checkpoint, dtype))
-    told = family is not None or config is not None
+    vocabulary = vocabulary or Vocabulary()
+    told = family is not None or config is not None or (wanted == "hf" and vocabulary.size is not None)
     if config is not None:
         checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
@@ -104,7 +129,10 @@ def rename_for(
     alike = fits and (known == wanted or (known is None and own))
     model = None if alike and not told else identify(checkpoint, family=family, config=config)
     if model is not None:
-        renamed = _through_hub(checkpoint, model, wanted, target.config_kind, dtype)
+        renamed = _through_hub(
+            checkpoint, model, wanted, target.config_kind, dtype,
+            padded=options.layout is None, vocabulary=vocabulary,
+        )  # fmt: skip
         if names == "hf" and model.config.share_embeddings_and_output_weights:
             head, embedding = head_and_embedding(model)
             left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
@@ -130,13 +158,23 @@ def _by_dialect(checkpoint: Checkpoint, known: str, wanted: str, fits: bool, dty
 
 
 def _through_hub(
-    checkpoint: Checkpoint, model: Model, wanted: str, config_kind: str | None, dtype: str | None
+    checkpoint: Checkpoint,
+    model: Model,
+    wanted: str,
+    config_kind: str | None,
+    dtype: str | None,
+    *,
+    padded: bool,
+    vocabulary: Vocabulary,
 ) -> Renamed:
-    hub = models.to_hub(checkpoint, model)
-    out = models.from_hub(hub, wanted)
+    hub = vocabulary.of(models.to_hub(checkpoint, model))
+    if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(checkpoint.weights()) == "hf":
+        _check_vocabulary(checkpoint, hub)
+    out = models.from_hub(hub, wanted, padded=padded)
     renamed = _with_weights(checkpoint, out.tensors, wanted)
     if config_kind is not None and _is_spelled(checkpoint, config_kind):
-        config = restated(checkpoint.config, hub.restated)
+        resized = {"vocab_size": vocabulary.size} if config_kind == "hf" and vocabulary.size is not None else {}
+        config = {**restated(checkpoint.config, hub.restated), **resized}
         renamed = _with_dtype(replace(renamed, config=config), dtype)
     elif config_kind is not None:
         described = hub.model if dtype is None else hub.model.with_dtype(dtype)
@@ -153,6 +191,19 @@ def _is_spelled(checkpoint: Checkpoint, kind: str) -> bool:
 
 def _with_weights(checkpoint: Checkpoint, weights: dict[str, LazyTensor], dialect: str) -> Checkpoint:
     return replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, dialect=dialect)
+
+
+def _check_vocabulary(checkpoint: Checkpoint, hub: Hub) -> None:
+    """Raise MappingError for rows that Hugging Face's own class of the model would not have."""
+    true = hub.model.config.vocab_size
+    for rule in hub.model.definition.rules:
+        tensor = hub.tensors.get(rule.hub) if rule.partition == "vocabulary" else None
+        if tensor is not None and true is not None and tensor.shape[0] > true:
+            raise MappingError(
+                "has more rows than the vocabulary of the configuration",
+                path=checkpoint.path, tensor=rule.hub, expected=f"{true} rows (vocab_size)",
+                found=f"{tensor.shape[0]} rows", remedy="say the true vocabulary with --vocab-size",
+            )  # fmt: skip
 
 
 def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:

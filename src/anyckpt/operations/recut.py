@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,12 @@ from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut
 from anyckpt.layout.division import Padding
 from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args
+from anyckpt.operations.naming import Vocabulary
 from anyckpt.operations.open import geometry_of, parallelism_of
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _ROWS = ("override_vocab_size", "padded_vocab_size")  # NeMo's and Megatron's words for the padded vocabulary
+_FILLED: Mapping[Padding, str] = {"zeros": "zeros", "repeat-last-row": "copies of the last row"}
 _ANY_SIZE = "its distributed checkpoints load at any parallel size: the layout asked for needs nothing done"
 
 
@@ -60,6 +62,11 @@ class LayoutRequest:
     transformer_impl: str | None = None
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """What is said of the vocabulary."""
+        return Vocabulary(self.vocab_size, self.make_vocab_size_divisible_by)
+
+    @property
     def asks_for_ranks(self) -> bool:
         """Whether any parallel size is said."""
         sizes = (
@@ -99,7 +106,9 @@ class LayoutRequest:
         return replace(present, **changed)
 
     def described(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint with the vocabulary that the user says in its configuration."""
+        """The checkpoint with the vocabulary that the user says in its configuration, where that is of ranks."""
+        if checkpoint.config_kind == "hf":
+            return checkpoint
         said = {"vocab_size": self.vocab_size, "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by}
         config = {**checkpoint.config, **{name: value for name, value in said.items() if value is not None}}
         return replace(checkpoint, config=config)
@@ -200,7 +209,7 @@ def cut_for_ranks(
     )  # fmt: skip
     optimizer = checkpoint.optimizer
     arguments = args_from_parallelism(parallelism) if checkpoint.config_kind == "megatron-args" else {}
-    rows = sum(s.tensors[_EMBEDDING].shape[0] for s in shards if _EMBEDDING in s.tensors and _is_first(s))
+    rows = _embedding_rows(shards)
     for key in _ROWS:
         if rows and checkpoint.config.get(key) is not None:
             arguments[key] = rows
@@ -210,6 +219,37 @@ def cut_for_ranks(
         layout=sizes_of(parallelism),
         config={**checkpoint.config, **arguments},
         optimizer=None if optimizer is None else partial(_cut_optimizer, checkpoint, parallelism, geometry, rules),
+    )
+
+
+def padding_notes(whole: Checkpoint, cut_checkpoint: Checkpoint, padding: Padding) -> tuple[str, ...]:
+    """What became of the vocabulary's padding rows when a model was cut; nothing if there are none.
+
+    Args:
+        whole: the model.
+        cut_checkpoint: what ``cut_for_ranks`` made of it.
+        padding: what filled new rows.
+    """
+    embedding, true = whole.tensors.get(_EMBEDDING), whole.config.get("vocab_size")
+    rows = _embedding_rows(cut_checkpoint.ranks)
+    if embedding is None or not rows:
+        return ()
+    stored = embedding.shape[0]
+    said = []
+    if type(true) is int and true < min(stored, rows):
+        said.append(f"{min(stored, rows) - true} padding rows are kept as stored")
+    if rows > stored:
+        said.append(f"{rows - stored} new padding rows are filled with {_FILLED[padding]}")
+    if rows < stored:
+        said.append(f"{stored - rows} padding rows are left out")
+    tokens = f"{true} tokens" if type(true) is int else "tokens of unknown number"
+    return (f"the vocabulary of {tokens} has {rows} rows: {', '.join(said)}",) if said else ()
+
+
+def _embedding_rows(shards: Sequence[RankShard]) -> int:
+    """Of the whole embedding that the ranks share."""
+    return sum(
+        shard.tensors[_EMBEDDING].shape[0] for shard in shards if _EMBEDDING in shard.tensors and _is_first(shard)
     )
 
 
@@ -249,7 +289,7 @@ def _target_geometry(checkpoint: Checkpoint, parallelism: Parallelism) -> Geomet
     known = type(true) is int and rows is not None and true > 0
     same = checkpoint.layout.tensor_parallel == parallelism.tensor_parallel
     if rows is None or (same and geometry.padded_vocab_size):
-        return geometry
+        return replace(geometry, vocab_size=true) if known else geometry
     if known:
         return replace(geometry, vocab_size=true, padded_vocab_size=None)
     return replace(geometry, padded_vocab_size=None if rows % parallelism.tensor_parallel else rows)
