@@ -191,6 +191,7 @@ _LLAMA_3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
 MAMBA = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 16, "vocab_size": 64,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -338,7 +339,12 @@ PROOFS: dict[str, Proof] = {
         fixture("megatron_bert"),
         *(tiny(f"Megatron{name}", "megatron-bert", **_BERT, architectures=[f"Megatron{name}"]) for name in _BERTS[1:]),
     ),
-    "mistral": proof(fixture("mistral_swa")),
+    "mistral": proof(
+        fixture("mistral_swa"),
+        tiny("ministral", "ministral", **_WIDE, sliding_window=8, layer_types=_ALTERNATING),
+        tiny("ministral-first", "ministral", **GROUPED, sliding_window=6, layer_types=_ALTERNATING[::-1]),
+        tiny("mistral-without", "mistral", **GROUPED, sliding_window=None),
+    ),
     "mixtral": proof(fixture("mixtral")),
     "nemotron": proof(
         fixture("nemotron"), tiny("nemotron-biased", "nemotron", **GROUPED, mlp_bias=True, attention_bias=True)

@@ -1,15 +1,39 @@
-"""Mistral 7B, NeMo 12B, Large: Llama's map, a head width of its own, and a sliding window in the first release.
+"""Mistral 7B, NeMo 12B, Large and Ministral: Llama's map, a head width of its own, and a sliding window in some.
 
 transformers' ``sliding_window`` counts the token itself, Megatron's window does not: left is one less.  NeMo's and
-Bridge 0.3.1's importers write them equal, which is off by one (logits differ as soon as the window is full).
+Bridge 0.3.1's importers write them equal, which is off by one (logits differ as soon as the window is full).  Where
+some layers alone have the window, transformers' class is Ministral's.
 """
 
 from __future__ import annotations
 
-from anyckpt.models.config import Field
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.windows import read_window, write_window
+
+_SOME_LAYERS = "ministral"
+
+
+def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Window and the layers that have it; Mistral's own class has it in all, whatever ``layer_types`` says."""
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 4096
+    every = [True] * min(max(0, found["num_layers"]), 10_000)
+    if reader.values.get("model_type") != _SOME_LAYERS:
+        reader = Reader({}, reader.what)
+    return read_window(reader, length, every)
+
+
+def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+    rendered = write_window(config, notes)
+    if config.window_size is None or config.window_attn_skip_freq is None:
+        return {"sliding_window": rendered["sliding_window"]}
+    return {**rendered, "architectures": ["MinistralForCausalLM"], "model_type": _SOME_LAYERS}
+
 
 _SEVEN_B = {
     "num_layers": 32,
@@ -33,14 +57,14 @@ _LARGE = {
 
 FAMILY = Family(
     name="mistral",
-    title="Mistral",
+    title="Mistral, Ministral",
     rules=llama.RULES,
     ignorable=llama.IGNORABLE,
     traits={**llama.TRAITS, "add_bias_linear": False},
     recognise=lambda config: config.window_size is not None,
     hugging_face=HuggingFace(
-        model_types=("mistral",),
-        architectures=("MistralForCausalLM",),
+        model_types=("mistral", _SOME_LAYERS),
+        architectures=("MistralForCausalLM", "MinistralForCausalLM"),
         defaults={
             "vocab_size": 32000,
             "hidden_size": 4096,
@@ -50,11 +74,13 @@ FAMILY = Family(
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-6,
-            "sliding_window": 4096,
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        read=_read,
+        write=_write,
+        keys=frozenset({"sliding_window", "layer_types"}),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.mistral",
