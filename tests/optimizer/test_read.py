@@ -97,6 +97,19 @@ def test_a_chain_may_have_prefixes() -> None:
     assert state.group_of == plain.group_of
 
 
+def test_nemo_1_keeps_the_common_part_under_lightnings_name() -> None:
+    """And steps beside the sharded state, where Apex's optimizer had them."""
+    checkpoint = registry.read(str(fixture_path("mcore/gpt_opt_plain/ckpt")))
+    plain = state_of(with_optimizer(checkpoint))
+    objects = {name: checkpoint.objects[name] for name in checkpoint.objects if name != "optimizer"}
+    inner = checkpoint.objects["optimizer"]["optimizer"]
+    groups = [{key: value for key, value in group.items() if key != "step"} for group in inner["param_groups"]]
+    states = [{"optimizer": {"state": {"step": 10}, "param_groups": groups}}]
+    state = state_of(with_optimizer(replace(checkpoint, objects={**objects, "optimizer_states": states})))
+    assert state.slots == plain.slots and state.step == plain.step == 10
+    assert state.group_of == plain.group_of and len(state.groups) == 2
+
+
 def test_megatron_core_state_of_another_model() -> None:
     checkpoint = opened("mcore/gpt_opt_plain/ckpt")
     name = "optimizer.state.exp_avg.output_layer.weight"
@@ -250,6 +263,9 @@ def test_groups_by_name_are_put_together() -> None:
     assert state.groups == ({"lr": 0.1}, {"lr": 0.2})
     assert state.group_of == {"m.a.weight": 0, "m.a.bias": 1}
     assert len(named(dict(slots), dict.fromkeys(groups, 0.1)).groups) == 1
+    fsdp = {name.replace("optim.param_groups", "optimizer.param_to_group_meta"): v for name, v in groups.items()}
+    own = {name.replace("optim.", "optimizer."): tensor for name, tensor in slots.items()}
+    assert named(own, fsdp).group_of == {"m.a.weight": 0, "m.a.bias": 1}
 
 
 def test_names_that_are_no_weights() -> None:

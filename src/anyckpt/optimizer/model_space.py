@@ -29,7 +29,8 @@ _ENTRY = re.compile(
 _MASTERS = ("param", "fp32_param")
 _STACKED = re.compile(r"(?:.*\.)?(?:decoder|encoder)\.layers\.(?!\d)")
 _EXPERTS = ".experts.experts."
-_COMMON = "optimizer"
+_COMMON = ("optimizer", "optimizer_states")
+"""Where the common state has what is not sharded: Megatron-Core's, and Lightning's name for it in NeMo 1."""
 
 
 def has_model_space(checkpoint: Checkpoint) -> bool:
@@ -58,7 +59,8 @@ def read_model_space(checkpoint: Checkpoint) -> OptimizerState:
     parts = common_optimizers(checkpoint)
     groups = [group for part in parts for group in groups_of(part, checkpoint.path)]
     steps = [group.get("step") for group in groups]
-    steps += [part["state"].get("common_step") for part in map(inner, parts) if isinstance(part.get("state"), dict)]
+    states = [part["state"] for part in map(inner, parts) if isinstance(part.get("state"), dict)]
+    steps += [state.get(key) for state in states for key in ("common_step", "step")]
     state = OptimizerState(
         slots=slots,
         step=same_step(steps, checkpoint.path),
@@ -75,14 +77,15 @@ def common_optimizers(checkpoint: Checkpoint) -> list[Mapping[Any, Any]]:
     Raises:
         FormatError: it is something else.
     """
-    if _COMMON not in checkpoint.objects:
+    name = next((name for name in _COMMON if name in checkpoint.objects), None)
+    if name is None:
         return []
-    common = checkpoint.objects[_COMMON]
+    common = checkpoint.objects[name]
     if isinstance(common, dict) and common and all(type(key) is int for key in common):
         common = [common[key] for key in sorted(common)]
     found = common if isinstance(common, list) else [common]
     if not all(isinstance(part, dict) for part in found):
-        raise FormatError("is not a dictionary", path=checkpoint.path, tensor=_COMMON, found=type(common).__name__)
+        raise FormatError("is not a dictionary", path=checkpoint.path, tensor=name, found=type(common).__name__)
     return found
 
 
@@ -100,7 +103,7 @@ def groups_of(part: Mapping[Any, Any], path: str) -> list[Mapping[str, Any]]:
     """
     groups = inner(part).get("param_groups", [])
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise FormatError("its param_groups are not a list of groups", path=path, tensor=_COMMON)
+        raise FormatError("its param_groups are not a list of groups", path=path, tensor=_COMMON[0])
     return groups
 
 

@@ -2,7 +2,8 @@
 
 ``optim.state.layers.0.weight.exp_avg`` (torchtitan, Automodel; the first part is up to the trainer) and
 ``optimizer_0.state...`` (Lightning's ``ModelParallelStrategy``), with ``param_groups`` either as a list whose groups
-list names, or by name (``optim.param_groups.layers.0.weight.lr``).  Parameters in fp32 are their own masters.
+list names, or by name (``optim.param_groups.layers.0.weight.lr``; Megatron-FSDP says ``param_to_group_meta``).
+Parameters in fp32 are their own masters.
 
 Facts: ``get_optimizer_state_dict`` of ``torch/distributed/checkpoint/state_dict.py``, torch 2.4 to 2.13;
 ``model_parallel.py`` of Lightning 2.4 to 2.6; Megatron-FSDP of core 0.16 (``master_param``).
@@ -20,7 +21,7 @@ from anyckpt.tensor import LazyTensor
 
 _ENTRY = re.compile(r"(?P<root>optim|optimizer|optimizers|optimizer_states|optimizer_\d+)\.state\.(?P<rest>.+)")
 _GROUP = re.compile(r"[a-z_]+(?:_\d+)?\.param_groups\.(?P<number>\d+)\.(?P<key>[^.]+)")
-_GROUP_BY_NAME = re.compile(r"[a-z_]+(?:_\d+)?\.param_groups\.(?P<name>.*\D.*)\.(?P<key>[^.]+)")
+_GROUP_BY_NAME = re.compile(r"[a-z_]+(?:_\d+)?\.(?:param_groups|param_to_group_meta)\.(?P<name>.*\D.*)\.(?P<key>[^.]+)")
 _MASTERS = ("master_param", "fp32_param", "master_weight", "param")
 _STEP = "step"
 
