@@ -111,6 +111,11 @@ def test_records_of_the_frameworks(tmp_path: Path) -> None:
     assert sorted(transform["target_modules"]) == [
         "linear_fc1_gate", "linear_fc1_up", "linear_fc2", "linear_k", "linear_proj", "linear_q", "linear_v",
     ]  # fmt: skip
+    told = anyckpt.convert(ADAPTER, tmp_path / "again", to="nemo2", config=BASE).notes
+    assert any(note.startswith("NeMo 2.5 adds canonical updates") for note in told)
+    assert any(note.startswith("NeMo 2.5 adds canonical updates") for note in anyckpt.open(tmp_path / "nemo2").warnings)
+    told = anyckpt.convert(ADAPTER, tmp_path / "fused", to="nemo2", config=BASE, adapter_form="fused").notes
+    assert not any("canonical" in note for note in told)
     convert(ADAPTER, "megatron-bridge", tmp_path / "bridge", config=BASE, adapter_form="fused")
     run = load_yaml_mapping((tmp_path / "bridge/iter_0000000/run_config.yaml").read_bytes(), "x")
     assert run["peft"]["_target_"] == "megatron.bridge.peft.lora.LoRA"
@@ -147,6 +152,16 @@ def test_ranks_are_cut_as_nemo_cuts_them(tmp_path: Path) -> None:
     assert np.array_equal(local, np.concatenate([whole[40:80], whole[120:160]])), "a half of the gate, a half of up"
 
 
+@pytest.mark.parametrize("layout", [LayoutRequest(1, 1), LayoutRequest(4, 1), LayoutRequest(1, 2)], ids=str)
+def test_resharding(layout: LayoutRequest, tmp_path: Path) -> None:
+    anyckpt.reshard(NEMO, tmp_path / "x.nemo", layout=layout)
+    found = anyckpt.open(tmp_path / "x.nemo")
+    assert_equal({name.removeprefix("model."): tensor for name, tensor in found.tensors.items()},
+                 anyckpt.open(NEMO).tensors)  # fmt: skip
+    assert found.layout == ParallelLayout(layout.tensor_parallel or 1, layout.pipeline_parallel or 1)
+    assert found.adapter is not None and (found.adapter.rank, found.adapter.alpha) == (4, 8)
+
+
 def test_casting_and_copying(tmp_path: Path) -> None:
     cast = convert(ADAPTER, "peft", tmp_path / "bf16", dtype="bf16")
     assert {tensor.dtype.name for tensor in cast.tensors.values()} == {"bfloat16"}
@@ -171,8 +186,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
         anyckpt.convert(ADAPTER, out, to="nemo2")
     with pytest.raises(UsageError, match="unknown form of adapter"):
         anyckpt.convert(ADAPTER, out, to="nemo2", config=BASE, adapter_form="split")
+    trained = copied(tmp_path / "trained")
+    (trained / "optimizer.pt").write_bytes(b"x")
     with pytest.raises(UsageError, match="leave --optimizer keep out"):
-        anyckpt.convert(ADAPTER, out, to="nemo2", config=BASE, optimizer="keep")
+        anyckpt.convert(trained, out, to="nemo2", config=BASE, optimizer="keep")
+    with pytest.raises(UsageError, match="leave --names out"):
+        anyckpt.convert(ADAPTER, out, to="dcp", names="hf")
     with pytest.raises(UsageError, match="is a model, and peft holds adapters"):
         anyckpt.convert(BASE, out, to="peft")
     with pytest.raises(UsageError, match="is no adapter"):

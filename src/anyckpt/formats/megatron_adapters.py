@@ -26,6 +26,13 @@ _CANONICAL = (
 )  # fmt: skip
 _LARGEST = 1 << 31
 
+CANONICAL_ROWS = (
+    "NeMo 2.5 adds canonical updates of queries, keys and values to other rows than these have in linear_qkv, which "
+    "alternate by query group: use the fused form there (--adapter-form fused), or Megatron-Bridge"
+)
+"""``LoRALinearSplitQKV.forward`` of NeMo 2.5 puts all queries before all keys before all values.  NeMo's own exporter
+takes the adapters to be the projections', as Megatron-Bridge computes them, and so do we."""
+
 
 def settings_from(call: Mapping[str, Any], path: str, base: str | None = None) -> AdapterSettings:
     """The settings that a recorded call has, with the class's defaults for what it leaves out.
@@ -70,7 +77,7 @@ def call_of(settings: AdapterSettings, package: str) -> dict[str, Any]:
         settings: with Megatron's names of modules in ``targets``.
         package: Python package of the classes.
     """
-    canonical = _is_canonical(settings.targets)
+    canonical = is_canonical(settings.targets)
     name = "DoRA" if settings.kind == "dora" else "CanonicalLoRA" if canonical else "LoRA"
     return {
         "_target_": f"{package}.{_MODULES[name]}.{name}",
@@ -82,5 +89,6 @@ def call_of(settings: AdapterSettings, package: str) -> dict[str, Any]:
     }
 
 
-def _is_canonical(targets: Iterable[str]) -> bool:
+def is_canonical(targets: Iterable[str]) -> bool:
+    """Whether modules are adapted that are parts of Megatron's."""
     return any(target in _CANONICAL and target not in _FUSED for target in targets)

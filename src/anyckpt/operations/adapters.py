@@ -79,7 +79,8 @@ def opened_adapter(
                 f"is a model, and {target.name} holds adapters", path=checkpoint.path, remedy="convert it to hf"
             )
         return None
-    if names is not None or optimizer == "keep":
+    trained = checkpoint.optimizer is not None or checkpoint.training.has_optimizer
+    if names is not None or (optimizer == "keep" and trained):
         raise UsageError(
             "is an adapter, of which only the tensors are converted", path=checkpoint.path,
             remedy="leave --names out" if names is not None else "leave --optimizer keep out",

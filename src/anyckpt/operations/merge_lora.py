@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.dtypes import DType, dtype
-from anyckpt.errors import UsageError
+from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model, dialects
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, read_adapter
@@ -99,7 +99,11 @@ def merge_lora(
     assert settings is not None
     model = _model(whole, family, full.config)
     updates = read_adapter(found, settings, Layers(model))
-    result = _merged(whole, model, updates, scale, wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
+    try:
+        result = _merged(whole, model, updates, scale, wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
+    except AnyckptError as error:
+        error.path = error.path or found.path
+        raise
     summary = [_summary(found, settings, updates, scale), *_idle(updates), *full.notes]
     ready = replace(
         result,

@@ -9,7 +9,7 @@ from typing import Any
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, TrainingState
 from anyckpt.errors import FormatError
 from anyckpt.formats.hf import read_json
-from anyckpt.formats.megatron_adapters import settings_from
+from anyckpt.formats.megatron_adapters import CANONICAL_ROWS, is_canonical, settings_from
 from anyckpt.formats.megatron_core.location import check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
@@ -78,7 +78,7 @@ def read(location: Location) -> Checkpoint:
     return replace(
         weights,
         format="nemo2",
-        adapter=_adapter(folder, config, location.join(CONTEXT, IO_JSON)),
+        adapter=_adapter(folder, config, location.join(CONTEXT, IO_JSON), warnings),
         config=config,
         config_kind="nemo2" if isinstance(inner, dict) else None,
         tokenizer=tokenizer,
@@ -100,7 +100,9 @@ def read(location: Location) -> Checkpoint:
     )
 
 
-def _adapter(folder: LocalFolder, config: dict[str, Any], path: str) -> AdapterSettings | None:
+def _adapter(
+    folder: LocalFolder, config: dict[str, Any], path: str, warnings: list[str]
+) -> AdapterSettings | None:
     """What the context says of the adapter, if the weights are one: the file with the base's path tells.
 
     Raises:
@@ -111,7 +113,20 @@ def _adapter(folder: LocalFolder, config: dict[str, Any], path: str) -> AdapterS
     base = read_json(folder.open(ADAPTER_METADATA)).get("model_ckpt_path")
     call = config.get("model_transform")
     named = base if isinstance(base, str) else None
-    return settings_from(call, path, named) if isinstance(call, dict) else AdapterSettings(base=named)
+    if not isinstance(call, dict):
+        return AdapterSettings(base=named)
+    settings = settings_from(call, path, named)
+    if is_canonical(settings.targets) and query_groups(config) > 1:
+        warnings.append(CANONICAL_ROWS)
+    return settings
+
+
+def query_groups(config: dict[str, Any]) -> int:
+    """Query groups of the model, as far as its configuration says; 1 if it does not."""
+    inner = config.get("config")
+    inner = inner if isinstance(inner, dict) else {}
+    found = inner.get("num_query_groups") or inner.get("num_attention_heads")
+    return found if type(found) is int else 1
 
 
 def _refuse_unfinished(path: str) -> None:

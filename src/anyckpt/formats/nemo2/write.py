@@ -8,11 +8,11 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import UsageError
-from anyckpt.formats.megatron_adapters import call_of
+from anyckpt.formats.megatron_adapters import CANONICAL_ROWS, call_of, is_canonical
 from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.nemo2 import template
 from anyckpt.formats.nemo2.fiddle import encode
-from anyckpt.formats.nemo2.read import ADAPTER_METADATA, CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS
+from anyckpt.formats.nemo2.read import ADAPTER_METADATA, CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS, query_groups
 from anyckpt.formats.nemo2.tokenizer import write_tokenizer
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.plain_yaml import dump_yaml
@@ -47,6 +47,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         notes.append("there is no tokenizer: NeMo 2 takes the vocabulary's size from the configuration")
     if checkpoint.adapter is not None:
         config["model_transform"] = call_of(checkpoint.adapter, _ADAPTERS)
+        if is_canonical(checkpoint.adapter.targets) and query_groups(config) > 1:
+            notes.append(CANONICAL_ROWS)
         if checkpoint.adapter.base is None:
             notes.append(f"{WEIGHTS}/{ADAPTER_METADATA} names no base model: NeMo asks for its path there")
     calls = _calls(checkpoint, config, notes)
