@@ -335,3 +335,41 @@ def test_a_configuration_that_is_given_tells_too(tmp_path: Path) -> None:
 
 def test_methods_have_names() -> None:
     assert {"fp8", "mxfp4", "modelopt", "compressed-tensors", "fbgemm_fp8"} == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "nvfp4"])
+def test_inspect_and_verify_see_the_model(name: str, tmp_path: Path) -> None:
+    """Its family and true number of parameters, and that no tensor is missing; nothing is read for it."""
+    plain = fixture_path("families/deepseek_v3/hf" if name == "deepseek_v3" else SOURCE)
+    folder = fixture_path("quant/nvfp4_b/hf")
+    if name == "deepseek_v3":
+        folder = quantized(plain, tmp_path / "fp8", FP8, as_fp8())
+    found, expected = anyckpt.inspect(folder), anyckpt.inspect(plain)
+    assert (found.family, found.parameters, found.model) == (expected.family, expected.parameters, expected.model)
+    names = [tensor.name for tensor in anyckpt.inspect(folder, names="hub", tensors="*").tensors or ()]
+    assert names == [tensor.name for tensor in anyckpt.inspect(plain, names="hub", tensors="*").tensors or ()]
+    result = anyckpt.verify(folder)
+    assert result.checked.model
+    assert not result.problems
+    assert anyckpt.inspect(folder).dtypes.keys() & {"float8_e4m3fn"}, "as stored"
+
+
+def test_verify_finds_a_scale_that_is_missing(tmp_path: Path) -> None:
+    folder = quantized(fixture_path("families/deepseek_v3/hf"), tmp_path / "fp8", FP8, as_fp8())
+    tensors = arrays(folder)
+    gone = next(key for key in tensors if key.endswith("_scale_inv"))
+    write_folder(
+        folder, json.loads((folder / "config.json").read_text()), {k: t for k, t in tensors.items() if k != gone}
+    )
+    result = anyckpt.verify(folder)
+    assert any("without scales" in problem.problem for problem in result.problems)
+    assert anyckpt.inspect(folder).family is None
+
+
+def test_a_method_that_is_not_understood_is_no_damage(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "awq"}, "model_type": "llama"}
+    folder = write_folder(tmp_path / "awq", config, {"a.qweight": np.ones((4, 4), np.int32)})
+    result = anyckpt.verify(folder)
+    assert not result.problems
+    assert any("quantized by awq" in text for text in result.warnings)
+    assert any("not understood" in text for text in anyckpt.inspect(folder).warnings)

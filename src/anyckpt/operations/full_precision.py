@@ -9,6 +9,7 @@ from typing import Any
 from anyckpt import quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.collector import uncollected
+from anyckpt.errors import MappingError
 
 _KEY = "quantization_config"
 _OVERFLOW = "float16 ends at 65,504: larger values become infinite, which anyckpt verify --deep finds"
@@ -66,3 +67,14 @@ def in_full_precision(checkpoint: Checkpoint, to: str | None, config: dict[str, 
     if to == "float16":
         notes.append(_OVERFLOW)
     return FullPrecision(plain, given, done.casts, done.ignored, tuple(notes))
+
+
+def seen_in_full_precision(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with quantized weights as bfloat16 numbers, to tell what it is; as it is where that is impossible.
+
+    Nothing is read.
+    """
+    try:
+        return in_full_precision(checkpoint, "bfloat16").checkpoint
+    except MappingError:
+        return checkpoint

@@ -14,6 +14,7 @@ from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.adapters import facts as adapter_facts
+from anyckpt.operations.full_precision import seen_in_full_precision
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
@@ -197,13 +198,14 @@ def inspect(
     if names not in ("stored", "hub"):
         raise UsageError("unknown kind of names", expected="stored or hub", found=names)
     checkpoint = _joined(source if isinstance(source, Checkpoint) else registry.read(source))
-    model, warning = _identify(checkpoint)
+    numbers = seen_in_full_precision(checkpoint)
+    model, warning = _identify(numbers)
     listed = None
     globs = as_patterns(tensors)
     if globs or stats or digest or names == "hub":
-        chosen = _hub_names(checkpoint, model, warning) if names == "hub" else checkpoint.tensors
+        chosen = _hub_names(numbers, model, warning) if names == "hub" else checkpoint.tensors
         listed = _list(checkpoint.path, chosen, globs, stats, digest, progress)
-    parameters = checkpoint.parameters
+    parameters = numbers.parameters
     counts, sizes = _by_dtype(checkpoint.tensors)
     training = checkpoint.training
     return Inspection(

@@ -6,12 +6,13 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from anyckpt import models
+from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
+from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.naming import identify
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
@@ -189,6 +190,11 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
     try:
         whole = join_ranks(checkpoint)
         result.warnings += [text for text in whole.warnings if text not in result.warnings]
+        if whole.quantization is not None and not quantization.is_understood(whole.quantization):
+            method = quantization.method_of(whole.quantization)
+            result.warnings.append(f"whether the model is complete is not known: it is quantized by {method}")
+            return
+        whole = in_full_precision(whole, "bfloat16").checkpoint
         model = identify(whole)
         if model is not None:
             models.to_hub(whole, model)

@@ -112,6 +112,14 @@ def method_of(facts: Facts) -> str:
     return " ".join(part[:40] for part in said if isinstance(part, str)) or "one without quant_method"
 
 
+def is_understood(facts: Facts) -> bool:
+    """Whether ``schemes_of`` knows the method."""
+    try:
+        return bool(schemes_of(facts))
+    except MappingError:
+        return False
+
+
 def schemes_of(facts: Facts) -> tuple[Scheme, ...]:
     """How the weights may be stored.
 
