@@ -232,8 +232,13 @@ class _Joiner:
         else:
             for share in shares:
                 self._note(text, share)
-        whole = join_parts(text, [share[0][1] for share in shares], how, self.geometry)
-        holder = shares[0][0][0]
+        holder, first = shares[0][0]
+        try:
+            whole = join_parts(text, [share[0][1] for share in shares], how, self.geometry)
+        except MappingError as error:
+            odd = (name for name, part in (share[0] for share in shares) if part.shape != first.shape)
+            error.path = error.path or next(odd, holder)
+            raise
         if text in self.joined.tensors:  # a stage's copy of the embedding
             self._note(text, [(self.holders[text], self.joined.tensors[text]), (holder, whole)])
         else:
