@@ -71,6 +71,24 @@ def test_the_encoder_of_a_bert_stays_an_encoder_on_every_stage() -> None:
     ]  # fmt: skip
 
 
+def test_a_bert_with_norms_behind() -> None:
+    """NeMo 1's ``post_ln``: one norm before the first layer, and those of layers under the names of others' norms."""
+    layer = "language_model.encoder.layers.1"
+    assert renamed(
+        "language_model.encoder.initial_layernorm.weight",
+        f"{layer}.input_layernorm.bias",
+        f"{layer}.self_attention.query_key_value.weight",
+        f"{layer}.post_attention_layernorm.weight",
+        f"{layer}.mlp.dense_h_to_4h.weight",
+    ) == [
+        "encoder.initial_layernorm.weight",
+        "encoder.layers.1.post_att_layernorm.bias",
+        "encoder.layers.1.self_attention.linear_qkv.weight",
+        "encoder.layers.1.post_mlp_layernorm.weight",
+        "encoder.layers.1.mlp.linear_fc1.weight",
+    ]
+
+
 def test_an_encoder_decoder() -> None:
     layer = "language_model.decoder.layers.1"
     assert renamed(

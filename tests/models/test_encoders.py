@@ -23,6 +23,7 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model, dialects
 from anyckpt.models.config import ModelConfig
+from anyckpt.operations.naming import rename_for
 from anyckpt.operations.recut import LayoutRequest
 from anyckpt.tensor import LazyTensor, from_array
 
@@ -191,6 +192,45 @@ def test_what_frameworks_build_besides_a_bert() -> None:
     assert (
         said({**whole, "model_type": "megatron-bert", "architectures": ["MegatronBertForPreTraining"]}, "nemo1") == ""
     )
+
+
+LEGACY = {
+    "encoder.layers": "language_model.encoder.layers", "encoder.initial": "language_model.encoder.initial",
+    "encoder.final": "language_model.encoder.final", "embedding.": "language_model.embedding.",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "post_attention_layernorm.",
+    "self_attention.linear_qkv": "self_attention.query_key_value", "self_attention.linear_proj": "self_attention.dense",
+    "mlp.linear_fc1": "mlp.dense_h_to_4h", "mlp.linear_fc2": "mlp.dense_4h_to_h",
+    "post_att_layernorm": "input_layernorm",
+    "post_mlp_layernorm": "post_attention_layernorm", "pooler": "language_model.pooler",
+    "output_layer.bias": "lm_head.bias", "lm_head.layer_norm": "lm_head.layernorm",
+}  # fmt: skip
+"""Megatron-Core's names in NVIDIA's ``convert_bert_hf_to_nemo.py`` -> those it writes without ``--mcore``."""
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.module."])
+@pytest.mark.parametrize("architecture", ["BertForPreTraining", "BertModel", "MegatronBertForPreTraining"])
+def test_names_of_nemo_1_before_megatron_core(architecture: str, prefix: str) -> None:
+    family = {"model_type": "megatron-bert"} if architecture.startswith("Megatron") else {}
+    checkpoint, model = made({**BERT, **family, "architectures": [architecture]})
+    named = models.from_hub(models.to_hub(checkpoint, model), "hub").tensors
+    if architecture == "BertModel":
+        del named["output_layer.bias"]
+
+    def old(name: str) -> str:
+        for new, before in LEGACY.items():
+            name = name.replace(new, before, 1) if before not in name else name
+        return prefix + name
+
+    config = {**models.render_config(model, "nemo1"), "mcore_bert": False}
+    del config["hf_model_type"], config["num_tokentypes"]
+    stored = replace(
+        checkpoint, format="nemo", tensors=renamed(named, old), dialect=None, config=config, config_kind="nemo1"
+    )
+    assert any(".input_layernorm." in name for name in stored.tensors)
+    hf = rename_for(stored, registry.by_name("hf"), registry.WriteOptions()).checkpoint
+    assert facts(hf.tensors) == facts(checkpoint.tensors)
+    assert hf.config["architectures"] == [architecture]
 
 
 # -- T5 ------------------------------------------------------------------------------------------------------

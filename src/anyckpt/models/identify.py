@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family, unrefined
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
+from anyckpt.models.own_modules import core_names
 from anyckpt.models.tokens import TokenFacts, token_facts
 from anyckpt.models.variants import family_names
 from anyckpt.models.wrappers import unwrapped
@@ -91,13 +92,18 @@ _STACKS = ("encoder.layers.", "decoder.layers.")
 _OTHERS = ("embedding.word_embeddings.", "conv1.")
 
 
-def _parts(names: Iterable[str]) -> frozenset[str]:
+def _parts(weights: Mapping[str, LazyTensor]) -> frozenset[str]:
     """Which of the parts that tell kinds of models apart Megatron names have; none for other names."""
-    known = list(names)
-    prefix = dialects.find_prefix(known)
+    known = _megatron_names(weights)
+    return frozenset(part for part in (*_STACKS, *_OTHERS) if any(name.startswith(part) for name in known))
+
+
+def _megatron_names(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors without their wrapper's prefix, layers as they are stored; nothing if the names are not Megatron's."""
+    prefix = dialects.find_prefix(weights)
     if prefix is None:
-        return frozenset()
-    return frozenset(part for part in (*_STACKS, *_OTHERS) if any(name.startswith(part, len(prefix)) for name in known))
+        return {}
+    return core_names({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
 
 
 def _has_parts(family: Family, parts: frozenset[str]) -> bool:
@@ -224,8 +230,7 @@ def _outside_layers(model: Model, checkpoint: Checkpoint) -> dict[str, Shape]:
     if definition.refine is unrefined:
         return {}
     if (checkpoint.dialect or dialects.detect(weights)) != "hf":
-        prefix = dialects.find_prefix(weights) or ""
-        return {name.removeprefix(prefix): tensor.shape for name, tensor in weights.items()}
+        return {name: tensor.shape for name, tensor in _megatron_names(weights).items()}
     named = unwrapped(weights, definition.rules, PART_OF in model.config.extra).tensors
     named = family_names(named, definition.hugging_face.variants)
     rules = (rule for rule in definition.rules if "*" not in rule.hub)

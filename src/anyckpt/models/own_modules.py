@@ -21,6 +21,8 @@ _STACK = re.compile(r"language_model\.(?:encoder|transformer)\.(.+)")
 _OUTSIDE = (
     (re.compile(r"language_model\.(?:embedding\.)?((?:word|position|tokentype)_embeddings\..+)"), r"embedding.\1"),
     (re.compile(r"language_model\.((?:output_layer|pooler)\..+)"), r"\1"),
+    (re.compile(r"lm_head\.bias"), "output_layer.bias"),
+    (re.compile(r"lm_head\.(?:layer)?norm\.(.+)"), r"lm_head.layer_norm.\1"),
 )
 _INSIDE = (
     ("self_attention.query_key_value.", "self_attention.linear_qkv."),
@@ -29,6 +31,8 @@ _INSIDE = (
     ("mlp.dense_h_to_4h.", "mlp.linear_fc1."),
     ("mlp.dense_4h_to_h.", "mlp.linear_fc2."),
 )
+_AFTER = (("input_layernorm.", "post_att_layernorm."), ("post_attention_layernorm.", "post_mlp_layernorm."))
+"""Norms that are behind what others' norms of these names are before: of layers after ``initial_layernorm``."""
 _FUSED = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("post_attention_layernorm.", "mlp.linear_fc1.layer_norm_"),
@@ -66,6 +70,9 @@ def core_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     if any(name.startswith("language_model.decoder.") for name in tensors):
         return dict(tensors)
     bert = any(name.startswith(("language_model.pooler.", "lm_head.dense.", "binary_head.")) for name in tensors)
+    inside: tuple[tuple[str, str], ...] = _INSIDE
+    if any(name.startswith("language_model.encoder.initial_layernorm.") for name in tensors):
+        bert, inside = True, _AFTER + _INSIDE
     result: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         found = _UP.fullmatch(name)
@@ -74,7 +81,7 @@ def core_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
             continue
         up = tensors.get(_second(name))
         whole = tensor if up is None else concatenate([tensor, up], 0)
-        result[_core_name(name, "encoder" if bert else "decoder")] = whole
+        result[_core_name(name, "encoder" if bert else "decoder", inside)] = whole
     return result
 
 
@@ -92,7 +99,7 @@ def _gate(name: str, found: re.Match[str], tensors: Mapping[str, LazyTensor]) ->
         )  # fmt: skip
 
 
-def _core_name(name: str, stack: str) -> str:
+def _core_name(name: str, stack: str, inside: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in _OUTSIDE:
         if pattern.fullmatch(name):
             return pattern.sub(replacement, name)
@@ -100,6 +107,6 @@ def _core_name(name: str, stack: str) -> str:
     if found is None:
         return name
     rest = found[1]
-    for own, core in _INSIDE:
+    for own, core in inside:
         rest = rest.replace(own, core, 1)
     return f"{stack}.{rest}"

@@ -87,7 +87,8 @@ def hub_names(shards: Sequence[Mapping[str, T]], paths: Sequence[str]) -> list[d
     nested = any(_NESTED.match(name) for name in everything)
     two_stacks = any(name.startswith("language_model.decoder.") for name in everything)
     is_bert = any(re.match(r"^(lm_head\.dense|binary_head|language_model\.pooler)\.", name) for name in everything)
-    encoder = "encoder" if two_stacks or is_bert else "decoder"
+    post_norms = any(name.startswith("language_model.encoder.initial_layernorm.") for name in everything)
+    encoder = "encoder" if two_stacks or is_bert or post_norms else "decoder"
     flat: dict[str, str] = {}
     result = []
     for shard, path in zip(shards, paths, strict=True):
@@ -96,7 +97,7 @@ def hub_names(shards: Sequence[Mapping[str, T]], paths: Sequence[str]) -> list[d
             for name, value in shard.items():
                 new = flat.get(name)
                 if new is None:
-                    new = flat[name] = _flat_name(name, encoder, two_stacks)
+                    new = flat[name] = _flat_name(name, encoder, two_stacks, post_norms)
                 _put(renamed, new, value, path)
         result.append(fuse_norms(renamed if nested else shard, path))
     return result
@@ -135,7 +136,7 @@ def _put(tensors: dict[str, T], name: str, value: T, path: str) -> None:
     tensors[name] = value
 
 
-def _flat_name(name: str, encoder: str, two_stacks: bool) -> str:
+def _flat_name(name: str, encoder: str, two_stacks: bool, post_norms: bool) -> str:
     found = _STACK.match(name)
     if found is None:
         if name == "lm_head.bias":
@@ -149,6 +150,9 @@ def _flat_name(name: str, encoder: str, two_stacks: bool) -> str:
     if inside is None:
         return f"{stack}.{_FINAL.sub('final_layernorm.', found['rest'])}"
     rest = inside["rest"]
+    if post_norms:  # the norms of NeMo 1's post-LN layers have the names of others' norms
+        rest = re.sub(r"^input_layernorm\.", "post_att_layernorm.", rest)
+        rest = re.sub(r"^post_attention_layernorm\.", "post_mlp_layernorm.", rest)
     cross = two_stacks and stack == "decoder"
     rest = _AFTER_ATTENTION.sub("pre_cross_attn_layernorm." if cross else "pre_mlp_layernorm.", rest)
     rest = _AFTER_CROSS.sub("pre_mlp_layernorm.", rest)
