@@ -373,3 +373,14 @@ def test_a_method_that_is_not_understood_is_no_damage(tmp_path: Path) -> None:
     assert not result.problems
     assert any("quantized by awq" in text for text in result.warnings)
     assert any("not understood" in text for text in anyckpt.inspect(folder).warnings)
+
+
+def test_diff_compares_numbers_where_one_side_is_quantized(tmp_path: Path) -> None:
+    folder = quantized(fixture_path("families/deepseek_v3/hf"), tmp_path / "fp8", FP8, as_fp8())
+    anyckpt.convert(folder, tmp_path / "out", to="megatron-core", dtype="bf16")
+    for pair in ((folder, tmp_path / "out"), (tmp_path / "out", folder), (folder, folder)):
+        assert anyckpt.diff(*pair).equal
+    plain = anyckpt.diff(folder, fixture_path("families/deepseek_v3/hf"))
+    assert plain.different
+    assert not plain.only_in_a
+    assert not plain.only_in_b

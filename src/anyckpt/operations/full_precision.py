@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from anyckpt import quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.collector import uncollected
 from anyckpt.errors import MappingError
+from anyckpt.operations.casts import TARGETS
 
 _KEY = "quantization_config"
 _OVERFLOW = "float16 ends at 65,504: larger values become infinite, which anyckpt verify --deep finds"
@@ -69,12 +71,21 @@ def in_full_precision(checkpoint: Checkpoint, to: str | None, config: dict[str, 
     return FullPrecision(plain, given, done.casts, done.ignored, tuple(notes))
 
 
-def seen_in_full_precision(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with quantized weights as bfloat16 numbers, to tell what it is; as it is where that is impossible.
+def seen_in_full_precision(checkpoint: Checkpoint, like: Checkpoint | None = None) -> Checkpoint:
+    """The checkpoint with quantized weights as numbers, to tell what it is; as it is where that is impossible.
 
     Nothing is read.
+
+    Args:
+        checkpoint: quantized or not.
+        like: a checkpoint whose most frequent type the numbers shall have; they are bfloat16 without one, and where
+            that is quantized itself.
     """
+    sizes = Counter(dict.fromkeys(TARGETS, 0))
+    for tensor in like.weights().values() if like is not None and like.quantization is None else ():
+        if tensor.dtype.name in sizes:
+            sizes[tensor.dtype.name] += tensor.nbytes
     try:
-        return in_full_precision(checkpoint, "bfloat16").checkpoint
+        return in_full_precision(checkpoint, max(sizes, key=lambda name: sizes[name])).checkpoint
     except MappingError:
         return checkpoint

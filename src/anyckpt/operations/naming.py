@@ -15,6 +15,7 @@ from anyckpt.models import Hub, Model, dialects
 from anyckpt.models.config_nemo import restated
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
+from anyckpt.operations.full_precision import seen_in_full_precision
 from anyckpt.operations.unknown import unknown_family
 from anyckpt.tensor import LazyTensor
 
@@ -244,7 +245,8 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
     """Names under which the same weights of two checkpoints meet.
 
     Hub names where the family of both is known, or of one whose configuration explains the other; else the weights'
-    stored names without their common prefix.  Rows that only pad the vocabulary are left out.
+    stored names without their common prefix.  Rows that only pad the vocabulary are left out.  Where one side alone
+    is quantized, it is compared by its numbers in the other's type.
 
     Args:
         a: a checkpoint.
@@ -253,6 +255,7 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
     """
     if raw:
         return CommonNames(a.tensors, b.tensors, "stored")
+    a, b = (seen_in_full_precision(a, b), b) if b.quantization is None else (a, seen_in_full_precision(b, a))
     try:
         models_of = _identify_both(a, b)
         if models_of is not None:
