@@ -367,7 +367,7 @@ PROOFS: dict[str, Proof] = {
             **{**GRIFFIN, "num_key_value_heads": 4, "num_hidden_layers": 3},
             tie_word_embeddings=False,
         ),
-        note="NeMo 1 alone has such models; its kernels need a GPU",
+        note="NeMo 1 alone has such models; its modules were written down anew, for its kernels need a GPU",
     ),
     "starcoder2": proof(
         fixture("starcoder2"), tiny("starcoder2-window", "starcoder2", **GROUPED, sliding_window=4, use_bias=False)
