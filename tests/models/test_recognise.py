@@ -36,7 +36,8 @@ def test_names_tell_the_family(name: str) -> None:
         assert found is not None
         assert model.family in found.families
         assert found.strange == ()
-        assert len(found.families) <= (3 if tensors is checkpoint.tensors else 6), "a guess among many says nothing"
+        most = 3 if tensors is checkpoint.tensors else 8  # as many families have the layers of Llama
+        assert len(found.families) <= most, "a guess among many says nothing"
 
 
 def test_families_that_share_their_names_are_all_said() -> None:
