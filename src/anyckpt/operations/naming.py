@@ -255,7 +255,8 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
     """
     if raw:
         return CommonNames(a.tensors, b.tensors, "stored")
-    a, b = (seen_in_full_precision(a, b), b) if b.quantization is None else (a, seen_in_full_precision(b, a))
+    if a.quantization is None or b.quantization is None:
+        a, b = seen_in_full_precision(a, b), seen_in_full_precision(b, a)
     try:
         models_of = _identify_both(a, b)
         if models_of is not None:
