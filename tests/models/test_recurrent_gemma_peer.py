@@ -126,4 +126,4 @@ def test_logits(tmp_path: Path) -> None:
             weights[name] = before.roll(1, list(before.shape).index(max(before.shape)))
             changes[name] = float((ours(tokens) - expected).abs().max())
             weights[name] = before
-    assert min(changes.values()) > 0.1, min(changes, key=lambda name: changes[name])
+    assert min(changes.values()) > 1e-2, min(changes, key=lambda name: changes[name])
