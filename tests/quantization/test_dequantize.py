@@ -16,9 +16,11 @@ from tests.support import expected_of, fixture_path, sha256_of
 import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.fingerprint import fingerprint
+from anyckpt.engine.plan import OutputFile, Plan, TensorData
 from anyckpt.errors import MappingError
 from anyckpt.formats.safetensors import read_safetensors
-from anyckpt.quantization import METHODS, method_of
+from anyckpt.quantization import METHODS, dequantize, method_of
 from anyckpt.quantization.numbers import E2M1
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import from_array
@@ -384,3 +386,19 @@ def test_diff_compares_numbers_where_one_side_is_quantized(tmp_path: Path) -> No
     assert plain.different
     assert not plain.only_in_a
     assert not plain.only_in_b
+
+
+def test_work_to_resume_is_told_by_its_numbers(tmp_path: Path) -> None:
+    """The same plan has the same fingerprint each time; another type, another scheme or other blocks have not."""
+    stored = {"a.weight": CODES, "a.weight_scale_inv": np.ones((2, 2), np.float32)}
+    folder = write_folder(tmp_path / "in", {}, stored)
+
+    def printed(to: str, block: list[int] | None = None) -> str:
+        tensors = read_safetensors(LocalFile(folder / "model.safetensors"))[0]
+        facts = {"quant_method": "fp8", "weight_block_size": block or [2, 2]}
+        weight = dequantize(tensors, facts, to, "x").tensors["a.weight"]
+        plan = Plan("x", (OutputFile("x", (TensorData("a", weight),)),))
+        return fingerprint(plan, [str(folder)])
+
+    assert printed("bfloat16") == printed("bfloat16")
+    assert len({printed("bfloat16"), printed("float16"), printed("bfloat16", [2, 3])}) == 3
