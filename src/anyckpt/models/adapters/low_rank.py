@@ -20,7 +20,8 @@ from anyckpt.storage.gather import SCRATCH_BYTES, scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers
 
 TILE_ROWS = 32
-TILE_COLUMNS = 1024
+_TILE_PRODUCTS = 1 << 18  # multiplications up to which OpenBLAS keeps to one thread: the engine has threads of its own
+_TILE_COLUMNS = (64, 4096)
 _KEPT_BYTES = 64 << 20  # of first factors in float32, in all
 
 
@@ -88,16 +89,17 @@ class LowRankSum(LazyTensor):
     def _sum(self, start: Shape, shape: Shape) -> Array:
         """A box of the sum before rows are scaled."""
         total = _read(self.weight, start, shape, self._computed)
+        width = tile_columns(self.down.shape[0])
         first = self._down.get(lambda: _read(self.down, (0, 0), self.down.shape, self._computed))
         last = (start[0] + shape[0], start[1] + shape[1])
         for top in range(start[0] // TILE_ROWS * TILE_ROWS, last[0], TILE_ROWS):
             bottom = min(top + TILE_ROWS, self.shape[0])
             second = _read(self.up, (top, 0), (bottom - top, self.up.shape[1]), self._computed)
             above, below = max(top, start[0]), min(bottom, last[0])
-            for left in range(start[1] // TILE_COLUMNS * TILE_COLUMNS, last[1], TILE_COLUMNS):
-                product = second @ first[:, left : left + TILE_COLUMNS]
+            for left in range(start[1] // width * width, last[1], width):
+                product = second @ first[:, left : left + width]
                 product *= self._computed.type(self.scale)
-                begin, end = max(left, start[1]), min(left + TILE_COLUMNS, last[1])
+                begin, end = max(left, start[1]), min(left + width, last[1])
                 inside = product[above - top : below - top, begin - left : end - left]
                 total[above - start[0] : below - start[0], begin - start[1] : end - start[1]] += inside
         return total
@@ -115,6 +117,12 @@ class LowRankSum(LazyTensor):
                 lengths[at : at + rows] = np.sqrt(np.add.reduce(whole, axis=1))
         with np.errstate(divide="ignore", invalid="ignore"):
             return _read(self.magnitude, (start,), (count,), self._computed) / lengths
+
+
+def tile_columns(rank: int) -> int:
+    """Width of a tile of products of this rank."""
+    fewest, most = _TILE_COLUMNS
+    return min(most, max(fewest, _TILE_PRODUCTS // (TILE_ROWS * rank)))
 
 
 class _Kept:
