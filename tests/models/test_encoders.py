@@ -360,6 +360,16 @@ def test_what_frameworks_cannot_say_of_a_t5() -> None:
     assert "transformers 4 takes" in said({**T5, "scale_decoder_outputs": False}, "hf")
 
 
+@pytest.mark.parametrize("target", ["megatron-core", "nemo2"])
+def test_tokens_that_t5_begins_with(target: str, tmp_path: Path) -> None:
+    """Its decoder begins with the padding token; NeMo 2 leaves tokens to the tokenizer, of which there is none."""
+    anyckpt.convert(fixture_path("families/t5_v1_1/hf"), tmp_path / "there", to=target)
+    anyckpt.convert(tmp_path / "there", tmp_path / "back", to="hf")
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert generation["decoder_start_token_id"] == 0
+    assert generation.get("eos_token_id") == (None if target == "nemo2" else 1)
+
+
 def test_sections_of_nemo_1() -> None:
     """``megatron_t5_config.yaml`` as NVIDIA writes it, with nothing of the stacks at the top level."""
     checkpoint, model = made({**T5, "scale_decoder_outputs": False})

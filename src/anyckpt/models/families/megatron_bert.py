@@ -211,6 +211,7 @@ def refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
 def nemo1_keys(config: ModelConfig) -> Mapping[str, Any]:
     """Keys of ``megatron_bert_config.yaml``."""
     return {
+        "mcore_gpt": False,
         "mcore_bert": True,
         "transformer_block_type": config.transformer_block_type,
         "add_pooler": config.add_pooler,

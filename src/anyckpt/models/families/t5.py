@@ -228,6 +228,7 @@ def _nemo1_keys(config: ModelConfig) -> Mapping[str, Any]:
     """Keys of ``megatron_t5_config.yaml``."""
     lengths = _lengths(config)
     return {
+        "mcore_gpt": False,
         "mcore_t5": True,
         **lengths,
         "encoder_seq_length": lengths["seq_length"],
