@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.models.cases import facts, with_weights
+from tests.models.cases import facts, open_case, with_weights
 from tests.models.proofs import samples
 from tests.support import write_plan
 
@@ -270,3 +270,26 @@ def test_another_epsilon_is_said(kind: str) -> None:
     assert not any("epsilon" in note for note in notes)
     models.render_config(replace(model, config=replace(model.config, layernorm_epsilon=1e-6)), kind, notes=notes)
     assert any("epsilon of 1e-05" in note for note in notes)
+
+
+def test_nvidias_hybrid_of_2024() -> None:
+    """nvidia/mamba2-hybrid-8b-3t-128k: Nemotron-H's layers with GELU, and mixers' norms under their older name."""
+    case = open_case("nemotron_h")
+    pattern = case.model.config.hybrid_override_pattern
+    assert pattern is not None
+    arguments = {
+        key: value
+        for key, value in models.render_config(case.model, "megatron-args").items()
+        if key not in ("hf_model_type", "squared_relu")
+    }
+    named = {
+        name.replace(".mixer.in_proj.layer_norm_weight", ".norm.weight"): tensor
+        for name, tensor in models.from_hub(case.hub(), "hub").tensors.items()
+    }
+    between = replace(with_weights(case.checkpoint, named), config=arguments, config_kind="megatron-args")
+    model = identified(between)
+    assert (model.family, model.config.activation) == ("nemotron-h", "gelu")
+    hub = models.to_hub(between, model)
+    assert facts(models.from_hub(hub, "hf").tensors) == facts(case.checkpoint.tensors)
+    rendered = models.render_config(model, "hf")
+    assert (rendered["mlp_hidden_act"], rendered["hybrid_override_pattern"]) == ("gelu", pattern)

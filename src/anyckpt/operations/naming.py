@@ -40,7 +40,6 @@ def identify(checkpoint: Checkpoint, *, family: str | None = None, config: Any =
 
 
 @dataclass(frozen=True)
-@dataclass(frozen=True)
 class Vocabulary:
     """What a user says of a model's vocabulary; None is not said.
 
@@ -62,6 +61,7 @@ class Vocabulary:
         return replace(hub, model=replace(hub.model, config=config))
 
 
+@dataclass(frozen=True)
 class Renamed:
     """A checkpoint under a target's names.
 
@@ -88,8 +88,8 @@ def rename_for(
     config: dict[str, Any] | None = None,
     dtype: str | None = None,
     names: str | None = None,
-) -> Renamed:
     vocabulary: Vocabulary | None = None,
+) -> Renamed:
     """The weights under the names that ``target`` gives them, and the configuration in its spelling.
 
     Where the target takes any names and none are asked for, or names weights as the source does, nothing changes.
@@ -104,8 +104,8 @@ def rename_for(
         config: the model's configuration, where the checkpoint has none.
         dtype: what the weights will be cast to, for the configuration to say so, or None.
         names: dialect that the user asks for, where the target takes any names.
-
         vocabulary: what the user says of it.
+
     Raises:
         MappingError: names, shapes or configuration do not fit the family, or the model is incomplete.
         UsageError: no rule leads from the source's names to the target's, or the target has names of its own.
@@ -190,21 +190,21 @@ def _is_spelled(checkpoint: Checkpoint, kind: str) -> bool:
     return checkpoint.config_kind == kind and not (kind == "hf" and is_foreign(checkpoint.config))
 
 
-def _with_weights(checkpoint: Checkpoint, weights: dict[str, LazyTensor], dialect: str) -> Checkpoint:
-    return replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, dialect=dialect)
-
-
 def _check_vocabulary(checkpoint: Checkpoint, hub: Hub) -> None:
     """Raise MappingError for rows that Hugging Face's own class of the model would not have."""
-    true = hub.model.config.vocab_size
+    true, padded = hub.model.config.vocab_size, hub.model.config.padded_vocab_size
     for rule in hub.model.definition.rules:
         tensor = hub.tensors.get(rule.hub) if rule.partition == "vocabulary" else None
-        if tensor is not None and true is not None and tensor.shape[0] > true:
+        if tensor is not None and true is not None and tensor.shape[0] > max(true, padded or 0):
             raise MappingError(
                 "has more rows than the vocabulary of the configuration",
                 path=checkpoint.path, tensor=rule.hub, expected=f"{true} rows (vocab_size)",
                 found=f"{tensor.shape[0]} rows", remedy="say the true vocabulary with --vocab-size",
             )  # fmt: skip
+
+
+def _with_weights(checkpoint: Checkpoint, weights: dict[str, LazyTensor], dialect: str) -> Checkpoint:
+    return replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, dialect=dialect)
 
 
 def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
