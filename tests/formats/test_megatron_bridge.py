@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.models.proofs import samples
 from tests.support import assert_tensors_equal_expected, expected_of, file_bytes, fixture_path, write_plan
 
 import anyckpt
@@ -20,7 +22,7 @@ from anyckpt.formats.megatron_bridge import FORMAT
 from anyckpt.formats.megatron_bridge.config import Facts, arguments_of, run_config_of
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.torch_file import read_torch, zip_parts
-from anyckpt.models import identify
+from anyckpt.models import config_megatron, identify, render_config
 from anyckpt.plain_yaml import dump_yaml, load_yaml_mapping
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import from_array
@@ -294,3 +296,70 @@ def test_other_roots_are_not_bridges(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(STEP))
     assert not FORMAT.detect(look_at(tmp_path))
     assert registry.read(tmp_path).format == "megatron-core"
+
+
+PROVIDERS = {
+    "llama": "GPTModelProvider", "llama31_ropescale": "Llama31ModelProvider", "mixtral": "GPTModelProvider",
+    "qwen3_moe": "GPTModelProvider", "deepseek_v3": "MLAModelProvider", "deepseek_v2_lite": "MLAModelProvider",
+    "gpt_oss": "GPTOSSProvider", "gemma": "GemmaModelProvider", "gemma2": "Gemma2ModelProvider",
+    "gemma3": "Gemma3ModelProvider", "gemma3-scaled": "Gemma3ModelProvider", "nemotron_h": "MambaModelProvider",
+    "mamba2": "MambaModelProvider", "nemotron": "GPTModelProvider", "llama-nemotron":
+    "LlamaNemotronHeterogeneousProvider", "qwen2-window": "GPTModelProvider", "phi4-partial": "GPTModelProvider",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_the_classes_fields_say_the_whole_model(name: str) -> None:
+    """Without what we put beside them: in the words of arguments the model is the same."""
+    model = samples()[name].open()[1]
+    arguments = render_config(model, "megatron-args")
+    written = run_config_of(arguments, model.config.rows, Facts(model.config.dtype, False, False))
+    assert written["model"]["_target_"].rpartition(".")[2] == PROVIDERS[name]
+    again = arguments_of({"model": yaml_of(written["model"])}, "x", [])
+    first, second = asdict(config_megatron.parse(arguments)), asdict(config_megatron.parse(again))
+    ours = {"bos_token_id", "eos_token_id", "pad_token_id", "padded_vocab_size", "extra"}
+    assert {key: second[key] for key in second if key not in ours} == {
+        key: first[key] for key in first if key not in ours
+    }
+
+
+def yaml_of(values: dict[str, Any]) -> dict[str, Any]:
+    return load_yaml_mapping(dump_yaml(values).encode(), "x")
+
+
+def test_what_only_some_classes_are_told() -> None:
+    def fields(name: str, **changes: Any) -> dict[str, Any]:
+        model = samples()[name].open()[1]
+        arguments = {**render_config(model, "megatron-args"), **changes}
+        return dict(run_config_of(arguments, model.config.rows, Facts("bfloat16", False, False))["model"])
+
+    spec = fields("deepseek_v3")["transformer_layer_spec"]
+    assert spec["_target_"].endswith("get_gpt_decoder_block_spec") and spec["_partial_"] is True
+    assert spec["use_transformer_engine"] is True
+    assert not fields("deepseek_v3", transformer_impl="local")["transformer_layer_spec"]["use_transformer_engine"]
+    assert "transformer_layer_spec" not in fields("mixtral"), "all layers have experts"
+    assert fields("deepseek_v2_lite")["q_lora_rank"] is None, "the class has a default that is another"
+    gemma = fields("gemma3")
+    assert (gemma["interleaved_attn_pattern"], gemma["window_size"]) == ([5, 1], 5)
+    assert gemma["rotary_base"] == [10000.0, 1000000]
+    assert fields("llama31_ropescale")["rope_scaling_factor"] == 8.0
+    assert "moe_router_topk" not in fields("llama", moe_router_topk=2)
+
+
+def test_what_no_class_says_is_kept_beside_them(tmp_path: Path) -> None:
+    source = fixture_path("families/phi3/hf")
+    anyckpt.convert(source, tmp_path / "bridge", to="megatron-bridge")
+    file = tmp_path / "bridge" / "iter_0000000" / "run_config.yaml"
+    config = load_yaml_mapping(file.read_bytes(), "x")
+    assert config["anyckpt"]["hf_model_type"] == "phi3"
+    assert identify(registry.read(tmp_path / "bridge")).family == "phi3"  # type: ignore[union-attr]
+    del config["anyckpt"]
+    file.write_text(dump_yaml(config))
+    assert identify(registry.read(tmp_path / "bridge")).family == "llama"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("pattern", [[5], [5, 2], ["5", 1], 6])
+def test_patterns_that_are_none(pattern: Any) -> None:
+    found = arguments_of({"model": {**MODEL, "interleaved_attn_pattern": pattern, "softmax_scale": 0.0}}, "x", [])
+    assert "window_attn_skip_freq" not in found
+    assert arguments_of({"model": {**MODEL, "interleaved_attn_pattern": [5, 1], "softmax_scale": 0.0}}, "x", [])

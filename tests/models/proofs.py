@@ -220,16 +220,15 @@ GRIFFIN = {
 
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
-NEMO_1_ALONE = {
-    **NO_NEMO_2,
-    "megatron-core": "Megatron-Core has no models of family",
-    "megatron-lm": "Megatron-Core has no models of family",
+NO_BRIDGE = {"megatron-bridge": "Megatron-Bridge has decoders of language models alone"}
+_VISION = {**NO_NEMO_1, **NO_BRIDGE}
+_MEGATRON = ("megatron-core", "megatron-core-zarr", "megatron-bridge", "megatron-lm")
+NEMO_1_ALONE = {**NO_NEMO_2, **dict.fromkeys(_MEGATRON, "Megatron-Core has no models of family")}
+_NO_ALIBI = dict.fromkeys(_MEGATRON, "Megatron-Core has no such position embedding")
+_PARALLEL = {
+    "nemo2": "models of family .* have no parallel_residual",
+    "megatron-bridge": "no layers whose attention and MLP run side by side",
 }
-_NO_ALIBI = dict.fromkeys(
-    ("megatron-core", "megatron-core-zarr", "megatron-bridge", "megatron-lm"),
-    "Megatron-Core has no such position embedding",
-)
-_PARALLEL = {"nemo2": "models of family .* have no parallel_residual"}
 
 PROOFS: dict[str, Proof] = {
     "deepseek-v2": proof(fixture("deepseek_v2_lite", NO_NEMO_1)),
@@ -273,7 +272,7 @@ PROOFS: dict[str, Proof] = {
     "mpt": proof(
         tiny("mpt", "mpt", NO_NEMO_2 | _NO_ALIBI, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=64),
     ),
-    "bert": proof(*(tiny(name, "bert", **_BERT, architectures=[name]) for name in _BERTS)),
+    "bert": proof(*(tiny(name, "bert", NO_BRIDGE, **_BERT, architectures=[name]) for name in _BERTS)),
     "gemma": proof(fixture("gemma")),
     "gemma2": proof(fixture("gemma2"), tiny("gemma2-window", "gemma2", **_WIDE, sliding_window=4)),
     "gemma3": proof(
@@ -336,8 +335,11 @@ PROOFS: dict[str, Proof] = {
         note="and in Megatron-Core's MambaModel, with its kernels replaced by the recurrence that they compute",
     ),
     "megatron-bert": proof(
-        fixture("megatron_bert"),
-        *(tiny(f"Megatron{name}", "megatron-bert", **_BERT, architectures=[f"Megatron{name}"]) for name in _BERTS[1:]),
+        fixture("megatron_bert", NO_BRIDGE),
+        *(
+            tiny(f"Megatron{name}", "megatron-bert", NO_BRIDGE, **_BERT, architectures=[f"Megatron{name}"])
+            for name in _BERTS[1:]
+        ),
     ),
     "mistral": proof(
         fixture("mistral_swa"),
@@ -373,29 +375,29 @@ PROOFS: dict[str, Proof] = {
         fixture("starcoder2"), tiny("starcoder2-window", "starcoder2", **GROUPED, sliding_window=4, use_bias=False)
     ),
     "t5": proof(
-        fixture("t5_v1_1", beyond=("lm_head.output_layer.bias",)),
-        tiny("t5-asymmetric", "t5", **{**_T5, "num_decoder_layers": 3, "d_kv": 8}),
-        tiny("t5-relu", "t5", **{**_T5, "feed_forward_proj": "relu", "relative_attention_num_buckets": 16}),
+        fixture("t5_v1_1", NO_BRIDGE, beyond=("lm_head.output_layer.bias",)),
+        tiny("t5-asymmetric", "t5", NO_BRIDGE, **{**_T5, "num_decoder_layers": 3, "d_kv": 8}),
+        tiny("t5-relu", "t5", NO_BRIDGE, **{**_T5, "feed_forward_proj": "relu", "relative_attention_num_buckets": 16}),
     ),
     "clip-vision": proof(
-        fixture("clip_vision", NO_NEMO_1, ("post_layernorm.weight", "post_layernorm.bias")),
-        tiny("clip-bare", "clip_vision_model", NO_NEMO_1, **_IMAGES),
+        fixture("clip_vision", _VISION, ("post_layernorm.weight", "post_layernorm.bias")),
+        tiny("clip-bare", "clip_vision_model", _VISION, **_IMAGES),
         tiny(
             "clip-projection",
             "clip_vision_model",
-            NO_NEMO_1,
+            _VISION,
             **_IMAGES,
             projection_dim=24,
             architectures=["CLIPVisionModelWithProjection"],
         ),
     ),
     "vit": proof(
-        fixture("vit", {**NO_NEMO_1, **NO_NEMO_2}, ("layernorm.weight", "layernorm.bias")),
-        tiny("vit-pooler", "vit", {**NO_NEMO_1, **NO_NEMO_2}, **_IMAGES),
+        fixture("vit", {**_VISION, **NO_NEMO_2}, ("layernorm.weight", "layernorm.bias")),
+        tiny("vit-pooler", "vit", {**_VISION, **NO_NEMO_2}, **_IMAGES),
         tiny(
             "vit-classifier",
             "vit",
-            {**NO_NEMO_1, **NO_NEMO_2},
+            {**_VISION, **NO_NEMO_2},
             **_IMAGES,
             num_labels=5,
             architectures=["ViTForImageClassification"],

@@ -25,7 +25,7 @@ from anyckpt.optimizer import with_optimizer
 from anyckpt.tensor import LazyTensor
 
 SAMPLES = samples()
-TARGETS = ("nemo", "nemo2", "megatron-core", "megatron-lm")
+TARGETS = ("nemo", "nemo2", "megatron-core", "megatron-core-zarr", "megatron-bridge", "megatron-lm")
 
 
 @dataclass
@@ -99,7 +99,7 @@ def of_each_layer(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return found
 
 
-@pytest.mark.parametrize("through", ["megatron-core", "megatron-lm"])
+@pytest.mark.parametrize("through", ["megatron-core", "megatron-bridge", "megatron-lm"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_optimizer_state_of_every_parameter(name: str, through: str, tmp_path: Path) -> None:
     """Padded, cut for ranks or not, and back, each slot of each parameter has the bytes that it had."""

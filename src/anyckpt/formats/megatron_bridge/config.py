@@ -10,25 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.errors import FormatError, MappingError
-
-GPT_PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
-LLAMA31_PROVIDER = "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider"
-HETEROGENEOUS_PROVIDER = (
-    "megatron.bridge.models.llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider"
+from anyckpt.errors import FormatError
+from anyckpt.formats.megatron_bridge.providers import (
+    HETEROGENEOUS,
+    LLAMA31,
+    arguments_of_fields,
+    own_fields,
+    provider_of,
 )
-"""What is written: the general class, the one that has fields for the rope scaling of Llama 3.1, and its child whose
-layers differ."""
 
-_ENCODED = "heterogeneous_layers_config_encoded_json"
+_BESIDE = "anyckpt"
+"""A section of ``run_config.yaml`` that is ours; Megatron-Bridge reads those that it knows by name."""
+
+_NEEDLESS = ("use_mcore_models", "rope_scaling_factor")
+"""Arguments that every such model has, or that mean something only beside another that is said."""
 
 CONTAINER = "megatron.bridge.training.config.ConfigContainer"
 _CHECKPOINT = "megatron.bridge.training.config.CheckpointConfig"
 _FUNCTIONS = {
     "silu": "torch.nn.functional.silu",
     "gelu": "torch.nn.functional.gelu",
+    "relu": "torch.nn.functional.relu",
     "squared_relu": "megatron.core.activations.squared_relu",
-    "quick_gelu": "megatron.core.activations.quick_gelu",
+    "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
     "fast_gelu": "megatron.core.activations.fast_gelu",
 }
 _SAME = (
@@ -76,7 +80,8 @@ def arguments_of(run_config: Mapping[str, Any], path: str, warnings: list[str]) 
         squared_relu=name == "squared_relu",
         quick_geglu=gated and name == "quick_gelu",
         openai_gelu=name in ("fast_gelu", "openai_gelu"),
-        group_query_attention=fields.get("num_query_groups") is not None,
+        group_query_attention=fields.get("num_query_groups") not in (None, fields.get("num_attention_heads")),
+        norm_epsilon=fields.get("layernorm_epsilon"),
         apply_layernorm_1p=bool(fields.get("layernorm_zero_centered_gamma")),
         max_position_embeddings=fields.get("max_position_embeddings", fields.get("seq_length")),
         num_experts=fields.get("num_moe_experts"),
@@ -87,7 +92,9 @@ def arguments_of(run_config: Mapping[str, Any], path: str, warnings: list[str]) 
         **_vocabulary(fields),
         **_rope(fields, warnings),
     )
-    return arguments
+    arguments.update(arguments_of_fields(fields))
+    beside = run_config.get(_BESIDE)
+    return {**arguments, **beside} if isinstance(beside, Mapping) else arguments
 
 
 def _function(value: Any) -> str:
@@ -147,12 +154,12 @@ def run_config_of(arguments: Mapping[str, Any], rows: int | None, facts: Facts) 
         facts: what is in the checkpoint.
 
     Raises:
-        MappingError: Megatron-Bridge has no such model.
+        MappingError: Megatron-Bridge has no such models.
     """
-    scaled = bool(arguments.get("use_rope_scaling"))
+    provider = provider_of(arguments)
     gated = any(arguments.get(key) for key in ("swiglu", "quick_geglu", "gated_linear_unit"))
     model: dict[str, Any] = {
-        "_target_": _provider(arguments, scaled),
+        "_target_": provider,
         **{key: arguments[key] for key in _SAME if arguments.get(key) is not None},
         "layernorm_epsilon": arguments.get("norm_epsilon", arguments.get("layernorm_epsilon", 1e-5)),
         "layernorm_zero_centered_gamma": bool(arguments.get("apply_layernorm_1p")),
@@ -164,30 +171,40 @@ def run_config_of(arguments: Mapping[str, Any], rows: int | None, facts: Facts) 
         "transformer_impl": arguments.get("transformer_impl") or "transformer_engine",
         **{key: arguments.get(key) for key in _SIZES},
         **_written_vocabulary(arguments, rows),
-        **{key: arguments[key] for key in (_ENCODED,) if arguments.get(key)},
+        **own_fields(arguments, provider),
     }
     model.update((key, 1) for key in _SIZES if model[key] is None and not key.startswith("virtual"))
     if "seq_length" not in model and arguments.get("max_position_embeddings") is not None:
         model["seq_length"] = arguments["max_position_embeddings"]
-    if scaled:
-        model.update(scale_factor=float(arguments.get("rope_scaling_factor") or 8.0), **_LLAMA31)
+    if arguments.get("use_rope_scaling"):
+        model.update(_scaled(arguments, provider))
     config = {
         "_target_": CONTAINER,
         "checkpoint": {"_target_": _CHECKPOINT, "ckpt_format": "torch_dist", "fully_parallel_save": True},
         "model": model,
     }
-    return described(config, facts)
+    whole = described(config, facts)
+    return {**whole, **_beside(whole, arguments)}
 
 
-def _provider(arguments: Mapping[str, Any], scaled: bool) -> str:
-    if not arguments.get(_ENCODED):
-        return LLAMA31_PROVIDER if scaled else GPT_PROVIDER
-    if not scaled:
-        raise MappingError(
-            "Megatron-Bridge's models whose layers differ always scale rope as Llama 3.1",
-            expected="use_rope_scaling", found="none", remedy="convert to megatron-core",
-        )  # fmt: skip
-    return HETEROGENEOUS_PROVIDER
+def _scaled(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
+    """Llama 3's scaling of rope: a switch since Megatron-Bridge 0.3, which drops the older fields of one class."""
+    factor = float(arguments.get("rope_scaling_factor") or 8.0)
+    constants = {"scale_factor": factor, **_LLAMA31} if provider in (LLAMA31, HETEROGENEOUS) else {}
+    return {**constants, "rope_scaling": True, "rope_scaling_factor": factor}
+
+
+def _beside(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What of our own arguments no field says, under a key that Megatron-Bridge does not look at."""
+    if "hf_model_type" not in arguments:
+        return {}  # Megatron-LM's own: most are not about the model
+    said = arguments_of(config, "", [])
+    rest = {
+        key: value
+        for key, value in arguments.items()
+        if said.get(key) != value and (value or said.get(key)) and key not in _NEEDLESS
+    }
+    return {_BESIDE: rest} if rest else {}
 
 
 def described(run_config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
@@ -213,7 +230,9 @@ def _activation(arguments: Mapping[str, Any]) -> str:
         return "squared_relu"
     if arguments.get("quick_geglu"):
         return "quick_gelu"
-    return "fast_gelu" if arguments.get("openai_gelu") else "gelu"
+    if arguments.get("openai_gelu"):
+        return "fast_gelu"
+    return str(arguments["activation"]) if arguments.get("activation") in _FUNCTIONS else "gelu"
 
 
 def _written_vocabulary(arguments: Mapping[str, Any], rows: int | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.errors import UsageError
+from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.megatron_adapters import call_of
 from anyckpt.formats.megatron_bridge.config import Facts, described, run_config_of
 from anyckpt.formats.megatron_bridge.read import LATEST, RUN_CONFIG, TRAIN_STATE
@@ -22,6 +22,9 @@ from anyckpt.tensor import from_array
 
 _ADAPTERS = "megatron.bridge.peft"
 _EMBEDDING = "embedding.word_embeddings.weight"
+_OTHERS = ("encoder.layers.", "conv1.")
+"""What names of BERT, of T5, or of a vision transformer begin with."""
+
 _COUNTS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 _METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """``content_metadata`` of a checkpoint without optimizer; a load fails where there is none."""
@@ -34,6 +37,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     A source that is a Megatron-Bridge checkpoint keeps its configuration and its other files.
 
     Raises:
+        MappingError: Megatron-Bridge has no such models.
         UsageError: there is no configuration in Megatron's words, or an object that cannot be pickled.
     """
     if checkpoint.config_kind != "megatron-args" or not checkpoint.config:
@@ -61,6 +65,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if isinstance(known, dict):
         run_config = described(known, facts)
     else:
+        _check_decoder(checkpoint)
         rows = None if embedding is None else embedding.shape[0]
         run_config = run_config_of(checkpoint.config, rows, facts)
     if checkpoint.adapter is not None:
@@ -70,6 +75,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     files = torch_dist_files(
         spelled(checkpoint.tensors, built_of), sharded, common, prefix=folder, ranks=options.ranks,
         file_bytes=options.max_shard_size, implementation=built_of,
+        states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
     )  # fmt: skip
     files += [OutputFile(f"{folder}/{file.path}", file.parts, file.stage) for file in tokenizer_files(checkpoint)]
     if ours:
@@ -88,6 +94,16 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         " are the trainer's to give",
     )  # fmt: skip
     return Plan("megatron-bridge", tuple(files), ignored=ignored, notes=notes)
+
+
+def _check_decoder(checkpoint: Checkpoint) -> None:
+    """Raise MappingError if it is another model than a decoder: no class of Megatron-Bridge's describes it."""
+    other = next((name for name in checkpoint.weights() if name.startswith(_OTHERS)), None)
+    if other is not None:
+        raise MappingError(
+            "Megatron-Bridge has decoders of language models alone", path=checkpoint.path, tensor=other,
+            remedy="convert to megatron-core or megatron-lm",
+        )  # fmt: skip
 
 
 def _with_adapter(run_config: dict[str, Any], settings: AdapterSettings) -> dict[str, Any]:
