@@ -42,7 +42,7 @@ from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Transposed
 from anyckpt.models.variants import name_in_memory
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.storage import LocalFile
-from anyckpt.tensor import LazyTensor, from_array
+from anyckpt.tensor import Constant, LazyTensor, from_array
 
 LORA = "families/lora_llama"
 SETTINGS = AdapterSettings(rank=4, alpha=12)
@@ -204,6 +204,26 @@ def test_a_missing_tensor_of_megatrons_is_named(drop: str) -> None:
         del tensors[name]
     with pytest.raises(MappingError, match=r"has no linear_(in|out)\.weight"):
         from_megatron(tensors, lambda weight, rank: 1.0)
+
+
+def test_no_tensor_is_taken_apart_without_bound() -> None:
+    """Shapes without elements cost nothing to store."""
+    nothing = Constant(dtype("float32"), (10**9, 1, 0))
+    stem = "decoder.layers.0.mlp.experts.linear_fc1.adapter"
+    with pytest.raises(MappingError):
+        from_megatron({f"{stem}.linear_in.weight": nothing, f"{stem}.linear_out.weight": nothing}, lambda w, rank: 1.0)
+    flat = Constant(dtype("float32"), (10**9, 0))
+    stem = "decoder.layers.0.mlp.linear_fc2.adapter"
+    with pytest.raises(MappingError, match="do not fit together"):
+        from_megatron(
+            {f"{stem}.linear_in.weight": flat, f"{stem}.linear_out.weight": flat.transpose()}, lambda w, rank: 1.0
+        )
+
+
+def test_whole_and_parts_together_are_refused(layers: Layers) -> None:
+    both = {**stored("megatron_lora_canonical"), **stored("megatron_lora_fused")}
+    with pytest.raises(MappingError, match="adapts a weight as a whole and in parts"):
+        merged(open_case("llama").hub(), from_megatron(both, lambda weight, rank: 1.0))
 
 
 def test_a_surplus_tensor_of_megatrons_is_named() -> None:

@@ -12,6 +12,7 @@ from tests.support import fixture_path
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import FormatError, MappingError, OutputError, UsageError
 from anyckpt.operations.naming import common_names
 from anyckpt.operations.recut import LayoutRequest
@@ -260,6 +261,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("merged") / "hf"
     done = anyckpt.merge_lora(BASE, ADAPTER, path)
     assert done.notes[0] == "merged with the LoRA adapter hf_adapter: 14 updates of rank 4"
+    manifest = read_manifest(str(path))
+    assert manifest is not None and manifest.notes[0] == done.notes[0], "the output says what it was made of"
     return path
 
 

@@ -100,9 +100,7 @@ def read(location: Location) -> Checkpoint:
     )
 
 
-def _adapter(
-    folder: LocalFolder, config: dict[str, Any], path: str, warnings: list[str]
-) -> AdapterSettings | None:
+def _adapter(folder: LocalFolder, config: dict[str, Any], path: str, warnings: list[str]) -> AdapterSettings | None:
     """What the context says of the adapter, if the weights are one: the file with the base's path tells.
 
     Raises:

@@ -178,14 +178,25 @@ def fused(adapter: Adapter, layers: Layers) -> Adapter:
         UsageError: parts cannot be one update: their scales or types differ, or only some of them have a magnitude.
     """
     updates: dict[Target, LowRank] = {}
-    for target in adapter.updates:
-        whole = Target(target.weight)
-        if not target.part:
-            updates[target] = adapter.updates[target]
-        elif whole not in updates:
-            parts = {t.part: u for t, u in adapter.updates.items() if t.weight == target.weight}
-            updates[whole] = _fuse(target.weight, parts, layers)
+    for weight, parts in by_weight(adapter).items():
+        updates[Target(weight)] = parts[""] if "" in parts else _fuse(weight, parts, layers)
     return replace(adapter, updates=updates)
+
+
+def by_weight(adapter: Adapter) -> dict[str, dict[str, LowRank]]:
+    """Updates by the weight that they change, and by its part.
+
+    Raises:
+        MappingError: a weight is adapted as a whole and in parts.
+    """
+    grouped: dict[str, dict[str, LowRank]] = {}
+    for target, update in adapter.updates.items():
+        grouped.setdefault(target.weight, {})[target.part] = update
+    for parts in grouped.values():
+        if "" in parts and len(parts) > 1:
+            raise MappingError("adapts a weight as a whole and in parts", tensor=(parts[""].names or ("",))[0],
+                               found=some(name for part in parts if part for name in parts[part].names))  # fmt: skip
+    return grouped
 
 
 def _fuse(weight: str, parts: Mapping[str, LowRank], layers: Layers) -> LowRank:
@@ -299,12 +310,9 @@ def completed(adapter: Adapter, layers: Layers) -> tuple[Adapter, int]:
 
     The modules of NeMo and Megatron-Bridge that adapt parts of a weight have adapters for all of them.
     """
-    by_weight: dict[str, dict[str, LowRank]] = {}
-    for target, update in adapter.updates.items():
-        by_weight.setdefault(target.weight, {})[target.part] = update
     updates: dict[Target, LowRank] = {}
     added = 0
-    for weight, parts in by_weight.items():
+    for weight, parts in by_weight(adapter).items():
         split = None if "" in parts else layers.split(weight, parts)
         if split is None:
             updates.update({Target(weight, part): update for part, update in parts.items()})
@@ -379,7 +387,7 @@ def check_factors(update: LowRank, name: str) -> None:
         MappingError: they cannot.
     """
     down, up = update.down, update.up
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.shape[0]:
+    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.size or not up.size:
         raise MappingError(
             "the two factors of an update do not fit together", tensor=name,
             expected="(rank, in) and (out, rank) of one rank", found=f"{down.shape} and {up.shape}",

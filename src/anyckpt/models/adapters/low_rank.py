@@ -75,11 +75,11 @@ class LowRankSum(LazyTensor):
         for top in range(0, out.shape[0], rows):
             for left in range(0, out.shape[1], columns):
                 part = out[top : top + rows, left : left + columns]
-                total = self._sum((start[0] + top, start[1] + left), part.shape)
-                if self.magnitude is not None:
-                    total *= self._factors(start[0] + top, part.shape[0])[:, None]
                 assert self.dtype.numpy is not None
-                with np.errstate(over="ignore", invalid="ignore"):
+                with np.errstate(all="ignore"):
+                    total = self._sum((start[0] + top, start[1] + left), part.shape)
+                    if self.magnitude is not None:
+                        total *= self._factors(start[0] + top, part.shape[0])[:, None]
                     part[...] = total.astype(self.dtype.numpy).view(self.dtype.raw)
 
     @property
@@ -115,8 +115,7 @@ class LowRankSum(LazyTensor):
                 whole = self._sum((start + at, 0), (min(rows, count - at), self.shape[1]))
                 np.square(whole, out=whole)
                 lengths[at : at + rows] = np.sqrt(np.add.reduce(whole, axis=1))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return _read(self.magnitude, (start,), (count,), self._computed) / lengths
+        return _read(self.magnitude, (start,), (count,), self._computed) / lengths
 
 
 def tile_columns(rank: int) -> int:

@@ -43,6 +43,7 @@ _FIELDS = {"linear_in.weight": "down", "linear_out.weight": "up", "weight_magnit
 _LOCAL_EXPERT = re.compile(r"(.+\.experts)\.(?:local_experts|experts)\.(\d{1,7})\.(linear_fc[12])")
 _EXPERT_WEIGHT = re.compile(r"(.+\.experts)\.(linear_fc[12])\.weight(\d{1,7})")
 _ALL_EXPERTS = re.compile(r"(.+\.experts)\.(?:experts\.)?(linear_fc[12])")
+_MOST_EXPERTS = 100_000
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 
 SPELLINGS = ("megatron", "nemo1")
@@ -140,7 +141,7 @@ def _weights(module: str, tensor: LazyTensor, stored: str, experts: int | None) 
     shared = _ALL_EXPERTS.fullmatch(module)
     if shared is None:
         return [(f"{module}.weight", tensor)]
-    if tensor.ndim == 3:
+    if tensor.ndim == 3 and tensor.shape[0] <= _MOST_EXPERTS:
         return [(f"{shared[1]}.{shared[2]}.weight{number}", tensor[number]) for number in range(tensor.shape[0])]
     if experts is None:
         raise MappingError(

@@ -9,7 +9,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, check_update, is_zero, some
+from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, by_weight, check_update, is_zero
 from anyckpt.models.adapters.low_rank import LowRankSum
 from anyckpt.models.hub import Hub
 from anyckpt.tensor import LazyTensor, Mapped
@@ -40,14 +40,9 @@ def merged(
         for number, value in values.items():
             sources[number] = value.cast(own)
         tensors[name] = item.rule.operation.to_hub(sources, item.config)
-    by_weight: dict[str, dict[str, LowRank]] = {}
     for target, update in adapter.updates.items():
         check_update(target, update, layers)
-        by_weight.setdefault(target.weight, {})[target.part] = update
-    for weight, parts in by_weight.items():
-        if "" in parts and len(parts) > 1:
-            raise MappingError("adapts a weight as a whole and in parts", tensor=parts[""].names[0],
-                               found=some(name for part in parts if part for name in parts[part].names))  # fmt: skip
+    for weight, parts in by_weight(adapter).items():
         _add(tensors, weight, parts, layers, scale, cast)
     return Hub(hub.model, tensors, dict(hub.ignored), [*hub.notes, *adapter.notes])
 

@@ -16,7 +16,16 @@ from typing import Any
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, check_factors, check_update, some
+from anyckpt.models.adapters.adapter import (
+    Adapter,
+    Layers,
+    LowRank,
+    Target,
+    by_weight,
+    check_factors,
+    check_update,
+    some,
+)
 from anyckpt.models.adapters.parameters import expert_updates, parameters
 from anyckpt.models.rules import Halves, Instance, Operation, Transposed
 from anyckpt.models.variants import family_names, name_in_memory
@@ -68,7 +77,7 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
     updates: dict[Target, LowRank] = {}
     for module, own in found.items():
         name = own.names[0]
-        experts = _of_experts(module, own, layers, places, scale)
+        experts = None if module in places else _of_experts(module, own, layers, places, scale)
         if experts is not None:
             updates.update(experts)
             continue
@@ -244,6 +253,8 @@ def _places(layers: Layers) -> _Places:
 
 
 def _place(module: str, places: _Places, layers: Layers, name: str) -> tuple[Instance, int]:
+    if module in places:
+        return places[module]
     for spelled in _spellings(module, layers):
         if spelled in places:
             return places[spelled]
@@ -326,14 +337,13 @@ def to_peft(adapter: Adapter, layers: Layers) -> Written:
     tensors: dict[str, LazyTensor] = {}
     scales: dict[str, tuple[int, float]] = {}
     transposed: set[bool] = set()
-    by_weight: dict[str, dict[str, LowRank]] = {}
     for target, update in adapter.updates.items():
         check_update(target, update, layers)
-        by_weight.setdefault(target.weight, {})[target.part] = update
-    apart = {weight.partition(".experts.")[0] for weight, parts in by_weight.items() if "" not in parts}
+    grouped = by_weight(adapter)
+    apart = {weight.partition(".experts.")[0] for weight, parts in grouped.items() if "" not in parts}
     whole = {
         weight: _rows_of_family(layers.instances[weight], parts[""])
-        for weight, parts in by_weight.items()
+        for weight, parts in grouped.items()
         if ".experts." in weight and weight.partition(".experts.")[0] not in apart
     }
     of_experts: dict[str, tuple[int, float]] = {}
@@ -343,8 +353,8 @@ def to_peft(adapter: Adapter, layers: Layers) -> Written:
         of_experts[found.name] = (found.rank, found.scale)
         transposed.add(False)
         for weight in found.weights:
-            del by_weight[weight]
-    for weight, parts in by_weight.items():
+            del grouped[weight]
+    for weight, parts in grouped.items():
         item = layers.instances[weight]
         for source, update in _of_sources(item, parts).items():
             module = _in_memory(source, layers).removesuffix(".weight")
