@@ -33,6 +33,7 @@ class RankShard:
         expert_rank: expert-parallel rank.
         tensors: by the hub's spelling of the name, layers numbered as the rank does, from 0.
         source: the file, for messages.
+        extra_states: of modules that have a state beside their weights, by the module's name and ``_extra_state``.
     """
 
     tensor_rank: int
@@ -41,6 +42,7 @@ class RankShard:
     expert_rank: int
     tensors: dict[str, LazyTensor]
     source: str
+    extra_states: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class Checkpoint:
         quantization: how weights are quantized, in Hugging Face's words (``quantization_config``); None if they are not.
         optimizer: finds the optimizer's state by parameter, None if there is none; raises MappingError where the
             counts or shapes in the files do not prove which parameter a state is of.
+        extra_states: finds the states that modules have beside their weights (FP8 scaling) by the hub's name, None if
+            there are none or they are in ``ranks``.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
     """
 
@@ -215,6 +219,7 @@ class Checkpoint:
     quantization: Mapping[str, Any] | None = None
     optimizer: Callable[[], OptimizerState] | None = field(default=None, repr=False)
     adapter: AdapterSettings | None = None
+    extra_states: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
 
     def weights(self) -> dict[str, LazyTensor]:

@@ -34,6 +34,7 @@ _OPTIONS = (
         "--transformer-impl", type=click.Choice(["local", "transformer_engine"]),
         help="Megatron's formats: what the model that loads it is built of; by default, what the source tells.",
     ),
+    click.option("--keep-extra-state", is_flag=True, help="Megatron's formats: keep FP8 states of the layers."),
     click.option("--partition-rules", metavar="FILE", help="YAML of name pattern: kind, for names without a rule."),
 )  # fmt: skip
 
@@ -69,6 +70,7 @@ def layout_request(options: dict[str, Any]) -> LayoutRequest:
         vocab_size=options.pop("vocab_size"),
         make_vocab_size_divisible_by=options.pop("make_vocab_size_divisible_by"),
         padding=options.pop("vocab_padding"),
+        keep_extra_state=options.pop("keep_extra_state"),
         transformer_impl=options.pop("transformer_impl"),
         rules=None if rules is None else read_rules(rules),
     )

@@ -18,6 +18,7 @@ from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_a
 from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
+from anyckpt.operations.extra_states import choose_states, is_kept
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.naming import Vocabulary, rename_for
 from anyckpt.operations.open import join_ranks
@@ -186,6 +187,7 @@ def convert(
     if cut is not None:
         options = replace(options, layout=sizes_of(cut))
     checkpoint, left_out = choose(join_ranks(stored, rules=request.rules), as_patterns(include), as_patterns(exclude))
+    checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":
         checkpoint, dropped = _without_state(checkpoint)
         left_out.update(dropped)
@@ -239,6 +241,7 @@ def convert(
         notes=(
             *checkpoint.warnings,
             *layout_notes,
+            *state_notes,
             *full.notes,
             *renamed.notes,
             *carried.notes,
@@ -246,6 +249,8 @@ def convert(
             *laid_out.notes,
         ),
     )
+    if checkpoint.extra_states is not None:
+        plan = replace(plan, ignored={name: reason for name, reason in plan.ignored.items() if not is_kept(name)})
     files = tuple(describe(plan)["files"])
     if options.max_shard_size is not None:
         plan = replace(plan, notes=(*plan.notes, *_undivided(files, plan.format, options.max_shard_size)))

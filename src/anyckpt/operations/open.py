@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from anyckpt.checkpoint import GROUP, Checkpoint, OptimizerState
 from anyckpt.errors import UsageError
@@ -13,6 +14,7 @@ from anyckpt.formats import registry
 from anyckpt.layout import Geometry, Parallelism, join
 from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
 from anyckpt.layout.from_nemo_config import geometry_from_nemo, parallelism_from_nemo
+from anyckpt.operations.extra_states import joined_states
 from anyckpt.optimizer.state import tagged
 
 
@@ -66,8 +68,15 @@ def join_ranks(
         warnings=[*checkpoint.warnings, *joined.warnings],
         ignored={**checkpoint.ignored, **joined.ignored},
         ranks=(),
+        extra_states=partial(_join_states, checkpoint)
+        if any(shard.extra_states for shard in checkpoint.ranks)
+        else None,
         optimizer=None if checkpoint.optimizer is None else partial(_join_optimizer, checkpoint, rules),
     )
+
+
+def _join_states(checkpoint: Checkpoint) -> dict[str, Any]:
+    return joined_states(checkpoint.ranks, parallelism_of(checkpoint), geometry_of(checkpoint))
 
 
 def _join_optimizer(checkpoint: Checkpoint, rules: Mapping[str, str] | None) -> OptimizerState:

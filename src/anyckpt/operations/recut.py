@@ -13,6 +13,7 @@ from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut
 from anyckpt.layout.division import Padding
 from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args
+from anyckpt.operations.extra_states import with_states
 from anyckpt.operations.naming import Vocabulary
 from anyckpt.operations.open import geometry_of, parallelism_of
 
@@ -43,6 +44,7 @@ class LayoutRequest:
         rules: pattern -> partition kind, for names that the built-in table does not have.
         transformer_impl: ``--transformer-impl``: ``local`` or ``transformer_engine``, what the model that will load
             the output is built of.
+        keep_extra_state: ``--keep-extra-state``: carry modules' own states.
     """
 
     tensor_parallel: int | None = None
@@ -60,6 +62,7 @@ class LayoutRequest:
     padding: Padding = "zeros"
     rules: Mapping[str, str] | None = None
     transformer_impl: str | None = None
+    keep_extra_state: bool = False
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -132,15 +135,19 @@ def wanted_layout(
         options: of the writer, without ``layout``.
 
     Raises:
-        UsageError: a layout or kind of layers is asked for that the target's files cannot have.
+        UsageError: a layout, kind of layers or state is asked for that the target's files cannot have.
     """
-    if request.transformer_impl is not None and target.config_kind != "megatron-args":
-        raise UsageError(
-            f"--transformer-impl means nothing for {target.name}",
-            expected="one of Megatron's own formats, such as megatron-core or megatron-lm",
-            found=request.transformer_impl,
-            remedy="leave it out",
-        )
+    if target.config_kind != "megatron-args":
+        for option, said in (
+            ("--transformer-impl", request.transformer_impl is not None),
+            ("--keep-extra-state", request.keep_extra_state),
+        ):
+            if said:
+                raise UsageError(
+                    f"{option} means nothing for {target.name}",
+                    expected="one of Megatron's own formats, such as megatron-core or megatron-lm",
+                    remedy="leave it out",
+                )
     parallelism = request.over(present)
     parallelism.check()
     layout = sizes_of(parallelism)
@@ -203,12 +210,14 @@ def cut_for_ranks(
             remedy="leave --ep out",
         )
     spelling = expert_spelling_from_args(checkpoint.config)
-    shards = cut(
+    shards: Sequence[RankShard] = cut(
         checkpoint.tensors, parallelism, geometry, rules=rules, padding=padding, spelling=spelling,
         complete=checkpoint.adapter is None,
     )  # fmt: skip
     optimizer = checkpoint.optimizer
     arguments = args_from_parallelism(parallelism) if checkpoint.config_kind == "megatron-args" else {}
+    if checkpoint.extra_states is not None:
+        shards = with_states(shards, checkpoint.extra_states(), parallelism, geometry, spelling)
     rows = _embedding_rows(shards)
     for key in _ROWS:
         if rows and checkpoint.config.get(key) is not None:

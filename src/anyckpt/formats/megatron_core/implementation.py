@@ -33,6 +33,8 @@ _OUTPUT = re.compile(r"^(?P<outer>(?:model\.|module\.)*)(?:lm_head\.)?output_lay
 _NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:\w+_)?layernorm)\.weight$")
 _ATTENTION = re.compile(r"^(?P<attention>.*(?:self|cross)_attention)\.linear_proj$")
 _STATE = re.compile(r"^(chained_\d+\.)?optimizer\.")
+_STATE_KEY = re.compile(r"^(?P<module>.*)\._extra_state/shard_(?P<index>\d{1,9}(?:\.\d{1,9})*)_[\d.]+$")
+_STACKED = re.compile(r"^(?P<stack>(?:.*\.)?(?:decoder|encoder|mtp)\.layers)\.(?P<rest>(?!\d+\.).*)$")
 _OF_TRANSFORMER_ENGINE = re.compile(r"(?:layernorm|core_attention)\._extra_state$")
 _BEFORE_EXPERTS = re.compile(r"^(?P<layer>.*\.)pre_mlp_layernorm\.(?P<kind>weight|bias)$")
 _AS_IF_FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.linear_fc1\.layer_norm_(?P<kind>weight|bias)$")
@@ -72,6 +74,23 @@ def spelled(tensors: Mapping[str, T], implementation: Implementation | None) -> 
                 name = f"{fused['layer']}pre_mlp_layernorm.{fused['kind']}"
         result[name] = tensor
     return result
+
+
+def hub_state_name(key: str) -> str | None:
+    """The hub's name of the module's state that a distributed checkpoint has under this key, None for another object.
+
+    ``decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1.3_2.4`` is expert 3's in layer 1.
+    """
+    found = _STATE_KEY.match(key)
+    if found is None:
+        return None
+    module, index = found["module"], [int(number) for number in found["index"].split(".")]
+    stacked = _STACKED.match(module)
+    if stacked is not None:
+        module = f"{stacked['stack']}.{index.pop(0)}.{stacked['rest']}"
+    expert = ".experts.experts." in module
+    module = module.replace(".experts.experts.", ".experts.")
+    return f"{module}._extra_state{index[0] if expert and index else ''}"
 
 
 def extra_states(tensors: Mapping[str, LazyTensor], implementation: Implementation | None = None) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum, Tokenizer, TrainingState
@@ -17,6 +18,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.dcp import DcpContents, dcp_details, read_dcp
 from anyckpt.formats.dcp.items import LazyObjects
 from anyckpt.formats.megatron_adapters import ADAPTER, settings_from
+from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint, iteration_folder
 from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import read_torch
@@ -122,9 +124,16 @@ def megatron_checkpoint(
             "content_metadata": to_plain(common.get("content_metadata")),
             "checkpoint_version": to_plain(common.get("checkpoint_version")),
         },
+        extra_states=partial(_states, contents.objects) if ignored else None,
         checksums=lambda: _checksums(folder, contents),
         adapter=settings_from(call, path) if isinstance(call := to_plain(common.get(ADAPTER)), dict) else None,
     )
+
+
+def _states(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The modules' own states by the hub's name; None says nothing."""
+    named = {name: key for key in objects if (name := hub_state_name(key)) is not None}
+    return {name: state for name, key in named.items() if (state := objects[key]) is not None}
 
 
 def _configuration(arguments: Any, common: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

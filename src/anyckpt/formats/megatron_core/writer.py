@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.megatron_adapters import ADAPTER, call_of
-from anyckpt.formats.megatron_core.implementation import Implementation, extra_states, implementation_of, spelled
+from anyckpt.formats.megatron_core.implementation import (
+    Implementation,
+    extra_states,
+    hub_state_name,
+    implementation_of,
+    spelled,
+)
 from anyckpt.formats.megatron_core.location import TRACKER
 from anyckpt.formats.megatron_lm.arguments import pickled_arguments
 from anyckpt.formats.megatron_lm.modules import with_second_names
@@ -44,6 +50,7 @@ def torch_dist_files(
     ranks: int = 1,
     file_bytes: int | None = None,
     implementation: Implementation | None = None,
+    states: Mapping[str, Any] | None = None,
 ) -> list[OutputFile]:
     """The files of a ``torch_dist`` checkpoint; ``metadata.json``, which marks it as whole, has stage 2.
 
@@ -56,13 +63,14 @@ def torch_dist_files(
         ranks: over how many ranks' files the bytes are spread.
         file_bytes: bytes per file, or None for the default.
         implementation: what these models are built of, None if it may be either.
+        states: the modules' own states by the hub's name, in place of None.
 
     Raises:
         UsageError: an object cannot be pickled.
     """
     folder = f"{prefix}/" if prefix else ""
     tensors = with_second_names(tensors)
-    extra: dict[str, Any] = {name: None for name in extra_states(tensors, implementation) if name not in objects}
+    extra = state_objects(extra_states(tensors, implementation), states)
     shards = dcp_files(tensors, {**extra, **objects}, prefix=prefix, ranks=ranks, megatron=True, file_bytes=file_bytes)
     common_parts = zip_parts(
         dict(common), archive_name="common", tensor_name=lambda path: ".".join(["common", *map(str, path)])
@@ -94,10 +102,17 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         ranks=options.ranks,
         file_bytes=options.max_shard_size,
         implementation=built_of,
+        states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
     )
     files += tokenizer_files(checkpoint)
     note = f"for Megatron-LM's --load, move it to <root>/release and write 'release' into <root>/{TRACKER}"
     return Plan("megatron-core", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
+
+
+def state_objects(keys: Iterable[str], states: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The object of each key: the module's own state if there is one, else None."""
+    known = states or {}
+    return {key: known.get(hub_state_name(key) or "") for key in keys}
 
 
 def common_and_sharded(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:

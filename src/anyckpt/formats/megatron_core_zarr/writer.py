@@ -13,7 +13,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.dcp.chunks import stacked_axes
 from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON
-from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files
+from anyckpt.formats.megatron_core.writer import common_and_sharded, state_objects, tokenizer_files
 from anyckpt.formats.megatron_core_zarr.array import ZARRAY, boxes, render_metadata
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file import zip_parts
@@ -39,7 +39,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     common, sharded, foreign = common_and_sharded(checkpoint)
     built_of = implementation_of(checkpoint, options.transformer_impl)
     tensors = spelled(checkpoint.tensors, built_of)
-    objects = {**{name: None for name in extra_states(tensors, built_of) if name not in sharded}, **sharded}
+    states = None if checkpoint.extra_states is None else checkpoint.extra_states()
+    objects = {**state_objects(extra_states(tensors, built_of), states), **sharded}
     files = [OutputFile(COMMON, zip_parts(common, archive_name="common", tensor_name=_named("common")))]
     for name, tensor in tensors.items():
         files += _array_files(name, tensor)

@@ -56,6 +56,7 @@ def read(location: Location) -> Checkpoint:
 
     ``tensors`` lists what is stored, by rank folder: ``mp_rank_00_001/model.decoder.layers.0...``.  ``ranks`` has
     the weights under the hub's names, with the rows of fused projections in today's order.  ``objects`` has what
+    states: dict[str, Any]
     rank 0's file holds besides, and each rank's optimizer and random states by its folder.  A ``release`` is of no
     training step, whatever its files say: Megatron-LM starts counting anew.
 
@@ -73,7 +74,7 @@ def read(location: Location) -> Checkpoint:
         config["tensor_model_parallel_size"] = sizes.tensor
     ignored: dict[str, str] = {}
     chunks = [
-        _Chunk(place, number, rank, _weights(rank, key, ignored))
+        _Chunk(place, number, rank, *_weights(rank, key, ignored))
         for place, rank in ranks.items()
         for number, key in sorted({**dict.fromkeys(range(sizes.virtual or 1), ""), **rank.chunks}.items())
     ]
@@ -122,14 +123,16 @@ def read(location: Location) -> Checkpoint:
     )
 
 
-def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> dict[str, LazyTensor]:
-    """A chunk's weights under dotted names without wrappers; what is no weight goes to ``ignored``.
+def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """A chunk's weights and its modules' states under dotted names without wrappers.
+
+    What is no weight goes to ``ignored``; a state that is None says nothing.
 
     Raises:
         FormatError: something in the model is no dense tensor.
     """
     if not key:
-        return {}
+        return {}, {}
     flat = flattened(rank.root[key], rank.path)
     cut = strip_wrappers(list(flat))
     weights: dict[str, LazyTensor] = {}
@@ -139,11 +142,14 @@ def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> dict[str, Laz
             ignored[name] = _EXTRA_REASON
         elif name.endswith("rotary_pos_emb.inv_freq"):
             ignored[name] = _FREQUENCIES_REASON
+    states: dict[str, Any] = {}
         elif isinstance(value, LazyTensor):
             weights[name] = value
         else:
             raise FormatError("is not a dense tensor", path=rank.path, tensor=f"{key}.{stored}", found=brief(value))
-    return weights
+            if value is not None:
+                states[name] = value
+    return weights, states
 
 
 def _shards(chunks: Sequence[_Chunk]) -> tuple[RankShard, ...]:
@@ -151,8 +157,8 @@ def _shards(chunks: Sequence[_Chunk]) -> tuple[RankShard, ...]:
     paths = [chunk.rank.path for chunk in chunks]
     renamed = hub_names([chunk.tensors for chunk in chunks], paths)
     return tuple(
-        RankShard(chunk.place.tensor, chunk.place.pipeline, chunk.number, chunk.place.expert, tensors, path)
-        for chunk, tensors, path in zip(chunks, renamed, paths, strict=True)
+        RankShard(c.place.tensor, c.place.pipeline, c.number, c.place.expert, tensors, path, c.states)
+        for c, tensors, path in zip(chunks, renamed, paths, strict=True)
     )
 
 

@@ -132,7 +132,7 @@ def _models(chunks: Mapping[int, RankShard], layout: ParallelLayout, local: bool
         tensors = part_norms(shard.tensors) if local else shard.tensors
         key = f"model{number}" if layout.virtual_pipeline > 1 else "model"
         if tensors or key == "model":
-            models[key] = ordered_dict(dict(with_extra_states(tensors)))
+            models[key] = ordered_dict({**dict(with_extra_states(tensors)), **shard.extra_states})
     return models
 
 
