@@ -49,6 +49,7 @@ class _Chunk:
     number: int
     rank: RankFile
     tensors: dict[str, LazyTensor]
+    states: dict[str, Any]
 
 
 def read(location: Location) -> Checkpoint:
@@ -56,7 +57,6 @@ def read(location: Location) -> Checkpoint:
 
     ``tensors`` lists what is stored, by rank folder: ``mp_rank_00_001/model.decoder.layers.0...``.  ``ranks`` has
     the weights under the hub's names, with the rows of fused projections in today's order.  ``objects`` has what
-    states: dict[str, Any]
     rank 0's file holds besides, and each rank's optimizer and random states by its folder.  A ``release`` is of no
     training step, whatever its files say: Megatron-LM starts counting anew.
 
@@ -136,19 +136,19 @@ def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> tuple[dict[st
     flat = flattened(rank.root[key], rank.path)
     cut = strip_wrappers(list(flat))
     weights: dict[str, LazyTensor] = {}
+    states: dict[str, Any] = {}
     for stored, value in flat.items():
         name = stored[cut:]
         if name.endswith("_extra_state"):
             ignored[name] = _EXTRA_REASON
+            if value is not None:
+                states[name] = value
         elif name.endswith("rotary_pos_emb.inv_freq"):
             ignored[name] = _FREQUENCIES_REASON
-    states: dict[str, Any] = {}
         elif isinstance(value, LazyTensor):
             weights[name] = value
         else:
             raise FormatError("is not a dense tensor", path=rank.path, tensor=f"{key}.{stored}", found=brief(value))
-            if value is not None:
-                states[name] = value
     return weights, states
 
 
