@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,14 +18,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peer
 
-from tests.models.cases import facts  # noqa: E402
+from tests.models.cases import facts, open_case  # noqa: E402
 from tests.support import fixture_path, write_plan  # noqa: E402
 
 import anyckpt  # noqa: E402
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
 from anyckpt.formats.registry import WriteOptions  # noqa: E402
-from anyckpt.models import by_name  # noqa: E402
+from anyckpt.models import by_name, render_config  # noqa: E402
 from anyckpt.operations.recut import LayoutRequest  # noqa: E402
 from anyckpt.tensor import from_array  # noqa: E402
 
@@ -212,3 +213,28 @@ def test_class_defaults_are_those_of_transformers(name: str) -> None:
     default = transformers.AutoConfig.for_model(known.model_types[0])
     assert {key: getattr(default, key) for key in known.defaults} == dict(known.defaults)
     assert all(hasattr(transformers, architecture) for architecture in known.architectures)
+
+
+FIELDS = {
+    "megatron_bert": {
+        "share_embeddings_and_output_weights", "position_embedding_type", "rotary_base", "rotary_percent",
+        "seq_len_interpolation_factor", "seq_length", "make_vocab_size_divisible_by", "bert_type", "add_pooler",
+        "bert_binary_head", "add_lm_head", "num_tokentypes",
+    },
+    "t5_v1_1": {
+        "encoder_num_layers", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by",
+        "position_embedding_type", "max_position_embeddings", "relative_attention_num_buckets",
+        "relative_attention_max_distance", "rotary_percent", "seq_len_interpolation_factor", "seq_length", "vocab_size",
+    },
+    "clip_vision": {"add_class_token", "class_token_len", "patch_dim", "img_h", "img_w", "vision_model_type"},
+}  # fmt: skip
+"""What NeMo 2.5's ``BertConfig``, ``T5Config`` and ``CLIPViTConfig`` add to ``TransformerConfig``."""
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_nemo_2s_classes_have_the_fields(name: str) -> None:
+    transformer_config = pytest.importorskip("megatron.core.transformer.transformer_config").TransformerConfig
+    known = {field.name for field in dataclasses.fields(transformer_config)} | FIELDS[name] | {"_target_"}
+    rendered = render_config(open_case(name).model, "nemo2")["config"]
+    assert rendered.keys() <= known
+    assert FIELDS[name] <= rendered.keys()
