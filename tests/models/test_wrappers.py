@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.models import sparse_cases
 from tests.models.cases import FAMILIES, Case, facts, open_case, with_weights
+from tests.support import write_plan
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
+from anyckpt.formats.hf import FORMAT
+from anyckpt.formats.registry import WriteOptions, read
 from anyckpt.models import dialects
 from anyckpt.models.config import PART_OF
+from anyckpt.operations.convert import convert
 from anyckpt.tensor import LazyTensor, from_array
 
 EVERY = (*FAMILIES, *sparse_cases.FAMILIES)
@@ -175,3 +180,22 @@ def test_a_quantized_whole() -> None:
     config = {**whole_config(case), "quantization_config": {"quant_method": "awq"}}
     with pytest.raises(MappingError, match="quantized"):
         found(case, with_weights(case.checkpoint, whole(case, "language_model.model.", "")).tensors, config)
+
+
+def test_the_text_part_alone_for_transformers(tmp_path: Path) -> None:
+    """A whole model stays whole; where its family is named, its text part is written, with its own configuration."""
+    case = open_case("gemma3")
+    whole_model = replace(
+        case.checkpoint, tensors=whole(case, "language_model.model.", "language_model."), config=whole_config(case)
+    )
+    assert FORMAT.plan is not None
+    source = write_plan(FORMAT.plan(whole_model, WriteOptions()), tmp_path / "whole")
+    convert(str(source), tmp_path / "same", to="hf")
+    same = read(str(tmp_path / "same"))
+    assert facts(same.tensors) == facts(whole_model.tensors)
+    assert same.config["model_type"] == "seeing"
+    convert(str(source), tmp_path / "text", to="hf", family="gemma3")
+    text = read(str(tmp_path / "text"))
+    assert facts(text.tensors) == facts(case.checkpoint.tensors)
+    assert text.config["model_type"] == "gemma3_text"
+    assert "vision_config" not in text.config

@@ -12,6 +12,7 @@ from anyckpt.collector import uncollected
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
+from anyckpt.models.config import PART_OF
 from anyckpt.models.config_nemo import restated
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
@@ -173,7 +174,7 @@ def _through_hub(
         _check_vocabulary(checkpoint, hub)
     out = models.from_hub(hub, wanted, padded=padded)
     renamed = _with_weights(checkpoint, out.tensors, wanted)
-    if config_kind is not None and _is_spelled(checkpoint, config_kind):
+    if config_kind is not None and _is_spelled(checkpoint, config_kind) and PART_OF not in hub.model.config.extra:
         resized = {"vocab_size": vocabulary.size} if config_kind == "hf" and vocabulary.size is not None else {}
         config = {**restated(checkpoint.config, hub.restated), **resized}
         renamed = _with_dtype(replace(renamed, config=config), dtype)
