@@ -62,6 +62,25 @@ def test_state_that_fits_two_ways_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_state_gets_the_targets_form_where_names_stay(tmp_path: Path) -> None:
+    """A Lightning file numbers what a distributed checkpoint names; neither would find the other's."""
+    source = fixture_path("legacy/ptl_adamw/model--val_loss=0.5-epoch=3.ckpt")
+    convert(source, tmp_path / "dcp", to="dcp", optimizer="keep")
+    names = [name for name in open_checkpoint(tmp_path / "dcp").tensors if "exp_avg" in name]
+    assert names and all(name.startswith("optim.state.") for name in names)
+    convert(tmp_path / "dcp", tmp_path / "back.ckpt", to="lightning", optimizer="keep")
+    assert open_checkpoint(tmp_path / "back.ckpt").training.has_optimizer
+
+    def whole(path: Path) -> dict[str, dict[str, str]]:
+        found = {slot: {n: sha256_of(t) for n, t in own.items()} for slot, own in state_of(path).slots.items()}
+        return {
+            slot: {n.removeprefix("state_dict."): digest for n, digest in own.items()} for slot, own in found.items()
+        }
+
+    before, after = whole(source), whole(tmp_path / "back.ckpt")
+    assert {slot: after[slot] for slot in before} == before
+
+
 def test_state_stays_as_it_is_stored_where_names_do(tmp_path: Path) -> None:
     source = fixture_path("mcore/gpt_opt_plain") / "ckpt"
     convert(source, tmp_path / "copy", to="megatron-core", optimizer="keep")

@@ -8,6 +8,7 @@ import pytest
 from tests.support import fixture_path, sha256_of
 
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.formats.megatron_lm.modules import registered_order
 from anyckpt.operations.convert import convert
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.operations.recut import LayoutRequest
@@ -42,7 +43,22 @@ def test_a_target_with_names_of_its_own_says_so(tmp_path: Path) -> None:
 def test_state_by_number_needs_an_order(tmp_path: Path) -> None:
     """How transformers' modules register parameters is in no file of Megatron's; by name it is not needed."""
     source = fixture_path("legacy/megatron_gpt_tp2_pp2")
-    with pytest.raises(MappingError, match="nothing tells in which order.*no order.*--optimizer drop"):
+    with pytest.raises(MappingError, match="nothing tells in which order.*hf names, and no order.*--optimizer drop"):
         convert(source, tmp_path / "out.ckpt", to="lightning", names="hf", optimizer="keep", family="qwen2")
     convert(source, tmp_path / "out", to="dcp", names="hf", optimizer="keep", family="qwen2")
     assert "optim.state.model.norm.weight.exp_avg" in open_checkpoint(tmp_path / "out").tensors
+
+
+def test_state_by_number_has_the_order_of_megatrons_modules(tmp_path: Path) -> None:
+    """Stacked layers are no parameters; under the names of modules they have that order, whatever the source's."""
+    convert(fixture_path("legacy/megatron_gpt_tp2_pp2"), tmp_path / "core", to="megatron-core", optimizer="keep")
+    with pytest.raises(MappingError, match="megatron-core names, and no order.*--optimizer drop"):
+        convert(tmp_path / "core", tmp_path / "out.ckpt", to="lightning", optimizer="keep")
+    convert(tmp_path / "core", tmp_path / "out.ckpt", to="lightning", names="hub", optimizer="keep")
+    found = open_checkpoint(tmp_path / "out.ckpt")
+    names = list(found.weights())
+    assert names == registered_order(names)
+    matrices = [name for name, tensor in found.weights().items() if tensor.ndim > 1 and not name.endswith(".bias")]
+    for number, name in enumerate(matrices):
+        moment = found.tensors[f"optimizer_states.0.optimizer.state.{number}.exp_avg"]
+        assert moment.shape == found.weights()[name].shape

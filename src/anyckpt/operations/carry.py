@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats.random_states import random_states
-from anyckpt.optimizer import holds_optimizer, laid_out, renamed, with_masters, with_optimizer
+from anyckpt.optimizer import has_another_form, holds_optimizer, laid_out, renamed, with_masters, with_optimizer
 from anyckpt.optimizer.parameters import buffers
 from anyckpt.optimizer.state import tag, tagged
 from anyckpt.tensor import LazyTensor
@@ -44,15 +44,18 @@ class Carried:
     notes: tuple[str, ...] = ()
 
 
-def moves_state(source: Checkpoint, target: Checkpoint, cut: bool) -> bool:
-    """Whether state cannot stay as it is stored: weights have other names or are cut, or ranks held it.
+def moves_state(source: Checkpoint, target: Checkpoint, to: str, cut: bool) -> bool:
+    """Whether state cannot stay as it is stored: weights have other names or are cut, ranks held it, or forms differ.
 
     Args:
         source: as opened.
         target: under the target's names.
+        to: name of the target's format.
         cut: the target is cut for ranks.
     """
-    return cut or source.optimizer is not None or not set(source.tensors) <= set(target.tensors)
+    renamed_weights = not set(source.tensors) <= set(target.tensors)
+    other_form = source.training.has_optimizer and has_another_form(to, source.format)
+    return cut or source.optimizer is not None or renamed_weights or other_form
 
 
 def carry_optimizer(
@@ -93,7 +96,8 @@ def carry_optimizer(
     state = renamed(with_masters(found.optimizer(), weights), _with_buffers(rename, weights))
     step = source.training.step if source.training.step is not None else state.step
     training = replace(source.training, step=step, has_rng=bool(random))
-    ready = laid_out(replace(target, training=training, optimizer=lambda: state), to)
+    bare = replace(target, tensors=target.weights(), model_prefix="", state_prefixes=())
+    ready = laid_out(replace(bare, training=training, optimizer=lambda: state), to)
     own = {source.model_prefix + name for name in weights}
     tensors = {name for name in source.tensors if name not in own}
     objects = {name for name in source.objects if holds_optimizer(name) or name in _COUNTERS}

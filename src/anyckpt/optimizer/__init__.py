@@ -7,6 +7,6 @@ weights are.  Formats of one file per rank find it themselves; ``with_optimizer`
 
 from anyckpt.optimizer.read import holds_optimizer, with_optimizer
 from anyckpt.optimizer.state import checked, renamed, with_masters
-from anyckpt.optimizer.write import laid_out
+from anyckpt.optimizer.write import has_another_form, laid_out
 
-__all__ = ["checked", "holds_optimizer", "laid_out", "renamed", "with_masters", "with_optimizer"]
+__all__ = ["checked", "has_another_form", "holds_optimizer", "laid_out", "renamed", "with_masters", "with_optimizer"]

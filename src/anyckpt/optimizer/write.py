@@ -23,6 +23,14 @@ _WRITERS: Mapping[str, Callable[[Checkpoint, OptimizerState], Checkpoint]] = {
 BY_THEMSELVES = ("megatron-lm",)
 """Formats that lay out ``Checkpoint.optimizer`` themselves, because they write a file per rank."""
 
+_ALIKE = frozenset({"megatron-core", "megatron-core-zarr", "megatron-bridge"})
+
+
+def has_another_form(format_name: str, source_format: str) -> bool:
+    """A target keeps optimizer state in a form of its own, so that a source's cannot stay as it is stored."""
+    same = format_name == source_format or {format_name, source_format} <= _ALIKE
+    return not same and (format_name in _WRITERS or format_name in BY_THEMSELVES)
+
 
 def laid_out(checkpoint: Checkpoint, format_name: str) -> Checkpoint:
     """The checkpoint with its optimizer's state among ``tensors`` and ``objects``, in the form of a target format.

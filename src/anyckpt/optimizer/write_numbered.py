@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.formats.megatron_lm.modules import registered_order
 from anyckpt.optimizer.groups import assigned, effective
 from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.state import MASTER, MOMENTS, unproved
@@ -22,6 +23,8 @@ from anyckpt.tensor import LazyTensor, from_array
 _ROOT = "optimizer_states"
 _KEPT = "lightning"
 _HALF = ("float16", "bfloat16")
+_OF_MODULES = ("hub", "nemo-flat")
+"""Dialects whose names are those of modules of which the order is known; others stack layers."""
 
 Path = tuple[str | int, ...]
 
@@ -65,11 +68,16 @@ def _in_order(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
     if all(checkpoint.model_prefix + name in place for name in state.slots[MOMENTS[0]]):
         ordered = sorted(checkpoint.tensors, key=lambda name: place.get(name, len(place)))
         return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in ordered})
-    if checkpoint.dialect == "hf":
+    if checkpoint.dialect in _OF_MODULES:
+        names = registered_order(checkpoint.tensors)
+        return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names})
+    if checkpoint.dialect is not None:
         raise unproved(
-            "the state is by number, and nothing tells in which order the model registers its parameters",
-            path=checkpoint.path, expected="state that was by number under these names before; or --to dcp, by name",
-            found=f"the order of {len(state.order)} other names" if state.order else "no order",
+            "the state is by number, and nothing tells in which order modules register parameters of these names",
+            path=checkpoint.path,
+            expected="state that was by number under these names before; or --names hub; or --to dcp, by name",
+            found=f"{checkpoint.dialect} names, and "
+            + (f"the order of {len(state.order)} other ones" if state.order else "no order"),
         )  # fmt: skip
     return checkpoint
 

@@ -20,6 +20,8 @@ MODEL_FILE = "model_optim_rng.pt"
 MODEL_FILES = (MODEL_FILE, "model_rng.pt")
 """What holds a rank's model; the second name is of 2022-12 to 2023-06, with the distributed optimizer."""
 OPTIMIZER_FILE = "distrib_optim.pt"
+OPTIMIZER_PART = "optim.pt"
+"""What a data-parallel rank's own folder holds, in 2022 and early 2023."""
 _TRACKER_LIMIT = 64
 _RANK = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?", re.ASCII)
 _ITERATION = re.compile(r"iter_(\d{7,18})", re.ASCII)

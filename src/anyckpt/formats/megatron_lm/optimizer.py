@@ -19,6 +19,7 @@ from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm.buffers import place, place_in_buckets, rules
+from anyckpt.formats.megatron_lm.data_parallel_shards import join_shards
 from anyckpt.formats.megatron_lm.flat_state import FlatBuffer, flat_buffers
 from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, deal_out, flag, parameters_of
 from anyckpt.tensor import LazyTensor
@@ -39,12 +40,14 @@ class RankState:
         optimizer: ``optimizer`` of the model's file.
         distributed: what ``distrib_optim.pt`` holds, or None.
         path: the model's file.
+        parts: ``optimizer`` of each data-parallel rank's ``optim.pt``, where there are such files.
     """
 
     shards: tuple[RankShard, ...]
     optimizer: Any
     distributed: Any
     path: str
+    parts: tuple[Any, ...] = ()
 
 
 def read_optimizer(ranks: Sequence[RankState], arguments: Mapping[str, Any], layout: ParallelLayout) -> OptimizerState:
@@ -75,14 +78,21 @@ def read_optimizer(ranks: Sequence[RankState], arguments: Mapping[str, Any], lay
             found=", ".join(map(str, sorted(steps)[:5])),
             remedy=REMEDY,
         )
-    containers = _containers(ranks[0].optimizer)
-    groups = [group for container in containers for group in _groups(container, ranks[0].path)]
+    containers = [found for own in ranks[0].parts or (ranks[0].optimizer,) for found in _containers(own)]
+    groups: list[dict[str, Any]] = []
+    for container in containers:
+        own_groups = [_options(group) for group in _groups(container, ranks[0].path)]
+        groups += [group for group in own_groups if not ranks[0].parts or group not in groups]
     return OptimizerState(
         ranks={slot: tuple(shards) for slot, shards in slots.items()},
         step=next(iter(steps), None),
-        groups=tuple({str(key): value for key, value in group.items() if key != "params"} for group in groups),
+        groups=tuple(groups),
         grad_scaler=next((c["grad_scaler"] for c in containers if "grad_scaler" in c), None),
     )
+
+
+def _options(group: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in group.items() if key != "params"}
 
 
 class _RankReader:
@@ -94,6 +104,11 @@ class _RankReader:
 
     def read(self) -> Found:
         """Each parameter's slots, in the order of the file."""
+        if self.rank.parts:
+            joined = join_shards(parameters_of(self.rank.shards), self.rank.parts, self.arguments, self.rank.path)
+            for part in self.rank.parts:
+                self._note_group_steps(_groups(part, self.rank.path))
+            return joined
         containers = _containers(self.rank.optimizer)
         groups = [_groups(container, self.rank.path) for container in containers]
         parameters = parameters_of(self.rank.shards)

@@ -9,7 +9,7 @@ from typing import Any
 
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_lm.arguments import SAME_ON_EVERY_RANK, Sizes, read_sizes
-from anyckpt.formats.megatron_lm.location import MODEL_FILE, RankFolder
+from anyckpt.formats.megatron_lm.location import MODEL_FILE, OPTIMIZER_PART, RankFolder
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.values import brief
 from anyckpt.pickling import Record
@@ -17,7 +17,6 @@ from anyckpt.pickling.plain import to_plain
 
 _CHUNK = re.compile(r"model(\d{1,4})", re.ASCII)
 _VERSIONS = (0.0, 1.0, 2.0, 3.0)
-_OPTIMIZER_ONLY = "optim.pt"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def open_rank(folder: RankFolder) -> RankFile | None:
         FormatError: the file is missing, damaged, or not a Megatron-LM checkpoint.
     """
     if folder.model is None:
-        if _OPTIMIZER_ONLY in folder.files:
+        if OPTIMIZER_PART in folder.files:
             return None
         raise FormatError(
             "the rank folder holds no model",

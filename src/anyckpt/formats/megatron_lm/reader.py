@@ -10,7 +10,14 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard, StoredChecksum, TrainingState
 from anyckpt.errors import FormatError, MappingError
 from anyckpt.formats.megatron_lm.arguments import plain_arguments
-from anyckpt.formats.megatron_lm.location import OPTIMIZER_FILE, Iteration, find_iteration, rank_folders
+from anyckpt.formats.megatron_lm.location import (
+    OPTIMIZER_FILE,
+    OPTIMIZER_PART,
+    Iteration,
+    RankFolder,
+    find_iteration,
+    rank_folders,
+)
 from anyckpt.formats.megatron_lm.names import flattened, hub_names, strip_wrappers
 from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
 from anyckpt.formats.megatron_lm.parameters import REMEDY
@@ -64,7 +71,8 @@ def read(location: Location) -> Checkpoint:
         FormatError: a rank is missing, damaged, of another iteration, or contradicts the arguments.
     """
     iteration = find_iteration(location)
-    opened = [open_rank(folder) for folder in rank_folders(iteration.path)]
+    folders = rank_folders(iteration.path)
+    opened = [open_rank(folder) for folder in folders]
     files = [rank for rank in opened if rank is not None]
     sizes = agreed_sizes(files, iteration.path)
     ranks = place_ranks(files, sizes, iteration.path)
@@ -79,8 +87,8 @@ def read(location: Location) -> Checkpoint:
         for number, key in sorted({**dict.fromkeys(range(sizes.virtual or 1), ""), **rank.chunks}.items())
     ]
     distributed = {rank.folder.name: read for rank in ranks.values() if (read := _distributed(rank)) is not None}
-    shards_of_state = sum(rank is None for rank in opened)
-    has_optimizer = bool(distributed or shards_of_state) or any(_OPTIMIZER in rank.root for rank in ranks.values())
+    parts = [folder for folder, rank in zip(folders, opened, strict=True) if rank is None]
+    has_optimizer = bool(distributed or parts) or any(_OPTIMIZER in rank.root for rank in ranks.values())
     training = TrainingState(
         step=None if iteration.is_release else first.iteration,
         consumed_samples=_count(config.get("consumed_train_samples")),
@@ -114,9 +122,7 @@ def read(location: Location) -> Checkpoint:
             "distributed_optimizer": bool(distributed) or any(rank is None for rank in opened),
         },
         ranks=tuple(grouped(shard, first.version, heads) for shard in shards),
-        optimizer=partial(_refused, iteration.path, shards_of_state)
-        if shards_of_state
-        else partial(_optimizer, shards, ranks, distributed, config, layout, heads)
+        optimizer=partial(_optimizer, shards, ranks, distributed, parts, config, layout, heads)
         if has_optimizer
         else None,
         checksums=lambda: _checksums([*(rank.contents for rank in ranks.values()), *distributed.values()]),
@@ -166,6 +172,7 @@ def _optimizer(
     shards: Sequence[RankShard],
     ranks: Mapping[Place, RankFile],
     distributed: Mapping[str, TorchContents],
+    parts: Sequence[RankFolder],
     config: Mapping[str, Any],
     layout: ParallelLayout,
     heads: int,
@@ -179,20 +186,41 @@ def _optimizer(
     for place, rank in ranks.items():
         flat = distributed.get(rank.folder.name)
         states.append(
-            RankState(tuple(own[place]), rank.root.get(_OPTIMIZER), None if flat is None else flat.root, rank.path)
+            RankState(
+                tuple(own[place]),
+                rank.root.get(_OPTIMIZER),
+                None if flat is None else flat.root,
+                rank.path,
+                _parts(rank, parts, config) if parts else (),
+            )
         )
     found = read_optimizer(states, config, layout)
     slots = {slot: tuple(grouped(shard, first.version, heads) for shard in own) for slot, own in found.ranks.items()}
     return with_original_groups(replace(found, ranks=slots), first.root.get(ORIGINAL_GROUPS))
 
 
-def _refused(path: str, shards: int) -> OptimizerState:
-    """Raise MappingError: the state is in a layout that is bound to the run's data-parallel ranks."""
-    raise MappingError(
-        "the optimizer's state is in a part for each data-parallel rank, as Megatron-LM 23.04 wrote it",
-        path=path, expected="distrib_optim.pt beside each rank's model", found=f"{shards} folders with an optim.pt",
-        remedy=REMEDY,
-    )  # fmt: skip
+def _parts(rank: RankFile, folders: Sequence[RankFolder], config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The optimizer's state of each data-parallel rank that trained this rank's model.
+
+    Raises:
+        MappingError: a data-parallel rank's folder is missing, or there are more than the run had.
+    """
+    own = {
+        folder.name.rpartition("_")[2]: folder for folder in folders if folder.name.startswith(f"{rank.folder.name}_")
+    }
+    numbered = {int(digits): folder for digits, folder in own.items() if f"{rank.folder.name}_{digits}" == folder.name}
+    ranks = _count(config.get("data_parallel_size")) or len(numbered)
+    if sorted(numbered) != list(range(ranks)):
+        raise MappingError(
+            "the folders of data-parallel ranks are not those of the run",
+            path=rank.path, expected=f"{ranks} folders {rank.folder.name}_NNN with an {OPTIMIZER_PART}",
+            found=", ".join(folder.name for folder in numbered.values()) or "none", remedy=REMEDY,
+        )  # fmt: skip
+    found = []
+    for number in range(ranks):
+        root = read_torch(LocalFolder(numbered[number].path).open(OPTIMIZER_PART)).root
+        found.append(root.get(_OPTIMIZER) if isinstance(root, dict) else None)
+    return tuple(found)
 
 
 def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) -> int:
@@ -267,7 +295,7 @@ def _warnings(
     if iteration.number is not None and first.iteration not in (None, iteration.number):
         found.append(f"the folder is of iteration {iteration.number}, but the files in it are of {first.iteration}")
     if any(rank is None for rank in opened):
-        found.append("the optimizer is stored per data-parallel rank (optim.pt of 2022-12 to 2023-06) and is not read")
+        found.append("the optimizer is stored per data-parallel rank (optim.pt of 2022-12 to 2023-06)")
     for file in contents:
         found.extend(warning for warning in file.warnings if warning not in found)
     return found
