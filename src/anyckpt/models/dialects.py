@@ -98,7 +98,7 @@ _EXPERT_MODULE = re.compile(r"(.+\.mlp\.experts)\.(?:local_experts|experts)\.(\d
 _EXPERT_STACK = re.compile(r"(.+\.mlp\.experts)\.experts\.(linear_fc[12])\.(weight|bias)")
 """All experts' tensor of a layer in a distributed checkpoint; the word is doubled there."""
 
-_HALVES = ("weight_w", "weight_v")
+_HALF = re.compile(r"(?P<whole>(?:.+\.)?linear_fc1\.(?:weight|bias)\d*)_(?P<half>[wv])")
 """Gate and up projection that ``singleton_local_shards`` saves apart."""
 
 
@@ -299,16 +299,15 @@ def _stacked_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]
 def _joined_halves(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     result: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last not in _HALVES:
+        found = _HALF.fullmatch(name)
+        if found is None:
             _put(result, name, tensor, name)
             continue
-        halves = [tensors.get(f"{stem}.{half}") for half in _HALVES]
-        present = [half for half in halves if half is not None]
-        if len(present) < len(halves):
+        gate, up = (tensors.get(f"{found['whole']}_{half}") for half in "wv")
+        if gate is None or up is None:
             raise MappingError("the other half of a gated projection is missing", tensor=name)
-        if last == _HALVES[0]:
-            _put(result, f"{stem}.weight", concatenate(present, 0), name)
+        if found["half"] == "w":
+            _put(result, found["whole"], concatenate([gate, up], 0), name)
     return result
 
 

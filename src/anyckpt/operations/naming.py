@@ -140,6 +140,12 @@ def rename_for(
             left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
             renamed = replace(renamed, notes=(*renamed.notes, left_out))
         return renamed
+    if alike and wanted == "hub" and checkpoint.dialect is None:
+        # detected by its names, which may spell norms, experts and halves as the hub does not
+        named, ignored = dialects.to_hub_names(checkpoint.weights())
+        if list(named) != list(checkpoint.weights()):
+            respelled = _with_dtype(_with_weights(checkpoint, named, wanted), dtype)
+            return Renamed(respelled, {**_state_of(checkpoint), **ignored})
     if alike:
         return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype))
     if dialects.is_megatron(known) and dialects.is_megatron(wanted):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats.dcp.reader import METADATA, DcpContents, read_dcp
 from anyckpt.formats.dcp.writer import dcp_files
-from anyckpt.formats.registry import Format, Location, WriteOptions, without_configuration
+from anyckpt.formats.registry import Format, Location, WriteOptions, look_at, without_configuration
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
@@ -23,6 +25,7 @@ _OTHERS = ("metadata.json", "meta.pt")
 _OPTIMIZER_ROOTS = ("optim", "optimizer", "optimizers", "optimizer_states")
 _SCHEDULER_ROOTS = ("scheduler", "lr_scheduler", "lr_schedulers", "opt_param_scheduler")
 _MODEL_ROOTS = ("model", "state_dict", "model_state_dict")
+_FSDP = "of Megatron-FSDP (fsdp_dtensor)"
 _STEPS = ("iteration", "global_step", "step")
 
 
@@ -40,18 +43,40 @@ def detect(location: Location) -> bool:
         )
     if not location.is_directory or any(name in location.names for name in _OTHERS):
         return False
+    return _is_index(location) or _tracked(location) is not None
+
+
+def _is_index(location: Location) -> bool:
     return METADATA in location.names or any(
         name.startswith("__") and name.endswith((".distcp", METADATA)) for name in location.names
     )
 
 
+def _tracked(location: Location) -> Location | None:
+    """The iteration that Megatron-FSDP's training root points to, None if it is no such root."""
+    from anyckpt.formats.megatron_core.location import TRACKER, iteration_folder
+
+    if TRACKER not in location.names:
+        return None
+    try:
+        inner = look_at(iteration_folder(location))
+    except (FormatError, OSError):
+        return None
+    others = any(name in inner.names for name in (*_OTHERS, "common.pt"))
+    return inner if _is_index(inner) and not others else None
+
+
 def read(location: Location) -> Checkpoint:
-    """Open a distributed checkpoint under its own names.
+    """Open a distributed checkpoint under its own names, or the newest of a training root of Megatron-FSDP.
+
+    Megatron-LM saves Megatron-FSDP's models (``fsdp_dtensor``) so, with its arguments; their names are Megatron-Core's,
+    layers and experts numbered over all ranks, and gated projections in halves (``linear_fc1.weight_w``, ``weight_v``).
 
     Raises:
         FormatError: see :func:`read_dcp`.
     """
-    contents = read_dcp(LocalFolder(location.path))
+    inner = location if _is_index(location) else _tracked(location) or location
+    contents = read_dcp(LocalFolder(inner.path))
     paths = contents.paths or {}
     roots = {name: str(path[0]) for name, path in paths.items() if len(path) > 1}
     optimizer = sorted(set(roots.values()).intersection(_OPTIMIZER_ROOTS))
@@ -61,7 +86,7 @@ def read(location: Location) -> Checkpoint:
     return Checkpoint(
         path=location.path,
         format=FORMAT.name,
-        format_version=contents.version,
+        format_version=" ".join(filter(None, (contents.version, _FSDP if _is_megatron_fsdp(config) else ""))) or None,
         tensors=contents.tensors,
         model_prefix=next((f"{root}." for root in _MODEL_ROOTS if root in wrapped), ""),
         state_prefixes=tuple(f"{root}." for root in optimizer),
@@ -79,6 +104,10 @@ def read(location: Location) -> Checkpoint:
         details=dcp_details(contents),
         checksums=contents.checksums,
     )
+
+
+def _is_megatron_fsdp(config: Mapping[str, Any]) -> bool:
+    return config.get("ckpt_format") == "fsdp_dtensor" or config.get("use_megatron_fsdp") is True
 
 
 def _whole(contents: DcpContents, name: str) -> int | None:
