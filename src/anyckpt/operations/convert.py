@@ -140,8 +140,8 @@ def convert(
         exclude: glob or globs of weight names to leave out.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
-        optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where source and target name
-            weights alike, else the optimizer's state by parameter, through the same rules as the weights.
+        optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where weights keep their names
+            and the target has the source's form, else by parameter, through the same rules as the weights.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
         keep_layout: take what ``layout`` does not say from the source's files rather than leave tensors whole.
         force: read a source that is marked as unfinished, too.
