@@ -251,6 +251,10 @@ def test_wrappers_and_stacked_layers_of_megatron(layers: Layers) -> None:
         assert facts(of({prefix + name: tensor for name, tensor in tensors.items()}, layers)) == expected
     wrapped = {name.replace(".adapter.", ".to_wrap.adapter.", 1): tensor for name, tensor in tensors.items()}
     assert facts(of(wrapped, layers)) == expected
+    old = to_megatron(of(tensors, layers), "nemo1")
+    for prefix in ("decoder.", "model.language_model.encoder.", "model.module.language_model.encoder."):
+        renamed = {prefix + name.removeprefix("decoder."): tensor for name, tensor in old.items()}
+        assert facts(of(renamed, layers)) == expected
     stacked = models.dialects.from_hub_names(tensors, "nemo2")
     assert len(stacked) == len(tensors) // 2
     assert facts(of(stacked, layers)) == expected

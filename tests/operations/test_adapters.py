@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support import fixture_path
+from tests.support import fixture_path, write_plan
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.manifest import read_manifest
+from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, MappingError, OutputError, UsageError
+from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.operations.naming import common_names
 from anyckpt.operations.recut import LayoutRequest
 from anyckpt.plain_yaml import load_yaml_mapping
-from anyckpt.tensor import LazyTensor
+from anyckpt.tensor import LazyTensor, from_array
 
 BASE = fixture_path("families/llama/hf")
 ADAPTER = fixture_path("families/lora_llama/hf_adapter")
@@ -378,6 +380,58 @@ def test_updates_of_zeros_are_told(tmp_path: Path) -> None:
     assert any("2 updates are all zeros and change nothing" in note and "(k)" in note for note in merge.notes)
     back = convert(tmp_path / "nemo2", "peft", tmp_path / "back")
     assert_equal(back.tensors, some)
+
+
+def test_targets_without_tensors_are_told(tmp_path: Path) -> None:
+    targets = ["q_proj", "x_proj", "lm_head", ".*odd", "layers.1.mlp.up_proj"]
+    done = anyckpt.merge_lora(BASE, copied(tmp_path / "a", target_modules=targets), tmp_path / "out", dry_run=True)
+    assert done.notes[1] == "the adapter's settings name modules that it has no tensors for: x_proj, lm_head"
+
+
+def test_a_quantized_base(tmp_path: Path) -> None:
+    """Quantized weights are numbers before anything is added to them, which has to be asked for."""
+    base = fixture_path("quant/nvfp4_b/hf")
+    config = json.loads((base / "config.json").read_text())
+    hidden, rng = config["hidden_size"], np.random.default_rng(0)
+    module = "base_model.model.model.layers.0.mlp.down_proj"
+    tensors = {
+        f"{module}.lora_A.weight": from_array(rng.random((2, config["intermediate_size"]), "f4")),
+        f"{module}.lora_B.weight": from_array(rng.random((hidden, 2), "f4")),
+    }
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    write_plan(Plan("x", (OutputFile("adapter_model.safetensors", safetensors_parts(tensors)),)), folder)
+    with pytest.raises(MappingError, match="the model is quantized.*--dtype"):
+        anyckpt.merge_lora(base, folder, tmp_path / "out")
+    anyckpt.merge_lora(base, folder, tmp_path / "out", dtype="fp32")
+    anyckpt.convert(base, tmp_path / "plain", to="hf", dtype="fp32")
+    name = "model.layers.0.mlp.down_proj.weight"
+    before, after = (anyckpt.open(tmp_path / path).tensors for path in ("plain", "out"))
+    delta = tensors[f"{module}.lora_B.weight"].numpy() @ tensors[f"{module}.lora_A.weight"].numpy()
+    assert np.abs(after[name].numpy() - before[name].numpy() - delta).max() < 1e-5
+    assert_equal({key: t for key, t in after.items() if key != name}, {k: t for k, t in before.items() if k != name})
+
+
+def test_mixers_keep_their_numbers(tmp_path: Path) -> None:
+    """Megatron-Core's stack of Mamba layers has a tensor per layer in a distributed checkpoint."""
+    base = fixture_path("families/nemotron_h/hf")
+    model = anyckpt.open(base)
+    weights = {name: tensor for name, tensor in model.tensors.items() if name.endswith("mixer.in_proj.weight")}
+    tensors = {}
+    for name, tensor in weights.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = from_array(np.ones((2, tensor.shape[1]), "f4"))
+        tensors[f"{module}.lora_B.weight"] = from_array(np.ones((tensor.shape[0], 2), "f4"))
+    assert tensors
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    write_plan(Plan("x", (OutputFile("adapter_model.safetensors", safetensors_parts(tensors)),)), folder)
+    there = convert(folder, "megatron-core", tmp_path / "core", config=base)
+    assert {name.split(".")[2].isdigit() for name in there.tensors} == {True}
+    back = convert(tmp_path / "core", "peft", tmp_path / "back", config=base)
+    assert len(back.tensors) == len(tensors)
 
 
 def test_what_is_not_merged(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def writing_options(command: Command) -> Command:
 @click.argument("destination", metavar="DST")
 @click.option("--to", required=True, metavar="FORMAT", help="Format to write, such as hf, nemo, nemo2, megatron-core.")
 @click.option("--family", metavar="NAME", help="Model family, where the checkpoint does not tell.")
-@click.option("--config", metavar="FILE", help="Model configuration, where the checkpoint has none.")
+@click.option("--config", metavar="PATH", help="Model configuration, or a model that has it, where SRC has none.")
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
 @click.option(
     "--names", type=click.Choice(["hf", "hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2"]),

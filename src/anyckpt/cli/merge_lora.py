@@ -19,7 +19,7 @@ from anyckpt.cli.layout import layout_options, layout_request
 @click.option("--scale", type=float, default=1.0, show_default=True, metavar="X", help="Multiply the adapter by X.")
 @click.option("--alpha", type=float, metavar="X", help="The adapter's alpha, where it does not say it.")
 @click.option("--family", metavar="NAME", help="Model family, where BASE does not tell.")
-@click.option("--config", metavar="FILE", help="Configuration of BASE, where it has none.")
+@click.option("--config", metavar="PATH", help="Configuration of BASE, or a model that has it, where it has none.")
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
 @click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
 @click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")

@@ -163,7 +163,10 @@ def rename_adapter(
     adapter = _in_form(adapter, request, layers, checkpoint, target.name, notes)
     tensors, told = _to_megatron(adapter, settings, target.adapters, layers, notes)
     assert dialect is not None
-    named = dialects.from_hub_names(tensors, dialect)
+    if any(".mixer." in name for name in tensors):  # Megatron-Core's MambaStack numbers its layers whatever they are
+        named = {dialects.by_name(dialect).prefix + name: tensor for name, tensor in tensors.items()}
+    else:
+        named = dialects.from_hub_names(tensors, dialect)
     renamed = replace(
         _configured(described, model, target.config_kind, dtype, notes),
         tensors=named, model_prefix="", state_prefixes=(), objects={}, dialect=dialect, adapter=told, optimizer=None,
@@ -280,6 +283,15 @@ def _configured(
         return replace(described, config={}, config_kind=None)
     named = model if dtype is None else model.with_dtype(dtype)
     return replace(described, config=models.render_config(named, kind, notes=notes), config_kind=kind)
+
+
+def unused_targets(checkpoint: Checkpoint, settings: AdapterSettings) -> list[str]:
+    """Modules that a PEFT adapter's settings name and its tensors do not have; patterns are not looked at."""
+    if spelling_of(checkpoint) != "peft":
+        return []
+    names = checkpoint.weights()
+    plain_names = (target for target in settings.targets if re.fullmatch(r"[A-Za-z_][\w.]*", target))
+    return [target for target in plain_names if not any(f".{target}." in name for name in names)]
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -127,8 +127,8 @@ def convert(
         destination: what to write; it appears only when it is whole.
         to: name of the target format, such as ``hf`` or ``nemo``.
         family: the model family, where the checkpoint does not tell.
-        config: the model's configuration (Hugging Face, NeMo or Megatron), as a file or a dictionary, where the
-            checkpoint has none.
+        config: the model's configuration (Hugging Face, NeMo or Megatron), as a file, the folder of a model that has
+            it, or a dictionary, where the checkpoint has none; of an adapter, its base model's.
         tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
         names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
         adapter_form: of an adapter: ``canonical``, an update per Hugging Face module, or ``fused``, one per fused

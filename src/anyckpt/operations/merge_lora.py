@@ -15,7 +15,7 @@ from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model, dialects
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, read_adapter
-from anyckpt.operations.adapters import AdapterRequest, opened_adapter
+from anyckpt.operations.adapters import AdapterRequest, opened_adapter, unused_targets
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.convert import Conversion, convert
 from anyckpt.operations.destination import check_destination
@@ -104,7 +104,7 @@ def merge_lora(
     except AnyckptError as error:
         error.path = error.path or found.path
         raise
-    summary = [_summary(found, settings, updates, scale), *_idle(updates), *full.notes]
+    summary = [_summary(found, settings, updates, scale), *_idle(found, settings, updates), *full.notes]
     ready = replace(
         result,
         optimizer=None,
@@ -187,10 +187,18 @@ def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, s
     )
 
 
-def _idle(updates: Adapter) -> list[str]:
-    """What updates change nothing, for a user who expects another model."""
+def _idle(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter) -> list[str]:
+    """What of the adapter changes nothing, for a user who expects another model."""
+    notes = []
+    unused = unused_targets(adapter, settings)
+    if unused:
+        notes.append(f"the adapter's settings name modules that it has no tensors for: {_some(unused)}")
     names = [str(target) for target in idle(updates)]
-    if not names:
-        return []
+    if names:
+        notes.append(f"{len(names)} updates are all zeros and change nothing: {_some(names)}")
+    return notes
+
+
+def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{len(names)} updates are all zeros and change nothing: {', '.join(names[:_SHOWN])}{more}"]
+    return ", ".join(names[:_SHOWN]) + more

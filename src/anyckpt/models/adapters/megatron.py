@@ -19,6 +19,7 @@ from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, check_fact
 from anyckpt.tensor import LazyTensor
 
 _WRAPPERS = re.compile(r"^(?:model\.|module\.)+")
+_OLD_STACK = re.compile(r"^language_model\.(?:encoder|transformer)\.")  # NeMo 1's own Megatron modules
 _PARTS = r"(?P<part>q|k|v|gate|up)"
 _MODULE = re.compile(
     rf"(?P<module>.+?)(?:\.to_wrap)?\.adapter(?:\.adapter_{_PARTS})?"
@@ -71,7 +72,7 @@ def is_canonical(names: Iterable[str]) -> bool:
 
 
 def _parsed(name: str) -> _Found | None:
-    plain = _WRAPPERS.sub("", name, count=1)
+    plain = _OLD_STACK.sub("decoder.", _WRAPPERS.sub("", name, count=1))
     match = _MODULE.fullmatch(plain)
     if match is not None:
         return _Found(match["module"].replace(".to_wrap.", "."), match["part"] or "", _FIELDS[match["what"]])
