@@ -293,3 +293,16 @@ def test_nvidias_hybrid_of_2024() -> None:
     assert facts(models.from_hub(hub, "hf").tensors) == facts(case.checkpoint.tensors)
     rendered = models.render_config(model, "hf")
     assert (rendered["mlp_hidden_act"], rendered["hybrid_override_pattern"]) == ("gelu", pattern)
+
+
+@pytest.mark.parametrize("kind", ["nemo1", "nemo2", "megatron-args"])
+def test_a_configuration_that_lost_its_pattern(kind: str) -> None:
+    """It is refused by names, for it says that no layer has a mixer."""
+    checkpoint, model = samples()["mamba2"].open()
+    named = models.from_hub(models.to_hub(checkpoint, model), "hub").tensors
+    config = models.render_config(model, kind)
+    (config["config"] if kind == "nemo2" else config)["hybrid_override_pattern"] = ""
+    config.pop("target", None)
+    between = replace(with_weights(checkpoint, named), config=config, config_kind=kind)
+    with pytest.raises(MappingError, match="no rule of family mamba2 covers"):
+        models.to_hub(between, identified(between))

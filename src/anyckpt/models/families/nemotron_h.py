@@ -28,7 +28,7 @@ _LETTERS = {letter: word for word, letter in _WORDS.items()}
 
 def _kind(letter: str) -> Condition:
     def is_kind(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-        return (config.hybrid_override_pattern or "")[indices[0]] == letter
+        return (config.hybrid_override_pattern or "")[indices[0] : indices[0] + 1] == letter
 
     return is_kind
 
