@@ -63,14 +63,18 @@ def batches(first: int) -> Any:
 
 def trained(path: Path, groups: int, tied: bool = False) -> Path:
     """What Lightning saves after a few steps."""
-    model = Llama(groups, tied)
-    trainer = lightning.Trainer(
-        max_steps=STEPS, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=path.parent,
-    )  # fmt: skip
-    trainer.fit(model, batches(0))
+    trainer = made(path.parent)
+    trainer.fit(Llama(groups, tied), batches(0))
     trainer.save_checkpoint(path)
     return path
+
+
+def made(folder: Path) -> Any:
+    """A trainer for a few steps."""
+    return lightning.Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
 
 
 Change = Callable[[dict[str, Any]], None]
@@ -134,6 +138,14 @@ def test_training_continues_bit_for_bit(formats: list[str], groups: int, tmp_pat
     assert found == expected
     assert again.keys() == after.keys()
     assert all(torch.equal(again[name], value) for name, value in after.items())
+
+
+def test_lightning_itself_continues(tmp_path: Path) -> None:
+    source = trained(tmp_path / "source.ckpt", 2)
+    back = through(source, ["megatron-core"], tmp_path)
+    model = Llama(2)
+    made(tmp_path).fit(model, batches(STEPS), ckpt_path=back, weights_only=True)
+    assert model.losses == resumed(source, 2)[0]
 
 
 def test_through_other_layouts_of_rank_files(tmp_path: Path) -> None:
