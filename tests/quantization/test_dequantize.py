@@ -27,6 +27,8 @@ from anyckpt.tensor import from_array
 
 SOURCE = "quant/src_llama_b/hf"
 
+Change = Callable[[Arrays], object]
+
 
 def arrays(folder: Path) -> Arrays:
     return {
@@ -223,6 +225,70 @@ def test_one_scale_rows_and_blocks(facts: Any, scale: str, values: Any, factors:
     assert "activation" in done.ignored["a.input_scale"]
 
 
+def int4_facts(**weights: Any) -> dict[str, Any]:
+    settings = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 8, **weights}
+    groups = {"group_0": {"weights": settings}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+def int4() -> Arrays:
+    """Three rows of twenty codes, the first in the lowest bits, in 32-bit words whose last one is half full."""
+    codes = np.arange(60).reshape(3, 20) % 16
+    words = np.zeros((3, 3), np.uint32)
+    for column in range(20):
+        words[:, column // 8] |= (codes[:, column] << 4 * (column % 8)).astype(np.uint32)
+    return {
+        "a.weight_packed": words.view(np.int32), "a.weight_shape": np.array([3, 20]),
+        "a.weight_scale": np.array([[0.5, 1, 2]] * 3, np.float32),
+    }  # fmt: skip
+
+
+def test_four_bits_in_words(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", {"quantization_config": int4_facts(), "model_type": "x"}, int4())
+    done = anyckpt.convert(folder, tmp_path / "out.safetensors", to="safetensors", dtype="fp32")
+    found = read_safetensors(LocalFile(tmp_path / "out.safetensors"))[0]
+    expected = (np.arange(60).reshape(3, 20) % 16 - 8) * np.repeat([0.5, 1, 2], 8)[:20]
+    np.testing.assert_array_equal(found["a.weight"].numpy(), expected.astype(np.float32))
+    assert found.keys() == {"a.weight"}
+    assert done.casts == {"int4 -> float32": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.pop("a.weight_shape"), "packed codes are not those of a weight"),
+        (
+            lambda t: t.update({"a.weight_shape": np.array([3, 25])}),
+            "packed codes are not.*found .* codes of .3, 25.",
+        ),
+        (lambda t: t.update({"a.weight_shape": np.array([3, -20])}), "packed codes are not those of a weight"),
+        (lambda t: t.update({"a.weight_shape": np.array([60])}), "packed codes are not those of a weight"),
+        (lambda t: t.update({"a.weight_shape": np.array([3.0, 20.0])}), "packed codes are not those of a weight"),
+        (lambda t: t.update({"a.weight_zero_point": np.zeros((1, 3), np.int32)}), "more than codes times scales"),
+        (lambda t: t.update({"a.weight_g_idx": np.zeros(20, np.int32)}), "'a.weight_g_idx': is of a quantized weight"),
+        (lambda t: t.pop("a.weight_scale"), "'a.weight_packed': is part of a quantized weight"),
+    ],
+)
+def test_words_that_do_not_fit_are_named(change: Change, problem: str, tmp_path: Path) -> None:
+    tensors = int4()
+    change(tensors)
+    refused(tmp_path / "in", {"quantization_config": int4_facts()}, tensors, problem)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        int4_facts(symmetric=False),
+        int4_facts(num_bits=3),
+        int4_facts(type="float"),
+        {**int4_facts(), "format": "marlin-24"},
+        {**int4_facts(), "config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
+    ],
+)
+def test_other_variants_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
+    refused(tmp_path / "in", {"quantization_config": facts}, int4(), "not understood.*found compressed-tensors")
+
+
 def refused(folder: Path, config: Mapping[str, Any], tensors: Arrays, problem: str) -> None:
     write_folder(folder, {"model_type": "x", **config}, tensors)
     with pytest.raises(MappingError, match=problem) as caught:
@@ -246,9 +312,6 @@ def test_unknown_methods_are_named(facts: dict[str, Any], found: str, tmp_path: 
     refused(tmp_path / "in", {"quantization_config": facts}, {"a.weight": CODES}, f"not understood.*found {found}")
     with pytest.raises(MappingError, match=f"not understood.*found {found}"):
         anyckpt.convert(tmp_path / "in", tmp_path / "x", to="megatron-core")
-
-
-Change = Callable[[Arrays], object]
 
 
 @pytest.mark.parametrize(

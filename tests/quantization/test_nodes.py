@@ -14,6 +14,7 @@ from anyckpt.quantization.nodes import Halved, Repeated, product, scaled
 from anyckpt.quantization.numbers import E2M1, values_of
 from anyckpt.tensor import LazyTensor, Mapped, from_array
 
+TABLE = values_of(dtype("float8_e4m3fn"))
 E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 
 
@@ -109,7 +110,7 @@ def test_codes_times_scales(data: st.DataObject, rows: int, columns: int, to: st
     spread = np.repeat(np.repeat(scales, 128, 0), 128, 1)[:rows, :columns]
     with np.errstate(over="ignore", invalid="ignore"):
         whole = (codes.astype(np.float32) * spread).astype(dtype(to).numpy)
-    tensor = scaled(from_array(codes), from_array(scales), (128, 128), dtype(to))
+    tensor = scaled(from_array(codes), TABLE, from_array(scales), (128, 128), dtype(to))
     view, expected = data.draw(views(tensor, whole))
     np.testing.assert_array_equal(view.numpy().view(view.dtype.raw), expected.view(view.dtype.raw))
 
@@ -122,7 +123,7 @@ def test_four_bits_times_powers_of_two(data: st.DataObject, kind: Any, to: str) 
     codes = np.stack([packed & 15, packed >> 4], -1).reshape(3, 5, 64)
     with np.errstate(over="ignore"):
         numbers = (E2M1[codes] * np.repeat(2.0 ** (exponents - 127.0), 32, -1)).astype(np.float32)
-    tensor = scaled(from_array(packed), from_array(exponents.view(kind)), (1, 1, 32), dtype(to), halved=True)
+    tensor = scaled(Halved(from_array(packed), 2), E2M1, from_array(exponents.view(kind)), (1, 1, 32), dtype(to))
     view, expected = data.draw(views(tensor, numbers.astype(dtype(to).numpy)))
     np.testing.assert_array_equal(view.numpy().view(view.dtype.raw), expected.view(view.dtype.raw))
 
@@ -136,7 +137,7 @@ def test_a_scale_of_scales() -> None:
 def test_memory_is_bounded_by_blocks() -> None:
     """No array of the whole is made, whatever is asked for at once."""
     codes = from_array(np.ones((64, 1 << 17), np.uint8).view(E4M3))
-    tensor = scaled(codes, from_array(np.ones((1, 1 << 10), np.float32)), (128, 128), dtype("bfloat16"))
+    tensor = scaled(codes, TABLE, from_array(np.ones((1, 1 << 10), np.float32)), (128, 128), dtype("bfloat16"))
     assert isinstance(tensor, Mapped)
     largest = 0
 

@@ -1,14 +1,14 @@
 """Methods of quantization: by which names a weight's codes and scales are stored, and which codes a scale is of.
 
 From transformers 5.23 (``FineGrainedFP8Config``, ``Mxfp4Config``, ``FbgemmFp8Config``), NVIDIA ModelOpt 0.40's export
-to Hugging Face and compressed-tensors' ``float-quantized``.  In all of them a weight is a code times a scale.
+to Hugging Face and compressed-tensors 0.20.  In all of them a weight is a code times a scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from anyckpt.errors import MappingError
 
@@ -16,6 +16,9 @@ Facts = Mapping[str, Any]
 """A configuration's ``quantization_config``."""
 
 Size = tuple[int, int] | None
+
+Numbers = Literal["float8", "float4_e2m1", "int8", "packed int4", "packed int8"]
+"""What codes are: 8-bit floats; e2m1, two in a byte; integers, as they are or from their least one on in int32."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Scheme:
         scales: the same of its scales, of which there is one for all codes, one for each row of them, or one for each
             block.
         block: rows and columns of a block; None if there are no blocks.
-        halved: codes are e2m1, two in a byte; else they are 8-bit floats.
+        numbers: what the codes are.
         common: the same of a number by which all scales are multiplied; "" if there is none.
         grouped: the bytes of a block are an axis of their own, the last.
         transposed: the weight's last two axes are those of the codes the other way round.
@@ -35,49 +38,64 @@ class Scheme:
 
     codes: str
     scales: str
-    block: Callable[[Facts], Size]
-    halved: bool = False
+    block: Size
+    numbers: Numbers = "float8"
     common: str = ""
     grouped: bool = False
     transposed: bool = False
 
 
-@dataclass(frozen=True)
-class Method:
-    """A ``quant_method``.
-
-    Attributes:
-        schemes: how weights may be stored.
-        variants: key of the configuration that tells variants apart, and those of these schemes; None if there are
-            no variants.
-    """
-
-    schemes: tuple[Scheme, ...]
-    variants: tuple[str, frozenset[str]] | None = None
+def _fp8(facts: Facts) -> tuple[Scheme, ...]:
+    size = facts.get("weight_block_size", (128, 128))  # null if there is one scale in all
+    return (Scheme("", "_scale_inv", None if size is None else _size(size, "weight_block_size")),)
 
 
-def _no_blocks(facts: Facts) -> Size:
-    return None
+def _mxfp4(facts: Facts) -> tuple[Scheme, ...]:
+    return (Scheme("_blocks", "_scales", (1, 32), "float4_e2m1", grouped=True, transposed=True),)
 
 
-def _declared(facts: Facts) -> Size:
-    """``weight_block_size`` of transformers; null if there is one scale in all."""
-    return _size(facts.get("weight_block_size", (128, 128)), "weight_block_size")
+def _fbgemm(facts: Facts) -> tuple[Scheme, ...]:
+    return (Scheme("", "_scale", None),)
 
 
-def _structured(facts: Facts) -> Size:
-    """``block_structure`` of compressed-tensors, of its first group of layers that has one."""
-    groups = facts.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and weights.get("block_structure") is not None:
-            return _size(weights["block_structure"], "block_structure")
-    return None
+def _modelopt(facts: Facts) -> tuple[Scheme, ...]:
+    if str(facts.get("quant_algo")).upper() not in ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"):
+        return ()
+    return (
+        Scheme("", "_scale", (1, 16), "float4_e2m1", common="_scale_2"),
+        Scheme("", "_scale", (128, 128)),
+    )
+
+
+def _compressed_tensors(facts: Facts) -> tuple[Scheme, ...]:
+    """Its first group of layers tells; further groups must be like it."""
+    stated = facts.get("config_groups")
+    groups = [group.get("weights") for group in stated.values() if isinstance(group, Mapping)] if (
+        isinstance(stated, Mapping)
+    ) else []  # fmt: skip
+    weights: list[Mapping[str, Any]] = [group for group in groups if isinstance(group, Mapping)] or [{}]
+    keys = ("num_bits", "type", "symmetric", "group_size", "block_structure")
+    first = weights[0]
+    alike = all(group.get(key) == first.get(key) for group in weights for key in keys)
+    if not alike or first.get("symmetric", True) is not True:
+        return ()
+    block = None
+    if first.get("block_structure") is not None:
+        block = _size(first["block_structure"], "block_structure")
+    elif isinstance(first.get("group_size"), int) and first["group_size"] > 0:
+        block = _size((1, first["group_size"]), "group_size")
+    bits, kind = first.get("num_bits", 8), first.get("type", "float")
+    name = facts.get("format")
+    if name in ("float-quantized", "naive-quantized") and (bits, kind) == (8, "float"):
+        return (Scheme("", "_scale", block),)
+    if name in ("int-quantized", "naive-quantized") and (bits, kind) == (8, "int"):
+        return (Scheme("", "_scale", block, "int8"),)
+    if name == "pack-quantized" and kind == "int" and bits in (4, 8):
+        return (Scheme("_packed", "_scale", block, "packed int4" if bits == 4 else "packed int8"),)
+    return ()
 
 
 def _size(value: Any, key: str) -> Size:
-    if value is None:
-        return None
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in value):
         return value[0], value[1]
     raise MappingError(
@@ -86,20 +104,29 @@ def _size(value: Any, key: str) -> Size:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Method:
+    """A ``quant_method``.
+
+    Attributes:
+        schemes: how weights may be stored, of a configuration; nothing if it is of another variant.
+        title: what of it is understood, for messages.
+        variant: key of the configuration that names the variant, or "".
+    """
+
+    schemes: Callable[[Facts], tuple[Scheme, ...]]
+    title: str
+    variant: str = ""
+
+
 METHODS: Mapping[str, Method] = {
-    "fp8": Method((Scheme("", "_scale_inv", _declared),)),
-    "mxfp4": Method((Scheme("_blocks", "_scales", lambda facts: (1, 32), halved=True, grouped=True, transposed=True),)),
-    "modelopt": Method(
-        (
-            Scheme("", "_scale", lambda facts: (1, 16), halved=True, common="_scale_2"),
-            Scheme("", "_scale", lambda facts: (128, 128)),
-        ),
-        ("quant_algo", frozenset({"FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"})),
-    ),
+    "fp8": Method(_fp8, "fp8"),
+    "mxfp4": Method(_mxfp4, "mxfp4"),
+    "modelopt": Method(_modelopt, "modelopt FP8 and NVFP4", "quant_algo"),
     "compressed-tensors": Method(
-        (Scheme("", "_scale", _structured),), ("format", frozenset({"FLOAT-QUANTIZED", "NAIVE-QUANTIZED"}))
+        _compressed_tensors, "compressed-tensors of 8-bit floats and of symmetric 4- and 8-bit integers", "format"
     ),
-    "fbgemm_fp8": Method((Scheme("", "_scale", _no_blocks),)),
+    "fbgemm_fp8": Method(_fbgemm, "fbgemm_fp8"),
 }
 """Those that are understood, by ``quant_method``."""
 
@@ -107,8 +134,8 @@ METHODS: Mapping[str, Method] = {
 def method_of(facts: Facts) -> str:
     """What a configuration calls its method, for messages: ``quant_method`` and the variant, where it says them."""
     name = facts.get("quant_method")
-    variants = METHODS[name].variants if isinstance(name, str) and name in METHODS else None
-    said = [name, facts.get(variants[0])] if variants is not None else [name]
+    variant = METHODS[name].variant if isinstance(name, str) and name in METHODS else ""
+    said = (name, facts.get(variant))
     return " ".join(part[:40] for part in said if isinstance(part, str)) or "one without quant_method"
 
 
@@ -128,19 +155,11 @@ def schemes_of(facts: Facts) -> tuple[Scheme, ...]:
     """
     name = facts.get("quant_method")
     method = METHODS.get(name) if isinstance(name, str) else None
-    variant = facts.get(method.variants[0]) if method is not None and method.variants is not None else None
-    known = method is not None and (method.variants is None or str(variant).upper() in method.variants[1])
-    if method is None or not known:
+    schemes = () if method is None else method.schemes(facts)
+    if not schemes:
         raise MappingError(
             "the model is quantized by a method that is not understood",
-            expected=", ".join(_titles()), found=method_of(facts),
+            expected=", ".join(known.title for known in METHODS.values()), found=method_of(facts),
             remedy="dequantize it with its own tools, or copy the files as they are with --to safetensors",
         )  # fmt: skip
-    return method.schemes
-
-
-def _titles() -> list[str]:
-    return [
-        f"{name} ({', '.join(sorted(method.variants[1]))})" if method.variants is not None else name
-        for name, method in METHODS.items()
-    ]
+    return schemes

@@ -10,7 +10,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.indexing import Array, Shape
-from anyckpt.quantization.numbers import E2M1, values_of
+from anyckpt.quantization.numbers import values_of
 from anyckpt.storage.gather import scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored
 
@@ -129,19 +129,25 @@ class Repeated(LazyTensor):
         return Repeated(self.child.permute(axes), block, shape, start)
 
 
-def scaled(codes: LazyTensor, scales: LazyTensor, block: Shape, to: DType, *, halved: bool = False) -> LazyTensor:
+def scaled(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape, to: DType) -> LazyTensor:
     """Codes times the scale of their block, computed in float32 and rounded to nearest, ties to even.
 
     Args:
-        codes: an 8-bit float or integer; with ``halved`` bytes that hold two e2m1 codes along the last axis.
+        codes: one in a byte, of any 8-bit type.
+        table: the number of each code, float32.
         scales: a float, or e8m0 exponents (``float8_e8m0fnu`` or ``uint8``); one per block, on as many axes.
         block: elements of a block along each axis.
         to: bfloat16, float16 or float32.
-        halved: whether the codes are two in a byte.
     """
-    elements = Halved(codes, codes.ndim - 1) if halved else codes
-    function = _multiplier(None if halved else codes.dtype, to)
-    return Mapped((elements, Repeated(_numbers(scales), block, elements.shape)), to, function)
+    return Mapped((codes, Repeated(_numbers(scales), block, codes.shape)), to, _Multiplier(table, to))
+
+
+def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
+    """The bytes of a tensor's elements as a longer last axis; None if they do not lie together in C order."""
+    if not isinstance(tensor, Stored) or tensor.strides is not None or not tensor.ndim:
+        return None
+    shape = (*tensor.shape[:-1], tensor.shape[-1] * tensor.dtype.itemsize)
+    return Stored(tensor.source, tensor.offset, _BYTE, shape)
 
 
 def product(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
@@ -168,15 +174,15 @@ def _decoder(kind: DType) -> Callable[[Array], Array]:
     return decode
 
 
-@cache
-def _multiplier(kind: DType | None, to: DType) -> Callable[[Array, Array], Array]:
-    """The function of codes of a type (None for e2m1) and of scales."""
-    table = E2M1 if kind is None else values_of(kind)
+class _Multiplier:
+    """The function of codes and scales."""
 
-    def multiply(codes: Array, scales: Array) -> Array:
+    def __init__(self, table: Array, to: DType) -> None:
+        self.args = (table, to)
+
+    def __call__(self, codes: Array, scales: Array) -> Array:
+        table, to = self.args
         with np.errstate(over="ignore", invalid="ignore"):
             numbers: Array = np.take(table, codes.view("u1"))
             np.multiply(numbers, scales, out=numbers)
             return numbers if to == _FLOAT32 else numbers.astype(to.numpy)
-
-    return multiply

@@ -31,3 +31,18 @@ def values_of(kind: DType) -> Array:
     stored = dtype("float8_e8m0fnu") if kind.name == "uint8" else kind
     table: Array = codes.view(stored.numpy or stored.raw).astype(np.float32)
     return table
+
+
+def table_of(numbers: str, kind: DType) -> Array:
+    """The number of each code, float32: ``[16]`` of 4-bit codes, else ``[256]``.
+
+    Args:
+        numbers: one of ``methods.Numbers``.
+        kind: the element type of the codes, where that tells.
+    """
+    if numbers == "float4_e2m1":
+        return E2M1
+    if numbers.startswith("packed"):
+        bits = 4 if numbers.endswith("4") else 8
+        return np.arange(1 << bits, dtype=np.float32) - (1 << bits - 1)
+    return values_of(kind)

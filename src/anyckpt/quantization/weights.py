@@ -10,7 +10,8 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.quantization.methods import Facts, Scheme, method_of, schemes_of
-from anyckpt.quantization.nodes import product, scaled
+from anyckpt.quantization.nodes import Halved, as_bytes, product, scaled
+from anyckpt.quantization.numbers import table_of
 from anyckpt.tensor import LazyTensor
 
 _OF_ACTIVATIONS = (
@@ -20,6 +21,17 @@ _OF_ACTIVATIONS = (
 _UNNEEDED = "the scale of a quantized activation, which a model in full precision does not have"
 _ENDS = ("weight", "_proj")
 """How names of weights end that are quantized, so that a model's own ``logit_scale`` is not taken for a part of one."""
+
+_SHAPE = "_shape"
+"""What follows a weight's name in that of a tensor with its shape, where codes are packed."""
+
+_BESIDE = ("_zero_point", "_g_idx", "_pre_quant_scale")
+"""The same of what makes a weight more than codes times scales."""
+
+_CODES = {
+    "float8": "float8_e4m3fn", "float4_e2m1": "uint8", "int8": "int8", "packed int4": "int32", "packed int8": "int32",
+}  # fmt: skip
+"""Element types of codes."""
 
 _SCALE_TYPES = {"float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "uint8"}
 
@@ -54,7 +66,7 @@ def refusal(facts: Facts, path: str) -> MappingError:
 
 
 def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: str) -> Dequantized:
-    """Weights as numbers; nothing is read.
+    """Weights as numbers; nothing is read but shapes that are stored as tensors.
 
     Code times scale is computed in float32 and rounded once more to ``to``, as transformers does.
 
@@ -69,7 +81,6 @@ def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: s
     """
     try:
         schemes = schemes_of(facts)
-        blocks = [scheme.block(facts) for scheme in schemes]
     except MappingError as error:
         error.path = path
         raise
@@ -79,13 +90,13 @@ def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: s
     made: dict[str, LazyTensor] = {}
     casts: Counter[str] = Counter()
     for name, codes in tensors.items():
-        found = next((k for k, scheme in enumerate(schemes) if _fits(name, codes, scheme, tensors)), None)
-        if found is not None:
-            scheme = schemes[found]
+        scheme = next((scheme for scheme in schemes if _fits(name, codes, scheme, tensors)), None)
+        if scheme is not None:
             stem = name.removesuffix(scheme.codes)
-            used |= {stem + suffix for suffix in (scheme.scales, scheme.common) if suffix}
-            made[stem] = _weight(name, codes, stem, scheme, blocks[found], tensors, to, path)
-            casts[f"{'float4_e2m1' if scheme.halved else codes.dtype.name} -> {to}"] += 1
+            used |= {stem + suffix for suffix in (scheme.scales, scheme.common, _SHAPE) if suffix}
+            made[stem] = _weight(name, codes, stem, scheme, tensors, to, path)
+            kind = codes.dtype.name if scheme.numbers == "float8" else scheme.numbers.removeprefix("packed ")
+            casts[f"{kind} -> {to}"] += 1
         elif name.endswith(_OF_ACTIVATIONS):
             ignored[name] = _UNNEEDED
         else:
@@ -105,13 +116,19 @@ def _fits(name: str, codes: LazyTensor, scheme: Scheme, tensors: Mapping[str, La
         return False
     if scheme.common and stem + scheme.common not in tensors:
         return False
-    return codes.dtype.name == "uint8" if scheme.halved else codes.dtype.name.startswith("float8_e")
+    kind = codes.dtype.name
+    return kind == _CODES[scheme.numbers] or (scheme.numbers == "float8" and kind.startswith("float8_e"))
 
 
 def _weight(
-    name: str, codes: LazyTensor, stem: str, scheme: Scheme, block: tuple[int, int] | None,
-    tensors: Mapping[str, LazyTensor], to: str, path: str,
-) -> LazyTensor:  # fmt: skip
+    name: str, codes: LazyTensor, stem: str, scheme: Scheme, tensors: Mapping[str, LazyTensor], to: str, path: str
+) -> LazyTensor:
+    surplus = next((stem + suffix for suffix in _BESIDE if stem + suffix in tensors), None)
+    if surplus is not None:
+        raise MappingError(
+            "is of a quantized weight that is more than codes times scales", path=path, tensor=surplus,
+            remedy="dequantize the model with its own tools",
+        )  # fmt: skip
     scales = tensors[stem + scheme.scales]
     if scales.dtype.name not in _SCALE_TYPES:
         raise MappingError(
@@ -120,12 +137,12 @@ def _weight(
         )  # fmt: skip
     if scheme.grouped:
         codes = _merged(name, codes, path)
-    shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if scheme.halved else codes.shape
-    arranged, sizes = _arranged(shape, scales, block)
+    elements = _elements(name, codes, stem, scheme, tensors, path)
+    arranged, sizes = _arranged(elements.shape, scales, scheme.block)
     if arranged is None:
         raise MappingError(
             "scales do not fit the weight's codes", path=path, tensor=stem + scheme.scales,
-            expected=f"one for each block of {block}, row, or all of {shape}", found=scales.shape,
+            expected=f"one for each block of {scheme.block}, row, or all of {elements.shape}", found=scales.shape,
             remedy="copy config.json and weight files again, from one revision of the model",
         )  # fmt: skip
     if scheme.common:
@@ -136,11 +153,41 @@ def _weight(
                 expected="one float", found=f"{common.dtype.name} {common.shape}",
             )  # fmt: skip
         arranged = product(arranged, common)
-    whole = scaled(codes, arranged, sizes, dtype(to), halved=scheme.halved)
+    whole = scaled(elements, table_of(scheme.numbers, codes.dtype), arranged, sizes, dtype(to))
     if not scheme.transposed:
         return whole
     order = (*range(whole.ndim - 2), whole.ndim - 1, whole.ndim - 2)
     return whole.permute(order)
+
+
+def _elements(
+    name: str, codes: LazyTensor, stem: str, scheme: Scheme, tensors: Mapping[str, LazyTensor], path: str
+) -> LazyTensor:
+    """Codes, one in a byte, ``[..., rows, columns]``."""
+    if scheme.numbers in ("float8", "int8"):
+        return codes
+    if scheme.numbers == "float4_e2m1":
+        return Halved(codes, codes.ndim - 1)
+    separate = as_bytes(codes)
+    shape = _stored_shape(tensors.get(stem + _SHAPE), codes.ndim)
+    each = 2 if scheme.numbers == "packed int4" else 1
+    if separate is None or shape is None or -(-shape[-1] // (4 * each)) != codes.shape[-1] or (
+        shape[:-1] != codes.shape[:-1]
+    ):  # fmt: skip
+        raise MappingError(
+            "packed codes are not those of a weight", path=path, tensor=name,
+            expected=f"{stem}{_SHAPE} with its shape, and so many codes in int32",
+            found=f"{codes.shape} codes of {shape}",
+        )  # fmt: skip
+    elements: LazyTensor = Halved(separate, separate.ndim - 1) if each == 2 else separate
+    return elements.narrow(elements.ndim - 1, 0, shape[-1])
+
+
+def _stored_shape(stored: LazyTensor | None, ndim: int) -> Shape | None:
+    """The shape that a small tensor says."""
+    if stored is None or stored.dtype.kind != "integer" or stored.shape != (ndim,):
+        return None
+    return tuple(int(n) for n in stored.numpy())
 
 
 def _merged(name: str, codes: LazyTensor, path: str) -> LazyTensor:
