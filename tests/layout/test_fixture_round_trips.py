@@ -39,9 +39,11 @@ def parallelisms(draw: st.DrawFn, geometry: Geometry) -> Parallelism:
     tensor = draw(st.sampled_from([1, 2, 4]))
     sizes = Parallelism(tensor, stages, virtual)
     if geometry.num_experts is not None:
-        expert_tensor = draw(st.sampled_from([None, *(size for size in (1, 2, 4) if tensor % size == 0)]))
-        expert = draw(st.sampled_from([1, 2, 4]))
-        sizes = replace(sizes, expert_parallel=expert, expert_tensor_parallel=expert_tensor)
+        expert, expert_tensor = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([None, 1, 2, 4]))
+        spread = replace(sizes, expert_parallel=expert, expert_tensor_parallel=expert_tensor)
+        with suppress(UsageError):
+            spread.check()
+            sizes = spread
     ways = {
         "even": sizes,
         "uneven": replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,10 @@ def test_layout_strings_mean_what_megatron_reads(text: str, stages: int, monkeyp
 
 @pytest.mark.parametrize(
     ("tp", "ep", "etp"),
-    [(1, 1, 1), (2, 2, 2), (2, 2, 1), (4, 2, 1), (2, 4, 1), (4, 2, 2), (2, 3, 1), (8, 8, 1), (1, 4, 1)],
+    [
+        *[(1, 1, 1), (2, 2, 2), (2, 2, 1), (4, 2, 1), (2, 4, 1), (4, 2, 2), (2, 3, 1), (8, 8, 1), (1, 4, 1)],
+        *[(3, 3, 2), (4, 4, 3), (6, 2, 3), (6, 3, 4), (4, 2, 4), (8, 4, 6)],  # ETP need not divide TP
+    ],
 )
 def test_pairs_of_tensor_and_expert_ranks_are_those_of_megatrons_groups(tp: int, ep: int, etp: int) -> None:
     world = tp * ep * etp * 2
@@ -131,8 +135,41 @@ def test_pairs_of_tensor_and_expert_ranks_are_those_of_megatrons_groups(tp: int,
     parallelism = Parallelism(tensor_parallel=tp, expert_parallel=ep, expert_tensor_parallel=etp)
     assert set(parallelism.read_pairs) == read
     assert set(parallelism.written_pairs) == written
+    parallelism.check()
     for r in range(world):
-        assert rank_in(experts, "tp", r) == rank_in(dense, "tp", r) % etp
+        pair = (rank_in(dense, "tp", r), rank_in(experts, "ep", r))
+        assert parallelism.expert_share(*pair) == rank_in(experts, "tp", r)
+
+
+def test_a_size_is_refused_just_where_folders_do_not_tell_experts_parts_apart() -> None:
+    """By Megatron-Core's own groups: two ranks of one folder's name hold different parts."""
+    refused = 0
+    for tp, ep, etp in itertools.product(range(1, 7), range(1, 5), range(1, 7)):
+        world = math.lcm(tp, ep * etp)
+        dense = parallel_state.RankGenerator(tp=tp, ep=1, dp=world // tp, pp=1, cp=1, order="tp-cp-ep-dp-pp")
+        experts = parallel_state.RankGenerator(tp=etp, ep=ep, dp=world // etp // ep, pp=1, cp=1, order="tp-cp-ep-dp-pp")
+        places = {
+            (generator, group): {
+                rank: number for ranks in generator.get_ranks(group) for number, rank in enumerate(ranks)
+            }
+            for generator, group in ((dense, "tp"), (experts, "ep"), (experts, "tp"))
+        }
+        parts: dict[tuple[int, int], set[int]] = {}
+        for rank in range(world):
+            pair = places[dense, "tp"][rank], places[experts, "ep"][rank]
+            parts.setdefault(pair, set()).add(places[experts, "tp"][rank])
+        parallelism = Parallelism(tensor_parallel=tp, expert_parallel=ep, expert_tensor_parallel=etp)
+        if all(len(found) == 1 for found in parts.values()):
+            parallelism.check()
+            assert {pair: {parallelism.expert_share(*pair)} for pair in parts} == parts
+        else:
+            with pytest.raises(UsageError, match="expert tensor parallel size") as caught:
+                parallelism.check()
+            other = int(str(caught.value).partition("ranks 0 and ")[2].split()[0])
+            of = [(places[dense, "tp"][r], places[experts, "ep"][r], places[experts, "tp"][r]) for r in (0, other)]
+            assert of[0][:2] == of[1][:2] and of[0][2] != of[1][2]
+            refused += 1
+    assert refused > 30
 
 
 def test_every_parameter_is_divided_as_megatron_divides_it() -> None:

@@ -95,7 +95,7 @@ class _Cutter:
                 groups: dict[str, list[LazyTensor]] = {}
                 for member in modules.pop(_module(name), ()):  # all at once, where the first one is
                     mine = range(expert_rank * each, (expert_rank + 1) * each)
-                    share = tensor_rank % self.parallelism.expert_ways
+                    share = self.parallelism.expert_share(tensor_rank, expert_rank)
                     groups[member.at(layer)] = [parts[member][expert][share] for expert in mine]
                 if groups:
                     rank.update(experts.spelled(groups, self.spelling))

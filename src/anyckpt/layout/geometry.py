@@ -155,7 +155,8 @@ class Parallelism:
         pipeline_parallel: stages.
         virtual_pipeline: chunks per stage; 1 is none.
         expert_parallel: ranks that share the experts.
-        expert_tensor_parallel: ranks that share each expert; ``tensor_parallel`` if None.
+        expert_tensor_parallel: ranks that share each expert; ``tensor_parallel`` if None.  It need not divide
+            ``tensor_parallel`` as long as folders' names tell experts' parts apart.
         num_layers_in_first_pipeline_stage: where the first stage differs from the others.
         num_layers_in_last_pipeline_stage: where the last stage differs from the others.
         account_for_embedding: the embedding takes the place of a layer when layers are dealt out.
@@ -194,12 +195,13 @@ class Parallelism:
         for name, size in sizes.items():
             if type(size) is not int or not 0 < size <= _LARGEST:
                 raise UsageError(f"the {name} is not possible", expected="a positive whole number", found=size)
-        if self.tensor_parallel % self.expert_ways:
+        if self._period < self.expert_ways:
             raise UsageError(
-                "per-rank files cannot hold this expert tensor parallel size",
+                "per-rank files cannot hold this expert tensor parallel size: a folder's name tells the tensor and the "
+                f"expert rank, and ranks 0 and {self._collision} have the same with different parts of the experts",
                 expected=f"a divisor of tensor parallel size {self.tensor_parallel}",
                 found=self.expert_ways,
-                remedy="choose another --etp",
+                remedy="choose another --etp, or write megatron-core, which loads at any",
             )
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise UsageError(
@@ -207,6 +209,24 @@ class Parallelism:
                 expected="--pp of at least 2",
                 found=f"--vpp {self.virtual_pipeline}",
             )
+
+    @property
+    def _period(self) -> int:
+        return math.gcd(self.tensor_parallel, self.expert_ways * self.expert_parallel)
+
+    @property
+    def _collision(self) -> int:
+        """A rank with the tensor and expert ranks of rank 0 and another expert-tensor rank."""
+        experts, period = self.expert_ways * self.expert_parallel, self._period
+        return self.tensor_parallel * pow(self.tensor_parallel // period, -1, experts // period)
+
+    def expert_share(self, tensor_rank: int, expert_rank: int) -> int:
+        """Expert-tensor rank of the ranks with these two, all of which have the same one.
+
+        Rank ``r`` is tensor rank ``r % TP`` and place ``r % (ETP * EP)`` among the experts', the expert-tensor rank the
+        faster; the two agree modulo their greatest common divisor, which is no smaller than ETP (see ``check``).
+        """
+        return (tensor_rank - expert_rank * self.expert_ways) % self._period
 
     def pairs(self, ranks: int) -> list[tuple[int, int]]:
         """(tensor rank, expert rank) of the first so many ranks of a stage, each once, sorted.

@@ -219,7 +219,7 @@ class _Joiner:
             for index, tensor in own.items():
                 expert = pair[1] * self.experts_each + index
                 parts = shares.setdefault(expert, [[] for _ in range(self.parallelism.expert_ways)])
-                parts[pair[0] % self.parallelism.expert_ways].append((held.source, tensor))
+                parts[self.parallelism.expert_share(*pair)].append((held.source, tensor))
         for expert in sorted(shares):
             self._add(f"{base}{expert}", name, shares[expert], _layer(chunk, name))
 
