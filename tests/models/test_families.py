@@ -77,6 +77,8 @@ CONFIG = {
 
 
 class EntryPoint:
+    name, group, value, dist = "test_moe", "anyckpt.families", "tests:MOE", None
+
     def load(self) -> Family:
         return MOE
 

@@ -16,6 +16,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError, UsageError
+from anyckpt.extensions import loaded, registered
 from anyckpt.formats.unfinished import check_finished
 from anyckpt.storage.source import check_not_pointer
 
@@ -178,9 +179,7 @@ def _names() -> Iterator[str]:
 
 @cache
 def _registered() -> dict[str, Any]:
-    from importlib.metadata import entry_points
-
-    return {entry.name: entry for entry in entry_points(group="anyckpt.formats")}
+    return registered("anyckpt.formats")
 
 
 def _load(name: str) -> Format:
@@ -189,7 +188,7 @@ def _load(name: str) -> Format:
         if name in _BUILT_IN:
             found: Format = import_module(f"anyckpt.formats.{_BUILT_IN[name]}").FORMAT
         else:
-            found = _registered()[name].load()
+            found = loaded(_registered()[name], Format)
         _loaded[name] = found
     return _loaded[name]
 

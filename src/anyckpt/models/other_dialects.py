@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 from anyckpt.errors import MappingError
+from anyckpt.extensions import loaded, registered
 from anyckpt.tensor import LazyTensor
 
 
@@ -67,10 +67,7 @@ class OtherDialect:
 @cache
 def other_dialects() -> dict[str, OtherDialect]:
     """Those that packages have registered, by name."""
-    from importlib.metadata import entry_points
-
-    points: Any = entry_points(group="anyckpt.dialects")
-    found: list[OtherDialect] = [point.load() for point in points]
+    found = (loaded(point, OtherDialect) for point in registered("anyckpt.dialects").values())
     return {dialect.name: dialect for dialect in found}
 
 

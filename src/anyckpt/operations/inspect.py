@@ -261,7 +261,7 @@ def _likely(checkpoint: Checkpoint) -> tuple[str, ...]:
 
     try:
         nearest = resemblance(checkpoint.weights())
-    except MappingError:
+    except AnyckptError:
         return ()
     return () if nearest is None or nearest.strange else nearest.families
 

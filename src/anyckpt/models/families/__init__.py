@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 from anyckpt.errors import UsageError
+from anyckpt.extensions import loaded, registered
 from anyckpt.models.family import Family
 
 _BUILT_IN = (
@@ -25,10 +25,7 @@ _BUILT_IN = (
 
 @cache
 def _registered() -> tuple[Family, ...]:
-    from importlib.metadata import entry_points
-
-    points: Any = entry_points(group="anyckpt.families")
-    return tuple(point.load() for point in points)
+    return tuple(loaded(point, Family) for point in registered("anyckpt.families").values())
 
 
 def each_family() -> Iterator[Family]:
@@ -61,5 +58,5 @@ def by_name(name: str) -> Family:
     raise UsageError(
         f"unknown model family {name!r}",
         expected=f"one of {', '.join(sorted(known_families()))}",
-        remedy="leave --family out to convert names unchanged, or register the family (docs: add a family)",
+        remedy="leave --family out to convert names unchanged, or register the family (docs/extending.md)",
     )

@@ -1,0 +1,42 @@
+"""What other packages register: values found through entry points, by group."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from anyckpt.errors import UsageError
+
+Value = TypeVar("Value")
+
+
+def registered(group: str) -> dict[str, Any]:
+    """The entry points of a group by name; what they name is not imported yet."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def loaded(point: Any, kind: type[Value]) -> Value:
+    """What an entry point names.
+
+    Args:
+        point: one that ``registered`` found.
+        kind: what it should be.
+
+    Raises:
+        UsageError: it cannot be imported, or is something else.
+    """
+    where = f"{point.name!r} of {point.group}, which is {point.value}"
+    package = getattr(point.dist, "name", None) or "the package that registers it"
+    try:
+        value = point.load()
+    except Exception as error:  # whatever a module does when it is imported
+        raise UsageError(
+            f"{where}, cannot be loaded: {type(error).__name__}: {error}", remedy=f"repair or uninstall {package}"
+        ) from error
+    if not isinstance(value, kind):
+        raise UsageError(
+            f"{where}, is not what it should be", expected=f"a {kind.__name__}", found=f"a {type(value).__name__}",
+            remedy=f"repair or uninstall {package}",
+        )  # fmt: skip
+    return value
