@@ -42,7 +42,7 @@ from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Transposed
 from anyckpt.models.variants import name_in_memory
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.storage import LocalFile
-from anyckpt.tensor import Constant, LazyTensor, from_array
+from anyckpt.tensor import Constant, LazyTensor, concatenate, from_array
 
 LORA = "families/lora_llama"
 SETTINGS = AdapterSettings(rank=4, alpha=12)
@@ -260,6 +260,55 @@ def test_wrappers_and_stacked_layers_of_megatron(layers: Layers) -> None:
     assert facts(of(stacked, layers)) == expected
 
 
+def saved_by_ranks(tensor: LazyTensor, ranks: int, halves: bool) -> LazyTensor:
+    """Chunks as a distributed checkpoint of so many ranks has them; with halves as Megatron-Core saves a gated map."""
+    whole = tensor.numpy()
+    parts = np.split(whole, ranks * (2 if halves else 1))
+    order = [*range(0, len(parts), 2), *range(1, len(parts), 2)] if halves else range(len(parts))
+    return concatenate([from_array(parts[number]) for number in order], 0)
+
+
+def test_rows_that_ranks_saved_as_halves(layers: Layers) -> None:
+    """Canonical adapters of gate and up are saved so by NeMo 2 and Megatron-Bridge, whatever they hold."""
+    tensors = stored("megatron_lora_canonical")
+    expected = facts(of(tensors, layers))
+    for ranks in (1, 2, 4):
+        shuffled = {
+            name: saved_by_ranks(tensor, ranks, name.endswith("linear_out.weight"))
+            if ".linear_fc1." in name
+            else tensor
+            for name, tensor in tensors.items()
+        }
+        assert facts(of(shuffled, layers)) == expected
+    fused_tensors = stored("megatron_lora_fused")
+    told = AdapterSettings(alpha=12)
+    same = {
+        name: saved_by_ranks(tensor, 2, False) if "linear_in" in name else tensor
+        for name, tensor in fused_tensors.items()
+    }
+    assert facts(of(same, layers, told)) == facts(of(fused_tensors, layers, told)), "gated: halves are what they seem"
+    flat = {name: saved_by_ranks(tensor, 2, ".linear_fc1." in name and "linear_out" in name) if ".linear_fc1." in name
+            else tensor for name, tensor in fused_tensors.items()}  # fmt: skip
+    found = from_megatron(flat, lambda weight, rank: 1.0, gated=False)
+    assert facts(found) == facts(from_megatron(fused_tensors, lambda weight, rank: 1.0))
+    assert facts(from_megatron(flat, lambda weight, rank: 1.0, gated=True)) != facts(found)
+
+
+def test_sections_of_mixers() -> None:
+    stem = "decoder.layers.0.mixer.in_proj.adapter"
+    whole = from_array(np.arange(40, dtype="f4").reshape(20, 2))
+    lengths = {"z": 6, "x": 6, "B": 3, "C": 3, "dt": 2}
+    starts = dict(zip(lengths, np.cumsum([0, *lengths.values()]).tolist(), strict=False))
+    tensors = {f"{stem}.linear_in.weight": from_array(np.ones((2, 5), "f4"))}
+    for name in ("dt", "z", "B", "x", "C"):
+        tensors[f"{stem}.linear_out.weight.{name}"] = whole.narrow(0, starts[name], lengths[name])
+    found = from_megatron(tensors, lambda weight, rank: 1.0)
+    assert np.array_equal(found.updates[Target("decoder.layers.0.mixer.in_proj.weight")].up.numpy(), whole.numpy())
+    del tensors[f"{stem}.linear_out.weight.B"]
+    with pytest.raises(MappingError, match=r"section of a mixer's adapter is missing|linear_out\.weight\.B"):
+        from_megatron(tensors, lambda weight, rank: 1.0)
+
+
 def experts(count: int) -> Layers:
     model = open_case("mixtral").model
     return Layers(replace(model, config=replace(model.config, num_moe_experts=count)))
@@ -280,6 +329,12 @@ def test_experts() -> None:
     named = of(each, layers, AdapterSettings(alpha=2))
     assert [target.weight for target in named.updates] == [f"{base}.linear_fc1.weight{number}" for number in range(3)]
     assert_equal(to_megatron(named, "megatron"), each)
+    assert_equal(to_megatron(named, "megatron", 3), {
+        f"{base}.linear_fc1.adapter.linear_in.weight": down, f"{base}.linear_fc1.adapter.linear_out.weight": up,
+    })  # fmt: skip
+    assert_equal(to_megatron(named, "megatron", 4), each)
+    with pytest.raises(UsageError, match=r"gate and up projection of an expert as one.*--adapter-form fused"):
+        to_megatron(separated(named, layers), "megatron")
     stacked = {f"{base}.linear_fc1.adapter.linear_in.weight": down, f"{base}.linear_fc1.adapter.linear_out.weight": up}
     assert facts(of(stacked, layers, AdapterSettings(alpha=2))) == facts(named)
     shared = {name: tensor[0] for name, tensor in stacked.items()}

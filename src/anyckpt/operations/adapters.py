@@ -32,6 +32,10 @@ from anyckpt.tensor import LazyTensor
 
 FORMS = ("canonical", "fused")
 _KINDS = ("lora", "dora")
+_ONE_RANK = (
+    "NeMo 2.5 and Megatron-Bridge 0.4 load canonical adapters of gate and up projections in the right order of rows at "
+    "tensor parallel size 1 only; the fused form (--adapter-form fused) loads at any"
+)
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,10 @@ def _to_megatron(
     told = AdapterSettings(
         kind, rank, plain(alpha), dropout=settings.dropout, targets=tuple(modules(adapter)), base=settings.base
     )
-    return to_megatron(adapter, spelling), told
+    if spelling == "megatron" and any(target.part in ("gate", "up") for target in adapter.updates):
+        notes.append(_ONE_RANK)
+    experts = None if layers is None else layers.model.config.num_moe_experts
+    return to_megatron(adapter, spelling, experts), told
 
 
 def _to_peft(

@@ -16,14 +16,15 @@ from typing import NamedTuple
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import dialects
 from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, check_factors, some
-from anyckpt.tensor import LazyTensor
+from anyckpt.models.adapters.saved_rows import SECTIONS, in_true_order
+from anyckpt.tensor import LazyTensor, stack
 
 _WRAPPERS = re.compile(r"^(?:model\.|module\.)+")
 _OLD_STACK = re.compile(r"^language_model\.(?:encoder|transformer)\.")  # NeMo 1's own Megatron modules
 _PARTS = r"(?P<part>q|k|v|gate|up)"
 _MODULE = re.compile(
     rf"(?P<module>.+?)(?:\.to_wrap)?\.adapter(?:\.adapter_{_PARTS})?"
-    r"\.(?P<what>linear_in\.weight|linear_out\.weight|weight_magnitude)"
+    rf"\.(?P<what>linear_in\.weight|linear_out\.weight|weight_magnitude)(?:\.(?:{'|'.join(SECTIONS)}))?"
 )
 _AROUND = re.compile(
     r"(?P<parent>.+)\.adapter_layer\.(?P<name>lora_[a-z0-9_]+_adapter)"
@@ -44,6 +45,7 @@ _FIELDS = {"linear_in.weight": "down", "linear_out.weight": "up", "weight_magnit
 _LOCAL_EXPERT = re.compile(r"(.+\.experts)\.(?:local_experts|experts)\.(\d{1,7})\.(linear_fc[12])")
 _EXPERT_WEIGHT = re.compile(r"(.+\.experts)\.(linear_fc[12])\.weight(\d{1,7})")
 _ALL_EXPERTS = re.compile(r"(.+\.experts)\.(?:experts\.)?(linear_fc[12])")
+_EXPERT_TENSOR = re.compile(r"(.+\.experts)\.local_experts\.(\d{1,7})\.(.+)")
 _MOST_EXPERTS = 100_000
 _LAYER = re.compile(r"decoder\.layers\.\d+\.(.+)")
 
@@ -85,7 +87,10 @@ def _parsed(name: str) -> _Found | None:
 
 
 def from_megatron(
-    tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], float], experts: int | None = None
+    tensors: Mapping[str, LazyTensor],
+    scale: Callable[[str, int], float],
+    experts: int | None = None,
+    gated: bool | None = None,
 ) -> Adapter:
     """The updates that an adapter's tensors are.
 
@@ -93,13 +98,14 @@ def from_megatron(
         tensors: weights by stored name.
         scale: of an update of a weight, from that weight's name and the rank.
         experts: how many a layer has, for adapters that all of them share; None if that is not known.
+        gated: whether the model's MLP is gated; None if that is not known.
 
     Raises:
         MappingError: a name is none of an adapter's, or a factor is missing or does not fit.
     """
     fields: dict[Target, dict[str, tuple[str, LazyTensor]]] = {}
     strange: list[str] = []
-    for stored, tensor in tensors.items():
+    for stored, tensor in in_true_order(tensors, gated).items():
         if any(pattern.fullmatch(stored) for pattern, _ in dialects.IGNORED):
             continue
         found = _parsed(stored)
@@ -152,12 +158,14 @@ def _weights(module: str, tensor: LazyTensor, stored: str, experts: int | None) 
     return [(f"{shared[1]}.{shared[2]}.weight{number}", tensor) for number in range(experts)]
 
 
-def to_megatron(adapter: Adapter, spelling: str) -> dict[str, LazyTensor]:
+def to_megatron(adapter: Adapter, spelling: str, experts: int | None = None) -> dict[str, LazyTensor]:
     """An adapter's tensors under names without a wrapper, one per layer.
 
     Args:
         adapter: its updates.
         spelling: one of ``SPELLINGS``.
+        experts: how many a layer has; where all have updates of one shape, these are stacked, as Megatron-Bridge
+            saves those of grouped experts.  None to leave them apart.
 
     Raises:
         UsageError: there is something that these adapters have no place for.
@@ -173,6 +181,12 @@ def to_megatron(adapter: Adapter, spelling: str) -> dict[str, LazyTensor]:
             raise UsageError(
                 "Megatron's adapters have no bias" if update.bias is not None else "Megatron adapts no embeddings",
                 tensor=(update.names or (str(target),))[0], remedy="merge it into the base with anyckpt merge-lora",
+            )  # fmt: skip
+        if target.part and _EXPERT_WEIGHT.fullmatch(target.weight):
+            raise UsageError(
+                "Megatron adapts gate and up projection of an expert as one",
+                tensor=(update.names or (str(target),))[0],
+                remedy="choose --adapter-form fused",
             )  # fmt: skip
         if update.magnitude is not None and (target.part or spelling == "nemo1"):
             raise UsageError(
@@ -191,7 +205,22 @@ def to_megatron(adapter: Adapter, spelling: str) -> dict[str, LazyTensor]:
         tensors[f"{stem}.linear_out.weight"] = update.up
         if update.magnitude is not None:
             tensors[f"{stem}.weight_magnitude"] = update.magnitude
-    return tensors
+    return tensors if experts is None else _with_stacked_experts(tensors, experts)
+
+
+def _with_stacked_experts(tensors: Mapping[str, LazyTensor], experts: int) -> dict[str, LazyTensor]:
+    stacks: dict[str, dict[int, LazyTensor]] = {}
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        match = _EXPERT_TENSOR.fullmatch(name)
+        if match is not None:
+            stacks.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+            result.setdefault(f"{match[1]}.{match[3]}", tensor)
+        else:
+            result[name] = tensor
+    if any(len(own) != experts or len({(t.shape, t.dtype.name) for t in own.values()}) > 1 for own in stacks.values()):
+        return dict(tensors)
+    return {**result, **{name: stack([own[number] for number in range(experts)]) for name, own in stacks.items()}}
 
 
 def _module(weight: str) -> str:

@@ -57,9 +57,12 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
                     remedy="give the base model's config.json, or its folder, with --config",
                 )
             return peft.from_peft(weights, lambda module, rank: scale_of(settings, module, rank), layers)
-        experts = None if layers is None else layers.model.config.num_moe_experts
+        config = None if layers is None else layers.model.config
         return megatron.from_megatron(
-            weights, lambda weight, rank: scale_of(settings, weight, rank, exact=".experts." not in weight), experts
+            weights,
+            lambda weight, rank: scale_of(settings, weight, rank, exact=".experts." not in weight),
+            None if config is None else config.num_moe_experts,
+            None if config is None else config.gated_linear_unit,
         )
     except AnyckptError as error:
         error.path = error.path or checkpoint.path
