@@ -121,3 +121,17 @@ def test_moments_do_not_go_with_them(tmp_path: Path) -> None:
     source = replace(as_converted_by_nemo(), optimizer=lambda: OptimizerState())
     with pytest.raises(UsageError, match=r"computed on the way.*--optimizer drop"):
         anyckpt.convert(source, tmp_path / "out", to="megatron-core", optimizer="keep")
+
+
+def test_a_mean_with_another_checkpoint_says_what_its_norms_are(tmp_path: Path) -> None:
+    """Both meet in the hub, whose norms the mean has: its configuration must say so."""
+    anyckpt.convert(as_converted_by_nemo(), tmp_path / "nvidia.nemo", to="nemo")
+    assert "layernorm_zero_centered_gamma" not in registry.read(str(tmp_path / "nvidia.nemo")).config
+    anyckpt.convert(open_case("gemma").checkpoint, tmp_path / "hf", to="hf", dtype="fp32")
+    anyckpt.average([tmp_path / "nvidia.nemo", tmp_path / "hf"], tmp_path / "mean.nemo")
+    mean = registry.read(str(tmp_path / "mean.nemo"))
+    assert mean.config["layernorm_zero_centered_gamma"] is True
+    anyckpt.convert(tmp_path / "mean.nemo", tmp_path / "back", to="hf")
+    back, original = weights(tmp_path / "back"), open_case("gemma").checkpoint.tensors
+    for name, tensor in back.items():
+        np.testing.assert_allclose(tensor.numpy(), original[name].cast("float32").numpy(), atol=1e-6, rtol=0)

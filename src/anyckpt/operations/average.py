@@ -17,6 +17,7 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.indexing import Array, Shape
 from anyckpt.models import Hub, Model, dialects
+from anyckpt.models.config_nemo import restated
 from anyckpt.operations.convert import Conversion, choose, convert
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.open import join_ranks
@@ -150,14 +151,15 @@ class _Base:
 
     def named(self, means: Tensors) -> Checkpoint:
         """The first source with ``means`` in place of its weights."""
-        prefix = self._checkpoint.model_prefix
+        prefix, config = self._checkpoint.model_prefix, self._checkpoint.config
         if self._dialect is None:
             kept = {prefix + name: tensor for name, tensor in means.items()}
         elif self._hub is not None:
             prefix, kept = "", models.from_hub(replace(self._hub, tensors=means), self._dialect).tensors
+            config = restated(config, self._hub.restated)
         else:
             prefix, kept = "", dialects.rename(means, "hub", self._dialect)[0]
-        return replace(self._checkpoint, tensors=kept, model_prefix=prefix, state_prefixes=())
+        return replace(self._checkpoint, tensors=kept, model_prefix=prefix, state_prefixes=(), config=config)
 
 
 def _together(

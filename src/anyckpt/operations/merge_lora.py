@@ -15,6 +15,7 @@ from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model, dialects
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, read_adapter
+from anyckpt.models.config_nemo import restated
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, unused_targets
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.convert import Conversion, convert
@@ -169,11 +170,15 @@ def _merged(
     base: Checkpoint, model: Model, updates: Adapter, scale: float, wanted: str | None, keep: Any
 ) -> Checkpoint:
     """The base with changed weights, under its own names."""
-    hub = merged(models.to_hub(base, model), updates, scale=scale, cast=_Cast(wanted, keep))
+    stored = models.to_hub(base, model)
+    hub = merged(stored, updates, scale=scale, cast=_Cast(wanted, keep))
     dialect = base.dialect or dialects.detect(base.weights())
     assert dialect is not None  # to_hub has found it
     out = models.from_hub(hub, dialect)
-    return replace(base, tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={})
+    config = restated(base.config, stored.restated)
+    return replace(
+        base, tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={}, config=config
+    )
 
 
 def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, scale: float) -> str:
