@@ -38,7 +38,9 @@ carried along by parameter; in brackets what only some of the family's samples c
 why. `safetensors`, `torch`, `lightning` and `dcp` take any names, those of every family and of none.
 
 Each sample is taken to the hub and back, through every container here that takes it, and to two tensor (and expert)
-parallel ranks and back, bit for bit; each of its tensors is left out, added to and followed to its one place. Besides,
+parallel ranks and back, bit for bit, optimizer state included; its configuration goes through each framework's
+spelling and back, equal in every field; each of its tensors is left out, added to and followed to its one place.
+Besides,
 
 - **tensors**: the hub's tensors are, bit for bit, those with which Megatron-Core computed transformers' logits
   (or Megatron-Bridge, for Gemma 2 and 3), and transformers computes these logits from what we write;
