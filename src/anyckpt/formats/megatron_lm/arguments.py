@@ -17,7 +17,7 @@ from anyckpt.pickling import Global, Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
 
-_LARGEST_SIZE = 1 << 16
+MOST_RANKS = 1 << 16
 _ENUMS = "megatron.core.transformer.enums"
 _LAYER_TYPES = {1: "embedding", 2: "loss", 3: "encoder", 4: "decoder", 5: "mtp"}
 SAME_ON_EVERY_RANK = (
@@ -61,7 +61,7 @@ def read_sizes(arguments: Mapping[str, Any], path: str) -> Sizes:
         value = next((arguments[key] for key in keys if arguments.get(key) is not None), None)
         if value is None:
             return None
-        if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
+        if type(value) is not int or not 0 < value <= MOST_RANKS:
             raise FormatError(
                 f"args.{keys[0]} is not possible", path=path, expected="a number of ranks", found=brief(value)
             )

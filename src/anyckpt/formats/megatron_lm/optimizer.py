@@ -11,6 +11,7 @@ Facts: ``state_dict`` of these classes in ``megatron/core/optimizer/{optimizer,d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
+from anyckpt.formats.megatron_lm.arguments import MOST_RANKS
 from anyckpt.formats.megatron_lm.buffers import place, place_in_buckets, rules
 from anyckpt.formats.megatron_lm.data_parallel_shards import join_shards
 from anyckpt.formats.megatron_lm.flat_state import FlatBuffer, flat_buffers
@@ -275,14 +277,16 @@ def _completed(ranks: Sequence[RankState], arguments: Mapping[str, Any], layout:
     The file of a rank has the state of those optimizers only of whose data-parallel ranks it is the first.
     """
     ways = arguments.get("expert_tensor_parallel_size")
-    ways = ways if type(ways) is int and 0 < ways <= layout.tensor_parallel else layout.tensor_parallel
+    ways = ways if type(ways) is int and 0 < ways <= MOST_RANKS else layout.tensor_parallel
+    period = math.gcd(layout.tensor_parallel, ways * layout.expert_parallel)  # see Parallelism.expert_share
     held: dict[tuple[Any, ...], Any] = {}
 
     def keys(rank: RankState) -> list[tuple[Any, ...]]:
         """Of each optimizer, what tells which state it has."""
         shard = rank.shards[0]
         dense = ("dense", shard.pipeline_rank, shard.tensor_rank)
-        experts = ("experts", shard.pipeline_rank, shard.expert_rank, shard.tensor_rank % ways)
+        share = (shard.tensor_rank - shard.expert_rank * ways) % period
+        experts = ("experts", shard.pipeline_rank, shard.expert_rank, share)
         apart = [_of_experts(container, rank.path) for container in _containers(rank.optimizer)]
         return [(*(experts if own else dense), number) for number, own in enumerate(apart)]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_lm.arguments import SAME_ON_EVERY_RANK, Sizes, read_sizes
+from anyckpt.formats.megatron_lm.arguments import MOST_RANKS, SAME_ON_EVERY_RANK, Sizes, read_sizes
 from anyckpt.formats.megatron_lm.location import MODEL_FILE, OPTIMIZER_PART, RankFolder
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.values import brief
@@ -228,16 +229,16 @@ def _written(sizes: Sizes, first: RankFile) -> Iterator[Place]:
     expert than per layer not every pair of tensor and expert rank exists.
 
     Raises:
-        FormatError: the expert-tensor-parallel size does not divide the tensor-parallel size.
+        FormatError: the expert-tensor-parallel size is none, or one at which folders do not tell experts' parts apart.
     """
     tensor, expert = sizes.tensor or 1, sizes.expert or 1
     ways = first.arguments.get("expert_tensor_parallel_size") if expert > 1 else None
     ways = tensor if ways is None else ways
-    if type(ways) is not int or ways < 1 or tensor % ways:
+    if type(ways) is not int or not 0 < ways <= MOST_RANKS or math.gcd(tensor, ways * expert) < ways:
         raise FormatError(
             "args.expert_tensor_parallel_size is not possible",
             path=first.path,
-            expected=f"a divisor of the tensor-parallel size {tensor}",
+            expected=f"a divisor of the tensor-parallel size {tensor}, or a size at which folders tell experts apart",
             found=brief(ways),
         )
     for pipeline in range(sizes.pipeline or 1):
