@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tests.support import assert_tensors_equal_expected, expected_of, file_bytes
 import anyckpt
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import OutputFile
-from anyckpt.errors import FormatError, UnsafeError, UsageError
+from anyckpt.errors import FormatError, MappingError, UnsafeError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.megatron_bridge import FORMAT
 from anyckpt.formats.megatron_bridge.config import Facts, arguments_of, run_config_of
@@ -356,6 +356,36 @@ def test_what_no_class_says_is_kept_beside_them(tmp_path: Path) -> None:
     del config["anyckpt"]
     file.write_text(dump_yaml(config))
     assert identify(registry.read(tmp_path / "bridge")).family == "llama"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("every", "pattern"), [(None, [4, 1]), (2, [1, 1]), (6, [5, 1])])
+def test_layers_of_gemma_3_that_have_the_window(every: int | None, pattern: list[int]) -> None:
+    model = samples()["gemma3-scaled"].open()[1]
+    arguments = render_config(
+        replace(model, config=replace(model.config, window_attn_skip_freq=every)), "megatron-args"
+    )
+    written = run_config_of(arguments, model.config.rows, Facts("float32", False, False))
+    assert written["model"]["interleaved_attn_pattern"] == pattern
+    again = config_megatron.parse(arguments_of({"model": yaml_of(written["model"])}, "x", []))
+    assert (again.window_size, again.window_attn_skip_freq) == (model.config.window_size, None if every == 6 else every)
+
+
+def test_layers_of_gemma_3_without_a_window() -> None:
+    model = samples()["gemma3-scaled"].open()[1]
+    config = replace(model.config, window_size=None, window_attn_skip_freq=None)
+    arguments = render_config(replace(model, config=config), "megatron-args")
+    written = run_config_of(arguments, model.config.rows, Facts("float32", False, False))
+    assert written["model"]["interleaved_attn_pattern"] == [0, 1], "no number of a layer is left out"
+
+
+@pytest.mark.parametrize("layers", [(1, 1, 0, 0), (0, 1, 0, 1)])
+def test_layers_of_gemma_3_that_no_pattern_says(layers: tuple[int, ...]) -> None:
+    model = samples()["gemma3-scaled"].open()[1]
+    arguments = render_config(
+        replace(model, config=replace(model.config, window_attn_skip_freq=layers)), "megatron-args"
+    )
+    with pytest.raises(MappingError, match="cannot express which layers have the window"):
+        run_config_of(arguments, model.config.rows, Facts("float32", False, False))
 
 
 @pytest.mark.parametrize("pattern", [[5], [5, 2], ["5", 1], 6])

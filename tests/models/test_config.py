@@ -284,6 +284,23 @@ def test_nemo_2() -> None:
         identified({**config, "activation_func": {"_target_": "os.system"}})
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_a_window_that_no_layer_has_is_still_a_number(name: str) -> None:
+    """transformers builds its mask for every model of such a class, and fails on null."""
+    model = open_case(name).model
+    none = replace(model, config=replace(model.config, window_size=None, window_attn_skip_freq=None))
+    rendered = models.render_config(none, "hf")
+    assert rendered["sliding_window"] > 0 and set(rendered["layer_types"]) == {"full_attention"}
+    assert model_of(rendered).config.window_size is None
+
+
+def test_layers_that_nvidias_classes_give_the_window_to_are_told() -> None:
+    for kind in ("nemo1", "nemo2", "megatron-args"):
+        notes: list[str] = []
+        models.render_config(open_case("gemma2").model, kind, notes=notes)
+        assert any("the second, fourth" in note for note in notes), kind
+
+
 def test_the_off_by_one_of_nemo_is_told() -> None:
     model = model_of({"_target_": f"{NEMO2_BASE}.mistral.MistralConfig7B", "vocab_size": 32000})
     notes: list[str] = []

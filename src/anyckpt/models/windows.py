@@ -50,7 +50,7 @@ def write_window(config: ModelConfig, notes: list[str], length: int | None = Non
     Args:
         config: the model.
         notes: what a user should know is appended.
-        length: what to write where no layer has a window.
+        length: what to write where no layer has a window; classes that build the window's mask for any model need one.
 
     Raises:
         MappingError: transformers has no such window.

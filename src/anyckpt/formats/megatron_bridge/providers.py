@@ -110,10 +110,20 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
 
 
 def _local_and_global(arguments: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3's class has a pattern of layers, one window and two thetas, and its own name for the scale of rope."""
+    """Gemma 3's class has a pattern of layers, one window and two thetas, and its own name for the scale of rope.
+
+    Layers are counted from 1, and those whose number the pattern's sum does not divide have the window.
+    """
     every, window = fields.pop("window_attn_skip_freq", None), arguments.get("window_size")
+    if every is None:
+        every = 1 if window is None else arguments["num_layers"] + 1
+    if type(every) is not int:
+        raise MappingError(
+            "Megatron-Bridge's Gemma 3 cannot express which layers have the window",
+            expected="all but every N-th", found=str(every)[:80], remedy="convert to megatron-core or megatron-lm",
+        )  # fmt: skip
     return {
-        "interleaved_attn_pattern": [(every or 1) - 1, 1] if type(every) is int or every is None else every,
+        "interleaved_attn_pattern": [every - 1, 1],
         "window_size": window[0] if isinstance(window, (list, tuple)) else window,
         "rotary_base": [arguments["rotary_base_local"], arguments.get("rotary_base")],
         "rope_scaling_factor": arguments.get("rotary_seq_len_interpolation_factor") or 1.0,
@@ -141,7 +151,8 @@ def arguments_of_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"rotary_seq_len_interpolation_factor": None if factor == 1 else factor}
         found |= {"use_rope_scaling": False}
     if isinstance(pattern, (list, tuple)) and len(pattern) == 2 and pattern[1] == 1 and type(pattern[0]) is int:
-        found |= {"window_attn_skip_freq": pattern[0] + 1}
+        every, layers = pattern[0] + 1, fields.get("num_layers")
+        found |= {"window_attn_skip_freq": None if type(layers) is int and every > layers else every}
         found |= {"window_size": [window, 0] if type(window) is int else window}
         scale = fields.get("softmax_scale")
         if isinstance(scale, float) and 1e-9 < scale < 1e9:

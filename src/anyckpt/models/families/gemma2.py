@@ -15,6 +15,7 @@ from anyckpt.models.config import Field, ModelConfig, Reader, whole
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import gemma, llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 from anyckpt.models.rules import Rule
 from anyckpt.models.windows import read_window, write_window
 
@@ -49,19 +50,20 @@ DEFAULTS = {
     "query_pre_attn_scalar": 256,
 }
 KEYS = frozenset({"sliding_window", "layer_types", "hidden_act"})
+_WINDOW = 4096
 
 
 def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     """Window and the layers that have it."""
     gemma.check_causal(reader)
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 4096
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else _WINDOW
     return read_window(reader, length, [layer % 2 == 0 for layer in range(min(found["num_layers"], 10_000))])
 
 
 def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     """The keys of ``read``, and those for which null means something else than their absence."""
     return {
-        **write_window(config, notes),
+        **write_window(config, notes, _WINDOW),
         "query_pre_attn_scalar": whole(config.query_pre_attn_scalar or config.kv_channels),
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
@@ -69,17 +71,22 @@ def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
 
 
 def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
-    """What Megatron-LM and NeMo lack, or do in other layers."""
+    """What Megatron-LM lacks."""
     yield from gemma.caveats(config, kind)
     if kind == "megatron-args":
         yield (
             "Megatron-LM has no arguments for norms after attention and MLP, and for soft caps: build the model with "
             "such layers, as Megatron-Bridge's provider does"
         )
-    elif kind != "hf" and config.window_size is not None:
+
+
+def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
+    """And what NVIDIA's classes do in other layers."""
+    yield from caveats(config, kind)
+    if kind != "hf" and config.window_size is not None:
         yield (
-            "NeMo gives the window to the second, fourth, ... layer, transformers to the first, third, ...: logits "
-            "differ from the window's length on"
+            "NeMo and Megatron-Bridge give the window to the second, fourth, ... layer, transformers to the first, "
+            "third, ...: logits differ from the window's length on"
         )
 
 
@@ -128,11 +135,12 @@ FAMILY = Family(
     ignorable=llama.IGNORABLE,
     traits=gemma.TRAITS,
     recognise=lambda config: config.query_pre_attn_scalar is not None or config.window_size is not None,
-    caveats=caveats,
+    caveats=_caveats,
     nemo1_keys=_nemo1,
     hugging_face=HuggingFace(
         model_types=("gemma2",),
         architectures=("Gemma2ForCausalLM",),
+        registered=DECODER,
         defaults={**DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         fields=(*COMMON, *FIELDS),
         activation_key="hidden_activation",

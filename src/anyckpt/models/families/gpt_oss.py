@@ -47,6 +47,7 @@ _ATTENTION = f"{sparse.LAYER}.self_attn"
 _HUB_ATTENTION = f"{sparse.HUB}.self_attention"
 _EXPERTS = f"{sparse.LAYER}.mlp.experts"
 _HUB_EXPERTS = f"{sparse.HUB}.mlp.experts"
+_WINDOW = 128
 _KEYS = frozenset({"sliding_window", "layer_types", "swiglu_alpha", "initial_context_length", "experts_per_token"})
 
 
@@ -62,7 +63,7 @@ def _stack(name: str) -> Variant:
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 128
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else _WINDOW
     layers = range(min(found["num_layers"], 10_000))
     usual = {} if reader.values.keys() & {"rope_parameters", "rope_scaling"} else {"rope_scaling": _YARN}
     return {
@@ -75,7 +76,7 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     plain = {} if config.rope_scaling else {"rope_scaling": {"rope_type": "default"}}  # null would be YaRN
-    return {**write_window(config, notes), **plain, "swiglu_alpha": 1.702}  # quick GELU
+    return {**write_window(config, notes, _WINDOW), **plain, "swiglu_alpha": 1.702}  # quick GELU
 
 
 def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
