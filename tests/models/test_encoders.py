@@ -21,6 +21,7 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.layout.from_nemo_config import geometry_from_nemo
 from anyckpt.models import Model, dialects
 from anyckpt.models.config import ModelConfig
 from anyckpt.operations.naming import rename_for
@@ -186,7 +187,8 @@ def test_what_frameworks_build_besides_a_bert() -> None:
     whole = {**BERT, "architectures": ["BertForPreTraining"]}
     assert "norms elsewhere" in said(whole, "megatron-args")
     assert "final norm" in said(whole, "nemo1")
-    assert said(whole, "nemo2") == ""
+    assert "output_layer.bias" in said(whole, "nemo2")
+    assert said({**BERT, "architectures": ["BertModel"]}, "nemo2") == ""
     assert "has no lm_head" in said({**BERT, "architectures": ["BertModel"]}, "nemo1")
     assert "bert_binary_head: set it to true" in said({**BERT, "architectures": ["BertForMaskedLM"]}, "nemo1")
     assert (
@@ -304,6 +306,28 @@ def test_a_t5_of_nvidias_importer() -> None:
     assert again is not None
     assert again.config.query_pre_attn_scalar == 1.0
     assert facts(models.from_hub(models.to_hub(between, again), "hf").tensors) == facts(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, 1e-300, "x"])
+def test_factors_that_attention_cannot_have(scale: Any) -> None:
+    checkpoint, model = made({**T5, "d_kv": 8})
+    rendered = models.render_config(model, "nemo2")
+    rendered["config"]["softmax_scale"] = scale
+    arguments = {**models.render_config(model, "megatron-args"), "softmax_scale": scale, "query_pre_attn_scalar": None}
+    for config, kind in ((rendered, "nemo2"), (arguments, "megatron-args")):
+        with pytest.raises(MappingError, match="softmax_scale is (not possible|of the wrong type)"):
+            models.identify(replace(checkpoint, tensors={}, config=config, config_kind=kind))
+
+
+@pytest.mark.parametrize("stack", [{"num_layers": "two"}, {"num_layers": [2]}, {"num_attention_heads": {}}])
+def test_impossible_sections_of_nemo_1(stack: dict[str, Any], tmp_path: Path) -> None:
+    model = made(T5)[1]
+    config = models.render_config(model, "nemo1")
+    config["encoder"] = {**config["encoder"], **stack}
+    with pytest.raises(MappingError, match="of the wrong type"):
+        models.identify(Checkpoint("x", "nemo", {}, config=config, config_kind="nemo1"))
+    with pytest.raises(MappingError, match="of the wrong type"):
+        geometry_from_nemo(config)
 
 
 def test_an_output_layer_that_is_registered_twice() -> None:
@@ -486,6 +510,7 @@ def test_images_that_are_not_square() -> None:
         ({**VIT, "qkv_bias": False}, "qkv_bias is not that of Megatron-Core's layers"),
         ({**T5, "relative_attention_num_buckets": 0}, "relative_attention_num_buckets is not possible"),
         ({**T5, "num_layers": 1 << 30}, "too many layers"),
+        ({**T5, "d_kv": -4}, "kv_channels is not possible"),
         ({**BERT, "type_vocab_size": -1}, "num_tokentypes is not possible"),
     ],
 )

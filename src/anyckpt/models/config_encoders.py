@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader, render_fields
 
 RELATIVE = (
@@ -57,14 +58,27 @@ def parse_encoders(reader: Reader, common: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"num_layers": layers, "encoder_num_layers": encoder or common["num_layers"]}
     if common["position_embedding_type"] == "relative":
         found |= reader.fields(RELATIVE, {})
-        scale = reader.number("softmax_scale")
-        if scale and common["query_pre_attn_scalar"] is None:
-            found["query_pre_attn_scalar"] = scale**-2
+        if common["query_pre_attn_scalar"] is None:
+            found["query_pre_attn_scalar"] = attention_scalar(reader)
     if reader.values.get("num_tokentypes") is not None:
         found |= reader.fields(HEADS, {})
     if reader.values.get("class_token_len") is not None:
         found |= reader.fields(VISION, {})
     return found
+
+
+def attention_scalar(reader: Reader) -> float | None:
+    """The hub's ``query_pre_attn_scalar`` from Megatron-Core's ``softmax_scale``, None if that is not said.
+
+    Raises:
+        MappingError: it is no factor that attention could have.
+    """
+    scale = reader.number("softmax_scale")
+    if scale is not None and not 1e-9 < scale < 1e9:
+        raise MappingError(
+            f"the {reader.what}'s softmax_scale is not possible", expected="a positive factor", found=scale
+        )
+    return None if scale is None else scale**-2
 
 
 def render_encoders(config: ModelConfig) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """BERT, with norms after each residual connection, and what has its names (BERT-style sentence encoders).
 
 Megatron-Core's BertModel has its norms before; NeMo 1 (``transformer_block_type: post_ln``) and NeMo 2
-(``bert_type: huggingface``) have layers of their own for it.  The names are those of NVIDIA's
-``convert_bert_hf_to_nemo.py`` and ``HuggingFaceBertImporter`` of NeMo 2.5, read there, not run.  Old files have
-``gamma`` and ``beta`` in place of a norm's ``weight`` and ``bias``.
+(``bert_type: huggingface``) have layers of their own for it.  NeMo 2.5's, run with Megatron-Core 0.16's local layers,
+gave equal outputs, but for the output layer's bias, which NeMo 2 leaves out.  NeMo 1's names were read in NVIDIA's
+``convert_bert_hf_to_nemo.py``, not run.  Old files have ``gamma`` and ``beta`` in place of a norm's ``weight`` and
+``bias``.
 """
 
 from __future__ import annotations

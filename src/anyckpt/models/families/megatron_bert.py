@@ -238,6 +238,8 @@ def caveats(config: ModelConfig, kind: str) -> Iterable[str]:
             "the model has no lm_head, which this framework's BertModel builds: load with strict=False, and use the "
             "encoder's output"
         )
+    if kind == "nemo2" and config.add_lm_head:
+        yield "NeMo 2's BertModel leaves the bias of its output layer out of the logits: add output_layer.bias to them"
     if kind == "nemo1" and config.num_tokentypes and not config.bert_binary_head:
         yield "NeMo 1 has token types only in a model with bert_binary_head: set it to true to load them"
 

@@ -20,7 +20,7 @@ from typing import Any
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_encoders import RELATIVE
+from anyckpt.models.config_encoders import RELATIVE, attention_scalar
 from anyckpt.models.families.llama import size
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.rules import (
@@ -168,7 +168,7 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
         )  # fmt: skip
     activation, gated = _ACTIVATIONS[spelled]
     tied, scaled = reader.flag("tie_word_embeddings") is not False, reader.flag("scale_decoder_outputs")
-    exact = math.frexp(math.sqrt(found["kv_channels"]))[0] == 0.5
+    exact = math.frexp(math.sqrt(max(0, found["kv_channels"])))[0] == 0.5
     return {
         "activation": activation,
         "gated_linear_unit": gated,
@@ -253,8 +253,7 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
 
 
 def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    scale = reader.number("softmax_scale")
-    return {"query_pre_attn_scalar": None if scale is None else scale**-2}
+    return {"query_pre_attn_scalar": attention_scalar(reader)}
 
 
 def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
