@@ -159,6 +159,21 @@ def test_through_other_layouts_of_rank_files(tmp_path: Path) -> None:
     assert resumed(tmp_path / "back.ckpt", 1)[0] == resumed(source, 1)[0]
 
 
+def test_a_run_of_megatrons_goes_on_in_pytorch(tmp_path: Path) -> None:
+    """What Megatron saves says nothing of PyTorch's order and groups: the family and Megatron's rule do."""
+    source = trained(tmp_path / "source.ckpt", 2)
+    request = LayoutRequest(tensor_parallel=2)
+    config = {"model_type": "llama", **CONFIG}
+    convert(source, tmp_path / "ranks", to="megatron-lm", config=config, optimizer="keep", layout=request)
+    for path in tmp_path.glob("ranks/iter_*/*/model_optim_rng.pt"):
+        contents = torch.load(path, weights_only=False)
+        del contents["original_param_groups"]
+        torch.save(contents, path)
+    back = tmp_path / "back.ckpt"
+    convert(tmp_path / "ranks", back, to="lightning", names="hf", optimizer="keep")
+    assert resumed(back, 2)[0] == resumed(source, 2)[0]
+
+
 def test_a_tied_model(tmp_path: Path) -> None:
     source = trained(tmp_path / "source.ckpt", 2, tied=True)
     config = {"model_type": "llama", **CONFIG, "tie_word_embeddings": True}

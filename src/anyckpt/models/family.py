@@ -40,6 +40,8 @@ class HuggingFace:
         copies: stored names of tensors that are there a second time, each with the one it is the same as.
         foreign: transformers' keys from a ``config.json`` of another code that the family's models are of; None if it
             is not one.
+        registered: parts of names in the order in which transformers' modules register parameters (see
+            ``registered``); empty where that is not known.
     """
 
     model_types: tuple[str, ...]
@@ -63,6 +65,7 @@ class HuggingFace:
     headless: Callable[[ModelConfig], bool] = field(default=lambda config: False)
     copies: tuple[tuple[str, str], ...] = ()
     foreign: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = field(default=lambda config: None)
+    registered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

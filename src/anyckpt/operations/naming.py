@@ -16,6 +16,7 @@ from anyckpt.models.config import PART_OF
 from anyckpt.models.config_nemo import restated
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
+from anyckpt.models.registered import REGISTERED, registered_order
 from anyckpt.operations.full_precision import seen_in_full_precision
 from anyckpt.operations.unknown import unknown_family
 from anyckpt.tensor import LazyTensor
@@ -135,6 +136,8 @@ def rename_for(
             checkpoint, model, wanted, target.config_kind, dtype,
             padded=options.layout is None, vocabulary=vocabulary,
         )  # fmt: skip
+        if names == "hf":
+            renamed = _in_registered_order(renamed, model)
         if names == "hf" and model.config.share_embeddings_and_output_weights:
             head, embedding = head_and_embedding(model)
             left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
@@ -151,6 +154,18 @@ def rename_for(
     if dialects.is_megatron(known) and dialects.is_megatron(wanted):
         return _by_dialect(checkpoint, known, wanted, fits, dtype)
     raise unknown_family(checkpoint, target.name, wanted, known)
+
+
+def _in_registered_order(renamed: Renamed, model: Model) -> Renamed:
+    """The weights as a state dict of transformers has them, and the word that they are, where the order is known."""
+    checkpoint = renamed.checkpoint
+    order = registered_order(checkpoint.tensors, model.definition.hugging_face.registered)
+    if order is None:
+        return renamed
+    tensors = {name: checkpoint.tensors[name] for name in order}
+    return replace(
+        renamed, checkpoint=replace(checkpoint, tensors=tensors, details={**checkpoint.details, REGISTERED: True})
+    )
 
 
 def _by_dialect(checkpoint: Checkpoint, known: str, wanted: str, fits: bool, dtype: str | None) -> Renamed:

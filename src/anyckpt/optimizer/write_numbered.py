@@ -1,8 +1,8 @@
 """Laying state out as Lightning's ``.ckpt`` files keep it: PyTorch's own form, parameters by number.
 
 Numbers count through the groups, in a group in the order of the state dict, which is that in which modules register
-parameters.  For a model of transformers only the state dict that the state came from tells it.  A model in 16 bits
-whose optimizer has fp32 masters gets NeMo 1's form (``megatron_amp_O2``), the only one that holds them.
+parameters.  For a model of transformers the state dict that the state came from tells it, or its family.  A model in
+16 bits whose optimizer has fp32 masters gets NeMo 1's form (``megatron_amp_O2``), the only one that holds them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.formats.megatron_lm.modules import registered_order
+from anyckpt.models.registered import REGISTERED
 from anyckpt.optimizer.groups import assigned, effective
 from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.state import MASTER, MOMENTS, unproved
@@ -68,6 +69,8 @@ def _in_order(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
     if all(checkpoint.model_prefix + name in place for name in state.slots[MOMENTS[0]]):
         ordered = sorted(checkpoint.tensors, key=lambda name: place.get(name, len(place)))
         return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in ordered})
+    if checkpoint.details.get(REGISTERED):
+        return checkpoint
     if checkpoint.dialect in _OF_MODULES:
         names = registered_order(checkpoint.tensors)
         return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in names})

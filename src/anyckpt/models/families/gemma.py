@@ -17,6 +17,7 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 
 TRAITS = {
     **llama.TRAITS,
@@ -88,6 +89,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("gemma",),
         architectures=("GemmaForCausalLM",),
+        registered=DECODER,
         defaults={
             **DEFAULTS,
             "hidden_size": 3072,

@@ -11,6 +11,7 @@ from typing import Any
 from anyckpt.models.config import Field, ModelConfig
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Rule
 
 _LAYER = "model.layers.*"
@@ -139,6 +140,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("llama",),
         architectures=("LlamaForCausalLM",),
+        registered=DECODER,
         defaults={
             "vocab_size": 32000,
             "hidden_size": 4096,

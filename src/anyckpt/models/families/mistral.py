@@ -14,6 +14,7 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 from anyckpt.models.windows import read_window, write_window
 
 _SOME_LAYERS = "ministral"
@@ -65,6 +66,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("mistral", _SOME_LAYERS),
         architectures=("MistralForCausalLM", "MinistralForCausalLM"),
+        registered=DECODER,
         defaults={
             "vocab_size": 32000,
             "hidden_size": 4096,

@@ -13,6 +13,7 @@ from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.families.starcoder2 import NORM_BIASES, WITHOUT_MLP, plain_mlp
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 
 _BASE = {
     "normalization": "LayerNorm",
@@ -48,6 +49,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("nemotron",),
         architectures=("NemotronForCausalLM",),
+        registered=DECODER,
         defaults={
             "vocab_size": 256000,
             "hidden_size": 6144,

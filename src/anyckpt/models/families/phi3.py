@@ -10,6 +10,7 @@ from anyckpt.models.config import Field
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 from anyckpt.models.rules import CONCATENATED_QKV, Rule
 
 _FUSED = (
@@ -30,6 +31,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("phi3",),
         architectures=("Phi3ForCausalLM",),
+        registered=DECODER,
         defaults={
             "vocab_size": 32064,
             "hidden_size": 3072,

@@ -13,6 +13,7 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 from anyckpt.models.windows import read_window, windowed_layers, write_window
 
 KEYS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
@@ -69,6 +70,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("qwen2",),
         architectures=("Qwen2ForCausalLM",),
+        registered=DECODER,
         defaults=DEFAULTS,
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         attention_bias=None,

@@ -11,6 +11,7 @@ from anyckpt.models.config import Field
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, qwen2
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 from anyckpt.models.rules import Rule
 
 NORMS = tuple(
@@ -36,6 +37,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("qwen3",),
         architectures=("Qwen3ForCausalLM",),
+        registered=DECODER,
         defaults={**qwen2.DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         read=qwen2.read,

@@ -12,6 +12,7 @@ from anyckpt.models.config import Field, ModelConfig
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.registered import DECODER
 from anyckpt.models.rules import Rule
 
 _LAYER = "model.layers.*"
@@ -79,6 +80,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("starcoder2",),
         architectures=("Starcoder2ForCausalLM",),
+        registered=DECODER,
         defaults={
             "vocab_size": 49152,
             "hidden_size": 3072,
