@@ -294,6 +294,13 @@ def test_rows_that_ranks_saved_as_halves(layers: Layers) -> None:
     assert facts(from_megatron(flat, lambda weight, rank: 1.0, gated=True)) != facts(found)
 
 
+def test_rows_that_megatron_core_saved_as_halves() -> None:
+    """The same from a checkpoint that Megatron-Core's own code made of two ranks' adapters."""
+    checkpoint = open_checkpoint(fixture_path("mcore/lora_halves_tp2"))
+    named = to_megatron(from_megatron(checkpoint.weights(), lambda weight, rank: 1.0), "megatron")
+    assert_tensors_equal_expected(named, expected_of("mcore/lora_halves_tp2")["tensors"])
+
+
 def test_sections_of_mixers() -> None:
     stem = "decoder.layers.0.mixer.in_proj.adapter"
     whole = from_array(np.arange(40, dtype="f4").reshape(20, 2))

@@ -5,7 +5,7 @@ half up.  That is so for the fused form of a gated MLP; where it is not (the can
 ``adapter_up``, and NeMo 2's MLPs without a gate), the saved tensor has all first halves of the ranks' rows before all
 second halves.  The chunks that the checkpoint consists of show it: twice as many along the rows as ranks divide
 ``linear_in``.  Megatron-Bridge's main branch saves ``linear_out`` of Mamba's ``in_proj`` in sections.  Source:
-``peft/utils.py`` of both; not observed in a run.
+``peft/utils.py`` of both; the order of rows was seen in what Megatron-Core 0.16 saves of such sharded tensors.
 """
 
 from __future__ import annotations
