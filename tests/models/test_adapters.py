@@ -296,9 +296,9 @@ def test_rows_that_ranks_saved_as_halves(layers: Layers) -> None:
 
 def test_rows_that_megatron_core_saved_as_halves() -> None:
     """The same from a checkpoint that Megatron-Core's own code made of two ranks' adapters."""
-    checkpoint = open_checkpoint(fixture_path("mcore/lora_halves_tp2"))
+    checkpoint = open_checkpoint(fixture_path("adapters/lora_halves_tp2"))
     named = to_megatron(from_megatron(checkpoint.weights(), lambda weight, rank: 1.0), "megatron")
-    assert_tensors_equal_expected(named, expected_of("mcore/lora_halves_tp2")["tensors"])
+    assert_tensors_equal_expected(named, expected_of("adapters/lora_halves_tp2")["tensors"])
 
 
 def test_sections_of_mixers() -> None:
