@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.models.cases import FAMILIES, open_case
+from tests.models.proofs import samples
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
@@ -282,6 +283,26 @@ def test_nemo_2() -> None:
         identified({**config, "normalization": "LayerNorm"})
     with pytest.raises(MappingError, match="activation_func is unknown"):
         identified({**config, "activation_func": {"_target_": "os.system"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "formats"),
+    [
+        ("recurrent-gemma", "nemo2", "nemo"), ("recurrent-gemma", "megatron-args", "nemo"), ("mpt", "nemo2", "nemo"),
+        ("mpt", "megatron-args", "nemo"), ("baichuan2-alibi", "nemo2", "nemo"),
+        ("vit", "nemo1", "megatron-core or megatron-lm"), ("vit", "nemo2", "megatron-core or megatron-lm"),
+        ("qwen2_moe", "nemo2", "nemo, megatron-core or megatron-lm"),
+        ("deepseek_v3", "nemo1", "nemo2, megatron-core or megatron-lm"),
+        ("falcon-7b", "nemo2", "nemo, megatron-core or megatron-lm"),
+    ],
+)  # fmt: skip
+def test_the_remedy_names_frameworks_that_have_such_models(name: str, kind: str, formats: str) -> None:
+    model = samples()[name].open()[1]
+    with pytest.raises(MappingError, match=rf"; convert to {formats}$"):
+        models.render_config(model, kind)
+    kinds = {"nemo": "nemo1", "nemo2": "nemo2", "megatron-core": "megatron-args", "megatron-lm": "megatron-args"}
+    for other in formats.replace(" or ", ", ").split(", "):
+        assert models.render_config(model, kinds[other])
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])

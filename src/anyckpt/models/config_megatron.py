@@ -9,6 +9,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
 from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.models.config_encoders import parse_encoders, render_encoders
+from anyckpt.models.elsewhere import elsewhere
 from anyckpt.models.family import Family
 from anyckpt.models.scaling import from_factors, to_factors
 
@@ -86,7 +87,9 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         MappingError: Megatron-Core has no such models, or no such rope scaling.
     """
     if not family.megatron:
-        raise MappingError(f"Megatron-Core has no models of family {family.name}", remedy="convert to nemo or hf")
+        raise MappingError(
+            f"Megatron-Core has no models of family {family.name}", remedy=elsewhere(family, config, "Megatron-Core")
+        )
     yarn = render_yarn(family, config, "Megatron-Core")
     plain = config.rope_scaling if yarn is None else None
     factors, interpolation = to_factors(plain, "Megatron-Core", fixed=True)
@@ -94,6 +97,7 @@ def render(family: Family, config: ModelConfig, notes: list[str]) -> dict[str, A
         raise MappingError(
             "Megatron-Core has no such position embedding",
             expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
+            remedy=elsewhere(family, config, "Megatron-Core"),
         )  # fmt: skip
     arguments: dict[str, Any] = {
         **render_fields(FIELDS, config),

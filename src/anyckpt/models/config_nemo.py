@@ -14,6 +14,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models.config import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
 from anyckpt.models.config_blocks import parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.models.config_encoders import is_encoder_decoder, parse_encoders, render_encoders, sections, with_encoder
+from anyckpt.models.elsewhere import elsewhere
 from anyckpt.models.family import Family, NeMo2
 from anyckpt.models.own_modules import has_own_modules
 from anyckpt.models.scaling import from_factors, to_factors
@@ -167,9 +168,7 @@ def render_nemo1(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         MappingError: NeMo 1 cannot express the configuration.
     """
     if not family.nemo1:
-        raise MappingError(
-            f"NeMo 1 has no models of family {family.name}", remedy="convert to nemo2, megatron-core or megatron-lm"
-        )
+        raise MappingError(f"NeMo 1 has no models of family {family.name}", remedy=elsewhere(family, config, "NeMo 1"))
     factors, interpolation = to_factors(config.rope_scaling, "NeMo 1", fixed=True)
     if factors and factors["scale_factor"] != 8.0:
         notes.append(
@@ -310,9 +309,7 @@ def render_nemo2(family: Family, config: ModelConfig, notes: list[str]) -> dict[
         MappingError: NeMo 2 cannot express the configuration.
     """
     if family.nemo2 is None:
-        raise MappingError(
-            f"NeMo 2 has no models of family {family.name}", remedy="convert to megatron-core or megatron-lm"
-        )
+        raise MappingError(f"NeMo 2 has no models of family {family.name}", remedy=elsewhere(family, config, "NeMo 2"))
     yarn = render_yarn(family, config, "NeMo 2")
     factors, interpolation = to_factors(config.rope_scaling if yarn is None else None, "NeMo 2", fixed=False)
     _check_nemo2_has(family, config)
@@ -372,12 +369,13 @@ def _check_nemo2_has(family: Family, config: ModelConfig) -> None:
         if entry.hub not in known and value != entry.default:
             raise MappingError(
                 f"NeMo 2's models of family {family.name} have no {entry.hub}", expected=entry.default, found=value,
-                remedy="convert to megatron-core or megatron-lm",
+                remedy=elsewhere(family, config, "NeMo 2"),
             )  # fmt: skip
     if config.position_embedding_type not in _POSITIONS:
         raise MappingError(
             "NeMo 2 has no such position embedding",
             expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
+            remedy=elsewhere(family, config, "NeMo 2"),
         )  # fmt: skip
 
 
