@@ -19,7 +19,11 @@ _SHOWN_FILES = 20
 
 
 _WRITING = (
-    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Cast floating-point weights."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bf16", "fp16", "fp32"]),
+        help="Cast floating-point weights, and dequantize quantized ones.",
+    ),
     click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads."),
     click.option("--memory", metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
     click.option("--force", is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
