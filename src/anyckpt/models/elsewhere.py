@@ -7,7 +7,7 @@ from anyckpt.models.family import Family
 
 
 def elsewhere(family: Family, config: ModelConfig, besides: str) -> str:
-    """ "convert to ..." with the formats whose frameworks have models of the family with such positions.
+    """What to say of the formats whose frameworks have models of the family with such positions.
 
     Args:
         family: of the model.
