@@ -26,7 +26,7 @@ from anyckpt.models.adapters import (
     without_empty,
 )
 from anyckpt.models.adapters.megatron import is_canonical, modules, to_megatron
-from anyckpt.models.adapters.peft import plain, to_peft
+from anyckpt.models.adapters.peft_writer import plain, to_peft
 from anyckpt.operations.naming import Renamed
 from anyckpt.tensor import LazyTensor
 
