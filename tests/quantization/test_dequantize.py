@@ -451,6 +451,21 @@ def test_diff_compares_numbers_where_one_side_is_quantized(tmp_path: Path) -> No
     assert not plain.only_in_b
 
 
+def test_what_is_said_of_weights_that_cannot_be_seen_as_numbers(tmp_path: Path) -> None:
+    """The cause: inspect and diff have no --dtype that would help."""
+    source = fixture_path("families/deepseek_v3/hf")
+    folder, other = (quantized(source, tmp_path / name, FP8, as_fp8()) for name in ("fp8", "other"))
+    tensors = arrays(folder)
+    gone = next(key for key in tensors if key.endswith("_scale_inv"))
+    kept = {key: tensor for key, tensor in tensors.items() if key != gone}
+    damaged = write_folder(tmp_path / "damaged", json.loads((folder / "config.json").read_text()), kept)
+    (warning,) = anyckpt.inspect(damaged).warnings
+    assert "is a quantized weight without scales" in warning and "--dtype" not in warning
+    (note,) = anyckpt.diff(damaged, source).notes
+    assert "is a quantized weight without scales" in note and "--dtype" not in note
+    assert anyckpt.diff(folder, other).notes == ("compared under stored names, because both are quantized",)
+
+
 def test_work_to_resume_is_told_by_its_numbers(tmp_path: Path) -> None:
     """The same plan has the same fingerprint each time; another type, another scheme or other blocks have not."""
     stored = {"a.weight": CODES, "a.weight_scale_inv": np.ones((2, 2), np.float32)}
@@ -465,3 +480,24 @@ def test_work_to_resume_is_told_by_its_numbers(tmp_path: Path) -> None:
 
     assert printed("bfloat16") == printed("bfloat16")
     assert len({printed("bfloat16"), printed("float16"), printed("bfloat16", [2, 3])}) == 3
+
+
+def test_a_mean_of_quantized_models(tmp_path: Path) -> None:
+    """Codes are not averaged; numbers are."""
+    one = quantized(fixture_path("families/deepseek_v3/hf"), tmp_path / "one", FP8, as_fp8())
+
+    def twice(name: str, weight: np.ndarray[Any, Any]) -> Arrays:
+        return as_fp8()(name, 2 * weight + 0.01)
+
+    two = quantized(fixture_path("families/deepseek_v3/hf"), tmp_path / "two", FP8, twice)
+    with pytest.raises(MappingError, match="float8_e4m3fn, which is not averaged, and differs"):
+        anyckpt.average([one, two], tmp_path / "mean")
+    anyckpt.average([one, two], tmp_path / "mean", dtype="fp32")
+    for folder in (one, two):
+        anyckpt.convert(folder, folder.with_suffix(".full"), to="hf", dtype="fp32")
+    mean, first, second = (arrays(path) for path in (tmp_path / "mean", tmp_path / "one.full", tmp_path / "two.full"))
+    assert mean.keys() == first.keys()
+    for name, array in mean.items():
+        expected = (first[name].astype(np.float64) + second[name]) / 2
+        if array.dtype == np.float32 and f"{name}_scale_inv" in arrays(one):
+            np.testing.assert_array_equal(array, expected.astype(np.float32))

@@ -18,8 +18,10 @@ from anyckpt.formats import registry
 from anyckpt.indexing import Array, Shape
 from anyckpt.models import Hub, Model, dialects
 from anyckpt.models.config_nemo import restated
+from anyckpt.operations.casts import cast_target
 from anyckpt.operations.convert import Conversion, choose, convert
 from anyckpt.operations.destination import check_destination
+from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
 from anyckpt.operations.recut import LayoutRequest
@@ -58,7 +60,7 @@ def average(
 
     A tensor of ``float16`` or ``bfloat16`` is summed in float32, one of ``float32`` or ``float64`` in float64; the
     mean is rounded once, to the type that the tensor has.  All other tensors (integers, booleans, 8-bit floats) must
-    be equal in all sources.  Where sources name or divide weights differently they meet under the hub's names.
+    be equal in all sources; with ``dtype`` among the options, quantized weights are numbers and averaged, too.  Where sources name or divide weights differently they meet under the hub's names.
     Optimizers and other training state are left out.  Configuration and tokenizer are those of the first source.
 
     Args:
@@ -88,8 +90,10 @@ def average(
     origins = [os.fspath(path) for path in sources]
     check_destination(os.fspath(destination), origins, overwrite=bool(options.get("overwrite")))
     stored = [registry.read(path, force=force) for path in sources]
-    opened = [join_ranks(checkpoint, rules=None if layout is None else layout.rules) for checkpoint in stored]
-    given = read_config(config)
+    wanted, given = cast_target(options.get("dtype")), read_config(config)
+    rules = None if layout is None else layout.rules
+    full = [in_full_precision(join_ranks(checkpoint, rules=rules), wanted, given) for checkpoint in stored]
+    opened, given = [one.checkpoint for one in full], full[0].config
     base, tensors, notes = _together(opened, as_patterns(include), as_patterns(exclude), family, given)
     means = _means(tensors, shares, [checkpoint.path for checkpoint in opened])
     mean = base.named(means)
@@ -97,7 +101,11 @@ def average(
     merged = replace(
         mean,
         optimizer=None,
-        warnings=[rule, *notes, *dict.fromkeys(line for one in opened for line in one.warnings)],
+        warnings=[
+            rule,
+            *notes,
+            *dict.fromkeys(text for one in full for text in (*one.notes, *one.checkpoint.warnings)),
+        ],
     )
     return convert(
         merged,
