@@ -89,3 +89,12 @@ def seen_in_full_precision(checkpoint: Checkpoint, like: Checkpoint | None = Non
         return in_full_precision(checkpoint, max(sizes, key=lambda name: sizes[name])).checkpoint
     except MappingError:
         return checkpoint
+
+
+def obstacle(checkpoint: Checkpoint) -> MappingError | None:
+    """Why a quantized checkpoint's weights cannot be seen as numbers; None if they can, or if it is not quantized."""
+    try:
+        in_full_precision(checkpoint, "bfloat16")
+    except MappingError as error:
+        return error
+    return None

@@ -14,7 +14,7 @@ from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.adapters import facts as adapter_facts
-from anyckpt.operations.full_precision import seen_in_full_precision
+from anyckpt.operations.full_precision import obstacle, seen_in_full_precision
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
@@ -288,7 +288,7 @@ def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
     try:
         return identify(checkpoint), None
     except AnyckptError as error:
-        return None, f"the model family cannot be told: {error}"
+        return None, f"the model family cannot be told: {obstacle(checkpoint) or error}"
 
 
 def _hub_names(checkpoint: Checkpoint, model: Model | None, why: str | None) -> dict[str, LazyTensor]:

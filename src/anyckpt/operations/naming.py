@@ -17,7 +17,7 @@ from anyckpt.models.config_nemo import restated
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
 from anyckpt.models.registered import REGISTERED, registered_order
-from anyckpt.operations.full_precision import seen_in_full_precision
+from anyckpt.operations.full_precision import obstacle, seen_in_full_precision
 from anyckpt.operations.unknown import unknown_family
 from anyckpt.tensor import LazyTensor
 
@@ -268,7 +268,7 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
 
     Hub names where the family of both is known, or of one whose configuration explains the other; else the weights'
     stored names without their common prefix.  Rows that only pad the vocabulary are left out.  Where one side alone
-    is quantized, it is compared by its numbers in the other's type.
+    is quantized, it is compared by its numbers in the other's type; where both are, codes and scales are.
 
     Args:
         a: a checkpoint.
@@ -285,7 +285,10 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
             return _hub_names(models.to_hub(a, models_of[0]), models.to_hub(b, models_of[1]))
         why = "the model family of one side is unknown"
     except MappingError as error:
-        why = f"they do not fit the model family: {error}"
+        if a.quantization is not None and b.quantization is not None:
+            why = "both are quantized"
+        else:
+            why = f"they do not fit the model family: {obstacle(a) or obstacle(b) or error}"
     kinds = [c.dialect or dialects.detect(c.weights()) for c in (a, b)]
     first, second = a.weights(), b.weights()
     if kinds[0] != kinds[1] and all(map(dialects.is_megatron, kinds)):
