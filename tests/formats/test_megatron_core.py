@@ -239,16 +239,25 @@ def test_extra_states_cover_those_that_megatron_core_saved() -> None:
 
 
 def test_what_a_model_is_built_of_is_what_its_arguments_or_its_own_states_say() -> None:
-    def of(impl: str | None, states: list[str], asked: str | None = None) -> str | None:
+    def of(impl: str | None, states: list[str], asked: str | None = None, norm: str = "input") -> str | None:
         config = {"num_layers": 1, **({} if impl is None else {"transformer_impl": impl})}
         ignored = {f"decoder.layers.{name}._extra_state": "" for name in states}
         return implementation_of(
-            Checkpoint("x", "megatron-core", {}, config=config, config_kind="megatron-args", ignored=ignored), asked
+            Checkpoint(
+                "x",
+                "megatron-core",
+                {f"decoder.layers.{norm}_layernorm.weight": from_array(np.zeros(1))},
+                config=config,
+                config_kind="megatron-args",
+                ignored=ignored,
+            ),
+            asked,
         )
 
     linear, norm, kernel = "mlp.linear_fc1", "q_layernorm", "self_attention.core_attention"
     assert of("local", []) == of("local", [linear, norm]) == of(None, [linear]) == "local"
     assert of(None, []) is of(None, [linear, norm]) is of(None, [linear, kernel]) is None
+    assert of(None, [linear], norm="pre_mlp") is None  # local layers call the norm before experts otherwise
     assert of("transformer_engine", [linear]) is None  # older ones had no states of norms
     assert of("local", [linear], "transformer_engine") == "transformer_engine"
     assert of(None, [linear, norm], "local") == "local"

@@ -43,8 +43,9 @@ _AS_IF_FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.linear_fc1\.layer_norm_(?P<kind
 def implementation_of(checkpoint: Checkpoint, asked: str | None = None) -> Implementation | None:
     """What the models that will load a checkpoint are built of, None if it may be either.
 
-    ``local`` if the source's arguments say so, or if they say nothing and the source's own states are of linear maps
-    alone.  That arguments say ``transformer_engine`` is Megatron's default and proves nothing.
+    ``local`` if the source's arguments say so, or if they say nothing, the source's own states are of linear maps
+    alone, and no norm is called as Transformer Engine's layers call it.  That arguments say ``transformer_engine`` is
+    Megatron's default and proves nothing.
 
     Args:
         checkpoint: to be written.
@@ -54,7 +55,8 @@ def implementation_of(checkpoint: Checkpoint, asked: str | None = None) -> Imple
         return "local" if asked == "local" else "transformer_engine"
     stated = checkpoint.config.get("transformer_impl") if checkpoint.config_kind == "megatron-args" else None
     states = [name for name in checkpoint.ignored if name.endswith("._extra_state")]
-    evident = bool(states) and not any(_OF_TRANSFORMER_ENGINE.search(name) for name in states)
+    proofs = (*filter(_OF_TRANSFORMER_ENGINE.search, states), *filter(_BEFORE_EXPERTS.match, checkpoint.tensors))
+    evident = bool(states) and not proofs
     return "local" if stated == "local" or (stated is None and evident) else None
 
 
