@@ -60,8 +60,9 @@ def average(
 
     A tensor of ``float16`` or ``bfloat16`` is summed in float32, one of ``float32`` or ``float64`` in float64; the
     mean is rounded once, to the type that the tensor has.  All other tensors (integers, booleans, 8-bit floats) must
-    be equal in all sources; with ``dtype`` among the options, quantized weights are numbers and averaged, too.  Where sources name or divide weights differently they meet under the hub's names.
-    Optimizers and other training state are left out.  Configuration and tokenizer are those of the first source.
+    be equal in all sources; with ``dtype`` among the options, quantized weights are numbers and averaged, too.  Where
+    sources name or divide weights differently they meet under the hub's names.  Optimizers and other training state
+    are left out.  Configuration and tokenizer are those of the first source.
 
     Args:
         sources: two or more; their formats are detected.
@@ -98,14 +99,11 @@ def average(
     means = _means(tensors, shares, [checkpoint.path for checkpoint in opened])
     mean = base.named(means)
     rule = f"mean of {len(opened)} checkpoints" + ("" if weights is None else f", weighted {_shown(shares)}")
+    told = dict.fromkeys(text for one in full for text in (*one.notes, *one.checkpoint.warnings))
     merged = replace(
         mean,
         optimizer=None,
-        warnings=[
-            rule,
-            *notes,
-            *dict.fromkeys(text for one in full for text in (*one.notes, *one.checkpoint.warnings)),
-        ],
+        warnings=[rule, *notes, *told],
     )
     return convert(
         merged,
