@@ -109,6 +109,7 @@ BAD: dict[str, tuple[Any, str]] = {
         "do not cover it",
     ),
     "one rank of two": (state([bucket(bucket_size=16)], fragment()), "is not whole.*expected 16.*found 8 of 1 ranks"),
+    "empty fragments": (state([bucket()], fragment(param_range=(8, 8), bucket_range=(8, 8))), "0 has no fragments"),
     "no fragments": (state([bucket()]), "fragments of 0 is not a list"),
 }  # fmt: skip
 

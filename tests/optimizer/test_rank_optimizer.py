@@ -156,6 +156,11 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda own: own["fp32_from_fp16_params"][1].pop() and None,
         "fp32 weights of parameter group 1 do not fit.*expected 2.*found 1",
     ),
+    "numbers that are none": (
+        lambda own: own["optimizer"]["param_groups"][0].update(params=[[1], {}, None, 1.5, "x"]),
+        "has no state for a parameter|do not fit the rank's parameters",
+    ),
+    "groups that are none": (lambda own: own["optimizer"].update(param_groups=[3]), "layout that is not understood"),
     "no moment": (lambda own: own["optimizer"]["state"][0].pop("exp_avg_sq"), "exp_avg_sq does not fit"),
     "another step": (
         lambda own: own["optimizer"]["param_groups"][1].update(step=7),

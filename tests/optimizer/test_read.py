@@ -200,6 +200,10 @@ def test_groups_of_unknown_division_are_refused() -> None:
         changed(checkpoint, {}, {"optimizer_states.0.param_groups": [{**group, "params": [0, 1, 2]}]})
     with pytest.raises(MappingError, match="not a list of groups"):
         changed(checkpoint, {}, {"optimizer_states.0.param_groups": 3})
+    with pytest.raises(MappingError, match="do not list each of its parameters once"):
+        changed(checkpoint, {}, {"optimizer_states.0.param_groups": [{**group, "params": [[0], {}, None]}]})
+    named = [{**group, "param_names": ["nowhere"] * len(group["params"])}]  # of another model
+    changed(checkpoint, {}, {"optimizer_states.0.param_groups": named})
 
 
 def test_a_wrapped_optimizer_brings_masters() -> None:

@@ -72,6 +72,8 @@ def whole_states(state_dict: Mapping[Any, Any], source: str) -> dict[str, Any]:
         every = [_fields(f, _FRAGMENT_CLASS, source) for f in _list(_fragments(one), f"fragments of {index}", source)]
         # NeMo adds empty ones, so that a bucket of one element type waits for parameters of all others.
         fragments = [own for own in every if _range(own.get("param_range"), source)[0] < own["param_range"][1]]
+        if not fragments:
+            raise MappingError(f"parameter {index} has no fragments", path=source, remedy=_DROP)
         result[index] = {
             slot: _parameter(fragments, whole, index, slot, source)
             for slot in _SHARDS

@@ -112,7 +112,7 @@ def _read(chunks: Sequence[Chunk], states: Any, source: str) -> _Rank:
     for number, (group, mine) in enumerate(zip(groups, dealt, strict=True)):
         own_masters = _masters(masters, number, [parameters[key] for key in mine], source)
         for index, key in zip(group["params"], mine, strict=True):
-            one = state.get(index)
+            one = state.get(index) if type(index) is int else None
             if not isinstance(one, dict):
                 raise MappingError(
                     "the optimizer has no state for a parameter",

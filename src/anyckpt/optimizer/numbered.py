@@ -56,7 +56,7 @@ class _Optimizer:
     def indices(self, number: int) -> list[Any]:
         """Numbers of a group's parameters."""
         found = self.groups[number].get("params")
-        return found if isinstance(found, list) else []
+        return found if isinstance(found, list) and all(type(index) is int for index in found) else []
 
     def stated_names(self, number: int) -> list[str] | None:
         """Names of a group's parameters, None where the file has none, or not one for each."""

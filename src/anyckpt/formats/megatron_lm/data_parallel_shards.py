@@ -50,12 +50,15 @@ def join_shards(
             held.update(_held(own, rank, len(states)))
         for parameter, slots in _slots(held, state, f"data-parallel rank {rank}", path).items():
             pieces[parameter].append(slots)
+    return {parameter: _joined(parameter, own) for parameter, own in pieces.items()}
+
+
+def _joined(parameter: Parameter, pieces: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
+    if not pieces:  # it has no elements
+        return dict.fromkeys(("master", *_MOMENTS), parameter.weight.cast(_FLOAT32))
     return {
-        parameter: {
-            slot: concatenate([piece[slot] for piece in own], 0).reshape(parameter.weight.shape)
-            for slot in ("master", *_MOMENTS)
-        }
-        for parameter, own in pieces.items()
+        slot: concatenate([piece[slot] for piece in pieces], 0).reshape(parameter.weight.shape)
+        for slot in ("master", *_MOMENTS)
     }
 
 
