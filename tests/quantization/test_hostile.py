@@ -1,0 +1,66 @@
+"""Whatever a configuration says of quantization: numbers, or an error of ours in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anyckpt.errors import AnyckptError
+from anyckpt.quantization import METHODS, dequantize, method_of
+from anyckpt.tensor import from_array
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "num_bits": st.sampled_from([4, 8, 3]) | PLAIN,
+        "type": st.sampled_from(["int", "float"]) | PLAIN,
+        "symmetric": st.booleans() | PLAIN,
+        "group_size": st.integers(-1, 40) | PLAIN,
+        "block_structure": st.lists(st.integers(-1, 20), max_size=3) | PLAIN,
+    },
+)
+FACTS = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(sorted(METHODS)) | PLAIN},
+    optional={
+        "weight_block_size": st.lists(st.integers(-1, 1 << 40), max_size=3) | PLAIN,
+        "quant_algo": st.sampled_from(["FP8", "NVFP4", "W4A8"]) | PLAIN,
+        "format": st.sampled_from(["pack-quantized", "int-quantized", "float-quantized", "naive-quantized"]) | PLAIN,
+        "config_groups": st.dictionaries(st.text(max_size=2), st.just({}) | PLAIN, max_size=2)
+        | SETTINGS.map(lambda weights: {"group_0": {"weights": weights}}),
+        "modules_to_not_convert": st.lists(st.text(max_size=6), max_size=3) | PLAIN,
+        "ignore": st.lists(st.text(alphabet="a.*\\re:", max_size=8), max_size=3) | PLAIN,
+    },
+)
+KINDS = ("u1", "i1", "<i4", "<f4", "<i8", ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16)
+NAMES = (
+    "a.weight", "a.weight_scale", "a.weight_scale_inv", "a.weight_scale_2", "a.weight_packed", "a.weight_shape",
+    "a.weight_blocks", "a.weight_scales", "a.weight_zero_point", "a.input_scale", "b",
+)  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(st.data(), FACTS)
+def test_numbers_or_one_line(data: st.DataObject, facts: dict[str, Any]) -> None:
+    tensors = {}
+    for name in data.draw(st.sets(st.sampled_from(NAMES), max_size=6)):
+        shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=4)))
+        array = np.arange(np.prod(shape, dtype=int) * 8, dtype=np.uint8) % 3
+        kind = np.dtype(data.draw(st.sampled_from(KINDS)))
+        tensors[name] = from_array(array[: int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape))
+    assert "\n" not in method_of(facts)
+    try:
+        done = dequantize(tensors, facts, "bfloat16", "x")
+    except AnyckptError as error:
+        assert "\n" not in str(error)
+        return
+    for name, tensor in done.tensors.items():
+        assert tensor.numpy().shape == tensor.shape, name
