@@ -192,6 +192,17 @@ def test_an_adapter_of_another_base_is_refused(peft: Tensors) -> None:
         of(peft, Layers(replace(model, config=replace(model.config, num_layers=1))))
 
 
+def test_an_adapter_of_a_tied_output_layer_is_refused() -> None:
+    model = open_case("llama_tied_bf16").model
+    rows, hidden = model.config.vocab_size, model.config.hidden_size
+    tensors = {
+        f"{PREFIX}lm_head.lora_A.weight": from_array(np.ones((4, hidden), "f4")),
+        f"{PREFIX}lm_head.lora_B.weight": from_array(np.ones((rows, 4), "f4")),
+    }
+    with pytest.raises(MappingError, match="adapts the output layer, which the model shares with its embedding"):
+        of(tensors, Layers(model))
+
+
 def test_integers_are_no_factors(peft: Tensors, layers: Layers) -> None:
     name = f"{PREFIX}model.layers.1.self_attn.k_proj.lora_A.weight"
     with pytest.raises(MappingError, match="not of floating-point numbers"):

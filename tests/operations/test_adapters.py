@@ -388,6 +388,22 @@ def test_targets_without_tensors_are_told(tmp_path: Path) -> None:
     assert done.notes[1] == "the adapter's settings name modules that it has no tensors for: x_proj, lm_head"
 
 
+def test_a_tied_embedding_is_told(tmp_path: Path) -> None:
+    base = fixture_path("families/llama_tied_bf16/hf")
+    rows, hidden = anyckpt.open(base).tensors["model.embed_tokens.weight"].shape
+    module = "base_model.model.model.embed_tokens"
+    tensors = {
+        f"{module}.lora_embedding_A": from_array(np.ones((1, rows), "f4")),
+        f"{module}.lora_embedding_B": from_array(np.ones((hidden, 1), "f4")),
+    }
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    write_plan(Plan("x", (OutputFile("adapter_model.safetensors", safetensors_parts(tensors)),)), tmp_path / "a")
+    done = anyckpt.merge_lora(base, tmp_path / "a", tmp_path / "out", to="nemo2")
+    assert any("the embedding, which is the output layer, too" in note for note in done.notes)
+    assert not any("output_layer" in name for name in anyckpt.open(tmp_path / "out").tensors)
+
+
 def test_a_quantized_base(tmp_path: Path) -> None:
     """Quantized weights are numbers before anything is added to them, which has to be asked for."""
     base = fixture_path("quant/nvfp4_b/hf")
@@ -449,7 +465,7 @@ def test_what_is_not_merged(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="optimizer's state is not that of the merged weights"):
         anyckpt.merge_lora(BASE, ADAPTER, out, optimizer="keep")
     with pytest.raises(UsageError, match="means nothing when an adapter is merged"):
-        anyckpt.merge_lora(BASE, ADAPTER, out, include="*")
+        anyckpt.merge_lora(BASE, ADAPTER, out, adapter_form="fused")
     with pytest.raises(UsageError, match="holds the source|lies inside the source|are the same"):
         anyckpt.merge_lora(BASE, ADAPTER, ADAPTER)
     with pytest.raises(FormatError, match="does not exist"):
@@ -465,6 +481,16 @@ def test_a_base_of_no_known_family(tmp_path: Path) -> None:
         anyckpt.merge_lora(tmp_path / "x.safetensors", ADAPTER, tmp_path / "out", to="hf")
     anyckpt.merge_lora(tmp_path / "x.safetensors", ADAPTER, tmp_path / "out", to="hf", config=BASE / "config.json")
     assert anyckpt.open(tmp_path / "out").config["model_type"] == "llama"
+
+
+def test_some_of_the_adapter(tmp_path: Path) -> None:
+    done = anyckpt.merge_lora(BASE, ADAPTER, tmp_path / "out", exclude=["*mlp*", "*layers.0*"])
+    assert "4 updates of rank 4" in done.notes[0] and len(done.ignored) == 20
+    base, found = anyckpt.open(BASE).tensors, anyckpt.open(tmp_path / "out").tensors
+    changed = {name for name, tensor in base.items() if not np.array_equal(tensor.numpy(), found[name].numpy())}
+    assert changed == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
+    with pytest.raises(UsageError, match="no weight matches --include"):
+        anyckpt.merge_lora(BASE, ADAPTER, tmp_path / "x", include="*nothing*")
 
 
 def test_dry_run(tmp_path: Path) -> None:

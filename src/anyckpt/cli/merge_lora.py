@@ -23,6 +23,8 @@ from anyckpt.cli.layout import layout_options, layout_request
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
 @click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
 @click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
+@click.option("--include", metavar="GLOB", multiple=True, help="Take only tensors of ADAPTER whose names match.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out tensors of ADAPTER whose names match.")
 @layout_options
 @writing_options
 def command(base: str, adapter: str, destination: str, as_json: bool, **options: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +18,20 @@ from anyckpt.models.adapters import Adapter, Layers, idle, merged, read_adapter
 from anyckpt.models.config_nemo import restated
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, unused_targets
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target
-from anyckpt.operations.convert import Conversion, convert
+from anyckpt.operations.convert import Conversion, choose, convert
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.naming import identify
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
 from anyckpt.operations.recut import LayoutRequest
-from anyckpt.operations.select import matching
+from anyckpt.operations.select import as_patterns, matching
 from anyckpt.operations.supplied import read_config
 from anyckpt.tensor import LazyTensor
 
 _SHOWN = 5
+_EMBEDDING = "embedding.word_embeddings.weight"
+_TIED = "the adapter changes the embedding, which is the output layer, too: both are changed, as peft's merge does"
 
 
 def merge_lora(
@@ -43,6 +45,8 @@ def merge_lora(
     family: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     layout: LayoutRequest | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -64,10 +68,12 @@ def merge_lora(
         family: the base's model family, where it does not tell.
         config: the base's configuration, where it has none.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights; a quantized base needs one.
+        include: glob or globs of the adapter's tensors; others are left out.
+        exclude: glob or globs of the adapter's tensors to leave out.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
         force: read sources that are marked as unfinished, too.
         progress: called with (bytes done, bytes in all) from any thread.
-        options: others of ``convert``; globs of ``include`` and ``exclude`` are not among them.
+        options: others of ``convert``.
 
     Raises:
         FormatError: a source is damaged.
@@ -78,7 +84,7 @@ def merge_lora(
     """
     if not math.isfinite(scale):
         raise UsageError("--scale must be a number", found=scale)
-    for name in ("include", "exclude", "names", "adapter_form"):
+    for name in ("names", "adapter_form"):
         if options.get(name):
             raise UsageError(f"{name} means nothing when an adapter is merged", remedy="leave it out")
     if options.get("optimizer", "drop") != "drop":
@@ -95,21 +101,23 @@ def merge_lora(
     full = in_full_precision(join_ranks(stored, rules=rules), wanted, read_config(config))
     whole = full.checkpoint
     found = join_ranks(registry.read(adapter, force=force), rules=rules)
+    found, left_out = choose(found, as_patterns(include), as_patterns(exclude))
     settings = opened_adapter(found, AdapterRequest(alpha=alpha))
     _check_roles(whole, found, settings)
     assert settings is not None
     model = _model(whole, family, full.config)
     updates = read_adapter(found, settings, Layers(model))
+    tied = [_TIED] if _changes_tied(updates, model) else []
     try:
         result = _merged(whole, model, updates, scale, wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
     except AnyckptError as error:
         error.path = error.path or found.path
         raise
-    summary = [_summary(found, settings, updates, scale), *_idle(found, settings, updates), *full.notes]
+    summary = [_summary(found, settings, updates, scale), *tied, *_idle(found, settings, updates), *full.notes]
     ready = replace(
         result,
         optimizer=None,
-        ignored={**whole.ignored, **full.ignored},
+        ignored={**whole.ignored, **full.ignored, **left_out},
         warnings=[*dict.fromkeys((*summary, *whole.warnings, *found.warnings))],
     )
     return convert(
@@ -179,6 +187,12 @@ def _merged(
     return replace(
         base, tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={}, config=config
     )
+
+
+def _changes_tied(updates: Adapter, model: Model) -> bool:
+    """Whether the embedding is changed and is the output layer, too."""
+    changed = {*(target.weight for target in updates.updates), *updates.replaced}
+    return model.config.share_embeddings_and_output_weights and _EMBEDDING in changed
 
 
 def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, scale: float) -> str:

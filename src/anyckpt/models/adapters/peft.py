@@ -17,6 +17,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, check_factors, check_update, some
 from anyckpt.models.adapters.parameters import expert_updates
 from anyckpt.models.adapters.rows import PREFIX, Places, places_of, rearranged, to_hub
+from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.rules import Halves, Instance
 from anyckpt.models.variants import family_names
 from anyckpt.tensor import Constant, LazyTensor
@@ -214,6 +215,13 @@ def _place(module: str, places: Places, layers: Layers, name: str) -> tuple[Inst
     for spelled in _spellings(module, layers):
         if spelled in places:
             return places[spelled]
+    head, embedding = head_and_embedding(layers.model)
+    if f"{module}.weight" == head and layers.model.config.share_embeddings_and_output_weights:
+        raise MappingError(
+            "adapts the output layer, which the model shares with its embedding", tensor=name,
+            expected=f"a model whose {head} is not tied to {embedding}", found=module,
+            remedy="leave the tensors out with --exclude, or untie the base model as it was for training",
+        )  # fmt: skip
     raise MappingError(
         f"no rule of family {layers.model.family} has a module that this adapts",
         tensor=name, expected=f"a module such as {some(list(places)[1:3])}", found=module,
