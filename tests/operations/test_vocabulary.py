@@ -62,6 +62,12 @@ def test_other_megatron_formats_pad_alike(to: str, tmp_path: Path) -> None:
     (embedding,) = (tensor for name, tensor in opened.tensors.items() if name.endswith(EMBEDDING))
     assert embedding.shape[0] == 160 and not embedding.numpy()[TRUE:].any()
     assert list(done.notes) == inspect(tmp_path / "out").notes
+    layout = LayoutRequest(make_vocab_size_divisible_by=40, padding="repeat-last-row")
+    done = convert(fixture_path(LLAMA), tmp_path / "repeated", to=to, layout=layout)
+    assert "embedding.word_embeddings.weight: 9 copies of the last row pad the vocabulary to 160" in done.notes
+    opened = registry.read(tmp_path / "repeated")
+    (embedding,) = (tensor.numpy() for name, tensor in opened.tensors.items() if name.endswith(EMBEDDING))
+    assert np.array_equal(embedding[TRUE:], np.broadcast_to(embedding[TRUE - 1], (9, 64)))
 
 
 def test_exports_trim_exactly(tmp_path: Path) -> None:

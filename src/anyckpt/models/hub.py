@@ -23,7 +23,7 @@ from anyckpt.models.own_modules import has_own_modules, own_names
 from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names, stored_name, stored_names
 from anyckpt.models.wrappers import unwrapped
-from anyckpt.tensor import Constant, LazyTensor, Mapped
+from anyckpt.tensor import Constant, LazyTensor, Mapped, concatenate
 
 _SHOWN = 8  # names listed in a message; more do not help
 
@@ -164,12 +164,12 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
     return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected), *_left_out(found.others, config)])
 
 
-def from_hub(hub: Hub, dialect: str, *, padded: bool = True) -> Named:
+def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zeros") -> Named:
     """The hub's tensors under another naming; views only.
 
     For ``hf`` the vocabulary is cut to its true size; for Megatron's dialects (see ``dialects.DIALECTS``) it is
-    padded with zero rows to the configuration's ``rows``, unless they are to be cut for ranks, which pads by itself:
-    then ``padded`` is False.
+    padded to the configuration's ``rows`` with ``zeros`` or by ``repeat-last-row``.  What is to be cut for ranks is
+    padded when it is cut: then ``padded`` is False.
 
     Raises:
         MappingError: hub tensors are missing or of no rule, the true vocabulary is larger than what is stored, or a
@@ -184,7 +184,7 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True) -> Named:
     _check_complete([(item.hub,) for item in expected], hub.tensors, hub.model, None)
     rows = config.vocab_size if dialect == "hf" else config.rows if padded else None
     resized = {
-        item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes)
+        item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes, padding)
         if item.rule.partition == "vocabulary"
         else hub.tensors[item.hub]
         for item in expected
@@ -239,7 +239,7 @@ def _untied(hub: Hub, notes: list[str]) -> Hub:
 
 
 def _resize_vocabulary(
-    name: str, tensor: LazyTensor, rows: int | None, config: ModelConfig, notes: list[str]
+    name: str, tensor: LazyTensor, rows: int | None, config: ModelConfig, notes: list[str], padding: str
 ) -> LazyTensor:
     stored = tensor.shape[0]
     true = config.vocab_size
@@ -253,6 +253,9 @@ def _resize_vocabulary(
     if stored > rows:
         notes.append(f"{name}: {stored - rows} padding rows of the vocabulary are cut off")
         return tensor.narrow(0, 0, rows)
+    if padding == "repeat-last-row" and stored:
+        notes.append(f"{name}: {rows - stored} copies of the last row pad the vocabulary to {rows}")
+        return concatenate([tensor] + [tensor.narrow(0, stored - 1, 1)] * (rows - stored), 0)
     notes.append(f"{name}: {rows - stored} zero rows pad the vocabulary to {rows}")
     return tensor.pad(0, rows)
 

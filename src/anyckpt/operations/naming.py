@@ -48,10 +48,12 @@ class Vocabulary:
     Attributes:
         size: the true one; rows beyond it are padding.
         divisible_by: rows are padded to a multiple of this.
+        padding: what fills new rows, ``zeros`` or ``repeat-last-row``.
     """
 
     size: int | None = None
     divisible_by: int | None = None
+    padding: str = "zeros"
 
     def of(self, hub: Hub) -> Hub:
         """The hub with a model that this is said of."""
@@ -193,7 +195,7 @@ def _through_hub(
     hub = vocabulary.of(models.to_hub(checkpoint, model))
     if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(checkpoint.weights()) == "hf":
         _check_vocabulary(checkpoint, hub)
-    out = models.from_hub(hub, wanted, padded=padded)
+    out = models.from_hub(hub, wanted, padded=padded, padding=vocabulary.padding)
     renamed = _with_weights(checkpoint, out.tensors, wanted)
     if config_kind is not None and _is_spelled(checkpoint, config_kind) and PART_OF not in hub.model.config.extra:
         resized = {"vocab_size": vocabulary.size} if config_kind == "hf" and vocabulary.size is not None else {}

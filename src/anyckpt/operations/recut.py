@@ -67,7 +67,7 @@ class LayoutRequest:
     @property
     def vocabulary(self) -> Vocabulary:
         """What is said of the vocabulary."""
-        return Vocabulary(self.vocab_size, self.make_vocab_size_divisible_by)
+        return Vocabulary(self.vocab_size, self.make_vocab_size_divisible_by, self.padding)
 
     @property
     def asks_for_ranks(self) -> bool:
