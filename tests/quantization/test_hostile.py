@@ -29,7 +29,11 @@ SETTINGS = st.fixed_dictionaries(
     },
 )
 FACTS = st.fixed_dictionaries(
-    {"quant_method": st.sampled_from(sorted(METHODS)) | PLAIN},
+    {
+        "quant_method": st.sampled_from([*sorted(METHODS) * 4, None]).flatmap(
+            lambda m: PLAIN if m is None else st.just(m)
+        )
+    },
     optional={
         "weight_block_size": st.lists(st.integers(-1, 1 << 40), max_size=3) | PLAIN,
         "quant_algo": st.sampled_from(["FP8", "NVFP4", "W4A8"]) | PLAIN,
@@ -46,15 +50,27 @@ NAMES = (
     "a.weight_blocks", "a.weight_scales", "a.weight_zero_point", "a.input_scale", "b",
 )  # fmt: skip
 
+TOGETHER: tuple[tuple[str, ...], ...] = (
+    ("a.weight", "a.weight_scale_inv"), ("a.weight", "a.weight_scale"), ("a.weight_blocks", "a.weight_scales"),
+    ("a.weight", "a.weight_scale", "a.weight_scale_2"), ("a.weight_packed", "a.weight_scale", "a.weight_shape"),
+)  # fmt: skip
+SHAPES = ((3, 32), (3, 16), (3, 4), (3, 1), (1, 1), (2,), (1,), (), (2, 3, 1, 16), (2, 3, 1))
+USUAL: dict[str, tuple[Any, ...]] = {
+    "a.weight": (ml_dtypes.float8_e4m3fn, "u1", "i1"), "a.weight_packed": ("<i4",), "a.weight_scale": ("<f4",),
+    "a.weight_scale_inv": ("<f4",), "a.weight_scale_2": ("<f4",), "a.weight_shape": ("<i8",),
+    "a.weight_blocks": ("u1",), "a.weight_scales": ("u1",), "a.input_scale": ("<f4",), "b": ("<f4",),
+}  # fmt: skip
+
 
 @settings(max_examples=500)
 @given(st.data(), FACTS)
 def test_numbers_or_one_line(data: st.DataObject, facts: dict[str, Any]) -> None:
     tensors = {}
-    for name in data.draw(st.sets(st.sampled_from(NAMES), max_size=6)):
-        shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=4)))
+    usual = data.draw(st.sampled_from(TOGETHER))
+    for name in {*usual, *data.draw(st.sets(st.sampled_from(NAMES), max_size=1))}:
+        shape = data.draw(st.sampled_from(SHAPES) | st.lists(st.integers(0, 5), max_size=4).map(tuple))
         array = np.arange(np.prod(shape, dtype=int) * 8, dtype=np.uint8) % 3
-        kind = np.dtype(data.draw(st.sampled_from(KINDS)))
+        kind = np.dtype(data.draw(st.sampled_from((*USUAL.get(name, ()) * 8, *KINDS))))
         tensors[name] = from_array(array[: int(np.prod(shape)) * kind.itemsize].view(kind).reshape(shape))
     assert "\n" not in method_of(facts)
     try:
