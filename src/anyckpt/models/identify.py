@@ -80,7 +80,7 @@ def identify(
             "has no configuration, and names alone do not tell a model's heads", path=checkpoint.path,
             remedy="give one with --config",
         )  # fmt: skip
-    found = _parse(kind, values, chosen, _parts(checkpoint.weights()))
+    found = _parse(kind, values, chosen, frozenset() if kind == "hf" else _parts(checkpoint.weights()))
     if found is None:
         return None
     definition, parsed = found
