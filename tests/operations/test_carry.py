@@ -48,6 +48,15 @@ def test_ranks_through_another_format_and_back(fixture: str, through: str, tmp_p
         assert after[slot] == tensors
 
 
+def test_what_was_distributed_is_no_longer(tmp_path: Path) -> None:
+    """Rank files get the state of the optimizer that is not distributed, and say so."""
+    source = fixture_path("legacy/megatron_distopt_tp2_dp2")
+    kept = convert(source, tmp_path / "kept", to="megatron-lm", optimizer="keep")
+    assert any("without --use-distributed-optimizer" in note for note in kept.notes)
+    dropped = convert(source, tmp_path / "dropped", to="megatron-lm")
+    assert not any("distributed-optimizer" in note for note in dropped.notes)
+
+
 def test_a_format_without_place_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no place for optimizer state.*--optimizer drop"):
         convert(fixture_path(RANKS[0]), tmp_path / "out", to="safetensors", optimizer="keep")

@@ -87,7 +87,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             **checkpoint.ignored,
             **{name: _NOT_CARRIED for name in left if optimizer is None or not name.endswith(_OPTIMIZER_OBJECTS)},
         },
-        notes=_notes(step, optimizer is not None, bool(random)),
+        notes=(
+            *_notes(step, optimizer is not None, bool(random)),
+            *_of_the_optimizer(checkpoint, optimizer is not None),
+        ),
     )
 
 
@@ -97,6 +100,13 @@ def _notes(step: int, optimizer: bool, random: bool) -> tuple[str, ...]:
     if not step or not missing:
         return ()
     return (f"load it with {' '.join(missing)}" + ("" if optimizer else ", or --finetune"),)
+
+
+def _of_the_optimizer(checkpoint: Checkpoint, written: bool) -> tuple[str, ...]:
+    """What a run must know whose optimizer was distributed: this format's state is of the one that is not."""
+    if not written or checkpoint.config.get("use_distributed_optimizer") is not True:
+        return ()
+    return ("its optimizer's state is for runs without --use-distributed-optimizer; megatron-core's is for both",)
 
 
 def _by_file(shards: Sequence[RankShard], layout: ParallelLayout) -> dict[str, dict[int, RankShard]]:
