@@ -95,6 +95,37 @@ def test_it_is_the_model_that_rank_files_hold(fixture: str, sequential: bool, pr
     assert open_checkpoint(tmp_path / "core").dialect == "megatron-core"
 
 
+@pytest.mark.parametrize("wrapper", ["module.module.", "module.", ""])
+def test_the_optimizers_state_by_name(wrapper: str, tmp_path: Path) -> None:
+    """Its names are behind the wrappers of Megatron-FSDP; halves and experts go the way of their weights."""
+    model = model_state(EXPERTS, sequential=True, prefix="")
+    slots = {"exp_avg": 0.5, "exp_avg_sq": 0.25, "master_param": 1.0}
+    optimizer = {
+        "state": {
+            wrapper + name: {**{slot: value.float() * by for slot, by in slots.items()}, "step": torch.tensor(7.0)}
+            for name, value in model.items()
+            if not name.endswith("expert_bias")
+        },
+        "param_to_group_meta": {wrapper + name: {"lr": 0.1, "wd_mult": 1.0} for name in model},
+    }
+    config = registry.read(fixture_path(f"legacy/{EXPERTS}")).config
+    args = argparse.Namespace(**{name: value for name, value in config.items() if not isinstance(value, dict)})
+    state = {"args": args, "iteration": 7, "model": model, "optimizer": optimizer}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "x"), no_dist=True)
+    convert(
+        tmp_path / "x", tmp_path / "out", to="megatron-lm", optimizer="keep", layout=LayoutRequest(tensor_parallel=2)
+    )
+    opened = open_checkpoint(tmp_path / "out")
+    assert opened.optimizer is not None
+    found = opened.optimizer()
+    assert found.step == 7
+    for slot, by in {"master": 1.0, "exp_avg": 0.5, "exp_avg_sq": 0.25}.items():
+        for name, tensor in found.slots[slot].items():
+            weight = as_torch(opened.weights()[name]).float()
+            assert torch.equal(as_torch(tensor), weight * by), (slot, name)
+        assert found.slots[slot].keys() >= {name for name in opened.weights() if "linear" in name}
+
+
 def test_a_half_alone_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = model_state(DENSE, sequential=False, prefix="")
     del state["decoder.layers.2.mlp.linear_fc1.weight_v"]

@@ -12,7 +12,7 @@ Facts: ``get_optimizer_state_dict`` of ``torch/distributed/checkpoint/state_dict
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
@@ -23,6 +23,7 @@ _ENTRY = re.compile(r"(?P<root>optim|optimizer|optimizers|optimizer_states|optim
 _GROUP = re.compile(r"[a-z_]+(?:_\d+)?\.param_groups\.(?P<number>\d+)\.(?P<key>[^.]+)")
 _GROUP_BY_NAME = re.compile(r"[a-z_]+(?:_\d+)?\.(?:param_groups|param_to_group_meta)\.(?P<name>.*\D.*)\.(?P<key>[^.]+)")
 _MASTERS = ("master_param", "fp32_param", "master_weight", "param")
+_WRAPPERS = ("module.module.", "module.")
 _STEP = "step"
 
 
@@ -49,15 +50,16 @@ def read_named(checkpoint: Checkpoint) -> OptimizerState:
         entries.setdefault(parameter, {})[slot] = tensor
         if root_of.setdefault(parameter, found["root"]) != found["root"]:
             raise unproved("is trained by several optimizers", path=checkpoint.path, tensor=parameter)
-    prefix = _prefix(entries, weights, checkpoint.path)
+    weight_of = _spelling(entries, weights, checkpoint.path)
     slots: Slots = {}
     for parameter, own in entries.items():
         for slot, tensor in own.items():
             if slot != _STEP:
-                slots.setdefault(MASTER if slot in _MASTERS else slot, {})[prefix + parameter] = tensor
-    order = [name for name in weights if name.removeprefix(prefix) in entries]
+                slots.setdefault(MASTER if slot in _MASTERS else slot, {})[weight_of(parameter)] = tensor
+    has_state = set(map(weight_of, entries))
+    order = [name for name in weights if name in has_state]
     slots = {slot: {name: own[name] for name in order if name in own} for slot, own in slots.items()}
-    groups, group_of = _groups(checkpoint, prefix)
+    groups, group_of = _groups(checkpoint, weight_of)
     steps = [own.get(_STEP) for own in entries.values()]
     state = OptimizerState(
         slots=slots,
@@ -68,18 +70,25 @@ def read_named(checkpoint: Checkpoint) -> OptimizerState:
     return checked(state, weights, checkpoint.path)
 
 
-def _prefix(names: Iterable[str], weights: Mapping[str, LazyTensor], path: str) -> str:
-    """What precedes the optimizer's names in the weights' (a wrapper that the trainer saved the model in).
+def _spelling(names: Iterable[str], weights: Mapping[str, LazyTensor], path: str) -> Callable[[str], str]:
+    """From the optimizer's names to the weights'.
+
+    One of both may be behind a wrapper that the other knows nothing of: the one that the trainer saved the model in, or
+    those of Megatron-FSDP, whose optimizer says ``module.module.``.
 
     Raises:
         MappingError: no prefix fits, or several do.
     """
     known = list(names)
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) and name[len(wrapper) :] in weights for name in known):
+            return lambda name: name.removeprefix(wrapper)
     first = known[0]
     candidates = [name[: -len(first)] for name in weights if name == first or name.endswith(f".{first}")]
     fitting = [prefix for prefix in candidates if all(prefix + name in weights for name in known)]
     if len(fitting) == 1 or "" in fitting:
-        return "" if "" in fitting else fitting[0]
+        prefix = "" if "" in fitting else fitting[0]
+        return lambda name: prefix + name
     lost = next((name for name in known if name not in weights), first)
     raise unproved(
         "the optimizer's names are not the weights'",
@@ -88,7 +97,9 @@ def _prefix(names: Iterable[str], weights: Mapping[str, LazyTensor], path: str) 
     )  # fmt: skip
 
 
-def _groups(checkpoint: Checkpoint, prefix: str) -> tuple[tuple[dict[str, Any], ...], dict[str, int]]:
+def _groups(
+    checkpoint: Checkpoint, weight_of: Callable[[str], str]
+) -> tuple[tuple[dict[str, Any], ...], dict[str, int]]:
     """Hyperparameters of the groups, and the group of each parameter; groups by name are put together by content."""
     numbered: dict[tuple[str, int], dict[str, Any]] = {}
     by_name: dict[str, dict[str, Any]] = {}
@@ -107,12 +118,12 @@ def _groups(checkpoint: Checkpoint, prefix: str) -> tuple[tuple[dict[str, Any], 
     group_of: dict[str, int] = {}
     for key in sorted(numbered):
         names = numbered[key].get("params")
-        group_of.update((prefix + str(name), len(groups)) for name in (names if isinstance(names, list) else []))
+        group_of.update((weight_of(str(name)), len(groups)) for name in (names if isinstance(names, list) else []))
         groups.append(options(numbered[key]))
     for name, group in by_name.items():
         if options(group) not in groups:
             groups.append(options(group))
-        group_of[prefix + name] = groups.index(options(group))
+        group_of[weight_of(name)] = groups.index(options(group))
     return tuple(groups), group_of
 
 
