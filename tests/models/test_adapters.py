@@ -47,6 +47,7 @@ from anyckpt.tensor import Constant, LazyTensor, concatenate, from_array
 
 LORA = "families/lora_llama"
 SETTINGS = AdapterSettings(rank=4, alpha=12)
+DORA = AdapterSettings(kind="dora", rank=4, alpha=12)
 Tensors = dict[str, LazyTensor]
 
 
@@ -548,7 +549,7 @@ def dora_of(peft: Tensors, seed: int = 3) -> Tensors:
 
 def test_dora(peft: Tensors, layers: Layers) -> None:
     tensors = dora_of(peft)
-    adapter = of(tensors, layers)
+    adapter = of(tensors, layers, DORA)
     assert_equal(to_peft(adapter, layers).tensors, tensors)
     with pytest.raises(UsageError, match=r"Megatron's DoRA adapts fused weights.*--adapter-form fused"):
         to_megatron(adapter, "megatron")
@@ -575,7 +576,29 @@ def test_dora(peft: Tensors, layers: Layers) -> None:
 def test_dora_of_some_parts_is_not_fused(peft: Tensors, layers: Layers) -> None:
     tensors = {name: tensor for name, tensor in dora_of(peft).items() if ".k_proj." not in name}
     with pytest.raises(UsageError, match=r"DoRA adapts only some of the parts.*merge-lora"):
-        fused(of(tensors, layers), layers)
+        fused(of(tensors, layers, DORA), layers)
+
+
+@pytest.mark.parametrize("told", [SETTINGS, DORA, AdapterSettings(alpha=12)])
+def test_lengths_of_some_modules_are_refused(told: AdapterSettings, peft: Tensors, layers: Layers) -> None:
+    tensors = dora_of(peft)
+    del tensors[next(name for name in tensors if "magnitude" in name)]
+    with pytest.raises(MappingError, match="contradict each other on DoRA"):
+        of(tensors, layers, told)
+
+
+def test_settings_without_the_lengths_that_they_mean(peft: Tensors, layers: Layers) -> None:
+    with pytest.raises(MappingError, match=r"every module, found one without"):
+        of(peft, layers, DORA)
+    with pytest.raises(MappingError, match=r"no module, found one with it"):
+        of(dora_of(peft), layers)
+    unknown = AdapterSettings(alpha=12)
+    assert of(peft, layers, unknown).updates and of(dora_of(peft), layers, unknown).updates
+
+
+def test_an_adapter_of_nothing_is_refused(layers: Layers) -> None:
+    with pytest.raises(MappingError, match="the adapter has no tensors; copy the whole adapter"):
+        of({}, layers)
 
 
 def test_scale_of_settings() -> None:

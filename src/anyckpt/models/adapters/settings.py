@@ -44,11 +44,13 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
         layers: the base model's weights; None if its family is not known, which Megatron's names do not need.
 
     Raises:
-        MappingError: tensors are missing, of no rule, or of another base model.
+        MappingError: tensors are missing, of no rule, of another base model, or not what the settings say.
         UsageError: the scale is not known, or the base model is needed and not known.
     """
     weights = checkpoint.weights()
     try:
+        if not weights:
+            raise MappingError("the adapter has no tensors", remedy="copy the whole adapter")
         if spelling_of(checkpoint) == "peft":
             if layers is None:
                 raise UsageError(
@@ -56,7 +58,9 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
                     "which of Megatron's weights they are",
                     remedy="give the base model's config.json, or its folder, with --config",
                 )
-            return peft.from_peft(weights, lambda module, rank: scale_of(settings, module, rank), layers)
+            found = peft.from_peft(weights, lambda module, rank: scale_of(settings, module, rank), layers)
+            _check_magnitudes(found, settings)
+            return found
         config = None if layers is None else layers.model.config
         return megatron.from_megatron(
             weights,
@@ -67,6 +71,20 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
     except AnyckptError as error:
         error.path = error.path or checkpoint.path
         raise
+
+
+def _check_magnitudes(adapter: Adapter, settings: AdapterSettings) -> None:
+    """Raise MappingError unless every module has its lengths of rows, or none has, as PEFT's settings say."""
+    names = {update.magnitude is not None: update.names[0] for update in adapter.updates.values()}
+    wanted = None if settings.rank is None else settings.kind == "dora"  # without a rank there are no settings
+    if len(names) < 2 and (wanted is None or not names or wanted in names):
+        return
+    every = wanted is not False
+    raise MappingError(
+        "the adapter's settings and tensors contradict each other on DoRA", tensor=names[not every],
+        expected=f"a lora_magnitude_vector in {'every' if every else 'no'} module",
+        found="one without" if every else "one with it", remedy="copy configuration and tensors of one adapter",
+    )  # fmt: skip
 
 
 def scale_of(settings: AdapterSettings, module: str, rank: int, *, exact: bool = True) -> float:
