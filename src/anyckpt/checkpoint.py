@@ -189,7 +189,7 @@ class Checkpoint:
         details: format-specific facts for ``inspect``, as plain data.
         ranks: the ranks' shards, for formats that keep a file per rank.
         adapter: what it says of itself if it is an adapter for a base model; None if it is a model.
-        quantization: how weights are quantized, in Hugging Face's words (``quantization_config``); None if they are not.
+        quantization: how weights are quantized, in Hugging Face's words (``quantization_config``), or None.
         optimizer: finds the optimizer's state by parameter, None if there is none; raises MappingError where the
             counts or shapes in the files do not prove which parameter a state is of.
         extra_states: finds the states that modules have beside their weights (FP8 scaling) by the hub's name, None if
