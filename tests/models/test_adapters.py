@@ -596,6 +596,17 @@ def test_settings_without_the_lengths_that_they_mean(peft: Tensors, layers: Laye
     assert of(peft, layers, unknown).updates and of(dora_of(peft), layers, unknown).updates
 
 
+def test_an_adapter_of_whole_tensors_alone(peft: Tensors, layers: Layers) -> None:
+    """What modules_to_save has is the adapter's, without any factors beside it."""
+    norm = from_array(np.ones(64, "f4"))
+    saved = replace(opened({f"{PREFIX}model.norm.weight": norm}), dialect="peft")
+    found = read_adapter(saved, SETTINGS, layers)
+    assert not found.updates
+    assert found.replaced["decoder.final_layernorm.weight"][0].numpy().tobytes() == norm.numpy().tobytes()
+    with pytest.raises(UsageError, match="replaces a whole tensor"):
+        to_megatron(of_one_rank(found)[0], "megatron")
+
+
 def test_an_adapter_of_nothing_is_refused(layers: Layers) -> None:
     with pytest.raises(MappingError, match="the adapter has no tensors; copy the whole adapter"):
         of({}, layers)

@@ -206,9 +206,9 @@ def _in_form(
         raise _base_needed(checkpoint, f"--adapter-form {request.form}")
     if request.form == "canonical":
         return separated(adapter, layers)
-    before = max(update.rank for update in adapter.updates.values())
+    before = max((update.rank for update in adapter.updates.values()), default=0)
     joined = fused(adapter, layers)
-    after = max(update.rank for update in joined.updates.values())
+    after = max((update.rank for update in joined.updates.values()), default=0)
     if after > before:
         notes.append(f"fused updates have rank {after} where the adapter had {before}: {target} computes more")
     return joined

@@ -198,12 +198,14 @@ def _changes_tied(updates: Adapter, model: Model) -> bool:
 def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, scale: float) -> str:
     ranks = sorted({update.rank for update in updates.updates.values()})
     times = "" if scale == 1 else f", times {scale:g}"
-    replaced = f", and {len(updates.replaced)} whole tensors" if updates.replaced else ""
     kind = {"lora": "LoRA", "dora": "DoRA"}[settings.kind]
-    return (
-        f"merged with the {kind} adapter {os.path.basename(os.path.abspath(adapter.path))}: "
-        f"{len(updates.updates)} updates of rank {', '.join(map(str, ranks))}{times}{replaced}"
-    )
+    changes = []
+    if updates.updates:
+        changes.append(f"{len(updates.updates)} updates of rank {', '.join(map(str, ranks))}{times}")
+    if updates.replaced:
+        changes.append(f"{len(updates.replaced)} whole tensors")
+    name = os.path.basename(os.path.abspath(adapter.path))
+    return f"merged with the {kind} adapter {name}: {', and '.join(changes)}"
 
 
 def _idle(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter) -> list[str]:

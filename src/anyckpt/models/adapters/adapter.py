@@ -262,8 +262,8 @@ def of_one_rank(adapter: Adapter) -> tuple[Adapter, int, float]:
     Raises:
         UsageError: scales differ, and by more than a power of two, which alone is exact.
     """
-    rank = max(update.rank for update in adapter.updates.values())
-    scale = max(update.scale for update in adapter.updates.values())
+    rank = max((update.rank for update in adapter.updates.values()), default=0)
+    scale = max((update.scale for update in adapter.updates.values()), default=1.0)
     updates = {}
     for target, update in adapter.updates.items():
         own = scaled_to(update, scale, (update.names or (str(target),))[0])

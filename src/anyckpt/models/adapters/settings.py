@@ -22,7 +22,9 @@ def spelling_of(checkpoint: Checkpoint) -> str | None:
     names = checkpoint.weights()
     if peft.is_adapter(names):
         return "peft"
-    return "megatron" if megatron.is_adapter(names) else None
+    if megatron.is_adapter(names):
+        return "megatron"
+    return "peft" if checkpoint.dialect == "peft" and names else None  # of whole tensors alone
 
 
 def settings_of(checkpoint: Checkpoint) -> AdapterSettings | None:
