@@ -49,8 +49,9 @@ def writing_options(command: Command) -> Command:
 @click.option("--config", metavar="PATH", help="Model configuration, or a model that has it, where SRC has none.")
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
 @click.option(
-    "--names", type=click.Choice(["hf", "hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2"]),
-    help="lightning, dcp, torch, safetensors: how to name weights; as the source does if not given.",
+    "--names", metavar="DIALECT",
+    help="lightning, dcp, torch, safetensors: how to name weights (hf, hub, megatron-core, nemo-flat, nemo-sharded, "
+    "nemo2, or another package's); as the source does if not given.",
 )  # fmt: skip
 @click.option(
     "--adapter-form", type=click.Choice(["canonical", "fused"]),
