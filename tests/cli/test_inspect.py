@@ -13,6 +13,9 @@ import pytest
 from tests.cli.runner import Runner
 from tests.support import expected_of, fixture_path
 
+from anyckpt.cli.model_line import model_line
+from anyckpt.operations.inspect import _MODEL_FIELDS
+
 CONTRACT: dict[str, type | tuple[type, ...]] = {
     "path": str, "format": str, "format_version": (str, type(None)), "family": (str, type(None)), "parameters": int,
     "bytes": int, "tensor_count": int, "dtypes": dict, "layout": dict, "step": (int, type(None)),
@@ -164,6 +167,33 @@ def test_tied_weights_count_once(anyckpt: Runner) -> None:
     found = anyckpt("inspect", fixture_path("nemo/nemo1_basic_v3_0_0/toy.nemo"), "--json").json
     listed = anyckpt("inspect", fixture_path("nemo/nemo1_basic_v3_0_0/toy.nemo"), "--tensors", "*", "--json").json
     assert found["bytes"] < sum(tensor["nbytes"] for tensor in listed["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("llama", "2 layers of width 64, MLP "),
+        ("vit", "images of"), ("clip_vision", "images of"), ("t5_v1_1", "encoder and"),
+        ("megatron_bert", "2 token types, tied embeddings"), ("mixtral", "experts, 2 for a token"),
+        ("deepseek_v3", "of latent attention"), ("nemotron_h", "Mamba heads of"),
+    ],
+)  # fmt: skip
+def test_the_line_of_a_model_says_what_its_kind_has(anyckpt: Runner, name: str, line: str) -> None:
+    text = anyckpt("inspect", fixture_path(f"families/{name}/hf")).out
+    model = next(row for row in text.splitlines() if row.startswith("model "))
+    assert line in model
+    sees = "images" in line
+    assert ("tokens" in model) != sees and ("embeddings" in model) != sees
+
+
+def test_the_line_of_a_model_of_mamba_alone() -> None:
+    model = dict.fromkeys(_MODEL_FIELDS) | {
+        "num_layers": 1, "hidden_size": 1024, "ffn_hidden_size": 1024, "hybrid_override_pattern": "M",
+        "mamba_num_heads": 8, "mamba_head_dim": 64,
+    }  # fmt: skip
+    assert model_line(model) == (
+        "1 layer (1 Mamba) of width 1,024, 8 Mamba heads of 64, unknown vocabulary, untied embeddings"
+    )
 
 
 def test_a_sparse_archive_of_100_gigabytes_is_opened_without_reading_it(anyckpt: Runner, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anyckpt.cli.console import by_reason, print_json, print_line, print_note, print_table, progress_bar
+from anyckpt.cli.model_line import model_line
 
 if TYPE_CHECKING:
     from anyckpt.operations.inspect import Inspection, TensorFacts
@@ -63,7 +64,7 @@ def _print_summary(found: Inspection) -> None:
         ("path", found.path),
         ("format", " ".join(filter(None, (found.format, found.format_version)))),
         ("family", _family_line(found)),
-        ("model", _model_line(found.model)),
+        ("model", "" if found.model is None else model_line(found.model)),
         ("adapter", _adapter_line(found.adapter)),
         ("parameters", f"{found.parameters:,}" + (f" ({found.size})" if found.parameters >= 1000 else "")),
         ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),
@@ -134,21 +135,6 @@ def _family_line(found: Inspection) -> str:
     likely = found.likely_families
     family = found.family or "unknown" + (f", by names {', '.join(likely)}" if likely else "")
     return family + (f" ({found.dialect} names)" if found.dialect else "")
-
-
-def _model_line(model: dict[str, Any] | None) -> str:
-    if model is None:
-        return ""
-    rows, true = model["padded_vocab_size"], model["vocab_size"]
-    vocabulary = f"{true:,} tokens" if true is not None else "unknown vocabulary"
-    if rows is not None and rows != true:
-        vocabulary += f" padded to {rows:,} rows"
-    tied = "tied" if model["share_embeddings_and_output_weights"] else "untied"
-    return (
-        f"{model['num_layers']} layers of width {model['hidden_size']:,}, MLP {model['ffn_hidden_size']:,}, "
-        f"{model['num_attention_heads']} heads of {model['kv_channels']} in {model['num_query_groups']} groups, "
-        f"{vocabulary}, {tied} embeddings"
-    )
 
 
 def _adapter_line(adapter: dict[str, Any] | None) -> str:

@@ -1,0 +1,62 @@
+"""What a model is, in one line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+_MIXERS = {"M": "Mamba", "*": "attention", "-": "MLP", "E": "expert"}
+"""Megatron-Core's letters for the layers of a hybrid model."""
+
+
+def model_line(model: Mapping[str, Any]) -> str:
+    """The sizes that a model of its kind has.
+
+    Args:
+        model: ``Inspection.model``.
+    """
+    mixers = Counter(model["hybrid_override_pattern"] or "*-E")
+    facts = [_layers(model), f"MLP {model['ffn_hidden_size']:,}" if mixers["-"] or mixers["E"] else ""]
+    if mixers["*"]:
+        facts.append(_heads(model))
+    if mixers["M"]:
+        facts.append(f"{model['mamba_num_heads']} Mamba heads of {model['mamba_head_dim']}")
+    if model["num_moe_experts"] is not None:
+        facts.append(f"{model['num_moe_experts']} experts, {model['moe_router_topk']} for a token")
+    facts += _images(model) if model["img_h"] is not None else _vocabulary(model)
+    return ", ".join(filter(None, facts))
+
+
+def _layers(model: Mapping[str, Any]) -> str:
+    count, pattern = model["num_layers"], model["hybrid_override_pattern"]
+    if model["encoder_num_layers"] is not None:
+        layers = f"{model['encoder_num_layers']} encoder and {count} decoder layers"
+    else:
+        layers = f"{count} layer{'' if count == 1 else 's'}"
+    kinds = Counter(pattern or "")
+    known = [f"{kinds[letter]} {name}" for letter, name in _MIXERS.items() if kinds[letter]]
+    named = f" ({', '.join(known)})" if known else ""
+    return f"{layers}{named} of width {model['hidden_size']:,}"
+
+
+def _heads(model: Mapping[str, Any]) -> str:
+    heads = f"{model['num_attention_heads']} heads"
+    if model["multi_latent_attention"]:
+        return f"{heads} of latent attention"
+    groups = model["num_query_groups"]
+    return f"{heads} of {model['kv_channels']} in {groups} group{'' if groups == 1 else 's'}"
+
+
+def _vocabulary(model: Mapping[str, Any]) -> list[str]:
+    rows, true, types = model["padded_vocab_size"], model["vocab_size"], model["num_tokentypes"]
+    vocabulary = f"{true:,} tokens" if true is not None else "unknown vocabulary"
+    if rows is not None and rows != true:
+        vocabulary += f" padded to {rows:,} rows"
+    kinds = f"{types} token type{'' if types == 1 else 's'}" if types else ""
+    return [vocabulary, kinds, f"{'tied' if model['share_embeddings_and_output_weights'] else 'untied'} embeddings"]
+
+
+def _images(model: Mapping[str, Any]) -> list[str]:
+    patch = model["patch_dim"]
+    return [f"images of {model['img_h']} x {model['img_w']} pixels in patches of {patch} x {patch}"]
