@@ -7,7 +7,8 @@ options of ``TransformerConfig``, ``distributed`` says whether the optimizer is,
 iteration.  The tiny GPT is of Megatron-Core's local layers, on the CPU.  No step is taken: each slot is a function of
 the parameter's elements (see ``slots``), put where the optimizer keeps it, so that the whole model's slots are the
 same function of its weights.  Every optimizer's file is written by the rank that writes it in Megatron-LM.  With
-``load`` the folder's files are loaded into the model and the optimizer, which must then hold these slots.
+``load`` the folder's files are loaded into the model and the optimizer, which must then hold these slots; with ``core``
+a distributed checkpoint is.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ torch.Tensor.type = lambda self, *args, **options: (  # type: ignore[method-assi
 )
 torch.tensor = lambda *args, **options: _tensor(*args, **{**options, "device": "cpu"})  # type: ignore[assignment]
 
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -68,7 +70,8 @@ def built(case: dict[str, Any]) -> list[Any]:
         expert_tensor_parallel_size=world.get("expert_tensor_parallel_size"),
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm")
-    torch.manual_seed(1)  # the same whole weights everywhere: CPU initialization cuts them itself
+    # The same whole weights everywhere, because CPU initialization cuts them itself; others before they are loaded.
+    torch.manual_seed(2 if case.get("core") or case.get("load") else 1)
     virtual = world.get("virtual_pipeline_model_parallel_size")
     chunks = []
     for chunk in range(virtual or 1):
@@ -121,6 +124,9 @@ def check_loaded(optimizer: Any) -> int:
     """Compare what every optimizer holds with the slots of the weights; how many parameters there were."""
     count = 0
     for own in optimizer.chained_optimizers:
+        if hasattr(own, "gbuf_ranges"):
+            count += _check_shards(own)
+            continue
         for halves, masters in zip(own.float16_groups, own.fp32_from_float16_groups, strict=True):
             for half, master in zip(halves, masters, strict=True):
                 held = {**own.optimizer.state[master], "master": master.data}
@@ -131,6 +137,51 @@ def check_loaded(optimizer: Any) -> int:
         for group in own.optimizer.param_groups:
             assert group["lr"] == 1e-3 and group["weight_decay"] == 0.1
     return count
+
+
+def _check_shards(own: Any) -> int:
+    """How many parameters the rank has a part of."""
+    count = 0
+    for params in (*own.model_float16_groups, *own.model_fp32_groups):
+        for param in params:
+            found = own._get_model_param_range_map(param)["param"]
+            held = own._get_main_param_and_optimizer_states(param)
+            for slot, expected in slots(param.detach().view(-1)[found.start : found.end]).items():
+                assert torch.equal(held["param" if slot == "master" else slot].data, expected), (slot, param.shape)
+            count += 1
+    for group in own.optimizer.param_groups:
+        assert (group["lr"], group["weight_decay"], group["step"]) == (1e-3, 0.1, STEP)
+    return count
+
+
+def keep_steps() -> None:
+    """Let the distributed optimizer leave PyTorch's steps alone when it loads a parameter's state.
+
+    Megatron-Core 0.16 looks for them there, where only Transformer Engine's Adam, which keeps none, needs nothing.
+    """
+    kind = distrib_optimizer.DistributedOptimizer
+    load = kind._set_main_param_and_optimizer_states
+
+    def with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, place = self.model_param_group_index_map[model_param]
+        own = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        load(self, model_param, {**tensors, "step": own["step"].clone()})
+
+    kind._set_main_param_and_optimizer_states = with_step
+
+
+def load_core(path: str, chunks: list[Any], optimizer: Any) -> None:
+    """Load a distributed checkpoint, as Megatron-LM does."""
+    metadata = dist_checkpointing.load_content_metadata(path)
+    state: dict[str, Any] = {
+        f"model{n}" if len(chunks) > 1 else "model": chunk.module.module.sharded_state_dict(metadata=metadata)
+        for n, chunk in enumerate(chunks)
+    }
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    loaded = dist_checkpointing.load(state, path, strict=StrictHandling.RAISE_ALL)
+    for number, chunk in enumerate(chunks):
+        chunk.module.module.load_state_dict(loaded[f"model{number}" if len(chunks) > 1 else "model"])
+    optimizer.load_state_dict(loaded["optimizer"])
 
 
 def run(case: dict[str, Any]) -> None:
@@ -151,6 +202,12 @@ def run(case: dict[str, Any]) -> None:
     folder += f"_{pipeline:03d}" if world.get("pipeline_model_parallel_size", 1) > 1 else ""
     folder += f"_{expert:03d}" if world.get("expert_model_parallel_size", 1) > 1 else ""
     path = os.path.join(case["out"], folder)
+    if case.get("core"):
+        filled(optimizer)
+        load_core(case["core"], chunks, optimizer)
+        assert check_loaded(optimizer) > 0
+        parallel_state.destroy_model_parallel()
+        return
     if case.get("load"):
         contents = torch.load(os.path.join(path, "model_optim_rng.pt"), weights_only=False)
         for number, chunk in enumerate(chunks):
@@ -196,6 +253,7 @@ def arguments(case: dict[str, Any], world: dict[str, Any]) -> Namespace:
 
 def main(rank: int, world: int, store: str, cases: str) -> None:
     torch.set_num_threads(1)
+    keep_steps()
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )

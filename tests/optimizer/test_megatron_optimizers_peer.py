@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from anyckpt.errors import MappingError  # noqa: E402
+from anyckpt.operations.convert import convert  # noqa: E402
 from anyckpt.operations.open import open_checkpoint  # noqa: E402
 from anyckpt.operations.recut import LayoutRequest  # noqa: E402
 from anyckpt.operations.reshard import reshard  # noqa: E402
@@ -55,6 +56,15 @@ CUT = {
     "buckets": [case(1, 2), case(4, 1)],
     "virtual pipeline": [case(2, 2, vpp=2), case(1, 1)],
     "tied over stages": [case(2, 1), case(2, 2)],
+}
+
+
+CORE = {
+    "buckets": [case(2), case(1, 2), case(4, overlap=True, bucket_size=300)],
+    "tied over stages, undistributed": [case(1, 2), case(2)],
+    "experts apart": [case(2, ep=2), case(1, ep=4)],
+    "experts with the rest": [case(2), case(1, 2)],
+    "virtual pipeline": [case(1, 2, vpp=2), case(2, 2)],
 }
 
 
@@ -131,4 +141,17 @@ def test_megatron_loads_what_is_cut_for_other_layouts(saved: Path, tmp_path: Pat
             check(out)
             same = {key: SAVED[name][key] for key in ("model", "tied") if key in SAVED[name]}
             loads.append({**target, **same, "distributed": False, "load": True, "out": str(out / "iter_0000005")})
+    ran(loads, tmp_path / "run")
+
+
+def test_megatron_loads_its_distributed_checkpoints_from_us(saved: Path, tmp_path: Path) -> None:
+    """At any layout, with every key that is stored asked for, and none that is not."""
+    loads = []
+    for name, targets in CORE.items():
+        for number, target in enumerate(targets):
+            out = tmp_path / f"{name} {number}"
+            request = LayoutRequest(expert_parallel=target["world"]["expert_model_parallel_size"])
+            convert(saved / name / "iter_0000005", out, to="megatron-core", optimizer="keep", layout=request)
+            same = {key: SAVED[name][key] for key in ("model", "tied") if key in SAVED[name]}
+            loads.append({**target, **same, "core": str(out), "out": str(out)})
     ran(loads, tmp_path / "run")

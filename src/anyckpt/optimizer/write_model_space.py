@@ -1,4 +1,4 @@
-"""Laying state out as Megatron-Core's ``fully_reshardable``, which every layout loads.
+"""Laying state out as Megatron-Core's ``fully_reshardable``, which a distributed optimizer loads at every layout.
 
 Groups are Megatron's own (matrices with weight decay, the rest without; experts apart), because Megatron-Core looks
 its groups up by what they say of themselves.  The groups of another framework are kept beside them under a key that
@@ -25,6 +25,7 @@ from anyckpt.optimizer.state import MASTER, SLOTS, unproved, with_masters
 _NAMES = {MASTER: "param"}
 _PREFIX = "optimizer."
 _TYPE = "fully_reshardable"
+_DISTRIBUTED = "its optimizer's state is for runs with --use-distributed-optimizer; megatron-lm's is for those without"
 _FLOAT32 = dtype("float32")
 _APART = "experts have an optimizer of their own, as in runs with expert parallelism; for one without it choose --ep 1"
 _TOGETHER = "experts share the others' optimizer, as in runs without expert parallelism; for one with it choose --ep 2"
@@ -66,7 +67,7 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
         },
         **original_groups(state),
     }
-    warnings = list(checkpoint.warnings)
+    warnings = [*checkpoint.warnings, _DISTRIBUTED]
     if any(".experts." in name for name in state.slots[MASTER]):
         warnings.append(_APART if chained else _TOGETHER)
     known = checkpoint.details.get("common")

@@ -106,7 +106,9 @@ def _of_the_optimizer(checkpoint: Checkpoint, written: bool) -> tuple[str, ...]:
     """What a run must know whose optimizer was distributed: this format's state is of the one that is not."""
     if not written or checkpoint.config.get("use_distributed_optimizer") is not True:
         return ()
-    return ("its optimizer's state is for runs without --use-distributed-optimizer; megatron-core's is for both",)
+    return (
+        "its optimizer's state is for runs without --use-distributed-optimizer; megatron-core's is for those with it",
+    )
 
 
 def _by_file(shards: Sequence[RankShard], layout: ParallelLayout) -> dict[str, dict[int, RankShard]]:
