@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -261,3 +262,27 @@ def test_sharded_is_refused_where_it_means_nothing(anyckpt: Runner, tmp_path: Pa
     assert "--sharded means nothing for torch" in anyckpt(*words, "torch").error
     assert not list(tmp_path.iterdir())
     assert anyckpt(*words, "lightning").code == 0
+
+
+def test_parts_of_different_types_can_be_cast(anyckpt: Runner, tmp_path: Path) -> None:
+    """As the error for them says."""
+    source, plain = tmp_path / "mixed", api.open(fixture_path(LLAMA))
+    tensors = {name: t.cast("fp16") if "k_proj" in name else t for name, t in plain.tensors.items()}
+    api.convert(dataclasses.replace(plain, tensors=tensors), source, to="hf")
+    words = ("convert", source, tmp_path / "out", "--to", "megatron-core")
+    assert anyckpt(*words).error.endswith("; cast all with --dtype")
+    assert anyckpt(*words, "--dtype", "fp16").code == 0
+    assert anyckpt("verify", source).code == 0
+    api.convert(fixture_path(LLAMA), tmp_path / "plain", to="megatron-core", dtype="fp16")
+    assert anyckpt("diff", tmp_path / "out", tmp_path / "plain").code == 0
+
+
+@pytest.mark.parametrize("target", ["nemo", "megatron-core"])
+def test_a_model_that_a_framework_cannot_have_is_named(anyckpt: Runner, tmp_path: Path, target: str) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(fixture_path(LLAMA), source)
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 1e4}
+    (source / "config.json").write_text(json.dumps(config))
+    error = anyckpt("convert", source, tmp_path / "out", "--to", target).error
+    assert error.startswith(f"{source}: ") and "cannot express this rope scaling" in error

@@ -106,8 +106,16 @@ def test_parts_of_one_tensor_of_different_types() -> None:
     case = open_case("llama")
     name = "model.layers.0.self_attn.k_proj.weight"
     weights = {**case.checkpoint.tensors, name: case.checkpoint.tensors[name].cast("bf16")}
-    with pytest.raises(MappingError, match="different element types"):
+    with pytest.raises(MappingError, match=r"different element types .*; cast all with --dtype"):
         models.to_hub(with_weights(case.checkpoint, weights, "hf"), case.model)
+    hub = models.to_hub(with_weights(case.checkpoint, weights, "hf"), case.model, widen=True)
+    fused = hub.tensors["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert fused.dtype.name == "float32"
+    again = models.from_hub(hub, "hf").tensors[name]
+    assert again.cast("bf16").numpy().tobytes() == weights[name].numpy().tobytes()
+    integers = {**weights, name: from_array(np.zeros(weights[name].shape, "i1"))}
+    with pytest.raises(MappingError, match=r"different element types .*; copy the weight files again"):
+        models.to_hub(with_weights(case.checkpoint, integers, "hf"), case.model, widen=True)
 
 
 def test_rope_frequencies_are_ignored_knowingly() -> None:

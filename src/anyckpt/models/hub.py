@@ -76,8 +76,14 @@ class Named(NamedTuple):
     notes: list[str]
 
 
-def to_hub(checkpoint: Checkpoint, model: Model) -> Hub:
+def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
     """The weights of a checkpoint under the hub's names; views only, nothing is read but samples of a redundant head.
+
+    Args:
+        checkpoint: with names of any dialect.
+        model: what it was identified as.
+        widen: parts of one fused tensor that are of different floating-point types become float32, or float64 if one
+            is, which is exact: for weights that will be cast.
 
     Raises:
         MappingError: a tensor or a layer is missing, a stored name is of no rule, a shape contradicts the
@@ -86,7 +92,7 @@ def to_hub(checkpoint: Checkpoint, model: Model) -> Hub:
     weights = checkpoint.weights()
     dialect = checkpoint.dialect or dialects.detect(weights)
     if dialect == "hf":
-        return _from_family_names(weights, model, checkpoint.path)
+        return _from_family_names(weights, model, checkpoint.path, widen)
     if dialect is None:
         raise MappingError(
             "the names are neither Hugging Face's nor Megatron's", path=checkpoint.path, found=_some(weights),
@@ -128,7 +134,7 @@ def _less_one(gamma: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype
     return (wide - 1).astype(gamma.dtype)
 
 
-def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) -> Hub:
+def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str, widen: bool) -> Hub:
     definition, config = model.definition, model.config
     expected = definition.expected(config)
     found = unwrapped(weights, definition.rules, PART_OF in config.extra)
@@ -155,13 +161,28 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str) 
         shapes = operation.source_shapes(item.shape, item.config)
         for name, tensor, shape in zip(item.sources, sources, shapes, strict=True):
             _check_shape(found.stored(name), tensor, shape, item, model, path)
-            if tensor.dtype != sources[0].dtype:
-                raise MappingError(
-                    "parts of one fused tensor have different element types", path=path, tensor=found.stored(name),
-                    expected=sources[0].dtype.name, found=tensor.dtype.name, remedy="cast all with --dtype",
-                )  # fmt: skip
+        if any(tensor.dtype != sources[0].dtype for tensor in sources):
+            sources = _of_one_type([found.stored(name) for name in item.sources], sources, widen, path)
         tensors[item.hub] = operation.to_hub(sources, item.config)
     return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected), *_left_out(found.others, config)])
+
+
+def _of_one_type(names: Sequence[str], parts: list[LazyTensor], widen: bool, path: str) -> list[LazyTensor]:
+    """The parts of a fused tensor, of different types, widened if they may be.
+
+    Raises:
+        MappingError: they may not.
+    """
+    other = next(number for number, part in enumerate(parts) if part.dtype != parts[0].dtype)
+    numbers = all(part.dtype.is_floating and part.dtype.itemsize > 1 for part in parts)
+    if not (numbers and widen):
+        raise MappingError(
+            "parts of one fused tensor have different element types", path=path, tensor=names[other],
+            expected=parts[0].dtype.name, found=parts[other].dtype.name,
+            remedy="cast all with --dtype" if numbers else "copy the weight files again from the model's origin",
+        )  # fmt: skip
+    widest = dtype("float64" if any(part.dtype.itemsize == 8 for part in parts) else "float32")
+    return [part.cast(widest) for part in parts]
 
 
 def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zeros") -> Named:

@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.execute import DEFAULT_MEMORY, execute
 from anyckpt.engine.plan import Plan, SourceData, describe
-from anyckpt.errors import UsageError
+from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
@@ -199,15 +199,20 @@ def convert(
     left_out.update(full.ignored)
     told = AdapterRequest(adapter_form, alpha)
     adapter = opened_adapter(checkpoint, told, target=target, names=names, optimizer=optimizer)
-    if adapter is not None:
-        renamed = rename_adapter(
-            checkpoint, adapter, target, options, told, family=family, config=given, dtype=wanted
-        )  # fmt: skip
-    else:
-        renamed = rename_for(
-            checkpoint, target, options, family=family, config=given, dtype=wanted, names=names,
-            vocabulary=request.vocabulary,
-        )  # fmt: skip
+    try:
+        if adapter is not None:
+            renamed = rename_adapter(
+                checkpoint, adapter, target, options, told, family=family, config=given, dtype=wanted
+            )  # fmt: skip
+        else:
+            renamed = rename_for(
+                checkpoint, target, options, family=family, config=given, dtype=wanted, names=names,
+                vocabulary=request.vocabulary,
+            )  # fmt: skip
+    except AnyckptError as error:
+        if isinstance(error, MappingError) or error.tensor is not None:
+            error.path = error.path or checkpoint.path
+        raise
     if renamed.computed and optimizer == "keep":
         raise UsageError(
             "weights are computed on the way, and the optimizer's moments do not go with them", path=checkpoint.path,

@@ -178,7 +178,7 @@ def _merged(
     base: Checkpoint, model: Model, updates: Adapter, scale: float, wanted: str | None, keep: Any
 ) -> Checkpoint:
     """The base with changed weights, under its own names."""
-    stored = models.to_hub(base, model)
+    stored = models.to_hub(base, model, widen=wanted is not None)
     hub = merged(stored, updates, scale=scale, cast=_Cast(wanted, keep))
     dialect = base.dialect or dialects.detect(base.weights())
     assert dialect is not None  # to_hub has found it

@@ -192,7 +192,7 @@ def _through_hub(
     padded: bool,
     vocabulary: Vocabulary,
 ) -> Renamed:
-    hub = vocabulary.of(models.to_hub(checkpoint, model))
+    hub = vocabulary.of(models.to_hub(checkpoint, model, widen=dtype is not None))
     if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(checkpoint.weights()) == "hf":
         _check_vocabulary(checkpoint, hub)
     out = models.from_hub(hub, wanted, padded=padded, padding=vocabulary.padding)

@@ -197,7 +197,7 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
         whole = in_full_precision(whole, "bfloat16").checkpoint
         model = identify(whole)
         if model is not None:
-            models.to_hub(whole, model)
+            models.to_hub(whole, model, widen=True)
             result.checked.model = True
     except MappingError as error:
         if error.path == checkpoint.path:
