@@ -96,6 +96,6 @@ class UnitRows(Operation):
         if not self._when(config):
             return None
         return (
-            "the model's own code brings rows to length 1 before it uses them and Megatron does not: they go to Megatron "
-            "with length 1, and what Megatron trained is exact as --family llama"
+            "the model's own code brings rows to length 1 before it uses them and Megatron does not: they go to "
+            "Megatron with length 1, and what Megatron trained is exact as --family llama"
         )
