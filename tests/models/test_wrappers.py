@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.models import sparse_cases
 from tests.models.cases import FAMILIES, Case, facts, open_case, with_weights
+from tests.models.proofs import samples
 from tests.support import write_plan
 
 from anyckpt import models
@@ -24,6 +25,7 @@ from anyckpt.operations.convert import convert
 from anyckpt.tensor import LazyTensor, from_array
 
 EVERY = (*FAMILIES, *sparse_cases.FAMILIES)
+ENCODERS = ("t5_v1_1", "megatron_bert", "BertForMaskedLM", "BertModel", "vit", "vit-pooler", "clip_vision", "clip-bare")
 BASES = ("model.", "backbone.", "transformer.", "gpt_neox.")
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "language_model.")
 
@@ -48,6 +50,24 @@ def test_all_is_wrapped(name: str, wrapper: str) -> None:
     hub = found(case, wrapped)
     assert facts(hub.tensors) == facts(case.hub().tensors)
     assert hub.ignored == {}
+
+
+@pytest.mark.parametrize("wrapper", ["model.", "module.", "_orig_mod.", "module.model."])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_in_wrappers(name: str, wrapper: str) -> None:
+    """As a Lightning module's state dict has them; without configuration, names tell whose they are."""
+    checkpoint, model = samples()[name].open()
+    wrapped = {wrapper + stored: tensor for stored, tensor in checkpoint.tensors.items()}
+    assert dialects.detect(wrapped) == "hf"
+    again = replace(checkpoint, tensors=wrapped, dialect=None)
+    known = models.identify(again)
+    assert known is not None
+    assert facts(models.to_hub(again, known).tensors) == facts(models.to_hub(checkpoint, model).tensors)
+
+
+@pytest.mark.parametrize("name", ["bert_model.encoder.layer.0.output.dense.weight", "asr.encoder.block.0.weight"])
+def test_parts_of_other_models_are_not_transformers_own(name: str) -> None:
+    assert dialects.detect([name]) is None
 
 
 @pytest.mark.parametrize("base", ["", "model.language_model.", "module.", "bare."])

@@ -52,12 +52,15 @@ _PREFIXES = (
 """Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``, and
 ``enc_dec_model.`` is NeMo 1's T5."""
 
+_WRAPPERS = r"(?:(?:model|module|net|_orig_mod|_forward_module|_fsdp_wrapped_module|base_model)\.)*"
 _FAMILIES = re.compile(
     r"(?:.+\.)?(?:(?:model|language_model|backbone|gpt_neox)\.layers|transformer\.(?:h|blocks|encoder\.layers))\.\d"
-    r"|(?:(?:bert|vit|vision_model)\.)?encoder\.(?:layer\.\d|block\.\d|layers\.\d+\.self_attn\.[qkv]_proj)"
-    r"|(?:vit\.)?layers\.\d+\.attention\.[qkv]_proj"
+    rf"|{_WRAPPERS}(?:(?:bert|vit|vision_model)\.)?encoder\."
+    r"(?:layer\.\d|block\.\d|layers\.\d+\.self_attn\.[qkv]_proj)"
+    rf"|{_WRAPPERS}(?:vit\.)?layers\.\d+\.attention\.[qkv]_proj"
 )
-"""How layers are named by transformers' decoders, wrapped or not, and by its encoders."""
+"""How layers are named by transformers' decoders, wrapped or not, and by its encoders in wrappers of some names: as
+parts of other models these are not transformers' own."""
 
 _EVIDENCE = re.compile(
     EVIDENCE + r"|embedding\.word_embeddings\.weight"
