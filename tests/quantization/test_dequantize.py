@@ -341,7 +341,17 @@ def test_parts_that_do_not_fit_are_named(change: Change, problem: str, tmp_path:
         (lambda t: t.pop("m.down_proj_scales"), "'m.down_proj_blocks': is part of a quantized weight"),
         (lambda t: t.pop("m.down_proj_blocks"), "'m.down_proj_scales': is part of a quantized weight"),
         (lambda t: t.update({"m.down_proj_blocks": np.ones((2, 8), np.uint8)}), "is not blocks of a quantized weight"),
+        (
+            lambda t: t.update(
+                {"m.down_proj_blocks": np.ones((2, 8, 1, 8), np.uint8), "m.down_proj_scales": np.ones((2, 8, 1), "u1")}
+            ),
+            "is not blocks of a quantized weight .*16 bytes of a block",
+        ),
         (lambda t: t.update({"m.down_proj_scales": np.ones((2, 8, 3), np.uint8)}), "scales do not fit"),
+        (
+            lambda t: t.update({"m.down_proj_scales": np.ones((2, 8, 2), np.float32)}),
+            "scales have no such type .*expected float8_e8m0fnu, uint8, found float32",
+        ),
         (lambda t: t.update({"m.down_proj_blocks": np.ones((2, 8, 2, 16), np.float32)}), "part of a quantized weight"),
     ],
 )

@@ -34,6 +34,8 @@ _CODES = {
 """Element types of codes."""
 
 _SCALE_TYPES = {"float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "uint8"}
+_EXPONENTS = {"float8_e8m0fnu", "uint8"}
+"""Types of scales that are exponents of 2, as those of MXFP4 are: transformers takes any other for exponents too."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,14 @@ def _weight(
             remedy="dequantize the model with its own tools",
         )  # fmt: skip
     scales = tensors[stem + scheme.scales]
-    if scales.dtype.name not in _SCALE_TYPES:
+    types = _EXPONENTS if scheme.grouped else _SCALE_TYPES
+    if scales.dtype.name not in types:
         raise MappingError(
             "scales have no such type", path=path, tensor=stem + scheme.scales,
-            expected=", ".join(sorted(_SCALE_TYPES)), found=scales.dtype.name,
+            expected=", ".join(sorted(types)), found=scales.dtype.name,
         )  # fmt: skip
-    if scheme.grouped:
-        codes = _merged(name, codes, path)
+    if scheme.grouped and scheme.block is not None:
+        codes = _merged(name, codes, scheme.block[1], path)
     elements = _elements(name, codes, stem, scheme, tensors, path)
     arranged, sizes = _arranged(elements.shape, scales, scheme.block)
     if arranged is None:
@@ -190,12 +193,12 @@ def _stored_shape(stored: LazyTensor | None, ndim: int) -> Shape | None:
     return tuple(int(n) for n in stored.numpy())
 
 
-def _merged(name: str, codes: LazyTensor, path: str) -> LazyTensor:
-    """Codes ``[..., columns]`` of ``[..., blocks, bytes of a block]``."""
-    if codes.ndim < 3 or not codes.size:
+def _merged(name: str, codes: LazyTensor, width: int, path: str) -> LazyTensor:
+    """Codes ``[..., columns]`` of ``[..., blocks, bytes of a block]``, two of ``width`` codes in a byte."""
+    if codes.ndim < 3 or not codes.size or 2 * codes.shape[-1] != width:
         raise MappingError(
             "is not blocks of a quantized weight", path=path, tensor=name,
-            expected="rows, blocks of a row, bytes of a block", found=codes.shape,
+            expected=f"rows, blocks of a row, and {width // 2} bytes of a block", found=codes.shape,
         )  # fmt: skip
     return codes.reshape((*codes.shape[:-2], codes.shape[-2] * codes.shape[-1]))
 
