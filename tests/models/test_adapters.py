@@ -39,7 +39,7 @@ from anyckpt.models.adapters.megatron import from_megatron, to_megatron
 from anyckpt.models.adapters.peft_writer import to_peft
 from anyckpt.models.adapters.rows import PREFIX
 from anyckpt.models.adapters.settings import scale_of
-from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Transposed
+from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV, Transposed
 from anyckpt.models.variants import name_in_memory
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.storage import LocalFile

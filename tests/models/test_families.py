@@ -19,7 +19,8 @@ from anyckpt.models.config import Field, ModelConfig
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family
-from anyckpt.models.rules import GATE_UP, Rule
+from anyckpt.models.rule_operations import GATE_UP
+from anyckpt.models.rules import Rule
 from anyckpt.tensor import LazyTensor, from_array
 
 _SPARSE_FROM = 1

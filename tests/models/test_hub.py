@@ -16,19 +16,19 @@ from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import experts
 from anyckpt.layout.partition import Rules
-from anyckpt.models import rules
+from anyckpt.models import rule_operations
 from anyckpt.storage import ByteSource
 from anyckpt.tensor import Constant, Stored, from_array
 
 TAGS = {"col0": "column", "row1": "row", "gateup0": "gate-up", "vocab0": "vocabulary", "rep": "replicated"}
 OPERATIONS = {
-    "id": rules.IDENTITY,
-    "vocab": rules.IDENTITY,
-    "qkv": rules.INTERLEAVED_QKV,
-    "qkv_cat": rules.CONCATENATED_QKV,
-    "qkv_cat_T": rules.TRANSPOSED_CONCATENATED_QKV,
-    "T": rules.TRANSPOSED,
-    "gate_up": rules.GATE_UP,
+    "id": rule_operations.IDENTITY,
+    "vocab": rule_operations.IDENTITY,
+    "qkv": rule_operations.INTERLEAVED_QKV,
+    "qkv_cat": rule_operations.CONCATENATED_QKV,
+    "qkv_cat_T": rule_operations.TRANSPOSED_CONCATENATED_QKV,
+    "T": rule_operations.TRANSPOSED,
+    "gate_up": rule_operations.GATE_UP,
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models.config import ModelConfig
-from anyckpt.models.rules import IDENTITY, INTERLEAVED_KV, INTERLEAVED_QKV, Leading, Scaled
+from anyckpt.models.rule_operations import IDENTITY, INTERLEAVED_KV, INTERLEAVED_QKV, Leading, Scaled
 from anyckpt.tensor import Constant, from_array
 
 CONFIG = ModelConfig("t", 1, 8, 8, 2, 2, 4)

@@ -8,7 +8,8 @@ from anyckpt.models.config import Field
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import GATE_UP, Rule
+from anyckpt.models.rule_operations import GATE_UP
+from anyckpt.models.rules import Rule
 
 LAYER, HUB = "model.layers.*", "decoder.layers.*"
 

@@ -9,7 +9,7 @@ import numpy as np
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Array, Shape
 from anyckpt.models.config import ModelConfig
-from anyckpt.models.rules import Operation
+from anyckpt.models.rule_operations import Operation
 from anyckpt.storage.gather import SCRATCH_BYTES, scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers
 

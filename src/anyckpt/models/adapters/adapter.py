@@ -19,7 +19,8 @@ import numpy as np
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.config import ModelConfig
 from anyckpt.models.hub import Model
-from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Instance, Operation
+from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV, Operation
+from anyckpt.models.rules import Instance
 from anyckpt.tensor import Constant, LazyTensor, Mapped, concatenate
 
 _SPLIT: tuple[tuple[re.Pattern[str], Operation, Callable[[ModelConfig], bool]], ...] = (

@@ -18,7 +18,8 @@ from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, ch
 from anyckpt.models.adapters.parameters import expert_updates
 from anyckpt.models.adapters.rows import PREFIX, Places, places_of, rearranged, to_hub
 from anyckpt.models.hub import head_and_embedding
-from anyckpt.models.rules import Halves, Instance
+from anyckpt.models.rule_operations import Halves
+from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names
 from anyckpt.tensor import Constant, LazyTensor
 

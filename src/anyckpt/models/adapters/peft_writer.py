@@ -12,7 +12,8 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, by_weight, check_update
 from anyckpt.models.adapters.parameters import parameters
 from anyckpt.models.adapters.rows import PREFIX, from_hub, places_of, rearranged
-from anyckpt.models.rules import Instance, Transposed
+from anyckpt.models.rule_operations import Transposed
+from anyckpt.models.rules import Instance
 from anyckpt.models.variants import name_in_memory
 from anyckpt.tensor import LazyTensor
 

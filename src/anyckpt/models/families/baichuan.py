@@ -20,7 +20,8 @@ from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.families.apart import remote_code
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import CONCATENATED_QKV, Rule
+from anyckpt.models.rule_operations import CONCATENATED_QKV
+from anyckpt.models.rules import Rule
 from anyckpt.models.unit_rows import UnitRows
 
 _PACKED = ("model.layers.*.self_attn.W_pack.weight",)

@@ -16,7 +16,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import llama
 from anyckpt.models.families.apart import remote_code
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import CONCATENATED_QKV, Rule
+from anyckpt.models.rule_operations import CONCATENATED_QKV
+from anyckpt.models.rules import Rule
 
 _LAYER = "transformer.encoder.layers.*"
 _HUB = "decoder.layers.*"

@@ -15,7 +15,8 @@ from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import INTERLEAVED_QKV, Condition, Leading, Rule
+from anyckpt.models.rule_operations import INTERLEAVED_QKV, Leading
+from anyckpt.models.rules import Condition, Rule
 
 _PREFIX = "vision_model."
 _LAYER = f"{_PREFIX}encoder.layers.*"

@@ -17,7 +17,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, qwen3_moe, sparse
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import GATE_UP, Condition, Rule
+from anyckpt.models.rule_operations import GATE_UP
+from anyckpt.models.rules import Condition, Rule
 
 _ATTENTION = f"{sparse.LAYER}.self_attn"
 _HUB_ATTENTION = f"{sparse.HUB}.self_attention"

@@ -14,7 +14,8 @@ from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import CONCATENATED_QKV, TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, Operation, Rule
+from anyckpt.models.rule_operations import CONCATENATED_QKV, TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, Operation
+from anyckpt.models.rules import Rule
 
 _LAYER = "transformer.h.*"
 _HUB = "decoder.layers.*"

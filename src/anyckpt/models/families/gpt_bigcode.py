@@ -14,7 +14,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models.config import ModelConfig, Reader
 from anyckpt.models.families import gpt2, llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import IDENTITY
+from anyckpt.models.rule_operations import IDENTITY
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, sparse
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import IDENTITY, INTERLEAVED_QKV, TRANSPOSED, Operation, Rule, Transposed
+from anyckpt.models.rule_operations import IDENTITY, INTERLEAVED_QKV, TRANSPOSED, Operation, Transposed
+from anyckpt.models.rules import Rule
 from anyckpt.models.variants import Variant
 from anyckpt.models.windows import read_window, write_window
 from anyckpt.tensor import LazyTensor, concatenate

@@ -12,7 +12,8 @@ from anyckpt.models.config import Field, ModelConfig
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.registered import DECODER
-from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Rule
+from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV
+from anyckpt.models.rules import Rule
 
 _LAYER = "model.layers.*"
 _HUB = "decoder.layers.*"

@@ -20,7 +20,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader, whole
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, sparse
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import GATE_UP, Rule
+from anyckpt.models.rule_operations import GATE_UP
+from anyckpt.models.rules import Rule
 from anyckpt.models.variants import Variant
 
 _FEED = f"{sparse.LAYER}.feed_forward"

@@ -19,7 +19,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_encoders import HEADS
 from anyckpt.models.families.llama import size
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import INTERLEAVED_QKV, Condition, Rule
+from anyckpt.models.rule_operations import INTERLEAVED_QKV
+from anyckpt.models.rules import Condition, Rule
 from anyckpt.models.variants import Variant
 
 _LAYER = "bert.encoder.layer.*"

@@ -14,7 +14,8 @@ from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import CONCATENATED_QKV, Rule
+from anyckpt.models.rule_operations import CONCATENATED_QKV
+from anyckpt.models.rules import Rule
 
 _LAYER = "transformer.blocks.*"
 _HUB = "decoder.layers.*"

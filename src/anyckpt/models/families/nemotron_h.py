@@ -15,7 +15,8 @@ from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import INTERLEAVED_QKV, Condition, Rule
+from anyckpt.models.rule_operations import INTERLEAVED_QKV
+from anyckpt.models.rules import Condition, Rule
 from anyckpt.models.variants import Variant
 
 _LAYER = "backbone.layers.*"

@@ -11,7 +11,8 @@ from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.registered import DECODER
-from anyckpt.models.rules import CONCATENATED_QKV, Rule
+from anyckpt.models.rule_operations import CONCATENATED_QKV
+from anyckpt.models.rules import Rule
 
 _FUSED = (
     Rule(("model.layers.*.self_attn.qkv_proj.weight",), "decoder.layers.*.self_attention.linear_qkv.weight",

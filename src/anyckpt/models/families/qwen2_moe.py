@@ -14,7 +14,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, qwen3_moe, sparse
 from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Rule
+from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV
+from anyckpt.models.rules import Rule
 
 _ATTENTION = f"{sparse.LAYER}.self_attn"
 _SHARED = f"{sparse.LAYER}.mlp.shared_expert"

@@ -16,7 +16,8 @@ from anyckpt.errors import MappingError
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import GATE_UP, INTERLEAVED_QKV, Rule
+from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV
+from anyckpt.models.rules import Rule
 from anyckpt.models.windows import window_length
 
 _LAYER = "model.layers.*"

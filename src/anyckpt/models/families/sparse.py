@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from anyckpt.models.config import ModelConfig, Reader
 from anyckpt.models.families import llama
-from anyckpt.models.rules import GATE_UP, Rule
+from anyckpt.models.rule_operations import GATE_UP
+from anyckpt.models.rules import Rule
 
 LAYER = "model.layers.*"
 HUB = "decoder.layers.*"

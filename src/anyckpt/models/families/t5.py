@@ -23,17 +23,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_encoders import RELATIVE, attention_scalar
 from anyckpt.models.families.llama import size
 from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import (
-    GATE_UP,
-    IDENTITY,
-    INTERLEAVED_KV,
-    INTERLEAVED_QKV,
-    Condition,
-    Operation,
-    Partition,
-    Rule,
-    Scaled,
-)
+from anyckpt.models.rule_operations import GATE_UP, IDENTITY, INTERLEAVED_KV, INTERLEAVED_QKV, Operation, Scaled
+from anyckpt.models.rules import Condition, Partition, Rule
 
 
 def _softmax(config: ModelConfig) -> float:

@@ -18,7 +18,8 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import clip_vision
 from anyckpt.models.families.clip_vision import PARTS
 from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import Leading, Rule
+from anyckpt.models.rule_operations import Leading
+from anyckpt.models.rules import Rule
 from anyckpt.models.variants import Variant
 
 _LAYER = "vit.encoder.layer.*"
