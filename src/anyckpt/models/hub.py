@@ -7,25 +7,25 @@ The hub's tensors have Megatron-Core's names in Transformer Engine spelling, who
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from anyckpt.checkpoint import Checkpoint, storage_key
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models import dialects
+from anyckpt.models.complete import SHOWN, check_complete, some
 from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig, padded
+from anyckpt.models.copies import check_tied, drop_copies
 from anyckpt.models.family import Family
 from anyckpt.models.own_modules import has_own_modules, own_names
 from anyckpt.models.rules import Instance
 from anyckpt.models.variants import family_names, stored_name, stored_names
 from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import Constant, LazyTensor, Mapped, concatenate
-
-_SHOWN = 8  # names listed in a message; more do not help
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,18 @@ def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
         return _from_family_names(weights, model, checkpoint.path, widen)
     if dialect is None:
         raise MappingError(
-            "the names are neither Hugging Face's nor Megatron's", path=checkpoint.path, found=_some(weights),
+            "the names are neither Hugging Face's nor Megatron's", path=checkpoint.path, found=some(weights),
             remedy="convert names unchanged, to safetensors, torch or dcp",
         )  # fmt: skip
     named, ignored = dialects.to_hub_names(weights)
     notes = list(model.notes)
     expected = model.definition.expected(model.config)
     _drop_tied_copy(named, model, ignored)
-    ignored |= _drop_copies(named, model.definition.twins, checkpoint.path)
+    ignored |= drop_copies(named, model.definition.twins, checkpoint.path)
     for item in expected:
         if item.rule.optional:
             named.setdefault(item.hub, Constant(dtype(model.config.dtype or "float32"), item.shape))
-    _check_complete([(item.hub,) for item in expected], named, model, checkpoint.path)
+    check_complete([(item.hub,) for item in expected], named, model.family, checkpoint.path)
     for item in expected:
         _check_shape(item.hub, named[item.hub], item.shape, item, model, checkpoint.path)
     hub = Hub(model, {item.hub: named[item.hub] for item in expected}, ignored, notes)
@@ -145,12 +145,12 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str, 
     variants = definition.hugging_face.variants
     if any(variant.written for variant in variants) and all(stored_name(name, variants) == name for name in kept):
         whole = {stored_name(name, variants): None for item in expected for name in item.sources}
-        _check_complete([tuple(whole)], kept, model, path, found.stored)
+        check_complete([tuple(whole)], kept, model.family, path, found.stored)
     kept = family_names(kept, variants)
-    copies = _drop_copies(kept, definition.hugging_face.copies, path)
+    copies = drop_copies(kept, definition.hugging_face.copies, path)
     ignored |= {found.stored(name): reason for name, reason in copies.items()}
     ignored |= {found.stored(name): reason for name, reason in _redundant_heads(kept, model, path).items()}
-    _check_complete([item.sources for item in expected], kept, model, path, found.stored)
+    check_complete([item.sources for item in expected], kept, model.family, path, found.stored)
     tensors: dict[str, LazyTensor] = {}
     for item in expected:
         if not item.sources:
@@ -202,7 +202,7 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
         hub = _untied(hub, notes)
     definition, config = hub.model.definition, hub.model.config
     expected = definition.expected(config)
-    _check_complete([(item.hub,) for item in expected], hub.tensors, hub.model, None)
+    check_complete([(item.hub,) for item in expected], hub.tensors, hub.model.family, None)
     rows = config.vocab_size if dialect == "hf" else config.rows if padded else None
     resized = {
         item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes, padding)
@@ -290,58 +290,8 @@ def _left_out(names: Sequence[str], config: ModelConfig) -> Iterator[str]:
         parts = dict.fromkeys(name.removeprefix("model.").partition(".")[0] for name in names)
         yield (
             f"only the text part of the {config.extra[PART_OF]} model is taken: {len(names)} tensors of "
-            f"{', '.join(list(parts)[:_SHOWN])} are left out"
+            f"{', '.join(list(parts)[:SHOWN])} are left out"
         )
-
-
-def _check_complete(
-    expected: Iterable[tuple[str, ...]],
-    found: Mapping[str, LazyTensor],
-    model: Model,
-    path: str | None,
-    spelled: Callable[[str], str] = str,
-) -> None:
-    """Every expected name is there and no other one, or an error with both lists, as they are spelled in the file."""
-    wanted = [name for names in expected for name in names]
-    missing = [spelled(name) for name in wanted if name not in found]
-    unknown = sorted(map(spelled, found.keys() - set(wanted)), key=_natural)
-    if not missing and not unknown:
-        return
-    problems = []
-    if missing:
-        layers = _whole_layers(missing, list(map(spelled, wanted)))
-        text = f"layer {', '.join(map(str, layers[:_SHOWN]))} is missing: " if layers else ""
-        problems.append(f"{text}{len(missing)} tensors of the model are missing: {_some(missing)}")
-    if unknown:
-        problems.append(f"no rule of family {model.family} covers {len(unknown)} tensors: {_some(unknown)}")
-    remedy = "copy the missing files; if the configuration is wrong, give the right one with --config"
-    if unknown:
-        remedy = (
-            "choose another --family, give the right configuration with --config, leave the tensors out with "
-            "--exclude, or convert names unchanged to safetensors"
-        )
-    raise MappingError(
-        "; ".join(problems),
-        path=path,
-        tensor=(missing or unknown)[0] if len(missing or unknown) == 1 else None,
-        remedy=remedy,
-    )
-
-
-def _whole_layers(missing: list[str], wanted: list[str]) -> list[int]:
-    """Layers of which nothing is there, if all that is missing belongs to such layers."""
-    lost = _by_layer(missing)
-    layers = _by_layer(wanted)
-    whole = [layer for layer, names in lost.items() if layer is not None and len(names) == len(layers[layer])]
-    return sorted(whole) if len(whole) == len(lost) else []
-
-
-def _by_layer(names: Iterable[str]) -> dict[int | None, list[str]]:
-    grouped: dict[int | None, list[str]] = {}
-    for name in names:
-        match = re.search(r"\.(\d+)\.", name)
-        grouped.setdefault(int(match[1]) if match else None, []).append(name)
-    return grouped
 
 
 def _check_shape(
@@ -388,7 +338,7 @@ def _redundant_heads(kept: dict[str, LazyTensor], model: Model, path: str) -> di
     head, embedding = head_and_embedding(model)
     if head not in kept or embedding not in kept:
         return {}
-    _check_equal(head, kept.pop(head), kept[embedding], path)
+    check_tied(head, kept.pop(head), kept[embedding], path)
     return {head: f"tied to {embedding}"}
 
 
@@ -404,69 +354,9 @@ def _drop_tied_copy(named: dict[str, LazyTensor], model: Model, ignored: dict[st
     for name in ("output_layer.weight", "lm_head.output_layer.weight"):
         head = named.get(name)
         if model.config.share_embeddings_and_output_weights and head is not None and embedding is not None:
-            _check_equal(name, head, embedding, None)
+            check_tied(name, head, embedding, None)
             del named[name]
             ignored[name] = "tied to embedding.word_embeddings.weight"
-
-
-def _drop_copies(tensors: dict[str, LazyTensor], pairs: Iterable[tuple[str, str]], path: str) -> dict[str, str]:
-    """Take out tensors that are there under two names; one that is there under the second alone gets the first."""
-    dropped: dict[str, str] = {}
-    for name, first in pairs:
-        copy = tensors.pop(name, None)
-        if copy is None:
-            continue
-        if first not in tensors:
-            tensors[first] = copy
-            continue
-        original = tensors[first]
-        if not _is_equal(copy, original):
-            raise MappingError(
-                f"differs from {first}, though it is the same tensor in every model of the family",
-                path=path, tensor=name, expected=f"{original.dtype.name} {original.shape} with equal values",
-                found=f"{copy.dtype.name} {copy.shape}", remedy="--exclude the one that is wrong",
-            )  # fmt: skip
-        dropped[name] = f"the same tensor as {first}"
-    return dropped
-
-
-def _check_equal(name: str, tensor: LazyTensor, other: LazyTensor, path: str | None) -> None:
-    if _is_equal(tensor, other):
-        return
-    raise MappingError(
-        "differs from the embedding although the configuration ties them", path=path, tensor=name,
-        expected=f"{other.dtype.name} {other.shape} with equal values", found=f"{tensor.dtype.name} {tensor.shape}",
-        remedy="if the model is untied, give a configuration that says so with --config, else --exclude the tensor",
-    )  # fmt: skip
-
-
-def _is_equal(tensor: LazyTensor, other: LazyTensor) -> bool:
-    """Compare a few rows: enough to notice a tie that the configuration claims and the weights do not have."""
-    if tensor.shape != other.shape or tensor.dtype != other.dtype or not tensor.ndim:
-        return False
-    key = storage_key(tensor)
-    if (key is not None and key == storage_key(other)) or not tensor.size:
-        return True
-    return all(_same(tensor[row], other[row]) for row in sorted({0, tensor.shape[0] // 2, tensor.shape[0] - 1}))
-
-
-def _same(one: LazyTensor, other: LazyTensor) -> bool:
-    first = np.empty(one.shape, one.dtype.raw)
-    second = np.empty(other.shape, other.dtype.raw)
-    one.read_box((0,) * one.ndim, first)
-    other.read_box((0,) * other.ndim, second)
-    return first.tobytes() == second.tobytes()
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names, key=_natural)
-    more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() and len(part) < 18 else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def true_vocabulary(rows: int, config: ModelConfig, tokens: int | None) -> tuple[int, str | None]:
