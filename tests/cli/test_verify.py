@@ -200,3 +200,25 @@ def test_what_its_framework_refuses_is_not_sound(
     found = anyckpt("verify", path, "--json")
     assert found.code == 1
     assert any(problem in entry["problem"] for entry in found.json["problems"])
+
+
+ADAPTER = "families/lora_llama/hf_adapter"
+
+
+def test_a_whole_adapter_is_sound(anyckpt: Runner, tmp_path: Path) -> None:
+    assert anyckpt("verify", fixture_path(ADAPTER)).code == 0
+    words = ("convert", fixture_path(ADAPTER), tmp_path / "fused", "--to", "megatron-core", "--adapter-form", "fused")
+    assert anyckpt(*words, "--config", fixture_path("families/llama/hf")).code == 0
+    assert anyckpt("verify", tmp_path / "fused").code == 0
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_an_adapter_without_one_factor_is_damaged(factor: str, anyckpt: Runner, tmp_path: Path) -> None:
+    name = f"base_model.model.model.layers.1.mlp.down_proj.{factor}.weight"
+    words = ("convert", fixture_path(ADAPTER), tmp_path / "part", "--to", "safetensors", "--exclude", name)
+    assert anyckpt(*words).code == 0
+    shutil.copytree(fixture_path(ADAPTER), tmp_path / "adapter")
+    shutil.copy(tmp_path / "part", tmp_path / "adapter" / "adapter_model.safetensors")
+    result = anyckpt("verify", tmp_path / "adapter")
+    assert result.code == 1
+    assert f"has no {factor}" in result.out + result.err

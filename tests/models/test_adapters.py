@@ -202,6 +202,15 @@ def test_an_adapter_of_a_tied_output_layer_is_refused() -> None:
     }
     with pytest.raises(MappingError, match="adapts the output layer, which the model shares with its embedding"):
         of(tensors, Layers(model))
+    attended = model.config.num_attention_heads * model.config.kv_channels
+    module = f"{PREFIX}model.layers.0.self_attn.o_proj"
+    saved = {
+        f"{PREFIX}lm_head.weight": from_array(np.ones((rows, hidden), "f4")),
+        f"{module}.lora_A.weight": from_array(np.ones((4, attended), "f4")),
+        f"{module}.lora_B.weight": from_array(np.ones((hidden, 4), "f4")),
+    }
+    with pytest.raises(MappingError, match="an output layer of its own, and the base model's is tied"):
+        of(saved, Layers(model))
 
 
 def test_integers_are_no_factors(peft: Tensors, layers: Layers) -> None:

@@ -13,6 +13,7 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Model, dialects
 from anyckpt.models.adapters import (
+    KINDS,
     Adapter,
     Layers,
     completed,
@@ -31,7 +32,6 @@ from anyckpt.operations.naming import Renamed
 from anyckpt.tensor import LazyTensor
 
 FORMS = ("canonical", "fused")
-_KINDS = ("lora", "dora")
 _ONE_RANK = (
     "NeMo 2.5 and Megatron-Bridge 0.4 load canonical adapters of gate and up projections in the right order of rows at "
     "tensor parallel size 1 only; the fused form (--adapter-form fused) loads at any"
@@ -89,7 +89,7 @@ def opened_adapter(
             "is an adapter, of which only the tensors are converted", path=checkpoint.path,
             remedy="leave --names out" if names is not None else "leave --optimizer keep out",
         )  # fmt: skip
-    if settings.kind not in _KINDS:
+    if settings.kind not in KINDS:
         raise UsageError(
             "the adapter is of a kind that is not understood", path=checkpoint.path, expected="LoRA or DoRA",
             found=settings.kind, remedy="merge it into its base with the library that made it",

@@ -12,6 +12,7 @@ from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
+from anyckpt.models import adapters
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.naming import identify
 from anyckpt.operations.open import join_ranks
@@ -190,6 +191,9 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
     try:
         whole = join_ranks(checkpoint)
         result.warnings += [text for text in whole.warnings if text not in result.warnings]
+        if adapters.settings_of(whole) is not None:
+            _check_adapter(whole, result)
+            return
         if whole.quantization is not None and not quantization.is_understood(whole.quantization):
             method = quantization.method_of(whole.quantization)
             result.warnings.append(f"whether the model is complete is not known: it is quantized by {method}")
@@ -203,6 +207,14 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
         if error.path == checkpoint.path:
             error.path = None
         result.problems.append(Problem(checkpoint.path, str(error)))
+
+
+def _check_adapter(checkpoint: Checkpoint, result: Verification) -> None:
+    settings = adapters.settings_of(checkpoint)
+    if settings is not None and settings.kind not in adapters.KINDS:
+        result.warnings.append(f"whether the adapter is complete is not known: it is of kind {settings.kind}")
+        return
+    adapters.check_adapter(checkpoint)
 
 
 def _check_values(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:

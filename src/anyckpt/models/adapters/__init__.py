@@ -14,13 +14,15 @@ from anyckpt.models.adapters.adapter import (
     without_empty,
 )
 from anyckpt.models.adapters.merge import idle, merged
-from anyckpt.models.adapters.settings import read_adapter, settings_of, spelling_of, with_alpha
+from anyckpt.models.adapters.settings import KINDS, check_adapter, read_adapter, settings_of, spelling_of, with_alpha
 
 __all__ = [
+    "KINDS",
     "Adapter",
     "Layers",
     "LowRank",
     "Target",
+    "check_adapter",
     "completed",
     "fused",
     "idle",

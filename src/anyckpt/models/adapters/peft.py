@@ -96,6 +96,16 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
     return adapter
 
 
+def check_pairs(tensors: Mapping[str, LazyTensor]) -> None:
+    """Check what needs no base model: that every module has both factors, and that they fit together.
+
+    Raises:
+        MappingError: they do not.
+    """
+    for module, own in _by_module(tensors)[0].items():
+        _update(module, own, lambda name, rank: 1.0)
+
+
 def _by_module(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, _Module], dict[str, str]]:
     """Factors by the family's module name, and whole tensors: the family's name -> the stored one.
 
@@ -253,14 +263,22 @@ def _replaced(
     by_source = {
         source: (item, number) for item in layers.instances.values() for number, source in enumerate(item.sources)
     }
+    model = layers.model
+    head, _ = head_and_embedding(model)
     result: dict[str, dict[int, LazyTensor]] = {}
     for plain_name, stored in saved.items():
         stem, _, kind = plain_name.rpartition(".")
         known = (f"{spelled}.{kind}" for spelled in _spellings(stem, layers))
         source = next((name for name in known if name in by_source), None)
+        if source is None and stem == head.removesuffix(".weight") and model.config.share_embeddings_and_output_weights:
+            raise MappingError(
+                "the adapter has an output layer of its own, and the base model's is tied to its embedding",
+                tensor=stored, expected=f"an untied model of family {model.family}",
+                remedy="merge it with peft, whose model is untied by it, or leave the tensor out with --exclude",
+            )  # fmt: skip
         if source is None:
             raise MappingError(
-                f"is neither an adapter's factor nor a weight of family {layers.model.family}", tensor=stored,
+                f"is neither an adapter's factor nor a weight of family {model.family}", tensor=stored,
                 expected="...lora_A.weight, ...lora_B.weight, or a weight of the base model",
                 remedy="leave it out with --exclude",
             )  # fmt: skip

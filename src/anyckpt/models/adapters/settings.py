@@ -13,6 +13,9 @@ from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.models.adapters import megatron, peft
 from anyckpt.models.adapters.adapter import Adapter, Layers
 
+KINDS = ("lora", "dora")
+"""Kinds of adapters that are understood."""
+
 _LONGEST_PATTERN = 200
 _MOST_REPEATS = 3
 
@@ -73,6 +76,21 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
     except AnyckptError as error:
         error.path = error.path or checkpoint.path
         raise
+
+
+def check_adapter(checkpoint: Checkpoint) -> None:
+    """Check an adapter by itself, without its base model: every update has both factors, and they fit together.
+
+    Raises:
+        MappingError: they do not, or a tensor is not an adapter's.
+    """
+    weights = checkpoint.weights()
+    if not weights:
+        raise MappingError("the adapter has no tensors", remedy="copy the whole adapter")
+    if spelling_of(checkpoint) == "peft":
+        peft.check_pairs(weights)
+    else:
+        megatron.from_megatron(weights, lambda weight, rank: 1.0)
 
 
 def _check_magnitudes(adapter: Adapter, settings: AdapterSettings) -> None:
