@@ -85,7 +85,7 @@ class _Kind:
         for name in stored:
             explained = _explained(family, by_hub, name)
             hubs.update(explained)
-            if not explained and not any(pattern.fullmatch(name) for pattern in _ignorable(family)):
+            if not explained and not any(pattern.fullmatch(name) for pattern in _ignorable(family.name)):
                 self.strange.append(stored[name])
         absent = {rule.hub for rule in rules} - hubs
         needed = sum(_OPTIONAL.fullmatch(hub) is None for hub in absent)
@@ -105,28 +105,26 @@ def _said(hubs: Iterable[str]) -> dict[str, bool]:
 
 
 def _explained(family: Family, by_hub: bool, name: str) -> list[str]:
-    """The hub patterns that a name is of."""
-    return [hub for pattern, hub in _patterns(family.name, by_hub) if pattern.fullmatch(name)]
+    """The hub patterns that a name may be of."""
+    return _hubs(family.name, by_hub).get(_INDEX.sub("*", name), [])
 
 
 @cache
-def _patterns(family: str, by_hub: bool) -> list[tuple[re.Pattern[str], str]]:
+def _hubs(family: str, by_hub: bool) -> dict[str, list[str]]:
+    """Hub patterns by kind of name: looked up, because compiling every family's patterns takes longer than reading."""
     definition = by_name(family)
-    if by_hub:
-        return [(_compiled(rule.hub), rule.hub) for rule in definition.rules]
     hubs: dict[str, list[str]] = {}
     for rule in definition.rules:
-        for source in rule.source:
-            hubs.setdefault(source, []).append(rule.hub)
-    for variant in definition.hugging_face.variants:
+        for source in (rule.hub,) if by_hub else rule.source:
+            hubs.setdefault(_INDEX.sub("*", source), []).append(rule.hub)
+    for variant in () if by_hub else definition.hugging_face.variants:
         for name in variant.names:
-            hubs.setdefault(variant.stored, []).extend(hubs.get(name, ()))
-    return [(_compiled(pattern), hub) for pattern, found in hubs.items() for hub in found]
+            stored = hubs.setdefault(_INDEX.sub("*", variant.stored), [])
+            stored.extend(hubs.get(_INDEX.sub("*", name), ()))
+    return hubs
 
 
-def _ignorable(family: Family) -> list[re.Pattern[str]]:
-    return [re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")) for pattern, _ in family.ignorable]
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+@cache
+def _ignorable(family: str) -> list[re.Pattern[str]]:
+    patterns = by_name(family).ignorable
+    return [re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")) for pattern, _ in patterns]

@@ -13,7 +13,6 @@ from anyckpt.display import html_table
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.operations.adapters import facts as adapter_facts
 from anyckpt.operations.full_precision import obstacle, seen_in_full_precision
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
@@ -240,12 +239,22 @@ def inspect(
         objects=list(checkpoint.objects),
         values=to_plain(checkpoint.objects),
         details=to_plain(checkpoint.details),
-        adapter=adapter_facts(checkpoint),
+        adapter=_adapter(checkpoint),
         warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
         notes=_notes(checkpoint.path),
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
     )
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What an adapter says of itself, None of a model."""
+    named = checkpoint.adapter is not None or checkpoint.dialect == "peft"
+    if not named and not any("lora_" in name or ".adapter" in name for name in checkpoint.weights()):
+        return None  # no name of an adapter's is without one of these
+    from anyckpt.operations.adapters import facts
+
+    return facts(checkpoint)
 
 
 def _notes(path: str) -> list[str]:
