@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any, TypeVar
 
 from anyckpt.errors import UsageError
@@ -11,9 +13,35 @@ Value = TypeVar("Value")
 
 def registered(group: str) -> dict[str, Any]:
     """The entry points of a group by name; what they name is not imported yet."""
+    if not _is_mentioned(group):
+        return {}
     from importlib.metadata import entry_points
 
     return {point.name: point for point in entry_points(group=group)}
+
+
+def _is_mentioned(group: str) -> bool:
+    """Whether an installed package may have entry points of the group.
+
+    Importing what reads them properly takes longer than opening a checkpoint, and most have none to read.
+    """
+    wanted = group.encode()
+    for folder in sys.path:
+        try:
+            names = os.listdir(folder or os.curdir)
+        except NotADirectoryError:
+            return True  # an archive, whose contents only the proper reader sees
+        except OSError:
+            continue
+        for name in names:
+            if name.endswith((".dist-info", ".egg-info")):
+                try:
+                    with open(os.path.join(folder, name, "entry_points.txt"), "rb") as file:
+                        if wanted in file.read():
+                            return True
+                except OSError:
+                    continue
+    return False
 
 
 def loaded(point: Any, kind: type[Value]) -> Value:

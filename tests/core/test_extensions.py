@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,15 @@ def test_what_needs_no_package_does_not_load_it(tmp_path: Path) -> None:
     environment = with_package(tmp_path, "families", "1 / 0")
     command = [sys.executable, "-m", "anyckpt", "inspect", str(fixture_path("families/llama/hf"))]
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+
+
+def test_what_an_archive_registers_is_not_passed_over(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "packages.zip", "w") as archive:
+        archive.writestr("odd-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
+        archive.writestr("odd-1.0.dist-info/entry_points.txt", "[anyckpt.formats]\nthing = odd:THING\n")
+        archive.writestr("odd.py", "1 / 0")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "packages.zip")}
+    command = [sys.executable, "-m", "anyckpt", "inspect", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'thing' of anyckpt.formats" in done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import metadata
-from typing import Any
 
 import numpy as np
 import pytest
@@ -86,10 +84,7 @@ class EntryPoint:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def entry_points(group: str) -> list[Any]:
-        return [EntryPoint()] if group == "anyckpt.families" else []
-
-    monkeypatch.setattr(metadata, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "registered", lambda group: {"test_moe": EntryPoint()})
     registry._registered.cache_clear()
     yield
     registry._registered.cache_clear()

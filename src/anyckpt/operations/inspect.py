@@ -13,7 +13,6 @@ from anyckpt.display import html_table
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.operations.full_precision import obstacle, seen_in_full_precision
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
@@ -199,7 +198,7 @@ def inspect(
     if names not in ("stored", "hub"):
         raise UsageError("unknown kind of names", expected="stored or hub", found=names)
     checkpoint = _joined(source if isinstance(source, Checkpoint) else registry.read(source))
-    numbers = seen_in_full_precision(checkpoint)
+    numbers = _as_numbers(checkpoint)
     model, warning = _identify(numbers)
     listed = None
     globs = as_patterns(tensors)
@@ -245,6 +244,20 @@ def inspect(
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
     )
+
+
+def _as_numbers(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.quantization is None:
+        return checkpoint
+    from anyckpt.operations.full_precision import seen_in_full_precision
+
+    return seen_in_full_precision(checkpoint)
+
+
+def _obstacle(checkpoint: Checkpoint) -> MappingError | None:
+    from anyckpt.operations.full_precision import obstacle
+
+    return obstacle(checkpoint)
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -299,7 +312,7 @@ def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
     try:
         return identify(checkpoint), None
     except AnyckptError as error:
-        return None, f"the model family cannot be told: {obstacle(checkpoint) or error}"
+        return None, f"the model family cannot be told: {_obstacle(checkpoint) or error}"
 
 
 def _hub_names(checkpoint: Checkpoint, model: Model | None, why: str | None) -> dict[str, LazyTensor]:
