@@ -82,14 +82,20 @@ class LlamaShape(Shape):
             found[name + "self_attn.k_proj.weight"] = (self.kv_heads * head, self.hidden)
             found[name + "self_attn.v_proj.weight"] = (self.kv_heads * head, self.hidden)
             found[name + "self_attn.o_proj.weight"] = (self.hidden, self.heads * head)
-            found[name + "mlp.gate_proj.weight"] = (self.intermediate, self.hidden)
-            found[name + "mlp.up_proj.weight"] = (self.intermediate, self.hidden)
-            found[name + "mlp.down_proj.weight"] = (self.hidden, self.intermediate)
+            found.update({name + key: dimensions for key, dimensions in self.mlp().items()})
             found[name + "input_layernorm.weight"] = (self.hidden,)
             found[name + "post_attention_layernorm.weight"] = (self.hidden,)
         found["model.norm.weight"] = (self.hidden,)
         found["lm_head.weight"] = (self.vocabulary, self.hidden)
         return found
+
+    def mlp(self) -> dict[str, tuple[int, ...]]:
+        """A layer's MLP."""
+        return {
+            "mlp.gate_proj.weight": (self.intermediate, self.hidden),
+            "mlp.up_proj.weight": (self.intermediate, self.hidden),
+            "mlp.down_proj.weight": (self.hidden, self.intermediate),
+        }
 
     def config(self) -> dict[str, Any]:
         return _config(
@@ -101,36 +107,18 @@ class LlamaShape(Shape):
 
 
 @dataclass(frozen=True)
-class MixtralShape(Shape):
+class MixtralShape(LlamaShape):
     """Dimensions, as in ``config.json``."""
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
     experts: int
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        head = self.hidden // self.heads
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
-        for layer in range(self.layers):
-            name = f"model.layers.{layer}."
-            found[name + "self_attn.q_proj.weight"] = (self.heads * head, self.hidden)
-            found[name + "self_attn.k_proj.weight"] = (self.kv_heads * head, self.hidden)
-            found[name + "self_attn.v_proj.weight"] = (self.kv_heads * head, self.hidden)
-            found[name + "self_attn.o_proj.weight"] = (self.hidden, self.heads * head)
-            found[name + "block_sparse_moe.gate.weight"] = (self.experts, self.hidden)
-            for expert in range(self.experts):
-                each = f"{name}block_sparse_moe.experts.{expert}."
-                found[each + "w1.weight"] = (self.intermediate, self.hidden)
-                found[each + "w2.weight"] = (self.hidden, self.intermediate)
-                found[each + "w3.weight"] = (self.intermediate, self.hidden)
-            found[name + "input_layernorm.weight"] = (self.hidden,)
-            found[name + "post_attention_layernorm.weight"] = (self.hidden,)
-        found["model.norm.weight"] = (self.hidden,)
-        found["lm_head.weight"] = (self.vocabulary, self.hidden)
+    def mlp(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"block_sparse_moe.gate.weight": (self.experts, self.hidden)}
+        for expert in range(self.experts):
+            each = f"block_sparse_moe.experts.{expert}."
+            found[each + "w1.weight"] = (self.intermediate, self.hidden)
+            found[each + "w2.weight"] = (self.hidden, self.intermediate)
+            found[each + "w3.weight"] = (self.intermediate, self.hidden)
         return found
 
     def config(self) -> dict[str, Any]:
