@@ -144,3 +144,24 @@ def test_vocabularies_of_two_sizes_differ_though_all_shared_rows_are_equal(anyck
     assert found.code == 1
     assert {row["reason"] for row in found.json["different"]} == {"shape"}
     assert any("96 and 151" in note for note in found.json["notes"])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_model_is_compared_with_one_that_keeps_its_head(same: bool, anyckpt: Runner, tmp_path: Path) -> None:
+    tied = api.open(fixture_path("families/llama_tied_bf16/hf"))
+    embedding = tied.tensors["model.embed_tokens.weight"]
+    head = from_array(embedding.numpy() * (1 if same else 2)).cast(embedding.dtype)
+    untied = replace(
+        tied,
+        tensors={**tied.tensors, "lm_head.weight": head},
+        config={**tied.config, "tie_word_embeddings": False},
+    )
+    plan = by_name("hf").plan
+    assert plan is not None
+    write_plan(plan(untied, WriteOptions()), tmp_path / "untied")
+    for words in ((tied.path, tmp_path / "untied"), (tmp_path / "untied", tied.path)):
+        found = anyckpt("diff", *words, "--json")
+        assert found.code == (0 if same else 1)
+        assert [entry["name"] for entry in found.json["different"]] == ([] if same else ["output_layer.weight"])
+        assert not found.json["only_in_a"] + found.json["only_in_b"]
+        assert any("tied to its embedding" in note for note in found.json["notes"])

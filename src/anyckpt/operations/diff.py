@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.compare import Tolerance, compare
-from anyckpt.operations.naming import common_names
+from anyckpt.operations.naming import CommonNames, common_names
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
+
+_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def diff(
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
     names = common_names(first, second, raw=raw)
+    notes = [*names.notes, *(_with_tied_heads(names, first.path, second.path) if names.kind == "hub" else ())]
     shared = [name for name in names.a if name in names.b]
     only_in_a = [name for name in names.a if name not in names.b]
     only_in_b = [name for name in names.b if name not in names.a]
@@ -125,7 +129,15 @@ def diff(
         )
     pairs = [(name, names.a[name], names.b[name]) for name in shared]
     different = _compare_all(pairs, Tolerance(rtol, atol), workers, progress)
-    return Difference(len(shared), only_in_a, only_in_b, different, names.kind, names.notes)
+    return Difference(len(shared), only_in_a, only_in_b, different, names.kind, tuple(notes))
+
+
+def _with_tied_heads(names: CommonNames, a: str, b: str) -> Iterator[str]:
+    """Give a tied model the output layer that the other keeps, which is its embedding; a note says so."""
+    for one, other, path in ((names.a, names.b, a), (names.b, names.a, b)):
+        if _HEAD in other and _HEAD not in one and _EMBEDDING in one:
+            one[_HEAD] = one[_EMBEDDING]
+            yield f"the output layer of {path} is tied to its embedding, which is compared with the other's"
 
 
 def _compare_all(
