@@ -111,6 +111,7 @@ def test_well_known_records_have_plain_views() -> None:
         assert view(odd) is odd
 
 
+@pytest.mark.peer
 def test_omegaconf_is_data() -> None:
     omegaconf = pytest.importorskip("omegaconf")
     data = {"a": 1, "b": {"c": "${a}", "l": [1, None, "x", {"q": 2.5}]}, "missing": "???", "nothing": None}
