@@ -31,6 +31,7 @@ from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
 from megatron.core.transformer.moe import moe_utils  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 from tests.models.proofs import samples  # isort: skip
+from tests.models.rolled import differences  # isort: skip
 from tests.support import write_plan  # isort: skip
 
 moe_utils.te_general_gemm = None  # which Megatron-Core 0.16 defines only where Transformer Engine is
@@ -97,20 +98,9 @@ def compared(name: str, folder: Path) -> dict[str, float]:
     positions = torch.arange(LENGTH)[None].expand_as(tokens)
     mask = torch.triu(torch.ones(1, 1, LENGTH, LENGTH), 1).bool()
 
-    def difference() -> float:
-        with torch.no_grad():
-            return float((ours(tokens, positions, mask) - expected).abs().max() / expected.abs().max())
-
     with torch.no_grad():
         expected = theirs(tokens).logits
-    close = difference()
-    rolled = {}
-    for key, parameter in ours.named_parameters():
-        before = parameter.detach().clone()
-        parameter.data = before.roll(1, before.shape.index(max(before.shape)))
-        rolled[key] = difference()
-        parameter.data = before
-    return {"difference": close, "least of rolled": min(rolled.values())}
+    return differences(ours, lambda: ours(tokens, positions, mask), expected)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from tests.models.proofs import samples  # noqa: E402
+from tests.models.rolled import differences  # noqa: E402
 from tests.support import write_plan  # noqa: E402
 
 from anyckpt import models  # noqa: E402
@@ -157,21 +158,11 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     tokens = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(24)[None].expand_as(tokens)
 
-    def difference() -> float:
-        with torch.no_grad():
-            return float((ours(tokens, positions, None) - expected).abs().max() / expected.abs().max())
-
     with torch.no_grad():
         expected = theirs(tokens).logits
-    close = difference()
-    rolled = {}
-    for key, parameter in ours.named_parameters():
-        before = parameter.detach().clone()
-        parameter.data = before.roll(1, before.shape.index(max(before.shape)))
-        rolled[key] = difference()
-        parameter.data = before
+    found = differences(ours, lambda: ours(tokens, positions, None), expected)
     stored = {key: list(tensor.shape) for key, tensor in models.from_hub(hub, "megatron-core").tensors.items()}
-    return {"difference": close, "least of rolled": min(rolled.values()), "saved": saved(ours), "written": stored}
+    return {**found, "saved": saved(ours), "written": stored}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.models.cases import FAMILIES, MEGATRON_DIALECTS, facts, open_case, with_weights
+from tests.models.sparse_cases import FAMILIES as SPARSE
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("dialect", MEGATRON_DIALECTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, *SPARSE))
 def test_through_each_dialect_and_back(name: str, dialect: str) -> None:
     case = open_case(name)
     out = models.from_hub(replace(case.hub(), model=case.padded()), dialect)

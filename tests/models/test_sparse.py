@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.models.cases import MEGATRON_DIALECTS, Case, facts, open_case, with_weights
+from tests.models.cases import Case, facts, open_case, with_weights
 from tests.models.sparse_cases import FAMILIES, NOT_IN_THE_HUB, UNSAYABLE, other_spelling, rendered_like
 
 from anyckpt import models
@@ -22,16 +22,6 @@ KINDS = ("nemo1", "nemo2", "megatron-args")
 def identified(case: Case, config: dict[str, Any], kind: str) -> Model | None:
     between = with_weights(case.checkpoint, models.from_hub(case.hub(), "hub").tensors)
     return models.identify(replace(between, config=config, config_kind=kind))
-
-
-@pytest.mark.parametrize("dialect", MEGATRON_DIALECTS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_through_each_dialect_and_back(name: str, dialect: str) -> None:
-    case = open_case(name)
-    out = models.from_hub(replace(case.hub(), model=case.padded()), dialect)
-    again = models.to_hub(with_weights(case.checkpoint, out.tensors), case.padded())
-    assert facts(again.tensors) == facts(case.megatron)
-    assert facts(models.from_hub(again, "hf").tensors) == facts(case.checkpoint.tensors)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

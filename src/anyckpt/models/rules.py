@@ -29,6 +29,15 @@ rows are interleaved by query group; ``vocabulary`` along axis 0 after padding; 
 Condition = Callable[[ModelConfig, tuple[int, ...]], bool]
 
 
+def has(field: str) -> Condition:
+    """That a field of the configuration is neither absent nor false nor zero."""
+
+    def condition(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+        return bool(getattr(config, field))
+
+    return condition
+
+
 def _always(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return True
 

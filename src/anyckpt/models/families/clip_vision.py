@@ -16,19 +16,12 @@ from anyckpt.indexing import Shape
 from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.rule_operations import INTERLEAVED_QKV, Leading
-from anyckpt.models.rules import Condition, Rule
+from anyckpt.models.rules import Rule, has
 
 _PREFIX = "vision_model."
 _LAYER = f"{_PREFIX}encoder.layers.*"
 HUB = "decoder.layers.*"
 PARTS = ("weight", "bias")
-
-
-def _has(field: str) -> Condition:
-    def has(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-        return bool(getattr(config, field))
-
-    return has
 
 
 def layers(query_key_value: Iterable[str], names: Mapping[str, str]) -> tuple[Rule, ...]:
@@ -76,10 +69,10 @@ RULES = (
     ),
     *(
         Rule((f"{_PREFIX}post_layernorm.{part}",), f"post_layernorm.{part}", ("hidden",),
-             when=_has("add_post_layernorm"))
+             when=has("add_post_layernorm"))
         for part in PARTS
     ),
-    Rule(("visual_projection.weight",), "visual_projection.weight", ("output", "hidden"), when=_has("output_dim")),
+    Rule(("visual_projection.weight",), "visual_projection.weight", ("output", "hidden"), when=has("output_dim")),
 )  # fmt: skip
 
 DIMENSIONS: Mapping[str, Callable[[ModelConfig], int]] = {

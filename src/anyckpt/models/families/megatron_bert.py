@@ -20,19 +20,12 @@ from anyckpt.models.config_encoders import HEADS
 from anyckpt.models.families.llama import size
 from anyckpt.models.family import Family, HuggingFace, NeMo2
 from anyckpt.models.rule_operations import INTERLEAVED_QKV
-from anyckpt.models.rules import Condition, Rule
+from anyckpt.models.rules import Rule, has
 from anyckpt.models.variants import Variant
 
 _LAYER = "bert.encoder.layer.*"
 _HUB = "encoder.layers.*"
 PARTS = ("weight", "bias")
-
-
-def _has(field: str) -> Condition:
-    def has(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-        return bool(getattr(config, field))
-
-    return has
 
 
 def _no_lm_head(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -56,7 +49,7 @@ def embeddings() -> tuple[Rule, ...]:
         Rule(("bert.embeddings.position_embeddings.weight",), "embedding.position_embeddings.weight",
              ("positions", "hidden")),
         Rule(("bert.embeddings.token_type_embeddings.weight",), "embedding.tokentype_embeddings.weight",
-             ("token-types", "hidden"), when=_has("num_tokentypes")),
+             ("token-types", "hidden"), when=has("num_tokentypes")),
     )  # fmt: skip
 
 
@@ -83,7 +76,7 @@ def matrices() -> tuple[Rule, ...]:
 def heads() -> tuple[Rule, ...]:
     """Behind the encoder: the pooler, the head of the language model, the classifier of two classes."""
     transform = "cls.predictions.transform"
-    lm_head, pooler, binary = _has("add_lm_head"), _has("add_pooler"), _has("bert_binary_head")
+    lm_head, pooler, binary = has("add_lm_head"), has("add_pooler"), has("bert_binary_head")
     return (
         Rule(("bert.pooler.dense.weight",), "pooler.dense.weight", ("hidden", "hidden"), when=pooler),
         Rule(("bert.pooler.dense.bias",), "pooler.dense.bias", ("hidden",), when=pooler),
