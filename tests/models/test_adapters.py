@@ -25,6 +25,7 @@ from anyckpt.models.adapters import (
     Layers,
     LowRank,
     Target,
+    check_adapter,
     completed,
     fused,
     idle,
@@ -371,6 +372,9 @@ def test_experts() -> None:
     assert list(facts(found).values()) == [facts(named)[Target(f"{base}.linear_fc1.weight0")]] * 3
     with pytest.raises(MappingError, match="adapter that all experts share"):
         from_megatron(shared, lambda weight, rank: 1.0)
+    check_adapter(Checkpoint("shared", "x", shared))
+    with pytest.raises(MappingError, match=r"has no linear_out\.weight"):
+        check_adapter(Checkpoint("part", "x", {name: t for name, t in shared.items() if "linear_out" not in name}))
     written = to_peft(named, layers)
     assert {name: tensor.shape for name, tensor in written.tensors.items()} == {
         f"{PREFIX}model.layers.0.mlp.experts.lora_A.weight": (6, hidden),
@@ -722,3 +726,12 @@ def test_errors_are_ours() -> None:
         tensors = {name: from_array(np.ones((2, 2), "f4")) for name in names}
         with pytest.raises(AnyckptError):
             read_adapter(Checkpoint("x", "torch", tensors), AdapterSettings(alpha=1), Layers(open_case("llama").model))
+
+
+def test_factors_are_checked_without_a_base_model() -> None:
+    """Also of modules that no family here has, such as convolutions."""
+    module = f"{PREFIX}conv_in"
+    down, up = from_array(np.ones((4, 3, 2, 2), "f4")), from_array(np.ones((8, 4, 1, 1), "f4"))
+    check_adapter(Checkpoint("x", "x", {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}))
+    with pytest.raises(MappingError, match="different ranks"):
+        check_adapter(Checkpoint("x", "x", {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": down}))

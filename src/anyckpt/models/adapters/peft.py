@@ -97,13 +97,19 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
 
 
 def check_pairs(tensors: Mapping[str, LazyTensor]) -> None:
-    """Check what needs no base model: that every module has both factors, and that they fit together.
+    """Check what needs no base model: that every module has both factors, of one rank.
 
     Raises:
         MappingError: they do not.
     """
-    for module, own in _by_module(tensors)[0].items():
-        _update(module, own, lambda name, rank: 1.0)
+    for own in _by_module(tensors)[0].values():
+        down, up = _factors(own)
+        if down.shape[:1] != up.shape[1:2]:  # a convolution's have more axes
+            raise MappingError(
+                "the two factors of an update are of different ranks", tensor=own.names[0],
+                expected="(rank, ...) and (out, rank, ...)", found=f"{down.shape} and {up.shape}",
+                remedy="copy the whole adapter",
+            )  # fmt: skip
 
 
 def _by_module(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, _Module], dict[str, str]]:
@@ -187,13 +193,18 @@ def _of_experts(
     return result
 
 
-def _update(module: str, own: _Module, scale: Callable[[str, int], float]) -> LowRank:
+def _factors(own: _Module) -> tuple[LazyTensor, LazyTensor]:
+    """A module's first factor and its second, or an error that says which is missing."""
     for slot, tail in (("down", "lora_A"), ("up", "lora_B")):
         if getattr(own, slot) is None:
             raise MappingError(f"the adapter of this module has no {tail}", tensor=own.names[0],
                                remedy="copy the whole adapter")  # fmt: skip
     assert own.down is not None and own.up is not None
-    down, up = own.down[1], own.up[1]
+    return own.down[1], own.up[1]
+
+
+def _update(module: str, own: _Module, scale: Callable[[str, int], float]) -> LowRank:
+    down, up = _factors(own)
     magnitude = None if own.magnitude is None else own.magnitude[1]
     bias = None if own.bias is None else own.bias[1]
     check_factors(LowRank(down, up, 1.0), own.names[0])
