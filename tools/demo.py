@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from environment import ROOT, prepare
+from environment import LOCKS, ROOT, prepare
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -26,7 +26,7 @@ _STEPS = (
 
 
 def main() -> None:
-    python = prepare(".venv-core")
+    python = prepare(".venv-core", lock=LOCKS / "core.txt", extras="test-core")
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / ".anyckpt-demo"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

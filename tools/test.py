@@ -1,8 +1,8 @@
 """Everything that a change must pass: ``python3 tools/test.py``.
 
-Makes two environments in the project's folder.  In ``.venv-core``, which has no torch, the tests of the core run;
-in ``.venv-test`` the linters, the type checker, the import contract, and the tests that load our output with the
-real torch, Megatron-Core, transformers and Lightning.  Arguments are passed on to pytest.
+Makes two environments of locked releases in the project's folder.  In ``.venv-core``, which has no torch, the tests of
+the core run; in ``.venv-test`` the linters, the type checker, the import contract, and the tests that load our output
+with the real torch, Megatron-Core, transformers and Lightning.  Arguments are passed on to pytest.
 """
 
 from __future__ import annotations
@@ -10,37 +10,67 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from environment import ROOT, prepare
+from environment import LOCKS, ROOT, prepare
+
+_QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main() -> None:
-    core = prepare(".venv-core", requirement=".[test-core]")
-    full = prepare(".venv-test", first=["torch==2.13.0"], requirement=".[test,dev]")
-    without_torch = subprocess.run([str(core), "-c", "import torch"], stderr=subprocess.DEVNULL, check=False)
-    if without_torch.returncode == 0:
-        sys.exit(".venv-core has torch, so it proves nothing about the core without it; delete it and run again")
-    tests = [*sys.argv[1:], "-n", str(min(4, os.cpu_count() or 1))]
+    core = prepare(".venv-core", lock=LOCKS / "core.txt", extras="test-core")
+    full = prepare(".venv-test", lock=LOCKS / "test.txt", first=["torch"], extras="test,dev")
+    sys.exit(0 if passes([*checks(core, full), *tests(core, full, sys.argv[1:])]) else 1)
+
+
+Step = tuple[str, list[str]]
+
+
+def checks(core: Path, full: Path) -> list[Step]:
+    """What needs no test to run: the text of the code, its types and its imports."""
     scripts = full.parent
-    steps = [
+    return [
         ("format", [str(scripts / "ruff"), "format", "--check", "."]),
         ("lint", [str(scripts / "ruff"), "check", "."]),
         ("types", [str(scripts / "mypy")]),
         ("import contract", [str(scripts / "lint-imports")]),
         ("table of families", [str(core), str(ROOT / "tools" / "family_table.py"), "--check"]),
-        ("tests of the core, without torch", [str(core), "-m", "pytest", "-m", "not peer", *tests]),
-        ("tests against the real libraries", [str(full), "-m", "pytest", "-m", "peer", *tests]),
     ]
+
+
+def tests(core: Path, full: Path, arguments: Sequence[str]) -> list[Step]:
+    """The tests of the core in an environment without torch, and those against the real libraries.
+
+    Args:
+        core: interpreter of an environment without torch.
+        full: interpreter of one with all peers.
+        arguments: for pytest.
+    """
+    without_torch = subprocess.run([str(core), "-c", "import torch"], stderr=subprocess.DEVNULL, check=False)
+    if without_torch.returncode == 0:
+        sys.exit(f"{core} has torch, so it proves nothing about the core without it; delete it and run again")
+    shared = ["-n", str(min(4, os.cpu_count() or 1)), *arguments]
+    return [
+        ("tests of the core, without torch", [str(core), "-m", "pytest", "-m", "not peer", *shared]),
+        ("tests against the real libraries", [str(full), "-m", "pytest", "-m", "peer", *shared]),
+    ]
+
+
+def passes(steps: Sequence[Step]) -> bool:
+    """Whether all of them do; each is run, whatever became of those before it."""
     failed = []
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     for title, command in steps:
         print(f"\n== {title}", flush=True)
-        environment = {**os.environ, **quiet, "ANYCKPT_NO_SKIPS": "1" if "peer" in command else "0"}
+        environment = {**inherited, **_QUIET, "ANYCKPT_NO_SKIPS": "1" if "peer" in command else "0"}
+        started = time.monotonic()
         if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
             failed.append(title)
+        print(f"== {title}: {time.monotonic() - started:.0f} s", flush=True)
     print("\n== " + (f"failed: {', '.join(failed)}" if failed else "all passed"), flush=True)
-    sys.exit(1 if failed else 0)
+    return not failed
 
 
 if __name__ == "__main__":

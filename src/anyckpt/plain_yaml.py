@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _TEXT_LIMIT = 8 << 20
 _NODE_LIMIT = 100_000
 _DEPTH_LIMIT = 100
+_TOO_DEEP = "maximum nesting depth"  # PyYAML's scanner from 6.0.4 on, which stops before our count of events does
 
 _FLOAT = re.compile(
     r"""^(?:
@@ -64,6 +65,8 @@ def load_yaml(data: bytes, name: str) -> Any:
         has_aliases = _check_events(text, name)
         value = yaml.load(text, Loader=_loader())
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, OverflowError) as error:
+        if _TOO_DEEP in str(error):
+            raise _nested_too_deeply(name) from error
         raise FormatError(f"is not valid YAML: {' '.join(str(error).split())}", path=name) from error
     return _unshared(value) if has_aliases else value
 
@@ -135,10 +138,14 @@ def _check_events(text: str, name: str) -> bool:
             if anchor is not None:
                 sizes[anchor] = total - before + 1
         if len(open_nodes) > _DEPTH_LIMIT:
-            raise UnsafeError("is nested too deeply", path=name, expected=f"at most {_DEPTH_LIMIT} levels")
+            raise _nested_too_deeply(name)
         if total > _NODE_LIMIT:
             raise UnsafeError("expands to too many values", path=name, expected=f"at most {_NODE_LIMIT}")
     return has_aliases
+
+
+def _nested_too_deeply(name: str) -> UnsafeError:
+    return UnsafeError("is nested too deeply", path=name, expected=f"at most {_DEPTH_LIMIT} levels")
 
 
 @cache

@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peer
 
+from tests.peer_defects import broken_by  # noqa: E402
+
 import anyckpt  # noqa: E402
 from anyckpt import models  # noqa: E402
 from anyckpt.formats.registry import read  # noqa: E402
@@ -54,6 +56,12 @@ WHOLES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+NO_IMAGE_OUTPUTS = broken_by(
+    "transformers", ">=5.24", AttributeError,
+    "Llama4ForConditionalGeneration asks its text model's output for image_outputs, which it does not have",
+)  # fmt: skip
+
+
 def saved(model_type: str, folder: Path, original: bool) -> Any:
     config = transformers.AutoConfig.for_model(model_type, **WHOLES[model_type])
     torch.manual_seed(0)
@@ -66,7 +74,9 @@ def saved(model_type: str, folder: Path, original: bool) -> Any:
 
 
 @pytest.mark.parametrize("original", [True, False])
-@pytest.mark.parametrize("model_type", WHOLES)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=NO_IMAGE_OUTPUTS if name == "llama4" else ()) for name in WHOLES]
+)
 def test_the_text_part_computes_the_same(model_type: str, original: bool, tmp_path: Path) -> None:
     whole = saved(model_type, tmp_path / "whole", original)
     source = read(str(tmp_path / "whole"))
