@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from tests.support import (
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer, TrainingState
 from anyckpt.engine.plan import Plan
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import dcp, megatron_core
 from anyckpt.formats.dcp import dcp_files
+from anyckpt.formats.megatron_core import torch_dist_files
 from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.torch_file import read_torch, zip_parts
+from anyckpt.operations.convert import convert
+from anyckpt.operations.recut import LayoutRequest
 from anyckpt.pickling import Global, Record, dumps, load
 from anyckpt.pickling.torch_objects import namespace
 from anyckpt.storage.source import LocalFile, MemorySource
@@ -182,12 +186,43 @@ def test_what_is_written_is_the_same_checkpoint(tmp_path: Path, case: str) -> No
     assert plan.ignored == source.ignored
     again = opened(write_plan(plan, tmp_path / "out"))
     assert_tensors_equal_expected(again.tensors, expected_of(f"mcore/{case}")["tensors"])
-    assert set(again.objects) == set(source.objects) | {"checkpoint_version"}
+    assert set(again.objects) == set(source.objects)
     assert again.config == source.config and again.training == source.training
     if case not in ("torchdist_v012_w4_flat", "torchdist_v015_w2_flat", "torchdist_v020main_w2"):
         # The index and the commit marker are the same files as Megatron-Core 0.16 writes.
         marker = fixture_path(f"mcore/{case}/ckpt/metadata.json").read_bytes()
         assert (tmp_path / "out" / "metadata.json").read_bytes() == marker
+
+
+def common_of(folder: Path) -> dict[str, Any]:
+    common: dict[str, Any] = read_torch(LocalFile(folder / "common.pt")).root
+    return common
+
+
+def test_a_common_state_gets_nothing_that_it_did_not_have(tmp_path: Path) -> None:
+    """A caller of ``dist_checkpointing.load`` is handed all of it, and a model's ``load_state_dict`` takes no other."""
+    weights = {"w": from_array(np.ones((2, 4), np.float32))}
+    write_plan(Plan("x", tuple(torch_dist_files(weights, {}, {"common": 5}))), tmp_path / "a")
+    for optimizer, left in (("keep", {"common": 5}), ("drop", {})):
+        convert(tmp_path / "a", tmp_path / optimizer, to="megatron-core", optimizer=optimizer)
+        assert common_of(tmp_path / optimizer) == left
+
+
+@pytest.mark.parametrize("to", ["megatron-core", "megatron-core-zarr"])
+def test_what_megatron_lm_reads_comes_with_a_model_of_another_format_unless_told(tmp_path: Path, to: str) -> None:
+    weights: dict[str, LazyTensor] = {"decoder.final_layernorm.weight": from_array(np.ones(3, np.float32))}
+    source = Checkpoint(
+        __file__, "torch", weights, dialect="megatron-core", config={"num_layers": 1}, config_kind="megatron-args"
+    )
+    bare = LayoutRequest(megatron_args=False)
+    convert(source, tmp_path / "full", to=to)
+    convert(source, tmp_path / "bare", to=to, layout=bare)
+    convert(replace(source, config={}, config_kind=None), tmp_path / "unknown", to=to)
+    assert set(common_of(tmp_path / "full")) == {"args", "checkpoint_version", "iteration"}
+    assert common_of(tmp_path / "bare") == {}
+    assert common_of(tmp_path / "unknown") == {"checkpoint_version": 3.0, "iteration": 0}
+    with pytest.raises(UsageError, match="--no-megatron-args means nothing for dcp"):
+        convert(source, tmp_path / "dcp", to="dcp", layout=bare)
 
 
 def test_arguments_are_a_namespace_of_the_configuration(tmp_path: Path) -> None:

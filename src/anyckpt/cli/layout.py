@@ -35,6 +35,11 @@ _OPTIONS = (
         help="Megatron's formats: what the model that loads it is built of; by default, what the source tells.",
     ),
     click.option("--keep-extra-state", is_flag=True, help="Megatron's formats: keep FP8 states of the layers."),
+    click.option(
+        "--no-megatron-args", "megatron_args", flag_value=False, default=True,
+        help="megatron-core: leave out args, checkpoint_version and iteration, which Megatron-LM reads and a bare "
+        "model's load_state_dict refuses.",
+    ),
     click.option("--partition-rules", metavar="FILE", help="YAML of name pattern: kind, for names without a rule."),
 )  # fmt: skip
 
@@ -72,5 +77,6 @@ def layout_request(options: dict[str, Any]) -> LayoutRequest:
         padding=options.pop("vocab_padding"),
         keep_extra_state=options.pop("keep_extra_state"),
         transformer_impl=options.pop("transformer_impl"),
+        megatron_args=options.pop("megatron_args"),
         rules=None if rules is None else read_rules(rules),
     )

@@ -32,6 +32,7 @@ class WriteOptions:
         layout: for which ranks ``Checkpoint.ranks`` is cut, None if it is not.
         transformer_impl: Megatron's formats: ``local`` or ``transformer_engine``, what the model that will load it is
             built of; None for what the source tells.
+        megatron_args: ``megatron-core``: write what Megatron-LM reads besides the model.
     """
 
     max_shard_size: int | None = None
@@ -39,6 +40,7 @@ class WriteOptions:
     ranks: int = 1
     layout: ParallelLayout | None = None
     transformer_impl: str | None = None
+    megatron_args: bool = True
 
 
 @dataclass(frozen=True)

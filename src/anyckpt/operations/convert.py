@@ -172,6 +172,7 @@ def convert(
         max_shard_size=None if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size"),
         sharded=sharded,
         transformer_impl=None if layout is None else layout.transformer_impl,
+        megatron_args=layout is None or layout.megatron_args,
     )
     budget = DEFAULT_MEMORY if memory is None else parse_bytes(memory, "--memory")
     check_destination(output, origins, overwrite=overwrite, resume=resume)

@@ -45,6 +45,8 @@ class LayoutRequest:
         transformer_impl: ``--transformer-impl``: ``local`` or ``transformer_engine``, what the model that will load
             the output is built of.
         keep_extra_state: ``--keep-extra-state``: carry modules' own states.
+        megatron_args: ``--no-megatron-args`` is False: ``megatron-core`` without what Megatron-LM reads besides the
+            model.
     """
 
     tensor_parallel: int | None = None
@@ -63,6 +65,7 @@ class LayoutRequest:
     rules: Mapping[str, str] | None = None
     transformer_impl: str | None = None
     keep_extra_state: bool = False
+    megatron_args: bool = True
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -148,6 +151,10 @@ def wanted_layout(
                     expected="one of Megatron's own formats, such as megatron-core or megatron-lm",
                     remedy="leave it out",
                 )
+    if not request.megatron_args and not target.name.startswith("megatron-core"):
+        raise UsageError(
+            f"--no-megatron-args means nothing for {target.name}", expected="megatron-core", remedy="leave it out"
+        )
     parallelism = request.over(present)
     parallelism.check()
     layout = sizes_of(parallelism)

@@ -52,7 +52,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     folder = f"iter_{step:07d}"
     common, sharded, foreign = common_and_sharded(checkpoint)
     if "args" not in checkpoint.objects:
-        del common["args"]  # Megatron-Bridge takes these for a Megatron-LM checkpoint's
+        common.pop("args", None)  # Megatron-Bridge takes these for a Megatron-LM checkpoint's
     common.update(iteration=step)
     common.setdefault("content_metadata", dict(_METADATA))
     embedding = checkpoint.tensors.get(_EMBEDDING)

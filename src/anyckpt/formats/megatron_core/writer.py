@@ -36,6 +36,7 @@ _BACKENDS = {
 _SHARDED_OBJECT = re.compile(r"/shard_[\d.]+(_[\d.]+)?$")
 _CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0 the rows of fused QKV are grouped as they are today
 _FOREIGN = "state of another framework, which Megatron-Core has no place for"
+_READ_BY_MEGATRON_LM = ("args", "checkpoint_version", "iteration")
 _TRAINING = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
 _OF_EXPERT_RANKS = re.compile(r"rng_state/shard_\d+\.\d+\.\d+_")
 _NO_EXPERT_RANKS = "random states of expert ranks, which a distributed checkpoint does not tell apart"
@@ -85,13 +86,14 @@ def torch_dist_files(
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """A ``torch_dist`` checkpoint directory with the model's arguments in ``common.pt``.
 
-    What was in the source's common state stays there; its sharded objects stay sharded objects.  ``_extra_state``
+    What was in the source's common state stays there and nothing is added to it; that of another format gets what
+    Megatron-LM reads (see ``common_and_sharded``).  Sharded objects stay sharded objects.  ``_extra_state``
     objects and the name of the norm before experts go by what ``implementation_of`` finds.
 
     Raises:
         UsageError: an object cannot be pickled.
     """
-    common, sharded, foreign = common_and_sharded(checkpoint)
+    common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
     if checkpoint.adapter is not None:
         common[ADAPTER] = call_of(checkpoint.adapter, "megatron.bridge.peft")
     built_of = implementation_of(checkpoint, options.transformer_impl)
@@ -115,10 +117,22 @@ def state_objects(keys: Iterable[str], states: Mapping[str, Any] | None) -> dict
     return {key: known.get(hub_state_name(key) or "") for key in keys}
 
 
-def common_and_sharded(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """What goes into ``common.pt``, the sharded objects by key, and the names that have no place, with the reason."""
+def common_and_sharded(
+    checkpoint: Checkpoint, *, megatron_args: bool = True
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """What goes into ``common.pt``, the sharded objects by key, and the names that have no place, with the reason.
+
+    ``dist_checkpointing.load`` hands all of the common state to its caller, so that a source that has a common state
+    keeps what it has.  From any other come the three that Megatron-LM's ``load_checkpoint`` reads: ``args``,
+    ``checkpoint_version`` (without it the rows of QKV are reordered) and ``iteration``.
+
+    Args:
+        checkpoint: to be written.
+        megatron_args: write these three; without them the common state is that of a bare model.
+    """
     known = checkpoint.details.get("common")
-    common_names = {*_TRAINING, *(known if isinstance(known, list) else ())}
+    stated = set(known) if isinstance(known, list) else None
+    common_names = {*_TRAINING, *(stated or ())}
     ranks = {name for name in checkpoint.objects if _OF_EXPERT_RANKS.match(name)}
     taken = [name for name in checkpoint.objects if name not in ranks]
     sharded = {name: checkpoint.objects[name] for name in taken if _SHARDED_OBJECT.search(name)}
@@ -128,9 +142,18 @@ def common_and_sharded(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str
     config = dict(checkpoint.config) if _has_arguments(checkpoint) else {}
     if config and checkpoint.training.consumed_samples is not None:
         config.setdefault("consumed_train_samples", checkpoint.training.consumed_samples)
-    common["args"] = _arguments(common.get("args"), config)
-    common["checkpoint_version"] = common.get("checkpoint_version", _CHECKPOINT_VERSION)
-    common["iteration"] = common.get("iteration", checkpoint.training.step or 0)
+    described = bool(config) or "args" in common
+    wanted = stated if stated is not None and ("args" in stated or not config) else set(_READ_BY_MEGATRON_LM)
+    version = checkpoint.details.get("checkpoint_version") if stated is not None else None
+    values = {
+        "args": _arguments(common.get("args"), config),
+        "checkpoint_version": common.get("checkpoint_version", version or _CHECKPOINT_VERSION),
+        "iteration": common.get("iteration", checkpoint.training.step or 0),
+    }
+    for name in _READ_BY_MEGATRON_LM:
+        common.pop(name, None)
+        if megatron_args and name in wanted and (name != "args" or described):
+            common[name] = values[name]
     return common, sharded, foreign
 
 

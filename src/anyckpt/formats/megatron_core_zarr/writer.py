@@ -36,7 +36,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         UsageError: an element type that the zarr backend does not have, a name that is no directory's, or an object
             that cannot be pickled.
     """
-    common, sharded, foreign = common_and_sharded(checkpoint)
+    common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
     built_of = implementation_of(checkpoint, options.transformer_impl)
     tensors = spelled(checkpoint.tensors, built_of)
     states = None if checkpoint.extra_states is None else checkpoint.extra_states()
