@@ -641,13 +641,13 @@ def concatenate(tensors: Sequence[LazyTensor], axis: int) -> LazyTensor:
     """Tensors one after another along ``axis``.
 
     Raises:
-        UsageError: dtypes differ, or shapes differ off the axis.
+        UsageError: dtypes differ, shapes differ off the axis, or there is no such axis.
     """
     first = tensors[0]
     starts, stops, at = [], [], 0
     for tensor in tensors:
         same = tensor.shape[:axis] + tensor.shape[axis + 1 :] == first.shape[:axis] + first.shape[axis + 1 :]
-        if tensor.dtype != first.dtype or not same:
+        if tensor.dtype != first.dtype or not same or axis >= tensor.ndim:
             raise UsageError(
                 f"cannot be joined along axis {axis}",
                 expected=f"{first.dtype.name} {first.shape}",

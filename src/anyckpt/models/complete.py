@@ -68,7 +68,7 @@ def _whole_layers(missing: list[str], wanted: list[str]) -> list[int]:
 def _by_layer(names: Iterable[str]) -> dict[int | None, list[str]]:
     grouped: dict[int | None, list[str]] = {}
     for name in names:
-        match = re.search(r"\.(\d+)\.", name)
+        match = re.search(r"\.(\d{1,7})\.", name)
         grouped.setdefault(int(match[1]) if match else None, []).append(name)
     return grouped
 

@@ -68,9 +68,10 @@ _EVIDENCE = re.compile(
 )
 """Names that only Megatron gives: other models have an ``encoder.layers.0`` too."""
 
-_LAYER = re.compile(r"((?:decoder|encoder)\.layers)\.(\d+)\.(.+)")
+_LAYER = re.compile(r"((?:decoder|encoder)\.layers)\.(\d{1,7})\.(.+)")
 _STACK = re.compile(r"((?:decoder|encoder)\.layers)\.(?!\d+\.)(.+)")
 _MOST_LAYERS = 10_000
+_MOST_EXPERTS = 100_000
 
 IGNORED = (
     (re.compile(r".*\._extra_state(?:[./].*|\d*)?"), "Transformer Engine's state, which carries no weights"),
@@ -92,7 +93,7 @@ _NORMS = (
 """Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
 have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
 
-_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
+_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d{1,7})")
 """One expert's tensor under the hub's name, which is that of Transformer Engine's grouped layers."""
 
 _EXPERT_MODULE = re.compile(r"(.+\.mlp\.experts)\.(?:local_experts|experts)\.(\d+)\.(linear_fc[12])\.(weight|bias)")
@@ -272,6 +273,10 @@ def _separate_experts(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         if module is not None:
             _put(result, f"{module[1]}.{module[3]}.{module[4]}{module[2]}", tensor, name)
         elif whole is not None and tensor.ndim:
+            if tensor.shape[0] > _MOST_EXPERTS:
+                raise MappingError(
+                    "has too many experts", tensor=name, expected=f"at most {_MOST_EXPERTS}", found=tensor.shape[0]
+                )
             for expert in range(tensor.shape[0]):
                 _put(result, f"{whole[1]}.{whole[2]}.{whole[3]}{expert}", tensor[expert], name)
         else:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from anyckpt.errors import AnyckptError
 from anyckpt.models import dialects
 from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family
@@ -43,14 +44,16 @@ class Resemblance:
 def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
     """The families whose rules explain most of a model's tensors by name, or None if none explains any.
 
+    Whatever the names are, this says no more than that: it is advice, for which no command should fail.
+
     Args:
         weights: under their stored names, of Hugging Face or any Megatron dialect.
-
-    Raises:
-        MappingError: two Megatron names are the same tensor.
     """
     by_hub = dialects.is_megatron(dialects.detect(weights))
-    names = dialects.to_hub_names(weights)[0] if by_hub else weights
+    try:
+        names = dialects.to_hub_names(weights)[0] if by_hub else weights
+    except AnyckptError:
+        return None  # two names are the same tensor, or its other half is missing
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_INDEX.sub("*", name), []).append(name)

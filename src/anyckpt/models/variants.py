@@ -143,7 +143,7 @@ def _parts(name: str, tensor: LazyTensor, variant: Variant, indices: tuple[str, 
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    return re.compile(re.escape(pattern).replace(r"\*", r"(\d{1,7})"))
 
 
 def _fill(pattern: str, indices: tuple[str, ...]) -> str:

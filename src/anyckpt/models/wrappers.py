@@ -8,8 +8,8 @@ saved without its head and so without the prefix of the part that is not the hea
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, field
+from itertools import chain, count, takewhile
 
 from anyckpt.models.rules import Rule
 from anyckpt.tensor import LazyTensor
@@ -28,6 +28,7 @@ class Unwrapped:
         base: what the rules' names begin with, but those of the head.
         prefix: what is stored in place of it.
         outer: what is stored before the names of the head.
+        renamed: stored names of those ``tensors`` that have another name here.
     """
 
     tensors: dict[str, LazyTensor]
@@ -35,9 +36,12 @@ class Unwrapped:
     base: str = ""
     prefix: str = ""
     outer: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def stored(self, name: str) -> str:
-        """The stored name of a tensor that the rules call ``name``."""
+        """The stored name of a tensor that is called ``name`` here, or that it would have if it is missing."""
+        if name in self.tensors:
+            return self.renamed.get(name, name)
         if self.base == self.prefix and not self.outer:
             return name
         return self.prefix + name[len(self.base) :] if name.startswith(self.base) else self.outer + name
@@ -45,6 +49,8 @@ class Unwrapped:
 
 def unwrapped(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part: bool) -> Unwrapped:
     """Tensors without their wrapper's prefix, and with the family's.
+
+    No tensor takes the place of another: where two would have one name, the one without the prefix gets a number.
 
     Args:
         tensors: by stored name.
@@ -59,18 +65,25 @@ def unwrapped(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part:
     outside = [pattern for pattern in patterns if base and not pattern.startswith(base)]
     outer = _outer(tensors, prefix, base, outside)
     heads = {name.partition(".")[0] for name in outside}
-    renamed: dict[str, LazyTensor] = {}
-    others: list[str] = []
-    for name, tensor in tensors.items():
+    wanted: dict[str, str | None] = {}
+    for name in tensors:
         if name.startswith(outer) and name[len(outer) :].partition(".")[0] in heads:
-            renamed[name[len(outer) :]] = tensor
-        elif name.startswith(prefix):
-            renamed[base + name[len(prefix) :]] = tensor
-        elif is_part:
-            others.append(name)
+            wanted[name] = name[len(outer) :]
         else:
-            renamed[name] = tensor
-    return Unwrapped(renamed, tuple(others), base, prefix, outer)
+            wanted[name] = base + name[len(prefix) :] if name.startswith(prefix) else None
+    others = tuple(name for name, key in wanted.items() if key is None) if is_part else ()
+    called: dict[str, str] = {}
+    for name, key in sorted(wanted.items(), key=lambda item: item[1] is None):
+        if key is not None or not is_part:
+            called[_free(name if key is None else key, called)] = name
+    here = {name: key for key, name in called.items()}
+    kept = {here[name]: tensor for name, tensor in tensors.items() if name in here}
+    return Unwrapped(kept, others, base, prefix, outer, {key: name for key, name in called.items() if key != name})
+
+
+def _free(name: str, taken: Mapping[str, str]) -> str:
+    """The name itself, or with the first number behind it that makes it another than those that are taken."""
+    return next(each for each in chain((name,), (f"{name}#{number}" for number in count(2))) if each not in taken)
 
 
 def _patterns(rules: Iterable[Rule]) -> tuple[str, list[str]]:
@@ -104,8 +117,8 @@ def _prefix(tensors: Mapping[str, LazyTensor], anchor: str, base: str) -> str | 
 def _outer(tensors: Mapping[str, LazyTensor], prefix: str, base: str, outside: list[str]) -> str:
     """What is stored before the names that are outside the base: some leading part of its prefix."""
     parts = prefix.split(".")[:-1]
-    for count in range(len(parts), -1, -1):
-        outer = "".join(f"{part}." for part in parts[:count])
+    for length in range(len(parts), -1, -1):
+        outer = "".join(f"{part}." for part in parts[:length])
         if any(outer + name in tensors for name in outside):
             return outer
-    return prefix.removesuffix(base) if prefix.endswith(base) else ""
+    return prefix.removesuffix(base) if f".{prefix}".endswith(f".{base}") else ""

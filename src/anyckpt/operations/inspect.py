@@ -283,10 +283,7 @@ def _likely(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Families whose rules explain all names; none if some tensor is of no rule."""
     from anyckpt.models.recognise import resemblance
 
-    try:
-        nearest = resemblance(checkpoint.weights())
-    except AnyckptError:
-        return ()
+    nearest = resemblance(checkpoint.weights())
     return () if nearest is None or nearest.strange else nearest.families
 
 
