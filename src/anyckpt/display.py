@@ -12,6 +12,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def is_text(name: str) -> bool:
+    """Whether a name is Unicode: a pickle's can have half of a surrogate pair, which no UTF-8 spells."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table for a notebook; every cell is escaped."""
     from html import escape

@@ -30,6 +30,7 @@ class DType:
         safetensors: spelling in a safetensors header, or None where the format has none.
         zarr: spelling in ``.zarray`` as Megatron-Core 0.12 writes it, or None.
         storage: name of torch's typed storage class in a pickle, or None (then UntypedStorage is used).
+        in_torch: torch has this type; the others are bytes of packed numbers, which only safetensors can name.
     """
 
     name: str
@@ -39,6 +40,7 @@ class DType:
     safetensors: str | None = None
     zarr: str | None = None
     storage: str | None = None
+    in_torch: bool = True
 
     @cached_property
     def raw(self) -> np.dtype[Any]:
@@ -82,6 +84,8 @@ _TABLE = (
     DType("float8_e5m2fnuz", 1, "float", "float8_e5m2fnuz", "F8_E5M2FNUZ"),
     DType("float8_e8m0fnu", 1, "float", "float8_e8m0fnu", "F8_E8M0"),
     DType("float4_e2m1fn_x2", 1, "quantized", None, None),
+    DType("float6_e2m3fn", 1, "quantized", in_torch=False),
+    DType("float6_e3m2fn", 1, "quantized", in_torch=False),
     DType("int64", 8, "integer", "int64", "I64", "<i8", "LongStorage"),
     DType("int32", 4, "integer", "int32", "I32", "<i4", "IntStorage"),
     DType("int16", 2, "integer", "int16", "I16", "<i2", "ShortStorage"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support import file_bytes, fixture_path, write_plan
+from tests.support import file_bytes, fixture_path, sha256_of, write_plan
 
+import anyckpt
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import BY_NAME
+from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.safetensors import FORMAT, read_safetensors, safetensors_parts
+from anyckpt.operations.convert import convert
+from anyckpt.operations.verify import verify
 from anyckpt.storage import LocalFile, MemorySource
 from anyckpt.tensor import Constant, from_array
 
@@ -53,6 +59,50 @@ def test_reads_values_and_metadata() -> None:
     np.testing.assert_array_equal(tensors["b"].numpy(), data[:2])
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "np", "a": "1"}])
+def test_a_copy_invents_no_metadata(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    source = tmp_path / "a.safetensors"
+    parts = safetensors_parts({"a": from_array(np.ones(3, np.float32))}, metadata)
+    source.write_bytes(file_bytes(OutputFile("", parts)))
+    convert(source, tmp_path / "b.safetensors", to="safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == source.read_bytes()
+
+
+def test_six_bit_numbers_travel_as_they_are(tmp_path: Path) -> None:
+    header = {"q": entry("F6_E2M3", [2, 8], [0, 12]), "r": entry("F6_E3M2", [4], [12, 15])}
+    source = tmp_path / "a.safetensors"
+    packed_source = packed(header, bytes(range(15)))
+    source.write_bytes(packed_source.read(0, packed_source.size))
+    tensors, _ = read_safetensors(LocalFile(source))
+    assert {name: (t.dtype.name, t.shape) for name, t in tensors.items()} == {
+        "q": ("float6_e2m3fn", (2, 6)),
+        "r": ("float6_e3m2fn", (3,)),
+    }
+    convert(source, tmp_path / "b.safetensors", to="safetensors")
+    again, _ = read_safetensors(LocalFile(tmp_path / "b.safetensors"))
+    assert {name: (t.dtype, t.shape, sha256_of(t)) for name, t in again.items()} == {
+        name: (t.dtype, t.shape, sha256_of(t)) for name, t in tensors.items()
+    }
+    for to in ("torch", "dcp"):
+        with pytest.raises(UsageError, match="torch has no such element type.*float6"):
+            convert(source, tmp_path / "c", to=to)
+    with pytest.raises(UsageError, match="tensor 'q'.*end inside a group"):
+        safetensors_parts({"q": tensors["q"].narrow(1, 0, 4)})
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """A pickle's names may be half of a surrogate pair, which neither JSON in UTF-8 nor a file system spells."""
+    half = Checkpoint(__file__, "torch", {"a\ud800": from_array(np.ones(2, np.float32))}, objects={"b": "\udcff"})
+    with pytest.raises(UsageError, match="cannot hold a name with half of a surrogate pair"):
+        convert(half, tmp_path / "a.safetensors", to="safetensors")
+    with pytest.raises(UsageError):
+        convert(replace(half, dialect="hub", config={"x": "\ud800"}), tmp_path / "a", to="hf", names="hf")
+    for to in ("torch", "dcp"):
+        convert(half, tmp_path / to, to=to, optimizer="keep")
+        assert verify(tmp_path / to).problems == []
+        assert list(anyckpt.open(tmp_path / to).tensors) == ["a\ud800"]
+
+
 def test_empty_tensors_and_scalars() -> None:
     header = {"e": entry(shape=[0, 3], offsets=[0, 0]), "s": entry(shape=[], offsets=[0, 4])}
     tensors, _ = read_safetensors(packed(header, np.float32(7).tobytes()))
@@ -84,7 +134,7 @@ def test_four_bit_numbers_count_bytes_in_our_shapes() -> None:
         (packed(b'{"a":' + b'{"a":' * 100_000), "nested too deeply"),
         (packed(b'{"a":1,"a":2}'), "occurs twice"),
         (packed(b'{"a":{"dtype":"F32","dtype":"F16","shape":[],"data_offsets":[0,4]}}'), "occurs twice"),
-        (packed(b'{"\\ud800":{}}'), "not valid JSON"),
+        (packed(b'{"\\ud800":{}}'), "half of a surrogate pair"),
         (packed(b'{"a":' + b"9" * 5000 + b"}"), "JSON"),
         (packed({"a": 1}), "entry is incomplete"),
         (packed({"a": {"dtype": "F32", "shape": [2]}}), "entry is incomplete"),
@@ -95,7 +145,7 @@ def test_four_bit_numbers_count_bytes_in_our_shapes() -> None:
         (packed({"a": entry(shape=[2.0])}, bytes(8)), "invalid shape"),
         (packed({"a": entry(shape=[True])}, bytes(8)), "invalid shape"),
         (packed({"a": entry(shape=[1 << 64])}, bytes(8)), "invalid shape"),
-        (packed({"a": entry(shape=[1] * 33, offsets=[0, 4])}, bytes(4)), "invalid shape"),
+        (packed({"a": entry(shape=[1] * 65, offsets=[0, 4])}, bytes(4)), "invalid shape"),
         (packed({"a": entry(shape=[1 << 40, 1 << 40])}, bytes(8)), "impossible shape"),
         (packed({"a": entry(shape=[0, 1 << 40, 1 << 40], offsets=[0, 0])}), "impossible shape"),
         (packed({"a": entry(offsets=[0])}, bytes(8)), "invalid data_offsets"),
@@ -103,7 +153,7 @@ def test_four_bit_numbers_count_bytes_in_our_shapes() -> None:
         (packed({"a": entry(offsets="08")}, bytes(8)), "invalid data_offsets"),
         (packed({"a": entry(offsets=[0, 4])}, bytes(8)), "not as long as its shape"),
         (packed({"a": entry(offsets=[8, 0])}, bytes(8)), "not as long as its shape"),
-        (packed({"a": entry("F4", [2, 3], [0, 3])}, bytes(3)), "odd count"),
+        (packed({"a": entry("F4", [2, 3], [0, 3])}, bytes(3)), "do not end with a byte"),
         (packed({"a": entry(shape=[2], offsets=[0, 8])}, bytes(7)), "outside the file"),
         (packed({"a": entry(shape=[1 << 35], offsets=[0, 1 << 37])}, bytes(8)), "outside the file"),
         (packed({"a": entry(), "b": entry(offsets=[4, 12])}, bytes(12)), "overlaps"),

@@ -110,7 +110,7 @@ class _Describer:
         self.add(*(getattr(function, "args", ())), getattr(function, "keywords", {}))
 
     def _text(self, text: str) -> None:
-        self.digest.update(b"\0" + text.encode("utf-8", "surrogateescape"))
+        self.digest.update(b"\0" + text.encode("utf-8", "surrogatepass"))
 
 
 def _slots(kind: type) -> Iterator[str]:

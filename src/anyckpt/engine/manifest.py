@@ -62,8 +62,14 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest as JSON, one entry per line."""
+        try:
+            return self._json(ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a pickle's name may be half of a surrogate pair
+            return self._json(ensure_ascii=True).encode()
+
+    def _json(self, *, ensure_ascii: bool) -> str:
         rows = ",\n".join(
-            json.dumps([e.name, e.piece, e.file, e.offset, e.nbytes, e.digest], ensure_ascii=False)
+            json.dumps([e.name, e.piece, e.file, e.offset, e.nbytes, e.digest], ensure_ascii=ensure_ascii)
             for e in self.entries
         )
         head: dict[str, Any] = {
@@ -74,8 +80,8 @@ class Manifest:
             "notes": list(self.notes),
         }
         head["files"] = self.files
-        text = json.dumps(head, indent=0, ensure_ascii=False)
-        return f'{text[:-2]},\n"entries": [\n{rows}\n]\n}}\n'.encode()
+        text = json.dumps(head, indent=0, ensure_ascii=ensure_ascii)
+        return f'{text[:-2]},\n"entries": [\n{rows}\n]\n}}\n'
 
 
 def manifest_path(output: str) -> str:

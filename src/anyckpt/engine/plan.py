@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from anyckpt.errors import OutputError
+from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
@@ -138,8 +138,19 @@ class Plan:
 
 
 def small_file(path: str, data: bytes | str, stage: int = 1) -> OutputFile:
-    """A file known when planning."""
-    return OutputFile(path, (Literal(data.encode() if isinstance(data, str) else data),), stage)
+    """A file known when planning.
+
+    Raises:
+        UsageError: the text is not Unicode.
+    """
+    try:
+        content = data.encode() if isinstance(data, str) else data
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{path} would hold a name or value with half of a surrogate pair", expected="Unicode text",
+            remedy="leave it out",
+        ) from None  # fmt: skip
+    return OutputFile(path, (Literal(content),), stage)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -12,30 +12,41 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.display import is_text
 from anyckpt.dtypes import BY_SAFETENSORS, DType, dtype
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import Format, Location, WriteOptions, without_configuration
+from anyckpt.formats.safetensors_header import parse_header
 from anyckpt.storage.source import ByteSource, LocalFile, check_not_pointer
 from anyckpt.tensor import LazyTensor, Stored
 
 HEADER_LIMIT = 100_000_000
 """Bytes of header that the safetensors library accepts."""
 
-_AXES_LIMIT = 32  # what numpy 1 can hold
-_FLOAT4 = dtype("float4_e2m1fn_x2")
-_FLOAT4_CODE = "F4"  # its shapes count numbers, torch's count bytes of two numbers
+_PACKED = {
+    "F4": (dtype("float4_e2m1fn_x2"), 2, 1),
+    "F6_E2M3": (dtype("float6_e2m3fn"), 4, 3),
+    "F6_E3M2": (dtype("float6_e3m2fn"), 4, 3),
+}
+"""Types smaller than a byte: ours, and how many numbers are how many bytes.  Their shapes count numbers in the header
+and bytes here, as torch's do."""
+
+_AXES_LIMIT = 32 if np.__version__.startswith("1.") else 64  # of numpy, by which elements are moved
+_CODE_OF = {kind: code for code, (kind, _, _) in _PACKED.items()}
 
 _WRITING_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
-    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", _FLOAT4_CODE, "BOOL",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
 """Element types in the order in which the library 0.8 lays tensors out; by name within a type."""
 
 
-def read_safetensors(source: ByteSource) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors of a file, in the order of its header, and its ``__metadata__``.
+def read_safetensors(source: ByteSource) -> tuple[dict[str, LazyTensor], dict[str, str] | None]:
+    """The tensors of a file, in the order of its header, and its ``__metadata__``, None if it has none.
 
     Reads the header only.
 
@@ -51,8 +62,7 @@ def read_safetensors(source: ByteSource) -> tuple[dict[str, LazyTensor], dict[st
         raise _damaged(source, "its header is too large", f"at most {HEADER_LIMIT} bytes", f"{length} bytes")
     if 8 + length > source.size:
         raise _damaged(source, "is truncated inside its header", f"at least {8 + length} bytes", f"{source.size} bytes")
-    entries = _parse_header(source, source.read(8, length))
-    metadata = _metadata(source, entries.pop("__metadata__", {}))
+    entries, metadata = _parsed(source, source.read(8, length))
     tensors: dict[str, LazyTensor] = {}
     ranges: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
@@ -80,13 +90,23 @@ def safetensors_parts(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, 
         if name == "__metadata__":
             raise UsageError("safetensors reserves this name for metadata", tensor=name, remedy="exclude the tensor")
         shape = [*tensor.shape]
-        if tensor.dtype == _FLOAT4:
-            shape[-1] *= 2
+        code = _code(name, tensor.dtype)
+        if code in _PACKED:
+            _, numbers, held = _PACKED[code]
+            if not shape or shape[-1] % held:
+                raise UsageError(
+                    f"safetensors cannot hold rows of {tensor.dtype.name} that end inside a group", tensor=name,
+                    expected=f"a last length divisible by {held}", found=list(shape), remedy="exclude the tensor",
+                )  # fmt: skip
+            shape[-1] = shape[-1] // held * numbers
         end = offset + tensor.nbytes
-        header[name] = {"dtype": _code(name, tensor.dtype), "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
         parts.append(TensorData(name, tensor))
         offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _no_text(tensors, metadata or {}) from None
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise UsageError(
@@ -97,38 +117,23 @@ def safetensors_parts(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, 
     return (Literal(len(text).to_bytes(8, "little") + text), *parts)
 
 
-def _parse_header(source: ByteSource, text: bytes) -> dict[str, Any]:
-    if text[:1] != b"{":
+def _parsed(source: ByteSource, text: bytes) -> tuple[dict[str, Any], dict[str, str] | None]:
+    if text.lstrip(b" \t\r\n")[:1] != b"{":
         raise _damaged(source, "is not a safetensors file", "a header that begins with '{'", repr(text[:8]))
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-        "".join(entries).encode("utf-8")  # a lone surrogate, which JSON can spell, is not text
-    except (ValueError, RecursionError) as error:
+        return parse_header(text)
+    except UnicodeEncodeError:
+        raise _damaged(source, "its header has half of a surrogate pair", "Unicode text", None) from None
+    except ValueError as error:
         raise _damaged(source, f"its header is not valid JSON: {_brief(error)}", None, None) from None
-    found: dict[str, Any] = entries
-    return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in entries:
-            raise ValueError(f"{name!r} occurs twice")
-        entries[name] = value
-    return entries
-
-
-def _metadata(source: ByteSource, entry: Any) -> dict[str, str]:
-    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise _damaged(source, "its __metadata__ is not a map from text to text", None, None)
-    return entry
 
 
 def _tensor(source: ByteSource, name: str, entry: Any, base: int) -> tuple[int, int, LazyTensor]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(source, "its header entry is incomplete", "dtype, shape and data_offsets", entry, name)
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    kind = _FLOAT4 if code == _FLOAT4_CODE else BY_SAFETENSORS.get(code) if isinstance(code, str) else None
+    packing = _PACKED.get(code) if isinstance(code, str) else None
+    kind = packing[0] if packing is not None else BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if kind is None:
         raise _damaged(source, "has an unknown element type", f"one of {', '.join(_WRITING_ORDER)}", code, name)
     if not isinstance(shape, list) or len(shape) > _AXES_LIMIT or not all(map(_is_count, shape)):
@@ -137,10 +142,14 @@ def _tensor(source: ByteSource, name: str, entry: Any, base: int) -> tuple[int, 
         raise _damaged(source, "has invalid data_offsets", "begin and end", offsets, name)
     if math.prod(max(n, 1) for n in shape) * kind.itemsize >= 1 << 63:
         raise _damaged(source, "has an impossible shape", "fewer than 2**63 bytes", shape, name)
-    if kind == _FLOAT4:
-        if not shape or shape[-1] % 2:
-            raise _damaged(source, "packs an odd count of 4-bit numbers", "an even last length", shape, name)
-        shape[-1] //= 2
+    if packing is not None:
+        _, numbers, held = packing
+        if not shape or shape[-1] % numbers:
+            raise _damaged(
+                source, f"has rows of {code} that do not end with a byte", f"a last length divisible by {numbers}",
+                shape, name,
+            )  # fmt: skip
+        shape[-1] = shape[-1] // numbers * held
     begin, end = offsets
     needed = math.prod(shape) * kind.itemsize
     if end - begin != needed:
@@ -172,7 +181,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _code(name: str, kind: DType) -> str:
-    code = _FLOAT4_CODE if kind == _FLOAT4 else kind.safetensors
+    code = _CODE_OF.get(kind, kind.safetensors)
     if code is None:
         raise UsageError(
             f"safetensors cannot hold {kind.name}", tensor=name,
@@ -186,7 +195,18 @@ def _rank(name: str, tensor: LazyTensor) -> int:
 
 
 def _brief(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
+    return str(error)[:120]
+
+
+def _no_text(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> UsageError:
+    """The error for a name or metadata with half of a surrogate pair, which UTF-8 cannot spell."""
+    name = next((name for name in tensors if not is_text(name)), None)
+    return UsageError(
+        "safetensors cannot hold a name with half of a surrogate pair" if name is not None
+        else "safetensors cannot hold metadata with half of a surrogate pair",
+        tensor=name, expected="Unicode text", found=None if name is not None else ascii(metadata)[:120],
+        remedy="exclude the tensor, or convert to torch or dcp" if name is not None else None,
+    )  # fmt: skip
 
 
 def _damaged(
@@ -208,19 +228,19 @@ def _detect(location: Location) -> bool:
     if location.head.startswith(b"PK\x03\x04"):
         return False  # a file of torch.save under a wrong name
     return location.suffix == ".safetensors" or (
-        location.head[8:10] in (b'{"', b"{}", b"{ ") and int.from_bytes(location.head[:8], "little") <= HEADER_LIMIT
+        location.head[8:].lstrip(b" \t\r\n")[:1] == b"{" and int.from_bytes(location.head[:8], "little") <= HEADER_LIMIT
     )
 
 
 def _read(location: Location) -> Checkpoint:
     tensors, metadata = read_safetensors(LocalFile(location.path))
-    return Checkpoint(location.path, "safetensors", tensors, details={"metadata": metadata} if metadata else {})
+    return Checkpoint(location.path, "safetensors", tensors, details={} if metadata is None else {"metadata": metadata})
 
 
 def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     weights, ignored = weights_only(checkpoint)
-    metadata = checkpoint.details.get("metadata") if checkpoint.format == "safetensors" else None
-    parts = safetensors_parts(weights, metadata or {"format": "pt"})
+    metadata = checkpoint.details.get("metadata") if checkpoint.format == "safetensors" else {"format": "pt"}
+    parts = safetensors_parts(weights, metadata)
     return Plan("safetensors", (OutputFile("", parts),), ignored=ignored, notes=without_configuration(checkpoint))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.dtypes import DType
+from anyckpt.errors import UsageError
 from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
 
 ORDERED_DICT = Global("collections", "OrderedDict")
@@ -14,7 +15,15 @@ UNTYPED_STORAGE = Global("torch.storage", "UntypedStorage")
 
 
 def dtype_global(dtype: DType) -> Global:
-    """``torch.bfloat16`` and the like, which a pickle names as a constant."""
+    """``torch.bfloat16`` and the like, which a pickle names as a constant.
+
+    Raises:
+        UsageError: torch has no such type.
+    """
+    if not dtype.in_torch:
+        raise UsageError(
+            "torch has no such element type", found=dtype.name, remedy="exclude the tensor, or convert to safetensors"
+        )
     return Global("torch", dtype.name)
 
 

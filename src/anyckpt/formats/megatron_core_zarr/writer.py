@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.display import is_text
 from anyckpt.engine.plan import OutputFile, Plan, TensorData, small_file
 from anyckpt.errors import UsageError
 from anyckpt.formats.dcp.chunks import stacked_axes
@@ -58,7 +59,8 @@ def _array_files(name: str, tensor: LazyTensor) -> Iterator[OutputFile]:
             "the zarr backend has no such element type", tensor=name, found=tensor.dtype.name,
             remedy="write megatron-core (torch_dist), or cast it with --dtype",
         )  # fmt: skip
-    if "/" in name or "\0" in name or name.startswith(".") or name.endswith(".sync") or len(name.encode()) > 255:
+    special = "/" in name or "\0" in name or name.startswith(".") or name.endswith(".sync")
+    if special or not is_text(name) or len(name.encode()) > 255:
         raise UsageError("cannot be the name of a zarr array's directory", tensor=name)
     chunks = _chunks(name, tensor)
     yield small_file(f"{name}/{ZARRAY}", render_metadata(tensor.dtype, tensor.shape, chunks), stage=1)
