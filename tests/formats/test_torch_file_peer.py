@@ -338,3 +338,37 @@ def test_a_quantized_weight_stays_whole_without_training_state(tmp_path: Path, t
     assert found["w"].q_scale() == weight.q_scale()
     assert torch.equal(found["w"].int_repr(), weight.int_repr())
     assert torch.equal(found["s"].to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_empty_storages_of_several_types_have_one_address(new: bool) -> None:
+    whole = torch.TypedStorage(wrap_storage=torch.tensor([]).storage().untyped(), dtype=torch.int8)
+    contents = saved([torch.tensor([]), whole, torch.empty(0, dtype=torch.int64)], _use_new_zipfile_serialization=new)
+    empty, storage_, numbers = contents.root
+    assert (empty.shape, empty.dtype.name, numbers.dtype.name) == ((0,), "float32", "int64")
+    assert (storage_.dtype.name, storage_.count) == ("int8", 0)
+
+
+class Inner(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.lists = torch.nn.ModuleList([torch.nn.Linear(3, 2, bias=False)])
+        self.register_buffer("cache", torch.ones(2), persistent=False)
+        self.plain = torch.ones(3)
+        self.shared = self.lists[0]
+        self.values = torch.nn.ParameterList([torch.nn.Parameter(torch.rand(2))])
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_whole_modules_are_named_as_state_dict_names_them(new: bool, tmp_path: Path) -> None:
+    inner = Inner()
+    inner.register_forward_hook(torch.nn.functional.relu)
+    network = torch.nn.DataParallel(torch.nn.Sequential(inner, torch.nn.Embedding(4, 2)))
+    expected = network.state_dict()
+    path = tmp_path / "whole.pt"
+    torch.save({"model": network, "epoch": 3}, path, _use_new_zipfile_serialization=new)
+    weights = registry.read(path).weights()
+    assert list(weights) == list(expected)
+    for name, value in expected.items():
+        same(value, weights[name])

@@ -15,8 +15,9 @@ from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_D
 from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.archive import read_zip
-from anyckpt.formats.torch_file.format import is_filled, stored_checksums, torch_checkpoint
+from anyckpt.formats.torch_file.format import stored_checksums, torch_checkpoint
 from anyckpt.formats.torch_file.reader import root_folder
+from anyckpt.formats.torch_file.roles import is_filled
 from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tree import flatten
 from anyckpt.pickling.plain import simplify, to_plain

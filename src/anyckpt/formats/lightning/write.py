@@ -16,7 +16,8 @@ from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file.format import assemble, is_filled
+from anyckpt.formats.torch_file.format import assemble
+from anyckpt.formats.torch_file.roles import is_filled
 from anyckpt.formats.torch_file.safe import refused
 from anyckpt.formats.torch_file.tree import COMPOSITE, parts_of, unflatten
 from anyckpt.formats.torch_file.writer import zip_parts

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, StoredChecksum, TrainingState
+from anyckpt.checkpoint import Checkpoint, StoredChecksum
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, Location, WriteOptions
 from anyckpt.formats.torch_file.archive import read_zip
 from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.reader import read_torch
+from anyckpt.formats.torch_file.roles import Roles, roles, training_state
 from anyckpt.formats.torch_file.safe import refused
 from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tape import is_tape
@@ -21,10 +22,6 @@ from anyckpt.pickling import torch_objects
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import LazyTensor
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_STEPS = ("global_step", "iteration", "step")
-_OPTIMIZERS = ("optimizer", "optimizer_states", "optimizer_state_dict", "optim")
-_SCHEDULERS = ("lr_schedulers", "lr_scheduler", "scheduler", "opt_param_scheduler")
 _WASTE = 1024
 
 
@@ -49,18 +46,17 @@ def read(location: Location) -> Checkpoint:
 
 def torch_checkpoint(path: str, contents: TorchContents, flat: Flat) -> Checkpoint:
     """What any torch file is as a checkpoint: a state dict, by itself or with other things beside it."""
-    root = contents.root if isinstance(contents.root, dict) else {}
-    prefix, states = _prefixes(flat)
+    told = roles(flat)
     return Checkpoint(
         path=path,
         format=FORMAT.name,
         format_version=contents.generation if contents.version is None else f"{contents.generation} {contents.version}",
         tensors=flat.tensors,
-        model_prefix=prefix,
-        state_prefixes=states,
+        model_prefix=told.prefix,
+        state_prefixes=told.states,
         objects=flat.objects,
-        training=training_state(root),
-        warnings=[*contents.warnings, *_oddities(contents, flat)],
+        training=training_state(contents.root, flat),
+        warnings=[*contents.warnings, *_kind(flat, told), *_oddities(contents, flat)],
         details=torch_details(contents, flat),
         checksums=lambda: stored_checksums(contents),
     )
@@ -88,32 +84,23 @@ def stored_checksums(contents: TorchContents) -> Iterator[StoredChecksum]:
             yield StoredChecksum(record.source.name, record.source, record.crc)
 
 
-def training_state(root: Mapping[Any, Any]) -> TrainingState:
-    """Where training stood, as far as the usual top-level keys of a training checkpoint tell."""
-    step = next((root[key] for key in _STEPS if type(root.get(key)) is int), None)
-    return TrainingState(
-        step=step,
-        epoch=root["epoch"] if type(root.get("epoch")) is int else None,
-        has_optimizer=any(is_filled(root.get(key)) for key in _OPTIMIZERS),
-        has_scheduler=any(is_filled(root.get(key)) for key in _SCHEDULERS),
-        has_rng=any("rng_state" in key for key in root if type(key) is str),
-    )
-
-
-def is_filled(value: Any) -> bool:
-    """Whether an entry is there and not an empty container."""
-    return value is not None and not (isinstance(value, (dict, list, tuple)) and not value)
-
-
-def _prefixes(flat: Flat) -> tuple[str, tuple[str, ...]]:
-    """What precedes the weights' own names, and the names of everything else that holds tensors."""
-    tops = {flat.paths[name][0] for name in flat.tensors if flat.paths.get(name)}
-    if any(len(flat.paths[name]) < 2 for name in flat.tensors if name in flat.paths):
-        return "", tuple(f"{top}." for top in sorted(map(str, tops)) if top in _OPTIMIZERS)
-    for wrapper in _WRAPPERS:
-        if wrapper in tops:
-            return f"{wrapper}.", ()
-    return "", tuple(f"{top}." for top in sorted(map(str, tops)) if top in _OPTIMIZERS)
+def _kind(flat: Flat, told: Roles) -> list[str]:
+    """What the file is, where it is no plain set of weights."""
+    found = []
+    if not flat.tensors:
+        found.append("holds no tensors")
+    elif flat.optimizers and all(name.startswith(told.states or ("\0",)) for name in flat.tensors):
+        found.append("holds the state of an optimizer and no weights")
+    for path, classes in flat.modules.items():
+        inside = f" with modules of class {', '.join(classes[1:6])}" if len(classes) > 1 else ""
+        more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+        found.append(
+            f"{'.'.join(map(str, path)) or 'the file'} is a pickled module of class {classes[0]}{inside}{more}: its"
+            " tensors are named as its state_dict() names them, and its settings and hooks are left out"
+        )
+    for name in told.averaged:
+        found.append(f"{name} is an averaged copy of the weights and is taken for training state")
+    return found
 
 
 def _oddities(contents: TorchContents, flat: Flat) -> list[str]:

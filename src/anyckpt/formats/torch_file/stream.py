@@ -6,6 +6,7 @@ there are, and, when their lengths have been read and their places are known, ag
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.errors import FormatError
@@ -53,14 +54,16 @@ class _Storages:
             raise self._malformed(identifier)
         dtype = storage_dtype(kind, self._name)
         facts = (dtype, count, brief_text(location))
-        if self.wanted.setdefault(key, facts)[:2] != facts[:2]:
+        first = self.wanted.setdefault(key, facts)
+        # empty storages of any type all have the address 0, and so one key
+        if first[:2] != facts[:2] and (first[1] or count):
             raise FormatError(f"storage {key!r} is referred to with two sizes", path=self._name, remedy=_REMEDY)
         if not known:
             return None
         root = self.roots[key]
         view = rest[0] if rest else None
         if view is None:
-            return root
+            return root if root.dtype == dtype else replace(root, dtype=dtype)
         if type(view) is not tuple or len(view) != 3:
             raise self._malformed(identifier)
         view_key, offset, length = view

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.formats.torch_file import modules
 from anyckpt.formats.torch_file.values import (
     DistributedTensor,
     MetaTensor,
@@ -47,6 +48,9 @@ class Flat:
         renamed: names that had to be told apart.
         unpacked: dotted names of the classes whose instances hold tensors, and are shown as dictionaries.
         distributed: by name, what each local part of a ``DTensor`` is a part of.
+        modules: path of each module that was pickled whole -> its class, and those of the modules in it.
+        beside: paths of what a pickled module holds besides what its ``state_dict()`` gives.
+        optimizers: paths of the states of optimizers, with tensors or without.
     """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
@@ -56,6 +60,9 @@ class Flat:
     renamed: list[str] = field(default_factory=list)
     unpacked: list[str] = field(default_factory=list)
     distributed: dict[str, DistributedTensor] = field(default_factory=dict)
+    modules: dict[Path, list[str]] = field(default_factory=dict)
+    beside: set[Path] = field(default_factory=set)
+    optimizers: list[Path] = field(default_factory=list)
 
     def _name(self, path: Path) -> str:
         plain = ".".join(map(str, path)) or "tensor"
@@ -102,17 +109,21 @@ def flatten(root: Any, name: str) -> Flat:
     if isinstance(root, _LEAVES):
         flat._add((), root)
         return flat
-    holders, distinct = _holders(root)
+    holders, distinct = _holders(root, name)
+    if _is_optimizer(root):
+        flat.optimizers.append(())
     if id(root) not in holders:
         if not isinstance(root, dict):
             flat.objects["object"], flat.paths["object"] = root, ()
         else:
-            for key, value in _children(root, (), flat):
+            for key, value in _children(root, (), flat, name):
                 flat.objects[flat._name((key,))] = value
+                if _is_optimizer(value):
+                    flat.optimizers.append((key,))
         return flat
     path: list[str | int] = []
     active = [id(root)]
-    todo: list[Iterator[tuple[str | int, Any]]] = [_children(root, (), flat)]
+    todo: list[Iterator[tuple[str | int, Any]]] = [_children(root, (), flat, name)]
     while todo:
         step = next(todo[-1], None)
         if step is None:
@@ -123,25 +134,43 @@ def flatten(root: Any, name: str) -> Flat:
             continue
         key, child = step
         here = (*path, key)
+        if _is_optimizer(child):
+            flat.optimizers.append(here)
         if isinstance(child, _LEAVES):
             flat._add(here, child)
             if len(flat.tensors) > 1000 + _REPEATS * distinct:
                 raise UnsafeError("shared containers repeat a few tensors endlessly", path=name)
         elif id(child) not in holders:
-            flat.objects[flat._name(here)] = child
+            if here not in flat.beside:
+                flat.objects[flat._name(here)] = child
         elif id(child) not in active:
             if len(path) >= _DEEPEST:
                 raise FormatError("tensors are nested too deep", path=name, expected=f"at most {_DEEPEST} levels")
             path.append(key)
             active.append(id(child))
-            todo.append(_children(child, here, flat))
+            todo.append(_children(child, here, flat, name))
     return flat
 
 
-def _children(container: Any, path: Path, flat: Flat) -> Iterator[tuple[str | int, Any]]:
+def _is_optimizer(value: Any) -> bool:
+    """Whether a value is ``torch.optim.Optimizer.state_dict()`` or an optimizer pickled whole."""
+    fields = value.fields() if isinstance(value, Record) else value
+    groups = fields.get("param_groups") if isinstance(fields, dict) else None
+    if not isinstance(groups, (list, tuple)) or not groups:
+        return False
+    return all(isinstance(group, dict) and ("params" in group or "lr" in group) for group in groups)
+
+
+def _children(container: Any, path: Path, flat: Flat, file: str) -> Iterator[tuple[str | int, Any]]:
     """What a container holds, with the last element of its path; notes keys and classes that the path does not tell."""
     if isinstance(container, (list, tuple)):
         yield from enumerate(container)
+    elif modules.module_fields(container) is not None:
+        flat.modules[path] = modules.classes(container)
+        for entry in modules.state_dict(container, file):
+            if not entry.persistent:
+                flat.beside.add((*path, entry.name))
+            yield entry.name, entry.value
     elif isinstance(container, Record):
         if container.path not in flat.unpacked:
             flat.unpacked.append(container.path)
@@ -162,7 +191,7 @@ def _children(container: Any, path: Path, flat: Flat) -> Iterator[tuple[str | in
             yield name, value
 
 
-def _holders(root: Any) -> tuple[set[int], int]:
+def _holders(root: Any, file: str) -> tuple[set[int], int]:
     """Identities of the containers that hold a tensor at any depth, and how many tensors there are."""
     parents: dict[int, list[int]] = {id(root): []}
     found: list[int] = []
@@ -170,7 +199,7 @@ def _holders(root: Any) -> tuple[set[int], int]:
     todo = [root] if isinstance(root, _CONTAINERS) else []
     while todo:
         container = todo.pop()
-        for _, child in _children(container, (), Flat()):
+        for _, child in _children(container, (), Flat(), file):
             if isinstance(child, _LEAVES):
                 found.append(id(container))
                 tensors.add(id(child))
