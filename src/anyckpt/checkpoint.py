@@ -115,6 +115,9 @@ class AdapterSettings:
         dropout: during training.
         targets: modules that it adapts, in the words of its writer.
         base: name or path of the model that it was trained on, None if not said.
+        fan_in_fan_out: weights that it adapts are (in, out), as Conv1D of transformers has them.
+        token_indices: pattern of module names -> the rows of it that are trained and stored one by one; the pattern is
+            empty where there is one such module.
     """
 
     kind: str = "lora"
@@ -126,6 +129,8 @@ class AdapterSettings:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
     base: str | None = None
+    fan_in_fan_out: bool = False
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -476,9 +476,12 @@ def test_what_is_not_merged(tmp_path: Path) -> None:
 
 
 def test_a_base_of_no_known_family(tmp_path: Path) -> None:
-    anyckpt.convert(BASE, tmp_path / "x.safetensors", to="safetensors")
+    anyckpt.convert(fixture_path("families/phi3/hf"), tmp_path / "y.safetensors", to="safetensors")
     with pytest.raises(UsageError, match=r"family is not known.*--family and --config"):
-        anyckpt.merge_lora(tmp_path / "x.safetensors", ADAPTER, tmp_path / "out", to="hf")
+        anyckpt.merge_lora(tmp_path / "y.safetensors", ADAPTER, tmp_path / "out")
+    anyckpt.convert(BASE, tmp_path / "x.safetensors", to="safetensors")
+    anyckpt.merge_lora(tmp_path / "x.safetensors", ADAPTER, tmp_path / "named")
+    assert anyckpt.open(tmp_path / "named").format == "safetensors"
     anyckpt.merge_lora(tmp_path / "x.safetensors", ADAPTER, tmp_path / "out", to="hf", config=BASE / "config.json")
     assert anyckpt.open(tmp_path / "out").config["model_type"] == "llama"
 

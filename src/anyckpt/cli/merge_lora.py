@@ -30,8 +30,8 @@ from anyckpt.cli.layout import layout_options, layout_request
 def command(base: str, adapter: str, destination: str, as_json: bool, **options: Any) -> None:
     """Write the model BASE with the LoRA or DoRA ADAPTER in its weights to DST.
 
-    Any formats, forms and layouts.  Changed weights are computed in float32 and rounded once, to their own type or to
-    --dtype; everything else stays bit for bit the same.
+    Any formats, forms and layouts; a base whose names are the adapter's may be of any model.  Changed weights are
+    computed in float32 and rounded once, to their own type or to --dtype; everything else stays bit for bit the same.
     """
     from anyckpt.operations.merge_lora import merge_lora
 

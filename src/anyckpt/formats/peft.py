@@ -32,7 +32,7 @@ _LARGEST = 1 << 31
 
 _CHANGES = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "arrow_config", "monteclora_config",
-    "kasa_config", "trainable_token_indices",
+    "kasa_config",
 )  # fmt: skip
 """Keys of variants whose update is not ``scale * B @ A`` of a module's weight."""
 
@@ -132,7 +132,22 @@ def settings_from(config: Mapping[str, Any], path: str) -> AdapterSettings:
         dropout=number("lora_dropout", 0.0) or 0.0,
         targets=tuple(map(str, targets)) if isinstance(targets, list) else (str(targets),) if targets else (),
         base=base if isinstance(base, str) and base else None,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        token_indices=_token_indices(config, path),
     )
+
+
+def _token_indices(config: Mapping[str, Any], path: str) -> dict[str, tuple[int, ...]]:
+    """Which rows of which modules are trained; a list is of the embedding, whatever the model calls it."""
+    value = config.get("trainable_token_indices") or {}
+    listed = {"": value} if isinstance(value, list) else value
+    good = isinstance(listed, Mapping) and all(
+        isinstance(own, list) and all(type(index) is int for index in own) for own in listed.values()
+    )
+    if not good:
+        raise FormatError("its trainable_token_indices is not possible", path=path, expected="token numbers",
+                          found=repr(value)[:80])  # fmt: skip
+    return {str(name): tuple(own) for name, own in listed.items()}
 
 
 def _kind(config: Mapping[str, Any]) -> str:

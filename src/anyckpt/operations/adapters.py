@@ -159,6 +159,12 @@ def rename_adapter(
     if same and request == AdapterRequest():
         return Renamed(replace(checkpoint, adapter=settings))
     adapter = read_adapter(checkpoint, settings, layers)
+    if adapter.rows:
+        raise UsageError(
+            "the adapter replaces rows of single tokens, which no other form or framework has a place for",
+            path=checkpoint.path, found=next(iter(adapter.rows.values())).popitem()[1].name,
+            remedy="merge it into the base with anyckpt merge-lora",
+        )  # fmt: skip
     notes: list[str] = []
     if target.adapters == "peft":
         if layers is None:

@@ -11,16 +11,18 @@ from typing import Any
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.dtypes import DType, dtype
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model, dialects
-from anyckpt.models.adapters import Adapter, Layers, idle, merged, read_adapter
+from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name, read_adapter
+from anyckpt.models.adapters.by_name import block_of
 from anyckpt.models.config_nemo import restated
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, unused_targets
 from anyckpt.operations.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.convert import Conversion, choose, convert
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
+from anyckpt.operations.merge_in_place import is_tied, merged_in_place
 from anyckpt.operations.naming import identify
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
@@ -105,15 +107,27 @@ def merge_lora(
     settings = opened_adapter(found, AdapterRequest(alpha=alpha))
     _check_roles(whole, found, settings)
     assert settings is not None
-    model = _model(whole, family, full.config)
-    updates = read_adapter(found, settings, Layers(model))
-    tied = [_TIED] if _changes_tied(updates, model) else []
+    model, unfit = _model(whole, family, full.config)
+    tied = is_tied(whole.config if full.config is None else full.config, model)
+    cast = _Cast(wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
+    by_name, missing = place_by_name(found, settings, whole.weights(), tied=tied)
     try:
-        result = _merged(whole, model, updates, scale, wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
+        if by_name is not None:
+            updates = by_name.adapter
+            result, notes = merged_in_place(
+                whole, found, by_name, scale=scale, cast=cast, model=model, widen=wanted is not None
+            )  # fmt: skip
+        else:
+            if model is None:
+                raise unfit or _unknown(whole, missing)
+            updates, notes = read_adapter(found, settings, Layers(model)), []
+            result = _merged(whole, model, updates, scale, cast)
     except AnyckptError as error:
         error.path = error.path or found.path
         raise
-    summary = [_summary(found, settings, updates, scale), *tied, *_idle(found, settings, updates), *full.notes]
+    if tied and _changes_embedding(updates, whole):
+        notes.insert(0, _TIED)
+    summary = [_summary(found, settings, updates, scale), *notes, *_idle(found, settings, updates), *full.notes]
     ready = replace(
         result,
         optimizer=None,
@@ -146,14 +160,29 @@ def _check_roles(base: Checkpoint, adapter: Checkpoint, settings: AdapterSetting
         raise UsageError("is an adapter, not a model", path=base.path, remedy="give BASE first, then ADAPTER")
 
 
-def _model(base: Checkpoint, family: str | None, config: dict[str, Any] | None) -> Model:
-    model = identify(base, family=family, config=config)
-    if model is None:
-        raise UsageError(
-            "the base's model family is not known, so nothing says which weights the adapter changes",
-            path=base.path, remedy="name it with --family and --config",
+def _model(
+    base: Checkpoint, family: str | None, config: dict[str, Any] | None
+) -> tuple[Model | None, MappingError | None]:
+    """What the base is, None if its family is not known, and why it is not what its configuration says."""
+    try:
+        return identify(base, family=family, config=config), None
+    except MappingError as error:
+        if base.quantization is not None or family is not None or config is not None:
+            raise
+        return None, error
+
+
+def _unknown(base: Checkpoint, missing: list[str]) -> UsageError:
+    if missing:
+        return UsageError(
+            f"{len(missing)} modules of the adapter are none of the base's by name, and its family is not known",
+            path=base.path, expected=f"names such as {_some(list(base.weights()))}", found=_some(missing),
+            remedy="give the base model that it was trained on, or name the family with --family and --config",
         )  # fmt: skip
-    return model
+    return UsageError(
+        "the base's model family is not known, so nothing says which weights the adapter changes",
+        path=base.path, remedy="name it with --family and --config",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,12 +203,10 @@ class _Cast:
         return dtype(self.target)
 
 
-def _merged(
-    base: Checkpoint, model: Model, updates: Adapter, scale: float, wanted: str | None, keep: Any
-) -> Checkpoint:
+def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast: _Cast) -> Checkpoint:
     """The base with changed weights, under its own names."""
-    stored = models.to_hub(base, model, widen=wanted is not None)
-    hub = merged(stored, updates, scale=scale, cast=_Cast(wanted, keep))
+    stored = models.to_hub(base, model, widen=cast.target is not None)
+    hub = merged(stored, updates, scale=scale, cast=cast)
     dialect = base.dialect or dialects.detect(base.weights())
     assert dialect is not None  # to_hub has found it
     out = models.from_hub(hub, dialect)
@@ -189,10 +216,12 @@ def _merged(
     )
 
 
-def _changes_tied(updates: Adapter, model: Model) -> bool:
-    """Whether the embedding is changed and is the output layer, too."""
-    changed = {*(target.weight for target in updates.updates), *updates.replaced}
-    return model.config.share_embeddings_and_output_weights and _EMBEDDING in changed
+def _changes_embedding(updates: Adapter, base: Checkpoint) -> bool:
+    """Whether the embedding is changed: by its name in the hub, or as a matrix outside of layers."""
+    changed = {*(target.weight for target in updates.updates), *updates.replaced, *updates.rows}
+    weights = base.weights()
+    outer = (name for name in changed if name in weights and not block_of(name))
+    return _EMBEDDING in changed or any(weights[name].ndim == 2 for name in outer)
 
 
 def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, scale: float) -> str:
@@ -202,6 +231,8 @@ def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, s
     changes = []
     if updates.updates:
         changes.append(f"{len(updates.updates)} updates of rank {', '.join(map(str, ranks))}{times}")
+    if updates.rows:
+        changes.append(f"{sum(len(rows.indices) for own in updates.rows.values() for rows in own.values())} rows")
     if updates.replaced:
         changes.append(f"{len(updates.replaced)} whole tensors")
     name = os.path.basename(os.path.abspath(adapter.path))

@@ -13,21 +13,33 @@ from anyckpt.models.adapters.adapter import (
     separated,
     without_empty,
 )
+from anyckpt.models.adapters.by_name import Placed, merged_by_name
 from anyckpt.models.adapters.merge import idle, merged
-from anyckpt.models.adapters.settings import KINDS, check_adapter, read_adapter, settings_of, spelling_of, with_alpha
+from anyckpt.models.adapters.settings import (
+    KINDS,
+    check_adapter,
+    place_by_name,
+    read_adapter,
+    settings_of,
+    spelling_of,
+    with_alpha,
+)
 
 __all__ = [
     "KINDS",
     "Adapter",
     "Layers",
     "LowRank",
+    "Placed",
     "Target",
     "check_adapter",
     "completed",
     "fused",
     "idle",
     "merged",
+    "merged_by_name",
     "of_one_rank",
+    "place_by_name",
     "read_adapter",
     "separated",
     "settings_of",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.config import ModelConfig
 from anyckpt.models.hub import Model
@@ -67,6 +68,51 @@ class LowRank:
         return self.down.shape[0]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows that take the place of a matrix's.
+
+    Attributes:
+        indices: which.
+        values: (indices, width), in their order.
+        name: as stored, for messages.
+    """
+
+    indices: tuple[int, ...]
+    values: LazyTensor
+    name: str
+
+    def put_into(self, matrix: LazyTensor, target: DType) -> LazyTensor:
+        """The matrix with these rows, cast.
+
+        Raises:
+            MappingError: it has another width, or not all of the rows.
+        """
+        if self.values.ndim != 2 or matrix.ndim != 2 or self.values.shape[1] != matrix.shape[1]:
+            raise MappingError("trained rows have another width than the base model's", tensor=self.name,
+                               expected=matrix.shape[1:], found=self.values.shape)  # fmt: skip
+        order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
+        if len(set(self.indices)) != len(self.indices) or len(self.indices) != self.values.shape[0]:
+            raise MappingError(
+                "the adapter's settings and tensors contradict each other on the trained tokens", tensor=self.name,
+                expected=f"{self.values.shape[0]} different tokens", found=f"{len(set(self.indices))}",
+            )  # fmt: skip
+        if self.indices and not 0 <= self.indices[order[0]] <= self.indices[order[-1]] < matrix.shape[0]:
+            raise MappingError(
+                "trains tokens that the base model does not have", tensor=self.name,
+                expected=f"tokens below {matrix.shape[0]}", found=str(self.indices[order[-1]]),
+                remedy="resize the base model's vocabulary as it was resized for training",
+            )  # fmt: skip
+        pieces: list[LazyTensor] = []
+        at = 0
+        for number in order:
+            row = self.indices[number]
+            pieces += [matrix.narrow(0, at, row - at).cast(target), self.values.narrow(0, number, 1).cast(target)]
+            at = row + 1
+        pieces.append(matrix.narrow(0, at, matrix.shape[0] - at).cast(target))
+        return concatenate([piece for piece in pieces if piece.shape[0]], 0)
+
+
 @dataclass
 class Adapter:
     """Everything that an adapter changes.
@@ -75,11 +121,13 @@ class Adapter:
         updates: by what they change, in stored order.
         replaced: what takes the place of whole tensors of the base (PEFT's ``modules_to_save``, trained biases): hub
             name -> which of its rule's sources -> the family's own tensor.
+        rows: what takes the place of single rows (PEFT's trainable tokens), in the same way.
         notes: what a user should know.
     """
 
     updates: dict[Target, LowRank]
     replaced: dict[str, dict[int, LazyTensor]] = field(default_factory=dict)
+    rows: dict[str, dict[int, Rows]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -223,7 +271,7 @@ def _fuse(weight: str, parts: Mapping[str, LowRank], layers: Layers) -> LowRank:
                          remedy="merge it into the base with anyckpt merge-lora")  # fmt: skip
     scale = max(update.scale for update in parts.values())
     scaled = {part: scaled_to(update, scale, names[0]) for part, update in parts.items()}
-    shared = len(parts) == len(operation.parts) and _all_equal([update.down for update in parts.values()])
+    shared = len(parts) == len(operation.parts) and all_equal([update.down for update in parts.values()])
     width = first.rank if shared else sum(update.rank for update in parts.values())
     ups: list[LazyTensor] = []
     rows = [shape[0] for shape in operation.source_shapes(layers.instances[weight].shape, config)]
@@ -245,7 +293,7 @@ def _at_columns(up: LazyTensor, at: int, width: int) -> LazyTensor:
     return concatenate([before, up, behind], 1)
 
 
-def _all_equal(tensors: Sequence[LazyTensor]) -> bool:
+def all_equal(tensors: Sequence[LazyTensor]) -> bool:
     """Whether tensors have the same elements; reads them."""
     first = tensors[0]
     return all(

@@ -40,6 +40,12 @@ def merged(
         for number, value in values.items():
             sources[number] = value.cast(own)
         tensors[name] = item.rule.operation.to_hub(sources, item.config)
+    for name, own_rows in adapter.rows.items():
+        item = layers.instances[name]
+        own = tensors[name].dtype if cast is None else cast(name, tensors[name])
+        stored = item.rule.operation.from_hub(tensors[name], item.config)
+        sources = [own_rows[n].put_into(s, own) if n in own_rows else s.cast(own) for n, s in enumerate(stored)]
+        tensors[name] = item.rule.operation.to_hub(sources, item.config)
     for target, update in adapter.updates.items():
         check_update(target, update, layers)
     for weight, parts in by_weight(adapter).items():
@@ -58,11 +64,7 @@ def _add(
     """Change a weight, and its bias if the adapter has one."""
     base = tensors[weight]
     name = next(iter(parts.values())).names[0]
-    if base.dtype.name not in _COMPUTED:
-        raise MappingError(
-            "the base model's weight is of a type that no update can be added to", tensor=weight,
-            expected=", ".join(_COMPUTED), found=base.dtype.name, remedy="dequantize the base model first",
-        )  # fmt: skip
+    check_computed(weight, base)
     target = base.dtype if cast is None else cast(weight, base)
     tensors[weight] = _changed(
         base, parts, layers, weight, lambda part, update: _sum(part, update, scale, target), target
@@ -78,7 +80,7 @@ def _add(
     def add(part: LazyTensor, update: LowRank) -> LazyTensor:
         if update.bias is None:
             return part
-        return Mapped((part, update.bias), own, _plus(update.scale * scale, own))
+        return Mapped((part, update.bias), own, plus(update.scale * scale, own))
 
     tensors[bias] = _changed(tensors[bias], parts, layers, weight, add, own)
 
@@ -112,8 +114,19 @@ def _sum(weight: LazyTensor, update: LowRank, scale: float, target: DType) -> La
     return LowRankSum(weight, up, update.down, update.scale * scale, update.magnitude, target)
 
 
+def check_computed(name: str, weight: LazyTensor) -> None:
+    """Raise MappingError unless a weight is of a type that an update can be added to."""
+    if weight.dtype.name not in _COMPUTED:
+        raise MappingError(
+            "the base model's weight is of a type that no update can be added to", tensor=name,
+            expected=", ".join(_COMPUTED), found=weight.dtype.name, remedy="dequantize the base model first",
+        )  # fmt: skip
+
+
 @lru_cache
-def _plus(scale: float, target: DType) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def plus(scale: float, target: DType) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """``bias + scale * more`` in float32, rounded to ``target``."""
+
     def add(bias: np.ndarray, more: np.ndarray) -> np.ndarray:
         total: np.ndarray = bias.astype(np.float32) + more.astype(np.float32) * np.float32(scale)
         return total.astype(target.numpy)

@@ -13,8 +13,18 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from anyckpt.dtypes import dtype
-from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, check_factors, check_update, some
+from anyckpt.errors import MappingError, UsageError
+from anyckpt.models.adapters.adapter import (
+    Adapter,
+    Layers,
+    LowRank,
+    Rows,
+    Target,
+    all_equal,
+    check_factors,
+    check_update,
+    some,
+)
 from anyckpt.models.adapters.parameters import expert_updates
 from anyckpt.models.adapters.rows import PREFIX, Places, places_of, rearranged, to_hub
 from anyckpt.models.hub import head_and_embedding
@@ -28,20 +38,21 @@ _FACTOR = re.compile(
     r"|(?P<embedding>lora_embedding_[AB])(?:\.(?P<live_embedding>[^.]+))?"
     r"|lora_magnitude_vector(?:\.(?P<live_magnitude>[^.]+)(?:\.weight)?)?)"
 )
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<live>[^.]+)\.(?P<kind>weight|bias)")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<live>[^.]+))?\.(?P<kind>weight|bias)")
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.(?P<live>[^.]+))?")
 _OF_BASE = re.compile(r"\.base_layer(\.(?:weight|bias))$")
-_COPY = re.compile(r".+\.original_module\..+")
+_COPY = re.compile(r".+\.(?:original_module|trainable_tokens_original)\..+")
 _TEXT = "language_model."
 """What the text part of a model that also sees has in its names."""
 
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether these are a PEFT adapter's names."""
-    return any(name.startswith(PREFIX) and _FACTOR.fullmatch(name) for name in names)
+    return any(name.startswith(PREFIX) and (_FACTOR.fullmatch(name) or _TOKENS.fullmatch(name)) for name in names)
 
 
 @dataclass
-class _Module:
+class StoredModule:
     """What an adapter stores for one module, with the stored names."""
 
     down: tuple[str, LazyTensor] | None = None
@@ -52,18 +63,40 @@ class _Module:
     names: list[str] = field(default_factory=list)
 
 
-def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], float], layers: Layers) -> Adapter:
+@dataclass
+class StoredAdapter:
+    """What an adapter stores.
+
+    Attributes:
+        modules: its factors by the module's name.
+        saved: whole tensors: the base model's name -> the stored one.
+        tokens: trained rows: the module's name -> the stored one.
+    """
+
+    modules: dict[str, StoredModule] = field(default_factory=dict)
+    saved: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+
+
+def from_peft(
+    tensors: Mapping[str, LazyTensor],
+    scale: Callable[[str, int], float],
+    layers: Layers,
+    token_indices: Mapping[str, tuple[int, ...]] | None = None,
+) -> Adapter:
     """The updates that a PEFT adapter is.
 
     Args:
         tensors: by stored name.
         scale: of a module's update, from the module's name and the rank.
         layers: the weights of the base model.
+        token_indices: which rows the settings say are trained, by pattern of module names.
 
     Raises:
         MappingError: a name is no rule's, a factor is missing, or shapes are of another model.
     """
-    found, saved = _by_module(tensors)
+    stored = by_module(tensors)
+    found = stored.modules
     places = places_of(layers)
     updates: dict[Target, LowRank] = {}
     for module, own in found.items():
@@ -73,7 +106,7 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
             updates.update(experts)
             continue
         item, number = _place(module, places, layers, name)
-        update = _update(module, own, scale)
+        update = update_of(module, own, scale)
         operation = item.rule.operation.on_rows()
         if operation is None or (len(item.sources) > 1 and not operation.parts):
             raise MappingError(
@@ -90,7 +123,10 @@ def from_peft(tensors: Mapping[str, LazyTensor], scale: Callable[[str, int], flo
                                found=updates[target].names[0])  # fmt: skip
         updates[target] = update
     adapter = Adapter(updates)
-    adapter.replaced.update(_replaced(saved, layers, tensors))
+    adapter.replaced.update(_replaced(stored.saved, layers, tensors))
+    for module, name in stored.tokens.items():
+        item, number = _place(module, places, layers, name)
+        adapter.rows.setdefault(item.hub, {})[number] = rows_of(module, name, tensors[name], token_indices or {})
     for target, update in updates.items():
         check_update(target, update, layers)
     return adapter
@@ -102,7 +138,7 @@ def check_pairs(tensors: Mapping[str, LazyTensor]) -> None:
     Raises:
         MappingError: they do not.
     """
-    for own in _by_module(tensors)[0].values():
+    for own in by_module(tensors).modules.values():
         down, up = _factors(own)
         if down.shape[:1] != up.shape[1:2]:  # a convolution's have more axes
             raise MappingError(
@@ -112,33 +148,47 @@ def check_pairs(tensors: Mapping[str, LazyTensor]) -> None:
             )  # fmt: skip
 
 
-def _by_module(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, _Module], dict[str, str]]:
-    """Factors by the family's module name, and whole tensors: the family's name -> the stored one.
+def by_module(tensors: Mapping[str, LazyTensor]) -> StoredAdapter:
+    """What an adapter stores, by the base model's names of modules and tensors.
+
+    peft 0.21 stores a module of ``modules_to_save`` that is an embedding or the output layer up to three times: by its
+    own name and as ``modules_to_save``, which are the trained tensor, and as ``original_module``, which is not.
 
     Raises:
         MappingError: a name is there twice, or there are two adapters.
     """
-    modules: dict[str, _Module] = {}
-    saved: dict[str, str] = {}
+    result = StoredAdapter()
+    modules, saved = result.modules, result.saved
     adapters: dict[str, str] = {}
+
+    def save(plain: str, name: str) -> None:
+        other = saved.setdefault(plain, name)
+        if other != name and not all_equal([tensors[other], tensors[name]]):
+            raise MappingError("two stored tensors are the same one of the adapter, and they differ", tensor=name,
+                               found=other, remedy="leave one of them out with --exclude")  # fmt: skip
+
     for name, tensor in tensors.items():
         plain = _OF_BASE.sub(r"\1", name.removeprefix(PREFIX))
-        whole, factor = _SAVED.fullmatch(plain), _FACTOR.fullmatch(plain)
+        whole, factor, tokens = _SAVED.fullmatch(plain), _FACTOR.fullmatch(plain), _TOKENS.fullmatch(plain)
         if _COPY.fullmatch(plain):
             continue
+        if tokens is not None:
+            if tokens["live"]:
+                adapters.setdefault(tokens["live"], name)
+            result.tokens[tokens["module"]] = name
+            continue
         if whole is not None:
-            adapters.setdefault(whole["live"], name)
-            saved[f"{whole['module']}.{whole['kind']}"] = name
+            if whole["live"]:
+                adapters.setdefault(whole["live"], name)
+            save(f"{whole['module']}.{whole['kind']}", name)
             continue
         if factor is None:
-            if plain in saved:
-                raise MappingError("two stored tensors are the same one of the adapter", tensor=name)
-            saved[plain] = name
+            save(plain, name)
             continue
         live = factor["live"] or factor["live_embedding"] or factor["live_magnitude"]
         if live:
             adapters.setdefault(live, name)
-        own = modules.setdefault(factor["module"], _Module())
+        own = modules.setdefault(factor["module"], StoredModule())
         slot = _slot(factor)
         if getattr(own, slot) is not None:
             raise MappingError("two stored tensors are the same one of the adapter", tensor=name,
@@ -151,7 +201,28 @@ def _by_module(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, _Module], d
             "holds more than one adapter", tensor=list(adapters.values())[1], expected="one",
             found=", ".join(list(adapters)[:5]), remedy="leave the others out with --exclude",
         )  # fmt: skip
-    return modules, saved
+    return result
+
+
+def rows_of(module: str, name: str, values: LazyTensor, indices: Mapping[str, tuple[int, ...]]) -> Rows:
+    """The rows of a module that an adapter trains.
+
+    Args:
+        module: its name.
+        name: the stored name of the rows.
+        values: these.
+        indices: which rows, by pattern of module names, as the settings say.
+
+    Raises:
+        UsageError: the settings do not say it.
+    """
+    for pattern, own in indices.items():
+        if pattern in ("", module) or module.endswith(f".{pattern}"):
+            return Rows(own, values, name)
+    raise UsageError(
+        "the adapter does not say which tokens these rows are of", tensor=name,
+        expected="trainable_token_indices in adapter_config.json", remedy="copy the whole adapter",
+    )  # fmt: skip
 
 
 def _slot(factor: re.Match[str]) -> str:
@@ -166,7 +237,7 @@ def _slot(factor: re.Match[str]) -> str:
 
 
 def _of_experts(
-    module: str, own: _Module, layers: Layers, places: Places, scale: Callable[[str, int], float]
+    module: str, own: StoredModule, layers: Layers, places: Places, scale: Callable[[str, int], float]
 ) -> dict[Target, LowRank] | None:
     """Every expert's update if the module is one of experts in one parameter, None otherwise."""
     if own.up is None or own.down is None or any(name in places for name in _spellings(module, layers)):
@@ -193,7 +264,7 @@ def _of_experts(
     return result
 
 
-def _factors(own: _Module) -> tuple[LazyTensor, LazyTensor]:
+def _factors(own: StoredModule) -> tuple[LazyTensor, LazyTensor]:
     """A module's first factor and its second, or an error that says which is missing."""
     for slot, tail in (("down", "lora_A"), ("up", "lora_B")):
         if getattr(own, slot) is None:
@@ -203,8 +274,17 @@ def _factors(own: _Module) -> tuple[LazyTensor, LazyTensor]:
     return own.down[1], own.up[1]
 
 
-def _update(module: str, own: _Module, scale: Callable[[str, int], float]) -> LowRank:
+def update_of(module: str, own: StoredModule, scale: Callable[[str, int], float]) -> LowRank:
+    """A module's update, (out, in); a convolution's is that of its kernel as a matrix of all that an output sees.
+
+    Raises:
+        MappingError: a factor is missing, or they do not fit together.
+        UsageError: its scale is not known.
+    """
     down, up = _factors(own)
+    if down.ndim == up.ndim > 2 and down.size and set(up.shape[2:]) == {1}:
+        down = down.reshape((down.shape[0], down.size // down.shape[0]))
+        up = up.reshape(up.shape[:2])
     magnitude = None if own.magnitude is None else own.magnitude[1]
     bias = None if own.bias is None else own.bias[1]
     check_factors(LowRank(down, up, 1.0), own.names[0])
@@ -213,12 +293,12 @@ def _update(module: str, own: _Module, scale: Callable[[str, int], float]) -> Lo
         if magnitude is not None:
             raise MappingError("DoRA on an embedding is not supported", tensor=own.names[0])
         down, up = up.transpose(), down.transpose()
-    if magnitude is not None and magnitude.ndim == 2 and 1 in magnitude.shape:
+    if magnitude is not None and magnitude.ndim > 1 and magnitude.size == max(magnitude.shape):
         magnitude = magnitude.reshape((magnitude.size,))
     return LowRank(down, up, factor, magnitude, bias, tuple(own.names))
 
 
-def _check_rows(update: LowRank, shape: tuple[int, ...], item: Instance, layers: Layers, own: _Module) -> None:
+def _check_rows(update: LowRank, shape: tuple[int, ...], item: Instance, layers: Layers, own: StoredModule) -> None:
     """The update has the rows that a rule's operation takes apart."""
     rows = update.up.shape[0]
     padded = item.rule.partition == "vocabulary" and (layers.model.config.vocab_size or 0) <= rows <= shape[0]

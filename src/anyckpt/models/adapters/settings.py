@@ -12,6 +12,8 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.models.adapters import megatron, peft
 from anyckpt.models.adapters.adapter import Adapter, Layers
+from anyckpt.models.adapters.by_name import Names, Placed, placed, unplaced
+from anyckpt.tensor import LazyTensor
 
 KINDS = ("lora", "dora")
 """Kinds of adapters that are understood."""
@@ -63,7 +65,9 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
                     "which of Megatron's weights they are",
                     remedy="give the base model's config.json, or its folder, with --config",
                 )
-            found = peft.from_peft(weights, lambda module, rank: scale_of(settings, module, rank), layers)
+            found = peft.from_peft(
+                weights, lambda module, rank: scale_of(settings, module, rank), layers, settings.token_indices
+            )
             _check_magnitudes(found, settings)
             return found
         config = None if layers is None else layers.model.config
@@ -73,6 +77,40 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
             None if config is None else config.num_moe_experts,
             None if config is None else config.gated_linear_unit,
         )
+    except AnyckptError as error:
+        error.path = error.path or checkpoint.path
+        raise
+
+
+def place_by_name(
+    checkpoint: Checkpoint, settings: AdapterSettings, base: Mapping[str, LazyTensor], *, tied: bool
+) -> tuple[Placed | None, list[str]]:
+    """An adapter on the tensors of a base that is named as the adapter is; None if it is not, and what it has not.
+
+    Args:
+        checkpoint: an adapter.
+        settings: its own, or with the alpha that the user says.
+        base: the base's weights by stored name.
+        tied: whether the base's output layer is its embedding.
+
+    Raises:
+        MappingError: tensors are missing, fit several of the base's, or are of another base model.
+        UsageError: the scale is not known.
+    """
+    weights = checkpoint.weights()
+    if spelling_of(checkpoint) != "peft":
+        return None, []
+    try:
+        stored = peft.by_module(weights)
+        find = Names(base).find
+        missing = unplaced(stored, find)
+        if missing:
+            return None, missing
+        found = placed(
+            stored, weights, base, settings, lambda module, rank: scale_of(settings, module, rank), find, tied=tied
+        )
+        _check_magnitudes(found.adapter, settings)
+        return found, []
     except AnyckptError as error:
         error.path = error.path or checkpoint.path
         raise
