@@ -203,7 +203,7 @@ def test_a_quantized_whole() -> None:
 
 
 def test_the_text_part_alone_for_transformers(tmp_path: Path) -> None:
-    """A whole model stays whole; where its family is named, its text part is written, with its own configuration."""
+    """A whole model stays whole; the text part alone is asked for by its names, and gets its own configuration."""
     case = open_case("gemma3")
     whole_model = replace(
         case.checkpoint, tensors=whole(case, "language_model.model.", "language_model."), config=whole_config(case)
@@ -214,7 +214,13 @@ def test_the_text_part_alone_for_transformers(tmp_path: Path) -> None:
     same = read(str(tmp_path / "same"))
     assert facts(same.tensors) == facts(whole_model.tensors)
     assert same.config["model_type"] == "seeing"
-    convert(str(source), tmp_path / "text", to="hf", family="gemma3")
+    done = convert(str(source), tmp_path / "named", to="hf", family="gemma3")
+    named = read(str(tmp_path / "named"))
+    assert facts(named.tensors) == facts(whole_model.tensors)
+    assert named.config == same.config
+    assert not done.ignored
+    assert not done.notes
+    convert(str(source), tmp_path / "text", to="hf", family="gemma3", include="language_model.*")
     text = read(str(tmp_path / "text"))
     assert facts(text.tensors) == facts(case.checkpoint.tensors)
     assert text.config["model_type"] == "gemma3_text"

@@ -38,7 +38,9 @@ def command(sources: tuple[str, ...], destination: str, as_json: bool, **options
     """Write the mean of the weights of two or more checkpoints of one model.
 
     16-bit weights are summed in float32, others in float64, and rounded once.  Whole numbers and booleans must be
-    equal in all of them.  Optimizers are left out; configuration and tokenizer are those of the first SRC.
+    equal in all of them; a BatchNorm's counters are added up.  The sum is divided by that of --weights, of which some
+    may be negative: 1,1,-1 adds to A what B has and C has not.  Optimizers are left out; configuration, tokenizer and
+    what no other SRC has are those of the first SRC.
     """
     from anyckpt.operations.average import average
 

@@ -95,6 +95,15 @@ def _part(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any] | None
     return part if isinstance(part, Mapping) and _is_own(family, part) else None
 
 
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A ``config.json`` with another vocabulary, in its text part and wherever else it says one."""
+    part = config.get("text_config")
+    if not isinstance(part, Mapping):
+        return {**config, "vocab_size": size}
+    outside = {"vocab_size": size} if "vocab_size" in config else {}
+    return {**config, **outside, "text_config": {**part, "vocab_size": size}}
+
+
 def is_foreign(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` has the keys of another code than transformers."""
     return not _is_own(family, config) and _foreign(family, config) is not None

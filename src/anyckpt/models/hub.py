@@ -23,6 +23,7 @@ from anyckpt.models.copies import check_tied, drop_copies
 from anyckpt.models.family import Family
 from anyckpt.models.own_modules import has_own_modules, own_names
 from anyckpt.models.rules import Instance
+from anyckpt.models.spelling import Spelling, variants_of
 from anyckpt.models.variants import family_names, stored_name, stored_names
 from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import Constant, LazyTensor, Mapped, concatenate
@@ -37,12 +38,14 @@ class Model:
         config: what it is.
         definition: the family's rules and spellings.
         notes: what was concluded rather than read (a tie, the true vocabulary).
+        says_vocabulary: the true vocabulary is what the configuration says, not concluded from rows.
     """
 
     family: str
     config: ModelConfig
     definition: Family
     notes: tuple[str, ...] = ()
+    says_vocabulary: bool = True
 
     def with_dtype(self, name: str) -> Model:
         """The same model with its weights cast to another type."""
@@ -59,6 +62,7 @@ class Hub:
         ignored: stored names that were knowingly left out, with the reason.
         notes: what a user should know.
         restated: keys of the configuration as stored that hold no longer for these tensors -> what holds.
+        spelling: how the checkpoint spells them, and what else it holds; None if the names are not Hugging Face's.
     """
 
     model: Model
@@ -66,10 +70,11 @@ class Hub:
     ignored: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     restated: dict[str, Any] = field(default_factory=dict)
+    spelling: Spelling | None = None
 
 
 class Named(NamedTuple):
-    """Tensors under a dialect's names, hub names that were left out with the reason, and notes."""
+    """Tensors under a dialect's names, what was left out on the way to the hub and from it, and all notes."""
 
     tensors: dict[str, LazyTensor]
     ignored: dict[str, str]
@@ -138,10 +143,23 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str, 
     definition, config = model.definition, model.config
     expected = definition.expected(config)
     found = unwrapped(weights, definition.rules, PART_OF in config.extra)
-    ignored = _ignorable(found.tensors, definition)
-    kept = {name: tensor for name, tensor in found.tensors.items() if name not in ignored}
-    ignored = {found.stored(name): reason for name, reason in ignored.items()}
-    ignored |= dict.fromkeys(found.others, f"of another part of the {config.extra.get(PART_OF)} model than its text")
+    ignorable = _ignorable(found.tensors, definition)
+    kept = {name: tensor for name, tensor in found.tensors.items() if name not in ignorable}
+    part_of, left_out = config.extra.get(PART_OF), tuple(_left_out(found.others, config))
+    spelling = Spelling(
+        part_of,
+        parts={name: weights[name] for name in found.others},
+        buffers={
+            found.stored(name): found.tensors[name]
+            for name in ignorable
+            if part_of is not None or found.stored(name) == name
+        },
+        variants=variants_of(kept, definition.hugging_face.variants),
+        stored=found.stored,
+        notes=left_out,
+    )
+    ignored = {found.stored(name): reason for name, reason in ignorable.items()}
+    ignored |= dict.fromkeys(found.others, f"of another part of the {part_of} model than its text")
     variants = definition.hugging_face.variants
     if any(variant.written for variant in variants) and all(stored_name(name, variants) == name for name in kept):
         whole = {stored_name(name, variants): None for item in expected for name in item.sources}
@@ -164,7 +182,7 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str, 
         if any(tensor.dtype != sources[0].dtype for tensor in sources):
             sources = _of_one_type([found.stored(name) for name in item.sources], sources, widen, path)
         tensors[item.hub] = operation.to_hub(sources, item.config)
-    return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected), *_left_out(found.others, config)])
+    return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected), *left_out], spelling=spelling)
 
 
 def _of_one_type(names: Sequence[str], parts: list[LazyTensor], widen: bool, path: str) -> list[LazyTensor]:
@@ -185,12 +203,16 @@ def _of_one_type(names: Sequence[str], parts: list[LazyTensor], widen: bool, pat
     return [part.cast(widest) for part in parts]
 
 
-def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zeros") -> Named:
+def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zeros", in_place: bool = False) -> Named:
     """The hub's tensors under another naming; views only.
 
     For ``hf`` the vocabulary is cut to its true size; for Megatron's dialects (see ``dialects.DIALECTS``) it is
     padded to the configuration's ``rows`` with ``zeros`` or by ``repeat-last-row``.  What is to be cut for ranks is
     padded when it is cut: then ``padded`` is False.
+
+    Everything of the checkpoint that the hub was made of is among the tensors or in ``ignored``.  With ``in_place``
+    Hugging Face's names are those of that checkpoint if it is a larger model of which the hub is the text part, and
+    what no rule knows is among the tensors: the other parts, and buffers.
 
     Raises:
         MappingError: hub tensors are missing or of no rule, the true vocabulary is larger than what is stored, or a
@@ -219,16 +241,35 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
         if prefix is not None:
             usual = dialects.DIALECTS[dialect].prefix
             named = {prefix + name.removeprefix(usual): tensor for name, tensor in named.items()}
-        return Named(named, {}, notes)
-    tensors: dict[str, LazyTensor] = {}
+        return _accounted(hub, named, notes)
+    tensors = _family_tensors(expected, resized, hub.model)
+    notes += _remarks(expected)
+    if not in_place or hub.spelling is None:
+        return _accounted(hub, as_written(tensors, hub.model), notes)
+    whole = hub.spelling.part_of is None
+    named = as_written(tensors, hub.model) if whole else hub.spelling.of(tensors)
+    return _accounted(hub, {**named, **hub.spelling.buffers, **hub.spelling.parts}, notes)
+
+
+def _accounted(hub: Hub, named: dict[str, LazyTensor], notes: list[str]) -> Named:
+    """Everything of the checkpoint that a hub was made of is among the tensors or ignored."""
+    ignored = {name: reason for name, reason in hub.ignored.items() if name not in named}
+    spared = hub.spelling.notes if hub.spelling is not None and hub.spelling.parts.keys() <= named.keys() else ()
+    return Named(named, ignored, [*(note for note in hub.notes if note not in spared), *notes])
+
+
+def _family_tensors(
+    expected: Sequence[Instance], tensors: Mapping[str, LazyTensor], model: Model
+) -> dict[str, LazyTensor]:
+    """The hub's tensors as those of the family's own names."""
+    named: dict[str, LazyTensor] = {}
     for item in expected:
         if not item.sources:
-            _check_zero(item.hub, resized[item.hub], hub.model)
+            _check_zero(item.hub, tensors[item.hub], model)
             continue
-        parts = item.rule.operation.from_hub(resized[item.hub], item.config)
-        tensors.update(zip(item.sources, parts, strict=True))
-    notes += _remarks(expected)
-    return Named(as_written(tensors, hub.model), {}, notes)
+        parts = item.rule.operation.from_hub(tensors[item.hub], item.config)
+        named.update(zip(item.sources, parts, strict=True))
+    return named
 
 
 def as_written(tensors: Mapping[str, LazyTensor], model: Model) -> dict[str, LazyTensor]:

@@ -221,7 +221,8 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
             name: token for name, token in facts.special.items() if getattr(config, name) is None
         }
         config = _with_stored_vocabulary(replace(config, **missing), facts, weights, notes)
-    return replace(model, config=config, notes=tuple(notes))
+    says = model.config.vocab_size is not None
+    return replace(model, config=config, notes=tuple(notes), says_vocabulary=says)
 
 
 def _outside_layers(model: Model, checkpoint: Checkpoint) -> dict[str, Shape]:

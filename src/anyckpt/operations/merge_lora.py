@@ -23,7 +23,7 @@ from anyckpt.operations.convert import Conversion, choose, convert
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.merge_in_place import is_tied, merged_in_place
-from anyckpt.operations.naming import identify
+from anyckpt.operations.naming import identify, state_of
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
 from anyckpt.operations.recut import LayoutRequest
@@ -131,7 +131,7 @@ def merge_lora(
     ready = replace(
         result,
         optimizer=None,
-        ignored={**whole.ignored, **full.ignored, **left_out},
+        ignored={**result.ignored, **full.ignored, **left_out},
         warnings=[*dict.fromkeys((*summary, *whole.warnings, *found.warnings))],
     )
     return convert(
@@ -209,11 +209,12 @@ def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast
     hub = merged(stored, updates, scale=scale, cast=cast)
     dialect = base.dialect or dialects.detect(base.weights())
     assert dialect is not None  # to_hub has found it
-    out = models.from_hub(hub, dialect)
-    config = restated(base.config, stored.restated)
+    out = models.from_hub(hub, dialect, in_place=True)
     return replace(
-        base, tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={}, config=config
-    )
+        base,
+        tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={},
+        config=restated(base.config, stored.restated), ignored={**base.ignored, **state_of(base), **out.ignored},
+    )  # fmt: skip
 
 
 def _changes_embedding(updates: Adapter, base: Checkpoint) -> bool:

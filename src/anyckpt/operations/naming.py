@@ -13,6 +13,7 @@ from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
 from anyckpt.models.config import PART_OF
+from anyckpt.models.config_hf import with_vocabulary
 from anyckpt.models.config_nemo import restated
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
@@ -150,7 +151,7 @@ def rename_for(
         named, ignored = dialects.to_hub_names(checkpoint.weights())
         if list(named) != list(checkpoint.weights()):
             respelled = _with_dtype(_with_weights(checkpoint, named, wanted), dtype)
-            return Renamed(respelled, {**_state_of(checkpoint), **ignored})
+            return Renamed(respelled, {**state_of(checkpoint), **ignored})
     if alike:
         return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype))
     if dialects.is_megatron(known) and dialects.is_megatron(wanted):
@@ -179,7 +180,7 @@ def _by_dialect(checkpoint: Checkpoint, known: str, wanted: str, fits: bool, dty
             f"the configuration is left out: only that of a known family is translated from {checkpoint.config_kind}"
         )
         named = replace(named, config={}, config_kind=None)
-    return Renamed(_with_dtype(named, dtype), {**_state_of(checkpoint), **ignored}, tuple(notes))
+    return Renamed(_with_dtype(named, dtype), {**state_of(checkpoint), **ignored}, tuple(notes))
 
 
 def _through_hub(
@@ -195,18 +196,20 @@ def _through_hub(
     hub = vocabulary.of(models.to_hub(checkpoint, model, widen=dtype is not None))
     if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(checkpoint.weights()) == "hf":
         _check_vocabulary(checkpoint, hub)
-    out = models.from_hub(hub, wanted, padded=padded, padding=vocabulary.padding)
+    whole = hub.spelling is not None and bool(hub.spelling.parts)
+    out = models.from_hub(hub, wanted, padded=padded, padding=vocabulary.padding, in_place=whole)
     renamed = _with_weights(checkpoint, out.tensors, wanted)
-    if config_kind is not None and _is_spelled(checkpoint, config_kind) and PART_OF not in hub.model.config.extra:
-        resized = {"vocab_size": vocabulary.size} if config_kind == "hf" and vocabulary.size is not None else {}
-        config = {**restated(checkpoint.config, hub.restated), **resized}
+    spelled = config_kind is not None and _is_spelled(checkpoint, config_kind)
+    if spelled and (whole or PART_OF not in hub.model.config.extra):
+        config = restated(checkpoint.config, hub.restated)
+        if config_kind == "hf" and vocabulary.size is not None:
+            config = with_vocabulary(config, vocabulary.size)
         renamed = _with_dtype(replace(renamed, config=config), dtype)
     elif config_kind is not None:
         described = hub.model if dtype is None else hub.model.with_dtype(dtype)
         config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
-    ignored = {**_state_of(checkpoint), **hub.ignored, **out.ignored}
-    return Renamed(renamed, ignored, (*hub.notes, *out.notes), bool(hub.restated))
+    return Renamed(renamed, {**state_of(checkpoint), **out.ignored}, tuple(out.notes), bool(hub.restated))
 
 
 def _is_spelled(checkpoint: Checkpoint, kind: str) -> bool:
@@ -243,7 +246,8 @@ def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     return replace(checkpoint, config={**checkpoint.config, **dict.fromkeys(stale, dtype)})
 
 
-def _state_of(checkpoint: Checkpoint) -> dict[str, str]:
+def state_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a checkpoint holds besides weights, where only these go through the hub."""
     weights = {checkpoint.model_prefix + name for name in checkpoint.weights()}
     return {name: _UNTRANSLATED for name in (*checkpoint.tensors, *checkpoint.objects) if name not in weights}
 

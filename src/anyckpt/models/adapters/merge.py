@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -50,7 +51,7 @@ def merged(
         check_update(target, update, layers)
     for weight, parts in by_weight(adapter).items():
         _add(tensors, weight, parts, layers, scale, cast)
-    return Hub(hub.model, tensors, dict(hub.ignored), [*hub.notes, *adapter.notes])
+    return replace(hub, tensors=tensors, notes=[*hub.notes, *adapter.notes])
 
 
 def _add(

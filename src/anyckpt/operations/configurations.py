@@ -1,0 +1,168 @@
+"""Whether two checkpoints' configurations say the same of their models, whatever they are spelled in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from anyckpt import models
+from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.errors import AnyckptError
+from anyckpt.models import Model, ModelConfig
+from anyckpt.models.adapters import settings_of
+from anyckpt.models.config import PART_OF
+from anyckpt.models.config_hf import WITHOUT_MEANING
+
+_OF_TENSORS = {
+    "dtype", "padded_vocab_size", "make_vocab_size_divisible_by", "share_embeddings_and_output_weights", "extra",
+}  # fmt: skip
+"""What the tensors tell, or a layout: these are compared themselves."""
+_SPELLINGS = {"dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "architectures"}
+_OF_LAYOUT = re.compile(r".*(?:parallel|world_size|padded_vocab_size|vocab_size_divisible_by).*|.*(?:^|_)rank")
+_OF_WRITER = {"dropout", "base"}  # of an adapter: what matters in training alone, and a path
+_LONGEST = 80
+_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What two checkpoints say differently, beside their tensors.
+
+    Attributes:
+        name: the hub's word for it, or the stored key with dots.
+        a: what the first says, as text; None if nothing.
+        b: what the second says.
+    """
+
+    name: str
+    a: str | None
+    b: str | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The outcome of comparing configurations.
+
+    Attributes:
+        different: what is said differently.
+        obstacle: why they are not compared, or not all; None if they are.
+    """
+
+    different: tuple[Setting, ...] = ()
+    obstacle: str | None = None
+
+
+def compare_configurations(
+    a: Checkpoint, b: Checkpoint, known: tuple[Model, Model] | None = None, *, raw: bool = False
+) -> Settings:
+    """How the configurations of two checkpoints differ.
+
+    Those of known families are compared by what they mean.  Where frameworks have no word for something, both say the
+    same if the one, spelled as the other, is the other: a converted model is equal to its original.
+
+    Args:
+        a: a checkpoint.
+        b: another.
+        known: what models they are, if that is known.
+        raw: compare keys as they are stored.
+    """
+    first, second = settings_of(a), settings_of(b)
+    if first is not None and second is not None:
+        return Settings(tuple(_of_adapters(first, second)))
+    lacking = [checkpoint.path for checkpoint in (a, b) if not checkpoint.config]
+    if lacking:
+        return Settings(obstacle=None if len(lacking) == 2 else f"{lacking[0]} has no configuration")
+    if raw and a.config_kind == b.config_kind:
+        return Settings(tuple(_of_keys(a.config, b.config, ())))
+    if known is not None:
+        different = [*_of_models(known[0], known[1], a.config_kind, b.config_kind)]
+        if a.config_kind == b.config_kind == "hf":
+            different += _outside_text(a.config, b.config, known)
+        return Settings(tuple(different))
+    if a.config_kind != b.config_kind:
+        return Settings(obstacle="the model's family is not known, and the configurations are of different frameworks")
+    return Settings(tuple(_of_keys(a.config, b.config, WITHOUT_MEANING | _SPELLINGS)))
+
+
+def _of_adapters(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
+    first, second = asdict(a), asdict(b)
+    for name in first:
+        one, other = first[name], second[name]
+        if name == "targets":
+            one, other = sorted(one), sorted(other)
+        if name not in _OF_WRITER and one != other:
+            yield Setting(name, _text(one), _text(other))
+
+
+def _of_models(a: Model, b: Model, first: str | None, second: str | None) -> Iterator[Setting]:
+    if a.family != b.family:
+        yield Setting("family", a.family, b.family)
+        return
+    doubtful = _unlike(a, a.config, b.config)
+    if not (a.says_vocabulary and b.says_vocabulary):
+        doubtful.discard("vocab_size")
+    if doubtful and first != second:
+        for one, other, kind in ((a, b, second), (b, a, first)):
+            spelled = _respelled(one, kind)
+            if spelled is not None:
+                doubtful &= _unlike(a, spelled, other.config)
+    for field in sorted(doubtful):
+        yield Setting(field, _text(getattr(a.config, field)), _text(getattr(b.config, field)))
+
+
+def _unlike(model: Model, a: ModelConfig, b: ModelConfig) -> set[str]:
+    return {
+        field.name
+        for field in fields(model.config)
+        if field.name not in _OF_TENSORS and getattr(a, field.name) != getattr(b, field.name)
+    }
+
+
+def _respelled(model: Model, kind: str | None) -> ModelConfig | None:
+    """What is left of a model's configuration in another framework's spelling; None if that cannot say it."""
+    try:
+        config = models.render_config(model, kind or "")
+        bare = Checkpoint("", "", {}, config=config, config_kind=kind)
+        again = models.identify(bare, family=model.family)
+    except AnyckptError:
+        return None
+    return None if again is None else again.config
+
+
+def _outside_text(a: Mapping[str, Any], b: Mapping[str, Any], known: tuple[Model, Model]) -> Iterator[Setting]:
+    """Keys of two ``config.json`` that no field of a model has: other parts, and what the family does not read."""
+    wholes = [model.config.extra.get(PART_OF) for model in known]
+    if wholes[0] != wholes[1]:
+        yield Setting("model_type", _text(a.get("model_type")), _text(b.get("model_type")))
+        return
+    left = [model.config.extra.get("hf", {}) for model in known]
+    yield from _of_keys(left[0], left[1], WITHOUT_MEANING | _SPELLINGS)
+    if wholes[0] is not None:
+        outside = [{key: value for key, value in config.items() if key != "text_config"} for config in (a, b)]
+        yield from _of_keys(outside[0], outside[1], WITHOUT_MEANING | _SPELLINGS)
+
+
+def _of_keys(a: Mapping[str, Any], b: Mapping[str, Any], without: Iterable[str]) -> Iterator[Setting]:
+    """Keys, with dots, that have different values; no key, null, false and nothing in it are the same."""
+    left_out = set(without)
+    for name in dict.fromkeys((*a, *b)):
+        one, other = a.get(name), b.get(name)
+        if name in left_out or (left_out and _OF_LAYOUT.fullmatch(str(name))):
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            for inner in _of_keys(one, other, left_out):
+                yield replace(inner, name=f"{name}.{inner.name}")
+        elif one != other and not (left_out and _is_nothing(one) and _is_nothing(other)):
+            yield Setting(str(name), _text(one) if name in a else None, _text(other) if name in b else None)
+
+
+def _is_nothing(value: Any) -> bool:
+    return any(value is nothing or (value == nothing and type(value) is type(nothing)) for nothing in _NOTHING)
+
+
+def _text(value: Any) -> str:
+    """A value in a line."""
+    shown = repr(value) if not isinstance(value, str) else value
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 3] + "..."

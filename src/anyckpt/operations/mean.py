@@ -1,0 +1,150 @@
+"""The elements' weighted mean of tensors, computed block by block while it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from anyckpt.checkpoint import storage_key
+from anyckpt.dtypes import DType
+from anyckpt.errors import MappingError, UsageError
+from anyckpt.indexing import Array, Shape
+from anyckpt.storage.gather import SCRATCH_BYTES, scratch
+from anyckpt.tensor import LazyTensor, Stored, as_numbers, from_array
+
+_EQUAL_BYTES = 1 << 20
+_ACCUMULATORS = {"float16": "float32", "bfloat16": "float32", "float32": "float64", "float64": "float64",
+                 "complex64": "complex128", "complex128": "complex128"}  # fmt: skip
+"""What sums are kept in: wider than the elements, so that the mean of equal elements is that element, and is rounded
+once.  Types that are missing here are not averaged: whole numbers and truth values count things, and numbers of 8
+bits and fewer mean nothing without the scale that is stored beside them."""
+
+Tensors = dict[str, LazyTensor]
+
+
+_COUNTER = "num_batches_tracked"
+"""Batches that a torch BatchNorm has seen: it differs between any two checkpoints, and no output depends on it where
+momentum is a number.  Averaging scripts (ESPnet's, NeMo's) add it up rather than divide it, and so does this."""
+
+
+_VANISHING = 1e-9  # of the weights' sizes: a sum below it is zero but for rounding
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Raise UsageError unless a sum that is weighted so can be divided by the weights' own."""
+    size = sum(map(abs, shares))
+    if not math.isfinite(size) or abs(math.fsum(shares)) <= _VANISHING * size:
+        raise UsageError("these weights give no mean", expected="numbers whose sum is not 0", found=shown(shares))
+
+
+def shown(shares: Sequence[float]) -> str:
+    """Weights in a line."""
+    return ", ".join(f"{share:g}" for share in shares)
+
+
+def means(sources: Sequence[Tensors], shares: Sequence[float], paths: Sequence[str]) -> tuple[Tensors, list[str]]:
+    """The means by name, and notes; tensors that are one tensor in every source stay one.
+
+    Raises:
+        MappingError: tensors that are not averaged differ.
+    """
+    made: dict[Any, LazyTensor] = {}
+    found: Tensors = {}
+    counters: list[str] = []
+    for name in sources[0]:
+        children = tuple(source[name] for source in sources)
+        if children[0].dtype.name not in _ACCUMULATORS:
+            found[name] = children[0]
+            if name.rpartition(".")[2] != _COUNTER or children[0].dtype.name != "int64" or children[0].ndim:
+                _check_equal(name, children, paths)
+                continue
+            counts = [int(child.numpy()) for child in children]
+            if len(set(counts)) > 1:
+                found[name] = from_array(np.array(sum(counts), np.int64))
+                counters.append(name)
+            continue
+        keys = tuple(storage_key(child) for child in children)
+        mean = None if None in keys else made.get(keys)
+        if mean is None:
+            mean = Mean(children, tuple(shares))
+            if None not in keys:
+                made[keys] = mean
+        found[name] = mean
+    if not counters:
+        return found, []
+    more = f" and {len(counters) - 1} more" if len(counters) > 1 else ""
+    return found, [f"counters of batches are added up and not averaged: {counters[0]}{more}"]
+
+
+def _check_equal(name: str, children: Sequence[LazyTensor], paths: Sequence[str]) -> None:
+    for child, path in zip(children[1:], paths[1:], strict=True):
+        blocks = zip(children[0].chunks(_EQUAL_BYTES), child.chunks(_EQUAL_BYTES), strict=True)
+        if not all(a.tobytes() == b.tobytes() for a, b in blocks):
+            raise MappingError(
+                f"is {child.dtype.name}, which is not averaged, and differs between the checkpoints",
+                path=path, tensor=name, expected=f"the elements of {paths[0]}", found="others",
+                remedy="leave it out with --exclude",
+            )  # fmt: skip
+
+
+class Mean(LazyTensor):
+    """The weighted mean of tensors of one shape and type, rounded once; holds one operand at a time.
+
+    Args:
+        children: the operands, of a type in the table above.
+        shares: a weight per operand; the sum is divided by theirs.
+    """
+
+    __slots__ = ("_accumulator", "_shares", "children")
+
+    def __init__(self, children: tuple[LazyTensor, ...], shares: tuple[float, ...]) -> None:
+        self.children = children
+        self.dtype: DType = children[0].dtype
+        self.shape = children[0].shape
+        self._shares = shares
+        self._accumulator = np.dtype(_ACCUMULATORS[self.dtype.name])
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if out.size == 0:
+            return
+        if out.size * self._accumulator.itemsize > SCRATCH_BYTES and out.ndim:
+            axis = next(a for a, n in enumerate(out.shape) if n > 1)
+            step = max(1, out.shape[axis] * SCRATCH_BYTES // (out.size * self._accumulator.itemsize))
+            for at in range(0, out.shape[axis], step):
+                where = (slice(None),) * axis + (slice(at, at + step),)
+                self._compute((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
+            return
+        self._compute(start, out)
+
+    def _compute(self, start: Shape, out: Array) -> None:
+        total: Any = None
+        with scratch(out.size * self.dtype.itemsize) as buffer, np.errstate(all="ignore"):
+            raw = buffer.view(self.dtype.raw).reshape(out.shape)
+            for child, share in zip(self.children, self._shares, strict=True):
+                child.read_box(start, raw)
+                numbers = as_numbers(raw, self.dtype).astype(self._accumulator)
+                if share != 1.0:
+                    numbers *= share
+                total = numbers if total is None else np.add(total, numbers, out=total)
+            total /= math.fsum(self._shares)
+            assert self.dtype.numpy is not None
+            out[...] = total.astype(self.dtype.numpy).view(self.dtype.raw)
+
+    def pieces(self) -> Iterator[Stored]:
+        for child in self.children:
+            yield from child.pieces()
+
+    def _each(self, children: Iterator[LazyTensor]) -> LazyTensor:
+        return Mean(tuple(children), self._shares)
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return self._each(child.box(start, shape) for child in self.children)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return self._each(child.reshape(shape) for child in self.children)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return self._each(child.permute(axes) for child in self.children)
