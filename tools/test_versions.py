@@ -30,12 +30,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         core, full = Path(folder) / "core.txt", Path(folder) / "test.txt"
         core.write_text(resolve(["test-core"], options))
-        full.write_text(resolve(["test", "dev"], options))
+        full.write_text(resolve(["test"], options))
         for lock in (core, full):
             print(f"== {which} on Python {version}, {lock.stem}\n{lock.read_text()}", flush=True)
         interpreters = (
             prepare(f".venv-{which}-core", lock=core, extras="test-core"),
-            prepare(f".venv-{which}-test", lock=full, first=["torch"], extras="test,dev"),
+            prepare(f".venv-{which}-test", lock=full, first=["torch"], extras="test"),
         )
     sys.exit(0 if passes(tests(*interpreters, arguments)) else 1)
 

@@ -119,9 +119,12 @@ def _fill(value: Any, dtype: DType, refuse: Any) -> bytes | None:
     if dtype.numpy is None or type(number) not in numbers:
         raise refuse("fill_value", f"null or a {dtype.name}")
     try:
-        return np.array(number, dtype=dtype.numpy).tobytes()
+        element = np.array(number, dtype=dtype.numpy)
     except (ValueError, OverflowError):
         raise refuse("fill_value", f"null or a {dtype.name}") from None
+    if type(number) is int and dtype.kind not in ("float", "complex") and element.item() != number:  # numpy 1 wraps
+        raise refuse("fill_value", f"null or a {dtype.name}")
+    return element.tobytes()
 
 
 def open_array(key: str, metadata: ArrayMetadata, files: Mapping[str, ByteSource], folder: str) -> LazyTensor:
