@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.pickling.calls import Calls
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor, Mapped, Stored
 
@@ -199,6 +200,7 @@ class Checkpoint:
             counts or shapes in the files do not prove which parameter a state is of.
         extra_states: finds the states that modules have beside their weights (FP8 scaling) by the hub's name, None if
             there are none or they are in ``ranks``.
+        calls: which names the pickles in its files ask for and call; pickles that are read later are added.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
     """
 
@@ -226,6 +228,7 @@ class Checkpoint:
     adapter: AdapterSettings | None = None
     extra_states: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
+    calls: Calls = field(default_factory=Calls, repr=False)
 
     def weights(self) -> dict[str, LazyTensor]:
         """The model's own tensors, without ``model_prefix`` and without training state."""

@@ -27,7 +27,6 @@ _REFUSED: dict[str, type[AnyckptError]] = {
     "ext_opcode.pt": UnsafeError,
     "frame_lie.pt": FormatError,
     "long4_lie.pt": FormatError,
-    "memo_bomb.pt": FormatError,
     "not_a_checkpoint.pt": FormatError,
     "stack_underflow.pt": FormatError,
     "truncated.pt": FormatError,

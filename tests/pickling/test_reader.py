@@ -152,8 +152,6 @@ def test_noise_raises_nothing_but_typed_errors(raw: bytes) -> None:
         (b"\x80\x06N.", "protocol"),
         (b"N", "ends before"),
         (b".", "stack"),
-        (b"NN.", "left over"),
-        (b"(N.", "left over"),
         (b"t.", "stack"),
         (b"h\x05.", "never stored"),
         (b"X\xff\xff\xff\xffab.", "expected 4294967299 bytes"),

@@ -14,6 +14,7 @@ from anyckpt.display import printable
 
 if TYPE_CHECKING:
     from anyckpt.operations.archive import ArchiveReport
+    from anyckpt.pickling import Callee
 
 Progress = Callable[[int, int], None]
 
@@ -90,6 +91,24 @@ def by_reason(ignored: Mapping[str, str], shown: int = 3) -> list[str]:
         ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if names[shown:] else "") + f" ({reason})"
         for reason, names in grouped.items()
     ]
+
+
+_KINDS_OF_CALLS = {
+    "code": "what runs code",
+    "function": "functions of other packages",
+    "class": "classes of other packages",
+}
+
+
+def calls_line(calls: Sequence[Callee], shown: int = 3) -> str:
+    """What pickles ask for by kind; empty if all of it is known to be harmless."""
+    told = []
+    for kind, title in _KINDS_OF_CALLS.items():
+        names = [callee.name for callee in calls if callee.kind == kind]
+        if names:
+            more = f" and {len(names) - shown} more" if len(names) > shown else ""
+            told.append(f"{title}: {', '.join(names[:shown])}{more}")
+    return "; ".join(told)
 
 
 def print_archive(done: ArchiveReport, as_json: bool) -> None:

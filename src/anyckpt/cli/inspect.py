@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anyckpt.cli.console import by_reason, print_json, print_line, print_note, print_table, progress_bar
+from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, print_note, print_table, progress_bar
 from anyckpt.cli.model_line import model_line
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def _print_summary(found: Inspection) -> None:
         ("tokenizer", _tokenizer_line(found.tokenizer)),
         ("artifacts", ", ".join(found.artifacts)),
         ("ignored", "; ".join(by_reason(found.ignored))),
+        ("pickles name", calls_line(found.calls)),
         *((name.replace("_", " "), _brief(value)) for name, value in found.details.items() if _is_short(value)),
     ]
     print_table((), [(name, value) for name, value in rows if value])

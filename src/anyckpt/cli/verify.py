@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
+from anyckpt.cli.console import calls_line, print_json, print_line, print_note, progress_bar
 
 
 @click.command()
@@ -12,9 +12,9 @@ from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
 @click.option("--deep", is_flag=True, help="Also read every weight: NaN, infinities, denormal numbers.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: str, deep: bool, as_json: bool) -> int:
-    """Check the checkpoint at PATH: byte ranges, checksums, digests, completeness of the model.
+    """Check the checkpoint at PATH: byte ranges, checksums, digests, completeness of the model, calls in pickles.
 
-    Exit code: 0 sound, 1 damaged, 2 cannot read.
+    Exit code: 0 sound, 1 damaged or unsafe to load with other software, 2 cannot read.
     """
     from anyckpt.operations.verify import verify
 
@@ -34,7 +34,23 @@ def command(path: str, deep: bool, as_json: bool) -> int:
         f"{checked.checksums:,} checksums" if checked.checksums else "",
         "the model complete" if checked.model else "",
         f"the values of {checked.values:,} tensors" if checked.values else "",
+        f"the calls of {checked.pickles:,} pickle{'s' * (checked.pickles != 1)}" if checked.pickles else "",
     ]
-    verdict = "sound" if found.sound else f"damaged ({len(found.problems)} problem{'s' * (len(found.problems) > 1)})"
+    others = calls_line([callee for callee in found.calls if callee.kind in ("function", "class")])
+    if others:
+        print_note(f"note: pickles name {others}; loading them with weights_only=False runs the code of these packages")
+    for text in found.unchecked:
+        print_note(f"not checked: {text}")
+    damage = len(found.problems) - (not found.safe)
+    verdict = " and ".join(
+        filter(
+            None,
+            (
+                f"damaged ({damage} problem{'s' * (damage > 1)})" if damage else "",
+                "" if found.safe else "unsafe to load with other software",
+                "sound" if found.sound else "",
+            ),
+        )
+    )
     print_line(f"{found.path}: {verdict}; {', '.join(filter(None, looked_at))}")
     return 0 if found.sound else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -15,10 +16,12 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
-from anyckpt.errors import FormatError, UsageError
+from anyckpt.errors import AnyckptError, FormatError, UsageError
 from anyckpt.extensions import loaded, registered
 from anyckpt.formats.unfinished import check_finished
-from anyckpt.storage.source import check_not_pointer
+from anyckpt.pickling import load_prefix
+from anyckpt.pickling.calls import danger, recording
+from anyckpt.storage.source import LocalFile, check_not_pointer
 
 
 @dataclass(frozen=True)
@@ -277,4 +280,24 @@ def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     location = look_at(path)
     if not force:
         check_finished(location.path)
-    return detect(location).read(location)
+    with recording() as calls:
+        try:
+            checkpoint = detect(location).read(location)
+        except AnyckptError as error:
+            if not calls.pickles:
+                _look_for_names(location)
+            code = calls.of_kind("code")
+            if code:
+                error.problem += f"; besides, {danger(code)}"
+                error.remedy = "do not open it with other software before finding out where it came from"
+            raise
+    checkpoint.calls = calls
+    checkpoint.warnings = calls.told_with(checkpoint.warnings)
+    return checkpoint
+
+
+def _look_for_names(location: Location) -> None:
+    """Record what a file that is of no format asks for if it begins as a pickle does: an attack may be no more."""
+    if location.head[:1] in (b"\x80", b"c", b"(", b"]", b"}"):
+        with suppress(AnyckptError):
+            load_prefix(LocalFile(location.path), 0, persistent_load=lambda _: None, name=location.path)

@@ -13,9 +13,11 @@ from anyckpt.display import html_table
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.operations.asked import asked_of_loaders
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
+from anyckpt.pickling import Callee
 from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import format_bytes, size_label
@@ -103,6 +105,7 @@ class Inspection:
         warnings: anything odd.
         notes: what anyckpt said of the output when it wrote this, such as what fills the vocabulary's padding rows.
         tensors: the tensors asked for, or None if none were.
+        calls: names that the pickles in it ask for, those that run code first.
         likely_families: where the family is unknown, those that name all tensors as they are named here.
     """
 
@@ -136,6 +139,7 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
     tensors: list[TensorFacts] | None = None
     likely_families: tuple[str, ...] = ()
+    calls: tuple[Callee, ...] = ()
 
     @property
     def has_optimizer(self) -> bool:
@@ -153,6 +157,7 @@ class Inspection:
             )
         }  # fmt: skip
         facts["likely_families"] = list(self.likely_families)
+        facts["calls"] = [callee.to_json() for callee in self.calls]
         if self.tensors is not None:
             facts["tensors"] = [tensor.to_json() for tensor in self.tensors]
         return facts
@@ -206,6 +211,7 @@ def inspect(
         chosen = _hub_names(numbers, model, warning) if names == "hub" else checkpoint.tensors
         listed = _list(checkpoint.path, chosen, globs, stats, digest, progress)
     parameters = numbers.parameters
+    calls = asked_of_loaders(checkpoint)
     counts, sizes = _by_dtype(checkpoint.tensors)
     training = checkpoint.training
     return Inspection(
@@ -239,10 +245,11 @@ def inspect(
         values=to_plain(checkpoint.objects),
         details=to_plain(checkpoint.details),
         adapter=_adapter(checkpoint),
-        warnings=[*checkpoint.warnings, *([] if warning is None else [warning])],
+        warnings=[*calls.told_with(checkpoint.warnings), *([] if warning is None else [warning])],
         notes=_notes(checkpoint.path),
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
+        calls=tuple(calls),
     )
 
 

@@ -1,4 +1,4 @@
-"""Checking a checkpoint for damage."""
+"""Checking a checkpoint for damage, and for what it would do to whoever loads it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
 from anyckpt.models import adapters
+from anyckpt.operations.asked import asked_of_loaders
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.naming import identify
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.operations.scan import Statistics, scan
+from anyckpt.pickling import Callee, recording
+from anyckpt.pickling.calls import danger
 from anyckpt.storage.source import ByteSource
 
 _BLOCK = 4 << 20
@@ -47,6 +50,7 @@ class Checked:
         checksums: CRCs of the container that agree with its bytes.
         model: whether layers and weights were found complete for the model family.
         values: tensors whose elements were read and looked at.
+        pickles: pickles that were looked at for what they call, those within pickles included.
     """
 
     tensors: int = 0
@@ -55,6 +59,7 @@ class Checked:
     checksums: int = 0
     model: bool = False
     values: int = 0
+    pickles: int = 0
 
 
 @dataclass
@@ -67,6 +72,8 @@ class Verification:
         problems: what is wrong; none if the checkpoint is sound.
         warnings: what is odd and may be right.
         checked: how much was looked at.
+        unchecked: what was not looked at, and why, one line each.
+        calls: names that the pickles in it ask for, those that run code first.
     """
 
     path: str
@@ -74,10 +81,17 @@ class Verification:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     checked: Checked = field(default_factory=Checked)
+    unchecked: list[str] = field(default_factory=list)
+    calls: tuple[Callee, ...] = ()
 
     @property
     def sound(self) -> bool:
         return not self.problems
+
+    @property
+    def safe(self) -> bool:
+        """Whether no pickle names what runs code when other software loads it."""
+        return not any(callee.kind == "code" for callee in self.calls)
 
     def __bool__(self) -> bool:
         return self.sound
@@ -88,9 +102,12 @@ class Verification:
             "path": self.path,
             "format": self.format,
             "sound": self.sound,
+            "safe": self.safe,
             "problems": [asdict(problem) for problem in self.problems],
             "warnings": self.warnings,
             "checked": asdict(self.checked),
+            "unchecked": self.unchecked,
+            "calls": [callee.to_json() for callee in self.calls],
         }
 
 
@@ -120,7 +137,22 @@ def verify(
     _check_model(checkpoint, result)
     if deep:
         _check_values(checkpoint, result, progress)
+    _check_calls(checkpoint, result)
     return result
+
+
+def _check_calls(checkpoint: Checkpoint, result: Verification) -> None:
+    """What loading it with other software would call; last, as other checks read pickles too."""
+    calls = asked_of_loaders(checkpoint, states=True)
+    code = calls.of_kind("code")
+    result.warnings = [text for text in calls.told_with(result.warnings) if text not in calls.warnings()]
+    if code:
+        where = ", ".join(dict.fromkeys(file for callee in code for file in callee.files))
+        result.problems.append(Problem(where or checkpoint.path, danger(code)))
+    result.warnings += calls.warnings()[1 if code else 0 :]
+    result.unchecked += [f"what {name} calls: {why}" for name, why in calls.unread.items()]
+    result.checked.pickles = calls.pickles
+    result.calls = tuple(calls)
 
 
 def _check_pieces(checkpoint: Checkpoint, result: Verification) -> None:
@@ -164,16 +196,18 @@ def _check_digests(path: str, result: Verification, progress: Progress | None) -
 
 def _check_checksums(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
     meter = Meter(sum(tensor.nbytes for tensor in checkpoint.tensors.values()), progress)
-    try:
-        for item in checkpoint.checksums():
-            found = _crc32(item.source, meter.advance)
-            if found == item.crc32:
-                result.checked.checksums += 1
-            else:
-                problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
-                result.problems.append(Problem(item.name, problem))
-    except AnyckptError as error:
-        result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
+    with recording() as met:
+        try:
+            for item in checkpoint.checksums():
+                found = _crc32(item.source, meter.advance)
+                if found == item.crc32:
+                    result.checked.checksums += 1
+                else:
+                    problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
+                    result.problems.append(Problem(item.name, problem))
+        except AnyckptError as error:
+            result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
+    checkpoint.calls.take(met)
 
 
 def _crc32(source: ByteSource, advance: Advance) -> int:

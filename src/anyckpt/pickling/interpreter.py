@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from anyckpt.errors import FormatError
 from anyckpt.pickling.opcodes import Machine
 from anyckpt.pickling.records import EMPTY, Global, Record, check_hashable
 from anyckpt.pickling.window import ShortDataError
@@ -40,6 +39,7 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
     marks = machine.marks
     memo = machine.memo
     builders = machine.builders
+    times = machine.tally.times
     stack: list[Any] = []
     count = 0
     data = window.data
@@ -65,6 +65,7 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                             args = stack.pop()
                             callee = stack[-1]
                             if args is EMPTY and type(callee) is Global and id(callee) not in builders:
+                                times[id(callee)] += 1
                                 stack[-1] = Record(callee, EMPTY, True)
                             else:
                                 stack[-1] = machine.call(callee, args, True)
@@ -131,7 +132,11 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                         args = stack.pop()
                         callee = stack[-1]
                         if id(callee) == machine.size and type(args) is tuple and len(args) == 1:
-                            stack[-1] = args[0] if type(args[0]) is tuple else machine.call(callee, args, False)
+                            if type(args[0]) is tuple:
+                                times[machine.size] += 1
+                                stack[-1] = args[0]
+                            else:
+                                stack[-1] = machine.call(callee, args, False)
                         else:
                             stack[-1] = machine.call(callee, args, False)
                     elif code == 0x72:  # LONG_BINPUT
@@ -174,10 +179,8 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                         stack.append(_f64(data, at)[0])
                         at += 8
                     elif code == 0x2E:  # STOP
-                        value = stack.pop()
-                        if stack or marks:
-                            raise FormatError("objects are left over when the pickle stops")
-                        return value, window.base + at
+                        # Python and torch return the last object and forget what else is left.
+                        return stack.pop(), window.base + at
                     else:
                         if used is not None and code in (0x67, 0x70):  # GET, PUT
                             raise KeepAllError

@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.pickling.calls import Tally
 from anyckpt.pickling.rebuild import CONSTRUCTORS, Constructor
 from anyckpt.pickling.records import DictRecord, Global, Record, check_hashable
 from anyckpt.pickling.window import ShortDataError, Window
@@ -20,7 +21,18 @@ _MAX_DIGITS = 4300  # decimal conversion takes quadratic time; Python itself sto
 class Machine:
     """What a running pickle has besides its stack: marks, memo, names met so far, the caller's functions."""
 
-    __slots__ = ("_names", "_protocol", "builders", "callers", "marks", "memo", "persistent_load", "size", "window")
+    __slots__ = (
+        "_names",
+        "_protocol",
+        "builders",
+        "callers",
+        "marks",
+        "memo",
+        "persistent_load",
+        "size",
+        "tally",
+        "window",
+    )
 
     def __init__(
         self,
@@ -38,7 +50,13 @@ class Machine:
         self._names: dict[tuple[str, str], Global] = {}
         # The identity of torch.Size, of which an index has more than of all else.
         self.size = 0
+        self.tally = Tally()
         self._protocol = 0
+
+    @property
+    def names(self) -> Collection[Global]:
+        """Every name that the stream has asked for."""
+        return self._names.values()
 
     def global_name(self, module: str, name: str) -> Global:
         """The one Global of this name in this stream, renamed from Python 2 as ``pickle`` and torch do."""
@@ -50,6 +68,7 @@ class Machine:
         found = self._names.get((module, name))
         if found is None:
             found = self._names[module, name] = Global(module, name)
+            self.tally.named(found)
             caller = self.callers.get(found.path)
             if caller is not None:
                 self.builders[id(found)] = caller
@@ -63,6 +82,8 @@ class Machine:
         """The stand-in for ``callee(*args)``, or for ``callee.__new__(callee, *args)``."""
         if type(args) is not tuple:
             raise FormatError("a call has no tuple of arguments", found=type(args).__name__)
+        if type(callee) is Global or type(callee) is Record:
+            self.tally.called(callee, args)
         build = self.builders.get(id(callee))
         if build is not None:
             built = build(callee, args, new)
@@ -138,6 +159,7 @@ class Machine:
             name = stack.pop()
             module = stack.pop()
             if type(name) is not str or type(module) is not str:
+                self.tally.note("?.a computed name", 0)
                 raise FormatError("a name is not a string")
             stack.append(self.global_name(module, name))
         elif code == 0x92:  # NEWOBJ_EX

@@ -16,13 +16,16 @@ from typing import Any, cast
 import numpy as np
 
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
+from anyckpt.pickling import calls
 from anyckpt.pickling.interpreter import KeepAllError, execute
 from anyckpt.pickling.opcodes import Machine
+from anyckpt.pickling.outline import Outline
 from anyckpt.pickling.rebuild import Constructor
 from anyckpt.pickling.records import Global
 from anyckpt.pickling.window import ByteReader, ShortDataError, Window
 
 _BIG = 1 << 20  # bytes from which a pickle is worth preparations
+_OUTLINED = 16 << 20  # bytes of a pickle that cannot be read which are looked at for calls
 
 
 class _CallerError(Exception):
@@ -80,12 +83,39 @@ def load_prefix(
         try:
             return _run(machine, used)
         except KeepAllError:
-            return _run(Machine(Window(data, start, name), machine.persistent_load, callers), None)
+            machine = Machine(Window(data, start, name), machine.persistent_load, callers)
+            return _run(machine, None)
+    except AnyckptError:
+        _look_further(machine, data, start)
+        raise
     except _CallerError as problem:
+        _look_further(machine, data, start)
         raise cast(BaseException, problem.__cause__) from None
     finally:
+        _record(machine)
         if pause:
             gc.enable()
+
+
+def _record(machine: Machine) -> None:
+    """Tell who wants to know what the pickle asks for."""
+    wanted = calls.current()
+    if wanted is None:
+        return
+    file = machine.window.name
+    wanted.add(machine.tally.found(machine.names), file)
+    for data in machine.tally.nested:
+        wanted.keep(data, file)
+
+
+def _look_further(machine: Machine, data: bytes | memoryview | ByteReader, start: int) -> None:
+    """Note also what a pickle calls behind the place at which it cannot be read: other software may read on."""
+    if calls.current() is None:
+        return
+    if not isinstance(data, (bytes, memoryview)):
+        data = data.read(start, max(0, min(_OUTLINED, data.size - start)))
+        start = 0
+    machine.tally.take(Outline(bytes(data[start : start + _OUTLINED]), machine.global_name).follow())
 
 
 def _guarded(function: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:

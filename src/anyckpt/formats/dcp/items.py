@@ -17,6 +17,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.archive import RecordSource
 from anyckpt.indexing import Array, Shape
+from anyckpt.pickling.calls import current, recording
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor, Stored
 
@@ -45,6 +46,7 @@ class ItemTable:
         self._payload = np.full(len(file), _UNKNOWN, dtype=np.int64)
         self._strided: dict[int, LazyTensor] = {}
         self._heads: dict[tuple[str, Shape, int], bytes] = {}
+        self._calls = current()
 
     def source(self, row: int) -> ByteSource:
         return self.sources[int(self.file[row])]
@@ -72,7 +74,8 @@ class ItemTable:
         head = self._heads.get((dtype.name, shape, length))
         if head is not None and source.read(offset, len(head)) == head:
             return offset + len(head)
-        tensor = read_torch(self.archive(row, name)).root
+        with recording(self._calls):
+            tensor = read_torch(self.archive(row, name)).root
         if not isinstance(tensor, LazyTensor) or tensor.dtype != dtype or tensor.shape != shape:
             is_tensor = isinstance(tensor, LazyTensor)
             raise FormatError(
@@ -195,7 +198,7 @@ class Unread:
         wrapped: Megatron-Core's sharded objects are in a list of one.
     """
 
-    __slots__ = ("_length", "_name", "_offset", "_source", "_wrapped")
+    __slots__ = ("_calls", "_length", "_name", "_offset", "_source", "_wrapped")
 
     def __init__(self, source: ByteSource, offset: int, length: int, name: str, *, wrapped: bool = True) -> None:
         self._source = source
@@ -203,6 +206,7 @@ class Unread:
         self._length = length
         self._name = name
         self._wrapped = wrapped
+        self._calls = current()
 
     def archive(self) -> ByteSource:
         """The item as a source of its own."""
@@ -214,7 +218,8 @@ class Unread:
         Raises:
             FormatError: the item is damaged.
         """
-        value = read_torch(self.archive()).root
+        with recording(self._calls):
+            value = read_torch(self.archive()).root
         if self._wrapped and _SHARDED_OBJECT.search(self._name) and isinstance(value, list) and len(value) == 1:
             return value[0]
         return value

@@ -12,7 +12,6 @@ from anyckpt.formats.torch_file.stream import is_stream, read_stream
 from anyckpt.formats.torch_file.tape import is_tape, read_tape
 from anyckpt.formats.torch_file.values import Storage, brief, brief_text
 from anyckpt.pickling import load
-from anyckpt.pickling.suspicious import suspicious_calls
 from anyckpt.storage.source import ByteSource, check_not_pointer
 
 _WHOLE = 4 << 20
@@ -38,14 +37,7 @@ def read_torch(source: ByteSource) -> TorchContents:
     if read is None and is_tape(head):
         read = read_tape
     if read is not None:
-        contents = read(source)
-        calls = suspicious_calls(contents.root)
-        if calls:
-            contents.warnings.append(
-                f"asks whoever loads it to call {', '.join(calls[:5])}; nothing was called here, but"
-                " torch.load(weights_only=False) would: find out where the file came from"
-            )
-        return contents
+        return read(source)
     raise FormatError(
         "is not a torch file",
         path=source.name,

@@ -14,6 +14,7 @@ from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.rebuild import TensorBuilder, storage_dtype
 from anyckpt.formats.torch_file.values import Storage, brief, brief_text
 from anyckpt.pickling import load_prefix
+from anyckpt.pickling.calls import read_again
 from anyckpt.storage.source import ByteSource
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -123,7 +124,10 @@ def read_stream(source: ByteSource) -> TorchContents:
     if missing:
         raise FormatError(f"storage {missing[0]!r} is missing", path=name, remedy=_REMEDY)
     builder = TensorBuilder(name)
-    root, _ = load_prefix(source, begin, persistent_load=storages.find, constructors=builder.constructors, name=name)
+    with read_again():
+        root, _ = load_prefix(
+            source, begin, persistent_load=storages.find, constructors=builder.constructors, name=name
+        )
     return TorchContents(
         root,
         "legacy",
