@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import struct
@@ -239,8 +240,11 @@ def test_names_that_climb_out(name: str) -> None:
 
 
 def test_torchscript_and_other_zips() -> None:
-    with pytest.raises(FormatError, match="TorchScript"):
-        read_bytes(archive({}, {"constants.pkl": b"\x80\x02)."}))
+    assert read_bytes(archive({}, {"constants.pkl": b"\x80\x02)."})).generation == "torchscript"
+    with pytest.raises(FormatError, match="constants/0"):
+        constants = archive((tensor(),), folder="x")
+        with zipfile.ZipFile(io.BytesIO(constants)) as file:
+            read_bytes(archive({}, {"constants.pkl": file.read("x/data.pkl")}))
     with pytest.raises(FormatError, match="one record data.pkl"):
         read_bytes(archive({}).replace(b"data.pkl", b"date.pkl"))
 

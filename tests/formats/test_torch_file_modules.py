@@ -79,3 +79,48 @@ def test_a_whole_module_is_written_as_a_flat_state_dict(tmp_path: Path) -> None:
     done = anyckpt.convert(source, tmp_path / "out.pt", to="torch")
     assert any("settings and hooks are left out" in note for note in done.notes)
     assert digests(registry.read(tmp_path / "out.pt")) == digests(opened("state_dict.pt"))
+
+
+@pytest.mark.parametrize("kind", ["scripted", "traced"])
+def test_a_torchscript_archive_is_its_state_dict(kind: str) -> None:
+    checkpoint = opened(f"torchscript_{kind}.pt")
+    assert digests(checkpoint) == digests(opened("state_dict.pt"))
+    assert any("TorchScript module of class Net" in warning for warning in checkpoint.warnings)
+
+
+def test_a_frozen_module_has_its_weights_among_the_programs_constants() -> None:
+    frozen, whole = opened("torchscript_frozen.pt"), digests(opened("state_dict.pt"))
+    names = ["conv1.0.weight", "conv1.0.bias", "head.weight", "head.bias"]
+    assert digests(frozen) == {f"CONSTANTS.c{number}": whole[name] for number, name in enumerate(names)}
+
+
+def test_a_quantized_module_has_its_packed_weights() -> None:
+    eager, program = opened("quantized_dynamic_state_dict.pt"), opened("torchscript_quantized.pt")
+    assert set(program.weights()) == {name for name in eager.weights() if not name.endswith(("scale", "zero_point"))}
+    assert digests(program).items() <= digests(eager).items()
+    assert {name for name in program.objects if "_packed_params" in name} <= set(eager.objects)
+
+
+def test_declarations_are_read_as_text_and_need_not_be_there(tmp_path: Path) -> None:
+    root = Record(Global("__torch__.a", "Net"), (), True, state={"w": tensor(), "b": tensor(), "x": tensor(), "n": 3})
+    program = 'class Other(Module):\n  __parameters__ = ["x", ]\nclass Net(Module):\n'
+    cases = {
+        "": ["w", "b", "x"],
+        f'{program}  __parameters__ = ["w", ]\n': ["w", "b", "x"],  # torch 1.4 declares no buffers
+        f'{program}  __parameters__ = ["w", ]\n  __buffers__ = ["b", ]\n': ["w", "b"],
+        f"{program}  pass\nclass Last(Module):\n  __parameters__ = []\n  __buffers__ = []\n": ["w", "b", "x"],
+        "class Net(" * 1000: ["w", "b", "x"],
+    }
+    for code, expected in cases.items():
+        path = tmp_path / "program.pt"
+        records = {"constants.pkl": b"\x80\x02).", "code/__torch__/a.py": code.encode()}
+        path.write_bytes(archive(root, records))
+        assert list(registry.read(path).weights()) == expected
+
+
+def test_a_program_in_circles_is_read(tmp_path: Path) -> None:
+    root = Record(Global("__torch__", "Net"), (), True, state={"w": tensor(), "list": []})
+    root.state["list"].append(root)
+    path = tmp_path / "program.pt"
+    path.write_bytes(archive(root, {"constants.pkl": b"\x80\x02)."}))
+    assert list(registry.read(path).weights()) == ["w"]

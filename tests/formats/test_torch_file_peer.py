@@ -231,15 +231,6 @@ def test_checksums_that_torch_did_not_compute() -> None:
     assert all(record.check() for record in saved({"w": torch.ones(3)}).records)
 
 
-def test_torchscript_is_refused() -> None:
-    from anyckpt.errors import FormatError
-
-    out = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), out)
-    with pytest.raises(FormatError, match="TorchScript"):
-        read_torch(MemorySource(out.getvalue(), "a.pt"))
-
-
 def test_forms_of_old_torch_mean_what_torch_takes_them_for(tmp_path: Path) -> None:
     """``_rebuild_tensor`` of 0.3, and ``FloatTensor()`` with a state, of 0.1."""
     reference = storage()

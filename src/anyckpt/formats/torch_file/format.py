@@ -13,6 +13,7 @@ from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.reader import read_torch
 from anyckpt.formats.torch_file.roles import Roles, roles, training_state
 from anyckpt.formats.torch_file.safe import refused
+from anyckpt.formats.torch_file.script import readable
 from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tape import is_tape
 from anyckpt.formats.torch_file.tree import COMPOSITE, Flat, flatten, parts_of, unflatten, with_parts
@@ -56,7 +57,7 @@ def torch_checkpoint(path: str, contents: TorchContents, flat: Flat) -> Checkpoi
         state_prefixes=told.states,
         objects=flat.objects,
         training=training_state(contents.root, flat),
-        warnings=[*contents.warnings, *_kind(flat, told), *_oddities(contents, flat)],
+        warnings=[*contents.warnings, *_kind(contents, flat, told), *_oddities(contents, flat)],
         details=torch_details(contents, flat),
         checksums=lambda: stored_checksums(contents),
     )
@@ -84,19 +85,22 @@ def stored_checksums(contents: TorchContents) -> Iterator[StoredChecksum]:
             yield StoredChecksum(record.source.name, record.source, record.crc)
 
 
-def _kind(flat: Flat, told: Roles) -> list[str]:
+def _kind(contents: TorchContents, flat: Flat, told: Roles) -> list[str]:
     """What the file is, where it is no plain set of weights."""
     found = []
     if not flat.tensors:
         found.append("holds no tensors")
     elif flat.optimizers and all(name.startswith(told.states or ("\0",)) for name in flat.tensors):
         found.append("holds the state of an optimizer and no weights")
+    is_program = contents.generation == "torchscript"
+    kind, left = ("TorchScript", "program is") if is_program else ("pickled", "settings and hooks are")
     for path, classes in flat.modules.items():
-        inside = f" with modules of class {', '.join(classes[1:6])}" if len(classes) > 1 else ""
-        more = f" and {len(classes) - 6} more" if len(classes) > 6 else ""
+        names = list(dict.fromkeys(map(readable, classes)))
+        inside = f" with modules of class {', '.join(names[1:6])}" if len(names) > 1 else ""
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
         found.append(
-            f"{'.'.join(map(str, path)) or 'the file'} is a pickled module of class {classes[0]}{inside}{more}: its"
-            " tensors are named as its state_dict() names them, and its settings and hooks are left out"
+            f"{'.'.join(map(str, path)) or 'the file'} is a {kind} module of class {names[0]}{inside}{more}: its"
+            f" tensors are named as its state_dict() names them, and its {left} left out"
         )
     for name in told.averaged:
         found.append(f"{name} is an averaged copy of the weights and is taken for training state")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.formats.torch_file import script
 from anyckpt.formats.torch_file.archive import ZipRecord, read_zip
 from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.rebuild import TensorBuilder, storage_dtype
@@ -26,7 +28,7 @@ def read_torch(source: ByteSource) -> TorchContents:
         source: exactly the file's bytes.
 
     Raises:
-        FormatError: not a torch file, truncated or damaged; a TorchScript archive; a tensor outside its storage.
+        FormatError: not a torch file, truncated or damaged; a tensor outside its storage.
         UnsafeError: it asks for what no checkpoint needs (see ``pickling.load`` and ``read_zip``).
     """
     head = source.read(0, min(512, source.size))
@@ -50,7 +52,7 @@ def root_folder(records: dict[str, ZipRecord], name: str) -> str:
     """The folder that holds ``data.pkl``; torch names it after the file, which may have been renamed since.
 
     Raises:
-        FormatError: there is none, several, or it is a TorchScript archive.
+        FormatError: there is none, or several.
     """
     found = [record.removesuffix("/data.pkl") for record in records if record.endswith("/data.pkl")]
     depth = min((folder.count("/") for folder in found), default=0)
@@ -62,21 +64,17 @@ def root_folder(records: dict[str, ZipRecord], name: str) -> str:
             expected="one record data.pkl in a folder",
             found=", ".join(list(records)[:5]) or "no records",
         )
-    if f"{found[0]}/constants.pkl" in records:
-        raise FormatError(
-            "is a TorchScript archive, which holds a program besides its weights",
-            path=name,
-            remedy="load it with torch.jit.load and save its state_dict() with torch.save",
-        )
     return found[0]
 
 
 class _ZipStorages:
     """Resolves the persistent ids of a zip archive: ``("storage", class, key, location, count)``."""
 
-    def __init__(self, records: dict[str, ZipRecord], folder: str, big_endian: bool, name: str) -> None:
+    def __init__(
+        self, records: dict[str, ZipRecord], folder: str, big_endian: bool, name: str, part: str = "data"
+    ) -> None:
         self._records = records
-        self._folder = folder
+        self._folder = f"{folder}/{part}"
         self._big_endian = big_endian
         self._name = name
         self.found: dict[str, Storage] = {}
@@ -93,13 +91,13 @@ class _ZipStorages:
         known = self.found.get(key)
         if known is not None and (known.dtype, known.count) == (dtype, count):
             return known
-        record = self._records.get(f"{self._folder}/data/{key}")
+        record = self._records.get(f"{self._folder}/{key}")
         source = None if record is None else record.source
         if source is None and location != "meta":
             raise FormatError(
                 "a storage is missing",
                 path=self._name,
-                expected=f"a record {self._folder}/data/{key[:100]}",
+                expected=f"a record {self._folder}/{key[:100]}",
                 remedy="copy the file again from its origin",
             )
         storage = Storage(key, source, dtype, count, brief_text(location), self._big_endian)
@@ -129,7 +127,7 @@ def _read_zip(source: ByteSource) -> TorchContents:
     byteorder = _small(records, f"{folder}/byteorder") or "little"
     if byteorder not in ("little", "big"):
         raise FormatError("unknown byte order", path=source.name, expected="little or big", found=repr(byteorder[:20]))
-    if any(record.compressed for record in records.values()):
+    if any(record.compressed for record in records.values() if record.name.startswith(f"{folder}/data/")):
         warnings.append("has compressed records; torch.load(mmap=True) reads garbage from such a file")
     pickle = records[f"{folder}/data.pkl"]
     if pickle.compressed and pickle.source.size > _LARGEST_DEFLATED_PICKLE:
@@ -141,23 +139,39 @@ def _read_zip(source: ByteSource) -> TorchContents:
         )
     storages = _ZipStorages(records, folder, byteorder == "big", source.name)
     builder = TensorBuilder(source.name)
-    root = load(
-        pickle.source.read_all() if pickle.source.size <= _WHOLE else pickle.source,
-        persistent_load=storages,
-        constructors=builder.constructors,
-        name=pickle.source.name,
-    )
+    root = _unpickled(pickle, storages, builder)
+    constants = records.get(f"{folder}/constants.pkl")
+    found = storages.found
+    if constants is not None:
+        script.as_modules(root, script.Declarations(partial(_code, records, folder)))
+        own = _ZipStorages(records, folder, byteorder == "big", source.name, "constants")
+        script.add_constants(root, _unpickled(constants, own, builder))
+        found = {**found, **{f"constants/{key}": storage for key, storage in own.found.items()}}
     return TorchContents(
         root,
-        "zip",
+        "zip" if constants is None else "torchscript",
         version,
         folder,
         byteorder,
-        storages.found,
+        found,
         tuple(records.values()),
         builder.facts,
         warnings,
     )
+
+
+def _unpickled(pickle: ZipRecord, storages: _ZipStorages, builder: TensorBuilder) -> Any:
+    return load(
+        pickle.source.read_all() if pickle.source.size <= _WHOLE else pickle.source,
+        persistent_load=storages,
+        constructors={**builder.constructors, **script.constructors()},
+        name=pickle.source.name,
+    )
+
+
+def _code(records: dict[str, ZipRecord], folder: str, name: str) -> ByteSource | None:
+    record = records.get(f"{folder}/code/{name}")
+    return None if record is None else record.source
 
 
 def _small(records: dict[str, ZipRecord], name: str) -> str | None:

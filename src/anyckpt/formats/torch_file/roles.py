@@ -88,9 +88,10 @@ class _Entry:
     def add(self, name: str, path: Path, flat: Flat) -> None:
         last = path[-1] if path else ""
         self.names.append(name)
-        if type(last) is str and path not in flat.original_keys:
+        of_module = bool(flat.modules) and any(path[:depth] in flat.modules for depth in range(len(path)))
+        if of_module or (type(last) is str and path not in flat.original_keys):
             self.named = True
-            self.dotted = self.dotted or "." in last or path[:-1] in flat.modules
+            self.dotted = self.dotted or of_module or "." in str(last)
             self.strong = self.strong or self.dotted or last in _LEAF_NAMES
 
 
@@ -113,7 +114,7 @@ def roles(flat: Flat) -> Roles:
     prefix: Path = ()
     if len(networks) == 1:
         chosen = set(networks[0].names)
-        prefix = _innermost(networks[0], paths)
+        prefix = _innermost(networks[0], paths, flat)
     elif networks:
         chosen = {name for entry in entries if entry.named and entry not in averaged for name in entry.names}
         prefix = _common([entry.path for entry in networks])
@@ -153,6 +154,9 @@ def _entries(names: Iterable[str], paths: Mapping[str, Path], impure: set[Path],
     for name in names:
         path = paths[name]
         depth = next((depth for depth in range(1, len(path)) if path[:depth] not in impure), None)
+        module = next((depth for depth in range(len(path)) if path[:depth] in flat.modules), None)
+        if module is not None and (depth is None or depth > module):
+            depth = module
         where, table = (path[:-1], bare) if depth is None else (path[:depth], found)
         table.setdefault(where, _Entry(where)).add(name, path, flat)
     for where, entry in bare.items():
@@ -191,9 +195,11 @@ def _relative(entry: _Entry, flat: Flat) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _innermost(entry: _Entry, paths: Mapping[str, Path]) -> Path:
+def _innermost(entry: _Entry, paths: Mapping[str, Path], flat: Flat) -> Path:
     """The path that all of an entry's tensors lie directly at; the entry's own if they lie at several."""
     holders = {paths[name][:-1] for name in entry.names}
+    if entry.path in flat.modules:
+        return entry.path
     return holders.pop() if len(holders) == 1 and entry.named else entry.path
 
 
