@@ -146,9 +146,9 @@ def _adapter_line(adapter: dict[str, Any] | None) -> str:
     facts = (
         f"rank {adapter['rank']}" if adapter["rank"] is not None else "",
         f"alpha {adapter['alpha']:g} over {divisor}" if adapter["alpha"] is not None else "unknown alpha",
-        adapter["form"],
+        "beside the weights" if adapter["form"] == "inside" else adapter["form"],
         f"of {', '.join(adapter['targets'])}" if adapter["targets"] else "",
-        f"for {adapter['base']}" if adapter["base"] else "for an unnamed base model",
+        _base_of(adapter),
     )
     return f"{kind}, " + ", ".join(filter(None, facts))
 
@@ -178,3 +178,9 @@ def _text(value: Any) -> str:
     import json
 
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _base_of(adapter: dict[str, Any]) -> str:
+    if adapter["form"] == "inside":
+        return ""
+    return f"for {adapter['base']}" if adapter["base"] else "for an unnamed base model"

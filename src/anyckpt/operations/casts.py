@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anyckpt.dtypes import dtype
+from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.operations.select import matching
 from anyckpt.tensor import LazyTensor
@@ -32,6 +32,24 @@ class Cast:
     tensors: dict[str, LazyTensor]
     casts: dict[str, int]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChangedType:
+    """Which type a weight gets that is computed, so that it is rounded once.
+
+    Attributes:
+        target: torch's name of the type that the user asks for, None for the weight's own.
+        keep: globs of weights that keep theirs.
+    """
+
+    target: str | None
+    keep: Sequence[str]
+
+    def __call__(self, name: str, weight: LazyTensor) -> DType:
+        if self.target is None or (self.target != "float32" and matching([name], self.keep)):
+            return weight.dtype
+        return dtype(self.target)
 
 
 def cast_target(name: str | None) -> str | None:

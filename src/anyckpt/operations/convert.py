@@ -16,7 +16,7 @@ from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
-from anyckpt.operations.casts import KEEP_IN_FP32, cast_target, cast_weights
+from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target, cast_weights
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.extra_states import choose_states, is_kept
 from anyckpt.operations.full_precision import in_full_precision
@@ -33,6 +33,7 @@ from anyckpt.operations.recut import (
 )
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.operations.supplied import read_config, read_tokenizer
+from anyckpt.operations.unwrap import HOW_TO_MERGE, adapter_inside, holds_adapter, merged_inside
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import parse_bytes
 
@@ -198,6 +199,21 @@ def convert(
     full = in_full_precision(checkpoint, wanted, read_config(config))
     checkpoint, given = full.checkpoint, full.config
     left_out.update(full.ignored)
+    inside: list[str] = []
+    if holds_adapter(checkpoint):
+        if optimizer == "keep":
+            raise UsageError("the optimizer's state is that of an adapter's factors", path=checkpoint.path,
+                             remedy="leave the state out with --optimizer drop")  # fmt: skip
+        if target.adapters == target.name:
+            checkpoint, unused = adapter_inside(checkpoint, alpha)
+            left_out.update(unused)
+            alpha = None
+        elif alpha is not None or names is not None or target.dialect(options) is not None:
+            checkpoint, unused, inside = merged_inside(checkpoint, alpha, ChangedType(wanted, keep_in_fp32))
+            left_out.update(unused)
+            alpha = None
+        else:
+            inside = [f"a LoRA adapter is in it beside the weights, and stays so: {HOW_TO_MERGE}"]
     told = AdapterRequest(adapter_form, alpha)
     adapter = opened_adapter(checkpoint, told, target=target, names=names, optimizer=optimizer)
     try:
@@ -249,6 +265,7 @@ def convert(
             *layout_notes,
             *state_notes,
             *full.notes,
+            *inside,
             *renamed.notes,
             *carried.notes,
             *cast.notes,

@@ -273,8 +273,12 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not named and not any("lora_" in name or ".adapter" in name for name in checkpoint.weights()):
         return None  # no name of an adapter's is without one of these
     from anyckpt.operations.adapters import facts
+    from anyckpt.operations.unwrap import facts_inside
 
-    return facts(checkpoint)
+    try:
+        return facts(checkpoint) or facts_inside(checkpoint)
+    except MappingError:  # two adapters in one model
+        return None
 
 
 def _notes(path: str) -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
-from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model, dialects
@@ -18,7 +17,7 @@ from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name
 from anyckpt.models.adapters.by_name import block_of
 from anyckpt.models.config_nemo import restated
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, unused_targets
-from anyckpt.operations.casts import KEEP_IN_FP32, cast_target
+from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target
 from anyckpt.operations.convert import Conversion, choose, convert
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
@@ -27,9 +26,8 @@ from anyckpt.operations.naming import identify, state_of
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
 from anyckpt.operations.recut import LayoutRequest
-from anyckpt.operations.select import as_patterns, matching
+from anyckpt.operations.select import as_patterns
 from anyckpt.operations.supplied import read_config
-from anyckpt.tensor import LazyTensor
 
 _SHOWN = 5
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -109,7 +107,7 @@ def merge_lora(
     assert settings is not None
     model, unfit = _model(whole, family, full.config)
     tied = is_tied(whole.config if full.config is None else full.config, model)
-    cast = _Cast(wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
+    cast = ChangedType(wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
     by_name, missing = place_by_name(found, settings, whole.weights(), tied=tied)
     try:
         if by_name is not None:
@@ -185,25 +183,7 @@ def _unknown(base: Checkpoint, missing: list[str]) -> UsageError:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Cast:
-    """Which type a changed weight gets.
-
-    Attributes:
-        target: torch's name of the type that the user asks for, None for the weight's own.
-        keep: globs of weights that keep theirs.
-    """
-
-    target: str | None
-    keep: Any
-
-    def __call__(self, name: str, weight: LazyTensor) -> DType:
-        if self.target is None or (self.target != "float32" and matching([name], self.keep)):
-            return weight.dtype
-        return dtype(self.target)
-
-
-def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast: _Cast) -> Checkpoint:
+def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast: ChangedType) -> Checkpoint:
     """The base with changed weights, under its own names."""
     stored = models.to_hub(base, model, widen=cast.target is not None)
     hub = merged(stored, updates, scale=scale, cast=cast)

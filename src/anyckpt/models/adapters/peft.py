@@ -191,17 +191,23 @@ def by_module(tensors: Mapping[str, LazyTensor]) -> StoredAdapter:
         own = modules.setdefault(factor["module"], StoredModule())
         slot = _slot(factor)
         if getattr(own, slot) is not None:
+            _check_single(adapters)
             raise MappingError("two stored tensors are the same one of the adapter", tensor=name,
                                found=getattr(own, slot)[0])  # fmt: skip
         setattr(own, slot, (name, tensor))
         own.is_embedding = own.is_embedding or factor["embedding"] is not None
         own.names.append(name)
+    _check_single(adapters)
+    return result
+
+
+def _check_single(adapters: Mapping[str, str]) -> None:
+    """Raise MappingError if names of adapters (-> a stored name) are several."""
     if len(adapters) > 1:
         raise MappingError(
             "holds more than one adapter", tensor=list(adapters.values())[1], expected="one",
             found=", ".join(list(adapters)[:5]), remedy="leave the others out with --exclude",
         )  # fmt: skip
-    return result
 
 
 def rows_of(module: str, name: str, values: LazyTensor, indices: Mapping[str, tuple[int, ...]]) -> Rows:

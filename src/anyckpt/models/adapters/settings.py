@@ -13,6 +13,7 @@ from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.models.adapters import megatron, peft
 from anyckpt.models.adapters.adapter import Adapter, Layers
 from anyckpt.models.adapters.by_name import Names, Placed, placed, unplaced
+from anyckpt.models.adapters.wrapped import is_wrapped
 from anyckpt.tensor import LazyTensor
 
 KINDS = ("lora", "dora")
@@ -26,7 +27,7 @@ def spelling_of(checkpoint: Checkpoint) -> str | None:
     """``peft`` or ``megatron`` if a checkpoint is an adapter with such names, None if it is no adapter."""
     names = checkpoint.weights()
     if peft.is_adapter(names):
-        return "peft"
+        return "peft" if checkpoint.dialect == "peft" or not is_wrapped(names) else None
     if megatron.is_adapter(names):
         return "megatron"
     return "peft" if checkpoint.dialect == "peft" and names else None  # of whole tensors alone
