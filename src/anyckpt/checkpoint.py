@@ -169,6 +169,19 @@ class StoredChecksum:
     crc32: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a checkpoint is that holds only a part of each tensor, or of the model.
+
+    Attributes:
+        what: which part, as a message says it: "is the part of rank 1 of 2 ...".
+        remedy: what to open in its place.
+    """
+
+    what: str
+    remedy: str
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint, opened: names over bytes, and everything beside them.
@@ -202,6 +215,7 @@ class Checkpoint:
             there are none or they are in ``ranks``.
         calls: which names the pickles in its files ask for and call; pickles that are read later are added.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
+        part: which part of a model it is, if it is none by itself: ``inspect`` shows it and nothing else takes it.
     """
 
     path: str
@@ -229,6 +243,7 @@ class Checkpoint:
     extra_states: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
+    part: Part | None = None
 
     def weights(self) -> dict[str, LazyTensor]:
         """The model's own tensors, without ``model_prefix`` and without training state."""

@@ -134,6 +134,8 @@ def read_weight_file(
             details.setdefault("metadata", {}).update(metadata)
         return tensors
     from anyckpt.formats.torch_file import read_torch
+    from anyckpt.formats.torch_file.parts import part_of
+    from anyckpt.formats.torch_file.tree import flatten
 
     contents = read_torch(source)
     warnings.extend(contents.warnings)
@@ -142,6 +144,9 @@ def read_weight_file(
             "does not hold a state dict", path=source.name,
             expected="a dict of tensors", found=type(contents.root).__name__,
         )  # fmt: skip
+    part = part_of(source.name, contents.root, flatten(contents.root, source.name))
+    if part is not None:
+        raise FormatError(part.what, path=source.name, remedy=part.remedy)
     strange = [key for key, value in contents.root.items() if not isinstance(value, LazyTensor)]
     if strange:
         warnings.append(f"{source.name}: entries that are not tensors are left out: {', '.join(map(str, strange[:5]))}")

@@ -152,6 +152,7 @@ _BUILT_IN = {
     "dcp": "dcp",
     "peft": "peft",
     "hf": "hf",
+    "fsdp": "fsdp",
     "safetensors": "safetensors",
     "torch": "torch_file",
 }

@@ -11,7 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.compare import Tolerance, compare
 from anyckpt.operations.naming import CommonNames, common_names
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.open import check_whole, open_checkpoint
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
 
@@ -110,12 +110,16 @@ def diff(
 
     Raises:
         FormatError: a checkpoint is damaged.
+        MappingError: one is a part of a model, and ``raw`` is not asked for.
         UsageError: a tolerance is negative, or there is nothing to compare.
     """
     if not (rtol >= 0 and atol >= 0):
         raise UsageError("a tolerance cannot be negative", found=f"rtol {rtol}, atol {atol}")
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
+    if not raw:
+        check_whole(first)
+        check_whole(second)
     names = common_names(first, second, raw=raw)
     notes = [*names.notes, *(_with_tied_heads(names, first.path, second.path) if names.kind == "hub" else ())]
     shared = [name for name in names.a if name in names.b]

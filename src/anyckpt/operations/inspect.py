@@ -245,12 +245,17 @@ def inspect(
         values=to_plain(checkpoint.objects),
         details=to_plain(checkpoint.details),
         adapter=_adapter(checkpoint),
-        warnings=[*calls.told_with(checkpoint.warnings), *([] if warning is None else [warning])],
+        warnings=[*_part(checkpoint), *calls.told_with(checkpoint.warnings), *([] if warning is None else [warning])],
         notes=_notes(checkpoint.path),
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
         calls=tuple(calls),
     )
+
+
+def _part(checkpoint: Checkpoint) -> list[str]:
+    part = checkpoint.part
+    return [] if part is None else [f"{part.what}; {part.remedy}"]
 
 
 def _as_numbers(checkpoint: Checkpoint) -> Checkpoint:

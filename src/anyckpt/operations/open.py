@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import GROUP, Checkpoint, OptimizerState
-from anyckpt.errors import UsageError
+from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Geometry, Parallelism, join
 from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
@@ -29,7 +29,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, force: bool = False) -> Che
         FormatError: it is not a checkpoint, or a damaged one.
         MappingError: ranks, layers or experts are missing, or the files contradict the layout.
     """
-    return join_ranks(registry.read(path, force=force))
+    return _joined(registry.read(path, force=force))
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raise MappingError if it is one part of a model, which must not pass for the model."""
+    if checkpoint.part is not None:
+        raise MappingError(checkpoint.part.what, path=checkpoint.path, remedy=checkpoint.part.remedy)
 
 
 def join_ranks(
@@ -46,9 +52,16 @@ def join_ranks(
         verify_replicas: read copies that should be equal and compare them: all, none, or (None) the small ones.
 
     Raises:
-        MappingError: ranks, layers or experts are missing, or the files contradict the layout.
+        MappingError: it is a part of a model; ranks, layers or experts are missing, or the files contradict the layout.
         UsageError: the layout is impossible for the model, or no configuration describes it.
     """
+    check_whole(checkpoint)
+    return _joined(checkpoint, rules, verify_replicas)
+
+
+def _joined(
+    checkpoint: Checkpoint, rules: Mapping[str, str] | None = None, verify_replicas: bool | None = None
+) -> Checkpoint:
     if not checkpoint.ranks:
         return checkpoint
     joined = join(

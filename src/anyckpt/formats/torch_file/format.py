@@ -10,6 +10,7 @@ from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, Location, WriteOptions
 from anyckpt.formats.torch_file.archive import read_zip
 from anyckpt.formats.torch_file.contents import TorchContents
+from anyckpt.formats.torch_file.parts import part_of
 from anyckpt.formats.torch_file.reader import read_torch
 from anyckpt.formats.torch_file.roles import Roles, roles, training_state
 from anyckpt.formats.torch_file.safe import refused
@@ -60,6 +61,7 @@ def torch_checkpoint(path: str, contents: TorchContents, flat: Flat) -> Checkpoi
         warnings=[*contents.warnings, *_kind(contents, flat, told), *_oddities(contents, flat)],
         details=torch_details(contents, flat),
         checksums=lambda: stored_checksums(contents),
+        part=part_of(path, contents.root, flat),
     )
 
 
@@ -129,10 +131,6 @@ def _oddities(contents: TorchContents, flat: Flat) -> list[str]:
     for name, leaf in flat.objects.items():
         if isinstance(leaf, MetaTensor):
             found.append(f"tensor {name!r} is of the meta device and has no elements")
-    for name, whole in flat.distributed.items():
-        if whole.local.shape != whole.shape:
-            kind = ", ".join(whole.placements)
-            found.append(f"tensor {name!r} is one rank's part of a tensor of shape {whole.shape} ({kind})")
     return found
 
 
