@@ -63,6 +63,7 @@ def tensors_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
 @given(models, st.booleans())
 @settings(max_examples=300)
 @example({"model.norm.weight": (1,), "module.model.norm.weight": (1,), "module.model.embed_tokens.weight": (1,)}, False)
+@example({"_orig_mod.lm_head.weight": (1,), "lm_head.weight": (1,), "lm_head._orig_mod.weight": (2,)}, False)
 @example({"mymodel.embed_tokens.weight": (1,), "lm_head.weight": (1,), "my.weight": (1,)}, False)
 @example({"model.bert.embeddings.word_embeddings.weight": (1,), "loss.weight": (2,)}, False)
 def test_every_tensor_is_unwrapped_and_found_again(model: dict[str, tuple[int, ...]], is_part: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_all_is_wrapped(name: str, wrapper: str) -> None:
     hub = found(case, wrapped)
     assert facts(hub.tensors) == facts(case.hub().tensors)
     assert hub.ignored == {}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_parts_are_wrapped(name: str) -> None:
+    """As FSDP and torch.compile of each layer name them."""
+    case = open_case(name)
+    tensors = case.checkpoint.tensors
+    for word in (r"\1_orig_mod.", r"_fsdp_wrapped_module.\1_fsdp_wrapped_module._checkpoint_wrapped_module."):
+        wrapped = {re.sub(r"^(.+?\.\d+\.)", word, key): tensor for key, tensor in tensors.items()}
+        assert dialects.detect(wrapped) == "hf"
+        assert facts(found(case, wrapped).tensors) == facts(case.hub().tensors)
 
 
 @pytest.mark.parametrize("wrapper", ["model.", "module.", "_orig_mod.", "module.model."])

@@ -12,6 +12,7 @@ from typing import Any
 
 from anyckpt.errors import UsageError
 from anyckpt.models import config_hf, config_megatron, config_nemo
+from anyckpt.models.bare_names import bare_names
 from anyckpt.models.config import ModelConfig
 from anyckpt.models.families import by_name, known_families
 from anyckpt.models.family import Family
@@ -25,6 +26,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Named",
+    "bare_names",
     "by_name",
     "config_kind",
     "from_hub",

@@ -79,6 +79,11 @@ def is_known(family: Family, config: Mapping[str, Any]) -> bool:
     return _is_own(family, config) or _part(family, config) is not None or _foreign(family, config) is not None
 
 
+def is_part(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether the family's model is the text part of what a ``config.json`` describes."""
+    return not _is_own(family, config) and _part(family, config) is not None
+
+
 def own_part(family: Family, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What of a ``config.json`` is the family's, in transformers' keys."""
     if _is_own(family, config):

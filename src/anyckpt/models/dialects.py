@@ -16,6 +16,7 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.mixers import has_mixers, joined_mixers, separate_mixers
 from anyckpt.models.other_dialects import other_dialects, spelled_as
 from anyckpt.models.own_modules import EVIDENCE, core_names
+from anyckpt.models.wrappers import without_between
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
 
@@ -109,7 +110,7 @@ _HALF = re.compile(r"(?P<whole>(?:.+\.)?linear_fc1\.(?:weight|bias)\d*)_(?P<half
 def detect(names: Iterable[str]) -> str | None:
     """The dialect of a model's stored names: ``hf``, one of ``DIALECTS`` or of another package's, or None."""
     known = list(names)
-    if any(_FAMILIES.match(name) for name in known):
+    if any(_FAMILIES.match(without_between(name)) for name in known):
         return "hf"
     prefix = find_prefix(known)
     if prefix is None:

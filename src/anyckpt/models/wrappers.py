@@ -1,18 +1,22 @@
 """Names with more or less before them than the family's rules have.
 
-A model's class may be wrapped (``module.``, ``_orig_mod.``, ``base_model.model.``), may be the text part of a model
-that also sees (``language_model.model.`` of transformers 4, ``model.language_model.`` of transformers 5), or may be
-saved without its head and so without the prefix of the part that is not the head.
+A model's class may be wrapped (``module.``, ``_orig_mod.``, ``base_model.model.``), and so may its parts be; it may be
+the text part of a model that also sees (``language_model.model.`` of transformers 4, ``model.language_model.`` of
+transformers 5), or may be saved without its head and so without the prefix of the part that is not the head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, count, takewhile
 
 from anyckpt.models.rules import Rule
 from anyckpt.tensor import LazyTensor
+
+BETWEEN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""What torch.compile, FSDP, activation checkpointing and Lightning's Fabric put before the names of any module."""
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _TEXT = "language_model."
@@ -42,9 +46,22 @@ class Unwrapped:
         """The stored name of a tensor that is called ``name`` here, or that it would have if it is missing."""
         if name in self.tensors:
             return self.renamed.get(name, name)
-        if self.base == self.prefix and not self.outer:
-            return name
-        return self.prefix + name[len(self.base) :] if name.startswith(self.base) else self.outer + name
+        plain = self.prefix + name[len(self.base) :] if name.startswith(self.base) else self.outer + name
+        ends = [at for at, letter in enumerate(plain, 1) if letter == "."]
+        module = next((plain[:end] for end in reversed(ends) if plain[:end] in self._modules), "")
+        return self._modules[module] + plain[len(module) :]
+
+    @cached_property
+    def _modules(self) -> dict[str, str]:
+        """The stored spelling of every module's name, with its dot, by that without what is between."""
+        spelled = {"": ""}
+        for name in map(self.stored, self.tensors):
+            plain = stored = ""
+            for word in name.split(".")[:-1]:
+                stored += f"{word}."
+                plain += "" if word in BETWEEN else f"{word}."
+                spelled[plain] = stored
+        return spelled
 
 
 def unwrapped(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part: bool) -> Unwrapped:
@@ -57,6 +74,24 @@ def unwrapped(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part:
         rules: the family's.
         is_part: the model is a part of what is stored, so that what is beside it belongs to other parts.
     """
+    plain: dict[str, str] = {}
+    for name in sorted(tensors, key=lambda name: without_between(name) != name):
+        plain[_free(without_between(name), plain)] = name
+    inner = {name: key for key, name in plain.items()}
+    found = _unprefixed({inner[name]: tensor for name, tensor in tensors.items()}, rules, is_part)
+    stored = {key: plain[found.stored(key)] for key in found.tensors}
+    others = tuple(plain[name] for name in found.others)
+    return replace(found, others=others, renamed={key: name for key, name in stored.items() if key != name})
+
+
+def without_between(name: str) -> str:
+    """A name without the parts that are of ``BETWEEN``."""
+    if not any(word in name for word in BETWEEN):
+        return name
+    return ".".join(word for word in name.split(".") if word not in BETWEEN) or name
+
+
+def _unprefixed(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part: bool) -> Unwrapped:
     anchor, patterns = _patterns(rules)
     base = _base(anchor, patterns)
     prefix = _prefix(tensors, anchor, base)

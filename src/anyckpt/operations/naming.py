@@ -129,11 +129,23 @@ def rename_for(
     told = family is not None or config is not None or (wanted == "hf" and vocabulary.size is not None)
     if config is not None:
         checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
+    elif target.config_kind is not None and not target.unknown_names:
+        _check_described(checkpoint, target)
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
     fits = target.config_kind is None or checkpoint.config_kind is None or _is_spelled(checkpoint, target.config_kind)
     own = checkpoint.format == target.name or (target.unknown_names and bool(checkpoint.config))
     alike = fits and (known == wanted or (known is None and own))
-    model = None if alike and not told else identify(checkpoint, family=family, config=config)
+    bare = models.bare_names(checkpoint) if alike and wanted == "hf" else None
+    if bare is not None and bare.wrappers:
+        plain = rename_for(
+            _with_weights(checkpoint, bare.tensors, wanted), target, options, family=family, config=config,
+            dtype=dtype, names=names, vocabulary=vocabulary,
+        )  # fmt: skip
+        around = " and ".join(bare.wrappers)
+        note = f"{around} is taken off the names: it is of what was wrapped around the model"
+        return replace(plain, ignored={**state_of(checkpoint), **plain.ignored}, notes=(note, *plain.notes))
+    as_stored = alike and not told and not (wanted == "hf" and bare is None)
+    model = None if as_stored else identify(checkpoint, family=family, config=config)
     if model is not None:
         renamed = _through_hub(
             checkpoint, model, wanted, target.config_kind, dtype,
@@ -153,10 +165,26 @@ def rename_for(
             respelled = _with_dtype(_with_weights(checkpoint, named, wanted), dtype)
             return Renamed(respelled, {**state_of(checkpoint), **ignored})
     if alike:
-        return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype))
+        kept = "" if bare is None or config is None else bare.leading
+        note = (
+            f"all names begin with {kept}, which is kept, for the model family is unknown: transformers finds these "
+            "weights only if its class calls them so"
+        )
+        return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype), notes=(note,) if kept else ())
     if dialects.is_megatron(known) and dialects.is_megatron(wanted):
         return _by_dialect(checkpoint, known, wanted, fits, dtype)
     raise unknown_family(checkpoint, target.name, wanted, known)
+
+
+def _check_described(checkpoint: Checkpoint, target: Format) -> None:
+    """Raise UsageError for what no framework can load: a model with its training code's hyper-parameters alone."""
+    if checkpoint.config and checkpoint.config_kind is None:
+        raise UsageError(
+            "has hyper-parameters of the code that trained it, and no configuration of the model",
+            path=checkpoint.path, expected=f"one that {target.name} or another known format has",
+            found=", ".join(map(str, list(checkpoint.config)[:5])),
+            remedy="give the model's own with --config, or convert to safetensors, torch or dcp, which need none",
+        )  # fmt: skip
 
 
 def _in_registered_order(renamed: Renamed, model: Model) -> Renamed:

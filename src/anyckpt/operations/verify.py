@@ -135,6 +135,7 @@ def verify(
     if not _check_digests(checkpoint.path, result, progress):
         _check_checksums(checkpoint, result, progress)
     _check_model(checkpoint, result)
+    _check_names(checkpoint, result)
     if deep:
         _check_values(checkpoint, result, progress)
     _check_calls(checkpoint, result)
@@ -241,6 +242,22 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
         if error.path == checkpoint.path:
             error.path = None
         result.problems.append(Problem(checkpoint.path, str(error)))
+
+
+def _check_names(checkpoint: Checkpoint, result: Verification) -> None:
+    """Whether weights have the names of transformers' classes in a format that these load."""
+    if registry.by_name(checkpoint.format).dialect(registry.WriteOptions()) != "hf":
+        return
+    try:
+        bare = models.bare_names(checkpoint)
+    except MappingError as error:
+        result.problems.append(Problem(checkpoint.path, str(error)))
+        return
+    if bare is None or bare.wrappers:
+        before = "" if bare is None else f", for {' and '.join(bare.wrappers)} of a wrapper is in them"
+        first = next(iter(checkpoint.weights()))
+        problem = f"transformers does not find the weights under these names{before}: {first}; convert it with --to hf"
+        result.problems.append(Problem(checkpoint.path, problem))
 
 
 def _check_adapter(checkpoint: Checkpoint, result: Verification) -> None:
