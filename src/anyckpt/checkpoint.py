@@ -73,13 +73,17 @@ GROUP = "group"
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """An Adam optimizer's state by parameter, whatever container it came from.
+    """An optimizer's state by parameter, whatever container it came from.
 
-    A slot is ``master`` (the weights in float32), ``exp_avg`` or ``exp_avg_sq``; its tensors have the weights' names
-    and shapes, and are joined, cut and renamed by the weights' rules.
+    A slot is ``master`` (the weights in float32) or what the optimizer calls it: Adam's ``exp_avg`` and
+    ``exp_avg_sq``, ``momentum_buffer``, ``square_avg``, ``sum``.  Its tensors have the weights' names and shapes, and
+    are joined, cut and renamed by the weights' rules.
 
     Attributes:
         slots: slot -> weight's name -> tensor, for a whole model.
+        others: slot -> weight's name -> what has not the weight's shape: a number, Adafactor's row and column means,
+            steps that differ.  No rule says what becomes of them, so that they travel only where the weight keeps its
+            name and shape.
         ranks: slot -> the ranks' shards, for formats that keep a file per rank; then ``slots`` is empty.  The slot
             ``GROUP``, where there is one, has in every element the index of the parameter's group.
         step: optimizer steps taken, or None.
@@ -93,6 +97,7 @@ class OptimizerState:
     """
 
     slots: Mapping[str, dict[str, LazyTensor]] = field(default_factory=dict)
+    others: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     ranks: Mapping[str, tuple[RankShard, ...]] = field(default_factory=dict)
     step: int | None = None
     groups: tuple[dict[str, Any], ...] = ()

@@ -185,9 +185,13 @@ def test_what_cannot_be_written() -> None:
     weights: dict[str, LazyTensor] = {"a.weight": numbers(2, 3), "a.running_mean": numbers(2)}
     momentum = state(momentum_buffer={"a.weight": numbers(2, 3)})
     buffer = state(**{slot: {"a.running_mean": numbers(2)} for slot in ("exp_avg", "exp_avg_sq")})
-    for odd, words in ((momentum, "is not Adam"), (buffer, "is no parameter")):
+    for odd, target, words in (
+        (momentum, "megatron-core", "is not Adam, and megatron-core has a place for Adam's state only"),
+        (momentum, "megatron-lm", "is not Adam.*found momentum_buffer"),
+        (buffer, "dcp", "is no parameter"),
+    ):
         with pytest.raises(MappingError, match=words):
-            laid_out(Checkpoint("x", "torch", weights, optimizer=lambda odd=odd: odd), "dcp")
+            laid_out(Checkpoint("x", "torch", weights, optimizer=lambda odd=odd: odd), target)
 
 
 def test_a_rank_format_lays_state_out_itself() -> None:

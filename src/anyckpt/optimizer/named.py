@@ -16,20 +16,22 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.optimizer.state import MASTER, Slots, checked, options, same_step, unproved
+from anyckpt.optimizer.state import MASTER, STEP, checked, options, same_step, sorted_out, unproved
 from anyckpt.tensor import LazyTensor
 
 _ENTRY = re.compile(r"(?P<root>optim|optimizer|optimizers|optimizer_states|optimizer_\d+)\.state\.(?P<rest>.+)")
 _GROUP = re.compile(r"[a-z_]+(?:_\d+)?\.param_groups\.(?P<number>\d+)\.(?P<key>[^.]+)")
+_GROUPS = re.compile(r"(?:optim|optimizers?|optimizer_\d+)\.param_groups")
 _GROUP_BY_NAME = re.compile(r"[a-z_]+(?:_\d+)?\.(?:param_groups|param_to_group_meta)\.(?P<name>.*\D.*)\.(?P<key>[^.]+)")
 _MASTERS = ("master_param", "fp32_param", "master_weight", "param")
 _WRAPPERS = ("module.module.", "module.")
-_STEP = "step"
 
 
 def has_named(checkpoint: Checkpoint) -> bool:
-    """There is such state."""
-    return any(_ENTRY.match(name) for name in checkpoint.tensors)
+    """There is such state; of an optimizer that keeps none (SGD without momentum) there are its groups."""
+    return any(_ENTRY.match(name) for name in checkpoint.tensors) or any(
+        pattern.fullmatch(name) for pattern in (_GROUP, _GROUPS, _GROUP_BY_NAME) for name in checkpoint.objects
+    )
 
 
 def read_named(checkpoint: Checkpoint) -> OptimizerState:
@@ -40,32 +42,37 @@ def read_named(checkpoint: Checkpoint) -> OptimizerState:
         MappingError: a name is of no weight, a tensor not of its weight's shape, or several optimizers train one.
     """
     weights = checkpoint.weights()
-    entries: dict[str, dict[str, LazyTensor]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     root_of: dict[str, str] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name in (*checkpoint.tensors, *checkpoint.objects):
         found = _ENTRY.fullmatch(name)
         if found is None:
             continue
+        value = checkpoint.tensors[name] if name in checkpoint.tensors else checkpoint.objects[name]
         parameter, _, slot = found["rest"].rpartition(".")
-        entries.setdefault(parameter, {})[slot] = tensor
+        if isinstance(value, dict) and not value:  # a parameter without state
+            parameter = found["rest"]
+            entries.setdefault(parameter, {})
+        else:
+            entries.setdefault(parameter, {})[slot] = value
         if root_of.setdefault(parameter, found["root"]) != found["root"]:
             raise unproved("is trained by several optimizers", path=checkpoint.path, tensor=parameter)
-    weight_of = _spelling(entries, weights, checkpoint.path)
-    slots: Slots = {}
-    for parameter, own in entries.items():
-        for slot, tensor in own.items():
-            if slot != _STEP:
-                slots.setdefault(MASTER if slot in _MASTERS else slot, {})[weight_of(parameter)] = tensor
-    has_state = set(map(weight_of, entries))
-    order = [name for name in weights if name in has_state]
-    slots = {slot: {name: own[name] for name in order if name in own} for slot, own in slots.items()}
+    weight_of = _spelling([*entries, *_grouped(checkpoint)], weights, checkpoint.path)
+    by_weight = {
+        weight_of(parameter): {MASTER if slot in _MASTERS else slot: value for slot, value in own.items()}
+        for parameter, own in entries.items()
+    }
+    order = [name for name in weights if name in by_weight]
+    slots, others, steps = sorted_out({name: by_weight[name] for name in order}, weights)
     groups, group_of = _groups(checkpoint, weight_of)
-    steps = [own.get(_STEP) for own in entries.values()]
     state = OptimizerState(
         slots=slots,
-        step=same_step([*steps, *_group_steps(checkpoint)], checkpoint.path),
+        others=others,
+        step=None if STEP in others else same_step([*steps, *_group_steps(checkpoint)], checkpoint.path),
         groups=groups,
-        group_of=group_of if all(name in group_of for name in order) else {},
+        group_of={name: group_of[name] for name in weights if name in group_of}
+        if all(name in group_of for name in order)
+        else {},
     )
     return checked(state, weights, checkpoint.path)
 
@@ -79,7 +86,9 @@ def _spelling(names: Iterable[str], weights: Mapping[str, LazyTensor], path: str
     Raises:
         MappingError: no prefix fits, or several do.
     """
-    known = list(names)
+    known = list(dict.fromkeys(names))
+    if not known:
+        return lambda name: name
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) and name[len(wrapper) :] in weights for name in known):
             return lambda name: name.removeprefix(wrapper)
@@ -103,13 +112,13 @@ def _groups(
     """Hyperparameters of the groups, and the group of each parameter; groups by name are put together by content."""
     numbered: dict[tuple[str, int], dict[str, Any]] = {}
     by_name: dict[str, dict[str, Any]] = {}
-    for name in [*checkpoint.objects, *checkpoint.tensors]:
-        value: Any = None
+    objects = _group_objects(checkpoint)
+    for name in [*objects, *checkpoint.tensors]:
         found = _GROUP.fullmatch(name)
         other = None if found is not None else _GROUP_BY_NAME.fullmatch(name)
         if found is None and other is None:
             continue
-        value = checkpoint.objects[name] if name in checkpoint.objects else _scalar(checkpoint.tensors[name])
+        value = objects[name] if name in objects else _scalar(checkpoint.tensors[name])
         if found is not None:
             numbered.setdefault((name.partition(".")[0], int(found["number"][:9])), {})[found["key"]] = value
         elif other is not None:
@@ -127,9 +136,36 @@ def _groups(
     return tuple(groups), group_of
 
 
+def _group_objects(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is stored of groups besides tensors, key by key: a list of groups without tensors is one object."""
+    found: dict[str, Any] = {}
+    for name in checkpoint.objects:
+        if _GROUPS.fullmatch(name):
+            groups = checkpoint.objects[name]
+            for number, group in enumerate(groups) if isinstance(groups, list) else ():
+                own = group if isinstance(group, dict) else {}
+                found.update((f"{name}.{number}.{key}", value) for key, value in own.items())
+        elif _GROUP.fullmatch(name) or _GROUP_BY_NAME.fullmatch(name):
+            found[name] = checkpoint.objects[name]
+    return found
+
+
+def _grouped(checkpoint: Checkpoint) -> list[str]:
+    """The parameters that the groups name."""
+    names: list[str] = []
+    objects = _group_objects(checkpoint)
+    for name in objects:
+        found, other = _GROUP.fullmatch(name), _GROUP_BY_NAME.fullmatch(name)
+        if found is not None and found["key"] == "params":
+            listed = objects[name]
+            names += [str(own) for own in listed] if isinstance(listed, list) else []
+        elif other is not None:
+            names.append(other["name"])
+    return names
+
+
 def _group_steps(checkpoint: Checkpoint) -> list[Any]:
-    names = [name for name in checkpoint.objects if name.endswith(".step") and ".param_groups." in name]
-    return [checkpoint.objects[name] for name in names]
+    return [value for name, value in _group_objects(checkpoint).items() if name.endswith(".step")]
 
 
 def _scalar(tensor: LazyTensor) -> Any:

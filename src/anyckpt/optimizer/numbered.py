@@ -25,7 +25,7 @@ from anyckpt.indexing import Shape
 from anyckpt.optimizer.groups import assigned, decays
 from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.parameters import aligned, trained
-from anyckpt.optimizer.state import MASTER, Slots, checked, options, same_step, unproved
+from anyckpt.optimizer.state import MASTER, SLOTS, STEP, checked, options, same_step, sorted_out, unproved
 from anyckpt.tensor import LazyTensor
 
 _ENTRY = re.compile(
@@ -38,8 +38,10 @@ _GATHERED = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|o
 _STEPS = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?state\.step")
 _GROUPS = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?param_groups")
 _SCALER = re.compile(r"optimizer_states\.\d+\.(?:grad_scaler|optimizer\.grad_scaler)")
+_WITHIN = re.compile(r"optimizer_states\.\d+\.(?:optimizer\.|opt\.)?state\.\d+\..+")
+_OUTER = re.compile(r"optimizer_states(?:\.\d+(?:\.optimizer|\.opt)?(?:\.state(?:\.\d+)?)?)?")
+_FACTOR = re.compile(r"(?:^|_)(?:row|col)(?:_|$)")  # of Adafactor's second moment, which has not the weight's shape
 _HALF = ("float16", "bfloat16")
-_STEP = "step"
 _PARAM = "param"
 
 
@@ -47,7 +49,7 @@ _PARAM = "param"
 class _Optimizer:
     """One optimizer as stored."""
 
-    states: dict[int, dict[str, LazyTensor]] = field(default_factory=dict)
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
     masters: dict[int, dict[int, LazyTensor]] = field(default_factory=dict)
     groups: list[Mapping[str, Any]] = field(default_factory=list)
     step: Any = None
@@ -65,15 +67,31 @@ class _Optimizer:
             return None
         return found if all(isinstance(name, str) for name in found) else None
 
-    def shape(self, index: Any) -> Shape | None:
-        """Shape of a parameter by its state, None if it has none yet."""
+    def shape(self, index: Any, *, sure: bool = False) -> Shape | None:
+        """Shape of a parameter by its state, None if it has none that tells.
+
+        Args:
+            index: its number.
+            sure: by masters and Adam's moments alone, which have the parameter's shape; else by any one shape.
+        """
         own = self.states.get(index, {})
-        return next((tensor.shape for slot, tensor in own.items() if slot != _STEP), None)
+        shapes = {slot: value.shape for slot, value in own.items() if slot != STEP and isinstance(value, LazyTensor)}
+        known = [shapes[slot] for slot in (*SLOTS, _PARAM) if slot in shapes and not _is_factored(own)]
+        likely = {shape for slot, shape in shapes.items() if shape and not _FACTOR.search(slot)}
+        if known or sure:
+            return known[0] if known else None
+        return likely.pop() if len(likely) == 1 else None
+
+
+def _is_factored(own: Mapping[str, Any]) -> bool:
+    return any(map(_FACTOR.search, own))
 
 
 def has_numbered(checkpoint: Checkpoint) -> bool:
-    """There is such state."""
-    return any(_ENTRY.fullmatch(name) or _GATHERED.fullmatch(name) for name in checkpoint.tensors)
+    """There is such state; of an optimizer that keeps none (SGD without momentum) there are its groups."""
+    if any(_ENTRY.fullmatch(name) or _GATHERED.fullmatch(name) for name in checkpoint.tensors):
+        return True
+    return any(_GROUPS.fullmatch(name) for name in _objects(checkpoint))
 
 
 def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
@@ -86,34 +104,40 @@ def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
     weights = checkpoint.weights()
     left = trained(weights)
     order = tuple(left)
-    slots: Slots = {}
+    entries: dict[str, dict[str, Any]] = {}
+    masters: dict[str, LazyTensor] = {}
     groups: list[dict[str, Any]] = []
     group_of: dict[str, int] = {}
     steps: list[Any] = []
-    for number, optimizer in sorted(_optimizers(checkpoint).items()):
+    optimizers = _optimizers(checkpoint)
+    for number, optimizer in sorted(optimizers.items()):
         names = _names(optimizer, left, f"optimizer {number}", checkpoint.path)
         steps.append(optimizer.step)
         for group, own in enumerate(names):
             for name, index in zip(own, optimizer.indices(group), strict=True):
                 stored = _whole(optimizer, index, left[name])
-                steps.append(stored.get(_STEP))
-                for slot, tensor in stored.items():
-                    if slot != _STEP:
-                        slots.setdefault(MASTER if slot == _PARAM else slot, {})[name] = tensor
+                entries[name] = {MASTER if slot == _PARAM else slot: value for slot, value in stored.items()}
                 group_of[name] = len(groups)
                 del left[name]
-            steps.append(optimizer.groups[group].get(_STEP))
+            steps.append(optimizer.groups[group].get(STEP))
             for name, tensor in _masters(optimizer, group, own, weights, checkpoint.path).items():
-                slots.setdefault(MASTER, {})[name] = tensor
+                masters[name] = tensor
             groups.append(options(optimizer.groups[group]))
-    slots = {slot: {name: own[name] for name in weights if name in own} for slot, own in slots.items()}
-    known = {name for own in slots.values() for name in own}
+    slots, others, own_steps = sorted_out({name: entries[name] for name in weights if name in entries}, weights)
+    if masters:
+        slots[MASTER] = {name: masters[name] for name in weights if name in masters}
     state = OptimizerState(
         slots=slots,
-        step=same_step(steps, checkpoint.path),
+        others=others,
+        step=None if STEP in others else same_step([*own_steps, *steps], checkpoint.path),
         groups=tuple(groups),
-        group_of={name: group_of[name] for name in weights if name in known},
+        group_of={name: group_of[name] for name in weights if name in group_of},
         order=order,
+        warnings=(
+            (f"{len(optimizers)} optimizers become one with the parameter groups of all",)
+            if len(optimizers) > 1
+            else ()
+        ),
         grad_scaler=next((checkpoint.objects[name] for name in checkpoint.objects if _SCALER.fullmatch(name)), None),
     )
     return checked(state, weights, checkpoint.path)
@@ -121,6 +145,10 @@ def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
 
 def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
     found = _from_buckets(checkpoint)
+    objects = _objects(checkpoint)
+    for name in (*checkpoint.tensors, *objects):
+        if _WITHIN.fullmatch(name) and not _ENTRY.fullmatch(name):
+            raise unproved("is state within a parameter's state, which has no place elsewhere", tensor=name)
     for name, tensor in checkpoint.tensors.items():
         entry, master = _ENTRY.fullmatch(name), _MASTER.fullmatch(name)
         if entry is not None:
@@ -129,13 +157,17 @@ def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
         elif master is not None:
             own = found.setdefault(int(master["number"]), _Optimizer())
             own.masters.setdefault(int(master["group"]), {})[int(master["index"])] = tensor
-    for name in checkpoint.objects:
-        listed, counted = _GROUPS.fullmatch(name), _STEPS.fullmatch(name)
+    for name in objects:
+        listed, counted, entry = _GROUPS.fullmatch(name), _STEPS.fullmatch(name), _ENTRY.fullmatch(name)
+        if entry is not None:
+            own = found.setdefault(int(entry["number"]), _Optimizer())
+            own.states.setdefault(int(entry["index"]), {})[entry["slot"]] = objects[name]
         if counted is not None and int(counted["number"]) in found:
-            found[int(counted["number"])].step = checkpoint.objects[name]
-        if listed is None or int(listed["number"]) not in found:
+            found[int(counted["number"])].step = objects[name]
+        if listed is None:
             continue
-        groups = checkpoint.objects[name]
+        groups = objects[name]
+        found.setdefault(int(listed["number"]), _Optimizer())
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise unproved("the optimizer's parameter groups are not a list of groups", path=checkpoint.path)
         found[int(listed["number"])].groups = groups
@@ -151,7 +183,21 @@ def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
     return found
 
 
-def _whole(optimizer: _Optimizer, index: Any, weight: LazyTensor) -> dict[str, LazyTensor]:
+def _objects(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is stored of optimizers besides tensors, entry by entry: a part without any tensor is one object."""
+    found: dict[str, Any] = {}
+    todo = [(name, checkpoint.objects[name]) for name in checkpoint.objects if name.split(".")[0] == "optimizer_states"]
+    while todo:
+        name, value = todo.pop(0)
+        if _OUTER.fullmatch(name) and isinstance(value, (dict, list)):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            todo = [*((f"{name}.{key}", child) for key, child in inner), *todo]
+        else:
+            found[name] = value
+    return found
+
+
+def _whole(optimizer: _Optimizer, index: Any, weight: LazyTensor) -> dict[str, Any]:
     """A parameter's state; that of Apex's buckets in the parameter's shape, and its weight of two halves."""
     stored = optimizer.states.get(index, {})
     return shaped(stored, weight) if optimizer.flat else stored
@@ -181,7 +227,9 @@ def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, pat
     told = [name for names in stated for name in names or []]
     if told and None not in stated and len(set(told)) == len(told) and all(name in left for name in told):
         return [names or [] for names in stated]
-    shapes = [[optimizer.shape(index) for index in optimizer.indices(n)] for n in range(len(optimizer.groups))]
+    numbers = [optimizer.indices(number) for number in range(len(optimizer.groups))]
+    all_there = sum(map(len, numbers)) == len(left)  # then their order tells, whatever the state's shapes are
+    shapes = [[optimizer.shape(index, sure=all_there) for index in own] for own in numbers]
     filled = [number for number, own in enumerate(shapes) if own]
     names: list[list[str]] = [[] for _ in shapes]
     if len(filled) == 1 and not optimizer.flat:

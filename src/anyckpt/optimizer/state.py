@@ -12,11 +12,12 @@ from anyckpt.checkpoint import OptimizerState
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
-from anyckpt.tensor import Constant, LazyTensor
+from anyckpt.tensor import Constant, LazyTensor, from_array
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SLOTS = (MASTER, *MOMENTS)
+STEP = "step"
 DROP = "leave it out with --optimizer drop"
 
 Slots = dict[str, dict[str, LazyTensor]]
@@ -36,9 +37,11 @@ def renamed(state: OptimizerState, rename: Rename, *, master: Rename | None = No
         master: what to do to the master weights where that differs: arithmetic, or the filling of padding rows.
 
     Raises:
-        MappingError: the rule does not fit: parameters without state, or of other shapes than the weights.
+        MappingError: the rule does not fit: parameters without state, or of other shapes than the weights; or it
+            changes weights that have state of other shapes.
     """
     slots: Slots = {}
+    _check_kept(state, rename)
     for slot, tensors in state.slots.items():
         function = master if slot == MASTER and master is not None else rename
         slots[slot] = _applied(function, tensors, slot)
@@ -55,7 +58,7 @@ def with_masters(state: OptimizerState, weights: Mapping[str, LazyTensor]) -> Op
         MappingError: state of a parameter that is not among the weights.
     """
     own = state.slots.get(MASTER, {})
-    names = dict.fromkeys(name for tensors in state.slots.values() for name in tensors)
+    names = parameters_of(state)
     masters: dict[str, LazyTensor] = {}
     for name in names:
         if name not in own and name not in weights:
@@ -65,14 +68,17 @@ def with_masters(state: OptimizerState, weights: Mapping[str, LazyTensor]) -> Op
 
 
 def checked(state: OptimizerState, weights: Mapping[str, LazyTensor], path: str | None) -> OptimizerState:
-    """The state, if every slot has the shape of its weight, and every slot but ``master`` the same parameters.
+    """The state, if every slot has the shape of its weight, and both of Adam's moments are of the same parameters.
 
     Raises:
         MappingError: it has not.
     """
-    moments = {slot: tensors for slot, tensors in state.slots.items() if slot != MASTER}
+    moments = {slot: state.slots[slot] for slot in MOMENTS if slot in state.slots}
     counts = {slot: len(tensors) for slot, tensors in moments.items()}
-    names = {name for tensors in moments.values() for name in tensors}
+    alone = {name for tensors in moments.values() for name in tensors} - _with_other_state(state)
+    for name in parameters_of(state):
+        if name not in weights:
+            raise unproved("has optimizer state, but is no weight of the model", path=path, tensor=name)
     for slot, tensors in state.slots.items():
         for name, tensor in tensors.items():
             if name not in weights:
@@ -82,13 +88,87 @@ def checked(state: OptimizerState, weights: Mapping[str, LazyTensor], path: str 
                     f"the optimizer's {slot} does not fit its parameter",
                     path=path, tensor=name, expected=weights[name].shape, found=tensor.shape,
                 )  # fmt: skip
-        if slot != MASTER and len(tensors) < len(names):
+    for slot in moments:
+        lacking = alone - state.slots.get(slot, {}).keys()
+        if lacking:
             raise unproved(
                 f"the optimizer's {slot} is missing for some parameters",
-                path=path, tensor=min(names - tensors.keys()), expected=f"{len(names)} tensors",
+                path=path, tensor=min(lacking), expected=f"{len(alone)} tensors",
                 found=", ".join(f"{count} of {slot}" for slot, count in counts.items()),
             )  # fmt: skip
     return state
+
+
+def parameters_of(state: OptimizerState) -> dict[str, None]:
+    """Names of the weights that the optimizer has state of, or has in a group."""
+    held = (*state.slots.values(), *state.others.values(), state.group_of)
+    return dict.fromkeys(name for names in held for name in names)
+
+
+def own_state(state: OptimizerState, name: str) -> dict[str, Any]:
+    """A parameter's state by slot, without its master; the common step as torch keeps it, a float32 of its own."""
+    slots = {slot: own for slot, own in (*state.slots.items(), *state.others.items()) if slot != MASTER}
+    own = {slot: values[name] for slot, values in slots.items() if name in values}
+    if own and state.step is not None:  # each a storage of its own: a loaded one is counted up in place
+        own = {STEP: from_array(np.array(state.step, np.float32)), **own}
+    return own
+
+
+def sorted_out(
+    entries: Mapping[str, Mapping[str, Any]], weights: Mapping[str, LazyTensor]
+) -> tuple[Slots, dict[str, dict[str, Any]], list[Any]]:
+    """The slots of weights' shapes, the other ones, and the step of each parameter where it is the same for all.
+
+    Args:
+        entries: weight's name -> slot -> tensor or object, in the weights' order.
+        weights: by name.
+    """
+    held: dict[str, dict[str, Any]] = {}
+    for name, own in entries.items():
+        for slot, value in own.items():
+            held.setdefault(slot, {})[name] = value
+    slots: Slots = {}
+    others: dict[str, dict[str, Any]] = {}
+    steps: list[Any] = []
+    for slot, values in held.items():
+        if slot == STEP and len({_whole(value) for value in values.values()} - {None}) <= 1:
+            steps += values.values()
+        elif slot in SLOTS or all(
+            isinstance(value, LazyTensor) and (name not in weights or value.shape == weights[name].shape)
+            for name, value in values.items()
+        ):
+            strange = next((name for name, value in values.items() if not isinstance(value, LazyTensor)), None)
+            if strange is not None:
+                raise unproved(f"the optimizer's {slot} is no tensor", tensor=strange)
+            slots[slot] = values
+        else:
+            others[slot] = values
+    return slots, others, steps
+
+
+def _with_other_state(state: OptimizerState) -> set[str]:
+    """Parameters with state that Adam has not: Adafactor keeps one of two forms for each, of which one is Adam's."""
+    slots = [own for slot, own in state.slots.items() if slot not in SLOTS]
+    own = [values for slot, values in state.others.items() if slot != STEP]
+    return {name for values in (*slots, *own) for name in values}
+
+
+def _check_kept(state: OptimizerState, rename: Rename) -> None:
+    """Raise MappingError for state that has not the weight's shape, of a weight that does not stay as it is."""
+    names = list(dict.fromkeys(name for own in state.others.values() for name in own))
+    if not names:
+        return
+    shapes = {name: tensor.shape for own in state.slots.values() for name, tensor in own.items()}
+    marks = {name: tag(shape, number) for number, (name, shape) in enumerate(shapes.items())}
+    moved = _applied(rename, marks, "state")
+    for name in names:
+        slot = next(slot for slot, own in state.others.items() if name in own)
+        kept = name in shapes and name in moved and moved[name].shape == shapes[name]
+        if not kept or (moved[name].size and tagged(moved[name]) != tagged(marks[name])):
+            raise unproved(
+                f"the optimizer's {slot} has not the weight's shape, and nothing tells what becomes of it under another"
+                " name", tensor=name, expected="a weight that keeps its name and shape",
+            )  # fmt: skip
 
 
 def same_step(steps: Iterable[Any], path: str | None) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import UsageError
 from anyckpt.optimizer.parameters import trained
-from anyckpt.optimizer.state import DROP, MOMENTS, SLOTS, checked, unproved
+from anyckpt.optimizer.state import DROP, MOMENTS, SLOTS, checked, parameters_of, unproved
 from anyckpt.optimizer.write_model_space import write_model_space
 from anyckpt.optimizer.write_named import write_named
 from anyckpt.optimizer.write_numbered import write_numbered
@@ -22,6 +22,9 @@ _WRITERS: Mapping[str, Callable[[Checkpoint, OptimizerState], Checkpoint]] = {
 }
 BY_THEMSELVES = ("megatron-lm",)
 """Formats that lay out ``Checkpoint.optimizer`` themselves, because they write a file per rank."""
+
+_ADAM = ("megatron-core", "megatron-bridge", *BY_THEMSELVES)
+"""Formats of trainers whose own checkpoints hold Adam's state in a form of its own."""
 
 _ALIKE = frozenset({"megatron-core", "megatron-core-zarr", "megatron-bridge"})
 
@@ -42,7 +45,7 @@ def laid_out(checkpoint: Checkpoint, format_name: str) -> Checkpoint:
 
     Raises:
         FormatError: bytes of the state are missing.
-        MappingError: the state does not fit the weights, or is not Adam's.
+        MappingError: the state does not fit the weights, or the format has no place for this optimizer's.
         UsageError: the format has no place for optimizer state.
     """
     if checkpoint.optimizer is None:
@@ -55,21 +58,28 @@ def laid_out(checkpoint: Checkpoint, format_name: str) -> Checkpoint:
         )  # fmt: skip
     weights = checkpoint.weights()
     state = checked(checkpoint.optimizer(), weights, checkpoint.path)
-    _check_complete(state, weights, checkpoint.path)
+    _check_trained(state, weights, checkpoint.path)
+    if format_name in _ADAM:
+        _check_adam(state, format_name, checkpoint.path)
     if writer is None:
         return checkpoint
     training = replace(checkpoint.training, has_optimizer=True)
     return writer(replace(checkpoint, training=training, optimizer=None), state)
 
 
-def _check_complete(state: OptimizerState, weights: Mapping[str, LazyTensor], path: str) -> None:
+def _check_trained(state: OptimizerState, weights: Mapping[str, LazyTensor], path: str) -> None:
+    """Raise MappingError unless all that has state can be a parameter."""
+    own = trained(weights)
+    unknown = next((name for name in parameters_of(state) if name not in own), None)
+    if unknown is not None:
+        raise unproved("has optimizer state but is no parameter", path=path, tensor=unknown)
+
+
+def _check_adam(state: OptimizerState, format_name: str, path: str) -> None:
     """Raise MappingError unless it is Adam's state of at least one parameter."""
-    foreign = [slot for slot in state.slots if slot not in SLOTS]
-    lacking = [slot for slot in MOMENTS if not state.slots.get(slot)]
-    if foreign or lacking:
+    foreign = [slot for slot in (*state.slots, *state.others) if slot not in SLOTS]
+    if foreign or any(not state.slots.get(slot) for slot in MOMENTS):
         raise unproved(
-            "the optimizer is not Adam", path=path, expected=", ".join(MOMENTS), found=", ".join(state.slots) or "none"
-        )
-    unknown = [name for name in state.slots[MOMENTS[0]] if name not in trained(weights)]
-    if unknown:
-        raise unproved("has optimizer state but is no parameter", path=path, tensor=unknown[0])
+            f"the optimizer is not Adam, and {format_name} has a place for Adam's state only", path=path,
+            expected=", ".join(MOMENTS), found=", ".join((*state.slots, *state.others)) or "none",
+        )  # fmt: skip

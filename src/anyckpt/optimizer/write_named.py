@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.optimizer.groups import assigned, effective
 from anyckpt.optimizer.model_space import module_shapes
-from anyckpt.optimizer.state import MASTER, MOMENTS
-from anyckpt.tensor import LazyTensor, from_array
+from anyckpt.optimizer.state import MASTER, own_state, parameters_of
+from anyckpt.tensor import LazyTensor
 
 _ROOT = "optim"
 _MASTER = "master_param"
@@ -28,19 +26,18 @@ def write_named(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
         MappingError: nothing tells which group a parameter is in.
     """
     weights = checkpoint.weights()
-    names = [name for name in weights if name in state.slots[MOMENTS[0]]]
+    known = parameters_of(state)
+    names = [name for name in weights if name in known]
     tensors: dict[str, LazyTensor] = {}
     objects: dict[str, Any] = {}
     paths: dict[str, tuple[str | int, ...]] = {}
     for name in names:
-        own = {slot: state.slots[slot][name] for slot in MOMENTS}
-        if state.step is not None:
-            own["step"] = from_array(np.array(state.step, np.float32))
-        if name in state.slots.get(MASTER, {}):
+        own = own_state(state, name)
+        if name in state.slots.get(MASTER, {}) and weights[name].dtype.name != "float32":
             own[_MASTER] = state.slots[MASTER][name]
-        for slot, tensor in own.items():
+        for slot, value in own.items():
             paths[f"{_ROOT}.state.{name}.{slot}"] = (_ROOT, "state", name, slot)
-            tensors[f"{_ROOT}.state.{name}.{slot}"] = tensor
+            (tensors if isinstance(value, LazyTensor) else objects)[f"{_ROOT}.state.{name}.{slot}"] = value
     group_of = state.group_of
     if state.groups and not all(name in group_of for name in names):
         group_of = assigned(module_shapes({name: weights[name] for name in names}), state.groups, checkpoint.path)
@@ -49,11 +46,11 @@ def write_named(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
         for key, value in listed.items():
             paths[f"{_ROOT}.param_groups.{number}.{key}"] = (_ROOT, "param_groups", number, key)
             objects[f"{_ROOT}.param_groups.{number}.{key}"] = value
-    known = checkpoint.details.get("key_paths") or {}
+    path_of = checkpoint.details.get("key_paths") or {}
     return replace(
         checkpoint,
         tensors={**checkpoint.tensors, **tensors},
         objects={**{name: checkpoint.objects[name] for name in checkpoint.objects}, **objects},
         state_prefixes=(*checkpoint.state_prefixes, f"{_ROOT}."),
-        details={**checkpoint.details, "key_paths": {**known, **paths}},
+        details={**checkpoint.details, "key_paths": {**path_of, **paths}},
     )

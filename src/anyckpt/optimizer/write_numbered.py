@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.formats.megatron_lm.modules import registered_order
 from anyckpt.models.registered import REGISTERED
 from anyckpt.optimizer.groups import assigned, effective
 from anyckpt.optimizer.model_space import module_shapes
-from anyckpt.optimizer.state import MASTER, MOMENTS, unproved
-from anyckpt.tensor import LazyTensor, from_array
+from anyckpt.optimizer.state import MASTER, own_state, parameters_of, unproved
+from anyckpt.tensor import LazyTensor
 
 _ROOT = "optimizer_states"
 _KEPT = "lightning"
@@ -38,7 +36,8 @@ def write_numbered(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
     """
     checkpoint = _in_order(checkpoint, state)
     weights = checkpoint.weights()
-    names = [name for name in weights if name in state.slots[MOMENTS[0]]]
+    trained = parameters_of(state)
+    names = [name for name in weights if name in trained]
     groups = [effective(group) for group in state.groups] or [{}]
     group_of = state.group_of
     if not all(name in group_of for name in names):
@@ -66,7 +65,7 @@ def write_numbered(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
 def _in_order(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
     """The checkpoint with its weights in the order in which the model's modules register them."""
     place = {checkpoint.model_prefix + name: number for number, name in enumerate(state.order)}
-    if all(checkpoint.model_prefix + name in place for name in state.slots[MOMENTS[0]]):
+    if all(checkpoint.model_prefix + name in place for name in parameters_of(state)):
         ordered = sorted(checkpoint.tensors, key=lambda name: place.get(name, len(place)))
         return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in ordered})
     if checkpoint.details.get(REGISTERED):
@@ -96,16 +95,16 @@ def _lightning_entries(checkpoint: Checkpoint) -> dict[str, Any]:
 def _tree(
     state: OptimizerState, groups: list[dict[str, Any]], members: list[list[str]], weights: Mapping[str, LazyTensor]
 ) -> dict[str, Any]:
-    states: dict[int, dict[str, LazyTensor]] = {}
+    states: dict[int, dict[str, Any]] = {}
     param_groups: list[dict[str, Any]] = []
+    count = 0
     for group, names in zip(groups, members, strict=True):
-        first = len(states)
-        for name in names:
-            own = {slot: state.slots[slot][name] for slot in MOMENTS}
-            if state.step is not None:  # each a storage of its own: a loaded one is counted up in place
-                own = {"step": from_array(np.array(state.step, np.float32)), **own}
-            states[len(states)] = own
-        param_groups.append({**group, "params": list(range(first, len(states)))})
+        for number, name in enumerate(names, count):
+            own = own_state(state, name)
+            if own:
+                states[number] = own
+        param_groups.append({**group, "params": list(range(count, count + len(names)))})
+        count += len(names)
     tree: dict[str, Any] = {"state": states, "param_groups": param_groups}
     masters = state.slots.get(MASTER, {})
     if not any(weights[name].dtype.name in _HALF for name in masters):
