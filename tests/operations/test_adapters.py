@@ -215,6 +215,39 @@ def test_kinds_that_are_not_understood(tmp_path: Path) -> None:
         anyckpt.merge_lora(BASE, folder, tmp_path / "x")
 
 
+@pytest.mark.parametrize("to", ["peft", "safetensors", "torch", "dcp"])
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.ia3_l", "layers.0.self_attn.q_proj.lora_A", "embeddings"])
+def test_kinds_that_are_not_understood_are_copied(name: str, to: str, tmp_path: Path) -> None:
+    """What a tensor means is no matter for a copy: IA3, AdaLoRA and prompts keep their names and settings."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    tensors = {f"base_model.model.model.{name}": from_array(np.arange(12, dtype="f4").reshape(3, 4))}
+    settings = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    write_plan(Plan("x", (OutputFile("adapter_model.safetensors", safetensors_parts(tensors)),)), folder)
+    done = anyckpt.convert(folder, tmp_path / "out", to=to)
+    assert_equal(anyckpt.open(tmp_path / "out").tensors, tensors)
+    if to == "peft":
+        assert json.loads((tmp_path / "out/adapter_config.json").read_text()) == settings
+    else:
+        assert "no place for the adapter's settings: that it is of kind ia3" in done.notes[0]
+    with pytest.raises(UsageError, match="not understood"):
+        anyckpt.convert(folder, tmp_path / "x", to=to, alpha=3)
+
+
+def test_block_diagonal_factors_without_settings_are_no_damage(tmp_path: Path) -> None:
+    """peft's BD-LoRA has the blocks of one factor one over the other."""
+    path = tmp_path / "adapter.safetensors"
+    tensors = {"base_model.model.q.lora_A.weight": from_array(np.ones((4, 6), "f4"))}
+    tensors["base_model.model.q.lora_B.weight"] = from_array(np.ones((8, 2), "f4"))
+    write_plan(Plan("x", (OutputFile(path.name, safetensors_parts(tensors)),)), tmp_path)
+    found = anyckpt.verify(path)
+    assert found.sound and "block-diagonal factors" in found.warnings[0]
+    tensors["base_model.model.q.lora_B.weight"] = from_array(np.ones((8, 3), "f4"))
+    write_plan(Plan("x", (OutputFile("other.safetensors", safetensors_parts(tensors)),)), tmp_path)
+    assert "of different ranks" in anyckpt.verify(tmp_path / "other.safetensors").problems[0].problem
+
+
 def copied(path: Path, **changes: Any) -> Path:
     path.mkdir()
     config = json.loads((ADAPTER / "adapter_config.json").read_text())

@@ -70,7 +70,7 @@ def opened_adapter(
         optimizer: ``keep`` or ``drop``.
 
     Raises:
-        UsageError: the adapter is of a kind that is not understood, or what is asked for is for the other.
+        UsageError: what is asked for is for the other.
     """
     if request.form not in (None, *FORMS):
         raise UsageError("unknown form of adapter", expected=" or ".join(FORMS), found=request.form)
@@ -89,12 +89,18 @@ def opened_adapter(
             "is an adapter, of which only the tensors are converted", path=checkpoint.path,
             remedy="leave --names out" if names is not None else "leave --optimizer keep out",
         )  # fmt: skip
+    return with_alpha(settings, request.alpha)
+
+
+def check_kind(checkpoint: Checkpoint, settings: AdapterSettings) -> None:
+    """Raise UsageError unless it is known what an adapter changes."""
     if settings.kind not in KINDS:
         raise UsageError(
             "the adapter is of a kind that is not understood", path=checkpoint.path, expected="LoRA or DoRA",
-            found=settings.kind, remedy="merge it into its base with the library that made it",
+            found=settings.kind,
+            remedy="merge it into its base with the library that made it; copies to peft, safetensors, torch and dcp "
+            "keep it as it is",
         )  # fmt: skip
-    return with_alpha(settings, request.alpha)
 
 
 def base_model(
@@ -151,13 +157,17 @@ def rename_adapter(
                 f"is an adapter, and {target.name} holds models", path=checkpoint.path,
                 remedy="convert it to peft, nemo, nemo2 or megatron-bridge, or add it to its base with merge-lora",
             )  # fmt: skip
-        note = f"a {target.name} file has no place for the adapter's settings: its alpha will have to be given"
+        if request != AdapterRequest():
+            check_kind(checkpoint, settings)
+        missing = "its alpha" if settings.kind in KINDS else f"that it is of kind {settings.kind}, and how large,"
+        note = f"a {target.name} file has no place for the adapter's settings: {missing} will have to be given"
         return Renamed(checkpoint, notes=(note,))
-    model, described = base_model(checkpoint, family, config)
-    layers = None if model is None else Layers(model)
     same = checkpoint.format == target.name and checkpoint.dialect == dialect
     if same and request == AdapterRequest():
         return Renamed(replace(checkpoint, adapter=settings))
+    check_kind(checkpoint, settings)
+    model, described = base_model(checkpoint, family, config)
+    layers = None if model is None else Layers(model)
     adapter = read_adapter(checkpoint, settings, layers)
     if adapter.rows:
         raise UsageError(

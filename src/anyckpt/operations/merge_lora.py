@@ -16,7 +16,7 @@ from anyckpt.models import Model, dialects
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name, read_adapter
 from anyckpt.models.adapters.by_name import block_of
 from anyckpt.models.config_nemo import restated
-from anyckpt.operations.adapters import AdapterRequest, opened_adapter, unused_targets
+from anyckpt.operations.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
 from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target
 from anyckpt.operations.convert import Conversion, choose, convert
 from anyckpt.operations.destination import check_destination
@@ -105,6 +105,7 @@ def merge_lora(
     settings = opened_adapter(found, AdapterRequest(alpha=alpha))
     _check_roles(whole, found, settings)
     assert settings is not None
+    check_kind(found, settings)
     model, unfit = _model(whole, family, full.config)
     tied = is_tied(whole.config if full.config is None else full.config, model)
     cast = ChangedType(wanted, options.get("keep_in_fp32", KEEP_IN_FP32))

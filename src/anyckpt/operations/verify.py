@@ -265,7 +265,7 @@ def _check_adapter(checkpoint: Checkpoint, result: Verification) -> None:
     if settings is not None and settings.kind not in adapters.KINDS:
         result.warnings.append(f"whether the adapter is complete is not known: it is of kind {settings.kind}")
         return
-    adapters.check_adapter(checkpoint)
+    result.warnings += adapters.check_adapter(checkpoint)
 
 
 def _check_values(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:

@@ -132,20 +132,34 @@ def from_peft(
     return adapter
 
 
-def check_pairs(tensors: Mapping[str, LazyTensor]) -> None:
+def check_pairs(tensors: Mapping[str, LazyTensor], *, blocks: bool = False) -> list[str]:
     """Check what needs no base model: that every module has both factors, of one rank.
+
+    Args:
+        tensors: by stored name.
+        blocks: a second factor may be blocks of a block-diagonal matrix, one over the other, as peft's BD-LoRA has
+            it; nothing but the adapter's settings tells whether it is.
+
+    Returns:
+        Modules of which it must be.
 
     Raises:
         MappingError: they do not.
     """
-    for own in by_module(tensors).modules.values():
+    diagonal: list[str] = []
+    for module, own in by_module(tensors).modules.items():
         down, up = _factors(own)
-        if down.shape[:1] != up.shape[1:2]:  # a convolution's have more axes
+        ranks = (down.shape[:1], up.shape[1:2])
+        if blocks and down.ndim == up.ndim == 2 and ranks[0] > ranks[1] > (0,) and down.shape[0] % up.shape[1] == 0:
+            diagonal.append(module)
+            continue
+        if ranks[0] != ranks[1]:  # a convolution's have more axes
             raise MappingError(
                 "the two factors of an update are of different ranks", tensor=own.names[0],
                 expected="(rank, ...) and (out, rank, ...)", found=f"{down.shape} and {up.shape}",
                 remedy="copy the whole adapter",
             )  # fmt: skip
+    return diagonal
 
 
 def by_module(tensors: Mapping[str, LazyTensor]) -> StoredAdapter:

@@ -117,8 +117,11 @@ def place_by_name(
         raise
 
 
-def check_adapter(checkpoint: Checkpoint) -> None:
+def check_adapter(checkpoint: Checkpoint) -> list[str]:
     """Check an adapter by itself, without its base model: every update has both factors, and they fit together.
+
+    Returns:
+        What is odd and may be right.
 
     Raises:
         MappingError: they do not, or a tensor is not an adapter's.
@@ -127,9 +130,15 @@ def check_adapter(checkpoint: Checkpoint) -> None:
     if not weights:
         raise MappingError("the adapter has no tensors", remedy="copy the whole adapter")
     if spelling_of(checkpoint) == "peft":
-        peft.check_pairs(weights)
+        diagonal = peft.check_pairs(weights, blocks=checkpoint.adapter is None)
+        if diagonal:
+            return [
+                f"{diagonal[0]}: its second factor has fewer columns than the first has rows, which is right only for "
+                "block-diagonal factors (BD-LoRA), and there is no adapter_config.json to say so"
+            ]
     else:
         megatron.from_megatron(weights, lambda weight, rank: 1.0, experts=1)  # how many share one is no matter here
+    return []
 
 
 def _check_magnitudes(adapter: Adapter, settings: AdapterSettings) -> None:
