@@ -7,6 +7,7 @@ huggingface_hub 2.4 (``save_pretrained`` and ``split_state_dict_into_shards_fact
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,15 @@ from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
 from anyckpt.collector import uncollected
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UnsafeError, UsageError
-from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.rank_safetensors import (
+    FILES_OF_NAMES,
+    HUB_FOLDER,
+    check_last_ranks,
+    is_rank_file,
+    part_of,
+    read_rank_files,
+)
+from anyckpt.formats.registry import Format, Location, WriteOptions, look_at
 from anyckpt.formats.safetensors import read_safetensors, safetensors_parts, weights_only
 from anyckpt.storage.source import ByteSource, LocalFile
 from anyckpt.tensor import LazyTensor
@@ -61,11 +70,17 @@ def _read(location: Location) -> Checkpoint:
     details: dict[str, Any] = {}
     tensors = _read_weights(location, warnings, details)
     config: dict[str, Any] = {}
-    if "config.json" in location.names:
-        config = read_json(LocalFile(location.join("config.json")))
+    beside = location
+    if "config.json" not in location.names and os.path.isfile(location.join(HUB_FOLDER, "config.json")):
+        beside = look_at(location.join(HUB_FOLDER))
+    if "config.json" in beside.names:
+        config = read_json(LocalFile(beside.join("config.json")))
     else:
         warnings.append("there is no config.json: the model family is found from names and shapes, if at all")
-    tokenizer_files, artifacts = other_files(location, "config.json")
+    ranks = details.get("world_size")
+    part = None if ranks is None else check_last_ranks(location.path, tensors, config, ranks, warnings)
+    tokenizer_files, artifacts = other_files(beside, "config.json")
+    artifacts.pop(FILES_OF_NAMES, None)
     return Checkpoint(
         location.path,
         "hf",
@@ -80,6 +95,7 @@ def _read(location: Location) -> Checkpoint:
         warnings=warnings,
         details=details,
         quantization=_quantization(config, artifacts),
+        part=part,
     )
 
 
@@ -107,6 +123,8 @@ def _read_weights(location: Location, warnings: list[str], details: dict[str, An
     if chosen is not None:
         return read_weight_file(location, chosen, warnings, details)
     shards = [name for name in location.names if _SHARD.fullmatch(name)]
+    if shards and all(map(is_rank_file, shards)):
+        return read_rank_files(location.path, shards, warnings, details)
     if shards:
         return _read_shards(location, shards, warnings, details)
     loose = [name for name in location.names if name.endswith(".safetensors")]
@@ -130,11 +148,13 @@ def read_weight_file(
     source = LocalFile(location.join(name))
     if not name.endswith(".bin"):
         tensors, metadata = read_safetensors(source)
+        part = part_of(source.name, tensors, metadata or {})
+        if part is not None:
+            raise FormatError(part.what, path=source.name, remedy=part.remedy)
         if metadata:
             details.setdefault("metadata", {}).update(metadata)
         return tensors
-    from anyckpt.formats.torch_file import read_torch
-    from anyckpt.formats.torch_file.parts import part_of
+    from anyckpt.formats.torch_file import parts, read_torch
     from anyckpt.formats.torch_file.tree import flatten
 
     contents = read_torch(source)
@@ -144,7 +164,7 @@ def read_weight_file(
             "does not hold a state dict", path=source.name,
             expected="a dict of tensors", found=type(contents.root).__name__,
         )  # fmt: skip
-    part = part_of(source.name, contents.root, flatten(contents.root, source.name))
+    part = parts.part_of(source.name, contents.root, flatten(contents.root, source.name))
     if part is not None:
         raise FormatError(part.what, path=source.name, remedy=part.remedy)
     strange = [key for key, value in contents.root.items() if not isinstance(value, LazyTensor)]
@@ -257,8 +277,6 @@ def _check_plain_name(name: str, path: str) -> None:
 
 def other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSource], dict[str, ByteSource]]:
     """Files of the folder that are not weights: those of the tokenizer, and the rest."""
-    import os
-
     tokenizer: dict[str, ByteSource] = {}
     others: dict[str, ByteSource] = {}
     for name in location.names:

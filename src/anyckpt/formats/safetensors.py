@@ -233,8 +233,12 @@ def _detect(location: Location) -> bool:
 
 
 def _read(location: Location) -> Checkpoint:
+    from anyckpt.formats.rank_safetensors import part_of
+
     tensors, metadata = read_safetensors(LocalFile(location.path))
-    return Checkpoint(location.path, "safetensors", tensors, details={} if metadata is None else {"metadata": metadata})
+    details = {} if metadata is None else {"metadata": metadata}
+    part = part_of(location.path, tensors, metadata or {})
+    return Checkpoint(location.path, "safetensors", tensors, details=details, part=part)
 
 
 def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
