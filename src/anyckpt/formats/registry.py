@@ -126,6 +126,8 @@ class Format:
         sharded: whether it can hold a distributed checkpoint, as ``WriteOptions.sharded`` asks.
         adapters: how it names the tensors of an adapter: ``peft`` or as ``models.adapters.megatron.SPELLINGS``; None
             if it has no place for what an adapter says of itself.
+        divides: whether ``plan`` divides whole tensors into as many files as ``WriteOptions.layout`` has
+            tensor-parallel ranks.
     """
 
     name: str
@@ -139,6 +141,7 @@ class Format:
     unknown_names: bool = False
     sharded: bool = False
     adapters: str | None = None
+    divides: bool = False
 
 
 _BUILT_IN = {
@@ -151,6 +154,7 @@ _BUILT_IN = {
     "megatron-lm": "megatron_lm",
     "dcp": "dcp",
     "peft": "peft",
+    "meta": "meta",
     "hf": "hf",
     "fsdp": "fsdp",
     "safetensors": "safetensors",

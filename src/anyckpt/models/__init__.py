@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.errors import UsageError
-from anyckpt.models import config_hf, config_megatron, config_nemo
+from anyckpt.models import config_hf, config_megatron, config_meta, config_nemo
 from anyckpt.models.bare_names import bare_names
 from anyckpt.models.config import ModelConfig
 from anyckpt.models.families import by_name, known_families
@@ -41,6 +41,7 @@ _RENDERERS: dict[str, Callable[[Family, ModelConfig, list[str]], dict[str, Any]]
     "nemo1": config_nemo.render_nemo1,
     "nemo2": config_nemo.render_nemo2,
     "megatron-args": config_megatron.render,
+    "meta": config_meta.render,
 }
 
 
@@ -52,7 +53,7 @@ def render_config(
     Args:
         model: the model.
         kind: ``hf`` (``config.json``), ``nemo1`` (``model_config.yaml``), ``nemo2`` (the ``_target_`` and ``config``
-            of ``model.yaml``) or ``megatron-args``.
+            of ``model.yaml``), ``megatron-args`` or ``meta`` (``params.json``).
         extra: keys to add or replace at the top level.
         notes: what the framework cannot say is appended here.
 
@@ -71,4 +72,6 @@ def render_config(
         lost = config_hf.surplus(model.config)
         if lost:
             said.append(f"keys of config.json that the {kind} configuration has no place for: {', '.join(lost)}")
+    if kind != "meta" and (lost := config_meta.surplus(model.config)):
+        said.append(f"keys of params.json that the {kind} configuration has no place for: {', '.join(lost)}")
     return {**rendered, **(extra or {})}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.models import meta_names
 from anyckpt.models.mixers import has_mixers, joined_mixers, separate_mixers
 from anyckpt.models.other_dialects import other_dialects, spelled_as
 from anyckpt.models.own_modules import EVIDENCE, core_names
@@ -108,8 +109,11 @@ _HALF = re.compile(r"(?P<whole>(?:.+\.)?linear_fc1\.(?:weight|bias)\d*)_(?P<half
 
 
 def detect(names: Iterable[str]) -> str | None:
-    """The dialect of a model's stored names: ``hf``, one of ``DIALECTS`` or of another package's, or None."""
+    """The dialect of a model's stored names: ``hf``, one of ``meta_names.SPELLINGS``, of ``DIALECTS`` or of another
+    package's, or None."""
     known = list(names)
+    if (spelled := meta_names.spelling(known)) is not None:
+        return spelled
     if any(_FAMILIES.match(without_between(name)) for name in known):
         return "hf"
     prefix = find_prefix(known)
@@ -212,7 +216,8 @@ def by_name(name: str) -> Dialect:
     """
     if name not in DIALECTS:
         raise UsageError(
-            f"unknown dialect {name!r}", expected=f"one of {', '.join(('hf', *DIALECTS, *other_dialects()))}"
+            f"unknown dialect {name!r}",
+            expected=f"one of {', '.join(('hf', *meta_names.SPELLINGS, *DIALECTS, *other_dialects()))}",
         )
     return DIALECTS[name]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from anyckpt.indexing import Shape
 from anyckpt.models.config import Field, ModelConfig, Reader
+from anyckpt.models.meta_names import MetaNames
 from anyckpt.models.rules import AXES, DIMENSIONS, Axis, Dimension, Instance, Layer, Rule, instances, same_layers
 from anyckpt.models.variants import Variant
 
@@ -113,6 +114,7 @@ class Family:
             configuration, which does not name it.
         hugging_face: spelling there.
         nemo2: spelling there; None if it has no such models.
+        meta: names in Meta's, Mistral's and torchtitan's code; None if they have no such models.
         nemo1: whether NeMo 1 has such models.
         nemo1_classes: NeMo 1's classes for them other than ``MegatronGPTModel``, without the module, and what these
             take where their configuration has no such key: a value, or a function of the configuration.
@@ -143,6 +145,7 @@ class Family:
     traits: Mapping[str, Any]
     hugging_face: HuggingFace
     nemo2: NeMo2 | None = None
+    meta: MetaNames | None = None
     nemo1: bool = True
     nemo1_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     megatron: bool = True

@@ -7,7 +7,7 @@ The hub's tensors have Megatron-Core's names in Transformer Engine spelling, who
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
-from anyckpt.models import dialects
+from anyckpt.models import dialects, meta_names
 from anyckpt.models.complete import SHOWN, check_complete, some
 from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig, padded
 from anyckpt.models.copies import check_tied, drop_copies
@@ -98,6 +98,8 @@ def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
     dialect = checkpoint.dialect or dialects.detect(weights)
     if dialect == "hf":
         return _from_family_names(weights, model, checkpoint.path, widen)
+    if dialect in meta_names.SPELLINGS:
+        return _from_meta_names(weights, model, checkpoint.path, widen)
     if dialect is None:
         raise MappingError(
             "the names are neither Hugging Face's nor Megatron's", path=checkpoint.path, found=some(weights),
@@ -139,10 +141,33 @@ def _less_one(gamma: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype
     return (wide - 1).astype(gamma.dtype)
 
 
-def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str, widen: bool) -> Hub:
+def _from_meta_names(weights: dict[str, LazyTensor], model: Model, path: str, widen: bool) -> Hub:
+    named = meta_names.to_family(weights, _meta_names(model), model.config)
+    hub = _from_family_names(named.tensors, model, path, widen, named.stored)
+    hub.ignored |= named.ignored
+    return hub
+
+
+def _meta_names(model: Model) -> meta_names.MetaNames:
+    if model.definition.meta is None:
+        raise MappingError(
+            f"Meta's and torchtitan's code have no models of family {model.family}",
+            remedy="convert to another naming, or to safetensors, torch or dcp, which keep names",
+        )
+    return model.definition.meta
+
+
+def _from_family_names(
+    weights: dict[str, LazyTensor], model: Model, path: str, widen: bool, spelled: Callable[[str], str] = str
+) -> Hub:
+    """The hub's tensors from the family's; ``spelled`` gives stored names where the family's were made of them."""
     definition, config = model.definition, model.config
     expected = definition.expected(config)
     found = unwrapped(weights, definition.rules, PART_OF in config.extra)
+
+    def stored(name: str) -> str:
+        return spelled(found.stored(name))
+
     ignorable = _ignorable(found.tensors, definition)
     kept = {name: tensor for name, tensor in found.tensors.items() if name not in ignorable}
     part_of, left_out = config.extra.get(PART_OF), tuple(_left_out(found.others, config))
@@ -150,25 +175,23 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str, 
         part_of,
         parts={name: weights[name] for name in found.others},
         buffers={
-            found.stored(name): found.tensors[name]
-            for name in ignorable
-            if part_of is not None or found.stored(name) == name
+            stored(name): found.tensors[name] for name in ignorable if part_of is not None or found.stored(name) == name
         },
         variants=variants_of(kept, definition.hugging_face.variants),
-        stored=found.stored,
+        stored=stored,
         notes=left_out,
     )
-    ignored = {found.stored(name): reason for name, reason in ignorable.items()}
+    ignored = {stored(name): reason for name, reason in ignorable.items()}
     ignored |= dict.fromkeys(found.others, f"of another part of the {part_of} model than its text")
     variants = definition.hugging_face.variants
     if any(variant.written for variant in variants) and all(stored_name(name, variants) == name for name in kept):
         whole = {stored_name(name, variants): None for item in expected for name in item.sources}
-        check_complete([tuple(whole)], kept, model.family, path, found.stored)
+        check_complete([tuple(whole)], kept, model.family, path, stored)
     kept = family_names(kept, variants)
     copies = drop_copies(kept, definition.hugging_face.copies, path)
-    ignored |= {found.stored(name): reason for name, reason in copies.items()}
-    ignored |= {found.stored(name): reason for name, reason in _redundant_heads(kept, model, path).items()}
-    check_complete([item.sources for item in expected], kept, model.family, path, found.stored)
+    ignored |= {stored(name): reason for name, reason in copies.items()}
+    ignored |= {stored(name): reason for name, reason in _redundant_heads(kept, model, path).items()}
+    check_complete([item.sources for item in expected], kept, model.family, path, stored)
     tensors: dict[str, LazyTensor] = {}
     for item in expected:
         if not item.sources:
@@ -178,9 +201,9 @@ def _from_family_names(weights: dict[str, LazyTensor], model: Model, path: str, 
         sources = [kept[name] for name in item.sources]
         shapes = operation.source_shapes(item.shape, item.config)
         for name, tensor, shape in zip(item.sources, sources, shapes, strict=True):
-            _check_shape(found.stored(name), tensor, shape, item, model, path)
+            _check_shape(stored(name), tensor, shape, item, model, path)
         if any(tensor.dtype != sources[0].dtype for tensor in sources):
-            sources = _of_one_type([found.stored(name) for name in item.sources], sources, widen, path)
+            sources = _of_one_type([stored(name) for name in item.sources], sources, widen, path)
         tensors[item.hub] = operation.to_hub(sources, item.config)
     return Hub(model, tensors, ignored, [*model.notes, *_remarks(expected), *left_out], spelling=spelling)
 
@@ -206,9 +229,9 @@ def _of_one_type(names: Sequence[str], parts: list[LazyTensor], widen: bool, pat
 def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zeros", in_place: bool = False) -> Named:
     """The hub's tensors under another naming; views only.
 
-    For ``hf`` the vocabulary is cut to its true size; for Megatron's dialects (see ``dialects.DIALECTS``) it is
-    padded to the configuration's ``rows`` with ``zeros`` or by ``repeat-last-row``.  What is to be cut for ranks is
-    padded when it is cut: then ``padded`` is False.
+    For ``hf``, and for Meta's and torchtitan's names, the vocabulary is cut to its true size; for Megatron's dialects
+    (see ``dialects.DIALECTS``) it is padded to the configuration's ``rows`` with ``zeros`` or by ``repeat-last-row``.
+    What is to be cut for ranks is padded when it is cut: then ``padded`` is False.
 
     Everything of the checkpoint that the hub was made of is among the tensors or in ``ignored``.  With ``in_place``
     Hugging Face's names are those of that checkpoint if it is a larger model of which the hub is the text part, and
@@ -225,14 +248,15 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
     definition, config = hub.model.definition, hub.model.config
     expected = definition.expected(config)
     check_complete([(item.hub,) for item in expected], hub.tensors, hub.model.family, None)
-    rows = config.vocab_size if dialect == "hf" else config.rows if padded else None
+    by_family = dialect == "hf" or dialect in meta_names.SPELLINGS
+    rows = config.vocab_size if by_family else config.rows if padded else None
     resized = {
         item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes, padding)
         if item.rule.partition == "vocabulary"
         else hub.tensors[item.hub]
         for item in expected
     }
-    if dialect != "hf":
+    if not by_family:
         numbered = config.heterogeneous_blocks is not None
         if dialect == "nemo-flat" and has_own_modules(config):
             resized = own_names(resized)
@@ -244,6 +268,8 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
         return _accounted(hub, named, notes)
     tensors = _family_tensors(expected, resized, hub.model)
     notes += _remarks(expected)
+    if dialect in meta_names.SPELLINGS:
+        return _accounted(hub, _by_meta_names(tensors, hub.model, dialect, notes), notes)
     if not in_place or hub.spelling is None:
         return _accounted(hub, as_written(tensors, hub.model), notes)
     whole = hub.spelling.part_of is None
@@ -269,6 +295,20 @@ def _family_tensors(
             continue
         parts = item.rule.operation.from_hub(tensors[item.hub], item.config)
         named.update(zip(item.sources, parts, strict=True))
+    return named
+
+
+def _by_meta_names(
+    tensors: dict[str, LazyTensor], model: Model, dialect: str, notes: list[str]
+) -> dict[str, LazyTensor]:
+    """Under Meta's or torchtitan's names; both have an output layer, tied or not."""
+    names = _meta_names(model)
+    head, embedding = head_and_embedding(model)
+    if model.config.share_embeddings_and_output_weights:
+        tensors = {**tensors, head: tensors[embedding]}
+    named = meta_names.from_family(tensors, names, model.config, dialect)
+    if model.config.share_embeddings_and_output_weights:
+        notes.append(f"{list(named)[-1]} is tied to {meta_names.EMBEDDING} and written, too, for its class has it")
     return named
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.indexing import Shape
-from anyckpt.models import config_hf, config_megatron, config_nemo, dialects
+from anyckpt.models import config_hf, config_megatron, config_meta, config_nemo, dialects, meta_names
 from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family, unrefined
@@ -21,7 +21,10 @@ from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import LazyTensor
 
 KINDS = ("hf", "nemo1", "nemo2", "megatron-args")
-"""Spellings of a configuration."""
+"""Spellings of a configuration that say all of a model."""
+
+META = "meta"
+"""That of Meta's ``params.json``, which says sizes, and leaves tokens and lengths to the code."""
 
 _TRANSFORMER = {"num_layers", "hidden_size", "num_attention_heads"}
 """Without these, arguments or a NeMo 1 configuration are of no transformer (or of a test's stub)."""
@@ -34,6 +37,8 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
         return "nemo2"
     if "num_hidden_layers" in config or ("model_type" in config and "architectures" in config):
         return "hf"
+    if config_meta.is_params(config):
+        return META
     unwrapped = config_nemo.unwrapped(config)
     if "transformer_impl" in config and "mcore_gpt" not in config:
         return "megatron-args"  # those of encoder-decoders have an encoder_seq_length, too
@@ -70,22 +75,34 @@ def identify(
     if config is not None and kind is None:
         raise UsageError(
             "the configuration given is of no known kind",
-            expected="the keys of a config.json, a NeMo model_config.yaml or model.yaml, or Megatron arguments",
+            expected="the keys of a config.json, a NeMo model_config.yaml or model.yaml, Megatron arguments, or Meta's "
+            "params.json",
             found=", ".join(map(str, list(config)[:5])),
         )
-    if kind not in KINDS or not values:
+    if kind not in (*KINDS, META) or not values:
         if chosen is None:
             return None
         raise MappingError(
             "has no configuration, and names alone do not tell a model's heads", path=checkpoint.path,
             remedy="give one with --config",
         )  # fmt: skip
-    found = _parse(kind, values, chosen, frozenset() if kind == "hf" else _parts(checkpoint.weights()))
+    notes: list[str] = []
+    if kind == META:
+        found = _parse_meta(values, chosen, checkpoint.weights(), notes)
+    else:
+        found = _parse(kind, values, chosen, frozenset() if kind == "hf" else _parts(checkpoint.weights()))
     if found is None:
         return None
     definition, parsed = found
-    model = Model(definition.name, parsed, definition)
+    model = Model(definition.name, parsed, definition, tuple(notes))
     return _with_facts_from_tensors(model, checkpoint, kind, values)
+
+
+def _parse_meta(
+    values: Mapping[str, Any], chosen: Family | None, weights: Mapping[str, LazyTensor], notes: list[str]
+) -> tuple[Family, ModelConfig] | None:
+    family = chosen or next((f for f in each_family() if config_meta.is_of(f, values)), None)
+    return None if family is None else (family, config_meta.parse(family, values, weights, notes))
 
 
 _STACKS = ("encoder.layers.", "decoder.layers.")
@@ -196,7 +213,7 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
     """Element type, rows of the embedding and ties are what the tensors say; a configuration may leave them out."""
     weights = checkpoint.weights()
     config = model.config
-    notes: list[str] = []
+    notes = list(model.notes)
     sizes: dict[str, int] = {}
     for tensor in weights.values():
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
@@ -215,6 +232,9 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
         if not (said or tied) and embedding in named and head not in named:
             config = replace(config, share_embeddings_and_output_weights=True)
             notes.append(f"there is no {head} and config.json says nothing: the embedding is taken to be tied")
+    elif dialect in meta_names.SPELLINGS:
+        if not (kind == "hf" or config.share_embeddings_and_output_weights) and _is_tied(weights):
+            config = replace(config, share_embeddings_and_output_weights=True)
     elif dialect is not None:
         facts = token_facts(checkpoint.tokenizer)
         missing: dict[str, Any] = {
@@ -223,6 +243,16 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
         config = _with_stored_vocabulary(replace(config, **missing), facts, weights, notes)
     says = model.config.vocab_size is not None
     return replace(model, config=config, notes=tuple(notes), says_vocabulary=says)
+
+
+def _is_tied(weights: Mapping[str, LazyTensor]) -> bool:
+    """Whether a model under Meta's names has no output layer, or one that is stored as its embedding."""
+    named = {meta_names.meta_name(name): tensor for name, tensor in weights.items()}
+    head, embedding = (named.get(name) for name in (meta_names.HEAD, meta_names.EMBEDDING))
+    if embedding is None or head is None:
+        return embedding is not None
+    key = storage_key(head)
+    return key is not None and key == storage_key(embedding)
 
 
 def _outside_layers(model: Model, checkpoint: Checkpoint) -> dict[str, Shape]:

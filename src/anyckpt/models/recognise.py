@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from anyckpt.errors import AnyckptError
-from anyckpt.models import dialects
+from anyckpt.models import dialects, meta_names
 from anyckpt.models.families import by_name, each_family
 from anyckpt.models.family import Family
 from anyckpt.models.wrappers import unwrapped
@@ -47,9 +47,10 @@ def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
     Whatever the names are, this says no more than that: it is advice, for which no command should fail.
 
     Args:
-        weights: under their stored names, of Hugging Face or any Megatron dialect.
+        weights: under their stored names, of Hugging Face, Meta or any Megatron dialect.
     """
-    by_hub = dialects.is_megatron(dialects.detect(weights))
+    dialect = dialects.detect(weights)
+    by_hub, by_meta = dialects.is_megatron(dialect), dialect in meta_names.SPELLINGS
     try:
         names = dialects.to_hub_names(weights)[0] if by_hub else weights
     except AnyckptError:
@@ -58,7 +59,7 @@ def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
     for name in names:
         alike.setdefault(_INDEX.sub("*", name), []).append(name)
     firsts = {each[0]: names[each[0]] for each in alike.values()}
-    kinds = [_Kind(family, by_hub, firsts) for family in each_family()]
+    kinds = [_Kind(family, by_hub, firsts) for family in each_family() if family.meta is not None or not by_meta]
     best = min((kind.distance for kind in kinds), default=None)
     if best is None or best[0] == len(alike):
         return None
@@ -81,8 +82,11 @@ class _Kind:
         rules = [rule for rule in family.rules if not rule.optional and (by_hub or rule.source)]
         stored = {name: name for name in tensors}
         if not by_hub:
-            found = unwrapped(tensors, family.rules, False)
-            stored = {name: found.stored(name) for name in found.tensors}
+            if family.meta is not None and meta_names.spelling(tensors) is not None:
+                stored = {meta_names.family_name(name, family.meta)[0]: name for name in tensors}
+            else:
+                found = unwrapped(tensors, family.rules, False)
+                stored = {name: found.stored(name) for name in found.tensors}
         hubs: set[str] = set()
         self.strange = []
         for name in stored:

@@ -186,8 +186,8 @@ def convert(
         options = spread
     present = present_layout(stored) if keep_layout else Parallelism()
     cut, layout_notes = wanted_layout(request, present, target, options)
-    if cut is not None:
-        options = replace(options, layout=sizes_of(cut))
+    if cut is not None or target.divides:
+        options = replace(options, layout=sizes_of(request.over(present) if cut is None else cut))
     checkpoint, left_out = choose(join_ranks(stored, rules=request.rules), as_patterns(include), as_patterns(exclude))
     checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":

@@ -164,11 +164,15 @@ def wanted_layout(
         return parallelism, ()
     if not request.asks_for_ranks or layout == ParallelLayout():
         return None, ()
-    if target.config_kind in (None, "hf"):
+    if target.divides and layout == ParallelLayout(tensor_parallel=layout.tensor_parallel):
+        return None, ()
+    if target.config_kind in (None, "hf") or target.divides:
         raise UsageError(
-            f"{target.name} keeps whole tensors and has no parallel layout",
+            f"{target.name} has no parallel layout but a tensor-parallel one"
+            if target.divides
+            else f"{target.name} keeps whole tensors and has no parallel layout",
             found=f"tensor, pipeline, virtual, expert {tuple(vars(layout).values())}",
-            remedy="leave --tp, --pp, --vpp, --ep and --etp out",
+            remedy=f"leave {'' if target.divides else '--tp, '}--pp, --vpp, --ep and --etp out",
         )
     return None, (_ANY_SIZE,)
 

@@ -11,6 +11,7 @@ from typing import Any
 from anyckpt.models.config import Field, ModelConfig
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.meta_names import LLAMA
 from anyckpt.models.registered import DECODER
 from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV
 from anyckpt.models.rules import Rule
@@ -165,4 +166,5 @@ FAMILY = Family(
         configs=NEMO2_CONFIGS,
         choose=_nemo2_class,
     ),
+    meta=LLAMA,
 )

@@ -14,6 +14,7 @@ from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.meta_names import LLAMA, MetaNames
 from anyckpt.models.registered import DECODER
 from anyckpt.models.windows import read_window, write_window
 
@@ -96,4 +97,5 @@ FAMILY = Family(
         },
         choose=lambda config: "MistralConfig7B",
     ),
+    meta=MetaNames(LLAMA.pairs, params=("sliding_window", "hidden_dim")),
 )

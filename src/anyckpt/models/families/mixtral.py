@@ -14,6 +14,7 @@ from anyckpt.models.config import Field, ModelConfig
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, sparse
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.meta_names import ATTENTION, EXPERTS, MetaNames
 from anyckpt.models.variants import Variant
 
 _SEVEN_B = {
@@ -113,4 +114,5 @@ FAMILY = Family(
         },
         choose=lambda config: "MixtralConfig8x7B",
     ),
+    meta=MetaNames((*ATTENTION, *EXPERTS), params=("moe",)),
 )

@@ -11,6 +11,7 @@ from anyckpt.models.config import Field
 from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama, qwen2
 from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.meta_names import LAYER, LLAMA, Pair, in_halves
 from anyckpt.models.registered import DECODER
 from anyckpt.models.rules import Rule
 
@@ -58,5 +59,13 @@ FAMILY = Family(
         },
         choose=lambda config: "Qwen3Config",
         write=lambda config: {"max_position_embeddings": config.max_position_embeddings},
+    ),
+    meta=in_halves(
+        LLAMA,
+        *(
+            Pair(f"{LAYER}.self_attn.{name}.weight", f"layers.*.attention.{name}.weight")
+            for name in ("q_norm", "k_norm")
+        ),
+        params=("qk_norm",),
     ),
 )
