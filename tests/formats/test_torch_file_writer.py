@@ -20,12 +20,12 @@ from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, TensorData
 from anyckpt.errors import UsageError
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.torch_file import read_torch, shift_parts, tensor_zip_parts, zip_parts
-from anyckpt.formats.torch_file.archive import read_zip
 from anyckpt.formats.torch_file.format import FORMAT
 from anyckpt.formats.torch_file.layout import Record, zip_layout
 from anyckpt.formats.torch_file.tree import flatten, unflatten
 from anyckpt.pickling import torch_objects
 from anyckpt.storage.source import ByteSource, MemorySource
+from anyckpt.storage.zip import read_zip
 from anyckpt.tensor import Constant, LazyTensor, from_array
 
 

@@ -21,7 +21,8 @@ from anyckpt.extensions import loaded, registered
 from anyckpt.formats.unfinished import check_finished
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
-from anyckpt.storage.source import LocalFile, check_not_pointer
+from anyckpt.storage.members import SEPARATOR, file_of, is_archive, members, open_path, split_path
+from anyckpt.storage.source import ByteSource, check_not_pointer
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Location:
     """What is at a path, looked at once for all formats' ``detect``.
 
     Attributes:
-        path: as the user gave it.
+        path: as the user gave it; it may lead into an archive (see ``storage.members``).
         is_directory: whether it is one (links followed).
         head: first 512 bytes of a file; empty for a directory.
         names: names in a directory, sorted; empty for a file.
@@ -66,8 +67,21 @@ class Location:
     def suffix(self) -> str:
         return os.path.splitext(self.path)[1].lower()
 
+    @property
+    def file(self) -> str:
+        """The file or directory on disk that it is, or lies in."""
+        return file_of(self.path)
+
     def join(self, *parts: str) -> str:
         return os.path.join(self.path, *parts)
+
+    def open(self) -> ByteSource:
+        """The bytes of a file.
+
+        Raises:
+            FormatError: it cannot be opened.
+        """
+        return open_path(self.path)
 
 
 def look_at(path: str | os.PathLike[str]) -> Location:
@@ -85,8 +99,11 @@ def look_at(path: str | os.PathLike[str]) -> Location:
             return Location(text, True, names=tuple(sorted(os.listdir(text))))
         if os.path.exists(text) and not os.path.isfile(text):
             raise FormatError("is not a regular file", path=text, expected="a file or directory that stays as it is")
+        if split_path(text)[1]:
+            source = open_path(text)
+            return Location(text, False, head=source.read(0, min(_HEAD, source.size)))
         with open(text, "rb") as file:
-            return Location(text, False, head=file.read(512))
+            return Location(text, False, head=file.read(_HEAD))
     except FileNotFoundError as error:
         first = _first_rank(text)
         if first is not None:
@@ -163,6 +180,9 @@ _BUILT_IN = {
 """Name -> module of this package, in the order in which they are asked; each module has ``FORMAT``."""
 
 _LOOKED_AT = 20
+_HEAD = 512
+_ARCHIVES = {"_stable_baselines3_version": "Stable-Baselines3"}
+"""A member that tells which software packed an archive of checkpoints -> its name."""
 
 _loaded: dict[str, Format] = {}
 
@@ -244,8 +264,24 @@ def detect(location: Location) -> Format:
         found="a directory with " + (", ".join(location.names[:5]) or "nothing in it")
         if location.is_directory
         else f"a file that begins with {location.head[:8]!r}",
-        remedy=_nearby(location),
+        remedy=_within(location) or _nearby(location),
     )
+
+
+def _within(location: Location) -> str | None:
+    """Which members of an archive are checkpoints, or archives themselves."""
+    inside = None if location.is_directory else members(location.open())
+    if inside is None:
+        return None
+    found = []
+    for name, source in list(inside.items())[:_LOOKED_AT]:
+        there = Location(f"{location.path}{SEPARATOR}{name}", False, head=source.read(0, min(_HEAD, source.size)))
+        with suppress(FormatError):
+            known = next((known for known in map(_load, _BUILT_IN) if there.head and known.detect(there)), None)
+            if known is not None or is_archive(there.head):
+                found.append(f"{there.path} ({'archive' if known is None else known.name})")
+    writer = next((f" of {software}" for mark, software in _ARCHIVES.items() if mark in inside), "")
+    return f"it is an archive{writer}: open a member of it, {' or '.join(found)}" if found else None
 
 
 def _nearby(location: Location) -> str | None:
@@ -305,4 +341,4 @@ def _look_for_names(location: Location) -> None:
     """Record what a file that is of no format asks for if it begins as a pickle does: an attack may be no more."""
     if location.head[:1] in (b"\x80", b"c", b"(", b"]", b"}"):
         with suppress(AnyckptError):
-            load_prefix(LocalFile(location.path), 0, persistent_load=lambda _: None, name=location.path)
+            load_prefix(location.open(), 0, persistent_load=lambda _: None, name=location.path)

@@ -21,7 +21,7 @@ from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import Format, Location, WriteOptions, without_configuration
 from anyckpt.formats.safetensors_header import parse_header
-from anyckpt.storage.source import ByteSource, LocalFile, check_not_pointer
+from anyckpt.storage.source import ByteSource, check_not_pointer
 from anyckpt.tensor import LazyTensor, Stored
 
 HEADER_LIMIT = 100_000_000
@@ -235,7 +235,7 @@ def _detect(location: Location) -> bool:
 def _read(location: Location) -> Checkpoint:
     from anyckpt.formats.rank_safetensors import part_of
 
-    tensors, metadata = read_safetensors(LocalFile(location.path))
+    tensors, metadata = read_safetensors(location.open())
     details = {} if metadata is None else {"metadata": metadata}
     part = part_of(location.path, tensors, metadata or {})
     return Checkpoint(location.path, "safetensors", tensors, details=details, part=part)

@@ -283,7 +283,7 @@ def convert(
     else:
         report = execute(
             plan, output, overwrite=overwrite, resume=resume, workers=workers, memory=budget,
-            progress=progress, source_paths=[registry.look_at(path).path for path in origins],
+            progress=progress, source_paths=[registry.look_at(path).file for path in origins],
         )  # fmt: skip
         done = Conversion(**asdict(report))
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)

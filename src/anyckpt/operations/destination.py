@@ -9,6 +9,7 @@ from anyckpt.engine.manifest import beside
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
+from anyckpt.storage.members import file_of
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
 
@@ -28,7 +29,7 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
     """
     target = os.path.realpath(destination)
     for source in sources:
-        origin = os.path.realpath(source)
+        origin = os.path.realpath(file_of(source))
         if target == origin:
             raise UsageError("source and destination are the same", path=destination, remedy="choose another path")
         if target.startswith(origin + os.sep):

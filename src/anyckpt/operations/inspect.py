@@ -19,6 +19,7 @@ from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.pickling import Callee
 from anyckpt.pickling.plain import to_plain
+from anyckpt.storage.members import file_of
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import format_bytes, size_label
 
@@ -380,7 +381,7 @@ def _where(path: str, tensor: LazyTensor) -> tuple[int, tuple[str, ...]]:
     """Number of stored pieces, and the files that hold them."""
     files: dict[str, None] = {}
     count = 0
-    root = os.path.abspath(path)
+    root = os.path.abspath(file_of(path))
     for piece in tensor.pieces():
         count += 1
         file = piece.source.path

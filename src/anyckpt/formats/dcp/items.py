@@ -15,10 +15,10 @@ import numpy as np
 from anyckpt.dtypes import DType
 from anyckpt.errors import FormatError
 from anyckpt.formats.torch_file import read_torch
-from anyckpt.formats.torch_file.archive import RecordSource
 from anyckpt.indexing import Array, Shape
 from anyckpt.pickling.calls import current, recording
 from anyckpt.storage.source import ByteSource
+from anyckpt.storage.zip import RecordSource
 from anyckpt.tensor import LazyTensor, Stored
 
 _UNKNOWN = -1

@@ -62,7 +62,7 @@ def read(location: Location) -> Checkpoint:
             _read_ranks(location.path, _only_name(location, folders), location.path) if folders else _marked(location)
         )
     folder, name = os.path.split(os.path.abspath(location.path))
-    if parse_folder(os.path.basename(folder)) is None:
+    if location.file != location.path or parse_folder(os.path.basename(folder)) is None:
         return _marked(location)
     return _read_ranks(os.path.dirname(folder), name, location.path)
 

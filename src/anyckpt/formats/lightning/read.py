@@ -14,7 +14,6 @@ from anyckpt.formats.dcp import dcp_details, read_dcp
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, TRAINING_STATE, VERSION
 from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import read_torch
-from anyckpt.formats.torch_file.archive import read_zip
 from anyckpt.formats.torch_file.format import stored_checksums, torch_checkpoint
 from anyckpt.formats.torch_file.reader import root_folder
 from anyckpt.formats.torch_file.roles import is_filled
@@ -23,6 +22,7 @@ from anyckpt.formats.torch_file.tree import flatten
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.folder import LocalFolder
 from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.storage.zip import read_zip
 
 _HEAD = 64 << 10
 _CONSUMED = re.compile(r"consumed_samples=(\d+)(\.\d+)?")
@@ -40,7 +40,7 @@ def detect(location: Location) -> bool:
 
 
 def _pickle_head(location: Location) -> bytes:
-    source: ByteSource = LocalFile(location.path)
+    source: ByteSource = location.open()
     if location.head.startswith(b"PK\x03\x04"):
         records = read_zip(source)
         source = records[f"{root_folder(records, location.path)}/data.pkl"].source
@@ -59,7 +59,7 @@ def read(location: Location) -> Checkpoint:
 
 
 def _read_file(location: Location) -> Checkpoint:
-    contents = read_torch(LocalFile(location.path))
+    contents = read_torch(location.open())
     flat = flatten(contents.root, location.path)
     checkpoint = torch_checkpoint(location.path, contents, flat)
     if not isinstance(contents.root, dict) or VERSION not in contents.root:

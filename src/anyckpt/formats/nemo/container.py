@@ -13,7 +13,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.registry import Location
 from anyckpt.storage.folder import Folder, LocalFolder, check_inside
 from anyckpt.storage.inflate import GZIP, InflatedSource
-from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar import TarFolder, TarMember, looks_like_tar, read_tar
 
 CONFIG = "model_config.yaml"
@@ -65,17 +65,16 @@ def detect(location: Location) -> bool:
         return True
     try:
         if looks_like_tar(location.head):
-            return CONFIG in read_tar(LocalFile(location.path))
+            return CONFIG in read_tar(location.open())
         if location.head.startswith(_GZIP_MAGIC):
-            return _has_config_in_gzip(location.path)
+            return _has_config_in_gzip(location.open())
     except FormatError:
         return False
     return False
 
 
-def _has_config_in_gzip(path: str) -> bool:
+def _has_config_in_gzip(file: ByteSource) -> bool:
     """Whether the beginning of a gzip file is a tar with a configuration; without inflating all of it."""
-    file = LocalFile(path)
     try:
         head = zlib.decompressobj(GZIP).decompress(file.read(0, min(file.size, _PEEK)), _PEEK)
     except zlib.error:
@@ -96,7 +95,7 @@ def open_container(location: Location) -> Container:
     """
     if location.is_directory:
         return Container(LocalFolder(location.path), "directory")
-    file = LocalFile(location.path)
+    file = location.open()
     if location.head.startswith(_GZIP_MAGIC):
         return _archive(InflatedSource(file, None, GZIP), "gzip tar")
     for magic, name in _OTHER_COMPRESSION.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from anyckpt.formats.torch_file.archive import ZipRecord
 from anyckpt.formats.torch_file.values import Storage, TensorFacts
+from anyckpt.storage.zip import ZipRecord
 from anyckpt.tensor import LazyTensor
 
 

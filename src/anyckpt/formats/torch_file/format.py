@@ -8,7 +8,6 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, StoredChecksum
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, Location, WriteOptions
-from anyckpt.formats.torch_file.archive import read_zip
 from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.parts import part_of
 from anyckpt.formats.torch_file.reader import read_torch
@@ -21,7 +20,7 @@ from anyckpt.formats.torch_file.tree import COMPOSITE, Flat, flatten, parts_of, 
 from anyckpt.formats.torch_file.values import MetaTensor
 from anyckpt.formats.torch_file.writer import dotted, zip_parts
 from anyckpt.pickling import torch_objects
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.zip import read_zip
 from anyckpt.tensor import LazyTensor
 
 _WASTE = 1024
@@ -32,7 +31,7 @@ def detect(location: Location) -> bool:
     if location.is_directory:
         return False
     if location.head.startswith(b"PK\x03\x04"):
-        return any(name.endswith("/data.pkl") for name in read_zip(LocalFile(location.path)))
+        return any(name.endswith("/data.pkl") for name in read_zip(location.open()))
     return is_stream(location.head) or is_tape(location.head)
 
 
@@ -42,7 +41,7 @@ def read(location: Location) -> Checkpoint:
     Raises:
         FormatError: see ``read_torch``.
     """
-    contents = read_torch(LocalFile(location.path))
+    contents = read_torch(location.open())
     return torch_checkpoint(location.path, contents, flatten(contents.root, location.path))
 
 

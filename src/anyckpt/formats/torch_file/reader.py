@@ -7,7 +7,6 @@ from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats.torch_file import script
-from anyckpt.formats.torch_file.archive import ZipRecord, read_zip
 from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.rebuild import TensorBuilder, storage_dtype
 from anyckpt.formats.torch_file.stream import is_stream, read_stream
@@ -15,6 +14,7 @@ from anyckpt.formats.torch_file.tape import is_tape, read_tape
 from anyckpt.formats.torch_file.values import Storage, brief, brief_text
 from anyckpt.pickling import load
 from anyckpt.storage.source import ByteSource, check_not_pointer
+from anyckpt.storage.zip import ZipRecord, read_zip
 
 _WHOLE = 4 << 20
 _LARGEST_DEFLATED_PICKLE = 64 << 20
@@ -130,13 +130,6 @@ def _read_zip(source: ByteSource) -> TorchContents:
     if any(record.compressed for record in records.values() if record.name.startswith(f"{folder}/data/")):
         warnings.append("has compressed records; torch.load(mmap=True) reads garbage from such a file")
     pickle = records[f"{folder}/data.pkl"]
-    if pickle.compressed and pickle.source.size > _LARGEST_DEFLATED_PICKLE:
-        raise UnsafeError(
-            "a compressed pickle is too large",
-            path=pickle.source.name,
-            expected=f"at most {_LARGEST_DEFLATED_PICKLE} bytes",
-            found=pickle.source.size,
-        )
     storages = _ZipStorages(records, folder, byteorder == "big", source.name)
     builder = TensorBuilder(source.name)
     root = _unpickled(pickle, storages, builder)
@@ -161,6 +154,13 @@ def _read_zip(source: ByteSource) -> TorchContents:
 
 
 def _unpickled(pickle: ZipRecord, storages: _ZipStorages, builder: TensorBuilder) -> Any:
+    if pickle.compressed and pickle.source.size > _LARGEST_DEFLATED_PICKLE:
+        raise UnsafeError(
+            "a compressed pickle is too large",
+            path=pickle.source.name,
+            expected=f"at most {_LARGEST_DEFLATED_PICKLE} bytes",
+            found=pickle.source.size,
+        )
     return load(
         pickle.source.read_all() if pickle.source.size <= _WHOLE else pickle.source,
         persistent_load=storages,
