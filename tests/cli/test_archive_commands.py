@@ -44,7 +44,9 @@ def test_editing_changes_what_was_asked_for_and_nothing_else(anyckpt: Runner, tm
         name for name, source in after.artifacts.items() if source.read_all() != before.artifacts[name].read_all()
     ]
     assert [name.endswith("child_vocab.txt") for name in changed] == [True]
-    assert not api.diff(before, after, raw=True)
+    found_change = api.diff(before, after, raw=True)
+    assert not (found_change.different or found_change.only_in_a or found_change.only_in_b or found_change.state)
+    assert {setting.name.partition(".")[0] for setting in found_change.configuration} == {"optim", "extra"}
 
 
 def test_editing_can_leave_the_archive_alone(anyckpt: Runner, tmp_path: Path) -> None:

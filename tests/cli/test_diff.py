@@ -36,7 +36,11 @@ def test_equal_is_exit_code_0(anyckpt: Runner) -> None:
     found = anyckpt("diff", path, path, "--json")
     assert found.code == 0
     assert found.json == {
-        "equal": True, "compared": 15, "only_in_a": [], "only_in_b": [], "different": [], "names": "hub", "notes": [],
+        "equal": True, "complete": True, "compared": 15, "only_in_a": [], "only_in_b": [], "different": [],
+        "configuration": [], "state": [], "names": "hub", "notes": [],
+        "not_compared": [
+            "files besides weights and configuration: generation_config.json, tokenizer.json, tokenizer_config.json"
+        ],
     }  # fmt: skip
     assert "equal: 15 of 15" in anyckpt("diff", path, path).out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -21,8 +21,11 @@ _OF_TENSORS = {
 """What the tensors tell, or a layout: these are compared themselves."""
 _SPELLINGS = {"dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "architectures"}
 _OF_LAYOUT = re.compile(r".*(?:parallel|world_size|padded_vocab_size|vocab_size_divisible_by).*|.*(?:^|_)rank")
-_OF_WRITER = {"dropout", "base"}  # of an adapter: what matters in training alone, and a path
+_OF_WRITER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+_OF_TRAINING = {"dropout", "base"}  # of an adapter: the second is a path
+_ASIDE = WITHOUT_MEANING | _SPELLINGS
 _LONGEST = 80
+_SHOWN = 5
 _NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 
 
@@ -53,6 +56,16 @@ class Settings:
     different: tuple[Setting, ...] = ()
     obstacle: str | None = None
 
+    def known_to_both(self) -> Settings:
+        """Without what only one of the two says, which is an obstacle: conversions lose words for which the target
+        has none."""
+        alone = [setting for setting in self.different if setting.a is None or setting.b is None]
+        if not alone:
+            return self
+        more = f" and {len(alone) - _SHOWN} more" if alone[_SHOWN:] else ""
+        names = ", ".join(setting.name for setting in alone[:_SHOWN])
+        return Settings(tuple(s for s in self.different if s not in alone), f"only one of them says {names}{more}")
+
 
 def compare_configurations(
     a: Checkpoint, b: Checkpoint, known: tuple[Model, Model] | None = None, *, raw: bool = False
@@ -66,7 +79,7 @@ def compare_configurations(
         a: a checkpoint.
         b: another.
         known: what models they are, if that is known.
-        raw: compare keys as they are stored.
+        raw: compare keys as they are stored, but for the writer's version and the type, which the tensors tell.
     """
     first, second = settings_of(a), settings_of(b)
     if first is not None and second is not None:
@@ -75,15 +88,15 @@ def compare_configurations(
     if lacking:
         return Settings(obstacle=None if len(lacking) == 2 else f"{lacking[0]} has no configuration")
     if raw and a.config_kind == b.config_kind:
-        return Settings(tuple(_of_keys(a.config, b.config, ())))
+        return Settings(tuple(_of_keys(a.config, b.config, _OF_WRITER)))
     if known is not None:
         different = [*_of_models(known[0], known[1], a.config_kind, b.config_kind)]
         if a.config_kind == b.config_kind == "hf":
             different += _outside_text(a.config, b.config, known)
-        return Settings(tuple(different))
+        return Settings(tuple(different)).known_to_both()
     if a.config_kind != b.config_kind:
         return Settings(obstacle="the model's family is not known, and the configurations are of different frameworks")
-    return Settings(tuple(_of_keys(a.config, b.config, WITHOUT_MEANING | _SPELLINGS)))
+    return Settings(tuple(_of_keys(a.config, b.config, _ASIDE)))
 
 
 def _of_adapters(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
@@ -92,7 +105,7 @@ def _of_adapters(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
         one, other = first[name], second[name]
         if name == "targets":
             one, other = sorted(one), sorted(other)
-        if name not in _OF_WRITER and one != other:
+        if name not in _OF_TRAINING and one != other:
             yield Setting(name, _text(one), _text(other))
 
 
@@ -109,7 +122,9 @@ def _of_models(a: Model, b: Model, first: str | None, second: str | None) -> Ite
             if spelled is not None:
                 doubtful &= _unlike(a, spelled, other.config)
     for field in sorted(doubtful):
-        yield Setting(field, _text(getattr(a.config, field)), _text(getattr(b.config, field)))
+        said = [getattr(config, field) for config in (a.config, b.config)]
+        silent = field.endswith("_token_id")  # of other fields none is a value: no window, no scaling
+        yield Setting(field, *(None if silent and value is None else _text(value) for value in said))
 
 
 def _unlike(model: Model, a: ModelConfig, b: ModelConfig) -> set[str]:
@@ -138,23 +153,22 @@ def _outside_text(a: Mapping[str, Any], b: Mapping[str, Any], known: tuple[Model
         yield Setting("model_type", _text(a.get("model_type")), _text(b.get("model_type")))
         return
     left = [model.config.extra.get("hf", {}) for model in known]
-    yield from _of_keys(left[0], left[1], WITHOUT_MEANING | _SPELLINGS)
+    yield from _of_keys(left[0], left[1], _ASIDE)
     if wholes[0] is not None:
         outside = [{key: value for key, value in config.items() if key != "text_config"} for config in (a, b)]
-        yield from _of_keys(outside[0], outside[1], WITHOUT_MEANING | _SPELLINGS)
+        yield from _of_keys(outside[0], outside[1], _ASIDE)
 
 
-def _of_keys(a: Mapping[str, Any], b: Mapping[str, Any], without: Iterable[str]) -> Iterator[Setting]:
+def _of_keys(a: Mapping[str, Any], b: Mapping[str, Any], without: Container[str]) -> Iterator[Setting]:
     """Keys, with dots, that have different values; no key, null, false and nothing in it are the same."""
-    left_out = set(without)
     for name in dict.fromkeys((*a, *b)):
         one, other = a.get(name), b.get(name)
-        if name in left_out or (left_out and _OF_LAYOUT.fullmatch(str(name))):
+        if name in without or (without is _ASIDE and _OF_LAYOUT.fullmatch(str(name))):
             continue
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            for inner in _of_keys(one, other, left_out):
+            for inner in _of_keys(one, other, without):
                 yield replace(inner, name=f"{name}.{inner.name}")
-        elif one != other and not (left_out and _is_nothing(one) and _is_nothing(other)):
+        elif one != other and not (_is_nothing(one) and _is_nothing(other)):
             yield Setting(str(name), _text(one) if name in a else None, _text(other) if name in b else None)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.compare import Tolerance, compare
+from anyckpt.operations.configurations import Setting, Settings, compare_configurations
 from anyckpt.operations.naming import CommonNames, common_names
+from anyckpt.operations.objects import compare_objects
 from anyckpt.operations.open import check_whole, open_checkpoint
 from anyckpt.operations.parallel import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
@@ -54,6 +56,10 @@ class Difference:
         different: tensors that are in both and differ.
         names: ``hub``, ``weights`` (stored names without their common prefix) or ``stored``.
         notes: what a user should know about the comparison.
+        configuration: what the configurations say differently.
+        state: what of the state besides tensors differs; looked at with ``raw`` alone, or if there are no tensors.
+        not_compared: what one of the two has, or both, that was not looked at.
+        complete: whether weights and configurations, and with ``raw`` all state, were compared.
     """
 
     compared: int
@@ -62,10 +68,15 @@ class Difference:
     different: list[TensorDifference]
     names: str
     notes: tuple[str, ...] = ()
+    configuration: tuple[Setting, ...] = ()
+    state: tuple[Setting, ...] = ()
+    not_compared: tuple[str, ...] = ()
+    complete: bool = True
 
     @property
     def equal(self) -> bool:
-        return not (self.only_in_a or self.only_in_b or self.different)
+        """Whether nothing that was compared differs; with ``complete``, that is all that was asked for."""
+        return not (self.only_in_a or self.only_in_b or self.different or self.configuration or self.state)
 
     def __bool__(self) -> bool:
         return not self.equal
@@ -74,10 +85,14 @@ class Difference:
         """As ``diff --json`` prints it."""
         return {
             "equal": self.equal,
+            "complete": self.complete,
             "compared": self.compared,
             "only_in_a": self.only_in_a,
             "only_in_b": self.only_in_b,
             "different": [asdict(tensor) for tensor in self.different],
+            "configuration": [asdict(setting) for setting in self.configuration],
+            "state": [asdict(setting) for setting in self.state],
+            "not_compared": list(self.not_compared),
             "names": self.names,
             "notes": list(self.notes),
         }
@@ -90,13 +105,15 @@ def diff(
     rtol: float = 0.0,
     atol: float = 0.0,
     raw: bool = False,
+    weights_only: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Difference:
-    """Compare every weight of two checkpoints.
+    """Compare every weight of two checkpoints, and their configurations.
 
     Weights meet under their Megatron-Core names where the model family of both is known, so formats, shards, fused
-    tensors and the padding of the vocabulary do not matter; else under their stored names.
+    tensors and the padding of the vocabulary do not matter; else under their stored names.  Parts of a larger model
+    that no rule knows meet under their own.  Configurations are compared by what they mean where that is known.
 
     Args:
         a: a path, or a checkpoint that is open.
@@ -104,14 +121,16 @@ def diff(
         rtol: relative tolerance: ``|a - b| <= atol + rtol * |b|`` is equal.  With both zero only the same type and
             the same bits are; with a tolerance types may differ and NaN equals NaN.
         atol: absolute tolerance.
-        raw: compare all tensors, training state included, under their stored names.
+        raw: compare all tensors, training state included, under their stored names, objects, and the configuration's
+            keys as they are.
+        weights_only: leave aside all that is no tensor.
         workers: threads; as many as processors, up to 4, if None.
         progress: called with (bytes done, bytes to do) of the second checkpoint, from any thread.
 
     Raises:
         FormatError: a checkpoint is damaged.
         MappingError: one is a part of a model, and ``raw`` is not asked for.
-        UsageError: a tolerance is negative, or there is nothing to compare.
+        UsageError: a tolerance is negative, or no tensor of the one has a name that the other has.
     """
     if not (rtol >= 0 and atol >= 0):
         raise UsageError("a tolerance cannot be negative", found=f"rtol {rtol}, atol {atol}")
@@ -122,18 +141,77 @@ def diff(
         check_whole(second)
     names = common_names(first, second, raw=raw)
     notes = [*names.notes, *(_with_tied_heads(names, first.path, second.path) if names.kind == "hub" else ())]
+    left_out: list[str] = []
+    if raw:
+        names = _with_optimizers(names, first, second, left_out)
     shared = [name for name in names.a if name in names.b]
     only_in_a = [name for name in names.a if name not in names.b]
     only_in_b = [name for name in names.b if name not in names.a]
-    if not shared:
+    if not shared and names.a and names.b:
         raise UsageError(
             f"have no tensor name in common: {first.path} and {second.path}",
-            expected=f"names such as {next(iter(names.a), 'none at all')}",
-            found=next(iter(names.b), "none at all"),
-        )
+            expected=f"names such as {next(iter(names.a))}", found=next(iter(names.b)),
+        )  # fmt: skip
     pairs = [(name, names.a[name], names.b[name]) for name in shared]
     different = _compare_all(pairs, Tolerance(rtol, atol), workers, progress)
-    return Difference(len(shared), only_in_a, only_in_b, different, names.kind, tuple(notes))
+    settings = Settings() if weights_only else compare_configurations(first, second, names.models, raw=raw)
+    if settings.obstacle is not None:
+        left_out.append(f"the configurations: {settings.obstacle}")
+    obstacles = bool(left_out)
+    state: tuple[Setting, ...] = ()
+    if not weights_only and (raw or not (names.a or names.b)):
+        state = (*_positions(first, second), *_objects(first, second, with_tensors=obstacles))
+    else:
+        left_out += _state_aside(first, second)
+    left_out += _files_aside(first, second)
+    return Difference(
+        len(shared), only_in_a, only_in_b, different, names.kind, tuple(notes), settings.different, state,
+        tuple(left_out), not obstacles and not weights_only,
+    )  # fmt: skip
+
+
+def _with_optimizers(names: CommonNames, a: Checkpoint, b: Checkpoint, left_out: list[str]) -> CommonNames:
+    """With the moments of optimizers that are no tensors of their checkpoint, because its files are of ranks."""
+    found = []
+    for checkpoint, tensors in ((a, names.a), (b, names.b)):
+        slots: dict[str, LazyTensor] = {}
+        if checkpoint.optimizer is not None and len(checkpoint.weights()) == len(checkpoint.tensors):
+            try:
+                for slot, own in checkpoint.optimizer().slots.items():
+                    slots.update({f"optimizer.{slot}.{name}": tensor for name, tensor in own.items()})
+            except AnyckptError as error:
+                left_out.append(f"the optimizer's state of {checkpoint.path} by parameter: {error}")
+        found.append({**tensors, **slots})
+    return replace(names, a=found[0], b=found[1])
+
+
+def _positions(a: Checkpoint, b: Checkpoint) -> Iterator[Setting]:
+    """Where training stood."""
+    for field in ("step", "epoch", "consumed_samples"):
+        one, other = getattr(a.training, field), getattr(b.training, field)
+        if one != other:
+            yield Setting(field, *(None if value is None else str(value) for value in (one, other)))
+
+
+def _objects(a: Checkpoint, b: Checkpoint, *, with_tensors: bool) -> Iterator[Setting]:
+    held = [{**c.objects, **(c.extra_states() if c.extra_states is not None else {})} for c in (a, b)]
+    return compare_objects(held[0], held[1], tensors=with_tensors or a.optimizer is None or b.optimizer is None)
+
+
+def _state_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    """What is training state, or objects, of either side."""
+    held = any(c.objects or c.optimizer is not None or len(c.weights()) < len(c.tensors) for c in (a, b))
+    if held:
+        yield "state besides the weights, which --raw compares"
+
+
+def _files_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    files = {name for c in (a, b) for name in (*c.artifacts, *(c.tokenizer.files if c.tokenizer is not None else ()))}
+    if files:
+        shown = sorted(files)
+        yield f"files besides weights and configuration: {', '.join(shown[:3])}" + (
+            f" and {len(shown) - 3} more" if shown[3:] else ""
+        )
 
 
 def _with_tied_heads(names: CommonNames, a: str, b: str) -> Iterator[str]:

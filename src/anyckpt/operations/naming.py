@@ -289,12 +289,14 @@ class CommonNames:
         b: those of the second.
         kind: ``hub``, ``weights`` or ``stored``.
         notes: what a user should know.
+        models: what both are, if that is known.
     """
 
     a: dict[str, LazyTensor]
     b: dict[str, LazyTensor]
     kind: str
     notes: tuple[str, ...] = ()
+    models: tuple[Model, Model] | None = None
 
 
 def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
@@ -340,8 +342,13 @@ def _identify_both(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
 
 
 def _hub_names(a: Hub, b: Hub) -> CommonNames:
-    first, second = dict(a.tensors), dict(b.tensors)
-    notes = [*a.notes, *(note for note in b.notes if note not in a.notes)]
+    first, second = ({**hub.tensors, **_parts(hub)} for hub in (a, b))
+    notes = list(dict.fromkeys(note for hub in (a, b) for note in hub.notes if note not in _said_of_parts(hub)))
+    without = {name: reason for hub in (a, b) for name, reason in hub.ignored.items() if name not in _stored_parts(hub)}
+    for reason in dict.fromkeys(without.values()):
+        names = [name for name in without if without[name] == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        notes.append(f"not compared: {names[0]}{more} ({reason})")
     sizes = {v for v in (a.model.config.vocab_size, b.model.config.vocab_size) if v is not None}
     size = sizes.pop() if len(sizes) == 1 else None
     if sizes:
@@ -357,4 +364,17 @@ def _hub_names(a: Hub, b: Hub) -> CommonNames:
             padding = max(padding, max(rows) - size)
     if padding:
         notes.append(f"rows beyond the vocabulary of {size} tokens, up to {padding}, are padding and not compared")
-    return CommonNames(first, second, "hub", tuple(notes))
+    return CommonNames(first, second, "hub", tuple(notes), (a.model, b.model))
+
+
+def _parts(hub: Hub) -> dict[str, LazyTensor]:
+    """What no rule knows of a larger model, of which the hub has the text."""
+    return {} if hub.spelling is None else hub.spelling.common_parts()
+
+
+def _stored_parts(hub: Hub) -> Mapping[str, LazyTensor]:
+    return {} if hub.spelling is None else hub.spelling.parts
+
+
+def _said_of_parts(hub: Hub) -> tuple[str, ...]:
+    return () if hub.spelling is None else hub.spelling.notes

@@ -1,0 +1,199 @@
+"""What ``diff`` looks at besides the tensors of a known family: other parts, configurations, state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.operations.parts import PARTS, RELEASE_5, folder, seeing
+from tests.support import fixture_path, write_plan
+
+import anyckpt
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.errors import MappingError
+from anyckpt.formats import registry
+from anyckpt.formats.torch_file import zip_parts
+from anyckpt.operations.open import open_checkpoint
+from anyckpt.tensor import from_array
+
+LLAMA = fixture_path("families/llama/hf")
+RANKS = fixture_path("legacy/megatron_gpt_fp32_optim_tp2")
+
+
+def test_parts_that_only_one_has_are_a_difference(tmp_path: Path) -> None:
+    whole = seeing(tmp_path / "whole")
+    source = registry.read(whole)
+    text = {name: tensor for name, tensor in source.tensors.items() if name not in PARTS}
+    bare = folder(tmp_path / "bare", text, source.config)
+    found = anyckpt.diff(whole, bare)
+    assert not found.equal
+    assert set(found.only_in_a) == set(PARTS)
+    assert set(anyckpt.diff(bare, whole).only_in_b) == set(PARTS)
+    anyckpt.convert(whole, tmp_path / "core", to="megatron-core")
+    assert set(anyckpt.diff(whole, tmp_path / "core").only_in_a) == set(PARTS)
+
+
+def test_parts_are_compared_by_value_in_any_spelling(tmp_path: Path) -> None:
+    old, new = seeing(tmp_path / "old"), seeing(tmp_path / "new", spelling=RELEASE_5)
+    found = anyckpt.diff(old, new)
+    assert found.equal
+    assert found.complete
+    assert found.compared == 15 + len(PARTS)
+    other = anyckpt.diff(old, seeing(tmp_path / "other", seed=1))
+    assert {tensor.name for tensor in other.different} == set(PARTS)
+
+
+def llama(path: Path, **changes: Any) -> Path:
+    source = registry.read(LLAMA)
+    return folder(path, source.tensors, {**source.config, **changes})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("rms_norm_eps", 0.5, "layernorm_epsilon"),
+        ("rope_theta", 1.0, "rotary_base"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "rope_scaling"),
+        ("eos_token_id", 9, "eos_token_id"),
+        ("max_position_embeddings", 17, "max_position_embeddings"),
+    ],
+)
+def test_another_configuration_is_a_difference(key: str, value: Any, field: str, tmp_path: Path) -> None:
+    without = {"rope_parameters": None}
+    first, second = llama(tmp_path / "first", **without), llama(tmp_path / "second", **without, **{key: value})
+    found = anyckpt.diff(first, second)
+    assert [setting.name for setting in found.configuration] == [field]
+    assert not found.equal
+    aside = anyckpt.diff(first, second, weights_only=True)
+    assert aside.equal
+    assert not aside.complete
+    for target in ("nemo", "megatron-core", "megatron-bridge"):
+        anyckpt.convert(second, tmp_path / target, to=target)
+        assert anyckpt.diff(second, tmp_path / target).equal
+        across = anyckpt.diff(first, tmp_path / target)
+        assert [setting.name for setting in across.configuration] == ([field] if across.configuration else [])
+        assert across.configuration or field == "eos_token_id"  # for which not all have a word
+    raw = anyckpt.diff(first, second, raw=True)
+    assert [setting.name.partition(".")[0] for setting in raw.configuration] == [key]
+
+
+def test_spellings_and_versions_are_no_difference(tmp_path: Path) -> None:
+    spelled = {"transformers_version": "4.0.0", "torch_dtype": "float32", "dtype": None, "_name_or_path": "x"}
+    first, second = llama(tmp_path / "first"), llama(tmp_path / "second", **spelled)
+    assert anyckpt.diff(first, second).equal
+    assert anyckpt.diff(first, second).complete
+    assert anyckpt.diff(first, second, raw=True).equal
+
+
+def test_what_only_one_says_is_told(tmp_path: Path) -> None:
+    first, second = llama(tmp_path / "first"), llama(tmp_path / "second", embedding_multiplier=2.0)
+    found = anyckpt.diff(first, second)
+    assert found.equal
+    assert not found.complete
+    assert any("only one of them says embedding_multiplier" in text for text in found.not_compared)
+    other = anyckpt.diff(second, llama(tmp_path / "third", embedding_multiplier=3.0))
+    assert [setting.name for setting in other.configuration] == ["embedding_multiplier"]
+
+
+def test_no_configuration_is_told(tmp_path: Path) -> None:
+    anyckpt.convert(LLAMA, tmp_path / "x.safetensors", to="safetensors")
+    found = anyckpt.diff(LLAMA, tmp_path / "x.safetensors")
+    assert found.equal
+    assert not found.complete
+    assert any("has no configuration" in text for text in found.not_compared)
+
+
+def test_models_of_no_known_family(tmp_path: Path) -> None:
+    tensors = {"w": from_array(np.ones(3, "<f4"))}
+    first = folder(tmp_path / "1", tensors, {"model_type": "unheard", "layers": 3, "inner": {"width": 2}})
+    second = folder(tmp_path / "2", tensors, {"model_type": "unheard", "layers": 3, "inner": {"width": 4}})
+    assert anyckpt.diff(first, first).equal
+    found = anyckpt.diff(first, second)
+    assert [(s.name, s.a, s.b) for s in found.configuration] == [("inner.width", "2", "4")]
+
+
+def test_the_copies_that_carry_no_weights_are_told(tmp_path: Path) -> None:
+    source = registry.read(LLAMA)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    more = folder(tmp_path / "more", {**source.tensors, name: from_array(np.ones(4, "<f4"))}, source.config)
+    found = anyckpt.diff(LLAMA, more)
+    assert found.equal
+    assert any(f"not compared: {name}" in note for note in found.notes)
+
+
+# -- state ---------------------------------------------------------------------------------------------------
+
+
+def test_moments_and_the_iteration_of_ranks(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(RANKS)
+    same = anyckpt.diff(RANKS, checkpoint, raw=True)
+    assert same.equal
+    assert same.complete
+    assert same.compared > 2 * len(checkpoint.tensors)
+    assert checkpoint.optimizer is not None
+    state = checkpoint.optimizer()
+    name, moments = next(iter(state.slots["exp_avg"].items()))
+    changed = replace(state, slots={**state.slots, "exp_avg": {**state.slots["exp_avg"], name: twice(moments)}})
+    other = replace(checkpoint, optimizer=lambda: changed)
+    assert [tensor.name for tensor in anyckpt.diff(checkpoint, other, raw=True).different] == [
+        f"optimizer.exp_avg.{name}"
+    ]
+    later = replace(
+        checkpoint, objects={**checkpoint.objects, "iteration": 8}, training=replace(checkpoint.training, step=8)
+    )
+    found = anyckpt.diff(checkpoint, later, raw=True)
+    assert [(s.name, s.a, s.b) for s in found.state] == [("step", "7", "8"), ("iteration", "7", "8")]
+    aside = anyckpt.diff(checkpoint, later)
+    assert aside.equal
+    assert any("--raw compares" in text for text in aside.not_compared)
+
+
+def twice(tensor: Any) -> Any:
+    return from_array(tensor.numpy() * 2 + 1)
+
+
+def test_an_optimizer_that_cannot_be_read_is_told() -> None:
+    def fail() -> Any:
+        raise MappingError("counts do not fit")
+
+    checkpoint = replace(open_checkpoint(RANKS), optimizer=fail)
+    found = anyckpt.diff(checkpoint, checkpoint, raw=True)
+    assert not found.complete
+    assert any("counts do not fit" in text for text in found.not_compared)
+
+
+def saved(path: Path, **root: Any) -> Path:
+    return write_plan(Plan("torch", (OutputFile("", zip_parts(root)),)), path)
+
+
+def test_checkpoints_without_tensors(tmp_path: Path) -> None:
+    first, second = saved(tmp_path / "1.pt", epoch=1, seen=[1, 2]), saved(tmp_path / "2.pt", epoch=1, seen=[1, 3])
+    for raw in (False, True):
+        assert anyckpt.diff(first, first, raw=raw).equal
+        found = anyckpt.diff(first, second, raw=raw)
+        assert [(s.name, s.a, s.b) for s in found.state] == [("seen.1", "2", "3")]
+    full = saved(tmp_path / "3.pt", epoch=1, seen=[1, 2], w=from_array(np.ones(2, "<f4")))
+    assert anyckpt.diff(first, full).only_in_b == ["w"]
+
+
+def test_objects_are_compared_with_raw(tmp_path: Path) -> None:
+    tensor = from_array(np.ones(2, "<f4"))
+    first, second = (saved(tmp_path / f"{n}.pt", w=tensor, lr=n / 10, nan=float("nan")) for n in (1, 2))
+    assert anyckpt.diff(first, second).equal
+    found = anyckpt.diff(first, second, raw=True)
+    assert [(s.name, s.a, s.b) for s in found.state] == [("lr", "0.1", "0.2")]
+    assert anyckpt.diff(first, first, raw=True).equal
+
+
+def test_objects_that_refer_to_themselves() -> None:
+    one: list[Any] = [1]
+    other: list[Any] = [1]
+    one.append(one)
+    other.append(other)
+    made = [Checkpoint("made", "torch", {}, objects={"x": value}) for value in (one, other, [1, [2]])]
+    assert anyckpt.diff(made[0], made[1]).equal
+    assert not anyckpt.diff(made[0], made[2]).equal
