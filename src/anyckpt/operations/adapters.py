@@ -153,12 +153,15 @@ def rename_adapter(
     dialect = target.dialect(options)
     if target.adapters is None:
         if dialect is not None:
+            check_kind(checkpoint, settings)
             raise UsageError(
                 f"is an adapter, and {target.name} holds models", path=checkpoint.path,
                 remedy="convert it to peft, nemo, nemo2 or megatron-bridge, or add it to its base with merge-lora",
             )  # fmt: skip
         if request != AdapterRequest():
             check_kind(checkpoint, settings)
+        if checkpoint.adapter is None:
+            return Renamed(checkpoint)
         missing = "its alpha" if settings.kind in KINDS else f"that it is of kind {settings.kind}, and how large,"
         note = f"a {target.name} file has no place for the adapter's settings: {missing} will have to be given"
         return Renamed(checkpoint, notes=(note,))
@@ -329,7 +332,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
         "rank": settings.rank,
         "alpha": settings.alpha,
         "rank_stabilized": settings.rank_stabilized,
-        "form": "canonical" if spelling == "peft" or is_canonical(weights) else "fused",
+        "form": "canonical" if spelling != "megatron" or is_canonical(weights) else "fused",
         "names": spelling,
         "targets": list(settings.targets),
         "base": settings.base,

@@ -276,7 +276,8 @@ def _obstacle(checkpoint: Checkpoint) -> MappingError | None:
 def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What an adapter says of itself, None of a model."""
     named = checkpoint.adapter is not None or checkpoint.dialect == "peft"
-    if not named and not any("lora_" in name or ".adapter" in name for name in checkpoint.weights()):
+    parts = ("lora", ".adapter", ":up", "hada_", "lokr_", "trainable_tokens_")
+    if not named and not any(part in name for name in checkpoint.weights() for part in parts):
         return None  # no name of an adapter's is without one of these
     from anyckpt.operations.adapters import facts
     from anyckpt.operations.unwrap import facts_inside

@@ -176,7 +176,8 @@ def _unknown(base: Checkpoint, missing: list[str]) -> UsageError:
         return UsageError(
             f"{len(missing)} modules of the adapter are none of the base's by name, and its family is not known",
             path=base.path, expected=f"names such as {_some(list(base.weights()))}", found=_some(missing),
-            remedy="give the base model that it was trained on, or name the family with --family and --config",
+            remedy="give the base model that it was trained on, name the family with --family and --config, or leave "
+            "their tensors out with --exclude",
         )  # fmt: skip
     return UsageError(
         "the base's model family is not known, so nothing says which weights the adapter changes",

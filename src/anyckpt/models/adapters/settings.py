@@ -10,9 +10,9 @@ from functools import lru_cache
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
-from anyckpt.models.adapters import megatron, peft
+from anyckpt.models.adapters import loose, megatron, peft
 from anyckpt.models.adapters.adapter import Adapter, Layers
-from anyckpt.models.adapters.by_name import Names, Placed, placed, unplaced
+from anyckpt.models.adapters.by_name import Placed, placed, unplaced
 from anyckpt.models.adapters.wrapped import is_wrapped
 from anyckpt.tensor import LazyTensor
 
@@ -24,13 +24,15 @@ _MOST_REPEATS = 3
 
 
 def spelling_of(checkpoint: Checkpoint) -> str | None:
-    """``peft`` or ``megatron`` if a checkpoint is an adapter with such names, None if it is no adapter."""
+    """``peft``, ``megatron`` or one of ``loose.SPELLINGS`` if a checkpoint is an adapter with such names, else None."""
     names = checkpoint.weights()
     if peft.is_adapter(names):
         return "peft" if checkpoint.dialect == "peft" or not is_wrapped(names) else None
     if megatron.is_adapter(names):
         return "megatron"
-    return "peft" if checkpoint.dialect == "peft" and names else None  # of whole tensors alone
+    if checkpoint.dialect == "peft" and names:  # of whole tensors alone
+        return "peft"
+    return loose.spelling(names)
 
 
 def settings_of(checkpoint: Checkpoint) -> AdapterSettings | None:
@@ -40,7 +42,10 @@ def settings_of(checkpoint: Checkpoint) -> AdapterSettings | None:
     """
     if checkpoint.adapter is not None:
         return checkpoint.adapter
-    return None if spelling_of(checkpoint) is None else AdapterSettings()
+    spelled = spelling_of(checkpoint)
+    if spelled in loose.SPELLINGS:
+        return loose.settings(checkpoint)
+    return None if spelled is None else AdapterSettings()
 
 
 def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Layers | None) -> Adapter:
@@ -59,7 +64,10 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
     try:
         if not weights:
             raise MappingError("the adapter has no tensors", remedy="copy the whole adapter")
-        if spelling_of(checkpoint) == "peft":
+        spelled = spelling_of(checkpoint)
+        if spelled in loose.SPELLINGS:
+            weights = loose.as_peft(weights)
+        if spelled != "megatron":
             if layers is None:
                 raise UsageError(
                     "the adapter's names are Hugging Face's, and without the base model's configuration nothing says "
@@ -99,11 +107,14 @@ def place_by_name(
         UsageError: the scale is not known.
     """
     weights = checkpoint.weights()
-    if spelling_of(checkpoint) != "peft":
+    spelled = spelling_of(checkpoint)
+    if spelled is None or spelled == "megatron":
         return None, []
     try:
+        if spelled in loose.SPELLINGS:
+            weights = loose.as_peft(weights)
         stored = peft.by_module(weights)
-        find = Names(base).find
+        find = loose.finder(spelled, base).find
         missing = unplaced(stored, find)
         if missing:
             return None, missing
@@ -129,7 +140,12 @@ def check_adapter(checkpoint: Checkpoint) -> list[str]:
     weights = checkpoint.weights()
     if not weights:
         raise MappingError("the adapter has no tensors", remedy="copy the whole adapter")
-    if spelling_of(checkpoint) == "peft":
+    spelled = spelling_of(checkpoint)
+    if spelled == "numbered":
+        return loose.check_numbered(weights)
+    if spelled in loose.SPELLINGS:
+        weights = loose.as_peft(weights)
+    if spelled != "megatron":
         diagonal = peft.check_pairs(weights, blocks=checkpoint.adapter is None)
         if diagonal:
             return [
@@ -173,7 +189,7 @@ def scale_of(settings: AdapterSettings, module: str, rank: int, *, exact: bool =
     if alpha is None:
         raise UsageError(
             "the adapter does not say its alpha, so its scale is not known", expected="adapter_config.json or the like",
-            remedy="give it with --alpha",
+            remedy=f"give it with --alpha; some libraries take the rank, {rank}, where a file says none",
         )  # fmt: skip
     if exact and stated is not None and stated != rank:
         raise MappingError(
