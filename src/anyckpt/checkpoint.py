@@ -174,6 +174,25 @@ class StoredChecksum:
     crc32: int
 
 
+class CompositeTensor:
+    """A tensor of several parts (quantized, sparse, nested): an object whose parts are tensors of their own.
+
+    The parts of an object ``w`` are among a checkpoint's tensors, as ``w.int_repr`` and so on.
+    """
+
+    def part_tensors(self) -> dict[str, LazyTensor]:
+        """The tensors that it consists of, by the part's name."""
+        raise NotImplementedError
+
+    def companions(self) -> dict[str, LazyTensor]:
+        """What else it consists of (a scale, a shape), as tensors by name, for formats that hold nothing else.
+
+        Raises:
+            UsageError: tensors alone do not tell what it is.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Part:
     """What a checkpoint is that holds only a part of each tensor, or of the model.

@@ -25,7 +25,7 @@ from anyckpt.formats.rank_safetensors import (
     read_rank_files,
 )
 from anyckpt.formats.registry import Format, Location, WriteOptions, look_at
-from anyckpt.formats.safetensors import read_safetensors, safetensors_parts, weights_only
+from anyckpt.formats.safetensors import read_safetensors, safetensors_parts, told_of_parts, weights_only
 from anyckpt.storage.source import ByteSource, LocalFile
 from anyckpt.tensor import LazyTensor
 
@@ -328,7 +328,7 @@ def training_state(location: Location, artifacts: Mapping[str, ByteSource], warn
 
 def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     weights, ignored = weights_only(checkpoint)
-    notes: list[str] = []
+    notes: list[str] = list(told_of_parts(checkpoint))
     metadata = {**(checkpoint.details.get("metadata", {}) if checkpoint.format == "hf" else {}), "format": "pt"}
     files = _weight_files(weights, options.max_shard_size or DEFAULT_SHARD_SIZE, metadata)
     extra: dict[str, OutputFile] = {}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, CompositeTensor
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
@@ -19,7 +19,7 @@ from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file.format import assemble
 from anyckpt.formats.torch_file.roles import is_filled
 from anyckpt.formats.torch_file.safe import refused
-from anyckpt.formats.torch_file.tree import COMPOSITE, parts_of, unflatten
+from anyckpt.formats.torch_file.tree import unflatten
 from anyckpt.formats.torch_file.writer import zip_parts
 from anyckpt.pickling import torch_objects
 from anyckpt.tensor import LazyTensor
@@ -75,7 +75,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 def _is_weight(name: str, value: Any, prefix: str, weights: Mapping[str, LazyTensor]) -> bool:
     """Whether an object is a sparse, quantized or nested tensor among the weights, which have its parts."""
     own = name.removeprefix(prefix)
-    return isinstance(value, COMPOSITE) and any(f"{own}.{part}" in weights for part in parts_of(value))
+    return isinstance(value, CompositeTensor) and any(f"{own}.{part}" in weights for part in value.part_tensors())
 
 
 def _entries(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, StoredChecksum
+from anyckpt.checkpoint import Checkpoint, CompositeTensor, StoredChecksum
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, Location, WriteOptions
 from anyckpt.formats.torch_file.contents import TorchContents
@@ -16,7 +16,7 @@ from anyckpt.formats.torch_file.safe import refused
 from anyckpt.formats.torch_file.script import readable
 from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tape import is_tape
-from anyckpt.formats.torch_file.tree import COMPOSITE, Flat, flatten, parts_of, unflatten, with_parts
+from anyckpt.formats.torch_file.tree import Flat, flatten, unflatten, with_parts
 from anyckpt.formats.torch_file.values import MetaTensor
 from anyckpt.formats.torch_file.writer import dotted, zip_parts
 from anyckpt.pickling import torch_objects
@@ -165,7 +165,7 @@ def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str]]:
     paths = checkpoint.details.get("key_paths") or {}
     keys = checkpoint.details.get("original_keys") or {}
     whole, left = assemble(checkpoint.tensors, checkpoint.objects)
-    tensors = [name for name in whole if name in checkpoint.tensors or isinstance(whole[name], COMPOSITE)]
+    tensors = [name for name in whole if name in checkpoint.tensors or isinstance(whole[name], CompositeTensor)]
     if paths and all(name in paths for name in tensors):
         values = {name: whole[name] for name in paths if name in whole}
         left.update({name: "has no place in the nested file" for name in whole if name not in paths})
@@ -183,10 +183,10 @@ def assemble(tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any]) -> t
     parts: set[str] = set()
     left: dict[str, str] = {}
     for name, value in objects.items():
-        if not isinstance(value, COMPOSITE):
+        if not isinstance(value, CompositeTensor):
             whole[name] = value
             continue
-        stored = {part: f"{name}.{part}" for part in parts_of(value)}
+        stored = {part: f"{name}.{part}" for part in value.part_tensors()}
         parts.update(stored.values())
         if all(part in tensors for part in stored.values()):
             whole[name] = with_parts(value, {part: tensors[stored_name] for part, stored_name in stored.items()})

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from anyckpt.checkpoint import CompositeTensor
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats.torch_file import modules
 from anyckpt.formats.torch_file.values import (
     DistributedTensor,
     MetaTensor,
-    NestedTensor,
-    QuantizedTensor,
     SparseTensor,
     Storage,
     spelled,
@@ -27,8 +26,7 @@ from anyckpt.tensor import LazyTensor
 
 Path = tuple[str | int, ...]
 
-COMPOSITE = (SparseTensor, QuantizedTensor, NestedTensor)
-_LEAVES = (LazyTensor, Storage, DistributedTensor, MetaTensor, *COMPOSITE)
+_LEAVES = (LazyTensor, Storage, DistributedTensor, MetaTensor, CompositeTensor)
 _CONTAINERS = (dict, list, tuple, Record)
 _DEEPEST = 500
 _REPEATS = 64
@@ -77,9 +75,9 @@ class Flat:
 
     def _add(self, path: Path, leaf: Any) -> None:
         name = self._name(path)
-        if isinstance(leaf, COMPOSITE):
+        if isinstance(leaf, CompositeTensor):
             self.objects[name] = leaf
-            for part, tensor in parts_of(leaf).items():
+            for part, tensor in leaf.part_tensors().items():
                 inner = self._name((*path, part))
                 del self.paths[inner]
                 self.tensors[inner] = tensor
@@ -267,17 +265,6 @@ def unflatten(values: Mapping[str, Any], paths: Mapping[str, Path], original_key
     return root.result
 
 
-def parts_of(value: SparseTensor | QuantizedTensor | NestedTensor) -> dict[str, LazyTensor]:
-    """The tensors that a tensor of several parts consists of."""
-    if isinstance(value, SparseTensor):
-        return dict(value.parts)
-    names = ("int_repr", "scale", "zero_point") if isinstance(value, QuantizedTensor) else _NESTED
-    return {name: part for name in names if isinstance(part := getattr(value, name), LazyTensor)}
-
-
 def with_parts(value: Any, parts: Mapping[str, LazyTensor]) -> Any:
     """The same with other tensors for its parts."""
     return replace(value, parts=dict(parts)) if isinstance(value, SparseTensor) else replace(value, **parts)
-
-
-_NESTED = ("buffer", "sizes", "strides", "offsets")

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from anyckpt.checkpoint import CompositeTensor
 from anyckpt.dtypes import BY_NAME, DType
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.torch_file.byteorder import SwappedSource
 from anyckpt.indexing import Array
 from anyckpt.pickling import Global, Record
 from anyckpt.storage.source import ByteSource
-from anyckpt.tensor import LazyTensor, Stored
+from anyckpt.tensor import LazyTensor, Stored, from_array
 
 _LARGEST_DENSE = 1 << 30
 
@@ -135,7 +136,7 @@ class MetaTensor:
 
 
 @dataclass(frozen=True)
-class SparseTensor:
+class SparseTensor(CompositeTensor):
     """A sparse tensor in its parts.
 
     Attributes:
@@ -154,6 +155,23 @@ class SparseTensor:
     @property
     def dtype(self) -> DType:
         return self.parts["values"].dtype
+
+    def part_tensors(self) -> dict[str, LazyTensor]:
+        """As the base says."""
+        return dict(self.parts)
+
+    def companions(self) -> dict[str, LazyTensor]:
+        """The shape, which the indices of a COO tensor do not tell.
+
+        Raises:
+            UsageError: another layout: rows and columns have the same names.
+        """
+        if self.layout != "sparse_coo":
+            raise UsageError(
+                f"is a {self.layout} tensor, and its parts alone do not say so",
+                remedy="leave it out with --exclude, or convert to torch or dcp",
+            )
+        return {"shape": _numbers(self.shape)}
 
     def dense(self) -> Array:
         """The tensor with its zeros; elements of an index that is there twice are added.
@@ -199,6 +217,14 @@ class SparseTensor:
         return (lines, plain) if self.layout in ("sparse_csr", "sparse_bsr") else (plain, lines)
 
 
+def _numbers(value: int | tuple[int, ...]) -> LazyTensor:
+    return from_array(np.array(value, dtype=np.int64))
+
+
+def _tensors_in(value: object, names: tuple[str, ...]) -> dict[str, LazyTensor]:
+    return {name: part for name in names if isinstance(part := getattr(value, name), LazyTensor)}
+
+
 def _add_blocks(result: Array, index: tuple[Array, ...], values: Array) -> None:
     rows, columns = values.shape[1:]
     tiles = result.reshape(result.shape[0] // rows, rows, result.shape[1] // columns, columns)
@@ -207,7 +233,7 @@ def _add_blocks(result: Array, index: tuple[Array, ...], values: Array) -> None:
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
+class QuantizedTensor(CompositeTensor):
     """A tensor of one of torch's quantized types: ``scale * (int_repr - zero_point)``.
 
     Attributes:
@@ -228,15 +254,45 @@ class QuantizedTensor:
     zero_point: Any
     axis: int | None = None
 
+    def part_tensors(self) -> dict[str, LazyTensor]:
+        """As the base says: of scale and zero point only if they are tensors."""
+        return _tensors_in(self, ("int_repr", "scale", "zero_point"))
+
+    def companions(self) -> dict[str, LazyTensor]:
+        """Scale and zero point where they are numbers, the axis of channels, and the shape of packed integers.
+
+        Raises:
+            UsageError: scale or zero point is something else.
+        """
+        found: dict[str, LazyTensor] = {}
+        if type(self.scale) in (int, float) and type(self.zero_point) is int and self.zero_point.bit_length() < 64:
+            found["scale"] = from_array(np.array(self.scale, dtype=np.float64))
+            found["zero_point"] = from_array(np.array(self.zero_point, dtype=np.int64))
+        elif not isinstance(self.scale, LazyTensor) or not isinstance(self.zero_point, LazyTensor):
+            raise UsageError("is quantized with a scale or zero point that is no number", found=brief(self.scale))
+        if self.axis is not None:
+            found["axis"] = _numbers(self.axis)
+        if self.int_repr.shape != self.shape:
+            found["shape"] = _numbers(self.shape)
+        return found
+
 
 @dataclass(frozen=True)
-class NestedTensor:
+class NestedTensor(CompositeTensor):
     """Tensors of different shapes in one buffer; each has a row of ``sizes`` and ``strides`` and one of ``offsets``."""
 
     buffer: LazyTensor
     sizes: LazyTensor
     strides: LazyTensor
     offsets: LazyTensor
+
+    def part_tensors(self) -> dict[str, LazyTensor]:
+        """As the base says."""
+        return _tensors_in(self, ("buffer", "sizes", "strides", "offsets"))
+
+    def companions(self) -> dict[str, LazyTensor]:
+        """None: its parts say all."""
+        return {}
 
 
 @dataclass(frozen=True)
