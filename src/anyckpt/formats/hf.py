@@ -39,6 +39,9 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_TUNE = re.compile(r"hf_model_(\d{4})_(\d{1,6})\.pt", re.ASCII)
+"""Part and epoch of what torchtune's ``FullModelHFCheckpointer`` wrote until 0.4: state dicts without an index."""
+
 _TOKENIZER_FILE = re.compile(
     r"tokenizer.*|.*\.(model|tiktoken)|tekken\.json|special_tokens_map\.json|added_tokens\.json"
     r"|(vocab|merges|normalizer)\.(json|txt)|chat_template\.(json|jinja)"
@@ -60,7 +63,7 @@ _SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.mo
 
 def _detect(location: Location) -> bool:
     names = set(location.names)
-    if not names.isdisjoint(_WEIGHTS) or any(_SHARD.fullmatch(name) for name in names):
+    if not names.isdisjoint(_WEIGHTS) or any(_SHARD.fullmatch(name) or _TUNE.fullmatch(name) for name in names):
         return True
     return "config.json" in names and any(name.endswith(".safetensors") for name in names)
 
@@ -127,6 +130,9 @@ def _read_weights(location: Location, warnings: list[str], details: dict[str, An
         return read_rank_files(location.path, shards, warnings, details)
     if shards:
         return _read_shards(location, shards, warnings, details)
+    tuned = [match for name in location.names if (match := _TUNE.fullmatch(name))]
+    if tuned:
+        return _read_tuned(location, tuned, warnings, details)
     loose = [name for name in location.names if name.endswith(".safetensors")]
     if len(loose) > 1:
         raise FormatError(
@@ -146,7 +152,7 @@ def read_weight_file(
         FormatError: it is damaged, or holds no state dict.
     """
     source = LocalFile(location.join(name))
-    if not name.endswith(".bin"):
+    if not name.endswith((".bin", ".pt")):
         tensors, metadata = read_safetensors(source)
         part = part_of(source.name, tensors, metadata or {})
         if part is not None:
@@ -240,6 +246,39 @@ def _read_shards(
             path=location.path, remedy="copy the missing files from the model's origin",
         )  # fmt: skip
     warnings.append("there is no index: the weight files are taken to be complete because their names count them")
+    return _read_together(location, names, warnings, details)
+
+
+def _read_tuned(
+    location: Location, parts: list[re.Match[str]], warnings: list[str], details: dict[str, Any]
+) -> dict[str, LazyTensor]:
+    """torchtune's parts, which neither an index nor their names count."""
+    epochs = sorted({int(match[2]) for match in parts})
+    if len(epochs) > 1:
+        raise FormatError(
+            "holds the weights of several epochs", path=location.path, expected="hf_model_*.pt of one epoch",
+            found=f"epochs {', '.join(map(str, epochs[:8]))}",
+            remedy=f"move those but hf_model_*_{epochs[-1]}.pt elsewhere",
+        )  # fmt: skip
+    present = {int(match[1]) for match in parts}
+    missing = [number for number in range(1, max(present)) if number not in present]
+    if missing:
+        raise FormatError(
+            f"{len(missing)} of at least {max(present)} weight files are missing, such as"
+            f" hf_model_{missing[0]:04d}_{epochs[0]}.pt", path=location.path, remedy="copy the missing files here too",
+        )  # fmt: skip
+    warnings.append("there is no index: nothing in the weight files says how many there should be")
+    unread = [name for name in location.names if re.fullmatch(r"recipe_state\.pt|adapter_\d+\.pt", name)]
+    if unread:
+        warnings.append(f"torchtune's training state and adapters are not read: {', '.join(unread[:5])}")
+    details["epoch"] = epochs[0]
+    return _read_together(location, [match[0] for match in parts], warnings, details)
+
+
+def _read_together(
+    location: Location, names: list[str], warnings: list[str], details: dict[str, Any]
+) -> dict[str, LazyTensor]:
+    """The tensors of several files, each of which is in one only."""
     tensors: dict[str, LazyTensor] = {}
     for name in names:
         for key, tensor in read_weight_file(location, name, warnings, details).items():
