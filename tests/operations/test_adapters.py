@@ -104,6 +104,32 @@ def test_forms_of_megatron_without_a_family(tmp_path: Path) -> None:
         anyckpt.convert(NEMO, tmp_path / "x", to="megatron-core", adapter_form="canonical")
 
 
+def test_layouts_and_spellings_of_one_adapter_are_equal(tmp_path: Path) -> None:
+    anyckpt.convert(NEMO, tmp_path / "one.nemo", to="nemo")
+    found = anyckpt.diff(NEMO, tmp_path / "one.nemo")
+    assert found.equal and found.compared == 16
+    anyckpt.convert(ADAPTER, tmp_path / "x.nemo", to="nemo", config=BASE)
+    anyckpt.convert(ADAPTER, tmp_path / "tp2.nemo", to="nemo", config=BASE, layout=LayoutRequest(2))
+    anyckpt.convert(ADAPTER, tmp_path / "core", to="megatron-core", config=BASE)
+    for first, second in (("x.nemo", "tp2.nemo"), ("core", "tp2.nemo"), ("core", "x.nemo")):
+        found = anyckpt.diff(tmp_path / first, tmp_path / second)
+        assert found.equal and found.compared == 28 and found.names == "hub"
+    found = anyckpt.diff(ADAPTER, tmp_path / "tp2.nemo")
+    assert found.equal and found.compared == 28, "the base's configuration in the one names the other's modules"
+    anyckpt.convert(ADAPTER, tmp_path / "other", to="nemo2", config=BASE, alpha=3)
+    found = anyckpt.diff(ADAPTER, tmp_path / "other")
+    assert not found.different and [setting.name for setting in found.configuration] == ["scale"]
+
+
+def test_live_and_saved_names_of_one_adapter_are_equal(tmp_path: Path) -> None:
+    tensors = {
+        name.replace(".weight", ".default.weight"): tensor for name, tensor in anyckpt.open(ADAPTER).tensors.items()
+    }
+    write_plan(Plan("x", (OutputFile("live.safetensors", safetensors_parts(tensors)),)), tmp_path)
+    found = anyckpt.diff(ADAPTER, tmp_path / "live.safetensors", weights_only=True)
+    assert found.equal and found.compared == len(tensors)
+
+
 def test_records_of_the_frameworks(tmp_path: Path) -> None:
     convert(ADAPTER, "nemo2", tmp_path / "nemo2", config=BASE)
     metadata = json.loads((tmp_path / "nemo2/weights/adapter_metadata.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,7 +12,7 @@ from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import AnyckptError
 from anyckpt.models import Model, ModelConfig
-from anyckpt.models.adapters import settings_of
+from anyckpt.models.adapters import settings_of, spelling_of
 from anyckpt.models.config import PART_OF
 from anyckpt.models.config_hf import WITHOUT_MEANING
 
@@ -22,7 +23,7 @@ _OF_TENSORS = {
 _SPELLINGS = {"dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "architectures"}
 _OF_LAYOUT = re.compile(r".*(?:parallel|world_size|padded_vocab_size|vocab_size_divisible_by).*|.*(?:^|_)rank")
 _OF_WRITER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
-_OF_TRAINING = {"dropout", "base"}  # of an adapter: the second is a path
+_OF_TRAINING = {"dropout", "base", "targets"}  # of an adapter: a path, and what tensors tell by their names
 _ASIDE = WITHOUT_MEANING | _SPELLINGS
 _LONGEST = 80
 _SHOWN = 5
@@ -83,6 +84,8 @@ def compare_configurations(
     """
     first, second = settings_of(a), settings_of(b)
     if first is not None and second is not None:
+        if spelling_of(a) != spelling_of(b):
+            return Settings(tuple(_of_translated(first, second)))
         return Settings(tuple(_of_adapters(first, second)))
     lacking = [checkpoint.path for checkpoint in (a, b) if not checkpoint.config]
     if lacking:
@@ -103,10 +106,22 @@ def _of_adapters(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
     first, second = asdict(a), asdict(b)
     for name in first:
         one, other = first[name], second[name]
-        if name == "targets":
-            one, other = sorted(one), sorted(other)
         if name not in _OF_TRAINING and one != other:
             yield Setting(name, _text(one), _text(other))
+
+
+def _of_translated(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
+    """What adapters of two frameworks both say: modules and patterns are in each one's own words."""
+    if a.kind != b.kind:
+        yield Setting("kind", a.kind, b.kind)
+    scales = [None if s.alpha is None or s.rank is None or s.alphas or s.ranks else _scale(s) for s in (a, b)]
+    if None not in scales and scales[0] != scales[1]:
+        yield Setting("scale", *map(str, scales))
+
+
+def _scale(settings: AdapterSettings) -> float:
+    assert settings.alpha is not None and settings.rank is not None
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rank_stabilized else settings.rank)
 
 
 def _of_models(a: Model, b: Model, first: str | None, second: str | None) -> Iterator[Setting]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.operations.adapter_names import adapter_names
 from anyckpt.operations.compare import Tolerance, compare
 from anyckpt.operations.configurations import Setting, Settings, compare_configurations
 from anyckpt.operations.naming import CommonNames, common_names
@@ -139,7 +140,7 @@ def diff(
     if not raw:
         check_whole(first)
         check_whole(second)
-    names = common_names(first, second, raw=raw)
+    names = (None if raw else adapter_names(first, second)) or common_names(first, second, raw=raw)
     notes = [*names.notes, *(_with_tied_heads(names, first.path, second.path) if names.kind == "hub" else ())]
     left_out: list[str] = []
     if raw:
