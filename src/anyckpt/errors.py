@@ -66,6 +66,18 @@ class MappingError(AnyckptError):
     """Names, shapes or configuration do not fit the model family, or a model is incomplete."""
 
 
+class IncompleteError(MappingError):
+    """A model lacks tensors, or has some that are of no rule.
+
+    Attributes:
+        missing: stored names that the tensors would have.
+        unknown: stored names of those that no rule covers.
+    """
+
+    missing: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
 class OutputError(AnyckptError):
     """A destination cannot be written: it exists, the disk is full, the work to resume is of another plan."""
 

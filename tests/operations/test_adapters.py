@@ -551,7 +551,7 @@ def test_some_of_the_adapter(tmp_path: Path) -> None:
     base, found = anyckpt.open(BASE).tensors, anyckpt.open(tmp_path / "out").tensors
     changed = {name for name, tensor in base.items() if not np.array_equal(tensor.numpy(), found[name].numpy())}
     assert changed == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
-    with pytest.raises(UsageError, match="no weight matches --include"):
+    with pytest.raises(UsageError, match="no tensor matches --include"):
         anyckpt.merge_lora(BASE, ADAPTER, tmp_path / "x", include="*nothing*")
 
 

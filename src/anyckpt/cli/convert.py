@@ -64,7 +64,12 @@ def writing_options(command: Command) -> Command:
 )  # fmt: skip
 @click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
 @click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
-@click.option("--include", metavar="GLOB", multiple=True, help="Take only weights whose source names match.")
+@click.option(
+    "--include",
+    metavar="GLOB",
+    multiple=True,
+    help="Take only weights whose source names match, or what else matches none of them (an EMA copy).",
+)
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out weights whose source names match.")
 @layout_options
 @writing_options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from anyckpt.errors import MappingError
+from anyckpt.errors import IncompleteError
 from anyckpt.tensor import LazyTensor
 
 SHOWN = 8
@@ -29,7 +29,7 @@ def check_complete(
         spelled: a name as the file has it.
 
     Raises:
-        MappingError: with both lists, of what is missing and of what no rule covers.
+        IncompleteError: with both lists, of what is missing and of what no rule covers.
     """
     wanted = [name for names in expected for name in names]
     missing = [spelled(name) for name in wanted if name not in found]
@@ -49,12 +49,14 @@ def check_complete(
             "choose another --family, give the right configuration with --config, leave the tensors out with "
             "--exclude, or convert names unchanged to safetensors"
         )
-    raise MappingError(
+    error = IncompleteError(
         "; ".join(problems),
         path=path,
         tensor=(missing or unknown)[0] if len(missing or unknown) == 1 else None,
         remedy=remedy,
     )
+    error.missing, error.unknown = tuple(missing), tuple(unknown)
+    raise error
 
 
 def _whole_layers(missing: list[str], wanted: list[str]) -> list[int]:

@@ -11,12 +11,13 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.execute import DEFAULT_MEMORY, execute
 from anyckpt.engine.plan import Plan, SourceData, describe
-from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target, cast_weights
+from anyckpt.operations.choosing import choose, renamed_choice
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.extra_states import choose_states, is_kept
 from anyckpt.operations.full_precision import in_full_precision
@@ -31,14 +32,13 @@ from anyckpt.operations.recut import (
     sizes_of,
     wanted_layout,
 )
-from anyckpt.operations.select import as_patterns, matching
+from anyckpt.operations.select import as_patterns
 from anyckpt.operations.supplied import read_config, read_tokenizer
 from anyckpt.operations.unwrap import HOW_TO_MERGE, adapter_inside, holds_adapter, merged_inside
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import parse_bytes
 
 _STATE = "state besides the weights; --optimizer keep carries it where the target can hold it"
-_UNWANTED = "not asked for by --include and --exclude"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def convert(
         alpha: of an adapter: updates are multiplied by it over their rank; what the adapter says if None.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
         keep_in_fp32: globs of weights that a cast leaves alone.
-        include: glob or globs of the source's weight names; others are left out.
+        include: glob or globs of the source's weight names; others are left out.  A glob that matches no weight chooses
+            what is stored beside them, such as an averaged copy, to be written as the weights.
         exclude: glob or globs of weight names to leave out.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
@@ -188,7 +189,9 @@ def convert(
     cut, layout_notes = wanted_layout(request, present, target, options)
     if cut is not None or target.divides:
         options = replace(options, layout=sizes_of(request.over(present) if cut is None else cut))
-    checkpoint, left_out = choose(join_ranks(stored, rules=request.rules), as_patterns(include), as_patterns(exclude))
+    whole = join_ranks(stored, rules=request.rules)
+    checkpoint, left_out = choose(whole, as_patterns(include), as_patterns(exclude), keep_state=optimizer == "keep")
+    apart = {name: t for name, t in whole.weights().items() if whole.model_prefix + name in left_out}
     checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":
         checkpoint, dropped = _without_state(checkpoint)
@@ -222,10 +225,15 @@ def convert(
                 checkpoint, adapter, target, options, told, family=family, config=given, dtype=wanted
             )  # fmt: skip
         else:
-            renamed = rename_for(
-                checkpoint, target, options, family=family, config=given, dtype=wanted, names=names,
+            rename = partial(
+                rename_for, target=target, options=options, family=family, config=given, dtype=wanted, names=names,
                 vocabulary=request.vocabulary,
             )  # fmt: skip
+            try:
+                renamed = rename(checkpoint)
+            except IncompleteError as error:
+                needs_whole = None if target.dialect(options) is None else target.name
+                renamed = renamed_choice(error, checkpoint, apart, rename, needs_whole)
     except AnyckptError as error:
         if isinstance(error, MappingError) or error.tensor is not None:
             error.path = error.path or checkpoint.path
@@ -239,15 +247,15 @@ def convert(
     ready = request.built(_with_cast(renamed.checkpoint, cast.tensors))
     carried = Carried(ready)
     if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, target.name, cut is not None):
-        rename = partial(_renamed_tensors, checkpoint, target, options, family, given, names, request.vocabulary)
+        rename_state = partial(_renamed_tensors, checkpoint, target, options, family, given, names, request.vocabulary)
         if cut is None and request.expert_parallel is not None:
             ready = replace(ready, layout=replace(ready.layout, expert_parallel=request.expert_parallel))
-        carried = carry_optimizer(checkpoint, ready, target.name, rename)
+        carried = carry_optimizer(checkpoint, ready, target.name, rename_state)
         ready = carried.checkpoint
     if cut is not None:
-        whole = ready
-        ready = cut_for_ranks(whole, cut, rules=request.rules, padding=request.padding)
-        layout_notes += padding_notes(whole, ready, request.padding)
+        uncut = ready
+        ready = cut_for_ranks(uncut, cut, rules=request.rules, padding=request.padding)
+        layout_notes += padding_notes(uncut, ready, request.padding)
     laid_out = target.plan(ready, options)
     plan = replace(
         laid_out,
@@ -303,40 +311,6 @@ def _renamed_tensors(
     bare = replace(checkpoint, tensors=tensors, model_prefix="", state_prefixes=(), objects={}, optimizer=None)
     renamed = rename_for(bare, target, options, family=family, config=config, names=names, vocabulary=vocabulary)
     return renamed.checkpoint.tensors
-
-
-def choose(
-    checkpoint: Checkpoint, include: tuple[str, ...], exclude: tuple[str, ...]
-) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint without the weights that the user does not want, and these.
-
-    Globs match a weight's stored name, or that without the prefix that all weights share.
-
-    Raises:
-        UsageError: a glob matches nothing, or nothing is left.
-    """
-    if not include and not exclude:
-        return checkpoint, {}
-    names = list(checkpoint.weights())
-    prefix = checkpoint.model_prefix
-
-    def chosen_by(globs: tuple[str, ...]) -> set[str]:
-        stored = matching([prefix + name for name in names], globs)
-        return {*matching(names, globs), *(name[len(prefix) :] for name in stored)}
-
-    for glob in include:
-        if not chosen_by((glob,)):
-            raise UsageError(
-                f"no weight matches --include {glob!r}",
-                path=checkpoint.path,
-                remedy="list the names with anyckpt inspect --tensors '*'",
-            )
-    chosen = (chosen_by(include) if include else set(names)) - chosen_by(exclude)
-    if not chosen:
-        raise UsageError("--include and --exclude leave no weight", path=checkpoint.path)
-    left_out = {prefix + name: _UNWANTED for name in names if name not in chosen}
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left_out}
-    return replace(checkpoint, tensors=tensors), left_out
 
 
 def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:

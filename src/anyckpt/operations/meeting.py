@@ -14,8 +14,8 @@ from anyckpt.models import Hub, Model, dialects
 from anyckpt.models.complete import some
 from anyckpt.models.config_hf import with_vocabulary
 from anyckpt.models.config_nemo import restated
+from anyckpt.operations.choosing import choose
 from anyckpt.operations.configurations import compare_configurations
-from anyckpt.operations.convert import choose
 from anyckpt.operations.mean import Tensors, check_shares, means
 from anyckpt.operations.naming import Vocabulary
 

@@ -18,7 +18,8 @@ from anyckpt.models.adapters.by_name import block_of
 from anyckpt.models.config_nemo import restated
 from anyckpt.operations.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
 from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target
-from anyckpt.operations.convert import Conversion, choose, convert
+from anyckpt.operations.choosing import choose
+from anyckpt.operations.convert import Conversion, convert
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.merge_in_place import is_tied, merged_in_place

@@ -1,0 +1,133 @@
+"""Tensors chosen by name: every one that inspect lists, alone and under other names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.models.cases import facts, open_case
+from tests.support import fixture_path, sha256_of
+
+import anyckpt
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import AnyckptError, IncompleteError, UsageError
+from anyckpt.formats.registry import read
+from anyckpt.operations.choosing import choose
+from anyckpt.tensor import LazyTensor, from_array
+
+LLAMA = fixture_path("families/llama/hf")
+ADAMW = fixture_path("legacy/ptl_adamw") / "model--val_loss=0.5-epoch=3.ckpt"
+
+
+def trained(copy: str) -> tuple[Checkpoint, dict[str, LazyTensor]]:
+    """A trainer's checkpoint with an averaged copy of the model beside it, and that copy."""
+    own = dict(open_case("llama").checkpoint.tensors)
+    averaged = {name: from_array(tensor.numpy() * np.float32(2)) for name, tensor in own.items()}
+    held = {f"state_dict.{name}": tensor for name, tensor in own.items()}
+    beside = {f"{copy}{name}": tensor for name, tensor in averaged.items()}
+    steps = {"optimizer.state.0.exp_avg": own["model.norm.weight"]}
+    paths = {name: tuple(name.split(".", copy.count(".") if name in beside else 1)) for name in {**held, **beside}}
+    tensors = {**held, **beside, **steps}
+    return Checkpoint(str(LLAMA), "torch", tensors, model_prefix="state_dict.", state_prefixes=("optimizer.",),
+                      details={"key_paths": paths}), averaged  # fmt: skip
+
+
+@pytest.mark.parametrize("copy", ["ema_state_dict.", "callbacks.ema.", "ema_model."])
+def test_an_averaged_copy_becomes_the_model(copy: str, tmp_path: Path) -> None:
+    source, averaged = trained(copy)
+    config = open_case("llama").checkpoint.config
+    done = anyckpt.convert(source, tmp_path / "out", to="hf", config=config, include=f"{copy}*")
+    assert facts(read(tmp_path / "out").tensors) == facts(averaged)
+    assert {name for name in source.tensors if name.startswith("state_dict.")} <= set(done.ignored)
+    assert any(f"tensors that are stored beside the weights, such as {copy}" in note for note in done.notes)
+    anyckpt.convert(source, tmp_path / "core", to="megatron-core", config=config, include=f"{copy}*")
+    with pytest.raises(UsageError, match="leave --optimizer keep out"):
+        anyckpt.convert(source, tmp_path / "x.pt", to="torch", include=f"{copy}*", optimizer="keep")
+
+
+def test_weights_and_what_is_beside_them_keep_whole_names(tmp_path: Path) -> None:
+    source, _ = trained("ema_state_dict.")
+    globs = ["state_dict.model.norm.*", "ema_state_dict.model.norm.*", "optimizer.state.*"]
+    anyckpt.convert(source, tmp_path / "x.safetensors", to="safetensors", include=globs)
+    expected = {"state_dict.model.norm.weight", "ema_state_dict.model.norm.weight", "optimizer.state.0.exp_avg"}
+    assert facts(read(tmp_path / "x.safetensors").tensors) == facts({name: source.tensors[name] for name in expected})
+
+
+def test_a_glob_that_matches_weights_means_these() -> None:
+    source, averaged = trained("ema_state_dict.")
+    chosen, left_out = choose(source, ("*embed*",), ())
+    assert list(chosen.weights()) == ["model.embed_tokens.weight"]
+    assert len(left_out) == len(averaged) - 1
+    with pytest.raises(UsageError, match=r"no tensor matches --include 'nothing\*'"):
+        choose(source, ("nothing*",), ())
+
+
+def test_slots_of_a_real_optimizer(tmp_path: Path) -> None:
+    source = read(ADAMW)
+    slots = [name for name in source.tensors if name.endswith("exp_avg")]
+    anyckpt.convert(ADAMW, tmp_path / "x.safetensors", to="safetensors", include="*.exp_avg")
+    assert sorted(sha256_of(t) for t in read(tmp_path / "x.safetensors").tensors.values()) == sorted(
+        sha256_of(source.tensors[name]) for name in slots
+    )
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_every_tensor_that_is_listed_can_be_chosen(data: st.DataObject) -> None:
+    for source in (trained("ema_state_dict.")[0], read(ADAMW)):
+        name = data.draw(st.sampled_from(sorted(source.tensors)))
+        chosen, left_out = choose(source, (name,), ())
+        assert [sha256_of(tensor) for tensor in chosen.weights().values()] == [sha256_of(source.tensors[name])]
+        assert name not in left_out
+
+
+# -- parts under other names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["hub", "nemo-flat", "megatron-core"])
+def test_a_part_of_a_model_under_other_names(names: str, tmp_path: Path) -> None:
+    anyckpt.convert(LLAMA, tmp_path / "whole.safetensors", to="safetensors", names=names)
+    whole = read(tmp_path / "whole.safetensors").tensors
+    globs = {"include": ["model.layers.*.mlp.*", "model.norm.weight"]}
+    done = anyckpt.convert(LLAMA, tmp_path / "part.safetensors", to="safetensors", names=names, **globs)
+    part = read(tmp_path / "part.safetensors").tensors
+    assert 0 < len(part) < len(whole)
+    assert facts(part) == {name: fact for name, fact in facts(whole).items() if name in part}
+    assert {name for name in whole if "mlp" in name and "norm" not in name} <= set(part)
+    assert any(f"{len(part)} of {len(whole)} tensors" in note for note in done.notes)
+    anyckpt.convert(tmp_path / "whole.safetensors", tmp_path / "back.safetensors", to="safetensors", names="hf",
+                    config=LLAMA, exclude="*self_attention*")  # fmt: skip
+    back = read(tmp_path / "back.safetensors").tensors
+    assert facts(back) == {n: f for n, f in facts(open_case("llama").checkpoint.tensors).items() if n in back}
+    assert not any("self_attn" in name for name in back)
+
+
+def test_what_no_rule_knows_may_be_left_out_of_a_part(tmp_path: Path) -> None:
+    tensors = {**open_case("llama").checkpoint.tensors, "v_head.weight": from_array(np.ones(3, "<f4"))}
+    source = Checkpoint(str(LLAMA), "hf", tensors, config=open_case("llama").checkpoint.config, config_kind="hf")
+    anyckpt.convert(source, tmp_path / "x.safetensors", to="safetensors", names="hub", include="model.layers.1.*")
+    assert all(name.startswith("decoder.layers.1.") for name in read(tmp_path / "x.safetensors").tensors)
+
+
+def test_a_fused_tensor_is_chosen_whole(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"linear_qkv.weight.*choose all of them or none"):
+        anyckpt.convert(LLAMA, tmp_path / "x.safetensors", to="safetensors", names="hub", exclude="*.q_proj.*")
+
+
+def test_a_format_of_whole_models_says_that_the_choice_is_none(tmp_path: Path) -> None:
+    for to in ("megatron-core", "nemo"):
+        with pytest.raises(UsageError, match=rf"{to} holds whole models, and .*leave parts of this one out: 1 tensors"):
+            anyckpt.convert(LLAMA, tmp_path / "x", to=to, exclude="lm_head.*")
+
+
+def test_damage_is_not_taken_for_a_choice(tmp_path: Path) -> None:
+    tensors = dict(open_case("llama").checkpoint.tensors)
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    source = Checkpoint(str(LLAMA), "hf", tensors, config=open_case("llama").checkpoint.config, config_kind="hf")
+    with pytest.raises(IncompleteError, match="copy the missing files"):
+        anyckpt.convert(source, tmp_path / "x.safetensors", to="safetensors", names="hub", exclude="lm_head.*")
+    with pytest.raises(AnyckptError, match="down_proj"):
+        anyckpt.convert(source, tmp_path / "x", to="megatron-core", exclude="lm_head.*")
