@@ -17,7 +17,7 @@ from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.storage import MemorySource
-from anyckpt.tensor import from_array
+from anyckpt.tensor import LazyTensor, from_array
 
 FAMILIES = ("llama", "llama_tied_bf16", "llama31_ropescale", "mistral_swa")
 
@@ -223,3 +223,12 @@ def test_options_and_configurations_that_cannot_be() -> None:
         plan_of(replace(source, config={"x": {1, 2}}))
     notes = plan_of(replace(source, config={}, config_kind=None)).notes
     assert any("no configuration" in note for note in notes)
+
+
+@pytest.mark.parametrize("value", [3, True, "x", {}, [], [None], None])
+def test_a_configuration_may_say_anything_of_its_architectures(value: Any, tmp_path: Path) -> None:
+    weights: dict[str, LazyTensor] = {"a": from_array(np.zeros(2, np.float32))}
+    checkpoint = Checkpoint("x", "hf", weights, config={"architectures": value, "eos_token_id": 1}, config_kind="hf")
+    assert FORMAT.plan is not None
+    written = {file.path for file in FORMAT.plan(checkpoint, WriteOptions()).files}
+    assert written == {"model.safetensors", "config.json"}

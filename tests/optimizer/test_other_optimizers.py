@@ -158,3 +158,16 @@ def test_any_state_of_tensors_and_scalars_comes_back(
         return
     convert(folder / "dcp", folder / "b.ckpt", to="lightning", optimizer="keep")
     assert by_slot(folder / "b.ckpt") == by_slot(source)
+
+
+def test_an_average_that_the_optimizer_keeps_is_told(tmp_path: Path) -> None:
+    weights = {name: numbers(*shape) for name, shape in SHAPES.items()}
+    optimizer = {
+        "opt": {"state": {}, "param_groups": [{"params": [0, 1, 2]}]}, "ema": list(weights.values()), "decay": 0.9,
+    }  # fmt: skip
+    save(tmp_path / "a.ckpt", {
+        "pytorch-lightning_version": "2.4.0", "global_step": 1, "state_dict": weights, "optimizer_states": [optimizer],
+    })  # fmt: skip
+    done = convert(tmp_path / "a.ckpt", tmp_path / "dcp", to="dcp", optimizer="keep")
+    (note,) = [note for note in done.notes if "left out" in note]
+    assert note.startswith("optimizer_states.0.ema.0, optimizer_states.0.ema.1, optimizer_states.0.ema.2 and 1 more")

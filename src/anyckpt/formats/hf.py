@@ -447,10 +447,11 @@ def tokenizer_files(tokenizer: Tokenizer, notes: list[str]) -> dict[str, OutputF
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What transformers derives from a model configuration when it saves a model that can generate."""
-    architectures = config.get("architectures") or [""]
+    listed = config.get("architectures")
+    first = str(listed[0]) if isinstance(listed, list) and listed else ""
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     tokens = {key: config[key] for key in keys if config.get(key) is not None}
-    if not tokens or not str(architectures[0]).endswith(("ForCausalLM", "ForConditionalGeneration")):
+    if not tokens or not first.endswith(("ForCausalLM", "ForConditionalGeneration")):
         return None
     return {"_from_model_config": True, **tokens}
 

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.optimizer.state import MASTER, STEP, checked, options, same_step, sorted_out, unproved
+from anyckpt.optimizer.state import MASTER, STEP, checked, left_out, options, same_step, sorted_out, unproved
 from anyckpt.tensor import LazyTensor
 
 _ENTRY = re.compile(r"(?P<root>optim|optimizer|optimizers|optimizer_states|optimizer_\d+)\.state\.(?P<rest>.+)")
 _GROUP = re.compile(r"[a-z_]+(?:_\d+)?\.param_groups\.(?P<number>\d+)\.(?P<key>[^.]+)")
+_OF_OPTIMIZER = re.compile(r"(?:optim|optimizers?|optimizer_states|optimizer_\d+)\.")
 _GROUPS = re.compile(r"(?:optim|optimizers?|optimizer_\d+)\.param_groups")
 _GROUP_BY_NAME = re.compile(r"[a-z_]+(?:_\d+)?\.(?:param_groups|param_to_group_meta)\.(?P<name>.*\D.*)\.(?P<key>[^.]+)")
 _MASTERS = ("master_param", "fp32_param", "master_weight", "param")
@@ -73,6 +74,7 @@ def read_named(checkpoint: Checkpoint) -> OptimizerState:
         group_of={name: group_of[name] for name in weights if name in group_of}
         if all(name in group_of for name in order)
         else {},
+        warnings=left_out(_others(checkpoint)),
     )
     return checked(state, weights, checkpoint.path)
 
@@ -134,6 +136,13 @@ def _groups(
             groups.append(options(group))
         group_of[weight_of(name)] = groups.index(options(group))
     return tuple(groups), group_of
+
+
+def _others(checkpoint: Checkpoint) -> list[str]:
+    """Stored names of optimizers that are no state of a parameter, nor groups."""
+    known = (_ENTRY, _GROUP, _GROUPS, _GROUP_BY_NAME)
+    names = [name for name in (*checkpoint.tensors, *checkpoint.objects) if _OF_OPTIMIZER.match(name)]
+    return [name for name in names if not any(pattern.fullmatch(name) for pattern in known)]
 
 
 def _group_objects(checkpoint: Checkpoint) -> dict[str, Any]:

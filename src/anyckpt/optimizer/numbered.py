@@ -25,7 +25,7 @@ from anyckpt.indexing import Shape
 from anyckpt.optimizer.groups import assigned, decays
 from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.parameters import aligned, trained
-from anyckpt.optimizer.state import MASTER, SLOTS, STEP, checked, options, same_step, sorted_out, unproved
+from anyckpt.optimizer.state import MASTER, SLOTS, STEP, checked, left_out, options, same_step, sorted_out, unproved
 from anyckpt.tensor import LazyTensor
 
 _ENTRY = re.compile(
@@ -39,6 +39,7 @@ _STEPS = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\
 _GROUPS = re.compile(r"optimizer_states\.(?P<number>\d{1,4})\.(?:optimizer\.|opt\.)?param_groups")
 _SCALER = re.compile(r"optimizer_states\.\d+\.(?:grad_scaler|optimizer\.grad_scaler)")
 _WITHIN = re.compile(r"optimizer_states\.\d+\.(?:optimizer\.|opt\.)?state\.\d+\..+")
+_UNDERSTOOD = (_ENTRY, _MASTER, _GATHERED, _STEPS, _GROUPS, _SCALER)
 _OUTER = re.compile(r"optimizer_states(?:\.\d+(?:\.optimizer|\.opt)?(?:\.state(?:\.\d+)?)?)?")
 _FACTOR = re.compile(r"(?:^|_)(?:row|col)(?:_|$)")  # of Adafactor's second moment, which has not the weight's shape
 _HALF = ("float16", "bfloat16")
@@ -133,11 +134,7 @@ def read_numbered(checkpoint: Checkpoint) -> OptimizerState:
         groups=tuple(groups),
         group_of={name: group_of[name] for name in weights if name in group_of},
         order=order,
-        warnings=(
-            (f"{len(optimizers)} optimizers become one with the parameter groups of all",)
-            if len(optimizers) > 1
-            else ()
-        ),
+        warnings=(*_joined(len(optimizers)), *left_out(_others(checkpoint))),
         grad_scaler=next((checkpoint.objects[name] for name in checkpoint.objects if _SCALER.fullmatch(name)), None),
     )
     return checked(state, weights, checkpoint.path)
@@ -195,6 +192,16 @@ def _objects(checkpoint: Checkpoint) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def _joined(count: int) -> tuple[str, ...]:
+    return (f"{count} optimizers become one with the parameter groups of all",) if count > 1 else ()
+
+
+def _others(checkpoint: Checkpoint) -> list[str]:
+    """Stored names of optimizers that are no state of a parameter, nor groups."""
+    names = [name for name in checkpoint.tensors if name.startswith("optimizer_states.")]
+    return [name for name in (*names, *_objects(checkpoint)) if not any(known.fullmatch(name) for known in _UNDERSTOOD)]
 
 
 def _whole(optimizer: _Optimizer, index: Any, weight: LazyTensor) -> dict[str, Any]:

@@ -114,6 +114,15 @@ def own_state(state: OptimizerState, name: str) -> dict[str, Any]:
     return own
 
 
+def left_out(names: Iterable[str]) -> tuple[str, ...]:
+    """The word on what an optimizer keeps besides its parameters' state, such as an average of the weights."""
+    known = list(names)
+    if not known:
+        return ()
+    more = f" and {len(known) - 3} more" if known[3:] else ""
+    return (f"{', '.join(known[:3])}{more} of the optimizer is left out: only parameters' state and groups travel",)
+
+
 def sorted_out(
     entries: Mapping[str, Mapping[str, Any]], weights: Mapping[str, LazyTensor]
 ) -> tuple[Slots, dict[str, dict[str, Any]], list[Any]]:
