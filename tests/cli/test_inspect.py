@@ -76,7 +76,17 @@ def test_listed_tensors_have_the_contracts_keys(anyckpt: Runner, relative: str) 
         assert len(tensor["sha256"]) == 64
         assert bool(tensor["files"]) == bool(tensor["shards"])
         if "stats" in tensor:
-            assert set(tensor["stats"]) == {"min", "max", "mean", "std", "zeros", "nan", "inf", "denormals"}
+            assert set(tensor["stats"]) == {
+                "min",
+                "max",
+                "mean",
+                "std",
+                "zeros",
+                "nan",
+                "inf",
+                "negative_inf",
+                "denormals",
+            }
 
 
 def test_without_being_asked_no_stats_and_digests_are_computed(anyckpt: Runner) -> None:

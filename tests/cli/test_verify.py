@@ -139,7 +139,7 @@ def test_deep_finds_nan_infinity_and_denormal_numbers(anyckpt: Runner, tmp_path:
     found = anyckpt("verify", path, "--deep", "--json")
     assert found.code == 1
     assert found.json["problems"] == [{"where": "bad", "problem": "1 NaN and 2 infinite of 4 elements"}]
-    assert found.json["warnings"] == ["odd: 1 of 2 elements are denormal numbers, as a stray write leaves them"]
+    assert found.json["warnings"] == ["denormal numbers, as a stray write leaves them, in odd (1 of 2)"]
     assert found.json["checked"]["values"] == 3
     text = anyckpt("verify", path, "--deep").out
     assert "damaged (1 problem); " in text

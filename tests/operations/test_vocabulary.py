@@ -104,6 +104,22 @@ def test_padding_that_is_there_is_kept_as_far_as_it_reaches(tmp_path: Path) -> N
         assert found.shape[0] == wanted and np.array_equal(found[:64], stored) and not found[64:].any()
 
 
+@pytest.mark.parametrize(("tensor_parallel", "expert_tensor_parallel"), [(2, 1), (4, 2), (2, 2)])
+def test_expert_ranks_do_not_change_what_is_said_of_the_rows(
+    tmp_path: Path, tensor_parallel: int, expert_tensor_parallel: int
+) -> None:
+    layout = LayoutRequest(
+        tensor_parallel=tensor_parallel,
+        expert_tensor_parallel=expert_tensor_parallel,
+        expert_parallel=2,
+        make_vocab_size_divisible_by=128 // tensor_parallel,
+    )
+    done = convert(fixture_path("families/mixtral/hf"), tmp_path / "out", to="megatron-lm", layout=layout)
+    said = [note for note in done.notes if "rows" in note]
+    assert said == ["the vocabulary of 96 tokens has 128 rows: 32 new padding rows are filled with zeros"]
+    assert rows(tmp_path / "out").shape[0] == 128
+
+
 @pytest.mark.parametrize("to", ["hf", "megatron-lm", "megatron-core", "nemo"])
 def test_a_vocabulary_larger_than_the_stored_rows_is_refused(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -114,6 +114,7 @@ _JUDGED = {
         mine.Config __main__.Net builtins.ValueError csv.Dialect
     """,
     "known": """
+        __torch__.Net torch.distributed.remote_device._remote_device
         torch._utils._rebuild_tensor_v2 torch.FloatStorage torch.bfloat16 collections.OrderedDict
         numpy.core.multiarray._reconstruct numpy.dtype numpy._core.multiarray.scalar
         numpy.random._pickle.__randomstate_ctor omegaconf.dictconfig.DictConfig argparse.Namespace

@@ -116,6 +116,11 @@ def _unprefixed(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_par
     return Unwrapped(kept, others, base, prefix, outer, {key: name for key, name in called.items() if key != name})
 
 
+def base_of(rules: Iterable[Rule]) -> str:
+    """What the names of all of a family's model begin with, but those of its head."""
+    return _base(*_patterns(rules))
+
+
 def _free(name: str, taken: Mapping[str, str]) -> str:
     """The name itself, or with the first number behind it that makes it another than those that are taken."""
     return next(each for each in chain((name,), (f"{name}#{number}" for number in count(2))) if each not in taken)

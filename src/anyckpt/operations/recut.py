@@ -267,15 +267,9 @@ def padding_notes(whole: Checkpoint, cut_checkpoint: Checkpoint, padding: Paddin
 
 
 def _embedding_rows(shards: Sequence[RankShard]) -> int:
-    """Of the whole embedding that the ranks share."""
-    return sum(
-        shard.tensors[_EMBEDDING].shape[0] for shard in shards if _EMBEDDING in shard.tensors and _is_first(shard)
-    )
-
-
-def _is_first(shard: RankShard) -> bool:
-    """Whether its tensor-parallel rank is met here first: embeddings are repeated over expert ranks and stages."""
-    return shard.pipeline_rank == 0 and shard.virtual_rank == 0 and shard.expert_rank == 0
+    """Of the whole embedding: one part for each tensor-parallel rank, which expert ranks and stages repeat."""
+    rows = {shard.tensor_rank: shard.tensors[_EMBEDDING].shape[0] for shard in shards if _EMBEDDING in shard.tensors}
+    return sum(rows.values())
 
 
 def _cut_optimizer(

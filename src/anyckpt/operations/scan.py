@@ -37,6 +37,7 @@ class Statistics:
         zeros: elements equal to zero, of either sign.
         nan: elements that are not a number.
         inf: elements that are infinite, of either sign.
+        negative_inf: those of these that are below zero.
         denormals: non-zero elements below the smallest normal number of a type of 16 bits or more.
     """
 
@@ -48,6 +49,7 @@ class Statistics:
     nan: int
     inf: int
     denormals: int
+    negative_inf: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a moment too large for float64 is None."""
@@ -65,7 +67,7 @@ class _Moments:
         self.mean = self.squares = 0.0
         self.low: float | None = None
         self.high: float | None = None
-        self.zeros = self.nan = self.inf = self.denormals = 0
+        self.zeros = self.nan = self.inf = self.negative_inf = self.denormals = 0
         self.smallest_normal = smallest_normal
 
     def add(self, chunk: Array) -> None:
@@ -76,6 +78,7 @@ class _Moments:
             nan = int(np.count_nonzero(np.isnan(values)))
             self.nan += nan
             self.inf += len(values) - int(np.count_nonzero(finite)) - nan
+            self.negative_inf += int(np.count_nonzero(np.isneginf(values)))
             chunk, values = chunk[finite], values[finite]
             total = float(values.sum())
         if not len(values):
@@ -103,7 +106,7 @@ class _Moments:
         return Statistics(
             self.low, self.high, self.mean if some else None,
             math.sqrt(self.squares / self.count) if some else None,
-            self.zeros, self.nan, self.inf, self.denormals,
+            self.zeros, self.nan, self.inf, self.denormals, self.negative_inf,
         )  # fmt: skip
 
 

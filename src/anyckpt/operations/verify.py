@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from anyckpt import models, quantization
@@ -12,13 +12,15 @@ from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
-from anyckpt.models import adapters
+from anyckpt.models import Model, adapters
+from anyckpt.models.complete import some
+from anyckpt.models.heads import has_other_head, trunk_of
 from anyckpt.operations.asked import asked_of_loaders
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.naming import identify
 from anyckpt.operations.open import join_ranks
-from anyckpt.operations.parallel import Advance, Meter, Progress, each
-from anyckpt.operations.scan import Statistics, scan
+from anyckpt.operations.parallel import Advance, Meter, Progress
+from anyckpt.operations.values import check_values
 from anyckpt.pickling import Callee, recording
 from anyckpt.pickling.calls import danger
 from anyckpt.storage.source import ByteSource
@@ -121,7 +123,7 @@ def verify(
 
     Args:
         source: a path, or a checkpoint that is open.
-        deep: also read every tensor: NaN and infinities in weights are problems, denormal numbers are warnings.
+        deep: also read every tensor (see ``check_values``).
         progress: called with (bytes done, bytes to do) of each pass over the data.
 
     Raises:
@@ -137,7 +139,12 @@ def verify(
     _check_model(checkpoint, result)
     _check_names(checkpoint, result)
     if deep:
-        _check_values(checkpoint, result, progress)
+        values = check_values(checkpoint, progress)
+        result.checked.values = values.read
+        result.problems += [Problem(name, problem) for name, problem in values.problems]
+        result.warnings += values.warnings
+        if values.unread:
+            result.unchecked.append(f"the numbers of {len(values.unread):,} packed tensors: {some(values.unread)}")
     _check_calls(checkpoint, result)
     return result
 
@@ -235,9 +242,10 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
             return
         whole = in_full_precision(whole, "bfloat16").checkpoint
         model = identify(whole)
-        if model is not None:
-            models.to_hub(whole, model, widen=True)
-            result.checked.model = True
+        if model is None:
+            return
+        _check_complete(whole, model, result)
+        result.checked.model = True
     except MappingError as error:
         if error.path == checkpoint.path:
             error.path = None
@@ -253,11 +261,30 @@ def _check_names(checkpoint: Checkpoint, result: Verification) -> None:
     except MappingError as error:
         result.problems.append(Problem(checkpoint.path, str(error)))
         return
+    if bare is None and has_other_head(checkpoint):
+        return  # their classes call the trunk by other names than its own
     if bare is None or bare.wrappers:
         before = "" if bare is None else f", for {' and '.join(bare.wrappers)} of a wrapper is in them"
         first = next(iter(checkpoint.weights()))
         problem = f"transformers does not find the weights under these names{before}: {first}; convert it with --to hf"
         result.problems.append(Problem(checkpoint.path, problem))
+
+
+def _check_complete(whole: Checkpoint, model: Model, result: Verification) -> None:
+    """That the weights are those of the model, or of its trunk if its class has another head or none."""
+    if not has_other_head(whole):
+        try:
+            models.to_hub(whole, model, widen=True)
+            return
+        except MappingError:
+            if trunk_of(whole, model) is None:
+                raise
+    trunk = trunk_of(whole, model)
+    bare = whole if trunk is None else replace(whole, tensors=trunk.tensors, model_prefix="", state_prefixes=())
+    models.to_hub(bare, model if trunk is None else trunk.model, widen=True)
+    if trunk is not None and trunk.beside:
+        of = trunk.kind or "the model"
+        result.unchecked.append(f"what is beside the trunk of {of}, as no rule covers it: {some(trunk.beside)}")
 
 
 def _check_adapter(checkpoint: Checkpoint, result: Verification) -> None:
@@ -266,29 +293,3 @@ def _check_adapter(checkpoint: Checkpoint, result: Verification) -> None:
         result.warnings.append(f"whether the adapter is complete is not known: it is of kind {settings.kind}")
         return
     result.warnings += adapters.check_adapter(checkpoint)
-
-
-def _check_values(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
-    weights = {name: t for name, t in checkpoint.weights().items() if t.dtype.is_floating or t.dtype.kind == "complex"}
-
-    def one(name: str, advance: Advance) -> Statistics | AnyckptError | None:
-        try:
-            return scan(weights[name], statistics=True, digest=False, advance=advance).statistics
-        except AnyckptError as error:
-            return error
-
-    meter = Meter(sum(tensor.nbytes for tensor in weights.values()), progress)
-    for name, found in zip(weights, each(one, weights, meter), strict=True):
-        size = weights[name].size
-        if isinstance(found, AnyckptError):
-            result.problems.append(Problem(name, str(found)))
-            continue
-        if found is None:
-            continue
-        result.checked.values += 1
-        if found.nan or found.inf:
-            counts = [f"{n:,} {what}" for n, what in ((found.nan, "NaN"), (found.inf, "infinite")) if n]
-            result.problems.append(Problem(name, f"{' and '.join(counts)} of {size:,} elements"))
-        if found.denormals:
-            share = f"{found.denormals:,} of {size:,} elements are denormal numbers"
-            result.warnings.append(f"{name}: {share}, as a stray write leaves them")

@@ -81,7 +81,7 @@ _KNOWN = re.compile(
     r"|torch\.(per_\w+_(affine|symmetric)\w*|strided|sparse_\w+|contiguous_format|channels_last\w*|preserve_format)"
     r"|torch\.(cuda|sparse|xpu|hpu|npu)\.\w*(Storage|Tensor)|torch\.serialization\._get_layout"
     r"|torch\._tensor\.\w+|torch\.nn\.parameter\.\w+|torch\.autograd\.variable\.Variable"
-    r"|torch\.distributed\.(_?tensor|_?shard|checkpoint|device_mesh|_functional_collectives)\.[\w.]*[A-Z]\w*"
+    r"|torch\.distributed\.remote_device\._remote_device|torch\.distributed\.(_?tensor|_?shard|checkpoint|device_mesh|_functional_collectives)\.[\w.]*[A-Z]\w*"
     r"|torch\.(nn|optim|ao|quantization|amp|distributions)\.([\w]+\.)*_*[A-Z]\w*"
     r"|numpy\.(_?core\.multiarray\.(_reconstruct|scalar)|_?core\.numeric\._frombuffer|_?core\._internal\.\w+)"
     r"|numpy\._core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer|_internal\.\w+)|numpy\.(ndarray|dtype)"
@@ -101,6 +101,8 @@ def kind_of(name: str) -> str:
     """The kind of a dotted name, module and all; names from a hostile file may hold anything."""
     parts = name.split(".")
     top, last = parts[0], parts[-1]
+    if top == "__torch__":  # a class of a TorchScript archive's own program, which Python never runs
+        return "known"
     if top == "builtins" and len(parts) == 2:
         if last in _HARMLESS_BUILTINS:
             return "known"

@@ -1,0 +1,102 @@
+"""``verify --deep``: numbers that a model cannot have, and those that only look so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.cli.runner import Runner
+from tests.cli.test_diff import written
+from tests.formats.torch_archives import small_file
+from tests.support import file_bytes, fixture_path
+
+from anyckpt.engine.plan import OutputFile
+from anyckpt.formats.torch_file import zip_parts
+from anyckpt.tensor import from_array
+
+CAUSAL = np.where(np.tri(8, dtype=bool), 0, -np.inf).astype(np.float32)
+
+
+def torch_file(path: Path, root: object) -> Path:
+    path.write_bytes(file_bytes(OutputFile("", zip_parts(root))))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("attention.bias", CAUSAL),
+        ("layers.0.attn_mask", CAUSAL + np.arange(8, dtype=np.float32)),
+        ("text.causal_mask", CAUSAL.astype(np.float16)[None, None]),
+        ("observer.min_val", np.array(np.inf, dtype=np.float32)),
+        ("observer.max_vals", np.full(3, -np.inf, dtype=np.float32)),
+        ("best_model_score", np.array(np.inf, dtype=np.float32)),
+    ],
+)
+def test_infinity_that_is_meant_is_no_damage(anyckpt: Runner, tmp_path: Path, name: str, values: np.ndarray) -> None:
+    found = anyckpt("verify", written(tmp_path / "x.safetensors", **{name: values}), "--deep")
+    assert (found.code, found.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("weight", np.array([[0, 1], [2, -np.inf]], dtype=np.float32)),
+        ("weight", np.array([[0, 0], [0, np.inf]], dtype=np.float32)),
+        ("attn_mask", np.where(np.tri(8), 0, np.inf).astype(np.float32)),
+        ("attn_mask", np.array([[0, np.nan]], dtype=np.float32)),
+        ("norm.weight", np.full(3, -np.inf, dtype=np.float32)),
+        ("best.weight", np.full(3, np.inf, dtype=np.float32)),
+    ],
+)
+def test_other_infinity_is_damage(anyckpt: Runner, tmp_path: Path, name: str, values: np.ndarray) -> None:
+    found = anyckpt("verify", written(tmp_path / "x.safetensors", **{name: values}), "--deep")
+    assert found.code == 1
+    assert f"{name}: " in found.out
+
+
+def test_small_numbers_of_float16_are_ordinary(anyckpt: Runner, tmp_path: Path) -> None:
+    weights = (np.random.default_rng(1).standard_normal((64, 64)) * 0.002).astype(np.float16)
+    assert np.any((weights != 0) & (np.abs(weights) < np.finfo(np.float16).smallest_normal))
+    path = written(tmp_path / "x.safetensors", **{f"layer.{i}.weight": weights for i in range(20)})
+    found = anyckpt("verify", path, "--deep")
+    assert (found.code, found.err) == (0, "")
+
+
+def test_a_tensor_too_small_for_float16_is_told(anyckpt: Runner, tmp_path: Path) -> None:
+    weights = (np.random.default_rng(1).standard_normal((64, 64)) * 1e-6).astype(np.float16)
+    found = anyckpt("verify", written(tmp_path / "x.safetensors", a=weights, b=np.ones(3, np.float16)), "--deep")
+    assert found.code == 0
+    assert "too small for float16" in found.err
+
+
+def test_stray_writes_are_told_in_one_line(anyckpt: Runner, tmp_path: Path) -> None:
+    odd = np.array([1, 1e-40, 2], dtype=np.float32)
+    path = written(tmp_path / "x.safetensors", **{f"layer.{i}.weight": odd for i in range(20)})
+    found = anyckpt("verify", path, "--deep", "--json").json
+    (warning,) = found["warnings"]
+    assert "(1 of 3) and 17 more" in warning
+
+
+def test_training_state_is_looked_at_too(anyckpt: Runner, tmp_path: Path) -> None:
+    moments = np.array([0.5, np.nan, 1], dtype=np.float32)
+    root = {
+        "state_dict": {"a.weight": from_array(np.ones(3, dtype=np.float32))},
+        "optimizer": {"state": {0: {"exp_avg": from_array(moments)}}, "param_groups": [{"params": [0], "lr": 1.0}]},
+        "callbacks": {"best": from_array(np.array(np.inf, dtype=np.float32))},
+    }
+    found = anyckpt("verify", torch_file(tmp_path / "x.pt", root), "--deep", "--json").json
+    (problem,) = found["problems"]
+    assert "exp_avg" in problem["where"]
+    assert "1 NaN of 3 elements" in problem["problem"]
+
+
+def test_a_callback_that_has_no_score_yet_is_no_damage(anyckpt: Runner) -> None:
+    found = anyckpt("verify", fixture_path("nemo/lightning_fsdp2/m-step=2.ckpt"), "--deep")
+    assert (found.code, found.err) == (0, "")
+
+
+def test_a_whole_file_is_sound(anyckpt: Runner, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(small_file())
+    assert "the values of 2 tensors" in anyckpt("verify", tmp_path / "x.pt", "--deep").out
