@@ -207,6 +207,31 @@ def test_a_known_family_keeps_its_configuration_and_gets_the_tokenizer(tmp_path:
     assert not anyckpt.diff(tmp_path / "back", tmp_path / "out")
 
 
+TIED = {**UNKNOWN, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_tied_vocabulary_that_was_resized(kept: bool, tmp_path: Path) -> None:
+    """peft stores the embedding of a tied model twice, whether or not the base does."""
+    base = {**model(), "lm_head.weight": model()["model.embed_tokens.weight"]}
+    if not kept:
+        del base["lm_head.weight"]
+    rows = random(13, 4, seed=2)
+    adapter = {f"{PREFIX}model.embed_tokens.weight": rows, f"{PREFIX}lm_head.weight": rows}
+    changed = merge(tmp_path, base, {**adapter, **factors("tower.blocks.0.fc", 5, 3)}, config=TIED)
+    assert np.array_equal(changed["model.embed_tokens.weight"], rows)
+    assert np.array_equal(changed.get("lm_head.weight", rows), rows)
+
+
+def test_a_head_of_its_own_for_a_tied_model_is_refused(tmp_path: Path) -> None:
+    base = {**model(), "lm_head.weight": model()["model.embed_tokens.weight"]}
+    with pytest.raises(MappingError, match="an output layer of its own, and the base model's is tied"):
+        merge(tmp_path, base, saved("lm_head", random(10, 4, seed=4)), config=TIED)
+    del base["lm_head.weight"]
+    with pytest.raises(UsageError, match="none of the base's by name"):
+        merge(tmp_path, base, saved("lm_head", random(10, 4, seed=4)), config=TIED)
+
+
 def test_a_part_of_a_resized_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MappingError, match="resizes only a part of what has the vocabulary's rows.*lm_head.weight"):
         merge(tmp_path, model(), saved("model.embed_tokens", random(13, 4)))

@@ -22,6 +22,7 @@ from anyckpt.models.adapters.peft import StoredAdapter, rows_of, update_of
 from anyckpt.tensor import LazyTensor, Mapped
 
 _WRAPPING = ("model", "language_model")
+_HEADS = ("lm_head", "embed_out", "output_layer")
 _RESIZE = "resize the base model's vocabulary as it was resized for training"
 
 
@@ -65,6 +66,21 @@ def unplaced(stored: StoredAdapter, find: Callable[[str], str | None]) -> list[s
     modules = {**dict.fromkeys(stored.modules), **dict.fromkeys(stored.tokens)}
     missing = [module for module in modules if find(f"{module}.weight") is None]
     return missing + [name for name in stored.saved if find(name) is None]
+
+
+def without_tied_copies(
+    stored: StoredAdapter, tensors: Mapping[str, LazyTensor], find: Callable[[str], str | None]
+) -> None:
+    """Leave out whole tensors that a tied base has not, and that are equal to one that it has.
+
+    peft stores the output layer of a resized model beside its embedding, also where the two are one.
+    """
+    outer = [name for name in stored.saved if not block_of(name)]
+    known = [name for name in outer if find(name) is not None]
+    for name in outer:
+        own = tensors[stored.saved[name]]
+        if name not in known and any(all_equal([own, tensors[stored.saved[other]]]) for other in known):
+            del stored.saved[name]
 
 
 @dataclass
@@ -219,6 +235,18 @@ def _find_alike(result: Placed, base: Mapping[str, LazyTensor], tied: bool) -> N
             ]  # fmt: skip
         if others:
             result.alike[name] = others
+    heads = (
+        [name for name in adapter.replaced if name.split(".")[-2:-1] and name.split(".")[-2] in _HEADS] if tied else []
+    )
+    for name in heads:
+        value = adapter.replaced[name][0]
+        embeddings = (own[0] for other, own in adapter.replaced.items() if other != name and not block_of(other))
+        if not any(all_equal([value, own]) for own in embeddings):
+            raise MappingError(
+                "the adapter has an output layer of its own, and the base model's is tied to its embedding",
+                tensor=name, expected="an untied base model",
+                remedy="untie the base model, or leave the tensor out with --exclude",
+            )  # fmt: skip
 
 
 def _check_replaced(

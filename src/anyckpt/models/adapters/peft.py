@@ -363,6 +363,11 @@ def _spellings(module: str, layers: Layers) -> list[str]:
     return [*known, *(name.removesuffix(".weight") for name in probe)]
 
 
+def _is_copy(stored: str, saved: Mapping[str, str], tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a whole tensor is stored under another name, too, as a tied output layer of a resized model is."""
+    return any(name != stored and all_equal([tensors[stored], tensors[name]]) for name in saved.values())
+
+
 def _replaced(
     saved: Mapping[str, str], layers: Layers, tensors: Mapping[str, LazyTensor]
 ) -> dict[str, dict[int, LazyTensor]]:
@@ -381,6 +386,8 @@ def _replaced(
         stem, _, kind = plain_name.rpartition(".")
         known = (f"{spelled}.{kind}" for spelled in _spellings(stem, layers))
         source = next((name for name in known if name in by_source), None)
+        if source is None and plain_name == head and _is_copy(stored, saved, tensors):
+            continue
         if source is None and stem == head.removesuffix(".weight") and model.config.share_embeddings_and_output_weights:
             raise MappingError(
                 "the adapter has an output layer of its own, and the base model's is tied to its embedding",
@@ -399,7 +406,8 @@ def _replaced(
         if value.shape != shape:
             raise MappingError(
                 "the adapter replaces a weight by one of another shape", tensor=stored, expected=shape,
-                found=value.shape, remedy="resize the base model's vocabulary as it was resized for training",
+                found=value.shape, remedy="convert the base model to hf and merge there, where the vocabulary gets the "
+                "adapter's rows; or resize it as it was resized for training",
             )  # fmt: skip
         result.setdefault(item.hub, {})[number] = value
     return result

@@ -12,7 +12,7 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.models.adapters import loose, megatron, peft
 from anyckpt.models.adapters.adapter import Adapter, Layers
-from anyckpt.models.adapters.by_name import Placed, placed, unplaced
+from anyckpt.models.adapters.by_name import Placed, placed, unplaced, without_tied_copies
 from anyckpt.models.adapters.wrapped import is_wrapped
 from anyckpt.tensor import LazyTensor
 
@@ -115,6 +115,8 @@ def place_by_name(
             weights = loose.as_peft(weights)
         stored = peft.by_module(weights)
         find = loose.finder(spelled, base).find
+        if tied:
+            without_tied_copies(stored, weights, find)
         missing = unplaced(stored, find)
         if missing:
             return None, missing
