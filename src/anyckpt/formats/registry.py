@@ -174,6 +174,7 @@ _BUILT_IN = {
     "meta": "meta",
     "hf": "hf",
     "fsdp": "fsdp",
+    "deepspeed": "deepspeed",
     "safetensors": "safetensors",
     "torch": "torch_file",
 }

@@ -69,7 +69,7 @@ def _of_deepspeed(root: Any) -> Part | None:
     if not isinstance(root, dict):
         return None
     optimizer = root.get("optimizer_state_dict")
-    if isinstance(optimizer, dict) and "zero_stage" in optimizer:
+    if isinstance(optimizer, dict) and ("zero_stage" in optimizer or "single_partition_of_fp32_groups" in optimizer):
         return Part(
             "is one rank's partition of a DeepSpeed ZeRO optimizer, whose float32 weights are cut over all ranks",
             _DEEPSPEED_FOLDER,

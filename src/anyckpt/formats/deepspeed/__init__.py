@@ -1,0 +1,14 @@
+"""Checkpoints of DeepSpeed: ZeRO stages 1 to 3, universal ones, and those of engines without ZeRO."""
+
+from anyckpt.formats.deepspeed.location import detect
+from anyckpt.formats.deepspeed.read import read
+from anyckpt.formats.registry import Format
+
+__all__ = ["FORMAT"]
+
+FORMAT = Format(
+    name="deepspeed",
+    title="DeepSpeed checkpoint",
+    detect=detect,
+    read=read,
+)
