@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass
 from operator import index
 from typing import Any, SupportsIndex, overload
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype, from_numpy
 from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.identity import ElementWise, Identity
 from anyckpt.indexing import (
     Array,
     Shape,
@@ -36,6 +37,7 @@ from anyckpt.storage.gather import SCRATCH_BYTES, gather, scratch
 from anyckpt.storage.source import ByteSource, MemorySource
 
 _MATERIALISE_LIMIT = 64
+_COPIED_BYTES = 4096
 
 
 class LazyTensor(ABC):
@@ -67,6 +69,10 @@ class LazyTensor(ABC):
     @abstractmethod
     def pieces(self) -> Iterator[Stored]:
         """Every stored piece that the tensor is made of, in no stated order."""
+
+    def identity(self) -> Identity | None:
+        """Values that tell its elements from all others (see ``anyckpt.identity``); None if there are none."""
+        return None
 
     def read_flat(self, start: int, out: Array) -> None:
         """Fill the one-dimensional ``out`` with elements ``start`` and following, counted in C order.
@@ -277,7 +283,7 @@ class LazyTensor(ABC):
             return self
         if self.dtype.numpy is None or target.numpy is None:
             raise UsageError(f"{self.dtype.name} cannot be cast to {target.name}")
-        return Mapped((self,), target, _cast_function(target))
+        return Mapped((self,), target, Cast(target))
 
     def pad(self, axis: int, length: int) -> LazyTensor:
         """Zeros appended along ``axis`` up to ``length``.
@@ -316,6 +322,9 @@ class Stored(LazyTensor):
         self.dtype = dtype
         self.shape = shape
         self.strides = strides if strides != c_strides(shape) else None
+
+    def identity(self) -> Identity:
+        return self.source, self.offset, self.dtype, self.shape, self.strides
 
     def read_box(self, start: Shape, out: Array) -> None:
         itemsize = self.dtype.itemsize
@@ -371,6 +380,9 @@ class Constant(LazyTensor):
         self.shape = shape
         self.element = bytes(dtype.itemsize) if element is None else element
 
+    def identity(self) -> Identity:
+        return self.dtype, self.shape, self.element
+
     def read_box(self, start: Shape, out: Array) -> None:
         out[...] = np.frombuffer(self.element, dtype=out.dtype)[0]
 
@@ -406,6 +418,9 @@ class Mosaic(LazyTensor):
         self.starts = starts
         self.stops = stops
         self.tiles = tiles
+
+    def identity(self) -> Identity:
+        return self.dtype, self.shape, self.starts, self.stops, self.tiles
 
     def _overlaps(self, start: Shape, shape: Shape) -> Iterator[tuple[int, list[int], list[int]]]:
         """Number, first index and index past the last of each piece's part inside a box, in the whole's indices."""
@@ -473,6 +488,9 @@ class _Some(Sequence[LazyTensor]):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def identity(self) -> Identity:
+        return self._pieces, self._numbers
+
     @overload
     def __getitem__(self, index: int) -> LazyTensor: ...
     @overload
@@ -504,6 +522,9 @@ class Boxed(_View):
         self.shape = shape
         self.dtype = child.dtype
 
+    def identity(self) -> Identity:
+        return self.child, self.start, self.shape
+
     def read_box(self, start: Shape, out: Array) -> None:
         self.child.read_box(tuple(a + b for a, b in zip(self.start, start, strict=True)), out)
 
@@ -521,6 +542,9 @@ class Permuted(_View):
         self.axes = axes
         self.shape = tuple(child.shape[a] for a in axes)
         self.dtype = child.dtype
+
+    def identity(self) -> Identity:
+        return self.child, self.axes
 
     def _inverse(self, values: Shape) -> Shape:
         back = [0] * len(values)
@@ -547,6 +571,9 @@ class Reshaped(_View):
         self.child = child
         self.shape = shape
         self.dtype = child.dtype
+
+    def identity(self) -> Identity:
+        return self.child, self.shape
 
     def read_flat(self, start: int, out: Array) -> None:
         self.child.read_flat(start, out)
@@ -578,7 +605,8 @@ class Mapped(LazyTensor):
     Args:
         children: the operands.
         dtype: element type of the result.
-        function: from arrays of the operands' numpy types to an array of the result's; may run in any thread.
+        function: from arrays of the operands' numpy types to an array of the result's; may run in any thread.  An
+            ``ElementWise``, or a function that can be imported by its name; with any other the work cannot be resumed.
     """
 
     __slots__ = ("children", "function")
@@ -588,6 +616,9 @@ class Mapped(LazyTensor):
         self.dtype = dtype
         self.shape = children[0].shape
         self.function = function
+
+    def identity(self) -> Identity:
+        return self.children, self.dtype, self.function
 
     def read_box(self, start: Shape, out: Array) -> None:
         if out.size == 0:
@@ -631,10 +662,14 @@ class Mapped(LazyTensor):
 
 
 def from_array(array: Array) -> Stored:
-    """A tensor of the elements of an array, which must not change afterwards."""
+    """A tensor of the elements of an array, which must not change afterwards.
+
+    Up to 4 KiB are copied; a larger array is referred to and is live state, which has no identity.
+    """
     kind = from_numpy(array.dtype)
     contiguous = np.ascontiguousarray(array).reshape(array.shape)
-    return Stored(MemorySource(contiguous.view(kind.raw)), 0, kind, tuple(array.shape))
+    data = contiguous.tobytes() if array.nbytes <= _COPIED_BYTES else contiguous.view(kind.raw)
+    return Stored(MemorySource(data), 0, kind, tuple(array.shape))
 
 
 def concatenate(tensors: Sequence[LazyTensor], axis: int) -> LazyTensor:
@@ -708,10 +743,12 @@ def _mosaic(
     return Mosaic(dtype, shape, _corners(starts, len(shape)), _corners(stops, len(shape)), tiles)
 
 
-@cache
-def _cast_function(target: DType) -> Callable[[Array], Array]:
-    def convert(array: Array) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return array.astype(target.numpy)
+@dataclass(frozen=True)
+class Cast(ElementWise):
+    """Rounding to another element type, to nearest, ties to even."""
 
-    return convert
+    target: DType
+
+    def __call__(self, array: Array) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return array.astype(self.target.numpy)

@@ -238,14 +238,17 @@ def test_overwriting_replaces_a_damaged_checkpoint(anyckpt: Runner, tmp_path: Pa
 
 
 @pytest.mark.parametrize("words", [(), ("--optimizer", "keep")])
-def test_what_a_format_of_tensors_leaves_out_of_a_quantized_weight_is_said(
+def test_a_tensor_that_its_parts_alone_do_not_make_is_refused(
     anyckpt: Runner, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     source = fixture_path("legacy/zoo_kinds/zip.pt")
     composite = set(api.open(source).objects)
-    done = anyckpt("convert", source, tmp_path / "m.safetensors", "--to", "safetensors", "--json", *words).json
     assert composite
-    assert composite <= {entry["name"] for entry in done["ignored"]}
+    output = tmp_path / "m.safetensors"
+    error = anyckpt("convert", source, output, "--to", "safetensors", *words).error
+    assert any(f"tensor '{name}'" in error for name in composite)
+    assert "leave it out with --exclude" in error
+    assert not output.exists()
 
 
 def test_an_impossible_configuration_names_its_file(anyckpt: Runner, tmp_path: Path) -> None:

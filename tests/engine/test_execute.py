@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,19 @@ from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData, small_file
 from anyckpt.errors import FormatError, OutputError, UsageError
+from anyckpt.identity import ElementWise
 from anyckpt.storage import LocalFile, MemorySource
 from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, concatenate, dtype
 
 SAMPLE = Path(__file__).with_name("sample.py")
+
+
+@dataclass(frozen=True)
+class AtMost(ElementWise):
+    limit: float
+
+    def __call__(self, values: Any) -> Any:
+        return np.minimum(values, np.float32(self.limit))
 
 
 @pytest.fixture(autouse=True)
@@ -308,7 +318,7 @@ def test_other_bytes_of_the_same_shape_are_other_work(source: Path, tmp_path: Pa
         return Plan("sample", (OutputFile("", (TensorData("w", tensor),)),))
 
     def scaled(factor: float) -> LazyTensor:
-        return Mapped((data,), dtype("float32"), lambda values: np.minimum(values, np.float32(factor)))
+        return Mapped((data,), dtype("float32"), AtMost(factor))
 
     half = data.narrow(0, 0, 32)
     variants = [

@@ -87,16 +87,22 @@ def execute(
     Raises:
         OutputError: the destination exists, the disk is full, or the work to resume is of another plan.
         FormatError: a source turns out to be damaged; nothing is left behind.
-        UsageError: ``memory`` is too small for one thread.
+        UsageError: ``memory`` is too small for one thread, or ``resume`` is asked for and something in the plan has no
+            identity (``anyckpt.identity``).
     """
     started = time.monotonic()
     read_before = sources.bytes_read()
     count = _worker_count(workers, memory)
     identity = fingerprint(plan, source_paths)
-    if resume and not overwrite and _is_done(destination, identity):
+    if resume and identity.obstacle is not None:
+        raise UsageError(
+            "cannot be continued: part of it has no identity, so that other work might be taken for the same",
+            path=destination, found=identity.obstacle, remedy="run without --resume to begin anew",
+        )  # fmt: skip
+    if resume and not overwrite and _is_done(destination, identity.value):
         return _report(plan, destination, 0, time.monotonic() - started, plan.nbytes)
-    staging = Staging(destination, identity, resume=resume, overwrite=overwrite)
-    run = _Run(plan, identity, staging, count, memory, progress)
+    staging = Staging(destination, identity.value, resume=resume, overwrite=overwrite)
+    run = _Run(plan, identity.value, staging, count, memory, progress, resumable=identity.obstacle is None)
     try:
         manifest = run.write_everything()
         staging.commit(manifest, None if plan.is_directory else beside(destination))
@@ -110,7 +116,7 @@ def execute(
         staging.discard()
         raise
     except BaseException:
-        staging.close()
+        staging.close() if run.resumable else staging.discard()
         raise
     seconds = time.monotonic() - started
     return _report(plan, destination, sources.bytes_read() - read_before, seconds, run.resumed_bytes)
@@ -165,7 +171,15 @@ class _Run:
     """The state of one execution."""
 
     def __init__(
-        self, plan: Plan, identity: str, staging: Staging, workers: int, memory: int, progress: Progress | None
+        self,
+        plan: Plan,
+        identity: str,
+        staging: Staging,
+        workers: int,
+        memory: int,
+        progress: Progress | None,
+        *,
+        resumable: bool,
     ) -> None:
         self._plan = plan
         self._identity = identity
@@ -183,12 +197,13 @@ class _Run:
         self._wanted_crcs = [
             {i for part in file.parts if isinstance(part, Computed) for i in part.parts} for file in plan.files
         ]
+        self.resumable = resumable
         self.resumed_bytes = 0
 
     @property
     def worth_keeping(self) -> bool:
         """Whether an interrupted run left durable blocks, so that resuming saves work."""
-        return bool(self._staging.finished) or any(True for _ in self._records)
+        return self.resumable and (bool(self._staging.finished) or any(True for _ in self._records))
 
     def write_everything(self) -> bytes:
         """Write all files stage by stage; the output is durable afterwards.  Gives the manifest."""

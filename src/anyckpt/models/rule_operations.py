@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from anyckpt.errors import MappingError
+from anyckpt.identity import ElementWise
 from anyckpt.indexing import Shape
 from anyckpt.models.config import ModelConfig
 from anyckpt.tensor import LazyTensor, Mapped, concatenate
@@ -273,19 +275,31 @@ def _scaled(tensor: LazyTensor, factor: float, change: Callable[..., np.ndarray]
             "this family's values are scaled on the way, which their type does not allow",
             expected="floating-point weights", found=tensor.dtype.name,
         )  # fmt: skip
-    own, wide = tensor.dtype.numpy, "<f8" if tensor.dtype.name == "float64" else "<f4"
+    return Mapped((tensor,), tensor.dtype, Scale(factor, change))
 
-    def scale(values: np.ndarray) -> np.ndarray:
+
+@dataclass(frozen=True)
+class Scale(ElementWise):
+    """``change(numbers, factor)``, computed in float32 (float64 for float64) and rounded to the numbers' own type.
+
+    Attributes:
+        factor: a number.
+        change: ``numpy.multiply`` or ``numpy.divide``.
+    """
+
+    factor: float
+    change: Callable[..., np.ndarray]
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        wide = values.astype("<f8" if values.dtype == np.float64 else "<f4")
         with np.errstate(over="ignore"):
-            result = change(values.astype(wide), factor).astype(own)
+            result = self.change(wide, self.factor).astype(values.dtype)
         if np.isinf(result).any() and not np.isinf(values).any():
             raise MappingError(
-                "a weight is too large to be scaled in its type", expected=f"less than {tensor.dtype.name}'s largest",
-                found=f"{float(np.abs(values.astype(wide)).max()):.4g}", remedy="cast to bf16 or fp32 before",
+                "a weight is too large to be scaled in its type", expected=f"less than {values.dtype.name}'s largest",
+                found=f"{float(np.abs(wide).max()):.4g}", remedy="cast to bf16 or fp32 before",
             )  # fmt: skip
         return result
-
-    return Mapped((tensor,), tensor.dtype, scale)
 
 
 IDENTITY = Identity()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from anyckpt.errors import MappingError
+from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.models.config import ModelConfig
 from anyckpt.models.rule_operations import Operation
@@ -32,6 +33,9 @@ class RowsOfLengthOne(LazyTensor):
         self.child = child
         self.dtype = child.dtype
         self.shape = child.shape
+
+    def identity(self) -> Identity:
+        return (self.child,)
 
     def pieces(self) -> Iterator[Stored]:
         return self.child.pieces()

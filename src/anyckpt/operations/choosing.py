@@ -9,6 +9,7 @@ import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import IncompleteError, UsageError
+from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.models.complete import some
 from anyckpt.operations.naming import Renamed
@@ -158,6 +159,9 @@ class _Apart(LazyTensor):
         self.child = child
         self.dtype = child.dtype
         self.shape = child.shape
+
+    def identity(self) -> Identity:
+        return (self.child,)
 
     def read_box(self, start: Shape, out: Array) -> None:
         self.child.read_box(start, out)

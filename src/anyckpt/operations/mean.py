@@ -11,6 +11,7 @@ import numpy as np
 from anyckpt.checkpoint import storage_key
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.storage.gather import SCRATCH_BYTES, scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers, from_array
@@ -106,6 +107,9 @@ class Mean(LazyTensor):
         self.shape = children[0].shape
         self._shares = shares
         self._accumulator = np.dtype(_ACCUMULATORS[self.dtype.name])
+
+    def identity(self) -> Identity:
+        return self.children, self._shares
 
     def read_box(self, start: Shape, out: Array) -> None:
         if out.size == 0:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from anyckpt.dtypes import DType, dtype
+from anyckpt.identity import ElementWise, Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.quantization.numbers import values_of
 from anyckpt.storage.gather import scratch
@@ -32,6 +33,9 @@ class Halved(LazyTensor):
         self.axis = axis
         self.dtype = _BYTE
         self.shape = (*child.shape[:axis], 2 * child.shape[axis], *child.shape[axis + 1 :])
+
+    def identity(self) -> Identity:
+        return self.child, self.axis
 
     def read_box(self, start: Shape, out: Array) -> None:
         if not out.size:
@@ -87,6 +91,9 @@ class Repeated(LazyTensor):
         self.start = (0,) * len(shape) if start is None else start
         self.dtype = child.dtype
 
+    def identity(self) -> Identity:
+        return self.child, self.block, self.shape, self.start
+
     def read_box(self, start: Shape, out: Array) -> None:
         if not out.size:
             return
@@ -139,7 +146,7 @@ def scaled(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape, to
         block: elements of a block along each axis.
         to: bfloat16, float16 or float32.
     """
-    return Mapped((codes, Repeated(_numbers(scales), block, codes.shape)), to, _Multiplier(table, to))
+    return Mapped((codes, Repeated(_numbers(scales), block, codes.shape)), to, Multiply(table, to))
 
 
 def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
@@ -157,7 +164,7 @@ def product(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
 
 
 def _numbers(scales: LazyTensor) -> LazyTensor:
-    return scales if scales.dtype == _FLOAT32 else Mapped((scales,), _FLOAT32, _decoder(scales.dtype))
+    return scales if scales.dtype == _FLOAT32 else Mapped((scales,), _FLOAT32, Decode(scales.dtype))
 
 
 def _times(one: Array, other: Array) -> Array:
@@ -165,24 +172,27 @@ def _times(one: Array, other: Array) -> Array:
     return result
 
 
-@cache
-def _decoder(kind: DType) -> Callable[[Array], Array]:
-    def decode(array: Array) -> Array:
-        decoded: Array = array.astype(np.float32) if kind.itemsize > 1 else np.take(values_of(kind), array.view("u1"))
+@dataclass(frozen=True)
+class Decode(ElementWise):
+    """Scales of any type, e8m0 exponents included, as float32."""
+
+    kind: DType
+
+    def __call__(self, array: Array) -> Array:
+        wide = self.kind.itemsize > 1
+        decoded: Array = array.astype(np.float32) if wide else np.take(values_of(self.kind), array.view("u1"))
         return decoded
 
-    return decode
 
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared as a whole
+class Multiply(ElementWise):
+    """The number of each code in ``table`` (float32) times a scale, rounded to ``to``."""
 
-class _Multiplier:
-    """The function of codes and scales."""
-
-    def __init__(self, table: Array, to: DType) -> None:
-        self.args = (table, to)
+    table: Array
+    to: DType
 
     def __call__(self, codes: Array, scales: Array) -> Array:
-        table, to = self.args
         with np.errstate(over="ignore", invalid="ignore"):
-            numbers: Array = np.take(table, codes.view("u1"))
+            numbers: Array = np.take(self.table, codes.view("u1"))
             np.multiply(numbers, scales, out=numbers)
-            return numbers if to == _FLOAT32 else numbers.astype(to.numpy)
+            return numbers if self.to == _FLOAT32 else numbers.astype(self.to.numpy)

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.identity import Identity
 from anyckpt.storage.source import ByteSource
 
 GZIP = 31
@@ -79,6 +80,9 @@ class InflatedSource(ByteSource):
                     found=f"{size} bytes",
                 )
             self.size = size
+
+    def identity(self) -> Identity:
+        return self._base, self._wbits, self.size
 
     def _begin(self) -> _State:
         return _State(zlib.decompressobj(self._wbits), 0, 0)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from anyckpt.errors import FormatError
+from anyckpt.identity import Identity
 
 _OPEN_FILES_LIMIT = 256
 
@@ -108,6 +109,13 @@ class ByteSource(ABC):
         """
         self.check_range(offset, length)
         return SlicedSource(self, offset, length, name)
+
+    def identity(self) -> Identity | None:
+        """Values that tell these bytes from all others (see ``anyckpt.identity``); None if there are none.
+
+        A source without an identity cannot be part of work that is continued after an interruption.
+        """
+        return None
 
     def locate(self) -> tuple[str | None, int]:
         """The local file that holds the bytes and the offset in it at which they start; (None, 0) if none does."""
@@ -204,6 +212,12 @@ class LocalFile(ByteSource):
         self.size = status.st_size
         _open_files.renew(self.path, status)
 
+    def identity(self) -> Identity:
+        """Path, size and time of last modification, as they are now."""
+        assert self.path is not None
+        status = os.stat(self.path)
+        return self.path, status.st_size, status.st_mtime_ns
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         assert self.path is not None
         try:
@@ -251,6 +265,9 @@ class SlicedSource(ByteSource):
         self._base = base
         self._offset = offset
 
+    def identity(self) -> Identity:
+        return self._base, self._offset, self.size
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         self._base._read_into(self._offset + offset, buffer)
 
@@ -260,16 +277,21 @@ class SlicedSource(ByteSource):
 
 
 class MemorySource(ByteSource):
-    """Bytes in memory: small generated things, and live training state."""
+    """Bytes in memory: ``bytes`` for small generated things, which never change; any other buffer is live state."""
 
-    __slots__ = ("_data",)
+    __slots__ = ("_data", "_fixed")
 
     def __init__(self, data: bytes | bytearray | memoryview | np.ndarray[Any, Any], name: str = "memory") -> None:
         view = data.data if isinstance(data, np.ndarray) else memoryview(data)
         self._data = view.cast("B") if view.nbytes else memoryview(b"")
+        self._fixed = isinstance(data, bytes) or not view.nbytes
         self.name = name
         self.path = None
         self.size = view.nbytes
+
+    def identity(self) -> Identity | None:
+        """The contents, if they cannot change."""
+        return (self._data,) if self._fixed else None
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self._data[offset : offset + len(buffer)]

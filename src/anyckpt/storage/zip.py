@@ -12,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.identity import Identity
 from anyckpt.storage.inflate import RAW, InflatedSource
 from anyckpt.storage.source import ByteSource
 
@@ -93,6 +94,9 @@ class RecordSource(ByteSource):
         self.name = name
         self.path = base.path
         self.size = size
+
+    def identity(self) -> Identity:
+        return self._base, self._entry, self._header, self.size
 
     def _begin(self) -> int:
         if self._start < 0:

@@ -15,6 +15,7 @@ import numpy as np
 from anyckpt.dtypes import DType
 from anyckpt.errors import FormatError
 from anyckpt.formats.torch_file import read_torch
+from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.pickling.calls import current, recording
 from anyckpt.storage.source import ByteSource
@@ -113,6 +114,10 @@ class ChunkSource(ByteSource):
         self._dtype = dtype
         self._shape = shape
 
+    def identity(self) -> Identity:
+        table, row = self._table, self._row
+        return table.source(row), int(table.offset[row]), int(table.length[row]), self._dtype, self._shape
+
     def _payload(self) -> int | LazyTensor:
         return self._table.payload(self._row, self._tensor_name, self._dtype, self._shape)
 
@@ -154,6 +159,12 @@ class Chunks(Sequence[LazyTensor]):
         self._name = name
         self._dtype = dtype
         self._sizes = sizes
+
+    def identity(self) -> Identity:
+        """Where the chunks' items lie; their files are not opened."""
+        rows, table = slice(self._rows.start, self._rows.stop), self._table
+        files = tuple(table.sources[number] for number in np.unique(table.file[rows]).tolist())
+        return self._dtype, self._sizes, table.file[rows], table.offset[rows], table.length[rows], files
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from anyckpt.identity import Identity
 from anyckpt.storage.source import ByteSource
 
 
@@ -23,6 +24,9 @@ class SwappedSource(ByteSource):
         self.name = base.name
         self.path = None
         self.size = base.size - base.size % width
+
+    def identity(self) -> Identity:
+        return self._base, self._width
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         first = offset - offset % self._width

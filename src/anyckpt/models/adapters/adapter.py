@@ -18,6 +18,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.identity import ElementWise
 from anyckpt.models.config import ModelConfig
 from anyckpt.models.hub import Model
 from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV, Operation
@@ -335,23 +336,26 @@ def scaled_to(update: LowRank, scale: float, name: str) -> LowRank:
             tensor=name, expected=f"{scale:g}, or that times a power of two", found=f"{update.scale:g}",
             remedy="merge it into the base with anyckpt merge-lora",
         )  # fmt: skip
-    return replace(update, scale=scale, up=Mapped((update.up,), update.up.dtype, _times(ratio)))
+    return replace(update, scale=scale, up=Mapped((update.up,), update.up.dtype, Times(ratio)))
 
 
 @lru_cache
-def _times(ratio: float) -> Callable[[np.ndarray], np.ndarray]:
-    def multiply(array: np.ndarray) -> np.ndarray:
-        wide = array.astype(np.float64) * ratio
+@dataclass(frozen=True)
+class Times(ElementWise):
+    """Numbers times ``ratio``, which must not need rounding."""
+
+    ratio: float
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        wide = array.astype(np.float64) * self.ratio
         narrow = wide.astype(array.dtype)
         if not np.array_equal(narrow.astype(np.float64), wide):
             raise MappingError(
                 "an adapter's values cannot be brought to the common scale without rounding",
-                expected="values far from the smallest of their type", found=f"{array.dtype} times {ratio:g}",
+                expected="values far from the smallest of their type", found=f"{array.dtype} times {self.ratio:g}",
                 remedy="cast to float32 first with --dtype",
             )  # fmt: skip
         return narrow
-
-    return multiply
 
 
 def completed(adapter: Adapter, layers: Layers) -> tuple[Adapter, int]:

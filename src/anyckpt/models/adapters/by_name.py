@@ -17,7 +17,7 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal
 from anyckpt.models.adapters.low_rank import LowRankSum
-from anyckpt.models.adapters.merge import check_computed, plus
+from anyckpt.models.adapters.merge import Plus, check_computed
 from anyckpt.models.adapters.peft import StoredAdapter, rows_of, update_of
 from anyckpt.tensor import LazyTensor, Mapped
 
@@ -338,4 +338,4 @@ def _add_bias(
                            found="no such tensor in the base model")  # fmt: skip
     assert update.bias is not None
     own = cast(bias, tensors[bias])
-    tensors[bias] = Mapped((tensors[bias], update.bias), own, plus(update.scale * scale, own))
+    tensors[bias] = Mapped((tensors[bias], update.bias), own, Plus(update.scale * scale, own))

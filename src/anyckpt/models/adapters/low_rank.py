@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from anyckpt.dtypes import DType
+from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.storage.gather import SCRATCH_BYTES, scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers
@@ -60,6 +61,9 @@ class LowRankSum(LazyTensor):
         self.shape = weight.shape
         self._down = _Kept()
         self._lengths = _Kept()
+
+    def identity(self) -> Identity:
+        return self.weight, self.up, self.down, self.scale, self.magnitude, self.dtype
 
     def pieces(self) -> Iterator[Stored]:
         for child in (self.weight, self.up, self.down, self.magnitude):

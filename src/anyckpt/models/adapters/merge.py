@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
+from anyckpt.identity import ElementWise
 from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, by_weight, check_update, is_zero
 from anyckpt.models.adapters.low_rank import LowRankSum
 from anyckpt.models.hub import Hub
@@ -81,7 +81,7 @@ def _add(
     def add(part: LazyTensor, update: LowRank) -> LazyTensor:
         if update.bias is None:
             return part
-        return Mapped((part, update.bias), own, plus(update.scale * scale, own))
+        return Mapped((part, update.bias), own, Plus(update.scale * scale, own))
 
     tensors[bias] = _changed(tensors[bias], parts, layers, weight, add, own)
 
@@ -124,15 +124,16 @@ def check_computed(name: str, weight: LazyTensor) -> None:
         )  # fmt: skip
 
 
-@lru_cache
-def plus(scale: float, target: DType) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+@dataclass(frozen=True)
+class Plus(ElementWise):
     """``bias + scale * more`` in float32, rounded to ``target``."""
 
-    def add(bias: np.ndarray, more: np.ndarray) -> np.ndarray:
-        total: np.ndarray = bias.astype(np.float32) + more.astype(np.float32) * np.float32(scale)
-        return total.astype(target.numpy)
+    scale: float
+    target: DType
 
-    return add
+    def __call__(self, bias: np.ndarray, more: np.ndarray) -> np.ndarray:
+        total: np.ndarray = bias.astype(np.float32) + more.astype(np.float32) * np.float32(self.scale)
+        return total.astype(self.target.numpy)
 
 
 def idle(adapter: Adapter) -> list[Target]:
