@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +364,20 @@ def test_whole_modules_are_named_as_state_dict_names_them(new: bool, tmp_path: P
     assert list(weights) == list(expected)
     for name, value in expected.items():
         same(value, weights[name])
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_bare_pickles_of_tensors(protocol: int, tmp_path: Path) -> None:
+    base = torch.arange(3000, dtype=torch.float32).reshape(30, 100)
+    values = {
+        "a": base,
+        "view": base[3:5].t(),
+        "half": torch.ones(2, dtype=torch.float16),
+        "p": torch.nn.Parameter(base),
+    }
+    path = tmp_path / "bare.pkl"
+    path.write_bytes(pickle.dumps({"model": values, "iteration": 7}, protocol))
+    checkpoint = registry.read(path)
+    for name, value in values.items():
+        same(value, checkpoint.weights()[name])
+    assert checkpoint.training.step == 7

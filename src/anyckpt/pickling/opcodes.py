@@ -26,6 +26,7 @@ class Machine:
         "_protocol",
         "builders",
         "callers",
+        "leave",
         "marks",
         "memo",
         "persistent_load",
@@ -39,8 +40,10 @@ class Machine:
         window: Window,
         persistent_load: Callable[[Any], Any] | None,
         callers: Mapping[str, Constructor],
+        leave: Callable[[int, int], Any] | None = None,
     ) -> None:
         self.window = window
+        self.leave = leave
         self.persistent_load = persistent_load
         self.callers = callers
         self.marks: list[list[Any]] = []
@@ -68,8 +71,8 @@ class Machine:
         found = self._names.get((module, name))
         if found is None:
             found = self._names[module, name] = Global(module, name)
-            self.tally.named(found)
             caller = self.callers.get(found.path)
+            self.tally.named(found, caller is not None)
             if caller is not None:
                 self.builders[id(found)] = caller
             elif found.path in CONSTRUCTORS:
@@ -229,6 +232,11 @@ class Machine:
         begin = at + struct.calcsize(layout)
         if length < 0:
             raise FormatError("a length is negative", found=length)
+        if self.leave is not None and length >= _LONG and code in _BYTES:
+            if begin + length > self.window.size - self.window.base:
+                raise ShortDataError(begin + length - at)
+            stack.append(self.leave(self.window.base + begin, length))
+            return begin + length, stack
         if begin + length > len(data):
             raise ShortDataError(begin + length - at)
         raw = data[begin : begin + length]
@@ -301,6 +309,8 @@ _COUNTED = {
     0x96: "<Q",  # BYTEARRAY8
 }
 _TEXT = frozenset(b"ciFgpILVSP")
+_BYTES = frozenset({0x42, 0x54, 0x8E, 0x96})  # BINBYTES, BINSTRING, BINBYTES8, BYTEARRAY8
+_LONG = 4096  # bytes that are worth leaving in the file
 
 
 def _number(line: bytes) -> int:

@@ -64,16 +64,18 @@ def load_prefix(
     *,
     persistent_load: Callable[[Any], Any] | None = None,
     constructors: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None = None,
+    leave: Callable[[int, int], Any] | None = None,
     name: str,
 ) -> tuple[Any, int]:
     """As :func:`load`, for a pickle that begins at ``start``; gives the object and the offset after STOP.
 
     A ``ByteReader`` is read in windows of 256 KiB, so that the pickle at the head of a file of many GB costs
-    only its own size.
+    only its own size.  With ``leave``, runs of 4096 bytes and more are not read: it is called with their offset and
+    length, and what it gives (which has ``size`` and ``read``) stands for them.
     """
     window = Window(data, start, name)
     callers = {path: _guarded_constructor(call) for path, call in (constructors or {}).items()}
-    machine = Machine(window, _guarded(persistent_load), callers)
+    machine = Machine(window, _guarded(persistent_load), callers, leave)
     used = _used_entries(window.data) if window.whole else None
     # A collector that looks for cycles among millions of new objects, all alive, takes a quarter of the time.
     pause = len(window.data) >= _BIG and gc.isenabled()
@@ -83,7 +85,7 @@ def load_prefix(
         try:
             return _run(machine, used)
         except KeepAllError:
-            machine = Machine(Window(data, start, name), machine.persistent_load, callers)
+            machine = Machine(Window(data, start, name), machine.persistent_load, callers, leave)
             return _run(machine, None)
     except AnyckptError:
         _look_further(machine, data, start)

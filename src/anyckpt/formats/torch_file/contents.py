@@ -17,7 +17,8 @@ class TorchContents:
     Attributes:
         root: the saved object: plain data and inert records, with a LazyTensor in place of each dense tensor, one of
             ``values`` for tensors of several parts, and a Storage for each storage that was saved by itself.
-        generation: ``zip`` (torch 1.6 and later), ``legacy`` (0.1.10 to 1.5), ``tar`` (before), or ``torchscript``.
+        generation: ``zip`` (torch 1.6 and later), ``legacy`` (0.1.10 to 1.5), ``tar`` (before), ``torchscript``, or
+            ``pickle`` (a bare one).
         version: the container's version as it states it, or None.
         folder: root folder inside a zip archive, or None.
         byteorder: ``little`` or ``big``.

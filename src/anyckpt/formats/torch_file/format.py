@@ -8,7 +8,9 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, CompositeTensor, StoredChecksum
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.torch_file.bare import is_bare, read_bare
 from anyckpt.formats.torch_file.contents import TorchContents
+from anyckpt.formats.torch_file.lua import is_torch7, refusal
 from anyckpt.formats.torch_file.parts import part_of
 from anyckpt.formats.torch_file.reader import read_torch
 from anyckpt.formats.torch_file.roles import Roles, roles, training_state
@@ -27,21 +29,26 @@ _WASTE = 1024
 
 
 def detect(location: Location) -> bool:
-    """Whether a file is one of ``torch.save``, of any generation, by its contents."""
+    """Whether a file is one of ``torch.save``, of any generation, or a bare pickle, by its contents."""
     if location.is_directory:
         return False
     if location.head.startswith(b"PK\x03\x04"):
         return any(name.endswith("/data.pkl") for name in read_zip(location.open()))
-    return is_stream(location.head) or is_tape(location.head)
+    head = location.head
+    return is_stream(head) or is_tape(head) or is_torch7(head) or is_bare(head, location.suffix)
 
 
 def read(location: Location) -> Checkpoint:
     """Open a torch file.
 
     Raises:
-        FormatError: see ``read_torch``.
+        FormatError: see ``read_torch`` and ``read_bare``; it is a file of Torch7.
     """
-    contents = read_torch(location.open())
+    head = location.head
+    if is_torch7(head):
+        raise refusal(head, location.path)
+    is_alone = is_bare(head, location.suffix) and not is_stream(head)
+    contents = read_bare(location.open()) if is_alone else read_torch(location.open())
     return torch_checkpoint(location.path, contents, flatten(contents.root, location.path))
 
 
