@@ -365,3 +365,27 @@ def test_a_change_in_any_file_that_is_read_is_other_work(source: Path, tmp_path:
         assert fingerprint(plan, [str(source)]) == before
         os.utime(beside, ns=(2, 2))
         assert fingerprint(plan, [str(source)]) != before
+
+
+def test_cutting_a_file_looks_at_each_part_as_often_however_many_there_are() -> None:
+    looks = 0
+
+    class Counted(Literal):
+        @property
+        def nbytes(self) -> int:
+            nonlocal looks
+            looks += 1
+            return 16
+
+    def cost(count: int) -> int:
+        nonlocal looks
+        looks = 0
+        parts: list[Any] = []
+        for number in range(count):
+            parts += [Counted(bytes(16)), Computed(4, (2 * number,), lambda checksums: bytes(4))]
+        found, late = cut(0, OutputFile("f", tuple(parts)))
+        assert sum(block.nbytes for block in found) == 20 * count
+        assert late == []
+        return looks
+
+    assert cost(2000) <= 2.2 * cost(1000)

@@ -69,6 +69,7 @@ class _Builder:
         self._position = 0
         self._pieces: list[Piece] = []
         self._nbytes = 0
+        self._whole: set[int] = set()  # parts that lie in the open block from their first byte to their last
         self.blocks: list[Block] = []
         self.late: list[LatePart] = []
 
@@ -77,15 +78,14 @@ class _Builder:
         if self._nbytes + length > CHUNK_BYTES:
             self.close()
         self._pieces.append(piece)
+        if piece.start == 0 and piece.stop == self._parts[piece.part].nbytes:
+            self._whole.add(piece.part)
         self._nbytes += length
         self._position += length
 
     def add_computed(self, index: int, part: Computed) -> None:
-        whole = {p.part for p in self._pieces if p.start == 0 and p.stop == self._parts[p.part].nbytes}
-        if (
-            whole.issuperset(i for i in part.parts if self._parts[i].nbytes)
-            and self._nbytes + part.nbytes <= CHUNK_BYTES
-        ):
+        fits = self._nbytes + part.nbytes <= CHUNK_BYTES
+        if fits and self._whole.issuperset(i for i in part.parts if self._parts[i].nbytes):
             self.add(Piece(index, 0, part.nbytes))
             return
         self.close()
@@ -97,4 +97,5 @@ class _Builder:
             start = self._position - self._nbytes
             self.blocks.append(Block(self._number, start, self._nbytes, tuple(self._pieces)))
         self._pieces = []
+        self._whole = set()
         self._nbytes = 0
