@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from tests.support import fixture_path, write_plan
 
 import anyckpt
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.errors import MappingError, UsageError
+from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.safetensors import safetensors_parts
+from anyckpt.models.adapters import KINDS, check_adapter, merged_by_name, place_by_name, settings_of
 from anyckpt.models.adapters.by_name import Names
 from anyckpt.tensor import from_array
 
@@ -312,3 +315,56 @@ def test_numbers_that_nothing_is_added_to(tmp_path: Path) -> None:
     base = {**model(), "tower.blocks.0.fc.weight": np.ones((5, 3), "i4")}
     with pytest.raises(MappingError, match="of a type that no update can be added to"):
         merge(tmp_path, base, factors("tower.blocks.0.fc", 5, 3))
+
+
+MODULES = (
+    "model.layers.0.attn.q",
+    "model.embed_tokens",
+    "lm_head",
+    "tower.position",
+    "lora_unet_lm_head",
+    "model.norm",
+    "0",
+)
+ENDS = (
+    "lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.other.weight", "lora_embedding_A",
+    "lora_embedding_B", "lora_magnitude_vector", "lora_B.bias", "weight", "modules_to_save.weight", "bias", "alpha",
+    "original_module.weight", "base_layer.weight", "token_adapter.trainable_tokens_delta", "lora_down.weight",
+    "lora_up.weight", "lora.down.weight", "dora_scale", "hada_w1_a",
+)  # fmt: skip
+SHAPES = st.lists(st.integers(0, 10), max_size=4).map(tuple)
+
+
+@given(
+    st.dictionaries(
+        st.tuples(st.sampled_from(["", PREFIX, "unet."]), st.sampled_from(MODULES), st.sampled_from(ENDS)),
+        st.tuples(SHAPES, st.sampled_from(["f4", "f2", "i8", "?"])),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([None, "peft"]),
+    st.booleans(),
+)
+def test_whatever_an_adapter_holds_errors_are_ours(
+    held: dict[tuple[str, str, str], tuple[tuple[int, ...], str]], dialect: str | None, tied: bool
+) -> None:
+    tensors = {
+        f"{prefix}{module}.{end}": from_array(np.ones(shape, kind))
+        for (prefix, module, end), (shape, kind) in held.items()
+    }
+    checkpoint = Checkpoint("x", "safetensors", tensors, dialect=dialect)
+    base = {name: from_array(array) for name, array in model().items()}
+    try:
+        told = settings_of(checkpoint)
+        check_adapter(checkpoint)
+        if told is None or told.kind not in KINDS:
+            return
+        given = replace(told, alpha=told.alpha or 1.0, token_indices={"": (1, 3)})
+        found, _ = place_by_name(checkpoint, given, base, tied=tied)
+        if found is None:
+            return
+        merged = merged_by_name(base, found, scale=1.0, cast=lambda name, weight: weight.dtype)
+    except AnyckptError:
+        return
+    assert merged.keys() == base.keys()
+    assert all(tensor.numpy().shape == tensor.shape for tensor in merged.values())
