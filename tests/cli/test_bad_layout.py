@@ -155,7 +155,10 @@ LAYOUTS: list[tuple[str, list[str], list[str]]] = [
     (DENSE, ["--pp", "1", "--vpp", "2"], ["needs a pipeline"]),
     (DENSE, ["--ep", "2"], ["experts"]),
     (DENSE, ["--pp", "2", "--pipeline-layout", "Ett|tL"], ["4 decoder layers", "found 3"]),
-    (DENSE, ["--pp", "2", "--pipeline-layout", "Ett|t|tL"], ["does not fit the ranks", "found 3"]),
+    (DENSE, ["--pp", "2", "--pipeline-layout", "Ett|t|tL"], ["--pipeline-layout and --pp", "found 3 stages", "--pp 2"]),
+    (DENSE, ["--pp", "1", "--pipeline-layout", "Ett|ttL"], ["--pipeline-layout and --pp", "found 2 stages", "--pp 1"]),
+    (DENSE, ["--pp", "2", "--vpp", "2", "--pipeline-layout", "Ett|ttL"], ["found 2 stages", "--pp 2 --vpp 2"]),
+    (DENSE, ["--pp", "2", "--pipeline-layout", "Ett|ttL", "--first-stage-layers", "2"], ["give one of the two"]),
     (DENSE, ["--pp", "2", "--pipeline-layout", "ttE|ttL"], ["begin with the embedding"]),
     (DENSE, ["--pp", "2", "--pipeline-layout", "Ett|ttx"], ["not understood"]),
     (DENSE, ["--pp", "2", "--pipeline-layout", "E" + "t*99999" * 9 + "|L"], ["too many layers"]),
@@ -175,6 +178,15 @@ def test_layouts_that_do_not_fit(
     for text in says:
         assert text in error, error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_layout_of_virtual_stages(anyckpt: Runner, tmp_path: Path) -> None:
+    """Megatron-LM takes as many chunks as there are stages for each of ``--pp``."""
+    words = ("--pp", "2", "--pipeline-layout", "Et|t|t|tL")
+    source = fixture_path(f"legacy/{DENSE}")
+    assert anyckpt("reshard", source, tmp_path / "out", *words).code == 0
+    assert open_checkpoint(tmp_path / "out").layout.virtual_pipeline == 2
+    assert anyckpt("diff", source, tmp_path / "out").code == 0
 
 
 def test_replicated_tensors_that_differ_are_named_and_rank_0_is_taken(anyckpt: Runner, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ A format is a ``Format`` with three functions.  Another package adds one through
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -181,6 +182,9 @@ _BUILT_IN = {
 """Name -> module of this package, in the order in which they are asked; each module has ``FORMAT``."""
 
 _LOOKED_AT = 20
+_SHOWN = 3
+_STATE = re.compile(r"(?i)(optim|sched|lr_sched|rng|random_states?|sampler|scaler|dataloader|training_args)")
+"""How the files and folders of training state begin that trainers (accelerate, transformers) put beside weights."""
 _HEAD = 512
 _ARCHIVES = {"_stable_baselines3_version": "Stable-Baselines3"}
 """A member that tells which software packed an archive of checkpoints -> its name."""
@@ -286,19 +290,27 @@ def _within(location: Location) -> str | None:
 
 
 def _nearby(location: Location) -> str | None:
-    """Which checkpoint the user may have meant: one in the directory, or the one that the path is a part of."""
-    inside = [location.join(name) for name in location.names[:_LOOKED_AT]]
-    for path in (*inside, os.path.dirname(os.path.abspath(location.path))):
-        if not (os.path.isdir(path) or os.path.isfile(path)):
-            continue
-        try:
-            there = look_at(path)
-            if there.head or there.is_directory:
-                known = next((format for format in map(_load, _BUILT_IN) if format.detect(there)), None)
-                if known is not None:
-                    return f"open {path}, which looks like {known.name}"
-        except FormatError:
-            continue
+    """Which checkpoints the user may have meant: those in the directory, or the one that the path is a part of.
+
+    A trainer's folder has its optimizer's state and others beside the weights, which may be checkpoints by their form.
+    """
+    weights = [name for name in location.names if not _STATE.match(name)]
+    states = [name for name in location.names if _STATE.match(name)]
+    for names in (weights, states):
+        inside = [looks for name in names[:_LOOKED_AT] if (looks := _looks_like(location.join(name)))]
+        if inside:
+            return f"open {' or '.join(inside[:_SHOWN])}"
+    around = _looks_like(os.path.dirname(os.path.abspath(location.path)))
+    return None if around is None else f"open {around}"
+
+
+def _looks_like(path: str) -> str | None:
+    """A path with the name of the format that it looks like, None if it looks like no checkpoint."""
+    with suppress(FormatError):
+        there = look_at(path) if os.path.isdir(path) or os.path.isfile(path) else None
+        if there is not None and (there.head or there.is_directory):
+            known = next((format for format in map(_load, _BUILT_IN) if format.detect(there)), None)
+            return None if known is None else f"{path}, which looks like {known.name}"
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.layout import Geometry, Parallelism, cut
+from anyckpt.layout import Geometry, Parallelism, cut, parse_layout
 from anyckpt.layout.division import Padding
 from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args
 from anyckpt.operations.extra_states import with_states
@@ -100,6 +100,9 @@ class LayoutRequest:
                 "pipeline_layout": self.pipeline_layout,
                 "virtual_pipeline": self.virtual_pipeline or 1,
             }
+        if self.pipeline_layout is not None:
+            stages = present.pipeline_parallel if self.pipeline_parallel is None else self.pipeline_parallel
+            changed["virtual_pipeline"] = self._chunks(self.pipeline_layout, stages)
         sizes = {
             "tensor_parallel": self.tensor_parallel,
             "pipeline_parallel": self.pipeline_parallel,
@@ -110,6 +113,29 @@ class LayoutRequest:
         if present.expert_tensor_parallel == present.tensor_parallel:
             changed.setdefault("expert_tensor_parallel", None)
         return replace(present, **changed)
+
+    def _chunks(self, layout: str, stages: int) -> int:
+        """Chunks of a stage in a pipeline layout: as many as fit, which is how Megatron-LM counts them.
+
+        Raises:
+            UsageError: other options say otherwise.
+        """
+        numbers = (self.first_stage_layers, self.last_stage_layers)
+        if any(number is not None for number in numbers) or self.account_for_embedding or self.account_for_loss:
+            raise UsageError(
+                "--pipeline-layout says what each stage has, and other options say so of the first or last one",
+                found=layout, remedy="give one of the two",
+            )  # fmt: skip
+        parts = len(parse_layout(layout))
+        chunks = self.virtual_pipeline or max(1, parts // max(1, stages))
+        if parts != stages * chunks or (stages == 1 and chunks > 1):
+            virtual = f" --vpp {self.virtual_pipeline}" if self.virtual_pipeline is not None else ""
+            raise UsageError(
+                "--pipeline-layout and --pp do not fit one another", expected=f"--pp {parts}, or a part of it",
+                found=f"{parts} stages in {layout!r}, and --pp {stages}{virtual}",
+                remedy="give as many stages as --pp, or for virtual stages a multiple of it",
+            )  # fmt: skip
+        return chunks
 
     def described(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with the vocabulary that the user says in its configuration, where that is of ranks."""

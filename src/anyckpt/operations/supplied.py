@@ -14,6 +14,8 @@ from anyckpt.formats.registry import look_at
 from anyckpt.storage.source import LocalFile
 
 _CONFIG_LIMIT = 64 << 20
+_CONFIG_FILES = ("config.json", "model_config.yaml", "model.yaml", "context/model.yaml", "hparams.yaml", "params.json")
+"""Where frameworks keep a model's configuration in its folder."""
 
 
 def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -29,14 +31,30 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> di
     from anyckpt.plain_yaml import load_yaml_mapping
 
     if os.path.isdir(config):
-        found = registry.read(config).config
-        if not found:
-            raise FormatError("has no configuration", path=os.fspath(config), remedy="give the configuration's file")
-        return found
+        return _config_of_folder(os.fspath(config))
     source = LocalFile(config)
     if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return hf.read_json(source)
     return load_yaml_mapping(source.read_all(_CONFIG_LIMIT), source.name)
+
+
+def _config_of_folder(path: str) -> dict[str, Any]:
+    """That of the checkpoint in a folder, or of the file in it where there is no checkpoint that can be read."""
+    alone = next((name for name in _CONFIG_FILES if os.path.isfile(os.path.join(path, name))), None)
+    try:
+        found = registry.read(path).config
+    except FormatError:
+        if alone is None:
+            raise
+        found = {}
+    if not found and alone is not None:
+        found = read_config(os.path.join(path, alone)) or {}
+    if not found:
+        raise FormatError(
+            "has no configuration", path=path, expected=f"a checkpoint's, or one of {', '.join(_CONFIG_FILES)}",
+            remedy="give the configuration's file",
+        )  # fmt: skip
+    return found
 
 
 def read_rules(path: str) -> dict[str, str]:
