@@ -266,3 +266,11 @@ def test_a_universal_checkpoint(tmp_path: Path, anyckpt: Runner) -> None:
     assert found().slots["exp_avg"]["up.bias"].numpy().tolist() == MEANS["up.bias"].tolist()
     (root / "global_step3/zero/up.bias/fp32.pt").unlink()
     assert "tensor 'up.bias': has no weight" in anyckpt("verify", root).error
+
+
+def test_experts_cut_over_fewer_ranks_are_refused(tmp_path: Path, anyckpt: Runner) -> None:
+    root = model(tmp_path, 2)
+    for count, problem in (([2, 1], "different numbers of ranks, as those of experts"), ([[], {}], "not those of all")):
+        state = {"zero_stage": 2, "partition_count": count, "single_partition_of_fp32_groups": []}
+        save(states(root, 0), {"optimizer_state_dict": state})
+        assert problem in anyckpt("verify", root).error

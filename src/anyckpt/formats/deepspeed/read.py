@@ -167,7 +167,8 @@ def _read_zero(
 
 def _check_world(state: Mapping[str, Any], world: int, path: str) -> None:
     count = state.get("partition_count")
-    counts = set(count) if isinstance(count, (list, tuple)) else {count}
+    stated = count if isinstance(count, (list, tuple)) else [count]
+    counts = {own if type(own) is int else None for own in stated}
     if counts != {world}:
         several = len(counts) > 1
         raise FormatError(
