@@ -14,6 +14,7 @@ from tests.support import file_bytes
 
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats import registry
+from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.formats.torch_file import zip_parts
 from anyckpt.optimizer import with_optimizer
 from anyckpt.tensor import from_array
@@ -274,3 +275,14 @@ def test_experts_cut_over_fewer_ranks_are_refused(tmp_path: Path, anyckpt: Runne
         state = {"zero_stage": 2, "partition_count": count, "single_partition_of_fp32_groups": []}
         save(states(root, 0), {"optimizer_state_dict": state})
         assert problem in anyckpt("verify", root).error
+
+
+def test_a_hugging_face_folder_says_what_it_leaves_to_deepspeed(tmp_path: Path) -> None:
+    root = model(tmp_path, 2)
+    assert not any("global_step3" in text for text in registry.read(root).warnings)
+    parts = safetensors_parts({"embed.weight": from_array(WEIGHTS["embed.weight"].astype(np.float16))})
+    (root / "model.safetensors").write_bytes(file_bytes(OutputFile("", parts)))
+    opened = registry.read(root)
+    assert opened.format == "hf"
+    assert opened.training.has_optimizer
+    assert "training state that is not read: global_step3" in opened.warnings

@@ -47,7 +47,7 @@ _TOKENIZER_FILE = re.compile(
     r"|(vocab|merges|normalizer)\.(json|txt)|chat_template\.(json|jinja)"
 )
 _STATES = {
-    "optimizer": r"optimizer\.(pt|bin)",
+    "optimizer": r"optimizer\.(pt|bin)|global_step\d+",  # the latter are DeepSpeed's folders
     "scheduler": r"scheduler\.pt",
     "rng": r"rng_state(_\d+)?\.pth",
 }

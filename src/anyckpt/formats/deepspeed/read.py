@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -97,7 +97,8 @@ def read(location: Location) -> Checkpoint:
         artifacts.pop(name, None)
     if any(name.endswith("_states.pt") for name in files.root.names):
         artifacts = {}
-    trainer = trainer_state(files.root, artifacts, opened.warnings)
+    others = tuple(name for name in files.root.names if not name.startswith("global_step"))
+    trainer = trainer_state(replace(files.root, names=others), artifacts, opened.warnings)
     step = first.get("global_steps")
     version = first.get("ds_version")
     world = max(len(files.optimizers), len(files.models))
