@@ -102,6 +102,7 @@ def average(
         keep_layout=to is None and bool(stored[0].ranks),
         progress=progress,
         sources=origins,
+        made_of=meeting.averaged(),
         **options,
     )
 

@@ -14,6 +14,7 @@ from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
+from anyckpt.operations.account import nothing_to_write, unaccounted
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target, cast_weights
@@ -117,6 +118,7 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
     sources: Sequence[str | os.PathLike[str]] | None = None,
+    made_of: Sequence[Checkpoint] | None = None,
 ) -> Conversion:
     """Write the checkpoint at ``source`` in another format, bit for bit unless a cast is asked for.
 
@@ -154,6 +156,7 @@ def convert(
         dry_run: plan, and write nothing.
         progress: called with (bytes done, bytes in all) from any thread.
         sources: every path that an open checkpoint reads, if that is more than its own.
+        made_of: what an open checkpoint was made of, whose tensors all are accounted for; itself if None.
 
     Raises:
         FormatError: the source is damaged.
@@ -192,6 +195,8 @@ def convert(
     whole = join_ranks(stored, rules=request.rules)
     checkpoint, left_out = choose(whole, as_patterns(include), as_patterns(exclude), keep_state=optimizer == "keep")
     apart = {name: t for name, t in whole.weights().items() if whole.model_prefix + name in left_out}
+    if optimizer == "drop" and not checkpoint.weights():
+        raise nothing_to_write(whole)
     checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":
         checkpoint, dropped = _without_state(checkpoint)
@@ -257,6 +262,8 @@ def convert(
         ready = cut_for_ranks(uncut, cut, rules=request.rules, padding=request.padding)
         layout_notes += padding_notes(uncut, ready, request.padding)
     laid_out = target.plan(ready, options)
+    if not laid_out.tensors() and ready.objects.keys() <= laid_out.ignored.keys():
+        raise nothing_to_write(whole)
     plan = replace(
         laid_out,
         ignored={
@@ -280,6 +287,9 @@ def convert(
             *laid_out.notes,
         ),
     )
+    lost = unaccounted(made_of or [whole], plan)
+    lost = {name: reason for name, reason in lost.items() if name not in carried.moved}
+    plan = replace(plan, ignored={**plan.ignored, **lost})
     if checkpoint.extra_states is not None:
         plan = replace(plan, ignored={name: reason for name, reason in plan.ignored.items() if not is_kept(name)})
     files = tuple(describe(plan)["files"])

@@ -46,6 +46,11 @@ def shown(shares: Sequence[float]) -> str:
     return ", ".join(f"{share:g}" for share in shares)
 
 
+def is_averaged(tensor: LazyTensor) -> bool:
+    """Whether a mean is made of such elements."""
+    return tensor.dtype.name in _ACCUMULATORS
+
+
 def means(sources: Sequence[Tensors], shares: Sequence[float], paths: Sequence[str]) -> tuple[Tensors, list[str]]:
     """The means by name, and notes; tensors that are one tensor in every source stay one.
 
@@ -57,7 +62,7 @@ def means(sources: Sequence[Tensors], shares: Sequence[float], paths: Sequence[s
     counters: list[str] = []
     for name in sources[0]:
         children = tuple(source[name] for source in sources)
-        if children[0].dtype.name not in _ACCUMULATORS:
+        if not is_averaged(children[0]):
             found[name] = children[0]
             if name.rpartition(".")[2] != _COUNTER or children[0].dtype.name != "int64" or children[0].ndim:
                 _check_equal(name, children, paths)

@@ -16,7 +16,7 @@ from anyckpt.models.config_hf import with_vocabulary
 from anyckpt.models.config_nemo import restated
 from anyckpt.operations.choosing import choose
 from anyckpt.operations.configurations import compare_configurations
-from anyckpt.operations.mean import Tensors, check_shares, means
+from anyckpt.operations.mean import Tensors, check_shares, is_averaged, means
 from anyckpt.operations.naming import Vocabulary
 
 _SHOWN = 5
@@ -90,6 +90,13 @@ class Meeting:
         ignored = {name: reason for name, reason in ignored.items() if name not in kept}
         out = replace(first, tensors=kept, model_prefix=prefix, state_prefixes=(), config=config, ignored=ignored)
         return replace(out, optimizer=None), notes
+
+    def averaged(self) -> list[Checkpoint]:
+        """The sources with what the mean is computed of; all other tensors are the same in all of them."""
+        return [
+            replace(source, tensors={name: tensor for name, tensor in source.tensors.items() if is_averaged(tensor)})
+            for source in self.sources
+        ]
 
     def _lost(self, source: Checkpoint) -> Mapping[str, str]:
         """What a source's way to the common names has left out."""

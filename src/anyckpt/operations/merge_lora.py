@@ -145,6 +145,7 @@ def merge_lora(
         keep_layout=to is None and bool(stored.ranks),
         progress=progress,
         sources=origins,
+        made_of=[whole],
         **options,
     )
 

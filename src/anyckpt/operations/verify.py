@@ -51,6 +51,7 @@ class Checked:
         digests: runs of bytes that agree with the manifest.
         checksums: CRCs of the container that agree with its bytes.
         model: whether layers and weights were found complete for the model family.
+        text: whether these of the text part of a larger model were, of which no more is known.
         values: tensors whose elements were read and looked at.
         pickles: pickles that were looked at for what they call, those within pickles included.
     """
@@ -60,6 +61,7 @@ class Checked:
     digests: int = 0
     checksums: int = 0
     model: bool = False
+    text: bool = False
     values: int = 0
     pickles: int = 0
 
@@ -244,12 +246,30 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
         model = identify(whole)
         if model is None:
             return
-        _check_complete(whole, model, result)
-        result.checked.model = True
+        _check_hub(_check_complete(whole, model, result), result)
     except MappingError as error:
         if error.path == checkpoint.path:
             error.path = None
         result.problems.append(Problem(checkpoint.path, str(error)))
+
+
+def _check_hub(hub: models.Hub, result: Verification) -> None:
+    """What a complete hub says of the model: all, or all of its text."""
+    spelling = hub.spelling
+    if spelling is None or spelling.part_of is None:
+        result.checked.model = True
+        return
+    result.checked.text = True
+    if not spelling.parts:
+        result.warnings.append(
+            f"the configuration is of a {spelling.part_of} model, and no tensor is of another part of it than its text"
+        )
+        return
+    parts = dict.fromkeys(name.partition(".")[0] for name in spelling.common_parts())
+    result.unchecked.append(
+        f"whether {', '.join(parts)} of the {spelling.part_of} model are complete: no rule knows their "
+        f"{len(spelling.parts)} tensors"
+    )
 
 
 def _check_names(checkpoint: Checkpoint, result: Verification) -> None:
@@ -270,21 +290,21 @@ def _check_names(checkpoint: Checkpoint, result: Verification) -> None:
         result.problems.append(Problem(checkpoint.path, problem))
 
 
-def _check_complete(whole: Checkpoint, model: Model, result: Verification) -> None:
-    """That the weights are those of the model, or of its trunk if its class has another head or none."""
+def _check_complete(whole: Checkpoint, model: Model, result: Verification) -> models.Hub:
+    """The weights, which are those of the model, or of its trunk if its class has another head or none."""
     if not has_other_head(whole):
         try:
-            models.to_hub(whole, model, widen=True)
-            return
+            return models.to_hub(whole, model, widen=True)
         except MappingError:
             if trunk_of(whole, model) is None:
                 raise
     trunk = trunk_of(whole, model)
     bare = whole if trunk is None else replace(whole, tensors=trunk.tensors, model_prefix="", state_prefixes=())
-    models.to_hub(bare, model if trunk is None else trunk.model, widen=True)
+    hub = models.to_hub(bare, model if trunk is None else trunk.model, widen=True)
     if trunk is not None and trunk.beside:
         of = trunk.kind or "the model"
         result.unchecked.append(f"what is beside the trunk of {of}, as no rule covers it: {some(trunk.beside)}")
+    return hub
 
 
 def _check_adapter(checkpoint: Checkpoint, result: Verification) -> None:

@@ -1,0 +1,99 @@
+"""That nothing of a source is lost without a word, whatever an operation did to it: checked against the plan itself."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.engine.plan import Plan
+from anyckpt.errors import UsageError
+from anyckpt.tensor import LazyTensor
+
+_LOST = "nothing of it is in the output"
+_SHOWN = 3
+
+
+def unaccounted(sources: Iterable[Checkpoint], plan: Plan) -> dict[str, str]:
+    """Tensors of sources of which no byte is in a plan's files and that its ``ignored`` does not name, with a reason.
+
+    What the plan has under a source's name takes that tensor's place, as an adapter's whole tensors do.  An operation
+    says itself what it leaves out.  This is for what it does not know that it has lost, and looks at nothing but where
+    bytes come from.
+
+    Args:
+        sources: every checkpoint that the output is made of, opened as a whole.
+        plan: of the output, with what is ignored.
+    """
+    written = {id(part.tensor) for part in plan.tensors()}
+    told = plan.ignored.keys() | {part.name for part in plan.tensors()}
+    open_ends = [
+        (name, tensor)
+        for source in sources
+        for name, tensor in source.tensors.items()
+        if id(tensor) not in written and not {name, name.removeprefix(source.model_prefix)} & told
+    ]
+    if not open_ends:
+        return {}
+    used = _Used(part.tensor for part in plan.tensors())
+    return {name: _LOST for name, tensor in open_ends if not used.any_of(tensor)}
+
+
+class _Used:
+    """The bytes of sources that tensors are made of.
+
+    Args:
+        tensors: they.
+    """
+
+    def __init__(self, tensors: Iterable[LazyTensor]) -> None:
+        found: dict[Any, list[tuple[int, int]]] = {}
+        for tensor in tensors:
+            for where, start, stop in _runs(tensor):
+                found.setdefault(where, []).append((start, stop))
+        self._runs = {where: _joined(sorted(runs)) for where, runs in found.items()}
+
+    def any_of(self, tensor: LazyTensor) -> bool:
+        """Whether any byte of a tensor is among them; true of a tensor that has none."""
+        empty = True
+        for where, start, stop in _runs(tensor):
+            empty = False
+            runs = self._runs.get(where, [])
+            place = bisect_right(runs, (stop - 1, stop)) - 1
+            if place >= 0 and runs[place][1] > start:
+                return True
+        return empty
+
+
+def _runs(tensor: LazyTensor) -> Iterator[tuple[Any, int, int]]:
+    for piece in tensor.pieces():
+        size = piece.stored_bytes()
+        if size:
+            path, offset = piece.source.locate()
+            where: Any = id(piece.source) if path is None else path
+            start = (0 if path is None else offset) + piece.offset
+            yield where, start, start + size
+
+
+def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted runs without overlaps."""
+    result: list[tuple[int, int]] = []
+    for start, stop in runs:
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(stop, result[-1][1]))
+        else:
+            result.append((start, stop))
+    return result
+
+
+def nothing_to_write(checkpoint: Checkpoint) -> UsageError:
+    """What to say of a source whose output would hold no weights."""
+    state = [*checkpoint.tensors, *checkpoint.objects]
+    names = ", ".join(state[:_SHOWN]) + (f" and {len(state) - _SHOWN} more" if state[_SHOWN:] else "")
+    tensors, objects = len(checkpoint.tensors), len(checkpoint.objects)
+    held = f"{tensors} tensors of training state and {objects} objects: {names}" if state else "nothing at all"
+    return UsageError(
+        "holds no weights, and the output would be empty", path=checkpoint.path, expected="tensors of a model",
+        found=held, remedy="--optimizer keep carries such state where the target can hold it" if state else None,
+    )  # fmt: skip
