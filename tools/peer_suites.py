@@ -17,12 +17,13 @@ import argparse
 import collections
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).resolve().parent
 SUITES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
@@ -77,30 +78,19 @@ def _run(given: argparse.Namespace, mode: str, keep: Path) -> list[dict[str, Any
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     launch = [] if given.ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={given.ranks}"]
-    command = [
-        sys.executable,
-        *launch,
-        "-m",
-        "pytest",
-        "-p",
-        "peer_suites_plugin",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-    ]
+    quiet = "-q -p peer_suites_plugin -p no:cacheprovider -o addopts= --continue-on-collection-errors"
+    command = [sys.executable, *launch, "-m", "pytest", *quiet.split()]
     command += ["--timeout=120"] if _has("pytest_timeout") else []
     command += ["-k", given.expression] if given.expression else []
     command += given.tests or paths
-    with subprocess.Popen(
-        command, cwd=given.checkout, env=environment, stdout=sys.stderr, start_new_session=True
-    ) as process:
+    with subprocess.Popen(command, cwd=given.checkout, env=environment, stdout=sys.stderr) as process:
         try:
             process.wait(given.timeout)
         except subprocess.TimeoutExpired:
             print(f"{mode}: stopped after {given.timeout} s", file=sys.stderr)
-            os.killpg(process.pid, signal.SIGKILL)
+            started = psutil.Process(process.pid)
+            for own in [*started.children(recursive=True), started]:  # ranks have sessions of their own
+                own.kill()
     return [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
 
 
