@@ -131,3 +131,33 @@ def test_damage_is_not_taken_for_a_choice(tmp_path: Path) -> None:
         anyckpt.convert(source, tmp_path / "x.safetensors", to="safetensors", names="hub", exclude="lm_head.*")
     with pytest.raises(AnyckptError, match="down_proj"):
         anyckpt.convert(source, tmp_path / "x", to="megatron-core", exclude="lm_head.*")
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron-core"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_layers_in_the_middle_are_dropped_and_the_rest_is_numbered_anew(name: str, to: str, tmp_path: Path) -> None:
+    case = open_case(name)
+    stack = {"gpt2": "transformer.h"}.get(name, "model.layers")
+    own = {n: t for n, t in case.checkpoint.tensors.items() if not n.startswith(f"{stack}.0.")}
+    key = "n_layer" if name == "gpt2" else "num_hidden_layers"
+    config = {**case.checkpoint.config, key: case.checkpoint.config[key] - 1}
+    done = anyckpt.convert(case.checkpoint, tmp_path / "out", to=to, config=config, exclude=f"{stack}.0.*")
+    assert any(f"of {stack} are numbered 0 to" in note for note in done.notes)
+    anyckpt.convert(tmp_path / "out", tmp_path / "back", to="hf")
+    shifted = {
+        ".".join(
+            str(int(part) - 1) if at == 2 and part.isdecimal() else part for at, part in enumerate(n.split("."))
+        ): t
+        for n, t in own.items()
+    }
+    found = facts(read(tmp_path / "back").tensors)
+    assert found == {n: fact for n, fact in facts(shifted).items() if n in found}
+    assert {n for n in shifted if n.startswith(stack)} <= set(found)
+
+
+def test_layers_keep_their_numbers_where_no_configuration_counts_them(tmp_path: Path) -> None:
+    anyckpt.convert(LLAMA, tmp_path / "x.safetensors", to="safetensors", exclude="model.layers.0.*")
+    assert any(name.startswith("model.layers.1.") for name in read(tmp_path / "x.safetensors").tensors)
+    config = {**open_case("llama").checkpoint.config, "num_hidden_layers": 1}
+    with pytest.raises(AnyckptError):
+        anyckpt.convert(LLAMA, tmp_path / "x", to="hf", exclude="model.layers.0.mlp.*", config=config)

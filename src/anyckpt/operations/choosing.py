@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from anyckpt.operations.naming import Renamed
 from anyckpt.operations.select import matching
 from anyckpt.tensor import LazyTensor, Stored, from_array
 
+_LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _UNWANTED = "not asked for by --include and --exclude"
 
 
@@ -93,6 +97,47 @@ def _holder(checkpoint: Checkpoint, names: set[str]) -> str:
         shared = shared[:-1]
     prefix = "".join(f"{step}." for step in shared)
     return prefix if all(name.startswith(prefix) for name in names) else ""
+
+
+def renumbered(
+    checkpoint: Checkpoint, apart: Iterable[str], config: Mapping[str, Any] | None
+) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with its layers numbered anew where whole ones were left out and a configuration counts the rest.
+
+    Args:
+        checkpoint: with the chosen weights.
+        apart: names of the weights that are not wanted.
+        config: the one that is given with the choice; without one nothing is numbered anew.
+    """
+    layers = {config[key] for key in _LAYER_COUNTS if type(config.get(key)) is int} if config else set()
+    places = {name: match for name in checkpoint.weights() if (match := _LAYER.match(name))}
+    gone = {(match[1], int(match[2])) for name in apart if (match := _LAYER.match(name))}
+    stacks: dict[str, set[int]] = {}
+    for match in places.values():
+        stacks.setdefault(match[1], set()).add(int(match[2]))
+    order = {
+        stack: {number: place for place, number in enumerate(sorted(numbers))}
+        for stack, numbers in stacks.items()
+        if len(numbers) in layers
+        and max(numbers) >= len(numbers)
+        and {number for other, number in gone if other == stack} >= {*range(max(numbers))} - numbers
+        and not any((stack, number) in gone for number in numbers)
+    }
+    if not order:
+        return checkpoint, []
+    prefix = checkpoint.model_prefix
+    called = {
+        prefix + name: f"{prefix}{match[1]}.{order[match[1]][int(match[2])]}.{name[match.end() :]}"
+        for name, match in places.items()
+        if match[1] in order
+    }
+    tensors = {called.get(name, name): tensor for name, tensor in checkpoint.tensors.items()}
+    notes = [
+        f"layers {', '.join(map(str, numbers))} of {stack} are numbered 0 to {len(numbers) - 1}, for the configuration "
+        f"has {len(numbers)}"
+        for stack, numbers in order.items()
+    ]
+    return replace(checkpoint, tensors=tensors), notes
 
 
 def renamed_choice(

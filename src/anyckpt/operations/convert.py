@@ -18,7 +18,7 @@ from anyckpt.operations.account import nothing_to_write, unaccounted
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target, cast_weights
-from anyckpt.operations.choosing import choose, renamed_choice
+from anyckpt.operations.choosing import choose, renamed_choice, renumbered
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.extra_states import choose_states, is_kept
 from anyckpt.operations.full_precision import in_full_precision
@@ -197,6 +197,10 @@ def convert(
     apart = {name: t for name, t in whole.weights().items() if whole.model_prefix + name in left_out}
     if optimizer == "drop" and not checkpoint.weights():
         raise nothing_to_write(whole)
+    given = read_config(config)
+    if apart and optimizer == "drop":
+        checkpoint, layer_numbers = renumbered(checkpoint, apart, given)
+        layout_notes += tuple(layer_numbers)
     checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":
         checkpoint, dropped = _without_state(checkpoint)
@@ -204,7 +208,7 @@ def convert(
     if tokenizer is not None:
         checkpoint = replace(checkpoint, tokenizer=read_tokenizer(os.fspath(tokenizer)))
     wanted = cast_target(dtype)
-    full = in_full_precision(checkpoint, wanted, read_config(config))
+    full = in_full_precision(checkpoint, wanted, given)
     checkpoint, given = full.checkpoint, full.config
     left_out.update(full.ignored)
     inside: list[str] = []
