@@ -340,6 +340,8 @@ def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
         except AnyckptError as error:
             if not calls.pickles:
                 _look_for_names(location)
+            if error.remedy is None and isinstance(error, FormatError) and not location.is_directory:
+                error.remedy = _nearby(location)  # the file may be a part of what the user means
             code = calls.of_kind("code")
             if code:
                 error.problem += f"; besides, {danger(code)}"
