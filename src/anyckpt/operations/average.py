@@ -10,12 +10,13 @@ from typing import Any
 
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
+from anyckpt.operations.average_adapters import are_adapters, mean_of_adapters
 from anyckpt.operations.casts import cast_target
 from anyckpt.operations.convert import Conversion, convert
 from anyckpt.operations.destination import check_destination
 from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.mean import check_shares, shown
-from anyckpt.operations.meeting import Choice, meet
+from anyckpt.operations.meeting import Choice, chosen, meet
 from anyckpt.operations.open import join_ranks
 from anyckpt.operations.parallel import Progress
 from anyckpt.operations.recut import LayoutRequest
@@ -81,8 +82,14 @@ def average(
     choice = Choice(
         as_patterns(include), as_patterns(exclude), family, given, None if layout is None else layout.vocab_size
     )
-    meeting = meet(opened, choice)
-    mean, notes = meeting.mean(shares)
+    if are_adapters(opened):
+        made_of = [chosen(checkpoint, opened[0], choice) for checkpoint in opened]
+        mean, notes = mean_of_adapters(made_of, shares)
+    else:
+        meeting = meet(opened, choice)
+        mean, notes = meeting.mean(shares)
+        notes = [*meeting.notes, *notes]
+        made_of = meeting.averaged()
     rule = f"mean of {len(opened)} checkpoints" + ("" if weights is None else f", weighted {shown(shares)}")
     if any(share < 0 for share in shares):
         rule += f" and divided by {math.fsum(shares):g}: some are subtracted"
@@ -90,7 +97,7 @@ def average(
     merged = replace(
         mean,
         optimizer=None,
-        warnings=[rule, *meeting.notes, *notes, *told],
+        warnings=[rule, *notes, *told],
     )
     return convert(
         merged,
@@ -102,7 +109,7 @@ def average(
         keep_layout=to is None and bool(stored[0].ranks),
         progress=progress,
         sources=origins,
-        made_of=meeting.averaged(),
+        made_of=made_of,
         **options,
     )
 

@@ -137,33 +137,33 @@ def meet(opened: Sequence[Checkpoint], choice: Choice) -> Meeting:
         MappingError: there are no common names, or tensors differ in shape or type.
         UsageError: the vocabularies differ, and nothing says which is meant.
     """
-    chosen = [_chosen(checkpoint, opened[0], choice) for checkpoint in opened]
-    first = chosen[0]
-    own = [checkpoint.weights() for checkpoint in chosen]
+    sources = [chosen(checkpoint, opened[0], choice) for checkpoint in opened]
+    first = sources[0]
+    own = [checkpoint.weights() for checkpoint in sources]
     alike = all(_same_shapes(own[0], other) for other in own[1:])
-    known = [checkpoint.dialect or dialects.detect(weights) for checkpoint, weights in zip(chosen, own, strict=True)]
-    found = _said(chosen, choice) if alike else _models(chosen, choice)
+    known = [checkpoint.dialect or dialects.detect(weights) for checkpoint, weights in zip(sources, own, strict=True)]
+    found = _said(sources, choice) if alike else _models(sources, choice)
     if found is not None and choice.vocab_size is None:
-        _check_vocabularies(found, chosen)
+        _check_vocabularies(found, sources)
     if found is not None and not alike and None not in known:
-        hubs = [models.to_hub(checkpoint, model) for checkpoint, model in zip(chosen, found, strict=True)]
-        notes = [*_trim(hubs, choice.vocab_size), *_unlike(chosen, found)]
+        hubs = [models.to_hub(checkpoint, model) for checkpoint, model in zip(sources, found, strict=True)]
+        notes = [*_trim(hubs, choice.vocab_size), *_unlike(sources, found)]
         if choice.vocab_size is not None:
             hubs = [Vocabulary(choice.vocab_size).of(hub) for hub in hubs]
             if first.config_kind == "hf":
-                chosen[0] = replace(first, config=with_vocabulary(first.config, choice.vocab_size))
-        for hub, checkpoint in zip(hubs[1:], chosen[1:], strict=True):
+                sources[0] = replace(first, config=with_vocabulary(first.config, choice.vocab_size))
+        for hub, checkpoint in zip(hubs[1:], sources[1:], strict=True):
             check_same(hubs[0].tensors, hub.tensors, first.path, checkpoint.path)
-        return Meeting(chosen, [hub.tensors for hub in hubs], hubs, known[0], tuple(notes))
+        return Meeting(sources, [hub.tensors for hub in hubs], hubs, known[0], tuple(notes))
     if not alike and all(map(dialects.is_megatron, known)) and len(set(known)) > 1:
         named = [dialects.to_hub_names(weights)[0] for weights in own]
-        for tensors, checkpoint in zip(named[1:], chosen[1:], strict=True):
+        for tensors, checkpoint in zip(named[1:], sources[1:], strict=True):
             check_same(named[0], tensors, first.path, checkpoint.path)
         note = "the model family is unknown: weights meet under Megatron's names"
-        return Meeting(chosen, named, (), known[0], (note,))
-    for weights, checkpoint in zip(own[1:], chosen[1:], strict=True):
+        return Meeting(sources, named, (), known[0], (note,))
+    for weights, checkpoint in zip(own[1:], sources[1:], strict=True):
         check_same(own[0], weights, first.path, checkpoint.path)
-    return Meeting(chosen, own, notes=tuple(_unlike(chosen, found)))
+    return Meeting(sources, own, notes=tuple(_unlike(sources, found)))
 
 
 def check_same(a: Tensors, b: Tensors, first: str, second: str) -> None:
@@ -190,7 +190,7 @@ def check_same(a: Tensors, b: Tensors, first: str, second: str) -> None:
             )  # fmt: skip
 
 
-def _chosen(checkpoint: Checkpoint, first: Checkpoint, choice: Choice) -> Checkpoint:
+def chosen(checkpoint: Checkpoint, first: Checkpoint, choice: Choice) -> Checkpoint:
     """The weights that the user wants; globs are of the first source's names, and other names are left alone."""
     if checkpoint is not first and checkpoint.weights().keys() != first.weights().keys():
         return checkpoint

@@ -75,7 +75,7 @@ def to_peft(adapter: Adapter, layers: Layers) -> Written:
         "fan_in_fan_out": transposed == {True},
         "use_dora": any(update.magnitude is not None for update in adapter.updates.values()),
         "lora_bias": any(update.bias is not None for update in adapter.updates.values()),
-        **_ranks({**scales, **of_experts}),
+        **ranks_and_alphas({**scales, **of_experts}),
     }
     return Written(tensors, settings)
 
@@ -149,7 +149,7 @@ def _target_modules(adapted: list[str], layers: Layers) -> list[str]:
     return sorted({_last(module) if _last(module) in whole else module for module in adapted})
 
 
-def _ranks(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def ranks_and_alphas(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """``r`` and ``lora_alpha`` of most modules, and the exceptions."""
     if not scales:
         return {"r": 1, "lora_alpha": 1, "rank_pattern": {}, "alpha_pattern": {}}
