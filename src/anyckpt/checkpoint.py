@@ -238,6 +238,10 @@ class Checkpoint:
         extra_states: finds the states that modules have beside their weights (FP8 scaling) by the hub's name, None if
             there are none or they are in ``ranks``.
         calls: which names the pickles in its files ask for and call; pickles that are read later are added.
+        attached: names of objects that are parts of a weight or of what holds weights (the class of a tensor, what
+            stands beside one in a tuple): they go with it where the format stays the same.
+        forms: what the format that read it needs to write the very same objects again (kinds of containers and tensors,
+            storages that are shared); no other format looks at it.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
         part: which part of a model it is, if it is none by itself: ``inspect`` shows it and nothing else takes it.
     """
@@ -265,6 +269,8 @@ class Checkpoint:
     optimizer: Callable[[], OptimizerState] | None = field(default=None, repr=False)
     adapter: AdapterSettings | None = None
     extra_states: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
+    attached: frozenset[str] = frozenset()
+    forms: Any = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
     part: Part | None = None

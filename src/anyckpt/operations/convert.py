@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -203,7 +203,7 @@ def convert(
         layout_notes += tuple(layer_numbers)
     checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":
-        checkpoint, dropped = _without_state(checkpoint)
+        checkpoint, dropped = _without_state(checkpoint, checkpoint.attached if target.name == opened.format else ())
         left_out.update(dropped)
     if tokenizer is not None:
         checkpoint = replace(checkpoint, tokenizer=read_tokenizer(os.fspath(tokenizer)))
@@ -327,13 +327,15 @@ def _renamed_tensors(
     return renamed.checkpoint.tensors
 
 
-def _without_state(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
+def _without_state(checkpoint: Checkpoint, attached: Iterable[str]) -> tuple[Checkpoint, dict[str, str]]:
     """The weights alone under their own names, and what else there was.
 
-    A weight of several parts (sparse, quantized) is an object besides its tensors, and stays.
+    A weight of several parts (sparse, quantized) is an object besides its tensors, and stays, and so does what is
+    attached to weights.
     """
     weights, prefix = checkpoint.weights(), checkpoint.model_prefix
     wholes = {name[:end] for name in weights for end, letter in enumerate(name) if letter == "."}
+    wholes |= {name[len(prefix) :] for name in attached if name.startswith(prefix)}
     composite = {name: checkpoint.objects[prefix + name] for name in wholes if prefix + name in checkpoint.objects}
     stored = {prefix + name for name in (*weights, *composite)}
     dropped = {name: _STATE for name in (*checkpoint.tensors, *checkpoint.objects) if name not in stored}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor, StoredChecksum
@@ -10,6 +10,7 @@ from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, Location, WriteOptions
 from anyckpt.formats.torch_file.bare import is_bare, read_bare
 from anyckpt.formats.torch_file.contents import TorchContents
+from anyckpt.formats.torch_file.forms import Former, Forms, attached, forms_of, waste
 from anyckpt.formats.torch_file.lua import is_torch7, refusal
 from anyckpt.formats.torch_file.parts import part_of
 from anyckpt.formats.torch_file.reader import read_torch
@@ -18,14 +19,12 @@ from anyckpt.formats.torch_file.safe import refused
 from anyckpt.formats.torch_file.script import readable
 from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tape import is_tape
-from anyckpt.formats.torch_file.tree import Flat, flatten, unflatten, with_parts
+from anyckpt.formats.torch_file.tree import Flat, Path, flatten, unflatten, with_parts
 from anyckpt.formats.torch_file.values import MetaTensor
 from anyckpt.formats.torch_file.writer import dotted, zip_parts
 from anyckpt.pickling import torch_objects
 from anyckpt.storage.zip import read_zip
 from anyckpt.tensor import LazyTensor
-
-_WASTE = 1024
 
 
 def detect(location: Location) -> bool:
@@ -68,7 +67,14 @@ def torch_checkpoint(path: str, contents: TorchContents, flat: Flat) -> Checkpoi
         details=torch_details(contents, flat),
         checksums=lambda: stored_checksums(contents),
         part=part_of(path, contents.root, flat),
+        attached=attached(flat, _weights(flat, told)),
+        forms=forms_of(contents, flat),
     )
+
+
+def _weights(flat: Flat, told: Roles) -> Iterator[str]:
+    """Full names of the weights."""
+    return (n for n in flat.tensors if n.startswith(told.prefix) and not n.startswith(told.states or ("\0",)))
 
 
 def torch_details(contents: TorchContents, flat: Flat) -> dict[str, Any]:
@@ -125,13 +131,10 @@ def _oddities(contents: TorchContents, flat: Flat) -> list[str]:
     shown: dict[str, dict[Any, int]] = {}
     for tensor, facts in contents.facts.values():
         shown.setdefault(facts.storage, {})[facts.offset, facts.strides, tensor.shape] = tensor.nbytes
-    held = sum(storage.nbytes for storage in contents.storages.values())
-    waste = sum(
-        max(0, storage.nbytes - sum(shown[key].values())) for key, storage in contents.storages.items() if key in shown
-    )
-    if waste >= _WASTE and waste > held // 10:
+    unseen = waste(shown, contents.storages)
+    if unseen:
         found.append(
-            f"stores {waste:,} bytes that no tensor shows (slices of larger tensors); converting it to torch leaves"
+            f"stores {unseen:,} bytes that no tensor shows (slices of larger tensors); converting it to torch leaves"
             " them out"
         )
     for name, leaf in flat.objects.items():
@@ -146,8 +149,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: an object cannot be pickled.
     """
-    root, ignored = as_object(checkpoint)
-    notes = []
+    root, ignored, notes = as_object(checkpoint)
     unsafe = refused(root)
     if unsafe:
         notes.append(f"torch.load(weights_only=True) refuses objects in this file: {', '.join(unsafe[:5])}")
@@ -167,18 +169,47 @@ def stored_names(checkpoint: Checkpoint) -> Callable[[tuple[Any, ...]], str]:
     return lambda path: names.get(path) or dotted(path)
 
 
-def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str]]:
-    """What to save for a checkpoint, and what it leaves out with the reason."""
+def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str], list[str]]:
+    """What to save for a checkpoint, what it leaves out with the reason, and what is of another form than it was."""
     paths = checkpoint.details.get("key_paths") or {}
     keys = checkpoint.details.get("original_keys") or {}
     whole, left = assemble(checkpoint.tensors, checkpoint.objects)
     tensors = [name for name in whole if name in checkpoint.tensors or isinstance(whole[name], CompositeTensor)]
-    if paths and all(name in paths for name in tensors):
-        values = {name: whole[name] for name in paths if name in whole}
-        left.update({name: "has no place in the nested file" for name in whole if name not in paths})
-        return unflatten(values, paths, keys), left
+    found = _common_prefix(tensors, paths)
+    if found is not None:
+        prefix, base = found
+        forms = checkpoint.forms if isinstance(checkpoint.forms, Forms) else Forms()
+        former = Former(checkpoint.tensors, forms, prefix)
+        stored = (name[len(prefix) :] for name in paths if name.startswith(prefix))
+        values = {name: former.form(name, whole[name]) for name in stored if name in whole}
+        left.update({name: "has no place in the nested file" for name in whole if name not in values})
+        inner = {name: paths[prefix + name][len(base) :] for name in values}
+        notes = former.notes
+        if any(base[:depth] in keys or type(base[depth - 1]) is int for depth in range(1, len(base) + 1)):
+            notes.append(f"the weights are written without {prefix!r}, which all of their names begin with")
+        return unflatten(values, inner, _below(keys, base), _below(forms.containers, base)), left, notes
     left.update(dict.fromkeys(set(whole).difference(tensors), "a state dict holds tensors only"))
-    return torch_objects.ordered_dict({name: whole[name] for name in tensors}), left
+    return torch_objects.ordered_dict({name: whole[name] for name in tensors}), left, []
+
+
+def _common_prefix(names: Sequence[str], paths: Mapping[str, Path]) -> tuple[str, Path] | None:
+    """What all the names lack at their beginning to be names of ``paths``, and the path that it is; None if unclear."""
+    if not names:
+        return ("", ()) if paths else None
+    ends = [(name[: -len(names[0])], path) for name, path in paths.items() if name.endswith(names[0])]
+    for prefix, path in sorted(ends, key=lambda entry: len(entry[0])):
+        bases = (path[:depth] for depth in range(len(path) + 1))
+        base = next((base for base in bases if "".join(f"{step}." for step in base) == prefix), None)
+        if base is not None and all(
+            prefix + name in paths and paths[prefix + name][: len(base)] == base for name in names
+        ):
+            return prefix, base
+    return None
+
+
+def _below(table: Mapping[Path, Any], base: Path) -> dict[Path, Any]:
+    """The entries of a table by path below a container, by their path in it."""
+    return {path[len(base) :]: value for path, value in table.items() if path[: len(base)] == base}
 
 
 def assemble(tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

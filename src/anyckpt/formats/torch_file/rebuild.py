@@ -236,7 +236,8 @@ class TensorBuilder:
         name = kind.path if isinstance(kind, Global) else "?"
         parameter = name == "torch.nn.parameter.Parameter" or self.facts_of(tensor).parameter
         subclass = None if name in _PLAIN_CLASSES else name
-        return self._with(tensor, parameter=parameter, subclass=subclass, attributes=_attributes(state))
+        named = kind if subclass is not None and isinstance(kind, Global) else None
+        return self._with(tensor, parameter=parameter, subclass=subclass, kind=named, attributes=_attributes(state))
 
     def _from_device(self, args: tuple[Any, ...]) -> Any:
         """``_rebuild_device_tensor_from_*(data, dtype, device, requires_grad)``: a tensor or a numpy array."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from anyckpt.checkpoint import TrainingState
 from anyckpt.formats.torch_file.tree import Flat, Path
+from anyckpt.pickling import Record
 
 _OPTIMIZER = frozenset({"optim", "optimizer", "optimizers", "optimiser", "optimisers"})
 _SCHEDULER = frozenset({"sched", "scheduler", "schedulers"})
@@ -118,6 +119,7 @@ def roles(flat: Flat) -> Roles:
     elif networks:
         chosen = {name for entry in entries if entry.named and entry not in averaged for name in entry.names}
         prefix = _common([entry.path for entry in networks])
+    prefix = _outside_tensors(prefix, flat)
     return Roles(
         "".join(f"{step}." for step in prefix),
         _state_prefixes(paths, chosen, prefix),
@@ -201,6 +203,17 @@ def _innermost(entry: _Entry, paths: Mapping[str, Path], flat: Flat) -> Path:
     if entry.path in flat.modules:
         return entry.path
     return holders.pop() if len(holders) == 1 and entry.named else entry.path
+
+
+def _outside_tensors(path: Path, flat: Flat) -> Path:
+    """The path, up to the first tensor of a class of its own, whose parts it may lead to."""
+    for depth in range(1, len(path) + 1):
+        container = flat.containers.get(path[:depth])
+        if isinstance(container, Record) and container.path.startswith(
+            ("torch._tensor._rebuild", "torch._utils._rebuild")
+        ):
+            return path[: depth - 1]
+    return path
 
 
 def _common(paths: list[Path]) -> Path:

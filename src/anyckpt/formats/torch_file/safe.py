@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from anyckpt.formats.torch_file.values import FormedTensor
 from anyckpt.pickling import DictRecord, Global, Record
 from anyckpt.pickling.walk import find_leaves
 
@@ -27,7 +28,12 @@ def refused(root: Any) -> list[str]:
     """Dotted names of classes and functions in ``root`` that are not allowed, each once, in order."""
     found: dict[str, None] = {}
     for _, value in find_leaves(root, _is_refused):
-        found[_name(value)] = None
+        if isinstance(value, FormedTensor):
+            found.update(
+                dict.fromkeys([value.facts.kind.path] if value.facts.kind else refused(value.facts.attributes))
+            )
+        else:
+            found[_name(value)] = None
     return list(found)
 
 
@@ -40,4 +46,6 @@ def _name(value: Any) -> str:
 def _is_refused(value: Any) -> bool:
     if isinstance(value, (Record, DictRecord)):
         return _name(value) not in _ALLOWED
+    if isinstance(value, FormedTensor):
+        return value.facts.kind is not None or bool(refused(value.facts.attributes))
     return isinstance(value, (frozenset, range, slice))

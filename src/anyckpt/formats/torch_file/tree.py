@@ -13,6 +13,7 @@ from typing import Any
 from anyckpt.checkpoint import CompositeTensor
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats.torch_file import modules
+from anyckpt.formats.torch_file.containers import rebuilt
 from anyckpt.formats.torch_file.values import (
     DistributedTensor,
     MetaTensor,
@@ -49,6 +50,8 @@ class Flat:
         modules: path of each module that was pickled whole -> its class, and those of the modules in it.
         beside: paths of what a pickled module holds besides what its ``state_dict()`` gives.
         optimizers: paths of the states of optimizers, with tensors or without.
+        containers: path -> what holds tensors there.
+        leaves: name of a tensor -> the storage or ``DTensor`` of which it is the elements.
     """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
@@ -61,6 +64,8 @@ class Flat:
     modules: dict[Path, list[str]] = field(default_factory=dict)
     beside: set[Path] = field(default_factory=set)
     optimizers: list[Path] = field(default_factory=list)
+    containers: dict[Path, Any] = field(default_factory=dict)
+    leaves: dict[str, Any] = field(default_factory=dict)
 
     def _name(self, path: Path) -> str:
         plain = ".".join(map(str, path)) or "tensor"
@@ -85,9 +90,11 @@ class Flat:
             self.objects[name] = leaf
         elif isinstance(leaf, Storage):
             self.tensors[name] = leaf.tensor()
+            self.leaves[name] = leaf
         elif isinstance(leaf, DistributedTensor):
             self.tensors[name] = leaf.local
             self.distributed[name] = leaf
+            self.leaves[name] = leaf
         else:
             self.tensors[name] = leaf
 
@@ -121,6 +128,7 @@ def flatten(root: Any, name: str) -> Flat:
         return flat
     path: list[str | int] = []
     active = [id(root)]
+    flat.containers[()] = root
     todo: list[Iterator[tuple[str | int, Any]]] = [_children(root, (), flat, name)]
     while todo:
         step = next(todo[-1], None)
@@ -146,6 +154,7 @@ def flatten(root: Any, name: str) -> Flat:
                 raise FormatError("tensors are nested too deep", path=name, expected=f"at most {_DEEPEST} levels")
             path.append(key)
             active.append(id(child))
+            flat.containers[here] = child
             todo.append(_children(child, here, flat, name))
     return flat
 
@@ -218,15 +227,21 @@ def _holders(root: Any, file: str) -> tuple[set[int], int]:
 class _Node:
     """A container under construction."""
 
-    __slots__ = ("children", "indexed", "result")
+    __slots__ = ("children", "indexed", "path", "result")
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.children: dict[Any, Any] = {}
         self.indexed = True
         self.result: Any = None
 
 
-def unflatten(values: Mapping[str, Any], paths: Mapping[str, Path], original_keys: Mapping[Path, Any]) -> Any:
+def unflatten(
+    values: Mapping[str, Any],
+    paths: Mapping[str, Path],
+    original_keys: Mapping[Path, Any],
+    containers: Mapping[Path, Any] | None = None,
+) -> Any:
     """The nested object that has each value at its path: dictionaries, and lists where all keys are indices.
 
     Indices that are missing, because a tensor was left out, are closed up.
@@ -235,11 +250,13 @@ def unflatten(values: Mapping[str, Any], paths: Mapping[str, Path], original_key
         values: what to put together, by name.
         paths: name -> path, for every name in ``values``.
         original_keys: path -> key, where the key is not the path's last element.
+        containers: path -> what was there, of whose kind the new container is to be; what was one object in several
+            places is one again.
 
     Raises:
         FormatError: two paths contradict each other.
     """
-    root = _Node()
+    root = _Node(())
     nodes = [root]
     for name, value in values.items():
         path, node = paths[name], root
@@ -253,15 +270,25 @@ def unflatten(values: Mapping[str, Any], paths: Mapping[str, Path], original_key
                     raise FormatError(f"the path of {name!r} leads to another value too")
                 node.children[key] = value
                 continue
-            child = node.children.setdefault(key, _Node())
+            child = node.children.setdefault(key, _Node(path[:depth]))
             if not isinstance(child, _Node):
                 raise FormatError(f"the path of {name!r} leads through another value")
             if not child.children:
                 nodes.append(child)
             node = child
+    once: dict[int, list[tuple[dict[Any, int], Any]]] = {}
     for node in reversed(nodes):
         built = {key: v.result if isinstance(v, _Node) else v for key, v in node.children.items()}
-        node.result = [built[index] for index in sorted(built)] if node.indexed and built else built
+        original = (containers or {}).get(node.path)
+        if original is None or modules.module_fields(original) is not None:
+            node.result = [built[index] for index in sorted(built)] if node.indexed and built else built
+            continue
+        made = once.setdefault(id(original), [])
+        parts = {key: id(part) for key, part in built.items()}
+        node.result = next((result for known, result in made if known == parts), None)
+        if node.result is None:
+            node.result = rebuilt(original, built)
+            made.append((parts, node.result))
     return root.result
 
 

@@ -111,6 +111,7 @@ class TensorFacts:
         subclass: dotted name of another subclass of ``torch.Tensor``, or None.
         conjugate: the stored elements are the complex conjugates (torch's lazy bit); resolved when read.
         negative: the stored elements have the opposite sign; resolved when read.
+        kind: the subclass as the file names it, or None.
         attributes: Python attributes, such as Megatron's ``tensor_model_parallel`` and ``partition_dim``.
     """
 
@@ -124,7 +125,27 @@ class TensorFacts:
     subclass: str | None = None
     conjugate: bool = False
     negative: bool = False
+    kind: Global | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class FormedTensor:
+    """A dense tensor with the form in which a torch file is to have it.
+
+    Attributes:
+        tensor: its elements.
+        held: the elements that are stored, along one axis or as many as the tensor has; others may share them.
+        offset: elements of ``held`` before its first one.
+        strides: elements of ``held`` between neighbours along each axis.
+        facts: whether it is a parameter, and the like.
+    """
+
+    tensor: LazyTensor
+    held: LazyTensor
+    offset: int
+    strides: tuple[int, ...]
+    facts: TensorFacts
 
 
 @dataclass(frozen=True)

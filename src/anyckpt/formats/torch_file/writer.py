@@ -13,6 +13,7 @@ from anyckpt.formats.torch_file.layout import Record as ZipRecord
 from anyckpt.formats.torch_file.layout import zip_layout
 from anyckpt.formats.torch_file.values import (
     DistributedTensor,
+    FormedTensor,
     MetaTensor,
     NestedTensor,
     QuantizedTensor,
@@ -52,7 +53,7 @@ def zip_parts(
 
     Tensors that are the same view of the same stored bytes share one record (tied weights stay tied), and a
     tensor that repeats elements is stored once and repeated by its strides.  Tensors are written contiguous
-    and without attributes.
+    and without attributes, but those that are a ``FormedTensor``.
 
     Args:
         root: plain data, inert records, lazy tensors and ``values``, nested in any way.
@@ -160,6 +161,23 @@ def _dense(storages: _Storages, tensor: LazyTensor) -> Record:
     return objects.tensor(reference, 0, tensor.shape, strides, dtype=tensor.dtype)
 
 
+def _formed(storages: _Storages, value: FormedTensor) -> Record:
+    """As torch's ``Tensor`` and ``Parameter`` reduce themselves."""
+    dtype, facts, state = value.tensor.dtype, value.facts, dict(value.facts.attributes)
+    reference = storages.store(value, value.held, dtype)
+    asked = facts.requires_grad and not facts.parameter
+    tensor = objects.tensor(
+        reference, value.offset, value.tensor.shape, value.strides, dtype=dtype, requires_grad=asked
+    )  # fmt: skip
+    if facts.parameter:
+        arguments = (tensor, facts.requires_grad, DictRecord(objects.ORDERED_DICT), *([state] if state else []))
+        return Record(Global("torch._utils", f"_rebuild_parameter{'_with_state' if state else ''}"), arguments)
+    if facts.kind is None and not state:
+        return tensor
+    arguments = (tensor.type, facts.kind or Global("torch", "Tensor"), tensor.args, state)
+    return Record(Global("torch._tensor", "_rebuild_from_type_v2"), arguments)
+
+
 def _unrepeated(tensor: LazyTensor) -> tuple[LazyTensor, tuple[int, ...]]:
     """What to store of a tensor, and the strides by which it is the tensor: an expanded axis has stride 0."""
     if not isinstance(tensor, Stored) or not tensor.strides or not tensor.size:
@@ -218,6 +236,7 @@ def _distributed(storages: _Storages, tensor: DistributedTensor) -> Record:
 
 
 _STAND_INS: dict[type, Callable[[_Storages, Any], Any]] = {
+    FormedTensor: _formed,
     Storage: _storage,
     MetaTensor: _meta,
     SparseTensor: _sparse,

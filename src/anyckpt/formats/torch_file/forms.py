@@ -1,0 +1,275 @@
+"""What a torch file says besides elements and plain data, kept so that the same objects are written again.
+
+Tensors that share a storage share it in the copy, with their offsets and strides; parameters, gradients asked for,
+attributes and subclasses are written back, and so are tuples, subclasses of dictionaries and objects that hold tensors.
+What is not is named in notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyckpt.formats.torch_file.contents import TorchContents
+from anyckpt.formats.torch_file.tree import Flat, Path
+from anyckpt.formats.torch_file.values import (
+    FormedTensor,
+    QuantizedTensor,
+    Storage,
+    TensorFacts,
+)
+from anyckpt.pickling import DictRecord, Record
+from anyckpt.tensor import LazyTensor, Stored
+
+WASTE = 1024
+"""Bytes of storages that no tensor shows, from which on they are left out if they are a tenth of all, too."""
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of a torch file's objects.
+
+    Attributes:
+        containers: path -> the container there, for all that hold tensors.
+        leaves: name -> the tensor as it was read, and the storage or ``DTensor`` of which it is the elements.
+        tensors: name -> the tensor as it was read, and what the file says of it.
+        storages: by key.
+    """
+
+    containers: Mapping[Path, Any] = field(default_factory=dict)
+    leaves: Mapping[str, tuple[LazyTensor, Any]] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[LazyTensor, TensorFacts]] = field(default_factory=dict)
+    storages: Mapping[str, Storage] = field(default_factory=dict)
+
+    def described(self) -> dict[str, str]:
+        """What is odd about tensors and containers, in words by name or dotted path, so that copies can be compared."""
+        words: dict[str, str] = {}
+        first: dict[tuple[str, str], str] = {}
+        for name, (tensor, facts) in self.tensors.items():
+            said = [*(["Parameter"] if facts.parameter else []), *([facts.subclass] if facts.subclass else [])]
+            said += ["requires_grad"] if facts.requires_grad else []
+            if tensor.size and facts.strides and _differ(tensor.shape, facts.strides, _usual(tensor.shape)):
+                said.append(f"strides {facts.strides}")
+            said += [f"attribute {key}" for key in facts.attributes]
+            if facts.storage:
+                holder = first.setdefault((facts.storage, tensor.dtype.name), name)
+                said += [f"in the storage of {holder}"] if holder != name else []
+            if said:
+                words[name] = ", ".join(said)
+        for name, (_, leaf) in self.leaves.items():
+            words[name] = "bare storage" if isinstance(leaf, Storage) else "DTensor"
+        for path, container in self.containers.items():
+            kind = _kind(container)
+            if kind is not None:
+                words[f"{'.'.join(map(str, path)) or 'the file'} (container)"] = kind
+        return words
+
+
+def attached(flat: Flat, weights: Iterable[str]) -> frozenset[str]:
+    """Names of objects beside weights in a tuple, or in an object that holds them and is no module.
+
+    Args:
+        flat: what was read.
+        weights: full names.
+    """
+    held = {path[:depth] for name in weights for path in (flat.paths.get(name, ()),) for depth in range(len(path))}
+    whole = {path for path in held if _is_whole(flat, path)}
+    paths = ((name, flat.paths.get(name, ())) for name in flat.objects)
+    return frozenset(name for name, path in paths if any(path[:depth] in whole for depth in range(len(path))))
+
+
+def _is_whole(flat: Flat, path: Path) -> bool:
+    """Whether the container there makes no sense without some of its parts."""
+    return isinstance(flat.containers.get(path), (tuple, Record)) and path not in flat.modules
+
+
+def forms_of(contents: TorchContents, flat: Flat) -> Forms:
+    """The forms of what was read."""
+    said = {name: contents.facts.get(id(tensor)) for name, tensor in flat.tensors.items()}
+    return Forms(
+        flat.containers,
+        {name: (flat.tensors[name], leaf) for name, leaf in flat.leaves.items()},
+        {name: facts for name, facts in said.items() if facts is not None},
+        {storage.key: storage for storage in contents.storages.values()},
+    )
+
+
+def _kind(container: Any) -> str | None:
+    if isinstance(container, (Record, DictRecord)):
+        return container.path if isinstance(container, Record) else container.type.path
+    return None if isinstance(container, (dict, list)) else type(container).__name__
+
+
+class Former:
+    """Gives tensors the forms that they had.
+
+    Args:
+        tensors: by name, those to write, as they were read or computed from what was.
+        forms: of the file.
+        prefix: what the file's names begin with before these.
+
+    Attributes:
+        notes: what cannot be given back, after all were asked for.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], forms: Forms, prefix: str = "") -> None:
+        self._forms = forms
+        self._prefix = prefix
+        self._made: dict[int, tuple[LazyTensor, FormedTensor]] = {}
+        self._changed: dict[str, list[str]] = {}
+        full = {prefix + name: tensor for name, tensor in tensors.items()}
+        self._places = dict(_places({n: t for n, t in full.items() if self._is_as_read(n, t)}, forms))
+
+    def _is_as_read(self, name: str, tensor: LazyTensor) -> bool:
+        return name in self._forms.tensors and self._forms.tensors[name][0] is tensor
+
+    def form(self, name: str, value: Any) -> Any:
+        """What to write for a value: itself if it has no form of its own."""
+        name = self._prefix + name
+        if name in self._forms.leaves:
+            tensor, leaf = self._forms.leaves[name]
+            if value is tensor:
+                return leaf
+            self._note(f"a {'storage' if isinstance(leaf, Storage) else 'DTensor'} becomes a plain tensor", name)
+        if isinstance(value, QuantizedTensor):
+            said = self._forms.tensors.get(f"{name}.int_repr")
+            if said is not None and _differ(value.shape, said[1].strides, _usual(value.shape)):
+                self._note("the strides of a quantized tensor become those of C order", name)
+        if not isinstance(value, LazyTensor) or name not in self._forms.tensors:
+            return value
+        known = self._made.get(id(value))
+        if known is None:
+            known = self._made[id(value)] = (value, self._formed(name, value))
+        return known[1]
+
+    def _formed(self, name: str, tensor: LazyTensor) -> FormedTensor:
+        facts = self._forms.tensors[name][1]
+        if facts.conjugate or facts.negative:
+            self._note("a lazy conjugate or negative is resolved", name)
+        if not facts.location.startswith(("cpu", "meta")):
+            self._note(f"is written as the CPU's, not that of {facts.location[:20]}", name)
+        placed = self._places.get(name)
+        if placed is not None:
+            return FormedTensor(tensor, placed[0], placed[1], facts.strides, facts)
+        held, strides = _alone(tensor, facts.strides)
+        if facts.storage and _differ(tensor.shape, facts.strides, strides):
+            self._note("its strides change, for most of its storage is shown by no tensor", name)
+        return FormedTensor(tensor, held, 0, strides, facts)
+
+    def _note(self, text: str, name: str) -> None:
+        self._changed.setdefault(text, []).append(name)
+
+    @property
+    def notes(self) -> list[str]:
+        return [_note(text, names) for text, names in self._changed.items()]
+
+
+def _note(text: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}: {text}"
+
+
+def waste(shown: Mapping[str, Mapping[Any, int]], storages: Mapping[str, Storage]) -> int:
+    """Bytes of storages that no tensor shows, if they are worth leaving out, else 0.
+
+    Args:
+        shown: key of a storage -> view of it -> its bytes.
+        storages: by key.
+    """
+    held = sum(storage.nbytes for storage in storages.values())
+    found = sum(max(0, storages[key].nbytes - sum(views.values())) for key, views in shown.items() if key in storages)
+    return found if found >= WASTE and found > held // 10 else 0
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor as a view of its storage.
+
+    Attributes:
+        name: the tensor's.
+        first: element of the storage that is its first one.
+        end: one more than its last one.
+        count: elements of the storage that it shows.
+    """
+
+    name: str
+    first: int
+    end: int
+    count: int
+
+
+def _places(tensors: Mapping[str, LazyTensor], forms: Forms) -> Iterator[tuple[str, tuple[LazyTensor, int]]]:
+    """What to store of each tensor's storage, and where in it the tensor begins; nothing for those best alone."""
+    groups: dict[tuple[str, str], list[_View]] = {}
+    shown: dict[str, dict[Any, int]] = {}
+    for name, tensor in tensors.items():
+        facts = forms.tensors[name][1]
+        if type(tensor).__name__ == "Mapped" or not isinstance(tensor, Stored) or facts.storage not in forms.storages:
+            continue
+        pairs = [(n, stride) for n, stride in zip(tensor.shape, facts.strides, strict=True) if n > 1 and stride]
+        count = 1
+        for n, _ in pairs:
+            count *= n
+        end = facts.offset + 1 + sum((n - 1) * stride for n, stride in pairs) if tensor.size else facts.offset
+        view = _View(name, facts.offset, end, count if tensor.size else 0)
+        groups.setdefault((facts.storage, tensor.dtype.name), []).append(view)
+        seen = shown.setdefault(facts.storage, {})
+        seen[facts.offset, facts.strides, tensor.shape] = view.count * tensor.dtype.itemsize
+    whole = not waste(shown, {key: forms.storages[key] for key in shown})
+    bare = {leaf.key for _, leaf in forms.leaves.values() if isinstance(leaf, Storage)}
+    for (key, _), views in groups.items():
+        storage, kind = forms.storages[key], tensors[views[0].name].dtype
+        if storage.source is None:
+            continue
+        total = storage.nbytes // kind.itemsize
+        for first, end, members in [(0, total, views)] if whole or key in bare else _clusters(views):
+            used = sum({(view.first, view.end): view.count for view in members}.values())
+            if end <= first or (not (whole or key in bare) and 2 * used < end - first):
+                continue
+            held = Stored(storage.little_endian(kind), first * kind.itemsize, kind, (end - first,))
+            yield from ((view.name, (held, view.first - first)) for view in members)
+
+
+def _clusters(views: Sequence[_View]) -> Iterator[tuple[int, int, list[_View]]]:
+    """Views that overlap, together."""
+    members: list[_View] = []
+    end = 0
+    for view in sorted(views, key=lambda each: (each.first, each.end)):
+        if members and view.first >= end:
+            yield members[0].first, end, members
+            members = []
+        end = max(end, view.end) if members else view.end
+        members.append(view)
+    if members:
+        yield members[0].first, end, members
+
+
+def _alone(tensor: LazyTensor, strides: Sequence[int]) -> tuple[LazyTensor, tuple[int, ...]]:
+    """What to store of a tensor by itself, and strides: axes in the order that they have, repeated ones stored once."""
+    if not tensor.size or len(strides) != tensor.ndim:
+        return tensor, _usual(tensor.shape)
+    repeated = [n > 1 and stride == 0 for n, stride in zip(tensor.shape, strides, strict=True)]
+    lengths = tuple(1 if again else n for n, again in zip(tensor.shape, repeated, strict=True))
+    order = sorted(range(tensor.ndim), key=lambda axis: (-strides[axis] if lengths[axis] > 1 else 0, axis))
+    held = tensor.box((0,) * tensor.ndim, lengths) if any(repeated) else tensor
+    steps = dict(zip(order, _usual(tuple(lengths[axis] for axis in order)), strict=True))
+    found = tuple(
+        0 if again else strides[axis] if tensor.shape[axis] == 1 else steps[axis] for axis, again in enumerate(repeated)
+    )
+    return (held if order == sorted(order) else held.permute(order)), found
+
+
+def _usual(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of C order, as torch has them: an axis of length zero counts as one."""
+    steps = [1]
+    for n in reversed(shape[1:]):
+        steps.append(steps[-1] * max(n, 1))
+    return tuple(reversed(steps)) if shape else ()
+
+
+def _differ(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether strides differ along an axis that has several elements."""
+    return len(a) == len(b) and any(n > 1 and s != t for n, s, t in zip(shape, a, b, strict=True))

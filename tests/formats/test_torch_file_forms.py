@@ -1,0 +1,87 @@
+"""Kinds of tensors and containers from one torch file to another, and what diff sees of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support import write_plan
+
+import anyckpt
+from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.formats.torch_file.containers import rebuilt
+from anyckpt.formats.torch_file.forms import Forms
+from anyckpt.formats.torch_file.values import FormedTensor, TensorFacts
+from anyckpt.formats.torch_file.writer import zip_parts
+from anyckpt.pickling import DictRecord, Global, Record
+from anyckpt.tensor import from_array
+
+FLAT = from_array(np.arange(12, dtype="<f4"))
+
+
+def formed(shape: tuple[int, ...], offset: int, strides: tuple[int, ...], **facts: Any) -> FormedTensor:
+    elements = np.lib.stride_tricks.as_strided(
+        np.arange(12, dtype="<f4")[offset:], shape, tuple(4 * stride for stride in strides)
+    )
+    return FormedTensor(from_array(elements.copy()), FLAT, offset, strides, TensorFacts(**facts))
+
+
+def saved(path: Path, root: Any) -> Path:
+    write_plan(Plan("torch", (OutputFile("", zip_parts(root)),)), path)
+    return path
+
+
+ROOTS: dict[str, Any] = {
+    "views": {"all": formed((12,), 0, (1,)), "odd": formed((6,), 1, (2,)), "turned": formed((3, 4), 0, (1, 3))},
+    "parameter": {"w": formed((12,), 0, (1,), parameter=True, requires_grad=True)},
+    "asked": {"w": formed((12,), 0, (1,), requires_grad=True)},
+    "attributes": {"w": formed((12,), 0, (1,), attributes={"tp": 2})},
+    "subclass": {"w": formed((12,), 0, (1,), kind=Global("a.b", "C.D"), subclass="a.b.C.D")},
+    "tuple": {"t": (formed((12,), 0, (1,)), "word", {3})},
+    "class": {"r": Record(Global("a", "B"), (1, formed((12,), 0, (1,))), state={"x": 1})},
+}
+
+
+@pytest.mark.parametrize("name", list(ROOTS))
+def test_there_and_back(tmp_path: Path, name: str) -> None:
+    source = saved(tmp_path / "a.pt", ROOTS[name])
+    done = anyckpt.convert(source, tmp_path / "b.pt", to="torch")
+    first, second = anyckpt.open(source), anyckpt.open(tmp_path / "b.pt")
+    assert isinstance(first.forms, Forms)
+    assert first.forms.described() == second.forms.described()
+    assert first.forms.described() or name == "class"
+    assert done.ignored == {}
+    assert not anyckpt.diff(source, tmp_path / "b.pt", raw=True)
+    assert done.bytes_written < 3000, "no view grows the file"
+
+
+def test_diff_sees_forms(tmp_path: Path) -> None:
+    plain = saved(tmp_path / "plain.pt", {"w": FLAT})
+    for number, name in enumerate(("parameter", "asked", "attributes", "subclass")):
+        other = saved(tmp_path / f"{number}.pt", ROOTS[name])
+        found = anyckpt.diff(plain, other, raw=True)
+        assert [setting.name for setting in found.state] == ["form of w"], name
+        assert not anyckpt.diff(plain, other), "weights alone are the same"
+
+
+TREES = st.recursive(
+    st.integers(0, 9),
+    lambda inner: st.one_of(st.lists(inner), st.tuples(inner, inner), st.dictionaries(st.text(), inner)),
+)
+
+
+@given(TREES)
+def test_a_container_rebuilt_of_all_its_parts_is_the_same(tree: Any) -> None:
+    if isinstance(tree, int):
+        return
+    parts = dict(tree) if isinstance(tree, dict) else dict(enumerate(tree))
+    again = rebuilt(tree, parts)
+    assert (type(again), again) == (type(tree), tree)
+    ordered = DictRecord(Global("collections", "defaultdict"), (Global("builtins", "list"),))
+    ordered.update({str(key): value for key, value in parts.items()})
+    copy = rebuilt(ordered, ordered)
+    assert (copy, copy.type, copy.args) == (ordered, ordered.type, ordered.args)
