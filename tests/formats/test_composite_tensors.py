@@ -52,3 +52,10 @@ def test_formats_with_objects_keep_them_whole(tmp_path: Path) -> None:
         anyckpt.convert(QUANTIZED, tmp_path / target, to=target)
         objects = registry.read(tmp_path / target).objects
         assert sum(isinstance(value, QuantizedTensor) for value in objects.values()) == 2
+
+
+def test_what_a_quantized_module_says_besides_tensors_stays_in_a_copy(tmp_path: Path) -> None:
+    done = anyckpt.convert(QUANTIZED, tmp_path / "copy.pt", to="torch")
+    assert done.ignored == {}
+    assert registry.read(tmp_path / "copy.pt").objects.keys() == registry.read(QUANTIZED).objects.keys()
+    assert not anyckpt.diff(QUANTIZED, tmp_path / "copy.pt", raw=True)

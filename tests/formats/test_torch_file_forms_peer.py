@@ -128,3 +128,20 @@ def test_classes_of_their_own(tmp_path: Path) -> None:
         assert type(one) is type(other)
         parts = [(one.a, other.a), (one.b, other.b)] if isinstance(one, TwoTensor) else zip(one, other, strict=True)
         assert all(torch.equal(x, y) for x, y in parts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_quantized_model_takes_its_state_dict_from_our_copy(tmp_path: Path, wrapped: bool) -> None:
+    def model() -> Any:
+        plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        return torch.ao.quantization.quantize_dynamic(plain, dtype=torch.qint8)
+
+    one, other = model(), model()
+    state = one.state_dict()
+    torch.save({"state_dict": state, "epoch": 3, "run.name": "a"} if wrapped else state, tmp_path / "source.pt")
+    done = anyckpt.convert(tmp_path / "source.pt", tmp_path / "copy.pt", to="torch")
+    assert sorted(done.ignored) == (["epoch", "run.name"] if wrapped else [])
+    other.load_state_dict(torch.load(tmp_path / "copy.pt", weights_only=False))
+    x = torch.rand(3, 4)
+    assert torch.equal(one(x), other(x))

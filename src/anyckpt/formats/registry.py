@@ -37,7 +37,7 @@ class WriteOptions:
         layout: for which ranks ``Checkpoint.ranks`` is cut, None if it is not.
         transformer_impl: Megatron's formats: ``local`` or ``transformer_engine``, what the model that will load it is
             built of; None for what the source tells.
-        megatron_args: ``megatron-core``: write what Megatron-LM reads besides the model.
+        megatron_args: formats with ``Format.leaves_out_arguments``: write what Megatron-LM reads besides the model.
     """
 
     max_shard_size: int | None = None
@@ -146,6 +146,8 @@ class Format:
             if it has no place for what an adapter says of itself.
         divides: whether ``plan`` divides whole tensors into as many files as ``WriteOptions.layout`` has
             tensor-parallel ranks.
+        leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
+            ``WriteOptions.megatron_args`` says.
     """
 
     name: str
@@ -160,6 +162,7 @@ class Format:
     sharded: bool = False
     adapters: str | None = None
     divides: bool = False
+    leaves_out_arguments: bool = False
 
 
 _BUILT_IN = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
 
+from anyckpt.checkpoint import CompositeTensor
 from anyckpt.operations.configurations import Setting
 from anyckpt.pickling.plain import record_parts, to_plain
 from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
@@ -83,6 +85,8 @@ def _parts(obj: Any) -> list[tuple[str, Any]] | None:
         return [*callee, *((_key(key), value) for key, value in record_parts(obj))]
     if isinstance(obj, PersistentId):
         return [("id", obj.id)]
+    if isinstance(obj, CompositeTensor) and is_dataclass(obj):
+        return [(part.name, getattr(obj, part.name)) for part in fields(obj)]
     return None
 
 

@@ -177,9 +177,11 @@ def wanted_layout(
                     expected="one of Megatron's own formats, such as megatron-core or megatron-lm",
                     remedy="leave it out",
                 )
-    if not request.megatron_args and not target.name.startswith("megatron-core"):
+    if not request.megatron_args and not target.leaves_out_arguments:
         raise UsageError(
-            f"--no-megatron-args means nothing for {target.name}", expected="megatron-core", remedy="leave it out"
+            f"--no-megatron-args means nothing for {target.name}",
+            expected="a distributed checkpoint of Megatron-Core",
+            remedy="leave it out",
         )
     parallelism = request.over(present)
     parallelism.check()

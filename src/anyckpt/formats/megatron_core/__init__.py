@@ -17,5 +17,6 @@ FORMAT = Format(
     plan=plan,
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
+    leaves_out_arguments=True,
     adapters="megatron",
 )

@@ -20,4 +20,5 @@ FORMAT = Format(
     plan=plan,
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
+    leaves_out_arguments=True,
 )

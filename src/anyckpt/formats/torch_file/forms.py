@@ -69,16 +69,39 @@ class Forms:
 
 
 def attached(flat: Flat, weights: Iterable[str]) -> frozenset[str]:
-    """Names of objects beside weights in a tuple, or in an object that holds them and is no module.
+    """Names of objects that are parts of what holds weights.
+
+    These lie beside weights in a tuple, in an object that is no module, or in a state dict under the name of a module
+    that has weights there: torch's quantized modules put their types so.
 
     Args:
         flat: what was read.
         weights: full names.
     """
-    held = {path[:depth] for name in weights for path in (flat.paths.get(name, ()),) for depth in range(len(path))}
+    found = [path for name in weights if (path := _of_whole(name, flat))]
+    held = {path[:depth] for path in found for depth in range(len(path))}
     whole = {path for path in held if _is_whole(flat, path)}
+    modules = {
+        (path[:depth], module) for path in found for depth in range(len(path)) for module in _module(path[depth])
+    }
     paths = ((name, flat.paths.get(name, ())) for name in flat.objects)
-    return frozenset(name for name, path in paths if any(path[:depth] in whole for depth in range(len(path))))
+    return frozenset(
+        name
+        for name, path in paths
+        if any(path[:depth] in whole for depth in range(len(path)))
+        or any((path[:-1], module) in modules for module in _module(path[-1] if path else 0))
+    )
+
+
+def _of_whole(name: str, flat: Flat) -> Path:
+    """Where a tensor is; a part of a tensor of several is where the whole is."""
+    return flat.paths.get(name) or flat.paths.get(name.rpartition(".")[0], ())
+
+
+def _module(key: str | int) -> tuple[str, ...]:
+    """The outermost module that a key of a state dict names; nothing for a key that names none."""
+    module, dot, _ = str(key).partition(".")
+    return (module,) if dot else ()
 
 
 def _is_whole(flat: Flat, path: Path) -> bool:
