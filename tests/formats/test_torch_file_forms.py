@@ -85,3 +85,18 @@ def test_a_container_rebuilt_of_all_its_parts_is_the_same(tree: Any) -> None:
     ordered.update({str(key): value for key, value in parts.items()})
     copy = rebuilt(ordered, ordered)
     assert (copy, copy.type, copy.args) == (ordered, ordered.type, ordered.args)
+
+
+@pytest.mark.parametrize(
+    "root",
+    [{"state": {0: {"a": FLAT}}}, {"state": {0: {"a": FLAT}, 1: {"a": FLAT}}}, [{"a": FLAT}], {"t": [{"x": [FLAT]}]}],
+)
+def test_tables_by_number_keep_what_they_lie_in(tmp_path: Path, root: Any) -> None:
+    table: Any = DictRecord(Global("collections", "defaultdict"), (Global("builtins", "dict"),))
+    for number, tree in enumerate((root, {"state": table})):
+        table.update({0: {"a": FLAT}})
+        source = saved(tmp_path / f"{number}.pt", tree)
+        done = anyckpt.convert(source, tmp_path / f"copy{number}.pt", to="torch")
+        assert done.ignored == {} and not any("without" in note for note in done.notes)
+        assert not anyckpt.diff(source, tmp_path / f"copy{number}.pt", raw=True)
+        assert anyckpt.open(tmp_path / f"copy{number}.pt").tensors.keys() == anyckpt.open(source).tensors.keys()

@@ -119,6 +119,8 @@ def roles(flat: Flat) -> Roles:
     elif networks:
         chosen = {name for entry in entries if entry.named and entry not in averaged for name in entry.names}
         prefix = _common([entry.path for entry in networks])
+    if not any(entry.strong for entry in networks) and any(_leads_through_numbers(paths[n], flat) for n in chosen):
+        prefix = ()
     prefix = _outside_tensors(prefix, flat)
     return Roles(
         "".join(f"{step}." for step in prefix),
@@ -214,6 +216,11 @@ def _outside_tensors(path: Path, flat: Flat) -> Path:
         ):
             return path[: depth - 1]
     return path
+
+
+def _leads_through_numbers(path: Path, flat: Flat) -> bool:
+    """Whether a tensor lies in a list or under a key that is no text: in a table, whose keys are no modules' names."""
+    return any(type(path[depth - 1]) is int or path[:depth] in flat.original_keys for depth in range(1, len(path) + 1))
 
 
 def _common(paths: list[Path]) -> Path:
