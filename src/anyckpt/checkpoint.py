@@ -323,6 +323,4 @@ def storage_key(tensor: LazyTensor) -> Any:
         return None if inner is None else (tensor.function, tensor.dtype.name, inner)
     if not isinstance(tensor, Stored):
         return None
-    path, offset = tensor.source.locate()
-    where: Any = id(tensor.source) if path is None else (path, offset)
-    return (where, tensor.offset, tensor.shape, tensor.strides, tensor.dtype.name)
+    return (tensor.source.place(), tensor.offset, tensor.shape, tensor.strides, tensor.dtype.name)

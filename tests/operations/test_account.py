@@ -183,3 +183,21 @@ def test_verify_says_complete_of_the_text_alone(tmp_path: Path) -> None:
     assert (bare.checked.model, bare.checked.text) == (False, True)
     assert any("no tensor is of another part" in warning for warning in bare.warnings)
     assert anyckpt.verify(LLAMA).checked.model
+
+
+def test_planning_reads_no_chunk_of_a_distributed_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The index tells where bytes lie; to open a million archives for it would take longer than the work."""
+    path = fixture_path("nemo/nemo2_llama_spm/model")
+    read: list[str] = []
+    honest = LocalFile._read_into
+
+    def noted(self: LocalFile, offset: int, buffer: memoryview) -> None:
+        read.append(str(self.path))
+        honest(self, offset, buffer)
+
+    checkpoint = anyckpt.open(path)
+    monkeypatch.setattr(LocalFile, "_read_into", noted)
+    assert checkpoint.parameters > 0
+    done = anyckpt.convert(checkpoint, tmp_path / "out", to="hf", dry_run=True)
+    assert done.tensors > 10
+    assert not [name for name in read if name.endswith(".distcp")]

@@ -70,10 +70,8 @@ def _runs(tensor: LazyTensor) -> Iterator[tuple[Any, int, int]]:
     for piece in tensor.pieces():
         size = piece.stored_bytes()
         if size:
-            path, offset = piece.source.locate()
-            where: Any = id(piece.source) if path is None else path
-            start = (0 if path is None else offset) + piece.offset
-            yield where, start, start + size
+            where, offset = piece.source.place()
+            yield where, offset + piece.offset, offset + piece.offset + size
 
 
 def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,14 @@ class ByteSource(ABC):
     def locate(self) -> tuple[str | None, int]:
         """The local file that holds the bytes and the offset in it at which they start; (None, 0) if none does."""
         return self.path, 0
+
+    def place(self) -> tuple[Hashable, int]:
+        """What holds the bytes, and the offset in it at which they start; parts of one thing have the first in common.
+
+        Unlike ``locate`` it reads nothing, whatever the source.
+        """
+        path, offset = self.locate()
+        return (id(self), 0) if path is None else (path, offset)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} ({self.size:,} bytes)>"
@@ -267,6 +276,10 @@ class SlicedSource(ByteSource):
 
     def identity(self) -> Identity:
         return self._base, self._offset, self.size
+
+    def place(self) -> tuple[Hashable, int]:
+        where, start = self._base.place()
+        return where, start + self._offset
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         self._base._read_into(self._offset + offset, buffer)

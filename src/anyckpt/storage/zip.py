@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from anyckpt.errors import FormatError, UnsafeError
@@ -123,6 +124,9 @@ class RecordSource(ByteSource):
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         self._base._read_into(self._begin() + offset, buffer)
+
+    def place(self) -> tuple[Hashable, int]:
+        return (*self._base.place(), self._header), 0
 
     def locate(self) -> tuple[str | None, int]:
         path, start = self._base.locate()

@@ -7,7 +7,7 @@ chunk's elements, and which looks into the archive for their place when the firs
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -132,6 +132,9 @@ class ChunkSource(ByteSource):
         payload.read_flat(first, elements)
         skip = offset - first * itemsize
         buffer[:] = elements.view(np.uint8)[skip : skip + len(buffer)].data
+
+    def place(self) -> tuple[Hashable, int]:
+        return (id(self._table), self._row), 0
 
     def locate(self) -> tuple[str | None, int]:
         """As for any source; opens the chunk's archive to find out."""
