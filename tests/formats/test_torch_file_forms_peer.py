@@ -145,3 +145,27 @@ def test_a_quantized_model_takes_its_state_dict_from_our_copy(tmp_path: Path, wr
     other.load_state_dict(torch.load(tmp_path / "copy.pt", weights_only=False))
     x = torch.rand(3, 4)
     assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("state", ["keep", "drop"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_objects_in_a_lightning_checkpoint(tmp_path: Path, name: str, state: str) -> None:
+    source, copy = tmp_path / "source.ckpt", tmp_path / "copy.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        moments = {
+            "state": {0: {"step": torch.ones(()), "kept": (torch.ones(1), X)}},
+            "param_groups": [{"params": [0]}],
+        }
+        root = {
+            "epoch": 1, "global_step": 2, "pytorch-lightning_version": "2.6.0", "state_dict": CASES[name],
+            "optimizer_states": [moments], "lr_schedulers": [], "loops": {}, "callbacks": {},
+            "hyper_parameters": {"betas": (0.9, 0.99)},
+        }  # fmt: skip
+        torch.save(root, source)
+        done = anyckpt.convert(source, copy, to="lightning", optimizer=state)
+        one, other = torch.load(source, weights_only=True), torch.load(copy, weights_only=True)
+        if state == "drop":
+            one["optimizer_states"] = []
+        alike({key: one[key] for key in sorted(one)}, {key: other[key] for key in sorted(other)}, {})
+    assert not done.notes

@@ -17,6 +17,7 @@ from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch_file.format import assemble
+from anyckpt.formats.torch_file.forms import Former, Forms
 from anyckpt.formats.torch_file.roles import is_filled
 from anyckpt.formats.torch_file.safe import refused
 from anyckpt.formats.torch_file.tree import unflatten
@@ -35,15 +36,25 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """One ``.ckpt`` file, or with ``options.sharded`` a directory that ``ModelParallelStrategy`` loads.
 
     A source that is a Lightning checkpoint keeps its hyper-parameters, loops and counters as they are, and its
-    training state if the checkpoint still has it.
+    training state if the checkpoint still has it.  In a file tensors and containers are of the kinds they were.
 
     Raises:
         UsageError: an object cannot be pickled.
     """
     weights, prefix = checkpoint.weights(), checkpoint.model_prefix
+    paths = checkpoint.details.get("key_paths") or {}
     composite = {name: value for name, value in checkpoint.objects.items() if _is_weight(name, value, prefix, weights)}
     others = {name: value for name, value in checkpoint.objects.items() if name not in composite}
-    header, optimizers, ignored = _entries(replace(checkpoint, objects=others), weights)
+    forms = checkpoint.forms if checkpoint.details.get(KEPT) and isinstance(checkpoint.forms, Forms) else Forms()
+    if forms.containers and not prefix:  # weights have their own names, and so has what belongs to them
+        others = {_stored_name(name, paths): value for name, value in others.items()}
+    whole, _ = assemble(weights, {name.removeprefix(prefix): value for name, value in composite.items()})
+    inside = _under(STATE_DICT, whole)
+    as_stored = not options.sharded and (STATE_DICT,) in forms.containers and inside.keys() <= paths.keys()
+    former = Former({**checkpoint.tensors, **_under(STATE_DICT, weights)}, forms)
+    header, optimizers, ignored = _entries(
+        replace(checkpoint, objects=others), weights, former, forms, inside if as_stored else {}
+    )
     files: tuple[OutputFile, ...]
     if options.sharded:
         if is_filled(header.pop("optimizer_states")):
@@ -57,11 +68,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
                 ignored[name] = "its param_groups do not name its parameters"
             else:
                 header["optimizer_states"].append(numbered)
-        whole, _ = assemble(weights, {name.removeprefix(prefix): value for name, value in composite.items()})
-        header[STATE_DICT] = torch_objects.ordered_dict({**whole, **header[STATE_DICT]})
+        if not as_stored:
+            header[STATE_DICT] = torch_objects.ordered_dict({**whole, **header[STATE_DICT]})
         files = (OutputFile("", zip_parts(header)),)
-    unsafe = refused({name: value for name, value in header.items() if name != STATE_DICT})
-    notes = []
+    unsafe = refused(header)
+    notes = former.notes
     if unsafe:
         notes.append(
             f"it holds objects that torch.load(weights_only=True) refuses: {', '.join(unsafe[:5])}; give Lightning"
@@ -72,6 +83,16 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     return Plan("lightning", files, ignored=ignored, notes=tuple(notes))
 
 
+def _under(key: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{key}.{name}": value for name, value in entries.items()}
+
+
+def _stored_name(name: str, paths: Mapping[str, Any]) -> str:
+    """The name in the file of what a checkpoint of weights alone has under the name in the state dict."""
+    stored = f"{STATE_DICT}.{name}"
+    return stored if name not in paths and stored in paths else name
+
+
 def _is_weight(name: str, value: Any, prefix: str, weights: Mapping[str, LazyTensor]) -> bool:
     """Whether an object is a sparse, quantized or nested tensor among the weights, which have its parts."""
     own = name.removeprefix(prefix)
@@ -79,11 +100,16 @@ def _is_weight(name: str, value: Any, prefix: str, weights: Mapping[str, LazyTen
 
 
 def _entries(
-    checkpoint: Checkpoint, weights: Mapping[str, LazyTensor]
+    checkpoint: Checkpoint,
+    weights: Mapping[str, LazyTensor],
+    former: Former,
+    forms: Forms,
+    inside: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Everything but the weights, in Lightning's order; optimizers of a sharded source; what is left out and why.
 
-    Under ``state_dict`` is what stands beside the weights: extra states of modules, which are not tensors.
+    Under ``state_dict`` is what stands beside the weights: extra states of modules, which are not tensors; and with
+    ``inside``, the weights by their names in the source, the whole state dict as the source has it.
     """
     kept: dict[str, Any] = checkpoint.details.get(KEPT) or {}
     stored = {checkpoint.model_prefix + name for name in weights}
@@ -93,8 +119,9 @@ def _entries(
     nested: dict[Any, Any] = {}
     if kept:
         paths = checkpoint.details.get("key_paths") or {}
-        values = {name: others[name] for name in paths if name in others and paths[name]}
-        nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {})
+        every = {**others, **inside}
+        values = {name: former.form(name, every[name]) for name in paths if name in every and paths[name]}
+        nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {}, forms.containers)
         foreign = [name for name in others if name not in values and name not in kept]
         ignored = {**incomplete, **dict.fromkeys(foreign, _NOT_LIGHTNING)}
     else:
