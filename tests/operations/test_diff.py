@@ -17,6 +17,7 @@ from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
 from anyckpt.formats.torch_file import zip_parts
+from anyckpt.formats.torch_file.values import SparseTensor
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.tensor import from_array
 
@@ -187,6 +188,21 @@ def test_objects_are_compared_with_raw(tmp_path: Path) -> None:
     found = anyckpt.diff(first, second, raw=True)
     assert [(s.name, s.a, s.b) for s in found.state] == [("lr", "0.1", "0.2")]
     assert anyckpt.diff(first, first, raw=True).equal
+
+
+def test_tensors_of_several_parts_are_compared_part_by_part(tmp_path: Path) -> None:
+    """torch's sparse, quantized and nested tensors."""
+    path = fixture_path("legacy/zoo_kinds/zip.pt")
+    (tmp_path / "copy.pt").write_bytes(path.read_bytes())
+    assert anyckpt.diff(path, tmp_path / "copy.pt", raw=True).equal
+
+    def sparse(*shape: int) -> Checkpoint:
+        parts = {"indices": from_array(np.ones((1, 2), "<i8")), "values": from_array(np.ones(2, "<f4"))}
+        return Checkpoint("made", "torch", {}, objects={"x": SparseTensor("sparse_coo", shape, parts)})
+
+    assert anyckpt.diff(sparse(3), sparse(3), raw=True).equal
+    found = anyckpt.diff(sparse(3), sparse(4), raw=True)
+    assert [(s.name, s.a, s.b) for s in found.state] == [("x.shape.0", "3", "4")]
 
 
 def test_objects_that_refer_to_themselves() -> None:
