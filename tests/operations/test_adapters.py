@@ -261,6 +261,38 @@ def test_kinds_that_are_not_understood_are_copied(name: str, to: str, tmp_path: 
         anyckpt.convert(folder, tmp_path / "x", to=to, alpha=3)
 
 
+def other_kind(path: Path, **settings: Any) -> Path:
+    path.mkdir()
+    tensors = {"base_model.model.q.oft_R.weight": from_array(np.ones((2, 6), "f4"))}
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "r": 0, "oft_block_size": 4, **settings}))
+    write_plan(Plan("x", (OutputFile("adapter_model.safetensors", safetensors_parts(tensors)),)), path)
+    return path
+
+
+def test_numbers_of_other_kinds_are_theirs(tmp_path: Path) -> None:
+    """peft writes rank 0 for OFT that is given a size of blocks."""
+    folder = other_kind(tmp_path / "a", rank_pattern=[], lora_alpha="none")
+    assert anyckpt.verify(folder).sound
+    anyckpt.convert(folder, tmp_path / "b", to="peft")
+    assert anyckpt.diff(folder, tmp_path / "b").equal
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_settings_of_other_kinds_are_compared(raw: bool, tmp_path: Path) -> None:
+    first = other_kind(tmp_path / "a", coft=False, peft_version="0.18")
+    assert anyckpt.diff(first, other_kind(tmp_path / "b", module_dropout=0.1, peft_version="0.19"), raw=raw).equal
+    found = anyckpt.diff(first, other_kind(tmp_path / "c", coft=True, r=2), raw=raw)
+    assert {setting.name for setting in found.configuration} == {"coft", "rank"}
+
+
+def test_settings_that_no_option_gives_back_are_told(tmp_path: Path) -> None:
+    plain = anyckpt.convert(copied(tmp_path / "a"), tmp_path / "a.safetensors", to="safetensors").notes[0]
+    assert plain.endswith("its alpha will have to be given")
+    folder = copied(tmp_path / "b", use_rslora=True, alpha_pattern={"q_proj": 3})
+    note = anyckpt.convert(folder, tmp_path / "b.safetensors", to="safetensors").notes[0]
+    assert "alpha_pattern" in note and "use_rslora" in note and "trainable_token_indices" not in note
+
+
 def test_block_diagonal_factors_without_settings_are_no_damage(tmp_path: Path) -> None:
     """peft's BD-LoRA has the blocks of one factor one over the other."""
     path = tmp_path / "adapter.safetensors"

@@ -105,25 +105,40 @@ def _read(location: Location) -> Checkpoint:
 
 
 def settings_from(config: Mapping[str, Any], path: str) -> AdapterSettings:
-    """What ``adapter_config.json`` says; a kind that is not understood is only named.
+    """What ``adapter_config.json`` says.
+
+    Of a kind that is not understood, numbers may mean something else (OFT says ``"r": 0`` where it has a size of
+    blocks), so what LoRA cannot have is left out there.
 
     Raises:
-        FormatError: a value is not possible.
+        FormatError: a value of LoRA or DoRA is not possible.
     """
+    kind = _kind(config)
+    low_rank = kind.startswith(("lora", "dora"))
 
     def number(key: str, default: float | None, *, whole: bool = False) -> Any:
-        return _number(config.get(key, default), key, path, whole)
+        return checked(config.get(key, default), key, whole)
+
+    def checked(value: Any, key: str, whole: bool) -> Any:
+        try:
+            return _number(value, key, path, whole)
+        except FormatError:
+            if low_rank:
+                raise
+            return None
 
     def patterns(key: str, *, whole: bool) -> dict[str, Any]:
         value = config.get(key) or {}
         if not isinstance(value, Mapping):
+            if not low_rank:
+                return {}
             raise FormatError(f"its {key} is not possible", path=path, expected="an object", found=repr(value)[:80])
-        return {str(name): _number(own, f"{key}.{name}", path, whole) for name, own in value.items()}
+        return {str(name): checked(own, f"{key}.{name}", whole) for name, own in value.items()}
 
     targets = config.get("target_modules")
     base = config.get("base_model_name_or_path")
     return AdapterSettings(
-        kind=_kind(config),
+        kind=kind,
         rank=number("r", None, whole=True),
         alpha=number("lora_alpha", None),
         rank_stabilized=bool(config.get("use_rslora")),

@@ -162,9 +162,7 @@ def rename_adapter(
             check_kind(checkpoint, settings)
         if checkpoint.adapter is None:
             return Renamed(checkpoint)
-        missing = "its alpha" if settings.kind in KINDS else f"that it is of kind {settings.kind}, and how large,"
-        note = f"a {target.name} file has no place for the adapter's settings: {missing} will have to be given"
-        return Renamed(checkpoint, notes=(note,))
+        return Renamed(checkpoint, notes=(_settings_lost(settings, target.name),))
     same = checkpoint.format == target.name and checkpoint.dialect == dialect
     if same and request == AdapterRequest():
         return Renamed(replace(checkpoint, adapter=settings))
@@ -195,6 +193,22 @@ def rename_adapter(
         tensors=named, model_prefix="", state_prefixes=(), objects={}, dialect=dialect, adapter=told, optimizer=None,
     )  # fmt: skip
     return Renamed(renamed, notes=tuple(notes))
+
+
+def _settings_lost(settings: AdapterSettings, target: str) -> str:
+    """What a container without a place for an adapter's settings loses, and what of it --alpha cannot give back."""
+    missing = "its alpha" if settings.kind in KINDS else f"that it is of kind {settings.kind}, and how large,"
+    note = f"a {target} file has no place for the adapter's settings: {missing} will have to be given"
+    lost = [
+        name
+        for name, there in (
+            ("modules' own alphas (alpha_pattern)", settings.alphas),
+            ("that alpha is divided by the root of the rank (use_rslora)", settings.rank_stabilized),
+            ("which tokens its rows are of (trainable_token_indices)", settings.token_indices),
+        )
+        if there
+    ]
+    return f"{note}; keep adapter_config.json too, for no option gives back {', '.join(lost)}" if lost else note
 
 
 def _base_needed(checkpoint: Checkpoint, target: str) -> UsageError:

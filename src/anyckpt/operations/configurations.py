@@ -12,7 +12,7 @@ from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import AnyckptError
 from anyckpt.models import Model, ModelConfig
-from anyckpt.models.adapters import settings_of, spelling_of
+from anyckpt.models.adapters import KINDS, settings_of, spelling_of
 from anyckpt.models.config import PART_OF
 from anyckpt.models.config_hf import WITHOUT_MEANING
 
@@ -24,6 +24,15 @@ _SPELLINGS = {"dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parame
 _OF_LAYOUT = re.compile(r".*(?:parallel|world_size|padded_vocab_size|vocab_size_divisible_by).*|.*(?:^|_)rank")
 _OF_WRITER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
 _OF_TRAINING = {"dropout", "base", "targets"}  # of an adapter: a path, and what tensors tell by their names
+_OF_ADAPTERS_TRAINING = re.compile(
+    r"peft_version|auto_mapping|base_model_name_or_path|revision|inference_mode|init_\w*weights|target_modules"
+    r"|exclude_modules|modules_to_save|layers_to_transform|layers_pattern|(?:\w+_)?dropout"
+)
+"""Keys of ``adapter_config.json`` that say who wrote it, how it was trained, or what tensors tell by their names."""
+_FIELDS = {
+    "r": "rank", "lora_alpha": "alpha", "use_rslora": "rank_stabilized", "rank_pattern": "ranks",
+    "alpha_pattern": "alphas", "fan_in_fan_out": "fan_in_fan_out", "trainable_token_indices": "token_indices",
+}  # fmt: skip
 _ASIDE = WITHOUT_MEANING | _SPELLINGS
 _LONGEST = 80
 _SHOWN = 5
@@ -86,7 +95,7 @@ def compare_configurations(
     if first is not None and second is not None:
         if spelling_of(a) != spelling_of(b):
             return Settings(tuple(_of_translated(first, second)))
-        return Settings(tuple(_of_adapters(first, second)))
+        return Settings((*_of_adapters(first, second), *_of_other_kinds(a, b, first, second)))
     lacking = [checkpoint.path for checkpoint in (a, b) if not checkpoint.config]
     if lacking:
         return Settings(obstacle=None if len(lacking) == 2 else f"{lacking[0]} has no configuration")
@@ -108,6 +117,15 @@ def _of_adapters(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
         one, other = first[name], second[name]
         if name not in _OF_TRAINING and one != other:
             yield Setting(name, _text(one), _text(other))
+
+
+def _of_other_kinds(a: Checkpoint, b: Checkpoint, first: AdapterSettings, second: AdapterSettings) -> Iterator[Setting]:
+    """What adapters of one kind say beyond the settings that are understood: a seed, a form, a size of blocks."""
+    if first.kind == second.kind and first.kind not in KINDS and a.config and b.config:
+        known = {setting.name for setting in _of_adapters(first, second)}
+        for setting in _of_keys(a.config, b.config, ()):
+            if not _OF_ADAPTERS_TRAINING.fullmatch(setting.name) and _FIELDS.get(setting.name) not in known:
+                yield setting
 
 
 def _of_translated(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
