@@ -254,21 +254,35 @@ def test_a_checkpoint_inside_the_directory_is_pointed_to(anyckpt: Runner, tmp_pa
     assert error.endswith(f"open {tmp_path / 'snapshot'}, which looks like hf")
 
 
-def test_the_weights_in_a_trainers_folder_are_pointed_to(anyckpt: Runner, tmp_path: Path) -> None:
+def test_the_only_weights_in_a_trainers_folder_are_opened(anyckpt: Runner, tmp_path: Path) -> None:
     """As accelerate's FSDP plugin lays a checkpoint out; the optimizer's folder is a checkpoint of the same form."""
     for name in ("optimizer_0", "pytorch_model_fsdp_0"):
         shutil.copytree(fixture_path("mcore/dcp_fsdp_w2") / "ckpt", tmp_path / name)
     (tmp_path / "scheduler.pt").write_bytes(b"x")
     for number in range(30):
         (tmp_path / f"optimizer_rng_state_{number}.pth").write_bytes(b"x")
-    error = anyckpt("inspect", tmp_path).error
-    assert error.endswith(f"open {tmp_path / 'pytorch_model_fsdp_0'}, which looks like dcp")
+    found = anyckpt("inspect", tmp_path, "--json").json
+    assert (found["path"], found["format"]) == (str(tmp_path / "pytorch_model_fsdp_0"), "dcp")
+    told = "pytorch_model_fsdp_0 is the only checkpoint of weights in"
+    assert any(
+        told in warning and "the training state beside it is not read" in warning for warning in found["warnings"]
+    )
+    assert told in anyckpt("convert", tmp_path, tmp_path.with_name("copy"), "--to", "dcp").err
+    assert anyckpt("diff", tmp_path, tmp_path.with_name("copy")).code == 0
     shutil.rmtree(tmp_path / "pytorch_model_fsdp_0")
     assert f"open {tmp_path / 'optimizer_0'}, which looks like dcp" in anyckpt("inspect", tmp_path).error
     for name in "ab":
         shutil.copytree(fixture_path("mcore/dcp_fsdp_w2") / "ckpt", tmp_path / name)
     found = f"open {tmp_path / 'a'}, which looks like dcp or {tmp_path / 'b'}, which looks like dcp"
     assert anyckpt("inspect", tmp_path).error.endswith(found)
+
+
+def test_calls_of_the_only_weights_in_a_folder_are_said(anyckpt: Runner, tmp_path: Path) -> None:
+    attack = fixture_path("legacy/modules/whole_module.pt")
+    for name in ("model.pt", "optimizer.pt"):
+        shutil.copy(attack, tmp_path / name)
+    alone, inside = (anyckpt("inspect", path, "--json").json["calls"] for path in (tmp_path / "model.pt", tmp_path))
+    assert alone and inside == alone
 
 
 def test_a_missing_sentencepiece_model_is_said(anyckpt: Runner, tmp_path: Path) -> None:

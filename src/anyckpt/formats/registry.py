@@ -309,12 +309,30 @@ def _nearby(location: Location) -> str | None:
 
 def _looks_like(path: str) -> str | None:
     """A path with the name of the format that it looks like, None if it looks like no checkpoint."""
+    known = _format_at(path)
+    return None if known is None else f"{path}, which looks like {known.name}"
+
+
+def _format_at(path: str) -> Format | None:
     with suppress(FormatError):
         there = look_at(path) if os.path.isdir(path) or os.path.isfile(path) else None
         if there is not None and (there.head or there.is_directory):
-            known = next((format for format in map(_load, _BUILT_IN) if format.detect(there)), None)
-            return None if known is None else f"{path}, which looks like {known.name}"
+            return next((format for format in map(_load, _BUILT_IN) if format.detect(there)), None)
     return None
+
+
+def _only_weights(location: Location) -> str | None:
+    """What is the one checkpoint in a trainer's folder that is no training state; None if there are none or several.
+
+    accelerate's folders (``save_state``) and those of transformers' trainer with FSDP are so: ``pytorch_model_fsdp_0``
+    or ``model.safetensors`` beside ``optimizer_0`` and others, without a configuration.
+    """
+    weights = [name for name in location.names if not _STATE.match(name)]
+    states = [name for name in location.names if _STATE.match(name)]
+    if len(weights) > _LOOKED_AT or not any(_format_at(location.join(name)) for name in states[:_LOOKED_AT]):
+        return None
+    found = [name for name in weights if _format_at(location.join(name)) is not None]
+    return found[0] if len(found) == 1 else None
 
 
 def without_configuration(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -326,6 +344,8 @@ def without_configuration(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     """Open whatever is at ``path``.
+
+    In a trainer's folder of one checkpoint of weights and training state beside it, that is the weights.
 
     Args:
         path: a file or directory.
@@ -339,7 +359,7 @@ def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
         check_finished(location.path)
     with recording() as calls:
         try:
-            checkpoint = detect(location).read(location)
+            checkpoint = _read_there(location, force)
         except AnyckptError as error:
             if not calls.pickles:
                 _look_for_names(location)
@@ -353,6 +373,26 @@ def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     checkpoint.calls = calls
     checkpoint.warnings = calls.told_with(checkpoint.warnings)
     return checkpoint
+
+
+def _read_there(location: Location, force: bool) -> Checkpoint:
+    """The checkpoint of the format that recognises a location, or that of the only weights in a trainer's folder."""
+    try:
+        known = detect(location)
+    except FormatError:
+        inside = _only_weights(location)
+        if inside is None:
+            raise
+        there = look_at(location.join(inside))
+        if not force:
+            check_finished(there.path)
+        checkpoint = detect(there).read(there)
+        told = (
+            f"{inside} is the only checkpoint of weights in {location.path}: the training state beside it is not read"
+        )
+        checkpoint.warnings = [told, *checkpoint.warnings]
+        return checkpoint
+    return known.read(location)
 
 
 def _look_for_names(location: Location) -> None:
