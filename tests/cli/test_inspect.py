@@ -285,6 +285,19 @@ def test_calls_of_the_only_weights_in_a_folder_are_said(anyckpt: Runner, tmp_pat
     assert alone and inside == alone
 
 
+@pytest.mark.parametrize(
+    ("head", "title"),
+    [(b"GGUF\x03\0\0\0", "a GGUF file"), (b"\x93NUMPY\x01\0", "a NumPy array"),
+     (b"\x1f\x8b\x08\0", "compressed by gzip"), (b"\x1c\0\0\0TFL3", "a TensorFlow Lite model"),
+     (b"\x89HDF\r\n\x1a\n", "an HDF5 file")],
+)  # fmt: skip
+def test_files_of_other_software_are_named(anyckpt: Runner, tmp_path: Path, head: bytes, title: str) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(head + bytes(600))
+    error = anyckpt("inspect", path).error
+    assert f"{path}: is {title}" in error and "which is not read" in error
+
+
 def test_a_missing_sentencepiece_model_is_said(anyckpt: Runner, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(fixture_path("nemo/nemo2_llama_spm/model"), path)

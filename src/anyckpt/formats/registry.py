@@ -19,6 +19,7 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import AnyckptError, FormatError, UsageError
 from anyckpt.extensions import loaded, registered
+from anyckpt.formats.foreign import refusal
 from anyckpt.formats.unfinished import check_finished
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
@@ -265,6 +266,9 @@ def detect(location: Location) -> Format:
         known = _load(name)
         if known.detect(location):
             return known
+    foreign = refusal(location.head, location.path)
+    if foreign is not None:
+        raise foreign
     raise FormatError(
         "is not a checkpoint of any known format",
         path=location.path,
