@@ -11,7 +11,7 @@ from tests.support import file_bytes, fixture_path
 
 from anyckpt.cli import run
 from anyckpt.engine.plan import OutputFile
-from anyckpt.errors import MappingError
+from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.operations.convert import convert
@@ -19,6 +19,7 @@ from anyckpt.operations.inspect import inspect
 from anyckpt.operations.open import open_checkpoint
 from anyckpt.operations.recut import LayoutRequest
 from anyckpt.operations.reshard import reshard
+from anyckpt.tensor import from_array
 
 LLAMA, TRUE = "families/llama/hf", 151
 MEGATRON = "legacy/megatron_gpt_tp2_pp2"  # 61 tokens in 64 rows
@@ -86,6 +87,27 @@ def test_exports_trim_exactly(tmp_path: Path) -> None:
         name = "model.embed_tokens.weight" if to == "hf" else EMBEDDING
         assert opened.config["vocab_size"] == 100
         assert np.array_equal(opened.weights()[name].numpy(), expected["model.embed_tokens.weight"].numpy()[:100])
+
+
+@pytest.mark.parametrize("to", ["torch", "safetensors", "dcp", "lightning"])
+def test_containers_that_keep_names_trim_too(to: str, tmp_path: Path) -> None:
+    source = fixture_path(LLAMA)
+    convert(source, tmp_path / "out", to=to, layout=LayoutRequest(vocab_size=140))
+    found, stored = open_checkpoint(tmp_path / "out").weights(), open_checkpoint(source).weights()
+    assert set(found) == set(stored)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert np.array_equal(found[name].numpy(), stored[name].numpy()[:140])
+
+
+@pytest.mark.parametrize("to", ["torch", "lightning", "hf", "nemo"])
+def test_a_vocabulary_of_no_known_model_is_refused(to: str, tmp_path: Path) -> None:
+    """It was not cut, and nothing said so."""
+    path = tmp_path / "model.safetensors"
+    tensors = {"trunk.embed.weight": from_array(np.ones((8, 4), "<f4"))}
+    path.write_bytes(file_bytes(OutputFile(path.name, safetensors_parts(tensors))))
+    with pytest.raises(UsageError, match=r"the model's family|family is known"):
+        convert(path, tmp_path / "out", to=to, layout=LayoutRequest(vocab_size=6))
+    assert not (tmp_path / "out").exists()
 
 
 def test_padding_that_is_there_is_kept_as_far_as_it_reaches(tmp_path: Path) -> None:

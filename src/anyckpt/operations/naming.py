@@ -123,15 +123,18 @@ def rename_for(
                 remedy="leave --names out",
             )  # fmt: skip
         wanted = names
-    if wanted is None:
-        return Renamed(_with_dtype(checkpoint, dtype))
     vocabulary = vocabulary or Vocabulary()
-    told = family is not None or config is not None or (wanted == "hf" and vocabulary.size is not None)
+    trimmed = vocabulary.size is not None and (wanted is None or wanted == "hf" or names is not None)
+    if wanted is None and not trimmed:
+        return Renamed(_with_dtype(checkpoint, dtype))
+    told = family is not None or config is not None or trimmed
     if config is not None:
         checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
     elif target.config_kind is not None and not target.unknown_names:
         _check_described(checkpoint, target)
     known = checkpoint.dialect or dialects.detect(checkpoint.weights())
+    if wanted is None:
+        wanted = known or "hf"
     fits = target.config_kind is None or checkpoint.config_kind is None or _is_spelled(checkpoint, target.config_kind)
     own = checkpoint.format == target.name or (target.unknown_names and bool(checkpoint.config))
     alike = fits and (known == wanted or (known is None and own))
@@ -158,6 +161,11 @@ def rename_for(
             left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
             renamed = replace(renamed, notes=(*renamed.notes, left_out))
         return renamed
+    if trimmed:
+        raise UsageError(
+            "which rows are those of the vocabulary is not known without the model's family", path=checkpoint.path,
+            found=f"--vocab-size {vocabulary.size}", remedy="name it with --family and --config, or leave it out",
+        )  # fmt: skip
     if alike and wanted == "hub" and checkpoint.dialect is None:
         # detected by its names, which may spell norms, experts and halves as the hub does not
         named, ignored = dialects.to_hub_names(checkpoint.weights())

@@ -139,7 +139,7 @@ class LayoutRequest:
 
     def described(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with the vocabulary that the user says in its configuration, where that is of ranks."""
-        if checkpoint.config_kind == "hf":
+        if checkpoint.config_kind in (None, "hf"):  # None: none, or the hyper-parameters of training code
             return checkpoint
         said = {"vocab_size": self.vocab_size, "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by}
         config = {**checkpoint.config, **{name: value for name, value in said.items() if value is not None}}
