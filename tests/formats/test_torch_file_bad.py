@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from tests.formats.torch_archives import archive, small_file, storage, tensor
 from tests.support import expected_of, file_bytes, fixture_path
 
+import anyckpt
 from anyckpt.checkpoint import storage_key
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
+from anyckpt.formats import registry
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.byteorder import SwappedSource
@@ -424,6 +426,29 @@ def test_streams_that_lie() -> None:
     found = read_bytes(stream(SYSTEM, dumps({"w": view}), keys("0"), struct.pack("<q", 12), data)).root["w"]
     assert isinstance(found, LazyTensor)
     assert found.numpy().tolist() == [2, 3, 4]
+
+
+def test_memory_shared_through_views_of_storages_is_told_of_when_it_is_copied(tmp_path: Path) -> None:
+    from anyckpt.pickling import dumps
+
+    def viewed(view: tuple[str, int, int] | None, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        reference = storage()
+        reference.id = (*reference.id, view)
+        return tensor(0, shape, strides, of=reference)
+
+    root = {
+        "w": viewed(None, (3, 4), (4, 1)), "v": viewed(("v", 2, 3), (3,), (1,)), "u": viewed(("u", 6, 2), (2,), (1,))
+    }  # fmt: skip
+    names = pickle.dumps(["0"], protocol=2)
+    data = struct.pack("<12f", *range(12))
+    for held, told in ((root, ["v", "u"]), ({"v": root["v"], "u": root["u"]}, [])):
+        path = tmp_path / f"{len(held)}.pt"
+        path.write_bytes(stream(SYSTEM, dumps(held), names, struct.pack("<q", 12), data))
+        done = anyckpt.convert(path, path.with_suffix(".copy"), to="torch")
+        notes = [note for note in done.notes if "through a view of it, which the copy does not keep" in note]
+        assert [note.partition(":")[0] for note in notes] == ([", ".join(told)] if told else [])
+        copied = registry.read(path.with_suffix(".copy")).tensors
+        assert copied["v"].numpy().tolist() == [2, 3, 4] and copied["u"].numpy().tolist() == [6, 7]
 
 
 def test_a_big_endian_stream() -> None:

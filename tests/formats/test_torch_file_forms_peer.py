@@ -15,6 +15,7 @@ pytestmark = pytest.mark.peer
 import anyckpt  # noqa: E402
 
 X = torch.arange(8.0)
+B = torch.arange(8, dtype=torch.uint8)
 BIG = torch.zeros(1000)
 
 
@@ -37,6 +38,7 @@ CASES: dict[str, Any] = {
     "flat buffer and its slices": {"flat": X, "a": X[:4].view(2, 2), "b": X[4:]},
     "same storage, other shape": {"a": BIG, "b": BIG.view(10, 100)},
     "bare storage": {"s": torch.arange(3.0).untyped_storage(), "w": torch.ones(1)},
+    "bytes in a tensor and a bare storage": dict(zip("ws", [B, B.untyped_storage()], strict=True)),
     "requires_grad": {"w": torch.ones(2, requires_grad=True)},
     "parameter": {"w": torch.nn.Parameter(torch.ones(2)), "f": torch.nn.Parameter(torch.ones(2), requires_grad=False)},
     "channels last": {"w": torch.arange(16.0).view(1, 2, 2, 4).to(memory_format=torch.channels_last)},
@@ -53,6 +55,9 @@ CASES: dict[str, Any] = {
 }
 
 
+NOT_IN_STREAMS = ("bare storage", "bytes in a tensor and a bare storage", "unsigned")
+
+
 def alike(a: Any, b: Any, pairs: dict[int, int]) -> None:
     """Fails where one object is not as the other; what is one object on one side is one on the other."""
     assert type(a) is type(b)
@@ -66,6 +71,7 @@ def alike(a: Any, b: Any, pairs: dict[int, int]) -> None:
         assert not places[0] or pairs.setdefault(places[0], places[1]) == places[1]
     elif isinstance(a, (torch.UntypedStorage, torch.TypedStorage)):
         assert a.tolist() == b.tolist()
+        assert pairs.setdefault(a.data_ptr(), b.data_ptr()) == b.data_ptr()
     elif isinstance(a, dict):
         assert list(a) == list(b)
         assert getattr(a, "__dict__", None) == getattr(b, "__dict__", None)
@@ -81,7 +87,7 @@ def alike(a: Any, b: Any, pairs: dict[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "legacy"),
-    [(name, old) for name in CASES for old in (False, True) if not old or name not in ("bare storage", "unsigned")],
+    [(name, old) for name in CASES for old in (False, True) if not old or name not in NOT_IN_STREAMS],
 )
 def test_the_same_objects(tmp_path: Path, name: str, legacy: bool) -> None:
     source, copy = tmp_path / "source.pt", tmp_path / "copy.pt"

@@ -144,7 +144,9 @@ class Former:
         self._made: dict[int, tuple[LazyTensor, FormedTensor]] = {}
         self._changed: dict[str, list[str]] = {}
         full = {prefix + name: tensor for name, tensor in tensors.items()}
-        self._places = dict(_places({n: t for n, t in full.items() if self._is_as_read(n, t)}, forms))
+        read = {name: tensor for name, tensor in full.items() if self._is_as_read(name, tensor)}
+        self._places = dict(_places(read, forms))
+        self._parted = _in_views_of_storages(read, forms)
 
     def _is_as_read(self, name: str, tensor: LazyTensor) -> bool:
         return name in self._forms.tensors and self._forms.tensors[name][0] is tensor
@@ -174,6 +176,8 @@ class Former:
             self._note("a lazy conjugate or negative is resolved", name)
         if not facts.location.startswith(("cpu", "meta")):
             self._note(f"is written as the CPU's, not that of {facts.location[:20]}", name)
+        if facts.storage in self._parted:
+            self._note("shares its storage through a view of it, which the copy does not keep", name)
         placed = self._places.get(name)
         if placed is not None:
             return FormedTensor(tensor, placed[0], placed[1], facts.strides, facts)
@@ -254,6 +258,25 @@ def _places(tensors: Mapping[str, LazyTensor], forms: Forms) -> Iterator[tuple[s
                 continue
             held = Stored(storage.little_endian(kind), first * kind.itemsize, kind, (end - first,))
             yield from ((view.name, (held, view.first - first)) for view in members)
+
+
+def _in_views_of_storages(tensors: Mapping[str, LazyTensor], forms: Forms) -> frozenset[str]:
+    """Keys of storages that are views of others (torch's old streams have such) and of bytes that others show too."""
+    spans: dict[str, tuple[str, int, int]] = {}
+    for name, tensor in tensors.items():
+        key = forms.tensors[name][1].storage
+        if isinstance(tensor, Stored) and key and key not in spans:
+            where, start = tensor.source.place()
+            spans[key] = (str(where), start, start + tensor.source.size)
+    found: set[str] = set()
+    if spans.keys() <= forms.storages.keys():
+        return frozenset()
+    before = ("", 0, "")
+    for key, (where, start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if where == before[0] and start < before[1]:
+            found |= {key, before[2]} - forms.storages.keys()
+        before = max(before, (where, end, key)) if where == before[0] else (where, end, key)
+    return frozenset(found)
 
 
 def _clusters(views: Sequence[_View]) -> Iterator[tuple[int, int, list[_View]]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import storage_key
-from anyckpt.dtypes import DType
+from anyckpt.dtypes import BY_NAME, DType
 from anyckpt.engine.plan import Literal, Part, TensorData
 from anyckpt.errors import UsageError
 from anyckpt.formats.torch_file.layout import Record as ZipRecord
@@ -130,12 +130,13 @@ class _Storages:
         """The reference to the elements of ``tensor``, under the name of ``value``, which it belongs to."""
         # A tensor alone shares with nobody, and its place may cost a read to find out.
         found = storage_key(tensor) if len(self._names) > 1 else None
-        key = None if found is None else self._keys.get((found, dtype))
+        kind = BY_NAME["uint8"] if dtype is None else dtype  # bytes, which torch lets an untyped storage share
+        key = None if found is None else self._keys.get((found, kind))
         if key is None:
             key = str(len(self.records))
             self.records.append((self._names.get(id(value), key), tensor))
             if found is not None:
-                self._keys[found, dtype] = key
+                self._keys[found, kind] = key
         if dtype is None:
             return PersistentId(("storage", objects.UNTYPED_STORAGE, key, "cpu", tensor.nbytes))
         return objects.storage(dtype, key, tensor.size)
