@@ -337,9 +337,9 @@ class Stored(LazyTensor):
 
     def stored_bytes(self) -> int:
         """Bytes from the first element to the last one."""
-        if not self.size:
-            return 0
-        strides = self.strides or c_strides(self.shape)
+        if self.strides is None or not self.size:
+            return self.nbytes
+        strides = self.strides
         return self.dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(self.shape, strides, strict=True)))
 
     def check(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import UsageError
-from anyckpt.tensor import LazyTensor
+from anyckpt.tensor import LazyTensor, Stored
 
 _LOST = "nothing of it is in the output"
 _SHOWN = 3
@@ -34,10 +34,18 @@ def unaccounted(sources: Iterable[Checkpoint], plan: Plan) -> dict[str, str]:
         for name, tensor in source.tensors.items()
         if id(tensor) not in written and not {name, name.removeprefix(source.model_prefix)} & told
     ]
+    begun = {_start(piece) for part in plan.tensors() for piece in part.tensor.pieces() if piece.size}
+    open_ends = [(name, tensor) for name, tensor in open_ends if not any(_start(p) in begun for p in tensor.pieces())]
     if not open_ends:
         return {}
     used = _Used(part.tensor for part in plan.tensors())
     return {name: _LOST for name, tensor in open_ends if not used.any_of(tensor)}
+
+
+def _start(piece: Stored) -> tuple[Hashable, int]:
+    """Where a piece begins: enough for most, which are used from their first byte on."""
+    where, offset = piece.source.place()
+    return where, offset + piece.offset
 
 
 class _Used:
