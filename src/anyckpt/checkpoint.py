@@ -240,6 +240,8 @@ class Checkpoint:
         calls: which names the pickles in its files ask for and call; pickles that are read later are added.
         attached: names of objects that are parts of a weight or of what holds weights (the class of a tensor, what
             stands beside one in a tuple): they go with it where the format stays the same.
+        written_back: names of objects that the same format writes again also where training state is left out, for it
+            keeps them in ``details`` (a Lightning checkpoint's epoch and hyper-parameters).
         forms: what the format that read it needs to write the very same objects again (kinds of containers and tensors,
             storages that are shared); no other format looks at it.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
@@ -270,6 +272,7 @@ class Checkpoint:
     adapter: AdapterSettings | None = None
     extra_states: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
     attached: frozenset[str] = frozenset()
+    written_back: frozenset[str] = frozenset()
     forms: Any = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)

@@ -175,3 +175,5 @@ def test_the_same_objects_in_a_lightning_checkpoint(tmp_path: Path, name: str, s
             one["optimizer_states"] = []
         alike({key: one[key] for key in sorted(one)}, {key: other[key] for key in sorted(other)}, {})
     assert not done.notes
+    left = {"optimizer_states", "lr_schedulers", "callbacks"} if state == "drop" else set()
+    assert {name.partition(".")[0] for name in done.ignored} == left

@@ -203,8 +203,10 @@ def convert(
         layout_notes += tuple(layer_numbers)
     checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":
-        checkpoint, dropped = _without_state(checkpoint, checkpoint.attached if target.name == opened.format else ())
-        left_out.update(dropped)
+        again = target.name == opened.format
+        checkpoint, dropped = _without_state(checkpoint, checkpoint.attached if again else ())
+        written_back = checkpoint.written_back if again else frozenset()
+        left_out.update((name, reason) for name, reason in dropped.items() if name not in written_back)
     if tokenizer is not None:
         checkpoint = replace(checkpoint, tokenizer=read_tokenizer(os.fspath(tokenizer)))
     wanted = cast_target(dtype)

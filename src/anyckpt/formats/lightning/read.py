@@ -126,6 +126,7 @@ def _as_lightning(checkpoint: Checkpoint, root: dict[Any, Any], objects: dict[st
             has_scheduler=is_filled(root.get("lr_schedulers")),
         ),
         details={**checkpoint.details, KEPT: kept},
+        written_back=frozenset(kept),
     )
 
 
