@@ -12,7 +12,7 @@ from tests.models.cases import facts, open_case
 from tests.support import fixture_path, sha256_of
 
 import anyckpt
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.errors import AnyckptError, IncompleteError, UsageError
 from anyckpt.formats.registry import read
 from anyckpt.operations.choosing import choose
@@ -46,6 +46,15 @@ def test_an_averaged_copy_becomes_the_model(copy: str, tmp_path: Path) -> None:
     anyckpt.convert(source, tmp_path / "core", to="megatron-core", config=config, include=f"{copy}*")
     with pytest.raises(UsageError, match="leave --optimizer keep out"):
         anyckpt.convert(source, tmp_path / "x.pt", to="torch", include=f"{copy}*", optimizer="keep")
+
+
+def test_an_optimizer_of_more_than_the_chosen_weights_is_told(tmp_path: Path) -> None:
+    source, _ = trained("ema_state_dict.")
+    source.training = TrainingState(has_optimizer=True)
+    done = anyckpt.convert(source, tmp_path / "x.pt", to="torch", exclude="model.norm.*", optimizer="keep")
+    assert any(note.startswith("1 weights are left out, and the optimizer's state is kept") for note in done.notes)
+    whole = anyckpt.convert(source, tmp_path / "y.pt", to="torch", optimizer="keep")
+    assert not any("optimizer" in note for note in whole.notes)
 
 
 def test_weights_and_what_is_beside_them_keep_whole_names(tmp_path: Path) -> None:

@@ -263,6 +263,12 @@ def convert(
             ready = replace(ready, layout=replace(ready.layout, expert_parallel=request.expert_parallel))
         carried = carry_optimizer(checkpoint, ready, target.name, rename_state)
         ready = carried.checkpoint
+    elif apart and optimizer == "keep" and checkpoint.training.has_optimizer:
+        state_notes = (
+            *state_notes,
+            f"{len(apart)} weights are left out, and the optimizer's state is kept as it is, of all weights: it fits "
+            "only a model that has the others too",
+        )
     if cut is not None:
         uncut = ready
         ready = cut_for_ranks(uncut, cut, rules=request.rules, padding=request.padding)

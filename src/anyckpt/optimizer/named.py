@@ -91,6 +91,11 @@ def _spelling(names: Iterable[str], weights: Mapping[str, LazyTensor], path: str
     known = list(dict.fromkeys(names))
     if not known:
         return lambda name: name
+    if all(name.isdecimal() for name in known) and not all(name in weights for name in known):
+        raise unproved(
+            "the optimizer numbers its parameters, and nothing says which weights these are",
+            path=path, expected="names of weights", found=f"{len(known)} numbers",
+        )  # fmt: skip
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) and name[len(wrapper) :] in weights for name in known):
             return lambda name: name.removeprefix(wrapper)
