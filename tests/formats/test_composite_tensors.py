@@ -59,3 +59,7 @@ def test_what_a_quantized_module_says_besides_tensors_stays_in_a_copy(tmp_path: 
     assert done.ignored == {}
     assert registry.read(tmp_path / "copy.pt").objects.keys() == registry.read(QUANTIZED).objects.keys()
     assert not anyckpt.diff(QUANTIZED, tmp_path / "copy.pt", raw=True)
+    done = anyckpt.convert(QUANTIZED, tmp_path / "part.pt", to="torch", exclude="conv1*")
+    assert "conv1.0._packed_params.dtype" in done.ignored
+    written = registry.read(tmp_path / "part.pt").objects
+    assert written.keys() == {"head._packed_params.dtype", "head._packed_params._packed_params.0"}

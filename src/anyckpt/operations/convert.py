@@ -204,7 +204,7 @@ def convert(
     checkpoint, state_notes = choose_states(checkpoint, keep=request.keep_extra_state)
     if optimizer == "drop":
         again = target.name == opened.format
-        checkpoint, dropped = _without_state(checkpoint, checkpoint.attached if again else ())
+        checkpoint, dropped = _without_state(checkpoint, _attached(checkpoint, left_out) if again else ())
         written_back = checkpoint.written_back if again else frozenset()
         left_out.update((name, reason) for name, reason in dropped.items() if name not in written_back)
     if tokenizer is not None:
@@ -335,6 +335,23 @@ def _renamed_tensors(
     return renamed.checkpoint.tensors
 
 
+def _attached(checkpoint: Checkpoint, left_out: Iterable[str]) -> list[str]:
+    """What is attached to weights but to those alone that are left out: in the innermost thing that holds any."""
+    kept, gone = _holders(checkpoint.tensors), _holders(left_out)
+
+    def stays(name: str) -> bool:
+        parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        holder = next((parent for parent in reversed(parents) if parent in kept or parent in gone), None)
+        return holder is None or holder in kept
+
+    return [name for name in checkpoint.attached if stays(name)]
+
+
+def _holders(names: Iterable[str]) -> set[str]:
+    """Every beginning of the names that ends before a dot."""
+    return {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+
+
 def _without_state(checkpoint: Checkpoint, attached: Iterable[str]) -> tuple[Checkpoint, dict[str, str]]:
     """The weights alone under their own names, and what else there was.
 
@@ -342,7 +359,7 @@ def _without_state(checkpoint: Checkpoint, attached: Iterable[str]) -> tuple[Che
     attached to weights.
     """
     weights, prefix = checkpoint.weights(), checkpoint.model_prefix
-    wholes = {name[:end] for name in weights for end, letter in enumerate(name) if letter == "."}
+    wholes = _holders(weights)
     wholes |= {name[len(prefix) :] for name in attached if name.startswith(prefix)}
     composite = {name: checkpoint.objects[prefix + name] for name in wholes if prefix + name in checkpoint.objects}
     stored = {prefix + name for name in (*weights, *composite)}
