@@ -5,6 +5,8 @@ Only for ``tools/peer_suites.py``: it changes functions of the torch that is imp
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import sys
 import types
@@ -77,10 +79,44 @@ def install() -> None:
 
 
 def _without_transformer_engine() -> None:
-    """Megatron-LM's fixtures ask for the version of Transformer Engine, and fail where there is none."""
+    """Let Megatron-LM's tests run where there is no Transformer Engine.
+
+    Their fixtures ask for its version, and their models are of its layers if nothing else is said; here they are of
+    Megatron-Core's own.
+    """
     try:
         from megatron.core import utils
         from packaging.version import Version
     except ImportError:
         return
     utils.get_te_version = lambda: Version("0")
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    own = gpt_layer_specs.get_gpt_layer_local_spec
+    known = inspect.signature(own).parameters
+
+    def layer_spec(*args: Any, **settings: Any) -> Any:
+        return own(*args, **{name: value for name, value in settings.items() if name in known})
+
+    gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = layer_spec
+    _with_fewer_ranks()
+
+
+def _with_fewer_ranks() -> None:
+    """Cut tensor and pipeline parallel sizes to the ranks there are: most tests of models are for eight."""
+    from megatron.core import parallel_state
+
+    first = parallel_state.initialize_model_parallel
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+
+    def initialize(*args: Any, **settings: Any) -> Any:
+        settings.update(zip(inspect.signature(first).parameters, args, strict=False))
+        left = torch.distributed.get_world_size()
+        for name in sizes:
+            settings[name] = math.gcd(settings.get(name, 1), left)
+            left //= settings[name]
+        if settings[sizes[1]] == 1:
+            settings["virtual_pipeline_model_parallel_size"] = None
+        return first(**settings)
+
+    parallel_state.initialize_model_parallel = initialize
