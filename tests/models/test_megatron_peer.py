@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.peer_defects import broken_by
 
 pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
@@ -29,7 +30,12 @@ def test_logits() -> None:
     assert {name: limit for name, limit in LIMITS.items() if found[name] > limit} == {}, found
 
 
-@pytest.mark.parametrize("name", ["mamba2", "mamba2-one-group"])
+OTHER_GROUPS = broken_by(
+    "transformers", "<5.23", AssertionError, "its Mamba-2 of several groups computes other outputs than Megatron-Core's"
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param("mamba2", marks=OTHER_GROUPS), "mamba2-one-group"])
 def test_mamba(name: str) -> None:
     """MambaModel computes transformers' logits, and saves what we write; any of its parameters rolled tells."""
     pytest.importorskip("transformers")
