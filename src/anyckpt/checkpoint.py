@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,23 +175,23 @@ class StoredChecksum:
     crc32: int
 
 
-class CompositeTensor:
+class CompositeTensor(ABC):
     """A tensor of several parts (quantized, sparse, nested): an object whose parts are tensors of their own.
 
     The parts of an object ``w`` are among a checkpoint's tensors, as ``w.int_repr`` and so on.
     """
 
+    @abstractmethod
     def part_tensors(self) -> dict[str, LazyTensor]:
         """The tensors that it consists of, by the part's name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def companions(self) -> dict[str, LazyTensor]:
         """What else it consists of (a scale, a shape), as tensors by name, for formats that hold nothing else.
 
         Raises:
             UsageError: tensors alone do not tell what it is.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
