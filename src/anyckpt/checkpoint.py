@@ -194,6 +194,29 @@ class CompositeTensor(ABC):
         """
 
 
+class ObjectForms(ABC):
+    """What a file of objects says of them besides elements, types, shapes and names.
+
+    These are kinds of containers and tensors, strides, storages that are shared.  Only the format that read them can
+    write them; the others can tell what they do not keep.
+    """
+
+    @abstractmethod
+    def described(self) -> dict[str, str]:
+        """All that is odd, in words by name or dotted path, so that copies can be compared."""
+
+    @abstractmethod
+    def particulars(self) -> dict[str, tuple[tuple[str, str], ...]]:
+        """What a table of elements, types and shapes by name does not say, by a tensor's name or a container's.
+
+        Each is of a kind, and some have a detail: ``("strides", "(1, 3)")``.
+        """
+
+    @abstractmethod
+    def holds(self, container: str, tensors: Iterable[str]) -> bool:
+        """Whether a container, by its name among the particulars, holds one of these tensors."""
+
+
 @dataclass(frozen=True)
 class Part:
     """What a checkpoint is that holds only a part of each tensor, or of the model.
@@ -243,8 +266,8 @@ class Checkpoint:
             stands beside one in a tuple): they go with it where the format stays the same.
         written_back: names of objects that the same format writes again also where training state is left out, for it
             keeps them in ``details`` (a Lightning checkpoint's epoch and hyper-parameters).
-        forms: what the format that read it needs to write the very same objects again (kinds of containers and tensors,
-            storages that are shared); no other format looks at it.
+        forms: what the format that read it needs to write the very same objects again; of what an output does not
+            keep of it a note tells.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
         part: which part of a model it is, if it is none by itself: ``inspect`` shows it and nothing else takes it.
     """
@@ -274,7 +297,7 @@ class Checkpoint:
     extra_states: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
     attached: frozenset[str] = frozenset()
     written_back: frozenset[str] = frozenset()
-    forms: Any = field(default=None, repr=False)
+    forms: ObjectForms | None = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
     part: Part | None = None

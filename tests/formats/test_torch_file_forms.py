@@ -17,7 +17,7 @@ from anyckpt.formats.torch_file.containers import rebuilt
 from anyckpt.formats.torch_file.forms import Forms
 from anyckpt.formats.torch_file.values import FormedTensor, TensorFacts
 from anyckpt.formats.torch_file.writer import zip_parts
-from anyckpt.pickling import DictRecord, Global, Record
+from anyckpt.pickling import DictRecord, Global, Record, torch_objects
 from anyckpt.tensor import from_array
 
 FLAT = from_array(np.arange(12, dtype="<f4"))
@@ -100,3 +100,42 @@ def test_tables_by_number_keep_what_they_lie_in(tmp_path: Path, root: Any) -> No
         assert done.ignored == {} and not any("without" in note for note in done.notes)
         assert not anyckpt.diff(source, tmp_path / f"copy{number}.pt", raw=True)
         assert anyckpt.open(tmp_path / f"copy{number}.pt").tensors.keys() == anyckpt.open(source).tensors.keys()
+
+
+@pytest.mark.parametrize("name", list(ROOTS))
+@pytest.mark.parametrize("to", ["lightning", "sharded", "dcp", "safetensors"])
+def test_what_an_output_does_not_keep_is_told(tmp_path: Path, name: str, to: str) -> None:
+    """Everything that the source says of what is written is said by the output too, or in a note."""
+    source = saved(tmp_path / "a.pt", {"model": ROOTS[name]})
+    sharded = to == "sharded"
+    done = anyckpt.convert(source, tmp_path / "b", to="lightning" if sharded else to, sharded=sharded)
+    first, second = anyckpt.open(source), anyckpt.open(tmp_path / "b")
+    assert first.forms is not None
+    kept = [] if second.forms is None else list(second.forms.particulars().values())
+    note = next((note for note in done.notes if "says of its objects" in note), "")
+    for words in first.forms.particulars().values():
+        assert [kind for kind, _ in words] in [[kind for kind, _ in own] for own in kept] or all(
+            f"{kind} of " in note for kind, _ in words
+        )
+    assert (not note) == (to == "lightning" and name not in ("tuple", "class"))
+
+
+def test_what_is_left_out_is_not_told_of(tmp_path: Path) -> None:
+    root = {"model": {"w": FLAT, "v": FLAT}, "optimizer": {"state": {0: {"m": ROOTS["parameter"]["w"]}}}}
+    root["optimizer"]["param_groups"] = [{"params": [0], "lr": 0.1}]
+    source = saved(tmp_path / "a.pt", root)
+    done = anyckpt.convert(source, tmp_path / "b", to="safetensors")
+    assert [note for note in done.notes if "objects" in note] == [
+        "the output has the same elements, and not all that the source says of its objects: shared storage of model.v"
+    ]
+    done = anyckpt.convert(source, tmp_path / "c", to="safetensors", exclude="v")
+    assert not any("objects" in note for note in done.notes)
+
+
+def test_a_state_dict_of_first_versions_needs_no_word(tmp_path: Path) -> None:
+    for version in (1, 2):
+        state = torch_objects.ordered_dict({"w": FLAT}, metadata={"": {"version": 1}, "norm": {"version": version}})
+        source = saved(tmp_path / f"{version}.pt", state)
+        done = anyckpt.convert(source, tmp_path / f"{version}.safetensors", to="safetensors")
+        assert any("versions of modules of the file" in note for note in done.notes) == (version == 2)
+        assert not anyckpt.convert(source, tmp_path / f"{version}.ckpt", to="lightning").notes

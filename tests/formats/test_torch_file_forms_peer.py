@@ -177,3 +177,34 @@ def test_the_same_objects_in_a_lightning_checkpoint(tmp_path: Path, name: str, s
     assert not done.notes
     left = {"optimizer_states", "lr_schedulers", "callbacks"} if state == "drop" else set()
     assert {name.partition(".")[0] for name in done.ignored} == left
+
+
+FLAT_CASES = [name for name in CASES if name not in ("tuple and list", "other things in a tuple", "bare storage",
+    "bytes in a tensor and a bare storage", "one dictionary in two places")]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", FLAT_CASES)
+def test_the_same_tensors_become_a_lightning_state_dict(tmp_path: Path, name: str, wrapped: bool) -> None:
+    source, copy = tmp_path / "source.pt", tmp_path / "copy.ckpt"
+    torch.save({"epoch": 3, "model": CASES[name]} if wrapped else CASES[name], source)
+    done = anyckpt.convert(source, copy, to="lightning")
+    expected, found = torch.load(source, weights_only=True), torch.load(copy, weights_only=True)["state_dict"]
+    expected = expected["model"] if wrapped else expected
+    alike(collections.OrderedDict(expected) if type(expected) is dict else expected, found, {})
+    assert not done.notes
+
+
+def test_objects_beside_sharded_weights_stay_of_their_kinds(tmp_path: Path) -> None:
+    root = {
+        "epoch": 1, "global_step": 2, "pytorch-lightning_version": "2.6.0", "state_dict": {"w": torch.ones(2)},
+        "optimizer_states": [], "lr_schedulers": [], "loops": {}, "callbacks": {"best": (torch.ones(1), X, 3)},
+    }  # fmt: skip
+    torch.save(root, tmp_path / "a.ckpt")
+    anyckpt.convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt", to="lightning", sharded=True, optimizer="keep")
+    anyckpt.convert(tmp_path / "b.ckpt", tmp_path / "c.ckpt", to="lightning", optimizer="keep")
+    for found in (
+        torch.load(tmp_path / "b.ckpt" / "meta.pt", weights_only=True),
+        torch.load(tmp_path / "c.ckpt", weights_only=True),
+    ):
+        alike(root["callbacks"], found["callbacks"], {})

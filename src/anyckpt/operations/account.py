@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -93,10 +93,41 @@ def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return result
 
 
+def forms_not_kept(sources: Iterable[Checkpoint], plan: Plan) -> tuple[str, ...]:
+    """A note of what sources say of the tensors that are written and the output does not; nothing if there is none.
+
+    A format's plan says in ``formed`` what it gives back; all else is told, whatever the format.
+
+    Args:
+        sources: every checkpoint that the output is made of, opened as a whole.
+        plan: of the output, with all that is ignored.
+    """
+    lost: dict[str, dict[str, None]] = {}
+    for source in sources:
+        said = source.forms.particulars() if source.forms is not None else {}
+        left = [name for name in said if name not in plan.formed and name not in plan.ignored]
+        if source.forms is None or not left:
+            continue
+        prefix, told = source.model_prefix, plan.ignored.keys()
+        written = {name for name in source.tensors if not {name, name.removeprefix(prefix)} & told}
+        for name in left:
+            if name in written or (name not in source.tensors and source.forms.holds(name, written)):
+                for kind, _ in said[name]:
+                    lost.setdefault(kind, {})[name] = None
+    if not lost:
+        return ()
+    listed = (f"{kind} of {', '.join(list(names)[:_SHOWN])}{_more(names)}" for kind, names in lost.items())
+    return (f"the output has the same elements, and not all that the source says of its objects: {'; '.join(listed)}",)
+
+
+def _more(names: Collection[str]) -> str:
+    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+
+
 def nothing_to_write(checkpoint: Checkpoint) -> UsageError:
     """What to say of a source whose output would hold no weights."""
     state = [*checkpoint.tensors, *checkpoint.objects]
-    names = ", ".join(state[:_SHOWN]) + (f" and {len(state) - _SHOWN} more" if state[_SHOWN:] else "")
+    names = ", ".join(state[:_SHOWN]) + _more(state)
     tensors, objects = len(checkpoint.tensors), len(checkpoint.objects)
     held = f"{tensors} tensors of training state and {objects} objects: {names}" if state else "nothing at all"
     return UsageError(

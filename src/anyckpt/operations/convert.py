@@ -14,7 +14,7 @@ from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
-from anyckpt.operations.account import nothing_to_write, unaccounted
+from anyckpt.operations.account import forms_not_kept, nothing_to_write, unaccounted
 from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
 from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target, cast_weights
@@ -302,6 +302,7 @@ def convert(
     lost = unaccounted(made_of or [whole], plan)
     lost = {name: reason for name, reason in lost.items() if name not in carried.moved}
     plan = replace(plan, ignored={**plan.ignored, **lost})
+    plan = replace(plan, notes=(*plan.notes, *forms_not_kept(made_of or [whole], plan)))
     if checkpoint.extra_states is not None:
         plan = replace(plan, ignored={name: reason for name, reason in plan.ignored.items() if not is_kept(name)})
     files = tuple(describe(plan)["files"])

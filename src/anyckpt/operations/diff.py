@@ -197,8 +197,8 @@ def _positions(a: Checkpoint, b: Checkpoint) -> Iterator[Setting]:
 def _objects(a: Checkpoint, b: Checkpoint, *, with_tensors: bool) -> Iterator[Setting]:
     held = [{**c.objects, **(c.extra_states() if c.extra_states is not None else {})} for c in (a, b)]
     if a.forms is not None and b.forms is not None and a.format == b.format:
-        for objects, checkpoint in zip(held, (a, b), strict=True):
-            objects.update({f"form of {name}": text for name, text in checkpoint.forms.described().items()})
+        for objects, forms in zip(held, (a.forms, b.forms), strict=True):
+            objects.update({f"form of {name}": text for name, text in forms.described().items()})
     return compare_objects(held[0], held[1], tensors=with_tensors or a.optimizer is None or b.optimizer is None)
 
 

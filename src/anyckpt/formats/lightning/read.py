@@ -15,6 +15,7 @@ from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_D
 from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.format import stored_checksums, torch_checkpoint
+from anyckpt.formats.torch_file.forms import forms_of
 from anyckpt.formats.torch_file.reader import root_folder
 from anyckpt.formats.torch_file.roles import is_filled
 from anyckpt.formats.torch_file.stream import is_stream
@@ -95,6 +96,7 @@ def _read_directory(location: Location) -> Checkpoint:
             "original_keys": flat.original_keys,
         },
         checksums=lambda: chain(stored_checksums(meta), weights.checksums()),
+        forms=forms_of(meta, flat),
     )
     optimizers = {name.split(".", 1)[0] for name in weights.tensors if name.startswith("optimizer_")}
     checkpoint = _as_lightning(checkpoint, meta.root, others)

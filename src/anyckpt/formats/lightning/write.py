@@ -16,13 +16,13 @@ from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file.format import assemble
-from anyckpt.formats.torch_file.forms import Former, Forms
+from anyckpt.formats.torch_file.containers import rebuilt
+from anyckpt.formats.torch_file.format import as_state_dict, assemble
+from anyckpt.formats.torch_file.forms import Former, Forms, container_name
 from anyckpt.formats.torch_file.roles import is_filled
 from anyckpt.formats.torch_file.safe import refused
 from anyckpt.formats.torch_file.tree import unflatten
 from anyckpt.formats.torch_file.writer import zip_parts
-from anyckpt.pickling import torch_objects
 from anyckpt.tensor import LazyTensor
 
 _OLDEST_VERSION = "2.0.0"
@@ -53,8 +53,9 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     as_stored = not options.sharded and (STATE_DICT,) in forms.containers and inside.keys() <= paths.keys()
     former = Former({**checkpoint.tensors, **_under(STATE_DICT, weights)}, forms)
     header, optimizers, ignored = _entries(
-        replace(checkpoint, objects=others), weights, former, forms, inside if as_stored else {}
+        replace(checkpoint, objects=others), weights, former, inside if as_stored else {}
     )
+    notes, formed = former.notes, former.formed if as_stored else former.formed - {container_name((STATE_DICT,))}
     files: tuple[OutputFile, ...]
     if options.sharded:
         if is_filled(header.pop("optimizer_states")):
@@ -69,10 +70,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             else:
                 header["optimizer_states"].append(numbered)
         if not as_stored:
-            header[STATE_DICT] = torch_objects.ordered_dict({**whole, **header[STATE_DICT]})
+            state, more_notes, more_formed = as_state_dict(checkpoint, weights, whole)
+            header[STATE_DICT] = rebuilt(state, {**state, **header[STATE_DICT]})
+            notes, formed = [*notes, *more_notes], formed | more_formed
         files = (OutputFile("", zip_parts(header)),)
     unsafe = refused(header)
-    notes = former.notes
     if unsafe:
         notes.append(
             f"it holds objects that torch.load(weights_only=True) refuses: {', '.join(unsafe[:5])}; give Lightning"
@@ -80,7 +82,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         )
     if checkpoint.tokenizer or checkpoint.artifacts:
         notes.append("a Lightning checkpoint has no place for the tokenizer and other files of the source")
-    return Plan("lightning", files, ignored=ignored, notes=tuple(notes))
+    return Plan("lightning", files, ignored=ignored, notes=tuple(notes), formed=formed)
 
 
 def _under(key: str, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +105,6 @@ def _entries(
     checkpoint: Checkpoint,
     weights: Mapping[str, LazyTensor],
     former: Former,
-    forms: Forms,
     inside: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """Everything but the weights, in Lightning's order; optimizers of a sharded source; what is left out and why.
@@ -121,7 +122,8 @@ def _entries(
         paths = checkpoint.details.get("key_paths") or {}
         every = {**others, **inside}
         values = {name: former.form(name, every[name]) for name in paths if name in every and paths[name]}
-        nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {}, forms.containers)
+        containers = former.containers(paths[name] for name in values)
+        nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {}, containers)
         foreign = [name for name in others if name not in values and name not in kept]
         ignored = {**incomplete, **dict.fromkeys(foreign, _NOT_LIGHTNING)}
     else:

@@ -22,7 +22,7 @@ from anyckpt.formats.torch_file.tape import is_tape
 from anyckpt.formats.torch_file.tree import Flat, Path, flatten, unflatten, with_parts
 from anyckpt.formats.torch_file.values import MetaTensor
 from anyckpt.formats.torch_file.writer import dotted, zip_parts
-from anyckpt.pickling import torch_objects
+from anyckpt.pickling import DictRecord, torch_objects
 from anyckpt.storage.zip import read_zip
 from anyckpt.tensor import LazyTensor
 
@@ -149,14 +149,14 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: an object cannot be pickled.
     """
-    root, ignored, notes = as_object(checkpoint)
+    root, ignored, notes, formed = as_object(checkpoint)
     unsafe = refused(root)
     if unsafe:
         notes.append(f"torch.load(weights_only=True) refuses objects in this file: {', '.join(unsafe[:5])}")
     if checkpoint.config or checkpoint.tokenizer or checkpoint.artifacts:
         notes.append("a torch file has no place for the configuration, the tokenizer and other files of the source")
     parts = zip_parts(root, tensor_name=stored_names(checkpoint))
-    return Plan(FORMAT.name, (OutputFile("", parts),), ignored=ignored, notes=tuple(notes))
+    return Plan(FORMAT.name, (OutputFile("", parts),), ignored=ignored, notes=tuple(notes), formed=formed)
 
 
 def stored_names(checkpoint: Checkpoint) -> Callable[[tuple[Any, ...]], str]:
@@ -169,8 +169,8 @@ def stored_names(checkpoint: Checkpoint) -> Callable[[tuple[Any, ...]], str]:
     return lambda path: names.get(path) or dotted(path)
 
 
-def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str], list[str]]:
-    """What to save for a checkpoint, what it leaves out with the reason, and what is of another form than it was."""
+def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str], list[str], frozenset[str]]:
+    """What to save for a checkpoint, what it leaves out with the reason, notes, and ``Plan.formed``."""
     paths = checkpoint.details.get("key_paths") or {}
     keys = checkpoint.details.get("original_keys") or {}
     whole, left = assemble(checkpoint.tensors, checkpoint.objects)
@@ -187,9 +187,35 @@ def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str], list[str]]:
         notes = former.notes
         if any(base[:depth] in keys or type(base[depth - 1]) is int for depth in range(1, len(base) + 1)):
             notes.append(f"the weights are written without {prefix!r}, which all of their names begin with")
-        return unflatten(values, inner, _below(keys, base), _below(forms.containers, base)), left, notes
+        containers = former.containers((paths[prefix + name] for name in values), base)
+        return unflatten(values, inner, _below(keys, base), containers), left, notes, former.formed
     left.update(dict.fromkeys(set(whole).difference(tensors), "a state dict holds tensors only"))
-    return torch_objects.ordered_dict({name: whole[name] for name in tensors}), left, []
+    return torch_objects.ordered_dict({name: whole[name] for name in tensors}), left, [], frozenset()
+
+
+def as_state_dict(
+    checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], whole: Mapping[str, Any]
+) -> tuple[DictRecord, list[str], frozenset[str]]:
+    """One state dict of weights, of the forms that they had if their names still tell; notes, and ``Plan.formed``.
+
+    Args:
+        checkpoint: with what its source says of them.
+        tensors: the weights by their own names.
+        whole: these, and the parts of a tensor of several parts put together.
+    """
+    paths = checkpoint.details.get("key_paths") or {}
+    found = _common_prefix(list(whole), paths) if isinstance(checkpoint.forms, Forms) else None
+    if found is None or not isinstance(checkpoint.forms, Forms):
+        return torch_objects.ordered_dict(whole), [], frozenset()
+    prefix, base = found
+    former = Former(tensors, checkpoint.forms, prefix)
+    result = torch_objects.ordered_dict({name: former.form(name, value) for name, value in whole.items()})
+    places = [paths[prefix + name] for name in whole]
+    original = former.containers((), base).get(())
+    if isinstance(original, DictRecord) and original.type == result.type and {*map(len, places)} == {len(base) + 1}:
+        former.containers(places, base)
+        result.state = original.state
+    return result, former.notes, former.formed
 
 
 def _common_prefix(names: Sequence[str], paths: Mapping[str, Path]) -> tuple[str, Path] | None:

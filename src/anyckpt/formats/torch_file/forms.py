@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.checkpoint import ObjectForms
 from anyckpt.formats.torch_file.contents import TorchContents
+from anyckpt.formats.torch_file.modules import module_fields
 from anyckpt.formats.torch_file.tree import Flat, Path
 from anyckpt.formats.torch_file.values import (
     FormedTensor,
@@ -20,8 +22,13 @@ from anyckpt.formats.torch_file.values import (
     TensorFacts,
 )
 from anyckpt.pickling import DictRecord, Record
+from anyckpt.pickling.torch_objects import ORDERED_DICT
 from anyckpt.tensor import LazyTensor, Stored
 
+CONTAINER = " (container)"
+"""What the name of a container ends with in descriptions."""
+ROOT = "the file"
+"""What its outermost container is called there."""
 WASTE = 1024
 """Bytes of storages that no tensor shows, from which on they are left out if they are a tenth of all, too."""
 
@@ -29,7 +36,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Forms:
+class Forms(ObjectForms):
     """The forms of a torch file's objects.
 
     Attributes:
@@ -45,27 +52,59 @@ class Forms:
     storages: Mapping[str, Storage] = field(default_factory=dict)
 
     def described(self) -> dict[str, str]:
-        """What is odd about tensors and containers, in words by name or dotted path, so that copies can be compared."""
-        words: dict[str, str] = {}
-        first: dict[tuple[str, str], str] = {}
-        for name, (tensor, facts) in self.tensors.items():
-            said = [*(["Parameter"] if facts.parameter else []), *([facts.subclass] if facts.subclass else [])]
-            said += ["requires_grad"] if facts.requires_grad else []
-            if tensor.size and facts.strides and _differ(tensor.shape, facts.strides, _usual(tensor.shape)):
-                said.append(f"strides {facts.strides}")
-            said += [f"attribute {key}" for key in facts.attributes]
-            if facts.storage:
-                holder = first.setdefault((facts.storage, tensor.dtype.name), name)
-                said += [f"in the storage of {holder}"] if holder != name else []
-            if said:
-                words[name] = ", ".join(said)
-        for name, (_, leaf) in self.leaves.items():
-            words[name] = "bare storage" if isinstance(leaf, Storage) else "DTensor"
+        """As the base says."""
+        words = {
+            name: ", ".join(f"{kind} {detail}".rstrip() for kind, detail in said)
+            for name, said in self.particulars().items()
+        }
         for path, container in self.containers.items():
             kind = _kind(container)
             if kind is not None:
-                words[f"{'.'.join(map(str, path)) or 'the file'} (container)"] = kind
+                words[container_name(path)] = kind
         return words
+
+    def particulars(self) -> dict[str, tuple[tuple[str, str], ...]]:
+        """As the base says."""
+        found: dict[str, tuple[tuple[str, str], ...]] = {}
+        first: dict[tuple[str, str], str] = {}
+        for name, (tensor, facts) in self.tensors.items():
+            said = [("Parameter", "")] if facts.parameter else []
+            said += [(facts.subclass, "")] if facts.subclass else []
+            said += [("requires_grad", "")] if facts.requires_grad else []
+            if tensor.size and facts.strides and _differ(tensor.shape, facts.strides, _usual(tensor.shape)):
+                said.append(("strides", str(facts.strides)))
+            said += [("attribute", key) for key in facts.attributes]
+            if facts.storage:
+                holder = first.setdefault((facts.storage, tensor.dtype.name), name)
+                said += [("shared storage", f"with {holder}")] if holder != name else []
+            if said:
+                found[name] = tuple(said)
+        for name, (_, leaf) in self.leaves.items():
+            found[name] = (("bare storage" if isinstance(leaf, Storage) else "DTensor", ""),)
+        for path, container in self.containers.items():
+            kind = _kind(container)
+            if isinstance(container, DictRecord) and container.type == ORDERED_DICT:
+                kind = "versions of modules" if _has_versions(container) else None
+            if kind is not None and module_fields(container) is None:  # of a module the reader tells what is left out
+                found[container_name(path)] = ((kind, ""),)
+        return found
+
+    def holds(self, container: str, tensors: Iterable[str]) -> bool:
+        """As the base says."""
+        holder = container.removesuffix(CONTAINER)
+        return holder == ROOT or any(name.startswith(f"{holder}.") for name in tensors)
+
+
+def container_name(path: Path) -> str:
+    """What a container is called in descriptions."""
+    return f"{'.'.join(map(str, path)) or ROOT}{CONTAINER}"
+
+
+def _has_versions(state_dict: DictRecord) -> bool:
+    """Whether a state dict says more of its modules than the version 1 that all have unless they say otherwise."""
+    fields = state_dict.state
+    versions = fields.get("_metadata") if isinstance(fields, dict) else None
+    return isinstance(versions, dict) and any(said != {"version": 1} for said in versions.values())
 
 
 def attached(flat: Flat, weights: Iterable[str]) -> frozenset[str]:
@@ -136,6 +175,7 @@ class Former:
 
     Attributes:
         notes: what cannot be given back, after all were asked for.
+        formed: descriptions' names of what was given back, or is told in notes.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], forms: Forms, prefix: str = "") -> None:
@@ -143,6 +183,7 @@ class Former:
         self._prefix = prefix
         self._made: dict[int, tuple[LazyTensor, FormedTensor]] = {}
         self._changed: dict[str, list[str]] = {}
+        self._formed_names: set[str] = set()
         full = {prefix + name: tensor for name, tensor in tensors.items()}
         read = {name: tensor for name, tensor in full.items() if self._is_as_read(name, tensor)}
         self._places = dict(_places(read, forms))
@@ -154,6 +195,7 @@ class Former:
     def form(self, name: str, value: Any) -> Any:
         """What to write for a value: itself if it has no form of its own."""
         name = self._prefix + name
+        self._formed_names.add(name)
         if name in self._forms.leaves:
             tensor, leaf = self._forms.leaves[name]
             if value is tensor:
@@ -188,6 +230,17 @@ class Former:
 
     def _note(self, text: str, name: str) -> None:
         self._changed.setdefault(text, []).append(name)
+
+    def containers(self, paths: Iterable[Path], base: Path = ()) -> dict[Path, Any]:
+        """The containers from ``base`` on, by their path in it, which the caller makes again around values at paths."""
+        held = {path[:depth] for path in paths for depth in range(len(base), len(path))}
+        below = {path: value for path, value in self._forms.containers.items() if path[: len(base)] == base}
+        self._formed_names.update(container_name(path) for path in below if path in held)
+        return {path[len(base) :]: value for path, value in below.items()}
+
+    @property
+    def formed(self) -> frozenset[str]:
+        return frozenset(self._formed_names)
 
     @property
     def notes(self) -> list[str]:
