@@ -139,3 +139,29 @@ def test_a_state_dict_of_first_versions_needs_no_word(tmp_path: Path) -> None:
         done = anyckpt.convert(source, tmp_path / f"{version}.safetensors", to="safetensors")
         assert any("versions of modules of the file" in note for note in done.notes) == (version == 2)
         assert not anyckpt.convert(source, tmp_path / f"{version}.ckpt", to="lightning").notes
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_state_dicts_in_a_folder_are_read_with_their_forms(tmp_path: Path, files: int) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mystery"}')
+    state: dict[str, Any] = {"w": FLAT, "v": FLAT, **ROOTS["views"]}
+    both = [state, {"p": ROOTS["parameter"]["w"], "q": ROOTS["asked"]["w"]}]
+    if files == 1:
+        saved(folder / "pytorch_model.bin", torch_objects.ordered_dict(both[0] | both[1]))
+    else:
+        for number, part in enumerate(both, 1):
+            saved(folder / f"pytorch_model-0000{number}-of-00002.bin", part)
+    said = anyckpt.open(folder).forms
+    assert said is not None
+    for to, name in (("torch", "a.pt"), ("lightning", "a.ckpt")):
+        done = anyckpt.convert(folder, tmp_path / name, to=to)
+        assert not any("objects" in note for note in done.notes)
+        copy = anyckpt.open(tmp_path / name).forms
+        assert copy is not None
+        for held in ("w", "v", "odd", "turned", "p", "q"):
+            own = copy.particulars().get(held if to == "torch" else f"state_dict.{held}", ())
+            assert [kind for kind, _ in own] == [kind for kind, _ in said.particulars().get(held, ())]
+    notes = anyckpt.convert(folder, tmp_path / "safe", to="hf").notes
+    assert any("Parameter of p; requires_grad of p, q" in note for note in notes)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
@@ -26,6 +27,9 @@ from anyckpt.formats.rank_safetensors import (
 )
 from anyckpt.formats.registry import Format, Location, WriteOptions, look_at
 from anyckpt.formats.safetensors import read_safetensors, safetensors_parts, told_of_parts, weights_only
+from anyckpt.formats.torch_file import parts, read_torch
+from anyckpt.formats.torch_file.forms import Forms, forms_of, joined
+from anyckpt.formats.torch_file.tree import flatten
 from anyckpt.storage.source import ByteSource, LocalFile
 from anyckpt.tensor import LazyTensor
 
@@ -58,6 +62,25 @@ _MODELOPT = "hf_quant_config.json"
 _SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
+@dataclass
+class Beside:
+    """What weight files say besides weights.
+
+    Attributes:
+        warnings: anything odd that a user should know.
+        details: facts for ``inspect``.
+        forms: of each torch file.
+    """
+
+    warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    forms: dict[str, Forms] = field(default_factory=dict)
+
+    def all_forms(self) -> Forms | None:
+        """The forms of all files, None if none is a torch file."""
+        return joined(self.forms) if self.forms else None
+
+
 # -- reading -------------------------------------------------------------------------------------------------
 
 
@@ -69,20 +92,19 @@ def _detect(location: Location) -> bool:
 
 
 def _read(location: Location) -> Checkpoint:
-    warnings: list[str] = []
-    details: dict[str, Any] = {}
-    tensors = _read_weights(location, warnings, details)
+    beside = Beside()
+    tensors, warnings, details = _read_weights(location, beside), beside.warnings, beside.details
     config: dict[str, Any] = {}
-    beside = location
+    folder = location
     if "config.json" not in location.names and os.path.isfile(location.join(HUB_FOLDER, "config.json")):
-        beside = look_at(location.join(HUB_FOLDER))
-    if "config.json" in beside.names:
-        config = read_json(LocalFile(beside.join("config.json")))
+        folder = look_at(location.join(HUB_FOLDER))
+    if "config.json" in folder.names:
+        config = read_json(LocalFile(folder.join("config.json")))
     else:
         warnings.append("there is no config.json: the model family is found from names and shapes, if at all")
     ranks = details.get("world_size")
     part = None if ranks is None else check_last_ranks(location.path, tensors, config, ranks, warnings)
-    tokenizer_files, artifacts = other_files(beside, "config.json")
+    tokenizer_files, artifacts = other_files(folder, "config.json")
     artifacts.pop(FILES_OF_NAMES, None)
     return Checkpoint(
         location.path,
@@ -99,6 +121,7 @@ def _read(location: Location) -> Checkpoint:
         details=details,
         quantization=_quantization(config, artifacts),
         part=part,
+        forms=beside.all_forms(),
     )
 
 
@@ -118,21 +141,21 @@ def _quantization(config: Mapping[str, Any], artifacts: Mapping[str, ByteSource]
     return {"quant_method": "modelopt", **facts, "ignore": facts.get("exclude_modules")}
 
 
-def _read_weights(location: Location, warnings: list[str], details: dict[str, Any]) -> dict[str, LazyTensor]:
+def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
     names = set(location.names)
     chosen = next((name for name in _WEIGHTS if name in names), None)
     if chosen is not None and chosen.endswith(".index.json"):
-        return _read_indexed(location, chosen, warnings, details)
+        return _read_indexed(location, chosen, beside)
     if chosen is not None:
-        return read_weight_file(location, chosen, warnings, details)
+        return read_weight_file(location, chosen, beside)
     shards = [name for name in location.names if _SHARD.fullmatch(name)]
     if shards and all(map(is_rank_file, shards)):
-        return read_rank_files(location.path, shards, warnings, details)
+        return read_rank_files(location.path, shards, beside.warnings, beside.details)
     if shards:
-        return _read_shards(location, shards, warnings, details)
+        return _read_shards(location, shards, beside)
     tuned = [match for name in location.names if (match := _TUNE.fullmatch(name))]
     if tuned:
-        return _read_tuned(location, tuned, warnings, details)
+        return _read_tuned(location, tuned, beside)
     loose = [name for name in location.names if name.endswith(".safetensors")]
     if len(loose) > 1:
         raise FormatError(
@@ -140,12 +163,10 @@ def _read_weights(location: Location, warnings: list[str], details: dict[str, An
             path=location.path, expected="model.safetensors or model.safetensors.index.json",
             found=", ".join(loose[:5]), remedy="open one of the files, or copy the index too",
         )  # fmt: skip
-    return read_weight_file(location, loose[0], warnings, details)
+    return read_weight_file(location, loose[0], beside)
 
 
-def read_weight_file(
-    location: Location, name: str, warnings: list[str], details: dict[str, Any]
-) -> dict[str, LazyTensor]:
+def read_weight_file(location: Location, name: str, beside: Beside) -> dict[str, LazyTensor]:
     """The tensors of one safetensors or ``.bin`` file of a folder.
 
     Raises:
@@ -158,31 +179,30 @@ def read_weight_file(
         if part is not None:
             raise FormatError(part.what, path=source.name, remedy=part.remedy)
         if metadata:
-            details.setdefault("metadata", {}).update(metadata)
+            beside.details.setdefault("metadata", {}).update(metadata)
         return tensors
-    from anyckpt.formats.torch_file import parts, read_torch
-    from anyckpt.formats.torch_file.tree import flatten
-
     contents = read_torch(source)
-    warnings.extend(contents.warnings)
+    beside.warnings.extend(contents.warnings)
     if not isinstance(contents.root, Mapping):
         raise FormatError(
             "does not hold a state dict", path=source.name,
             expected="a dict of tensors", found=type(contents.root).__name__,
         )  # fmt: skip
-    part = parts.part_of(source.name, contents.root, flatten(contents.root, source.name))
+    flat = flatten(contents.root, source.name)
+    part = parts.part_of(source.name, contents.root, flat)
     if part is not None:
         raise FormatError(part.what, path=source.name, remedy=part.remedy)
     strange = [key for key, value in contents.root.items() if not isinstance(value, LazyTensor)]
     if strange:
-        warnings.append(f"{source.name}: entries that are not tensors are left out: {', '.join(map(str, strange[:5]))}")
+        beside.warnings.append(
+            f"{source.name}: entries that are not tensors are left out: {', '.join(map(str, strange[:5]))}"
+        )
+    beside.forms[name] = forms_of(contents, flat)
     return {str(key): value for key, value in contents.root.items() if isinstance(value, LazyTensor)}
 
 
 @uncollected
-def _read_indexed(
-    location: Location, index_name: str, warnings: list[str], details: dict[str, Any]
-) -> dict[str, LazyTensor]:
+def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[str, LazyTensor]:
     path = location.join(index_name)
     index = read_json(LocalFile(path))
     where = index.get("weight_map")
@@ -201,7 +221,7 @@ def _read_indexed(
         )  # fmt: skip
     tensors: dict[str, LazyTensor] = {}
     for file in files:
-        found = read_weight_file(location, file, warnings, details)
+        found = read_weight_file(location, file, beside)
         for name in found:
             if where.get(name) != file:
                 raise FormatError(
@@ -220,13 +240,11 @@ def _read_indexed(
     suffix = files[0].rpartition(".")[2]
     spare = [n for n in location.names if _SHARD.fullmatch(n) and n.endswith(suffix) and n not in files]
     if spare:
-        warnings.append(f"weight files that the index does not name are ignored: {', '.join(spare[:5])}")
+        beside.warnings.append(f"weight files that the index does not name are ignored: {', '.join(spare[:5])}")
     return tensors
 
 
-def _read_shards(
-    location: Location, names: list[str], warnings: list[str], details: dict[str, Any]
-) -> dict[str, LazyTensor]:
+def _read_shards(location: Location, names: list[str], beside: Beside) -> dict[str, LazyTensor]:
     """Shards whose index was lost: their names say how many there are."""
     parsed = [match for name in names if (match := _SHARD.fullmatch(name))]
     kinds = {(match[1], match[3], match[4]) for match in parsed}
@@ -245,13 +263,13 @@ def _read_shards(
             f"{len(missing)} of {int(count)} weight files are missing, such as {first}, and so is the index",
             path=location.path, remedy="copy the missing files from the model's origin",
         )  # fmt: skip
-    warnings.append("there is no index: the weight files are taken to be complete because their names count them")
-    return _read_together(location, names, warnings, details)
+    beside.warnings.append(
+        "there is no index: the weight files are taken to be complete because their names count them"
+    )
+    return _read_together(location, names, beside)
 
 
-def _read_tuned(
-    location: Location, parts: list[re.Match[str]], warnings: list[str], details: dict[str, Any]
-) -> dict[str, LazyTensor]:
+def _read_tuned(location: Location, parts: list[re.Match[str]], beside: Beside) -> dict[str, LazyTensor]:
     """torchtune's parts, which neither an index nor their names count."""
     epochs = sorted({int(match[2]) for match in parts})
     if len(epochs) > 1:
@@ -267,21 +285,19 @@ def _read_tuned(
             f"{len(missing)} of at least {max(present)} weight files are missing, such as"
             f" hf_model_{missing[0]:04d}_{epochs[0]}.pt", path=location.path, remedy="copy the missing files here too",
         )  # fmt: skip
-    warnings.append("there is no index: nothing in the weight files says how many there should be")
+    beside.warnings.append("there is no index: nothing in the weight files says how many there should be")
     unread = [name for name in location.names if re.fullmatch(r"recipe_state\.pt|adapter_\d+\.pt", name)]
     if unread:
-        warnings.append(f"torchtune's training state and adapters are not read: {', '.join(unread[:5])}")
-    details["epoch"] = epochs[0]
-    return _read_together(location, [match[0] for match in parts], warnings, details)
+        beside.warnings.append(f"torchtune's training state and adapters are not read: {', '.join(unread[:5])}")
+    beside.details["epoch"] = epochs[0]
+    return _read_together(location, [match[0] for match in parts], beside)
 
 
-def _read_together(
-    location: Location, names: list[str], warnings: list[str], details: dict[str, Any]
-) -> dict[str, LazyTensor]:
+def _read_together(location: Location, names: list[str], beside: Beside) -> dict[str, LazyTensor]:
     """The tensors of several files, each of which is in one only."""
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        for key, tensor in read_weight_file(location, name, warnings, details).items():
+        for key, tensor in read_weight_file(location, name, beside).items():
             if key in tensors:
                 raise FormatError("is in two weight files", path=location.join(name), tensor=key)
             tensors[key] = tensor

@@ -15,6 +15,7 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.hf import (
+    Beside,
     other_files,
     read_json,
     read_weight_file,
@@ -75,10 +76,9 @@ def _detect(location: Location) -> bool:
 
 
 def _read(location: Location) -> Checkpoint:
-    warnings: list[str] = []
-    details: dict[str, Any] = {}
+    beside = Beside()
     name = next(name for name in _WEIGHTS if name in location.names)
-    tensors = read_weight_file(location, name, warnings, details)
+    tensors, warnings, details = read_weight_file(location, name, beside), beside.warnings, beside.details
     config: dict[str, Any] = {}
     settings = AdapterSettings()
     if CONFIG in location.names:
@@ -101,6 +101,7 @@ def _read(location: Location) -> Checkpoint:
         warnings=warnings,
         details=details,
         adapter=settings,
+        forms=beside.all_forms(),
     )
 
 

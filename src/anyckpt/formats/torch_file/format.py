@@ -171,7 +171,7 @@ def stored_names(checkpoint: Checkpoint) -> Callable[[tuple[Any, ...]], str]:
 
 def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str], list[str], frozenset[str]]:
     """What to save for a checkpoint, what it leaves out with the reason, notes, and ``Plan.formed``."""
-    paths = checkpoint.details.get("key_paths") or {}
+    paths = _paths(checkpoint)
     keys = checkpoint.details.get("original_keys") or {}
     whole, left = assemble(checkpoint.tensors, checkpoint.objects)
     tensors = [name for name in whole if name in checkpoint.tensors or isinstance(whole[name], CompositeTensor)]
@@ -203,7 +203,7 @@ def as_state_dict(
         tensors: the weights by their own names.
         whole: these, and the parts of a tensor of several parts put together.
     """
-    paths = checkpoint.details.get("key_paths") or {}
+    paths = _paths(checkpoint)
     found = _common_prefix(list(whole), paths) if isinstance(checkpoint.forms, Forms) else None
     if found is None or not isinstance(checkpoint.forms, Forms):
         return torch_objects.ordered_dict(whole), [], frozenset()
@@ -216,6 +216,14 @@ def as_state_dict(
         former.containers(places, base)
         result.state = original.state
     return result, former.notes, former.formed
+
+
+def _paths(checkpoint: Checkpoint) -> Mapping[str, Path]:
+    """Where the source had its tensors and objects; in the state dicts of a folder, where their names say."""
+    known: Mapping[str, Path] | None = checkpoint.details.get("key_paths")
+    if known is None and isinstance(checkpoint.forms, Forms):
+        return {name: (name,) for name in (*checkpoint.forms.tensors, *checkpoint.forms.leaves)}
+    return known or {}
 
 
 def _common_prefix(names: Sequence[str], paths: Mapping[str, Path]) -> tuple[str, Path] | None:

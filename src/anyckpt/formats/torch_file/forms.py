@@ -8,7 +8,7 @@ What is not is named in notes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyckpt.checkpoint import ObjectForms
@@ -22,7 +22,7 @@ from anyckpt.formats.torch_file.values import (
     TensorFacts,
 )
 from anyckpt.pickling import DictRecord, Record
-from anyckpt.pickling.torch_objects import ORDERED_DICT
+from anyckpt.pickling.torch_objects import ORDERED_DICT, ordered_dict
 from anyckpt.tensor import LazyTensor, Stored
 
 CONTAINER = " (container)"
@@ -157,6 +157,22 @@ def forms_of(contents: TorchContents, flat: Flat) -> Forms:
         {name: facts for name, facts in said.items() if facts is not None},
         {storage.key: storage for storage in contents.storages.values()},
     )
+
+
+def joined(files: Mapping[str, Forms]) -> Forms:
+    """The forms of a state dict in several files, by file name, each of which has tensors of its own."""
+    if len(files) == 1:
+        return next(iter(files.values()))
+    leaves: dict[str, tuple[LazyTensor, Any]] = {}
+    tensors: dict[str, tuple[LazyTensor, TensorFacts]] = {}
+    storages: dict[str, Storage] = {}
+    for file, forms in files.items():
+        leaves.update(forms.leaves)
+        for name, (tensor, facts) in forms.tensors.items():
+            tensors[name] = tensor, replace(facts, storage=f"{file}/{facts.storage}" if facts.storage else "")
+        for key, storage in forms.storages.items():
+            storages[f"{file}/{key}"] = replace(storage, key=f"{file}/{key}")
+    return Forms({(): ordered_dict({})}, leaves, tensors, storages)
 
 
 def _kind(container: Any) -> str | None:
