@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import pickle
 import subprocess
 import sys
 from importlib import metadata
@@ -13,6 +15,7 @@ import pytest
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.pickling import load
 from anyckpt.storage import source
 from anyckpt.tensor import from_array
 from tests.support import fixture_path, sha256_of
@@ -134,3 +137,14 @@ def test_absurd_counters_from_a_file_are_not_shown() -> None:
     found = anyckpt.inspect(Checkpoint("x", "torch", {}, training=training))
     assert (found.step, found.epoch) == (None, 3)
     json.dumps(found.to_json())
+
+
+def test_the_collector_of_a_program_is_left_to_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def touched(*arguments: object) -> None:
+        raise AssertionError("the whole process's collector was switched")
+
+    for name in ("disable", "enable", "freeze", "set_threshold"):
+        monkeypatch.setattr(gc, name, touched)
+    for target in ("megatron-core", "hf", "nemo"):
+        anyckpt.convert(fixture_path(LLAMA), tmp_path / target, to=target)
+    assert load(pickle.dumps([[number] for number in range(300_000)], 4), name="t")[7] == [7]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
-from anyckpt.collector import uncollected
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.rank_safetensors import (
@@ -201,7 +200,6 @@ def read_weight_file(location: Location, name: str, beside: Beside) -> dict[str,
     return {str(key): value for key, value in contents.root.items() if isinstance(value, LazyTensor)}
 
 
-@uncollected
 def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[str, LazyTensor]:
     path = location.join(index_name)
     index = read_json(LocalFile(path))

@@ -9,7 +9,6 @@ from typing import Any
 
 from anyckpt import quantization
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.collector import uncollected
 from anyckpt.errors import MappingError
 from anyckpt.operations.casts import TARGETS
 
@@ -36,7 +35,6 @@ class FullPrecision:
     notes: tuple[str, ...] = ()
 
 
-@uncollected
 def in_full_precision(checkpoint: Checkpoint, to: str | None, config: dict[str, Any] | None = None) -> FullPrecision:
     """The checkpoint with quantized weights as numbers of type ``to``, and a configuration that says so.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.collector import uncollected
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, dialects
@@ -83,7 +82,6 @@ class Renamed:
     computed: bool = False
 
 
-@uncollected
 def rename_for(
     checkpoint: Checkpoint,
     target: Format,

@@ -8,7 +8,6 @@ data.
 
 from __future__ import annotations
 
-import gc
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -77,10 +76,6 @@ def load_prefix(
     callers = {path: _guarded_constructor(call) for path, call in (constructors or {}).items()}
     machine = Machine(window, _guarded(persistent_load), callers, leave)
     used = _used_entries(window.data) if window.whole else None
-    # A collector that looks for cycles among millions of new objects, all alive, takes a quarter of the time.
-    pause = len(window.data) >= _BIG and gc.isenabled()
-    if pause:
-        gc.disable()
     try:
         try:
             return _run(machine, used)
@@ -95,8 +90,6 @@ def load_prefix(
         raise cast(BaseException, problem.__cause__) from None
     finally:
         _record(machine)
-        if pause:
-            gc.enable()
 
 
 def _record(machine: Machine) -> None:

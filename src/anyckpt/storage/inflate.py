@@ -84,6 +84,10 @@ class InflatedSource(ByteSource):
     def identity(self) -> Identity:
         return self._base, self._wbits, self.size
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process begins without states of the decompressor."""
+        return type(self), (self._base, self.size, self._wbits, self.name)
+
     def _begin(self) -> _State:
         return _State(zlib.decompressobj(self._wbits), 0, 0)
 

@@ -306,5 +306,9 @@ class MemorySource(ByteSource):
         """The contents, if they cannot change."""
         return (self._data,) if self._fixed else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets a copy of the bytes, of live state as it is at that moment."""
+        return type(self), (bytes(self._data) if self._fixed else bytearray(self._data), self.name)
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self._data[offset : offset + len(buffer)]

@@ -49,6 +49,10 @@ class ItemTable:
         self._heads: dict[tuple[str, Shape, int], bytes] = {}
         self._calls = current()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens archives itself, and records no names for anyone."""
+        return type(self), (self.sources, self.file, self.offset, self.length)
+
     def source(self, row: int) -> ByteSource:
         return self.sources[int(self.file[row])]
 

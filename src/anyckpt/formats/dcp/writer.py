@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anyckpt.collector import uncollected
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
 from anyckpt.formats.dcp.chunks import cut, stacked_axes
@@ -54,7 +53,6 @@ class _Item:
     length: int
 
 
-@uncollected
 def dcp_files(
     tensors: Mapping[str, LazyTensor],
     objects: Mapping[str, Any],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -136,6 +136,10 @@ class _Kept:
 
     def __init__(self) -> None:
         self._array: Array | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process makes the array itself."""
+        return type(self), ()
 
     def get(self, make: Callable[[], Array]) -> Array:
         """The array, made if it is not there."""
