@@ -132,13 +132,16 @@ def test_what_is_left_out_is_not_told_of(tmp_path: Path) -> None:
     assert not any("objects" in note for note in done.notes)
 
 
-def test_a_state_dict_of_first_versions_needs_no_word(tmp_path: Path) -> None:
-    for version in (1, 2):
-        state = torch_objects.ordered_dict({"w": FLAT}, metadata={"": {"version": 1}, "norm": {"version": version}})
-        source = saved(tmp_path / f"{version}.pt", state)
-        done = anyckpt.convert(source, tmp_path / f"{version}.safetensors", to="safetensors")
-        assert any("versions of modules of the file" in note for note in done.notes) == (version == 2)
-        assert not anyckpt.convert(source, tmp_path / f"{version}.ckpt", to="lightning").notes
+@pytest.mark.parametrize(
+    ("version", "more", "told"), [(1, {}, False), (2, {}, True), (2, {"num_batches_tracked": FLAT}, False)]
+)
+def test_usual_versions_of_modules_need_no_word(tmp_path: Path, version: int, more: dict[str, Any], told: bool) -> None:
+    tensors = {"w": FLAT, **{f"norm.{name}": tensor for name, tensor in more.items()}}
+    state = torch_objects.ordered_dict(tensors, metadata={"": {"version": 1}, "norm": {"version": version}})
+    source = saved(tmp_path / "a.pt", state)
+    done = anyckpt.convert(source, tmp_path / "a.safetensors", to="safetensors", exclude="norm.*" if more else None)
+    assert any("versions of modules of the file" in note for note in done.notes) == told
+    assert not anyckpt.convert(source, tmp_path / "a.ckpt", to="lightning").notes
 
 
 @pytest.mark.parametrize("files", [1, 2])

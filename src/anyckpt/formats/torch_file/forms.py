@@ -101,10 +101,17 @@ def container_name(path: Path) -> str:
 
 
 def _has_versions(state_dict: DictRecord) -> bool:
-    """Whether a state dict says more of its modules than the version 1 that all have unless they say otherwise."""
+    """Whether a state dict says of its modules what torch does not take to be so when nothing is said.
+
+    Modules are of version 1 unless their class says otherwise.  Batch norms are of version 2, which is to say that they
+    count batches; torch 2.13 looks at it only where the counter is missing.
+    """
     fields = state_dict.state
     versions = fields.get("_metadata") if isinstance(fields, dict) else None
-    return isinstance(versions, dict) and any(said != {"version": 1} for said in versions.values())
+    if not isinstance(versions, dict):
+        return False
+    odd = (module for module, said in versions.items() if said != {"version": 1})
+    return any(f"{module}.num_batches_tracked".lstrip(".") not in state_dict for module in odd)
 
 
 def attached(flat: Flat, weights: Iterable[str]) -> frozenset[str]:
