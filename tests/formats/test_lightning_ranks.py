@@ -188,7 +188,7 @@ def test_unfinished_ranks_are_refused_unless_forced(tmp_path: Path) -> None:
         ("c/mp_rank_00/x-last-EMA.ckpt", "c/x-last-unfinished"),
         ("c/tp_rank_00_pp_rank_001/x.ckpt", "c/x-unfinished"),
         ("c/mp_rank_00_fsdp_shard_00001/x.ckpt", "c/x-unfinished"),
-        ("x.ckpt", "x-unfinished"),
+        ("x.ckpt", os.path.abspath("x-unfinished")),
     ],
 )
 def test_where_the_marker_is(path: str, marker: str) -> None:

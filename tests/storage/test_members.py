@@ -16,8 +16,7 @@ from tests.support import fixture_path, sha256_of
 import anyckpt
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats import registry
-from anyckpt.formats.registry import look_at
-from anyckpt.storage.members import file_of, open_path, split_path
+from anyckpt.storage.place import LOCAL, file_of, look_at, place_of
 
 AGENT = fixture_path("legacy/modules/stable_baselines3.zip")
 STATE = fixture_path("legacy/modules/state_dict.pt")
@@ -94,7 +93,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"has no member 'policy' \(found data, policy.pth"):
         look_at(f"{AGENT}::policy")
     with pytest.raises(FormatError, match="is not an archive"):
-        open_path(f"{AGENT}::data::x")
+        look_at(f"{AGENT}::data::x")
     with pytest.raises(FormatError, match="does not exist"):
         look_at(tmp_path / "a.zip::b")
     climbing = zipped(tmp_path / "c.zip", {"../x": b"1"})
@@ -105,6 +104,6 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
 def test_a_file_whose_name_has_colons_is_an_ordinary_file(tmp_path: Path) -> None:
     odd = tmp_path / "a.zip::b.pt"
     shutil.copyfile(STATE, odd)
-    assert split_path(str(odd)) == (str(odd), ()) and digests(odd) == digests(STATE)
+    assert place_of(str(odd)) is LOCAL and digests(odd) == digests(STATE)
     zipped(tmp_path / "x::y.zip", {"c::d.pt": STATE.read_bytes()})
     assert file_of(f"{tmp_path}/x::y.zip::z") == f"{tmp_path}/x::y.zip"

@@ -9,7 +9,6 @@ Facts: ``fsdp_checkpoint_manager.py`` and ``fsdp_model_merger.py`` of verl 0.2 t
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +18,13 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats.hf import other_files, read_json, tokenizer_of
-from anyckpt.formats.registry import Format, Location, look_at
+from anyckpt.formats.registry import Format
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.distributed import Piece, is_sharded_tensor, mesh_of, piece_of, sharded_pieces
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.formats.torch_file.values import DistributedTensor, brief
 from anyckpt.indexing import Shape
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor, mosaic
 
 _FILE = re.compile(
@@ -51,13 +50,13 @@ def read(location: Location) -> Checkpoint:
         FormatError: a rank is missing or of another save, or its parts do not make up whole tensors.
     """
     files = _rank_files(location, "model")
-    settings = read_json(LocalFile(location.join(_SETTINGS))) if _SETTINGS in location.names else {}
+    settings = read_json(location.open(_SETTINGS)) if _SETTINGS in location.names else {}
     if type(settings.get("world_size")) is int and settings["world_size"] != len(files):
         raise FormatError(
             "the rank files are of another number of ranks than their settings", path=location.join(_SETTINGS),
             expected=f"world_size {len(files)}, as the files' names say", found=settings["world_size"], remedy=_GATHER,
         )  # fmt: skip
-    opened = [_open(file) for file in files]
+    opened = [read_torch(location.place.open(file)) for file in files]
     joined = _Joined(location.path, len(files))
     states = [_state_dict(contents.root, file) for contents, file in zip(opened, files, strict=True)]
     tensors, objects = joined.join(states, files)
@@ -68,7 +67,7 @@ def read(location: Location) -> Checkpoint:
     if extra:
         warnings.append(f"learning-rate scheduler and random states are not read: {extra[0]} and those of other ranks")
     hub = _hub_folder(location)
-    config = read_json(LocalFile(hub.join("config.json"))) if "config.json" in hub.names else {}
+    config = read_json(hub.open("config.json")) if "config.json" in hub.names else {}
     tokenizer, artifacts = other_files(hub, "config.json")
     if hub.path == location.path:
         artifacts = {name: source for name, source in artifacts.items() if name != _SETTINGS and name not in extra}
@@ -93,8 +92,7 @@ def read(location: Location) -> Checkpoint:
 
 
 def _hub_folder(location: Location) -> Location:
-    inner = location.join(_HUB_FOLDER)
-    return look_at(inner) if os.path.isdir(inner) else location
+    return location.at(_HUB_FOLDER) if location.is_folder(_HUB_FOLDER) else location
 
 
 def _rank_files(location: Location, kind: str) -> list[str]:
@@ -125,10 +123,6 @@ def _rank_files(location: Location, kind: str) -> list[str]:
             path=location.path, expected=f"ranks 0 to {world - 1}", found=f"{len(files)} files", remedy=_GATHER,
         )  # fmt: skip
     return [files[rank] for rank in range(world)]
-
-
-def _open(file: str) -> TorchContents:
-    return read_torch(LocalFile(file))
 
 
 def _state_dict(root: Any, file: str) -> Mapping[Any, Any]:
@@ -191,8 +185,9 @@ class _Joined:
         where = file if strange[0] in state else path
         raise FormatError(
             "the ranks' files hold tensors of different names, as those of different models do", path=file,
-            tensor=brief(strange[0]), expected=f"the names of {os.path.basename(path)}",
-            found=f"{len(strange)} names in one of the two only, this one in {os.path.basename(where)}", remedy=_GATHER,
+            tensor=brief(strange[0]), expected=f"the names of {path.rpartition('/')[2]}",
+            found=f"{len(strange)} names in one of the two only, this one in {where.rpartition('/')[2]}",
+            remedy=_GATHER,
         )  # fmt: skip
 
     def _dtensor(self, value: DistributedTensor, file: str, name: str) -> _Whole:
@@ -270,7 +265,7 @@ def _optimizer(
             "the optimizer's rank files are of another save than the model's", path=location.path,
             expected=f"{world} ranks", found=f"{len(files)} ranks", remedy=_GATHER,
         )  # fmt: skip
-    opened = [_open(file) for file in files]
+    opened = [read_torch(location.place.open(file)) for file in files]
     roots = [contents.root for contents in opened]
     if not all(isinstance(root, dict) and isinstance(root.get("state"), dict) for root in roots):
         warnings.append(f"the optimizer's state is of another form than torch.optim's and not read: {files[0]}")

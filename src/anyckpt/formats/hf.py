@@ -7,7 +7,6 @@ huggingface_hub 2.4 (``save_pretrained`` and ``split_state_dict_into_shards_fact
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,12 +23,13 @@ from anyckpt.formats.rank_safetensors import (
     part_of,
     read_rank_files,
 )
-from anyckpt.formats.registry import Format, Location, WriteOptions, look_at
+from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.safetensors import read_safetensors, safetensors_parts, told_of_parts, weights_only
 from anyckpt.formats.torch_file import parts, read_torch
 from anyckpt.formats.torch_file.forms import Forms, forms_of, joined
 from anyckpt.formats.torch_file.tree import flatten
-from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.storage.place import Location
+from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -95,10 +95,10 @@ def _read(location: Location) -> Checkpoint:
     tensors, warnings, details = _read_weights(location, beside), beside.warnings, beside.details
     config: dict[str, Any] = {}
     folder = location
-    if "config.json" not in location.names and os.path.isfile(location.join(HUB_FOLDER, "config.json")):
-        folder = look_at(location.join(HUB_FOLDER))
+    if "config.json" not in location.names and location.is_file(HUB_FOLDER, "config.json"):
+        folder = location.at(HUB_FOLDER)
     if "config.json" in folder.names:
-        config = read_json(LocalFile(folder.join("config.json")))
+        config = read_json(folder.open("config.json"))
     else:
         warnings.append("there is no config.json: the model family is found from names and shapes, if at all")
     ranks = details.get("world_size")
@@ -149,7 +149,7 @@ def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
         return read_weight_file(location, chosen, beside)
     shards = [name for name in location.names if _SHARD.fullmatch(name)]
     if shards and all(map(is_rank_file, shards)):
-        return read_rank_files(location.path, shards, beside.warnings, beside.details)
+        return read_rank_files(location, shards, beside.warnings, beside.details)
     if shards:
         return _read_shards(location, shards, beside)
     tuned = [match for name in location.names if (match := _TUNE.fullmatch(name))]
@@ -171,7 +171,7 @@ def read_weight_file(location: Location, name: str, beside: Beside) -> dict[str,
     Raises:
         FormatError: it is damaged, or holds no state dict.
     """
-    source = LocalFile(location.join(name))
+    source = location.open(name)
     if not name.endswith((".bin", ".pt")):
         tensors, metadata = read_safetensors(source)
         part = part_of(source.name, tensors, metadata or {})
@@ -202,7 +202,7 @@ def read_weight_file(location: Location, name: str, beside: Beside) -> dict[str,
 
 def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[str, LazyTensor]:
     path = location.join(index_name)
-    index = read_json(LocalFile(path))
+    index = read_json(location.open(index_name))
     where = index.get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise FormatError(
@@ -333,12 +333,12 @@ def other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSou
     tokenizer: dict[str, ByteSource] = {}
     others: dict[str, ByteSource] = {}
     for name in location.names:
-        if name == config_name or name.startswith(".") or not os.path.isfile(location.join(name)):
+        if name == config_name or name.startswith(".") or not location.is_file(name):
             continue
         if _TOKENIZER_FILE.fullmatch(name):
-            tokenizer[name] = LocalFile(location.join(name))
+            tokenizer[name] = location.open(name)
         elif not _WEIGHT_FILE.fullmatch(name):
-            others[name] = LocalFile(location.join(name))
+            others[name] = location.open(name)
     return tokenizer, others
 
 

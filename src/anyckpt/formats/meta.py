@@ -9,9 +9,9 @@ columns in Llama 1 and 2 and along its rows since 3, and norms not at all.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.hf import other_files, read_json, tokenizer_of
-from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.safetensors import read_safetensors, weights_only
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location, Place
 from anyckpt.tensor import LazyTensor, concatenate
 
 PARAMS = "params.json"
@@ -53,22 +53,20 @@ def detect(location: Location) -> bool:
     if location.is_directory:
         files = set(location.names)
         return PARAMS in files and "config.json" not in files and any(map(_is_weights, files))
-    if _PART.fullmatch(os.path.basename(location.path)):
-        folder = os.path.dirname(os.path.abspath(location.path))
-        beside = _beside(folder)
+    if _PART.fullmatch(location.name) and location.parent is not None:
+        beside = _beside(location.place, location.parent)
         parts = [name for name in beside if _PART.fullmatch(name)]
         if PARAMS in beside and len(parts) > 1:
             raise FormatError(
-                f"is one of {len(parts)} model-parallel parts", path=location.path, remedy=f"open {folder}"
+                f"is one of {len(parts)} model-parallel parts", path=location.path, remedy=f"open {location.parent}"
             )
     return False
 
 
-def _beside(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
+def _beside(place: Place, folder: str) -> tuple[str, ...]:
+    with suppress(FormatError):
+        return place.names(folder)
+    return ()
 
 
 def _is_weights(name: str) -> bool:
@@ -89,7 +87,7 @@ def read(location: Location) -> Checkpoint:
     Raises:
         FormatError: a part is missing or damaged, or parts do not fit together.
     """
-    config = read_json(LocalFile(location.join(PARAMS)))
+    config = read_json(location.open(PARAMS))
     warnings: list[str] = []
     checksums: list[StoredChecksum] = []
     parts = sorted((name for name in location.names if _PART.fullmatch(name)), key=_number)
@@ -97,7 +95,7 @@ def read(location: Location) -> Checkpoint:
     if parts:
         files = [_read_part(location, name, warnings, checksums) for name in parts]
         _check_all_there(location.path, files, config)
-        tensors = _joined(location.path, files)
+        tensors = _joined(location, files)
         details["parts"] = len(files)
     else:
         tensors = _read_shards(location, details)
@@ -128,7 +126,7 @@ def _read_part(location: Location, name: str, warnings: list[str], checksums: li
     from anyckpt.formats.torch_file import read_torch
     from anyckpt.formats.torch_file.format import stored_checksums
 
-    source = LocalFile(location.join(name))
+    source = location.open(name)
     contents = read_torch(source)
     warnings.extend(contents.warnings)
     checksums.extend(stored_checksums(contents))
@@ -167,7 +165,7 @@ def _stated_parts(first: Mapping[str, LazyTensor], config: Mapping[str, Any]) ->
     return rows // query.shape[0] if rows > 0 and rows % query.shape[0] == 0 else 0
 
 
-def _joined(path: str, files: Sequence[_File]) -> dict[str, LazyTensor]:
+def _joined(location: Location, files: Sequence[_File]) -> dict[str, LazyTensor]:
     """Whole tensors; itself if there is one part.
 
     Raises:
@@ -181,21 +179,21 @@ def _joined(path: str, files: Sequence[_File]) -> dict[str, LazyTensor]:
         odd = sorted(first.tensors.keys() ^ file.tensors.keys())
         if odd:
             raise FormatError(
-                f"{len(odd)} tensors are not in every part: {', '.join(odd[:8])}", path=os.path.join(path, file.name),
+                f"{len(odd)} tensors are not in every part: {', '.join(odd[:8])}", path=location.join(file.name),
                 tensor=odd[0], remedy="copy the parts again, from one model",
             )  # fmt: skip
     joined: dict[str, LazyTensor] = {}
     for name, tensor in first.tensors.items():
         copies = [file.tensors[name] for file in files]
-        axis = _axis(path, name, copies, _width(first))
+        axis = _axis(location.path, name, copies, _width(first))
         if axis is None:
-            _check_equal(path, name, files)
+            _check_equal(location.path, name, files)
             joined[name] = tensor
             continue
         for file, other in zip(files, copies, strict=True):
             if other.dtype != tensor.dtype or other.shape != tensor.shape:
                 raise FormatError(
-                    "its parts do not fit one another", path=os.path.join(path, file.name), tensor=name,
+                    "its parts do not fit one another", path=location.join(file.name), tensor=name,
                     expected=f"{tensor.dtype.name} {tensor.shape}", found=f"{other.dtype.name} {other.shape}",
                 )  # fmt: skip
         joined[name] = concatenate(copies, axis)
@@ -259,7 +257,7 @@ def _read_shards(location: Location, details: dict[str, Any]) -> dict[str, LazyT
             )  # fmt: skip
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        found, metadata = read_safetensors(LocalFile(location.join(name)))
+        found, metadata = read_safetensors(location.open(name))
         for key, tensor in found.items():
             if key in tensors:
                 raise FormatError("is in two weight files", path=location.join(name), tensor=key)

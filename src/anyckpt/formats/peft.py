@@ -23,9 +23,9 @@ from anyckpt.formats.hf import (
     tokenizer_of,
     training_state,
 )
-from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.safetensors import safetensors_parts, weights_only
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -82,7 +82,7 @@ def _read(location: Location) -> Checkpoint:
     config: dict[str, Any] = {}
     settings = AdapterSettings()
     if CONFIG in location.names:
-        config = read_json(LocalFile(location.join(CONFIG)))
+        config = read_json(location.open(CONFIG))
         settings = settings_from(config, location.join(CONFIG))
     else:
         warnings.append(f"there is no {CONFIG}: the adapter's scale is not known")

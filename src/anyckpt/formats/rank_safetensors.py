@@ -10,7 +10,6 @@ Facts: ``checkpoint/hf_storage.py``, ``filesystem.py`` and ``_hf_utils.py`` of t
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from anyckpt.checkpoint import Part
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats.safetensors import read_safetensors
 from anyckpt.indexing import Shape
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor, mosaic
 
 SHARDING = "DCP_SHARDING_INFO"
@@ -53,7 +52,7 @@ def part_of(path: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str,
         return None
     starts = _starts(path, tensors, metadata)
     inside = next((name for name, start in starts.items() if any(start)), None)
-    found = _NAME.fullmatch(os.path.basename(path))
+    found = _NAME.fullmatch(re.split(r"[/:]", path)[-1])
     if inside is None and found is None:
         return None
     rank = "one rank's part" if found is None else f"the part of rank {int(found['rank']) - 1}"
@@ -62,12 +61,12 @@ def part_of(path: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str,
 
 
 def read_rank_files(
-    folder: str, names: Sequence[str], warnings: list[str], details: dict[str, Any]
+    location: Location, names: Sequence[str], warnings: list[str], details: dict[str, Any]
 ) -> dict[str, LazyTensor]:
     """The whole tensors that the files of all ranks make up.
 
     Args:
-        folder: where they are.
+        location: the folder that they are in.
         names: every name of the folder that ``is_rank_file``.
         warnings: gets what a user should know.
         details: gets how many ranks and files there are.
@@ -75,19 +74,19 @@ def read_rank_files(
     Raises:
         FormatError: a rank is missing between others, the files are of several saves, or parts overlap or leave gaps.
     """
-    ranks = _check_names(folder, names)
+    ranks = _check_names(location.path, names)
     parts: dict[str, list[tuple[Shape, LazyTensor]]] = {}
     first: dict[str, str] = {}
     for name in names:
-        path = os.path.join(folder, name)
-        tensors, metadata = read_safetensors(LocalFile(path))
+        path = location.join(name)
+        tensors, metadata = read_safetensors(location.open(name))
         for tensor, start in _starts(path, tensors, metadata or {}).items():
             parts.setdefault(tensor, []).append((start, tensors[tensor]))
             first.setdefault(tensor, path)
         if metadata and "metadata" not in details:
             details["metadata"] = {key: value for key, value in metadata.items() if key not in _OF_DCP}
-    joined = {name: _whole(folder, name, own, first[name]) for name, own in parts.items()}
-    _check_listed(folder, joined)
+    joined = {name: _whole(location.path, name, own, first[name]) for name, own in parts.items()}
+    _check_listed(location, joined)
     details.update({"world_size": ranks, "rank_files": len(names)})
     return joined
 
@@ -187,14 +186,14 @@ def _whole(folder: str, name: str, parts: Sequence[tuple[Shape, LazyTensor]], fi
         ) from error  # fmt: skip
 
 
-def _check_listed(folder: str, tensors: Mapping[str, LazyTensor]) -> None:
+def _check_listed(location: Location, tensors: Mapping[str, LazyTensor]) -> None:
     """Every tensor is there that the model's own list of names has, if there is one."""
-    path = os.path.join(folder, HUB_FOLDER, FILES_OF_NAMES)
-    if not os.path.isfile(path):
+    if not location.is_file(HUB_FOLDER, FILES_OF_NAMES):
         return
+    path = location.join(HUB_FOLDER, FILES_OF_NAMES)
     from anyckpt.formats.hf import read_json
 
-    lost = [name for name in read_json(LocalFile(path)) if name not in tensors]
+    lost = [name for name in read_json(location.open(HUB_FOLDER, FILES_OF_NAMES)) if name not in tensors]
     if lost:
         raise FormatError(
             f"{len(lost)} tensors of the model's list are in no rank's file", path=path, tensor=lost[0], remedy=_AGAIN

@@ -23,8 +23,9 @@ from anyckpt.formats.foreign import refusal
 from anyckpt.formats.unfinished import check_finished
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
-from anyckpt.storage.members import SEPARATOR, file_of, is_archive, members, open_path, split_path
-from anyckpt.storage.source import ByteSource, check_not_pointer
+from anyckpt.storage.members import NotArchiveError, is_archive, is_gzip
+from anyckpt.storage.place import ArchivePlace, Location, Place, look_at, look_in
+from anyckpt.storage.source import check_not_pointer
 
 
 @dataclass(frozen=True)
@@ -47,82 +48,6 @@ class WriteOptions:
     layout: ParallelLayout | None = None
     transformer_impl: str | None = None
     megatron_args: bool = True
-
-
-@dataclass(frozen=True)
-class Location:
-    """What is at a path, looked at once for all formats' ``detect``.
-
-    Attributes:
-        path: as the user gave it; it may lead into an archive (see ``storage.members``).
-        is_directory: whether it is one (links followed).
-        head: first 512 bytes of a file; empty for a directory.
-        names: names in a directory, sorted; empty for a file.
-    """
-
-    path: str
-    is_directory: bool
-    head: bytes = b""
-    names: tuple[str, ...] = ()
-
-    @property
-    def suffix(self) -> str:
-        return os.path.splitext(self.path)[1].lower()
-
-    @property
-    def file(self) -> str:
-        """The file or directory on disk that it is, or lies in."""
-        return file_of(self.path)
-
-    def join(self, *parts: str) -> str:
-        return os.path.join(self.path, *parts)
-
-    def open(self) -> ByteSource:
-        """The bytes of a file.
-
-        Raises:
-            FormatError: it cannot be opened.
-        """
-        return open_path(self.path)
-
-
-def look_at(path: str | os.PathLike[str]) -> Location:
-    """What is at ``path``.
-
-    NeMo calls a checkpoint of one file per rank ``checkpoints/x.ckpt`` though the files are
-    ``checkpoints/mp_rank_00/x.ckpt`` and so on; the first rank's file is then what is there.
-
-    Raises:
-        FormatError: nothing is, or it cannot be read.
-    """
-    text = os.fspath(path)
-    try:
-        if os.path.isdir(text):
-            return Location(text, True, names=tuple(sorted(os.listdir(text))))
-        if os.path.exists(text) and not os.path.isfile(text):
-            raise FormatError("is not a regular file", path=text, expected="a file or directory that stays as it is")
-        if split_path(text)[1]:
-            source = open_path(text)
-            return Location(text, False, head=source.read(0, min(_HEAD, source.size)))
-        with open(text, "rb") as file:
-            return Location(text, False, head=file.read(_HEAD))
-    except FileNotFoundError as error:
-        first = _first_rank(text)
-        if first is not None:
-            return look_at(first)
-        raise FormatError("does not exist", path=text or "''", remedy="check the path") from error
-    except OSError as error:
-        raise FormatError(f"cannot be opened: {error.strerror}", path=text) from error
-
-
-def _first_rank(path: str) -> str | None:
-    folder, name = os.path.split(path)
-    try:
-        ranks = sorted(entry for entry in os.listdir(folder or ".") if entry.startswith(("mp_rank_", "tp_rank_")))
-    except OSError:
-        return None
-    files = (os.path.join(folder, rank, name) for rank in ranks)
-    return next((file for file in files if os.path.isfile(file)), None) if name else None
 
 
 @dataclass(frozen=True)
@@ -189,7 +114,6 @@ _LOOKED_AT = 20
 _SHOWN = 3
 _STATE = re.compile(r"(?i)(optim|sched|lr_sched|rng|random_states?|sampler|scaler|dataloader|training_args)")
 """How the files and folders of training state begin that trainers (accelerate, transformers) put beside weights."""
-_HEAD = 512
 _ARCHIVES = {"_stable_baselines3_version": "Stable-Baselines3"}
 """A member that tells which software packed an archive of checkpoints -> its name."""
 
@@ -282,18 +206,26 @@ def detect(location: Location) -> Format:
 
 def _within(location: Location) -> str | None:
     """Which members of an archive are checkpoints, or archives themselves."""
-    inside = None if location.is_directory else members(location.open())
-    if inside is None:
+    if location.is_directory or not (is_archive(location.head) or is_gzip(location.head)):
         return None
-    found = []
-    for name, source in list(inside.items())[:_LOOKED_AT]:
-        there = Location(f"{location.path}{SEPARATOR}{name}", False, head=source.read(0, min(_HEAD, source.size)))
+    inside = ArchivePlace(location.path, location.open(), location.place, location.path)
+    try:
+        names = list(inside.listing())
+    except NotArchiveError:
+        return None
+    found: dict[str, str] = {}
+    files = [inside.path_of(name) for name in names[:_LOOKED_AT]]
+    for path in [*inside.folders()[:_LOOKED_AT], *files]:
+        if any(path.startswith(folder) for folder in found):
+            continue
         with suppress(FormatError):
-            known = next((known for known in map(_load, _BUILT_IN) if there.head and known.detect(there)), None)
+            there = look_in(inside, path)
+            known = _format_of(there)
             if known is not None or is_archive(there.head):
-                found.append(f"{there.path} ({'archive' if known is None else known.name})")
-    writer = next((f" of {software}" for mark, software in _ARCHIVES.items() if mark in inside), "")
-    return f"it is an archive{writer}: open a member of it, {' or '.join(found)}" if found else None
+                found[path] = "archive" if known is None else known.name
+    shown = [f"{path} ({what})" for path, what in found.items()]
+    writer = next((f" of {software}" for mark, software in _ARCHIVES.items() if mark in names), "")
+    return f"it is an archive{writer}: open a member of it, {' or '.join(shown)}" if shown else None
 
 
 def _nearby(location: Location) -> str | None:
@@ -304,25 +236,29 @@ def _nearby(location: Location) -> str | None:
     weights = [name for name in location.names if not _STATE.match(name)]
     states = [name for name in location.names if _STATE.match(name)]
     for names in (weights, states):
-        inside = [looks for name in names[:_LOOKED_AT] if (looks := _looks_like(location.join(name)))]
+        inside = [looks for name in names[:_LOOKED_AT] if (looks := _looks_like(location.place, location.join(name)))]
         if inside:
             return f"open {' or '.join(inside[:_SHOWN])}"
-    around = _looks_like(os.path.dirname(os.path.abspath(location.path)))
+    around = None if location.parent is None else _looks_like(location.place, location.parent)
     return None if around is None else f"open {around}"
 
 
-def _looks_like(path: str) -> str | None:
+def _looks_like(place: Place, path: str) -> str | None:
     """A path with the name of the format that it looks like, None if it looks like no checkpoint."""
-    known = _format_at(path)
+    known = _format_at(place, path)
     return None if known is None else f"{path}, which looks like {known.name}"
 
 
-def _format_at(path: str) -> Format | None:
+def _format_at(place: Place, path: str) -> Format | None:
     with suppress(FormatError):
-        there = look_at(path) if os.path.isdir(path) or os.path.isfile(path) else None
-        if there is not None and (there.head or there.is_directory):
-            return next((format for format in map(_load, _BUILT_IN) if format.detect(there)), None)
+        return _format_of(look_in(place, path)) if place.is_folder(path) or place.is_file(path) else None
     return None
+
+
+def _format_of(location: Location) -> Format | None:
+    if not location.head and not location.is_directory:
+        return None
+    return next((known for known in map(_load, _BUILT_IN) if known.detect(location)), None)
 
 
 def _only_weights(location: Location) -> str | None:
@@ -333,9 +269,11 @@ def _only_weights(location: Location) -> str | None:
     """
     weights = [name for name in location.names if not _STATE.match(name)]
     states = [name for name in location.names if _STATE.match(name)]
-    if len(weights) > _LOOKED_AT or not any(_format_at(location.join(name)) for name in states[:_LOOKED_AT]):
+    if len(weights) > _LOOKED_AT or not any(
+        _format_at(location.place, location.join(name)) for name in states[:_LOOKED_AT]
+    ):
         return None
-    found = [name for name in weights if _format_at(location.join(name)) is not None]
+    found = [name for name in weights if _format_at(location.place, location.join(name)) is not None]
     return found[0] if len(found) == 1 else None
 
 
@@ -346,13 +284,13 @@ def without_configuration(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("the output has no place for the model's configuration: to convert it again, give the source's --config",)
 
 
-def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
+def read(path: str | os.PathLike[str] | Location, *, force: bool = False) -> Checkpoint:
     """Open whatever is at ``path``.
 
     In a trainer's folder of one checkpoint of weights and training state beside it, that is the weights.
 
     Args:
-        path: a file or directory.
+        path: a file or directory, or a location in any place.
         force: open a checkpoint that NeMo marked as unfinished, too.
 
     Raises:
@@ -360,7 +298,7 @@ def read(path: str | os.PathLike[str], *, force: bool = False) -> Checkpoint:
     """
     location = look_at(path)
     if not force:
-        check_finished(location.path)
+        check_finished(location)
     with recording() as calls:
         try:
             checkpoint = _read_there(location, force)
@@ -387,9 +325,9 @@ def _read_there(location: Location, force: bool) -> Checkpoint:
         inside = _only_weights(location)
         if inside is None:
             raise
-        there = look_at(location.join(inside))
+        there = location.at(inside)
         if not force:
-            check_finished(there.path)
+            check_finished(there)
         checkpoint = detect(there).read(there)
         told = (
             f"{inside} is the only checkpoint of weights in {location.path}: the training state beside it is not read"

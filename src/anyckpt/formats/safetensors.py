@@ -19,8 +19,9 @@ from anyckpt.display import is_text
 from anyckpt.dtypes import BY_SAFETENSORS, DType, dtype
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.registry import Format, Location, WriteOptions, without_configuration
+from anyckpt.formats.registry import Format, WriteOptions, without_configuration
 from anyckpt.formats.safetensors_header import parse_header
+from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource, check_not_pointer
 from anyckpt.tensor import LazyTensor, Stored
 

@@ -6,31 +6,40 @@ without ``.nemo`` or ``.ckpt``, without ``-EMA``, and outside the folder of a ra
 
 from __future__ import annotations
 
-import os
 import re
 
 from anyckpt.errors import FormatError
+from anyckpt.storage.place import LOCAL, Location, Place
 
 _SUFFIX = re.compile(r"\.(nemo|ckpt)$")
 _RANK = re.compile(r"(mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)(_fsdp_shard_\d+)?|fsdp_shard_\d+", re.ASCII)
 _UNFINISHED = "-unfinished"
 
 
-def marker_path(path: str) -> str:
-    """Where the marker of the checkpoint at ``path`` would be."""
-    folder, name = os.path.split(os.path.normpath(path))
-    if _RANK.fullmatch(os.path.basename(folder)):
-        folder = os.path.dirname(folder)
-    return os.path.join(folder, _SUFFIX.sub("", name).removesuffix("-EMA") + _UNFINISHED)
+def marker_path(path: str, place: Place = LOCAL) -> str | None:
+    """Where the marker of the checkpoint at ``path`` would be; None if nothing can lie beside it."""
+    folder, name = place.split(path)
+    if folder is None:
+        return None
+    above, holder = place.split(folder)
+    if above is not None and _RANK.fullmatch(holder):
+        folder = above
+    return place.join(folder, _SUFFIX.sub("", name).removesuffix("-EMA") + _UNFINISHED)
 
 
-def check_finished(path: str) -> None:
-    """Raise FormatError if NeMo marked the checkpoint at ``path`` as unfinished."""
-    marker = marker_path(path)
-    if os.path.lexists(marker):
+def marker_of(place: Place, path: str) -> str | None:
+    """The marker of the checkpoint at ``path``, if it is there."""
+    marker = marker_path(path, place)
+    return marker if marker is not None and place.exists(marker) else None
+
+
+def check_finished(location: Location) -> None:
+    """Raise FormatError if NeMo marked the checkpoint at ``location`` as unfinished."""
+    marker = marker_of(location.place, location.path)
+    if marker is not None:
         raise FormatError(
             "is marked as unfinished: saving or deleting it was interrupted",
-            path=path,
+            path=location.path,
             found=marker,
             remedy="use the checkpoint before it, or force it to be opened as it is",
         )

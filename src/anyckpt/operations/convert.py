@@ -36,6 +36,7 @@ from anyckpt.operations.recut import (
 from anyckpt.operations.select import as_patterns
 from anyckpt.operations.supplied import read_config, read_tokenizer
 from anyckpt.operations.unwrap import HOW_TO_MERGE, adapter_inside, holds_adapter, merged_inside
+from anyckpt.storage.place import look_at
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import parse_bytes
 
@@ -314,7 +315,7 @@ def convert(
     else:
         report = execute(
             plan, output, overwrite=overwrite, resume=resume, workers=workers, memory=budget,
-            progress=progress, source_paths=[registry.look_at(path).file for path in origins],
+            progress=progress, source_paths=[file for path in origins if (file := look_at(path).on_disk) is not None],
         )  # fmt: skip
         done = Conversion(**asdict(report))
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)

@@ -9,7 +9,7 @@ from anyckpt.engine.manifest import beside
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
-from anyckpt.storage.members import file_of
+from anyckpt.storage.place import file_of, look_at
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
 
@@ -52,7 +52,7 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
 def _replaceable(path: str) -> bool:
     """Whether a checkpoint is there, a damaged one included if its name or its manifest tells; never a device."""
     if os.path.isdir(path):
-        location = registry.look_at(path)
+        location = look_at(path)
         if not location.names or MANIFEST_NAME in location.names:
             return True
     elif not os.path.isfile(path):
@@ -60,7 +60,7 @@ def _replaceable(path: str) -> bool:
     elif not os.path.getsize(path) or os.path.lexists(beside(path)) or path.lower().endswith(_SUFFIXES):
         return True
     else:
-        location = registry.look_at(path)
+        location = look_at(path)
     try:
         registry.detect(location)
     except FormatError:

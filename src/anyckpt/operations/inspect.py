@@ -19,7 +19,7 @@ from anyckpt.operations.scan import Scan, Statistics, scan
 from anyckpt.operations.select import as_patterns, matching
 from anyckpt.pickling import Callee
 from anyckpt.pickling.plain import to_plain
-from anyckpt.storage.members import file_of
+from anyckpt.storage.place import file_of
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import format_bytes, size_label
 

@@ -8,6 +8,7 @@ from typing import Any
 from anyckpt.formats import registry
 from anyckpt.operations.convert import Conversion, convert
 from anyckpt.operations.recut import LayoutRequest
+from anyckpt.storage.place import look_at
 
 
 def reshard(
@@ -33,5 +34,5 @@ def reshard(
         OutputError: the destination exists or cannot be written.
         UsageError: the layout is impossible for the model or the format.
     """
-    found = registry.detect(registry.look_at(source))
+    found = registry.detect(look_at(source))
     return convert(source, destination, to=found.name, layout=layout, keep_layout=True, optimizer=optimizer, **options)

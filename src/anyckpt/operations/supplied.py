@@ -10,7 +10,7 @@ from anyckpt.checkpoint import Tokenizer
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import hf, registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
-from anyckpt.formats.registry import look_at
+from anyckpt.storage.place import look_at
 from anyckpt.storage.source import LocalFile
 
 _CONFIG_LIMIT = 64 << 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,11 @@ from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats.dcp.reader import METADATA, DcpContents, read_dcp
 from anyckpt.formats.dcp.writer import dcp_files
-from anyckpt.formats.registry import Format, Location, WriteOptions, look_at, without_configuration
+from anyckpt.formats.registry import Format, WriteOptions, without_configuration
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
-from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.place import Location
 
 __all__ = ["FORMAT", "DcpContents", "dcp_details", "dcp_files", "read_dcp"]
 
@@ -39,7 +38,7 @@ def detect(location: Location) -> bool:
         raise FormatError(
             "is one shard of a distributed checkpoint",
             path=location.path,
-            remedy=f"open the directory that holds it, {os.path.dirname(os.path.abspath(location.path))}",
+            remedy=f"open the directory that holds it, {location.parent}",
         )
     if not location.is_directory or any(name in location.names for name in _OTHERS):
         return False
@@ -59,8 +58,8 @@ def _tracked(location: Location) -> Location | None:
     if TRACKER not in location.names:
         return None
     try:
-        inner = look_at(iteration_folder(location))
-    except (FormatError, OSError):
+        inner = iteration_folder(location)
+    except FormatError:
         return None
     others = any(name in inner.names for name in (*_OTHERS, "common.pt"))
     return inner if _is_index(inner) and not others else None
@@ -76,7 +75,7 @@ def read(location: Location) -> Checkpoint:
         FormatError: see :func:`read_dcp`.
     """
     inner = location if _is_index(location) else _tracked(location) or location
-    contents = read_dcp(LocalFolder(inner.path))
+    contents = read_dcp(inner.folder())
     paths = contents.paths or {}
     roots = {name: str(path[0]) for name, path in paths.items() if len(path) > 1}
     optimizer = sorted(set(roots.values()).intersection(_OPTIMIZER_ROOTS))

@@ -10,14 +10,12 @@ Facts: ``runtime/engine.py`` and ``checkpoint/constants.py`` of DeepSpeed 0.5 to
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.registry import Location, look_at
 from anyckpt.storage.folder import check_inside
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location, look_in
 
 UNIVERSAL = "zero"
 
@@ -48,7 +46,7 @@ class Files:
     folder: Location
     models: tuple[str, ...]
     optimizers: tuple[str, ...]
-    universal: str | None
+    universal: Location | None
 
 
 def detect(location: Location) -> bool:
@@ -63,11 +61,11 @@ def _holds_states(location: Location) -> bool:
 def _newest(location: Location) -> Location | None:
     """The save that ``latest`` names, None if there is none or it is not DeepSpeed's."""
     for name in _LATEST:
-        if name not in location.names or not os.path.isfile(location.join(name)):
+        if name not in location.names or not location.is_file(name):
             continue
         try:
-            tag = LocalFile(location.join(name)).read_all(1024).decode("utf-8", "replace").strip()
-            inner = look_at(location.join(check_inside(tag, location.path)))
+            tag = location.open(name).read_all(1024).decode("utf-8", "replace").strip()
+            inner = location.at(check_inside(tag, location.path))
         except FormatError:
             continue
         if inner.is_directory and _holds_states(inner):
@@ -84,9 +82,9 @@ def find(location: Location) -> Files:
     folder = location if _holds_states(location) else _newest(location) or location
     root = location
     if folder is location and "config.json" not in location.names:
-        parent = os.path.dirname(os.path.abspath(location.path))
-        if any(os.path.isfile(os.path.join(parent, name)) for name in _LATEST):
-            root = look_at(parent)
+        place, parent = location.place, location.parent
+        if parent is not None and any(place.is_file(place.join(parent, name)) for name in _LATEST):
+            root = look_in(place, parent)
     _refuse_divided(folder)
     found: dict[str, dict[int, str]] = {"model": {}, "optim": {}}
     for name in folder.names:
@@ -96,18 +94,22 @@ def find(location: Location) -> Files:
             if rank in found[match["kind"]]:
                 raise FormatError(
                     "two files are of the same rank", path=folder.path,
-                    found=f"{os.path.basename(found[match['kind']][rank])} and {name}",
+                    found=f"{_name(found[match['kind']][rank])} and {name}",
                     remedy="move the one of another save elsewhere",
                 )  # fmt: skip
             found[match["kind"]][rank] = folder.join(name)
-    universal = folder.join(UNIVERSAL) if UNIVERSAL in folder.names and os.path.isdir(folder.join(UNIVERSAL)) else None
+    universal = folder.at(UNIVERSAL) if UNIVERSAL in folder.names and folder.is_folder(UNIVERSAL) else None
     return Files(root, folder, _ordered(folder, found["model"]), _ordered(folder, found["optim"]), universal)
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _ordered(folder: Location, files: dict[int, str]) -> tuple[str, ...]:
     missing = [rank for rank in range(max(files, default=-1)) if rank not in files]
     if missing:
-        other = os.path.basename(files[max(files)])
+        other = _name(files[max(files)])
         raise FormatError(
             f"the file of rank {missing[0]} is missing", path=folder.path,
             expected=f"ranks 0 to {max(files)}, as {other}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -16,13 +15,12 @@ from anyckpt.formats.deepspeed.partitions import Layout, Vectors, check_slices, 
 from anyckpt.formats.deepspeed.universal import read_parameters
 from anyckpt.formats.hf import other_files, read_json, tokenizer_of
 from anyckpt.formats.hf import training_state as trainer_state
-from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.formats.torch_file.parts import stated_shapes
 from anyckpt.formats.torch_file.values import brief
 from anyckpt.indexing import Shape
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor, concatenate
 
 _STATE = "optimizer.state"
@@ -45,7 +43,7 @@ class _Opened:
     warnings: list[str] = field(default_factory=list)
 
     def root(self, path: str) -> Mapping[str, Any]:
-        contents = read_torch(LocalFile(path))
+        contents = read_torch(self.files.folder.place.open(path))
         self.contents.append(contents)
         if not isinstance(contents.root, dict):
             raise FormatError("is not a file of DeepSpeed", path=path, expected="a dictionary", remedy=_GATHER)
@@ -91,7 +89,7 @@ def read(location: Location) -> Checkpoint:
     elif files.optimizers:
         stage = _read_zero(opened, models, weights, optimizer)
     tensors = _in_order(opened, module, models, weights)
-    config = read_json(LocalFile(files.root.join("config.json"))) if "config.json" in files.root.names else {}
+    config = read_json(files.root.open("config.json")) if "config.json" in files.root.names else {}
     tokenizer, artifacts = other_files(files.root, "config.json")
     for name in ("latest", "latest_universal", "zero_to_fp32.py"):
         artifacts.pop(name, None)
@@ -122,7 +120,7 @@ def read(location: Location) -> Checkpoint:
             has_rng=trainer.has_rng,
         ),
         warnings=[*dict.fromkeys(text for contents in opened.contents for text in contents.warnings), *opened.warnings],
-        details={"stage": stage, "world_size": world, "save": os.path.basename(os.path.abspath(files.folder.path))},
+        details={"stage": stage, "world_size": world, "save": files.folder.name},
         checksums=lambda: chain.from_iterable(map(stored_checksums, opened.contents)),
     )
 
@@ -219,7 +217,7 @@ def _check_names(
             strange = next((n for n in own if own[n] != listed.get(n)), next((n for n in listed if n not in own), None))
             raise FormatError(
                 "its parameters are not those of rank 0, as if it were of another model", path=path, tensor=strange,
-                expected=f"those of {os.path.basename(paths[0])}", remedy=_GATHER,
+                expected=f"those of {paths[0].rpartition('/')[2]}", remedy=_GATHER,
             )  # fmt: skip
 
 

@@ -6,13 +6,13 @@ parameter in its own shape, and ``step.pt`` a number or a tensor of one.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
 from anyckpt.errors import FormatError
 from anyckpt.formats.torch_file import TorchContents, read_torch
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location
+from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
 _WEIGHT = "fp32"
@@ -22,7 +22,7 @@ _AGAIN = "convert it to a universal checkpoint again, or copy it again"
 
 
 def read_parameters(
-    folder: str, opened: list[TorchContents], state: str
+    folder: Location, opened: list[TorchContents], state: str
 ) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor], int | None]:
     """Weights by name, the optimizer's state by ``STATE.NAME.SLOT``, and the optimizer's step.
 
@@ -38,21 +38,22 @@ def read_parameters(
     states: dict[str, LazyTensor] = {}
     steps: set[int] = set()
     slots: dict[str, set[str]] = {}
-    for name in sorted(os.listdir(folder)):
-        inner = os.path.join(folder, name)
-        if not os.path.isdir(inner):
+    for name in folder.names:
+        if not folder.is_folder(name):
             continue
-        files = [match for file in sorted(os.listdir(inner)) if (match := _SLOT.fullmatch(file))]
-        own = {match[1]: os.path.join(inner, match[0]) for match in files}
+        inner = folder.join(name)
+        own = {match[1]: match[0] for file in folder.names_in(name) if (match := _SLOT.fullmatch(file))}
         if _WEIGHT not in own:
             raise FormatError("has no weight", path=inner, tensor=name, expected=f"{_WEIGHT}.pt", remedy=_AGAIN)
-        for slot, path in own.items():
-            value = _value(path, opened)
+        for slot, file in own.items():
+            value = _value(folder.open(name, file), opened)
             if slot == _STEP:
                 number = _number(value)
                 steps.update(() if number is None else (number,))
             elif not isinstance(value, LazyTensor):
-                raise FormatError("holds no tensor", path=path, tensor=name, expected="'param'", remedy=_AGAIN)
+                raise FormatError(
+                    "holds no tensor", path=folder.join(name, file), tensor=name, expected="'param'", remedy=_AGAIN
+                )
             elif slot == _WEIGHT:
                 weights[name] = value
             else:
@@ -68,16 +69,16 @@ def read_parameters(
     for slot, names in slots.items():
         if len(names) < len(weights):
             raise FormatError(
-                f"lacks the {slot} that other parameters have", path=folder, tensor=min(weights.keys() - names),
+                f"lacks the {slot} that other parameters have", path=folder.path, tensor=min(weights.keys() - names),
                 remedy=_AGAIN,
             )  # fmt: skip
     if len(steps) > 1:
-        raise FormatError("is of different optimizer steps", path=folder, found=sorted(steps)[:5], remedy=_AGAIN)
+        raise FormatError("is of different optimizer steps", path=folder.path, found=sorted(steps)[:5], remedy=_AGAIN)
     return weights, states, next(iter(steps), None)
 
 
-def _value(path: str, opened: list[TorchContents]) -> Any:
-    contents = read_torch(LocalFile(path))
+def _value(file: ByteSource, opened: list[TorchContents]) -> Any:
+    contents = read_torch(file)
     opened.append(contents)
     return contents.root.get("param") if isinstance(contents.root, dict) else contents.root
 

@@ -6,7 +6,6 @@ opens all of that name; so does opening ``checkpoints/`` if there is only one na
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,14 +19,13 @@ from anyckpt.formats.lightning import read as single
 from anyckpt.formats.lightning.keys import LR_SCHEDULERS, OPTIMIZER_STATES, STATE_DICT, TRAINING_STATE
 from anyckpt.formats.rank_files import Chunk, Place, by_place, check_places, parse_folder, rank_shards, with_virtual
 from anyckpt.formats.rank_optimizer import read_rank_optimizers
-from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.formats.torch_file.tree import flatten
-from anyckpt.formats.unfinished import check_finished, marker_path
+from anyckpt.formats.unfinished import check_finished, marker_of
 from anyckpt.pickling.plain import to_plain
 from anyckpt.plain_yaml import load_yaml_mapping
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location, look_in
 from anyckpt.tensor import LazyTensor
 
 _CHUNK = re.compile(r"model(\d{1,4})", re.ASCII)
@@ -39,7 +37,7 @@ _EMA = "-EMA"
 
 def detect(location: Location) -> bool:
     """A Lightning checkpoint, or a directory whose rank folders have them."""
-    if location.is_directory and any(_names_in(location.path, folder) for folder in _rank_folders(location.names)):
+    if location.is_directory and any(_names_in(location, folder) for folder in _rank_folders(location.names)):
         return True
     return single.detect(location)
 
@@ -58,20 +56,18 @@ def read(location: Location) -> Checkpoint:
     """
     if location.is_directory:
         folders = _rank_folders(location.names)
-        return (
-            _read_ranks(location.path, _only_name(location, folders), location.path) if folders else _marked(location)
-        )
-    folder, name = os.path.split(os.path.abspath(location.path))
-    if location.file != location.path or parse_folder(os.path.basename(folder)) is None:
+        return _read_ranks(location, _only_name(location, folders), location.path) if folders else _marked(location)
+    rank = location.place.split(location.parent) if location.parent is not None else (None, "")
+    if rank[0] is None or parse_folder(rank[1]) is None:
         return _marked(location)
-    return _read_ranks(os.path.dirname(folder), name, location.path)
+    return _read_ranks(look_in(location.place, rank[0]), location.name, location.path)
 
 
 def _marked(location: Location) -> Checkpoint:
     checkpoint = single.read(location)
     if checkpoint.format != "lightning":
         return checkpoint
-    return replace(checkpoint, details={**checkpoint.details, **_markers(os.path.basename(location.path))})
+    return replace(checkpoint, details={**checkpoint.details, **_markers(location.name)})
 
 
 def _markers(name: str) -> dict[str, bool]:
@@ -84,20 +80,17 @@ def _rank_folders(names: Iterable[str]) -> list[str]:
     return [name for name in names if re.match(r"(mp|tp)_rank_\d", name) and parse_folder(name) is not None]
 
 
-def _names_in(root: str, folder: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(os.path.join(root, folder)) if name.endswith(".ckpt"))
-    except OSError:
-        return []
+def _names_in(root: Location, folder: str) -> list[str]:
+    return [name for name in root.names_in(folder) if name.endswith(".ckpt")]
 
 
 def _only_name(location: Location, folders: list[str]) -> str:
-    every = sorted({name for folder in folders for name in _names_in(location.path, folder)})
-    names = [name for name in every if not os.path.lexists(marker_path(location.join(name)))]
+    every = sorted({name for folder in folders for name in _names_in(location, folder)})
+    names = [name for name in every if marker_of(location.place, location.join(name)) is None]
     if len(names) == 1:
         return names[0]
     if not names:
-        check_finished(location.join(every[-1]))
+        check_finished(location.at(every[-1]))
     raise FormatError(
         "holds several checkpoints",
         path=location.path,
@@ -107,14 +100,12 @@ def _only_name(location: Location, folders: list[str]) -> str:
     )
 
 
-def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
-    found = by_place(
-        folder for folder in _rank_folders(sorted(os.listdir(root))) if os.path.isfile(os.path.join(root, folder, name))
-    )
-    files = {place: os.path.join(root, folder, name) for place, folder in found.items()}
-    first = single.read(look_at(next(iter(files.values()))))
+def _read_ranks(root: Location, name: str, path: str) -> Checkpoint:
+    found = by_place(folder for folder in _rank_folders(root.names) if root.is_file(folder, name))
+    files = {place: root.join(folder, name) for place, folder in found.items()}
+    first = single.read(look_in(root.place, next(iter(files.values()))))
     config, kind = _configuration(first, root)
-    layout = check_places(files, config, root)
+    layout = check_places(files, config, root.path)
     tensors: dict[str, LazyTensor] = {}
     objects = {key: value for key, value in first.objects.items() if not key.startswith(TRAINING_STATE)}
     warnings: list[str] = []
@@ -122,7 +113,7 @@ def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
     opened: list[TorchContents] = []
     optimizers: list[Any] = []
     for place, file in files.items():
-        contents = read_torch(LocalFile(file))
+        contents = read_torch(root.place.open(file))
         opened.append(contents)
         warnings += [warning for warning in contents.warnings if warning not in warnings]
         state = contents.root if isinstance(contents.root, dict) else {}
@@ -133,7 +124,7 @@ def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
         flat = flatten(state, file)
         tensors.update((f"{found[place]}/{key}", tensor) for key, tensor in flat.tensors.items())
         objects.update((f"{found[place]}/{key}", state[key]) for key in TRAINING_STATE if key in state)
-    layout = with_virtual(layout, chunks, config, root)
+    layout = with_virtual(layout, chunks, config, root.path)
     ignored = dict(first.ignored)
     schedulers = [objects.get(f"{folder}/{LR_SCHEDULERS}") for folder in found.values()]
     paths: dict[str, tuple[str, ...]] = {}
@@ -163,14 +154,14 @@ def _read_ranks(root: str, name: str, path: str) -> Checkpoint:
     )
 
 
-def _configuration(first: Checkpoint, root: str) -> tuple[dict[str, Any], str | None]:
+def _configuration(first: Checkpoint, root: Location) -> tuple[dict[str, Any], str | None]:
     """The model's configuration: in the file, or in NeMo's file of hyper-parameters."""
     if first.config:
         return first.config, first.config_kind
-    for folder in (root, os.path.dirname(os.path.abspath(root))):
-        file = os.path.join(folder, _HYPER_PARAMETERS_FILE)
-        if os.path.isfile(file):
-            values = load_yaml_mapping(LocalFile(file).read_all(_HYPER_PARAMETERS_LIMIT), file)
+    for folder in (root.path, root.parent):
+        file = None if folder is None else root.place.join(folder, _HYPER_PARAMETERS_FILE)
+        if file is not None and root.place.is_file(file):
+            values = load_yaml_mapping(root.place.open(file).read_all(_HYPER_PARAMETERS_LIMIT), file)
             config = values["cfg"] if isinstance(values.get("cfg"), dict) else values
             return config, "nemo1"
     return {}, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from itertools import chain
@@ -12,7 +11,6 @@ from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats.dcp import dcp_details, read_dcp
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, TRAINING_STATE, VERSION
-from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.format import stored_checksums, torch_checkpoint
 from anyckpt.formats.torch_file.forms import forms_of
@@ -21,8 +19,8 @@ from anyckpt.formats.torch_file.roles import is_filled
 from anyckpt.formats.torch_file.stream import is_stream
 from anyckpt.formats.torch_file.tree import flatten
 from anyckpt.pickling.plain import simplify, to_plain
-from anyckpt.storage.folder import LocalFolder
-from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.storage.place import Location
+from anyckpt.storage.source import ByteSource
 from anyckpt.storage.zip import read_zip
 
 _HEAD = 64 << 10
@@ -56,7 +54,12 @@ def read(location: Location) -> Checkpoint:
     Raises:
         FormatError: it is truncated or damaged, or a directory without one of its two halves.
     """
-    return _read_directory(location) if location.is_directory else _read_file(location)
+    checkpoint = _read_directory(location) if location.is_directory else _read_file(location)
+    if checkpoint.format != "lightning":
+        return checkpoint
+    consumed = _CONSUMED.search(location.name)
+    samples = None if consumed is None else int(consumed[1][:18])
+    return replace(checkpoint, training=replace(checkpoint.training, consumed_samples=samples))
 
 
 def _read_file(location: Location) -> Checkpoint:
@@ -77,11 +80,11 @@ def _read_directory(location: Location) -> Checkpoint:
             path=location.path,
             remedy="use the checkpoint before it",
         )
-    meta = read_torch(LocalFile(location.join(META)))
+    meta = read_torch(location.open(META))
     if not isinstance(meta.root, dict):
         raise FormatError("is not a dictionary", path=location.join(META), remedy="copy the checkpoint again")
     flat = flatten(meta.root, location.join(META))
-    weights = read_dcp(LocalFolder(location.path))
+    weights = read_dcp(location.folder())
     others = dict(flat.objects)
     weights.objects.update(flat.objects)
     checkpoint = Checkpoint(
@@ -110,7 +113,6 @@ def _as_lightning(checkpoint: Checkpoint, root: dict[Any, Any], objects: dict[st
     paths = checkpoint.details["key_paths"]
     kept = {name: value for name, value in objects.items() if len(paths[name]) == 1 and name not in TRAINING_STATE}
     config, kind = _configuration(root.get(HYPER_PARAMETERS))
-    consumed = _CONSUMED.search(os.path.basename(os.path.abspath(checkpoint.path)))
     version = root.get(VERSION)
     return replace(
         checkpoint,
@@ -122,7 +124,6 @@ def _as_lightning(checkpoint: Checkpoint, root: dict[Any, Any], objects: dict[st
         config_kind=kind,
         training=TrainingState(
             step=_count(root.get("global_step")),
-            consumed_samples=None if consumed is None else int(consumed[1][:18]),
             epoch=_count(root.get("epoch")),
             has_optimizer=is_filled(root.get("optimizer_states")),
             has_scheduler=is_filled(root.get("lr_schedulers")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,11 +14,10 @@ from anyckpt.formats.megatron_bridge.config import arguments_of
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, TRACKER, check_commit, iteration_folder
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
-from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.plain_yaml import load_yaml_mapping
-from anyckpt.storage.folder import LocalFolder
-from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.storage.place import Location
+from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
 RUN_CONFIG = "run_config.yaml"
@@ -43,7 +41,7 @@ def detect(location: Location) -> bool:
     if TRACKER not in location.names:
         return False
     try:
-        return os.path.isfile(os.path.join(iteration_folder(location), RUN_CONFIG))
+        return RUN_CONFIG in iteration_folder(location).names
     except FormatError:
         return False
 
@@ -59,16 +57,15 @@ def read(location: Location) -> Checkpoint:
         UnsafeError: the configuration is a bomb, or would build objects other than those that it describes.
     """
     warnings: list[str] = []
-    path = location.path if RUN_CONFIG in location.names else _newest(location, warnings)
-    inner = look_at(path)
+    inner = location if RUN_CONFIG in location.names else _newest(location, warnings)
     if RUN_CONFIG not in inner.names:
         raise FormatError(
-            f"has no {RUN_CONFIG}: the save was not finished", path=path, found=", ".join(inner.names[:5]),
+            f"has no {RUN_CONFIG}: the save was not finished", path=inner.path, found=", ".join(inner.names[:5]),
             remedy="use the iteration before it",
         )  # fmt: skip
-    file = LocalFile(inner.join(RUN_CONFIG))
+    file = inner.open(RUN_CONFIG)
     run_config = load_yaml_mapping(file.read_all(_CONFIG_LIMIT), file.name)
-    state = _train_state(inner.join(TRAIN_STATE)) if TRAIN_STATE in inner.names else {}
+    state = _train_state(inner.open(TRAIN_STATE)) if TRAIN_STATE in inner.names else {}
     payload = _payload(inner, location.path)
     arguments = arguments_of(run_config, file.name, warnings)
     artifacts = {name: source for name, source in payload.artifacts.items() if name not in (RUN_CONFIG, TRAIN_STATE)}
@@ -97,7 +94,7 @@ def read(location: Location) -> Checkpoint:
         warnings=[*warnings, *payload.warnings],
         details={
             **payload.details,
-            "iteration_folder": path,
+            "iteration_folder": inner.path,
             "run_config": run_config,
             "train_state": state,
             "hf_model_id": _hf_model_id(model),
@@ -110,7 +107,7 @@ def _is_adapter(payload: Checkpoint) -> bool:
     return bool(payload.tensors) and all(".adapter." in name for name in payload.weights())
 
 
-def _newest(location: Location, warnings: list[str]) -> str:
+def _newest(location: Location, warnings: list[str]) -> Location:
     """The iteration that a training root's trackers name; Megatron-Bridge prefers its own to Megatron-LM's.
 
     Raises:
@@ -118,50 +115,50 @@ def _newest(location: Location, warnings: list[str]) -> str:
     """
     if LATEST not in location.names:
         return iteration_folder(location)
-    file = location.join(LATEST)
+    file = location.open(LATEST)
     step = _train_state(file).get("step")
     name = "" if step is None else f"iter_{step:07d}"
     if step is None or name not in location.names:
         raise FormatError(
-            "names no iteration" if step is None else f"names {name}, which is missing", path=file,
+            "names no iteration" if step is None else f"names {name}, which is missing", path=file.name,
             found=", ".join(n for n in location.names if n.startswith("iter_")) or "no iteration at all",
             remedy="open one of the iterations that are there",
         )  # fmt: skip
     if TRACKER in location.names:
-        text = LocalFile(location.join(TRACKER)).read_all(64).decode("ascii", "replace").strip()
+        text = location.open(TRACKER).read_all(64).decode("ascii", "replace").strip()
         if text != str(step):
             warnings.append(f"{LATEST} names iteration {step} and {TRACKER} {text!r}; Megatron-Bridge takes the former")
-    return location.join(name)
+    return location.at(name)
 
 
-def _train_state(path: str) -> dict[str, int]:
+def _train_state(file: ByteSource) -> dict[str, int]:
     """The counts in a ``train_state.pt``, a dictionary of tensors without axes.
 
     Raises:
         FormatError: it is damaged, or a count is not possible.
     """
-    root = read_torch(LocalFile(path)).root
+    root = read_torch(file).root
     if not isinstance(root, dict):
-        raise FormatError("is not a dictionary", path=path, found=type(root).__name__)
+        raise FormatError("is not a dictionary", path=file.name, found=type(root).__name__)
     counts: dict[str, int] = {}
     for name, value in root.items():
         if not isinstance(value, LazyTensor) or value.dtype.kind != "integer":
             continue
         number = int(value.numpy().reshape(-1)[0]) if value.size == 1 else -1
         if not 0 <= number < _LARGEST:
-            raise FormatError("is not a count", path=path, tensor=str(name), found=f"{value.shape}, {number}")
+            raise FormatError("is not a count", path=file.name, tensor=str(name), found=f"{value.shape}, {number}")
         counts[str(name)] = number
     return counts
 
 
 def _payload(inner: Location, path: str) -> Checkpoint:
-    folder = LocalFolder(inner.path)
+    folder = inner.folder()
     if COMMIT not in inner.names and COMMON not in inner.names and ".metadata" in inner.names:
         found = dcp.FORMAT.read(inner)
         return replace(found, details={**found.details, "backend": "fsdp_dtensor"})
     if is_zarr(folder):
         return read_zarr(folder, path=path)
-    warnings = check_commit(inner.path, set(inner.names))
+    warnings = check_commit(folder)
     return read_torch_dist(folder, path=path, warnings=warnings)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from typing import Any
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.registry import Location
-from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.folder import Folder
+from anyckpt.storage.place import Location
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMIT = "metadata.json"
@@ -18,15 +17,16 @@ _TRACKER_LIMIT = 64
 _COMMIT_LIMIT = 1 << 20
 
 
-def is_checkpoint(names: tuple[str, ...], path: str) -> bool:
-    """Whether a directory with these files is a Megatron-Core checkpoint, whole or not.
+def is_checkpoint(location: Location) -> bool:
+    """Whether a directory is a Megatron-Core checkpoint, whole or not.
 
     ``metadata.json`` marks a finished one; shards beside a ``common.pt`` are one that was not finished (an
     asynchronous save writes ``common.pt`` first).  ``.metadata`` alone is somebody else's.
     """
+    names = location.names
     shards = any(name.endswith(".distcp") for name in names)
     if COMMIT in names:
-        return shards or ".metadata" in names or "sharded_backend" in _commit(path, quiet=True)
+        return shards or ".metadata" in names or "sharded_backend" in _commit(location.folder(), quiet=True)
     return COMMON in names and (shards or ".metadata" in names)
 
 
@@ -34,24 +34,23 @@ def detect(location: Location) -> bool:
     """As the registry asks: a checkpoint, or a training root whose newest iteration is one."""
     if not location.is_directory:
         return False
-    if is_checkpoint(location.names, location.path):
+    if is_checkpoint(location):
         return True
     if TRACKER not in location.names:
         return False
     try:
-        found = iteration_folder(location)
-        return is_checkpoint(tuple(sorted(os.listdir(found))), found)
-    except (FormatError, OSError):
+        return is_checkpoint(iteration_folder(location))
+    except FormatError:
         # A tracker that leads nowhere is still Megatron's: reading it says what is wrong.
-        return not any(_has_ranks(location.join(name)) for name in location.names)
+        return not any(_has_ranks(location, name) for name in location.names)
 
 
-def _has_ranks(path: str) -> bool:
+def _has_ranks(location: Location, name: str) -> bool:
     """Whether an iteration is of the older layout of one directory per rank."""
-    return os.path.isdir(path) and any(name.startswith("mp_rank_") for name in os.listdir(path))
+    return any(inner.startswith("mp_rank_") for inner in location.names_in(name))
 
 
-def iteration_folder(location: Location) -> str:
+def iteration_folder(location: Location) -> Location:
     """The directory that the tracker file of a training root names: ``iter_0000010`` or ``release``.
 
     Megatron-LM ``training/checkpointing.py`` writes the number, or the word ``release``, in ASCII.
@@ -59,7 +58,7 @@ def iteration_folder(location: Location) -> str:
     Raises:
         FormatError: the tracker is unreadable, or the directory is missing.
     """
-    source = LocalFolder(location.path).open(TRACKER)
+    source = location.open(TRACKER)
     text = source.read_all(_TRACKER_LIMIT).decode("ascii", "replace").strip()
     if text != "release" and not re.fullmatch(r"\d{1,18}", text):
         raise FormatError(
@@ -73,32 +72,32 @@ def iteration_folder(location: Location) -> str:
             found=", ".join(n for n in location.names if n.startswith("iter_")) or "no iteration at all",
             remedy="open one of the iterations that are there",
         )
-    return location.join(name)
+    return location.at(name)
 
 
-def check_commit(path: str, names: set[str]) -> list[str]:
+def check_commit(folder: Folder) -> list[str]:
     """Check ``metadata.json``, the last file to be written; gives warnings.
 
     Raises:
         FormatError: it is not valid, or names a backend other than torch_dist.
     """
-    if COMMIT not in names:
+    if COMMIT not in folder.names():
         return ["has no metadata.json: the save stopped before its very end; Megatron-Core refuses to load it"]
-    backend = _commit(path).get("sharded_backend")
+    backend = _commit(folder).get("sharded_backend")
     if backend != "torch_dist":
         raise FormatError(
             "names an unknown backend",
-            path=os.path.join(path, COMMIT),
+            path=folder.open(COMMIT).name,
             expected="torch_dist",
             found=repr(backend)[:100],
         )
     return []
 
 
-def _commit(path: str, *, quiet: bool = False) -> dict[str, Any]:
+def _commit(folder: Folder, *, quiet: bool = False) -> dict[str, Any]:
     """The contents of ``metadata.json``; empty if ``quiet`` and it is not valid."""
     try:
-        source = LocalFolder(path).open(COMMIT)
+        source = folder.open(COMMIT)
         if source.size == 0:
             raise FormatError(
                 "is empty", path=source.name, remedy="the save was interrupted; use the checkpoint before it"
@@ -115,7 +114,7 @@ def _commit(path: str, *, quiet: bool = False) -> dict[str, Any]:
             return {}
         raise FormatError(
             f"is not valid JSON: {problem}",
-            path=os.path.join(path, COMMIT),
+            path=source.name,
             expected='{"sharded_backend": "torch_dist", ...}',
             remedy="the save was interrupted; use the checkpoint before it",
         ) from None

@@ -20,12 +20,12 @@ from anyckpt.formats.dcp.items import LazyObjects
 from anyckpt.formats.megatron_adapters import ADAPTER, settings_from
 from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint, iteration_folder
-from anyckpt.formats.registry import Location, look_at
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import simplify, to_plain
-from anyckpt.storage.folder import Folder, LocalFolder
+from anyckpt.storage.folder import Folder
+from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor
 
 COMMON_ITEM = re.compile(r"^common_state/shard_0_1$")
@@ -43,20 +43,18 @@ def read(location: Location) -> Checkpoint:
     Raises:
         FormatError: it is unfinished, damaged, or of an unknown backend.
     """
-    path = location.path
-    if not is_checkpoint(location.names, path):
-        path = iteration_folder(location)
-        inner = look_at(path)
-        if not is_checkpoint(inner.names, path) and any(name.startswith("mp_rank_") for name in inner.names):
+    inner = location
+    if not is_checkpoint(location):
+        inner = iteration_folder(location)
+        if not is_checkpoint(inner) and any(name.startswith("mp_rank_") for name in inner.names):
             raise FormatError(
                 "is a checkpoint of one directory per rank, not a distributed one",
-                path=path,
+                path=inner.path,
                 expected="metadata.json and .metadata",
                 found=", ".join(inner.names[:3]),
             )
-    folder = LocalFolder(path)
-    names = folder.names()
-    warnings = check_commit(path, set(names))
+    folder = inner.folder()
+    warnings = check_commit(folder)
     return replace(read_torch_dist(folder, path=location.path, warnings=warnings), unloadable=warnings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +15,10 @@ from anyckpt.formats.dcp.items import LazyObjects, Unread
 from anyckpt.formats.megatron_core.location import COMMIT, TRACKER, iteration_folder
 from anyckpt.formats.megatron_core.reader import megatron_checkpoint
 from anyckpt.formats.megatron_core_zarr.array import ZARRAY, open_array, read_metadata
-from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
-from anyckpt.storage.folder import Folder, LocalFolder
+from anyckpt.storage.folder import Folder
+from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
@@ -44,15 +43,15 @@ def detect(location: Location) -> bool:
     return location.is_directory and _checkpoint_folder(location) is not None
 
 
-def _checkpoint_folder(location: Location) -> str | None:
+def _checkpoint_folder(location: Location) -> Location | None:
     if COMMIT in location.names:
-        return location.path if is_zarr(LocalFolder(location.path)) else None
+        return location if is_zarr(location.folder()) else None
     if TRACKER in location.names:
         try:
-            path = iteration_folder(location)
+            inner = iteration_folder(location)
         except FormatError:
             return None
-        return path if os.path.isfile(os.path.join(path, COMMIT)) and is_zarr(LocalFolder(path)) else None
+        return inner if COMMIT in inner.names and is_zarr(inner.folder()) else None
     return None
 
 
@@ -62,7 +61,7 @@ def read(location: Location) -> Checkpoint:
     Raises:
         FormatError: see :func:`read_zarr`.
     """
-    return read_zarr(LocalFolder(_checkpoint_folder(location) or location.path), path=location.path)
+    return read_zarr((_checkpoint_folder(location) or location).folder(), path=location.path)
 
 
 def read_zarr(folder: Folder, *, path: str) -> Checkpoint:

@@ -6,13 +6,11 @@ Facts: ``megatron/training/checkpointing.py`` of Megatron-LM 1.0 to core 0.16 (`
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.registry import Location
-from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -33,7 +31,7 @@ class RankFolder:
 
     Attributes:
         name: as it is called.
-        path: where it is.
+        location: the directory.
         digits: the numbers in its name; the first is the tensor-parallel rank, and what the others are depends on
             the arguments inside the file.
         model: the file that holds the model, or None where only optimizer state lies here.
@@ -41,10 +39,14 @@ class RankFolder:
     """
 
     name: str
-    path: str
+    location: Location
     digits: tuple[int, ...]
     model: ByteSource | None
     files: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        return self.location.path
 
 
 @dataclass(frozen=True)
@@ -52,43 +54,46 @@ class Iteration:
     """An iteration of a training run, or its release.
 
     Attributes:
-        path: its directory.
+        location: its directory.
         tracker: what the tracker file says, if that was followed.
         number: the iteration that the directory's name tells, or None.
     """
 
-    path: str
+    location: Location
     tracker: str | None
     number: int | None
 
     @property
+    def path(self) -> str:
+        return self.location.path
+
+    @property
     def is_release(self) -> bool:
-        return os.path.basename(os.path.normpath(self.path)) == "release"
+        return self.location.name == "release"
 
 
 def detect(location: Location) -> bool:
     """Whether ranks are here, or in the iteration that the tracker file names, or in any where that one is missing."""
     if not location.is_directory:
         return False
-    if _has_ranks(location.path, location.names):
+    if _has_ranks(location):
         return True
     if TRACKER not in location.names:
         return False
     try:
-        inner = find_iteration(location).path
-        return _has_ranks(inner, tuple(os.listdir(inner)))
-    except (FormatError, OSError):
+        return _has_ranks(find_iteration(location).location)
+    except FormatError:
         # A tracker that leads nowhere is for the reader to explain.
-        return any(_ITERATION.fullmatch(name) and _any_rank(location.join(name)) for name in location.names)
+        return any(_ITERATION.fullmatch(name) and _any_rank(location, name) for name in location.names)
 
 
-def _any_rank(path: str) -> bool:
-    return os.path.isdir(path) and _has_ranks(path, tuple(os.listdir(path)))
+def _any_rank(location: Location, name: str) -> bool:
+    return location.is_folder(name) and _has_ranks(location.at(name))
 
 
-def _has_ranks(path: str, names: tuple[str, ...]) -> bool:
-    folders = [name for name in names if _RANK.fullmatch(name)]
-    return any(os.path.isfile(os.path.join(path, folder, file)) for folder in folders for file in MODEL_FILES)
+def _has_ranks(location: Location) -> bool:
+    folders = [name for name in location.names if _RANK.fullmatch(name)]
+    return any(location.is_file(folder, file) for folder in folders for file in MODEL_FILES)
 
 
 def find_iteration(location: Location) -> Iteration:
@@ -98,8 +103,8 @@ def find_iteration(location: Location) -> Iteration:
         FormatError: the tracker is empty or unreadable, or what it names is missing.
     """
     if any(_RANK.fullmatch(name) for name in location.names):
-        return Iteration(location.path, None, _number(os.path.basename(os.path.normpath(location.path))))
-    source = LocalFolder(location.path).open(TRACKER)
+        return Iteration(location, None, _number(location.name))
+    source = location.open(TRACKER)
     text = source.read_all(_TRACKER_LIMIT).decode("ascii", "replace").strip()
     present = ", ".join(name for name in location.names if name == "release" or _ITERATION.fullmatch(name))
     if text != "release" and not re.fullmatch(r"\d{1,18}", text, re.ASCII):
@@ -111,7 +116,7 @@ def find_iteration(location: Location) -> Iteration:
             remedy=f"open one of the iterations that are there: {present or 'none'}",
         )
     name = text if text == "release" else f"iter_{int(text):07d}"
-    if name not in location.names or not os.path.isdir(location.join(name)):
+    if name not in location.names or not location.is_folder(name):
         raise FormatError(
             f"names {name}, which is missing",
             path=source.name,
@@ -119,7 +124,7 @@ def find_iteration(location: Location) -> Iteration:
             found=present or "no iteration at all",
             remedy="open one of the iterations that are there; the newest save may be unfinished or deleted",
         )
-    return Iteration(location.join(name), text, _number(name))
+    return Iteration(location.at(name), text, _number(name))
 
 
 def _number(name: str) -> int | None:
@@ -127,34 +132,28 @@ def _number(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def rank_folders(path: str) -> list[RankFolder]:
+def rank_folders(location: Location) -> list[RankFolder]:
     """The ranks in an iteration's directory, sorted by their digits.
 
     Raises:
         FormatError: there are none, a directory cannot be listed, or no directory holds a model.
     """
     found: list[RankFolder] = []
-    try:
-        for name in os.listdir(path):
-            match = _RANK.fullmatch(name)
-            inner = os.path.join(path, name)
-            if match is None or not os.path.isdir(inner):
-                continue
-            files = tuple(sorted(os.listdir(inner)))
-            model = next((file for file in MODEL_FILES if file in files), None)
-            source = None if model is None else LocalFolder(inner).open(model)
-            digits = tuple(int(group) for group in match.groups() if group is not None)
-            found.append(RankFolder(name, inner, digits, source, files))
-    except OSError as error:
-        raise FormatError(f"cannot be listed: {error.strerror}", path=error.filename or path) from error
+    for name in location.names:
+        match = _RANK.fullmatch(name)
+        if match is None or not location.is_folder(name):
+            continue
+        inner = location.at(name)
+        model = next((file for file in MODEL_FILES if file in inner.names), None)
+        source = None if model is None else inner.open(model)
+        digits = tuple(int(group) for group in match.groups() if group is not None)
+        found.append(RankFolder(name, inner, digits, source, inner.names))
     if not any(folder.model is not None for folder in found):
         raise FormatError(
             "holds no ranks",
-            path=path,
+            path=location.path,
             expected=f"mp_rank_00/{MODEL_FILE}",
-            found=", ".join(folder.name for folder in found[:5])
-            or ", ".join(sorted(os.listdir(path))[:5])
-            or "nothing",
+            found=", ".join(folder.name for folder in found[:5]) or ", ".join(location.names[:5]) or "nothing",
             remedy="the save was interrupted; use the iteration before it",
         )
     return sorted(found, key=lambda folder: folder.digits)

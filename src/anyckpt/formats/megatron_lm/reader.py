@@ -24,12 +24,11 @@ from anyckpt.formats.megatron_lm.parameters import REMEDY
 from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
 from anyckpt.formats.original_groups import ORIGINAL_GROUPS, with_original_groups
-from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.values import brief
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.walk import find_leaves
-from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor
 
 _EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
@@ -71,7 +70,7 @@ def read(location: Location) -> Checkpoint:
         FormatError: a rank is missing, damaged, of another iteration, or contradicts the arguments.
     """
     iteration = find_iteration(location)
-    folders = rank_folders(iteration.path)
+    folders = rank_folders(iteration.location)
     opened = [open_rank(folder) for folder in folders]
     files = [rank for rank in opened if rank is not None]
     sizes = agreed_sizes(files, iteration.path)
@@ -218,7 +217,7 @@ def _parts(rank: RankFile, folders: Sequence[RankFolder], config: Mapping[str, A
         )  # fmt: skip
     found = []
     for number in range(ranks):
-        root = read_torch(LocalFolder(numbered[number].path).open(OPTIMIZER_PART)).root
+        root = read_torch(numbered[number].location.open(OPTIMIZER_PART)).root
         found.append(root.get(_OPTIMIZER) if isinstance(root, dict) else None)
     return tuple(found)
 
@@ -245,7 +244,7 @@ def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) ->
 def _distributed(rank: RankFile) -> TorchContents | None:
     if OPTIMIZER_FILE not in rank.folder.files:
         return None
-    return read_torch(LocalFolder(rank.folder.path).open(OPTIMIZER_FILE))
+    return read_torch(rank.folder.location.open(OPTIMIZER_FILE))
 
 
 def _stored(ranks: Mapping[Place, RankFile], distributed: Mapping[str, TorchContents]) -> dict[str, LazyTensor]:

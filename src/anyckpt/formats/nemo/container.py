@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.registry import Location
-from anyckpt.storage.folder import Folder, LocalFolder, check_inside
+from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.inflate import GZIP, InflatedSource
+from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar import TarFolder, TarMember, looks_like_tar, read_tar
 
@@ -94,7 +94,7 @@ def open_container(location: Location) -> Container:
         UnsafeError: it has members that a checkpoint has no business containing.
     """
     if location.is_directory:
-        return Container(LocalFolder(location.path), "directory")
+        return Container(location.folder(), "directory")
     file = location.open()
     if location.head.startswith(_GZIP_MAGIC):
         return _archive(InflatedSource(file, None, GZIP), "gzip tar")

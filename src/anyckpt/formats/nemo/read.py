@@ -30,12 +30,12 @@ from anyckpt.formats.rank_files import (
     rank_shards,
     with_virtual,
 )
-from anyckpt.formats.registry import Location
 from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.folder import Folder
+from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 

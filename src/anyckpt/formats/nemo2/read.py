@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,9 @@ from anyckpt.formats.megatron_core.location import check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
 from anyckpt.formats.nemo2.tokenizer import read_tokenizer
-from anyckpt.formats.registry import Location
 from anyckpt.plain_yaml import load_yaml_mapping
-from anyckpt.storage.folder import LocalFolder
+from anyckpt.storage.folder import Folder
+from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 
 CONTEXT = "context"
@@ -34,14 +33,14 @@ def detect(location: Location) -> bool:
     """A directory with ``context/io.json`` and weights below or beside it, or ``weights/`` with an index."""
     if not location.is_directory:
         return False
-    has_context = CONTEXT in location.names and os.path.lexists(location.join(CONTEXT, IO_JSON))
+    has_context = CONTEXT in location.names and location.place.exists(location.join(CONTEXT, IO_JSON))
     if WEIGHTS in location.names:
-        return has_context or _has_index(location.join(WEIGHTS))
+        return has_context or _has_index(location, WEIGHTS)
     return has_context
 
 
-def _has_index(path: str) -> bool:
-    return any(os.path.isfile(os.path.join(path, name)) for name in _INDEX_NAMES)
+def _has_index(location: Location, *folder: str) -> bool:
+    return any(location.is_file(*folder, name) for name in _INDEX_NAMES)
 
 
 def read(location: Location) -> Checkpoint:
@@ -51,9 +50,9 @@ def read(location: Location) -> Checkpoint:
         FormatError: the save was not finished, ``io.json`` is empty or damaged, or the weights are.
         UnsafeError: ``io.json`` or ``model.yaml`` expands without bound.
     """
-    _refuse_unfinished(location.path)
-    weights_path = location.join(WEIGHTS) if WEIGHTS in location.names else location.path
-    if not _has_index(weights_path):
+    _refuse_unfinished(location)
+    inside = (WEIGHTS,) if WEIGHTS in location.names else ()
+    if not _has_index(location, *inside):
         raise FormatError(
             "has no weights",
             path=location.path,
@@ -61,9 +60,8 @@ def read(location: Location) -> Checkpoint:
             found=", ".join(location.names[:5]),
             remedy="copy it again from its origin",
         )
-    folder = LocalFolder(weights_path)
-    names = set(folder.names())
-    unloadable = check_commit(weights_path, names)
+    folder = location.folder(*inside)
+    unloadable = check_commit(folder)
     weights = read_torch_dist(folder, path=location.path, warnings=unloadable)
     warnings = list(weights.warnings)
     missing: list[str] = []
@@ -100,7 +98,7 @@ def read(location: Location) -> Checkpoint:
     )
 
 
-def _adapter(folder: LocalFolder, config: dict[str, Any], path: str, warnings: list[str]) -> AdapterSettings | None:
+def _adapter(folder: Folder, config: dict[str, Any], path: str, warnings: list[str]) -> AdapterSettings | None:
     """What the context says of the adapter, if the weights are one: the file with the base's path tells.
 
     Raises:
@@ -127,14 +125,16 @@ def query_groups(config: dict[str, Any]) -> int:
     return found if type(found) is int else 1
 
 
-def _refuse_unfinished(path: str) -> None:
+def _refuse_unfinished(location: Location) -> None:
     """NeMo keeps an empty file ``<name>-unfinished`` beside a checkpoint while it saves or deletes it."""
-    for candidate in dict.fromkeys((os.path.abspath(path), os.path.realpath(path))):
-        marker = candidate.removesuffix("-EMA") + _UNFINISHED
-        if os.path.exists(marker):
+    place = location.place
+    for candidate in dict.fromkeys((location.path, place.real(location.path))):
+        folder, name = place.split(candidate)
+        marker = None if folder is None else place.join(folder, name.removesuffix("-EMA") + _UNFINISHED)
+        if marker is not None and place.exists(marker):
             raise FormatError(
                 "is unfinished: NeMo was still writing or deleting it",
-                path=path,
+                path=location.path,
                 found=marker,
                 remedy="use the checkpoint before it; if you know that it is whole, delete the marker",
             )
@@ -147,7 +147,7 @@ def _read_context(
     if CONTEXT not in location.names:
         missing.append("has no context directory: the model's configuration and tokenizer are missing")
         return {}, {}, {}
-    folder = LocalFolder(location.join(CONTEXT))
+    folder = location.folder(CONTEXT)
     files = {name: folder.open(name) for name in folder.names()}
     calls: dict[str, Any] = {}
     if IO_JSON in files:

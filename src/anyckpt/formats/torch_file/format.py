@@ -7,7 +7,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor, StoredChecksum
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.torch_file.bare import is_bare, read_bare
 from anyckpt.formats.torch_file.contents import TorchContents
 from anyckpt.formats.torch_file.forms import Former, Forms, attached, forms_of, waste
@@ -23,6 +23,7 @@ from anyckpt.formats.torch_file.tree import Flat, Path, flatten, unflatten, with
 from anyckpt.formats.torch_file.values import MetaTensor
 from anyckpt.formats.torch_file.writer import dotted, zip_parts
 from anyckpt.pickling import DictRecord, torch_objects
+from anyckpt.storage.place import Location
 from anyckpt.storage.zip import read_zip
 from anyckpt.tensor import LazyTensor
 
