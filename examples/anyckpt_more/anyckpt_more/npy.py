@@ -12,9 +12,10 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.registry import Format, Location, WriteOptions
+from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.safetensors import weights_only
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location
+from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor, Stored
 
 _LONGEST_HEADER = 1 << 16
@@ -33,11 +34,11 @@ def read(location: Location) -> Checkpoint:
         FormatError: a file is none of numpy's, is truncated, or holds what no tensor does.
     """
     names = [name for name in location.names if name.endswith(".npy")]
-    tensors = {name.removesuffix(".npy"): _tensor(LocalFile(location.join(name))) for name in names}
+    tensors = {name.removesuffix(".npy"): _tensor(location.open(name)) for name in names}
     return Checkpoint(location.path, "npy", tensors)
 
 
-def _tensor(source: LocalFile) -> LazyTensor:
+def _tensor(source: ByteSource) -> LazyTensor:
     head = io.BytesIO(source.read(0, min(source.size, _LONGEST_HEADER)))
     try:
         version = npy.read_magic(head)
