@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import Inspection, inspect
     from anyckpt.operations.merge_lora import merge_lora
-    from anyckpt.operations.open import open_checkpoint as open
-    from anyckpt.operations.recut import LayoutRequest
     from anyckpt.operations.reshard import reshard
+    from anyckpt.operations.steps.cutting import LayoutRequest
+    from anyckpt.operations.steps.joining import open_checkpoint as open
     from anyckpt.operations.verify import Verification, verify
     from anyckpt.tensor import LazyTensor
 
@@ -78,7 +78,7 @@ _WHERE = {
     **dict.fromkeys(("Conversion", "convert"), "operations.convert"),
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
     **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),
-    "LayoutRequest": "operations.recut",
+    "LayoutRequest": "operations.steps.cutting",
     "merge_lora": "operations.merge_lora",
     "reshard": "operations.reshard",
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),
@@ -91,7 +91,7 @@ def __getattr__(name: str) -> Any:
 
     value: Any
     if name == "open":
-        value = import_module("anyckpt.operations.open").open_checkpoint
+        value = import_module("anyckpt.operations.steps.joining").open_checkpoint
     elif name == "__version__":
         from importlib.metadata import version
 

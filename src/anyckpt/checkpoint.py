@@ -329,7 +329,7 @@ class Checkpoint:
         )
 
     def _repr_html_(self) -> str:
-        from anyckpt.display import html_table
+        from anyckpt.escaping import html_table
 
         shown = list(self.tensors.items())[:_SHOWN_TENSORS]
         rows = [

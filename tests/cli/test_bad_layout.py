@@ -13,7 +13,7 @@ from tests.cli.runner import Runner
 from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture, root_of
 from tests.support import fixture_path
 
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.tensor import from_array
 
 DENSE, VIRTUAL, STAGES = "megatron_gpt_tp2_pp2", "megatron_gpt_tp2_pp2_vpp2", "megatron_gpt_pp3_uneven"

@@ -14,8 +14,8 @@ from tests.cli.runner import Runner
 from tests.formats.torch_archives import archive, small_file, tensor
 from tests.support import FIXTURES, file_bytes, fixture_path
 
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
-from anyckpt.formats.torch_file import zip_parts
 from anyckpt.pickling import Global, Record
 from anyckpt.tensor import from_array
 

@@ -14,10 +14,10 @@ from tests.support import fixture_path, write_plan
 import anyckpt as api
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import WriteOptions, by_name
-from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = "families/llama/hf"

@@ -8,7 +8,7 @@ import pytest
 from tests.cli.runner import Runner
 from tests.support import fixture_path
 
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.steps.joining import open_checkpoint
 
 BASE = fixture_path("families/llama/hf")
 ADAPTER = fixture_path("families/lora_llama/hf_adapter")

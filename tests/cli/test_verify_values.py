@@ -11,8 +11,8 @@ from tests.cli.test_diff import written
 from tests.formats.torch_archives import small_file
 from tests.support import file_bytes, fixture_path
 
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
-from anyckpt.formats.torch_file import zip_parts
 from anyckpt.tensor import from_array
 
 CAUSAL = np.where(np.tri(8, dtype=bool), 0, -np.inf).astype(np.float32)

@@ -17,6 +17,7 @@ import anyckpt
 from anyckpt.engine import execute
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
 from anyckpt.formats import registry
+from anyckpt.storage.place import place_of
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import from_array
 
@@ -109,9 +110,7 @@ def test_members_of_compressed_archives_and_arrays(tmp_path: Path) -> None:
     packed = tmp_path / "packed.tar.gz"
     with gzip.open(packed, "wb") as stream, tarfile.open(fileobj=stream, mode="w") as archive:
         archive.add(inner, "inner.bin")
-    from anyckpt.storage.members import open_path
-
-    member = open_path(f"{packed}::inner.bin")
+    member = place_of(f"{packed}::inner.bin").open(f"{packed}::inner.bin")
     live = np.arange(5000, dtype=np.float32)
     parts = (
         SourceData(member),

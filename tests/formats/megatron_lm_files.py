@@ -10,10 +10,10 @@ from typing import Any
 from tests.support import file_bytes, fixture_path
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats.megatron_lm import FORMAT
 from anyckpt.formats.registry import look_at
-from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.storage.source import LocalFile
 
 FILE = "model_optim_rng.pt"

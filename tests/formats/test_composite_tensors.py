@@ -9,9 +9,9 @@ import pytest
 from tests.support import fixture_path
 
 import anyckpt
+from anyckpt.containers.torch_file.values import QuantizedTensor
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.torch_file.values import QuantizedTensor
 
 QUANTIZED = fixture_path("legacy/modules/quantized_dynamic_state_dict.pt")
 KINDS = fixture_path("legacy/zoo_kinds/zip.pt")

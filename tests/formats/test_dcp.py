@@ -23,13 +23,13 @@ from tests.support import (
 )
 
 from anyckpt.checkpoint import TrainingState
+from anyckpt.containers.dcp import DcpContents, dcp_files, items, read_dcp
+from anyckpt.containers.dcp.chunks import cut, stacked_axes
+from anyckpt.containers.dcp.coverage import check_exact_cover, is_grid
 from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats import dcp
-from anyckpt.formats.dcp import DcpContents, dcp_files, read_dcp
-from anyckpt.formats.dcp.chunks import cut, stacked_axes
-from anyckpt.formats.dcp.cover import check_exact_cover, is_grid
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.indexing import check_cover
 from anyckpt.pickling.torch_objects import namespace
@@ -172,8 +172,8 @@ def test_like_archives_are_told_apart_by_their_beginning(tmp_path: Path) -> None
 def test_objects_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_plan(Plan("dcp", tuple(dcp_files({}, {"one": 1, "two": {"x": [2]}, "rng/shard_0_1": [3]}))), tmp_path / "c")
     read: list[str] = []
-    archive = dcp.items.Unread.archive
-    monkeypatch.setattr(dcp.items.Unread, "archive", lambda self: read.append(self._name) or archive(self))
+    archive = items.Unread.archive
+    monkeypatch.setattr(items.Unread, "archive", lambda self: read.append(self._name) or archive(self))
     objects = opened(tmp_path / "c").objects
     assert list(objects) == ["one", "two", "rng/shard_0_1"] and "one" in objects and not read
     assert objects.without({"two"}).copy().unread().keys() == {"one", "rng/shard_0_1"} and not read

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tests.support import fixture_path, write_plan
 
+from anyckpt.containers.dcp import dcp_files, read_dcp
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats import dcp
-from anyckpt.formats.dcp import dcp_files, read_dcp
 from anyckpt.formats.registry import look_at
 from anyckpt.pickling import Global, Record, dumps, load
 from anyckpt.storage.folder import LocalFolder

@@ -17,10 +17,10 @@ import torch.distributed.checkpoint as torch_dcp  # noqa: E402
 from tests.support import expected_of, fixture_path, write_plan  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
+from anyckpt.containers.dcp import dcp_files, read_dcp  # noqa: E402
 from anyckpt.dtypes import BY_NAME  # noqa: E402
 from anyckpt.engine.plan import Plan  # noqa: E402
 from anyckpt.formats import dcp  # noqa: E402
-from anyckpt.formats.dcp import dcp_files, read_dcp  # noqa: E402
 from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
 from anyckpt.storage.folder import LocalFolder  # noqa: E402
 from anyckpt.tensor import LazyTensor, Stored, from_array  # noqa: E402

@@ -12,10 +12,10 @@ import pytest
 from tests.cli.runner import Runner
 from tests.support import file_bytes
 
+from anyckpt.containers.safetensors import safetensors_parts
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats import registry
-from anyckpt.formats.safetensors import safetensors_parts
-from anyckpt.formats.torch_file import zip_parts
 from anyckpt.optimizer import with_optimizer
 from anyckpt.tensor import from_array
 

@@ -14,8 +14,8 @@ import pytest
 from tests.cli.runner import Runner
 from tests.support import fixture_path
 
+from anyckpt.containers.torch_file import read_torch
 from anyckpt.formats import registry
-from anyckpt.formats.torch_file import read_torch
 from anyckpt.storage.source import LocalFile
 
 WHOLE = {"fsdp_2": "whole", "hsdp_4": "whole", "fsdp1_2": "whole_fsdp1", "fsdp_tp_4": "whole_tp"}

@@ -13,13 +13,13 @@ from tests.support import assert_tensors_equal_expected, expected_of, file_bytes
 
 import anyckpt
 from anyckpt.checkpoint import ParallelLayout
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, OutputError
 from anyckpt.formats import registry
-from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.formats.unfinished import marker_path
-from anyckpt.models import dialects
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.models.dialects import spellings
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.plain_yaml import dump_yaml
 from anyckpt.storage.source import LocalFile
 from anyckpt.storage.tar import read_tar
@@ -55,7 +55,7 @@ def checkpoints(
 
 def check(path: Path) -> None:
     checkpoint = open_checkpoint(path)
-    renamed = dialects.rename(checkpoint.weights(), "hub", "nemo-sharded")[0]
+    renamed = spellings.rename(checkpoint.weights(), "hub", "nemo-sharded")[0]
     assert_tensors_equal_expected(renamed, expected_of(CASE)["global_tensors_by_sharded_key"])
     assert checkpoint.format == "lightning" and checkpoint.layout == ParallelLayout(2, 2)
     assert checkpoint.config == expected_of(CASE)["config"] and checkpoint.config_kind == "nemo1"

@@ -15,14 +15,15 @@ from tests.support import assert_tensors_equal_expected, expected_of, file_bytes
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.config import megatron as config_megatron
+from anyckpt.config.megatron_bridge import Facts, arguments_of, run_config_of
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, MappingError, UnsafeError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.megatron_bridge import FORMAT
-from anyckpt.formats.megatron_bridge.config import Facts, arguments_of, run_config_of
 from anyckpt.formats.registry import WriteOptions, look_at
-from anyckpt.formats.torch_file import read_torch, zip_parts
-from anyckpt.models import config_megatron, identify, render_config
+from anyckpt.models import identify, render_config
 from anyckpt.plain_yaml import dump_yaml, load_yaml_mapping
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import from_array

@@ -20,16 +20,16 @@ from tests.support import (
 )
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer, TrainingState
+from anyckpt.containers.dcp import dcp_files
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import dcp, megatron_core
-from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.megatron_core import torch_dist_files
 from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.registry import WriteOptions, look_at
-from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.operations.convert import convert
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.pickling import Global, Record, dumps, load
 from anyckpt.pickling.torch_objects import namespace
 from anyckpt.storage.source import LocalFile, MemorySource

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, sha256_of, write_plan
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer
+from anyckpt.containers.torch_file import read_torch
+from anyckpt.containers.zarr_array import open_array, read_metadata
 from anyckpt.dtypes import BY_ZARR, dtype
 from anyckpt.errors import AnyckptError, FormatError, UsageError
 from anyckpt.formats import megatron_core_zarr, registry
 from anyckpt.formats.megatron_core_zarr import writer
-from anyckpt.formats.megatron_core_zarr.array import open_array, read_metadata
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file import read_torch
 from anyckpt.pickling import Record
 from anyckpt.storage.source import LocalFile, MemorySource
 from anyckpt.tensor import Constant, LazyTensor, from_array

@@ -22,10 +22,10 @@ from tests.support import fixture_path  # noqa: E402
 
 from anyckpt.cli import run  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
-from anyckpt.formats.megatron_lm.names import part_norms  # noqa: E402
+from anyckpt.models.dialects.rank_names import part_norms  # noqa: E402
 from anyckpt.operations.convert import convert  # noqa: E402
-from anyckpt.operations.open import open_checkpoint  # noqa: E402
-from anyckpt.operations.recut import LayoutRequest  # noqa: E402
+from anyckpt.operations.steps.cutting import LayoutRequest  # noqa: E402
+from anyckpt.operations.steps.joining import open_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

@@ -12,7 +12,7 @@ from tests.formats.megatron_lm_files import FILE, copy_fixture, root_of, write_t
 
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import AnyckptError
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.pickling import Global, Record
 from anyckpt.tensor import Constant, LazyTensor
 

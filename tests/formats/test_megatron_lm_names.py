@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_lm.names import fuse_norms, hub_names, part_norms, strip_wrappers
+from anyckpt.models.dialects.rank_names import fuse_norms, hub_names, part_norms, strip_wrappers
 
 LAYER = "decoder.layers.0"
 

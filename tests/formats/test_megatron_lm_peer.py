@@ -18,11 +18,11 @@ from tests.formats.test_megatron_lm_reader import MCORE  # noqa: E402
 from tests.support import fixture_path, write_plan  # noqa: E402
 
 from anyckpt.formats.megatron_lm import FORMAT  # noqa: E402
-from anyckpt.formats.megatron_lm.buffers import Rule, starts  # noqa: E402
 from anyckpt.formats.registry import WriteOptions  # noqa: E402
 from anyckpt.layout import Parallelism  # noqa: E402
-from anyckpt.operations.open import open_checkpoint  # noqa: E402
-from anyckpt.operations.recut import cut_for_ranks  # noqa: E402
+from anyckpt.operations.steps.cutting import cut_for_ranks  # noqa: E402
+from anyckpt.operations.steps.joining import open_checkpoint  # noqa: E402
+from anyckpt.optimizer.buffers import Rule, starts  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

@@ -13,7 +13,7 @@ from tests.support import expected_of, fixture_path, sha256_of
 from anyckpt.checkpoint import ParallelLayout
 from anyckpt.dtypes import BY_NAME
 from anyckpt.formats import registry
-from anyckpt.formats.megatron_lm.names import part_norms
+from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.storage.source import bytes_read
 from anyckpt.tensor import Constant
 

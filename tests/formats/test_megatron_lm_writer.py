@@ -17,8 +17,8 @@ from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import UsageError
 from anyckpt.formats.megatron_lm import FORMAT
-from anyckpt.formats.megatron_lm.modules import registered_order, with_extra_states
 from anyckpt.formats.registry import WriteOptions
+from anyckpt.models.dialects.registration import registered_order, with_extra_states
 from anyckpt.pickling import Global
 from anyckpt.pickling.plain import to_plain
 from anyckpt.storage.source import MemorySource

@@ -18,12 +18,13 @@ from tests.support import write_plan
 import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config import meta_names
+from anyckpt.config.meta import parse, render
+from anyckpt.containers.safetensors import safetensors_parts
+from anyckpt.containers.torch_file.writer import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
-from anyckpt.formats.safetensors import safetensors_parts
-from anyckpt.formats.torch_file.writer import zip_parts
-from anyckpt.models import dialects, meta_names
-from anyckpt.models.config_meta import parse, render
+from anyckpt.models.dialects import spellings
 from anyckpt.tensor import LazyTensor, from_array
 
 FAMILIES = ("llama", "mistral_swa", "mixtral", "llama_tied_bf16")
@@ -71,7 +72,7 @@ def test_names_in_a_distributed_checkpoint(tmp_path: Path, names: str, case: str
     source = open_case(case).checkpoint
     anyckpt.convert(source.path, tmp_path / "dcp", to="dcp", names=names)
     stored = anyckpt.open(tmp_path / "dcp").tensors
-    assert dialects.detect(stored) == names
+    assert spellings.detect(stored) == names
     head, middle = ("output", "") if names == "meta" else ("lm_head", "qkv_linear.")
     assert {f"{head}.weight", f"layers.0.attention.{middle}wq.weight"} <= stored.keys()
     assert "llama" in anyckpt.inspect(tmp_path / "dcp").likely_families or case == "qwen3"
@@ -86,7 +87,7 @@ def test_wrapped_names_are_those_of_the_model() -> None:
         "model." + name.replace("attention.", "_checkpoint_wrapped_module.attention."): tensor
         for name, tensor in named.items()
     }
-    assert dialects.detect(wrapped) == "torchtitan"
+    assert spellings.detect(wrapped) == "torchtitan"
     stored = Checkpoint("x", "x", {**wrapped, "rope.freqs": from_array(np.ones(2, "<f4"))})
     hub = models.to_hub(stored, case.model)
     assert facts(hub.tensors) == facts(case.hub().tensors)

@@ -12,12 +12,12 @@ import pytest
 from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, write_plan
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer
+from anyckpt.containers.torch_file import read_torch
 from anyckpt.engine.execute import execute
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError, UsageError
 from anyckpt.formats.nemo2 import FORMAT
 from anyckpt.formats.nemo2.fiddle import Call, Reference, decode, encode, from_plain, reference, to_plain
 from anyckpt.formats.registry import WriteOptions, detect, look_at
-from anyckpt.formats.torch_file import read_torch
 from anyckpt.plain_yaml import load_yaml
 from anyckpt.storage.source import LocalFile, MemorySource
 
@@ -133,7 +133,7 @@ def test_without_io_json(tmp_path: Path) -> None:
 def test_consumed_samples_of_a_data_module(tmp_path: Path) -> None:
     from tests.support import OutputFile, file_bytes
 
-    from anyckpt.formats.torch_file import zip_parts
+    from anyckpt.containers.torch_file import zip_parts
 
     path = copied(NAMES[0], tmp_path)
     state = {"epoch": 0, "global_step": 7, "PreTrainingDataModule": {"consumed_samples": 56}, "lr_schedulers": [{}]}

@@ -14,15 +14,15 @@ import pytest
 from tests.support import assert_tensors_equal_expected, expected_of, file_bytes, fixture_path, sha256_of, write_plan
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.nemo import FORMAT
 from anyckpt.formats.registry import WriteOptions, look_at
-from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.layout import cut
-from anyckpt.models import dialects
-from anyckpt.operations.open import geometry_of, open_checkpoint, parallelism_of
+from anyckpt.models.dialects import spellings
+from anyckpt.operations.steps.joining import geometry_of, open_checkpoint, parallelism_of
 from anyckpt.plain_yaml import dump_yaml, load_yaml_mapping
 from anyckpt.storage.source import LocalFile, MemorySource
 from anyckpt.storage.tar import read_tar
@@ -67,7 +67,7 @@ def facts(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def stacked(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    return dialects.rename(checkpoint.weights(), "hub", "nemo-sharded")[0]
+    return spellings.rename(checkpoint.weights(), "hub", "nemo-sharded")[0]
 
 
 @pytest.mark.parametrize("form", ["tar", "gzip", "directory"])

@@ -18,7 +18,7 @@ from anyckpt.engine.execute import execute  # noqa: E402
 from anyckpt.formats.nemo import FORMAT  # noqa: E402
 from anyckpt.formats.registry import WriteOptions  # noqa: E402
 from anyckpt.layout import cut  # noqa: E402
-from anyckpt.operations.open import geometry_of, open_checkpoint, parallelism_of  # noqa: E402
+from anyckpt.operations.steps.joining import geometry_of, open_checkpoint, parallelism_of  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

@@ -11,13 +11,13 @@ import pytest
 from tests.support import fixture_path, sha256_of, write_plan
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.hf import FORMAT as HF
 from anyckpt.formats.peft import FORMAT, settings_from
 from anyckpt.formats.registry import WriteOptions, detect, look_at, read
-from anyckpt.formats.torch_file import zip_parts
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tests.cli.runner import Runner
 from tests.support import file_bytes
 
+from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats import registry
-from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.tensor import from_array
 
 Boxes = Mapping[str, tuple[tuple[int, ...], Any]]

@@ -17,11 +17,12 @@ from tests.support import file_bytes, fixture_path, sha256_of, write_plan
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import WriteOptions, look_at
-from anyckpt.formats.safetensors import FORMAT, read_safetensors, safetensors_parts
+from anyckpt.formats.safetensors import FORMAT
 from anyckpt.operations.convert import convert
 from anyckpt.operations.verify import verify
 from anyckpt.storage import LocalFile, MemorySource

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 safetensors = pytest.importorskip("safetensors")
 pytestmark = pytest.mark.peer
 
+from anyckpt.containers.safetensors import read_safetensors  # noqa: E402
 from anyckpt.errors import FormatError  # noqa: E402
-from anyckpt.formats.safetensors import read_safetensors  # noqa: E402
 from anyckpt.storage import MemorySource  # noqa: E402
 
 GOOD = '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[0,3],"data_offsets":[8,8]}}'

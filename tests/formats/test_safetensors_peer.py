@@ -13,9 +13,10 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tests.support import file_bytes, write_plan  # noqa: E402
 
+from anyckpt.containers.safetensors import safetensors_parts  # noqa: E402
 from anyckpt.dtypes import BY_NAME  # noqa: E402
 from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
-from anyckpt.formats.safetensors import FORMAT, safetensors_parts  # noqa: E402
+from anyckpt.formats.safetensors import FORMAT  # noqa: E402
 from anyckpt.tensor import LazyTensor  # noqa: E402
 
 DTYPES = [

@@ -21,14 +21,15 @@ from tests.support import expected_of, file_bytes, fixture_path
 
 import anyckpt
 from anyckpt.checkpoint import storage_key
+from anyckpt.containers.torch_file import read_torch
+from anyckpt.containers.torch_file.byteorder import SwappedSource
+from anyckpt.containers.torch_file.checksums import stored_checksums
+from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.formats import registry
 from anyckpt.formats.registry import WriteOptions, look_at
-from anyckpt.formats.torch_file import read_torch
-from anyckpt.formats.torch_file.byteorder import SwappedSource
-from anyckpt.formats.torch_file.format import FORMAT, stored_checksums
-from anyckpt.formats.torch_file.tree import flatten
+from anyckpt.formats.torch import FORMAT
 from anyckpt.pickling import Global, Record
 from anyckpt.pickling import torch_objects as objects
 from anyckpt.storage.source import LocalFile, MemorySource

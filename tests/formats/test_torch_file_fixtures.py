@@ -10,16 +10,10 @@ import pytest
 from tests.support import expected_of, fixture_path, sha256_of
 
 from anyckpt.checkpoint import Checkpoint, storage_key
+from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file.values import MetaTensor, NestedTensor, QuantizedTensor, SparseTensor, Storage
 from anyckpt.formats.registry import look_at
-from anyckpt.formats.torch_file import TorchContents, read_torch
-from anyckpt.formats.torch_file.format import FORMAT
-from anyckpt.formats.torch_file.values import (
-    MetaTensor,
-    NestedTensor,
-    QuantizedTensor,
-    SparseTensor,
-    Storage,
-)
+from anyckpt.formats.torch import FORMAT
 from anyckpt.pickling import Global, Record
 from anyckpt.pickling.plain import simplify
 from anyckpt.storage.source import LocalFile

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tests.support import write_plan
 
 import anyckpt
+from anyckpt.containers.torch_file.containers import rebuilt
+from anyckpt.containers.torch_file.forms import Forms
+from anyckpt.containers.torch_file.values import FormedTensor, TensorFacts
+from anyckpt.containers.torch_file.writer import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.formats.torch_file.containers import rebuilt
-from anyckpt.formats.torch_file.forms import Forms
-from anyckpt.formats.torch_file.values import FormedTensor, TensorFacts
-from anyckpt.formats.torch_file.writer import zip_parts
 from anyckpt.pickling import DictRecord, Global, Record, torch_objects
 from anyckpt.tensor import from_array
 

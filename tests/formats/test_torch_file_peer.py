@@ -19,12 +19,12 @@ from tests.support import file_bytes, fixture_path, write_plan  # noqa: E402
 
 import anyckpt  # noqa: E402
 from anyckpt.checkpoint import storage_key  # noqa: E402
+from anyckpt.containers.torch_file import read_torch, zip_parts  # noqa: E402
+from anyckpt.containers.torch_file.values import DistributedTensor, QuantizedTensor, SparseTensor  # noqa: E402
 from anyckpt.engine.plan import OutputFile  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
 from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
-from anyckpt.formats.torch_file import read_torch, zip_parts  # noqa: E402
-from anyckpt.formats.torch_file.format import FORMAT  # noqa: E402
-from anyckpt.formats.torch_file.values import DistributedTensor, QuantizedTensor, SparseTensor  # noqa: E402
+from anyckpt.formats.torch import FORMAT  # noqa: E402
 from anyckpt.pickling import Global, Record  # noqa: E402
 from anyckpt.storage.source import LocalFile, MemorySource  # noqa: E402
 from anyckpt.tensor import LazyTensor, from_array  # noqa: E402

@@ -14,10 +14,10 @@ from tests.support import expected_of, fixture_path
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file.contents import TorchContents
+from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.formats import registry
-from anyckpt.formats.torch_file.contents import TorchContents
-from anyckpt.formats.torch_file.format import torch_checkpoint
-from anyckpt.formats.torch_file.tree import flatten
+from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.tensor import LazyTensor, from_array
 
 LAYOUTS = expected_of("legacy/layouts")

@@ -15,14 +15,14 @@ import pytest
 from tests.support import file_bytes, fixture_path, sha256_of, write_plan
 
 from anyckpt.checkpoint import Checkpoint, storage_key
+from anyckpt.containers.torch_file import read_torch, shift_parts, tensor_zip_parts, zip_parts
+from anyckpt.containers.torch_file.flatten import flatten, unflatten
+from anyckpt.containers.torch_file.layout import Record, zip_layout
 from anyckpt.dtypes import BY_NAME, dtype
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, TensorData
 from anyckpt.errors import UsageError
 from anyckpt.formats.registry import WriteOptions, look_at
-from anyckpt.formats.torch_file import read_torch, shift_parts, tensor_zip_parts, zip_parts
-from anyckpt.formats.torch_file.format import FORMAT
-from anyckpt.formats.torch_file.layout import Record, zip_layout
-from anyckpt.formats.torch_file.tree import flatten, unflatten
+from anyckpt.formats.torch import FORMAT
 from anyckpt.pickling import torch_objects
 from anyckpt.storage.source import ByteSource, MemorySource
 from anyckpt.storage.zip import read_zip

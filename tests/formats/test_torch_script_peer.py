@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
-from anyckpt.formats.torch_file import read_torch  # noqa: E402
-from anyckpt.formats.torch_file.format import torch_checkpoint  # noqa: E402
-from anyckpt.formats.torch_file.tree import flatten  # noqa: E402
-from anyckpt.formats.torch_file.values import QuantizedTensor  # noqa: E402
+from anyckpt.containers.torch_file import read_torch  # noqa: E402
+from anyckpt.containers.torch_file.flatten import flatten  # noqa: E402
+from anyckpt.containers.torch_file.values import QuantizedTensor  # noqa: E402
+from anyckpt.formats.torch import torch_checkpoint  # noqa: E402
 from anyckpt.storage.source import MemorySource  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]

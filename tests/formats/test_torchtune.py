@@ -10,9 +10,9 @@ import pytest
 from tests.cli.runner import Runner
 from tests.support import file_bytes
 
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats import registry
-from anyckpt.formats.torch_file import zip_parts
 from anyckpt.tensor import from_array
 
 WHOLE = {f"model.layers.{n}.weight": np.full((2, 3), n, np.float32) for n in range(5)}

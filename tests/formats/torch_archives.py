@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from tests.support import file_bytes
 
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.dtypes import dtype
 from anyckpt.engine.plan import OutputFile
-from anyckpt.formats.torch_file import zip_parts
 from anyckpt.pickling import PersistentId, dumps
 from anyckpt.pickling import torch_objects as objects
 from anyckpt.tensor import from_array

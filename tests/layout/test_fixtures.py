@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from anyckpt.checkpoint import RankShard
-from anyckpt.formats.torch_file import read_torch
+from anyckpt.containers.torch_file import read_torch
 from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.experts import parse
 from anyckpt.storage.source import LocalFile

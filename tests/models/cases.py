@@ -11,9 +11,9 @@ from tests.support import fixture_path, sha256_of
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import look_at
-from anyckpt.formats.safetensors import read_safetensors
 from anyckpt.models import Hub, Model
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor

@@ -10,8 +10,8 @@ from typing import Any
 from hypothesis import strategies as st
 from tests.models.proofs import PROOFS, samples
 
+from anyckpt.config.hugging_face import is_rotary
 from anyckpt.models import Family, Model
-from anyckpt.models.config_hf import is_rotary
 
 Config = dict[str, Any]
 

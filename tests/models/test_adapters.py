@@ -16,9 +16,9 @@ from tests.support import assert_tensors_equal_expected, expected_of, fixture_pa
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
-from anyckpt.formats.safetensors import read_safetensors
 from anyckpt.models import ModelConfig
 from anyckpt.models.adapters import (
     Adapter,
@@ -40,9 +40,10 @@ from anyckpt.models.adapters.megatron import from_megatron, to_megatron
 from anyckpt.models.adapters.peft_writer import to_peft
 from anyckpt.models.adapters.rows import PREFIX
 from anyckpt.models.adapters.settings import scale_of
-from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV, Transposed
-from anyckpt.models.variants import name_in_memory
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.models.dialects import spellings
+from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV, Transposed
+from anyckpt.models.language.variants import name_in_memory
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import Constant, LazyTensor, concatenate, from_array
 
@@ -278,7 +279,7 @@ def test_wrappers_and_stacked_layers_of_megatron(layers: Layers) -> None:
     for prefix in ("decoder.", "model.language_model.encoder.", "model.module.language_model.encoder."):
         renamed = {prefix + name.removeprefix("decoder."): tensor for name, tensor in old.items()}
         assert facts(of(renamed, layers)) == expected
-    stacked = models.dialects.from_hub_names(tensors, "nemo2")
+    stacked = spellings.from_hub_names(tensors, "nemo2")
     assert len(stacked) == len(tensors) // 2
     assert facts(of(stacked, layers)) == expected
 

@@ -18,11 +18,11 @@ from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.safetensors import FORMAT
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.families import each_family
 from anyckpt.models.hub import to_hub
 from anyckpt.models.recognise import resemblance
-from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import Constant, LazyTensor
 
 FAMILIES = list(each_family())
@@ -80,8 +80,8 @@ def test_every_tensor_is_unwrapped_and_found_again(model: dict[str, tuple[int, .
 def test_a_guess_by_names_does_not_fail(model: dict[str, tuple[int, ...]]) -> None:
     tensors = tensors_of(model)
     nearest = resemblance(tensors)
-    known = dialects.detect(tensors)
-    if nearest is not None and not dialects.is_megatron(known):
+    known = spellings.detect(tensors)
+    if nearest is not None and not spellings.is_megatron(known):
         assert set(nearest.strange) <= set(tensors)
 
 
@@ -92,13 +92,13 @@ def test_inspect_takes_any_names(model: dict[str, tuple[int, ...]]) -> None:
     assert found.tensor_count == len(model)
 
 
-@given(models, st.sampled_from([*dialects.DIALECTS]))
+@given(models, st.sampled_from([*spellings.DIALECTS]))
 @settings(max_examples=100)
 def test_renaming_between_dialects_takes_any_names(model: dict[str, tuple[int, ...]], wanted: str) -> None:
     tensors = tensors_of(model)
     try:
-        named, ignored = dialects.to_hub_names(tensors)
-        dialects.from_hub_names(named, wanted)
+        named, ignored = spellings.to_hub_names(tensors)
+        spellings.from_hub_names(named, wanted)
     except AnyckptError:
         return
     assert sum(tensor.size for tensor in named.values()) <= sum(tensor.size for tensor in tensors.values())
@@ -147,4 +147,4 @@ def test_too_many_experts_are_refused_at_once(shape: tuple[int, ...]) -> None:
     tensors = {name: Constant(BY_NAME["float32"], shape)}
     assert resemblance(tensors) is None
     with pytest.raises(AnyckptError, match="too many experts"):
-        dialects.to_hub_names(tensors)
+        spellings.to_hub_names(tensors)

@@ -14,7 +14,7 @@ from tests.models.encoder_cases import BERT, made, reidentified, renamed
 from anyckpt import models
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
-from anyckpt.operations.naming import rename_for
+from anyckpt.operations.steps.renaming import rename_for
 from anyckpt.tensor import from_array
 
 

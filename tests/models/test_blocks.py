@@ -14,10 +14,11 @@ from tests.models.sparse_cases import FAMILIES, UNSAYABLE
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.spellings import Variant
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.models import Model
-from anyckpt.models.variants import Variant, family_names
-from anyckpt.operations.casts import KEEP_IN_FP32, cast_weights
+from anyckpt.models.language.variants import family_names
+from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_weights
 from anyckpt.tensor import LazyTensor, from_array
 
 

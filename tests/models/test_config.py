@@ -15,8 +15,9 @@ from tests.models.proofs import samples
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config import hugging_face as config_hf
 from anyckpt.errors import AnyckptError, MappingError, UsageError
-from anyckpt.models import KINDS, Model, ModelConfig, config_hf
+from anyckpt.models import KINDS, Model, ModelConfig
 
 WINDOWS = {"gemma2": (5, 0), "gemma3": (5, 0)}  # which the fixtures' authors set in Bridge's model
 OLD_ROPE = ("rope_theta", "rope_scaling", "torch_dtype", "rotary_pct", "rotary_emb_base", "rope_local_base_freq")

@@ -20,8 +20,9 @@ from tests.models.random_configs import configs
 from tests.models.test_config import IN_NO_CONFIG_OF_NEMO_2, compared, model_of
 
 from anyckpt import models
+from anyckpt.config import hugging_face as config_hf
 from anyckpt.errors import MappingError
-from anyckpt.models import KINDS, Model, config_hf
+from anyckpt.models import KINDS, Model
 
 _SEES_NOTHING = {"make_vocab_size_divisible_by", "share_embeddings_and_output_weights"}
 _POSITIONS = {"max_position_embeddings"}  # of relative positions, or as many as there are patches

@@ -18,9 +18,9 @@ from anyckpt.errors import AnyckptError
 from anyckpt.formats import megatron_core
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.models import dialects
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.models.dialects import spellings
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.optimizer import with_optimizer
 from anyckpt.tensor import LazyTensor
 
@@ -125,6 +125,6 @@ def test_the_optimizer_state_of_every_parameter(name: str, through: str, tmp_pat
     assert after.step == before.step
     assert after.slots.keys() == before.slots.keys()
     for slot, tensors in before.slots.items():
-        found = dialects.to_hub_names(after.slots[slot])[0]
+        found = spellings.to_hub_names(after.slots[slot])[0]
         rows = {key: t.narrow(0, 0, tensors[key].shape[0]) if t.ndim else t for key, t in found.items()}
         assert facts(rows) == facts(tensors), "but for rows that pad the vocabulary"

@@ -11,9 +11,9 @@ from tests.models.cases import facts, open_case, with_weights
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.windows import windowed_layers
 from anyckpt.errors import MappingError
 from anyckpt.models import Model
-from anyckpt.models.windows import windowed_layers
 from anyckpt.tensor import from_array
 
 NEMO2 = "nemo.collections.llm.gpt.model"

@@ -15,7 +15,7 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.megatron_core import FORMAT as MEGATRON_CORE
 from anyckpt.formats.nemo import FORMAT as NEMO
 from anyckpt.formats.registry import look_at
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
 from anyckpt.tensor import LazyTensor, from_array
 
 
@@ -42,8 +42,8 @@ LOCAL = (
 def test_detected_from_names(dialect: str) -> None:
     case = open_case("llama")
     named = models.from_hub(case.hub(), dialect).tensors
-    assert dialects.detect(named) == dialect
-    assert dialects.detect(case.checkpoint.tensors) == "hf"
+    assert spellings.detect(named) == dialect
+    assert spellings.detect(case.checkpoint.tensors) == "hf"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_detected_from_names(dialect: str) -> None:
     ],
 )
 def test_other_models_have_no_dialect(names: list[str]) -> None:
-    assert dialects.detect(names) is None
+    assert spellings.detect(names) is None
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "model.module.", "module.module."])
@@ -99,16 +99,16 @@ def test_norm_before_experts_keeps_its_name_in_either_spelling() -> None:
     attention = {f"{layer}self_attention.linear_qkv.weight": tensor(4, 2)}
     experts = {f"{layer}mlp.router.weight": tensor(4, 2)}
     for spelled in ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"):
-        named, _ = dialects.to_hub_names({**attention, **experts, layer + spelled: tensor(2)})
+        named, _ = spellings.to_hub_names({**attention, **experts, layer + spelled: tensor(2)})
         assert f"{layer}pre_mlp_layernorm.weight" in named
     latent = {f"{layer}self_attention.linear_q_proj.weight": tensor(4, 2), f"{layer}input_layernorm.weight": tensor(2)}
-    assert f"{layer}input_layernorm.weight" in dialects.to_hub_names(latent)[0]
+    assert f"{layer}input_layernorm.weight" in spellings.to_hub_names(latent)[0]
 
 
 def test_biases_of_norms() -> None:
     layer = "decoder.layers.0."
     stored = {f"{layer}mlp.linear_fc1.weight": tensor(4, 2), f"{layer}pre_mlp_layernorm.bias": tensor(2)}
-    assert f"{layer}mlp.linear_fc1.layer_norm_bias" in dialects.to_hub_names(stored)[0]
+    assert f"{layer}mlp.linear_fc1.layer_norm_bias" in spellings.to_hub_names(stored)[0]
 
 
 def test_layers_that_differ_are_not_stacked() -> None:
@@ -117,14 +117,14 @@ def test_layers_that_differ_are_not_stacked() -> None:
         "decoder.layers.1.mlp.linear_fc1.weight": tensor(6, 2),
         "decoder.final_layernorm.weight": tensor(2),
     }
-    assert set(dialects.from_hub_names(layers, "nemo-sharded")) == {f"model.{name}" for name in layers}
+    assert set(spellings.from_hub_names(layers, "nemo-sharded")) == {f"model.{name}" for name in layers}
     missing = {"decoder.layers.1.mlp.linear_fc1.weight": tensor(4, 2)}
-    assert set(dialects.from_hub_names(missing, "megatron-core")) == set(missing)
+    assert set(spellings.from_hub_names(missing, "megatron-core")) == set(missing)
 
 
 def test_stacking_puts_layers_in_numerical_order() -> None:
     layers = {f"decoder.layers.{i}.mlp.linear_fc2.weight": tensor(2, 2, start=100 * i) for i in range(11, -1, -1)}
-    (stacked,) = dialects.from_hub_names(layers, "megatron-core").values()
+    (stacked,) = spellings.from_hub_names(layers, "megatron-core").values()
     assert [int(row) for row in stacked.numpy()[:, 0, 0]] == [100 * i for i in range(12)]
 
 
@@ -134,25 +134,25 @@ def test_the_same_tensor_twice() -> None:
         "decoder.layers.mlp.linear_fc1.weight": tensor(1, 4, 2),
     }
     with pytest.raises(MappingError, match="the same one of the model"):
-        dialects.to_hub_names(twice)
+        spellings.to_hub_names(twice)
     experts = {
         "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight": tensor(4, 2),
         "decoder.layers.0.mlp.experts.experts.linear_fc1.weight": tensor(1, 4, 2),
     }
     with pytest.raises(MappingError, match="the same one of the model"):
-        dialects.to_hub_names(experts)
+        spellings.to_hub_names(experts)
     norms = {
         "decoder.layers.0.mlp.linear_fc1.weight": tensor(4, 2),
         "decoder.layers.0.pre_mlp_layernorm.weight": tensor(2),
         "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": tensor(2),
     }
     with pytest.raises(MappingError, match="the same one of the model"):
-        dialects.to_hub_names(norms)
+        spellings.to_hub_names(norms)
 
 
 def test_a_layer_axis_of_absurd_length() -> None:
     with pytest.raises(MappingError, match="too many layers"):
-        dialects.to_hub_names({"decoder.layers.mlp.linear_fc2.weight": tensor(10_001, 1)})
+        spellings.to_hub_names({"decoder.layers.mlp.linear_fc2.weight": tensor(10_001, 1)})
 
 
 def test_renaming_a_model_of_no_known_family() -> None:
@@ -162,30 +162,30 @@ def test_renaming_a_model_of_no_known_family() -> None:
         "model.decoder.layers.1.mlp.linear_fc2.weight": tensor(2, 2, start=4),
         "model.decoder.layers.0.mlp.linear_fc2._extra_state": tensor(1),
     }
-    named, ignored = dialects.rename(stored, "nemo-flat", "nemo2")
+    named, ignored = spellings.rename(stored, "nemo-flat", "nemo2")
     assert {name: t.shape for name, t in named.items()} == {
         "module.embedding.word_embeddings.weight": (4, 2),
         "module.decoder.layers.mlp.linear_fc2.weight": (2, 2, 2),
     }
     assert list(ignored) == ["model.decoder.layers.0.mlp.linear_fc2._extra_state"]
-    back, _ = dialects.rename(named, "nemo2", "nemo-flat")
+    back, _ = spellings.rename(named, "nemo2", "nemo-flat")
     assert facts(back) == facts({name: stored[name] for name in stored if name not in ignored})
-    assert dialects.rename(stored, "nemo-flat", "nemo-flat") == (stored, {})
+    assert spellings.rename(stored, "nemo-flat", "nemo-flat") == (stored, {})
     with pytest.raises(UsageError, match="unknown dialect"):
-        dialects.rename(stored, "nemo-flat", "hf")
+        spellings.rename(stored, "nemo-flat", "hf")
 
 
 @pytest.mark.parametrize("name", ["gpt_moe_ep2_seq_shared", "gpt_moe_firstdense_tp2_ep2"])
 def test_experts_that_megatron_core_stacked(name: str) -> None:
     """With and without a layer axis: one tensor per expert in the hub, and the same checkpoint from there."""
     checkpoint = MEGATRON_CORE.read(look_at(fixture_path(f"mcore/{name}/ckpt")))
-    hub, ignored = dialects.to_hub_names(checkpoint.weights())
+    hub, ignored = spellings.to_hub_names(checkpoint.weights())
     layer = 1 if "firstdense" in name else 0
     assert ignored == {}
     assert sum(f"layers.{layer}.mlp.experts.linear_fc1.weight" in key for key in hub) == 4
     assert f"decoder.layers.{layer}.pre_mlp_layernorm.weight" in hub
     again = renamed(
-        dialects.from_hub_names(hub, "megatron-core"),
+        spellings.from_hub_names(hub, "megatron-core"),
         ("layers.pre_mlp_layernorm.weight", "layers.mlp.linear_fc1.layer_norm_weight"),
         ("layers.1.pre_mlp_layernorm.weight", "layers.1.mlp.linear_fc1.layer_norm_weight"),
     )
@@ -197,15 +197,15 @@ def test_experts_as_modules_and_alone() -> None:
     modules = {f"{layer}local_experts.{e}.linear_fc1.weight": tensor(4, 2, start=e) for e in range(3)}
     alone = {f"{layer}experts.{e}.linear_fc1.weight_{half}": tensor(2, 2, start=e) for e in range(3) for half in "wv"}
     for stored in (modules, alone):
-        hub, _ = dialects.to_hub_names(stored)
+        hub, _ = spellings.to_hub_names(stored)
         assert set(hub) == {f"{layer}linear_fc1.weight{e}" for e in range(3)}
-        ((name, stacked),) = dialects.from_hub_names(hub, "megatron-core").items()
+        ((name, stacked),) = spellings.from_hub_names(hub, "megatron-core").items()
         assert name == "decoder.layers.mlp.experts.experts.linear_fc1.weight"
         assert stacked.shape == (1, 3, 4, 2)
         assert list(stacked.numpy()[0, :, 0, 0]) == [0, 1, 2]
     del hub[f"{layer}linear_fc1.weight1"]
     with pytest.raises(MappingError, match="expert 1 is missing"):
-        dialects.from_hub_names(hub, "megatron-core")
+        spellings.from_hub_names(hub, "megatron-core")
 
 
 MEGATRON_ARGS = {

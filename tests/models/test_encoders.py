@@ -15,11 +15,11 @@ from tests.support import fixture_path
 
 import anyckpt
 from anyckpt import models
+from anyckpt.config.model import ModelConfig
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.models import dialects
-from anyckpt.models.config import ModelConfig
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.models.dialects import spellings
+from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.tensor import from_array
 
 BEHIND = {
@@ -118,15 +118,15 @@ def test_a_t5_with_positions_of_its_own_is_of_no_family(tmp_path: Path) -> None:
     named["module.embedding.position_embeddings.weight"] = from_array(np.zeros((512, 32), "<f4"))
     between = replace(with_weights(checkpoint, named), config=rendered, config_kind="nemo2")
     assert models.identify(between) is None
-    renamed_all = dialects.rename(named, "nemo2", "megatron-core")[0]
+    renamed_all = spellings.rename(named, "nemo2", "megatron-core")[0]
     assert "embedding.position_embeddings.weight" in renamed_all
 
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_stored_names_are_known_without_a_configuration(name: str) -> None:
-    assert dialects.detect(case(name).checkpoint.tensors) == "hf"
+    assert spellings.detect(case(name).checkpoint.tensors) == "hf"
     for dialect in ("hub", "megatron-core", "nemo-flat", "nemo-sharded", "nemo2"):
-        assert dialects.detect(models.from_hub(case(name).hub(), dialect).tensors) == dialect
+        assert spellings.detect(models.from_hub(case(name).hub(), dialect).tensors) == dialect
 
 
 def test_stacks_of_different_lengths() -> None:

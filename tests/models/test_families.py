@@ -12,13 +12,13 @@ from tests.models.cases import facts
 import anyckpt.models.families as registry
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig
-from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
-from anyckpt.models.family import Family
-from anyckpt.models.rule_operations import GATE_UP
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import GATE_UP
+from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor, from_array
 
 _SPARSE_FROM = 1

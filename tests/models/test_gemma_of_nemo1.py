@@ -14,11 +14,11 @@ from tests.support import fixture_path
 import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.config import nemo as config_nemo
+from anyckpt.config.nemo import restated, unwrapped
+from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.safetensors import read_safetensors
-from anyckpt.models import config_nemo
-from anyckpt.models.config_nemo import restated, unwrapped
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor, from_array
 

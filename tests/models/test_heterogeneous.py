@@ -14,9 +14,9 @@ from tests.models.remote_code import DECILM, LLAMA3_ROPE, block, decilm_shapes
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.layer_blocks import LayerBlock, decode, parse, render, width
+from anyckpt.config.megatron_bridge import Facts, arguments_of, run_config_of
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.formats.megatron_bridge.config import Facts, arguments_of, run_config_of
-from anyckpt.heterogeneous import LayerBlock, decode, parse, render, width
 from anyckpt.layout import Parallelism, cut, join
 from anyckpt.layout.from_megatron_args import geometry_from_args
 from anyckpt.models import Model

@@ -17,7 +17,7 @@ from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import experts
 from anyckpt.layout.partition import Rules
-from anyckpt.models import rule_operations
+from anyckpt.models.language import rule_operations
 from anyckpt.storage import ByteSource
 from anyckpt.tensor import Constant, Stored, from_array
 

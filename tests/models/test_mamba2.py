@@ -18,7 +18,7 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
 from anyckpt.formats.registry import WriteOptions, read
-from anyckpt.formats.torch_file import FORMAT as TORCH
+from anyckpt.formats.torch import FORMAT as TORCH
 from anyckpt.operations.convert import convert
 from anyckpt.tensor import LazyTensor, from_array
 

@@ -8,8 +8,8 @@ from tests.models.cases import facts, open_case, with_weights
 
 from anyckpt import models
 from anyckpt.errors import MappingError
-from anyckpt.models import dialects
-from anyckpt.models.mixers import joined_mixers, separate_mixers
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.mamba_sections import joined_mixers, separate_mixers
 from anyckpt.tensor import LazyTensor, from_array
 
 MIXER = "decoder.layers.0.mixer"
@@ -77,6 +77,6 @@ def test_other_spellings() -> None:
         for name, tensor in case.megatron.items()
     }
     assert "decoder.layers.0.norm.weight" in spelled
-    assert dialects.detect(spelled) == "hub"
+    assert spellings.detect(spelled) == "hub"
     hub = models.to_hub(with_weights(case.checkpoint, spelled), case.padded())
     assert facts(hub.tensors) == facts(case.megatron)

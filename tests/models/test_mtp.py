@@ -16,8 +16,8 @@ from anyckpt.errors import MappingError
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.operations.convert import convert
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.tensor import LazyTensor, from_array
 
 

@@ -10,8 +10,9 @@ from tests.models.cases import facts, open_case, with_weights
 import anyckpt
 from anyckpt import models
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.models import dialects, other_dialects
-from anyckpt.models.other_dialects import OtherDialect
+from anyckpt.models.dialects import external as other_dialects
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.external import OtherDialect
 
 HUBS = {rule.hub: None for family in ("llama", "mixtral") for rule in models.by_name(family).rules}
 BLOCKS = OtherDialect(
@@ -27,7 +28,7 @@ BLOCKS = OtherDialect(
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_dialects, "other_dialects", lambda: {BLOCKS.name: BLOCKS})
-    monkeypatch.setattr(dialects, "other_dialects", lambda: {BLOCKS.name: BLOCKS})
+    monkeypatch.setattr(spellings, "other_dialects", lambda: {BLOCKS.name: BLOCKS})
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -41,7 +42,7 @@ def test_there_and_back(name: str) -> None:
         assert facts({"": named["blocks.1.mlp.experts.linear_fc1.weight2"]}) == facts(
             {"": hub.tensors["decoder.layers.1.mlp.experts.linear_fc1.weight2"]}
         )
-    assert dialects.detect(named) == "blocks"
+    assert spellings.detect(named) == "blocks"
     assert facts(models.to_hub(with_weights(case.checkpoint, named), case.model).tensors) == facts(hub.tensors)
 
 
@@ -53,20 +54,20 @@ def test_as_a_choice_of_names(tmp_path: Path) -> None:
     anyckpt.convert(there, tmp_path / "hf", to="hf", config=case.checkpoint.config)
     assert facts(anyckpt.open(tmp_path / "hf").tensors) == facts(case.checkpoint.tensors)
     assert anyckpt.inspect(there).likely_families
-    renamed, _ = dialects.rename(anyckpt.open(there).tensors, "blocks", "nemo-flat")
+    renamed, _ = spellings.rename(anyckpt.open(there).tensors, "blocks", "nemo-flat")
     assert "model.decoder.layers.0.self_attention.linear_qkv.weight" in renamed
 
 
 def test_names_that_are_not_of_it() -> None:
     tensors = open_case("llama").hub().tensors
     some = {"tok.weight": tensors["embedding.word_embeddings.weight"]}
-    assert dialects.detect(some) is None, "a model has all the evidence"
-    assert dialects.detect(tensors) == "hub"
-    assert dialects.is_megatron("blocks")
-    assert not dialects.is_megatron("hf")
-    assert not dialects.is_megatron(None)
+    assert spellings.detect(some) is None, "a model has all the evidence"
+    assert spellings.detect(tensors) == "hub"
+    assert spellings.is_megatron("blocks")
+    assert not spellings.is_megatron("hf")
+    assert not spellings.is_megatron(None)
     with pytest.raises(UsageError, match=r"unknown dialect 'klingon' .*nemo2, blocks"):
-        dialects.from_hub_names(tensors, "klingon")
+        spellings.from_hub_names(tensors, "klingon")
 
 
 def test_two_tensors_of_one_name() -> None:

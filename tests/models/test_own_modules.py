@@ -19,8 +19,8 @@ from anyckpt.formats import nemo
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import Model
-from anyckpt.models.dialects import detect
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.models.dialects.spellings import detect
+from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.tensor import LazyTensor
 
 OWN = (

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 from tests.support import fixture_path  # noqa: E402
 
 from anyckpt.models.families import by_name, known_families  # noqa: E402
-from anyckpt.models.registered import registered_order  # noqa: E402
+from anyckpt.models.language.parameter_order import registered_order  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

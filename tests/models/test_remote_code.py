@@ -21,8 +21,8 @@ from anyckpt.errors import MappingError
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import Hub, Model
-from anyckpt.models.dialects import detect
-from anyckpt.models.unit_rows import RowsOfLengthOne
+from anyckpt.models.dialects.spellings import detect
+from anyckpt.models.language.unit_rows import RowsOfLengthOne
 from anyckpt.tensor import LazyTensor, from_array
 
 NEMO = "nemo.collections.llm.gpt.model"

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from anyckpt.config.model import ModelConfig
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
-from anyckpt.models.config import ModelConfig
-from anyckpt.models.rule_operations import IDENTITY, INTERLEAVED_KV, INTERLEAVED_QKV, Leading, Scaled
+from anyckpt.models.language.rule_operations import IDENTITY, INTERLEAVED_KV, INTERLEAVED_QKV, Leading, Scaled
 from anyckpt.tensor import Constant, from_array
 
 CONFIG = ModelConfig("t", 1, 8, 8, 2, 2, 4)

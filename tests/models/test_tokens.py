@@ -13,9 +13,9 @@ from tests.support import fixture_path
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, Tokenizer
+from anyckpt.config.model import ModelConfig
 from anyckpt.formats.nemo import FORMAT as NEMO
 from anyckpt.formats.registry import look_at
-from anyckpt.models.config import ModelConfig
 from anyckpt.models.hub import true_vocabulary
 from anyckpt.models.tokens import TokenFacts, token_facts
 from anyckpt.storage import LocalFile, MemorySource

@@ -12,7 +12,7 @@ from tests.models.encoder_cases import BERT, CLIP, T5, VIT, made, reidentified, 
 
 from anyckpt import models
 from anyckpt.errors import MappingError
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
 from anyckpt.tensor import from_array
 
 
@@ -73,7 +73,7 @@ def test_vit_as_transformers_5_has_it_in_memory() -> None:
         assert new.keys() != checkpoint.tensors.keys()
         hub = models.to_hub(with_weights(checkpoint, new, "hf"), reidentified(checkpoint, new))
         assert facts(models.from_hub(hub, "hf").tensors) == facts(checkpoint.tensors)
-        assert dialects.detect(new) == "hf"
+        assert spellings.detect(new) == "hf"
 
 
 def test_heads_of_a_vit() -> None:

@@ -17,11 +17,11 @@ from tests.support import write_plan
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.model import PART_OF
 from anyckpt.errors import MappingError
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions, read
-from anyckpt.models import dialects
-from anyckpt.models.config import PART_OF
+from anyckpt.models.dialects import spellings
 from anyckpt.operations.convert import convert
 from anyckpt.tensor import LazyTensor, from_array
 
@@ -47,7 +47,7 @@ def found(case: Case, tensors: Mapping[str, LazyTensor], config: dict[str, Any] 
 def test_all_is_wrapped(name: str, wrapper: str) -> None:
     case = open_case(name)
     wrapped = {wrapper + key: tensor for key, tensor in case.checkpoint.tensors.items()}
-    assert dialects.detect(wrapped) == "hf"
+    assert spellings.detect(wrapped) == "hf"
     hub = found(case, wrapped)
     assert facts(hub.tensors) == facts(case.hub().tensors)
     assert hub.ignored == {}
@@ -60,7 +60,7 @@ def test_parts_are_wrapped(name: str) -> None:
     tensors = case.checkpoint.tensors
     for word in (r"\1_orig_mod.", r"_fsdp_wrapped_module.\1_fsdp_wrapped_module._checkpoint_wrapped_module."):
         wrapped = {re.sub(r"^(.+?\.\d+\.)", word, key): tensor for key, tensor in tensors.items()}
-        assert dialects.detect(wrapped) == "hf"
+        assert spellings.detect(wrapped) == "hf"
         assert facts(found(case, wrapped).tensors) == facts(case.hub().tensors)
 
 
@@ -70,7 +70,7 @@ def test_encoders_in_wrappers(name: str, wrapper: str) -> None:
     """As a Lightning module's state dict has them; without configuration, names tell whose they are."""
     checkpoint, model = samples()[name].open()
     wrapped = {wrapper + stored: tensor for stored, tensor in checkpoint.tensors.items()}
-    assert dialects.detect(wrapped) == "hf"
+    assert spellings.detect(wrapped) == "hf"
     again = replace(checkpoint, tensors=wrapped, dialect=None)
     known = models.identify(again)
     assert known is not None
@@ -79,7 +79,7 @@ def test_encoders_in_wrappers(name: str, wrapper: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert_model.encoder.layer.0.output.dense.weight", "asr.encoder.block.0.weight"])
 def test_parts_of_other_models_are_not_transformers_own(name: str) -> None:
-    assert dialects.detect([name]) is None
+    assert spellings.detect([name]) is None
 
 
 @pytest.mark.parametrize("base", ["", "model.language_model.", "module.", "bare."])

@@ -11,7 +11,7 @@ from tests.models.cases import MEGATRON_DIALECTS, Case, facts, open_case, with_w
 from anyckpt import models
 from anyckpt.errors import MappingError
 from anyckpt.models import Hub
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import Constant, from_array
 
 LAYERS = "decoder.layers.*.self_attention.linear_qkv.bias"

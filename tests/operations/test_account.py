@@ -17,14 +17,14 @@ from tests.support import fixture_path, write_plan
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.torch_file import read_torch, zip_parts
-from anyckpt.operations.account import unaccounted
 from anyckpt.operations.convert import Conversion
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps.account import unaccounted
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import LazyTensor, from_array
 

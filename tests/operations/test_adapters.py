@@ -12,12 +12,12 @@ from tests.support import fixture_path, write_plan
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, MappingError, OutputError, UsageError
-from anyckpt.formats.safetensors import safetensors_parts
-from anyckpt.operations.naming import common_names
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.renaming import common_names
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.tensor import LazyTensor, from_array
 

@@ -14,18 +14,18 @@ from tests.support import assert_tensors_equal_expected, expected_of, fixture_pa
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, storage_key
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.dtypes import dtype
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, MappingError, OutputError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file import zip_parts
-from anyckpt.models import dialects
-from anyckpt.operations import mean as module
+from anyckpt.models.dialects import spellings
 from anyckpt.operations.average import average
-from anyckpt.operations.mean import Mean
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps import mean as module
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.mean import Mean
 from anyckpt.tensor import LazyTensor, from_array
 
 FIXTURE = "legacy/averaging"
@@ -89,7 +89,7 @@ def test_layouts_meet(first: int, tmp_path: Path) -> None:
     assert found.layout == (registry.read(paths[0]).layout if first < 2 else ParallelLayout())
     assert bool(registry.read(tmp_path / "mean.nemo").ranks) == (first < 2)
     assert found.dialect is not None
-    stacked = dialects.rename(found.weights(), found.dialect, "nemo-sharded")[0]
+    stacked = spellings.rename(found.weights(), found.dialect, "nemo-sharded")[0]
     assert_tensors_equal_expected(stacked, expected_of(order[0])["global_tensors_by_sharded_key"])
 
 

@@ -16,9 +16,9 @@ from anyckpt.checkpoint import ParallelLayout
 from anyckpt.formats import registry
 from anyckpt.formats.random_states import is_random_state, random_states
 from anyckpt.operations.convert import Conversion, convert
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
 from anyckpt.operations.reshard import reshard
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor, from_array
 

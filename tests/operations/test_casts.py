@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anyckpt.errors import UsageError
-from anyckpt.operations.casts import cast_weights
+from anyckpt.operations.steps.casts import cast_weights
 from anyckpt.tensor import LazyTensor, from_array
 
 

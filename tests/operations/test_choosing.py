@@ -15,7 +15,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.errors import AnyckptError, IncompleteError, UsageError
 from anyckpt.formats.registry import read
-from anyckpt.operations.choosing import choose
+from anyckpt.operations.steps.choosing import choose
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = fixture_path("families/llama/hf")

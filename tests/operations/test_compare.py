@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from anyckpt.operations import compare as module
-from anyckpt.operations.compare import Deviation, Tolerance, compare
+from anyckpt.operations.steps import compare as module
+from anyckpt.operations.steps.compare import Deviation, Tolerance, compare
 from anyckpt.tensor import from_array
 
 EXACT = Tolerance()

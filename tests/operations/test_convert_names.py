@@ -8,11 +8,11 @@ import pytest
 from tests.support import fixture_path, sha256_of
 
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.formats.megatron_lm.modules import registered_order
-from anyckpt.operations import naming
+from anyckpt.models.dialects.registration import registered_order
 from anyckpt.operations.convert import convert
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps import renaming as naming
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 
 LLAMA = "families/llama/hf"
 

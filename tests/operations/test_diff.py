@@ -13,12 +13,12 @@ from tests.support import fixture_path, write_plan
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file import zip_parts
+from anyckpt.containers.torch_file.values import SparseTensor
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
-from anyckpt.formats.torch_file import zip_parts
-from anyckpt.formats.torch_file.values import SparseTensor
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.tensor import from_array
 
 LLAMA = fixture_path("families/llama/hf")

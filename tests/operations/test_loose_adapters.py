@@ -125,8 +125,8 @@ def test_dotted_names(adapter: Arrays, tmp_path: Path) -> None:
 def test_diffusers_metadata_says_alpha(tmp_path: Path) -> None:
     from tests.support import write_plan
 
+    from anyckpt.containers.safetensors import safetensors_parts
     from anyckpt.engine.plan import OutputFile, Plan
-    from anyckpt.formats.safetensors import safetensors_parts
     from anyckpt.tensor import from_array
 
     tensors = {name: from_array(array) for name, array in dotted("lora_A.weight", "lora_B.weight").items()}

@@ -16,9 +16,9 @@ from tests.support import fixture_path, write_plan
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import AnyckptError, MappingError, UsageError
-from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.models.adapters import KINDS, check_adapter, merged_by_name, place_by_name, settings_of
 from anyckpt.models.adapters.by_name import Names
 from anyckpt.tensor import from_array

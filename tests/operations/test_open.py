@@ -15,12 +15,12 @@ from tests.support import assert_tensors_equal_expected, expected_of, fixture_pa
 
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.megatron_lm import FORMAT
-from anyckpt.formats.megatron_lm.names import fuse_norms
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.layout import Parallelism
 from anyckpt.layout.from_megatron_args import args_from_parallelism
-from anyckpt.operations.open import join_ranks, open_checkpoint, parallelism_of
-from anyckpt.operations.recut import cut_for_ranks
+from anyckpt.models.dialects.rank_names import fuse_norms
+from anyckpt.operations.steps.cutting import cut_for_ranks
+from anyckpt.operations.steps.joining import join_ranks, open_checkpoint, parallelism_of
 
 OLD = tuple(f"oldnames_v{version}" for version in range(4))
 

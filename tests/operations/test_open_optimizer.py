@@ -13,13 +13,13 @@ from tests.operations.test_open import hub_spelling
 from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, sha256_of, write_plan
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm import FORMAT
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file import read_torch
 from anyckpt.layout import Parallelism
-from anyckpt.operations.open import open_checkpoint, parallelism_of
-from anyckpt.operations.recut import cut_for_ranks
+from anyckpt.operations.steps.cutting import cut_for_ranks
+from anyckpt.operations.steps.joining import open_checkpoint, parallelism_of
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import LazyTensor
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from anyckpt.errors import FormatError
-from anyckpt.operations.parallel import Advance, Meter, each
+from anyckpt.operations.steps.threads import Advance, Meter, each
 
 
 def test_results_keep_the_order_of_items() -> None:

@@ -13,9 +13,9 @@ from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.convert import convert
 from anyckpt.operations.diff import diff
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
 from anyckpt.operations.reshard import reshard
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 
 DENSE = [
     "legacy/megatron_gpt_tp2_pp2",

@@ -11,8 +11,8 @@ import pytest
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import UnsafeError
-from anyckpt.operations import scan as module
-from anyckpt.operations.scan import Statistics, scan
+from anyckpt.operations.steps import statistics as module
+from anyckpt.operations.steps.statistics import Statistics, scan
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import Constant, Stored, from_array
 

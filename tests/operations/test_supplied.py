@@ -11,7 +11,7 @@ from tests.support import fixture_path
 import anyckpt
 from anyckpt.errors import FormatError
 from anyckpt.formats.registry import read
-from anyckpt.operations.supplied import read_config
+from anyckpt.operations.steps.user_files import read_config
 
 LLAMA = fixture_path("families/llama/hf")
 

@@ -10,15 +10,15 @@ import pytest
 from tests.support import file_bytes, fixture_path
 
 from anyckpt.cli import run
+from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.safetensors import safetensors_parts
 from anyckpt.operations.convert import convert
 from anyckpt.operations.inspect import inspect
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
 from anyckpt.operations.reshard import reshard
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.tensor import from_array
 
 LLAMA, TRUE = "families/llama/hf", 151

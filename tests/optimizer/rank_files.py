@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
-from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.storage.source import LocalFile
 from anyckpt.storage.tar import read_tar
 from anyckpt.tensor import LazyTensor, from_array

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, MappingError
 from anyckpt.formats import registry
-from anyckpt.formats.apex_buckets import REMAINDER, has_buckets, whole_states, with_remainder
-from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.optimizer import with_optimizer
+from anyckpt.optimizer.apex_buckets import REMAINDER, has_buckets, whole_states, with_remainder
 from anyckpt.pickling import Global, Record
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import LazyTensor, from_array

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyckpt.errors import MappingError
-from anyckpt.formats.megatron_lm.data_parallel_shards import join_shards
-from anyckpt.formats.megatron_lm.parameters import Parameter
 from anyckpt.operations.convert import convert
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.optimizer.data_parallel_shards import join_shards
+from anyckpt.optimizer.rank_parameters import Parameter
 from anyckpt.tensor import LazyTensor, from_array
 from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture, write_torch
 from tests.operations.test_open import hub_spelling

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
 from anyckpt.operations.convert import convert
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.optimizer import with_optimizer
 from tests.formats.megatron_lm_files import FILE, root_of
 from tests.support import fixture_path, sha256_of
@@ -32,7 +32,7 @@ def state_of(path: Path) -> OptimizerState:
 
 
 def digests(path: Path) -> dict[str, dict[str, str]]:
-    slots = {slot: dialects.to_hub_names(own)[0] for slot, own in state_of(path).slots.items()}
+    slots = {slot: spellings.to_hub_names(own)[0] for slot, own in state_of(path).slots.items()}
     return {slot: {name: sha256_of(tensor) for name, tensor in own.items()} for slot, own in slots.items()}
 
 

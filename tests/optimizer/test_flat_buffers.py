@@ -12,8 +12,8 @@ import pytest
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
-from anyckpt.models import dialects
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.models.dialects import spellings
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.optimizer import renamed, with_optimizer
 from anyckpt.optimizer.placing import Buffer, placed
 from anyckpt.tensor import LazyTensor, concatenate, from_array
@@ -130,7 +130,7 @@ def of_two_ranks() -> Checkpoint:
         objects[GATHERED.format(rank)] = ranks.objects[f"mp_rank_0{rank}/distrib_optim"]
         inner = ranks.objects[f"mp_rank_0{rank}/optimizer"]["optimizer"]
         objects[f"optimizer.distributed.dp_group_idx_{rank}.optimizer/shard_0_1"] = inner
-    stacked = dialects.from_hub_names(joined.tensors, "megatron-core")
+    stacked = spellings.from_hub_names(joined.tensors, "megatron-core")
     return Checkpoint(
         "x", "megatron-core", stacked, dialect="megatron-core", config=joined.config, config_kind="megatron-args",
         layout=joined.layout, objects=objects,
@@ -139,7 +139,7 @@ def of_two_ranks() -> Checkpoint:
 
 def test_state_of_tensor_parallel_ranks_is_what_was_trained() -> None:
     expected = expected_of("legacy/megatron_distopt_tp2_dp2")["optimizer"]
-    state = renamed(state_of(with_optimizer(of_two_ranks())), lambda tensors: dialects.to_hub_names(tensors)[0])
+    state = renamed(state_of(with_optimizer(of_two_ranks())), lambda tensors: spellings.to_hub_names(tensors)[0])
     local = {
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",

@@ -17,9 +17,9 @@ buffers = pytest.importorskip("megatron.core.distributed.param_and_grad_buffer")
 from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
 
 from anyckpt.errors import MappingError  # noqa: E402
-from anyckpt.formats.megatron_lm.buffers import Rule, place, rules, starts  # noqa: E402
-from anyckpt.formats.megatron_lm.parameters import Parameter  # noqa: E402
+from anyckpt.optimizer.buffers import Rule, place, rules, starts  # noqa: E402
 from anyckpt.optimizer.placing import Buffer, placed  # noqa: E402
+from anyckpt.optimizer.rank_parameters import Parameter  # noqa: E402
 from anyckpt.tensor import Constant, from_array  # noqa: E402
 
 pytestmark = pytest.mark.peer

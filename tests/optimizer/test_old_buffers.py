@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
-from anyckpt.formats.megatron_lm.buffers import place_in_buckets
-from anyckpt.formats.megatron_lm.parameters import Parameter, parameters_of
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.optimizer.buffers import place_in_buckets
+from anyckpt.optimizer.rank_parameters import Parameter, parameters_of
 from anyckpt.pickling import Global
 from anyckpt.tensor import Constant, LazyTensor, from_array
 from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import MappingError
-from anyckpt.formats.torch_file import zip_parts
 from anyckpt.operations.convert import convert
 from anyckpt.optimizer import laid_out, renamed, with_masters, with_optimizer
 from anyckpt.tensor import LazyTensor, from_array

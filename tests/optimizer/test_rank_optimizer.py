@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import AnyckptError
 from anyckpt.formats import registry
-from anyckpt.formats.megatron_lm.names import part_norms
-from anyckpt.formats.torch_file import read_torch
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.operations.convert import convert
-from anyckpt.operations.open import open_checkpoint
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.optimizer import with_optimizer
 from anyckpt.storage.source import MemorySource
 from tests.formats.test_nemo_ranks import old_model
@@ -121,7 +121,7 @@ def test_into_every_target_that_keeps_state(to: str, tmp_path: Path) -> None:
     found = state_of(again)
     assert found.step == 6 and again.training.step == 6
     for slot, tensors in whole.slots.items():
-        theirs = dialects.to_hub_names(found.slots[slot])[0]
+        theirs = spellings.to_hub_names(found.slots[slot])[0]
         assert {n: sha256_of(t) for n, t in theirs.items()} == {n: sha256_of(t) for n, t in tensors.items()}
 
 

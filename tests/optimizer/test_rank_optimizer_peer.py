@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from anyckpt.errors import AnyckptError  # noqa: E402
-from anyckpt.operations.open import open_checkpoint  # noqa: E402
+from anyckpt.operations.steps.joining import open_checkpoint  # noqa: E402
 from anyckpt.tensor import LazyTensor  # noqa: E402
 from tests.optimizer.rank_files import NAME, config_of, ranks_of  # noqa: E402
 from tests.optimizer.test_rank_optimizer import state_of  # noqa: E402

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import AnyckptError
-from anyckpt.formats.torch_file import read_torch, zip_parts
 from anyckpt.operations.convert import convert
-from anyckpt.operations.open import open_checkpoint
+from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import from_array
 from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture

@@ -14,7 +14,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
 from anyckpt.optimizer import laid_out, renamed, with_masters, with_optimizer
 from anyckpt.tensor import LazyTensor, concatenate, from_array
 from tests.support import fixture_path, sha256_of, write_plan
@@ -216,7 +216,7 @@ def test_slots_and_groups_follow_the_weights() -> None:
     source = opened(fixture_path("mcore/gpt_moe_opt_chained_ep2/ckpt"))
 
     def to_hub(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-        return dialects.to_hub_names(tensors)[0]
+        return spellings.to_hub_names(tensors)[0]
 
     state = renamed(state_of(source), to_hub)
     hub = to_hub(source.weights())
@@ -230,8 +230,8 @@ def test_slots_and_groups_follow_the_weights() -> None:
 
 def test_renamed_there_and_back_it_is_the_same() -> None:
     before = state_of(opened(fixture_path("mcore/gpt_opt_plain/ckpt")))
-    hub = renamed(before, lambda tensors: dialects.to_hub_names(tensors)[0])
-    after = renamed(hub, lambda tensors: dialects.from_hub_names(tensors, "megatron-core"))
+    hub = renamed(before, lambda tensors: spellings.to_hub_names(tensors)[0])
+    after = renamed(hub, lambda tensors: spellings.from_hub_names(tensors, "megatron-core"))
     assert digests(after.slots) == digests(before.slots)
     assert after.group_of == before.group_of
 

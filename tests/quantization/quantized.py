@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from tests.support import file_bytes
 
+from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.engine.plan import OutputFile
-from anyckpt.formats.safetensors import read_safetensors, safetensors_parts
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import from_array
 

@@ -16,10 +16,10 @@ from tests.support import expected_of, fixture_path, sha256_of
 import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import OutputFile, Plan, TensorData
 from anyckpt.errors import MappingError
-from anyckpt.formats.safetensors import read_safetensors
 from anyckpt.quantization import METHODS, dequantize, method_of
 from anyckpt.quantization.numbers import E2M1
 from anyckpt.storage import LocalFile

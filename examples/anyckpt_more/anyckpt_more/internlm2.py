@@ -4,12 +4,13 @@ Names and keys are those of ``modeling_internlm2.py`` and ``configuration_intern
 takes ``wqkv`` apart as "b q (h gs d) -> b q h gs d": by query group, its queries, its key, its value.
 """
 
-from anyckpt.models.config import Field
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field
+from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import llama
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rule_operations import GATE_UP
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import GATE_UP
+from anyckpt.models.language.rules import Rule
 
 LAYER, HUB = "model.layers.*", "decoder.layers.*"
 

@@ -3,7 +3,7 @@
 Facts: ``megatron/model/{language_model,transformer}.py`` of Megatron-LM 3.0.
 """
 
-from anyckpt.models.other_dialects import OtherDialect
+from anyckpt.models.dialects.external import OtherDialect
 
 _LAYER, _HUB = "language_model.encoder.layers.*", "decoder.layers.*"
 

@@ -133,7 +133,7 @@ def _usage_hint(error: click.ClickException) -> str:
 
 
 def _fail(message: str, hint: str = "", code: int = 2) -> int:
-    from anyckpt.display import printable
+    from anyckpt.escaping import printable
 
     line = printable(" ".join(message.splitlines())) + hint
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from anyckpt.display import printable
+from anyckpt.escaping import printable
 
 if TYPE_CHECKING:
     from anyckpt.operations.archive import ArchiveReport

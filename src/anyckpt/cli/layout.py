@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from anyckpt.operations.recut import LayoutRequest
+    from anyckpt.operations.steps.cutting import LayoutRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -57,8 +57,8 @@ def layout_request(options: dict[str, Any]) -> LayoutRequest:
     Raises:
         FormatError: the rules file cannot be read.
     """
-    from anyckpt.operations.recut import LayoutRequest
-    from anyckpt.operations.supplied import read_rules
+    from anyckpt.operations.steps.cutting import LayoutRequest
+    from anyckpt.operations.steps.user_files import read_rules
 
     rules = options.pop("partition_rules")
     return LayoutRequest(

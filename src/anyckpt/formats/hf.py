@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
+from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
+from anyckpt.containers.torch_file import parts, read_torch
+from anyckpt.containers.torch_file.flatten import flatten
+from anyckpt.containers.torch_file.forms import Forms, forms_of, joined
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.rank_safetensors import (
@@ -24,10 +28,7 @@ from anyckpt.formats.rank_safetensors import (
     read_rank_files,
 )
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.safetensors import read_safetensors, safetensors_parts, told_of_parts, weights_only
-from anyckpt.formats.torch_file import parts, read_torch
-from anyckpt.formats.torch_file.forms import Forms, forms_of, joined
-from anyckpt.formats.torch_file.tree import flatten
+from anyckpt.formats.safetensors import told_of_parts, weights_only
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum
+from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.hf import other_files, read_json, tokenizer_of
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.safetensors import read_safetensors, weights_only
+from anyckpt.formats.safetensors import weights_only
 from anyckpt.storage.place import Location, Place
 from anyckpt.tensor import LazyTensor, concatenate
 
@@ -123,8 +124,8 @@ def _number(name: str) -> int:
 
 
 def _read_part(location: Location, name: str, warnings: list[str], checksums: list[StoredChecksum]) -> _File:
-    from anyckpt.formats.torch_file import read_torch
-    from anyckpt.formats.torch_file.format import stored_checksums
+    from anyckpt.containers.torch_file import read_torch
+    from anyckpt.containers.torch_file.checksums import stored_checksums
 
     source = location.open(name)
     contents = read_torch(source)
@@ -276,7 +277,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: a tensor cannot be divided by that many.
     """
-    from anyckpt.formats.torch_file.writer import zip_parts
+    from anyckpt.containers.torch_file.writer import zip_parts
 
     weights, ignored = weights_only(checkpoint)
     count = 1 if options.layout is None else options.layout.tensor_parallel

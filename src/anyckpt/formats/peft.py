@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.hf import (
@@ -24,7 +25,7 @@ from anyckpt.formats.hf import (
     training_state,
 )
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.safetensors import safetensors_parts, weights_only
+from anyckpt.formats.safetensors import weights_only
 from anyckpt.storage.place import Location
 
 CONFIG = "adapter_config.json"

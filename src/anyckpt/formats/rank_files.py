@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout, RankShard
+from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_lm.names import flattened, hub_names
-from anyckpt.formats.megatron_lm.projections import grouped
-from anyckpt.formats.torch_file.values import brief
+from anyckpt.models.dialects.projections import grouped
+from anyckpt.models.dialects.rank_names import flattened, hub_names
 from anyckpt.tensor import LazyTensor, concatenate
 
 _FOLDER = re.compile(

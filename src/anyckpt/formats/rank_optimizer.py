@@ -18,11 +18,11 @@ from typing import Any
 from anyckpt.checkpoint import GROUP, OptimizerState, ParallelLayout
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.formats.apex_buckets import has_buckets, shaped, whole_states
-from anyckpt.formats.megatron_lm.names import flattened
-from anyckpt.formats.parameter_groups import possible_groups
 from anyckpt.formats.rank_files import Chunk, rank_shards
 from anyckpt.indexing import Shape
+from anyckpt.models.dialects.rank_names import flattened
+from anyckpt.optimizer.apex_buckets import has_buckets, shaped, whole_states
+from anyckpt.optimizer.group_rules import possible_groups
 from anyckpt.tensor import Constant, LazyTensor
 
 SLOTS = ("master", "exp_avg", "exp_avg_sq")

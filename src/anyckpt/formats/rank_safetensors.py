@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Part
+from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.errors import AnyckptError, FormatError
-from anyckpt.formats.safetensors import read_safetensors
 from anyckpt.indexing import Shape
 from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor, mosaic

@@ -17,8 +17,8 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
+from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import AnyckptError, FormatError, UsageError
-from anyckpt.extensions import loaded, registered
 from anyckpt.formats.foreign import refusal
 from anyckpt.formats.unfinished import check_finished
 from anyckpt.pickling import load_prefix
@@ -106,7 +106,7 @@ _BUILT_IN = {
     "fsdp": "fsdp",
     "deepspeed": "deepspeed",
     "safetensors": "safetensors",
-    "torch": "torch_file",
+    "torch": "torch",
 }
 """Name -> module of this package, in the order in which they are asked; each module has ``FORMAT``."""
 

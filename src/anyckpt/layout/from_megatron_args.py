@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout
+from anyckpt.config.layer_blocks import LayerBlock, decode
 from anyckpt.errors import MappingError
-from anyckpt.heterogeneous import LayerBlock, decode
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.geometry import Geometry, Latent, Mamba, Parallelism
 

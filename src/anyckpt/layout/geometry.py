@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.config.layer_blocks import LayerBlock
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.heterogeneous import LayerBlock
 
 _LARGEST = 1 << 20  # of a parallel size; beyond it, arithmetic on a hostile file is the attack
 

@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config import hugging_face as config_hf
+from anyckpt.config import megatron as config_megatron
+from anyckpt.config import meta as config_meta
+from anyckpt.config import nemo as config_nemo
+from anyckpt.config.model import ModelConfig
 from anyckpt.errors import UsageError
-from anyckpt.models import config_hf, config_megatron, config_meta, config_nemo
 from anyckpt.models.bare_names import bare_names
-from anyckpt.models.config import ModelConfig
 from anyckpt.models.families import by_name, known_families
-from anyckpt.models.family import Family
 from anyckpt.models.hub import Hub, Model, Named, from_hub, to_hub
 from anyckpt.models.identify import KINDS, config_kind, identify
+from anyckpt.models.language.family import Family
 
 __all__ = [
     "KINDS",

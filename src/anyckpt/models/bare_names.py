@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config import hugging_face as config_hf
 from anyckpt.errors import MappingError
-from anyckpt.models import config_hf
 from anyckpt.models.complete import some
+from anyckpt.models.dialects.wrappers import BETWEEN, unwrapped, without_between
 from anyckpt.models.families import each_family
-from anyckpt.models.wrappers import BETWEEN, unwrapped, without_between
 from anyckpt.tensor import LazyTensor
 
 _AROUND = ("pretrained_model.", "base_model.model.")

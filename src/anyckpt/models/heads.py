@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.model import PART_OF
 from anyckpt.errors import MappingError
-from anyckpt.models.config import PART_OF
+from anyckpt.models.dialects.wrappers import base_of, unwrapped
 from anyckpt.models.hub import Model
-from anyckpt.models.rules import Rule
-from anyckpt.models.wrappers import base_of, unwrapped
+from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor
 
 _HEADS = {

@@ -14,18 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config import meta_names
+from anyckpt.config.megatron import has_own_modules
+from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig, padded
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
-from anyckpt.models import dialects, meta_names
 from anyckpt.models.complete import SHOWN, check_complete, some
-from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig, padded
 from anyckpt.models.copies import check_tied, drop_copies
-from anyckpt.models.family import Family
-from anyckpt.models.own_modules import has_own_modules, own_names
-from anyckpt.models.rules import Instance
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.before_core import own_names
+from anyckpt.models.dialects.wrappers import unwrapped
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rules import Instance
+from anyckpt.models.language.variants import family_names, stored_name, stored_names
 from anyckpt.models.spelling import Spelling, variants_of
-from anyckpt.models.variants import family_names, stored_name, stored_names
-from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import Constant, LazyTensor, Mapped, concatenate
 
 
@@ -95,7 +97,7 @@ def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
             configuration, or a redundant output layer differs from the embedding that it is tied to.
     """
     weights = checkpoint.weights()
-    dialect = checkpoint.dialect or dialects.detect(weights)
+    dialect = checkpoint.dialect or spellings.detect(weights)
     if dialect == "hf":
         return _from_family_names(weights, model, checkpoint.path, widen)
     if dialect in meta_names.SPELLINGS:
@@ -105,7 +107,7 @@ def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
             "the names are neither Hugging Face's nor Megatron's", path=checkpoint.path, found=some(weights),
             remedy="convert names unchanged, to safetensors, torch or dcp",
         )  # fmt: skip
-    named, ignored = dialects.to_hub_names(weights)
+    named, ignored = spellings.to_hub_names(weights)
     notes = list(model.notes)
     expected = model.definition.expected(model.config)
     _drop_tied_copy(named, model, ignored)
@@ -260,10 +262,10 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
         numbered = config.heterogeneous_blocks is not None
         if dialect == "nemo-flat" and has_own_modules(config):
             resized = own_names(resized)
-        named = dialects.from_hub_names(resized, dialect, numbered=numbered)
+        named = spellings.from_hub_names(resized, dialect, numbered=numbered)
         prefix = definition.prefixes.get(dialect)
         if prefix is not None:
-            usual = dialects.DIALECTS[dialect].prefix
+            usual = spellings.DIALECTS[dialect].prefix
             named = {prefix + name.removeprefix(usual): tensor for name, tensor in named.items()}
         return _accounted(hub, named, notes)
     tensors = _family_tensors(expected, resized, hub.model)

@@ -7,17 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, storage_key
+from anyckpt.config import hugging_face as config_hf
+from anyckpt.config import megatron as config_megatron
+from anyckpt.config import meta as config_meta
+from anyckpt.config import meta_names
+from anyckpt.config import nemo as config_nemo
+from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.indexing import Shape
-from anyckpt.models import config_hf, config_megatron, config_meta, config_nemo, dialects, meta_names
-from anyckpt.models.config import PART_OF, WHOLE_NORMS, ModelConfig
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.before_core import core_names
+from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.families import by_name, each_family
-from anyckpt.models.family import Family, unrefined
 from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
-from anyckpt.models.own_modules import core_names
+from anyckpt.models.language.family import Family, unrefined
+from anyckpt.models.language.variants import family_names
 from anyckpt.models.tokens import TokenFacts, token_facts
-from anyckpt.models.variants import family_names
-from anyckpt.models.wrappers import unwrapped
 from anyckpt.tensor import LazyTensor
 
 KINDS = ("hf", "nemo1", "nemo2", "megatron-args")
@@ -117,7 +122,7 @@ def _parts(weights: Mapping[str, LazyTensor]) -> frozenset[str]:
 
 def _megatron_names(weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Tensors without their wrapper's prefix, layers as they are stored; nothing if the names are not Megatron's."""
-    prefix = dialects.find_prefix(weights)
+    prefix = spellings.find_prefix(weights)
     if prefix is None:
         return {}
     return core_names({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
@@ -224,7 +229,7 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
         notes.append("the configuration's layers of multi-token prediction are not in the checkpoint")
     config = model.definition.refine(config, _outside_layers(model, checkpoint))
     head, embedding = head_and_embedding(model)
-    dialect = checkpoint.dialect or dialects.detect(weights)
+    dialect = checkpoint.dialect or spellings.detect(weights)
     if dialect == "hf":
         named = unwrapped(weights, model.definition.rules, PART_OF in config.extra).tensors
         said = kind != "hf" or "tie_word_embeddings" in config_hf.own_part(model.definition, values)
@@ -260,7 +265,7 @@ def _outside_layers(model: Model, checkpoint: Checkpoint) -> dict[str, Shape]:
     definition, weights = model.definition, checkpoint.weights()
     if definition.refine is unrefined:
         return {}
-    if (checkpoint.dialect or dialects.detect(weights)) != "hf":
+    if (checkpoint.dialect or spellings.detect(weights)) != "hf":
         return {name: tensor.shape for name, tensor in _megatron_names(weights).items()}
     named = unwrapped(weights, definition.rules, PART_OF in model.config.extra).tensors
     named = family_names(named, definition.hugging_face.variants)

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from anyckpt.config import meta_names
 from anyckpt.errors import AnyckptError
-from anyckpt.models import dialects, meta_names
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.families import by_name, each_family
-from anyckpt.models.family import Family
-from anyckpt.models.wrappers import unwrapped
+from anyckpt.models.language.family import Family
 from anyckpt.tensor import LazyTensor
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$")
@@ -49,10 +50,10 @@ def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
     Args:
         weights: under their stored names, of Hugging Face, Meta or any Megatron dialect.
     """
-    dialect = dialects.detect(weights)
-    by_hub, by_meta = dialects.is_megatron(dialect), dialect in meta_names.SPELLINGS
+    dialect = spellings.detect(weights)
+    by_hub, by_meta = spellings.is_megatron(dialect), dialect in meta_names.SPELLINGS
     try:
-        names = dialects.to_hub_names(weights)[0] if by_hub else weights
+        names = spellings.to_hub_names(weights)[0] if by_hub else weights
     except AnyckptError:
         return None  # two names are the same tensor, or its other half is missing
     alike: dict[str, list[str]] = {}

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from anyckpt.models.variants import Variant, stored_names
+from anyckpt.config.spellings import Variant
+from anyckpt.models.language.variants import stored_names
 from anyckpt.tensor import LazyTensor
 
 

@@ -19,7 +19,7 @@ from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, missing_artifacts, text
 from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS, Container, open_container
 from anyckpt.formats.nemo.read import read_config
 from anyckpt.formats.nemo.tokenizer import has_prefix
-from anyckpt.operations.destination import check_destination
+from anyckpt.operations.steps.destination import check_destination
 from anyckpt.plain_yaml import dump_yaml, load_yaml
 from anyckpt.storage.place import look_at
 from anyckpt.storage.source import LocalFile

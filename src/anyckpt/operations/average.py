@@ -11,17 +11,17 @@ from typing import Any
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.average_adapters import are_adapters, mean_of_adapters
-from anyckpt.operations.casts import cast_target
 from anyckpt.operations.convert import Conversion, convert
-from anyckpt.operations.destination import check_destination
-from anyckpt.operations.full_precision import in_full_precision
-from anyckpt.operations.mean import check_shares, shown
-from anyckpt.operations.meeting import Choice, chosen, meet
-from anyckpt.operations.open import join_ranks
-from anyckpt.operations.parallel import Progress
-from anyckpt.operations.recut import LayoutRequest
-from anyckpt.operations.select import as_patterns
-from anyckpt.operations.supplied import read_config
+from anyckpt.operations.steps.casts import cast_target
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.globs import as_patterns
+from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.mean import check_shares, shown
+from anyckpt.operations.steps.meeting import Choice, chosen, meet
+from anyckpt.operations.steps.threads import Progress
+from anyckpt.operations.steps.user_files import read_config
 
 
 def average(

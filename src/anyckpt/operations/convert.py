@@ -14,18 +14,11 @@ from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.layout import Parallelism
-from anyckpt.operations.account import forms_not_kept, nothing_to_write, unaccounted
-from anyckpt.operations.adapters import AdapterRequest, opened_adapter, rename_adapter
-from anyckpt.operations.carry import Carried, carry_optimizer, moves_state
-from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target, cast_weights
-from anyckpt.operations.choosing import choose, renamed_choice, renumbered
-from anyckpt.operations.destination import check_destination
-from anyckpt.operations.extra_states import choose_states, is_kept
-from anyckpt.operations.full_precision import in_full_precision
-from anyckpt.operations.naming import Vocabulary, rename_for
-from anyckpt.operations.open import join_ranks
-from anyckpt.operations.parallel import Progress
-from anyckpt.operations.recut import (
+from anyckpt.operations.steps.account import forms_not_kept, nothing_to_write, unaccounted
+from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, rename_adapter
+from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_target, cast_weights
+from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
+from anyckpt.operations.steps.cutting import (
     LayoutRequest,
     cut_for_ranks,
     padding_notes,
@@ -33,9 +26,16 @@ from anyckpt.operations.recut import (
     sizes_of,
     wanted_layout,
 )
-from anyckpt.operations.select import as_patterns
-from anyckpt.operations.supplied import read_config, read_tokenizer
-from anyckpt.operations.unwrap import HOW_TO_MERGE, adapter_inside, holds_adapter, merged_inside
+from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.extra_states import choose_states, is_kept
+from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.globs import as_patterns
+from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.optimizer_state import Carried, carry_optimizer, moves_state
+from anyckpt.operations.steps.renaming import Vocabulary, rename_for
+from anyckpt.operations.steps.threads import Progress
+from anyckpt.operations.steps.unwrap import HOW_TO_MERGE, adapter_inside, holds_adapter, merged_inside
+from anyckpt.operations.steps.user_files import read_config, read_tokenizer
 from anyckpt.storage.place import look_at
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import parse_bytes

@@ -9,13 +9,13 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, UsageError
-from anyckpt.operations.adapter_names import adapter_names
-from anyckpt.operations.compare import Tolerance, compare
-from anyckpt.operations.configurations import Setting, Settings, compare_configurations
-from anyckpt.operations.naming import CommonNames, common_names
-from anyckpt.operations.objects import compare_objects
-from anyckpt.operations.open import check_whole, open_checkpoint
-from anyckpt.operations.parallel import Advance, Meter, Progress, each
+from anyckpt.operations.steps.adapter_names import adapter_names
+from anyckpt.operations.steps.compare import Tolerance, compare
+from anyckpt.operations.steps.configurations import Setting, Settings, compare_configurations
+from anyckpt.operations.steps.joining import check_whole, open_checkpoint
+from anyckpt.operations.steps.objects import compare_objects
+from anyckpt.operations.steps.renaming import CommonNames, common_names
+from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
 
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
-from anyckpt.display import html_table
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
+from anyckpt.escaping import html_table
 from anyckpt.formats import registry
-from anyckpt.operations.asked import asked_of_loaders
-from anyckpt.operations.parallel import Advance, Meter, Progress, each
-from anyckpt.operations.scan import Scan, Statistics, scan
-from anyckpt.operations.select import as_patterns, matching
+from anyckpt.operations.steps.asked import asked_of_loaders
+from anyckpt.operations.steps.globs import as_patterns, matching
+from anyckpt.operations.steps.statistics import Scan, Statistics, scan
+from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.pickling import Callee
 from anyckpt.pickling.plain import to_plain
 from anyckpt.storage.place import file_of
@@ -262,13 +262,13 @@ def _part(checkpoint: Checkpoint) -> list[str]:
 def _as_numbers(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.quantization is None:
         return checkpoint
-    from anyckpt.operations.full_precision import seen_in_full_precision
+    from anyckpt.operations.steps.full_precision import seen_in_full_precision
 
     return seen_in_full_precision(checkpoint)
 
 
 def _obstacle(checkpoint: Checkpoint) -> MappingError | None:
-    from anyckpt.operations.full_precision import obstacle
+    from anyckpt.operations.steps.full_precision import obstacle
 
     return obstacle(checkpoint)
 
@@ -279,8 +279,8 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
     parts = ("lora", ".adapter", ":up", "hada_", "lokr_", "trainable_tokens_")
     if not named and not any(part in name for name in checkpoint.weights() for part in parts):
         return None  # no name of an adapter's is without one of these
-    from anyckpt.operations.adapters import facts
-    from anyckpt.operations.unwrap import facts_inside
+    from anyckpt.operations.steps.adapters import facts
+    from anyckpt.operations.steps.unwrap import facts_inside
 
     try:
         return facts(checkpoint) or facts_inside(checkpoint)
@@ -309,7 +309,7 @@ def _joined(checkpoint: Checkpoint) -> Checkpoint:
     """With the ranks' shards joined; as stored, with a warning, if they do not make up a model."""
     if not checkpoint.ranks:
         return checkpoint
-    from anyckpt.operations.open import join_ranks
+    from anyckpt.operations.steps.joining import join_ranks
 
     try:
         return join_ranks(checkpoint, verify_replicas=False)
@@ -322,7 +322,7 @@ def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
     """The model, or None and why a family that seems known is not."""
     if checkpoint.config_kind is None:
         return None, None
-    from anyckpt.operations.naming import identify
+    from anyckpt.operations.steps.renaming import identify
 
     try:
         return identify(checkpoint), None

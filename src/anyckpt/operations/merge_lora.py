@@ -10,25 +10,26 @@ from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.config.nemo import restated
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.models import Model, dialects
+from anyckpt.models import Model
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name, read_adapter
 from anyckpt.models.adapters.by_name import block_of
-from anyckpt.models.config_nemo import restated
-from anyckpt.operations.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
-from anyckpt.operations.casts import KEEP_IN_FP32, ChangedType, cast_target
-from anyckpt.operations.choosing import choose
+from anyckpt.models.dialects import spellings
 from anyckpt.operations.convert import Conversion, convert
-from anyckpt.operations.destination import check_destination
-from anyckpt.operations.full_precision import in_full_precision
 from anyckpt.operations.merge_in_place import is_tied, merged_in_place
-from anyckpt.operations.naming import identify, state_of
-from anyckpt.operations.open import join_ranks
-from anyckpt.operations.parallel import Progress
-from anyckpt.operations.recut import LayoutRequest
-from anyckpt.operations.select import as_patterns
-from anyckpt.operations.supplied import read_config
+from anyckpt.operations.steps.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
+from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_target
+from anyckpt.operations.steps.choosing import choose
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.globs import as_patterns
+from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.renaming import identify, state_of
+from anyckpt.operations.steps.threads import Progress
+from anyckpt.operations.steps.user_files import read_config
 
 _SHOWN = 5
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -191,7 +192,7 @@ def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast
     """The base with changed weights, under its own names."""
     stored = models.to_hub(base, model, widen=cast.target is not None)
     hub = merged(stored, updates, scale=scale, cast=cast)
-    dialect = base.dialect or dialects.detect(base.weights())
+    dialect = base.dialect or spellings.detect(base.weights())
     assert dialect is not None  # to_hub has found it
     out = models.from_hub(hub, dialect, in_place=True)
     return replace(

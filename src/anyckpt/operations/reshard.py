@@ -7,7 +7,7 @@ from typing import Any
 
 from anyckpt.formats import registry
 from anyckpt.operations.convert import Conversion, convert
-from anyckpt.operations.recut import LayoutRequest
+from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.storage.place import look_at
 
 

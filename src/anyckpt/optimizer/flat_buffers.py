@@ -20,7 +20,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import FormatError, MappingError
-from anyckpt.formats.megatron_lm.flat_state import flat_buffers
+from anyckpt.optimizer.flat_state import flat_buffers
 from anyckpt.optimizer.groups import assigned
 from anyckpt.optimizer.local_models import LocalModels, Order, Rank
 from anyckpt.optimizer.model_space import common_optimizers, groups_of, module_shapes

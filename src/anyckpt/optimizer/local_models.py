@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from anyckpt.checkpoint import Checkpoint, RankShard
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.formats.megatron_lm.modules import registered_order
-from anyckpt.formats.megatron_lm.names import part_norms
 from anyckpt.indexing import Shape
 from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.experts import parse as parse_expert
 from anyckpt.layout.from_megatron_args import expert_spelling_from_args, geometry_from_args, parallelism_from_args
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.rank_names import part_norms
+from anyckpt.models.dialects.registration import registered_order
 from anyckpt.optimizer.parameters import trained
 from anyckpt.optimizer.state import tag, tagged, unproved
 from anyckpt.tensor import LazyTensor, stack
@@ -59,7 +59,7 @@ class LocalModels:
         self._path = checkpoint.path
         self._config = checkpoint.config
         self._stored = checkpoint.weights()
-        hub, _ = dialects.to_hub_names(self._stored)
+        hub, _ = spellings.to_hub_names(self._stored)
         self._experts = sum(1 for name in hub if parse_expert(name)) > 0
         self.parallelism = _parallelism(checkpoint, expert_groups)
         if self.parallelism != Parallelism() and checkpoint.config_kind != "megatron-args" and _divided(checkpoint):
@@ -150,7 +150,7 @@ class LocalModels:
         names = list(self._stored)
         tags = {name: tag(self._stored[name].shape, number) for number, name in enumerate(names)}
         parts: dict[str, list[LazyTensor]] = {}
-        for name, tensor in dialects.to_hub_names(tags)[0].items():
+        for name, tensor in spellings.to_hub_names(tags)[0].items():
             if name in whole:
                 parts.setdefault(names[tagged(tensor)], []).append(whole[name])
         result: dict[str, LazyTensor] = {}

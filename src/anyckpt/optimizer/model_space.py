@@ -16,10 +16,10 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import FormatError, MappingError
-from anyckpt.formats.original_groups import ORIGINAL_GROUPS, with_original_groups
 from anyckpt.indexing import Shape
-from anyckpt.models import dialects
+from anyckpt.models.dialects import spellings
 from anyckpt.optimizer.groups import assigned
+from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS, with_original_groups
 from anyckpt.optimizer.state import MASTER, Slots, checked, options, same_step, unproved
 from anyckpt.tensor import LazyTensor
 
@@ -119,7 +119,7 @@ def _grouped(checkpoint: Checkpoint, slots: Slots, groups: list[Mapping[str, Any
     """The group of each parameter by Megatron's rule; empty where that does not tell."""
     tensors = {name: tensor for own in slots.values() for name, tensor in own.items()}
     try:
-        told = groups and dialects.find_prefix(tensors) is not None
+        told = groups and spellings.find_prefix(tensors) is not None
         return assigned(module_shapes(tensors), groups, checkpoint.path) if told else {}
     except MappingError:
         return {}

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.formats.apex_buckets import shaped, whole_states
-from anyckpt.formats.parameter_groups import possible_groups
 from anyckpt.indexing import Shape
+from anyckpt.optimizer.apex_buckets import shaped, whole_states
+from anyckpt.optimizer.group_rules import possible_groups
 from anyckpt.optimizer.groups import assigned, decays
 from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.parameters import aligned, trained

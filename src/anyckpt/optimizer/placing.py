@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_lm.buffers import Rule, starts
 from anyckpt.indexing import Shape
+from anyckpt.optimizer.buffers import Rule, starts
 from anyckpt.optimizer.state import unproved
 from anyckpt.tensor import LazyTensor, Mosaic
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.dtypes import dtype
-from anyckpt.formats.original_groups import original_groups
 from anyckpt.indexing import Shape
 from anyckpt.optimizer.groups import Kind, decays, group_decays, is_edge
 from anyckpt.optimizer.model_space import module_shapes
+from anyckpt.optimizer.original_groups import original_groups
 from anyckpt.optimizer.parameters import trained
 from anyckpt.optimizer.state import MASTER, SLOTS, unproved, with_masters
 

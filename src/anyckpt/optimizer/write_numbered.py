@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.formats.megatron_lm.modules import registered_order
-from anyckpt.models.registered import REGISTERED
+from anyckpt.models.dialects.registration import registered_order
+from anyckpt.models.language.parameter_order import REGISTERED
 from anyckpt.optimizer.groups import assigned, effective
 from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.state import MASTER, own_state, parameters_of, unproved

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError
-from anyckpt.formats.torch_file.values import brief
 from anyckpt.indexing import Shape
 from anyckpt.pickling import Record
 from anyckpt.tensor import Constant, LazyTensor, concatenate

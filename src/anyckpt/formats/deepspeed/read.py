@@ -8,6 +8,10 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file.checksums import stored_checksums
+from anyckpt.containers.torch_file.parts import stated_shapes
+from anyckpt.containers.torch_file.values import brief
 from anyckpt.dtypes import dtype
 from anyckpt.errors import FormatError
 from anyckpt.formats.deepspeed.location import Files, find
@@ -15,10 +19,6 @@ from anyckpt.formats.deepspeed.partitions import Layout, Vectors, check_slices, 
 from anyckpt.formats.deepspeed.universal import read_parameters
 from anyckpt.formats.hf import other_files, read_json, tokenizer_of
 from anyckpt.formats.hf import training_state as trainer_state
-from anyckpt.formats.torch_file import TorchContents, read_torch
-from anyckpt.formats.torch_file.format import stored_checksums
-from anyckpt.formats.torch_file.parts import stated_shapes
-from anyckpt.formats.torch_file.values import brief
 from anyckpt.indexing import Shape
 from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor, concatenate

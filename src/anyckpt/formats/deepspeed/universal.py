@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from anyckpt.containers.torch_file import TorchContents, read_torch
 from anyckpt.errors import FormatError
-from anyckpt.formats.torch_file import TorchContents, read_torch
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor

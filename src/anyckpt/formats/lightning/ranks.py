@@ -14,14 +14,14 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file.checksums import stored_checksums
+from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.errors import FormatError
 from anyckpt.formats.lightning import read as single
 from anyckpt.formats.lightning.keys import LR_SCHEDULERS, OPTIMIZER_STATES, STATE_DICT, TRAINING_STATE
 from anyckpt.formats.rank_files import Chunk, Place, by_place, check_places, parse_folder, rank_shards, with_virtual
 from anyckpt.formats.rank_optimizer import read_rank_optimizers
-from anyckpt.formats.torch_file import TorchContents, read_torch
-from anyckpt.formats.torch_file.format import stored_checksums
-from anyckpt.formats.torch_file.tree import flatten
 from anyckpt.formats.unfinished import check_finished, marker_of
 from anyckpt.pickling.plain import to_plain
 from anyckpt.plain_yaml import load_yaml_mapping

@@ -8,16 +8,18 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.containers.dcp import read_dcp
+from anyckpt.containers.torch_file import read_torch
+from anyckpt.containers.torch_file.checksums import stored_checksums
+from anyckpt.containers.torch_file.flatten import flatten
+from anyckpt.containers.torch_file.forms import forms_of
+from anyckpt.containers.torch_file.legacy_stream import is_stream
+from anyckpt.containers.torch_file.reader import root_folder
+from anyckpt.containers.torch_file.roles import is_filled
 from anyckpt.errors import AnyckptError, FormatError
-from anyckpt.formats.dcp import dcp_details, read_dcp
+from anyckpt.formats.dcp import dcp_details
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, TRAINING_STATE, VERSION
-from anyckpt.formats.torch_file import read_torch
-from anyckpt.formats.torch_file.format import stored_checksums, torch_checkpoint
-from anyckpt.formats.torch_file.forms import forms_of
-from anyckpt.formats.torch_file.reader import root_folder
-from anyckpt.formats.torch_file.roles import is_filled
-from anyckpt.formats.torch_file.stream import is_stream
-from anyckpt.formats.torch_file.tree import flatten
+from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource

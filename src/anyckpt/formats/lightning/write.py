@@ -12,17 +12,17 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor
+from anyckpt.containers.dcp import dcp_files
+from anyckpt.containers.torch_file.containers import rebuilt
+from anyckpt.containers.torch_file.flatten import unflatten
+from anyckpt.containers.torch_file.forms import Former, Forms, container_name
+from anyckpt.containers.torch_file.roles import is_filled
+from anyckpt.containers.torch_file.weights_only import refused
+from anyckpt.containers.torch_file.writer import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file.containers import rebuilt
-from anyckpt.formats.torch_file.format import as_state_dict, assemble
-from anyckpt.formats.torch_file.forms import Former, Forms, container_name
-from anyckpt.formats.torch_file.roles import is_filled
-from anyckpt.formats.torch_file.safe import refused
-from anyckpt.formats.torch_file.tree import unflatten
-from anyckpt.formats.torch_file.writer import zip_parts
+from anyckpt.formats.torch import as_state_dict, assemble
 from anyckpt.tensor import LazyTensor
 
 _OLDEST_VERSION = "2.0.0"

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer
+from anyckpt.config.megatron_bridge import arguments_of
+from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import FormatError
 from anyckpt.formats import dcp
 from anyckpt.formats.megatron_adapters import settings_from
-from anyckpt.formats.megatron_bridge.config import arguments_of
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, TRACKER, check_commit, iteration_folder
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
-from anyckpt.formats.torch_file import read_torch
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource

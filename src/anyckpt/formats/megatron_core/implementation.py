@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.formats.dcp.chunks import stacked_axes
+from anyckpt.containers.dcp.chunks import stacked_axes
 from anyckpt.tensor import LazyTensor
 
 Implementation = Literal["local", "transformer_engine"]

@@ -13,15 +13,16 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum, Tokenizer, TrainingState
+from anyckpt.containers.dcp import DcpContents, read_dcp
+from anyckpt.containers.dcp.items import LazyObjects
+from anyckpt.containers.torch_file import read_torch
+from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
-from anyckpt.formats.dcp import DcpContents, dcp_details, read_dcp
-from anyckpt.formats.dcp.items import LazyObjects
+from anyckpt.formats.dcp import dcp_details
 from anyckpt.formats.megatron_adapters import ADAPTER, settings_from
 from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint, iteration_folder
-from anyckpt.formats.torch_file import read_torch
-from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.folder import Folder

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.dcp import dcp_files
+from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.formats.dcp import dcp_files
 from anyckpt.formats.megatron_adapters import ADAPTER, call_of
 from anyckpt.formats.megatron_core.implementation import (
     Implementation,
@@ -20,9 +21,8 @@ from anyckpt.formats.megatron_core.implementation import (
 )
 from anyckpt.formats.megatron_core.location import TRACKER
 from anyckpt.formats.megatron_lm.arguments import pickled_arguments
-from anyckpt.formats.megatron_lm.modules import with_second_names
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file import zip_parts
+from anyckpt.models.dialects.registration import with_second_names
 from anyckpt.pickling import Record
 from anyckpt.pickling.torch_objects import NAMESPACE, namespace
 from anyckpt.tensor import LazyTensor

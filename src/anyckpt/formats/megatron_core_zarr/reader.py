@@ -9,14 +9,14 @@ from dataclasses import replace
 from itertools import chain
 
 from anyckpt.checkpoint import Checkpoint, StoredChecksum
+from anyckpt.containers.dcp import DcpContents
+from anyckpt.containers.dcp.items import LazyObjects, Unread
+from anyckpt.containers.torch_file import read_torch
+from anyckpt.containers.torch_file.checksums import stored_checksums
+from anyckpt.containers.zarr_array import ZARRAY, open_array, read_metadata
 from anyckpt.errors import FormatError
-from anyckpt.formats.dcp import DcpContents
-from anyckpt.formats.dcp.items import LazyObjects, Unread
 from anyckpt.formats.megatron_core.location import COMMIT, TRACKER, iteration_folder
 from anyckpt.formats.megatron_core.reader import megatron_checkpoint
-from anyckpt.formats.megatron_core_zarr.array import ZARRAY, open_array, read_metadata
-from anyckpt.formats.torch_file import read_torch
-from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.display import is_text
+from anyckpt.containers.dcp.chunks import stacked_axes
+from anyckpt.containers.torch_file import zip_parts
+from anyckpt.containers.zarr_array import ZARRAY, boxes, render_metadata
 from anyckpt.engine.plan import OutputFile, Plan, TensorData, small_file
 from anyckpt.errors import UsageError
-from anyckpt.formats.dcp.chunks import stacked_axes
+from anyckpt.escaping import is_text
 from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON
 from anyckpt.formats.megatron_core.writer import common_and_sharded, state_objects, tokenizer_files
-from anyckpt.formats.megatron_core_zarr.array import ZARRAY, boxes, render_metadata
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file import zip_parts
 from anyckpt.indexing import Shape
 from anyckpt.tensor import LazyTensor
 

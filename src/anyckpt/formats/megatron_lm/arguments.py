@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.containers.torch_file.values import brief
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import FormatError
-from anyckpt.formats.torch_file.values import brief
 from anyckpt.pickling import Global, Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE

@@ -20,10 +20,10 @@ from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm.arguments import MOST_RANKS
-from anyckpt.formats.megatron_lm.buffers import place, place_in_buckets, rules
-from anyckpt.formats.megatron_lm.data_parallel_shards import join_shards
-from anyckpt.formats.megatron_lm.flat_state import FlatBuffer, flat_buffers
-from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, deal_out, flag, parameters_of
+from anyckpt.optimizer.buffers import place, place_in_buckets, rules
+from anyckpt.optimizer.data_parallel_shards import join_shards
+from anyckpt.optimizer.flat_state import FlatBuffer, flat_buffers
+from anyckpt.optimizer.rank_parameters import HALF, REMEDY, Parameter, deal_out, flag, parameters_of
 from anyckpt.tensor import LazyTensor
 
 SLOTS = ("master", "exp_avg", "exp_avg_sq")

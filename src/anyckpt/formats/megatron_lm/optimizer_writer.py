@@ -14,9 +14,9 @@ import numpy as np
 
 from anyckpt.checkpoint import OptimizerState, RankShard
 from anyckpt.errors import MappingError
-from anyckpt.formats.megatron_lm.modules import registered_order
-from anyckpt.formats.megatron_lm.names import part_norms
-from anyckpt.formats.megatron_lm.parameters import HALF, REMEDY, Parameter, decays, flag, parameters_of
+from anyckpt.models.dialects.rank_names import part_norms
+from anyckpt.models.dialects.registration import registered_order
+from anyckpt.optimizer.rank_parameters import HALF, REMEDY, Parameter, decays, flag, parameters_of
 from anyckpt.tensor import LazyTensor, from_array
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard, StoredChecksum, TrainingState
+from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError, MappingError
 from anyckpt.formats.megatron_lm.arguments import plain_arguments
 from anyckpt.formats.megatron_lm.location import (
@@ -18,14 +20,12 @@ from anyckpt.formats.megatron_lm.location import (
     find_iteration,
     rank_folders,
 )
-from anyckpt.formats.megatron_lm.names import flattened, hub_names, strip_wrappers
 from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
-from anyckpt.formats.megatron_lm.parameters import REMEDY
-from anyckpt.formats.megatron_lm.projections import GROUPED_SINCE, grouped
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
-from anyckpt.formats.original_groups import ORIGINAL_GROUPS, with_original_groups
-from anyckpt.formats.torch_file import TorchContents, read_torch
-from anyckpt.formats.torch_file.values import brief
+from anyckpt.models.dialects.projections import GROUPED_SINCE, grouped
+from anyckpt.models.dialects.rank_names import flattened, hub_names, strip_wrappers
+from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS, with_original_groups
+from anyckpt.optimizer.rank_parameters import REMEDY
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.storage.place import Location

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from anyckpt.containers.torch_file import shift_parts
 from anyckpt.engine.plan import Literal, OutputFile, Part, SourceData
-from anyckpt.formats.torch_file import shift_parts
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar import tar_end, tar_header, tar_padding
 

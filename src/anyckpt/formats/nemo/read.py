@@ -9,6 +9,8 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, ParallelLayout, RankShard, StoredChecksum
+from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.nemo.config import adapter_settings, is_megatron_config, missing_artifacts
@@ -30,8 +32,6 @@ from anyckpt.formats.rank_files import (
     rank_shards,
     with_virtual,
 )
-from anyckpt.formats.torch_file import TorchContents, read_torch
-from anyckpt.formats.torch_file.format import stored_checksums
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.folder import Folder

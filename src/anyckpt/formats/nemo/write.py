@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file import zip_parts
+from anyckpt.containers.torch_file.writer import ALIGNMENT, PAGE
 from anyckpt.engine.plan import OutputFile, Part, Plan
 from anyckpt.errors import FormatError, MappingError, UsageError
 from anyckpt.formats.megatron_core.writer import torch_dist_files
-from anyckpt.formats.megatron_lm.modules import with_extra_states, with_second_names
-from anyckpt.formats.megatron_lm.names import part_norms
 from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import (
     GPT_TARGET,
@@ -28,8 +28,8 @@ from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS
 from anyckpt.formats.nemo.tokenizer import has_prefix, write_tokenizer
 from anyckpt.formats.rank_files import Place, folder_name
 from anyckpt.formats.registry import WriteOptions
-from anyckpt.formats.torch_file import zip_parts
-from anyckpt.formats.torch_file.writer import ALIGNMENT, PAGE
+from anyckpt.models.dialects.rank_names import part_norms
+from anyckpt.models.dialects.registration import with_extra_states, with_second_names
 from anyckpt.plain_yaml import dump_yaml
 from anyckpt.storage.source import ByteSource
 

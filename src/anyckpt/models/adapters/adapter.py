@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from anyckpt.config.model import ModelConfig
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.identity import ElementWise
-from anyckpt.models.config import ModelConfig
 from anyckpt.models.hub import Model
-from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV, Operation
-from anyckpt.models.rules import Instance
+from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV, Operation
+from anyckpt.models.language.rules import Instance
 from anyckpt.tensor import Constant, LazyTensor, Mapped, concatenate
 
 _SPLIT: tuple[tuple[re.Pattern[str], Operation, Callable[[ModelConfig], bool]], ...] = (

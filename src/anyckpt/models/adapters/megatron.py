@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.models import dialects
 from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, check_factors, some
 from anyckpt.models.adapters.saved_rows import SECTIONS, in_true_order
+from anyckpt.models.dialects import spellings
 from anyckpt.tensor import LazyTensor, stack
 
 _WRAPPERS = re.compile(r"^(?:model\.|module\.)+")
@@ -63,7 +63,7 @@ def is_adapter(names: Iterable[str]) -> bool:
     names = list(names)
     if not any(".adapter" in name for name in names):
         return False
-    weights = [name for name in names if not any(pattern.fullmatch(name) for pattern, _ in dialects.IGNORED)]
+    weights = [name for name in names if not any(pattern.fullmatch(name) for pattern, _ in spellings.IGNORED)]
     return bool(weights) and all(_parsed(name) is not None for name in weights)
 
 
@@ -106,13 +106,13 @@ def from_megatron(
     fields: dict[Target, dict[str, tuple[str, LazyTensor]]] = {}
     strange: list[str] = []
     for stored, tensor in in_true_order(tensors, gated).items():
-        if any(pattern.fullmatch(stored) for pattern, _ in dialects.IGNORED):
+        if any(pattern.fullmatch(stored) for pattern, _ in spellings.IGNORED):
             continue
         found = _parsed(stored)
         if found is None:
             strange.append(stored)
             continue
-        for module, layer in dialects.unstacked(found.module, tensor):
+        for module, layer in spellings.unstacked(found.module, tensor):
             for weight, value in _weights(module, layer, stored, experts):
                 own = fields.setdefault(Target(weight, found.part), {})
                 if found.field in own:

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from anyckpt.config.spellings import Variant
 from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import Layers, LowRank
-from anyckpt.models.rules import Instance
-from anyckpt.models.variants import Variant
+from anyckpt.models.language.rules import Instance
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
 _WRAPPED = re.compile(r"(?P<module>.+?)(?:\.base_layer)*")

@@ -28,9 +28,9 @@ from anyckpt.models.adapters.adapter import (
 from anyckpt.models.adapters.parameters import expert_updates
 from anyckpt.models.adapters.rows import PREFIX, Places, places_of, rearranged, to_hub
 from anyckpt.models.hub import head_and_embedding
-from anyckpt.models.rule_operations import Halves
-from anyckpt.models.rules import Instance
-from anyckpt.models.variants import family_names
+from anyckpt.models.language.rule_operations import Halves
+from anyckpt.models.language.rules import Instance
+from anyckpt.models.language.variants import family_names
 from anyckpt.tensor import Constant, LazyTensor
 
 _FACTOR = re.compile(

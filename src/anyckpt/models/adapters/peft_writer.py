@@ -12,9 +12,9 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, by_weight, check_update
 from anyckpt.models.adapters.parameters import parameters
 from anyckpt.models.adapters.rows import PREFIX, from_hub, places_of, rearranged
-from anyckpt.models.rule_operations import Transposed
-from anyckpt.models.rules import Instance
-from anyckpt.models.variants import name_in_memory
+from anyckpt.models.language.rule_operations import Transposed
+from anyckpt.models.language.rules import Instance
+from anyckpt.models.language.variants import name_in_memory
 from anyckpt.tensor import LazyTensor
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from anyckpt.models.adapters.adapter import Layers, LowRank
-from anyckpt.models.rule_operations import Operation
-from anyckpt.models.rules import Instance
+from anyckpt.models.language.rule_operations import Operation
+from anyckpt.models.language.rules import Instance
 from anyckpt.tensor import LazyTensor
 
 PREFIX = "base_model.model."

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 
+from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import UsageError
-from anyckpt.extensions import loaded, registered
-from anyckpt.models.family import Family
+from anyckpt.models.language.family import Family
 
 _BUILT_IN = (
     "mixtral", "llama4", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "mamba2", "nemotron_h",

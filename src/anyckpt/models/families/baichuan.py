@@ -15,14 +15,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import llama
-from anyckpt.models.families.apart import remote_code
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import CONCATENATED_QKV
-from anyckpt.models.rules import Rule
-from anyckpt.models.unit_rows import UnitRows
+from anyckpt.models.families.parts.apart import remote_code
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import CONCATENATED_QKV
+from anyckpt.models.language.rules import Rule
+from anyckpt.models.language.unit_rows import UnitRows
 
 _PACKED = ("model.layers.*.self_attn.W_pack.weight",)
 _FIRST_GENERATION = 64_000  # tokens

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from anyckpt.models.config import ModelConfig
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.models.families import megatron_bert
 from anyckpt.models.families.megatron_bert import norms
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.variants import Variant
+from anyckpt.models.language.family import Family
 
 _LAYER = "bert.encoder.layer.*"
 _HUB = "encoder.layers.*"

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import llama
-from anyckpt.models.families.apart import remote_code
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import CONCATENATED_QKV
-from anyckpt.models.rules import Rule
+from anyckpt.models.families.parts.apart import remote_code
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import CONCATENATED_QKV
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "transformer.encoder.layers.*"
 _HUB = "decoder.layers.*"

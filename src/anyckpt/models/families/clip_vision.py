@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import INTERLEAVED_QKV, Leading
-from anyckpt.models.rules import Rule, has
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import INTERLEAVED_QKV, Leading
+from anyckpt.models.language.rules import Rule, has
 
 _PREFIX = "vision_model."
 _LAYER = f"{_PREFIX}encoder.layers.*"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from anyckpt.models.config import ModelConfig, Reader
+from anyckpt.config.model import ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import deepseek_v3, llama, qwen3_moe
-from anyckpt.models.family import Family, HuggingFace, NeMo2
+from anyckpt.models.language.family import Family
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:

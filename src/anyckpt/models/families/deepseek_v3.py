@@ -12,13 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_hf import COMMON
-from anyckpt.models.families import llama, qwen3_moe, sparse
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import GATE_UP
-from anyckpt.models.rules import Condition, Rule
+from anyckpt.models.families import llama, qwen3_moe
+from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import GATE_UP
+from anyckpt.models.language.rules import Condition, Rule
 
 _ATTENTION = f"{sparse.LAYER}.self_attn"
 _HUB_ATTENTION = f"{sparse.HUB}.self_attention"

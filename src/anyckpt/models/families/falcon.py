@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import gpt2, gpt_neox, llama
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "transformer.h.*"
 _HUB = "decoder.layers.*"

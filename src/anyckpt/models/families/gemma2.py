@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.models.config import Field, ModelConfig, Reader, whole
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader, whole
+from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.windows import read_window, write_window
 from anyckpt.models.families import gemma, llama
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.registered import DECODER
-from anyckpt.models.rules import Rule
-from anyckpt.models.windows import read_window, write_window
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.parameter_order import DECODER
+from anyckpt.models.language.rules import Rule
 
 _FC1_NORM = "decoder.layers.*.mlp.linear_fc1.layer_norm_weight"
 

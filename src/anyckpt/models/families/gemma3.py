@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import ModelConfig, Reader, whole
+from anyckpt.config.spellings import NeMo2
+from anyckpt.config.windows import read_window, windowed_layers, write_window
 from anyckpt.errors import MappingError
-from anyckpt.models.config import ModelConfig, Reader, whole
-from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import gemma, gemma2, llama, qwen3
-from anyckpt.models.family import Family, NeMo2
-from anyckpt.models.windows import read_window, windowed_layers, write_window
+from anyckpt.models.language.family import Family
 
 _LOCAL, _GLOBAL = 10_000.0, 1_000_000.0
 _PERIOD = 6

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from anyckpt.models.config import Field
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field
+from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import chatglm, gpt2, llama, phi3
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rules import Rule
 
 _BASE = gpt2.nemo2_base()
 _GATE_UP = "decoder.layers.*.mlp.linear_fc1.weight"

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from anyckpt.config.model import ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.config import ModelConfig, Reader
 from anyckpt.models.families import gpt2, llama
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import IDENTITY
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import IDENTITY
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:

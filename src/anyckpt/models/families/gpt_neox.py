@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyckpt.models.config import Field, ModelConfig
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import gpt2, llama
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "gpt_neox.layers.*"
 _HUB = "decoder.layers.*"

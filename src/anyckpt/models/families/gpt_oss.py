@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
+from anyckpt.config.windows import read_window, write_window
 from anyckpt.indexing import Shape
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_hf import COMMON
-from anyckpt.models.families import llama, sparse
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import IDENTITY, INTERLEAVED_QKV, TRANSPOSED, Operation, Transposed
-from anyckpt.models.rules import Rule
-from anyckpt.models.variants import Variant
-from anyckpt.models.windows import read_window, write_window
+from anyckpt.models.families import llama
+from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import IDENTITY, INTERLEAVED_QKV, TRANSPOSED, Operation, Transposed
+from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor, concatenate
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyckpt.models.config import Field, ModelConfig
-from anyckpt.models.config_hf import COMMON
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.meta_names import LLAMA
-from anyckpt.models.registered import DECODER
-from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV
-from anyckpt.models.rules import Rule
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.meta_names import LLAMA
+from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.parameter_order import DECODER
+from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "model.layers.*"
 _HUB = "decoder.layers.*"

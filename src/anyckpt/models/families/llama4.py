@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader, whole
+from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader, whole
-from anyckpt.models.config_hf import COMMON
-from anyckpt.models.families import llama, sparse
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import GATE_UP
-from anyckpt.models.rules import Rule
-from anyckpt.models.variants import Variant
+from anyckpt.models.families import llama
+from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import GATE_UP
+from anyckpt.models.language.rules import Rule
 
 _FEED = f"{sparse.LAYER}.feed_forward"
 _EXPERTS = f"{_FEED}.experts"

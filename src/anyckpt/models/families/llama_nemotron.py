@@ -16,14 +16,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.layer_blocks import LayerBlock, parse, render
+from anyckpt.config.model import Field, ModelConfig, Reader, whole
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.heterogeneous import LayerBlock, parse, render
-from anyckpt.models.config import Field, ModelConfig, Reader, whole
-from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import llama
-from anyckpt.models.families.apart import remote_code
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rules import Condition, Rule
+from anyckpt.models.families.parts.apart import remote_code
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rules import Condition, Rule
 
 _LAYER = "model.layers.*"
 _HUB = "decoder.layers.*"

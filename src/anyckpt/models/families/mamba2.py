@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader, padded
+from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader, padded
-from anyckpt.models.config_hf import COMMON
 from anyckpt.models.families import nemotron_h
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.variants import Variant
+from anyckpt.models.language.family import Family
 
 _MIXERS_EPSILON = 1e-5
 _LENGTH = 2048

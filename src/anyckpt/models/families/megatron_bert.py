@@ -13,15 +13,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.encoder_keys import HEADS
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_encoders import HEADS
 from anyckpt.models.families.llama import size
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import INTERLEAVED_QKV
-from anyckpt.models.rules import Rule, has
-from anyckpt.models.variants import Variant
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
+from anyckpt.models.language.rules import Rule, has
 
 _LAYER = "bert.encoder.layer.*"
 _HUB = "encoder.layers.*"

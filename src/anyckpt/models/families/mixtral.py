@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.models.config import Field, ModelConfig
-from anyckpt.models.config_hf import COMMON
-from anyckpt.models.families import llama, sparse
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.meta_names import ATTENTION, EXPERTS, MetaNames
-from anyckpt.models.variants import Variant
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.meta_names import ATTENTION, EXPERTS, MetaNames
+from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
+from anyckpt.models.families import llama
+from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.language.family import Family
 
 _SEVEN_B = {
     "num_layers": 32,

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import llama
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rule_operations import CONCATENATED_QKV
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import CONCATENATED_QKV
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "transformer.blocks.*"
 _HUB = "decoder.layers.*"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyckpt.models.config import Field
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import llama
 from anyckpt.models.families.starcoder2 import NORM_BIASES, WITHOUT_MLP, plain_mlp
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.registered import DECODER
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.parameter_order import DECODER
 
 _BASE = {
     "normalization": "LayerNorm",

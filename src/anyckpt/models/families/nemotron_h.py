@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_hf import COMMON
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import INTERLEAVED_QKV
-from anyckpt.models.rules import Condition, Rule
-from anyckpt.models.variants import Variant
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
+from anyckpt.models.language.rules import Condition, Rule
 
 _LAYER = "backbone.layers.*"
 _MIXER = f"{_LAYER}.mixer"

@@ -6,13 +6,14 @@ and long rope; here the first is kept, and the second is refused where Megatron 
 
 from __future__ import annotations
 
-from anyckpt.models.config import Field
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import llama
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.registered import DECODER
-from anyckpt.models.rule_operations import CONCATENATED_QKV
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.parameter_order import DECODER
+from anyckpt.models.language.rule_operations import CONCATENATED_QKV
+from anyckpt.models.language.rules import Rule
 
 _FUSED = (
     Rule(("model.layers.*.self_attn.qkv_proj.weight",), "decoder.layers.*.self_attention.linear_qkv.weight",

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.windows import read_window, windowed_layers, write_window
 from anyckpt.models.families import llama
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.registered import DECODER
-from anyckpt.models.windows import read_window, windowed_layers, write_window
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.parameter_order import DECODER
 
 KEYS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from anyckpt.models.config import Field
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.meta_names import LAYER, LLAMA, Pair, in_halves
+from anyckpt.config.model import Field
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import llama, qwen2
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.meta_names import LAYER, LLAMA, Pair, in_halves
-from anyckpt.models.registered import DECODER
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.parameter_order import DECODER
+from anyckpt.models.language.rules import Rule
 
 NORMS = tuple(
     Rule((f"model.layers.*.self_attn.{which}_norm.weight",),

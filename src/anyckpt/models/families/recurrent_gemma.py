@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace
+from anyckpt.config.windows import window_length
 from anyckpt.errors import MappingError
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_hf import COMMON
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rule_operations import GATE_UP, INTERLEAVED_QKV
-from anyckpt.models.rules import Rule
-from anyckpt.models.windows import window_length
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "model.layers.*"
 _BLOCK = f"{_LAYER}.temporal_block"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyckpt.models.config import Field, ModelConfig
-from anyckpt.models.config_hf import COMMON
+from anyckpt.config.hugging_face import COMMON
+from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import llama
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.registered import DECODER
-from anyckpt.models.rules import Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.parameter_order import DECODER
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "model.layers.*"
 _HUB = "decoder.layers.*"

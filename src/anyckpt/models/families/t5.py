@@ -17,14 +17,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.encoder_keys import RELATIVE, attention_scalar
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
-from anyckpt.models.config import Field, ModelConfig, Reader
-from anyckpt.models.config_encoders import RELATIVE, attention_scalar
 from anyckpt.models.families.llama import size
-from anyckpt.models.family import Family, HuggingFace, NeMo2
-from anyckpt.models.rule_operations import GATE_UP, IDENTITY, INTERLEAVED_KV, INTERLEAVED_QKV, Operation, Scaled
-from anyckpt.models.rules import Condition, Partition, Rule
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import (
+    GATE_UP,
+    IDENTITY,
+    INTERLEAVED_KV,
+    INTERLEAVED_QKV,
+    Operation,
+    Scaled,
+)
+from anyckpt.models.language.rules import Condition, Partition, Rule
 
 
 def _softmax(config: ModelConfig) -> float:

@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
-from anyckpt.models.config import Field, ModelConfig, Reader
 from anyckpt.models.families import clip_vision
 from anyckpt.models.families.clip_vision import PARTS
-from anyckpt.models.family import Family, HuggingFace
-from anyckpt.models.rule_operations import Leading
-from anyckpt.models.rules import Rule
-from anyckpt.models.variants import Variant
+from anyckpt.models.language.family import Family
+from anyckpt.models.language.rule_operations import Leading
+from anyckpt.models.language.rules import Rule
 
 _LAYER = "vit.encoder.layer.*"
 _EMBEDDINGS = "vit.embeddings"

@@ -1,0 +1,1 @@
+"""What a model is, and each framework's words for it."""

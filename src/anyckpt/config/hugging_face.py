@@ -1,0 +1,366 @@
+"""Hugging Face's ``config.json``: read in its 4.x and 5.x spellings, written so that both load it.
+
+4.x has ``rope_theta`` beside ``rope_scaling`` and ``torch_dtype``; 5.x has ``rope_parameters`` and ``dtype``
+(transformers 5.23, ``modeling_rope_utils`` and ``configuration_utils``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.config.model import PART_OF, Field, ModelConfig, Reader, check, render_fields, vocabulary_divisor
+from anyckpt.config.spellings import HuggingFace, Spellings
+from anyckpt.config.windows import window_length
+from anyckpt.dtypes import BY_NAME
+from anyckpt.errors import MappingError
+
+COMMON = (
+    Field("num_layers", "num_hidden_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("ffn_hidden_size", "intermediate_size"),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field("num_query_groups", "num_key_value_heads", default=lambda found: found["num_attention_heads"]),
+    Field(
+        "kv_channels", "head_dim", default=lambda found: found["hidden_size"] // max(1, found["num_attention_heads"])
+    ),
+    Field("vocab_size", "vocab_size"),
+    Field("max_position_embeddings", "max_position_embeddings", default=None),
+    Field("init_method_std", "initializer_range", "number", 0.02),
+    Field("attention_dropout", "attention_dropout", "number", 0.0),
+    Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", False),
+    Field("bos_token_id", "bos_token_id", "tokens", None),
+    Field("eos_token_id", "eos_token_id", "tokens", None),
+    Field("pad_token_id", "pad_token_id", "tokens", None),
+)
+"""Keys that decoder-only families share."""
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+_SPELLED = {hub: name for name, hub in reversed(_ACTIVATIONS.items())}
+
+_ATTENTION_BIAS = "attention_bias"
+_LOCAL_BASE = "rope_local_base_freq"
+_HANDLED = {
+    "architectures", "model_type", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
+    "partial_rotary_factor", "dtype", "torch_dtype", _ATTENTION_BIAS,
+}  # fmt: skip
+WITHOUT_MEANING = {
+    "_name_or_path", "transformers_version", "use_cache", "pretraining_tp", "auto_map", "_attn_implementation",
+    "output_attentions", "output_hidden_states", "return_dict", "attn_implementation", "torchscript",
+    "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "cache_implementation",
+    "classifier_dropout", "summary_type", "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout",
+    "summary_activation", "task_specific_params", "is_decoder", "n_ctx", "attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32", "apply_query_key_layer_scaling", "bias_dropout_fusion", "gradient_checkpointing",
+    "tokenizer_class", "tokenizer_name", "init_device", "init_config", "embedding_fraction", "learned_pos_emb",
+    "attn_config", "verbose",
+}  # fmt: skip
+"""Keys that say nothing about the model itself."""
+
+
+_OF_THE_WHOLE = (
+    "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "quantization_config",
+)  # fmt: skip
+"""Keys that a model with several parts says once, beside them."""
+
+
+def is_known(family: Spellings, config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json``, or its text part, is of the family."""
+    return _is_own(family, config) or _part(family, config) is not None or _foreign(family, config) is not None
+
+
+def is_part(family: Spellings, config: Mapping[str, Any]) -> bool:
+    """Whether the family's model is the text part of what a ``config.json`` describes."""
+    return not _is_own(family, config) and _part(family, config) is not None
+
+
+def own_part(family: Spellings, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a ``config.json`` is the family's, in transformers' keys."""
+    if _is_own(family, config):
+        return config
+    part = _part(family, config)
+    if part is not None:
+        return {**{key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}, **part}
+    return _foreign(family, config) or config
+
+
+def _part(family: Spellings, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The text part of a model that also sees or hears."""
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) and _is_own(family, part) else None
+
+
+def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A ``config.json`` with another vocabulary, in its text part and wherever else it says one."""
+    part = config.get("text_config")
+    if not isinstance(part, Mapping):
+        return {**config, "vocab_size": size}
+    outside = {"vocab_size": size} if "vocab_size" in config else {}
+    return {**config, **outside, "text_config": {**part, "vocab_size": size}}
+
+
+def is_foreign(family: Spellings, config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` has the keys of another code than transformers."""
+    return not _is_own(family, config) and _foreign(family, config) is not None
+
+
+def _foreign(family: Spellings, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return None if "model_type" in config else family.hugging_face.foreign(config)
+
+
+def _is_own(family: Spellings, config: Mapping[str, Any]) -> bool:
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    if config.get("model_type") in family.hugging_face.model_types:
+        return True
+    return "model_type" not in config and first in family.hugging_face.architectures
+
+
+def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
+    """The hub's configuration from a ``config.json``.
+
+    Raises:
+        MappingError: a key is missing, of the wrong type, or says something that the family cannot be.
+    """
+    whole, config = config, own_part(family, config)
+    reader = Reader(config, "config.json")
+    known = family.hugging_face
+    fields = reader.fields(known.fields, known.defaults)
+    base, scaling, percent = _rope(reader, known) if is_rotary(family) else (10000.0, None, 1.0)
+    keys = {entry.key for entry in known.fields} | _HANDLED | known.constants.keys() | known.keys
+    keys |= {key for entry in known.fields for key in entry.aliases}
+    keys |= {known.activation_key or "", known.rotary_base_key, known.rotary_percent_key}
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise MappingError(
+            "the model is quantized, and its packed weights are not those of its family",
+            expected="no quantization_config in config.json", found=method or "one",
+            remedy="convert the unquantized model, or convert the files with --to safetensors",
+        )  # fmt: skip
+    result = ModelConfig(
+        **{
+            **{name: value for name, value in family.traits.items() if name not in fields},
+            "num_query_groups": fields.get("num_attention_heads"),
+            "kv_channels": _head_width(fields),
+            **fields,
+            **_activation(family, reader),
+            "family": family.name,
+            "make_vocab_size_divisible_by": vocabulary_divisor(fields.get("vocab_size") or 1),
+            "rotary_base": base,
+            "rotary_percent": percent,
+            "rope_scaling": scaling,
+            "window_size": _window(reader, known.defaults),
+            "dtype": _dtype(config),
+            **known.read(reader, fields),
+            "extra": {
+                "hf": {key: value for key, value in config.items() if key not in keys},
+                **({PART_OF: str(whole.get("model_type"))} if _part(family, whole) is not None else {}),
+            },
+        }
+    )
+    if known.attention_bias is not None:
+        _check_biases(reader, result, known.attention_bias)
+    return check(result)
+
+
+def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str, Any]:
+    """A ``config.json`` that transformers 4.x and 5.x load.
+
+    Raises:
+        MappingError: transformers' class of the family cannot express the configuration.
+    """
+    known = family.hugging_face
+    has_vocabulary = family.has_vocabulary
+    if config.vocab_size is None and has_vocabulary:
+        raise MappingError(
+            "the vocabulary size is unknown", expected="vocab_size in the configuration",
+            remedy="give it with --config, or give the tokenizer with --tokenizer",
+        )  # fmt: skip
+    keys = {entry.key for entry in known.fields}
+    _check_heads(family, config)
+    rendered: dict[str, Any] = {
+        **({"use_cache": True} if has_vocabulary else {}),
+        **config.extra.get("hf", {}),
+        **known.constants,
+        **{key: value for key, value in render_fields(known.fields, config).items() if _is_sayable(key, value)},
+        "architectures": [known.architectures[0]],
+        "model_type": known.model_types[0],
+    }
+    if known.activation_key is not None:
+        rendered[known.activation_key] = known.activations.get(config.activation, _SPELLED[config.activation])
+    if config.position_embedding_type == "rope" and is_rotary(family):
+        rendered |= _render_rope(family, config)
+    if config.dtype is not None:
+        rendered["dtype"] = rendered["torch_dtype"] = config.dtype
+    if known.attention_bias is not None and ("mlp_bias" in keys or config.add_bias_linear):
+        rendered[_ATTENTION_BIAS] = config.add_bias_linear or config.add_qkv_bias
+    _render_window(family, config, rendered, notes)
+    rendered |= known.write(config, notes)
+    if config.eos_token_id is None and "eos_token_id" in keys and "hf" not in config.extra:
+        notes.append("which token ends a text is not recorded: set eos_token_id in config.json before generating")
+    if config.hidden_dropout and not any(entry.hub == "hidden_dropout" for entry in known.fields):
+        notes.append(f"hidden_dropout {config.hidden_dropout} has no place in a {known.model_types[0]} config.json")
+    return rendered
+
+
+def is_rotary(family: Spellings) -> bool:
+    """Whether models of the family have rotary embeddings, or may have."""
+    return bool(family.traits.get("position_embedding_type", "rope") == "rope")
+
+
+def _render_rope(family: Spellings, config: ModelConfig) -> dict[str, Any]:
+    """Both spellings."""
+    known = family.hugging_face
+    rope = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
+    rendered: dict[str, Any] = {
+        known.rotary_base_key: config.rotary_base,
+        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
+    }
+    if config.rotary_percent != 1.0 or known.rotary_percent != 1.0:
+        rendered[known.rotary_percent_key] = rope["partial_rotary_factor"] = config.rotary_percent
+    return {**rendered, "rope_parameters": rope}
+
+
+def _activation(family: Spellings, reader: Reader) -> dict[str, str]:
+    """The hub's field, if the configuration has a key for it."""
+    known = family.hugging_face
+    if known.activation_key is None:
+        return {}
+    spelled = reader.text(known.activation_key) or known.defaults.get(known.activation_key)
+    meant = family.traits.get("activation", "silu")
+    if spelled is not None:
+        meant = known.misspelled.get(spelled, _ACTIVATIONS.get(spelled, spelled))
+    _expect(family, "activation", known.activation_key, meant)
+    if meant not in _SPELLED:
+        raise MappingError(
+            f"config.json's {known.activation_key} is unknown",
+            expected=f"one of {', '.join(_ACTIVATIONS)}", found=meant[:80],
+        )  # fmt: skip
+    return {"activation": meant}
+
+
+def _head_width(fields: Mapping[str, Any]) -> int | None:
+    """Of a class that has no key for it."""
+    return fields["hidden_size"] // max(1, fields["num_attention_heads"]) if "num_attention_heads" in fields else None
+
+
+def _check_heads(family: Spellings, config: ModelConfig) -> None:
+    """A class that has no key for a head's width or for key heads derives them."""
+    known = family.hugging_face
+    said = {entry.hub for entry in known.fields}
+    derived = {} if "head_dim" in known.keys else {"kv_channels": config.hidden_size // config.num_attention_heads}
+    if not known.keys & {"multi_query", "num_kv_heads"}:
+        derived["num_query_groups"] = config.num_attention_heads
+    for name, value in derived.items():
+        if "num_attention_heads" in said and name not in said and getattr(config, name) != value:
+            raise MappingError(
+                f"transformers' {known.architectures[0]} has no key for {name}",
+                expected=value, found=getattr(config, name), remedy="choose the family with --family",
+            )  # fmt: skip
+
+
+def _is_sayable(key: str, value: Any) -> bool:
+    """Null is a value for token ids; for any other key it would replace the class's default by nothing."""
+    return value is not None or key.endswith("_token_id")
+
+
+def surplus(config: ModelConfig) -> list[str]:
+    """Keys of the source's ``config.json`` that may mean something and that no other framework's spelling has."""
+    return sorted(
+        key
+        for key, value in config.extra.get("hf", {}).items()
+        if key not in WITHOUT_MEANING and value not in (None, False, [], {})
+    )
+
+
+def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | None, float]:
+    """Base, scaling and rotated fraction of a head, from either spelling; 5.x's is the stronger one."""
+    stated = reader.mapping("rope_parameters")
+    if _LOCAL_BASE in known.keys:  # theta of windowed layers, which the family reads itself
+        stated = Reader(stated, "config.json's rope_parameters").mapping("full_attention")
+    parameters = Reader(stated, "config.json's rope_parameters")
+    old = reader.mapping("rope_scaling")
+    base = parameters.number("rope_theta") or reader.number(known.rotary_base_key) or known.rotary_base
+    percent = parameters.number("partial_rotary_factor") or reader.number(known.rotary_percent_key)
+    scaling = dict(parameters.values) if parameters.values else dict(old)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        scaling.pop(key, None)
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    if not isinstance(kind, str):
+        raise MappingError("config.json's rope type is not text", found=repr(kind)[:80])
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise MappingError(
+            "config.json has rope parameters per kind of layer, which this family does not have",
+            found=", ".join(map(str, scaling)),
+        )
+    result = None if kind == "default" else {"rope_type": kind, **scaling}
+    return base, result, percent or known.rotary_percent
+
+
+def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Megatron's window: transformers counts the token itself, Megatron does not."""
+    if "sliding_window" not in defaults:
+        return None
+    length = reader.integer("sliding_window") if "sliding_window" in reader.values else defaults["sliding_window"]
+    if length is None:
+        return None
+    if length < 1:
+        raise MappingError("config.json's sliding_window is not possible", expected="a positive length", found=length)
+    return length - 1, 0
+
+
+def _render_window(family: Spellings, config: ModelConfig, rendered: dict[str, Any], notes: list[str]) -> None:
+    windowed = "sliding_window" in family.hugging_face.defaults
+    if "sliding_window" in family.hugging_face.keys:
+        return
+    if config.window_size is None:
+        if windowed:
+            rendered["sliding_window"] = None
+        return
+    if not windowed:
+        raise MappingError(
+            f"transformers' {family.hugging_face.architectures[0]} has no such attention window",
+            expected="none", found=config.window_size, remedy="choose the family with --family",
+        )  # fmt: skip
+    if config.window_attn_skip_freq is not None:
+        raise MappingError(
+            f"transformers' {family.hugging_face.architectures[0]} has the window in every layer",
+            expected="no window_attn_skip_freq", found=config.window_attn_skip_freq,
+            remedy="choose the family with --family",
+        )  # fmt: skip
+    rendered["sliding_window"] = window_length(config, notes)
+
+
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    name = config.get("dtype") or config.get("torch_dtype")
+    plain = name.removeprefix("torch.") if isinstance(name, str) else None
+    return plain if plain in BY_NAME else None
+
+
+def _check_biases(reader: Reader, config: ModelConfig, default: bool) -> None:
+    """transformers can give biases to all attention projections alone; Megatron only to all layers or to q, k, v."""
+    stated = reader.flag(_ATTENTION_BIAS)
+    attention = default if stated is None else stated
+    if attention != config.add_bias_linear and not config.add_qkv_bias:
+        raise MappingError(
+            "has biases that Megatron-Core has no layers for", expected="attention_bias and mlp_bias to be equal",
+            found=f"attention_bias {attention}, mlp_bias {config.add_bias_linear}",
+        )  # fmt: skip
+
+
+def _expect(family: Spellings, hub: str, key: str, found: Any) -> None:
+    expected = family.traits.get(hub, found)
+    if found != expected:
+        raise MappingError(f"config.json's {key} is not that of family {family.name}", expected=expected, found=found)

@@ -1,0 +1,182 @@
+"""Megatron-LM's arguments, as it stores them in a checkpoint's ``args`` (names as of Megatron-Core 0.16)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyckpt.config.block_keys import parse_blocks, parse_yarn, render_blocks, render_yarn
+from anyckpt.config.elsewhere import elsewhere
+from anyckpt.config.encoder_keys import parse_encoders, render_encoders
+from anyckpt.config.model import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
+from anyckpt.config.rope_scaling import from_factors, to_factors
+from anyckpt.config.spellings import Spellings
+from anyckpt.errors import MappingError
+
+FIELDS = (
+    Field("num_layers", "num_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("ffn_hidden_size", "ffn_hidden_size", default=lambda found: 4 * found["hidden_size"]),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field(
+        "kv_channels", "kv_channels", default=lambda found: found["hidden_size"] // max(1, found["num_attention_heads"])
+    ),
+    Field("max_position_embeddings", "max_position_embeddings", default=None),
+    Field("vocab_size", "vocab_size", default=None),
+    Field("padded_vocab_size", "padded_vocab_size", default=None),
+    Field("make_vocab_size_divisible_by", "make_vocab_size_divisible_by", default=128),
+    Field("normalization", "normalization", "text", "LayerNorm"),
+    Field("layernorm_zero_centered_gamma", "apply_layernorm_1p", "flag", False),
+    Field("layernorm_epsilon", "norm_epsilon", "number", 1e-5, ("layernorm_epsilon",)),
+    Field("add_qkv_bias", "add_qkv_bias", "flag", False),
+    Field("qk_layernorm", "qk_layernorm", "flag", False),
+    Field("position_embedding_type", "position_embedding_type", "text", "learned_absolute"),
+    Field("rotary_base", "rotary_base", "number", 10000.0),
+    Field("rotary_percent", "rotary_percent", "number", 1.0),
+    Field("rotary_interleaved", "rotary_interleaved", "flag", False),
+    Field("init_method_std", "init_method_std", "number", 0.02),
+    Field("attention_dropout", "attention_dropout", "number", 0.1),
+    Field("hidden_dropout", "hidden_dropout", "number", 0.1),
+    Field("bos_token_id", "bos_token_id", "tokens", None),
+    Field("eos_token_id", "eos_token_id", "tokens", None),
+    Field("pad_token_id", "pad_token_id", "tokens", None),
+)
+"""Token ids are ours: Megatron-LM gets them from the tokenizer and ignores these."""
+
+_POSITIONS = ("rope", "learned_absolute", "mrope", "relative", "yarn", "none")
+
+
+def has_own_modules(config: ModelConfig) -> bool:
+    """Whether NeMo 1 has the model only in its own modules: Megatron-Core has no alibi."""
+    return config.position_embedding_type == "alibi"
+
+
+def parse(config: Mapping[str, Any]) -> ModelConfig:
+    """The hub's configuration, of no family yet.
+
+    Raises:
+        MappingError: an argument is missing or of the wrong type.
+    """
+    reader = Reader(config, "checkpoint's args")
+    fields = reader.fields((*FIELDS, *OPTIONAL), {})
+    fields |= parse_encoders(reader, fields)
+    fields |= parse_blocks(reader, {}, fields)
+    yarn = parse_yarn(reader, {}, fields)
+    grouped = reader.flag("group_query_attention")
+    groups = reader.integer("num_query_groups") if grouped is not False else None
+    no_bias, bias = reader.flag("disable_bias_linear"), reader.flag("add_bias_linear")
+    rope = {}
+    if reader.flag("use_rope_scaling"):
+        rope = {"scale_factor": reader.number("rope_scaling_factor") or 8.0}
+    return check(
+        ModelConfig(
+            **fields,
+            family="",
+            num_query_groups=groups if groups and (grouped or groups > 1) else fields["num_attention_heads"],
+            add_bias_linear=bias if bias is not None else not no_bias,
+            activation=_activation(reader),
+            gated_linear_unit=any(map(reader.flag, ("swiglu", "quick_geglu", "gated_linear_unit"))),
+            share_embeddings_and_output_weights=not reader.flag("untie_embeddings_and_output_weights"),
+            window_size=reader.pair("window_size"),
+            rope_scaling=yarn or from_factors(rope, reader.number("rotary_seq_len_interpolation_factor")),
+            dtype=_dtype(reader),
+            extra={"features": reader.features()},
+        )
+    )
+
+
+def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str, Any]:
+    """Arguments with which Megatron-LM builds the model, at tensor and pipeline parallel size 1.
+
+    Raises:
+        MappingError: Megatron-Core has no such models, or no such rope scaling.
+    """
+    if not family.megatron:
+        raise MappingError(
+            f"Megatron-Core has no models of family {family.name}", remedy=elsewhere(family, config, "Megatron-Core")
+        )
+    yarn = render_yarn(family, config, "Megatron-Core")
+    plain = config.rope_scaling if yarn is None else None
+    factors, interpolation = to_factors(plain, "Megatron-Core", fixed=True)
+    if config.position_embedding_type not in _POSITIONS:
+        raise MappingError(
+            "Megatron-Core has no such position embedding",
+            expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
+            remedy=elsewhere(family, config, "Megatron-Core"),
+        )  # fmt: skip
+    arguments: dict[str, Any] = {
+        **render_fields(FIELDS, config),
+        **render_optional(config),
+        "padded_vocab_size": config.rows,
+        "rotary_base": whole(config.rotary_base),
+        "seq_length": config.max_position_embeddings,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "swiglu": config.gated_linear_unit and config.activation == "silu",
+        "squared_relu": config.activation == "squared_relu",
+        "openai_gelu": config.activation == "gelu_tanh",
+        "gated_linear_unit": config.gated_linear_unit,
+        "quick_geglu": config.activation == "quick_gelu" and config.gated_linear_unit,
+        "add_bias_linear": config.add_bias_linear,
+        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        "use_rope_scaling": bool(factors),
+        "rope_scaling_factor": factors.get("scale_factor", 8.0),
+        "rotary_seq_len_interpolation_factor": interpolation,
+        "window_size": list(config.window_size) if config.window_size else None,
+        "params_dtype": None if config.dtype is None else f"torch.{config.dtype}",
+        "bf16": config.dtype == "bfloat16",
+        "fp16": config.dtype == "float16",
+        "use_mcore_models": True,
+        "transformer_impl": "transformer_engine",
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "hf_model_type": family.hugging_face.model_types[0],
+        **render_blocks(config, "num_experts"),
+        **render_encoders(config),
+        **(yarn or {}),
+        **family.megatron_keys(config),
+    }
+    if config.query_pre_attn_scalar is not None:
+        arguments["softmax_scale"] = config.query_pre_attn_scalar**-0.5
+    if config.gated_linear_unit and not (arguments["swiglu"] or arguments["quick_geglu"]):
+        notes.append(
+            f"Megatron-LM has no argument for a gated {config.activation}: build the model with gated_linear_unit and "
+            "that activation_func in its TransformerConfig"
+        )
+    if config.activation not in ("gelu", *(name for name, key in _ARGUMENTS.items() if arguments[key])):
+        arguments["activation"] = config.activation
+        if not config.gated_linear_unit:
+            notes.append(
+                f"Megatron-LM has no argument for {config.activation}: build the model with that activation_func in "
+                "its TransformerConfig"
+            )
+    return arguments
+
+
+_ARGUMENTS = {
+    "silu": "swiglu", "squared_relu": "squared_relu", "gelu_tanh": "openai_gelu", "quick_gelu": "quick_geglu",
+}  # fmt: skip
+
+
+def _activation(reader: Reader) -> str:
+    stated = reader.text("activation")  # ours, for what no argument says
+    if stated in ("relu", "quick_gelu", "silu"):
+        return stated
+    if reader.flag("swiglu"):
+        return "silu"
+    if reader.flag("squared_relu"):
+        return "squared_relu"
+    if reader.flag("quick_geglu"):
+        return "quick_gelu"
+    return "gelu_tanh" if reader.flag("openai_gelu") else "gelu"
+
+
+def _dtype(reader: Reader) -> str | None:
+    stated = reader.values.get("params_dtype")
+    text = str(stated) if stated is not None else ""
+    for name in ("bfloat16", "float16", "float32"):
+        if text.rstrip(">'\"").endswith(f".{name}") or text == name:
+            return name
+    return "bfloat16" if reader.flag("bf16") else "float16" if reader.flag("fp16") else None

@@ -1,0 +1,165 @@
+"""How each framework spells what a model is; a family's values say what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyckpt.config.meta_names import MetaNames
+from anyckpt.config.model import Field, ModelConfig, Reader
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One stored spelling.
+
+    A ``*`` is an index and is the same on both sides.  If the family's names have one star more, which must be the
+    last, it counts the leading axis of the stored tensor (experts); several names then share the next axis evenly.
+
+    Attributes:
+        stored: pattern of the stored name.
+        names: patterns of the family's names, as its rules have them.
+        written: it is how the family is stored: what is written, and what messages name.
+        transposed: each expert's part of the stored tensor has its axes in reverse order, as (in, out).
+        in_memory: transformers of today calls it so once it is loaded, and so adapters name it.
+    """
+
+    stored: str
+    names: tuple[str, ...]
+    written: bool = False
+    transposed: bool = False
+    in_memory: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the stored tensor has a leading axis that the family's have not."""
+        return self.names[0].count("*") > self.stored.count("*")
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """How transformers knows a family.
+
+    Attributes:
+        model_types: ``model_type`` values that are read; the first is written.
+        architectures: classes that are read; the first is written.
+        defaults: by key, what transformers' configuration class takes where ``config.json`` has no such key.
+        fields: the one-to-one keys, ``config_hf.COMMON`` and the family's own.
+        constants: keys that are written as they are.
+        activations: hub activation -> spelling, where it is not the usual one.
+        misspelled: spelling -> hub activation, where the family means something else by it.
+        rotary_base_key: key of theta in 4.x.
+        rotary_base: what it is where no key says.
+        rotary_percent_key: key of the rotated fraction of a head in 4.x.
+        rotary_percent: what it is where no key says.
+        attention_bias: what ``attention_bias`` is where the key is absent; None if the family has no such key.
+        activation_key: key of the MLP's activation; None if it is none of the configuration's.
+        read: hub fields that are no one-to-one keys, from the configuration and the fields parsed so far; stronger
+            than both the table and the traits.
+        write: the keys of ``read``, from the model; notes are appended to the list.
+        keys: names of these keys.
+        variants: other spellings under which tensors are stored.
+        prefix: what names begin with, but those of the head, where a class has one.
+        headless: whether the class written has no head, so that names are written without ``prefix``.
+        copies: stored names of tensors that are there a second time, each with the one it is the same as.
+        foreign: transformers' keys from a ``config.json`` of another code that the family's models are of; None if it
+            is not one.
+        registered: parts of names in the order in which transformers' modules register parameters (see
+            ``registered``); empty where that is not known.
+    """
+
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    fields: tuple[Field, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=dict)
+    misspelled: Mapping[str, str] = field(default_factory=dict)
+    rotary_base_key: str = "rope_theta"
+    rotary_base: float = 10000.0
+    rotary_percent_key: str = "partial_rotary_factor"
+    rotary_percent: float = 1.0
+    attention_bias: bool | None = False
+    activation_key: str | None = "hidden_act"
+    read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, found: {})
+    write: Callable[[ModelConfig, list[str]], Mapping[str, Any]] = field(default=lambda config, notes: {})
+    keys: frozenset[str] = frozenset()
+    variants: tuple[Variant, ...] = ()
+    prefix: str = ""
+    headless: Callable[[ModelConfig], bool] = field(default=lambda config: False)
+    copies: tuple[tuple[str, str], ...] = ()
+    foreign: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = field(default=lambda config: None)
+    registered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NeMo2:
+    """How NeMo 2 knows a family.
+
+    Attributes:
+        module: Python module of the classes.
+        model: name of the model class.
+        configs: names of the configuration classes that are read, and by key their defaults beyond the family's.
+        choose: name of the configuration class to write.
+        fields: one-to-one fields of these classes beyond NeMo's common ones.
+        own: names of common hub fields that ``read`` gives, because these classes spell them in another way.
+        read: hub fields that are no one-to-one fields, from the configuration and the class's defaults.
+        write: fields that are no one-to-one fields; they replace what is written otherwise.
+        without: fields that NeMo 2's other classes have and these have not.
+    """
+
+    module: str
+    model: str
+    configs: Mapping[str, Mapping[str, Any]]
+    choose: Callable[[ModelConfig], str]
+    fields: tuple[Field, ...] = ()
+    own: frozenset[str] = frozenset()
+    read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, defaults: {})
+    write: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
+    without: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spellings:
+    """How the configurations of a family's models are spelled everywhere.
+
+    Attributes:
+        name: as in ``--family``.
+        title: for people.
+        traits: hub fields that every model of the family has; they also tell the family of a Megatron or NeMo 1
+            configuration, which does not name it.
+        hugging_face: spelling there.
+        nemo2: spelling there; None if it has no such models.
+        meta: names in Meta's, Mistral's and torchtitan's code; None if they have no such models.
+        nemo1: whether NeMo 1 has such models.
+        nemo1_classes: NeMo 1's classes for them other than ``MegatronGPTModel``, without the module, and what these
+            take where their configuration has no such key: a value, or a function of the configuration.
+        megatron: whether Megatron-Core has such models.
+        features: of ``config.model.FEATURES``, those that the family may have; ``yarn`` if its rope may be scaled so.
+        recognise: whether a Megatron or NeMo 1 configuration that has the traits is of this family.
+        nemo1_keys: keys that NeMo 1 needs for the family beyond the common ones; they replace what is written
+            otherwise.
+        megatron_keys: the same of Megatron-LM's arguments.
+        caveats: what a kind of configuration (``identify.KINDS``) cannot say of a model; each becomes a note.
+    """
+
+    name: str
+    title: str
+    traits: Mapping[str, Any]
+    hugging_face: HuggingFace
+    nemo2: NeMo2 | None = None
+    meta: MetaNames | None = None
+    nemo1: bool = True
+    nemo1_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    megatron: bool = True
+    features: frozenset[str] = frozenset()
+    recognise: Callable[[ModelConfig], bool] = field(default=lambda config: True)
+    nemo1_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
+    megatron_keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
+    caveats: Callable[[ModelConfig, str], Iterable[str]] = field(default=lambda config, kind: ())
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the models embed tokens; what knows only the spellings takes it that they do."""
+        return True

@@ -1,0 +1,1 @@
+"""Files that hold tensors, whatever a framework put there: read, and written."""

@@ -1,0 +1,216 @@
+"""Laying out a distributed checkpoint: ``.distcp`` files and their ``.metadata``, all known when planning.
+
+Every item is a whole ``torch.save`` archive.  The elements of big chunks begin at multiples of 4096 bytes in their
+file, by padding that torch's reader skips, so that they can be written past the page cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyckpt.containers.dcp.chunks import cut, stacked_axes
+from anyckpt.containers.torch_file import shift_parts, tensor_zip_parts, zip_parts
+from anyckpt.containers.torch_file.writer import PAGE
+from anyckpt.dtypes import DType
+from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
+from anyckpt.indexing import Shape
+from anyckpt.pickling import Global, Record, dumps
+from anyckpt.pickling.torch_objects import dtype_global, size
+from anyckpt.tensor import Constant, LazyTensor
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_FILE_BYTES = 4 << 30
+_CHUNK_BYTES = 256 << 20  # a loader reads whole chunks to take its slice of them
+_VERSION = "1.0.0"  # torch 2.13 torch/distributed/checkpoint/filesystem.py CURRENT_DCP_VERSION
+
+
+@dataclass
+class _File:
+    """A ``.distcp`` file being laid out."""
+
+    name: str
+    parts: list[Part] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(self, parts: Sequence[Part]) -> int:
+        """Append an item; gives its length."""
+        length = sum(part.nbytes for part in parts)
+        self.parts += shift_parts(parts, len(self.parts))
+        self.nbytes += length
+        return length
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A chunk and where it was put."""
+
+    offsets: Shape
+    sizes: Shape
+    file: str
+    offset: int
+    length: int
+
+
+def dcp_files(
+    tensors: Mapping[str, LazyTensor],
+    objects: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    ranks: int = 1,
+    megatron: bool = False,
+    paths: Mapping[str, tuple[str | int, ...]] | None = None,
+    file_bytes: int | None = None,
+    chunk_bytes: int = _CHUNK_BYTES,
+) -> list[OutputFile]:
+    """The files of a distributed checkpoint.
+
+    Loads in torch >= 2.4 (``torch.distributed.checkpoint.load``) and, with ``metadata.json`` and ``common.pt``
+    beside it, in Megatron-Core.  ``.metadata`` has stage 1, everything else stage 0.
+
+    Args:
+        tensors: by name.
+        objects: everything else by name; plain data and inert records, tensors in them lazy.
+        prefix: directory inside the output, without a slash at its end; empty for the output itself.
+        ranks: over how many ranks' files (``__{rank}_{n}.distcp``) the bytes are spread evenly.
+        megatron: write as Megatron-Core does: a chunk per layer (and expert) of stacked tensors, objects in a list
+            of one, no key paths.
+        paths: name -> keys from the root of the nested state; a name that is missing is at the root.
+        file_bytes: a rank's bytes are divided into files of about this size; 4 GiB if None.
+        chunk_bytes: the largest chunk; a longer one is cut along its first axis.
+
+    Raises:
+        UsageError: an object cannot be pickled.
+    """
+    layout = _Layout(ranks, file_bytes or _FILE_BYTES, sum(tensor.nbytes for tensor in tensors.values()))
+    object_items = {name: layout.add_object(name, value, megatron) for name, value in objects.items()}
+    tensor_items = {}
+    for name, tensor in tensors.items():
+        boxes = cut(
+            tensor.shape, tensor.dtype.itemsize, stacked=stacked_axes(name) if megatron else 0, limit=chunk_bytes
+        )
+        tensor_items[name] = [layout.add_chunk(name, tensor, start, shape) for start, shape in boxes]
+    keys = None if megatron else {name: (paths or {}).get(name, (name,)) for name in (*objects, *tensors)}
+    index = _metadata(tensors, tensor_items, object_items, keys, numbered=not megatron)
+    folder = f"{prefix}/" if prefix else ""
+    return [
+        *(OutputFile(folder + file.name, tuple(file.parts)) for file in layout.files),
+        small_file(f"{folder}.metadata", dumps(index, protocol=4, name=".metadata"), stage=1),
+    ]
+
+
+class _Layout:
+    """Puts items into files one after another, in the order in which they come."""
+
+    def __init__(self, ranks: int, file_bytes: int, total: int) -> None:
+        self.files: list[_File] = []
+        self._rank_bytes = -(-total // max(1, ranks))
+        self._file_bytes = file_bytes
+        self._ranks = max(1, ranks)
+        self._done = 0
+        self._archives: dict[tuple[DType, Shape, int], tuple[Part, ...]] = {}
+        self._nothing: tuple[Part, ...] = ()
+        self._rank = -1
+        self._number = 0
+
+    def add_object(self, name: str, value: object, listed: bool) -> _Item:
+        file = self._file(0)
+        offset = file.nbytes
+        if value is not None:
+            parts = self._archive_of(name, [value] if listed else value, offset)
+        else:  # a model of experts has an object for each, all None: one archive serves all, wherever it lies
+            self._nothing = self._nothing or self._archive_of(name, [None] if listed else None, offset)
+            parts = self._nothing
+        return _Item((), (), file.name, offset, file.add(parts))
+
+    def _archive_of(self, name: str, value: object, offset: int) -> tuple[Part, ...]:
+        return zip_parts(value, file_offset=offset, tensor_name=lambda path: ".".join([name, *map(str, path)]))
+
+    def add_chunk(self, name: str, tensor: LazyTensor, start: Shape, shape: Shape) -> _Item:
+        box = tensor.box(start, shape)
+        file = self._file(box.nbytes)
+        offset = file.nbytes
+        # Archives of equal tensors differ only in their padding, and that only by where in a page they begin.
+        kind = (box.dtype, shape, offset % PAGE)
+        parts = self._archives.get(kind)
+        if parts is None:
+            stand_in = Constant(box.dtype, shape)
+            parts = self._archives[kind] = tensor_zip_parts(name, stand_in, file_offset=offset)
+        piece = "" if shape == tensor.shape else f"chunk at {list(start)}"
+        own = [TensorData(name, box, piece) if isinstance(part, TensorData) else part for part in parts]
+        return _Item(start, shape, file.name, offset, file.add(own))
+
+    def _file(self, nbytes: int) -> _File:
+        """The file for the next item, of ``nbytes`` tensor bytes."""
+        rank = min(self._ranks - 1, self._done // self._rank_bytes if self._rank_bytes else 0)
+        if rank != self._rank:
+            self._rank, self._number = rank, 0
+            self.files.append(_File(f"__{rank}_0.distcp"))
+        elif self.files[-1].nbytes and self.files[-1].nbytes + nbytes > self._file_bytes:
+            self._number += 1
+            self.files.append(_File(f"__{rank}_{self._number}.distcp"))
+        self._done += nbytes
+        return self.files[-1]
+
+
+def _metadata(
+    tensors: Mapping[str, LazyTensor],
+    tensor_items: Mapping[str, list[_Item]],
+    object_items: Mapping[str, _Item],
+    paths: Mapping[str, tuple[str | int, ...]] | None,
+    *,
+    numbered: bool,
+) -> Record:
+    """The index, as torch 2.13 pickles it."""
+    state: dict[str, Record] = {
+        name: Record(Global(_METADATA, "BytesStorageMetadata"), (), True) for name in object_items
+    }
+    storage: dict[Record, Record] = {_key(name, None, None): _place(item) for name, item in object_items.items()}
+    for name, items in tensor_items.items():
+        fields = {
+            "properties": _properties(tensors[name].dtype),
+            "size": size(tensors[name].shape),
+            "chunks": [
+                _record("ChunkStorageMetadata", {"offsets": size(item.offsets), "sizes": size(item.sizes)})
+                for item in items
+            ],
+        }
+        state[name] = _record("TensorStorageMetadata", fields)
+        for number, item in enumerate(items):
+            storage[_key(name, item.offsets, number if numbered else None)] = _place(item)
+    meta: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
+    return _record(
+        "Metadata",
+        {
+            "state_dict_metadata": state,
+            "planner_data": None if paths is None else dict(paths),
+            "storage_data": storage,
+            "storage_meta": _record("StorageMeta", meta),
+            "version": _VERSION,
+        },
+    )
+
+
+def _record(name: str, fields: dict[str, Any]) -> Record:
+    return Record(Global(_METADATA, name), (), True, state=fields)
+
+
+def _properties(dtype: DType) -> Record:
+    layout = Record(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    contiguous = Record(Global(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+    return Record(
+        Global(_METADATA, "TensorProperties"), (), True, state=(dtype_global(dtype), layout, False, contiguous, False)
+    )
+
+
+def _key(name: str, offsets: Shape | None, number: int | None) -> Record:
+    fields: dict[str, Any] = {"fqn": name, "index": number}
+    if offsets is not None:
+        fields["offset"] = size(offsets)
+    return _record("MetadataIndex", fields)
+
+
+def _place(item: _Item) -> Record:
+    fields = {"relative_path": item.file, "offset": item.offset, "length": item.length}
+    return Record(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), (), True, state=fields)

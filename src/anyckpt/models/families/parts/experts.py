@@ -1,0 +1,72 @@
+"""Rules that mixture-of-experts families share; no family itself."""
+
+from __future__ import annotations
+
+from anyckpt.config.model import ModelConfig, Reader
+from anyckpt.models.families import llama
+from anyckpt.models.language.rule_operations import GATE_UP
+from anyckpt.models.language.rules import Rule
+
+LAYER = "model.layers.*"
+HUB = "decoder.layers.*"
+
+
+def is_sparse(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """Whether the layer has experts."""
+    return config.is_sparse(indices[0])
+
+
+def is_dense(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """Whether the layer has a dense MLP."""
+    return not config.is_sparse(indices[0])
+
+
+ATTENTION = tuple(
+    rule for rule in llama.RULES if rule.hub.startswith(f"{HUB}.self_attention.") and not rule.hub.endswith(".bias")
+)
+"""Llama's, without biases."""
+
+LEADING = tuple(rule for rule in llama.RULES if rule.hub.startswith("embedding."))
+TRAILING = tuple(rule for rule in llama.RULES if rule.hub.startswith(("decoder.final", "output_layer.")))
+
+DENSE = (
+    Rule((f"{LAYER}.post_attention_layernorm.weight",), f"{HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",),
+         when=is_dense),
+    Rule((f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"),
+         f"{HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"), GATE_UP, "gate-up", is_dense),
+    Rule((f"{LAYER}.mlp.down_proj.weight",), f"{HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row",
+         when=is_dense),
+)  # fmt: skip
+"""The MLP of layers without experts: the norm before it is fused into it, which that before experts is not."""
+
+
+def experts(
+    module: str = "mlp", router: str = "gate", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Rule, ...]:
+    """Norm, router and experts of a layer, each with a gate, by the names that the family gives them."""
+    each = f"{LAYER}.{module}.experts.*"
+    return (
+        Rule((f"{LAYER}.post_attention_layernorm.weight",), f"{HUB}.pre_mlp_layernorm.weight", ("hidden",),
+             when=is_sparse),
+        Rule((f"{LAYER}.{module}.{router}.weight",), f"{HUB}.mlp.router.weight", ("experts", "hidden"),
+             when=is_sparse),
+        Rule((f"{each}.{gate}.weight", f"{each}.{up}.weight"), f"{HUB}.mlp.experts.linear_fc1.weight*",
+             ("expert-fc1", "hidden"), GATE_UP, "gate-up", is_sparse),
+        Rule((f"{each}.{down}.weight",), f"{HUB}.mlp.experts.linear_fc2.weight*", ("hidden", "expert-ffn"),
+             partition="row", when=is_sparse),
+    )  # fmt: skip
+
+
+def layers_with_experts(reader: Reader, layers: int) -> tuple[int, ...] | None:
+    """Megatron's list from Qwen's two keys: every so many layers, and layers that are dense all the same."""
+    step = reader.integer("decoder_sparse_step")
+    step = 1 if step is None else step
+    listed = reader.tokens("mlp_only_layers") or ()  # a list of whole numbers, or one
+    dense = {listed} if isinstance(listed, int) else set(listed)
+    pattern = tuple(int(layer not in dense and step > 0 and (layer + 1) % step == 0) for layer in range(layers))
+    return None if all(pattern) else pattern
+
+
+def dense_layers(config: ModelConfig) -> list[int]:
+    """Layers without experts."""
+    return [layer for layer, sparse in enumerate(config.moe_layer_freq or ()) if not sparse]

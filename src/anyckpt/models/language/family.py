@@ -1,0 +1,68 @@
+"""What a model family is: one declarative value, in a file of its own under ``families``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.spellings import Spellings
+from anyckpt.indexing import Shape
+from anyckpt.models.language.rules import (
+    AXES,
+    DIMENSIONS,
+    Axis,
+    Dimension,
+    Instance,
+    Layer,
+    Rule,
+    instances,
+    same_layers,
+)
+
+
+def unrefined(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
+    """The configuration itself, for families whose configurations say everything."""
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Spellings):
+    """A model family: which tensors it has, where they go, and how its configuration is spelled.
+
+    Attributes:
+        rules: which tensors there are, and how they map to the hub.
+        ignorable: patterns of stored names that carry no weights (``*`` is one dotted segment), with the reason.
+        unties: kinds of configuration (``identify.KINDS``) whose models have an output layer of their own even where
+            the model's is its embedding, which then is written twice.
+        refine: the configuration with what the tensors say and it may leave out, from the shapes of those outside
+            layers by the hub's names.
+        whole_norms: by kind of configuration, a key that marks models whose norms are stored as gamma although the
+            family's are gamma - 1, which they then become on the way to the hub.
+        twins: hub names that a checkpoint of Megatron's may have for a tensor besides its own, each with this one.
+        prefixes: by dialect, what Megatron names begin with where it is not the dialect's own prefix.
+        axes: what stars count besides layers.
+        dimensions: lengths that the rules name beyond the common ones.
+        layer: the configuration as one layer sees it, for models whose layers differ; the layer's lengths, operations
+            and conditions get it.
+    """
+
+    rules: tuple[Rule, ...]
+    ignorable: tuple[tuple[str, str], ...] = ()
+    unties: frozenset[str] = frozenset()
+    refine: Callable[[ModelConfig, Mapping[str, Shape]], ModelConfig] = unrefined
+    whole_norms: Mapping[str, str] = field(default_factory=dict)
+    twins: tuple[tuple[str, str], ...] = ()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+    dimensions: Mapping[str, Dimension] = field(default_factory=dict)
+    layer: Layer = same_layers
+
+    @property
+    def has_vocabulary(self) -> bool:
+        return any(rule.partition == "vocabulary" for rule in self.rules)
+
+    def expected(self, config: ModelConfig) -> list[Instance]:
+        """Every tensor that a model of this configuration has."""
+        lengths = {**DIMENSIONS, **self.dimensions}
+        return list(instances(self.rules, {**AXES, **self.axes}, lengths, config, self.layer))

@@ -1,0 +1,124 @@
+"""Other spellings under which a family's tensors are stored: renamed, or several of them in one tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+
+from anyckpt.config.spellings import Variant
+from anyckpt.errors import MappingError
+from anyckpt.tensor import LazyTensor, concatenate, stack
+
+_MOST_PARTS = 100_000
+
+
+def name_in_memory(name: str, variants: tuple[Variant, ...]) -> str:
+    """What transformers of today calls a tensor of the family once it is loaded."""
+    for variant in variants:
+        if variant.in_memory and not variant.stacked:
+            match = _compiled(variant.names[0]).fullmatch(name)
+            if match is not None:
+                return _fill(variant.stored, match.groups())
+    return name
+
+
+def family_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...]) -> dict[str, LazyTensor]:
+    """Stored tensors under the names of the family's rules; views.
+
+    Raises:
+        MappingError: a stacked tensor cannot be taken apart, or two stored tensors are the same one.
+    """
+    if not variants:
+        return dict(tensors)
+    patterns = [(_compiled(variant.stored), variant) for variant in variants]
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, variant in patterns:
+            match = pattern.fullmatch(name)
+            if match is not None:
+                parts = _parts(name, tensor, variant, match.groups())
+                break
+        else:
+            parts = {name: tensor}
+        for key, part in parts.items():
+            if key in found:
+                raise MappingError("two stored tensors are the same one of the model", tensor=name, found=key)
+            found[key] = part
+    return found
+
+
+def stored_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...]) -> dict[str, LazyTensor]:
+    """The family's tensors as they are written: stacked where a variant says so, in the first part's place."""
+    result: dict[str, LazyTensor] = {}
+    stacks: dict[str, tuple[Variant, dict[tuple[int, int], LazyTensor]]] = {}
+    for name, tensor in tensors.items():
+        found = _written(name, variants)
+        if found is None:
+            result[name] = tensor
+            continue
+        key, variant, place = found
+        stacks.setdefault(key, (variant, {}))[1][place] = tensor
+        result.setdefault(key, tensor)
+    for key, (variant, parts) in stacks.items():
+        result[key] = _stacked(variant, [parts[place] for place in sorted(parts)])
+    return result
+
+
+def stored_name(name: str, variants: tuple[Variant, ...]) -> str:
+    """The name under which a tensor of the family is written."""
+    found = _written(name, variants)
+    return name if found is None else found[0]
+
+
+def _written(name: str, variants: tuple[Variant, ...]) -> tuple[str, Variant, tuple[int, int]] | None:
+    """The name under which it is written if that is another one, and its place there: expert and part of it."""
+    for variant in variants:
+        if variant.written:
+            for part, pattern in enumerate(variant.names):
+                match = _compiled(pattern).fullmatch(name)
+                if match is not None:
+                    stars = variant.stored.count("*")
+                    place = int(match[stars + 1]) if variant.stacked else 0, part
+                    return _fill(variant.stored, match.groups()[:stars]), variant, place
+    return None
+
+
+def _stacked(variant: Variant, parts: list[LazyTensor]) -> LazyTensor:
+    """One tensor of all experts' parts, which come expert by expert."""
+    share = len(variant.names)
+    if not variant.stacked:
+        return parts[0]
+    whole = parts
+    if share > 1:
+        whole = [concatenate(parts[start : start + share], 0) for start in range(0, len(parts), share)]
+    return stack([each.transpose() for each in whole] if variant.transposed else whole)
+
+
+def _parts(name: str, tensor: LazyTensor, variant: Variant, indices: tuple[str, ...]) -> dict[str, LazyTensor]:
+    if not variant.stacked:
+        return {_fill(variant.names[0], indices): tensor}
+    share = len(variant.names)
+    axis = -1 if variant.transposed else 1
+    if tensor.ndim < 2 or tensor.shape[0] > _MOST_PARTS or tensor.shape[axis] % share:
+        raise MappingError(
+            "is not a stack of the model's experts", tensor=name,
+            expected=f"an axis of experts, then one that {share} tensors share", found=tensor.shape,
+        )  # fmt: skip
+    rows = tensor.shape[axis] // share
+    parts: dict[str, LazyTensor] = {}
+    for number in range(tensor.shape[0]):
+        each = tensor[number].transpose() if variant.transposed else tensor[number]
+        for part, pattern in enumerate(variant.names):
+            parts[_fill(pattern, (*indices, str(number)))] = each.narrow(0, part * rows, rows)
+    return parts
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"(\d{1,7})"))
+
+
+def _fill(pattern: str, indices: tuple[str, ...]) -> str:
+    pieces = pattern.split("*")
+    return pieces[0] + "".join(index + piece for index, piece in zip(indices, pieces[1:], strict=True))

@@ -1,0 +1,159 @@
+"""Every pickle of a checkpoint looked at for what it asks whoever loads it to call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file import read_torch
+from anyckpt.errors import AnyckptError
+from anyckpt.pickling import Calls, load_prefix, recording
+from anyckpt.pickling.plain import view
+from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
+from anyckpt.tensor import LazyTensor
+
+_EXTRA_STATE = "_extra_state"
+_LARGEST_STATE = 64 << 20
+_LARGEST_PICKLE = 256 << 20
+_MOST_LEVELS = 8
+_MOST_FILES = 1000
+_NUMPY = b"\x93NUMPY"
+_PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
+
+
+def asked_of_loaders(checkpoint: Checkpoint, *, states: bool = False) -> Calls:
+    """What the pickles in a checkpoint's files call, with those that nothing else had to read until now.
+
+    These are objects that are read when asked for, files beside the weights (``training_args.bin``,
+    ``optimizer.pt``, arrays of numpy objects), and pickles within pickles.
+
+    Args:
+        checkpoint: opened; its ``calls`` are added to.
+        states: look into modules' own states (``_extra_state``) too, which Transformer Engine unpickles from tensors of
+            bytes.
+    """
+    calls = checkpoint.calls
+    with recording(calls):
+        for name in list(checkpoint.objects):
+            try:
+                value = checkpoint.objects[name]
+            except AnyckptError as error:
+                calls.unread[name] = str(error)
+            else:
+                if states and name.endswith(_EXTRA_STATE):
+                    _look_into(name, value, calls)
+        for name, source in _other_files(checkpoint):
+            _look_at_file(name, source, calls)
+        if states:
+            for name, state in _states(checkpoint):
+                _look_into(name, state, calls)
+        _look_at_nested(calls)
+    return calls
+
+
+def _other_files(checkpoint: Checkpoint) -> Iterator[tuple[str, ByteSource]]:
+    """Files of the checkpoint that no pickle was read from yet: its artifacts, and whatever else lies in its folder."""
+    read = {os.path.abspath(name) for name in checkpoint.calls.read}
+    for name, source in checkpoint.artifacts.items():
+        if source.path is None or source.name != source.path or os.path.abspath(source.path) not in read:
+            yield name, source
+            read.add(os.path.abspath(source.name))
+    count = 0
+    for folder, _, names in os.walk(checkpoint.path):
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if not name.endswith(_PICKLED) or os.path.abspath(path) in read or not os.path.isfile(path):
+                continue
+            count += 1
+            if count > _MOST_FILES:
+                checkpoint.calls.unread[path] = f"more than {_MOST_FILES:,} files lie beside the weights"
+                return
+            yield os.path.relpath(path, checkpoint.path), LocalFile(path)
+
+
+def _states(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith(_EXTRA_STATE):
+            yield name, tensor
+    for shard in checkpoint.ranks:
+        yield from shard.extra_states.items()
+
+
+def _look_into(name: str, state: Any, calls: Calls) -> None:
+    """Note the bytes of a module's state, if that is what it is."""
+    data = view(state)
+    if isinstance(data, LazyTensor):
+        if data.dtype.itemsize != 1 or data.nbytes > _LARGEST_STATE:
+            return
+        try:
+            data = data.numpy().tobytes()
+        except AnyckptError as error:
+            calls.unread[name] = str(error)
+            return
+    if isinstance(data, (bytes, bytearray)) and _begins_a_pickle(bytes(data[:512])):
+        calls.keep(bytes(data), name)
+
+
+def _look_at_nested(calls: Calls) -> None:
+    for _ in range(_MOST_LEVELS):
+        found, calls.nested = calls.nested, []
+        for where, data in found:
+            _look_at(f"{where} » a pickle within", MemorySource(data, where), calls)
+        if not calls.nested:
+            return
+    calls.unread.setdefault(calls.nested[0][0], f"pickles lie within pickles {_MOST_LEVELS} levels deep")
+
+
+def _look_at_file(name: str, source: ByteSource, calls: Calls) -> None:
+    try:
+        head = source.read(0, min(512, source.size))
+    except AnyckptError as error:
+        calls.unread[name] = str(error)
+        return
+    if head.startswith(_NUMPY):
+        if b"|O" in head:
+            _look_at_array(name, source, calls)
+    elif name.endswith(_PICKLED) or (not name.endswith(".zip") and _begins_a_pickle(head)):
+        _look_at(name, source, calls)
+
+
+def _look_at_array(name: str, source: ByteSource, calls: Calls) -> None:
+    """A ``.npy`` file of objects: a pickle behind the header, whose length follows the version."""
+    head = source.read(0, min(12, source.size))
+    wide = head[6:7] != b"\x01"
+    start = (12 if wide else 10) + int.from_bytes(head[8 : 12 if wide else 10], "little")
+    try:
+        load_prefix(source, start, persistent_load=_nothing, name=source.name)
+    except AnyckptError as error:
+        calls.unread[name] = str(error)
+
+
+def _look_at(name: str, source: ByteSource, calls: Calls) -> None:
+    try:
+        head = source.read(0, min(512, source.size))
+        if head.startswith(b"PK\x03\x04") or not _is_bare(head):
+            read_torch(source)
+        elif source.size <= _LARGEST_PICKLE:
+            load_prefix(source, 0, persistent_load=_nothing, name=source.name)
+        else:
+            calls.unread[name] = "the pickle is too large to be looked at"
+    except AnyckptError as error:
+        calls.unread[name] = error.problem
+
+
+def _begins_a_pickle(head: bytes) -> bool:
+    return (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or head.startswith(b"PK\x03\x04")
+
+
+def _is_bare(head: bytes) -> bool:
+    """Whether it is a pickle and not torch's stream of several, which begins with a number."""
+    from anyckpt.containers.torch_file.legacy_stream import is_stream
+    from anyckpt.containers.torch_file.legacy_tar import is_tape
+
+    return not is_stream(head) and not is_tape(head)
+
+
+def _nothing(identifier: Any) -> None:
+    return None

@@ -1,0 +1,139 @@
+"""Comparing two tensors element by element, chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anyckpt.operations.steps.threads import Advance
+from anyckpt.tensor import LazyTensor, as_numbers
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_CHUNK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``|a - b| <= absolute + relative * |b|`` counts as equal; with both zero only equal bits do."""
+
+    relative: float = 0.0
+    absolute: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return not self.relative and not self.absolute
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How two tensors of one shape differ.
+
+    Attributes:
+        reason: ``dtype`` or ``values``.
+        max_abs: largest absolute difference, over elements that are finite in both; None if there are none, or if
+            numpy cannot compute with the type.
+        max_rel: largest ``|a - b| / |b|`` over elements that are finite in both and where b is not zero; None if
+            there are none.
+        elements: how many elements differ beyond the tolerance.
+        nonfinite: how many of these are NaN or infinite on one side at least.
+    """
+
+    reason: str
+    max_abs: float | None
+    max_rel: float | None
+    elements: int
+    nonfinite: int
+
+
+class _Worst:
+    def __init__(self) -> None:
+        self.max_abs: float | None = None
+        self.max_rel: float | None = None
+        self.elements = 0
+        self.nonfinite = 0
+
+    def add(self, a: Array, b: Array, tolerance: Tolerance, same_bits: Array | None) -> None:
+        """Account for a chunk whose bits are not all the same.
+
+        Args:
+            a: numbers.
+            b: numbers to compare with.
+            tolerance: what counts as equal.
+            same_bits: where the bits are equal, or None if the types differ.
+        """
+        wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
+        a, b = a.astype(wide), b.astype(wide)
+        finite = np.isfinite(a) & np.isfinite(b)
+        gap = np.abs(a - b)
+        if tolerance.exact and same_bits is not None:
+            equal = same_bits
+        else:
+            equal = (a == b) | (np.isnan(a) & np.isnan(b))
+            equal |= finite & (gap <= tolerance.absolute + tolerance.relative * np.abs(b))
+        self.elements += len(a) - int(np.count_nonzero(equal))
+        self.nonfinite += int(np.count_nonzero(~equal & ~finite))
+        if finite.any():
+            self.max_abs = max(self.max_abs or 0.0, float(gap[finite].max()))
+        nonzero = finite & (b != 0)
+        if nonzero.any():
+            self.max_rel = max(self.max_rel or 0.0, float((gap[nonzero] / np.abs(b[nonzero])).max()))
+
+
+def compare(a: LazyTensor, b: LazyTensor, tolerance: Tolerance, advance: Advance | None = None) -> Deviation | None:
+    """How ``a`` differs from ``b``, or None if it does not.
+
+    Without a tolerance two tensors are equal if their types and all their bits are, so NaN equals the same NaN and
+    0 differs from -0.  With one, types may differ, NaN equals NaN, and infinities of one sign are equal.
+
+    Args:
+        a: a tensor.
+        b: one of the same shape.
+        tolerance: what counts as equal.
+        advance: called with the bytes of ``b`` in each chunk.
+
+    Raises:
+        FormatError: bytes are missing from a file.
+    """
+    same_type = a.dtype == b.dtype
+    numbers = a.dtype.numpy is not None and b.dtype.numpy is not None
+    worst = _Worst()
+    step = min(_CHUNK_ELEMENTS, max(1, a.size))
+    left, right = np.empty(step, dtype=a.dtype.raw), np.empty(step, dtype=b.dtype.raw)
+    with np.errstate(all="ignore"):
+        for start in range(0, a.size, step):
+            count = min(step, a.size - start)
+            x, y = left[:count], right[:count]
+            a.read_flat(start, x)
+            b.read_flat(start, y)
+            if advance is not None:
+                advance(y.nbytes)
+            same_bits = _same_bits(x, y) if same_type else None
+            if same_bits is not None and same_bits.all():
+                continue
+            if numbers:
+                worst.add(as_numbers(x, a.dtype), as_numbers(y, b.dtype), tolerance, same_bits)
+            elif same_bits is not None:
+                worst.elements += count - int(np.count_nonzero(same_bits))
+    if tolerance.exact and not same_type:
+        return _deviation("dtype", worst)
+    if worst.elements or not (same_type or numbers):
+        return _deviation("values" if same_type or numbers else "dtype", worst)
+    return None
+
+
+def _same_bits(x: Array, y: Array) -> Array:
+    if x.dtype.kind == "c":  # 16-byte elements, moved as two numbers
+        x, y = x.view("<u8").reshape(-1, 2), y.view("<u8").reshape(-1, 2)
+    return np.asarray(np.equal(x, y).reshape(len(x), -1).all(axis=1))
+
+
+def _deviation(reason: str, worst: _Worst) -> Deviation:
+    return Deviation(reason, _finite(worst.max_abs), _finite(worst.max_rel), worst.elements, worst.nonfinite)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None

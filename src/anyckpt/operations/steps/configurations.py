@@ -1,0 +1,215 @@
+"""Whether two checkpoints' configurations say the same of their models, whatever they are spelled in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from anyckpt import models
+from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.config.hugging_face import WITHOUT_MEANING
+from anyckpt.config.model import PART_OF
+from anyckpt.errors import AnyckptError
+from anyckpt.models import Model, ModelConfig
+from anyckpt.models.adapters import KINDS, settings_of, spelling_of
+
+_OF_TENSORS = {
+    "dtype", "padded_vocab_size", "make_vocab_size_divisible_by", "share_embeddings_and_output_weights", "extra",
+}  # fmt: skip
+"""What the tensors tell, or a layout: these are compared themselves."""
+_SPELLINGS = {"dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "architectures"}
+_OF_LAYOUT = re.compile(r".*(?:parallel|world_size|padded_vocab_size|vocab_size_divisible_by).*|.*(?:^|_)rank")
+_OF_WRITER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+_OF_TRAINING = {"dropout", "base", "targets"}  # of an adapter: a path, and what tensors tell by their names
+_OF_ADAPTERS_TRAINING = re.compile(
+    r"peft_version|auto_mapping|base_model_name_or_path|revision|inference_mode|init_\w*weights|target_modules"
+    r"|exclude_modules|modules_to_save|layers_to_transform|layers_pattern|(?:\w+_)?dropout"
+)
+"""Keys of ``adapter_config.json`` that say who wrote it, how it was trained, or what tensors tell by their names."""
+_FIELDS = {
+    "r": "rank", "lora_alpha": "alpha", "use_rslora": "rank_stabilized", "rank_pattern": "ranks",
+    "alpha_pattern": "alphas", "fan_in_fan_out": "fan_in_fan_out", "trainable_token_indices": "token_indices",
+}  # fmt: skip
+_ASIDE = WITHOUT_MEANING | _SPELLINGS
+_LONGEST = 80
+_SHOWN = 5
+_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What two checkpoints say differently, beside their tensors.
+
+    Attributes:
+        name: the hub's word for it, or the stored key with dots.
+        a: what the first says, as text; None if nothing.
+        b: what the second says.
+    """
+
+    name: str
+    a: str | None
+    b: str | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The outcome of comparing configurations.
+
+    Attributes:
+        different: what is said differently.
+        obstacle: why they are not compared, or not all; None if they are.
+    """
+
+    different: tuple[Setting, ...] = ()
+    obstacle: str | None = None
+
+    def known_to_both(self) -> Settings:
+        """Without what only one of the two says, which is an obstacle: conversions lose words for which the target
+        has none."""
+        alone = [setting for setting in self.different if setting.a is None or setting.b is None]
+        if not alone:
+            return self
+        more = f" and {len(alone) - _SHOWN} more" if alone[_SHOWN:] else ""
+        names = ", ".join(setting.name for setting in alone[:_SHOWN])
+        return Settings(tuple(s for s in self.different if s not in alone), f"only one of them says {names}{more}")
+
+
+def compare_configurations(
+    a: Checkpoint, b: Checkpoint, known: tuple[Model, Model] | None = None, *, raw: bool = False
+) -> Settings:
+    """How the configurations of two checkpoints differ.
+
+    Those of known families are compared by what they mean.  Where frameworks have no word for something, both say the
+    same if the one, spelled as the other, is the other: a converted model is equal to its original.
+
+    Args:
+        a: a checkpoint.
+        b: another.
+        known: what models they are, if that is known.
+        raw: compare keys as they are stored, but for the writer's version and the type, which the tensors tell.
+    """
+    first, second = settings_of(a), settings_of(b)
+    if first is not None and second is not None:
+        if spelling_of(a) != spelling_of(b):
+            return Settings(tuple(_of_translated(first, second)))
+        return Settings((*_of_adapters(first, second), *_of_other_kinds(a, b, first, second)))
+    lacking = [checkpoint.path for checkpoint in (a, b) if not checkpoint.config]
+    if lacking:
+        return Settings(obstacle=None if len(lacking) == 2 else f"{lacking[0]} has no configuration")
+    if raw and a.config_kind == b.config_kind:
+        return Settings(tuple(_of_keys(a.config, b.config, _OF_WRITER)))
+    if known is not None:
+        different = [*_of_models(known[0], known[1], a.config_kind, b.config_kind)]
+        if a.config_kind == b.config_kind == "hf":
+            different += _outside_text(a.config, b.config, known)
+        return Settings(tuple(different)).known_to_both()
+    if a.config_kind != b.config_kind:
+        return Settings(obstacle="the model's family is not known, and the configurations are of different frameworks")
+    return Settings(tuple(_of_keys(a.config, b.config, _ASIDE)))
+
+
+def _of_adapters(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
+    first, second = asdict(a), asdict(b)
+    for name in first:
+        one, other = first[name], second[name]
+        if name not in _OF_TRAINING and one != other:
+            yield Setting(name, _text(one), _text(other))
+
+
+def _of_other_kinds(a: Checkpoint, b: Checkpoint, first: AdapterSettings, second: AdapterSettings) -> Iterator[Setting]:
+    """What adapters of one kind say beyond the settings that are understood: a seed, a form, a size of blocks."""
+    if first.kind == second.kind and first.kind not in KINDS and a.config and b.config:
+        known = {setting.name for setting in _of_adapters(first, second)}
+        for setting in _of_keys(a.config, b.config, ()):
+            if not _OF_ADAPTERS_TRAINING.fullmatch(setting.name) and _FIELDS.get(setting.name) not in known:
+                yield setting
+
+
+def _of_translated(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
+    """What adapters of two frameworks both say: modules and patterns are in each one's own words."""
+    if a.kind != b.kind:
+        yield Setting("kind", a.kind, b.kind)
+    scales = [None if s.alpha is None or s.rank is None or s.alphas or s.ranks else _scale(s) for s in (a, b)]
+    if None not in scales and scales[0] != scales[1]:
+        yield Setting("scale", *map(str, scales))
+
+
+def _scale(settings: AdapterSettings) -> float:
+    assert settings.alpha is not None and settings.rank is not None
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rank_stabilized else settings.rank)
+
+
+def _of_models(a: Model, b: Model, first: str | None, second: str | None) -> Iterator[Setting]:
+    if a.family != b.family:
+        yield Setting("family", a.family, b.family)
+        return
+    doubtful = _unlike(a, a.config, b.config)
+    if not (a.says_vocabulary and b.says_vocabulary):
+        doubtful.discard("vocab_size")
+    if doubtful and first != second:
+        for one, other, kind in ((a, b, second), (b, a, first)):
+            spelled = _respelled(one, kind)
+            if spelled is not None:
+                doubtful &= _unlike(a, spelled, other.config)
+    for field in sorted(doubtful):
+        said = [getattr(config, field) for config in (a.config, b.config)]
+        silent = field.endswith("_token_id")  # of other fields none is a value: no window, no scaling
+        yield Setting(field, *(None if silent and value is None else _text(value) for value in said))
+
+
+def _unlike(model: Model, a: ModelConfig, b: ModelConfig) -> set[str]:
+    return {
+        field.name
+        for field in fields(model.config)
+        if field.name not in _OF_TENSORS and getattr(a, field.name) != getattr(b, field.name)
+    }
+
+
+def _respelled(model: Model, kind: str | None) -> ModelConfig | None:
+    """What is left of a model's configuration in another framework's spelling; None if that cannot say it."""
+    try:
+        config = models.render_config(model, kind or "")
+        bare = Checkpoint("", "", {}, config=config, config_kind=kind)
+        again = models.identify(bare, family=model.family)
+    except AnyckptError:
+        return None
+    return None if again is None else again.config
+
+
+def _outside_text(a: Mapping[str, Any], b: Mapping[str, Any], known: tuple[Model, Model]) -> Iterator[Setting]:
+    """Keys of two ``config.json`` that no field of a model has: other parts, and what the family does not read."""
+    wholes = [model.config.extra.get(PART_OF) for model in known]
+    if wholes[0] != wholes[1]:
+        yield Setting("model_type", _text(a.get("model_type")), _text(b.get("model_type")))
+        return
+    left = [model.config.extra.get("hf", {}) for model in known]
+    yield from _of_keys(left[0], left[1], _ASIDE)
+    if wholes[0] is not None:
+        outside = [{key: value for key, value in config.items() if key != "text_config"} for config in (a, b)]
+        yield from _of_keys(outside[0], outside[1], _ASIDE)
+
+
+def _of_keys(a: Mapping[str, Any], b: Mapping[str, Any], without: Container[str]) -> Iterator[Setting]:
+    """Keys, with dots, that have different values; no key, null, false and nothing in it are the same."""
+    for name in dict.fromkeys((*a, *b)):
+        one, other = a.get(name), b.get(name)
+        if name in without or (without is _ASIDE and _OF_LAYOUT.fullmatch(str(name))):
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            for inner in _of_keys(one, other, without):
+                yield replace(inner, name=f"{name}.{inner.name}")
+        elif one != other and not (_is_nothing(one) and _is_nothing(other)):
+            yield Setting(str(name), _text(one) if name in a else None, _text(other) if name in b else None)
+
+
+def _is_nothing(value: Any) -> bool:
+    return any(value is nothing or (value == nothing and type(value) is type(nothing)) for nothing in _NOTHING)
+
+
+def _text(value: Any) -> str:
+    """A value in a line."""
+    shown = repr(value) if not isinstance(value, str) else value
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 3] + "..."

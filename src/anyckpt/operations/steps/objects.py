@@ -1,0 +1,122 @@
+"""Whether the state that is no tensor is the same in two checkpoints, found by a walk that nothing nested can break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import islice, zip_longest
+from typing import Any
+
+import numpy as np
+
+from anyckpt.checkpoint import CompositeTensor
+from anyckpt.operations.steps.configurations import Setting
+from anyckpt.pickling.plain import record_parts, to_plain
+from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
+from anyckpt.tensor import LazyTensor
+
+_MOST = 1000
+_LONGEST = 80
+_CHUNK_BYTES = 1 << 20
+_NONE = object()
+
+
+def compare_objects(a: Mapping[str, Any], b: Mapping[str, Any], *, tensors: bool) -> Iterator[Setting]:
+    """Where the objects of two checkpoints differ, at most a thousand places.
+
+    Nothing is executed: objects of classes are the same if they are built in the same way.
+
+    Args:
+        a: name -> object.
+        b: likewise.
+        tensors: compare tensors inside them, too; otherwise they are compared by type and shape alone.
+    """
+    return islice(_walk(a, b, tensors), _MOST)
+
+
+def _walk(a: Mapping[str, Any], b: Mapping[str, Any], tensors: bool) -> Iterator[Setting]:
+    seen: set[tuple[int, int]] = set()
+    todo: list[tuple[str, Any, Any]] = [
+        (name, a.get(name, _NONE), b.get(name, _NONE)) for name in reversed(dict.fromkeys((*a, *b)))
+    ]
+    while todo:
+        name, one, other = todo.pop()
+        if one is _NONE or other is _NONE or _kind(one) != _kind(other):
+            yield Setting(name, _text(one), _text(other))
+            continue
+        parts = _parts(one)
+        if parts is None:
+            if not _same_leaf(one, other, tensors):
+                yield Setting(name, _text(one), _text(other))
+            continue
+        if (id(one), id(other)) in seen:
+            continue
+        seen.add((id(one), id(other)))
+        todo += reversed([(f"{name}.{key}", x, y) for key, x, y in _aligned(parts, _parts(other) or [])])
+
+
+def _aligned(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> list[tuple[str, Any, Any]]:
+    if [key for key, _ in a] == [key for key, _ in b]:
+        return [(key, x, y) for (key, x), (_, y) in zip(a, b, strict=True)]
+    first, second = dict(a), dict(b)
+    return [(key, first.get(key, _NONE), second.get(key, _NONE)) for key in dict.fromkeys((*first, *second))]
+
+
+def _kind(obj: Any) -> str:
+    if isinstance(obj, (Record, DictRecord)):
+        return obj.path if isinstance(obj, Record) else obj.type.path
+    return type(obj).__name__
+
+
+def _parts(obj: Any) -> list[tuple[str, Any]] | None:
+    """What an object holds, by the text of its key; None if it holds nothing else."""
+    if isinstance(obj, DictRecord):
+        extra = [("args", obj.args), ("__dict__", obj.state)]
+        return [*((_key(key), value) for key, value in obj.items()), *extra]
+    if isinstance(obj, Mapping):
+        return [(_key(key), value) for key, value in obj.items()]
+    if isinstance(obj, (list, tuple)):
+        return [(str(number), value) for number, value in enumerate(obj)]
+    if isinstance(obj, (set, frozenset)):
+        return [(str(number), value) for number, value in enumerate(sorted(obj, key=_key))]
+    if isinstance(obj, Record):
+        callee = [] if isinstance(obj.type, Global) else [("type", obj.type)]
+        return [*callee, *((_key(key), value) for key, value in record_parts(obj))]
+    if isinstance(obj, PersistentId):
+        return [("id", obj.id)]
+    if isinstance(obj, CompositeTensor) and is_dataclass(obj):
+        return [(part.name, getattr(obj, part.name)) for part in fields(obj)]
+    return None
+
+
+def _key(key: Any) -> str:
+    if isinstance(key, Record):
+        return key.path
+    return key if isinstance(key, str) else repr(key)
+
+
+def _same_leaf(a: Any, b: Any, tensors: bool) -> bool:
+    if isinstance(a, LazyTensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return not tensors or all(
+            x is not None and y is not None and x.tobytes() == y.tobytes()
+            for x, y in zip_longest(a.chunks(_CHUNK_BYTES), b.chunks(_CHUNK_BYTES))
+        )
+    if isinstance(a, np.ndarray):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
+    if isinstance(a, float):
+        return a == b or (math.isnan(a) and math.isnan(b))
+    return a is b or bool(a == b)
+
+
+def _text(obj: Any) -> str | None:
+    """An object in a line; None for none."""
+    if obj is _NONE:
+        return None
+    if isinstance(obj, LazyTensor):
+        return f"{obj.dtype.name} {list(obj.shape)}"
+    plain = to_plain(obj, max_nodes=20, max_depth=3)
+    shown = plain if isinstance(plain, str) else repr(plain)
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 3] + "..."

@@ -1,0 +1,202 @@
+"""One pass over a tensor's elements: statistics and a digest, chunk by chunk."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from anyckpt.errors import UnsafeError
+from anyckpt.operations.steps.threads import Advance
+from anyckpt.tensor import LazyTensor
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_CHUNK_ELEMENTS = 1 << 16  # their float64 copy stays in the processor's cache
+
+_LARGE = 1 << 30
+_REPETITIONS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the elements of one tensor are like.
+
+    ``min``, ``max``, ``mean`` and ``std`` (of the population) are over the finite elements, in float64, and None if
+    there are none; of complex numbers they describe the magnitude, of booleans 0 and 1.
+
+    Attributes:
+        min: smallest finite value.
+        max: largest finite value.
+        mean: mean of the finite values.
+        std: standard deviation of the finite values.
+        zeros: elements equal to zero, of either sign.
+        nan: elements that are not a number.
+        inf: elements that are infinite, of either sign.
+        negative_inf: those of these that are below zero.
+        denormals: non-zero elements below the smallest normal number of a type of 16 bits or more.
+    """
+
+    min: float | None
+    max: float | None
+    mean: float | None
+    std: float | None
+    zeros: int
+    nan: int
+    inf: int
+    denormals: int
+    negative_inf: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; a moment too large for float64 is None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+class _Moments:
+    """Count, mean and squared deviations, merged chunk by chunk (Chan, Golub and LeVeque) so that nothing cancels."""
+
+    def __init__(self, smallest_normal: float) -> None:
+        self.count = 0
+        self.mean = self.squares = 0.0
+        self.low: float | None = None
+        self.high: float | None = None
+        self.zeros = self.nan = self.inf = self.negative_inf = self.denormals = 0
+        self.smallest_normal = smallest_normal
+
+    def add(self, chunk: Array) -> None:
+        values = chunk.astype(np.float64, copy=False)
+        total = float(values.sum())
+        if not math.isfinite(total):
+            finite = np.isfinite(values)
+            nan = int(np.count_nonzero(np.isnan(values)))
+            self.nan += nan
+            self.inf += len(values) - int(np.count_nonzero(finite)) - nan
+            self.negative_inf += int(np.count_nonzero(np.isneginf(values)))
+            chunk, values = chunk[finite], values[finite]
+            total = float(values.sum())
+        if not len(values):
+            return
+        exact = chunk if chunk.dtype.kind in "iu" else values  # ml_dtypes compares a hundred times slower than numpy
+        low, high = exact.min().item(), exact.max().item()
+        self.low = low if self.low is None else min(self.low, low)
+        self.high = high if self.high is None else max(self.high, high)
+        zeros = int(np.count_nonzero(values == 0))
+        self.zeros += zeros
+        count = len(values)
+        mean = total / count
+        deviation = values - mean
+        squares = float(np.multiply(deviation, deviation, out=deviation).sum())  # np.dot would start BLAS's threads
+        shift, both = mean - self.mean, self.count + count
+        self.squares += squares + shift * shift * self.count * count / both
+        self.mean += shift * count / both
+        self.count = both
+        if self.smallest_normal:
+            small = np.abs(values, out=deviation) < self.smallest_normal
+            self.denormals += int(np.count_nonzero(small)) - zeros
+
+    def result(self) -> Statistics:
+        some = self.count > 0
+        return Statistics(
+            self.low, self.high, self.mean if some else None,
+            math.sqrt(self.squares / self.count) if some else None,
+            self.zeros, self.nan, self.inf, self.denormals, self.negative_inf,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass found.
+
+    Attributes:
+        statistics: None if not asked for, or if numpy cannot compute with the type (packed sub-byte types).
+        sha256: hexadecimal digest of the little-endian bytes in C order, or None if not asked for.
+    """
+
+    statistics: Statistics | None
+    sha256: str | None
+
+
+def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance | None = None) -> Scan:
+    """Read a tensor once.
+
+    Args:
+        tensor: what to read.
+        statistics: whether to compute them.
+        digest: whether to compute the SHA-256.
+        advance: called with the number of bytes of each chunk read.
+
+    Raises:
+        FormatError: bytes are missing from a file.
+        UnsafeError: a few stored bytes are repeated so often that reading them all is a denial of service.
+    """
+    _check_expansion(tensor)
+    sha = hashlib.sha256() if digest else None
+    moments = _Moments(_smallest_normal(tensor)) if statistics and _is_number(tensor) else None
+    with np.errstate(all="ignore"):
+        for chunk in tensor.chunks(_CHUNK_ELEMENTS * tensor.dtype.itemsize):
+            if sha is not None:
+                sha.update(chunk.view(np.uint8).data)
+            if moments is not None:
+                moments.add(_real(chunk, tensor.dtype.name))
+            if advance is not None:
+                advance(chunk.nbytes)
+    return Scan(None if moments is None else moments.result(), None if sha is None else sha.hexdigest())
+
+
+def _check_expansion(tensor: LazyTensor) -> None:
+    if tensor.nbytes <= _LARGE:
+        return
+    stored = sum(piece.stored_bytes() for piece in tensor.pieces())
+    if 0 < stored * _REPETITIONS < tensor.nbytes:
+        raise UnsafeError(
+            "repeats a few stored bytes too often to be read whole",
+            expected=f"at most {_REPETITIONS} times its {stored} stored bytes",
+            found=f"{tensor.nbytes} bytes",
+            remedy="exclude this tensor",
+        )
+
+
+def _is_number(tensor: LazyTensor) -> bool:
+    return tensor.dtype.numpy is not None or tensor.dtype.name == "complex32"
+
+
+def _smallest_normal(tensor: LazyTensor) -> float:
+    kind = tensor.dtype
+    if not kind.is_floating or kind.itemsize < 2:
+        return 0.0
+    return 2.0 ** {"float64": -1022, "float16": -14}.get(kind.name, -126)
+
+
+def _real(chunk: Array, name: str) -> Array:
+    """A chunk as real numbers that numpy reduces correctly."""
+    if name == "complex32":
+        pairs = chunk.view("<f2").reshape(-1, 2).astype(np.float64)
+        return _magnitude(pairs[:, 0], pairs[:, 1])
+    if chunk.dtype.kind == "c":
+        return _magnitude(chunk.real.astype(np.float64), chunk.imag.astype(np.float64))
+    if chunk.dtype.kind == "b":
+        ones: Array = chunk.view(np.uint8) != 0
+        return ones.astype(np.uint8)
+    if chunk.dtype.kind in "iu":
+        return chunk
+    if chunk.itemsize == 1:
+        return _numbers_of_a_byte(chunk.dtype)[chunk.view(np.uint8)]
+    return chunk.astype(np.float64)
+
+
+@cache
+def _numbers_of_a_byte(kind: np.dtype[Any]) -> Array:
+    every: Array = np.arange(256, dtype=np.uint8).view(kind)
+    return every.astype(np.float64)
+
+
+def _magnitude(real: Array, imaginary: Array) -> Array:
+    result: Array = np.hypot(real, imaginary)
+    return result

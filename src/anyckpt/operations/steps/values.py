@@ -1,0 +1,106 @@
+"""Numbers of tensors that a model cannot have, and those that only look so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import AnyckptError
+from anyckpt.operations.steps.statistics import Statistics, scan
+from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
+from anyckpt.tensor import LazyTensor
+
+_MASK = re.compile(r"(^|[._])(masks?|\w*_masks?|masked_bias|alibi\w*)\Z")
+_EXTREMES = re.compile(r"(^|[._])((min|max)_vals?|best(_\w+)?(_score|_value|_loss|_metric))\Z")
+"""What is infinite until something smaller or larger was seen, as observers of quantization and callbacks are."""
+
+_MOST_TINY = 0.5
+_SHOWN = 3
+
+
+@dataclass
+class Values:
+    """What reading every element showed.
+
+    Attributes:
+        read: tensors whose elements were looked at.
+        problems: tensor and what is wrong with it.
+        warnings: what is odd and may be right.
+        unread: tensors whose type no arithmetic is known for.
+    """
+
+    read: int = 0
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+
+def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
+    """Read every floating-point tensor of a checkpoint, training state included.
+
+    NaN is a problem wherever it is, and so is infinity, but for masks of attention and what starts as infinity.
+    Denormal numbers are told where no training leaves them: in types of float32's range a few of them are what a stray
+    write makes of integers; float16 has them all the time, so there only a tensor of nearly nothing else is told.
+    """
+    prefix = checkpoint.model_prefix
+    own = {prefix + name for name in checkpoint.weights()}
+    tensors = {name: t for name, t in checkpoint.tensors.items() if t.dtype.is_floating or t.dtype.kind == "complex"}
+
+    def one(name: str, advance: Advance) -> Statistics | AnyckptError | None:
+        try:
+            return scan(tensors[name], statistics=True, digest=False, advance=advance).statistics
+        except AnyckptError as error:
+            return error
+
+    values = Values()
+    meter = Meter(sum(tensor.nbytes for tensor in tensors.values()), progress)
+    strays: list[str] = []
+    tiny: list[str] = []
+    for stored, found in zip(tensors, each(one, tensors, meter), strict=True):
+        tensor = tensors[stored]
+        name = stored.removeprefix(prefix) if stored in own else stored
+        if isinstance(found, AnyckptError):
+            values.problems.append((name, str(found)))
+        elif found is None:
+            values.unread.append(name)
+        else:
+            values.read += 1
+            _judge(name, tensor, found, "" if stored in own else "training state: ", values)
+            if found.denormals and tensor.dtype.name != "float16":
+                strays.append(f"{name} ({found.denormals:,} of {tensor.size:,})")
+            elif found.denormals > _MOST_TINY * (tensor.size - found.zeros):
+                tiny.append(f"{name} ({found.denormals:,} of {tensor.size:,})")
+    if strays:
+        values.warnings.append(f"denormal numbers, as a stray write leaves them, in {_told(strays)}")
+    if tiny:
+        values.warnings.append(f"numbers too small for float16 to hold more than a few bits of in {_told(tiny)}")
+    return values
+
+
+def _judge(name: str, tensor: LazyTensor, found: Statistics, where: str, values: Values) -> None:
+    infinite = found.inf
+    if infinite and (_is_mask(name, tensor, found) or _EXTREMES.search(name) or (where and not tensor.ndim)):
+        infinite = 0
+    if not found.nan and not infinite:
+        return
+    counts = [f"{n:,} {what}" for n, what in ((found.nan, "NaN"), (infinite, "infinite")) if n]
+    text = f"{where}{' and '.join(counts)} of {tensor.size:,} elements"
+    if where and not tensor.ndim:  # the best loss of a run that has none yet
+        values.warnings.append(f"{name}: {text}")
+    else:
+        values.problems.append((name, text))
+
+
+def _is_mask(name: str, tensor: LazyTensor, found: Statistics) -> bool:
+    """Whether infinities are those of a mask: all negative, beside one other number or under a mask's name."""
+    if found.inf != found.negative_inf or tensor.ndim < 2:
+        return False
+    return bool(_MASK.search(name)) or (found.min is not None and found.min == found.max)
+
+
+def _told(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
+    return f"{', '.join(listed[:_SHOWN])}{more}"
