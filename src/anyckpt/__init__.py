@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         AnyckptError,
         FormatError,
         MappingError,
+        MissingLibraryError,
         OutputError,
+        UnknownTensorError,
         UnsafeError,
         UsageError,
     )
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.inspect import Inspection, inspect
     from anyckpt.operations.merge_lora import merge_lora
     from anyckpt.operations.reshard import reshard
+    from anyckpt.operations.save import save
     from anyckpt.operations.steps.cutting import LayoutRequest
     from anyckpt.operations.steps.joining import open_checkpoint as open
     from anyckpt.operations.verify import Verification, verify
@@ -47,10 +50,12 @@ __all__ = [
     "LayoutRequest",
     "LazyTensor",
     "MappingError",
+    "MissingLibraryError",
     "OutputError",
     "ParallelLayout",
     "Tokenizer",
     "TrainingState",
+    "UnknownTensorError",
     "UnsafeError",
     "UsageError",
     "Verification",
@@ -64,6 +69,7 @@ __all__ = [
     "open",
     "pack",
     "reshard",
+    "save",
     "unpack",
     "verify",
 ]
@@ -71,7 +77,17 @@ __all__ = [
 _WHERE = {
     **dict.fromkeys(("Checkpoint", "ParallelLayout", "Tokenizer", "TrainingState"), "checkpoint"),
     **dict.fromkeys(
-        ("AnyckptError", "FormatError", "MappingError", "OutputError", "UnsafeError", "UsageError"), "errors"
+        (
+            "AnyckptError",
+            "FormatError",
+            "MappingError",
+            "MissingLibraryError",
+            "OutputError",
+            "UnknownTensorError",
+            "UnsafeError",
+            "UsageError",
+        ),
+        "errors",
     ),
     "LazyTensor": "tensor",
     "average": "operations.average",
@@ -81,6 +97,7 @@ _WHERE = {
     "LayoutRequest": "operations.steps.cutting",
     "merge_lora": "operations.merge_lora",
     "reshard": "operations.reshard",
+    "save": "operations.save",
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),
     **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.errors import AnyckptError, UnknownTensorError, UsageError, alike
 from anyckpt.pickling.calls import Calls
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor, Mapped, Stored
@@ -231,8 +232,10 @@ class Part:
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(Mapping[str, LazyTensor]):
     """A checkpoint, opened: names over bytes, and everything beside them.
+
+    It is a mapping of its ``tensors``: ``checkpoint["lm_head.weight"]``, ``in``, ``len``, ``keys()``, ``items()``.
 
     Attributes:
         path: what was opened.
@@ -301,6 +304,53 @@ class Checkpoint:
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
     part: Part | None = None
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise UnknownTensorError(
+                "no tensor has this name", path=self.path, tensor=str(name),
+                expected=alike(str(name), self.tensors) or "one of checkpoint.keys()",
+            ) from None  # fmt: skip
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def state_dict(self, framework: str | None = None) -> dict[str, Any]:
+        """The weights by the names that the model gives them, as ``weights()``, for ``load_state_dict`` and the like.
+
+        Args:
+            framework: ``torch`` for tensors of torch as by ``LazyTensor.torch``, of which those that share bytes in a
+                file (tied weights) share memory; ``numpy`` for arrays as by ``np.asarray``; lazy tensors if None.
+
+        Raises:
+            FormatError: bytes are missing from a file.
+            MissingLibraryError: torch is not installed.
+            UsageError: there is no such framework, or it has no such element type.
+        """
+        if framework not in (None, "torch", "numpy"):
+            raise UsageError("unknown framework", expected="torch or numpy", found=framework)
+        weights = self.weights()
+        if framework is None:
+            return weights
+        from anyckpt.views import TorchFiles, array_of
+
+        files = TorchFiles() if framework == "torch" else None
+        made: dict[str, Any] = {}
+        for name, tensor in weights.items():
+            try:
+                made[name] = array_of(tensor, None, None) if files is None else files.tensor(tensor)
+            except AnyckptError as error:
+                error.path, error.tensor = error.path or self.path, error.tensor or name
+                raise
+        return made
 
     def weights(self) -> dict[str, LazyTensor]:
         """The model's own tensors, without ``model_prefix`` and without training state."""

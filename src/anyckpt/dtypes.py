@@ -18,9 +18,12 @@ from anyckpt.errors import FormatError
 _RAW = {1: "<u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DType:
     """An element type.
+
+    It equals itself and every way to say it that ``dtype`` knows: ``tensor.dtype == "bfloat16"``, ``torch.bfloat16``,
+    ``np.float32``.  Its hash is that of its name.
 
     Attributes:
         name: torch's name without ``torch.``.
@@ -41,6 +44,15 @@ class DType:
     zarr: str | None = None
     storage: str | None = None
     in_torch: bool = True
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or self is _known(other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dtype, (self.name,)
 
     @cached_property
     def raw(self) -> np.dtype[Any]:
@@ -117,16 +129,17 @@ _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "flo
           "bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}  # fmt: skip
 
 
-def dtype(name: str | DType) -> DType:
-    """The entry called ``name``: torch's name, with or without ``torch.``, or a short form such as ``bf16``.
+def dtype(name: Any) -> DType:
+    """The entry called ``name``.
+
+    Args:
+        name: torch's name, with or without ``torch.``, a short form such as ``bf16``, a type of torch, numpy or
+            ml_dtypes, or an entry.
 
     Raises:
         FormatError: no such element type.
     """
-    if isinstance(name, DType):
-        return name
-    plain = name.removeprefix("torch.")
-    found = BY_NAME.get(_SHORT.get(plain, plain))
+    found = _known(name)
     if found is None:
         raise FormatError(f"unknown element type {name!r}", expected=f"one of {', '.join(BY_NAME)}")
     return found
@@ -142,3 +155,19 @@ def from_numpy(kind: np.dtype[Any]) -> DType:
     if found is None:
         raise FormatError(f"numpy type {kind} has no counterpart in a checkpoint")
     return found
+
+
+def _known(name: object) -> DType | None:
+    """The entry that a name, an entry or another library's type stands for; None if it is none of these."""
+    if isinstance(name, DType):
+        return name
+    if type(name).__name__ == "dtype" and type(name).__module__ == "torch":  # without importing torch
+        name = str(name)
+    if isinstance(name, str):
+        plain = name.removeprefix("torch.")
+        return BY_NAME.get(_SHORT.get(plain, plain))
+    if isinstance(name, np.dtype):
+        return BY_NAME.get(name.name)
+    if isinstance(name, type) and issubclass(name, np.generic):
+        return BY_NAME.get(np.dtype(name).name)
+    return None

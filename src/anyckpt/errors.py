@@ -7,6 +7,11 @@ found, and what to do next.  The command line prints it without a traceback and 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from itertools import islice
+
+_COMPARED = 5000
+_SHOWN = 3
 
 
 class AnyckptError(Exception):
@@ -84,3 +89,21 @@ class OutputError(AnyckptError):
 
 class UsageError(AnyckptError):
     """The options asked for contradict each other, or this source or target cannot do them."""
+
+
+class MissingLibraryError(AnyckptError, ImportError):
+    """What was asked for needs a library that is not installed: ``tensor.torch()`` without torch."""
+
+
+class UnknownTensorError(AnyckptError, KeyError):
+    """A checkpoint has no tensor of the name that was asked for."""
+
+
+def alike(name: str, names: Iterable[str]) -> str:
+    """Which of the names may have been meant by another one, for a message; empty if none resembles it."""
+    from difflib import get_close_matches
+
+    some = list(islice(names, _COMPARED))  # comparing takes long
+    found = [known for known in some if known.endswith(f".{name}") or (known and name.endswith(f".{known}"))]
+    found += [known for known in get_close_matches(name, some, _SHOWN) if known not in found]
+    return " or ".join(map(repr, found[:_SHOWN]))

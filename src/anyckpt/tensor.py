@@ -87,7 +87,10 @@ class LazyTensor(ABC):
             position += count
 
     def numpy(self) -> Array:
-        """The whole tensor as an array; ml_dtypes types for bfloat16 and fp8, void for what numpy cannot compute with.
+        """The whole tensor as an array; ml_dtypes types for bfloat16 and fp8, unsigned integers of the element's width
+        for what numpy cannot compute with.
+
+        It is read into memory of its own; ``np.asarray(tensor)`` is a read-only mapping of the file where possible.
 
         Raises:
             FormatError: bytes are missing from a file.
@@ -149,9 +152,42 @@ class LazyTensor(ABC):
         row = (self.dtype.name, str(list(self.shape)), f"{self.nbytes:,} bytes")
         return html_table(type(self).__name__, ("type", "shape", "size"), [row])
 
+    # -- arrays of other libraries ---------------------------------------------------------------------------
+
+    def region(self) -> Stored | None:
+        """The tensor as one strided region of a source; None if it is put together or computed."""
+        return None
+
+    def torch(self, *, copy: bool | None = None) -> Any:
+        """The whole tensor as a ``torch.Tensor`` of its own type and shape; imports torch.
+
+        Where a local file has the elements as they are in memory, the tensor is a mapping of the file and nothing is
+        read yet; what is written to it stays in the process.  Of ``quint8`` and such it has the codes.
+
+        Args:
+            copy: memory of its own (True), a mapping of the file (False), or this where possible (None).
+
+        Raises:
+            FormatError: bytes are missing from a file.
+            MissingLibraryError: torch is not installed.
+            UsageError: torch has no such element type, or ``copy`` is False and there is no mapping.
+        """
+        from anyckpt.views import TorchFiles
+
+        return TorchFiles().tensor(self, copy=copy)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        array = self.numpy()
-        return array if dtype is None else array.astype(dtype)
+        from anyckpt.views import array_of
+
+        return array_of(self, dtype, copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        from anyckpt.views import for_dlpack
+
+        return for_dlpack(self).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # the processor's memory
 
     # -- algebra ---------------------------------------------------------------------------------------------
 
@@ -334,6 +370,9 @@ class Stored(LazyTensor):
 
     def pieces(self) -> Iterator[Stored]:
         yield self
+
+    def region(self) -> Stored:
+        return self
 
     def stored_bytes(self) -> int:
         """Bytes from the first element to the last one."""

@@ -166,7 +166,7 @@ def convert(
         UsageError: the options contradict each other, or no rule leads from this source to this target.
     """
     output = os.fspath(destination)
-    origins = [os.fspath(path) for path in sources or [source.path if isinstance(source, Checkpoint) else source]]
+    origins = [os.fspath(path) for path in ([_path(source)] if sources is None else sources)]
     target = registry.by_name(to)
     if target.plan is None:
         raise UsageError(f"{to} can be read but not written")
@@ -319,6 +319,10 @@ def convert(
         )  # fmt: skip
         done = Conversion(**asdict(report))
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
+
+
+def _path(source: str | os.PathLike[str] | Checkpoint) -> str | os.PathLike[str]:
+    return source.path if isinstance(source, Checkpoint) else source
 
 
 def _renamed_tensors(
