@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.support import fixture_path, sha256_of, write_plan
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.torch_file import zip_parts
+from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import hf
 from anyckpt.formats.registry import WriteOptions, read
@@ -149,3 +152,57 @@ def test_a_wrapped_model_that_also_sees_is_written_whole(tmp_path: Path) -> None
     source = folder({f"module._orig_mod.{name}": tensor for name, tensor in whole.items()}, config, tmp_path / "in")
     anyckpt.convert(source, tmp_path / "out", to="hf", config=config)
     assert digests(read(tmp_path / "out").tensors) == digests(whole)
+
+
+def state_dict(tensors: dict[str, LazyTensor], path: Path) -> Path:
+    return write_plan(Plan("torch", (OutputFile("", zip_parts(tensors)),)), path)
+
+
+def other_class(kind: str) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """A Llama as another of its classes has it: weights and configuration."""
+    config = {**open_case("llama").checkpoint.config, "architectures": [kind]}
+    trunk = {name: tensor for name, tensor in llama().items() if name.startswith("model.")}
+    if kind.endswith("Classification"):
+        width = trunk["model.norm.weight"].shape[0]
+        return {**trunk, "score.weight": from_array(np.ones((3, width), "<f4"))}, config
+    return {name.removeprefix("model."): tensor for name, tensor in trunk.items()}, config
+
+
+@pytest.mark.parametrize("before", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaModel", "LlamaForCausalLM"])
+def test_a_state_dict_of_another_class_keeps_its_names(kind: str, before: str, tmp_path: Path) -> None:
+    tensors, config = other_class(kind)
+    named = {before + name: tensor for name, tensor in tensors.items()}
+    done = anyckpt.convert(state_dict(named, tmp_path / "a.pt"), tmp_path / "out", to="hf", config=config, dtype="bf16")
+    found = read(tmp_path / "out")
+    assert set(found.tensors) == set(tensors)
+    assert found.config["architectures"] == [kind]
+    assert any("taken off" in note for note in done.notes) == bool(before)
+    assert any("no rule covers it: score.weight" in note for note in done.notes) == kind.endswith("Classification")
+    assert any("AutoModel" in note for note in done.notes) == (kind == "LlamaForCausalLM")
+    assert anyckpt.verify(tmp_path / "out").sound
+
+
+def test_a_state_dict_of_another_class_is_to_be_whole(tmp_path: Path) -> None:
+    tensors, config = other_class("LlamaForSequenceClassification")
+    convert = partial(anyckpt.convert, destination=tmp_path / "out", to="hf", config=config)
+    lacking = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    with pytest.raises(MappingError, match="layer 1 is missing"):
+        convert(Checkpoint("x", "safetensors", lacking))
+    headless = {name: tensor for name, tensor in tensors.items() if name != "score.weight"}
+    with pytest.raises(MappingError, match="the head of LlamaForSequenceClassification is missing"):
+        convert(Checkpoint("x", "safetensors", headless))
+    nameless = {key: value for key, value in config.items() if key != "architectures"}
+    with pytest.raises(MappingError, match=r"lm_head\.weight"):
+        anyckpt.convert(Checkpoint("x", "safetensors", tensors), tmp_path / "out", to="hf", config=nameless)
+    with pytest.raises(MappingError, match=r"score\.weight"):
+        anyckpt.convert(Checkpoint("x", "safetensors", tensors), tmp_path / "out", to="megatron-core", config=config)
+
+
+def test_what_a_wrapped_model_leaves_out_is_told_by_stored_names(tmp_path: Path) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in llama().items()}
+    tensors["model.lm_head.weight"] = tensors["model.model.embed_tokens.weight"]
+    config = {**open_case("llama").checkpoint.config, "tie_word_embeddings": True}
+    source = state_dict(tensors, tmp_path / "a.pt")
+    done = anyckpt.convert(source, tmp_path / "out", to="hf", config=config)
+    assert list(done.ignored) == ["model.lm_head.weight"]

@@ -60,3 +60,30 @@ def test_every_weight_is_found(kind: str, saved: str, tmp_path: Path) -> None:
     assert not told["unexpected_keys"]
     assert expected.keys() == loaded.state_dict().keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("AutoModel", "llama"), ("AutoModelForSequenceClassification", "llama"), ("AutoModel", "qwen2"),
+        ("AutoModelForTokenClassification", "qwen2"), ("AutoModelForSequenceClassification", "bert"),
+        ("AutoModelForImageClassification", "vit"),
+    ],
+)  # fmt: skip
+def test_every_weight_of_another_class_is_found(name: str, kind: str, wrapped: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4} if kind == "vit" else _SIZES
+    config = transformers.AutoConfig.for_model(kind, **{**sizes, "num_attention_heads": 2})
+    auto = getattr(transformers, name)
+    model = auto.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    state = model.state_dict()
+    saved = {f"model.{key}": tensor for key, tensor in state.items()} if wrapped else state
+    whole = {"state_dict": saved, "pytorch-lightning_version": "2.5.0"} if wrapped else saved
+    torch.save(whole, tmp_path / "x.ckpt")
+    anyckpt.convert(tmp_path / "x.ckpt", tmp_path / "out", to="hf", config=tmp_path)
+    loaded, told = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in state.items())

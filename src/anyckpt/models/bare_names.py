@@ -8,7 +8,7 @@ model's own parts (``model.`` of all weights of a tied one) look the same from o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config import hugging_face as config_hf
@@ -20,6 +20,9 @@ from anyckpt.tensor import LazyTensor
 
 _AROUND = ("pretrained_model.", "base_model.model.")
 """What trl and peft put before a whole model's names, and no class of transformers does."""
+
+_PARALLEL = "module."
+"""What torch's DataParallel and DistributedDataParallel put there, and no class either."""
 
 _HEADS = frozenset({
     "lm_head", "score", "classifier", "qa_outputs", "embed_out", "proj_out", "cls", "final_logits_bias",
@@ -35,11 +38,13 @@ class Bare:
         tensors: in stored order.
         wrappers: what was taken off their names, for messages; empty if they are as stored.
         leading: what all the names begin with that may be another wrapper's, where nothing tells; or "".
+        stored: name -> the name that it is stored by.
     """
 
     tensors: dict[str, LazyTensor]
     wrappers: tuple[str, ...] = ()
     leading: str = ""
+    stored: Mapping[str, str] = field(default_factory=dict)
 
 
 def bare_names(checkpoint: Checkpoint) -> Bare | None:
@@ -54,31 +59,35 @@ def bare_names(checkpoint: Checkpoint) -> Bare | None:
     weights, path = checkpoint.weights(), checkpoint.path
     config = checkpoint.config if checkpoint.config_kind == "hf" else {}
     between = tuple(f"{word}." for word in BETWEEN if any(word in name.split(".") for name in weights))
-    plain = _renamed(weights, {name: without_between(name) for name in weights}, path)
+    plain = {name: without_between(name) for name in weights}
+    parallel = _PARALLEL if weights and all(name.startswith(_PARALLEL) for name in plain.values()) else ""
+    plain = _distinct({name: own.removeprefix(parallel) for name, own in plain.items()}, path)
     family = next((each for each in each_family() if config and config_hf.is_known(each, config)), None)
     if family is None or config_hf.is_part(family, config):
-        outer = _around(plain, path)
+        outer = _around(plain.values(), path)
     else:
-        found = unwrapped(plain, family.rules, False)
+        found = unwrapped({own: weights[name] for name, own in plain.items()}, family.rules, False)
         at_home = f".{found.prefix}".endswith(f".{found.base}")
         outer = found.prefix.removesuffix(found.base) if at_home else ""
-        if found.prefix and not (at_home and all(name.startswith(outer) for name in plain)):
+        if found.prefix and not (at_home and all(name.startswith(outer) for name in plain.values())):
             return None
-    wrappers = (*between, *([outer] if outer else []))
-    named = _renamed(plain, {name: name[len(outer) :] for name in plain}, path) if outer else plain
-    return Bare(named, wrappers, "" if family is not None else _shared(named))
+    wrappers = (*between, *([parallel + outer] if parallel + outer else []))
+    stored = {own[len(outer) :]: name for name, own in plain.items()}
+    named = {own: weights[name] for own, name in stored.items()}
+    return Bare(named, wrappers, "" if family is not None else _shared(named), stored)
 
 
-def _renamed(tensors: Mapping[str, LazyTensor], names: Mapping[str, str], path: str) -> dict[str, LazyTensor]:
-    result: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
-        if names[name] in result:
+def _distinct(names: dict[str, str], path: str) -> dict[str, str]:
+    """The table itself, in which no two have one name."""
+    taken: set[str] = set()
+    for name, own in names.items():
+        if own in taken:
             raise MappingError(
                 "two names are one without what is wrapped around the model", path=path, tensor=name,
-                found=names[name], remedy="leave one of the two out with --exclude",
+                found=own, remedy="leave one of the two out with --exclude",
             )  # fmt: skip
-        result[names[name]] = tensor
-    return result
+        taken.add(own)
+    return names
 
 
 def _around(names: Iterable[str], path: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.model import PART_OF
 from anyckpt.errors import MappingError
+from anyckpt.models.complete import some
 from anyckpt.models.dialects.wrappers import base_of, unwrapped
-from anyckpt.models.hub import Model
+from anyckpt.models.hub import Model, to_hub
 from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor
 
@@ -44,12 +45,40 @@ class Trunk:
         tensors: those, and whatever else lies in the layers, by stored name.
         beside: stored names of the others, which are of no rule.
         kind: the class that the configuration names, or empty.
+        is_bare: it is stored without the prefix and the head that its class may have.
     """
 
     model: Model
     tensors: dict[str, LazyTensor]
     beside: tuple[str, ...]
     kind: str
+    is_bare: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say of a copy with the names that it has."""
+        notes = []
+        if self.beside:
+            of = self.kind or "the model"
+            notes.append(
+                f"what is beside the trunk of {of} is written as it is, for no rule covers it: {some(self.beside)}"
+            )
+        if self.is_bare and self.kind.endswith(_OWN_HEADS):
+            notes.append(f"the head of {self.kind} is not among the weights: load them with transformers' AutoModel")
+        return notes
+
+
+def complete_trunk(checkpoint: Checkpoint, model: Model) -> Trunk | None:
+    """The trunk of a model whose class says that it has another head or none, or which is stored so.
+
+    Raises:
+        MappingError: something of the trunk is missing or has another shape, or the class's head is missing.
+    """
+    trunk = trunk_of(checkpoint, model)
+    if trunk is None or not (trunk.is_bare or (trunk.kind and not trunk.kind.endswith(_OWN_HEADS))):
+        return None
+    to_hub(replace(checkpoint, tensors=trunk.tensors, model_prefix="", state_prefixes=()), trunk.model, widen=True)
+    return trunk
 
 
 def has_other_head(checkpoint: Checkpoint) -> bool:
@@ -87,7 +116,9 @@ def trunk_of(checkpoint: Checkpoint, model: Model) -> Trunk | None:
         else:
             beside[name] = here.removeprefix(base)
     _check_head(kind, list(beside.values()), checkpoint.path)
-    return Trunk(replace(model, definition=replace(model.definition, rules=rules)), tensors, tuple(beside), kind)
+    return Trunk(
+        replace(model, definition=replace(model.definition, rules=rules)), tensors, tuple(beside), kind, is_bare
+    )
 
 
 def _class_of(config: Mapping[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from anyckpt import models, quantization
@@ -14,7 +15,9 @@ from anyckpt.config.nemo import restated
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model
+from anyckpt.models.bare_names import Bare
 from anyckpt.models.dialects import spellings as dialects
+from anyckpt.models.heads import complete_trunk
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
 from anyckpt.models.language.parameter_order import REGISTERED, registered_order
@@ -138,21 +141,27 @@ def rename_for(
     own = checkpoint.format == target.name or (target.unknown_names and bool(checkpoint.config))
     alike = fits and (known == wanted or (known is None and own))
     bare = models.bare_names(checkpoint) if alike and wanted == "hf" else None
+    again = partial(
+        rename_for, target=target, options=options, family=family, config=config, dtype=dtype, names=names,
+        vocabulary=vocabulary,
+    )  # fmt: skip
     if bare is not None and bare.wrappers:
-        plain = rename_for(
-            _with_weights(checkpoint, bare.tensors, wanted), target, options, family=family, config=config,
-            dtype=dtype, names=names, vocabulary=vocabulary,
-        )  # fmt: skip
-        around = " and ".join(bare.wrappers)
-        note = f"{around} is taken off the names: it is of what was wrapped around the model"
-        return replace(plain, ignored={**state_of(checkpoint), **plain.ignored}, notes=(note, *plain.notes))
+        return _unwrapped(checkpoint, bare, again)
     as_stored = alike and not told and not (wanted == "hf" and bare is None)
     model = None if as_stored else identify(checkpoint, family=family, config=config)
     if model is not None:
-        renamed = _through_hub(
-            checkpoint, model, wanted, target.config_kind, dtype,
-            padded=options.layout is None, vocabulary=vocabulary,
-        )  # fmt: skip
+        try:
+            renamed = _through_hub(
+                checkpoint, model, wanted, target.config_kind, dtype,
+                padded=options.layout is None, vocabulary=vocabulary,
+            )  # fmt: skip
+        except MappingError:
+            if wanted != "hf" or known not in (None, "hf") or trimmed or not fits:
+                raise
+            other = _of_another_class(checkpoint, model, again)
+            if other is None:
+                raise
+            return replace(other, checkpoint=_with_dtype(other.checkpoint, dtype))
         if names == "hf":
             renamed = _in_registered_order(renamed, model)
         if names == "hf" and model.config.share_embeddings_and_output_weights:
@@ -181,6 +190,33 @@ def rename_for(
     if dialects.is_megatron(known) and dialects.is_megatron(wanted):
         return _by_dialect(checkpoint, known, wanted, fits, dtype)
     raise unknown_family(checkpoint, target.name, wanted, known)
+
+
+def _unwrapped(checkpoint: Checkpoint, bare: Bare, again: Callable[[Checkpoint], Renamed]) -> Renamed:
+    """The model that was wrapped, renamed; what is left out of it is told under the names that it is stored by."""
+    plain = again(_with_weights(checkpoint, bare.tensors, "hf"))
+    left_out = {bare.stored.get(name, name): reason for name, reason in plain.ignored.items()}
+    around = " and ".join(bare.wrappers)
+    note = f"{around} is taken off the names: it is of what was wrapped around the model"
+    return replace(plain, ignored={**state_of(checkpoint), **left_out}, notes=(note, *plain.notes))
+
+
+def _of_another_class(checkpoint: Checkpoint, model: Model, again: Callable[[Checkpoint], Renamed]) -> Renamed | None:
+    """A Hugging Face model with another head than its family's rules know, or none, under the names that it has.
+
+    Raises:
+        MappingError: its trunk is not whole, or it lacks the head that its class has.
+    """
+    bare = models.bare_names(checkpoint)
+    if bare is None:
+        return None
+    named = _with_weights(checkpoint, bare.tensors, "hf")
+    trunk = complete_trunk(named, model)
+    if trunk is None:
+        return None
+    if bare.wrappers:
+        return _unwrapped(checkpoint, bare, again)
+    return Renamed(named, state_of(checkpoint), tuple(trunk.notes))
 
 
 def _check_described(checkpoint: Checkpoint, target: Format) -> None:
