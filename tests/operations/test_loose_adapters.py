@@ -195,6 +195,20 @@ def test_copies_keep_everything(tmp_path: Path) -> None:
         anyckpt.convert(tmp_path / "lora.safetensors", tmp_path / "x", to="hf")
 
 
+@pytest.mark.parametrize("kind", ["hada_w1_a", "lokr_w1"])
+def test_a_copy_of_pefts_file_meets_its_folder(kind: str, tmp_path: Path) -> None:
+    adapter = {f"base_model.model.model.layers.{number}.mlp.{kind}": random(4, 2) for number in range(2)}
+    save(tmp_path / "folder/adapter_model.safetensors", adapter)
+    words = {"peft_type": "LOHA" if kind.startswith("hada") else "LOKR", "r": 4, "alpha": 8}
+    (tmp_path / "folder/adapter_config.json").write_text(json.dumps(words))
+    anyckpt.convert(tmp_path / "folder", tmp_path / "copy.safetensors", to="safetensors")
+    for pair in (("folder", "copy.safetensors"), ("copy.safetensors", "folder")):
+        found = anyckpt.diff(*(tmp_path / name for name in pair))
+        assert (found.compared, found.only_in_a, found.only_in_b, found.different) == (2, [], [], [])
+        assert not found.complete, "what its configuration says is not known to the copy"
+        assert any("copy.safetensors has no configuration" in aside for aside in found.not_compared)
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -160,7 +160,7 @@ def as_peft(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         if found.slot == "alpha":
             continue
         slot = found.slot.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
-        result[f"{PREFIX}{found.module}.{slot}"] = tensor
+        result[f"{PREFIX}{found.module.removeprefix(PREFIX)}.{slot}"] = tensor  # copies of peft's files have it
     return result
 
 

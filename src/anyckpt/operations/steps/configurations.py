@@ -92,13 +92,16 @@ def compare_configurations(
         raw: compare keys as they are stored, but for the writer's version and the type, which the tensors tell.
     """
     first, second = settings_of(a), settings_of(b)
-    if first is not None and second is not None:
-        if spelling_of(a) != spelling_of(b):
-            return Settings(tuple(_of_translated(first, second)))
-        return Settings((*_of_adapters(first, second), *_of_other_kinds(a, b, first, second)))
     lacking = [checkpoint.path for checkpoint in (a, b) if not checkpoint.config]
+    alone = f"{lacking[0]} has no configuration" if len(lacking) == 1 else None
+    if first is not None and second is not None:
+        understood = first.kind in KINDS or first.kind != second.kind
+        if spelling_of(a) != spelling_of(b):
+            return Settings(tuple(_of_translated(first, second)), None if understood else alone)
+        said = (*_of_adapters(first, second), *_of_other_kinds(a, b, first, second))
+        return Settings(said, None if understood else alone)
     if lacking:
-        return Settings(obstacle=None if len(lacking) == 2 else f"{lacking[0]} has no configuration")
+        return Settings(obstacle=alone)
     if raw and a.config_kind == b.config_kind:
         return Settings(tuple(_of_keys(a.config, b.config, _OF_WRITER)))
     if known is not None:
