@@ -1,4 +1,4 @@
-"""A plan with every kind of part, and a program that executes it: ``python sample.py DESTINATION [resume]``."""
+"""A plan with every kind of part, and a program: ``python sample.py SOURCE DESTINATION [resume | SHARE/OF]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from anyckpt import tensor as lazy
-from anyckpt.engine import blocks, checksum, execute, files
+from anyckpt.engine import blocks, checksum, execute, files, run
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, Plan, SourceData, TensorData, small_file
 from anyckpt.storage import LocalFile, MemorySource
 from anyckpt.tensor import Stored
@@ -49,7 +49,7 @@ def shrink_blocks(nbytes: int, sync_every: int = 1 << 30) -> None:
     """Make blocks small, so that a small plan has many."""
     for module in (blocks, checksum, files):
         module.CHUNK_BYTES = nbytes
-    execute._SYNC_EVERY = sync_every
+    run._SYNC_EVERY = sync_every
     files._DIRECT_MINIMUM = 4096
 
 
@@ -58,13 +58,16 @@ def make_source(path: Path, nbytes: int) -> Path:
     return path
 
 
-if __name__ == "__main__":
+def main(source: str, destination: str, *words: str) -> None:
     shrink_blocks(16384, sync_every=200_000)
     print("ready", flush=True)
-    execute.execute(
-        sample_plan(Path(sys.argv[1])),
-        sys.argv[2],
-        resume="resume" in sys.argv[3:],
-        workers=2,
-        source_paths=[sys.argv[1]],
-    )
+    plan = sample_plan(Path(source))
+    if words and "/" in words[0]:
+        number, of = map(int, words[0].split("/"))
+        execute.run_share(plan, destination, execute.Share(number, of), workers=2, source_paths=[source])
+    else:
+        execute.execute(plan, destination, resume="resume" in words, workers=2, source_paths=[source])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,13 @@ from hypothesis import strategies as st
 from tests.engine.sample import make_source, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
-from anyckpt.engine import blocks, checksum, execute, files
+from anyckpt.engine import blocks, checksum, execute, files, outputs, run
 from anyckpt.engine.blocks import Block, LatePart, cut
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData, small_file
+from anyckpt.engine.staging import StagingDirectory
+from anyckpt.engine.together import Gang, gangs
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.identity import ElementWise
 from anyckpt.storage import LocalFile, MemorySource
@@ -45,11 +48,11 @@ class AtMost(ElementWise):
 
 @pytest.fixture(autouse=True)
 def restored_block_sizes() -> Iterator[None]:
-    before = (blocks.CHUNK_BYTES, execute._SYNC_EVERY, files._DIRECT_MINIMUM)
+    before = (blocks.CHUNK_BYTES, run._SYNC_EVERY, files._DIRECT_MINIMUM)
     yield
     for module in (blocks, checksum, files):
         module.CHUNK_BYTES = before[0]
-    execute._SYNC_EVERY, files._DIRECT_MINIMUM = before[1:]
+    run._SYNC_EVERY, files._DIRECT_MINIMUM = before[1:]
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_any_block_order_and_worker_count_give_the_same_bytes(
         return found, late
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "cut", shuffled)
+        patch.setattr(blocks, "cut", shuffled)
         shrink_blocks(chunk)
         plan = sample_plan(source)
         output = tmp_path / f"out-{chunk}-{workers}-{seed}"
@@ -160,7 +163,8 @@ def test_too_little_memory_is_said(source: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_output(source: Path, tmp_path: Path) -> None:
-    staging = execute.Staging(str(tmp_path / "out"), "x", resume=False, overwrite=False)
+    staging = StagingDirectory(str(tmp_path / "out"))
+    staging.begin(sample_plan(source), "x", share=None, resume=False)
     with pytest.raises(OutputError, match="another process"):
         execute.execute(sample_plan(source), str(tmp_path / "out"))
     staging.discard()
@@ -292,6 +296,37 @@ def test_the_manifest_finds_a_flipped_bit_a_missing_file_and_a_climbing_name(sou
     (tmp_path / "out" / ".anyckpt-manifest.json").write_text('{"anyckpt_manifest": 1, "digest": 3}')
     with pytest.raises(FormatError, match="damaged manifest|another version"):
         read_manifest(str(tmp_path / "out"))
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    plan = Plan("sample", tuple(small_file(f"{n % 7}/{n}", b"%d" % n * 3, 0) for n in range(900)))
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 300, before[1]))
+    try:
+        execute.execute(plan, str(tmp_path / "out"), workers=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert_whole(plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_files_that_are_closed_and_opened_again_meanwhile(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Blocks of a few files in turn, with pages that they share, and fewer files open than are written."""
+    shrink_blocks(4096, sync_every=50_000)
+    monkeypatch.setattr(outputs, "_MOST_OPEN", most)
+    plan = sample_plan(source)
+
+    def mixed(files: Any, blocks: Any, most_together: int) -> Iterator[Gang]:
+        found = list(gangs(files, blocks, most_together))
+        random.Random(1).shuffle(found)
+        return iter(found)
+
+    monkeypatch.setattr(run, "gangs", mixed)
+    execute.execute(plan, str(tmp_path / "out"), workers=3)
+    assert_whole(plan, tmp_path / "out")
 
 
 def test_a_plan_names_each_file_once() -> None:

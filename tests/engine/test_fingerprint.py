@@ -16,7 +16,7 @@ import pytest
 
 import anyckpt
 from anyckpt.dtypes import dtype
-from anyckpt.engine import execute
+from anyckpt.engine import execute, run
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
 from anyckpt.errors import UsageError
@@ -146,7 +146,7 @@ def test_work_that_does_not_tell_is_not_continued(tmp_path: Path, monkeypatch: p
     count = (24 << 20) // 4
     np.ones(count, np.float32).tofile(tmp_path / "source")
     data = Stored(LocalFile(tmp_path / "source"), 0, FLOAT32, (count,))
-    monkeypatch.setattr(execute, "_SYNC_EVERY", 4 << 20)
+    monkeypatch.setattr(run, "_SYNC_EVERY", 4 << 20)
     output = str(tmp_path / "out")
 
     def work(function: Any) -> Plan:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.engine.sample import make_source, shrink_blocks
 
-from anyckpt.engine import execute, together
+from anyckpt.engine import execute, run, together
 from anyckpt.engine.blocks import cut
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import FormatError
@@ -30,7 +30,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (blocks, checksum, files):
         monkeypatch.setattr(module, "CHUNK_BYTES", 16384)
-    monkeypatch.setattr(execute, "_SYNC_EVERY", execute._SYNC_EVERY)
+    monkeypatch.setattr(run, "_SYNC_EVERY", run._SYNC_EVERY)
     monkeypatch.setattr(files, "_DIRECT_MINIMUM", files._DIRECT_MINIMUM)
     shrink_blocks(16384)
 
@@ -72,7 +72,7 @@ def test_rows_are_read_once_however_many_ranks_share_them(
     found, report = written(plan, tmp_path / "together", workers=workers, memory=workers * (96 << 20))
     others = ways * (SIZE // 2 + WIDTH * 2)  # fc1 and norm, which every file has
     assert report.bytes_read == 2 * SIZE + others
-    monkeypatch.setattr(execute, "MOST_TOGETHER", 1)
+    monkeypatch.setattr(run, "MOST_TOGETHER", 1)
     expected, alone = written(plan, tmp_path / "alone", workers=workers)
     assert alone.bytes_read > report.bytes_read + (ways - 1) * SIZE // 2
     assert found == expected

@@ -49,6 +49,25 @@ class LatePart:
     offset: int
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The files of a plan, cut into blocks.
+
+    Attributes:
+        blocks: of each file, in its order.
+        late: of each file, the parts that must wait for all of its blocks.
+    """
+
+    blocks: tuple[tuple[Block, ...], ...]
+    late: tuple[tuple[LatePart, ...], ...]
+
+
+def cut_all(files: Sequence[OutputFile]) -> Cut:
+    """Every file of a plan, in the same way in every process."""
+    found = [cut(number, file) for number, file in enumerate(files)]
+    return Cut(tuple(tuple(blocks) for blocks, _ in found), tuple(tuple(late) for _, late in found))
+
+
 def cut(number: int, file: OutputFile) -> tuple[list[Block], list[LatePart]]:
     """The blocks of one file, in file order, and the parts that must wait for all of them."""
     builder = _Builder(number, file.parts)

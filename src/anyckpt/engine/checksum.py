@@ -13,6 +13,7 @@ import xxhash
 from isal import isal_zlib
 
 from anyckpt.engine.blocks import CHUNK_BYTES
+from anyckpt.engine.records import BlockRecord
 
 DIGEST = "xxh3-128 of xxh3-64 per 4 MiB"
 
@@ -48,6 +49,28 @@ def join_digests(chunks: Mapping[int, int]) -> str:
     """
     listed = b"".join(chunks[start].to_bytes(8, "little") for start in sorted(chunks))
     return xxhash.xxh3_128_hexdigest(listed)
+
+
+class PartSums:
+    """Checksums of the parts of one file, from those of its blocks, which are added in any order."""
+
+    def __init__(self) -> None:
+        self._crcs: dict[int, dict[int, tuple[int, int]]] = {}
+        self._digests: dict[int, dict[int, int]] = {}
+
+    def add(self, record: BlockRecord) -> None:
+        for part, start, crc, length in record.crcs:
+            self._crcs.setdefault(part, {})[start] = (crc, length)
+        for part, start, digest in record.digests:
+            self._digests.setdefault(part, {})[start] = digest
+
+    def crc32(self, part: int) -> int:
+        """The CRC-32 of a part, all of whose blocks were added."""
+        return join_crc32(self._crcs.get(part, {}))
+
+    def digest(self, part: int) -> str:
+        """The digest of a part, all of whose blocks were added."""
+        return join_digests(self._digests.get(part, {}))
 
 
 def chunk_digests(data: bytes) -> dict[int, int]:

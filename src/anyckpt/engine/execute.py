@@ -1,39 +1,34 @@
-"""Carrying out a plan: blocks read, computed and written by a few threads, then committed.
+"""Carrying out a plan, by one process or by several that each do a share; then committing it.
 
-Memory is one block and a few scratch buffers per thread, whatever the size of the model.  The bytes of the output
-do not depend on the number of threads, on the order of blocks, or on being interrupted.
+The bytes of the output do not depend on the number of threads or processes, on the order of blocks, or on being
+interrupted.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anyckpt.engine.blocks import CHUNK_BYTES, Block, LatePart, cut
-from anyckpt.engine.checksum import chunk_digests, join_crc32, join_digests
-from anyckpt.engine.commit import BlockRecord, Staging
-from anyckpt.engine.files import BlockBuffer, BlockFile, write_error
-from anyckpt.engine.filling import Filling, built, fill_together
-from anyckpt.engine.fingerprint import fingerprint
-from anyckpt.engine.manifest import Manifest, ManifestEntry, beside, read_manifest
-from anyckpt.engine.plan import MANIFEST_NAME, Computed, Plan, TensorData
-from anyckpt.engine.together import MOST_TOGETHER, Gang, gangs
-from anyckpt.errors import AnyckptError, FormatError, OutputError, UsageError
+from anyckpt.engine.blocks import Cut, cut_all
+from anyckpt.engine.destination import BusyError, Destination, Share
+from anyckpt.engine.files import write_error
+from anyckpt.engine.fingerprint import Fingerprint, fingerprint
+from anyckpt.engine.manifest import Manifest
+from anyckpt.engine.plan import Plan
+from anyckpt.engine.run import Progress, Run, of_files, worker_count
+from anyckpt.engine.share import Division
+from anyckpt.engine.staging import StagingDirectory
+from anyckpt.errors import AnyckptError, OutputError, UsageError
 from anyckpt.storage import source as sources
-from anyckpt.storage.gather import SCRATCH_BYTES
 
 DEFAULT_MEMORY = 96 << 20
 """Bytes for blocks in flight; the interpreter and its libraries take some 50 MB besides."""
 
-_MEMORY_PER_WORKER = 16 << 20
-_SYNC_EVERY = 1 << 30
-
-Progress = Callable[[int, int], None]
+_POLL_SECONDS = 0.2
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,28 @@ class Report:
     resumed_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class ShareReport:
+    """What one process did of a plan that several carry out.
+
+    Attributes:
+        share: which part of the work.
+        bytes_read: bytes read from sources.
+        bytes_written: bytes of the share.
+        seconds: wall time.
+        resumed_bytes: bytes of the share that were there already.
+    """
+
+    share: Share
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    resumed_bytes: int = 0
+
+
 def execute(
     plan: Plan,
-    destination: str,
+    destination: str | Destination,
     *,
     overwrite: bool = False,
     resume: bool = False,
@@ -76,9 +90,9 @@ def execute(
 
     Args:
         plan: what to write.
-        destination: a path that does not exist, unless ``overwrite``.
+        destination: a path that does not exist, unless ``overwrite``; or something else that can hold files.
         overwrite: replace what is there, at the end.
-        resume: continue what an interrupted run of the same plan left.
+        resume: continue what interrupted processes left of the same plan.
         workers: threads; as many as processors, up to 8, if None, and never more than ``memory`` allows.
         memory: bytes for blocks in flight.
         progress: called with (bytes done, bytes in all) from any thread.
@@ -91,64 +105,207 @@ def execute(
             identity (``anyckpt.identity``).
     """
     started = time.monotonic()
-    read_before = sources.bytes_read()
-    count = _worker_count(workers, memory)
+    place = _place(destination, overwrite)
+    count = worker_count(workers, memory)
     identity = fingerprint(plan, source_paths)
     if resume and identity.obstacle is not None:
         raise UsageError(
             "cannot be continued: part of it has no identity, so that other work might be taken for the same",
-            path=destination, found=identity.obstacle, remedy="run without --resume to begin anew",
+            path=place.name, found=identity.obstacle, remedy="run without --resume to begin anew",
         )  # fmt: skip
-    if resume and not overwrite and _is_done(destination, identity.value):
-        return _report(plan, destination, 0, time.monotonic() - started, plan.nbytes)
-    staging = Staging(destination, identity.value, resume=resume, overwrite=overwrite)
-    run = _Run(plan, identity.value, staging, count, memory, progress, resumable=identity.obstacle is None)
+    if resume and not overwrite and place.is_published(identity.value):
+        return _report(plan, place, 0, started, plan.nbytes)
+    place.begin(plan, identity.value, share=None, resume=resume)
+    return _carry_out(plan, cut_all(plan.files), place, identity, count, memory, progress, started)
+
+
+def run_share(
+    plan: Plan,
+    destination: str | Destination,
+    share: Share,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress | None = None,
+    source_paths: Sequence[str] = (),
+) -> ShareReport:
+    """Write one share of a plan, which other processes make, too, and whose other shares they write.
+
+    What a process of the same plan left is continued.  Nothing is published: see ``finish``.
+
+    Args:
+        plan: the same in every process.
+        destination: as for ``execute``; every process must reach it.
+        share: which part of the work this process does.
+        overwrite, workers, memory, progress, source_paths: as for ``execute``.
+
+    Raises:
+        OutputError: the destination exists, other processes write another plan there or divide it otherwise, another
+            one does this share, or the disk is full.
+        FormatError: a source turns out to be damaged.
+        UsageError: ``memory`` is too small for one thread, or something in the plan has no identity.
+    """
+    started, read_before = time.monotonic(), sources.bytes_read()
+    place = _place(destination, overwrite)
+    count = worker_count(workers, memory)
+    identity = _shared_identity(plan, place, source_paths)
+    cut = cut_all(plan.files)
+    division = Division(plan, cut, share.of, place)
+    blocks = list(division.blocks(share))
+    total = sum(block.nbytes for block in blocks)
+    if place.is_published(identity.value):
+        return ShareReport(share, 0, total, time.monotonic() - started, total)
+    place.begin(plan, identity.value, share=share, resume=True)
     try:
-        manifest = run.write_everything()
-        staging.commit(manifest, None if plan.is_directory else beside(destination))
+        known = place.records(identity.value)
+        run = Run(
+            plan, cut, place, known, workers=count, memory=memory, progress=progress, total=total, ends=division.ends
+        )  # fmt: skip
+        run.write(blocks)
+        run.sync()
+    except OSError as error:
+        place.close(failure=str(error))
+        raise write_error(place.name, error) from error
+    except BaseException as error:
+        place.close(failure=str(error) or type(error).__name__)
+        raise
+    place.close()
+    return ShareReport(share, sources.bytes_read() - read_before, total, time.monotonic() - started, run.resumed_bytes)
+
+
+def finish(
+    plan: Plan,
+    destination: str | Destination,
+    of: int,
+    *,
+    wait: float = 0.0,
+    overwrite: bool = False,
+    workers: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    source_paths: Sequence[str] = (),
+) -> Report:
+    """Write what the shares of a plan leave, and publish it, when all of them are there.
+
+    It may be called by any process, also by several: the others find it done.
+
+    Args:
+        plan: the same in every process.
+        destination: as for ``execute``.
+        of: number of shares.
+        wait: seconds to wait for shares that are not whole.
+        overwrite, workers, memory, source_paths: as for ``execute``.
+
+    Raises:
+        OutputError: shares are not whole in time, each named with what is known of it, or the disk is full.
+        UsageError: ``memory`` is too small for one thread, or something in the plan has no identity.
+    """
+    started = time.monotonic()
+    place = _place(destination, overwrite)
+    count = worker_count(workers, memory)
+    identity = _shared_identity(plan, place, source_paths)
+    cut = cut_all(plan.files)
+    division = Division(plan, cut, of, place)
+    while True:
+        late = time.monotonic() - started >= wait
+        if place.is_published(identity.value):
+            return _report(plan, place, 0, started, plan.nbytes)
+        missing = division.missing(place.records(identity.value))
+        if not missing:
+            try:
+                place.begin(plan, identity.value, share=None, resume=True)
+            except BusyError:
+                if late:
+                    raise
+            else:
+                return _carry_out(plan, cut, place, identity, count, memory, None, started, shared=True)
+        elif late:
+            raise _unfinished(place, missing)
+        time.sleep(_POLL_SECONDS)
+
+
+def _unfinished(place: Destination, missing: dict[Share, int]) -> OutputError:
+    troubles = place.troubles()
+    told = [
+        f"share {share} ({troubles.get(share, 'not begun, or still at work')}; {nbytes:,} bytes)"
+        for share, nbytes in list(missing.items())[:_SHOWN]
+    ]
+    more = len(missing) - len(told)
+    return OutputError(
+        "cannot be finished, because not all of it is written",
+        path=place.name,
+        found="missing: " + ", ".join(told) + (f" and {more} more" if more else ""),
+        remedy="run the processes of these shares again; they go on from what is there",
+    )
+
+
+def _place(destination: str | Destination, overwrite: bool) -> Destination:
+    return StagingDirectory(destination, overwrite=overwrite) if isinstance(destination, str) else destination
+
+
+def _shared_identity(plan: Plan, place: Destination, source_paths: Sequence[str]) -> Fingerprint:
+    found = fingerprint(plan, source_paths)
+    if found.obstacle is None:
+        return found
+    raise UsageError(
+        "cannot be divided between processes: part of it has no identity, so that they cannot tell it is the same work",
+        path=place.name, found=found.obstacle, remedy="write it with one process",
+    )  # fmt: skip
+
+
+def _carry_out(
+    plan: Plan,
+    cut: Cut,
+    place: Destination,
+    identity: Fingerprint,
+    workers: int,
+    memory: int,
+    progress: Progress | None,
+    started: float,
+    *,
+    shared: bool = False,
+) -> Report:
+    """Write what is not there yet and publish the output; the destination has begun."""
+    read_before = sources.bytes_read()
+    resumable = identity.obstacle is None
+    known = place.records(identity.value)
+    run = Run(plan, cut, place, known, workers=workers, memory=memory, progress=progress, total=plan.nbytes)
+    try:
+        entries = []
+        for stage in sorted({file.stage for file in plan.files}):
+            numbers = [number for number, file in enumerate(plan.files) if file.stage == stage]
+            run.write(of_files(cut, numbers))
+            entries += run.finish(numbers)
+        order = {file.path: number for number, file in enumerate(plan.files)}
+        entries.sort(key=lambda entry: (order[entry.file], entry.offset))
+        sizes = {file.path: file.nbytes for file in plan.files}
+        place.publish(Manifest(plan.format, identity.value, sizes, tuple(entries), plan.notes).to_bytes())
     except OutputError:
-        staging.close() if run.worth_keeping else staging.discard()
+        place.close() if resumable and run.records else place.discard()
         raise
     except OSError as error:
-        staging.close() if run.worth_keeping else staging.discard()
-        raise write_error(destination, error) from error
+        place.close() if resumable and run.records else place.discard()
+        raise write_error(place.name, error) from error
     except AnyckptError:
-        staging.discard()
+        place.close() if shared else place.discard()
         raise
     except BaseException:
-        staging.close() if run.resumable else staging.discard()
+        place.close() if resumable else place.discard()
         raise
-    seconds = time.monotonic() - started
-    return _report(plan, destination, sources.bytes_read() - read_before, seconds, run.resumed_bytes)
+    return _report(plan, place, sources.bytes_read() - read_before, started, run.resumed_bytes)
 
 
-def _report(plan: Plan, destination: str, bytes_read: int, seconds: float, resumed_bytes: int) -> Report:
+def _report(plan: Plan, place: Destination, bytes_read: int, started: float, resumed_bytes: int) -> Report:
     return Report(
-        output=destination,
+        output=place.name,
         format=plan.format,
         tensors=len({part.name for part in plan.tensors()}),
         bytes_read=bytes_read,
         bytes_written=plan.nbytes,
-        seconds=seconds,
+        seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_bytes=resumed_bytes,
     )
-
-
-def _is_done(destination: str, identity: str) -> bool:
-    """Whether an earlier run of the same plan was killed after it had finished."""
-    if not os.path.lexists(destination):
-        return False
-    try:
-        manifest = read_manifest(destination)
-    except FormatError:
-        return False
-    if manifest is None or manifest.plan != identity:
-        return False
-    paths = {
-        os.path.join(destination, *name.split("/")) if name else destination: n for name, n in manifest.files.items()
-    }
-    return all(os.path.isfile(path) and os.path.getsize(path) == nbytes for path, nbytes in paths.items())
 
 
 def peak_rss_bytes() -> int:
@@ -165,273 +322,3 @@ def peak_rss_bytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-class _Run:
-    """The state of one execution."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        identity: str,
-        staging: Staging,
-        workers: int,
-        memory: int,
-        progress: Progress | None,
-        *,
-        resumable: bool,
-    ) -> None:
-        self._plan = plan
-        self._identity = identity
-        self._staging = staging
-        self._workers = workers
-        self._together = min(MOST_TOGETHER, max(1, (memory // workers - 2 * SCRATCH_BYTES) // CHUNK_BYTES))
-        self._progress = progress
-        self._lock = threading.Lock()
-        self._records: dict[tuple[int, int], BlockRecord] = dict(staging.finished)
-        self._unsynced: dict[tuple[int, int], BlockRecord] = {}
-        self._since_sync = 0
-        self._done = 0
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._wanted_crcs = [
-            {i for part in file.parts if isinstance(part, Computed) for i in part.parts} for file in plan.files
-        ]
-        self.resumable = resumable
-        self.resumed_bytes = 0
-
-    @property
-    def worth_keeping(self) -> bool:
-        """Whether an interrupted run left durable blocks, so that resuming saves work."""
-        return self.resumable and (bool(self._staging.finished) or any(True for _ in self._records))
-
-    def write_everything(self) -> bytes:
-        """Write all files stage by stage; the output is durable afterwards.  Gives the manifest."""
-        output = self._staging.output
-        if self._plan.is_directory:
-            os.makedirs(output, exist_ok=True)
-        self._check_room()
-        entries: list[ManifestEntry] = []
-        for stage in sorted({file.stage for file in self._plan.files}):
-            numbers = [i for i, file in enumerate(self._plan.files) if file.stage == stage]
-            entries += self._write_stage(numbers)
-        for link, target in self._plan.links.items():
-            path = os.path.join(output, link)
-            if not os.path.islink(path):
-                os.symlink(target, path)
-        order = {file.path: number for number, file in enumerate(self._plan.files)}
-        entries.sort(key=lambda entry: (order[entry.file], entry.offset))
-        sizes = {file.path: file.nbytes for file in self._plan.files}
-        manifest = Manifest(self._plan.format, self._identity, sizes, tuple(entries), self._plan.notes)
-        data = manifest.to_bytes()
-        if self._plan.is_directory:
-            with open(os.path.join(output, MANIFEST_NAME), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        return data
-
-    def _check_room(self) -> None:
-        parent = os.path.dirname(self._staging.destination)
-        status = os.statvfs(parent)
-        there = sum(
-            os.stat(os.path.join(folder, name)).st_blocks * 512
-            for folder, _, names in os.walk(os.path.dirname(self._staging.output))
-            for name in names
-        )
-        free = status.f_bavail * status.f_frsize + there
-        if self._plan.nbytes > free:
-            raise OutputError(
-                "not enough space on the disk for the output",
-                path=self._staging.destination,
-                expected=f"{self._plan.nbytes:,} bytes",
-                found=f"{free:,} bytes free",
-                remedy="free some space or choose another disk",
-            )
-
-    def _write_stage(self, numbers: list[int]) -> list[ManifestEntry]:
-        blocks: list[Block] = []
-        late: dict[int, list[LatePart]] = {}
-        for number in numbers:
-            cut_blocks, late[number] = cut(number, self._plan.files[number])
-            blocks += cut_blocks
-        self.resumed_bytes += sum(b.nbytes for b in blocks if (b.file, b.offset) in self._staging.finished)
-        self._advance(sum(b.nbytes for b in blocks if (b.file, b.offset) in self._staging.finished))
-        files = _OpenOutputs(self._plan, self._staging)
-        try:
-            self._run_workers(blocks, files)
-            entries: list[ManifestEntry] = []
-            for number in numbers:
-                entries += self._finish_file(number, blocks, late[number], files)
-            files.sync_all()
-        finally:
-            files.close_all()
-        return entries
-
-    def _run_workers(self, blocks: Sequence[Block], files: _OpenOutputs) -> None:
-        due = [b for b in blocks if (b.file, b.offset) not in self._staging.finished]
-        waiting = gangs(self._plan.files, due, self._together)
-        threads = [
-            threading.Thread(target=self._work, args=(waiting, files), name=f"anyckpt-{i}", daemon=True)
-            for i in range(self._workers)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(timeout=1.0)
-        except BaseException:
-            self._stop.set()
-            for thread in threads:
-                thread.join()
-            self._sync(files)
-            raise
-        if self._failure is not None:
-            if isinstance(self._failure, OutputError):
-                self._sync_quietly(files)
-            raise self._failure
-
-    def _work(self, waiting: Iterator[Gang], files: _OpenOutputs) -> None:
-        buffers: list[BlockBuffer] = []
-        while not self._stop.is_set():
-            with self._lock:
-                gang = next(waiting, None)
-            if gang is None:
-                return
-            try:
-                buffers += [BlockBuffer() for _ in range(len(gang.blocks) - len(buffers))]
-                for block, record in self._written(gang, buffers, files):
-                    with self._lock:
-                        self._records[block.file, block.offset] = record
-                        self._unsynced[block.file, block.offset] = record
-                        self._since_sync += block.nbytes
-                        due = self._since_sync >= _SYNC_EVERY
-                        if due:
-                            self._since_sync = 0
-                    if due:
-                        self._sync(files)
-                    self._advance(block.nbytes)
-            except BaseException as error:
-                with self._lock:
-                    self._failure = self._failure or error
-                self._stop.set()
-                return
-
-    def _written(
-        self, gang: Gang, buffers: Sequence[BlockBuffer], files: _OpenOutputs
-    ) -> Iterator[tuple[Block, BlockRecord]]:
-        """Fill and write a gang's blocks; each with its record when it is written."""
-        filling = [
-            Filling(block, self._plan.files[block.file], buffer.at(block.offset, block.nbytes))
-            for block, buffer in zip(gang.blocks, buffers, strict=False)
-        ]
-        for number, shared in enumerate(gang.shared):
-            if shared:
-                fill_together(filling, number)
-            for one in filling:
-                one.finish_piece(number, filled=shared, wanted=self._wanted_crcs[one.block.file])
-        for one in filling:
-            files.get(one.block.file).write(one.block.offset, one.memory)
-            yield one.block, one.record
-
-    def _finish_file(
-        self, number: int, blocks: Sequence[Block], late: Sequence[LatePart], files: _OpenOutputs
-    ) -> list[ManifestEntry]:
-        """Write what waits for checksums, and list the file's parts for the manifest."""
-        file = self._plan.files[number]
-        crcs: dict[int, dict[int, tuple[int, int]]] = {}
-        digests: dict[int, dict[int, int]] = {}
-        for block in blocks:
-            if block.file == number:
-                record = self._records[number, block.offset]
-                for index, start, crc, length in record.crcs:
-                    crcs.setdefault(index, {})[start] = (crc, length)
-                for index, start, chunk in record.digests:
-                    digests.setdefault(index, {})[start] = chunk
-        target = files.get(number)
-        buffer = BlockBuffer()
-        for item in late:
-            computed = file.parts[item.part]
-            assert isinstance(computed, Computed)
-            data = built(file, computed, [join_crc32(crcs.get(i, {})) for i in computed.parts])
-            _write_bytes(target, item.offset, data, buffer)
-            digests[item.part] = chunk_digests(data)
-        entries = []
-        offset = 0
-        for index, part in enumerate(file.parts):
-            name, piece = (part.name, part.piece) if isinstance(part, TensorData) else ("", "")
-            joined = join_digests(digests.get(index, {}))
-            entries.append(ManifestEntry(name, piece, file.path, offset, part.nbytes, joined))
-            offset += part.nbytes
-        return entries
-
-    def _sync(self, files: _OpenOutputs) -> None:
-        """Make the blocks written so far durable and note them in the journal."""
-        with self._lock:
-            batch, self._unsynced = self._unsynced, {}
-        if batch:
-            files.sync({file for file, _ in batch})
-            self._staging.record(batch)
-
-    def _sync_quietly(self, files: _OpenOutputs) -> None:
-        try:
-            self._sync(files)
-        except OutputError:
-            return
-
-    def _advance(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            done = self._done
-        if self._progress is not None:
-            self._progress(done, self._plan.nbytes)
-
-
-class _OpenOutputs:
-    """The output files of a stage, opened when their first block comes."""
-
-    def __init__(self, plan: Plan, staging: Staging) -> None:
-        self._plan = plan
-        self._staging = staging
-        self._lock = threading.Lock()
-        self._open: dict[int, BlockFile] = {}
-
-    def get(self, number: int) -> BlockFile:
-        with self._lock:
-            if number not in self._open:
-                file = self._plan.files[number]
-                path = os.path.join(self._staging.output, *file.path.split("/")) if file.path else self._staging.output
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                keep = any(key[0] == number for key in self._staging.finished)
-                self._open[number] = BlockFile(path, file.nbytes, keep=keep)
-            return self._open[number]
-
-    def sync(self, numbers: set[int]) -> None:
-        for number in numbers:
-            self.get(number).sync()
-
-    def sync_all(self) -> None:
-        self.sync(set(self._open))
-
-    def close_all(self) -> None:
-        for file in self._open.values():
-            file.close()
-
-
-def _write_bytes(target: BlockFile, offset: int, data: bytes, buffer: BlockBuffer) -> None:
-    step = len(buffer.whole) // 2
-    for start in range(0, len(data), step):
-        part = data[start : start + step]
-        memory = buffer.at(offset + start, len(part))
-        memory[:] = memoryview(part)
-        target.write(offset + start, memory)
-
-
-def _worker_count(workers: int | None, memory: int) -> int:
-    affordable = memory // _MEMORY_PER_WORKER
-    if affordable < 1:
-        raise UsageError("too little memory for one thread", expected=f"at least {_MEMORY_PER_WORKER}", found=memory)
-    if workers is not None and workers < 1:
-        raise UsageError("at least one worker is needed", found=workers)
-    return min(workers or min(8, max(2, os.cpu_count() or 2)), affordable)

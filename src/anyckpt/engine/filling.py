@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from anyckpt.engine.blocks import Block
 from anyckpt.engine.checksum import chunk_digest, crc32
-from anyckpt.engine.commit import BlockRecord
 from anyckpt.engine.files import Bytes
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, SourceData, TensorData
+from anyckpt.engine.records import BlockRecord
 from anyckpt.engine.together import read_together
 from anyckpt.errors import AnyckptError, OutputError
 from anyckpt.tensor import Stored

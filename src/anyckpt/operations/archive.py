@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.engine.execute import Progress, execute
+from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan, SourceData
+from anyckpt.engine.run import Progress
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, missing_artifacts, texts

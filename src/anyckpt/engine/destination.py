@@ -1,0 +1,146 @@
+"""What an output is written to: the few things that the engine asks of a directory, an object store or memory.
+
+The engine begins, writes blocks, makes them durable, notes that, seals files stage by stage, and publishes.  Several
+processes may each do a share of this; each begins for itself, and the last one publishes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from anyckpt.engine.files import Bytes
+from anyckpt.engine.plan import Plan
+from anyckpt.engine.records import BlockKey, BlockRecord
+from anyckpt.errors import OutputError, UsageError
+
+
+class BusyError(OutputError):
+    """Another process writes the output at this moment."""
+
+
+@dataclass(frozen=True, order=True)
+class Share:
+    """One of the equal parts in which processes divide the work of a plan.
+
+    Attributes:
+        number: which one, from 1.
+        of: into how many the work is divided.
+
+    Raises:
+        UsageError: there is no such share.
+    """
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            raise UsageError("there is no such share", expected="1/N to N/N", found=f"{self.number}/{self.of}")
+
+    def __str__(self) -> str:
+        return f"{self.number} of {self.of}"
+
+
+class Destination(ABC):
+    """Where an output is prepared, unseen as such, and published when it is whole.
+
+    Attributes:
+        name: what to call it in a message.
+        in_order: bytes of a file are taken only one after another and from one process (an object store); otherwise at
+            any offset and from any process.  Several files are always written at once.
+        page: processes must not write to one file closer together than this many bytes, counted from its start.
+    """
+
+    name: str
+    in_order: bool = False
+    page: int = 1
+
+    @abstractmethod
+    def begin(self, plan: Plan, fingerprint: str, *, share: Share | None, resume: bool) -> None:
+        """Prepare to write a plan.
+
+        Args:
+            plan: what will be written.
+            fingerprint: identifies the plan and its sources; work of another fingerprint is not continued.
+            share: which share this process does; others do theirs, now or later.  None: it is the only process, now.
+            resume: with no share: continue what is there instead of beginning anew.  Shares always continue.
+
+        Raises:
+            OutputError: something is published there, other processes write it, there is other work to continue, or
+                it has no room.
+        """
+
+    @abstractmethod
+    def records(self, fingerprint: str) -> dict[BlockKey, BlockRecord]:
+        """The blocks of a plan that are durable, whichever process wrote them, as far as is known now.
+
+        Raises:
+            OutputError: the work that is there is of another plan.
+        """
+
+    @abstractmethod
+    def write(self, file: int, offset: int, data: Bytes) -> None:
+        """Write bytes of a file (an index in the plan's files); called from several threads.
+
+        Args:
+            file: which.
+            offset: first byte in it; rising without gaps if ``in_order``.
+            data: lies in memory as ``files.BlockBuffer.at`` gave it; another use is made of it after the call.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+
+    @abstractmethod
+    def sync(self, files: Collection[int]) -> None:
+        """Make what is written of some files durable.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+
+    @abstractmethod
+    def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
+        """Note blocks that are durable, so that another process knows of them.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+
+    @abstractmethod
+    def seal(self, files: Collection[int]) -> None:
+        """Some files are whole: make them durable; nothing more is written to them.  Some may be sealed before.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+
+    @abstractmethod
+    def publish(self, manifest: bytes) -> None:
+        """Give the output, all of whose files are sealed, its name; its manifest goes along.
+
+        Raises:
+            OutputError: the system refuses; what was there before is untouched.
+        """
+
+    @abstractmethod
+    def is_published(self, fingerprint: str) -> bool:
+        """Whether the output of this plan is there already, whole."""
+
+    @abstractmethod
+    def close(self, failure: str = "") -> None:
+        """Leave the work as it is, to be continued by another process.
+
+        Args:
+            failure: why this process gives up, for whoever waits for its share; empty if it did what it had to.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Remove every trace of the work."""
+
+    def troubles(self) -> dict[Share, str]:
+        """Shares that no process is at work on, as far as can be seen, with what is known of why."""
+        return {}

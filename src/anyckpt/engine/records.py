@@ -1,0 +1,172 @@
+"""What is known of blocks whose bytes are durable, and the journals that keep it."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BlockKey = tuple[int, int]
+"""A block by its file's index in the plan and its first byte there."""
+
+
+@dataclass
+class BlockRecord:
+    """What is kept of a finished block: the checksums that later parts and the manifest need.
+
+    Attributes:
+        crcs: (part, first byte, CRC-32, length) of each piece whose CRC is asked for.
+        digests: (part, first byte, digest) of each piece of a tensor.
+        edges: (first byte in the file, bytes) of what is not written yet, because another process writes bytes of the
+            same page; at most a page at either end.  Who finishes the output writes them.
+    """
+
+    crcs: list[tuple[int, int, int, int]] = field(default_factory=list)
+    digests: list[tuple[int, int, int]] = field(default_factory=list)
+    edges: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def to_row(self, key: BlockKey) -> list[Any]:
+        """As a journal has it."""
+        edges = [[offset, base64.b64encode(data).decode("ascii")] for offset, data in self.edges]
+        return [*key, self.crcs, self.digests, *([edges] if edges else [])]
+
+
+class Journal:
+    """The list of durable blocks that one process keeps, a line for each time that it made some durable.
+
+    Args:
+        path: where; continued after its last whole line if it exists.
+        header: what the first line says.
+
+    Attributes:
+        path: where it is.
+        is_new: whether there was none before.
+
+    Raises:
+        BlockingIOError: another process keeps it.
+        OSError: it cannot be opened or written.
+    """
+
+    def __init__(self, path: str, header: Mapping[str, Any]) -> None:
+        self.path = path
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = os.fdopen(descriptor, "a", encoding="ascii")
+        try:
+            _lock_soon(descriptor)
+            entries, length = _entries(path, 0)
+            os.truncate(path, length)
+            self.is_new = not entries
+            self.append(header if self.is_new else {})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line, durably."""
+        self._file.write(json.dumps(entry, separators=(",", ":")) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
+        """Note blocks whose bytes are durable."""
+        self.append({"blocks": [record.to_row(key) for key, record in blocks.items()]})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JournalReader:
+    """What a journal says so far, which its process may go on to write; each line is read once.
+
+    Attributes:
+        header: what the first line says; empty as long as there is none.
+        records: the blocks that it lists.
+        failure: why its process gave up, empty if it did not.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.header: dict[str, Any] = {}
+        self.records: dict[BlockKey, BlockRecord] = {}
+        self.failure = ""
+        self._length = 0
+
+    def read_on(self) -> JournalReader:
+        """Take in the lines that were added; a line that is not whole yet is left for later."""
+        entries, length = _entries(self.path, self._length)
+        self._length += length
+        for entry in entries:
+            self.header = self.header or entry
+            self.failure = str(entry.get("failed", ""))
+            for file, offset, crcs, digests, *edges in entry.get("blocks", ()):
+                self.records[file, offset] = BlockRecord(
+                    [tuple(c) for c in crcs],
+                    [tuple(d) for d in digests],
+                    [(at, base64.b64decode(text)) for at, text in (edges[0] if edges else ())],
+                )
+        return self
+
+    def is_kept(self) -> bool:
+        """Whether a process that can be seen from here is writing it."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            lock(descriptor, fcntl.LOCK_SH)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+
+def lock(descriptor: int, kind: int) -> None:
+    """Lock an open file against other processes, where the file system knows how to, without waiting.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except PermissionError as error:
+        raise BlockingIOError(error.errno, error.strerror) from error
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
+
+
+def _lock_soon(descriptor: int) -> None:
+    """Lock a journal; who only looks whether it is kept (``is_kept``) has it for a moment."""
+    for left in range(50, -1, -1):
+        try:
+            lock(descriptor, fcntl.LOCK_EX)
+            break
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(0.01)
+
+
+def _entries(path: str, start: int) -> tuple[list[dict[str, Any]], int]:
+    """The entries of a journal from a byte on to the first line that was not written whole, and their bytes."""
+    entries: list[dict[str, Any]] = []
+    length = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(entry, dict) or not line.endswith(b"\n"):
+                break
+            entries.append(entry)
+            length += len(line)
+    return entries, length

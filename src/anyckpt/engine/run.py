@@ -1,0 +1,284 @@
+"""Carrying out blocks of a plan: filled, checksummed and written by a few threads, and noted when they are durable.
+
+Memory is one block and a few scratch buffers per thread, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+
+from anyckpt.engine.blocks import CHUNK_BYTES, Block, Cut, LatePart
+from anyckpt.engine.checksum import PartSums, chunk_digests
+from anyckpt.engine.destination import Destination
+from anyckpt.engine.files import BlockBuffer, Bytes
+from anyckpt.engine.filling import Filling, built, fill_together
+from anyckpt.engine.manifest import ManifestEntry
+from anyckpt.engine.plan import Computed, Plan, TensorData
+from anyckpt.engine.records import BlockKey, BlockRecord
+from anyckpt.engine.together import MOST_TOGETHER, Gang, gangs
+from anyckpt.errors import OutputError, UsageError
+from anyckpt.storage.gather import SCRATCH_BYTES
+
+_MEMORY_PER_WORKER = 16 << 20
+_SYNC_EVERY = 1 << 30
+
+Progress = Callable[[int, int], None]
+Ends = Callable[[Block], tuple[int, int]]
+_Written = tuple[BlockKey, int, BlockRecord]
+_Job = Callable[[list[BlockBuffer]], Iterator[_Written]]
+
+
+class Run:
+    """The state of one process's work on a plan.
+
+    Args:
+        plan: what is written.
+        cut: its blocks.
+        destination: where; it has begun.
+        records: the blocks that are there.
+        workers: threads.
+        memory: bytes for blocks in flight.
+        progress: called with (bytes done, ``total``) from any thread.
+        total: bytes that this process is to write.
+        ends: how many bytes at a block's start and end are left for who finishes.
+
+    Attributes:
+        records: the blocks that are written, by this process or before.
+        resumed_bytes: of these, bytes of those that were there before.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cut: Cut,
+        destination: Destination,
+        records: dict[BlockKey, BlockRecord],
+        *,
+        workers: int,
+        memory: int,
+        progress: Progress | None,
+        total: int,
+        ends: Ends | None = None,
+    ) -> None:
+        self._plan = plan
+        self._cut = cut
+        self._destination = destination
+        self._workers = workers
+        self._together = min(MOST_TOGETHER, max(1, (memory // workers - 2 * SCRATCH_BYTES) // CHUNK_BYTES))
+        self._progress = progress
+        self._total = total
+        self._ends = ends
+        self._lock = threading.Lock()
+        self._unsynced: dict[BlockKey, BlockRecord] = {}
+        self._since_sync = 0
+        self._done = 0
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._wanted_crcs = [
+            {i for part in file.parts if isinstance(part, Computed) for i in part.parts} for file in plan.files
+        ]
+        self.records = records
+        self.resumed_bytes = 0
+
+    def write(self, blocks: Iterable[Block]) -> None:
+        """Write those of some blocks that are not there yet, with all late parts of their files if order matters.
+
+        Raises:
+            AnyckptError: a source is damaged, or the destination refuses.
+        """
+        wanted = list(blocks)
+        due = [block for block in wanted if (block.file, block.offset) not in self.records]
+        resumed = sum(block.nbytes for block in wanted) - sum(block.nbytes for block in due)
+        self.resumed_bytes += resumed
+        self._advance(resumed)
+        if self._destination.in_order:
+            files = dict.fromkeys(block.file for block in wanted)
+            self._run_workers(self._file_job(number) for number in files)
+        else:
+            self._run_workers(self._gang_job(gang) for gang in gangs(self._plan.files, due, self._together))
+
+    def sync(self) -> None:
+        """Make the blocks written so far durable and note them."""
+        with self._lock:
+            batch, self._unsynced = self._unsynced, {}
+        if batch:
+            self._destination.sync({file for file, _ in batch})
+            self._destination.record(batch)
+
+    def finish(self, numbers: Collection[int]) -> list[ManifestEntry]:
+        """Write what files wait for, all of whose blocks are written; list their parts for the manifest."""
+        entries: list[ManifestEntry] = []
+        for number in numbers:
+            entries += self._finish_file(number)
+        self._destination.seal(numbers)
+        return entries
+
+    def _run_workers(self, jobs: Iterator[_Job]) -> None:
+        threads = [
+            threading.Thread(target=self._work, args=(jobs,), name=f"anyckpt-{i}", daemon=True)
+            for i in range(self._workers)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(timeout=1.0)
+        except BaseException:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            self.sync()
+            raise
+        if self._failure is not None:
+            if isinstance(self._failure, OutputError):
+                with suppress(OutputError):
+                    self.sync()
+            raise self._failure
+
+    def _work(self, jobs: Iterator[_Job]) -> None:
+        buffers: list[BlockBuffer] = []
+        while not self._stop.is_set():
+            with self._lock:
+                job = next(jobs, None)
+            if job is None:
+                return
+            try:
+                for key, nbytes, record in job(buffers):
+                    self._note(key, nbytes, record)
+                    if self._stop.is_set():
+                        return
+            except BaseException as error:
+                with self._lock:
+                    self._failure = self._failure or error
+                self._stop.set()
+                return
+
+    def _note(self, key: BlockKey, nbytes: int, record: BlockRecord) -> None:
+        with self._lock:
+            self.records[key] = record
+            self._unsynced[key] = record
+            self._since_sync += nbytes
+            due = self._since_sync >= _SYNC_EVERY
+            if due:
+                self._since_sync = 0
+        if due:
+            self.sync()
+        self._advance(nbytes)
+
+    def _gang_job(self, gang: Gang) -> _Job:
+        return lambda buffers: self._written(gang, buffers)
+
+    def _file_job(self, number: int) -> _Job:
+        return lambda buffers: self._file_in_order(number, buffers)
+
+    def _written(self, gang: Gang, buffers: list[BlockBuffer]) -> Iterator[_Written]:
+        """Fill and write a gang's blocks; each with its record when it is written."""
+        buffers += [BlockBuffer() for _ in range(len(gang.blocks) - len(buffers))]
+        filling = [
+            Filling(block, self._plan.files[block.file], buffer.at(block.offset, block.nbytes))
+            for block, buffer in zip(gang.blocks, buffers, strict=False)
+        ]
+        for number, shared in enumerate(gang.shared):
+            if shared:
+                fill_together(filling, number)
+            for one in filling:
+                one.finish_piece(number, filled=shared, wanted=self._wanted_crcs[one.block.file])
+        for one in filling:
+            self._write_block(one.block, one.memory, one.record)
+            yield (one.block.file, one.block.offset), one.block.nbytes, one.record
+
+    def _write_block(self, block: Block, memory: Bytes, record: BlockRecord) -> None:
+        start, stop = self._ends(block) if self._ends is not None else (0, 0)
+        end = block.nbytes - stop
+        if start:
+            record.edges.append((block.offset, memory[:start].tobytes()))
+        if stop:
+            record.edges.append((block.offset + end, memory[end:].tobytes()))
+        if end > start:
+            self._destination.write(block.file, block.offset + start, memory[start:end])
+
+    def _file_in_order(self, number: int, buffers: list[BlockBuffer]) -> Iterator[_Written]:
+        """Write a whole file from its start to its end, and seal it."""
+        sums = PartSums()
+        buffers += [] if buffers else [BlockBuffer()]
+        items: list[Block | LatePart] = [*self._cut.blocks[number], *self._cut.late[number]]
+        for item in sorted(items, key=lambda item: item.offset):
+            known = self.records.get((number, item.offset))
+            if known is not None:
+                sums.add(known)
+            elif isinstance(item, Block):
+                for key, nbytes, record in self._written(Gang((item,), (False,) * len(item.pieces)), buffers):
+                    sums.add(record)
+                    yield key, nbytes, record
+            else:
+                record = self._write_late(number, item, sums, buffers)
+                sums.add(record)
+                yield (number, item.offset), 0, record
+        self.sync()
+        self._destination.seal([number])
+
+    def _finish_file(self, number: int) -> list[ManifestEntry]:
+        file = self._plan.files[number]
+        sums, buffers = PartSums(), [BlockBuffer()]
+        for block in self._cut.blocks[number]:
+            record = self.records[number, block.offset]
+            sums.add(record)
+            for offset, data in record.edges:
+                self._write_bytes(number, offset, data, buffers)
+        for item in self._cut.late[number]:
+            sums.add(self.records.get((number, item.offset)) or self._write_late(number, item, sums, buffers))
+        entries = []
+        offset = 0
+        for index, part in enumerate(file.parts):
+            name, piece = (part.name, part.piece) if isinstance(part, TensorData) else ("", "")
+            entries.append(ManifestEntry(name, piece, file.path, offset, part.nbytes, sums.digest(index)))
+            offset += part.nbytes
+        return entries
+
+    def _write_late(self, number: int, item: LatePart, sums: PartSums, buffers: Sequence[BlockBuffer]) -> BlockRecord:
+        """Write a part that waited for checksums."""
+        file = self._plan.files[number]
+        computed = file.parts[item.part]
+        assert isinstance(computed, Computed)
+        data = built(file, computed, [sums.crc32(index) for index in computed.parts])
+        self._write_bytes(number, item.offset, data, buffers)
+        return BlockRecord(digests=[(item.part, start, digest) for start, digest in chunk_digests(data).items()])
+
+    def _write_bytes(self, number: int, offset: int, data: bytes, buffers: Sequence[BlockBuffer]) -> None:
+        buffer = buffers[0]
+        step = len(buffer.whole) // 2
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
+            memory = buffer.at(offset + start, len(part))
+            memory[:] = memoryview(part)
+            self._destination.write(number, offset + start, memory)
+
+    def _advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            done = self._done
+        if self._progress is not None:
+            self._progress(done, self._total)
+
+
+def worker_count(workers: int | None, memory: int) -> int:
+    """How many threads to use: as many as processors, up to 8, unless said; no more than ``memory`` allows.
+
+    Raises:
+        UsageError: it does not allow one, or less than one is asked for.
+    """
+    affordable = memory // _MEMORY_PER_WORKER
+    if affordable < 1:
+        raise UsageError("too little memory for one thread", expected=f"at least {_MEMORY_PER_WORKER}", found=memory)
+    if workers is not None and workers < 1:
+        raise UsageError("at least one worker is needed", found=workers)
+    return min(workers or min(8, max(2, os.cpu_count() or 2)), affordable)
+
+
+def of_files(cut: Cut, numbers: Sequence[int]) -> Iterator[Block]:
+    """The blocks of some files."""
+    return (block for number in numbers for block in cut.blocks[number])

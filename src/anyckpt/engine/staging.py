@@ -1,0 +1,301 @@
+"""The commit protocol on a file system: an output appears whole under its name, or not at all.
+
+Everything is written into a hidden directory beside the destination, made durable, and renamed at the end.  Journals
+in that directory, one of each process, say which blocks are durable, so that interrupted work can be continued.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+
+from anyckpt.engine.destination import BusyError, Destination, Share
+from anyckpt.engine.files import PAGE, Bytes, sync_directory, write_error
+from anyckpt.engine.manifest import beside, read_manifest
+from anyckpt.engine.outputs import OutputFiles
+from anyckpt.engine.plan import MANIFEST_NAME, Plan
+from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, lock
+from anyckpt.errors import FormatError, OutputError
+from anyckpt.storage.source import forget_open_file
+
+_EXCHANGE = 2
+_AT_FDCWD = -100
+_JOURNAL = "journal"
+
+
+class StagingDirectory(Destination):
+    """The hidden directory in which an output is prepared.
+
+    Args:
+        destination: the output's final path.
+        overwrite: an existing destination may be replaced, at the end.
+    """
+
+    page = PAGE
+
+    def __init__(self, destination: str, *, overwrite: bool = False) -> None:
+        self.name = destination
+        self.destination = os.path.abspath(destination)
+        self.overwrite = overwrite
+        parent, name = os.path.split(self.destination)
+        self._directory = os.path.join(parent, f".{name}.anyckpt-partial")
+        self.output = os.path.join(self._directory, "output")
+        self._readers: dict[str, JournalReader] = {}
+        self._lock = -1
+        self._journal: Journal | None = None
+        self._plan = Plan("", ())
+        self._files = OutputFiles(self._plan, self.output, keep=frozenset())
+
+    def begin(self, plan: Plan, fingerprint: str, *, share: Share | None, resume: bool) -> None:
+        self._check_absent()
+        self._plan = plan
+        try:
+            self._lock = self._enter(fcntl.LOCK_EX if share is None else fcntl.LOCK_SH)
+        except OSError as error:
+            raise write_error(self.name, error) from error
+        try:
+            self._begin(fingerprint, share, resume)
+        except BaseException as error:
+            keep = share is not None or bool(self._known())
+            self.close() if keep or not isinstance(error, OutputError) else self.discard()
+            if isinstance(error, OSError):
+                raise write_error(self.name, error) from error
+            raise
+
+    def _begin(self, fingerprint: str, share: Share | None, resume: bool) -> None:
+        if share is None:
+            if resume and os.path.lexists(self.output):
+                self._check_journals(fingerprint, None)
+            if not (resume and self._known() and os.path.lexists(self.output)):
+                self._clear()
+        header = {"fingerprint": fingerprint, **({} if share is None else {"share": [share.number, share.of]})}
+        name = _JOURNAL if share is None else f"{_JOURNAL}.{share.number}-of-{share.of}"
+        try:
+            self._journal = Journal(os.path.join(self._directory, name), header)
+        except BlockingIOError as error:
+            raise self._busy("this share is") from error
+        self._check_journals(fingerprint, share)
+        self._check_room()
+        if self._plan.is_directory:
+            os.makedirs(self.output, exist_ok=True)
+        known = range(len(self._plan.files)) if share is not None else {file for file, _ in self._known()}
+        self._files = OutputFiles(self._plan, self.output, keep=frozenset(known))
+
+    def _check_absent(self) -> None:
+        if os.path.lexists(self.destination) and not self.overwrite:
+            raise OutputError("already exists", path=self.name, remedy="choose another path or pass --overwrite")
+
+    def _enter(self, kind: int) -> int:
+        """Lock the directory, made if it is not there, alone or together with other shares."""
+        while True:
+            os.makedirs(self._directory, exist_ok=True)
+            path = os.path.join(self._directory, "lock")
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue  # another process has published the output and removed the directory meanwhile
+            try:
+                lock(descriptor, kind)
+                if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    self._check_absent()
+                    return descriptor
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise self._busy("is") from error
+            except BaseException:
+                os.close(descriptor)
+                shutil.rmtree(self._directory, ignore_errors=True)
+                raise
+            os.close(descriptor)
+
+    def _busy(self, what: str) -> BusyError:
+        text = f"{what} being written by another process"
+        return BusyError(text, path=self.destination, remedy="wait for it to finish")
+
+    def _check_journals(self, fingerprint: str, share: Share | None) -> None:
+        """Raise unless all work here is of this plan, and all processes that do it divide it in one way."""
+        for reader in self._read_journals():
+            found = reader.header.get("fingerprint", fingerprint)
+            if found != fingerprint:
+                self._forget_journal()
+                raise OutputError(
+                    "the unfinished work here is of another conversion, or its source has changed since",
+                    path=self._directory,
+                    expected=f"plan {fingerprint[:12]}",
+                    found=f"plan {str(found)[:12]}",
+                    remedy="run without --resume to begin anew"
+                    if share is None
+                    else "give all processes the same sources and options; remove this directory to begin anew",
+                )
+            other = reader.header.get("share")
+            if share is not None and other and other[1] != share.of and reader.is_kept():
+                self._forget_journal()
+                raise OutputError(
+                    f"is being written by processes of which each does 1/{other[1]} of the work",
+                    path=self.name,
+                    expected=f"1/{share.of}",
+                    remedy="give all processes the same number of shares",
+                )
+
+    def _forget_journal(self) -> None:
+        """Remove this process's journal if it holds nothing."""
+        if self._journal is not None and self._journal.is_new:
+            os.unlink(self._journal.path)
+            self._readers.pop(self._journal.path, None)
+
+    def _read_journals(self) -> Iterator[JournalReader]:
+        names = os.listdir(self._directory) if os.path.isdir(self._directory) else []
+        for name in sorted(names):
+            if name.partition(".")[0] == _JOURNAL:
+                path = os.path.join(self._directory, name)
+                try:
+                    yield self._readers.setdefault(path, JournalReader(path)).read_on()
+                except FileNotFoundError:
+                    continue  # the output was published meanwhile
+
+    def _check_room(self) -> None:
+        status = os.statvfs(os.path.dirname(self.destination))
+        there = sum(
+            os.stat(os.path.join(folder, name)).st_blocks * 512
+            for folder, _, names in os.walk(self._directory)
+            for name in names
+        )
+        free = status.f_bavail * status.f_frsize + there
+        if self._plan.nbytes > free:
+            raise OutputError(
+                "not enough space on the disk for the output",
+                path=self.destination,
+                expected=f"{self._plan.nbytes:,} bytes",
+                found=f"{free:,} bytes free",
+                remedy="free some space or choose another disk",
+            )
+
+    def records(self, fingerprint: str) -> dict[BlockKey, BlockRecord]:
+        self._check_journals(fingerprint, None)
+        return self._known()
+
+    def _known(self) -> dict[BlockKey, BlockRecord]:
+        found: dict[BlockKey, BlockRecord] = {}
+        for reader in self._read_journals():
+            found.update(reader.records)
+        return found
+
+    def write(self, file: int, offset: int, data: Bytes) -> None:
+        self._files.write(file, offset, data)
+
+    def sync(self, files: Collection[int]) -> None:
+        self._files.sync(files)
+
+    def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
+        assert self._journal is not None
+        try:
+            self._journal.record(blocks)
+        except OSError as error:
+            raise write_error(self.name, error) from error
+
+    def seal(self, files: Collection[int]) -> None:
+        self._files.make(files)
+        self._files.sync(files)
+        self._files.close(files)
+
+    def publish(self, manifest: bytes) -> None:
+        """Rename the output, which is durable, to its final name."""
+        try:
+            manifest_path = self._put_manifest(manifest)
+            for link, target in self._plan.links.items():
+                path = os.path.join(self.output, link)
+                if not os.path.islink(path):
+                    os.symlink(target, path)
+            if self._plan.is_directory:
+                for folder, _, _ in os.walk(self.output):
+                    sync_directory(folder)
+            forget_open_file(self.destination)
+            self._rename()
+            if not self._plan.is_directory:
+                os.replace(manifest_path, beside(self.destination))
+            sync_directory(os.path.dirname(self.destination))
+        except OSError as error:
+            raise write_error(self.destination, error) from error
+        self.discard()
+
+    def _put_manifest(self, manifest: bytes) -> str:
+        path = os.path.join(self.output, MANIFEST_NAME)
+        if not self._plan.is_directory:
+            path = os.path.join(self._directory, "manifest")
+            if os.path.lexists(beside(self.destination)):
+                os.unlink(beside(self.destination))
+        with open(path, "wb") as file:
+            file.write(manifest)
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+    def _rename(self) -> None:
+        if not os.path.lexists(self.destination):
+            os.rename(self.output, self.destination)
+        elif not self.overwrite:
+            raise OutputError("has appeared meanwhile", path=self.destination, remedy="choose another path")
+        elif not os.path.isdir(self.output) and not os.path.isdir(self.destination):
+            os.replace(self.output, self.destination)
+        elif not _exchange(self.output, self.destination):
+            old = os.path.join(self._directory, "old")
+            os.rename(self.destination, old)
+            os.rename(self.output, self.destination)
+
+    def is_published(self, fingerprint: str) -> bool:
+        if not os.path.lexists(self.destination):
+            return False
+        try:
+            manifest = read_manifest(self.destination)
+        except FormatError:
+            return False
+        if manifest is None or manifest.plan != fingerprint:
+            return False
+        root = self.destination
+        paths = {os.path.join(root, *name.split("/")) if name else root: n for name, n in manifest.files.items()}
+        return all(os.path.isfile(path) and os.path.getsize(path) == nbytes for path, nbytes in paths.items())
+
+    def close(self, failure: str = "") -> None:
+        self._files.close_all()
+        if self._journal is not None:
+            if failure:
+                with suppress(OSError):
+                    self._journal.append({"failed": failure})
+            self._journal.close()
+            self._journal = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def discard(self) -> None:
+        self._files.close_all()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self.close()
+
+    def troubles(self) -> dict[Share, str]:
+        found = {}
+        for reader in self._read_journals():
+            if "share" in reader.header and not reader.is_kept():
+                found[Share(*reader.header["share"])] = reader.failure or "stopped"
+        return found
+
+    def _clear(self) -> None:
+        for name in os.listdir(self._directory):
+            path = os.path.join(self._directory, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            elif name != "lock":
+                os.unlink(path)
+        self._readers.clear()
+
+
+def _exchange(first: str, second: str) -> bool:
+    """Swap two directory entries in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _EXCHANGE) == 0)
