@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from anyckpt.on_demand import on_demand
+
 if TYPE_CHECKING:
     from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer, TrainingState
     from anyckpt.errors import (
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
         UnsafeError,
         UsageError,
     )
+    from anyckpt.facts import FamilyFacts, FormatFacts
+    from anyckpt.formats.registry import facts as formats
+    from anyckpt.models.families import facts as families
     from anyckpt.operations.archive import ArchiveReport, edit, pack, unpack
     from anyckpt.operations.average import average
     from anyckpt.operations.convert import Conversion, convert
@@ -45,7 +50,9 @@ __all__ = [
     "Checkpoint",
     "Conversion",
     "Difference",
+    "FamilyFacts",
     "FormatError",
+    "FormatFacts",
     "Inspection",
     "LayoutRequest",
     "LazyTensor",
@@ -64,6 +71,8 @@ __all__ = [
     "convert",
     "diff",
     "edit",
+    "families",
+    "formats",
     "inspect",
     "merge_lora",
     "open",
@@ -76,50 +85,30 @@ __all__ = [
 
 _WHERE = {
     **dict.fromkeys(("Checkpoint", "ParallelLayout", "Tokenizer", "TrainingState"), "checkpoint"),
-    **dict.fromkeys(
-        (
-            "AnyckptError",
-            "FormatError",
-            "MappingError",
-            "MissingLibraryError",
-            "OutputError",
-            "UnknownTensorError",
-            "UnsafeError",
-            "UsageError",
-        ),
-        "errors",
-    ),
+    **dict.fromkeys([name for name in __all__ if name.endswith("Error")], "errors"),
+    **dict.fromkeys(("FamilyFacts", "FormatFacts"), "facts"),
     "LazyTensor": "tensor",
+    "LayoutRequest": "operations.steps.cutting",
+    **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),
     "average": "operations.average",
     **dict.fromkeys(("Conversion", "convert"), "operations.convert"),
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
+    "families": "models.families:facts",
+    "formats": "formats:",  # a package that can be called
     **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),
-    "LayoutRequest": "operations.steps.cutting",
     "merge_lora": "operations.merge_lora",
+    "open": "operations.steps.joining:open_checkpoint",
     "reshard": "operations.reshard",
     "save": "operations.save",
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),
-    **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),
 }
+
+_find, __dir__ = on_demand(__name__, {**_WHERE, "__version__": ""})
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
+    if name != "__version__":
+        return _find(name)
+    from importlib.metadata import version
 
-    value: Any
-    if name == "open":
-        value = import_module("anyckpt.operations.steps.joining").open_checkpoint
-    elif name == "__version__":
-        from importlib.metadata import version
-
-        value = version("anyckpt")
-    elif name in _WHERE:
-        value = getattr(import_module(f"anyckpt.{_WHERE[name]}"), name)
-    else:
-        raise AttributeError(f"module 'anyckpt' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return version("anyckpt")

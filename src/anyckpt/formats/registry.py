@@ -19,6 +19,7 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import AnyckptError, FormatError, UsageError
+from anyckpt.facts import FormatFacts
 from anyckpt.formats.foreign import refusal
 from anyckpt.formats.unfinished import check_finished
 from anyckpt.pickling import load_prefix
@@ -164,6 +165,28 @@ def formats() -> dict[str, Format]:
 def built_in() -> dict[str, Format]:
     """The formats of this package by name."""
     return {name: _load(name) for name in _BUILT_IN}
+
+
+def facts() -> dict[str, FormatFacts]:
+    """Every format that can be read or written, by name, in the order in which an unknown path is tried.
+
+    Raises:
+        UsageError: a package that is installed registers one that cannot be loaded.
+    """
+    return {
+        name: FormatFacts(
+            name=name,
+            title=known.title,
+            reads=True,
+            writes=known.plan is not None,
+            names=known.dialect(WriteOptions()),
+            config=known.config_kind,
+            sharded=known.sharded,
+            adapters=known.adapters is not None,
+            own=name in _BUILT_IN,
+        )
+        for name, known in formats().items()
+    }
 
 
 def by_name(name: str) -> Format:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.average_adapters import are_adapters, mean_of_adapters
 from anyckpt.operations.convert import Conversion, convert
-from anyckpt.operations.steps.casts import cast_target
+from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
@@ -31,19 +31,30 @@ def average(
     to: str | None = None,
     weights: Sequence[float] | None = None,
     family: str | None = None,
-    config: str | os.PathLike[str] | dict[str, Any] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     layout: LayoutRequest | None = None,
     force: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+    names: str | None = None,
+    adapter_form: str | None = None,
+    dtype: str | None = None,
+    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
+    max_shard_size: int | str | None = None,
+    sharded: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Conversion:
     """Write the mean of checkpoints of one model, of any formats and layouts.
 
     A tensor of ``float16`` or ``bfloat16`` is summed in float32, one of ``float32`` or ``float64`` in float64; the
     mean is rounded once, to the type that the tensor has.  All other tensors (integers, booleans, 8-bit floats) must
-    be equal in all sources; with ``dtype`` among the options, quantized weights are numbers and averaged, too.  Where
+    be equal in all sources; with ``dtype``, quantized weights are numbers and averaged, too.  Where
     sources name or divide weights differently they meet under the hub's names.  Optimizers and other training state
     are left out.  Configuration and tokenizer are those of the first source.
 
@@ -59,8 +70,19 @@ def average(
         exclude: glob or globs of weight names to leave out.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
         force: read sources that are marked as unfinished, too.
+        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
+        names: how to name weights where the target takes any names, as for ``convert``.
+        adapter_form: of adapters: ``canonical`` or ``fused``, as for ``convert``.
+        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
+        keep_in_fp32: globs of weights that a cast leaves alone.
+        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
+        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
+        overwrite: replace an existing checkpoint at the end.
+        resume: continue what an interrupted run of the same work left.
+        workers: threads.
+        memory: bytes for blocks in flight, or a text such as ``512MB``.
+        dry_run: plan, and write nothing.
         progress: called with (bytes done, bytes in all) from any thread.
-        options: others of ``convert``.
 
     Raises:
         FormatError: a source is damaged.
@@ -73,9 +95,9 @@ def average(
     if to is not None:
         registry.by_name(to)
     origins = [os.fspath(path) for path in sources]
-    check_destination(os.fspath(destination), origins, overwrite=bool(options.get("overwrite")))
+    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume)
     stored = [registry.read(path, force=force) for path in sources]
-    wanted, given = cast_target(options.get("dtype")), read_config(config)
+    wanted, given = cast_target(dtype), read_config(config)
     rules = None if layout is None else layout.rules
     full = [in_full_precision(join_ranks(checkpoint, rules=rules), wanted, given) for checkpoint in stored]
     opened, given = [one.checkpoint for one in full], full[0].config
@@ -110,7 +132,18 @@ def average(
         progress=progress,
         sources=origins,
         made_of=made_of,
-        **options,
+        tokenizer=tokenizer,
+        names=names,
+        adapter_form=adapter_form,
+        dtype=dtype,
+        keep_in_fp32=keep_in_fp32,
+        max_shard_size=max_shard_size,
+        sharded=sharded,
+        overwrite=overwrite,
+        resume=resume,
+        workers=workers,
+        memory=memory,
+        dry_run=dry_run,
     )
 
 

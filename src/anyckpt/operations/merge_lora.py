@@ -51,8 +51,16 @@ def merge_lora(
     exclude: str | Sequence[str] | None = None,
     layout: LayoutRequest | None = None,
     force: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
+    max_shard_size: int | str | None = None,
+    sharded: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Conversion:
     """Write the base model with a LoRA or DoRA adapter in its weights.
 
@@ -74,8 +82,16 @@ def merge_lora(
         exclude: glob or globs of the adapter's tensors to leave out.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
         force: read sources that are marked as unfinished, too.
+        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
+        keep_in_fp32: globs of weights that a cast leaves alone.
+        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
+        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
+        overwrite: replace an existing checkpoint at the end.
+        resume: continue what an interrupted run of the same work left.
+        workers: threads.
+        memory: bytes for blocks in flight, or a text such as ``512MB``.
+        dry_run: plan, and write nothing.
         progress: called with (bytes done, bytes in all) from any thread.
-        options: others of ``convert``.
 
     Raises:
         FormatError: a source is damaged.
@@ -86,17 +102,10 @@ def merge_lora(
     """
     if not math.isfinite(scale):
         raise UsageError("--scale must be a number", found=scale)
-    for name in ("names", "adapter_form"):
-        if options.get(name):
-            raise UsageError(f"{name} means nothing when an adapter is merged", remedy="leave it out")
-    if options.get("optimizer", "drop") != "drop":
-        raise UsageError("an optimizer's state is not that of the merged weights", remedy="leave --optimizer out")
     if to is not None:
         registry.by_name(to)
     origins = [os.fspath(base), os.fspath(adapter)]
-    check_destination(
-        os.fspath(destination), origins, overwrite=bool(options.get("overwrite")), resume=bool(options.get("resume"))
-    )
+    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume)
     stored = registry.read(base, force=force)
     wanted = cast_target(dtype)
     rules = None if layout is None else layout.rules
@@ -110,7 +119,7 @@ def merge_lora(
     check_kind(found, settings)
     model, unfit = _model(whole, family, full.config)
     tied = is_tied(whole.config if full.config is None else full.config, model)
-    cast = ChangedType(wanted, options.get("keep_in_fp32", KEEP_IN_FP32))
+    cast = ChangedType(wanted, keep_in_fp32)
     by_name, missing = place_by_name(found, settings, whole.weights(), tied=tied)
     try:
         if by_name is not None:
@@ -147,7 +156,15 @@ def merge_lora(
         progress=progress,
         sources=origins,
         made_of=[whole],
-        **options,
+        tokenizer=tokenizer,
+        keep_in_fp32=keep_in_fp32,
+        max_shard_size=max_shard_size,
+        sharded=sharded,
+        overwrite=overwrite,
+        resume=resume,
+        workers=workers,
+        memory=memory,
+        dry_run=dry_run,
     )
 
 

@@ -12,6 +12,7 @@ from importlib import import_module
 
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import UsageError
+from anyckpt.facts import FamilyFacts
 from anyckpt.models.language.family import Family
 
 _BUILT_IN = (
@@ -44,6 +45,29 @@ def built_in() -> Iterator[Family]:
 def known_families() -> dict[str, Family]:
     """Every family by name."""
     return {family.name: family for family in each_family()}
+
+
+def facts() -> dict[str, FamilyFacts]:
+    """Every model family whose weights can be renamed, by name; ``docs/families.md`` has what proves each.
+
+    Raises:
+        UsageError: a package that is installed registers one that cannot be loaded.
+    """
+    own = {family.name for family in built_in()}
+    return {
+        name: FamilyFacts(
+            name=name,
+            title=family.title,
+            model_types=family.hugging_face.model_types,
+            architectures=family.hugging_face.architectures,
+            megatron=family.megatron,
+            nemo1=family.nemo1,
+            nemo2=family.nemo2 is not None,
+            meta=family.meta is not None,
+            own=name in own,
+        )
+        for name, family in sorted(known_families().items())
+    }
 
 
 def by_name(name: str) -> Family:

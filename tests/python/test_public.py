@@ -1,0 +1,82 @@
+"""What the package offers: signatures that say what they take, and what it knows of formats and families."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import anyckpt
+from anyckpt.formats import registry
+
+FUNCTIONS = [name for name in anyckpt.__all__ if name.islower() and not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_signature_says_what_it_takes_and_the_docstring_what_it_is(name: str) -> None:
+    function = getattr(anyckpt, name)
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        assert parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL), parameter
+        assert parameter.annotation is not parameter.empty
+    if name == "formats":
+        function = registry.facts
+    text = inspect.getdoc(function) or ""
+    assert all(f"{parameter}: " in text for parameter in signature.parameters), name
+    assert "Raises:" in text
+
+
+@pytest.mark.parametrize("name", ["convert", "reshard", "average", "merge_lora"])
+def test_the_command_offers_nothing_that_the_function_does_not_take(name: str) -> None:
+    command = import_module(f"anyckpt.cli.{name}").command
+    layout = set(anyckpt.LayoutRequest.__dataclass_fields__) | {
+        "tp", "pp", "vpp", "ep", "etp", "partition_rules", "vocab_padding",
+    }  # fmt: skip
+    taken = set(inspect.signature(getattr(anyckpt, name)).parameters)
+    offered = {str(parameter.name) for parameter in command.params} - layout - {"as_json", "help"}
+    assert offered <= taken
+
+
+def test_a_word_that_is_no_option_is_an_error_at_once() -> None:
+    for function in (anyckpt.reshard, anyckpt.average, anyckpt.merge_lora, anyckpt.save):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'overwritee'"):
+            function("a", "b", overwritee=True)  # type: ignore[call-arg]
+
+
+def test_formats_say_what_they_read_and_write() -> None:
+    found = anyckpt.formats()
+    assert list(found) == list(registry.formats())
+    hf = found["hf"]
+    assert isinstance(hf, anyckpt.FormatFacts)
+    assert (hf.reads, hf.writes, hf.names, hf.config, hf.own) == (True, True, "hf", "hf", True)
+    assert not found["deepspeed"].writes
+    assert found["nemo"].sharded
+    assert repr(found["torch"]) == "<torch: torch.save file (reads, writes, own)>"
+
+
+def test_families_say_how_frameworks_know_them() -> None:
+    found = anyckpt.families()
+    assert list(found) == sorted(found)
+    llama = found["llama"]
+    assert isinstance(llama, anyckpt.FamilyFacts)
+    assert llama.model_types == ("llama",)
+    assert "LlamaForCausalLM" in repr(llama)
+    assert llama.own
+
+
+@pytest.mark.parametrize(
+    "first", ["anyckpt.formats()", "anyckpt.open(sys.argv[0] + '.none')", "import anyckpt.formats.hf"]
+)
+def test_formats_is_a_function_whatever_was_imported_before(first: str) -> None:
+    code = f"""import sys, contextlib, anyckpt
+with contextlib.suppress(anyckpt.AnyckptError):
+    {first}
+assert "hf" in anyckpt.formats() and anyckpt.formats()
+from anyckpt.formats import registry
+import anyckpt.formats.safetensors
+assert anyckpt.formats.registry is registry and len(anyckpt.families()) > 30
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
