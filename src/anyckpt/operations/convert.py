@@ -28,6 +28,7 @@ from anyckpt.operations.steps.cutting import (
 )
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.extra_states import choose_states, is_kept
+from anyckpt.operations.steps.file_sizes import above_limit
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
@@ -308,7 +309,7 @@ def convert(
         plan = replace(plan, ignored={name: reason for name, reason in plan.ignored.items() if not is_kept(name)})
     files = tuple(describe(plan)["files"])
     if options.max_shard_size is not None:
-        plan = replace(plan, notes=(*plan.notes, *_undivided(files, plan.format, options.max_shard_size)))
+        plan = replace(plan, notes=(*plan.notes, *above_limit(plan, options.max_shard_size)))
     if dry_run:
         count = len({part.name for part in plan.tensors()})
         done = Conversion(output, plan.format, count, 0, plan.nbytes, 0.0, 0, dry_run=True)
@@ -378,14 +379,6 @@ def _without_state(checkpoint: Checkpoint, attached: Iterable[str]) -> tuple[Che
         optimizer=None,
     )  # fmt: skip
     return bare, dropped
-
-
-def _undivided(files: Sequence[Mapping[str, Any]], format_name: str, limit: int) -> list[str]:
-    """What to say of a format whose files are larger than asked though they could be divided."""
-    large = max((file["bytes"] for file in files if file["tensors"] > 1), default=0)
-    if large <= limit + limit // 10:  # the limit counts tensors, and files have headers too
-        return []
-    return [f"--max-shard-size does not divide a {format_name} checkpoint; its largest file has {large:,} bytes"]
 
 
 def _unused_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
