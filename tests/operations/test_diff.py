@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.containers.torch_file.values import SparseTensor
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.errors import MappingError
+from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.tensor import from_array
@@ -88,6 +89,23 @@ def test_spellings_and_versions_are_no_difference(tmp_path: Path) -> None:
     assert anyckpt.diff(first, second).equal
     assert anyckpt.diff(first, second).complete
     assert anyckpt.diff(first, second, raw=True).equal
+
+
+def test_configurations_that_tensors_contradict_are_compared_by_meaning(tmp_path: Path) -> None:
+    """Of a changed vocabulary, what one side leaves out is what its class takes then."""
+    whole = json.loads((LLAMA / "config.json").read_text())
+    silent = {"rms_norm_eps": None, "hidden_act": None, "initializer_range": None, "max_position_embeddings": None}
+    first = llama(tmp_path / "first", rms_norm_eps=1e-6, hidden_act="silu", max_position_embeddings=64)
+    second = llama(tmp_path / "second", vocab_size=whole["vocab_size"] + 8, **silent)
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in silent}))
+    found = anyckpt.diff(first, second)
+    said = {setting.name: (setting.a, setting.b) for setting in found.configuration}
+    sizes = tuple(str(whole["vocab_size"] + more) for more in (0, 8))
+    assert said == {"max_position_embeddings": ("64", "2048"), "vocab_size": sizes}
+    anyckpt.convert(LLAMA, tmp_path / "core", to="megatron-core")
+    with pytest.raises(UsageError, match=r"no tensor name in common.*contradicts the configuration"):
+        anyckpt.diff(tmp_path / "core", second)
 
 
 def test_what_only_one_says_is_told(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def diff(
     only_in_b = [name for name in names.b if name not in names.a]
     if not shared and names.a and names.b:
         raise UsageError(
-            f"have no tensor name in common: {first.path} and {second.path}",
+            "; ".join((f"have no tensor name in common: {first.path} and {second.path}", *names.notes)),
             expected=f"names such as {next(iter(names.a))}", found=next(iter(names.b)),
         )  # fmt: skip
     pairs = [(name, names.a[name], names.b[name]) for name in shared]

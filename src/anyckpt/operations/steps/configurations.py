@@ -104,6 +104,7 @@ def compare_configurations(
         return Settings(obstacle=alone)
     if raw and a.config_kind == b.config_kind:
         return Settings(tuple(_of_keys(a.config, b.config, _OF_WRITER)))
+    known = known or _told_alone(a, b)
     if known is not None:
         different = [*_of_models(known[0], known[1], a.config_kind, b.config_kind)]
         if a.config_kind == b.config_kind == "hf":
@@ -112,6 +113,21 @@ def compare_configurations(
     if a.config_kind != b.config_kind:
         return Settings(obstacle="the model's family is not known, and the configurations are of different frameworks")
     return Settings(tuple(_of_keys(a.config, b.config, _ASIDE)))
+
+
+def _told_alone(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
+    """What models configurations say, whether or not the tensors are such; None if one is of no known family."""
+    found = []
+    for checkpoint in (a, b):
+        bare = Checkpoint("", "", {}, config=checkpoint.config, config_kind=checkpoint.config_kind)
+        try:
+            model = models.identify(bare)
+        except AnyckptError:
+            return None
+        if model is None:
+            return None
+        found.append(model)
+    return found[0], found[1]
 
 
 def _of_adapters(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
