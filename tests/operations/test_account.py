@@ -172,6 +172,16 @@ def test_a_source_without_weights_is_refused(tmp_path: Path) -> None:
         anyckpt.convert(empty, tmp_path / "out", to="safetensors")
 
 
+@pytest.mark.parametrize("to", ["torch", "safetensors", "dcp"])
+def test_weights_without_elements_are_weights(to: str, tmp_path: Path) -> None:
+    root = {"a": from_array(np.zeros((0, 4), "<f4")), "b": from_array(np.zeros((3, 0), "i1"))}
+    source = write_plan(Plan("torch", (OutputFile("", zip_parts(root)),)), tmp_path / "empty.pt")
+    anyckpt.convert(source, tmp_path / "out", to=to)
+    assert {name: (t.dtype.name, t.shape) for name, t in registry.read(tmp_path / "out").tensors.items()} == {
+        "a": ("float32", (0, 4)), "b": ("int8", (3, 0)),
+    }  # fmt: skip
+
+
 def test_verify_says_complete_of_the_text_alone(tmp_path: Path) -> None:
     found = anyckpt.verify(seeing(tmp_path / "whole"))
     assert found.sound

@@ -276,7 +276,7 @@ def convert(
         ready = cut_for_ranks(uncut, cut, rules=request.rules, padding=request.padding)
         layout_notes += padding_notes(uncut, ready, request.padding)
     laid_out = target.plan(ready, options)
-    if not laid_out.tensors() and ready.objects.keys() <= laid_out.ignored.keys():
+    if not (laid_out.tensors() or _named_only(ready, laid_out) or ready.objects.keys() - laid_out.ignored.keys()):
         raise nothing_to_write(whole)
     plan = replace(
         laid_out,
@@ -379,6 +379,12 @@ def _without_state(checkpoint: Checkpoint, attached: Iterable[str]) -> tuple[Che
         optimizer=None,
     )  # fmt: skip
     return bare, dropped
+
+
+def _named_only(checkpoint: Checkpoint, plan: Plan) -> bool:
+    """Whether there are weights without elements, of which a container may hold the name and no bytes."""
+    weights = checkpoint.weights()
+    return any(not weights[name].nbytes for name in weights.keys() - plan.ignored.keys())
 
 
 def _unused_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
