@@ -17,6 +17,7 @@ import argparse
 import collections
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,14 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).resolve().parent
+_PATH = re.compile(r"/[^\s:,()]+")  # temporary folders have other names every time
 SUITES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "torch": (("test/test_serialization.py", "test/distributed/checkpoint"), {}),
-    "megatron-core": (("tests/unit_tests/dist_checkpointing/test_serialization.py",), {"ANYCKPT_PEER_CPU": "1"}),
+    "torch": (
+        ("test/test_serialization.py", "test/distributed/checkpoint"), {"ANYCKPT_PEER_PRETEND": "ranks_for_gpus"},
+    ),
+    "megatron-core": (
+        ("tests/unit_tests/dist_checkpointing/test_serialization.py",), {"ANYCKPT_PEER_PRETEND": "cpu_for_cuda"},
+    ),
     "lightning": (
         (
             "tests/tests_pytorch/checkpointing", "tests/tests_pytorch/models/test_restore.py",
@@ -115,10 +121,19 @@ def _show_read(lines: list[dict[str, Any]]) -> bool:
     counts = _outcomes(lines)
     tensors = sum(line.get("tensors", 0) for line in lines if line.get("outcome") == "equal")
     print(f"read: {sum(counts.values())} checkpoints: {dict(counts)}; {tensors} tensors equal")
-    for line in lines:
-        if line["kind"] == "checkpoint" and line["outcome"] in ("different", "crash", "refused"):
-            print(f"  {line['outcome']}: {line['test']}: {line.get('detail')}")
+    _show_outcomes(lines, "different", "crash", "refused")
     return bool(counts["different"] or counts["crash"])
+
+
+def _show_outcomes(lines: list[dict[str, Any]], *outcomes: str) -> None:
+    """A line for each test and message; a test may save the same thing a hundred times."""
+    found = collections.Counter(
+        f"{line['outcome']}: {line['test']}: {_PATH.sub('...', str(line.get('detail')))}"
+        for line in lines
+        if line["kind"] == "checkpoint" and line["outcome"] in outcomes
+    )
+    for text, times in found.items():
+        print(f"  {text}" + (f" ({times} times)" if times > 1 else ""))
 
 
 def _show_replace(without: list[dict[str, Any]], with_us: list[dict[str, Any]]) -> bool:
@@ -136,9 +151,7 @@ def _show_replace(without: list[dict[str, Any]], with_us: list[dict[str, Any]]) 
             (line["detail"] for line in with_us if line.get("test_id") == name and line["detail"]), "did not run"
         )
         print(f"  only with us: {name}: {why.strip().splitlines()[-1]}")
-    for line in with_us:
-        if line["kind"] == "checkpoint" and line["outcome"] in ("crash", "refused"):
-            print(f"  {line['outcome']}: {line['test']}: {line.get('detail')}")
+    _show_outcomes(with_us, "crash", "refused")
     return bool(lost or counts["crash"])
 
 

@@ -1,7 +1,7 @@
 """The pytest plugin of ``tools/peer_suites.py``: sees every checkpoint that a peer's tests save.
 
 Settings come in the environment: ``ANYCKPT_PEER_MODE`` (``read``, ``replace`` or ``none``), ``ANYCKPT_PEER_REPORT`` (a
-file that gets a line of JSON per checkpoint and test), ``ANYCKPT_PEER_CPU`` (see ``cpu_for_cuda``).
+file that gets a line of JSON per checkpoint and test), ``ANYCKPT_PEER_PRETEND`` (modules that make do without GPUs).
 
 ``read`` opens what was saved and compares every tensor with what the library that saved it loads.  ``replace`` puts
 our conversion into the same format in its place, so that the rest of the test loads ours.
@@ -19,7 +19,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+import loaded_by_peers as loaded
 
 import anyckpt
 from anyckpt.errors import AnyckptError
@@ -69,6 +73,17 @@ def _saved(path: str, load: Callable[[str], dict[str, Any]]) -> None:
         _report(kind="checkpoint", outcome="crash", detail=f"{type(error).__name__}: {error}"[:400])
     finally:
         _inside.busy = False
+
+
+@contextmanager
+def _as_one() -> Iterator[None]:
+    """What is saved in here is judged as a whole afterwards, and not file by file."""
+    before = getattr(_inside, "busy", False)
+    _inside.busy = True
+    try:
+        yield
+    finally:
+        _inside.busy = before
 
 
 def _judged(path: str, load: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
@@ -126,26 +141,48 @@ def _hook_torch() -> None:
     @functools.wraps(first)
     def save(obj: Any, f: Any, *args: Any, **settings: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        start = f.tell() if isinstance(f, io.BytesIO) else None
+        start = _position(f)
         result = first(obj, f, *args, **settings)
         if caller.startswith(_OWN):
             return result
         if isinstance(f, (str, os.PathLike)):
-            _saved(os.fspath(f), _torch_tensors)
-        elif isinstance(f, io.BytesIO) and start == 0 and f.tell() == len(f.getvalue()):
+            _saved(os.fspath(f), loaded.by_torch)
+        elif start == 0 and (data := _contents(f)):
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "saved.pt")
                 with open(path, "wb") as file:
-                    file.write(f.getvalue())
-                _saved(path, _torch_tensors)
+                    file.write(data)
+                _saved(path, loaded.by_torch)
                 if MODE == "replace":
                     with open(path, "rb") as file:
                         f.seek(0)
-                        f.write(file.read())
                         f.truncate()
+                        f.write(file.read())
         return result
 
     torch.save = torch.serialization.save = save
+
+
+def _position(file: Any) -> int | None:
+    """Where an ordinary file is; None of anything else, whose test may count what is asked of it."""
+    if not isinstance(getattr(file, "file", file), io.IOBase):
+        return None
+    try:
+        return int(file.tell())
+    except OSError:
+        return None
+
+
+def _contents(file: Any) -> bytes | None:
+    """Of a file that is open for both, or in memory; None of one that cannot be read, or holds something behind."""
+    try:
+        end = file.tell()
+        file.seek(0)
+        data = bytes(file.read())
+        file.seek(end)
+    except OSError:
+        return None
+    return data if end == len(data) else None
 
 
 def _hook_distributed() -> None:
@@ -156,7 +193,7 @@ def _hook_distributed() -> None:
     def finish(self: Any, *args: Any, **settings: Any) -> Any:
         result = first(self, *args, **settings)
         if not type(self).__module__.startswith("megatron.") and os.path.isdir(self.path):
-            _saved(os.fspath(self.path), _distributed_tensors)
+            _saved(os.fspath(self.path), loaded.by_torch_distributed)
         return result
 
     filesystem._FileSystemWriter.finish = finish
@@ -174,7 +211,7 @@ def _hook_megatron() -> None:
         if result is None:  # else it goes on in the background
             torch.distributed.barrier()
             if torch.distributed.get_rank() == 0:
-                _saved(os.fspath(checkpoint_dir), _distributed_tensors)
+                _saved(os.fspath(checkpoint_dir), loaded.by_torch_distributed)
             torch.distributed.barrier()
         return result
 
@@ -191,7 +228,7 @@ def _hook_safetensors() -> None:
     @functools.wraps(to_file)
     def serialize_file(tensors: Any, filename: Any, *args: Any, **settings: Any) -> Any:
         result = to_file(tensors, filename, *args, **settings)
-        _saved(os.fspath(filename), _safetensors)
+        _saved(os.fspath(filename), loaded.by_safetensors)
         return result
 
     @functools.wraps(to_bytes)
@@ -201,7 +238,7 @@ def _hook_safetensors() -> None:
             path = os.path.join(folder, "saved.safetensors")
             with open(path, "wb") as file:
                 file.write(result)
-            _saved(path, _safetensors)
+            _saved(path, loaded.by_safetensors)
             with open(path, "rb") as file:
                 return file.read()
 
@@ -211,64 +248,47 @@ def _hook_safetensors() -> None:
                 setattr(module, name, function)
 
 
-# -- what the libraries themselves load ------------------------------------------------------------------------
+def _hook_peft() -> None:
+    import peft
+
+    first = peft.PeftModel.save_pretrained
+
+    @functools.wraps(first)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **settings: Any) -> Any:
+        with _as_one():
+            result = first(self, save_directory, *args, **settings)
+        for folder, _, files in os.walk(save_directory):
+            if "adapter_config.json" in files and any(name.startswith("adapter_model.") for name in files):
+                _saved(folder, loaded.by_peft)
+        return result
+
+    peft.PeftModel.save_pretrained = save_pretrained
 
 
-def _flattened(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    import torch
+def _hook_processes() -> None:
+    """Have the processes that tests start run with these hooks, too."""
+    first = BaseProcess.__init__
 
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, (dict, list, tuple)):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flattened(child, f"{path}.{key}" if path else str(key))
+    def start(self: Any, group: None = None, target: Any = None, *args: Any, **settings: Any) -> None:
+        first(self, group, target and functools.partial(_in_process, _test, target), *args, **settings)
 
-
-def _plain(tensors: Iterator[tuple[str, Any]]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Element type, shape and bytes of each dense tensor."""
-    import torch
-
-    found = {}
-    for name, tensor in tensors:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-            continue
-        if tensor.is_quantized or tensor.is_nested or tensor.is_meta:
-            continue
-        dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        data = dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
-        found[name] = (str(dense.dtype).removeprefix("torch."), tuple(dense.shape), data)
-    return found
+    BaseProcess.__init__ = start  # type: ignore[method-assign]
 
 
-def _torch_tensors(path: str) -> dict[str, Any]:
-    import torch
-
-    return _plain(_flattened(torch.load(path, map_location="cpu", weights_only=False)))
-
-
-def _distributed_tensors(path: str) -> dict[str, Any]:
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    state: dict[str, Any] = {}
-    _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return _plain(_flattened(state))
-
-
-def _safetensors(path: str) -> dict[str, Any]:
-    import safetensors
-
-    with open(path, "rb") as file:
-        found = safetensors.deserialize(file.read())
-    return {name: (entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in found}
+def _in_process(test: str, target: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    global _test
+    _test = test
+    return target(*args, **settings)
 
 
 def _install() -> None:
     """While the plugin is imported: conftests import what is hooked before pytest configures plugins."""
-    if os.environ.get("ANYCKPT_PEER_CPU"):
-        importlib.import_module("cpu_for_cuda").install()
-    for hook in (_hook_safetensors, _hook_torch, _hook_distributed, _hook_megatron) if MODE != "none" else ():
+    for name in ("cpu_for_cuda", "ranks_for_gpus"):
+        if name in os.environ.get("ANYCKPT_PEER_PRETEND", ""):
+            importlib.import_module(name).install()
+    hooks = (_hook_safetensors, _hook_torch, _hook_distributed, _hook_megatron, _hook_peft)
+    _hook_processes()
+    for hook in hooks if MODE != "none" else ():
         try:
             hook()
         except ImportError:
