@@ -14,6 +14,8 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import look_at
+from anyckpt.layout import experts
+from anyckpt.layout.partition import Rules
 from anyckpt.models import Hub, Model
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor
@@ -60,3 +62,11 @@ def facts(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[str, tuple[int, 
 
 def with_weights(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], dialect: str | None = None) -> Checkpoint:
     return replace(checkpoint, tensors=dict(tensors), dialect=dialect)
+
+
+def partition_of(hub: str) -> str | None:
+    """What the layouts' table says of a hub name with ``*`` for its numbers; None if nothing."""
+    name = hub.replace("*", "0")
+    expert = experts.parse(name)
+    kind = Rules().kind(name) if expert is None else Rules().kind(expert.base, of_expert=True)
+    return None if kind is None else kind.name

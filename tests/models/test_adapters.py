@@ -406,7 +406,7 @@ def modules_of(layers: Layers) -> Iterator[tuple[str, bool, tuple[int, ...]]]:
         shapes = operation.source_shapes(item.shape, item.config)
         for source, shape in zip(item.sources, shapes, strict=True):
             known = rows is not None and (len(item.sources) == 1 or rows.parts)
-            if known and len(item.shape) == 2 and source.endswith(".weight") and item.rule.partition != "vocabulary":
+            if known and len(item.shape) == 2 and source.endswith(".weight") and not item.rule.of_vocabulary:
                 yield source.removesuffix(".weight"), isinstance(operation, Transposed), shape
 
 

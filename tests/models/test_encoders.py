@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.models.cases import Case, facts, open_case, with_weights
+from tests.models.cases import Case, facts, open_case, partition_of, with_weights
 from tests.models.encoder_cases import FIXTURES, T5, case, made
 from tests.support import fixture_path
 
@@ -41,7 +41,7 @@ def test_the_hub_is_what_gave_equal_outputs(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_partitions_are_those_of_the_fixture(name: str) -> None:
-    rules = {rule.hub: rule.partition for rule in case(name).model.definition.rules}
+    rules = {rule.hub: partition_of(rule.hub) for rule in case(name).model.definition.rules}
     for rule in case(name).meta["rules"]:
         hub = (
             rule["mcore"].replace("output_layer.weight", "lm_head.output_layer.weight")

@@ -59,7 +59,6 @@ MOE = replace(
             f"{_HUB_EXPERT}.linear_fc1.weight*",
             ("fc1", "hidden"),
             GATE_UP,
-            "gate-up",
             _sparse,
         ),
         Rule((f"{_EXPERT}.down_proj.weight",), f"{_HUB_EXPERT}.linear_fc2.weight*", ("hidden", "ffn"), when=_sparse),

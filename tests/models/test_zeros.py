@@ -23,8 +23,8 @@ def biased(name: str) -> tuple[Case, Hub]:
     case = open_case(name)
     rules = (
         *case.model.definition.rules,
-        Rule((), LAYERS, ("qkv",), partition="qkv"),
-        Rule((), HEAD, ("vocabulary",), partition="vocabulary"),
+        Rule((), LAYERS, ("qkv",)),
+        Rule((), HEAD, ("vocabulary",)),
     )
     case.model = replace(case.model, definition=replace(case.model.definition, rules=rules))
     return case, case.hub()

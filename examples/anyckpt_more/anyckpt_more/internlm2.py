@@ -15,20 +15,16 @@ from anyckpt.models.language.rules import Rule
 LAYER, HUB = "model.layers.*", "decoder.layers.*"
 
 RULES = (
-    Rule(("model.tok_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
-         partition="vocabulary"),
+    Rule(("model.tok_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     Rule((f"{LAYER}.attention_norm.weight",), f"{HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
-    Rule((f"{LAYER}.attention.wqkv.weight",), f"{HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"),
-         partition="qkv"),
-    Rule((f"{LAYER}.attention.wo.weight",), f"{HUB}.self_attention.linear_proj.weight", ("hidden", "attention"),
-         partition="row"),
+    Rule((f"{LAYER}.attention.wqkv.weight",), f"{HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden")),
+    Rule((f"{LAYER}.attention.wo.weight",), f"{HUB}.self_attention.linear_proj.weight", ("hidden", "attention")),
     Rule((f"{LAYER}.ffn_norm.weight",), f"{HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
     Rule((f"{LAYER}.feed_forward.w1.weight", f"{LAYER}.feed_forward.w3.weight"), f"{HUB}.mlp.linear_fc1.weight",
-         ("fc1", "hidden"), GATE_UP, "gate-up"),
-    Rule((f"{LAYER}.feed_forward.w2.weight",), f"{HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+         ("fc1", "hidden"), GATE_UP),
+    Rule((f"{LAYER}.feed_forward.w2.weight",), f"{HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule(("model.norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-    Rule(("output.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
-         when=llama.untied),
+    Rule(("output.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
 )  # fmt: skip
 
 FAMILY = Family(

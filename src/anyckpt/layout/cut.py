@@ -12,7 +12,7 @@ from anyckpt.layout.experts import Spelling
 from anyckpt.layout.geometry import Geometry, Parallelism
 from anyckpt.layout.join import EMBEDDING, TIED
 from anyckpt.layout.names import Name, Names, check_parallel, listed, stack_sizes
-from anyckpt.layout.partition import Rules
+from anyckpt.layout.partition import Partition, Rules
 from anyckpt.layout.pipeline import Chunk, chunks
 from anyckpt.tensor import LazyTensor
 
@@ -23,6 +23,7 @@ def cut(
     geometry: Geometry,
     *,
     rules: Mapping[str, str] | None = None,
+    family: Mapping[str, str | Partition] | None = None,
     padding: Padding = "zeros",
     spelling: Spelling = "grouped",
     complete: bool = True,
@@ -38,6 +39,7 @@ def cut(
         parallelism: the layout.
         geometry: the model.
         rules: pattern -> kind, before the built-in table (see ``partition.TABLE``).
+        family: what the model's family says, before the table and after ``rules``: hub name -> kind.
         padding: what fills the vocabulary's new padding rows; those that the tensor has are kept.
         spelling: of experts' names.
         complete: every layer of a stack has a tensor, and every expert; False for adapters and the like.
@@ -48,7 +50,7 @@ def cut(
     """
     parallelism.check()
     check_parallel(geometry, parallelism.tensor_parallel, parallelism.expert_parallel)
-    names = Names(Rules(rules), geometry)
+    names = Names(Rules(rules, family), geometry)
     held: dict[Name, dict[int, LazyTensor]] = {}
     for (name, index), (text, tensor) in zip(names.all(tensors), tensors.items(), strict=True):
         own = held.setdefault(name, {})

@@ -8,7 +8,7 @@ from typing import Literal
 
 from anyckpt.errors import MappingError
 from anyckpt.layout.geometry import Geometry
-from anyckpt.layout.partition import Division
+from anyckpt.layout.partition import Division, Partition
 from anyckpt.tensor import Constant, LazyTensor, concatenate
 
 Padding = Literal["zeros", "repeat-last-row"]
@@ -38,6 +38,8 @@ def join_parts(name: str, parts: Sequence[LazyTensor], how: Division, geometry: 
         MappingError: the parts do not make up a tensor of this kind.
     """
     _check_alone(name, len(parts), how)
+    if how.own is not None:
+        return how.own.join(name, parts)
     first = parts[0]
     for rank, part in enumerate(parts):
         if part.dtype != first.dtype or part.shape != first.shape:
@@ -72,6 +74,8 @@ def cut_parts(
         MappingError: the tensor cannot be divided so.
     """
     _check_alone(name, ways, how)
+    if how.own is not None:
+        return _cut_by(how.own, name, tensor, ways)
     if how.either:
         how = dataclasses.replace(settled(name, tensor, 1, how), axis=how.axis)
     if how.axis is None:
@@ -90,6 +94,24 @@ def cut_parts(
             tiles[rank].append(tensor.narrow(how.axis, start + rank * each, each))
         start += block
     return [concatenate(parts, how.axis) for parts in tiles]
+
+
+def _cut_by(own: Partition, name: str, tensor: LazyTensor, ways: int) -> list[LazyTensor]:
+    """The parts by a family's way, which must make up the tensor again.
+
+    Raises:
+        MappingError: they are not as many as ranks, or do not.
+    """
+    parts = list(own.cut(name, tensor, ways))
+    whole = own.join(name, parts) if len(parts) == ways else None
+    if whole is None or whole.shape != tensor.shape or whole.dtype != tensor.dtype:
+        made = f"{len(parts)} parts" if whole is None else f"{whole.dtype.name} {whole.shape} joined again"
+        raise MappingError(
+            f"{type(own).__name__}, by which the model's family divides it, does not divide this tensor",
+            tensor=name, expected=f"{ways} parts of {tensor.dtype.name} {tensor.shape}", found=made,
+            remedy="report it to whoever wrote the family",
+        )  # fmt: skip
+    return parts
 
 
 def _check_alone(name: str, ways: int, how: Division) -> None:

@@ -11,7 +11,7 @@ from anyckpt.layout import experts
 from anyckpt.layout.division import join_parts, settled
 from anyckpt.layout.geometry import Geometry, Parallelism
 from anyckpt.layout.names import Name, Names, check_parallel, listed, stack_sizes
-from anyckpt.layout.partition import Rules
+from anyckpt.layout.partition import Partition, Rules
 from anyckpt.layout.pipeline import Chunk, chunks, parse_layout
 from anyckpt.layout.replicas import SMALL, Replicas, compare
 from anyckpt.tensor import LazyTensor
@@ -47,6 +47,7 @@ def join(
     geometry: Geometry,
     *,
     rules: Mapping[str, str] | None = None,
+    family: Mapping[str, str | Partition] | None = None,
     verify_replicas: bool | None = None,
     complete: bool = True,
 ) -> Joined:
@@ -57,6 +58,7 @@ def join(
         parallelism: the layout.
         geometry: the model.
         rules: pattern -> kind, before the built-in table (see ``partition.TABLE``).
+        family: what the model's family says, before the table and after ``rules``: hub name -> kind.
         verify_replicas: compare copies that should be equal: all (True), none (False), or those of at most 64 MB
             and the tied embedding (None).
         complete: every layer of a stack has a tensor; False for adapters and optimizer states of few parameters.
@@ -70,7 +72,7 @@ def join(
     parallelism.check()
     check_parallel(geometry, parallelism.tensor_parallel, parallelism.expert_parallel)
     joiner = _Joiner(parallelism, geometry, complete)
-    joiner.take(ranks, Names(Rules(rules), geometry))
+    joiner.take(ranks, Names(Rules(rules, family), geometry))
     joined = joiner.join()
     _untie(joined, geometry)
     _verify(joined, verify_replicas)

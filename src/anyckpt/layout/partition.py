@@ -7,11 +7,13 @@ Kinds go by name alone, never by shape or position.  Sources: what Megatron-Core
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout.geometry import Geometry
+from anyckpt.tensor import LazyTensor
 
 KINDS: Mapping[str, str] = {
     "column": "along axis 0",
@@ -114,17 +116,51 @@ sources, not observed: Mamba, attention sinks, LoRA and DoRA of Bridge, vision e
 """
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What the table says of a name.
+class Partition(ABC):
+    """A way to divide a tensor that ``KINDS`` has no word for: a family's own, which its rules bring along.
 
     Attributes:
-        name: one of ``KINDS``, or ``blocks:...``.
-        place: one of ``PLACES``, None if a user's rule does not say.
+        place: where in the pipeline a tensor outside layers is: ``first``, ``last`` or ``all``; None is not said, with
+            which a model can have one stage only.
+    """
+
+    place: str | None = None
+
+    @abstractmethod
+    def cut(self, name: str, whole: LazyTensor, ways: int) -> Sequence[LazyTensor]:
+        """What each of so many tensor-parallel ranks holds, in rank order: views.
+
+        Args:
+            name: the hub's, for messages.
+            whole: the tensor.
+            ways: how many ranks there are; may be 1.
+
+        Raises:
+            MappingError: it cannot be divided so.
+        """
+
+    @abstractmethod
+    def join(self, name: str, parts: Sequence[LazyTensor]) -> LazyTensor:
+        """The inverse of ``cut``.
+
+        Raises:
+            MappingError: the parts do not make up a tensor.
+        """
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a name.
+
+    Attributes:
+        name: one of ``KINDS``, or ``blocks:...``; ``own`` for a way of the family's own.
+        place: one of ``PLACES``, None if a rule of a user or a family does not say.
+        own: that way.
     """
 
     name: str
     place: str | None
+    own: Partition | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +175,7 @@ class Division:
         of_layer: that length is the layer's, of which ``Geometry.query_key_value_rows`` knows.
         either: what ranks hold tells whether it is divided; ``axis`` is how to cut it.
         alone: there is one rank.
+        own: a family's way to divide it, in place of axis and blocks.
     """
 
     axis: int | None
@@ -148,6 +185,7 @@ class Division:
     of_layer: bool = False
     either: bool = False
     alone: bool = False
+    own: Partition | None = None
 
     def at(self, layer: int, geometry: Geometry) -> Division:
         """The same of a layer, as the whole model counts."""
@@ -155,17 +193,21 @@ class Division:
 
 
 class Rules:
-    """The table, with a user's rules before it.
+    """What a user says, before what the model's family says, before the table.
 
     Args:
-        extra: pattern -> kind, as in ``TABLE``.
+        extra: the user's rules: pattern -> kind, as in ``TABLE``.
+        family: the family's: name of the hub with ``*`` for every number -> kind.
 
     Raises:
         UsageError: a rule says what no rule can.
     """
 
-    def __init__(self, extra: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, extra: Mapping[str, str] | None = None, family: Mapping[str, str | Partition] | None = None
+    ) -> None:
         self._extra = [(_compiled(pattern), _kind(pattern, text, own=False)) for pattern, text in (extra or {}).items()]
+        self._family = {_NUMBER.sub("*", hub): _kind(hub, said, own=False) for hub, said in (family or {}).items()}
         self._found: dict[str, Kind | None] = {}
 
     def kind(self, name: str, of_expert: bool = False) -> Kind | None:
@@ -180,6 +222,9 @@ class Rules:
             if expression.fullmatch(plain):
                 return own
         key = _NUMBER.sub("*", plain)
+        of_family = self._family.get(f"{key}*" if of_expert else key)
+        if of_family is not None:
+            return of_family
         if key not in self._found:
             self._found[key] = next((kind for test, kind in _builtin() if test.fullmatch(plain)), None)
         kind = self._found[key]
@@ -193,6 +238,8 @@ def division(kind: Kind, name: str, geometry: Geometry) -> Division:
     Raises:
         MappingError: the model's sizes, which this kind needs, are not known.
     """
+    if kind.own is not None:
+        return Division(0, own=kind.own)
     if kind.name.startswith("blocks:"):
         return Division(0, tuple(int(size) for size in kind.name[7:].split(",")))
     if kind.name.startswith("mamba"):
@@ -243,7 +290,9 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _BLOCKS = re.compile(r"blocks:[1-9]\d{0,11}(,[1-9]\d{0,11})*")
 
 
-def _kind(pattern: str, text: str, own: bool) -> Kind:
+def _kind(pattern: str, text: str | Partition, own: bool) -> Kind:
+    if isinstance(text, Partition):
+        return Kind("own", text.place, text)
     name, at, place = str(text).replace(" ", "").partition("@")
     if (name not in KINDS and not _BLOCKS.fullmatch(name)) or (at and place not in PLACES):
         raise UsageError(

@@ -254,7 +254,7 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
     rows = config.vocab_size if by_family else config.rows if padded else None
     resized = {
         item.hub: _resize_vocabulary(item.hub, hub.tensors[item.hub], rows, config, notes, padding)
-        if item.rule.partition == "vocabulary"
+        if item.rule.of_vocabulary
         else hub.tensors[item.hub]
         for item in expected
     }
@@ -382,7 +382,7 @@ def _check_shape(
 ) -> None:
     if tensor.shape == shape:
         return
-    if item.rule.partition == "vocabulary" and tensor.shape[1:] == shape[1:] and tensor.ndim == len(shape):
+    if item.rule.of_vocabulary and tensor.shape[1:] == shape[1:] and tensor.ndim == len(shape):
         true = model.config.vocab_size
         if true is None or tensor.shape[0] >= true:
             return

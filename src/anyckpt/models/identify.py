@@ -13,8 +13,9 @@ from anyckpt.config import meta as config_meta
 from anyckpt.config import meta_names
 from anyckpt.config import nemo as config_nemo
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
-from anyckpt.errors import MappingError, UsageError
+from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.indexing import Shape
+from anyckpt.layout.partition import Partition
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.before_core import core_names
 from anyckpt.models.dialects.wrappers import unwrapped
@@ -101,6 +102,32 @@ def identify(
     definition, parsed = found
     model = Model(definition.name, parsed, definition, tuple(notes))
     return _with_facts_from_tensors(model, checkpoint, kind, values)
+
+
+def partitions(checkpoint: Checkpoint, *, family: str | None = None) -> Mapping[str, str | Partition]:
+    """How a checkpoint's family says that tensor parallelism divides its tensors, for ``layout.join`` and ``cut``.
+
+    Args:
+        checkpoint: opened, of ranks or whole; only its configuration and names are looked at.
+        family: name of the family, if the user says it.
+
+    Returns:
+        Hub name with ``*`` for every number -> kind; nothing of a model of no known family, nor where all is as the
+        table of names says.
+
+    Raises:
+        UsageError: no such family.
+    """
+    if family is not None:
+        return by_name(family).partitions
+    if checkpoint.config_kind not in KINDS or not any(each.partitions for each in each_family()):
+        return {}
+    weights = {name: tensor for shard in checkpoint.ranks for name, tensor in shard.tensors.items()}
+    try:
+        found = _parse(checkpoint.config_kind, checkpoint.config, None, _parts(weights or checkpoint.weights()))
+    except AnyckptError:
+        return {}  # of which ``identify`` tells where the family is needed
+    return {} if found is None else found[0].partitions
 
 
 def _parse_meta(

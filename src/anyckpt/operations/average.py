@@ -99,7 +99,9 @@ def average(
     stored = [registry.read(path, force=force) for path in sources]
     wanted, given = cast_target(dtype), read_config(config)
     rules = None if layout is None else layout.rules
-    full = [in_full_precision(join_ranks(checkpoint, rules=rules), wanted, given) for checkpoint in stored]
+    full = [
+        in_full_precision(join_ranks(checkpoint, rules=rules, family=family), wanted, given) for checkpoint in stored
+    ]
     opened, given = [one.checkpoint for one in full], full[0].config
     choice = Choice(
         as_patterns(include), as_patterns(exclude), family, given, None if layout is None else layout.vocab_size

@@ -194,7 +194,7 @@ def convert(
     cut, layout_notes = wanted_layout(request, present, target, options)
     if cut is not None or target.divides:
         options = replace(options, layout=sizes_of(request.over(present) if cut is None else cut))
-    whole = join_ranks(stored, rules=request.rules)
+    whole = join_ranks(stored, rules=request.rules, family=family)
     checkpoint, left_out = choose(whole, as_patterns(include), as_patterns(exclude), keep_state=optimizer == "keep")
     apart = {name: t for name, t in whole.weights().items() if whole.model_prefix + name in left_out}
     if optimizer == "drop" and not checkpoint.weights():
@@ -273,7 +273,7 @@ def convert(
         )
     if cut is not None:
         uncut = ready
-        ready = cut_for_ranks(uncut, cut, rules=request.rules, padding=request.padding)
+        ready = cut_for_ranks(uncut, cut, rules=request.rules, family=family, padding=request.padding)
         layout_notes += padding_notes(uncut, ready, request.padding)
     laid_out = target.plan(ready, options)
     if not (laid_out.tensors() or _named_only(ready, laid_out) or ready.objects.keys() - laid_out.ignored.keys()):

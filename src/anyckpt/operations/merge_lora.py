@@ -109,7 +109,7 @@ def merge_lora(
     stored = registry.read(base, force=force)
     wanted = cast_target(dtype)
     rules = None if layout is None else layout.rules
-    full = in_full_precision(join_ranks(stored, rules=rules), wanted, read_config(config))
+    full = in_full_precision(join_ranks(stored, rules=rules, family=family), wanted, read_config(config))
     whole = full.checkpoint
     found = join_ranks(registry.read(adapter, force=force), rules=rules)
     found, left_out = choose(found, as_patterns(include), as_patterns(exclude))

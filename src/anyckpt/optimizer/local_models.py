@@ -19,6 +19,7 @@ from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.experts import parse as parse_expert
 from anyckpt.layout.from_megatron_args import expert_spelling_from_args, geometry_from_args, parallelism_from_args
+from anyckpt.models import partitions
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import registered_order
@@ -71,6 +72,7 @@ class LocalModels:
         self.shared = self.geometry.share_embeddings_and_output_weights and self.parallelism.pipeline_parallel > 1
         self._cut: dict[Spelling, dict[Rank, list[RankShard]]] = {}
         self._hub = hub
+        self._partitions = partitions(checkpoint)
 
     @property
     def ranks(self) -> list[Rank]:
@@ -126,7 +128,9 @@ class LocalModels:
             for chunk, shard in enumerate(self._shards(self.orders()[0].spelling)[rank]):
                 own = {key.partition("/")[2]: t for key, t in tensors.items() if key.startswith(f"{chunk}/")}
                 shards.append(replace(shard, tensors=own))
-        whole = join(shards, self.parallelism, self.geometry, verify_replicas=False, complete=False).tensors
+        whole = join(
+            shards, self.parallelism, self.geometry, family=self._partitions, verify_replicas=False, complete=False
+        ).tensors
         return self._restacked(whole)
 
     def _shards(self, spelling: Spelling) -> dict[Rank, list[RankShard]]:
@@ -134,7 +138,7 @@ class LocalModels:
         if spelling not in self._cut:
             found: dict[Rank, list[RankShard]] = {}
             try:
-                shards = cut(self._hub, self.parallelism, self.geometry, spelling=spelling)
+                shards = cut(self._hub, self.parallelism, self.geometry, family=self._partitions, spelling=spelling)
             except (MappingError, UsageError) as error:
                 raise unproved(
                     f"the model cannot be cut as the run cut it: {error.problem}",

@@ -420,7 +420,7 @@ def check_update(target: Target, update: LowRank, layers: Layers) -> None:
         shape = operation.source_shapes(shape, config)[operation.parts.index(target.part)]
     check_factors(update, name)
     rows, columns = update.up.shape[0], update.down.shape[1]
-    padded = item.rule.partition == "vocabulary" and (layers.model.config.vocab_size or 0) <= rows <= shape[0]
+    padded = item.rule.of_vocabulary and (layers.model.config.vocab_size or 0) <= rows <= shape[0]
     if len(shape) != 2 or columns != shape[1] or (rows != shape[0] and not padded):
         raise MappingError(
             "the adapter is of another base model", tensor=name,

@@ -321,7 +321,7 @@ def update_of(module: str, own: StoredModule, scale: Callable[[str, int], float]
 def _check_rows(update: LowRank, shape: tuple[int, ...], item: Instance, layers: Layers, own: StoredModule) -> None:
     """The update has the rows that a rule's operation takes apart."""
     rows = update.up.shape[0]
-    padded = item.rule.partition == "vocabulary" and (layers.model.config.vocab_size or 0) <= rows <= shape[0]
+    padded = item.rule.of_vocabulary and (layers.model.config.vocab_size or 0) <= rows <= shape[0]
     if len(shape) != 2 or (rows != shape[0] and not padded):
         assert own.up is not None and own.down is not None
         raise MappingError(

@@ -40,14 +40,13 @@ def layers(query_key_value: Iterable[str], names: Mapping[str, str]) -> tuple[Ru
             for part in PARTS
         ),
         Rule(tuple(f"{name}.weight" for name in three), f"{attention}.linear_qkv.weight", ("qkv", "hidden"),
-             INTERLEAVED_QKV, "qkv"),
-        Rule(tuple(f"{name}.bias" for name in three), f"{attention}.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, "qkv"),
-        Rule((f"{names['output']}.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"),
-             partition="row"),
+             INTERLEAVED_QKV),
+        Rule(tuple(f"{name}.bias" for name in three), f"{attention}.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV),
+        Rule((f"{names['output']}.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention")),
         Rule((f"{names['output']}.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
-        Rule((f"{names['fc1']}.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"), partition="gate-up"),
-        Rule((f"{names['fc1']}.bias",), f"{mlp}.linear_fc1.bias", ("fc1",), partition="gate-up"),
-        Rule((f"{names['fc2']}.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+        Rule((f"{names['fc1']}.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden")),
+        Rule((f"{names['fc1']}.bias",), f"{mlp}.linear_fc1.bias", ("fc1",)),
+        Rule((f"{names['fc2']}.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn")),
         Rule((f"{names['fc2']}.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
     )  # fmt: skip
 

@@ -49,32 +49,27 @@ _NORMS = (
 )
 
 RULES = (
-    Rule(("transformer.word_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
-         partition="vocabulary"),
+    Rule(("transformer.word_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     *(
         Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",), when=when)
         for norm, home, when in _NORMS
         for part in ("weight", "bias")
     ),
     Rule((f"{_LAYER}.self_attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
-         ("qkv", "hidden"), partition="qkv"),
+         ("qkv", "hidden")),
     Rule((f"{_LAYER}.self_attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",),
-         partition="qkv", when=llama.biased),
+         when=llama.biased),
     Rule((f"{_LAYER}.self_attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
-         ("hidden", "attention"), partition="row"),
+         ("hidden", "attention")),
     Rule((f"{_LAYER}.self_attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",),
          when=llama.biased),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"),
-         partition="gate-up"),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), partition="gate-up",
-         when=llama.biased),
-    Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"),
-         partition="row"),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=llama.biased),
     Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
-         when=llama.untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
 )  # fmt: skip
 
 

@@ -32,28 +32,24 @@ def rules(matrix: Operation, query_key_value: Operation, bias: Operation) -> tup
     """
     attention, mlp = f"{_HUB}.self_attention", f"{_HUB}.mlp"
     return (
-        Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
-             partition="vocabulary"),
+        Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
         Rule(("transformer.wpe.weight",), "embedding.position_embeddings.weight", ("positions", "hidden")),
         *(
             Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",))
             for norm, home in (("ln_1", "self_attention.linear_qkv"), ("ln_2", "mlp.linear_fc1"))
             for part in ("weight", "bias")
         ),
-        Rule((f"{_LAYER}.attn.c_attn.weight",), f"{attention}.linear_qkv.weight", ("qkv", "hidden"), query_key_value,
-             "qkv"),
-        Rule((f"{_LAYER}.attn.c_attn.bias",), f"{attention}.linear_qkv.bias", ("qkv",), bias, "qkv"),
-        Rule((f"{_LAYER}.attn.c_proj.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"), matrix,
-             "row"),
+        Rule((f"{_LAYER}.attn.c_attn.weight",), f"{attention}.linear_qkv.weight", ("qkv", "hidden"), query_key_value),
+        Rule((f"{_LAYER}.attn.c_attn.bias",), f"{attention}.linear_qkv.bias", ("qkv",), bias),
+        Rule((f"{_LAYER}.attn.c_proj.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"), matrix),
         Rule((f"{_LAYER}.attn.c_proj.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
-        Rule((f"{_LAYER}.mlp.c_fc.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"), matrix, "gate-up"),
-        Rule((f"{_LAYER}.mlp.c_fc.bias",), f"{mlp}.linear_fc1.bias", ("fc1",), partition="gate-up"),
-        Rule((f"{_LAYER}.mlp.c_proj.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), matrix, "row"),
+        Rule((f"{_LAYER}.mlp.c_fc.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"), matrix),
+        Rule((f"{_LAYER}.mlp.c_fc.bias",), f"{mlp}.linear_fc1.bias", ("fc1",)),
+        Rule((f"{_LAYER}.mlp.c_proj.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), matrix),
         Rule((f"{_LAYER}.mlp.c_proj.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
         Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
         Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
-        Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
-             when=llama.untied),
+        Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
     )  # fmt: skip
 
 

@@ -34,8 +34,7 @@ FAMILY = Family(
     name="gpt_neox",
     title="GPT-NeoX, Pythia",
     rules=(
-        Rule(("gpt_neox.embed_in.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
-             partition="vocabulary"),
+        Rule(("gpt_neox.embed_in.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
         *(
             Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",))
             for norm, home in (
@@ -44,22 +43,18 @@ FAMILY = Family(
             for part in ("weight", "bias")
         ),
         Rule((f"{_LAYER}.attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
-             ("qkv", "hidden"), partition="qkv"),
-        Rule((f"{_LAYER}.attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",),
-             partition="qkv"),
+             ("qkv", "hidden")),
+        Rule((f"{_LAYER}.attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",)),
         Rule((f"{_LAYER}.attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
-             ("hidden", "attention"), partition="row"),
+             ("hidden", "attention")),
         Rule((f"{_LAYER}.attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",)),
-        Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"),
-             partition="gate-up"),
-        Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), partition="gate-up"),
-        Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"),
-             partition="row"),
+        Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
+        Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",)),
+        Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
         Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",)),
         Rule(("gpt_neox.final_layer_norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
         Rule(("gpt_neox.final_layer_norm.bias",), "decoder.final_layernorm.bias", ("hidden",)),
-        Rule(("embed_out.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
-             when=llama.untied),
+        Rule(("embed_out.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
     ),
     ignorable=(
         (f"{_LAYER}.attention.bias", f"a mask, {_REST}"),

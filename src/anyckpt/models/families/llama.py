@@ -37,25 +37,23 @@ def untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 
 
 RULES = (
-    Rule(("model.embed_tokens.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
-         partition="vocabulary"),
+    Rule(("model.embed_tokens.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     Rule((f"{_LAYER}.input_layernorm.weight",), f"{_HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
     Rule((f"{_ATTENTION}.q_proj.weight", f"{_ATTENTION}.k_proj.weight", f"{_ATTENTION}.v_proj.weight"),
-         f"{_HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"), INTERLEAVED_QKV, "qkv"),
+         f"{_HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"), INTERLEAVED_QKV),
     Rule((f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
-         f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, "qkv", _biased_qkv),
-    Rule((f"{_ATTENTION}.o_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention"),
-         partition="row"),
+         f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, _biased_qkv),
+    Rule((f"{_ATTENTION}.o_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention")),
     Rule((f"{_ATTENTION}.o_proj.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",), when=biased),
     Rule((f"{_LAYER}.post_attention_layernorm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
-    Rule((f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight"),
-         f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"), GATE_UP, "gate-up"),
-    Rule((f"{_LAYER}.mlp.gate_proj.bias", f"{_LAYER}.mlp.up_proj.bias"),
-         f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), GATE_UP, "gate-up", biased),
-    Rule((f"{_LAYER}.mlp.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+    Rule((f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight"), f"{_HUB}.mlp.linear_fc1.weight",
+         ("fc1", "hidden"), GATE_UP),
+    Rule((f"{_LAYER}.mlp.gate_proj.bias", f"{_LAYER}.mlp.up_proj.bias"), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",),
+         GATE_UP, biased),
+    Rule((f"{_LAYER}.mlp.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule((f"{_LAYER}.mlp.down_proj.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=biased),
     Rule(("model.norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary", when=untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=untied),
 )  # fmt: skip
 
 IGNORABLE = (

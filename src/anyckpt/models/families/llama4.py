@@ -41,14 +41,14 @@ RULES = (
     Rule((f"{sparse.LAYER}.post_attention_layernorm.weight",), f"{sparse.HUB}.mlp.linear_fc1.layer_norm_weight",
          ("hidden",), when=sparse.is_dense),
     Rule((f"{_FEED}.gate_proj.weight", f"{_FEED}.up_proj.weight"), f"{sparse.HUB}.mlp.linear_fc1.weight",
-         ("fc1", "hidden"), GATE_UP, "gate-up", sparse.is_dense),
-    Rule((f"{_FEED}.down_proj.weight",), f"{sparse.HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row",
+         ("fc1", "hidden"), GATE_UP, sparse.is_dense),
+    Rule((f"{_FEED}.down_proj.weight",), f"{sparse.HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"),
          when=sparse.is_dense),
     *sparse.experts(module="feed_forward", router="router"),
     Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",
-         ("shared-fc1", "hidden"), GATE_UP, "gate-up", sparse.is_sparse),
+         ("shared-fc1", "hidden"), GATE_UP, sparse.is_sparse),
     Rule((f"{_SHARED}.down_proj.weight",), f"{_HUB_SHARED}.linear_fc2.weight", ("hidden", "shared-ffn"),
-         partition="row", when=sparse.is_sparse),
+         when=sparse.is_sparse),
     *sparse.TRAILING,
 )  # fmt: skip
 

@@ -61,8 +61,7 @@ def _replaced(part: str, norm: str, matrix: str, hub: str) -> tuple[Rule, Rule]:
     when = _is(part, "linear")
     return (
         Rule((f"{_LAYER}.{norm}.weight",), f"{_HUB}.{hub}.layer_norm_weight", ("hidden",), when=when),
-        Rule((f"{_LAYER}.{matrix}.weight",), f"{_HUB}.{hub}.weight", ("hidden", "hidden"), partition="column",
-             when=when),
+        Rule((f"{_LAYER}.{matrix}.weight",), f"{_HUB}.{hub}.weight", ("hidden", "hidden"), when=when),
     )  # fmt: skip
 
 

@@ -44,8 +44,7 @@ def norms(source: str, hub: str) -> tuple[Rule, ...]:
 def embeddings() -> tuple[Rule, ...]:
     """Of words, positions, and types of tokens."""
     return (
-        Rule(("bert.embeddings.word_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
-             partition="vocabulary"),
+        Rule(("bert.embeddings.word_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
         Rule(("bert.embeddings.position_embeddings.weight",), "embedding.position_embeddings.weight",
              ("positions", "hidden")),
         Rule(("bert.embeddings.token_type_embeddings.weight",), "embedding.tokentype_embeddings.weight",
@@ -59,16 +58,14 @@ def matrices() -> tuple[Rule, ...]:
     query_key_value = [f"{own}.self.{name}" for name in ("query", "key", "value")]
     return (
         Rule(tuple(f"{name}.weight" for name in query_key_value), f"{attention}.linear_qkv.weight", ("qkv", "hidden"),
-             INTERLEAVED_QKV, "qkv"),
+             INTERLEAVED_QKV),
         Rule(tuple(f"{name}.bias" for name in query_key_value), f"{attention}.linear_qkv.bias", ("qkv",),
-             INTERLEAVED_QKV, "qkv"),
-        Rule((f"{own}.output.dense.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"),
-             partition="row"),
+             INTERLEAVED_QKV),
+        Rule((f"{own}.output.dense.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention")),
         Rule((f"{own}.output.dense.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
-        Rule((f"{_LAYER}.intermediate.dense.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"),
-             partition="gate-up"),
-        Rule((f"{_LAYER}.intermediate.dense.bias",), f"{mlp}.linear_fc1.bias", ("fc1",), partition="gate-up"),
-        Rule((f"{_LAYER}.output.dense.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+        Rule((f"{_LAYER}.intermediate.dense.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden")),
+        Rule((f"{_LAYER}.intermediate.dense.bias",), f"{mlp}.linear_fc1.bias", ("fc1",)),
+        Rule((f"{_LAYER}.output.dense.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn")),
         Rule((f"{_LAYER}.output.dense.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
     )  # fmt: skip
 
@@ -83,10 +80,9 @@ def heads() -> tuple[Rule, ...]:
         Rule((f"{transform}.dense.weight",), "lm_head.dense.weight", ("hidden", "hidden"), when=lm_head),
         Rule((f"{transform}.dense.bias",), "lm_head.dense.bias", ("hidden",), when=lm_head),
         *(replace(rule, when=lm_head) for rule in norms(f"{transform}.LayerNorm", "lm_head.layer_norm.")),
-        Rule(("cls.predictions.decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"),
-             partition="vocabulary", when=_untied),
-        Rule(("cls.predictions.bias",), "output_layer.bias", ("vocabulary",), partition="vocabulary", when=lm_head),
-        Rule((), "output_layer.bias", ("vocabulary",), partition="vocabulary", when=_no_lm_head, optional=True),
+        Rule(("cls.predictions.decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=_untied),
+        Rule(("cls.predictions.bias",), "output_layer.bias", ("vocabulary",), when=lm_head),
+        Rule((), "output_layer.bias", ("vocabulary",), when=_no_lm_head, optional=True),
         Rule(("cls.seq_relationship.weight",), "binary_head.weight", ("two", "hidden"), when=binary),
         Rule(("cls.seq_relationship.bias",), "binary_head.bias", ("two",), when=binary),
     )  # fmt: skip

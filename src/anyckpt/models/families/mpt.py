@@ -26,22 +26,19 @@ _NORMS = ("low_precision_layernorm", "layernorm")
 _UNSAID = {"clip_qkv": None, "alibi_bias_max": 8}
 
 RULES = (
-    Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"),
-         partition="vocabulary"),
+    Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     Rule((f"{_LAYER}.norm_1.weight",), f"{_HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
     Rule((), f"{_HUB}.self_attention.linear_qkv.layer_norm_bias", ("hidden",)),
     Rule((f"{_LAYER}.attn.Wqkv.weight",), f"{_HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"),
-         CONCATENATED_QKV, "qkv"),
-    Rule((f"{_LAYER}.attn.out_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention"),
-         partition="row"),
+         CONCATENATED_QKV),
+    Rule((f"{_LAYER}.attn.out_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention")),
     Rule((f"{_LAYER}.norm_2.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
     Rule((), f"{_HUB}.mlp.linear_fc1.layer_norm_bias", ("hidden",)),
-    Rule((f"{_LAYER}.ffn.up_proj.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"), partition="gate-up"),
-    Rule((f"{_LAYER}.ffn.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+    Rule((f"{_LAYER}.ffn.up_proj.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
+    Rule((f"{_LAYER}.ffn.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule(("transformer.norm_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule((), "decoder.final_layernorm.bias", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
-         when=llama.untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
 )  # fmt: skip
 
 

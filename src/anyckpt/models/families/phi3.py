@@ -17,9 +17,8 @@ from anyckpt.models.language.rules import Rule
 
 _FUSED = (
     Rule(("model.layers.*.self_attn.qkv_proj.weight",), "decoder.layers.*.self_attention.linear_qkv.weight",
-         ("qkv", "hidden"), CONCATENATED_QKV, "qkv"),
-    Rule(("model.layers.*.mlp.gate_up_proj.weight",), "decoder.layers.*.mlp.linear_fc1.weight", ("fc1", "hidden"),
-         partition="gate-up"),
+         ("qkv", "hidden"), CONCATENATED_QKV),
+    Rule(("model.layers.*.mlp.gate_up_proj.weight",), "decoder.layers.*.mlp.linear_fc1.weight", ("fc1", "hidden")),
 )  # fmt: skip
 _BY_NAME = {rule.hub: rule for rule in _FUSED}
 

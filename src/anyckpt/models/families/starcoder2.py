@@ -30,10 +30,9 @@ NORM_BIASES = (
 def plain_mlp(up: str, down: str) -> tuple[Rule, ...]:
     """An MLP without gate, by the names of its two layers."""
     return (
-        Rule((f"{_LAYER}.mlp.{up}.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"), partition="gate-up"),
-        Rule((f"{_LAYER}.mlp.{up}.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), partition="gate-up",
-             when=llama.biased),
-        Rule((f"{_LAYER}.mlp.{down}.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row"),
+        Rule((f"{_LAYER}.mlp.{up}.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
+        Rule((f"{_LAYER}.mlp.{up}.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=llama.biased),
+        Rule((f"{_LAYER}.mlp.{down}.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
         Rule((f"{_LAYER}.mlp.{down}.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=llama.biased),
     )  # fmt: skip
 

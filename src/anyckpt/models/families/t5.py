@@ -32,7 +32,7 @@ from anyckpt.models.language.rule_operations import (
     Operation,
     Scaled,
 )
-from anyckpt.models.language.rules import Condition, Partition, Rule
+from anyckpt.models.language.rules import Condition, Rule
 
 
 def _softmax(config: ModelConfig) -> float:
@@ -76,22 +76,21 @@ def _stack(stack: str, axes: tuple[str, ...], mlp: int) -> tuple[Rule, ...]:
         name: str,
         shape: tuple[str, ...],
         operation: Operation = IDENTITY,
-        partition: Partition = "replicated",
         when: Condition | None = None,
     ) -> Rule:
-        found = Rule(source, f"{hub}.{name}", shape, operation, partition, axes=axes)
+        found = Rule(source, f"{hub}.{name}", shape, operation, axes=axes)
         return found if when is None else replace(found, when=when)
 
     return (
         rule((f"{block}.0.layer_norm.weight",), "self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
         rule(tuple(f"{attention}.{name}.weight" for name in "qkv"), "self_attention.linear_qkv.weight",
-             ("qkv", "hidden"), Scaled(INTERLEAVED_QKV, _softmax), "qkv"),
-        rule((f"{attention}.o.weight",), "self_attention.linear_proj.weight", ("hidden", "attention"), IDENTITY, "row"),
+             ("qkv", "hidden"), Scaled(INTERLEAVED_QKV, _softmax)),
+        rule((f"{attention}.o.weight",), "self_attention.linear_proj.weight", ("hidden", "attention"), IDENTITY),
         rule((f"{block}.{mlp}.layer_norm.weight",), "mlp.linear_fc1.layer_norm_weight", ("hidden",)),
         rule((f"{dense}.wi_0.weight", f"{dense}.wi_1.weight"), "mlp.linear_fc1.weight", ("fc1", "hidden"), GATE_UP,
-             "gate-up", when=_gated),
-        rule((f"{dense}.wi.weight",), "mlp.linear_fc1.weight", ("fc1", "hidden"), IDENTITY, "gate-up", when=_plain),
-        rule((f"{dense}.wo.weight",), "mlp.linear_fc2.weight", ("hidden", "ffn"), IDENTITY, "row"),
+             when=_gated),
+        rule((f"{dense}.wi.weight",), "mlp.linear_fc1.weight", ("fc1", "hidden"), IDENTITY, when=_plain),
+        rule((f"{dense}.wo.weight",), "mlp.linear_fc2.weight", ("hidden", "ffn"), IDENTITY),
     )  # fmt: skip
 
 
@@ -99,7 +98,7 @@ _CROSS, _HUB = "decoder.block.*.layer.1", "decoder.layers.*"
 _BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 
 RULES = (
-    Rule(("shared.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden"), partition="vocabulary"),
+    Rule(("shared.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     *(
         Rule((f"{stack}.block.0.{_BIAS}",), f"{stack}_relative_pos_emb.relative_attention_bias.weight",
              ("buckets", "heads"))
@@ -110,16 +109,15 @@ RULES = (
     *_stack("decoder", ("layer",), 2),
     Rule((f"{_CROSS}.layer_norm.weight",), f"{_HUB}.pre_cross_attn_layernorm.weight", ("hidden",)),
     Rule((f"{_CROSS}.EncDecAttention.q.weight",), f"{_HUB}.cross_attention.linear_q.weight", ("attention", "hidden"),
-         Scaled(IDENTITY, _softmax), "column"),
+         Scaled(IDENTITY, _softmax)),
     Rule((f"{_CROSS}.EncDecAttention.k.weight", f"{_CROSS}.EncDecAttention.v.weight"),
-         f"{_HUB}.cross_attention.linear_kv.weight", ("key-value", "hidden"), INTERLEAVED_KV, "column"),
+         f"{_HUB}.cross_attention.linear_kv.weight", ("key-value", "hidden"), INTERLEAVED_KV),
     Rule((f"{_CROSS}.EncDecAttention.o.weight",), f"{_HUB}.cross_attention.linear_proj.weight",
-         ("hidden", "attention"), partition="row"),
+         ("hidden", "attention")),
     Rule(("decoder.final_layer_norm.weight",), "decoder.final_layernorm.weight", ("hidden",),
          Scaled(IDENTITY, _output)),
-    Rule((), "lm_head.output_layer.bias", ("vocabulary",), partition="vocabulary", when=_tied),
-    Rule(("lm_head.weight",), "lm_head.output_layer.weight", ("vocabulary", "hidden"), partition="vocabulary",
-         when=_untied),
+    Rule((), "lm_head.output_layer.bias", ("vocabulary",), when=_tied),
+    Rule(("lm_head.weight",), "lm_head.output_layer.weight", ("vocabulary", "hidden"), when=_untied),
 )  # fmt: skip
 
 _DIMENSIONS = {

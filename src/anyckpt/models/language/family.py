@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import Spellings
 from anyckpt.indexing import Shape
+from anyckpt.layout.partition import Partition
 from anyckpt.models.language.rules import (
     AXES,
     DIMENSIONS,
@@ -60,7 +61,12 @@ class Family(Spellings):
 
     @property
     def has_vocabulary(self) -> bool:
-        return any(rule.partition == "vocabulary" for rule in self.rules)
+        return any(rule.of_vocabulary for rule in self.rules)
+
+    @property
+    def partitions(self) -> dict[str, str | Partition]:
+        """How tensor parallelism divides what its rules say it of: hub name with ``*`` for every number -> kind."""
+        return {rule.hub: rule.partition for rule in self.rules if rule.partition is not None}
 
     def expected(self, config: ModelConfig) -> list[Instance]:
         """Every tensor that a model of this configuration has."""

@@ -10,21 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.indexing import Shape
+from anyckpt.layout.partition import Partition
 from anyckpt.models.language.rule_operations import IDENTITY, Operation
-
-Partition = Literal[
-    "column", "row", "gate-up", "qkv", "vocabulary", "replicated", "latent-down", "mamba-in", "mamba-conv", "alone"
-]
-"""How tensor parallelism divides a hub tensor, in the words of ``layout.partition``.
-
-``column`` along axis 0; ``row`` along axis 1; ``gate-up`` each half of axis 0 separately; ``qkv`` along axis 0, whose
-rows are interleaved by query group; ``vocabulary`` along axis 0 after padding; ``replicated`` not at all;
-``latent-down``, ``mamba-in``, ``mamba-conv`` and ``alone`` as ``layout.partition.KINDS`` says.
-"""
 
 Condition = Callable[[ModelConfig, tuple[int, ...]], bool]
 
@@ -52,22 +42,28 @@ class Rule:
         hub: pattern of the hub's name.
         shape: lengths of the hub tensor, as names of ``DIMENSIONS`` or of the family's own.
         operation: how source becomes hub and back.
-        partition: how tensor parallelism divides the hub tensor.
         when: whether the tensor exists, from the configuration and the indices that the stars stand for.
         axes: what the stars count, as names of ``AXES`` or of the family's own.
         optional: nothing is computed with the hub's tensor, so that a stored model may lack it.  Only without source.
         after: a length as in ``shape``, by which the first star of the source is more than that of the hub; "" for 0.
+        partition: how tensor parallelism divides the hub tensor, where that is not what ``layout.partition.TABLE`` says
+            of its name: one of its words, or a way of the family's own.
     """
 
     source: tuple[str, ...]
     hub: str
     shape: tuple[str, ...]
     operation: Operation = IDENTITY
-    partition: Partition = "replicated"
     when: Condition = _always
     axes: tuple[str, ...] = ("layer", "expert")
     after: str = ""
     optional: bool = False
+    partition: str | Partition | None = None
+
+    @property
+    def of_vocabulary(self) -> bool:
+        """Whether the hub tensor has a row for each token, and rows of padding behind them."""
+        return self.shape[:1] == ("vocabulary",)
 
 
 Dimension = Callable[[ModelConfig], int]

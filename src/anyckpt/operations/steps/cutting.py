@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,9 +13,11 @@ from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut, parse_layout
 from anyckpt.layout.division import Padding
 from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args
+from anyckpt.models import partitions
 from anyckpt.operations.steps.extra_states import with_states
 from anyckpt.operations.steps.joining import geometry_of, parallelism_of
 from anyckpt.operations.steps.renaming import Vocabulary
+from anyckpt.tensor import LazyTensor
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _ROWS = ("override_vocab_size", "padded_vocab_size")  # NeMo's and Megatron's words for the padded vocabulary
@@ -225,6 +227,7 @@ def cut_for_ranks(
     parallelism: Parallelism,
     *,
     rules: Mapping[str, str] | None = None,
+    family: str | None = None,
     padding: Padding = "zeros",
 ) -> Checkpoint:
     """The checkpoint with the ranks' shards beside its tensors, ready for a format that keeps a file per rank.
@@ -233,6 +236,7 @@ def cut_for_ranks(
         checkpoint: global tensors under the hub's names, and Megatron's or NeMo's configuration.
         parallelism: the layout wanted.
         rules: pattern -> partition kind, for names that the built-in table does not have.
+        family: the model family, where the configuration does not tell; its rules may say how a tensor is divided.
         padding: what fills new padding rows of the vocabulary; padding of optimizer state is zero.
 
     Raises:
@@ -249,10 +253,11 @@ def cut_for_ranks(
             remedy="leave --ep out",
         )
     spelling = expert_spelling_from_args(checkpoint.config)
-    shards: Sequence[RankShard] = cut(
-        checkpoint.tensors, parallelism, geometry, rules=rules, padding=padding, spelling=spelling,
-        complete=checkpoint.adapter is None,
+    divide = partial(
+        cut, parallelism=parallelism, geometry=geometry, rules=rules, family=partitions(checkpoint, family=family),
+        spelling=spelling,
     )  # fmt: skip
+    shards: Sequence[RankShard] = divide(checkpoint.tensors, padding=padding, complete=checkpoint.adapter is None)
     optimizer = checkpoint.optimizer
     arguments = args_from_parallelism(parallelism) if checkpoint.config_kind == "megatron-args" else {}
     if checkpoint.extra_states is not None:
@@ -266,7 +271,7 @@ def cut_for_ranks(
         ranks=tuple(shards),
         layout=sizes_of(parallelism),
         config={**checkpoint.config, **arguments},
-        optimizer=None if optimizer is None else partial(_cut_optimizer, checkpoint, parallelism, geometry, rules),
+        optimizer=None if optimizer is None else partial(_cut_optimizer, optimizer, divide),
     )
 
 
@@ -301,15 +306,10 @@ def _embedding_rows(shards: Sequence[RankShard]) -> int:
 
 
 def _cut_optimizer(
-    checkpoint: Checkpoint, parallelism: Parallelism, geometry: Geometry, rules: Mapping[str, str] | None
+    find: Callable[[], OptimizerState], divide: Callable[[Mapping[str, LazyTensor]], list[RankShard]]
 ) -> OptimizerState:
-    assert checkpoint.optimizer is not None
-    state = checkpoint.optimizer()
-    spelling = expert_spelling_from_args(checkpoint.config)
-    ranks = {
-        slot: tuple(cut(tensors, parallelism, geometry, rules=rules, spelling=spelling))
-        for slot, tensors in state.slots.items()
-    }
+    state = find()
+    ranks = {slot: tuple(divide(tensors)) for slot, tensors in state.slots.items()}
     return replace(state, ranks=ranks, slots={})
 
 

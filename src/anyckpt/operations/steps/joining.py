@@ -14,6 +14,8 @@ from anyckpt.formats import registry
 from anyckpt.layout import Geometry, Parallelism, join
 from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
 from anyckpt.layout.from_nemo_config import geometry_from_nemo, parallelism_from_nemo
+from anyckpt.layout.partition import Partition
+from anyckpt.models import partitions
 from anyckpt.operations.steps.extra_states import joined_states
 from anyckpt.optimizer.state import tagged
 
@@ -39,7 +41,11 @@ def check_whole(checkpoint: Checkpoint) -> None:
 
 
 def join_ranks(
-    checkpoint: Checkpoint, *, rules: Mapping[str, str] | None = None, verify_replicas: bool | None = None
+    checkpoint: Checkpoint,
+    *,
+    rules: Mapping[str, str] | None = None,
+    family: str | None = None,
+    verify_replicas: bool | None = None,
 ) -> Checkpoint:
     """The checkpoint with global tensors in place of the ranks'; itself if its files are not of ranks.
 
@@ -49,6 +55,7 @@ def join_ranks(
     Args:
         checkpoint: as read.
         rules: pattern -> partition kind, for names that the built-in table does not have.
+        family: the model family, where the checkpoint does not tell; its rules may say how a tensor is divided.
         verify_replicas: read copies that should be equal and compare them: all, none, or (None) the small ones.
 
     Raises:
@@ -56,19 +63,24 @@ def join_ranks(
         UsageError: the layout is impossible for the model, or no configuration describes it.
     """
     check_whole(checkpoint)
-    return _joined(checkpoint, rules, verify_replicas)
+    return _joined(checkpoint, rules, family, verify_replicas)
 
 
 def _joined(
-    checkpoint: Checkpoint, rules: Mapping[str, str] | None = None, verify_replicas: bool | None = None
+    checkpoint: Checkpoint,
+    rules: Mapping[str, str] | None = None,
+    family: str | None = None,
+    verify_replicas: bool | None = None,
 ) -> Checkpoint:
     if not checkpoint.ranks:
         return checkpoint
+    divided = partitions(checkpoint, family=family)
     joined = join(
         checkpoint.ranks,
         parallelism_of(checkpoint),
         geometry_of(checkpoint),
         rules=rules,
+        family=divided,
         verify_replicas=verify_replicas,
         complete=checkpoint.adapter is None,
     )
@@ -84,7 +96,7 @@ def _joined(
         extra_states=partial(_join_states, checkpoint)
         if any(shard.extra_states for shard in checkpoint.ranks)
         else None,
-        optimizer=None if checkpoint.optimizer is None else partial(_join_optimizer, checkpoint, rules),
+        optimizer=None if checkpoint.optimizer is None else partial(_join_optimizer, checkpoint, rules, divided),
     )
 
 
@@ -92,12 +104,16 @@ def _join_states(checkpoint: Checkpoint) -> dict[str, Any]:
     return joined_states(checkpoint.ranks, parallelism_of(checkpoint), geometry_of(checkpoint))
 
 
-def _join_optimizer(checkpoint: Checkpoint, rules: Mapping[str, str] | None) -> OptimizerState:
+def _join_optimizer(
+    checkpoint: Checkpoint, rules: Mapping[str, str] | None, divided: Mapping[str, str | Partition]
+) -> OptimizerState:
     """The optimizer's state by global parameter, each slot joined as the weights are."""
     assert checkpoint.optimizer is not None
     state = checkpoint.optimizer()
     parallelism, geometry = parallelism_of(checkpoint), geometry_of(checkpoint)
-    joined = {slot: join(ranks, parallelism, geometry, rules=rules) for slot, ranks in state.ranks.items()}
+    joined = {
+        slot: join(ranks, parallelism, geometry, rules=rules, family=divided) for slot, ranks in state.ranks.items()
+    }
     slots = {slot: found.tensors for slot, found in joined.items()}
     groups = slots.pop(GROUP, {})
     told = {name: tagged(tensor) for name, tensor in groups.items()}

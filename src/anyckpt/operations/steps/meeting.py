@@ -274,7 +274,7 @@ def _trim(hubs: Sequence[Hub], said: int | None) -> list[str]:
     size = said or min(stated or sizes, default=None)
     for rule in hubs[0].model.definition.rules:
         rows = {hub.tensors[rule.hub].shape[0] for hub in hubs if rule.hub in hub.tensors}
-        if rule.partition != "vocabulary" or len(rows) < 2 or size is None or min(rows) < size:
+        if not rule.of_vocabulary or len(rows) < 2 or size is None or min(rows) < size:
             continue
         for hub in hubs:
             hub.tensors[rule.hub] = hub.tensors[rule.hub].narrow(0, 0, size)

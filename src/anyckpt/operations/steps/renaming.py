@@ -292,7 +292,7 @@ def _check_vocabulary(checkpoint: Checkpoint, hub: Hub) -> None:
     """Raise MappingError for rows that Hugging Face's own class of the model would not have."""
     true, padded = hub.model.config.vocab_size, hub.model.config.padded_vocab_size
     for rule in hub.model.definition.rules:
-        tensor = hub.tensors.get(rule.hub) if rule.partition == "vocabulary" else None
+        tensor = hub.tensors.get(rule.hub) if rule.of_vocabulary else None
         if tensor is not None and true is not None and tensor.shape[0] > max(true, padded or 0):
             raise MappingError(
                 "has more rows than the vocabulary of the configuration",
@@ -399,7 +399,7 @@ def _hub_names(a: Hub, b: Hub) -> CommonNames:
     padding = 0
     for rule in a.model.definition.rules:
         name = rule.hub
-        if size is None or rule.partition != "vocabulary" or name not in first or name not in second:
+        if size is None or not rule.of_vocabulary or name not in first or name not in second:
             continue
         rows = (first[name].shape[0], second[name].shape[0])
         if min(rows) >= size:

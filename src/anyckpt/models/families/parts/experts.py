@@ -32,10 +32,9 @@ TRAILING = tuple(rule for rule in llama.RULES if rule.hub.startswith(("decoder.f
 DENSE = (
     Rule((f"{LAYER}.post_attention_layernorm.weight",), f"{HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",),
          when=is_dense),
-    Rule((f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"),
-         f"{HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"), GATE_UP, "gate-up", is_dense),
-    Rule((f"{LAYER}.mlp.down_proj.weight",), f"{HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), partition="row",
-         when=is_dense),
+    Rule((f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"), f"{HUB}.mlp.linear_fc1.weight",
+         ("fc1", "hidden"), GATE_UP, is_dense),
+    Rule((f"{LAYER}.mlp.down_proj.weight",), f"{HUB}.mlp.linear_fc2.weight", ("hidden", "ffn"), when=is_dense),
 )  # fmt: skip
 """The MLP of layers without experts: the norm before it is fused into it, which that before experts is not."""
 
@@ -51,9 +50,9 @@ def experts(
         Rule((f"{LAYER}.{module}.{router}.weight",), f"{HUB}.mlp.router.weight", ("experts", "hidden"),
              when=is_sparse),
         Rule((f"{each}.{gate}.weight", f"{each}.{up}.weight"), f"{HUB}.mlp.experts.linear_fc1.weight*",
-             ("expert-fc1", "hidden"), GATE_UP, "gate-up", is_sparse),
+             ("expert-fc1", "hidden"), GATE_UP, is_sparse),
         Rule((f"{each}.{down}.weight",), f"{HUB}.mlp.experts.linear_fc2.weight*", ("hidden", "expert-ffn"),
-             partition="row", when=is_sparse),
+             when=is_sparse),
     )  # fmt: skip
 
 
