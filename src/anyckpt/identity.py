@@ -23,6 +23,10 @@ class ElementWise(ABC):
     def __call__(self, *arrays: Any) -> Any:
         """From arrays of the operands' numpy types to one of the result's; may be called in any thread."""
 
+    def into(self, out: Any, *arrays: Any) -> None:
+        """The same, put into ``out``, an array of the result's numpy type that none of the operands shares."""
+        out[...] = self(*arrays)
+
     def identity(self) -> Identity:
         return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 

@@ -14,6 +14,20 @@ from anyckpt.errors import AnyckptError
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
 
+CACHED_ELEMENTS = 1 << 16
+"""Elements with which a computation of several steps stays in the processor's cache."""
+
+
+def in_cache(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape in parts of at most ``CACHED_ELEMENTS``, the same part of each; whole if they do not lie in
+    C order."""
+    if arrays[0].size <= CACHED_ELEMENTS or not all(array.flags.c_contiguous for array in arrays):
+        yield arrays
+        return
+    flat = [array.reshape(-1) for array in arrays]
+    for start in range(0, arrays[0].size, CACHED_ELEMENTS):
+        yield tuple(array[start : start + CACHED_ELEMENTS] for array in flat)
+
 
 def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
     """Raise AnyckptError unless the boxes ``[starts, stops)`` cover ``shape`` exactly once.

@@ -38,6 +38,7 @@ from anyckpt.storage.source import ByteSource, MemorySource
 
 _MATERIALISE_LIMIT = 64
 _COPIED_BYTES = 4096
+_COMPUTED_BYTES = 1 << 19  # of the widest operand: all of them stay in the cache
 
 
 class LazyTensor(ABC):
@@ -663,9 +664,9 @@ class Mapped(LazyTensor):
         if out.size == 0:
             return
         widest = max(child.dtype.itemsize for child in self.children)
-        if out.size * widest > SCRATCH_BYTES and out.ndim:
+        if out.size * widest > _COMPUTED_BYTES and out.ndim:
             axis = next(a for a, n in enumerate(out.shape) if n > 1)
-            step = max(1, out.shape[axis] * SCRATCH_BYTES // (out.size * widest))
+            step = max(1, out.shape[axis] * _COMPUTED_BYTES // (out.size * widest))
             for at in range(0, out.shape[axis], step):
                 where = (slice(None),) * axis + (slice(at, at + step),)
                 self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
@@ -674,8 +675,10 @@ class Mapped(LazyTensor):
 
     def _compute(self, start: Shape, out: Array, number: int, operands: tuple[Array, ...]) -> None:
         if number == len(self.children):
-            result = self.function(*operands)
-            out[...] = result.view(self.dtype.raw)
+            if isinstance(self.function, ElementWise) and self.dtype.numpy is not None:
+                self.function.into(out.view(self.dtype.numpy), *operands)
+            else:
+                out[...] = self.function(*operands).view(self.dtype.raw)
             return
         child = self.children[number]
         with scratch(out.size * child.dtype.itemsize) as buffer:
@@ -789,5 +792,10 @@ class Cast(ElementWise):
     target: DType
 
     def __call__(self, array: Array) -> Array:
+        result = np.empty(array.shape, self.target.numpy)
+        self.into(result, array)
+        return result
+
+    def into(self, out: Array, array: Array) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            return array.astype(self.target.numpy)
+            np.copyto(out, array, casting="unsafe")

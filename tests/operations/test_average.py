@@ -250,7 +250,7 @@ def test_views_of_a_mean_are_means_of_views(data: st.DataObject) -> None:
     expected = np.asarray(whole).astype(np.float32)
     mean = mean_of(values, shares)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SCRATCH_BYTES", data.draw(st.sampled_from([64, 200, 1 << 20])))
+        patch.setattr(module, "_BLOCK_ELEMENTS", data.draw(st.sampled_from([8, 25, 1 << 17])))
         assert np.array_equal(mean.numpy(), expected)
         start, stop = sorted((data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))))
         assert np.array_equal(mean[start:stop].numpy(), expected[start:stop])

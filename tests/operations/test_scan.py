@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import UnsafeError
 from anyckpt.operations.steps import statistics as module
-from anyckpt.operations.steps.statistics import Statistics, scan
+from anyckpt.operations.steps.statistics import _PATTERNS, Statistics, counts, scan
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import Constant, Stored, from_array
 
@@ -138,3 +141,22 @@ def test_padding_of_zeros_is_no_repetition() -> None:
     found = scan(Constant(dtype("float32"), (100,)), statistics=True, digest=False).statistics
     assert found is not None
     assert found.zeros == 100
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["bfloat16", "float16", "float32", "float64"]), st.data())
+def test_counts_of_bits_are_those_of_numbers(kind: str, data: st.DataObject) -> None:
+    raw = dtype(kind).raw
+    bits = data.draw(st.lists(st.integers(0, np.iinfo(raw).max), max_size=40))
+    special = [0, *_PATTERNS[kind][1:]]
+    top = 1 << 8 * raw.itemsize - 1
+    edges = [(at + d) % (2 * top) | sign for at in special for d in (-1, 0, 1) for sign in (0, top)]
+    near = data.draw(st.lists(st.sampled_from(edges)))
+    tensor = Stored(MemorySource(np.array(bits + near, raw).tobytes()), 0, dtype(kind), (len(bits) + len(near),))
+    found, whole = counts(tensor), scan(tensor, statistics=True, digest=False).statistics
+    assert whole is not None
+    assert found == replace(whole, min=None, max=None, mean=None, std=None)
+
+
+def test_types_whose_bits_are_not_counted() -> None:
+    assert counts(Stored(MemorySource(b"abcd"), 0, dtype("float8_e4m3fn"), (4,))) is None

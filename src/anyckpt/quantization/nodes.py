@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import ElementWise, Identity
-from anyckpt.indexing import Array, Shape
+from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.numbers import values_of
 from anyckpt.storage.gather import scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored
@@ -104,6 +105,12 @@ class Repeated(LazyTensor):
         small = np.empty(tuple(b - a for a, b in zip(first, last, strict=True)), self.dtype.raw)
         self.child.read_box(first, small)
         spread = [axis for axis, n in enumerate(small.shape) if n > 1 and self.block[axis] > 1]
+        whole = [axis for axis in spread if not begin[axis] % self.block[axis] and not end[axis] % self.block[axis]]
+        if len(spread) == 1 and whole and out.flags.c_contiguous:
+            axis = spread[0]
+            blocks = out.reshape(*out.shape[:axis], -1, self.block[axis], *out.shape[axis + 1 :])
+            np.copyto(blocks, np.expand_dims(small, axis + 1))
+            return
         rows = spread.pop(0) if len(spread) > 1 else None  # copied block by block: rows repeated would be the whole
         for axis in spread:
             small = np.repeat(small, self.block[axis], axis=axis)
@@ -146,6 +153,9 @@ def scaled(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape, to
         block: elements of a block along each axis.
         to: bfloat16, float16 or float32.
     """
+    if scales.dtype.itemsize == 1:
+        products = Product(table, scales.dtype, to)
+        return Mapped((codes, Repeated(scales, block, codes.shape)), to, products)
     return Mapped((codes, Repeated(_numbers(scales), block, codes.shape)), to, Multiply(table, to))
 
 
@@ -192,7 +202,48 @@ class Multiply(ElementWise):
     to: DType
 
     def __call__(self, codes: Array, scales: Array) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):
-            numbers: Array = np.take(self.table, codes.view("u1"))
-            np.multiply(numbers, scales, out=numbers)
-            return numbers if self.to == _FLOAT32 else numbers.astype(self.to.numpy)
+        result = np.empty(codes.shape, self.to.numpy)
+        self.into(result, codes, scales)
+        return result
+
+    def into(self, out: Array, codes: Array, scales: Array) -> None:
+        for number, some, several in in_cache(out, codes.view("u1"), scales):
+            with scratch(4 * some.size) as buffer, np.errstate(over="ignore", invalid="ignore"):
+                numbers = buffer.view(np.float32).reshape(some.shape)
+                np.take(self.table, some, out=numbers, mode="clip")  # any other mode takes a copy of the output
+                np.multiply(numbers, several, out=numbers)
+                np.copyto(number, numbers, casting="unsafe")
+
+
+@dataclass(frozen=True, eq=False)
+class Product(ElementWise):
+    """The number of each code in ``table`` (float32) times its one-byte scale, rounded to ``to``.
+
+    There are so few pairs of them that each product is computed once.
+    """
+
+    table: Array
+    kind: DType
+    to: DType
+
+    def __call__(self, codes: Array, scales: Array) -> Array:
+        result = np.empty(codes.shape, self.to.numpy)
+        self.into(result, codes, scales)
+        return result
+
+    def into(self, out: Array, codes: Array, scales: Array) -> None:
+        products, width = _products(self.table.tobytes(), self.kind, self.to), self.table.size
+        for number, some, several in in_cache(out, codes.view("u1"), scales.view("u1")):
+            with scratch(2 * some.size) as buffer:
+                pairs = buffer.view("u2").reshape(some.shape)
+                np.multiply(several, width, out=pairs, dtype=np.uint16)
+                np.add(pairs, some, out=pairs)
+                np.take(products, pairs, out=number, mode="clip")
+
+
+@lru_cache(maxsize=32)
+def _products(table: bytes, kind: DType, to: DType) -> Array:
+    """By scale and code, in one axis."""
+    numbers = np.frombuffer(table, np.float32)
+    codes = np.arange(numbers.size, dtype=np.uint8)
+    return Multiply(numbers, to)(np.tile(codes, 256), np.repeat(values_of(kind), numbers.size))

@@ -80,19 +80,21 @@ class LowRankSum(LazyTensor):
             for left in range(0, out.shape[1], columns):
                 part = out[top : top + rows, left : left + columns]
                 assert self.dtype.numpy is not None
-                with np.errstate(all="ignore"):
-                    total = self._sum((start[0] + top, start[1] + left), part.shape)
+                with np.errstate(all="ignore"), scratch(part.size * self._computed.itemsize) as buffer:
+                    total = buffer.view(self._computed).reshape(part.shape)
+                    self._sum((start[0] + top, start[1] + left), total)
                     if self.magnitude is not None:
                         total *= self._factors(start[0] + top, part.shape[0])[:, None]
-                    part[...] = total.astype(self.dtype.numpy).view(self.dtype.raw)
+                    np.copyto(part.view(self.dtype.numpy), total, casting="unsafe")
 
     @property
     def _computed(self) -> np.dtype[np.floating]:
         return np.dtype(np.float64 if self.weight.dtype.name == "float64" else np.float32)
 
-    def _sum(self, start: Shape, shape: Shape) -> Array:
-        """A box of the sum before rows are scaled."""
-        total = _read(self.weight, start, shape, self._computed)
+    def _sum(self, start: Shape, total: Array) -> None:
+        """Fill ``total`` with a box of the sum before rows are scaled."""
+        shape = total.shape
+        _read_into(total, self.weight, start)
         width = tile_columns(self.down.shape[0])
         first = self._down.get(lambda: _read(self.down, (0, 0), self.down.shape, self._computed))
         last = (start[0] + shape[0], start[1] + shape[1])
@@ -106,7 +108,6 @@ class LowRankSum(LazyTensor):
                 begin, end = max(left, start[1]), min(left + width, last[1])
                 inside = product[above - top : below - top, begin - left : end - left]
                 total[above - start[0] : below - start[0], begin - start[1] : end - start[1]] += inside
-        return total
 
     def _factors(self, start: int, count: int) -> Array:
         """What rows are multiplied by: magnitude over length."""
@@ -116,7 +117,8 @@ class LowRankSum(LazyTensor):
         if np.isnan(lengths).any():
             rows = max(1, SCRATCH_BYTES // (self.shape[1] * self._computed.itemsize))
             for at in range(0, count, rows):
-                whole = self._sum((start + at, 0), (min(rows, count - at), self.shape[1]))
+                whole = np.empty((min(rows, count - at), self.shape[1]), self._computed)
+                self._sum((start + at, 0), whole)
                 np.square(whole, out=whole)
                 lengths[at : at + rows] = np.sqrt(np.add.reduce(whole, axis=1))
         return _read(self.magnitude, (start,), (count,), self._computed) / lengths
@@ -161,8 +163,13 @@ class _Kept:
 
 def _read(tensor: LazyTensor, start: Shape, shape: Shape, computed: np.dtype[np.floating]) -> Array:
     """A box of a tensor as numbers to compute with."""
-    count = int(np.prod(shape, dtype=np.int64))
-    with scratch(count * tensor.dtype.itemsize) as buffer:
-        raw = buffer.view(tensor.dtype.raw).reshape(shape)
+    numbers = np.empty(shape, computed)
+    _read_into(numbers, tensor, start)
+    return numbers
+
+
+def _read_into(numbers: Array, tensor: LazyTensor, start: Shape) -> None:
+    with scratch(numbers.size * tensor.dtype.itemsize) as buffer:
+        raw = buffer.view(tensor.dtype.raw).reshape(numbers.shape)
         tensor.read_box(start, raw)
-        return as_numbers(raw, tensor.dtype).astype(computed)
+        np.copyto(numbers, as_numbers(raw, tensor.dtype), casting="unsafe")

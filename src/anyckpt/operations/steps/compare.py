@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anyckpt.indexing import CACHED_ELEMENTS
 from anyckpt.operations.steps.threads import Advance
 from anyckpt.tensor import LazyTensor, as_numbers
 
@@ -55,6 +56,7 @@ class _Worst:
         self.max_rel: float | None = None
         self.elements = 0
         self.nonfinite = 0
+        self._gap, self._size = (np.empty(CACHED_ELEMENTS, np.float64) for _ in range(2))
 
     def add(self, a: Array, b: Array, tolerance: Tolerance, same_bits: Array | None) -> None:
         """Account for a chunk whose bits are not all the same.
@@ -65,8 +67,38 @@ class _Worst:
             tolerance: what counts as equal.
             same_bits: where the bits are equal, or None if the types differ.
         """
-        wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
-        a, b = a.astype(wide), b.astype(wide)
+        if "c" in (a.dtype.kind, b.dtype.kind):
+            self._add(a.astype(np.complex128), b.astype(np.complex128), tolerance, same_bits)
+            return
+        for start in range(0, len(a), CACHED_ELEMENTS):
+            some = slice(start, start + CACHED_ELEMENTS)
+            self._add_finite(a[some], b[some], tolerance, None if same_bits is None else same_bits[some])
+
+    def _add_finite(self, a: Array, b: Array, tolerance: Tolerance, same_bits: Array | None) -> None:
+        """Account for real numbers without taking memory, if they are finite; in the general way, if not."""
+        gap, size = self._gap[: len(a)], self._size[: len(a)]
+        np.copyto(gap, a)
+        np.copyto(size, b)
+        np.subtract(gap, size, out=gap)
+        np.abs(gap, out=gap)
+        largest = float(gap.max())
+        if not math.isfinite(largest):
+            self._add(a.astype(np.float64), b.astype(np.float64), tolerance, same_bits)
+            return
+        np.abs(size, out=size)
+        if tolerance.exact and same_bits is not None:
+            equal = same_bits
+        else:
+            equal = (gap == 0) | (gap <= tolerance.absolute + tolerance.relative * size)
+        self.elements += len(a) - int(np.count_nonzero(equal))
+        self.max_abs = max(self.max_abs or 0.0, largest)
+        nonzero = size > 0
+        if nonzero.any():
+            np.divide(gap, size, out=gap, where=nonzero)
+            gap[~nonzero] = 0
+            self.max_rel = max(self.max_rel or 0.0, float(gap.max()))
+
+    def _add(self, a: Array, b: Array, tolerance: Tolerance, same_bits: Array | None) -> None:
         finite = np.isfinite(a) & np.isfinite(b)
         gap = np.abs(a - b)
         if tolerance.exact and same_bits is not None:

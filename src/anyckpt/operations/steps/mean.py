@@ -13,10 +13,11 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import SCRATCH_BYTES, scratch
+from anyckpt.storage.gather import scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers, from_array
 
 _EQUAL_BYTES = 1 << 20
+_BLOCK_ELEMENTS = 1 << 17  # the sum and an operand stay in the processor's cache
 _ACCUMULATORS = {"float16": "float32", "bfloat16": "float32", "float32": "float64", "float64": "float64",
                  "complex64": "complex128", "complex128": "complex128"}  # fmt: skip
 """What sums are kept in: wider than the elements, so that the mean of equal elements is that element, and is rounded
@@ -119,28 +120,28 @@ class Mean(LazyTensor):
     def read_box(self, start: Shape, out: Array) -> None:
         if out.size == 0:
             return
-        if out.size * self._accumulator.itemsize > SCRATCH_BYTES and out.ndim:
+        if out.size > _BLOCK_ELEMENTS and out.ndim:
             axis = next(a for a, n in enumerate(out.shape) if n > 1)
-            step = max(1, out.shape[axis] * SCRATCH_BYTES // (out.size * self._accumulator.itemsize))
+            step = max(1, out.shape[axis] * _BLOCK_ELEMENTS // out.size)
             for at in range(0, out.shape[axis], step):
                 where = (slice(None),) * axis + (slice(at, at + step),)
-                self._compute((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
+                self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
             return
-        self._compute(start, out)
-
-    def _compute(self, start: Shape, out: Array) -> None:
-        total: Any = None
-        with scratch(out.size * self.dtype.itemsize) as buffer, np.errstate(all="ignore"):
-            raw = buffer.view(self.dtype.raw).reshape(out.shape)
-            for child, share in zip(self.children, self._shares, strict=True):
-                child.read_box(start, raw)
-                numbers = as_numbers(raw, self.dtype).astype(self._accumulator)
-                if share != 1.0:
-                    numbers *= share
-                total = numbers if total is None else np.add(total, numbers, out=total)
-            total /= math.fsum(self._shares)
-            assert self.dtype.numpy is not None
-            out[...] = total.astype(self.dtype.numpy).view(self.dtype.raw)
+        assert self.dtype.numpy is not None
+        wide = out.size * self._accumulator.itemsize
+        with scratch(out.size * self.dtype.itemsize) as first, scratch(wide) as second, scratch(wide) as third:
+            raw = first.view(self.dtype.raw).reshape(out.shape)
+            numbers, total = (each.view(self._accumulator).reshape(out.shape) for each in (second, third))
+            with np.errstate(all="ignore"):
+                for number, (child, share) in enumerate(zip(self.children, self._shares, strict=True)):
+                    child.read_box(start, raw)
+                    np.copyto(numbers if number else total, as_numbers(raw, self.dtype))
+                    if share != 1.0:
+                        np.multiply(numbers if number else total, share, out=numbers if number else total)
+                    if number:
+                        np.add(total, numbers, out=total)
+                np.divide(total, math.fsum(self._shares), out=total)
+                np.copyto(out.view(self.dtype.numpy), total, casting="unsafe")
 
     def pieces(self) -> Iterator[Stored]:
         for child in self.children:

@@ -69,9 +69,15 @@ class _Moments:
         self.high: float | None = None
         self.zeros = self.nan = self.inf = self.negative_inf = self.denormals = 0
         self.smallest_normal = smallest_normal
+        self._values, self._deviation = (np.empty(_CHUNK_ELEMENTS, np.float64) for _ in range(2))
+        self._some = np.empty(_CHUNK_ELEMENTS, np.bool_)
 
     def add(self, chunk: Array) -> None:
-        values = chunk.astype(np.float64, copy=False)
+        values = self._values[: len(chunk)]
+        if chunk.itemsize == 1 and chunk.dtype.kind not in "iu":
+            np.take(_numbers_of_a_byte(chunk.dtype), chunk.view(np.uint8), out=values, mode="clip")
+        else:
+            np.copyto(values, chunk, casting="unsafe")
         total = float(values.sum())
         if not math.isfinite(total):
             finite = np.isfinite(values)
@@ -87,18 +93,19 @@ class _Moments:
         low, high = exact.min().item(), exact.max().item()
         self.low = low if self.low is None else min(self.low, low)
         self.high = high if self.high is None else max(self.high, high)
-        zeros = int(np.count_nonzero(values == 0))
-        self.zeros += zeros
         count = len(values)
+        deviation, some = self._deviation[:count], self._some[:count]
+        zeros = int(np.count_nonzero(np.equal(values, 0, out=some)))
+        self.zeros += zeros
         mean = total / count
-        deviation = values - mean
+        np.subtract(values, mean, out=deviation)
         squares = float(np.multiply(deviation, deviation, out=deviation).sum())  # np.dot would start BLAS's threads
         shift, both = mean - self.mean, self.count + count
         self.squares += squares + shift * shift * self.count * count / both
         self.mean += shift * count / both
         self.count = both
         if self.smallest_normal:
-            small = np.abs(values, out=deviation) < self.smallest_normal
+            small = np.less(np.abs(values, out=deviation), self.smallest_normal, out=some)
             self.denormals += int(np.count_nonzero(small)) - zeros
 
     def result(self) -> Statistics:
@@ -150,6 +157,51 @@ def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance
     return Scan(None if moments is None else moments.result(), None if sha is None else sha.hexdigest())
 
 
+_PATTERNS = {
+    "bfloat16": ("<u2", 0x7F80, 0x0080),
+    "float16": ("<u2", 0x7C00, 0x0400),
+    "float32": ("<u4", 0x7F80_0000, 0x0080_0000),
+    "float64": ("<u8", 0x7FF0_0000_0000_0000, 0x0010_0000_0000_0000),
+}
+"""Numbers as integers without their sign: the type, infinity, above which is what is no number, and the smallest
+normal number."""
+
+
+def counts(tensor: LazyTensor, advance: Advance | None = None) -> Statistics | None:
+    """What :func:`scan` counts, from the bits of the elements; None if that is not known of the type.
+
+    Minimum, maximum, mean and deviation are None.
+
+    Raises:
+        FormatError: bytes are missing from a file.
+        UnsafeError: as of :func:`scan`.
+    """
+    pattern = _PATTERNS.get(tensor.dtype.name)
+    if pattern is None:
+        return None
+    _check_expansion(tensor)
+    kind, infinity, normal = np.dtype(pattern[0]), pattern[1], pattern[2]
+    sizes, some = np.empty(_CHUNK_ELEMENTS, kind), np.empty(_CHUNK_ELEMENTS, np.bool_)
+    zeros = nan = inf = negative = denormals = 0
+    for chunk in tensor.chunks(_CHUNK_ELEMENTS * kind.itemsize):
+        bits = chunk.view(kind)
+        size, where = sizes[: len(bits)], some[: len(bits)]
+        np.bitwise_and(bits, np.iinfo(kind).max >> 1, out=size)
+        least, most = size.min(), size.max()
+        if least < normal:
+            nothing = int(np.count_nonzero(np.equal(size, 0, out=where)))
+            zeros += nothing
+            denormals += int(np.count_nonzero(np.less(size, normal, out=where))) - nothing
+        if most >= infinity:
+            nan += int(np.count_nonzero(np.greater(size, infinity, out=where)))
+            infinite = np.equal(size, infinity, out=where)
+            inf += int(np.count_nonzero(infinite))
+            negative += int(np.count_nonzero(bits[infinite] != infinity))
+        if advance is not None:
+            advance(chunk.nbytes)
+    return Statistics(None, None, None, None, zeros, nan, inf, denormals, negative)
+
+
 def _check_expansion(tensor: LazyTensor) -> None:
     if tensor.nbytes <= _LARGE:
         return
@@ -184,11 +236,7 @@ def _real(chunk: Array, name: str) -> Array:
     if chunk.dtype.kind == "b":
         ones: Array = chunk.view(np.uint8) != 0
         return ones.astype(np.uint8)
-    if chunk.dtype.kind in "iu":
-        return chunk
-    if chunk.itemsize == 1:
-        return _numbers_of_a_byte(chunk.dtype)[chunk.view(np.uint8)]
-    return chunk.astype(np.float64)
+    return chunk
 
 
 @cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError
-from anyckpt.operations.steps.statistics import Statistics, scan
+from anyckpt.operations.steps.statistics import Statistics, counts, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
 
@@ -50,7 +50,11 @@ def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
 
     def one(name: str, advance: Advance) -> Statistics | AnyckptError | None:
         try:
-            return scan(tensors[name], statistics=True, digest=False, advance=advance).statistics
+            found = counts(tensors[name], advance)
+            if found is not None and not found.inf:
+                return found
+            again = None if found is not None else advance
+            return scan(tensors[name], statistics=True, digest=False, advance=again).statistics
         except AnyckptError as error:
             return error
 
