@@ -541,17 +541,22 @@ class _Some(Sequence[LazyTensor]):
         return self._pieces[int(self._numbers[index])]
 
 
-class _View(LazyTensor):
-    """A view of one other tensor."""
+class View(LazyTensor):
+    """A tensor that is made of one other; of its type and shape unless a subclass gives it others."""
 
     __slots__ = ("child",)
     child: LazyTensor
+
+    def __init__(self, child: LazyTensor) -> None:
+        self.child = child
+        self.dtype = child.dtype
+        self.shape = child.shape
 
     def pieces(self) -> Iterator[Stored]:
         return self.child.pieces()
 
 
-class Boxed(_View):
+class Boxed(View):
     """A box of a tensor that has no better way to describe it."""
 
     __slots__ = ("start",)
@@ -572,7 +577,7 @@ class Boxed(_View):
         return Boxed(self.child, tuple(a + b for a, b in zip(self.start, start, strict=True)), shape)
 
 
-class Permuted(_View):
+class Permuted(View):
     """Axes in another order; axis ``i`` is the child's axis ``axes[i]``."""
 
     __slots__ = ("axes",)
@@ -602,7 +607,7 @@ class Permuted(_View):
         return self.child.permute(tuple(self.axes[a] for a in axes))
 
 
-class Reshaped(_View):
+class Reshaped(View):
     """The same elements in C order under another shape."""
 
     __slots__ = ()

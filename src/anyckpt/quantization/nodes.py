@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,12 +13,12 @@ from anyckpt.identity import ElementWise, Identity
 from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.numbers import values_of
 from anyckpt.storage.gather import scratch
-from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored
+from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored, View
 
 _BYTE, _FLOAT32 = dtype("uint8"), dtype("float32")
 
 
-class Halved(LazyTensor):
+class Halved(View):
     """The 4-bit codes of bytes that hold two neighbours along an axis, the first in the low half; one code a byte.
 
     Args:
@@ -27,7 +26,7 @@ class Halved(LazyTensor):
         axis: along which there are twice as many codes as bytes.
     """
 
-    __slots__ = ("axis", "child")
+    __slots__ = ("axis",)
 
     def __init__(self, child: LazyTensor, axis: int) -> None:
         self.child = child
@@ -54,9 +53,6 @@ class Halved(LazyTensor):
             others = target[..., 1 - odd :: 2]
             np.right_shift(codes[..., : others.shape[-1]], 4, out=others)
 
-    def pieces(self) -> Iterator[Stored]:
-        return self.child.pieces()
-
     def _box(self, start: Shape, shape: Shape) -> LazyTensor:
         axis = self.axis
         if start[axis] % 2 or shape[axis] % 2:
@@ -73,7 +69,7 @@ class Halved(LazyTensor):
         return Halved(self.child.permute(axes), axes.index(self.axis))
 
 
-class Repeated(LazyTensor):
+class Repeated(View):
     """A tensor whose every element stands for a block of elements, the last block along an axis perhaps cut short.
 
     Args:
@@ -83,7 +79,7 @@ class Repeated(LazyTensor):
         start: how many elements of the first block along each axis are left out.
     """
 
-    __slots__ = ("block", "child", "start")
+    __slots__ = ("block", "start")
 
     def __init__(self, child: LazyTensor, block: Shape, shape: Shape, start: Shape | None = None) -> None:
         self.child = child
@@ -125,9 +121,6 @@ class Repeated(LazyTensor):
             where = (slice(None),) * rows
             at = number - first[rows]
             np.copyto(out[where + (slice(low, high),)], small[where + (slice(at, at + 1),)])  # noqa: RUF005 (see gather)
-
-    def pieces(self) -> Iterator[Stored]:
-        return self.child.pieces()
 
     def _box(self, start: Shape, shape: Shape) -> LazyTensor:
         begin = tuple(a + b for a, b in zip(self.start, start, strict=True))

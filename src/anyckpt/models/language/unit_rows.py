@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,12 +12,12 @@ from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.models.language.rule_operations import Operation
 from anyckpt.storage.gather import SCRATCH_BYTES, scratch
-from anyckpt.tensor import LazyTensor, Stored, as_numbers
+from anyckpt.tensor import LazyTensor, View, as_numbers
 
 _SMALLEST = 1e-12  # of a length that is divided by: torch.nn.functional.normalize's
 
 
-class RowsOfLengthOne(LazyTensor):
+class RowsOfLengthOne(View):
     """A matrix with each row divided by its length, in float64, and rounded once.
 
     A row whose length is 1 as nearly as its type can say stays as it is, so that nothing changes a second time; so
@@ -27,18 +27,10 @@ class RowsOfLengthOne(LazyTensor):
         child: (rows, columns), of a floating-point type that numpy computes with.
     """
 
-    __slots__ = ("child",)
-
-    def __init__(self, child: LazyTensor) -> None:
-        self.child = child
-        self.dtype = child.dtype
-        self.shape = child.shape
+    __slots__ = ()
 
     def identity(self) -> Identity:
         return (self.child,)
-
-    def pieces(self) -> Iterator[Stored]:
-        return self.child.pieces()
 
     def read_box(self, start: Shape, out: Array) -> None:
         columns = self.shape[1]

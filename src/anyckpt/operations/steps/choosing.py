@@ -16,7 +16,7 @@ from anyckpt.indexing import Array, Shape
 from anyckpt.models.complete import some
 from anyckpt.operations.steps.globs import matching
 from anyckpt.operations.steps.renaming import Renamed
-from anyckpt.tensor import LazyTensor, Stored, from_array
+from anyckpt.tensor import LazyTensor, Stored, View, from_array
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -195,15 +195,10 @@ def _is_wanted(name: str, tensor: LazyTensor, checkpoint: Checkpoint) -> bool:
     return marks == {False}
 
 
-class _Apart(LazyTensor):
+class _Apart(View):
     """A tensor that is not wanted: whatever is made of it says so by its pieces."""
 
-    __slots__ = ("child",)
-
-    def __init__(self, child: LazyTensor) -> None:
-        self.child = child
-        self.dtype = child.dtype
-        self.shape = child.shape
+    __slots__ = ()
 
     def identity(self) -> Identity:
         return (self.child,)
