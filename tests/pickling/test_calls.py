@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import io
 import pickle
 import struct
@@ -13,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anyckpt.errors import AnyckptError, FormatError
-from anyckpt.pickling import Calls, load, recording
+from anyckpt.pickling import Calls, Global, Record, dumps, load, recording
 from anyckpt.pickling.callees import kind_of
+from anyckpt.pickling.reach import GETATTR
 
 _CALL = b"cposix\nsystem\n(Vtrue\ntR"
 
@@ -106,12 +109,18 @@ _JUDGED = {
         nemo.core.run torch.jit.unsupported_tensor_ops.execWrapper . types.FunctionType
         hydra.utils.instantiate logging.FileHandler pathlib.PosixPath.unlink dataclasses.make_dataclass
         cloudpickle.cloudpickle.x
+        enum.bltns enum.bltns.eval operator.__builtins__ queue.__builtins__ math.__loader__ statistics.random
+        pathlib.io zipfile.ZipFile gzip.GzipFile sqlite3.Connection mailbox.Maildir dbm.dumb._Database imaplib.IMAP4
+        multiprocessing.Pool unittest.TestProgram tkinter.Tk threading.Thread weakref.finalize
+        torch.nn.modules.module.torch.jit.CompilationUnit torch.nn.modules.os.PathLike torch._tensor.torch
+        torch.distributed.checkpoint.filesystem.pickle.Unpickler numpy.random.mtrand.__builtins__ pandas.HDFStore
+        lightning.pytorch.cli.LightningCLI torch.nn.modules.linear.Linear.__call__
     """,
     "function": """
         torch._C._nn.gelu mine.make __main__.make
     """,
     "class": """
-        mine.Config __main__.Net builtins.ValueError csv.Dialect
+        mine.Config __main__.Net builtins.ValueError torchvision.datasets.MNIST
     """,
     "known": """
         __torch__.Net torch.distributed.remote_device._remote_device
@@ -119,6 +128,9 @@ _JUDGED = {
         numpy.core.multiarray._reconstruct numpy.dtype numpy._core.multiarray.scalar
         numpy.random._pickle.__randomstate_ctor omegaconf.dictconfig.DictConfig argparse.Namespace
         torch.nn.ReLU torch.nn.modules.linear.Linear megatron.core.enums.ModelType pathlib._local.PosixPath
+        csv.Dialect datetime.datetime threading.Lock zoneinfo.ZoneInfo._unpickle weakref.ref _thread.RLock
+        megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan numpy.random._pickle.__bit_generator_ctor
+        numpy.random.mtrand.RandomState torchvision.models.resnet.ResNet collections.deque
         builtins.getattr torch.optim.adamw.AdamW torch.distributed.tensor.placement_types.Shard
         transformers.training_args.OptimizerNames
     """,
@@ -130,6 +142,95 @@ _JUDGED = {
 )
 def test_names_are_judged(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+_HARMLESS_MODULES = [
+    "abc", "array", "ast", "calendar", "cmath", "collections", "collections.abc", "contextlib", "contextvars",
+    "copyreg", "csv", "dataclasses", "datetime", "decimal", "difflib", "enum", "errno", "fractions", "functools",
+    "graphlib", "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "numbers", "operator",
+    "pathlib", "pprint", "queue", "random", "re", "signal", "statistics", "string", "textwrap", "threading", "time",
+    "traceback", "types", "typing", "uuid", "warnings", "weakref",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", _HARMLESS_MODULES)
+def test_no_name_of_a_harmless_module_leads_on(module: str) -> None:
+    """Nor to another module, nor to what every module has."""
+    found = importlib.import_module(module)
+    for name in dir(found):
+        if inspect.ismodule(getattr(found, name)) or (name.startswith("__") and module not in ("copyreg", "numpy")):
+            assert kind_of(f"{module}.{name}") == "code", name
+
+
+# -- functions that a pickle computes --------------------------------------------------------------------------------
+
+_OWNER = Global("collections", "Counter")  # harmless by its name; here a stand-in that has a function ``run``
+
+
+def _function(draw: st.DrawFn) -> Any:
+    """What gives the owner's function ``run``, by every way that there is."""
+    ways: list[Any] = [
+        Record(GETATTR, (_OWNER, "run")),
+        Global("collections", "Counter.run"),
+        Record(Record(Global("functools", "partial"), (GETATTR, _OWNER)), ("run",)),
+        Record(Record(Global("functools", "partial"), (GETATTR,)), (_OWNER, "run")),
+        Record(Global("functools", "reduce"), (GETATTR, ["run"], _OWNER)),
+        _first(Record(Global("builtins", "map"), (GETATTR, [_OWNER], ["run"]))),
+        _first(Record(Global("itertools", "starmap"), (GETATTR, [(_OWNER, "run")]))),
+        Record(Record(Global("operator", "getitem"), ([GETATTR], 0)), (_OWNER, "run")),
+        Record(Record(Global("operator", "getitem"), ({"x": GETATTR}, "x")), (_OWNER, "run")),
+        Record(GETATTR, (_OWNER, Record(Global("operator", "concat"), ("ru", "n")))),
+    ]
+    found = draw(st.sampled_from(ways))
+    for _ in range(draw(st.integers(0, 3))):
+        wrapped: list[Any] = [
+            Record(Global("functools", "partial"), (found,)),
+            Record(Global("operator", "getitem"), ({"k": found}, "k")),
+            _first([found]),
+            Record(Global("functools", "reduce"), (Global("operator", "getitem"), [0], [found])),
+        ]
+        found = draw(st.sampled_from(wrapped))
+    return found
+
+
+def _first(items: Any) -> Record:
+    return Record(Global("operator", "getitem"), (Record(Global("builtins", "list"), (items,)), 0))
+
+
+@st.composite
+def _reaching(draw: st.DrawFn) -> bytes:
+    found = _function(draw)
+    calls: list[Any] = [
+        Record(found, ("x",)),
+        _first(Record(Global("builtins", "map"), (found, ["x"]))),
+        Record(Global("functools", "reduce"), (found, ["x", "y"])),
+        Record(Global("builtins", "list"), (Record(Global("itertools", "accumulate"), (["x", "y"], found)),)),
+        Record(Global("operator", "getitem"), (Record(Global("collections", "defaultdict"), (found,)), "x")),
+    ]
+    raw = dumps(draw(st.sampled_from(calls)), name="t")
+    return raw[:-1] + b"0N." if draw(st.booleans()) else raw
+
+
+@settings(max_examples=300, deadline=None)
+@given(_reaching())
+def test_a_function_that_is_computed_is_told(raw: bytes) -> None:
+    ran: list[Any] = []
+
+    class Owner:
+        @staticmethod
+        def run(*args: Any) -> Any:
+            ran.append(args)
+            return args
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name.partition(".")[0]) == ("collections", "Counter"):
+                return Owner.run if "." in name else Owner
+            return super().find_class(module, name)
+
+    Reader(io.BytesIO(raw)).load()
+    assert ran
+    assert _asked(raw).of_kind("code")
 
 
 # -- against Python's own machine ----------------------------------------------------------------------------------

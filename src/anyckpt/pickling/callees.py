@@ -43,7 +43,8 @@ _CODE = re.compile(
     r"|utils\.(cpp_extension|collect_env|bottleneck|model_zoo|_cpp_extension_versioner)|_inductor|_dynamo|_export"
     r"|distributed\.(rpc|launch|run|elastic)|multiprocessing\.spawn|testing)"
     r"|numpy\.(load|loadtxt|genfromtxt|fromfile|memmap|save\w*|f2py|testing|distutils|ctypeslib|lib\.\w*npyio\w*)"
-    r"|pandas\.(read_\w+|io|eval)|pandas\.core\.computation|transformers\.dynamic_module_utils|hydra\.utils"
+    r"|pandas\.(read_\w+|io|eval|HDFStore|Excel(File|Writer))|pandas\.core\.computation|hydra\.utils"
+    r"|transformers\.(dynamic_module_utils|agents|tools)|(lightning|pytorch_lightning)\.(\w+\.)*(LightningCLI|app)"
     r"|types\.(CodeType|FunctionType|LambdaType|ModuleType)|functools\.(cached_property|singledispatch)"
     r"|operator\.(attrgetter|methodcaller|call)|_operator\.(attrgetter|methodcaller|call)"
     r"|logging\.(config|handlers|FileHandler)|io\.(open|FileIO|open_code|TextIOWrapper)"
@@ -66,33 +67,45 @@ _HARMLESS_BUILTINS = frozenset({
 """What these are given to call is a name too, and judged by itself."""
 
 _KNOWN = re.compile(
-    r"(_codecs\.encode|abc\.\w+|argparse\.Namespace|array\.(array|_array_reconstructor)|cmath\.\w+"
-    r"|collections\.(abc\.)?[A-Za-z]\w*|_collections_abc\.[A-Za-z]\w*|copyreg\.(_reconstructor|__newobj__|__newobj_ex__)"
-    r"|dataclasses\._*[A-Z]\w*|_?datetime\.\w+|_?decimal\.\w+|enum\.\w+|errno\.\w+|fractions\.\w+"
-    r"|_?functools\.(partial|reduce|_lru_cache_wrapper)|_?io\.(BytesIO|StringIO)|inspect\.(_empty|Parameter|Signature)"
-    r"|ipaddress\.\w+|itertools\.\w+|logging\.(Logger|RootLogger|getLogger|StreamHandler|Formatter)|_?random\.Random"
-    r"|math\.\w+|numbers\.\w+|_?operator\.\w+|pathlib\.(_local\.)?\w+|queue\.\w+|re\.(_compile|Pattern|RegexFlag)"
-    r"|signal\.Signals|statistics\.\w+|string\.\w+|_?threading\.Lock|time\.struct_time"
-    r"|types\.(SimpleNamespace|MappingProxyType|GenericAlias|UnionType|NoneType|EllipsisType)|typing\.[A-Z]\w*|uuid\.(UUID|SafeUUID)"
-    r"|_?weakref\.\w+|zoneinfo\.\w+"
+    r"(_codecs\.encode|abc\.(ABC|ABCMeta|abstractmethod)|argparse\.Namespace|array\.(array|_array_reconstructor)"
+    r"|ast\.[A-Z]\w*|calendar\.[A-Z]\w*|cmath\.[a-z]\w*|_collections_abc\.[A-Z]\w*"
+    r"|_?collections\.(abc\.)?([A-Z]\w*|deque|_deque_iterator|defaultdict|namedtuple)|contextlib\.[A-Z]\w*|_?contextvars\.[A-Z]\w*"
+    r"|copyreg\.(_reconstructor|__newobj__|__newobj_ex__)|csv\.[A-Z]\w*|dataclasses\._*[A-Z]\w*"
+    r"|_?datetime\.(date|datetime|time|timedelta|timezone|tzinfo|UTC)|_?(py)?decimal\.[A-Z]\w*|difflib\.[A-Z]\w*"
+    r"|enum\.([A-Z]\w*|auto)|errno\.E\w+|fractions\.[A-Z]\w*|_?functools\.(partial|reduce|_lru_cache_wrapper)"
+    r"|graphlib\.[A-Z]\w*|_?io\.(BytesIO|StringIO)|inspect\.(_empty|Parameter|Signature)|ipaddress\.[A-Z]\w*"
+    r"|itertools\.[a-z]\w*|json\.(JSONEncoder|JSONDecoder|JSONDecodeError)"
+    r"|logging\.(Logger|RootLogger|getLogger|StreamHandler|Formatter|Filter|LogRecord|NullHandler)|_?random\.Random"
+    r"|math\.[a-z]\w*|numbers\.[A-Z]\w*|_?operator\.[a-z]\w*|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path"
+    r"|pprint\.[A-Z]\w*|_?queue\.[A-Z]\w*|re\.(_compile|Pattern|RegexFlag)|signal\.Signals|statistics\.[A-Z]\w*"
+    r"|string\.[A-Z]\w*|textwrap\.[A-Z]\w*|_?thread(ing)?\.(_?R?[Ll]ock(Type)?|Event|Condition|(Bounded)?Semaphore|Barrier)"
+    r"|time\.struct_time|traceback\.[A-Z]\w*|types\.(SimpleNamespace|MappingProxyType|GenericAlias|UnionType|NoneType"
+    r"|EllipsisType)|typing\.[A-Z]\w*|uuid\.(UUID|SafeUUID)|warnings\.[A-Z]\w*"
+    r"|_?weakref\.(ref|proxy|ReferenceType|ProxyType|Weak\w+)|xml\.etree\.ElementTree\.Element"
+    r"|zoneinfo\.(_\w+\.)?ZoneInfo(\._unpickle)?"
     r"|torch\._utils\._rebuild_\w+|torch\._?tensor\._rebuild_from_type(_v2)?|torch\.storage\.\w*Storage"
     r"|torch\.storage\._load_from_bytes|torch\.(\w*(Storage|Tensor)|Size|device|dtype|Generator|memory_format|layout)"
     r"|torch\.(float|bfloat|complex|uint|int|quint|qint|bits|double|half|bool|long|short|cfloat|cdouble)\w*"
     r"|torch\.(per_\w+_(affine|symmetric)\w*|strided|sparse_\w+|contiguous_format|channels_last\w*|preserve_format)"
     r"|torch\.(cuda|sparse|xpu|hpu|npu)\.\w*(Storage|Tensor)|torch\.serialization\._get_layout"
-    r"|torch\._tensor\.\w+|torch\.nn\.parameter\.\w+|torch\.autograd\.variable\.Variable"
-    r"|torch\.distributed\.remote_device\._remote_device|torch\.distributed\.(_?tensor|_?shard|checkpoint|device_mesh|_functional_collectives)\.[\w.]*[A-Z]\w*"
-    r"|torch\.(nn|optim|ao|quantization|amp|distributions)\.([\w]+\.)*_*[A-Z]\w*"
-    r"|numpy\.(_?core\.multiarray\.(_reconstruct|scalar)|_?core\.numeric\._frombuffer|_?core\._internal\.\w+)"
-    r"|numpy\._core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer|_internal\.\w+)|numpy\.(ndarray|dtype)"
+    r"|torch\._tensor\.[A-Z]\w*|torch\.nn\.parameter\.[A-Z]\w*|torch\.autograd\.variable\.Variable"
+    r"|torch\.distributed\.remote_device\._remote_device"
+    r"|numpy\.(_?core\.multiarray\.(_reconstruct|scalar)|_?core\.numeric\._frombuffer|_?core\._internal\.[a-z_]\w*)"
+    r"|numpy\.(ndarray|dtype)|numpy\.dtypes\.[A-Z]\w*"
     r"|numpy\.(bool_?|u?int\w*|float\w*|complex\w*|str_|bytes_|object_|void|datetime64|timedelta64|longlong|generic)"
-    r"|numpy\.dtypes\.\w+|numpy\.random\.(_pickle\.__\w+_ctor|_?\w*\.?__\w+_ctor|[\w.]*[A-Z]\w*)"
+    r"|numpy\.random\._(pickle|generator|mtrand|\w+)\.__\w+_ctor|numpy\.random\.mtrand\.__\w+_ctor"
     r"|numpy\.ma\.(core\.)?(_mareconstruct|MaskedArray)"
-    r"|pandas\._libs\.[\w.]*_unpickle_\w+|pandas\.core\.indexes\.base\._new_Index|pandas\.[\w.]*[A-Z]\w*"
-    r"|(megatron|nemo|lightning|pytorch_lightning|lightning_fabric|lightning_utilities|omegaconf|transformers|peft"
-    r"|accelerate|deepspeed|transformer_engine|apex|trl|datasets|tokenizers|torchmetrics|torchvision|torchaudio"
-    r"|sentence_transformers|timm|fairseq|diffusers)\.([\w]+\.)*_*[A-Z]\w*)\Z"
+    r"|pandas\._libs\.[\w.]*_unpickle_\w+|pandas\.core\.indexes\.base\._new_Index)\Z"
 )
+_KNOWN_CLASSES = re.compile(
+    r"(torch\.distributed\.(_?tensor|_?shard|checkpoint|device_mesh|_functional_collectives)\.[\w.]*[A-Z]\w*"
+    r"|torch\.(nn|optim|ao|quantization|amp|distributions)\.([\w]+\.)*_*[A-Z]\w*|numpy\.random\.[\w.]*[A-Z]\w*"
+    r"|pandas\.[\w.]*[A-Z]\w*"
+    r"|(megatron|nemo|lightning|pytorch_lightning|lightning_fabric|lightning_utilities|omegaconf|transformers|peft"
+    r"|accelerate|deepspeed|transformer_engine|apex|trl|datasets|tokenizers|torchmetrics|sentence_transformers|timm"
+    r"|fairseq|diffusers|(torchvision|torchaudio)(?!\.datasets\.))\.([\w]+\.)*_*[A-Z]\w*)\Z"
+)
+"""Classes of frameworks; a name that leads through another package is none of them."""
 _CLASS = re.compile(r"_*[A-Z]")
 
 
@@ -110,11 +123,20 @@ def kind_of(name: str) -> str:
     if _CODE.match(name) or top in _DANGEROUS or last.lstrip("_") in _REACHED or last in _NAMES_OF_DOERS:
         return "code"
     if _KNOWN.match(name):
-        return "known"
+        # What a module has of every object, such as its __builtins__, is none of its names.
+        return "code" if _DUNDER.match(last) and top not in ("copyreg", "numpy") else "known"
     if not _REACHED.isdisjoint(part.lstrip("_") for part in parts) or any(map(_DUNDER.match, parts[1:])):
         return "code"
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts) or _leads_elsewhere(parts):
         return "code"
-    if _CLASS.match(last):
-        return "class"
-    return "code" if top in sys.stdlib_module_names else "function"
+    if _KNOWN_CLASSES.match(name):
+        return "known"
+    if top in sys.stdlib_module_names:
+        return "code"
+    return "class" if _CLASS.match(last) else "function"
+
+
+def _leads_elsewhere(parts: list[str]) -> bool:
+    """Whether a name reaches code of another package through a module that imports it: ``torch.nn.torch.jit.load``."""
+    inner = (place for place, part in enumerate(parts) if place and part in ("numpy", "pandas", "torch"))
+    return any(kind_of(".".join(parts[place:])) == "code" for place in inner)

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.pickling.callees import KINDS, kind_of
+from anyckpt.pickling.reach import GETATTR, HANDED_ON, applied, applies, handed_on, may_hold, path_of
 from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
 
 _LONGEST_TEXT = 60
 _SHOWN_ARGUMENTS = 4
-_DEEPEST = 20
 _MOST_NAMES = 10_000
 _MOST_FILES = 3
 _MOST_NESTED = 256
 _NESTED_BYTES = 64 << 20
-_GETATTR = Global("builtins", "getattr")
+_MOST_FOLLOWED = 1_000_000
 _OPENERS = frozenset({
     "_io.BytesIO", "io.BytesIO", "pickle.loads", "_pickle.loads", "pickle._loads", "torch.storage._load_from_bytes",
 })  # fmt: skip
@@ -202,9 +202,11 @@ class Tally:
 
     Attributes:
         times: identity of a ``Global`` -> calls; the machine keeps these alive.
+        nested: bytes that are handed to something which reads pickles.
+        unread: why something may be missing here, or None.
     """
 
-    __slots__ = ("_examples", "_results", "_watched", "nested", "times")
+    __slots__ = ("_examples", "_following", "_results", "_watched", "nested", "times", "unread")
 
     def __init__(self) -> None:
         self.times: dict[int, int] = {}
@@ -212,31 +214,43 @@ class Tally:
         self._examples: dict[int, str] = {}
         # Callees that are themselves results, and names met otherwise: dotted name -> [calls, example].
         self._results: dict[str, tuple[int, str | None]] = {}
+        # Calls since getattr was named, of which one may be given it.
+        self._following: list[tuple[Any, tuple[Any, ...]]] | None = None
         self.nested: list[bytes] = []
+        self.unread: str | None = None
 
     def named(self, found: Global, answered: bool = False) -> None:
         """A name was asked for; ``answered``: who reads the pickle has a stand-in, which reads what it is given."""
         self.times[id(found)] = 0
         if answered and found.path in _OPENERS:
             return
-        if found == _GETATTR or found.path in _OPENERS or kind_of(found.path) in ("code", "function"):
+        if found == GETATTR:
+            self._following = []
+        if found == GETATTR or found.path in _OPENERS or applies(found) or kind_of(found.path) in ("code", "function"):
             self._watched.add(id(found))
 
     def called(self, callee: Any, args: tuple[Any, ...]) -> None:
         """A call of a name, or of what a call gave."""
         known = id(callee)
+        if self._following is not None and (type(callee) is Record or may_hold(args)):
+            if len(self._following) < _MOST_FOLLOWED:
+                self._following.append((callee, args))
+            else:
+                self.unread = f"it makes more than {_MOST_FOLLOWED:,} calls beside getattr"
         if type(callee) is Global:
             self.times[known] += 1
             if known in self._watched:
                 self._look(callee, args)
         else:
-            self.note(path_of(callee), 1, args)
+            self.note(path_of(callee, called=True), 1, args)
 
     def take(self, calls: Iterable[tuple[Any, tuple[Any, ...]]]) -> None:
         """Calls of the same stream found in another way: those that are not known yet count."""
         known = {identity for identity, times in self.times.items() if times}
         for callee, args in calls:
-            if id(callee) not in known and (type(callee) is Global or path_of(callee) not in self._results):
+            if id(callee) not in known and (
+                type(callee) is Global or path_of(callee, called=True) not in self._results
+            ):
                 self.called(callee, args)
 
     def note(self, name: str, times: int, args: tuple[Any, ...] = ()) -> None:
@@ -254,7 +268,10 @@ class Tally:
             self.nested += [bytes(part) for part in args if isinstance(part, (bytes, bytearray)) and part]
             left = [part for part in args if hasattr(part, "read") and hasattr(part, "size")]  # left in the file
             self.nested += [part.read(0, min(part.size, _NESTED_BYTES + 1)) for part in left]
-        if callee == _GETATTR:
+        computed = applied(callee, args)
+        if computed is not None:
+            self.note(computed, 0)
+        if callee == GETATTR:
             self.note(path_of(Record(callee, args)), 0)
         elif id(callee) not in self._examples and kind_of(callee.path) in ("code", "function"):
             self._examples[id(callee)] = shown_call(callee.path, args)
@@ -265,26 +282,9 @@ class Tally:
             yield name.path, self.times.get(id(name), 0), self._examples.get(id(name))
         for path, (times, example) in self._results.items():
             yield path, times, example
-
-
-def path_of(callee: Any) -> str:
-    """The dotted name of what is called, through attributes that are asked for and arguments that are bound."""
-    behind: list[str] = []
-    for _ in range(_DEEPEST):
-        if isinstance(callee, Global):
-            return ".".join([callee.path, *reversed(behind)])
-        if not isinstance(callee, (Record, DictRecord)):
-            break
-        args = callee.args
-        if callee.type == _GETATTR and len(args) in (2, 3):
-            behind.append(args[1] if isinstance(args[1], str) else "?")
-            callee = args[0]
-        elif isinstance(callee.type, Global) and callee.type.name == "partial" and args:
-            callee = args[0]
-        else:
-            # An instance, or what a function gave: its methods are those of the name that made it.
-            callee = callee.type
-    return ".".join(["?", *reversed(behind)])
+        given = handed_on(self._following or ())
+        if given is not None:
+            yield HANDED_ON, 1, shown_call(path_of(given[0], called=True), given[1])
 
 
 def shown_call(name: str, args: tuple[Any, ...]) -> str:

@@ -99,6 +99,8 @@ def _record(machine: Machine) -> None:
         return
     file = machine.window.name
     wanted.add(machine.tally.found(machine.names), file)
+    if machine.tally.unread:
+        wanted.unread.setdefault(file, machine.tally.unread)
     for data in machine.tally.nested:
         wanted.keep(data, file)
 
