@@ -14,11 +14,12 @@ from tests.models.remote_code import DECILM, LLAMA3_ROPE, block, decilm_shapes
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config import of_ranks
 from anyckpt.config.layer_blocks import LayerBlock, decode, parse, render, width
 from anyckpt.config.megatron_bridge import Facts, arguments_of, run_config_of
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.layout import Parallelism, cut, join
-from anyckpt.layout.from_megatron_args import geometry_from_args
+from anyckpt.layout import Geometry, Parallelism, cut, join
+from anyckpt.layout.from_config import geometry_of
 from anyckpt.models import Model
 from anyckpt.tensor import LazyTensor, from_array
 
@@ -30,6 +31,10 @@ def model_of(config: dict[str, Any]) -> Model:
     model = models.identify(Checkpoint("x", "x", {}, config=config, config_kind=models.config_kind(config)))
     assert model is not None
     return model
+
+
+def geometry_of_args(arguments: dict[str, Any]) -> Geometry:
+    return geometry_of(of_ranks.sizes(arguments, "megatron-args"))
 
 
 def with_blocks(*blocks: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -268,7 +273,7 @@ def test_norms_of_the_local_implementation() -> None:
 def test_ranks(parallelism: Parallelism) -> None:
     source, model = samples()["llama-nemotron"].open()
     hub = models.to_hub(source, model).tensors
-    geometry = geometry_from_args(models.render_config(model, "megatron-args"))
+    geometry = geometry_of_args(models.render_config(model, "megatron-args"))
     shards = cut(hub, parallelism, geometry)
     ways = parallelism.tensor_parallel
     for shard in shards:
@@ -287,14 +292,14 @@ def test_ranks_go_by_each_layers_own_sizes() -> None:
     swapped = json.loads(arguments[ENCODED])
     blocks = swapped["block_configs"]
     blocks[0], blocks[2] = blocks[2], blocks[0]
-    wrong = geometry_from_args({**arguments, ENCODED: json.dumps(swapped)})
+    wrong = geometry_of_args({**arguments, ENCODED: json.dumps(swapped)})
     with pytest.raises(MappingError, match=r"disagree on this tensor.*128 rows by the configuration.*96 rows"):
         cut(hub, Parallelism(tensor_parallel=2), wrong)
-    shards = cut(hub, Parallelism(tensor_parallel=2), geometry_from_args(arguments))
+    shards = cut(hub, Parallelism(tensor_parallel=2), geometry_of_args(arguments))
     with pytest.raises(MappingError, match=r"disagree on this tensor.*128 rows by the configuration.*96 rows"):
         join(shards, Parallelism(tensor_parallel=2), wrong)
     blocks[5] = render(LayerBlock("none", "linear"), 8, 64)
-    lost = geometry_from_args({**arguments, ENCODED: json.dumps({"block_configs": blocks})})
+    lost = geometry_of_args({**arguments, ENCODED: json.dumps({"block_configs": blocks})})
     with pytest.raises(MappingError, match=r"disagree on the decoder layers .*0 to 5 .*0 to 4"):
         cut(hub, Parallelism(), lost)
 
@@ -302,10 +307,10 @@ def test_ranks_go_by_each_layers_own_sizes() -> None:
 def test_query_groups_of_every_layer_fit_the_ranks() -> None:
     arguments = models.render_config(model_of(with_blocks(block(4, 5.25), block(8, 2.625))), "megatron-args")
     config = with_blocks(block(4, 5.25), block(8, 2.625), num_attention_heads=24, hidden_size=96)
-    uneven = geometry_from_args(models.render_config(model_of(config), "megatron-args"))
+    uneven = geometry_of_args(models.render_config(model_of(config), "megatron-args"))
     with pytest.raises(MappingError, match=r"query groups cannot be spread .*3 query groups"):
         cut({}, Parallelism(tensor_parallel=2), uneven)
-    even = geometry_from_args(arguments)
+    even = geometry_of_args(arguments)
     assert even.query_groups == {1, 2}
     with pytest.raises((MappingError, UsageError), match="disagree on the decoder layers"):
         cut({}, Parallelism(tensor_parallel=2), even)

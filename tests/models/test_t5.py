@@ -17,8 +17,8 @@ from tests.support import fixture_path
 import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config import of_ranks
 from anyckpt.errors import MappingError
-from anyckpt.layout.from_nemo_config import geometry_from_nemo
 from anyckpt.tensor import from_array
 
 
@@ -111,7 +111,7 @@ def test_impossible_sections_of_nemo_1(stack: dict[str, Any], tmp_path: Path) ->
     with pytest.raises(MappingError, match="of the wrong type"):
         models.identify(Checkpoint("x", "nemo", {}, config=config, config_kind="nemo1"))
     with pytest.raises(MappingError, match="of the wrong type"):
-        geometry_from_nemo(config)
+        of_ranks.sizes(config, "nemo1")
 
 
 def test_an_output_layer_that_is_registered_twice() -> None:

@@ -17,7 +17,7 @@ from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.megatron_lm import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.layout import Parallelism
-from anyckpt.layout.from_megatron_args import args_from_parallelism
+from anyckpt.layout.from_run import args_from_parallelism
 from anyckpt.models.dialects.rank_names import fuse_norms
 from anyckpt.operations.steps.cutting import cut_for_ranks
 from anyckpt.operations.steps.joining import join_ranks, open_checkpoint, parallelism_of
@@ -176,7 +176,7 @@ def test_arguments_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
     root = copy_fixture("megatron_gpt_pp3_uneven", tmp_path)
     for path in root.glob(f"*/*/{FILE}"):
         change_rank(path, lambda contents: contents["args"].fields().update(num_layers="5"))
-    with pytest.raises(MappingError, match=r"args\.num_layers"):
+    with pytest.raises(MappingError, match=r"args.*num_layers"):
         open_checkpoint(root)
 
 

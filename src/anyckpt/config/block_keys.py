@@ -41,6 +41,7 @@ _MAMBA = (
     Field("mamba_state_dim", "mamba_state_dim", default=128),
 )
 _ATTENTION = (
+    Field("attention_output_gate", "attention_output_gate", "flag", False),
     Field("softmax_type", "softmax_type", "text", "vanilla"),
     Field("glu_linear_offset", "glu_linear_offset", "number", 0.0),
     Field("activation_func_clamp_value", "activation_func_clamp_value", "number", None),
@@ -67,35 +68,65 @@ _ROUND = "yarn_correction_range_round_to_int"
 _COUNTS = ("num_moe_experts", "num_experts")
 
 
-def parse_blocks(reader: Reader, defaults: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
-    """Hub fields of whatever blocks a Megatron or NeMo configuration switches on.
+def block_sizes(reader: Reader, defaults: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Hub fields that say which blocks a Megatron or NeMo configuration switches on, and of what sizes.
 
     Args:
         reader: the configuration.
         defaults: by key, what its absence means in this model's class.
-        common: hub fields that have been parsed, of every model.
+        common: hub fields that have been parsed, of every model; None where they are not said.
 
     Raises:
         MappingError: a key is of the wrong type.
     """
-    found = {**reader.fields(_ATTENTION, defaults), "mtp_num_layers": reader.integer("mtp_num_layers") or None}
-    found["no_rope_freq"] = _without_rope(reader, found["no_rope_freq"], common["num_layers"])
+    found: dict[str, Any] = reader.fields(_ATTENTION[:1], defaults)
+    pattern, further = _pattern(reader, defaults)
+    found["mtp_num_layers"] = reader.integer("mtp_num_layers") or further
     experts = next((count for key in _COUNTS if (count := reader.integer(key))), None) or defaults.get(_COUNTS[0])
-    pattern = reader.text("hybrid_override_pattern") or defaults.get("hybrid_override_pattern")
     if experts and "E" in (pattern or "E"):  # NeMo 1's megatron_mamba_config.yaml has 16 of which no layer is made
-        found |= {"num_moe_experts": experts, **reader.fields(_EXPERTS, defaults)}
-        found["moe_ffn_hidden_size"] = found["moe_ffn_hidden_size"] or common["ffn_hidden_size"]
-        found["moe_layer_freq"] = _layer_pattern(reader, defaults, common["num_layers"])
+        found["num_moe_experts"] = experts
     blocks = reader.text("heterogeneous_layers_config_encoded_json")
-    if blocks:
+    if blocks and common["num_attention_heads"] and common["hidden_size"]:
         found["heterogeneous_blocks"] = decode(blocks, common["num_attention_heads"], common["hidden_size"])
     if reader.values.get("multi_latent_attention", defaults.get("multi_latent_attention")):
         found |= {"multi_latent_attention": True, **reader.fields(_LATENT, defaults)}
-    if pattern:
+    if pattern or reader.values.get("is_hybrid_model"):
         found |= {"hybrid_override_pattern": pattern, **reader.fields(_MAMBA, defaults)}
-        if found["mamba_num_heads"] is None:  # Megatron-Core's default: twice the model's width
+        if found["mamba_num_heads"] is None and common["hidden_size"]:
+            # Megatron-Core's default: twice the model's width
             found["mamba_num_heads"] = 2 * common["hidden_size"] // max(1, found["mamba_head_dim"])
     return found
+
+
+def parse_blocks(reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The other hub fields of the blocks that are switched on.
+
+    Args:
+        reader: the configuration.
+        defaults: by key, what its absence means in this model's class.
+        found: hub fields that have been parsed, with those of ``block_sizes``.
+
+    Raises:
+        MappingError: a key is of the wrong type.
+    """
+    fields = reader.fields(_ATTENTION[1:], defaults)
+    fields["no_rope_freq"] = _without_rope(reader, fields["no_rope_freq"], found["num_layers"])
+    if found.get("num_moe_experts"):
+        fields |= reader.fields(_EXPERTS, defaults)
+        fields["moe_ffn_hidden_size"] = fields["moe_ffn_hidden_size"] or found["ffn_hidden_size"]
+        fields["moe_layer_freq"] = _layer_pattern(reader, defaults, found["num_layers"])
+    return fields
+
+
+def _pattern(reader: Reader, defaults: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """A letter per layer of a hybrid model, and how many layers of multi-token prediction follow.
+
+    Megatron-Core writes ``/`` before the layers of each of these, and since its ``hybrid_layer_pattern`` ``|`` between
+    pipeline stages.
+    """
+    stated = reader.text("hybrid_layer_pattern") or reader.text("hybrid_override_pattern")
+    body, *further = (stated or defaults.get("hybrid_override_pattern") or "").split("/")
+    return body.replace("|", "") or None, len(further) or None
 
 
 def render_blocks(config: ModelConfig, experts: str = "num_moe_experts") -> dict[str, Any]:

@@ -45,6 +45,7 @@ class BlockConfig:
         mamba_head_dim: width of one.
         mamba_num_groups: groups that share B and C.
         mamba_state_dim: width of the state.
+        attention_output_gate: attention's output is multiplied by a gate, which the fused QKV has beside each query.
         heterogeneous_blocks: what each layer is, where they differ in width, in query groups, or in what they are;
             None if they do not.
         softmax_type: ``vanilla``, or ``learnable`` for an attention sink per head.
@@ -85,6 +86,7 @@ class BlockConfig:
     mamba_head_dim: int | None = None
     mamba_num_groups: int | None = None
     mamba_state_dim: int | None = None
+    attention_output_gate: bool = False
     heterogeneous_blocks: tuple[LayerBlock, ...] | None = None
     softmax_type: str = "vanilla"
     glu_linear_offset: float = 0.0

@@ -41,8 +41,27 @@ _BLOCKS = (
 )
 
 
+def stack_sizes(reader: Reader, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of each stack of an encoder-decoder; nothing for other models.
+
+    Args:
+        reader: Megatron-LM's arguments, or NeMo 1's after ``with_encoder``.
+        common: hub fields that have been parsed, of every model; None where they are not said.
+
+    Raises:
+        MappingError: a key is of the wrong type.
+    """
+    layers = reader.integer("decoder_num_layers")
+    if layers is None:
+        return {}
+    return {
+        "num_layers": layers,
+        "encoder_num_layers": reader.integer("encoder_num_layers") or common["num_layers"],
+    }
+
+
 def parse_encoders(reader: Reader, common: Mapping[str, Any]) -> dict[str, Any]:
-    """Hub fields beyond those of a decoder.
+    """Hub fields beyond those of a decoder and those of ``stack_sizes``.
 
     Args:
         reader: Megatron-LM's arguments, or NeMo 1's after ``with_encoder``.
@@ -52,10 +71,6 @@ def parse_encoders(reader: Reader, common: Mapping[str, Any]) -> dict[str, Any]:
         MappingError: a key is of the wrong type.
     """
     found = reader.fields(_BLOCKS, {})
-    layers = reader.integer("decoder_num_layers")
-    if layers is not None:
-        encoder = reader.integer("encoder_num_layers")
-        found |= {"num_layers": layers, "encoder_num_layers": encoder or common["num_layers"]}
     if common["position_embedding_type"] == "relative":
         found |= reader.fields(RELATIVE, {})
         if common["query_pre_attn_scalar"] is None:

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.config.block_keys import parse_blocks, parse_yarn, render_blocks, render_yarn
+from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.config.elsewhere import elsewhere
-from anyckpt.config.encoder_keys import parse_encoders, render_encoders
-from anyckpt.config.model import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
+from anyckpt.config.encoder_keys import parse_encoders, render_encoders, stack_sizes
+from anyckpt.config.model import (
+    OPTIONAL,
+    Field,
+    ModelConfig,
+    Reader,
+    check,
+    four_widths,
+    render_fields,
+    render_optional,
+    share_of_a_head,
+    whole,
+)
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError
 
-FIELDS = (
+_SIZES = (
     Field("num_layers", "num_layers"),
     Field("hidden_size", "hidden_size"),
-    Field("ffn_hidden_size", "ffn_hidden_size", default=lambda found: 4 * found["hidden_size"]),
+    Field("ffn_hidden_size", "ffn_hidden_size", default=four_widths),
     Field("num_attention_heads", "num_attention_heads"),
-    Field(
-        "kv_channels", "kv_channels", default=lambda found: found["hidden_size"] // max(1, found["num_attention_heads"])
-    ),
-    Field("max_position_embeddings", "max_position_embeddings", default=None),
-    Field("vocab_size", "vocab_size", default=None),
+    Field("kv_channels", "kv_channels", default=share_of_a_head),
     Field("padded_vocab_size", "padded_vocab_size", default=None),
     Field("make_vocab_size_divisible_by", "make_vocab_size_divisible_by", default=128),
+)
+_OTHERS = (
+    Field("max_position_embeddings", "max_position_embeddings", default=None),
+    Field("vocab_size", "vocab_size", default=None),
     Field("normalization", "normalization", "text", "LayerNorm"),
     Field("layernorm_zero_centered_gamma", "apply_layernorm_1p", "flag", False),
     Field("layernorm_epsilon", "norm_epsilon", "number", 1e-5, ("layernorm_epsilon",)),
@@ -44,11 +55,36 @@ FIELDS = (
 """Token ids are ours: Megatron-LM gets them from the tokenizer and ignores these."""
 
 _POSITIONS = ("rope", "learned_absolute", "mrope", "relative", "yarn", "none")
+_WHAT = "checkpoint's args"
+_GATED = ("swiglu", "quick_geglu", "gated_linear_unit", "geglu")
+"""The last is of forks such as MindSpeed."""
+_DEFAULTS = {"kv_lora_rank": 32}
+"""Where Megatron-LM's arguments and ``MLATransformerConfig`` differ."""
 
 
 def has_own_modules(config: ModelConfig) -> bool:
     """Whether NeMo 1 has the model only in its own modules: Megatron-Core has no alibi."""
     return config.position_embedding_type == "alibi"
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide shapes, as far as the arguments say them (see ``of_ranks``).
+
+    Raises:
+        MappingError: an argument is of the wrong type.
+    """
+    reader = Reader(config, _WHAT)
+    found = reader.fields(_SIZES, {}, complete=False)
+    found |= stack_sizes(reader, found)
+    grouped = reader.flag("group_query_attention")
+    groups = reader.integer("num_query_groups") if grouped is not False else None
+    return {
+        **found,
+        "num_query_groups": groups if groups and (grouped or groups > 1) else found["num_attention_heads"],
+        "gated_linear_unit": any([*map(reader.flag, _GATED), reader.text("glu_activation")]),
+        "share_embeddings_and_output_weights": not reader.flag("untie_embeddings_and_output_weights"),
+        **block_sizes(reader, _DEFAULTS, found),
+    }
 
 
 def parse(config: Mapping[str, Any]) -> ModelConfig:
@@ -57,13 +93,13 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         MappingError: an argument is missing or of the wrong type.
     """
-    reader = Reader(config, "checkpoint's args")
-    fields = reader.fields((*FIELDS, *OPTIONAL), {})
+    reader = Reader(config, _WHAT)
+    fields = sizes(config)
+    reader.require(_SIZES, fields)
+    fields |= reader.fields((*_OTHERS, *OPTIONAL), {})
     fields |= parse_encoders(reader, fields)
     fields |= parse_blocks(reader, {}, fields)
     yarn = parse_yarn(reader, {}, fields)
-    grouped = reader.flag("group_query_attention")
-    groups = reader.integer("num_query_groups") if grouped is not False else None
     no_bias, bias = reader.flag("disable_bias_linear"), reader.flag("add_bias_linear")
     rope = {}
     if reader.flag("use_rope_scaling"):
@@ -72,11 +108,8 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
         ModelConfig(
             **fields,
             family="",
-            num_query_groups=groups if groups and (grouped or groups > 1) else fields["num_attention_heads"],
             add_bias_linear=bias if bias is not None else not no_bias,
             activation=_activation(reader),
-            gated_linear_unit=any(map(reader.flag, ("swiglu", "quick_geglu", "gated_linear_unit"))),
-            share_embeddings_and_output_weights=not reader.flag("untie_embeddings_and_output_weights"),
             window_size=reader.pair("window_size"),
             rope_scaling=yarn or from_factors(rope, reader.number("rotary_seq_len_interpolation_factor")),
             dtype=_dtype(reader),
@@ -105,7 +138,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
             remedy=elsewhere(family, config, "Megatron-Core"),
         )  # fmt: skip
     arguments: dict[str, Any] = {
-        **render_fields(FIELDS, config),
+        **render_fields((*_SIZES, *_OTHERS), config),
         **render_optional(config),
         "padded_vocab_size": config.rows,
         "rotary_base": whole(config.rotary_base),

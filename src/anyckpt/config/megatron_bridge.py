@@ -47,6 +47,8 @@ _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
     "expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size",
 )  # fmt: skip
+_LATENT = {"q_lora_rank": 512, "kv_lora_rank": 512}
+"""What ``MLATransformerConfig`` takes where it is told nothing, and Megatron-LM's arguments do not."""
 _LLAMA31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 """Megatron-Core's constants, which a provider can change and arguments cannot."""
 
@@ -92,6 +94,8 @@ def arguments_of(run_config: Mapping[str, Any], path: str, warnings: list[str]) 
         **_vocabulary(fields),
         **_rope(fields, warnings),
     )
+    if fields.get("multi_latent_attention"):
+        arguments = {**{key: value for key, value in _LATENT.items() if key not in fields}, **arguments}
     arguments.update(arguments_of_fields(fields))
     beside = run_config.get(_BESIDE)
     return {**arguments, **beside} if isinstance(beside, Mapping) else arguments

@@ -27,8 +27,13 @@ FEATURES = (
     "hybrid_layer_pattern", "is_hybrid_model", "heterogeneous_block_specs", "heterogeneous_layers_config_path",
     "heterogeneous_layers_config_encoded_json", "attention_output_gate", "experimental_attention_variant",
     "no_rope_freq", "qk_l2_norm", "moe_apply_probs_on_input", "decoder_num_layers", "mcore_bert", "mcore_t5",
+    "glu_activation",
 )  # fmt: skip
-"""Megatron-Core's switches of other architectures: a family that does not know one that is on is not the model's."""
+"""Switches of other architectures: a family that does not know one that is on is not the model's.
+
+They are Megatron-Core's, but for ``glu_activation`` of Megatron-DeepSpeed and Megatron-LLM, whose gate is the second
+half.
+"""
 
 PART_OF, WHOLE_NORMS = "part_of", "whole_norms"
 """Keys of ``ModelConfig.extra``."""
@@ -207,6 +212,24 @@ class _Required:
 REQUIRED = _Required()
 
 
+def four_widths(found: Mapping[str, Any]) -> int | None:
+    """Megatron's default of ``ffn_hidden_size``."""
+    hidden: int | None = found["hidden_size"]
+    return None if hidden is None else 4 * hidden
+
+
+def share_of_a_head(found: Mapping[str, Any]) -> int | None:
+    """Megatron's default of ``kv_channels``."""
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    return None if hidden is None or heads is None else hidden // max(1, heads)
+
+
+def as_many_as_heads(found: Mapping[str, Any]) -> int | None:
+    """Megatron's default of ``num_query_groups``."""
+    heads: int | None = found["num_attention_heads"]
+    return heads
+
+
 @dataclass(frozen=True)
 class Field:
     """A one-to-one correspondence between a hub field and a key of a framework's configuration.
@@ -216,7 +239,7 @@ class Field:
         key: the framework's key; written under it.
         reader: from ``Reader``'s methods: ``integer``, ``number``, ``flag``, ``text`` or ``tokens``.
         default: what it means that the key is absent or null; ``REQUIRED``, a value, or a function of the fields
-            parsed so far (tables are read in order).
+            parsed so far (tables are read in order), of which required ones may be None.
         aliases: further spellings that are read.
     """
 
@@ -239,12 +262,13 @@ class Reader:
         self.values = values
         self.what = what
 
-    def fields(self, table: Iterable[Field], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, table: Iterable[Field], defaults: Mapping[str, Any], *, complete: bool = True) -> dict[str, Any]:
         """Hub fields from a table.
 
         Args:
             table: the correspondence.
             defaults: by key, what its absence means in this model's class; stronger than the table's defaults.
+            complete: refuse a configuration without a required key; else its field is None.
 
         Raises:
             MappingError: a required key is absent or a value is not of its type.
@@ -252,16 +276,21 @@ class Reader:
         found: dict[str, Any] = {}
         for entry in table:
             value = self.read(entry, defaults)
-            if value is None:
-                default = entry.default(found) if callable(entry.default) else entry.default
-                if default is REQUIRED:
-                    raise MappingError(
-                        f"the {self.what} has no {entry.key}",
-                        remedy="give a complete configuration with --config",
-                    )
-                value = default
+            if value is None and entry.default is REQUIRED:
+                if complete:
+                    self.require((entry,), {entry.hub: None})
+            elif value is None:
+                value = entry.default(found) if callable(entry.default) else entry.default
             found[entry.hub] = value
         return found
+
+    def require(self, table: Iterable[Field], found: Mapping[str, Any]) -> None:
+        """Raise MappingError if a required field of the table is not among those found."""
+        for entry in table:
+            if entry.default is REQUIRED and found[entry.hub] is None:
+                raise MappingError(
+                    f"the {self.what} has no {entry.key}", remedy="give a complete configuration with --config"
+                )
 
     def read(self, entry: Field, defaults: Mapping[str, Any]) -> Any:
         """One field's value, or None if its key is absent or null and the defaults do not have it."""

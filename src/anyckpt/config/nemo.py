@@ -10,37 +10,56 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.config.block_keys import parse_blocks, parse_yarn, render_blocks, render_yarn
+from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.config.elsewhere import elsewhere
-from anyckpt.config.encoder_keys import is_encoder_decoder, parse_encoders, render_encoders, sections, with_encoder
+from anyckpt.config.encoder_keys import (
+    is_encoder_decoder,
+    parse_encoders,
+    render_encoders,
+    sections,
+    stack_sizes,
+    with_encoder,
+)
 from anyckpt.config.megatron import has_own_modules
-from anyckpt.config.model import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
+from anyckpt.config.model import (
+    OPTIONAL,
+    Field,
+    ModelConfig,
+    Reader,
+    as_many_as_heads,
+    check,
+    four_widths,
+    render_fields,
+    render_optional,
+    share_of_a_head,
+    whole,
+)
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import NeMo2, Spellings
 from anyckpt.errors import MappingError
 
-_SHARED = (
+_SIZES = (
     Field("num_layers", "num_layers"),
     Field("hidden_size", "hidden_size"),
-    Field("ffn_hidden_size", "ffn_hidden_size", default=lambda found: 4 * found["hidden_size"]),
+    Field("ffn_hidden_size", "ffn_hidden_size", default=four_widths),
     Field("num_attention_heads", "num_attention_heads"),
-    Field("num_query_groups", "num_query_groups", default=lambda found: found["num_attention_heads"]),
-    Field(
-        "kv_channels", "kv_channels", default=lambda found: found["hidden_size"] // max(1, found["num_attention_heads"])
-    ),
+    Field("num_query_groups", "num_query_groups", default=as_many_as_heads),
+    Field("kv_channels", "kv_channels", default=share_of_a_head),
+    Field("share_embeddings_and_output_weights", "share_embeddings_and_output_weights", "flag", True),
+    Field("make_vocab_size_divisible_by", "make_vocab_size_divisible_by", default=128),
+)
+_SHARED = (
     Field("layernorm_epsilon", "layernorm_epsilon", "number", 1e-5),
     Field("init_method_std", "init_method_std", "number", 0.02),
     Field("hidden_dropout", "hidden_dropout", "number", 0.1),
     Field("attention_dropout", "attention_dropout", "number", 0.1),
-    Field("share_embeddings_and_output_weights", "share_embeddings_and_output_weights", "flag", True),
-    Field("make_vocab_size_divisible_by", "make_vocab_size_divisible_by", default=128),
     Field("position_embedding_type", "position_embedding_type", "text", "learned_absolute"),
     Field("rotary_base", "rotary_base", "number", 10000.0),
     Field("rotary_interleaved", "rotary_interleaved", "flag", False),
     Field("qk_layernorm", "qk_layernorm", "flag", False),
 )
 
-NEMO1_FIELDS = (
+_NEMO1_FIELDS = (
     *_SHARED,
     Field("rotary_percent", "rotary_percentage", "number", 1.0),
     Field("add_bias_linear", "bias", "flag", True, ("add_bias_linear",)),
@@ -51,7 +70,8 @@ NEMO1_FIELDS = (
 )
 """Token ids (and ``vocab_size``, the true one) are ours: NeMo 1 gets them from the tokenizer and ignores these."""
 
-NEMO2_FIELDS = (
+_NEMO2_FIELDS = (
+    *_SIZES,
     *_SHARED,
     Field("max_position_embeddings", "seq_length", default=None),
     Field("padded_vocab_size", "vocab_size", default=None),
@@ -87,7 +107,12 @@ _ACTIVATIONS = {
     "relu": ("relu", False),
     "squared-relu": ("squared_relu", False),
 }
+"""NeMo 1 takes the MLP to be gated if the name ends so."""
+_CORES_WORDS = {"add_bias_linear": "bias", "add_qkv_bias": "qkv_bias"}
+_LATENT_DEFAULTS = {"q_lora_rank": 512}
+"""``MLATransformerConfig``'s, which NeMo 1 builds."""
 _POSITIONS = ("rope", "learned_absolute", "yarn", "mrope", "relative", "none")
+_NEMO1 = "model_config.yaml"
 _PRECISIONS = {"bf16": "bfloat16", "16": "float16", "fp16": "float16", "32": "float32"}
 _FUNCTIONS = {
     "silu": "torch.nn.functional.silu",
@@ -117,25 +142,45 @@ _BASE_DEFAULTS = {
 # -- NeMo 1 --------------------------------------------------------------------------------------------------
 
 
+def nemo1_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide shapes, as far as the configuration says them (see ``of_ranks``).
+
+    Raises:
+        MappingError: a key is of the wrong type.
+    """
+    reader = Reader(unwrapped(config), _NEMO1)
+    found = reader.fields(_SIZES, {}, complete=False)
+    found |= stack_sizes(reader, found)
+    stated = reader.flag("gated_linear_unit")
+    return {
+        **found,
+        "padded_vocab_size": reader.integer("override_vocab_size") or reader.integer("padded_vocab_size"),
+        "gated_linear_unit": _activation(reader).endswith("glu") if stated is None else stated,
+        **block_sizes(reader, _LATENT_DEFAULTS, found),
+    }
+
+
 def parse_nemo1(config: Mapping[str, Any]) -> ModelConfig:
     """The hub's configuration from ``model_config.yaml`` or ``hparams.yaml``, of no family yet.
 
     Raises:
         MappingError: a key is missing, of the wrong type or of an unknown value.
     """
-    reader = Reader(unwrapped(config), "model_config.yaml")
-    fields = reader.fields((*NEMO1_FIELDS, *OPTIONAL), {})
+    reader = Reader(unwrapped(config), _NEMO1)
+    fields = nemo1_sizes(config)
+    reader.require(_SIZES, fields)
+    fields |= reader.fields((*_NEMO1_FIELDS, *OPTIONAL), {})
     fields |= parse_encoders(reader, fields)
     fields |= parse_blocks(reader, {}, fields)
     spelled = (reader.text("normalization") or "layernorm").lower()
-    activation = (reader.text("activation") or "gelu").lower()
+    activation = _activation(reader)
     for key, value, table in (("normalization", spelled, _NORMS), ("activation", activation, _ACTIVATIONS)):
         if value not in table:
             raise MappingError(
                 f"model_config.yaml's {key} is unknown", expected=f"one of {', '.join(table)}", found=value
             )
     norm, zero_centered = _NORMS[spelled]
-    function, gated = _ACTIVATIONS[activation]
+    function, _ = _ACTIVATIONS[activation]
     if function == "gelu" and reader.flag("openai_gelu"):
         function = "gelu_tanh"
     factors = {}
@@ -148,11 +193,9 @@ def parse_nemo1(config: Mapping[str, Any]) -> ModelConfig:
             family="",
             max_position_embeddings=reader.integer("max_position_embeddings") or reader.integer("encoder_seq_length"),
             vocab_size=reader.integer("vocab_size") or reader.integer("override_vocab_size"),
-            padded_vocab_size=reader.integer("override_vocab_size") or reader.integer("padded_vocab_size"),
             normalization=norm,
             layernorm_zero_centered_gamma=zero_centered or bool(reader.flag("layernorm_zero_centered_gamma")),
             activation=function,
-            gated_linear_unit=gated,
             window_size=reader.pair("window_size"),
             rope_scaling=from_factors(factors, reader.number("seq_len_interpolation_factor")),
             dtype=_PRECISIONS.get(precision),
@@ -192,7 +235,11 @@ def render_nemo1(family: Spellings, config: ModelConfig, notes: list[str]) -> di
         "virtual_pipeline_model_parallel_size": None,
         "encoder_seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
-        **{key: value for key, value in render_fields(NEMO1_FIELDS, config).items() if not _is_absent(key, value)},
+        **{
+            key: value
+            for key, value in render_fields((*_SIZES, *_NEMO1_FIELDS), config).items()
+            if not _is_absent(key, value)
+        },
         "rotary_base": whole(config.rotary_base),
         "vocab_size": config.vocab_size,
         "override_vocab_size": config.rows,
@@ -231,8 +278,22 @@ def _is_absent(key: str, value: Any) -> bool:
     return value is None and key.endswith("_token_id")
 
 
+def _activation(reader: Reader) -> str:
+    return (reader.text("activation") or "gelu").lower()
+
+
 def unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The model's part of a configuration: training scripts keep it under ``model``, ``hparams.yaml`` under ``cfg``."""
+    """The model's part of a configuration, as NeMo 1 takes it.
+
+    Training scripts keep it under ``model``, ``hparams.yaml`` under ``cfg``.  An encoder-decoder's sections are spelled
+    as Megatron-LM's arguments, and what ``mcore_customization_config`` says in Megatron-Core's words is put on top.
+    """
+    part = _part(config)
+    return _customized(with_encoder(config if part is None else config[part]))
+
+
+def _part(config: Mapping[str, Any]) -> str | None:
+    """The key under which the model's part is, None for none."""
     for key in ("cfg", "model"):
         inner = config.get(key)
         if (
@@ -240,16 +301,24 @@ def unwrapped(config: Mapping[str, Any]) -> Mapping[str, Any]:
             and "num_layers" not in config
             and ("num_layers" in inner or is_encoder_decoder(inner))
         ):
-            return with_encoder(inner)
-    return with_encoder(config)
+            return key
+    return None
+
+
+def _customized(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Also without ``gated_linear_unit`` where NeMo ignores it."""
+    section = config.get("mcore_customization_config")
+    custom: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
+    if not custom and "gated_linear_unit" not in config:
+        return config
+    stated = {key: value for key, value in config.items() if key != "gated_linear_unit"}
+    return {**stated, **{_CORES_WORDS.get(key, key): value for key, value in custom.items()}}
 
 
 def restated(config: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with other values of some keys of its model's part."""
-    for part in ("cfg", "model"):
-        if config.get(part) is unwrapped(config):
-            return {**config, part: {**config[part], **keys}}
-    return {**config, **keys}
+    part = _part(config)
+    return {**config, **keys} if part is None else {**config, part: {**config[part], **keys}}
 
 
 # -- NeMo 2 --------------------------------------------------------------------------------------------------
@@ -275,8 +344,9 @@ def parse_nemo2(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
     reader = Reader(_inner(config), "NeMo 2 configuration")
     known = family.nemo2 or NeMo2("", "", {}, lambda config: "")
     defaults = {**_BASE_DEFAULTS, **known.configs.get(nemo2_class(config) or "", {})}
-    table = (*NEMO2_FIELDS, *OPTIONAL[:1], *known.fields)
+    table = (*_NEMO2_FIELDS, *OPTIONAL[:1], *known.fields)
     fields = reader.fields([entry for entry in table if entry.hub not in known.own], defaults)
+    fields |= block_sizes(reader, defaults, fields)
     fields |= parse_blocks(reader, defaults, fields)
     yarn = parse_yarn(reader, defaults, fields)
     window = None if "window_size" in known.own else _nemo2_window(reader, defaults)
@@ -319,7 +389,7 @@ def render_nemo2(family: Spellings, config: ModelConfig, notes: list[str]) -> di
         "_target_": f"{family.nemo2.module}.{name}",
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
-        **render_fields((*NEMO2_FIELDS, *family.nemo2.fields), config),
+        **render_fields((*_NEMO2_FIELDS, *family.nemo2.fields), config),
         "vocab_size": config.rows,
         "rotary_base": whole(config.rotary_base),
         "activation_func": {"_target_": _FUNCTIONS[config.activation], "_call_": False},

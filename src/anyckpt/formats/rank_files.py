@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout, RankShard
+from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError
 from anyckpt.models.dialects.projections import grouped
@@ -196,8 +197,8 @@ def rank_shards(
     renamed = hub_names(stored, [chunk.source for chunk in chunks])
     heads = 0
     if config.get("megatron_legacy"):
-        stated = config.get("num_attention_heads")
-        if type(stated) is not int or stated < 1 or stated % layout.tensor_parallel:
+        stated = of_ranks.sizes(config, "nemo1")["num_attention_heads"]
+        if not stated or stated % layout.tensor_parallel:
             raise FormatError(
                 "num_attention_heads is needed to order the rows of attention projections of a megatron_legacy model",
                 path=chunks[0].source,

@@ -19,7 +19,7 @@ from anyckpt.errors import UsageError
 from anyckpt.models.bare_names import bare_names
 from anyckpt.models.families import by_name, known_families
 from anyckpt.models.hub import Hub, Model, Named, from_hub, to_hub
-from anyckpt.models.identify import KINDS, config_kind, identify, partitions
+from anyckpt.models.identify import KINDS, config_kind, identify, partitions, with_class_defaults
 from anyckpt.models.language.family import Family
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "partitions",
     "render_config",
     "to_hub",
+    "with_class_defaults",
 ]
 
 _RENDERERS: dict[str, Callable[[Family, ModelConfig, list[str]], dict[str, Any]]] = {

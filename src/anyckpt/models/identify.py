@@ -180,15 +180,15 @@ def _parse(
             return None  # another model of the same class
         _check_traits(family, config)
         return family, config
-    inner = _with_defaults_of_class(config_nemo.unwrapped(values)) if kind == "nemo1" else values
+    inner = with_class_defaults(config_nemo.unwrapped(values)) if kind == "nemo1" else values
     if chosen is None and not inner.keys() >= _TRANSFORMER:
         return None
     parse = config_nemo.parse_nemo1 if kind == "nemo1" else config_megatron.parse
     return _by_traits(parse(inner), inner, chosen, parts, kind)
 
 
-def _with_defaults_of_class(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A NeMo 1 configuration with what its class takes where it says nothing."""
+def with_class_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's part of a NeMo 1 configuration with what its class takes where it says nothing."""
     name = str(values.get("target")).rpartition(".")[2]
     for family in each_family():
         if name in family.nemo1_classes:

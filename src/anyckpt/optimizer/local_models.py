@@ -13,12 +13,14 @@ from itertools import product
 from typing import NamedTuple
 
 from anyckpt.checkpoint import Checkpoint, RankShard
+from anyckpt.config import of_ranks
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.indexing import Shape
 from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.experts import parse as parse_expert
-from anyckpt.layout.from_megatron_args import expert_spelling_from_args, geometry_from_args, parallelism_from_args
+from anyckpt.layout.from_config import geometry_of
+from anyckpt.layout.from_run import expert_spelling_from_args, is_local, parallelism_from_args
 from anyckpt.models import partitions
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.rank_names import part_norms
@@ -188,7 +190,8 @@ def _divided(checkpoint: Checkpoint) -> bool:
 
 def _geometry(checkpoint: Checkpoint, hub: Mapping[str, LazyTensor]) -> Geometry:
     """What partition rules need, with rows of vocabulary as stored, and the experts that there are."""
-    found = geometry_from_args(checkpoint.config if checkpoint.config_kind == "megatron-args" else {})
+    arguments = checkpoint.config if checkpoint.config_kind == "megatron-args" else {}
+    found = geometry_of(of_ranks.sizes(arguments, "megatron-args"), down_parallel=is_local(arguments))
     numbers = [expert.number for name in hub if (expert := parse_expert(name)) is not None]
     rows = hub[_EMBEDDING].shape[0] if _EMBEDDING in hub else None
     return replace(

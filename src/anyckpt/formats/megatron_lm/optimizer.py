@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
+from anyckpt.config import of_ranks
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.formats.megatron_lm.arguments import MOST_RANKS
@@ -235,7 +236,7 @@ class _RankReader:
     ) -> Iterator[tuple[Parameter, dict[str, LazyTensor]]]:
         if buffer.coalesced:
             shard = self.rank.shards[chunk]
-            tied = not self.arguments.get("untie_embeddings_and_output_weights")
+            tied = of_ranks.sizes(self.arguments, "megatron-args")["share_embeddings_and_output_weights"]
             candidates = rules(
                 self.arguments,
                 first_chunk=shard.pipeline_rank == 0 and shard.virtual_rank == 0,

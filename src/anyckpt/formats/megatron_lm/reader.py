@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard, StoredChecksum, TrainingState
+from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file import TorchContents, read_torch
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError, MappingError
@@ -230,7 +231,7 @@ def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) ->
     """
     if first.version >= GROUPED_SINCE:
         return 0
-    heads = _count(config.get("num_attention_heads"))
+    heads: int | None = of_ranks.sizes(config, "megatron-args")["num_attention_heads"]
     if not heads or heads % tensor:
         raise FormatError(
             "args.num_attention_heads is needed to order the rows of attention projections before checkpoint_version 2",

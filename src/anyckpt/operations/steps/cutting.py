@@ -12,10 +12,10 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut, parse_layout
 from anyckpt.layout.division import Padding
-from anyckpt.layout.from_megatron_args import args_from_parallelism, expert_spelling_from_args
+from anyckpt.layout.from_run import args_from_parallelism, expert_spelling_from_args
 from anyckpt.models import partitions
 from anyckpt.operations.steps.extra_states import with_states
-from anyckpt.operations.steps.joining import geometry_of, parallelism_of
+from anyckpt.operations.steps.joining import geometry_of, parallelism_of, run_words
 from anyckpt.operations.steps.renaming import Vocabulary
 from anyckpt.tensor import LazyTensor
 
@@ -252,7 +252,7 @@ def cut_for_ranks(
             found=parallelism.expert_parallel,
             remedy="leave --ep out",
         )
-    spelling = expert_spelling_from_args(checkpoint.config)
+    spelling = expert_spelling_from_args(run_words(checkpoint))
     divide = partial(
         cut, parallelism=parallelism, geometry=geometry, rules=rules, family=partitions(checkpoint, family=family),
         spelling=spelling,

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import GROUP, Checkpoint, OptimizerState
+from anyckpt.config import of_ranks
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.layout import Geometry, Parallelism, join
-from anyckpt.layout.from_megatron_args import geometry_from_args, parallelism_from_args
-from anyckpt.layout.from_nemo_config import geometry_from_nemo, parallelism_from_nemo
+from anyckpt.layout import Geometry, Parallelism, from_config, join
+from anyckpt.layout.from_run import is_local, parallelism_from_args
 from anyckpt.layout.partition import Partition
-from anyckpt.models import partitions
+from anyckpt.models import partitions, with_class_defaults
 from anyckpt.operations.steps.extra_states import joined_states
 from anyckpt.optimizer.state import tagged
 
@@ -128,16 +128,16 @@ def geometry_of(checkpoint: Checkpoint) -> Geometry:
         MappingError: its configuration is not possible.
         UsageError: its configuration is of a kind that describes no ranks.
     """
-    if checkpoint.config_kind == "nemo1":
-        return geometry_from_nemo(checkpoint.config)
-    if checkpoint.config_kind not in (None, "megatron-args"):
+    if checkpoint.config_kind not in (None, *of_ranks.KINDS):
         raise UsageError(
             "no layout of ranks is known for this kind of configuration",
             path=checkpoint.path,
             expected="Megatron arguments or NeMo's configuration",
             found=checkpoint.config_kind,
         )
-    return geometry_from_args(checkpoint.config)
+    words = run_words(checkpoint)
+    sizes = of_ranks.sizes(with_class_defaults(words), checkpoint.config_kind)
+    return from_config.geometry_of(sizes, down_parallel=is_local(words))
 
 
 def parallelism_of(checkpoint: Checkpoint) -> Parallelism:
@@ -146,6 +146,10 @@ def parallelism_of(checkpoint: Checkpoint) -> Parallelism:
     Raises:
         MappingError: its configuration is not possible.
     """
-    if checkpoint.config_kind == "nemo1":
-        return parallelism_from_nemo(checkpoint.config, checkpoint.layout)
-    return parallelism_from_args(checkpoint.config, checkpoint.layout)
+    return parallelism_from_args(run_words(checkpoint), checkpoint.layout)
+
+
+def run_words(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """How a checkpoint's run was divided and its layers built, in the words of Megatron-LM's arguments."""
+    kind = checkpoint.config_kind
+    return of_ranks.run_words(checkpoint.config, kind if kind in of_ranks.KINDS else None)

@@ -1,0 +1,47 @@
+"""What configurations beside files of ranks say: Megatron-LM's arguments and NeMo 1's ``model_config.yaml``.
+
+A model of ranks is joined whether its family is known or not, and whether the configuration is complete or not, so
+this is less than a ``ModelConfig``: what decides shapes, as far as it is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from anyckpt.config import megatron, nemo
+from anyckpt.errors import MappingError
+
+_SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "megatron-args": megatron.sizes,
+    "nemo1": nemo.nemo1_sizes,
+}
+_RUNS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
+    "megatron-args": lambda config: config,
+    "nemo1": nemo.unwrapped,
+}
+
+KINDS = tuple(_SIZES)
+"""Kinds of configuration that are beside files of ranks."""
+
+
+def sizes(config: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """The fields of ``ModelConfig`` that decide shapes; None, or missing, where the configuration does not say.
+
+    Args:
+        config: as stored.
+        kind: one of ``KINDS``, None for none or for a configuration without a name, of which Megatron's keys are read.
+
+    Raises:
+        MappingError: a key is of the wrong type, or a size is negative.
+    """
+    found = _SIZES[kind or "megatron-args"](config)
+    for name, value in found.items():
+        if type(value) is int and value < 0:
+            raise MappingError(f"the configuration's {name} is not possible", expected="a size", found=value)
+    return found
+
+
+def run_words(config: Mapping[str, Any], kind: str | None) -> Mapping[str, Any]:
+    """How the run was divided and its layers built, in the words of Megatron-LM's arguments."""
+    return _RUNS[kind or "megatron-args"](config)
