@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anyckpt
-from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.checkpoint import Checkpoint, OptimizerForm, OptimizerState
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import MappingError
@@ -125,7 +125,11 @@ def test_what_has_the_weights_shape_goes_through_its_rules_and_the_rest_is_refus
     kept = renamed(with_masters(factors, weights), dict)
     assert kept.others == factors.others
     with pytest.raises(MappingError, match="is not Adam.*found master, row_var, step"):
-        laid_out(Checkpoint("x", "torch", weights, optimizer=lambda: kept), "megatron-core")
+        laid_out(
+            Checkpoint("x", "torch", weights, optimizer=lambda: kept),
+            OptimizerForm("x", lambda *both: both[0], True),
+            "megatron-core",
+        )
 
 
 @settings(max_examples=15, deadline=None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.checkpoint import Checkpoint, OptimizerForm, TrainingState
 from anyckpt.containers.dcp.reader import METADATA, DcpContents, read_dcp
 from anyckpt.containers.dcp.writer import dcp_files
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
-from anyckpt.formats.registry import Format, WriteOptions, without_configuration
+from anyckpt.formats.registry import Format, WriteOptions, deferred, without_configuration
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
@@ -151,4 +151,5 @@ FORMAT = Format(
     detect=detect,
     read=read,
     plan=plan,
+    optimizer=OptimizerForm("named", deferred("anyckpt.optimizer.write_named", "write_named")),
 )

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.checkpoint import Checkpoint, OptimizerForm, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import AnyckptError, FormatError, UsageError
@@ -65,7 +65,6 @@ class Format:
         dialect: how this format names weights: ``hf``, a Megatron dialect, or None if any names do.  A function of
             the options, because a ``.nemo`` names them one way flat and another sharded.
         config_kind: spelling of the configuration that ``plan`` expects in ``Checkpoint.config``, or None.
-        single_file: whether the output is one file rather than a directory.
         unknown_names: whether weights of no known naming are written under their own, if the source has a
             configuration: the format is not of one kind of model only.
         sharded: whether it can hold a distributed checkpoint, as ``WriteOptions.sharded`` asks.
@@ -75,6 +74,7 @@ class Format:
             tensor-parallel ranks.
         leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
             ``WriteOptions.megatron_args`` says.
+        optimizer: how it keeps an optimizer's state, None if it has no place for it.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Format:
     plan: Callable[[Checkpoint, WriteOptions], Plan] | None = None
     dialect: Callable[[WriteOptions], str | None] = field(default=lambda options: None)
     config_kind: str | None = None
-    single_file: bool = False
     unknown_names: bool = False
     sharded: bool = False
     adapters: str | None = None
     divides: bool = False
     leaves_out_arguments: bool = False
+    optimizer: OptimizerForm | None = None
 
 
 _BUILT_IN = {

@@ -115,5 +115,4 @@ FORMAT = Format(
     detect=_detect,
     read=_read,
     plan=_plan,
-    single_file=True,
 )

@@ -268,5 +268,4 @@ FORMAT = Format(
     detect=detect,
     read=read,
     plan=plan,
-    single_file=True,
 )

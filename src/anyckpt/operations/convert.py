@@ -259,11 +259,11 @@ def convert(
     cast = cast_weights(renamed.checkpoint.weights(), wanted, keep_in_fp32)
     ready = request.built(_with_cast(renamed.checkpoint, cast.tensors))
     carried = Carried(ready)
-    if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, target.name, cut is not None):
+    if optimizer == "keep" and moves_state(checkpoint, renamed.checkpoint, target, cut is not None):
         rename_state = partial(_renamed_tensors, checkpoint, target, options, family, given, names, request.vocabulary)
         if cut is None and request.expert_parallel is not None:
             ready = replace(ready, layout=replace(ready.layout, expert_parallel=request.expert_parallel))
-        carried = carry_optimizer(checkpoint, ready, target.name, rename_state)
+        carried = carry_optimizer(checkpoint, ready, target, rename_state)
         ready = carried.checkpoint
     elif apart and optimizer == "keep" and checkpoint.training.has_optimizer:
         state_notes = (

@@ -1,8 +1,9 @@
 """Checkpoints of (PyTorch) Lightning: a file, or a directory ``*.ckpt`` of ``meta.pt`` and distributed shards."""
 
+from anyckpt.checkpoint import OptimizerForm
 from anyckpt.formats.lightning.ranks import detect, read
 from anyckpt.formats.lightning.write import plan
-from anyckpt.formats.registry import Format
+from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 
@@ -12,6 +13,6 @@ FORMAT = Format(
     detect=detect,
     read=read,
     plan=plan,
-    single_file=True,
     sharded=True,
+    optimizer=OptimizerForm("numbered", deferred("anyckpt.optimizer.write_numbered", "write_numbered")),
 )

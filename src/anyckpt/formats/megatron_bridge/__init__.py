@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from anyckpt.formats.megatron_bridge.read import detect, read
 from anyckpt.formats.megatron_bridge.write import plan
+from anyckpt.formats.megatron_core import OPTIMIZER
 from anyckpt.formats.registry import Format
 
 __all__ = ["FORMAT"]
@@ -22,4 +23,5 @@ FORMAT = Format(
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     adapters="megatron",
+    optimizer=OPTIMIZER,
 )

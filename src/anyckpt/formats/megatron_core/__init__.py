@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from anyckpt.checkpoint import OptimizerForm
 from anyckpt.formats.megatron_core.location import detect
 from anyckpt.formats.megatron_core.reader import read, read_torch_dist
 from anyckpt.formats.megatron_core.writer import plan, torch_dist_files
-from anyckpt.formats.registry import Format
+from anyckpt.formats.registry import Format, deferred
 
-__all__ = ["FORMAT", "read_torch_dist", "torch_dist_files"]
+__all__ = ["FORMAT", "OPTIMIZER", "read_torch_dist", "torch_dist_files"]
+
+OPTIMIZER = OptimizerForm("model-space", deferred("anyckpt.optimizer.write_model_space", "write_model_space"), True)
 
 FORMAT = Format(
     name="megatron-core",
@@ -19,4 +22,5 @@ FORMAT = Format(
     config_kind="megatron-args",
     leaves_out_arguments=True,
     adapters="megatron",
+    optimizer=OPTIMIZER,
 )

@@ -6,6 +6,9 @@ The default of Megatron-Core before 0.7 and of NeMo 1 until 2024; Megatron-Core 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from anyckpt.formats.megatron_core import OPTIMIZER
 from anyckpt.formats.megatron_core_zarr.reader import detect, is_zarr, read, read_zarr
 from anyckpt.formats.megatron_core_zarr.writer import plan
 from anyckpt.formats.registry import Format
@@ -21,4 +24,5 @@ FORMAT = Format(
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     leaves_out_arguments=True,
+    optimizer=replace(OPTIMIZER, write=None),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from anyckpt.checkpoint import OptimizerForm
 from anyckpt.formats.megatron_lm.location import detect
 from anyckpt.formats.registry import Format, deferred
 
@@ -15,4 +16,5 @@ FORMAT = Format(
     plan=deferred("anyckpt.formats.megatron_lm.writer", "plan"),
     dialect=lambda options: "hub",
     config_kind="megatron-args",
+    optimizer=OptimizerForm("by-rank", deferred("anyckpt.optimizer.write", "left_to_plan"), adam_only=True),
 )

@@ -16,7 +16,6 @@ FORMAT = Format(
     plan=deferred("anyckpt.formats.nemo.write", "plan"),
     dialect=dialect,
     config_kind="nemo1",
-    single_file=True,
     unknown_names=True,
     sharded=True,
     adapters="nemo1",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
+from anyckpt.formats import registry
 from anyckpt.formats.random_states import random_states
+from anyckpt.formats.registry import Format
 from anyckpt.optimizer import has_another_form, holds_optimizer, laid_out, renamed, with_masters, with_optimizer
 from anyckpt.optimizer.parameters import buffers
-from anyckpt.optimizer.state import tag, tagged
+from anyckpt.optimizer.state import DROP, tag, tagged
 from anyckpt.tensor import LazyTensor
 
 _KEPT_OBJECTS = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
@@ -44,24 +47,32 @@ class Carried:
     notes: tuple[str, ...] = ()
 
 
-def moves_state(source: Checkpoint, target: Checkpoint, to: str, cut: bool) -> bool:
+def moves_state(source: Checkpoint, target: Checkpoint, to: Format, cut: bool) -> bool:
     """Whether state cannot stay as it is stored: weights have other names or are cut, ranks held it, or forms differ.
 
     Args:
         source: as opened.
         target: under the target's names.
-        to: name of the target's format.
+        to: the target's format.
         cut: the target is cut for ranks.
     """
     renamed_weights = not set(source.tensors) <= set(target.tensors)
-    other_form = source.training.has_optimizer and has_another_form(to, source.format)
+    other_form = source.training.has_optimizer and _has_another_form(source, to)
     return cut or source.optimizer is not None or renamed_weights or other_form
+
+
+def _has_another_form(source: Checkpoint, to: Format) -> bool:
+    """Whether the target keeps state otherwise than the source, which may be of no format that is known."""
+    own = None
+    with suppress(UsageError):
+        own = registry.by_name(source.format).optimizer
+    return source.format != to.name and has_another_form(to.optimizer, own)
 
 
 def carry_optimizer(
     source: Checkpoint,
     target: Checkpoint,
-    to: str,
+    to: Format,
     rename: Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]],
 ) -> Carried:
     """The target with the source's training state in the form that its format keeps.
@@ -69,7 +80,7 @@ def carry_optimizer(
     Args:
         source: as opened, with all its state.
         target: weights under the target's names.
-        to: name of the target's format.
+        to: the target's format.
         rename: what was done to the weights.
 
     Raises:
@@ -89,21 +100,27 @@ def carry_optimizer(
             raise UsageError(
                 "the optimizer's state is of a kind that is not understood",
                 path=source.path,
-                remedy="leave it out with --optimizer drop",
+                remedy=DROP,
             )
         return Carried(target, frozenset(kept.values()))
+    if to.optimizer is None or to.optimizer.write is None:
+        able = [name for name, known in registry.formats().items() if known.optimizer and known.optimizer.write]
+        raise UsageError(
+            f"{to.name} has no place for optimizer state", path=source.path, expected=", ".join(able),
+            remedy=DROP,
+        )  # fmt: skip
     weights = source.weights()
     state = renamed(with_masters(found.optimizer(), weights), _with_buffers(rename, weights))
     step = source.training.step if source.training.step is not None else state.step
     training = replace(source.training, step=step, has_rng=bool(random))
     bare = replace(target, tensors=target.weights(), model_prefix="", state_prefixes=())
-    ready = laid_out(replace(bare, training=training, optimizer=lambda: state), to)
+    ready = laid_out(replace(bare, training=training, optimizer=lambda: state), to.optimizer, to.name)
     own = {source.model_prefix + name for name in weights}
     tensors = {name for name in source.tensors if name not in own}
     objects = {name for name in source.objects if holds_optimizer(name) or name in _COUNTERS}
     moved = frozenset({*kept.values(), *tensors, *objects})
     left = [name for name in source.objects if name not in moved and name not in ready.objects]
-    ignored = {name: f"{_LEFT[_tail(name)]}: {to} has another, or none" for name in left if _tail(name) in _LEFT}
+    ignored = {name: f"{_LEFT[_tail(name)]}: {to.name} has another, or none" for name in left if _tail(name) in _LEFT}
     ignored.update((name, _RANDOM) for name in left if "rng_state" in name)
     notes = tuple(warning for warning in ready.warnings if warning not in target.warnings)
     return Carried(ready, moved, ignored, (*state.warnings, *notes))
