@@ -214,7 +214,14 @@ def test_what_params_do_not_say() -> None:
     assert (config.ffn_hidden_size, config.max_position_embeddings, config.bos_token_id) == (8192, 131072, 128000)
     assert config.rope_scaling is not None
     assert config.rope_scaling["factor"] == 32.0
-    assert len(notes) == 2
+    assert len(notes) == 3
+    said = {**facts_of, "max_seq_len": 4096, "rope_scaling_factor": 16.0}
+    for key in ("max_seq_len", "rope_scaling_factor"):
+        assert any(note.endswith(f"that says {key}") for note in notes)
+    notes.clear()
+    config = parse(definition, said, {}, notes)
+    assert (config.max_position_embeddings, (config.rope_scaling or {})["factor"]) == (4096, 16.0)
+    assert ["which tokens begin and end a text" in note for note in notes] == [True]
     rows = {"output.weight": from_array(np.zeros((7, 4), "<f4"))}
     assert parse(definition, {**facts_of, "vocab_size": -1}, rows, []).vocab_size == 7
 

@@ -23,6 +23,8 @@ _KNOWN = {
     "rope_theta", "use_scaled_rope", "rope_scaling_factor", "sliding_window", "moe", "max_seq_len", "max_batch_size",
     "rope_freq_base",
 }  # fmt: skip
+_SAY = "if it is another, give a copy of params.json with --config that says"
+"""What a guess ends with, before the key by which ``parse`` takes it."""
 _MISTRAL = ("sliding_window", "hidden_dim")
 _LLAMA_3_VOCABULARY = 128_256
 
@@ -79,8 +81,14 @@ def parse(
     length = reader.integer("max_seq_len")
     if length is None:
         length = _longest(reader, base, vocabulary)
-        notes.append(f"params.json does not say the longest sequence: {length} tokens are taken to be it")
+        notes.append(
+            f"params.json does not say the longest sequence: {length} tokens are taken to be it; {_SAY} max_seq_len"
+        )
     begin, end = (128_000, 128_001) if vocabulary == _LLAMA_3_VOCABULARY else (1, 2)
+    notes.append(
+        f"params.json does not say which tokens begin and end a text: {begin} and {end} are taken; if they are others, "
+        "give the model's config.json with --config"
+    )
     own = {
         "num_moe_experts": experts.integer("num_experts"),
         "moe_router_topk": experts.integer("num_experts_per_tok"),
@@ -227,7 +235,10 @@ def _scaling(reader: Reader, dim: int, notes: list[str]) -> dict[str, Any] | Non
     factor = reader.number("rope_scaling_factor")
     if factor is None:
         factor = 32.0 if dim < 4096 else 8.0
-        notes.append(f"params.json does not say the factor of the scaled rope: {factor:g} is taken to be it")
+        notes.append(
+            f"params.json does not say the factor of the scaled rope: {factor:g} is taken to be it; {_SAY} "
+            "rope_scaling_factor"
+        )
     return from_factors({"scale_factor": factor}, None)
 
 
