@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
+import pytest
+
+from anyckpt.errors import FormatError
+from anyckpt.storage import requests
 from anyckpt.storage.place import SCHEMES, Place, Tree
-from anyckpt.storage.source import ByteSource, MemorySource
+from anyckpt.storage.source import ByteSource, MemorySource, check_filled
 
 Maker = Callable[[bytes, str], ByteSource]
 
@@ -25,6 +30,7 @@ class MemoryPlace(Tree):
 
     def __init__(self, root: str, files: Mapping[str, bytes], make: Maker = MemorySource) -> None:
         super().__init__(root)
+        self.is_far = make is not MemorySource
         self._files = {name: make(data, f"{root}/{name}") for name, data in files.items()}
 
     def listing(self) -> Mapping[str, ByteSource]:
@@ -50,35 +56,45 @@ class Log:
     """What was asked of far sources.
 
     Attributes:
-        requests: offset and length of each, by source.
-        rounds: requests one after another: each begins a round after the last that was answered before it.
-        most: requests at once.
+        requests: source, offset and length of each.
+        rounds: how many were made one after another, were there no other threads: those that are asked for at once
+            count as one, as far as they may fly together; every other read counts by itself.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._flying = 0
         self.requests: list[tuple[str, int, int]] = []
         self.rounds = 0
-        self.most = 0
 
-    @contextmanager
-    def request(self, name: str, offset: int, length: int) -> Iterator[None]:
+    def add(self, name: str, offset: int, length: int) -> None:
         with self._lock:
-            turn = self.rounds + 1
-            self._flying += 1
-            self.most = max(self.most, self._flying)
             self.requests.append((name, offset, length))
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._flying -= 1
-                self.rounds = max(self.rounds, turn)
+            self.rounds += not _together.get()
 
     @property
     def nbytes(self) -> int:
         return sum(length for _, _, length in self.requests)
+
+
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextmanager
+def counting(log: Log) -> Iterator[None]:
+    """Within, requests that are asked for at once count as so many rounds as their number and width make."""
+    real = requests.at_once
+
+    def counted(tasks: Sequence[Callable[[], None]], width: int) -> None:
+        log.rounds += -(-len(tasks) // width)
+        token = _together.set(True)
+        try:
+            real(tasks, width)
+        finally:
+            _together.reset(token)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests, "at_once", counted)
+        yield
 
 
 class FarSource(MemorySource):
@@ -91,12 +107,41 @@ class FarSource(MemorySource):
         self._log = log
         self._latency = latency
 
+    @property
+    def at_once(self) -> int:
+        return 16
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
-        with self._log.request(self.name, offset, len(buffer)):
-            time.sleep(self._latency)
-            super()._read_into(offset, buffer)
+        self._log.add(self.name, offset, len(buffer))
+        time.sleep(self._latency)
+        super()._read_into(offset, buffer)
 
 
-def far(log: Log, latency: float = 0.03) -> Maker:
-    """Makes sources that answer after ``latency`` seconds."""
+def far(log: Log, latency: float = 0.0) -> Maker:
+    """Makes far sources, which answer after ``latency`` seconds."""
     return lambda data, name: FarSource(data, name, log, latency)
+
+
+class FaultySource(FarSource):
+    """A far source that fails, or answers with less, from its ``after``-th read on.
+
+    Args:
+        fault: ``fails`` (as a connection that is reset), ``short`` (as a body that is cut), or ``changed`` (as an
+            object of another entity tag).
+    """
+
+    __slots__ = ("_after", "_fault")
+
+    def __init__(self, data: bytes, name: str, log: Log, fault: str, after: int) -> None:
+        super().__init__(data, name, log, 0.0)
+        self._fault = fault
+        self._after = after
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        if len(self._log.requests) >= self._after:
+            if self._fault == "fails":
+                raise ConnectionResetError(104, "Connection reset by peer")
+            if self._fault == "changed":
+                raise FormatError("changed while it was being read", path=self.name, expected="tag 1", found="tag 2")
+            check_filled(self, offset, len(buffer), len(buffer) // 2)
+        super()._read_into(offset, buffer)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import index
-from typing import Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -33,8 +34,12 @@ from anyckpt.indexing import (
     runs,
     with_axes,
 )
-from anyckpt.storage.gather import SCRATCH_BYTES, gather, scratch
+from anyckpt.storage.gather import SCRATCH_BYTES, Hole, gather, hole, needed, scratch
+from anyckpt.storage.requests import holding, in_few, is_far
 from anyckpt.storage.source import ByteSource, MemorySource
+
+if TYPE_CHECKING:
+    from anyckpt.storage.requests import Wanted
 
 _MATERIALISE_LIMIT = 64
 _COPIED_BYTES = 4096
@@ -87,6 +92,32 @@ class LazyTensor(ABC):
             self.read_box(box_start, out[position : position + count].reshape(box_shape))
             position += count
 
+    @property
+    def is_far(self) -> bool:
+        """Whether reading means waiting, so that many ranges are asked for at once; its first piece tells."""
+        piece = next(self.pieces(), None)
+        return piece is not None and is_far(piece.source)
+
+    def fill(self, start: int, out: Array) -> None:
+        """As ``read_flat``; of a far tensor, what is needed is asked for at once.
+
+        Raises:
+            FormatError: bytes are missing from a file.
+        """
+        if not self.is_far:
+            self.read_flat(start, out)
+            return
+        in_few(
+            lambda first, last: self.read_flat(start + first, out[first:last]),
+            lambda first, last: self.needed(start + first, last - first),
+            0,
+            len(out),
+        )
+
+    def needed(self, start: int, count: int) -> list[Wanted]:
+        """The ranges of far sources that a run of elements needs; reads nothing, except of a node that computes."""
+        return needed(lambda: self.read_flat(start, hole((count,), self.dtype.raw)))
+
     def numpy(self) -> Array:
         """The whole tensor as an array; ml_dtypes types for bfloat16 and fp8, unsigned integers of the element's width
         for what numpy cannot compute with.
@@ -107,7 +138,7 @@ class LazyTensor(ABC):
             )
         out = np.empty(self.shape, dtype=self.dtype.raw)
         if out.size:
-            self.read_box((0,) * self.ndim, out)
+            self.fill(0, out.reshape(-1)) if self.is_far else self.read_box((0,) * self.ndim, out)
         return as_numbers(out, self.dtype)
 
     def chunks(self, nbytes: int = SCRATCH_BYTES) -> Iterator[Array]:
@@ -120,7 +151,7 @@ class LazyTensor(ABC):
         buffer = np.empty(min(step, self.size), dtype=self.dtype.raw)
         for start in range(0, self.size, step):
             part = buffer[: min(step, self.size - start)]
-            self.read_flat(start, part)
+            self.fill(start, part)
             yield as_numbers(part, self.dtype)
 
     # -- facts -----------------------------------------------------------------------------------------------
@@ -668,6 +699,10 @@ class Mapped(LazyTensor):
     def read_box(self, start: Shape, out: Array) -> None:
         if out.size == 0:
             return
+        if isinstance(out, Hole):
+            for child in self.children:
+                child.read_box(start, hole(out.shape, child.dtype.raw))
+            return
         widest = max(child.dtype.itemsize for child in self.children)
         if out.size * widest > _COMPUTED_BYTES and out.ndim:
             axis = next(a for a, n in enumerate(out.shape) if n > 1)
@@ -761,6 +796,11 @@ def mosaic(dtype: DType, shape: Shape, starts: Sequence[Sequence[int]], tiles: S
         if tile.dtype != dtype:
             raise AnyckptError("a piece has another element type", expected=dtype.name, found=tile.dtype.name)
     return _mosaic(dtype, shape, starts, stops, tiles)
+
+
+def held(tensors: Iterable[LazyTensor]) -> AbstractContextManager[None]:
+    """Within, the elements of far tensors are held, asked for at once; they must be few."""
+    return holding(span for tensor in tensors if tensor.is_far for span in tensor.needed(0, tensor.size))
 
 
 def as_numbers(raw: Array, kind: DType) -> Array:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,12 @@ from anyckpt.dtypes import BY_SAFETENSORS, DType, dtype
 from anyckpt.engine.plan import Literal, Part, TensorData
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.escaping import is_text
+from anyckpt.storage.heads import EDGE, read_each
 from anyckpt.storage.source import ByteSource, check_not_pointer
 from anyckpt.tensor import LazyTensor, Stored
+
+if TYPE_CHECKING:
+    from anyckpt.storage.requests import Wanted
 
 HEADER_LIMIT = 100_000_000
 """Bytes of header that the safetensors library accepts."""
@@ -43,6 +47,12 @@ _WRITING_ORDER = (
 """Element types in the order in which the library 0.8 lays tensors out; by name within a type."""
 
 
+def safetensors_steps(source: ByteSource) -> Iterator[Sequence[Wanted]]:
+    """What ``read_safetensors`` reads, in rounds: the first bytes, then the rest of a longer header."""
+    yield [(source, 0, EDGE)]
+    yield [(source, 8, min(HEADER_LIMIT, int.from_bytes(source.read(0, 8), "little")))]
+
+
 def read_safetensors(source: ByteSource) -> tuple[dict[str, LazyTensor], dict[str, str] | None]:
     """The tensors of a file, in the order of its header, and its ``__metadata__``, None if it has none.
 
@@ -52,6 +62,21 @@ def read_safetensors(source: ByteSource) -> tuple[dict[str, LazyTensor], dict[st
         FormatError: the file is truncated, its header is not valid, or ranges do not fit shapes, one another or
             the file.
     """
+    return read_each(_read, [source], safetensors_steps)[0]
+
+
+def read_safetensors_files(
+    sources: Iterable[ByteSource],
+) -> list[tuple[dict[str, LazyTensor], dict[str, str] | None]]:
+    """What ``read_safetensors`` gives of each file; headers of those that are far are asked for at once.
+
+    Raises:
+        FormatError: see ``read_safetensors``.
+    """
+    return read_each(_read, sources, safetensors_steps)
+
+
+def _read(source: ByteSource) -> tuple[dict[str, LazyTensor], dict[str, str] | None]:
     check_not_pointer(source.read(0, min(64, source.size)), source.name)
     if source.size < 8:
         raise _damaged(source, "is too short for a safetensors file", "at least 8 bytes", f"{source.size} bytes")

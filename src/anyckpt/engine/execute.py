@@ -106,7 +106,7 @@ def execute(
     """
     started = time.monotonic()
     place = _place(destination, overwrite)
-    count = worker_count(workers, memory)
+    count = worker_count(workers, memory, plan)
     identity = fingerprint(plan, source_paths)
     if resume and identity.obstacle is not None:
         raise UsageError(
@@ -148,7 +148,7 @@ def run_share(
     """
     started, read_before = time.monotonic(), sources.bytes_read()
     place = _place(destination, overwrite)
-    count = worker_count(workers, memory)
+    count = worker_count(workers, memory, plan)
     identity = _shared_identity(plan, place, source_paths)
     cut = cut_all(plan.files)
     division = Division(plan, cut, share.of, place)
@@ -202,7 +202,7 @@ def finish(
     """
     started = time.monotonic()
     place = _place(destination, overwrite)
-    count = worker_count(workers, memory)
+    count = worker_count(workers, memory, plan)
     identity = _shared_identity(plan, place, source_paths)
     cut = cut_all(plan.files)
     division = Division(plan, cut, of, place)

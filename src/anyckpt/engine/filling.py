@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 from anyckpt.engine.blocks import Block
 from anyckpt.engine.checksum import chunk_digest, crc32
 from anyckpt.engine.files import Bytes
-from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, SourceData, TensorData
+from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, Plan, SourceData, TensorData
 from anyckpt.engine.records import BlockRecord
 from anyckpt.engine.together import read_together
 from anyckpt.errors import AnyckptError, OutputError
+from anyckpt.storage import requests
+from anyckpt.storage.requests import HELD_BYTES, holding
 from anyckpt.tensor import Stored
+
+if TYPE_CHECKING:
+    from anyckpt.storage.requests import Wanted
 
 
 class Filling:
@@ -42,11 +48,12 @@ class Filling:
         elif isinstance(part, Literal):
             out[:] = memoryview(part.data)[piece.start : piece.stop]
         elif isinstance(part, SourceData):
-            part.source.read_into(piece.start, out)
+            with holding([(part.source, piece.start, len(out))]):
+                part.source.read_into(piece.start, out)
         elif isinstance(part, TensorData):
             with _naming(part):
                 itemsize = part.tensor.dtype.itemsize
-                part.tensor.read_flat(piece.start // itemsize, out.view(part.tensor.dtype.raw))
+                part.tensor.fill(piece.start // itemsize, out.view(part.tensor.dtype.raw))
         else:
             out[:] = memoryview(built(self.file, part, [self._crcs.get(i, 0) for i in part.parts]))
         self._position += len(out)
@@ -54,6 +61,35 @@ class Filling:
             self._crcs[piece.part] = crc32(out)
             self.record.crcs.append((piece.part, piece.start, self._crcs[piece.part], len(out)))
         self.record.digests.append((piece.part, piece.start, chunk_digest(out)))
+
+    def needed(self) -> list[Wanted]:
+        """What the whole block needs of far sources."""
+        found: list[Wanted] = []
+        for number, piece in enumerate(self.block.pieces):
+            part = self.part(number)
+            if isinstance(part, SourceData):
+                found.append((part.source, piece.start, piece.stop - piece.start))
+            elif isinstance(part, TensorData) and part.tensor.is_far:
+                itemsize = part.tensor.dtype.itemsize
+                found += part.tensor.needed(piece.start // itemsize, (piece.stop - piece.start) // itemsize)
+        return found
+
+
+def held(filling: Sequence[Filling]) -> AbstractContextManager[None]:
+    """What blocks need of far sources, asked for at once, where it is little enough to be held."""
+    wanted = [one for filled in filling for one in filled.needed()]
+    return holding(wanted if sum(length for _, _, length in wanted) <= HELD_BYTES else ())
+
+
+def is_far(plan: Plan) -> bool:
+    """Whether a plan reads what is waited for."""
+    return any(_is_far(part) for file in plan.files for part in file.parts)
+
+
+def _is_far(part: Part) -> bool:
+    if isinstance(part, SourceData):
+        return requests.is_far(part.source)
+    return isinstance(part, TensorData) and part.tensor.is_far
 
 
 def fill_together(filling: Sequence[Filling], number: int) -> None:

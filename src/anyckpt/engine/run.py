@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from anyckpt.engine.blocks import CHUNK_BYTES, Block, Cut, LatePart
 from anyckpt.engine.checksum import PartSums, chunk_digests
 from anyckpt.engine.destination import Destination
 from anyckpt.engine.files import BlockBuffer, Bytes
-from anyckpt.engine.filling import Filling, built, fill_together
+from anyckpt.engine.filling import Filling, built, fill_together, held, is_far
 from anyckpt.engine.manifest import ManifestEntry
 from anyckpt.engine.plan import Computed, Plan, TensorData
 from anyckpt.engine.records import BlockKey, BlockRecord
@@ -24,6 +24,7 @@ from anyckpt.storage.gather import SCRATCH_BYTES
 
 _MEMORY_PER_WORKER = 16 << 20
 _SYNC_EVERY = 1 << 30
+_FAR_WORKERS = 16
 
 Progress = Callable[[int, int], None]
 Ends = Callable[[Block], tuple[int, int]]
@@ -71,6 +72,7 @@ class Run:
         self._progress = progress
         self._total = total
         self._ends = ends
+        self._far = is_far(plan)
         self._lock = threading.Lock()
         self._unsynced: dict[BlockKey, BlockRecord] = {}
         self._since_sync = 0
@@ -182,11 +184,12 @@ class Run:
             Filling(block, self._plan.files[block.file], buffer.at(block.offset, block.nbytes))
             for block, buffer in zip(gang.blocks, buffers, strict=False)
         ]
-        for number, shared in enumerate(gang.shared):
-            if shared:
-                fill_together(filling, number)
-            for one in filling:
-                one.finish_piece(number, filled=shared, wanted=self._wanted_crcs[one.block.file])
+        with held(filling) if self._far else nullcontext():
+            for number, shared in enumerate(gang.shared):
+                if shared:
+                    fill_together(filling, number)
+                for one in filling:
+                    one.finish_piece(number, filled=shared, wanted=self._wanted_crcs[one.block.file])
         for one in filling:
             self._write_block(one.block, one.memory, one.record)
             yield (one.block.file, one.block.offset), one.block.nbytes, one.record
@@ -265,8 +268,10 @@ class Run:
             self._progress(done, self._total)
 
 
-def worker_count(workers: int | None, memory: int) -> int:
+def worker_count(workers: int | None, memory: int, plan: Plan) -> int:
     """How many threads to use: as many as processors, up to 8, unless said; no more than ``memory`` allows.
+
+    Where reads are waited for, they are more: while some wait, others write.
 
     Raises:
         UsageError: it does not allow one, or less than one is asked for.
@@ -276,7 +281,8 @@ def worker_count(workers: int | None, memory: int) -> int:
         raise UsageError("too little memory for one thread", expected=f"at least {_MEMORY_PER_WORKER}", found=memory)
     if workers is not None and workers < 1:
         raise UsageError("at least one worker is needed", found=workers)
-    return min(workers or min(8, max(2, os.cpu_count() or 2)), affordable)
+    usual = _FAR_WORKERS if is_far(plan) else min(8, max(2, os.cpu_count() or 2))
+    return min(workers or usual, affordable)
 
 
 def of_files(cut: Cut, numbers: Sequence[int]) -> Iterator[Block]:

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
-from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.distributed import Piece, is_sharded_tensor, mesh_of, piece_of, sharded_pieces
 from anyckpt.containers.torch_file.values import DistributedTensor, brief
@@ -56,7 +56,7 @@ def read(location: Location) -> Checkpoint:
             "the rank files are of another number of ranks than their settings", path=location.join(_SETTINGS),
             expected=f"world_size {len(files)}, as the files' names say", found=settings["world_size"], remedy=_GATHER,
         )  # fmt: skip
-    opened = [read_torch(location.place.open(file)) for file in files]
+    opened = read_torch_files(map(location.place.open, files))
     joined = _Joined(location.path, len(files))
     states = [_state_dict(contents.root, file) for contents, file in zip(opened, files, strict=True)]
     tensors, objects = joined.join(states, files)
@@ -265,7 +265,7 @@ def _optimizer(
             "the optimizer's rank files are of another save than the model's", path=location.path,
             expected=f"{world} ranks", found=f"{len(files)} ranks", remedy=_GATHER,
         )  # fmt: skip
-    opened = [read_torch(location.place.open(file)) for file in files]
+    opened = read_torch_files(map(location.place.open, files))
     roots = [contents.root for contents in opened]
     if not all(isinstance(root, dict) and isinstance(root.get("state"), dict) for root in roots):
         warnings.append(f"the optimizer's state is of another form than torch.optim's and not read: {files[0]}")

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
-from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
+from anyckpt.containers.safetensors import read_safetensors, safetensors_parts, safetensors_steps
 from anyckpt.containers.torch_file import parts, read_torch
 from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.containers.torch_file.forms import Forms, forms_of, joined
+from anyckpt.containers.torch_file.reader import torch_steps
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.rank_safetensors import (
@@ -29,6 +30,7 @@ from anyckpt.formats.rank_safetensors import (
 )
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.safetensors import told_of_parts, weights_only
+from anyckpt.storage.heads import read_each
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
@@ -172,7 +174,16 @@ def read_weight_file(location: Location, name: str, beside: Beside) -> dict[str,
     Raises:
         FormatError: it is damaged, or holds no state dict.
     """
-    source = location.open(name)
+    return _read_weight_files(location, [name], beside)[0]
+
+
+def _read_weight_files(location: Location, names: list[str], beside: Beside) -> list[dict[str, LazyTensor]]:
+    steps = torch_steps if names[0].endswith((".bin", ".pt")) else safetensors_steps
+    left = iter(names)
+    return read_each(lambda source: _tensors(source, next(left), beside), map(location.open, names), steps)
+
+
+def _tensors(source: ByteSource, name: str, beside: Beside) -> dict[str, LazyTensor]:
     if not name.endswith((".bin", ".pt")):
         tensors, metadata = read_safetensors(source)
         part = part_of(source.name, tensors, metadata or {})
@@ -219,8 +230,7 @@ def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[s
             path=location.path, remedy="copy the missing files from the model's origin",
         )  # fmt: skip
     tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        found = read_weight_file(location, file, beside)
+    for file, found in zip(files, _read_weight_files(location, files, beside), strict=True):
         for name in found:
             if where.get(name) != file:
                 raise FormatError(
@@ -295,8 +305,8 @@ def _read_tuned(location: Location, parts: list[re.Match[str]], beside: Beside) 
 def _read_together(location: Location, names: list[str], beside: Beside) -> dict[str, LazyTensor]:
     """The tensors of several files, each of which is in one only."""
     tensors: dict[str, LazyTensor] = {}
-    for name in names:
-        for key, tensor in read_weight_file(location, name, beside).items():
+    for name, found in zip(names, _read_weight_files(location, names, beside), strict=True):
+        for key, tensor in found.items():
             if key in tensors:
                 raise FormatError("is in two weight files", path=location.join(name), tensor=key)
             tensors[key] = tensor

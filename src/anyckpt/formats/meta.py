@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum
-from anyckpt.containers.safetensors import read_safetensors
+from anyckpt.containers.safetensors import read_safetensors_files
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.hf import other_files, read_json, tokenizer_of
@@ -94,7 +94,7 @@ def read(location: Location) -> Checkpoint:
     parts = sorted((name for name in location.names if _PART.fullmatch(name)), key=_number)
     details: dict[str, Any] = {}
     if parts:
-        files = [_read_part(location, name, warnings, checksums) for name in parts]
+        files = _read_parts(location, parts, warnings, checksums)
         _check_all_there(location.path, files, config)
         tensors = _joined(location, files)
         details["parts"] = len(files)
@@ -123,18 +123,23 @@ def _number(name: str) -> int:
     return int(match[1])
 
 
-def _read_part(location: Location, name: str, warnings: list[str], checksums: list[StoredChecksum]) -> _File:
-    from anyckpt.containers.torch_file import read_torch
+def _read_parts(
+    location: Location, names: Sequence[str], warnings: list[str], checksums: list[StoredChecksum]
+) -> list[_File]:
+    from anyckpt.containers.torch_file import read_torch_files
     from anyckpt.containers.torch_file.checksums import stored_checksums
 
-    source = location.open(name)
-    contents = read_torch(source)
-    warnings.extend(contents.warnings)
-    checksums.extend(stored_checksums(contents))
-    root = contents.root
-    if not isinstance(root, Mapping) or not all(isinstance(value, LazyTensor) for value in root.values()):
-        raise FormatError("does not hold a state dict", path=source.name, expected="a dict of tensors alone")
-    return _File(name, {str(key): value for key, value in root.items()})
+    files: list[_File] = []
+    for name, contents in zip(names, read_torch_files(map(location.open, names)), strict=True):
+        warnings.extend(contents.warnings)
+        checksums.extend(stored_checksums(contents))
+        root = contents.root
+        if not isinstance(root, Mapping) or not all(isinstance(value, LazyTensor) for value in root.values()):
+            raise FormatError(
+                "does not hold a state dict", path=location.join(name), expected="a dict of tensors alone"
+            )
+        files.append(_File(name, {str(key): value for key, value in root.items()}))
+    return files
 
 
 def _check_all_there(path: str, files: Sequence[_File], config: Mapping[str, Any]) -> None:
@@ -257,8 +262,7 @@ def _read_shards(location: Location, details: dict[str, Any]) -> dict[str, LazyT
                 remedy="copy the missing files from the model's origin",
             )  # fmt: skip
     tensors: dict[str, LazyTensor] = {}
-    for name in names:
-        found, metadata = read_safetensors(location.open(name))
+    for name, (found, metadata) in zip(names, read_safetensors_files(map(location.open, names)), strict=True):
         for key, tensor in found.items():
             if key in tensors:
                 raise FormatError("is in two weight files", path=location.join(name), tensor=key)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Part
-from anyckpt.containers.safetensors import read_safetensors
+from anyckpt.containers.safetensors import read_safetensors_files
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.indexing import Shape
 from anyckpt.storage.place import Location
@@ -77,9 +77,8 @@ def read_rank_files(
     ranks = _check_names(location.path, names)
     parts: dict[str, list[tuple[Shape, LazyTensor]]] = {}
     first: dict[str, str] = {}
-    for name in names:
+    for name, (tensors, metadata) in zip(names, read_safetensors_files(map(location.open, names)), strict=True):
         path = location.join(name)
-        tensors, metadata = read_safetensors(location.open(name))
         for tensor, start in _starts(path, tensors, metadata or {}).items():
             parts.setdefault(tensor, []).append((start, tensors[tensor]))
             first.setdefault(tensor, path)

@@ -24,6 +24,7 @@ from anyckpt.formats.foreign import refusal
 from anyckpt.formats.unfinished import check_finished
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
+from anyckpt.storage.heads import small_files
 from anyckpt.storage.members import NotArchiveError, is_archive, is_gzip
 from anyckpt.storage.place import ArchivePlace, Location, Place, look_at, look_in
 from anyckpt.storage.source import check_not_pointer
@@ -322,7 +323,7 @@ def read(path: str | os.PathLike[str] | Location, *, force: bool = False) -> Che
     location = look_at(path)
     if not force:
         check_finished(location)
-    with recording() as calls:
+    with recording() as calls, small_files(location):
         try:
             checkpoint = _read_there(location, force)
         except AnyckptError as error:

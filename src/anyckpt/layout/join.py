@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from anyckpt.checkpoint import RankShard
 from anyckpt.errors import MappingError, UsageError
@@ -13,7 +14,7 @@ from anyckpt.layout.geometry import Geometry, Parallelism
 from anyckpt.layout.names import Name, Names, check_parallel, listed, stack_sizes
 from anyckpt.layout.partition import Partition, Rules
 from anyckpt.layout.pipeline import Chunk, chunks, parse_layout
-from anyckpt.layout.replicas import SMALL, Replicas, compare
+from anyckpt.layout.replicas import SMALL, Replicas, compare, compared
 from anyckpt.tensor import LazyTensor
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -282,17 +283,21 @@ def _untie(joined: Joined, geometry: Geometry) -> None:
 def _verify(joined: Joined, everything: bool | None) -> None:
     if everything is False:
         return
-    for replicas in joined.replicas:
-        if replicas.tied:
-            for _, count in replicas.differences():
-                # Megatron-Core 0.16 allocates but never trains this copy where multi-token prediction has its own
-                if any(name.startswith("mtp.") for name in joined.tensors):
-                    joined.warnings += compare([replicas])
-                else:
-                    found = f"{count} of {replicas.copies[0][1].size} elements differ"
-                    raise _not_tied(replicas.name, "no difference", found)
-        elif everything or replicas.nbytes <= SMALL:
+    due = [one for one in joined.replicas if one.tied or everything or one.nbytes <= SMALL]
+    compared(due, partial(_check, joined))
+
+
+def _check(joined: Joined, replicas: Replicas) -> None:
+    if not replicas.tied:
+        joined.warnings += compare([replicas])
+        return
+    for _, count in replicas.differences():
+        # Megatron-Core 0.16 allocates but never trains this copy where multi-token prediction has its own
+        if any(name.startswith("mtp.") for name in joined.tensors):
             joined.warnings += compare([replicas])
+        else:
+            found = f"{count} of {replicas.copies[0][1].size} elements differ"
+            raise _not_tied(replicas.name, "no difference", found)
 
 
 def _not_tied(name: str, expected: str, found: str) -> MappingError:

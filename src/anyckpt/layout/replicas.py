@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from anyckpt.checkpoint import storage_key
-from anyckpt.tensor import LazyTensor
+from anyckpt.storage.requests import HELD_BYTES
+from anyckpt.tensor import LazyTensor, held
 
 _BLOCK = 1 << 20  # bytes of each copy that are compared at a time
 SMALL = 64 << 20
@@ -69,3 +70,26 @@ def compare(replicas: Iterable[Replicas]) -> list[str]:
             )
             warnings.append(f"{entry.name} differs between ranks: {ranks}; took that of {entry.copies[0][0]}")
     return warnings
+
+
+def compared(replicas: Iterable[Replicas], compare: Callable[[Replicas], None]) -> None:
+    """Call ``compare`` for each entry, with what small far ones hold asked for many at once."""
+    for batch in _batches(replicas):
+        with held(copy for entry in batch if len(batch) > 1 for _, copy in entry.copies):
+            for entry in batch:
+                compare(entry)
+
+
+def _batches(replicas: Iterable[Replicas]) -> Iterator[list[Replicas]]:
+    """Entries in their order, as many at a time as are small enough to be held."""
+    batch: list[Replicas] = []
+    nbytes = 0
+    for entry in replicas:
+        own = entry.nbytes * len(entry.copies)
+        if batch and nbytes + own > HELD_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(entry)
+        nbytes += own
+    if batch:
+        yield batch

@@ -12,7 +12,7 @@ from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import ElementWise, Identity
 from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.numbers import values_of
-from anyckpt.storage.gather import scratch
+from anyckpt.storage.gather import Hole, hole, scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored, View
 
 _BYTE, _FLOAT32 = dtype("uint8"), dtype("float32")
@@ -43,6 +43,9 @@ class Halved(View):
         axis, low, high = self.axis, start[self.axis], start[self.axis] + out.shape[self.axis]
         first, last = low // 2, -(-high // 2)
         shape = (*out.shape[:axis], last - first, *out.shape[axis + 1 :])
+        if isinstance(out, Hole):
+            self.child.read_box((*start[:axis], first, *start[axis + 1 :]), hole(shape, self.child.dtype.raw))
+            return
         with scratch(math.prod(shape)) as buffer:
             pairs = buffer.reshape(shape)
             self.child.read_box((*start[:axis], first, *start[axis + 1 :]), pairs)
@@ -98,7 +101,11 @@ class Repeated(View):
         end = [a + n for a, n in zip(begin, out.shape, strict=True)]
         first = tuple(a // size for a, size in zip(begin, self.block, strict=True))
         last = tuple(-(-b // size) for b, size in zip(end, self.block, strict=True))
-        small = np.empty(tuple(b - a for a, b in zip(first, last, strict=True)), self.dtype.raw)
+        shape = tuple(b - a for a, b in zip(first, last, strict=True))
+        if isinstance(out, Hole):
+            self.child.read_box(first, hole(shape, self.dtype.raw))
+            return
+        small = np.empty(shape, self.dtype.raw)
         self.child.read_box(first, small)
         spread = [axis for axis, n in enumerate(small.shape) if n > 1 and self.block[axis] > 1]
         whole = [axis for axis in spread if not begin[axis] % self.block[axis] and not end[axis] % self.block[axis]]

@@ -7,13 +7,17 @@ scratch buffer and copying from there, and reading run by run.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anyckpt.storage.requests import GAP, is_far
 from anyckpt.storage.source import ByteSource
+
+if TYPE_CHECKING:
+    from anyckpt.storage.requests import Wanted
 
 SCRATCH_BYTES = 4 << 20
 """Size of one scratch buffer; a thread holds about as many as an expression has computing nodes on one path."""
@@ -56,6 +60,30 @@ def read_ahead(source: ByteSource, start: int, stop: int) -> Iterator[None]:
             _local.ahead = None
 
 
+class Hole(np.ndarray[Any, Any]):
+    """What has the shape of an array and no place for elements: given to a read, it tells what the read needs.
+
+    A node that only moves elements passes it on; one that computes passes on one of its operands' shape, and need not
+    compute.  A node that knows nothing of holes reads and computes in vain, and is right all the same.
+    """
+
+
+def hole(shape: tuple[int, ...], raw: np.dtype[Any]) -> Hole:
+    """A hole of a shape and raw dtype; one element of memory stands for all."""
+    return np.lib.stride_tricks.as_strided(np.zeros(1, raw), shape, (0,) * len(shape), writeable=True).view(Hole)
+
+
+def needed(read: Callable[[], None]) -> list[Wanted]:
+    """The ranges of far sources that ``read``, which fills holes, would read."""
+    found: list[Wanted] = []
+    before, _local.needed = getattr(_local, "needed", None), found
+    try:
+        read()
+    finally:
+        _local.needed = before
+    return found
+
+
 def gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.ndarray[Any, Any]) -> None:
     """Fill ``out`` with the elements of ``source`` at ``offset + sum(index * stride)``.
 
@@ -69,6 +97,10 @@ def gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.nd
         FormatError: an element lies outside the source.
     """
     if out.size == 0:
+        return
+    if isinstance(out, Hole):
+        if is_far(source):
+            _local.needed.extend((source, *span) for span in _spans(offset, strides, out.shape, out.itemsize))
         return
     kept = sorted((a for a in range(out.ndim) if out.shape[a] > 1), key=lambda axis: -strides[axis])
     dropped: tuple[Any, ...] = tuple(slice(None) if n > 1 else 0 for n in out.shape)
@@ -111,6 +143,20 @@ def _gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.n
             _gather(source, offset + start * strides[0], strides[1:], part[0, ...])
         else:
             _gather(source, offset + start * strides[0], strides, part)
+
+
+def _spans(offset: int, strides: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges that hold the elements, with no more between them than between neighbours that are read together."""
+    axes = sorted((axis for axis in range(len(shape)) if shape[axis] > 1), key=lambda axis: -strides[axis])
+    inner = [itemsize]  # bytes from the first element to the last of the axes behind
+    for axis in reversed(axes):
+        inner.append(inner[-1] + (shape[axis] - 1) * strides[axis])
+    outer = 0
+    while outer < len(axes) and strides[axes[outer]] - inner[-2 - outer] > GAP:
+        outer += 1
+    counts = [shape[axis] for axis in axes[:outer]]
+    for index in np.ndindex(*counts):
+        yield offset + sum(i * strides[axis] for i, axis in zip(index, axes, strict=False)), inner[-1 - outer]
 
 
 def _copy_from(buffer: np.ndarray[Any, Any], strides: tuple[int, ...], out: np.ndarray[Any, Any]) -> None:

@@ -37,6 +37,9 @@ class Place(ABC):
     Paths are text as a user gives it; only their place joins and splits them.
     """
 
+    is_far = False
+    """Whether every read of its files is waited for, so that it pays to ask for many at once."""
+
     @abstractmethod
     def kind(self, path: str) -> str | None:
         """``FILE``, ``FOLDER`` or ``OTHER``, links followed; None if nothing is there.
@@ -55,7 +58,7 @@ class Place(ABC):
 
     @abstractmethod
     def open(self, path: str) -> ByteSource:
-        """The bytes of a file; reads none of them.
+        """The bytes of a file; reads none of them.  Of a far place, the same source each time.
 
         Raises:
             FormatError: there is no such file, or it cannot be opened.
@@ -262,6 +265,7 @@ class ArchivePlace(Tree):
 
     def __init__(self, root: str, source: ByteSource, holder: Place, outer: str) -> None:
         super().__init__(root, SEPARATOR)
+        self.is_far = holder.is_far
         self._source = source
         self._holder = holder
         self._outer = outer

@@ -10,13 +10,14 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from anyckpt.errors import FormatError
 from anyckpt.identity import Identity
+from anyckpt.storage import requests
 
 _OPEN_FILES_LIMIT = 256
 
@@ -33,6 +34,17 @@ def check_not_pointer(head: bytes, name: str) -> None:
     """
     if head.startswith(b"version https://git-lfs"):
         raise FormatError("is a Git LFS pointer, not the file itself", path=name, remedy="fetch it with git lfs pull")
+
+
+def check_filled(source: ByteSource, offset: int, wanted: int, got: int) -> None:
+    """Raise FormatError if a read of ``wanted`` bytes at ``offset`` gave fewer."""
+    if got < wanted:
+        raise FormatError(
+            "became shorter while it was being read",
+            path=source.name,
+            expected=f"{source.size} bytes",
+            found=f"{offset + got} bytes",
+        )
 
 
 class ByteSource(ABC):
@@ -53,6 +65,28 @@ class ByteSource(ABC):
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``; the range is known to be in bounds."""
 
+    @property
+    def at_once(self) -> int:
+        """How many reads are worth making at once: 1 where none is waited for, as of local files and of memory."""
+        return 1
+
+    def wanted(self, offset: int, length: int) -> Iterator[tuple[ByteSource, int, int]]:
+        """Ranges of sources that, once they are held, answer a read of this one; reads nothing."""
+        yield self, offset, length
+
+    def read_through(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from what this thread holds (see ``storage.requests``), else by reading; checks no bounds.
+
+        Raises:
+            FormatError: the bytes cannot be read.
+        """
+        if requests.answer(self, offset, buffer):
+            return
+        try:
+            self._read_into(offset, buffer)
+        except OSError as error:
+            raise FormatError(f"cannot be read at byte {offset}: {error.strerror or error}", path=self.name) from error
+
     def read_into(self, offset: int, buffer: Any) -> None:
         """Fill ``buffer`` (any writable contiguous buffer) with the bytes from ``offset`` on.
 
@@ -62,7 +96,7 @@ class ByteSource(ABC):
         view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
         self.check_range(offset, len(view))
         if len(view):
-            self._read_into(offset, view)
+            self.read_through(offset, view)
 
     def read(self, offset: int, length: int) -> bytes:
         """The ``length`` bytes from ``offset`` on.
@@ -73,8 +107,19 @@ class ByteSource(ABC):
         self.check_range(offset, length)
         buffer = bytearray(length)
         if length:
-            self._read_into(offset, memoryview(buffer))
+            self.read_through(offset, memoryview(buffer))
         return bytes(buffer)
+
+    def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes of many ranges (first byte, length), in their order, asked for at once.
+
+        Raises:
+            FormatError: a range is not inside the source.
+        """
+        for offset, length in ranges:
+            self.check_range(offset, length)
+        with requests.holding((self, offset, length) for offset, length in ranges):
+            return [self.read(offset, length) for offset, length in ranges]
 
     def read_all(self, limit: int = 1 << 30) -> bytes:
         """Everything, for small things such as configuration.
@@ -238,12 +283,7 @@ class LocalFile(ByteSource):
             while position < len(buffer):
                 count = os.preadv(entry[0], [buffer[position:]], offset + position)
                 if count == 0:
-                    raise FormatError(
-                        "became shorter while it was being read",
-                        path=self.name,
-                        expected=f"{self.size} bytes",
-                        found=f"{offset + position} bytes",
-                    )
+                    check_filled(self, offset, len(buffer), position)
                 position += count
             _count_read(len(buffer))
         except OSError as error:
@@ -281,8 +321,15 @@ class SlicedSource(ByteSource):
         where, start = self._base.place()
         return where, start + self._offset
 
+    @property
+    def at_once(self) -> int:
+        return self._base.at_once
+
+    def wanted(self, offset: int, length: int) -> Iterator[tuple[ByteSource, int, int]]:
+        return self._base.wanted(self._offset + offset, length)
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
-        self._base._read_into(self._offset + offset, buffer)
+        self._base.read_through(self._offset + offset, buffer)
 
     def locate(self) -> tuple[str | None, int]:
         path, start = self._base.locate()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.identity import Identity
@@ -26,6 +27,7 @@ _LARGEST_DIRECTORY = 256 << 20
 _TAIL = 1 << 10
 _LONGEST_TAIL = _END.size + 0xFFFF
 _STORED, _DEFLATED = 0, 8
+_USUAL_EXTRA = 4200  # bytes of padding in a local header: up to a page, where a writer aligns to pages
 _REMEDY = "copy the file again from its origin"
 
 
@@ -123,7 +125,23 @@ class RecordSource(ByteSource):
         return self._start
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
-        self._base._read_into(self._begin() + offset, buffer)
+        self._base.read_through(self._begin() + offset, buffer)
+
+    @property
+    def at_once(self) -> int:
+        return self._base.at_once
+
+    def wanted(self, offset: int, length: int) -> Iterator[tuple[ByteSource, int, int]]:
+        """Where the record begins is not known before its header is read: then one range that has both."""
+        if self._start >= 0:
+            return self._base.wanted(self._start + offset, length)
+        most = _LOCAL.size + len(self._entry) + _USUAL_EXTRA
+        if offset <= _USUAL_EXTRA:
+            return self._base.wanted(self._header, min(most + offset + length, self._limit - self._header))
+        return chain(
+            self._base.wanted(self._header, most),
+            self._base.wanted(self._header + offset, min(most + length, self._limit - self._header - offset)),
+        )
 
     def place(self) -> tuple[Hashable, int]:
         return (*self._base.place(), self._header), 0
@@ -143,6 +161,16 @@ class _Entry:
     stored: int
     size: int
     header: int
+
+
+def directory_of(source: ByteSource) -> tuple[int, int]:
+    """Where the directory of an archive begins, and its bytes.
+
+    Raises:
+        FormatError: see ``read_zip``.
+    """
+    start, size, _ = _directory(source)
+    return start, size
 
 
 def read_zip(source: ByteSource) -> dict[str, ZipRecord]:

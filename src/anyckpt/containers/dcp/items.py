@@ -25,6 +25,7 @@ from anyckpt.tensor import LazyTensor, Stored
 _UNKNOWN = -1
 _STRIDED = -2
 _HEADS = 4096
+_END = 4096  # holds the directory of an archive of one tensor
 _LONGEST_HEAD = 8192
 _SHARDED_OBJECT = re.compile(r"/shard_[\d.]+(_[\d.]+)?$")
 
@@ -71,6 +72,22 @@ class ItemTable:
             known = self._open(row, name, dtype, shape)
             self._payload[row] = known
         return self._strided[row] if known == _STRIDED else known
+
+    def wanted(
+        self, row: int, dtype: DType, shape: Shape, offset: int, length: int
+    ) -> Iterator[tuple[ByteSource, int, int]]:
+        """What answers a read of a chunk: its bytes, and before these are found the two ends of its archive too."""
+        source, begin, size = self.source(row), int(self.offset[row]), int(self.length[row])
+        known = int(self._payload[row])
+        if known >= 0:
+            yield from source.wanted(known + offset, length)
+            return
+        first = begin + offset if offset > _LONGEST_HEAD else begin
+        yield from source.wanted(first, min(begin + offset + length + _LONGEST_HEAD, begin + size) - first)
+        if first > begin:
+            yield from source.wanted(begin, _LONGEST_HEAD)
+        if (dtype.name, shape, size) not in self._heads:
+            yield from source.wanted(max(begin, begin + size - _END), min(size, _END))
 
     def _open(self, row: int, name: str, dtype: DType, shape: Shape) -> int:
         source, offset, length = self.source(row), int(self.offset[row]), int(self.length[row])
@@ -124,6 +141,13 @@ class ChunkSource(ByteSource):
 
     def _payload(self) -> int | LazyTensor:
         return self._table.payload(self._row, self._tensor_name, self._dtype, self._shape)
+
+    @property
+    def at_once(self) -> int:
+        return self._table.source(self._row).at_once
+
+    def wanted(self, offset: int, length: int) -> Iterator[tuple[ByteSource, int, int]]:
+        return self._table.wanted(self._row, self._dtype, self._shape, offset, length)
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         payload = self._payload()

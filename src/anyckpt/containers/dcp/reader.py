@@ -20,6 +20,7 @@ from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.indexing import Array
 from anyckpt.storage.folder import Folder, check_inside
+from anyckpt.storage.heads import read_each, whole
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import Constant, LazyTensor, Mosaic
 
@@ -96,7 +97,8 @@ def _read_index(folder: Folder, names: set[str]) -> tuple[Index, str]:
     ranks = {int(found[1]): name for name in names if (found := _RANK_METADATA.match(name)) and "/" not in name}
     if ranks:
         sources = [folder.open(ranks[rank]) for rank in sorted(ranks)]
-        return merge({source.name: read_index(source) for source in sources}), sources[0].name
+        indices = read_each(read_index, sources, whole)
+        return merge({source.name: index for source, index in zip(sources, indices, strict=True)}), sources[0].name
     unfinished = any(name.endswith((".distcp", ".metadata.tmp")) for name in names)
     raise FormatError(
         "has shards but no .metadata: the save was not finished" if unfinished else "has no .metadata",

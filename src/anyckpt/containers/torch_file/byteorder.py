@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from anyckpt.identity import Identity
@@ -27,6 +29,14 @@ class SwappedSource(ByteSource):
 
     def identity(self) -> Identity:
         return self._base, self._width
+
+    @property
+    def at_once(self) -> int:
+        return self._base.at_once
+
+    def wanted(self, offset: int, length: int) -> Iterator[tuple[ByteSource, int, int]]:
+        first = offset - offset % self._width
+        return self._base.wanted(first, -(-(offset + length) // self._width) * self._width - first)
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         first = offset - offset % self._width

@@ -6,6 +6,7 @@ there are, and, when their lengths have been read and their places are known, ag
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from anyckpt.containers.torch_file.values import Storage, brief, brief_text
 from anyckpt.errors import FormatError
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import read_again
+from anyckpt.storage.requests import holding
 from anyckpt.storage.source import ByteSource
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -102,6 +104,41 @@ def read_stream(source: ByteSource) -> TorchContents:
     keys, at = load_prefix(source, at, name=name)
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise FormatError("the list of storages is not a list of names", path=name, remedy=_REMEDY)
+    with holding(_lengths(source, at, keys, storages)):
+        _find_storages(source, at, keys, storages, big_endian)
+    builder = TensorBuilder(name)
+    with read_again():
+        root, _ = load_prefix(
+            source, begin, persistent_load=storages.find, constructors=builder.constructors, name=name
+        )
+    return TorchContents(
+        root,
+        "legacy",
+        str(version),
+        byteorder="big" if big_endian else "little",
+        storages=storages.roots,
+        facts=builder.facts,
+    )
+
+
+def _lengths(
+    source: ByteSource, at: int, keys: list[str], storages: _Storages
+) -> Iterator[tuple[ByteSource, int, int]]:
+    """Where the length of each storage lies if all are as the pickle says."""
+    for key in keys:
+        if key not in storages.wanted:
+            return
+        yield source, at, 8
+        at += 8 + _nbytes(storages, key)
+
+
+def _nbytes(storages: _Storages, key: str) -> int:
+    dtype, count, _ = storages.wanted[key]
+    return int(count) * (1 if dtype is None else dtype.itemsize)
+
+
+def _find_storages(source: ByteSource, at: int, keys: list[str], storages: _Storages, big_endian: bool) -> None:
+    name = source.name
     for key in keys:
         if key not in storages.wanted or key in storages.roots:
             raise FormatError(
@@ -117,22 +154,9 @@ def read_stream(source: ByteSource) -> TorchContents:
                 found=f"{length} at byte {at}",
                 remedy=_REMEDY,
             )
-        nbytes = count * (1 if dtype is None else dtype.itemsize)
+        nbytes = _nbytes(storages, key)
         storages.roots[key] = Storage(key, source.slice(at + 8, nbytes), dtype, count, location, big_endian)
         at += 8 + nbytes
     missing = [key for key in storages.wanted if key not in storages.roots]
     if missing:
         raise FormatError(f"storage {missing[0]!r} is missing", path=name, remedy=_REMEDY)
-    builder = TensorBuilder(name)
-    with read_again():
-        root, _ = load_prefix(
-            source, begin, persistent_load=storages.find, constructors=builder.constructors, name=name
-        )
-    return TorchContents(
-        root,
-        "legacy",
-        str(version),
-        byteorder="big" if big_endian else "little",
-        storages=storages.roots,
-        facts=builder.facts,
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.containers.torch_file import script
 from anyckpt.containers.torch_file.contents import TorchContents
@@ -13,12 +14,34 @@ from anyckpt.containers.torch_file.rebuild import TensorBuilder, storage_dtype
 from anyckpt.containers.torch_file.values import Storage, brief, brief_text
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.pickling import load
+from anyckpt.storage.heads import edges, read_each
 from anyckpt.storage.source import ByteSource, check_not_pointer
-from anyckpt.storage.zip import ZipRecord, read_zip
+from anyckpt.storage.zip import ZipRecord, directory_of, read_zip
+
+if TYPE_CHECKING:
+    from anyckpt.storage.requests import Wanted
 
 _WHOLE = 4 << 20
+_HELD = 1 << 20
+_HEAD_RECORDS = ("data.pkl", "version", "byteorder", "constants.pkl")
 _LARGEST_DEFLATED_PICKLE = 64 << 20
 _NEWEST_VERSION = 10
+
+
+def torch_steps(source: ByteSource) -> Iterator[Sequence[Wanted]]:
+    """What ``read_torch`` reads, in rounds: both ends of the file; a zip's directory; then all of its pickles."""
+    yield edges(source)
+    if not source.read(0, min(4, source.size)).startswith(b"PK\x03\x04"):
+        return
+    yield [(source, *directory_of(source))]
+    records = read_zip(source)
+    folder = root_folder(records, source.name)
+    found = (records.get(f"{folder}/{name}") for name in _HEAD_RECORDS)
+    yield [(record.source, 0, record.source.size) for record in found if record is not None and _is_held(record)]
+
+
+def _is_held(record: ZipRecord) -> bool:
+    return record.source.size <= _HELD
 
 
 def read_torch(source: ByteSource) -> TorchContents:
@@ -31,6 +54,20 @@ def read_torch(source: ByteSource) -> TorchContents:
         FormatError: not a torch file, truncated or damaged; a tensor outside its storage.
         UnsafeError: it asks for what no checkpoint needs (see ``pickling.load`` and ``read_zip``).
     """
+    return read_each(_read, [source], torch_steps)[0]
+
+
+def read_torch_files(sources: Iterable[ByteSource]) -> list[TorchContents]:
+    """Open torch files; of those that are far, all at once.
+
+    Raises:
+        FormatError: see ``read_torch``.
+        UnsafeError: see there.
+    """
+    return read_each(_read, sources, torch_steps)
+
+
+def _read(source: ByteSource) -> TorchContents:
     head = source.read(0, min(512, source.size))
     if not head:
         raise FormatError("is empty", path=source.name, remedy="copy it again from its origin")

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
-from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.parts import stated_shapes
 from anyckpt.containers.torch_file.values import brief
@@ -42,12 +42,13 @@ class _Opened:
     contents: list[TorchContents] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def root(self, path: str) -> Mapping[str, Any]:
-        contents = read_torch(self.files.folder.place.open(path))
-        self.contents.append(contents)
-        if not isinstance(contents.root, dict):
-            raise FormatError("is not a file of DeepSpeed", path=path, expected="a dictionary", remedy=_GATHER)
-        return contents.root
+    def roots(self, paths: Sequence[str]) -> list[Mapping[str, Any]]:
+        opened = read_torch_files(map(self.files.folder.place.open, paths))
+        self.contents += opened
+        for path, contents in zip(paths, opened, strict=True):
+            if not isinstance(contents.root, dict):
+                raise FormatError("is not a file of DeepSpeed", path=path, expected="a dictionary", remedy=_GATHER)
+        return [contents.root for contents in opened]
 
 
 @dataclass
@@ -74,7 +75,7 @@ def read(location: Location) -> Checkpoint:
             "has no model states, which say what the parameters are called", path=files.folder.path,
             expected="mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt", remedy=_GATHER,
         )  # fmt: skip
-    models = [opened.root(path) for path in files.models]
+    models = opened.roots(files.models)
     first = models[0]
     module = first.get("module")
     if not isinstance(module, dict):
@@ -131,8 +132,8 @@ def _read_zero(
     """Add the trained weights and the optimizer's state; gives the stage in words."""
     paths = opened.files.optimizers
     states = []
-    for path in paths:
-        state = opened.root(path).get("optimizer_state_dict")
+    for path, root in zip(paths, opened.roots(paths), strict=True):
+        state = root.get("optimizer_state_dict")
         if not isinstance(state, dict):
             raise FormatError("is not an optimizer's state of DeepSpeed", path=path, remedy=_GATHER)
         states.append(state)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.errors import FormatError
 from anyckpt.storage.place import Location
-from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
 _WEIGHT = "fp32"
@@ -43,10 +42,12 @@ def read_parameters(
             continue
         inner = folder.join(name)
         own = {match[1]: match[0] for file in folder.names_in(name) if (match := _SLOT.fullmatch(file))}
+        contents = dict(zip(own, read_torch_files(folder.open(name, file) for file in own.values()), strict=True))
+        opened += contents.values()
         if _WEIGHT not in own:
             raise FormatError("has no weight", path=inner, tensor=name, expected=f"{_WEIGHT}.pt", remedy=_AGAIN)
         for slot, file in own.items():
-            value = _value(folder.open(name, file), opened)
+            value = _value(contents[slot])
             if slot == _STEP:
                 number = _number(value)
                 steps.update(() if number is None else (number,))
@@ -77,9 +78,7 @@ def read_parameters(
     return weights, states, next(iter(steps), None)
 
 
-def _value(file: ByteSource, opened: list[TorchContents]) -> Any:
-    contents = read_torch(file)
-    opened.append(contents)
+def _value(contents: TorchContents) -> Any:
     return contents.root.get("param") if isinstance(contents.root, dict) else contents.root
 
 

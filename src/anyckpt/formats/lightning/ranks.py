@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file import read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.errors import FormatError
@@ -110,11 +110,9 @@ def _read_ranks(root: Location, name: str, path: str) -> Checkpoint:
     objects = {key: value for key, value in first.objects.items() if not key.startswith(TRAINING_STATE)}
     warnings: list[str] = []
     chunks: list[Chunk] = []
-    opened: list[TorchContents] = []
+    opened = read_torch_files(map(root.place.open, files.values()))
     optimizers: list[Any] = []
-    for place, file in files.items():
-        contents = read_torch(root.place.open(file))
-        opened.append(contents)
+    for (place, file), contents in zip(files.items(), opened, strict=True):
         warnings += [warning for warning in contents.warnings if warning not in warnings]
         state = contents.root if isinstance(contents.root, dict) else {}
         _check_step(first, state, file)

@@ -18,6 +18,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_core.location import COMMIT, TRACKER, iteration_folder
 from anyckpt.formats.megatron_core.reader import megatron_checkpoint
 from anyckpt.storage.folder import Folder
+from anyckpt.storage.heads import read_each, whole
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
@@ -112,8 +113,12 @@ def _contents(folder: Folder) -> DcpContents:
             "has no zarr arrays", path=folder.name, expected=f"a directory with {ZARRAY} for each tensor",
             found=", ".join(names[:5]), remedy="the save was interrupted, or not all files were copied",
         )  # fmt: skip
-    for key in sorted(arrays):
-        metadata = read_metadata(folder.open(f"{key}/{ZARRAY}"), key)
+    keys = sorted(arrays)
+    left = iter(keys)
+    described = read_each(
+        lambda source: read_metadata(source, next(left)), (folder.open(f"{key}/{ZARRAY}") for key in keys), whole
+    )
+    for key, metadata in zip(keys, described, strict=True):
         tensors[key] = open_array(key, metadata, files[key], f"{folder.name}/{key}")
     return DcpContents(
         tensors,

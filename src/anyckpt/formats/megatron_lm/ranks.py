@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_lm.arguments import MOST_RANKS, SAME_ON_EVERY_RANK, Sizes, read_sizes
-from anyckpt.formats.megatron_lm.location import MODEL_FILE, OPTIMIZER_PART, RankFolder
+from anyckpt.formats.megatron_lm.location import MODEL_FILE, OPTIMIZER_FILE, OPTIMIZER_PART, RankFolder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 
@@ -57,15 +57,26 @@ class Place:
     expert: int
 
 
-def open_rank(folder: RankFolder) -> RankFile | None:
-    """A rank's file; None for a folder that only holds a data-parallel rank's optimizer (2022-12 to 2023-06).
+def open_ranks(folders: Sequence[RankFolder]) -> tuple[list[RankFile | None], dict[str, TorchContents]]:
+    """Each rank's file, and by folder what the distributed optimizer keeps beside it.
+
+    A folder that only holds a data-parallel rank's optimizer (2022-12 to 2023-06) has None.
 
     Raises:
         FormatError: the file is missing, damaged, or not a Megatron-LM checkpoint.
     """
+    models = [folder.model for folder in folders if _holds_model(folder) and folder.model is not None]
+    states = {folder.name: folder for folder in folders if folder.model is not None and OPTIMIZER_FILE in folder.files}
+    opened = read_torch_files([*models, *(folder.location.open(OPTIMIZER_FILE) for folder in states.values())])
+    contents = iter(opened)
+    ranks = [None if folder.model is None else _rank(folder, next(contents)) for folder in folders]
+    return ranks, dict(zip(states, contents, strict=True))
+
+
+def _holds_model(folder: RankFolder) -> bool:
     if folder.model is None:
         if OPTIMIZER_PART in folder.files:
-            return None
+            return False
         raise FormatError(
             "the rank folder holds no model",
             path=folder.path,
@@ -73,7 +84,11 @@ def open_rank(folder: RankFolder) -> RankFile | None:
             found=", ".join(folder.files[:5]) or "nothing",
             remedy="the save was interrupted, or not all files were copied",
         )
-    contents = read_torch(folder.model)
+    return True
+
+
+def _rank(folder: RankFolder, contents: TorchContents) -> RankFile:
+    assert folder.model is not None
     root, path = contents.root, folder.model.name
     chunks = _chunks(root) if isinstance(root, dict) else {}
     if not isinstance(root, dict) or (not chunks and "args" not in root):

@@ -9,12 +9,11 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard, StoredChecksum, TrainingState
 from anyckpt.config import of_ranks
-from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError, MappingError
 from anyckpt.formats.megatron_lm.arguments import plain_arguments
 from anyckpt.formats.megatron_lm.location import (
-    OPTIMIZER_FILE,
     OPTIMIZER_PART,
     Iteration,
     RankFolder,
@@ -22,7 +21,7 @@ from anyckpt.formats.megatron_lm.location import (
     rank_folders,
 )
 from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
-from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_rank, place_ranks
+from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_ranks, place_ranks
 from anyckpt.models.dialects.projections import GROUPED_SINCE, grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names, strip_wrappers
 from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS, with_original_groups
@@ -72,7 +71,7 @@ def read(location: Location) -> Checkpoint:
     """
     iteration = find_iteration(location)
     folders = rank_folders(iteration.location)
-    opened = [open_rank(folder) for folder in folders]
+    opened, states = open_ranks(folders)
     files = [rank for rank in opened if rank is not None]
     sizes = agreed_sizes(files, iteration.path)
     ranks = place_ranks(files, sizes, iteration.path)
@@ -86,7 +85,7 @@ def read(location: Location) -> Checkpoint:
         for place, rank in ranks.items()
         for number, key in sorted({**dict.fromkeys(range(sizes.virtual or 1), ""), **rank.chunks}.items())
     ]
-    distributed = {rank.folder.name: read for rank in ranks.values() if (read := _distributed(rank)) is not None}
+    distributed = {name: states[name] for rank in ranks.values() if (name := rank.folder.name) in states}
     parts = [folder for folder, rank in zip(folders, opened, strict=True) if rank is None]
     has_optimizer = bool(distributed or parts) or any(_OPTIMIZER in rank.root for rank in ranks.values())
     training = TrainingState(
@@ -216,11 +215,8 @@ def _parts(rank: RankFile, folders: Sequence[RankFolder], config: Mapping[str, A
             path=rank.path, expected=f"{ranks} folders {rank.folder.name}_NNN with an {OPTIMIZER_PART}",
             found=", ".join(folder.name for folder in numbered.values()) or "none", remedy=REMEDY,
         )  # fmt: skip
-    found = []
-    for number in range(ranks):
-        root = read_torch(numbered[number].location.open(OPTIMIZER_PART)).root
-        found.append(root.get(_OPTIMIZER) if isinstance(root, dict) else None)
-    return tuple(found)
+    files = read_torch_files(numbered[number].location.open(OPTIMIZER_PART) for number in range(ranks))
+    return tuple(file.root.get(_OPTIMIZER) if isinstance(file.root, dict) else None for file in files)
 
 
 def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) -> int:
@@ -240,12 +236,6 @@ def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) ->
             found=heads or "none",
         )
     return heads // tensor
-
-
-def _distributed(rank: RankFile) -> TorchContents | None:
-    if OPTIMIZER_FILE not in rank.folder.files:
-        return None
-    return read_torch(rank.folder.location.open(OPTIMIZER_FILE))
 
 
 def _stored(ranks: Mapping[Place, RankFile], distributed: Mapping[str, TorchContents]) -> dict[str, LazyTensor]:

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, ParallelLayout, RankShard, StoredChecksum
-from anyckpt.containers.torch_file import TorchContents, read_torch
+from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
@@ -178,13 +178,11 @@ def _read_ranks(folder: Folder, ranks: dict[Place, str], config: dict[str, Any],
     layout = check_places(ranks, config, path)
     tensors: dict[str, LazyTensor] = {}
     warnings: list[str] = []
-    opened: list[TorchContents] = []
     chunks: list[Chunk] = []
-    for place, rank in ranks.items():
+    opened = read_torch_files(folder.open(f"{rank}/{FLAT_WEIGHTS}") for rank in ranks.values())
+    for (place, rank), contents in zip(ranks.items(), opened, strict=True):
         name = f"{rank}/{FLAT_WEIGHTS}"
-        contents = read_torch(folder.open(name))
         root = _state_dict(contents.root, name)
-        opened.append(contents)
         warnings += [warning for warning in contents.warnings if warning not in warnings]
         chunks.append(Chunk(place, 0, root, name))
         for keys, tensor in find_leaves(dict(root), lambda value: isinstance(value, LazyTensor)):

@@ -13,7 +13,7 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import scratch
+from anyckpt.storage.gather import Hole, scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers, from_array
 
 _EQUAL_BYTES = 1 << 20
@@ -119,6 +119,10 @@ class Mean(LazyTensor):
 
     def read_box(self, start: Shape, out: Array) -> None:
         if out.size == 0:
+            return
+        if isinstance(out, Hole):
+            for child in self.children:
+                child.read_box(start, out)
             return
         if out.size > _BLOCK_ELEMENTS and out.ndim:
             axis = next(a for a, n in enumerate(out.shape) if n > 1)
