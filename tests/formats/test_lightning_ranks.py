@@ -17,7 +17,7 @@ from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, OutputError
 from anyckpt.formats import registry
-from anyckpt.formats.unfinished import marker_path
+from anyckpt.formats.shared.unfinished import marker_path
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.plain_yaml import dump_yaml

@@ -14,7 +14,7 @@ from tests.support import fixture_path
 
 from anyckpt.checkpoint import ParallelLayout
 from anyckpt.formats import registry
-from anyckpt.formats.random_states import is_random_state, random_states
+from anyckpt.formats.shared.random_states import is_random_state, random_states
 from anyckpt.operations.convert import Conversion, convert
 from anyckpt.operations.reshard import reshard
 from anyckpt.operations.steps.cutting import LayoutRequest

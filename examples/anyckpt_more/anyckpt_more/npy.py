@@ -13,7 +13,7 @@ from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.safetensors import weights_only
+from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor, Stored

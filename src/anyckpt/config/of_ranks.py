@@ -21,6 +21,9 @@ _RUNS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
     "nemo1": nemo.unwrapped,
 }
 
+MOST_RANKS = 1 << 16
+"""Ranks along one dimension; what says more is damaged, or means to be computed with for hours."""
+
 KINDS = tuple(_SIZES)
 """Kinds of configuration that are beside files of ranks."""
 

@@ -11,12 +11,13 @@ from anyckpt.containers.dcp.writer import dcp_files
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats.registry import Format, WriteOptions, deferred, without_configuration
+from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
 from anyckpt.storage.place import Location
 
-__all__ = ["FORMAT", "DcpContents", "dcp_details", "dcp_files", "read_dcp"]
+__all__ = ["FORMAT", "DcpContents", "dcp_files", "read_dcp"]
 
 _OTHERS = ("metadata.json", "meta.pt")
 """What makes a directory with a ``.metadata`` a Megatron-Core or a Lightning checkpoint."""
@@ -53,8 +54,6 @@ def _is_index(location: Location) -> bool:
 
 def _tracked(location: Location) -> Location | None:
     """The iteration that Megatron-FSDP's training root points to, None if it is no such root."""
-    from anyckpt.formats.megatron_core.location import TRACKER, iteration_folder
-
     if TRACKER not in location.names:
         return None
     try:
@@ -100,7 +99,7 @@ def read(location: Location) -> Checkpoint:
             has_rng=any(root.startswith("rng") for root in (*roots.values(), *contents.objects)),
         ),
         warnings=contents.warnings,
-        details=dcp_details(contents),
+        details=contents.details(),
         checksums=contents.checksums,
     )
 
@@ -113,18 +112,6 @@ def _whole(contents: DcpContents, name: str) -> int | None:
     """The whole number that was saved as the object ``name``, if any."""
     value = contents.objects.get(name)
     return value if type(value) is int else None
-
-
-def dcp_details(contents: DcpContents) -> dict[str, object]:
-    """What ``inspect`` shows of a distributed checkpoint, and what writing it again needs."""
-    return {
-        "files": len(contents.files),
-        "chunks": contents.chunks,
-        "shard_files": contents.shard_files,
-        "key_paths": contents.paths,
-        "metadata_class": contents.metadata_class,
-        "flattened": list(contents.flattened),
-    }
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:

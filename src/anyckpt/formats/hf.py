@@ -6,31 +6,33 @@ huggingface_hub 2.4 (``save_pretrained`` and ``split_state_dict_into_shards_fact
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint, Tokenizer, TrainingState
-from anyckpt.containers.safetensors import read_safetensors, safetensors_parts, safetensors_steps
-from anyckpt.containers.torch_file import parts, read_torch
-from anyckpt.containers.torch_file.flatten import flatten
-from anyckpt.containers.torch_file.forms import Forms, forms_of, joined
-from anyckpt.containers.torch_file.reader import torch_steps
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.errors import FormatError, UnsafeError, UsageError
-from anyckpt.formats.rank_safetensors import (
+from anyckpt.errors import FormatError, UsageError
+from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.shared.hub_folder import (
+    check_plain_name,
+    json_text,
+    other_files,
+    read_json,
+    tokenizer_files,
+    tokenizer_of,
+    training_state,
+)
+from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only
+from anyckpt.formats.shared.rank_safetensors import (
     FILES_OF_NAMES,
     HUB_FOLDER,
     check_last_ranks,
     is_rank_file,
-    part_of,
     read_rank_files,
 )
-from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.safetensors import told_of_parts, weights_only
-from anyckpt.storage.heads import read_each
+from anyckpt.formats.shared.weight_files import Beside, read_weight_file, read_weight_files
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
@@ -38,49 +40,16 @@ from anyckpt.tensor import LazyTensor
 DEFAULT_SHARD_SIZE = 5_000_000_000
 """Bytes of weights per file unless the user says otherwise; decimal, as transformers counts ``5GB``."""
 
-_JSON_LIMIT = 1 << 30  # an index of a million tensors is some 100 MB
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers prefers them."""
 
-_WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _TUNE = re.compile(r"hf_model_(\d{4})_(\d{1,6})\.pt", re.ASCII)
 """Part and epoch of what torchtune's ``FullModelHFCheckpointer`` wrote until 0.4: state dicts without an index."""
 
-_TOKENIZER_FILE = re.compile(
-    r"tokenizer.*|.*\.(model|tiktoken)|tekken\.json|special_tokens_map\.json|added_tokens\.json"
-    r"|(vocab|merges|normalizer)\.(json|txt)|chat_template\.(json|jinja)"
-)
-_STATES = {
-    "optimizer": r"optimizer\.(pt|bin)|global_step\d+",  # the latter are DeepSpeed's folders
-    "scheduler": r"scheduler\.pt",
-    "rng": r"rng_state(_\d+)?\.pth",
-}
-"""Files of ``transformers.Trainer`` beside the weights."""
 
 _MODELOPT = "hf_quant_config.json"
-
-_SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-
-
-@dataclass
-class Beside:
-    """What weight files say besides weights.
-
-    Attributes:
-        warnings: anything odd that a user should know.
-        details: facts for ``inspect``.
-        forms: of each torch file.
-    """
-
-    warnings: list[str] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-    forms: dict[str, Forms] = field(default_factory=dict)
-
-    def all_forms(self) -> Forms | None:
-        """The forms of all files, None if none is a torch file."""
-        return joined(self.forms) if self.forms else None
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -168,50 +137,6 @@ def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
     return read_weight_file(location, loose[0], beside)
 
 
-def read_weight_file(location: Location, name: str, beside: Beside) -> dict[str, LazyTensor]:
-    """The tensors of one safetensors or ``.bin`` file of a folder.
-
-    Raises:
-        FormatError: it is damaged, or holds no state dict.
-    """
-    return _read_weight_files(location, [name], beside)[0]
-
-
-def _read_weight_files(location: Location, names: list[str], beside: Beside) -> list[dict[str, LazyTensor]]:
-    steps = torch_steps if names[0].endswith((".bin", ".pt")) else safetensors_steps
-    left = iter(names)
-    return read_each(lambda source: _tensors(source, next(left), beside), map(location.open, names), steps)
-
-
-def _tensors(source: ByteSource, name: str, beside: Beside) -> dict[str, LazyTensor]:
-    if not name.endswith((".bin", ".pt")):
-        tensors, metadata = read_safetensors(source)
-        part = part_of(source.name, tensors, metadata or {})
-        if part is not None:
-            raise FormatError(part.what, path=source.name, remedy=part.remedy)
-        if metadata:
-            beside.details.setdefault("metadata", {}).update(metadata)
-        return tensors
-    contents = read_torch(source)
-    beside.warnings.extend(contents.warnings)
-    if not isinstance(contents.root, Mapping):
-        raise FormatError(
-            "does not hold a state dict", path=source.name,
-            expected="a dict of tensors", found=type(contents.root).__name__,
-        )  # fmt: skip
-    flat = flatten(contents.root, source.name)
-    part = parts.part_of(source.name, contents.root, flat)
-    if part is not None:
-        raise FormatError(part.what, path=source.name, remedy=part.remedy)
-    strange = [key for key, value in contents.root.items() if not isinstance(value, LazyTensor)]
-    if strange:
-        beside.warnings.append(
-            f"{source.name}: entries that are not tensors are left out: {', '.join(map(str, strange[:5]))}"
-        )
-    beside.forms[name] = forms_of(contents, flat)
-    return {str(key): value for key, value in contents.root.items() if isinstance(value, LazyTensor)}
-
-
 def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[str, LazyTensor]:
     path = location.join(index_name)
     index = read_json(location.open(index_name))
@@ -222,7 +147,7 @@ def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[s
         )
     files = sorted(set(where.values()))
     for file in files:
-        _check_plain_name(file, path)
+        check_plain_name(file, path)
     missing = [file for file in files if file not in location.names]
     if missing:
         raise FormatError(
@@ -230,7 +155,7 @@ def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[s
             path=location.path, remedy="copy the missing files from the model's origin",
         )  # fmt: skip
     tensors: dict[str, LazyTensor] = {}
-    for file, found in zip(files, _read_weight_files(location, files, beside), strict=True):
+    for file, found in zip(files, read_weight_files(location, files, beside), strict=True):
         for name in found:
             if where.get(name) != file:
                 raise FormatError(
@@ -305,86 +230,12 @@ def _read_tuned(location: Location, parts: list[re.Match[str]], beside: Beside) 
 def _read_together(location: Location, names: list[str], beside: Beside) -> dict[str, LazyTensor]:
     """The tensors of several files, each of which is in one only."""
     tensors: dict[str, LazyTensor] = {}
-    for name, found in zip(names, _read_weight_files(location, names, beside), strict=True):
+    for name, found in zip(names, read_weight_files(location, names, beside), strict=True):
         for key, tensor in found.items():
             if key in tensors:
                 raise FormatError("is in two weight files", path=location.join(name), tensor=key)
             tensors[key] = tensor
     return tensors
-
-
-def read_json(source: ByteSource) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FormatError: it is empty, not JSON, nested too deeply, or not an object.
-    """
-    try:
-        value = json.loads(source.read_all(_JSON_LIMIT).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        brief = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
-        raise FormatError(
-            f"is not valid JSON: {brief}", path=source.name, remedy="copy it again from its origin"
-        ) from None
-    if not isinstance(value, dict):
-        raise FormatError("is not a JSON object", path=source.name, found=type(value).__name__)
-    return value
-
-
-def _check_plain_name(name: str, path: str) -> None:
-    if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
-        raise UnsafeError(
-            "names a file outside its own folder", path=path,
-            expected="a plain file name", found=repr(name)[:120],
-        )  # fmt: skip
-
-
-def other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSource], dict[str, ByteSource]]:
-    """Files of the folder that are not weights: those of the tokenizer, and the rest."""
-    tokenizer: dict[str, ByteSource] = {}
-    others: dict[str, ByteSource] = {}
-    for name in location.names:
-        if name == config_name or name.startswith(".") or not location.is_file(name):
-            continue
-        if _TOKENIZER_FILE.fullmatch(name):
-            tokenizer[name] = location.open(name)
-        elif not _WEIGHT_FILE.fullmatch(name):
-            others[name] = location.open(name)
-    return tokenizer, others
-
-
-def tokenizer_of(files: dict[str, ByteSource]) -> Tokenizer | None:
-    """A folder with anything but a bare sentencepiece model is one for ``AutoTokenizer``."""
-    if not files:
-        return None
-    model = next((name for name in _SENTENCEPIECE_NAMES if name in files), None)
-    if model is not None and not files.keys() & {"tokenizer.json", "tokenizer_config.json"}:
-        return Tokenizer("sentencepiece", files, model)
-    return Tokenizer("huggingface", files, model)
-
-
-def read_tokenizer(location: Location) -> Tokenizer | None:
-    """The tokenizer whose files lie in a folder, or None if there are none."""
-    return tokenizer_of(other_files(location, "config.json")[0])
-
-
-def training_state(location: Location, artifacts: Mapping[str, ByteSource], warnings: list[str]) -> TrainingState:
-    """Where ``transformers.Trainer`` stood; its optimizer, scheduler and rng files are noticed, not read."""
-    state = read_json(artifacts["trainer_state.json"]) if "trainer_state.json" in artifacts else {}
-    step, epoch = state.get("global_step"), state.get("epoch")
-    found = {
-        kind: [name for name in location.names if re.fullmatch(pattern, name)] for kind, pattern in _STATES.items()
-    }
-    unread = [name for names in found.values() for name in names]
-    if unread:
-        warnings.append(f"training state that is not read: {', '.join(unread[:5])}")
-    return TrainingState(
-        step=step if type(step) is int else None,
-        epoch=int(epoch) if isinstance(epoch, (int, float)) and abs(epoch) < 1 << 53 else None,
-        has_optimizer=bool(found["optimizer"]),
-        has_scheduler=bool(found["scheduler"]),
-        has_rng=bool(found["rng"]),
-    )
 
 
 # -- writing -------------------------------------------------------------------------------------------------
@@ -397,19 +248,19 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     files = _weight_files(weights, options.max_shard_size or DEFAULT_SHARD_SIZE, metadata)
     extra: dict[str, OutputFile] = {}
     if checkpoint.config:
-        extra["config.json"] = small_file("config.json", _json(checkpoint.config))
+        extra["config.json"] = small_file("config.json", json_text(checkpoint.config))
     else:
         notes.append("there is no configuration to write: add a config.json before transformers can load this folder")
     if checkpoint.tokenizer is not None:
         extra.update(tokenizer_files(checkpoint.tokenizer, notes))
     for name, source in checkpoint.artifacts.items():
-        _check_plain_name(name, checkpoint.path)
+        check_plain_name(name, checkpoint.path)
         if name == _MODELOPT and checkpoint.quantization is None:
             continue  # of weights that have been dequantized
         extra.setdefault(name, OutputFile(name, (SourceData(source),), 1))
     generation = _generation_config(checkpoint.config)
     if generation is not None:
-        extra.setdefault("generation_config.json", small_file("generation_config.json", _json(generation)))
+        extra.setdefault("generation_config.json", small_file("generation_config.json", json_text(generation)))
     taken = {file.path for file in files}
     kept = tuple(file for name, file in extra.items() if name not in taken)
     return Plan("hf", (*files, *kept), ignored=ignored, notes=tuple(notes))
@@ -430,7 +281,7 @@ def _weight_files(tensors: Mapping[str, LazyTensor], limit: int, metadata: Mappi
     total = sum(tensor.nbytes for tensor in tensors.values())
     parameters = sum(tensor.size for tensor in tensors.values())
     index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-    files.append(small_file("model.safetensors.index.json", _json(index)))
+    files.append(small_file("model.safetensors.index.json", json_text(index)))
     return files
 
 
@@ -453,23 +304,6 @@ def _split(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Lazy
     return shards
 
 
-def tokenizer_files(tokenizer: Tokenizer, notes: list[str]) -> dict[str, OutputFile]:
-    """The tokenizer's files under the names that ``AutoTokenizer.from_pretrained`` looks for."""
-    files: dict[str, OutputFile] = {}
-    for name, source in tokenizer.files.items():
-        plain = name.rpartition("/")[2]
-        if name == tokenizer.model_file and plain not in _SENTENCEPIECE_NAMES:
-            plain = "tokenizer.model"
-        _check_plain_name(plain, source.name)
-        files[plain] = OutputFile(plain, (SourceData(source),), 1)
-    if tokenizer.library == "sentencepiece" and "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        settings = {"tokenizer_class": "LlamaTokenizer", "legacy": bool(tokenizer.settings.get("legacy", False))}
-        files["tokenizer_config.json"] = small_file("tokenizer_config.json", _json(settings))
-    if not files and tokenizer.hub_name:
-        notes.append(f"the checkpoint only names its tokenizer: get it from {tokenizer.hub_name}")
-    return files
-
-
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What transformers derives from a model configuration when it saves a model that can generate."""
     listed = config.get("architectures")
@@ -479,13 +313,6 @@ def _generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not tokens or not first.endswith(("ForCausalLM", "ForConditionalGeneration")):
         return None
     return {"_from_model_config": True, **tokens}
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(value, indent=2, sort_keys=True) + "\n"
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the configuration cannot be written as JSON: {error}") from None
 
 
 FORMAT = Format(

@@ -19,9 +19,9 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum
 from anyckpt.containers.safetensors import read_safetensors_files
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.hf import other_files, read_json, tokenizer_of
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.safetensors import weights_only
+from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
+from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.storage.place import Location, Place
 from anyckpt.tensor import LazyTensor, concatenate
 

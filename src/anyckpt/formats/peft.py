@@ -15,17 +15,10 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.hf import (
-    Beside,
-    other_files,
-    read_json,
-    read_weight_file,
-    tokenizer_files,
-    tokenizer_of,
-    training_state,
-)
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.safetensors import weights_only
+from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_files, tokenizer_of, training_state
+from anyckpt.formats.shared.loose_tensors import weights_only
+from anyckpt.formats.shared.weight_files import Beside, read_weight_file
 from anyckpt.storage.place import Location
 
 CONFIG = "adapter_config.json"

@@ -21,7 +21,7 @@ from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import AnyckptError, FormatError, UsageError
 from anyckpt.facts import FormatFacts
 from anyckpt.formats.foreign import refusal
-from anyckpt.formats.unfinished import check_finished
+from anyckpt.formats.shared.unfinished import check_finished
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
 from anyckpt.storage.heads import small_files

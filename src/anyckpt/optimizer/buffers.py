@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import MappingError
-from anyckpt.optimizer.rank_parameters import REMEDY, Parameter
+from anyckpt.optimizer.rank_parameters import Parameter
+from anyckpt.optimizer.state import DROP
 
 _ALIGNMENT = 64
 _MOST_WAYS = 64
@@ -107,7 +108,7 @@ def place(
         path=path,
         expected=f"{' or '.join(str(total) for total in dict.fromkeys(totals))} elements for {len(sizes)} parameters",
         found=elements,
-        remedy=REMEDY,
+        remedy=DROP,
     )
 
 
@@ -147,7 +148,7 @@ def place_in_buckets(
             expected=f"{sum(counts)} elements of {len(counts)} parameters, buckets padded to multiples of "
             f"{' or '.join(map(str, replicas)) or 'the data-parallel ranks'}",
             found=f"{sum(sizes)} elements in {len(sizes)} buckets",
-            remedy=REMEDY,
+            remedy=DROP,
         )
     places: dict[Parameter, tuple[int, int]] = {}
     first = 0

@@ -15,7 +15,8 @@ from typing import Any
 
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.optimizer.rank_parameters import HALF, REMEDY, Parameter, deal_out
+from anyckpt.optimizer.rank_parameters import HALF, Parameter, deal_out
+from anyckpt.optimizer.state import DROP
 from anyckpt.tensor import LazyTensor, concatenate
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,7 +98,7 @@ def _slots(
         raise MappingError(
             f"the optimizer's state of {what} is of a layout that is not understood",
             path=path, expected="'optimizer' and 'shard_fp32_from_float16_groups' of as many groups",
-            found=", ".join(map(str, list(container)[:5])) or "nothing", remedy=REMEDY,
+            found=", ".join(map(str, list(container)[:5])) or "nothing", remedy=DROP,
         )  # fmt: skip
     found: dict[Parameter, dict[str, LazyTensor]] = {}
     for group, mine, own in zip(groups, deal_out(list(held), groups, path), masters, strict=True):
@@ -107,7 +108,7 @@ def _slots(
             raise MappingError(
                 f"the fp32 weights of {what} do not fit the model",
                 path=path, expected=f"{len(halves)}, one for each parameter of 16 bits that it has a part of",
-                found=len(own) if isinstance(own, list) else "none", remedy=REMEDY,
+                found=len(own) if isinstance(own, list) else "none", remedy=DROP,
             )  # fmt: skip
         master = dict(zip(halves, own, strict=True))
         for index, parameter in zip(group["params"], [*whole, *halves], strict=True):
@@ -127,6 +128,6 @@ def _checked(slots: Mapping[str, Any], parameter: Parameter, size: int, what: st
                 f"the optimizer's {slot} of {what} does not fit its parameter",
                 path=path, tensor=parameter.name, expected=f"{size} elements of float32",
                 found=f"{tensor.dtype.name} {tensor.shape}" if isinstance(tensor, LazyTensor) else "none",
-                remedy=REMEDY,
+                remedy=DROP,
             )  # fmt: skip
     return dict(slots)

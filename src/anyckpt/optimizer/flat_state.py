@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import MappingError
-from anyckpt.optimizer.rank_parameters import REMEDY
+from anyckpt.optimizer.state import DROP
 from anyckpt.pickling import Global
 from anyckpt.tensor import LazyTensor
 
@@ -69,7 +69,7 @@ def flat_buffers(state: Any, path: str) -> list[FlatBuffer]:
         raise MappingError(
             "the distributed optimizer's state is of a layout that is not understood",
             path=path, expected="flat buffers by number, as Megatron-LM writes them since mid-2023", found=found,
-            remedy=REMEDY,
+            remedy=DROP,
         )  # fmt: skip
     found_buffers: list[FlatBuffer] = []
     coalesced = state.get("buckets_coalesced") is True
@@ -91,7 +91,7 @@ def flat_buffers(state: Any, path: str) -> list[FlatBuffer]:
 
 def _malformed(number: int, path: str) -> MappingError:
     return MappingError(
-        "a buffer of the distributed optimizer is malformed", path=path, found=f"buffer {number}", remedy=REMEDY
+        "a buffer of the distributed optimizer is malformed", path=path, found=f"buffer {number}", remedy=DROP
     )
 
 
@@ -104,7 +104,7 @@ def _tensors(contents: Mapping[Any, Any], key: str, number: int, path: str) -> t
         raise MappingError(
             f"a buffer of the distributed optimizer has no whole {key}",
             path=path, expected="one axis, of each bucket", found=f"buffer {number}: {type(value).__name__}",
-            remedy=REMEDY,
+            remedy=DROP,
         )  # fmt: skip
     return tuple(flat)
 
@@ -127,7 +127,7 @@ def _check(buffer: FlatBuffer, elements: Any, number: int, path: str) -> None:
             raise MappingError(
                 f"a buffer of the distributed optimizer has no whole {slot}",
                 path=path, expected=f"{buffer.sizes if stated is None else stated} elements",
-                found=f"buffer {number}: {sizes}", remedy=REMEDY,
+                found=f"buffer {number}: {sizes}", remedy=DROP,
             )  # fmt: skip
     if buffer.unpadded is not None and (
         len(buffer.unpadded) != len(buffer.sizes)
@@ -136,5 +136,5 @@ def _check(buffer: FlatBuffer, elements: Any, number: int, path: str) -> None:
         raise MappingError(
             "the buckets of the distributed optimizer are not as long as it says",
             path=path, expected=f"{len(buffer.unpadded)} buckets, of at least {list(buffer.unpadded)[:5]} elements",
-            found=f"buffer {number}: {buffer.sizes[:5]}", remedy=REMEDY,
+            found=f"buffer {number}: {buffer.sizes[:5]}", remedy=DROP,
         )  # fmt: skip

@@ -17,13 +17,13 @@ from typing import Any
 
 from anyckpt.checkpoint import RankShard
 from anyckpt.errors import MappingError
+from anyckpt.optimizer.state import DROP
 from anyckpt.tensor import LazyTensor
 
 _BUFFERS = (".expert_bias", ".local_tokens_per_expert")
 _DECOUPLED = ("embedding.word_embeddings.weight", "output_layer.weight")
 HALF = ("bfloat16", "float16")
 """Element types of weights that the optimizer keeps a float32 copy of."""
-REMEDY = "drop the optimizer with --optimizer drop"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def deal_out(parameters: Sequence[Parameter], groups: Sequence[Mapping[Any, Any]
                 tensor=parameter.name,
                 expected=f"a group with weight decay {'on' if parameter.decays else 'off'}",
                 found=f"{len(groups)} groups",
-                remedy=REMEDY,
+                remedy=DROP,
             )
         dealt[fitting[0]].append(parameter)
     for number, (group, fit) in enumerate(zip(groups, dealt, strict=True)):
@@ -99,7 +99,7 @@ def deal_out(parameters: Sequence[Parameter], groups: Sequence[Mapping[Any, Any]
                 path=path,
                 expected=f"{len(fit)} parameters, by their names and shapes",
                 found=len(stated),
-                remedy=REMEDY,
+                remedy=DROP,
             )
     return dealt
 

@@ -61,6 +61,17 @@ class DcpContents:
     warnings: list[str] = field(default_factory=list)
     checksums: Callable[[], Iterable[StoredChecksum]] = tuple
 
+    def details(self) -> dict[str, object]:
+        """What ``inspect`` shows of a distributed checkpoint, and what writing it again needs."""
+        return {
+            "files": len(self.files),
+            "chunks": self.chunks,
+            "shard_files": self.shard_files,
+            "key_paths": self.paths,
+            "metadata_class": self.metadata_class,
+            "flattened": list(self.flattened),
+        }
+
 
 def read_dcp(folder: Folder) -> DcpContents:
     """Open the distributed checkpoint in ``folder``.

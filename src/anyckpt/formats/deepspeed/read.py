@@ -17,8 +17,8 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.deepspeed.location import Files, find
 from anyckpt.formats.deepspeed.partitions import Layout, Vectors, check_slices, divided_groups, divided_parameters
 from anyckpt.formats.deepspeed.universal import read_parameters
-from anyckpt.formats.hf import other_files, read_json, tokenizer_of
-from anyckpt.formats.hf import training_state as trainer_state
+from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
+from anyckpt.formats.shared.hub_folder import training_state as trainer_state
 from anyckpt.indexing import Shape
 from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor, concatenate

@@ -7,22 +7,30 @@ opens all of that name; so does opening ``checkpoints/`` if there is only one na
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout
 from anyckpt.containers.torch_file import read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.errors import FormatError
 from anyckpt.formats.lightning import read as single
 from anyckpt.formats.lightning.keys import LR_SCHEDULERS, OPTIMIZER_STATES, STATE_DICT, TRAINING_STATE
-from anyckpt.formats.rank_files import Chunk, Place, by_place, check_places, parse_folder, rank_shards, with_virtual
-from anyckpt.formats.rank_optimizer import read_rank_optimizers
-from anyckpt.formats.unfinished import check_finished, marker_of
+from anyckpt.formats.shared.rank_files import (
+    Chunk,
+    Place,
+    by_place,
+    check_places,
+    parse_folder,
+    rank_shards,
+    with_virtual,
+)
+from anyckpt.formats.shared.unfinished import check_finished, marker_of
+from anyckpt.optimizer.rank_states import read_rank_states
 from anyckpt.pickling.plain import to_plain
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.place import Location, look_in
@@ -147,8 +155,25 @@ def _read_ranks(root: Location, name: str, path: str) -> Checkpoint:
         },
         ranks=rank_shards(chunks, config, layout, ignored),
         ignored=ignored,
-        optimizer=partial(read_rank_optimizers, chunks, optimizers, config, layout) if any(optimizers) else None,
+        optimizer=partial(_optimizer, chunks, optimizers, config, layout) if any(optimizers) else None,
         checksums=lambda: chain.from_iterable(map(stored_checksums, opened)),
+    )
+
+
+def _optimizer(
+    chunks: Sequence[Chunk], states: Sequence[Any], config: Mapping[str, Any], layout: ParallelLayout
+) -> OptimizerState:
+    """The optimizer's state by parameter and rank, under the names that the weights have."""
+    found = read_rank_states(chunks, states)
+    slots = {
+        slot: [replace(chunk, state=own) for chunk, own in zip(chunks, held, strict=True)]
+        for slot, held in found.slots.items()
+    }
+    return OptimizerState(
+        ranks={slot: rank_shards(own, config, layout, {}) for slot, own in slots.items()},
+        step=found.step,
+        groups=found.groups,
+        grad_scaler=found.grad_scaler,
     )
 
 

@@ -17,7 +17,6 @@ from anyckpt.containers.torch_file.legacy_stream import is_stream
 from anyckpt.containers.torch_file.reader import root_folder
 from anyckpt.containers.torch_file.roles import is_filled
 from anyckpt.errors import AnyckptError, FormatError
-from anyckpt.formats.dcp import dcp_details
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, TRAINING_STATE, VERSION
 from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.pickling.plain import simplify, to_plain
@@ -96,7 +95,7 @@ def _read_directory(location: Location) -> Checkpoint:
         objects=weights.objects,
         warnings=[*meta.warnings, *weights.warnings],
         details={
-            **dcp_details(weights),
+            **weights.details(),
             "key_paths": {**(weights.paths or {}), **flat.paths},
             "original_keys": flat.original_keys,
         },

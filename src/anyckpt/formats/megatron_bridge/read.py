@@ -11,10 +11,11 @@ from anyckpt.config.megatron_bridge import arguments_of
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import FormatError
 from anyckpt.formats import dcp
-from anyckpt.formats.megatron_adapters import settings_from
-from anyckpt.formats.megatron_core.location import COMMIT, COMMON, TRACKER, check_commit, iteration_folder
+from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
+from anyckpt.formats.shared.megatron_adapters import settings_from
+from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource

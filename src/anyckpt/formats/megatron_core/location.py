@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from anyckpt.errors import FormatError
+from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.place import Location
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMIT = "metadata.json"
 COMMON = "common.pt"
-_TRACKER_LIMIT = 64
 _COMMIT_LIMIT = 1 << 20
 
 
@@ -48,31 +46,6 @@ def detect(location: Location) -> bool:
 def _has_ranks(location: Location, name: str) -> bool:
     """Whether an iteration is of the older layout of one directory per rank."""
     return any(inner.startswith("mp_rank_") for inner in location.names_in(name))
-
-
-def iteration_folder(location: Location) -> Location:
-    """The directory that the tracker file of a training root names: ``iter_0000010`` or ``release``.
-
-    Megatron-LM ``training/checkpointing.py`` writes the number, or the word ``release``, in ASCII.
-
-    Raises:
-        FormatError: the tracker is unreadable, or the directory is missing.
-    """
-    source = location.open(TRACKER)
-    text = source.read_all(_TRACKER_LIMIT).decode("ascii", "replace").strip()
-    if text != "release" and not re.fullmatch(r"\d{1,18}", text):
-        raise FormatError(
-            "does not name an iteration", path=source.name, expected="a number or the word 'release'", found=repr(text)
-        )
-    name = text if text == "release" else f"iter_{int(text):07d}"
-    if name not in location.names:
-        raise FormatError(
-            f"names {name}, which is missing",
-            path=source.name,
-            found=", ".join(n for n in location.names if n.startswith("iter_")) or "no iteration at all",
-            remedy="open one of the iterations that are there",
-        )
-    return location.at(name)
 
 
 def check_commit(folder: Folder) -> list[str]:

@@ -19,10 +19,10 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
-from anyckpt.formats.dcp import dcp_details
-from anyckpt.formats.megatron_adapters import ADAPTER, settings_from
 from anyckpt.formats.megatron_core.implementation import hub_state_name
-from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint, iteration_folder
+from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint
+from anyckpt.formats.shared.megatron_adapters import ADAPTER, settings_from
+from anyckpt.formats.shared.tracker import iteration_folder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.folder import Folder
@@ -117,7 +117,7 @@ def megatron_checkpoint(
         warnings=[*(warnings or []), *contents.warnings],
         ignored=ignored,
         details={
-            **dcp_details(contents),
+            **contents.details(),
             "backend": "torch_dist",
             "common": list(common),
             "content_metadata": to_plain(common.get("content_metadata")),

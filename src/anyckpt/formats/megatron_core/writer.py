@@ -11,7 +11,6 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp import dcp_files
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.formats.megatron_adapters import ADAPTER, call_of
 from anyckpt.formats.megatron_core.implementation import (
     Implementation,
     extra_states,
@@ -19,9 +18,10 @@ from anyckpt.formats.megatron_core.implementation import (
     implementation_of,
     spelled,
 )
-from anyckpt.formats.megatron_core.location import TRACKER
-from anyckpt.formats.megatron_lm.arguments import pickled_arguments
 from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.shared.megatron_adapters import ADAPTER, call_of
+from anyckpt.formats.shared.megatron_arguments import pickled_arguments
+from anyckpt.formats.shared.tracker import TRACKER
 from anyckpt.models.dialects.registration import with_second_names
 from anyckpt.pickling import Record
 from anyckpt.pickling.torch_objects import NAMESPACE, namespace

@@ -15,8 +15,9 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.zarr_array import ZARRAY, open_array, read_metadata
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_core.location import COMMIT, TRACKER, iteration_folder
+from anyckpt.formats.megatron_core.location import COMMIT
 from anyckpt.formats.megatron_core.reader import megatron_checkpoint
+from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.heads import read_each, whole
 from anyckpt.storage.place import Location

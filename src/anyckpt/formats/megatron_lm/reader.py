@@ -12,7 +12,6 @@ from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError, MappingError
-from anyckpt.formats.megatron_lm.arguments import plain_arguments
 from anyckpt.formats.megatron_lm.location import (
     OPTIMIZER_PART,
     Iteration,
@@ -20,12 +19,13 @@ from anyckpt.formats.megatron_lm.location import (
     find_iteration,
     rank_folders,
 )
-from anyckpt.formats.megatron_lm.optimizer import RankState, read_optimizer
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_ranks, place_ranks
+from anyckpt.formats.shared.megatron_arguments import plain_arguments
 from anyckpt.models.dialects.projections import GROUPED_SINCE, grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names, strip_wrappers
+from anyckpt.optimizer.by_rank import RankState, read_optimizer
 from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS, with_original_groups
-from anyckpt.optimizer.rank_parameters import REMEDY
+from anyckpt.optimizer.state import DROP
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.storage.place import Location
@@ -213,7 +213,7 @@ def _parts(rank: RankFile, folders: Sequence[RankFolder], config: Mapping[str, A
         raise MappingError(
             "the folders of data-parallel ranks are not those of the run",
             path=rank.path, expected=f"{ranks} folders {rank.folder.name}_NNN with an {OPTIMIZER_PART}",
-            found=", ".join(folder.name for folder in numbered.values()) or "none", remedy=REMEDY,
+            found=", ".join(folder.name for folder in numbered.values()) or "none", remedy=DROP,
         )  # fmt: skip
     files = read_torch_files(numbered[number].location.open(OPTIMIZER_PART) for number in range(ranks))
     return tuple(file.root.get(_OPTIMIZER) if isinstance(file.root, dict) else None for file in files)

@@ -10,15 +10,15 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, small_file
 from anyckpt.errors import UsageError
-from anyckpt.formats.megatron_lm.arguments import pickled_arguments
 from anyckpt.formats.megatron_lm.location import MODEL_FILE, TRACKER
-from anyckpt.formats.megatron_lm.optimizer_writer import OptimizerWriter
 from anyckpt.formats.megatron_lm.ranks import folder_name
-from anyckpt.formats.random_states import place_name, random_states
 from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.shared.megatron_arguments import pickled_arguments
+from anyckpt.formats.shared.random_states import place_name, random_states
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import with_extra_states
 from anyckpt.optimizer.original_groups import original_groups
+from anyckpt.optimizer.write_by_rank import OptimizerWriter
 from anyckpt.pickling import Record
 from anyckpt.pickling.torch_objects import namespace, ordered_dict
 

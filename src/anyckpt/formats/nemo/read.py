@@ -23,7 +23,7 @@ from anyckpt.formats.nemo.container import (
     open_container,
 )
 from anyckpt.formats.nemo.tokenizer import read_tokenizer
-from anyckpt.formats.rank_files import (
+from anyckpt.formats.shared.rank_files import (
     Chunk,
     Place,
     by_place,

@@ -26,8 +26,8 @@ from anyckpt.formats.nemo.config import (
 )
 from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS
 from anyckpt.formats.nemo.tokenizer import has_prefix, write_tokenizer
-from anyckpt.formats.rank_files import Place, folder_name
 from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.shared.rank_files import Place, folder_name
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import with_extra_states, with_second_names
 from anyckpt.plain_yaml import dump_yaml

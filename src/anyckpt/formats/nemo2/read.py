@@ -7,12 +7,12 @@ from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, TrainingState
 from anyckpt.errors import FormatError
-from anyckpt.formats.hf import read_json
-from anyckpt.formats.megatron_adapters import CANONICAL_ROWS, is_canonical, settings_from
 from anyckpt.formats.megatron_core.location import check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
 from anyckpt.formats.nemo2.tokenizer import read_tokenizer
+from anyckpt.formats.shared.hub_folder import read_json
+from anyckpt.formats.shared.megatron_adapters import CANONICAL_ROWS, is_canonical, settings_from
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.place import Location

@@ -8,13 +8,13 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import UsageError
-from anyckpt.formats.megatron_adapters import CANONICAL_ROWS, call_of, is_canonical
 from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.nemo2 import template
 from anyckpt.formats.nemo2.fiddle import encode
 from anyckpt.formats.nemo2.read import ADAPTER_METADATA, CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS, query_groups
 from anyckpt.formats.nemo2.tokenizer import write_tokenizer
 from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.shared.megatron_adapters import CANONICAL_ROWS, call_of, is_canonical
 from anyckpt.plain_yaml import dump_yaml
 from anyckpt.storage.source import ByteSource
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.random_states import random_states
 from anyckpt.formats.registry import Format
+from anyckpt.formats.shared.random_states import random_states
 from anyckpt.optimizer import has_another_form, holds_optimizer, laid_out, renamed, with_masters, with_optimizer
 from anyckpt.optimizer.parameters import buffers
 from anyckpt.optimizer.state import DROP, tag, tagged

@@ -8,8 +8,9 @@ from typing import Any
 
 from anyckpt.checkpoint import Tokenizer
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats import hf, registry
+from anyckpt.formats import registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
+from anyckpt.formats.shared import hub_folder
 from anyckpt.storage.place import look_at
 from anyckpt.storage.source import LocalFile
 
@@ -34,7 +35,7 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> di
         return _config_of_folder(os.fspath(config))
     source = LocalFile(config)
     if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        return hf.read_json(source)
+        return hub_folder.read_json(source)
     return load_yaml_mapping(source.read_all(_CONFIG_LIMIT), source.name)
 
 
@@ -81,7 +82,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     """
     location = look_at(path)
     if location.is_directory:
-        found = hf.read_tokenizer(location)
+        found = hub_folder.read_tokenizer(location)
         if found is None:
             raise UsageError(
                 "holds no tokenizer",

@@ -190,7 +190,7 @@ def _check_listed(location: Location, tensors: Mapping[str, LazyTensor]) -> None
     if not location.is_file(HUB_FOLDER, FILES_OF_NAMES):
         return
     path = location.join(HUB_FOLDER, FILES_OF_NAMES)
-    from anyckpt.formats.hf import read_json
+    from anyckpt.formats.shared.hub_folder import read_json
 
     lost = [name for name in read_json(location.open(HUB_FOLDER, FILES_OF_NAMES)) if name not in tensors]
     if lost:

@@ -20,15 +20,13 @@ from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.config import of_ranks
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.formats.megatron_lm.arguments import MOST_RANKS
 from anyckpt.optimizer.buffers import place, place_in_buckets, rules
 from anyckpt.optimizer.data_parallel_shards import join_shards
 from anyckpt.optimizer.flat_state import FlatBuffer, flat_buffers
-from anyckpt.optimizer.rank_parameters import HALF, REMEDY, Parameter, deal_out, flag, parameters_of
+from anyckpt.optimizer.rank_parameters import HALF, Parameter, deal_out, flag, parameters_of
+from anyckpt.optimizer.state import DROP, MOMENTS, SLOTS
 from anyckpt.tensor import LazyTensor
 
-SLOTS = ("master", "exp_avg", "exp_avg_sq")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLOAT32 = BY_NAME["float32"]
 
 Found = dict[Parameter, dict[str, LazyTensor]]
@@ -79,7 +77,7 @@ def read_optimizer(ranks: Sequence[RankState], arguments: Mapping[str, Any], lay
             "parameters have taken different numbers of optimizer steps",
             path=ranks[0].path,
             found=", ".join(map(str, sorted(steps)[:5])),
-            remedy=REMEDY,
+            remedy=DROP,
         )
     containers = [found for own in ranks[0].parts or (ranks[0].optimizer,) for found in _containers(own)]
     groups: list[dict[str, Any]] = []
@@ -128,7 +126,7 @@ class _RankReader:
         return {parameter: found[parameter] for parameter in parameters}
 
     def _bad(self, problem: str, **facts: Any) -> MappingError:
-        return MappingError(problem, path=self.rank.path, remedy=REMEDY, **facts)
+        return MappingError(problem, path=self.rank.path, remedy=DROP, **facts)
 
     # -- masters by group, Adam's state by number --------------------------------------------------------------
 
@@ -160,7 +158,7 @@ class _RankReader:
                         "the optimizer has no state for a parameter", tensor=parameter.name, found=f"number {index}"
                     )
                 self._note_step(one.get("step"))
-                slots = {slot: one.get(slot) for slot in _MOMENTS}
+                slots = {slot: one.get(slot) for slot in MOMENTS}
                 slots["master"] = own.get(parameter, one.get("master_param", parameter.weight))
                 yield parameter, self._checked(parameter, slots)
 
@@ -278,7 +276,7 @@ def _completed(ranks: Sequence[RankState], arguments: Mapping[str, Any], layout:
     The file of a rank has the state of those optimizers only of whose data-parallel ranks it is the first.
     """
     ways = arguments.get("expert_tensor_parallel_size")
-    ways = ways if type(ways) is int and 0 < ways <= MOST_RANKS else layout.tensor_parallel
+    ways = ways if type(ways) is int and 0 < ways <= of_ranks.MOST_RANKS else layout.tensor_parallel
     period = math.gcd(layout.tensor_parallel, ways * layout.expert_parallel)  # see Parallelism.expert_share
     held: dict[tuple[Any, ...], Any] = {}
 
@@ -330,7 +328,7 @@ def _groups(container: Mapping[Any, Any], path: str) -> list[Mapping[Any, Any]]:
             path=path,
             expected="a list 'param_groups'",
             found=", ".join(map(str, list(container)[:5])) or "nothing",
-            remedy=REMEDY,
+            remedy=DROP,
         )
     return groups
 

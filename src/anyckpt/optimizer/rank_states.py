@@ -12,21 +12,19 @@ Facts: ``nemo/core/optim/optimizer_with_main_params.py`` of NeMo 1.0 to 2.2, ``_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from anyckpt.checkpoint import GROUP, OptimizerState, ParallelLayout
+from anyckpt.checkpoint import GROUP
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.formats.rank_files import Chunk, rank_shards
 from anyckpt.indexing import Shape
 from anyckpt.models.dialects.rank_names import flattened
 from anyckpt.optimizer.apex_buckets import has_buckets, shaped, whole_states
 from anyckpt.optimizer.group_rules import possible_groups
+from anyckpt.optimizer.state import DROP, SLOTS, options
 from anyckpt.tensor import Constant, LazyTensor
 
-SLOTS = ("master", "exp_avg", "exp_avg_sq")
-REMEDY = "leave it out with --optimizer drop"
 _TAG, _FLOAT32 = BY_NAME["int32"], BY_NAME["float32"]
 _HALF = ("bfloat16", "float16")
 _BUFFERS = ("inv_freq", "expert_bias", "local_tokens_per_expert", "_extra_state")
@@ -42,16 +40,42 @@ class _Rank:
     grad_scaler: Any = None
 
 
-def read_rank_optimizers(
-    chunks: Sequence[Chunk], states: Sequence[Any], config: Mapping[str, Any], layout: ParallelLayout
-) -> OptimizerState:
+class Chunk(Protocol):
+    """What a rank, or one virtual pipeline chunk of it, stores: its number, its state dict, and the file's name."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def state(self) -> Mapping[Any, Any]: ...
+
+    @property
+    def source(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class RankStates:
+    """The optimizer's state of all ranks.
+
+    Attributes:
+        slots: slot -> for each chunk, in the order in which they were given, stored name -> tensor; ``GROUP`` is one.
+        step: optimizer steps taken, or None.
+        groups: hyperparameters of the parameter groups as stored.
+        grad_scaler: state of the loss scaler, or None.
+    """
+
+    slots: Mapping[str, Sequence[dict[str, LazyTensor]]]
+    step: int | None
+    groups: tuple[dict[str, Any], ...]
+    grad_scaler: Any
+
+
+def read_rank_states(chunks: Sequence[Chunk], states: Sequence[Any]) -> RankStates:
     """The optimizer's state by parameter and rank.
 
     Args:
         chunks: every rank's, the chunks of one rank one after another.
         states: ``optimizer_states`` of the file of each chunk.
-        config: NeMo 1's configuration.
-        layout: of the files.
 
     Raises:
         FormatError: a state is damaged.
@@ -63,29 +87,22 @@ def read_rank_optimizers(
     for chunk, state in zip(chunks, states, strict=True):
         own.setdefault(chunk.source, []).append(chunk)
         state_of[chunk.source] = state
-    slots: dict[str, list[Chunk]] = {slot: [] for slot in (*SLOTS, GROUP)}
+    slots: dict[str, list[dict[str, LazyTensor]]] = {slot: [] for slot in (*SLOTS, GROUP)}
     for source, mine in own.items():
         rank = _read(mine, state_of[source], source)
         ranks.append(rank)
         for chunk in mine:
             for slot, found in slots.items():
-                tensors = {n: s[slot] for (number, n), s in rank.slots.items() if number == chunk.number and slot in s}
-                found.append(replace(chunk, state=tensors))
+                found.append(
+                    {n: s[slot] for (number, n), s in rank.slots.items() if number == chunk.number and slot in s}
+                )
     steps = sorted({step for rank in ranks for step in rank.steps})
     if len(steps) > 1:
         raise MappingError(
             "parameters have taken different numbers of optimizer steps",
-            path=next(iter(own)), found=", ".join(map(str, steps[:5])), remedy=REMEDY,
+            path=next(iter(own)), found=", ".join(map(str, steps[:5])), remedy=DROP,
         )  # fmt: skip
-    return OptimizerState(
-        ranks={slot: rank_shards(found, config, layout, {}) for slot, found in slots.items()},
-        step=steps[0] if steps else None,
-        groups=tuple(
-            {str(key): value for key, value in group.items() if key not in ("params", "step")}
-            for group in ranks[0].groups
-        ),
-        grad_scaler=ranks[0].grad_scaler,
-    )
+    return RankStates(slots, steps[0] if steps else None, tuple(map(options, ranks[0].groups)), ranks[0].grad_scaler)
 
 
 def _read(chunks: Sequence[Chunk], states: Any, source: str) -> _Rank:
@@ -102,7 +119,7 @@ def _read(chunks: Sequence[Chunk], states: Any, source: str) -> _Rank:
         raise MappingError(
             "the optimizer's state is of a layout that is not understood",
             path=source, expected="'state' by number and 'param_groups', or Apex's buckets",
-            found=", ".join(str(key) for key in list(shown)[:5]) or "nothing", remedy=REMEDY,
+            found=", ".join(str(key) for key in list(shown)[:5]) or "nothing", remedy=DROP,
         )  # fmt: skip
     parameters = _parameters(chunks, source)
     rank = _Rank(groups=groups, grad_scaler=container.get("grad_scaler"))
@@ -116,7 +133,7 @@ def _read(chunks: Sequence[Chunk], states: Any, source: str) -> _Rank:
             if not isinstance(one, dict):
                 raise MappingError(
                     "the optimizer has no state for a parameter",
-                    path=source, tensor=key[1], found=f"number {index}", remedy=REMEDY,
+                    path=source, tensor=key[1], found=f"number {index}", remedy=DROP,
                 )  # fmt: skip
             _note(rank.steps, one.get("step"))
             weight = parameters[key]
@@ -141,7 +158,7 @@ def _only(states: Any, source: str) -> Mapping[Any, Any]:
     if not isinstance(states, list) or len(states) != 1 or not isinstance(states[0], dict):
         raise MappingError(
             "the file has not one optimizer", path=source, expected="one in optimizer_states",
-            found=f"{len(states)} optimizers" if isinstance(states, list) else type(states).__name__, remedy=REMEDY,
+            found=f"{len(states)} optimizers" if isinstance(states, list) else type(states).__name__, remedy=DROP,
         )  # fmt: skip
     found = states[0]
     inner = found.get("opt")
@@ -170,7 +187,7 @@ def _dealt(
     for number, group in enumerate(groups):
         indices = group.get("params")
         if not isinstance(indices, list):
-            raise MappingError(f"parameter group {number} lists no parameters", path=source, remedy=REMEDY)
+            raise MappingError(f"parameter group {number} lists no parameters", path=source, remedy=DROP)
         entries.append([_shape(state.get(index)) if type(index) is int else None for index in indices])
     ways = possible_groups(shapes, groups, entries)
     if len(ways) != 1:
@@ -182,7 +199,7 @@ def _dealt(
             path=source, expected=f"state of {len(shapes)} parameters, by a rule for weight decay",
             found=f"{counts} entries in {len(groups)} groups"
             + (f", {len(ways)} ways" if ways else ", or of other shapes"),
-            remedy=REMEDY,
+            remedy=DROP,
         )  # fmt: skip
     keys = dict(zip(shapes, parameters, strict=True))
     return [[keys[name] for name in own] for own in ways[0]]
@@ -203,7 +220,7 @@ def _masters(masters: Any, number: int, weights: Sequence[LazyTensor], source: s
         raise MappingError(
             f"the fp32 weights of parameter group {number} do not fit the model",
             path=source, expected=f"{halves}, one for each parameter of 16 bits",
-            found=len(own) if isinstance(own, list) else "none", remedy=REMEDY,
+            found=len(own) if isinstance(own, list) else "none", remedy=DROP,
         )  # fmt: skip
     return [*own]
 
@@ -218,7 +235,7 @@ def _checked(slots: Mapping[str, Any], weight: LazyTensor, name: str, source: st
             raise MappingError(
                 f"the optimizer's {slot} does not fit its parameter",
                 path=source, tensor=name, expected=f"a tensor of shape {weight.shape}",
-                found=tensor.shape if isinstance(tensor, LazyTensor) else type(tensor).__name__, remedy=REMEDY,
+                found=tensor.shape if isinstance(tensor, LazyTensor) else type(tensor).__name__, remedy=DROP,
             )  # fmt: skip
     return dict(slots)
 

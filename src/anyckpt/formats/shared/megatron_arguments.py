@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.config.of_ranks import MOST_RANKS
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import FormatError
@@ -17,7 +18,6 @@ from anyckpt.pickling import Global, Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
 
-MOST_RANKS = 1 << 16
 _ENUMS = "megatron.core.transformer.enums"
 _LAYER_TYPES = {1: "embedding", 2: "loss", 3: "encoder", 4: "decoder", 5: "mtp"}
 SAME_ON_EVERY_RANK = (

@@ -16,10 +16,10 @@ from anyckpt.checkpoint import OptimizerState, RankShard
 from anyckpt.errors import MappingError
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import registered_order
-from anyckpt.optimizer.rank_parameters import HALF, REMEDY, Parameter, decays, flag, parameters_of
+from anyckpt.optimizer.rank_parameters import HALF, Parameter, decays, flag, parameters_of
+from anyckpt.optimizer.state import DROP, MOMENTS
 from anyckpt.tensor import LazyTensor, from_array
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _DEFAULTS = {"lr": "lr", "eps": "adam_eps", "weight_decay": "weight_decay"}
 
 
@@ -114,7 +114,7 @@ class OptimizerWriter:
                     **(
                         {} if self._state.step is None else {"step": from_array(np.array(self._state.step, np.float32))}
                     ),
-                    **{slot: self._slot(slots[parameter], slot, parameter) for slot in _MOMENTS},
+                    **{slot: self._slot(slots[parameter], slot, parameter) for slot in MOMENTS},
                 }
             groups.append({**self._hyperparameters(kind), "params": list(range(first, len(state)))})
             halves = [parameter for parameter in own if parameter.weight.dtype.name in HALF]
@@ -133,7 +133,7 @@ class OptimizerWriter:
                 tensor=parameter.name,
                 expected=f"a tensor of shape {parameter.weight.shape}",
                 found="none" if tensor is None else tensor.shape,
-                remedy=REMEDY,
+                remedy=DROP,
             )
         return tensor
 
