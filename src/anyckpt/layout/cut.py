@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from anyckpt.checkpoint import RankShard
+from anyckpt.config.hub_names import EMBEDDING, HEADS
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import experts
 from anyckpt.layout.division import Padding, cut_parts
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.geometry import Geometry, Parallelism
-from anyckpt.layout.join import EMBEDDING, TIED
 from anyckpt.layout.names import Name, Names, check_parallel, listed, stack_sizes
 from anyckpt.layout.partition import Partition, Rules
 from anyckpt.layout.pipeline import Chunk, chunks
@@ -172,7 +172,7 @@ def _tied(
     held: Mapping[Name, dict[int, LazyTensor]], names: Names, parallelism: Parallelism
 ) -> dict[Name, dict[int, LazyTensor]]:
     """The last stage's copy of a shared embedding; nothing without a pipeline or for tensors without embedding."""
-    given = next((name.text for name in held if name.text in TIED), None)
+    given = next((name.text for name in held if name.text in HEADS), None)
     if given is not None:
         raise MappingError(
             "is there, though the model's configuration says that it is the embedding",
@@ -181,5 +181,5 @@ def _tied(
     own = next((tensors for name, tensors in held.items() if name.text == EMBEDDING), None)
     if own is None or parallelism.pipeline_parallel == 1:
         return {}
-    copy = TIED[{"encoder", "decoder"} <= {name.stack for name in held}]
+    copy = HEADS[{"encoder", "decoder"} <= {name.stack for name in held}]
     return {names.all([copy])[0][0]: own}

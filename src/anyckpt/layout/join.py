@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from anyckpt.checkpoint import RankShard
+from anyckpt.config.hub_names import EMBEDDING, HEADS
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import experts
 from anyckpt.layout.division import join_parts, settled
@@ -16,10 +17,6 @@ from anyckpt.layout.partition import Partition, Rules
 from anyckpt.layout.pipeline import Chunk, chunks, parse_layout
 from anyckpt.layout.replicas import SMALL, Replicas, compare, compared
 from anyckpt.tensor import LazyTensor
-
-EMBEDDING = "embedding.word_embeddings.weight"
-TIED = ("output_layer.weight", "lm_head.output_layer.weight")
-"""The embedding's copy on the last stage, where embedding and output layer are shared: of GPT and BERT, of T5."""
 
 Pair = tuple[int, int]  # (tensor rank, expert rank)
 Copies = list[tuple[str, LazyTensor]]  # (file, what it holds)
@@ -271,7 +268,7 @@ def _untie(joined: Joined, geometry: Geometry) -> None:
     if not geometry.share_embeddings_and_output_weights or EMBEDDING not in joined.tensors:
         return
     original = joined.tensors[EMBEDDING]
-    for name in TIED:
+    for name in HEADS:
         copy = joined.tensors.pop(name, None)
         if copy is None:
             continue

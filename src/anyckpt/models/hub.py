@@ -15,6 +15,7 @@ import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config import meta_names
+from anyckpt.config.hub_names import EMBEDDING, HEAD, HEADS
 from anyckpt.config.megatron import has_own_modules
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig, padded
 from anyckpt.dtypes import dtype
@@ -338,7 +339,7 @@ def _untied(hub: Hub, notes: list[str]) -> Hub:
     """The model with an output layer of its own, equal to its embedding."""
     notes.append("NeMo's class of the model shares no weights: its output layer is a copy of the embedding from now on")
     config = replace(hub.model.config, share_embeddings_and_output_weights=False)
-    tensors = {**hub.tensors, "output_layer.weight": hub.tensors["embedding.word_embeddings.weight"]}
+    tensors = {**hub.tensors, HEAD: hub.tensors[EMBEDDING]}
     return replace(hub, model=replace(hub.model, config=config), tensors=tensors)
 
 
@@ -428,18 +429,18 @@ def _redundant_heads(kept: dict[str, LazyTensor], model: Model, path: str) -> di
 def head_and_embedding(model: Model) -> tuple[str, str]:
     """The family's names of the output layer, were it untied, and of the word embedding; "" if it has none."""
     rules = {rule.hub: rule.source[0] for rule in model.definition.rules if rule.source}
-    return rules.get("output_layer.weight", "lm_head.weight"), rules.get("embedding.word_embeddings.weight", "")
+    return rules.get(HEAD, "lm_head.weight"), rules.get(EMBEDDING, "")
 
 
 def _drop_tied_copy(named: dict[str, LazyTensor], model: Model, ignored: dict[str, str]) -> None:
     """Take out the copy of the embedding that a last pipeline stage keeps as its output layer."""
-    embedding = named.get("embedding.word_embeddings.weight")
-    for name in ("output_layer.weight", "lm_head.output_layer.weight"):
+    embedding = named.get(EMBEDDING)
+    for name in HEADS:
         head = named.get(name)
         if model.config.share_embeddings_and_output_weights and head is not None and embedding is not None:
             check_tied(name, head, embedding, None)
             del named[name]
-            ignored[name] = "tied to embedding.word_embeddings.weight"
+            ignored[name] = f"tied to {EMBEDDING}"
 
 
 def true_vocabulary(rows: int, config: ModelConfig, tokens: int | None) -> tuple[int, str | None]:

@@ -12,6 +12,7 @@ from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
 from anyckpt.config import meta_names
 from anyckpt.config import nemo as config_nemo
+from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.indexing import Shape
@@ -303,8 +304,7 @@ def _outside_layers(model: Model, checkpoint: Checkpoint) -> dict[str, Shape]:
 def _with_stored_vocabulary(
     config: ModelConfig, facts: TokenFacts, weights: Mapping[str, LazyTensor], notes: list[str]
 ) -> ModelConfig:
-    suffix = "embedding.word_embeddings.weight"
-    stored = next((tensor for name, tensor in weights.items() if name.endswith(suffix)), None)
+    stored = next((tensor for name, tensor in weights.items() if name.endswith(EMBEDDING)), None)
     if stored is None or not stored.ndim:
         return config
     rows = stored.shape[0]

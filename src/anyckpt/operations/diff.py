@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.steps.adapter_names import adapter_names
 from anyckpt.operations.steps.compare import Tolerance, compare
@@ -17,8 +18,6 @@ from anyckpt.operations.steps.objects import compare_objects
 from anyckpt.operations.steps.renaming import CommonNames, common_names
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
-
-_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,8 @@ def _files_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
 def _with_tied_heads(names: CommonNames, a: str, b: str) -> Iterator[str]:
     """Give a tied model the output layer that the other keeps, which is its embedding; a note says so."""
     for one, other, path in ((names.a, names.b, a), (names.b, names.a, b)):
-        if _HEAD in other and _HEAD not in one and _EMBEDDING in one:
-            one[_HEAD] = one[_EMBEDDING]
+        if HEAD in other and HEAD not in one and EMBEDDING in one:
+            one[HEAD] = one[EMBEDDING]
             yield f"the output layer of {path} is tied to its embedding, which is compared with the other's"
 
 

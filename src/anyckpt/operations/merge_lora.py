@@ -10,6 +10,7 @@ from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.nemo import restated
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
@@ -32,7 +33,6 @@ from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 
 _SHOWN = 5
-_EMBEDDING = "embedding.word_embeddings.weight"
 _TIED = "the adapter changes the embedding, which is the output layer, too: both are changed, as peft's merge does"
 
 
@@ -224,7 +224,7 @@ def _changes_embedding(updates: Adapter, base: Checkpoint) -> bool:
     changed = {*(target.weight for target in updates.updates), *updates.replaced, *updates.rows}
     weights = base.weights()
     outer = (name for name in changed if name in weights and not block_of(name))
-    return _EMBEDDING in changed or any(weights[name].ndim == 2 for name in outer)
+    return EMBEDDING in changed or any(weights[name].ndim == 2 for name in outer)
 
 
 def _summary(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter, scale: float) -> str:

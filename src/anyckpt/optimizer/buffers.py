@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.errors import MappingError
 from anyckpt.optimizer.rank_parameters import Parameter
 from anyckpt.optimizer.state import DROP
 
 _ALIGNMENT = 64
 _MOST_WAYS = 64
-_SHARED = ("embedding.word_embeddings.weight", "output_layer.weight")
+_SHARED = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.indexing import Shape
 from anyckpt.optimizer.state import unproved
 
-_EDGES = ("embedding.word_embeddings.weight", "output_layer.weight")
+_EDGES = (EMBEDDING, HEAD)
 
 
 class Kind(NamedTuple):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from anyckpt.checkpoint import Checkpoint, RankShard
 from anyckpt.config import of_ranks
+from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.indexing import Shape
 from anyckpt.layout import Geometry, Parallelism, cut, join
@@ -28,8 +29,6 @@ from anyckpt.models.dialects.registration import registered_order
 from anyckpt.optimizer.parameters import trained
 from anyckpt.optimizer.state import tag, tagged, unproved
 from anyckpt.tensor import LazyTensor, stack
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class Rank(NamedTuple):
@@ -193,11 +192,11 @@ def _geometry(checkpoint: Checkpoint, hub: Mapping[str, LazyTensor]) -> Geometry
     arguments = checkpoint.config if checkpoint.config_kind == "megatron-args" else {}
     found = geometry_of(of_ranks.sizes(arguments, "megatron-args"), down_parallel=is_local(arguments))
     numbers = [expert.number for name in hub if (expert := parse_expert(name)) is not None]
-    rows = hub[_EMBEDDING].shape[0] if _EMBEDDING in hub else None
+    rows = hub[EMBEDDING].shape[0] if EMBEDDING in hub else None
     return replace(
         found,
         num_experts=found.num_experts or (max(numbers) + 1 if numbers else None),
-        share_embeddings_and_output_weights="output_layer.weight" not in hub,
+        share_embeddings_and_output_weights=HEAD not in hub,
         padded_vocab_size=rows,
         vocab_size=None,
     )

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.errors import FormatError
 from anyckpt.indexing import Shape
 from anyckpt.optimizer.buffers import Rule, starts
@@ -20,7 +21,6 @@ from anyckpt.optimizer.state import unproved
 from anyckpt.tensor import LazyTensor, Mosaic
 
 _ALIGNMENTS = (64, 1)
-_EMBEDDINGS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 Start = tuple[int, int]
 """Bucket, and first element in it."""
@@ -117,7 +117,7 @@ def _in_buckets(parameters: Parameters, sizes: Sequence[int], alignment: int) ->
 def _in_whole(parameters: Parameters, total: int, alignment: int, shared_embedding: bool) -> dict[str, Start] | None:
     """Places in buckets that the file does not tell apart, None if they do not fill the buffer."""
     reverse = [(name, math.prod(parameters[name])) for name in reversed(list(parameters))]
-    alone = tuple(name for name, _ in reverse if name.endswith(_EMBEDDINGS)) if shared_embedding else ()
+    alone = tuple(name for name, _ in reverse if name.endswith((EMBEDDING, HEAD))) if shared_embedding else ()
     firsts, elements = starts(reverse, Rule(alignment, shared=alone))
     return {name: (0, first) for (name, _), first in zip(reverse, firsts, strict=True)} if elements == total else None
 

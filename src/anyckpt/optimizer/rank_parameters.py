@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import RankShard
+from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.errors import MappingError
 from anyckpt.optimizer.state import DROP
 from anyckpt.tensor import LazyTensor
 
 _BUFFERS = (".expert_bias", ".local_tokens_per_expert")
-_DECOUPLED = ("embedding.word_embeddings.weight", "output_layer.weight")
+_DECOUPLED = (EMBEDDING, HEAD)
 HALF = ("bfloat16", "float16")
 """Element types of weights that the optimizer keeps a float32 copy of."""
 

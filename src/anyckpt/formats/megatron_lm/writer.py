@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard
+from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, small_file
 from anyckpt.errors import UsageError
@@ -23,7 +24,6 @@ from anyckpt.pickling import Record
 from anyckpt.pickling.torch_objects import namespace, ordered_dict
 
 _VERSION = 3.0
-_EMBEDDING = "embedding.word_embeddings.weight"
 _KEPT = ("opt_param_scheduler", "num_floating_point_operations_so_far")
 _OF_ONE_PROCESS = ("rank", "local_rank", "model_parallel_size")
 """What is only true of the process that saved the file, and an old name of the tensor-parallel size."""
@@ -188,7 +188,7 @@ def _arguments(checkpoint: Checkpoint, layout: ParallelLayout, shards: Sequence[
         ckpt_format="torch",
         use_dist_ckpt=False,
     )
-    rows = next((shard.tensors[_EMBEDDING].shape[0] for shard in shards if _EMBEDDING in shard.tensors), None)
+    rows = next((shard.tensors[EMBEDDING].shape[0] for shard in shards if EMBEDDING in shard.tensors), None)
     if rows is not None:
         fields["padded_vocab_size"] = rows * layout.tensor_parallel
     if checkpoint.training.consumed_samples is not None:

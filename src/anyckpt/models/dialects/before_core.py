@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from anyckpt.config.hub_names import HEAD_BIAS
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor, concatenate
 
@@ -20,7 +21,7 @@ _STACK = re.compile(r"language_model\.(?:encoder|transformer)\.(.+)")
 _OUTSIDE = (
     (re.compile(r"language_model\.(?:embedding\.)?((?:word|position|tokentype)_embeddings\..+)"), r"embedding.\1"),
     (re.compile(r"language_model\.((?:output_layer|pooler)\..+)"), r"\1"),
-    (re.compile(r"lm_head\.bias"), "output_layer.bias"),
+    (re.compile(r"lm_head\.bias"), HEAD_BIAS),
     (re.compile(r"lm_head\.(?:layer)?norm\.(.+)"), r"lm_head.layer_norm.\1"),
 )
 _INSIDE = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from anyckpt.config.hub_names import FINAL_NORM, FINAL_NORM_OF_HYBRIDS
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor, concatenate
 
@@ -48,9 +49,9 @@ def joined_mixers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
             if key in result:
                 raise MappingError("two stored tensors are the same one of the model", tensor=name, found=key)
             result[key] = whole
-    if has_mixers(result) and "decoder.final_layernorm.weight" in result:  # as Megatron-Bridge's main branch names it
-        result.setdefault("decoder.final_norm.weight", result["decoder.final_layernorm.weight"])
-        del result["decoder.final_layernorm.weight"]
+    if has_mixers(result) and FINAL_NORM in result:  # as Megatron-Bridge's main branch names it
+        result.setdefault(FINAL_NORM_OF_HYBRIDS, result[FINAL_NORM])
+        del result[FINAL_NORM]
     return result
 
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from anyckpt.config.hub_names import HEAD_BIAS, HEAD_BIAS_OF_T5
 from anyckpt.errors import FormatError
 
 T = TypeVar("T")
@@ -140,7 +141,7 @@ def _flat_name(name: str, encoder: str, two_stacks: bool, post_norms: bool) -> s
     found = _STACK.match(name)
     if found is None:
         if name == "lm_head.bias":
-            return "lm_head.output_layer.bias" if two_stacks else "output_layer.bias"
+            return HEAD_BIAS_OF_T5 if two_stacks else HEAD_BIAS
         for pattern, replacement in _OUTSIDE:
             if pattern.match(name):
                 return pattern.sub(replacement, name)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from anyckpt.config.hub_names import FINAL_NORM, FINAL_NORM_OF_ENCODER, FINAL_NORM_OF_HYBRIDS
+
 T = TypeVar("T")
 
 _ORDER = (
@@ -32,7 +34,7 @@ _PARALLEL_LINEAR = re.compile(
 )
 _WEIGHT = re.compile(r"^(?P<module>.+)\.weight\d*$")
 _TWICE = re.compile(r"((?:model\.|module\.|enc_dec_model\.)*)lm_head\.(output_layer\.(?:weight|bias))")
-_LAST_NORM = ("decoder.final_layernorm.weight", "decoder.final_norm.weight", "encoder.final_layernorm.weight")
+_LAST_NORM = (FINAL_NORM, FINAL_NORM_OF_HYBRIDS, FINAL_NORM_OF_ENCODER)
 
 
 def registered_order(names: Iterable[str]) -> list[str]:

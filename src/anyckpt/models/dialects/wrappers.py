@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, count, takewhile
 
+from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor
 
 BETWEEN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """What torch.compile, FSDP, activation checkpointing and Lightning's Fabric put before the names of any module."""
 
-_EMBEDDING = "embedding.word_embeddings.weight"
 _TEXT = "language_model."
 
 
@@ -130,7 +130,7 @@ def _patterns(rules: Iterable[Rule]) -> tuple[str, list[str]]:
     """A name that tells where the model is, and all names."""
     listed = list(rules)
     patterns = [pattern for rule in listed for pattern in rule.source]
-    embedding = next((rule.source[0] for rule in listed if rule.hub == _EMBEDDING and rule.source), None)
+    embedding = next((rule.source[0] for rule in listed if rule.hub == EMBEDDING and rule.source), None)
     return embedding or next((pattern for pattern in patterns if "*" not in pattern), ""), patterns
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard
+from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut, parse_layout
@@ -19,7 +20,6 @@ from anyckpt.operations.steps.joining import geometry_of, parallelism_of, run_wo
 from anyckpt.operations.steps.renaming import Vocabulary
 from anyckpt.tensor import LazyTensor
 
-_EMBEDDING = "embedding.word_embeddings.weight"
 _ROWS = ("override_vocab_size", "padded_vocab_size")  # NeMo's and Megatron's words for the padded vocabulary
 _FILLED: Mapping[Padding, str] = {"zeros": "zeros", "repeat-last-row": "copies of the last row"}
 _ANY_SIZE = "its distributed checkpoints load at any parallel size: the layout asked for needs nothing done"
@@ -283,7 +283,7 @@ def padding_notes(whole: Checkpoint, cut_checkpoint: Checkpoint, padding: Paddin
         cut_checkpoint: what ``cut_for_ranks`` made of it.
         padding: what filled new rows.
     """
-    embedding, true = whole.tensors.get(_EMBEDDING), whole.config.get("vocab_size")
+    embedding, true = whole.tensors.get(EMBEDDING), whole.config.get("vocab_size")
     rows = _embedding_rows(cut_checkpoint.ranks)
     if embedding is None or not rows:
         return ()
@@ -301,7 +301,7 @@ def padding_notes(whole: Checkpoint, cut_checkpoint: Checkpoint, padding: Paddin
 
 def _embedding_rows(shards: Sequence[RankShard]) -> int:
     """Of the whole embedding: one part for each tensor-parallel rank, which expert ranks and stages repeat."""
-    rows = {shard.tensor_rank: shard.tensors[_EMBEDDING].shape[0] for shard in shards if _EMBEDDING in shard.tensors}
+    rows = {shard.tensor_rank: shard.tensors[EMBEDDING].shape[0] for shard in shards if EMBEDDING in shard.tensors}
     return sum(rows.values())
 
 
@@ -319,13 +319,13 @@ def _target_geometry(checkpoint: Checkpoint, parallelism: Parallelism) -> Geomet
     Rows stay as they are for the same number of ranks, and where the true vocabulary is unknown and they divide.
     """
     geometry = geometry_of(checkpoint)
-    embedding = checkpoint.tensors.get(_EMBEDDING)
+    embedding = checkpoint.tensors.get(EMBEDDING)
     rows = None if embedding is None else embedding.shape[0]
     true = checkpoint.config.get("vocab_size")
     if type(true) is int and rows is not None and true > rows:
         raise MappingError(
             "the vocabulary is larger than what is stored",
-            path=checkpoint.path, tensor=_EMBEDDING, expected=f"at least {true} rows", found=f"{rows} rows",
+            path=checkpoint.path, tensor=EMBEDDING, expected=f"at least {true} rows", found=f"{rows} rows",
             remedy="give the true --vocab-size",
         )  # fmt: skip
     known = type(true) is int and rows is not None and true > 0
