@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import tracemalloc
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.support import fixture_path, sha256_of, write_plan
 import anyckpt
 from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.dtypes import dtype
+from anyckpt.engine import blocks, checksum
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats import registry
@@ -203,6 +205,27 @@ def test_a_block_takes_one_round_however_many_tensors_fill_it(tmp_path: Path) ->
         done = anyckpt.convert(ROOT, tmp_path / "far.safetensors", to="safetensors", workers=1)
     assert log.rounds <= opening + -(-done.bytes_written // (4 << 20))
     assert (tmp_path / "far.safetensors").read_bytes() == (tmp_path / "near.safetensors").read_bytes()
+
+
+def test_no_item_is_opened_by_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items of a few kinds, of which each tells where the elements of the others lie."""
+    rng = np.random.default_rng(2)
+    tensors = {f"w{number}": from_array(rng.standard_normal((96, 32 + number % 3))) for number in range(90)}
+    source = write_plan(Plan("safetensors", (OutputFile("", safetensors_parts(tensors)),)), tmp_path / "a.safetensors")
+    anyckpt.convert(source, tmp_path / "dcp", to="dcp")
+    files = files_below(tmp_path / "dcp")
+    for module in (blocks, checksum):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 8 << 10)
+    counts = []
+    for workers in (1, 8):
+        log = Log()
+        place = MemoryPlace(ROOT, files, lambda data, name, log=log: FarSource(data, name, log, 0.002, at_once=1))
+        place.is_far = False
+        with registered("far", place):
+            anyckpt.convert(ROOT, tmp_path / f"out{workers}.pt", to="torch", workers=workers, memory=1 << 28)
+        counts.append(Counter(log.requests))
+    assert [sum(count - 1 for count in found.values()) for found in counts][1] <= 3 * 3  # of the first of each kind
+    assert counts[0].total() == counts[1].total()
 
 
 def test_memory_does_not_grow_with_what_a_read_needs() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any, overload
 
 import numpy as np
@@ -21,6 +23,9 @@ from anyckpt.pickling.calls import current, recording
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.zip import RecordSource
 from anyckpt.tensor import LazyTensor, Stored
+
+_Kind = tuple[str, Shape, int]
+"""Element type and shape of a chunk, and bytes of its item."""
 
 _UNKNOWN = -1
 _STRIDED = -2
@@ -47,7 +52,8 @@ class ItemTable:
         self.length = length
         self._payload = np.full(len(file), _UNKNOWN, dtype=np.int64)
         self._strided: dict[int, LazyTensor] = {}
-        self._heads: dict[tuple[str, Shape, int], bytes] = {}
+        self._heads: dict[_Kind, bytes] = {}  # empty where it tells nothing
+        self._locks: dict[int | _Kind, Lock] = {}
         self._calls = current()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,9 +75,31 @@ class ItemTable:
         """
         known = int(self._payload[row])
         if known == _UNKNOWN:
-            known = self._open(row, name, dtype, shape)
-            self._payload[row] = known
+            with self._opening(row, dtype, shape):
+                known = int(self._payload[row])
+                if known == _UNKNOWN:
+                    known = self._open(row, name, dtype, shape)
+                    self._payload[row] = known
         return self._strided[row] if known == _STRIDED else known
+
+    @contextmanager
+    def _opening(self, row: int, dtype: DType, shape: Shape) -> Iterator[None]:
+        """One thread opens an item while others wait, and one the first of a kind, which tells of the others."""
+        kind = (dtype.name, shape, int(self.length[row]))
+        with self._alone(kind) if kind not in self._heads else nullcontext():
+            if kind not in self._heads:
+                yield
+                return
+        with self._alone(row):
+            yield
+
+    @contextmanager
+    def _alone(self, key: int | _Kind) -> Iterator[None]:
+        try:
+            with self._locks.setdefault(key, Lock()):
+                yield
+        finally:
+            self._locks.pop(key, None)
 
     def wanted(
         self, row: int, dtype: DType, shape: Shape, offset: int, length: int
@@ -86,7 +114,7 @@ class ItemTable:
         yield from source.wanted(first, min(begin + offset + length + _LONGEST_HEAD, begin + size) - first)
         if first > begin:
             yield from source.wanted(begin, _LONGEST_HEAD)
-        if (dtype.name, shape, size) not in self._heads:
+        if not self._heads.get((dtype.name, shape, size)):
             yield from source.wanted(max(begin, begin + size - _END), min(size, _END))
 
     def _open(self, row: int, name: str, dtype: DType, shape: Shape) -> int:
@@ -94,7 +122,7 @@ class ItemTable:
         # Archives of equal tensors by one writer are equal up to the elements: once one is understood, a comparison
         # does for the others, at a hundredth of the price.
         head = self._heads.get((dtype.name, shape, length))
-        if head is not None and source.read(offset, len(head)) == head:
+        if head and source.read(offset, len(head)) == head:
             return offset + len(head)
         with recording(self._calls):
             tensor = read_torch(self.archive(row, name)).root
@@ -108,14 +136,17 @@ class ItemTable:
                 found=f"{tensor.dtype.name} {tensor.shape}" if is_tensor else f"a {type(tensor).__name__}",
                 remedy="copy the checkpoint again from its origin",
             )
+        kind = (dtype.name, shape, length)
+        if len(self._heads) < _HEADS:
+            self._heads.setdefault(kind, b"")
         if not isinstance(tensor, Stored) or tensor.strides is not None or not isinstance(tensor.source, RecordSource):
             self._strided[row] = tensor
             return _STRIDED
         payload = tensor.source.locate()[1] + tensor.offset - source.locate()[1]
-        if len(self._heads) < _HEADS and offset < payload <= offset + _LONGEST_HEAD:
+        if kind in self._heads and offset < payload <= offset + _LONGEST_HEAD:
             head = source.read(offset, payload - offset)
             if b"/data.pkl" in head:
-                self._heads[dtype.name, shape, length] = head
+                self._heads[kind] = head
         return payload
 
 
