@@ -14,7 +14,7 @@ import pytest
 from anyckpt.errors import FormatError
 from anyckpt.storage import requests
 from anyckpt.storage.place import SCHEMES, Place, Tree
-from anyckpt.storage.source import ByteSource, MemorySource, check_filled
+from anyckpt.storage.source import ByteSource, MemorySource, check_filled, count_read
 
 Maker = Callable[[bytes, str], ByteSource]
 
@@ -98,21 +98,31 @@ def counting(log: Log) -> Iterator[None]:
 
 
 class FarSource(MemorySource):
-    """Bytes that every read of takes a while."""
+    """Bytes that every read of takes a while.
 
-    __slots__ = ("_latency", "_log")
+    Args:
+        data: the bytes.
+        name: what to call them.
+        log: gets every read.
+        latency: seconds that a read takes.
+        at_once: reads that are worth making at once.
+    """
 
-    def __init__(self, data: bytes, name: str, log: Log, latency: float) -> None:
+    __slots__ = ("_at_once", "_latency", "_log")
+
+    def __init__(self, data: bytes, name: str, log: Log, latency: float, at_once: int = 16) -> None:
         super().__init__(data, name)
+        self._at_once = at_once
         self._log = log
         self._latency = latency
 
     @property
     def at_once(self) -> int:
-        return 16
+        return self._at_once
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         self._log.add(self.name, offset, len(buffer))
+        count_read(len(buffer))
         time.sleep(self._latency)
         super()._read_into(offset, buffer)
 

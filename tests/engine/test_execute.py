@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -424,3 +425,26 @@ def test_cutting_a_file_looks_at_each_part_as_often_however_many_there_are() -> 
         return looks
 
     assert cost(2000) <= 2.2 * cost(1000)
+
+
+def test_what_is_read_is_counted_for_whoever_reads_it(source: Path, tmp_path: Path) -> None:
+    """Two runs at once in one process."""
+    plan = sample_plan(source, directory=True)
+    alone = execute.execute(plan, str(tmp_path / "alone")).bytes_read
+    begun = threading.Barrier(2)
+    found: dict[str, int] = {}
+
+    def run(name: str) -> None:
+        def progress(done: int, total: int) -> None:
+            if name not in found:
+                found[name] = 0
+                begun.wait(timeout=60)
+
+        found[name] = execute.execute(plan, str(tmp_path / name), progress=progress, workers=2).bytes_read
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("one", "other")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"one": alone, "other": alone}

@@ -22,7 +22,6 @@ from anyckpt.engine.run import Progress, Run, of_files, worker_count
 from anyckpt.engine.share import Division
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import AnyckptError, OutputError, UsageError
-from anyckpt.storage import source as sources
 
 DEFAULT_MEMORY = 96 << 20
 """Bytes for blocks in flight; the interpreter and its libraries take some 50 MB besides."""
@@ -146,7 +145,7 @@ def run_share(
         FormatError: a source turns out to be damaged.
         UsageError: ``memory`` is too small for one thread, or something in the plan has no identity.
     """
-    started, read_before = time.monotonic(), sources.bytes_read()
+    started = time.monotonic()
     place = _place(destination, overwrite)
     count = worker_count(workers, memory, plan)
     identity = _shared_identity(plan, place, source_paths)
@@ -171,7 +170,7 @@ def run_share(
         place.close(failure=str(error) or type(error).__name__)
         raise
     place.close()
-    return ShareReport(share, sources.bytes_read() - read_before, total, time.monotonic() - started, run.resumed_bytes)
+    return ShareReport(share, run.reads.nbytes, total, time.monotonic() - started, run.resumed_bytes)
 
 
 def finish(
@@ -266,7 +265,6 @@ def _carry_out(
     shared: bool = False,
 ) -> Report:
     """Write what is not there yet and publish the output; the destination has begun."""
-    read_before = sources.bytes_read()
     resumable = identity.obstacle is None
     known = place.records(identity.value)
     run = Run(plan, cut, place, known, workers=workers, memory=memory, progress=progress, total=plan.nbytes)
@@ -292,7 +290,7 @@ def _carry_out(
     except BaseException:
         place.close() if resumable else place.discard()
         raise
-    return _report(plan, place, sources.bytes_read() - read_before, started, run.resumed_bytes)
+    return _report(plan, place, run.reads.nbytes, started, run.resumed_bytes)
 
 
 def _report(plan: Plan, place: Destination, bytes_read: int, started: float, resumed_bytes: int) -> Report:

@@ -21,6 +21,7 @@ from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.engine.together import MOST_TOGETHER, Gang, gangs
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.gather import SCRATCH_BYTES
+from anyckpt.storage.source import ReadCount, counting
 
 _MEMORY_PER_WORKER = 16 << 20
 _SYNC_EVERY = 1 << 30
@@ -48,7 +49,8 @@ class Run:
 
     Attributes:
         records: the blocks that are written, by this process or before.
-        resumed_bytes: of these, bytes of those that were there before.
+        reads: bytes that were read for them.
+        resumed_bytes: of the written ones, bytes of those that were there before.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Run:
             {i for part in file.parts if isinstance(part, Computed) for i in part.parts} for file in plan.files
         ]
         self.records = records
+        self.reads = ReadCount()
         self.resumed_bytes = 0
 
     def write(self, blocks: Iterable[Block]) -> None:
@@ -142,6 +145,10 @@ class Run:
             raise self._failure
 
     def _work(self, jobs: Iterator[_Job]) -> None:
+        with counting(self.reads):
+            self._work_off(jobs)
+
+    def _work_off(self, jobs: Iterator[_Job]) -> None:
         buffers: list[BlockBuffer] = []
         while not self._stop.is_set():
             with self._lock:

@@ -11,6 +11,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -230,19 +232,42 @@ class _OpenFiles:
 
 
 _open_files = _OpenFiles(_OPEN_FILES_LIMIT)
+
+
+class ReadCount:
+    """Bytes read from sources by whoever counts with it, in any thread."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+
 _read_lock = threading.Lock()
-_read_total = 0
+_of_process = ReadCount()
+_counts: ContextVar[tuple[ReadCount, ...]] = ContextVar("counts", default=())
 
 
-def _count_read(nbytes: int) -> None:
-    global _read_total
+@contextmanager
+def counting(count: ReadCount) -> Iterator[None]:
+    """Within, what this thread reads is counted, and what others read for it."""
+    token = _counts.set((*_counts.get(), count))
+    try:
+        yield
+    finally:
+        _counts.reset(token)
+
+
+def count_read(nbytes: int) -> None:
+    """Count bytes that a source has read from where it lies."""
+    own = _counts.get()
     with _read_lock:
-        _read_total += nbytes
+        _of_process.nbytes += nbytes
+        for count in own:
+            count.nbytes += nbytes
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read from local files so far, for reports and for tests of what is not read."""
-    return _read_total
+    """Bytes that this process has read from its sources so far, for tests of what is not read."""
+    return _of_process.nbytes
 
 
 class LocalFile(ByteSource):
@@ -285,7 +310,7 @@ class LocalFile(ByteSource):
                 if count == 0:
                     check_filled(self, offset, len(buffer), position)
                 position += count
-            _count_read(len(buffer))
+            count_read(len(buffer))
         except OSError as error:
             raise FormatError(f"cannot be read at byte {offset}: {error.strerror}", path=self.name) from error
         finally:
