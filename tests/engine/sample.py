@@ -9,7 +9,9 @@ import numpy as np
 
 from anyckpt import tensor as lazy
 from anyckpt.engine import blocks, checksum, execute, files, run
+from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, Plan, SourceData, TensorData, small_file
+from anyckpt.engine.shared_run import run_share
 from anyckpt.storage import LocalFile, MemorySource
 from anyckpt.tensor import Stored
 
@@ -64,7 +66,7 @@ def main(source: str, destination: str, *words: str) -> None:
     plan = sample_plan(Path(source))
     if words and "/" in words[0]:
         number, of = map(int, words[0].split("/"))
-        execute.run_share(plan, destination, execute.Share(number, of), workers=2, source_paths=[source])
+        run_share(plan, destination, Share(number, of), workers=2, source_paths=[source])
     else:
         execute.execute(plan, destination, resume="resume" in words, workers=2, source_paths=[source])
 

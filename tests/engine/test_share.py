@@ -22,10 +22,11 @@ from tests.support import file_bytes
 from anyckpt.engine import blocks, checksum, files, run
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import Share
-from anyckpt.engine.execute import execute, finish, run_share
+from anyckpt.engine.execute import execute
 from anyckpt.engine.manifest import check_manifest, read_manifest
 from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
 from anyckpt.engine.share import Division, divided
+from anyckpt.engine.shared_run import finish, run_share
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.storage import LocalFile, MemorySource

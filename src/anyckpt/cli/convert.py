@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SHOWN_FILES = 20
+_SHOWN_SHARES = 8
 
 
 _WRITING = (
@@ -29,6 +30,7 @@ _WRITING = (
     click.option("--force", is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
     click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, at the end."),
     click.option("--resume", is_flag=True, help="Continue what an interrupted run left."),
+    click.option("--share", metavar="I/N", help="Do the I-th of N parts; the last of N processes publishes DST."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
 )
@@ -114,6 +116,13 @@ def _print(done: Conversion) -> None:
     size = format_bytes(done.bytes_written)
     if done.dry_run:
         print_line(f"{done.output}: {done.format}, {done.tensors} tensors, {size} (dry run: nothing is written)")
+        return
+    if done.missing_shares:
+        missing = ", ".join(done.missing_shares[:_SHOWN_SHARES]) + (
+            " ..." if done.missing_shares[_SHOWN_SHARES:] else ""
+        )
+        print_line(f"{done.output}: share {done.share} of {done.format}, {size} in {format_seconds(done.seconds)}")
+        print_line(f"the output appears when all shares are written; missing: {missing}")
         return
     rate = format_bytes(done.bytes_written / done.seconds) if done.seconds else size
     print_line(

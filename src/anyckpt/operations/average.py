@@ -45,6 +45,7 @@ def average(
     sharded: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    share: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     dry_run: bool = False,
@@ -79,6 +80,7 @@ def average(
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
         overwrite: replace an existing checkpoint at the end.
         resume: continue what an interrupted run of the same work left.
+        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
         workers: threads.
         memory: bytes for blocks in flight, or a text such as ``512MB``.
         dry_run: plan, and write nothing.
@@ -95,7 +97,7 @@ def average(
     if to is not None:
         registry.by_name(to)
     origins = [os.fspath(path) for path in sources]
-    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume)
+    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = [registry.read(path, force=force) for path in sources]
     wanted, given = cast_target(dtype), read_config(config)
     rules = None if layout is None else layout.rules
@@ -143,6 +145,7 @@ def average(
         sharded=sharded,
         overwrite=overwrite,
         resume=resume,
+        share=share,
         workers=workers,
         memory=memory,
         dry_run=dry_run,

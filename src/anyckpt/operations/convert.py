@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.engine.execute import DEFAULT_MEMORY, execute
+from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.engine.plan import Plan, SourceData, describe
 from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageError
 from anyckpt.formats import registry
@@ -37,6 +37,7 @@ from anyckpt.operations.steps.renaming import Vocabulary, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.unwrap import HOW_TO_MERGE, adapter_inside, holds_adapter, merged_inside
 from anyckpt.operations.steps.user_files import read_config, read_tokenizer
+from anyckpt.operations.steps.writing import parse_share, write
 from anyckpt.storage.place import look_at
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import parse_bytes
@@ -62,6 +63,8 @@ class Conversion:
         files: its files, as ``path``, ``bytes`` and ``tensors``.
         resumed_bytes: bytes that an interrupted run had written before.
         dry_run: nothing was written.
+        share: ``I/N`` if this was the work of one process among several, whose bytes and seconds these are; or None.
+        missing_shares: those that are not written yet, so that the output is not there.
     """
 
     output: str
@@ -77,6 +80,8 @@ class Conversion:
     files: tuple[dict[str, Any], ...] = ()
     resumed_bytes: int = 0
     dry_run: bool = False
+    share: str | None = None
+    missing_shares: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As ``convert --json`` prints it; a dry run lists the files."""
@@ -85,7 +90,7 @@ class Conversion:
             "bytes_written": self.bytes_written, "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
             "ignored": [{"name": name, "reason": reason} for name, reason in self.ignored.items()],
             "casts": self.casts, "notes": list(self.notes), "resumed_bytes": self.resumed_bytes,
-            "dry_run": self.dry_run,
+            "dry_run": self.dry_run, "share": self.share, "missing_shares": list(self.missing_shares),
         }  # fmt: skip
         if self.dry_run:
             facts["files"] = list(self.files)
@@ -115,6 +120,7 @@ def convert(
     force: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    share: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     dry_run: bool = False,
@@ -153,6 +159,7 @@ def convert(
         force: read a source that is marked as unfinished, too.
         overwrite: replace an existing checkpoint at the end.
         resume: continue what an interrupted run of the same conversion left.
+        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
         workers: threads.
         memory: bytes for blocks in flight, or a text such as ``512MB``.
         dry_run: plan, and write nothing.
@@ -181,8 +188,9 @@ def convert(
         transformer_impl=None if layout is None else layout.transformer_impl,
         megatron_args=layout is None or layout.megatron_args,
     )
+    part = parse_share(share)
     budget = DEFAULT_MEMORY if memory is None else parse_bytes(memory, "--memory")
-    check_destination(output, origins, overwrite=overwrite, resume=resume)
+    check_destination(output, origins, overwrite=overwrite, resume=resume or share is not None)
 
     request = LayoutRequest() if layout is None else layout
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=force)
@@ -314,11 +322,11 @@ def convert(
         count = len({part.name for part in plan.tensors()})
         done = Conversion(output, plan.format, count, 0, plan.nbytes, 0.0, 0, dry_run=True)
     else:
-        report = execute(
-            plan, output, overwrite=overwrite, resume=resume, workers=workers, memory=budget,
+        report = write(
+            plan, output, share=part, overwrite=overwrite, resume=resume, workers=workers, memory=budget,
             progress=progress, source_paths=[file for path in origins if (file := look_at(path).on_disk) is not None],
         )  # fmt: skip
-        done = Conversion(**asdict(report))
+        done = Conversion(**report)
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
 
 

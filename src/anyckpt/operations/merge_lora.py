@@ -57,6 +57,7 @@ def merge_lora(
     sharded: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    share: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     dry_run: bool = False,
@@ -88,6 +89,7 @@ def merge_lora(
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
         overwrite: replace an existing checkpoint at the end.
         resume: continue what an interrupted run of the same work left.
+        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
         workers: threads.
         memory: bytes for blocks in flight, or a text such as ``512MB``.
         dry_run: plan, and write nothing.
@@ -105,7 +107,7 @@ def merge_lora(
     if to is not None:
         registry.by_name(to)
     origins = [os.fspath(base), os.fspath(adapter)]
-    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume)
+    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = registry.read(base, force=force)
     wanted = cast_target(dtype)
     rules = None if layout is None else layout.rules
@@ -162,6 +164,7 @@ def merge_lora(
         sharded=sharded,
         overwrite=overwrite,
         resume=resume,
+        share=share,
         workers=workers,
         memory=memory,
         dry_run=dry_run,

@@ -35,6 +35,7 @@ def reshard(
     force: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    share: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     dry_run: bool = False,
@@ -62,6 +63,7 @@ def reshard(
         force: read a source that is marked as unfinished, too.
         overwrite: replace an existing checkpoint at the end.
         resume: continue what an interrupted run of the same work left.
+        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
         workers: threads.
         memory: bytes for blocks in flight, or a text such as ``512MB``.
         dry_run: plan, and write nothing.
@@ -96,6 +98,7 @@ def reshard(
         force=force,
         overwrite=overwrite,
         resume=resume,
+        share=share,
         workers=workers,
         memory=memory,
         dry_run=dry_run,

@@ -1,0 +1,220 @@
+"""Carrying out one plan by several processes, on one host or on many, which share nothing but the destination.
+
+Each makes the plan and writes its share of the blocks; when the records of all shares are there, any of them finishes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyckpt.engine.blocks import cut_all
+from anyckpt.engine.destination import BusyError, Destination, Share
+from anyckpt.engine.execute import DEFAULT_MEMORY, Report, carry_out, place_of, report_of
+from anyckpt.engine.files import write_error
+from anyckpt.engine.fingerprint import fingerprint
+from anyckpt.engine.plan import Plan
+from anyckpt.engine.run import Progress, Run, worker_count
+from anyckpt.engine.share import Division
+from anyckpt.errors import OutputError, UsageError
+
+_POLL_SECONDS = 0.2
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class ShareReport:
+    """What one process did of a plan that several carry out.
+
+    Attributes:
+        share: which part of the work.
+        bytes_read: bytes read from sources.
+        bytes_written: bytes of the share.
+        seconds: wall time.
+        resumed_bytes: bytes of the share that were there already.
+    """
+
+    share: Share
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    resumed_bytes: int = 0
+
+
+class SharedRun:
+    """A plan that several processes carry out, as one of them sees it.
+
+    Args:
+        plan: the same in every process.
+        destination: a path, or something else that can hold files, that every process reaches.
+        of: number of shares.
+        overwrite: replace what is there, at the end.
+        workers: threads of this process; as many as processors, up to 8, if None.
+        memory: bytes for this process's blocks in flight.
+        source_paths: files or directories that the plan reads.
+
+    Raises:
+        UsageError: ``memory`` is too small for one thread, or something in the plan has no identity.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        destination: str | Destination,
+        of: int,
+        *,
+        overwrite: bool = False,
+        workers: int | None = None,
+        memory: int = DEFAULT_MEMORY,
+        source_paths: Sequence[str] = (),
+    ) -> None:
+        self._plan = plan
+        self._place = place_of(destination, overwrite)
+        self._workers = worker_count(workers, memory, plan)
+        self._memory = memory
+        self._identity = fingerprint(plan, source_paths)
+        if self._identity.obstacle is not None:
+            raise UsageError(
+                "cannot be divided between processes, because part of it has no identity: they cannot tell that their "
+                "work is the same",
+                path=self._place.name, found=self._identity.obstacle, remedy="write it with one process",
+            )  # fmt: skip
+        self._cut = cut_all(plan.files)
+        self._division = Division(plan, self._cut, of, self._place)
+
+    def write(self, share: Share, progress: Progress | None = None) -> ShareReport:
+        """Write one share; what another process left of it is continued, and nothing is published.
+
+        Args:
+            share: which.
+            progress: called with (bytes done, bytes of the share) from any thread.
+
+        Raises:
+            OutputError: the destination exists, other processes write another plan there or divide it otherwise,
+                another one does this share, or the disk is full.
+            FormatError: a source turns out to be damaged.
+        """
+        started = time.monotonic()
+        plan, place = self._plan, self._place
+        blocks = list(self._division.blocks(share))
+        total = sum(block.nbytes for block in blocks)
+        try:
+            if not place.is_published(self._identity.value):
+                place.begin(plan, self._identity.value, share=share, resume=True)
+        except OutputError:
+            if not place.is_published(self._identity.value):
+                raise
+        if place.is_published(self._identity.value):
+            return ShareReport(share, 0, total, time.monotonic() - started, total)
+        try:
+            known = place.records(self._identity.value)
+            run = Run(
+                plan, self._cut, place, known, workers=self._workers, memory=self._memory, progress=progress,
+                total=total, ends=self._division.ends,
+            )  # fmt: skip
+            run.write(blocks)
+            run.sync()
+        except OSError as error:
+            place.close(failure=str(error))
+            raise write_error(place.name, error) from error
+        except BaseException as error:
+            place.close(failure=str(error) or type(error).__name__)
+            raise
+        place.close()
+        return ShareReport(share, run.reads.nbytes, total, time.monotonic() - started, run.resumed_bytes)
+
+    def missing(self) -> dict[Share, int]:
+        """Shares that are not whole -> the bytes that are missing of them; none if the output is published.
+
+        Raises:
+            OutputError: other work is there.
+        """
+        value = self._identity.value
+        missing = self._division.missing(self._place.records(value))
+        return {} if missing and self._place.is_published(value) else missing
+
+    def finish(self, wait: float = 0.0) -> Report:
+        """Write what the shares leave, and publish the output, when all of them are there.
+
+        Any process may call it, also several: one does it, the others find it done.
+
+        Args:
+            wait: seconds to wait for shares that are not whole.
+
+        Raises:
+            BusyError: another process finishes it at this moment.
+            OutputError: shares are not whole in time, each named with what is known of it, or the disk is full.
+        """
+        started = time.monotonic()
+        plan, place, identity = self._plan, self._place, self._identity
+        while True:
+            late = time.monotonic() - started >= wait
+            missing = self.missing()
+            if place.is_published(identity.value):
+                return report_of(plan, place, 0, started, plan.nbytes)
+            if not missing:
+                try:
+                    place.begin(plan, identity.value, share=None, resume=True)
+                except OutputError as error:
+                    if place.is_published(identity.value):
+                        continue
+                    if late or not isinstance(error, BusyError):
+                        raise
+                else:
+                    return carry_out(
+                        plan, self._cut, place, identity, self._workers, self._memory, None, started, shared=True
+                    )
+            elif late:
+                raise self._unfinished(missing)
+            time.sleep(_POLL_SECONDS)
+
+    def _unfinished(self, missing: dict[Share, int]) -> OutputError:
+        troubles = self._place.troubles()
+        told = [
+            f"share {share} ({troubles.get(share, 'not begun, or still at work')}; {nbytes:,} bytes)"
+            for share, nbytes in list(missing.items())[:_SHOWN]
+        ]
+        more = len(missing) - len(told)
+        return OutputError(
+            "cannot be finished, because not all of it is written",
+            path=self._place.name,
+            found="missing: " + ", ".join(told) + (f" and {more} more" if more else ""),
+            remedy="run the processes of these shares again; they go on from what is there",
+        )
+
+
+def run_share(
+    plan: Plan,
+    destination: str | Destination,
+    share: Share,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress | None = None,
+    source_paths: Sequence[str] = (),
+) -> ShareReport:
+    """Write one share of a plan; see ``SharedRun``."""
+    run = SharedRun(
+        plan, destination, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
+    )
+    return run.write(share, progress)
+
+
+def finish(
+    plan: Plan,
+    destination: str | Destination,
+    of: int,
+    *,
+    wait: float = 0.0,
+    overwrite: bool = False,
+    workers: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    source_paths: Sequence[str] = (),
+) -> Report:
+    """Publish a plan whose shares are written; see ``SharedRun``."""
+    run = SharedRun(
+        plan, destination, of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
+    )
+    return run.finish(wait)

@@ -1,0 +1,82 @@
+"""Writing what was planned: by this process, or its share of it by this one among several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from anyckpt.engine.destination import BusyError, Share
+from anyckpt.engine.execute import execute, peak_rss_bytes
+from anyckpt.engine.plan import Plan
+from anyckpt.engine.run import Progress
+from anyckpt.engine.shared_run import SharedRun
+from anyckpt.errors import UsageError
+
+
+def parse_share(text: str | None) -> Share | None:
+    """``I/N``: the I-th of N processes that do one piece of work together.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if text is None:
+        return None
+    number, slash, of = text.partition("/")
+    if not (slash and number.isascii() and number.isdecimal() and of.isascii() and of.isdecimal()):
+        raise UsageError("--share is not I/N", expected="such as 1/4, the first of four processes", found=text)
+    return Share(int(number), int(of))
+
+
+def write(
+    plan: Plan,
+    output: str,
+    *,
+    share: Share | None,
+    overwrite: bool,
+    resume: bool,
+    workers: int | None,
+    memory: int,
+    progress: Progress | None,
+    source_paths: Sequence[str],
+) -> dict[str, Any]:
+    """Write a plan, or one share of it; the process that finds all shares written publishes the output.
+
+    Args:
+        share: which share; None if this is the only process.
+        plan, output, overwrite, resume, workers, memory, progress, source_paths: as for ``execute``.
+
+    Returns:
+        the fields of a report; with a share also ``share`` and ``missing_shares``.
+
+    Raises:
+        AnyckptError: as for ``execute`` and ``SharedRun``.
+    """
+    if share is None:
+        report = execute(
+            plan, output, overwrite=overwrite, resume=resume, workers=workers, memory=memory, progress=progress,
+            source_paths=source_paths,
+        )  # fmt: skip
+        return asdict(report)
+    run = SharedRun(
+        plan, output, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
+    )
+    part = run.write(share, progress)
+    missing = run.missing()
+    seconds = part.seconds
+    if not missing:
+        with suppress(BusyError):  # another process that found all shares there publishes it
+            seconds += run.finish().seconds
+    return {
+        "output": output,
+        "format": plan.format,
+        "tensors": len({piece.name for piece in plan.tensors()}),
+        "bytes_read": part.bytes_read,
+        "bytes_written": part.bytes_written,
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "resumed_bytes": part.resumed_bytes,
+        "share": f"{share.number}/{share.of}",
+        "missing_shares": tuple(f"{one.number}/{one.of}" for one in missing),
+    }
