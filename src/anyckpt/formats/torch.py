@@ -10,7 +10,8 @@ from anyckpt.containers.torch_file import stored_checksums
 from anyckpt.containers.torch_file.bare import is_bare, read_bare
 from anyckpt.containers.torch_file.contents import TorchContents
 from anyckpt.containers.torch_file.flatten import Flat, Path, flatten, unflatten, with_parts
-from anyckpt.containers.torch_file.forms import Former, Forms, attached, forms_of, waste
+from anyckpt.containers.torch_file.former import Former
+from anyckpt.containers.torch_file.forms import Forms, attached, forms_of, waste
 from anyckpt.containers.torch_file.legacy_stream import is_stream
 from anyckpt.containers.torch_file.legacy_tar import is_tape
 from anyckpt.containers.torch_file.parts import part_of

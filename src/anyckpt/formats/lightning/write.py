@@ -15,7 +15,8 @@ from anyckpt.checkpoint import Checkpoint, CompositeTensor
 from anyckpt.containers.dcp import dcp_files
 from anyckpt.containers.torch_file.containers import rebuilt
 from anyckpt.containers.torch_file.flatten import unflatten
-from anyckpt.containers.torch_file.forms import Former, Forms, container_name
+from anyckpt.containers.torch_file.former import Former
+from anyckpt.containers.torch_file.forms import Forms, container_name
 from anyckpt.containers.torch_file.roles import is_filled
 from anyckpt.containers.torch_file.weights_only import refused
 from anyckpt.containers.torch_file.writer import zip_parts

@@ -10,7 +10,7 @@ from anyckpt.models.adapters import Adapter, Layers, read_adapter, separated, se
 from anyckpt.models.adapters.loose import SPELLINGS, as_peft
 from anyckpt.models.adapters.peft import by_module
 from anyckpt.operations.steps.adapters import base_model
-from anyckpt.operations.steps.renaming import CommonNames
+from anyckpt.operations.steps.common_names import CommonNames
 from anyckpt.tensor import LazyTensor
 
 _FACTORS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector", "bias": "lora_B.bias"}
