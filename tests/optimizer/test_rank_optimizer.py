@@ -154,7 +154,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no state": (lambda own: own["optimizer"]["state"].pop(1), "has no state for a parameter.*number 1"),
     "a master too few": (
         lambda own: own["fp32_from_fp16_params"][1].pop() and None,
-        "fp32 weights of parameter group 1 do not fit.*expected 2.*found 1",
+        "float32 weights of parameter group 1 do not fit.*expected 2.*found 1",
     ),
     "numbers that are none": (
         lambda own: own["optimizer"]["param_groups"][0].update(params=[[1], {}, None, 1.5, "x"]),

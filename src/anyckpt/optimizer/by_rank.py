@@ -12,7 +12,7 @@ Facts: ``state_dict`` of these classes in ``megatron/core/optimizer/{optimizer,d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +23,9 @@ from anyckpt.errors import MappingError
 from anyckpt.optimizer.buffers import place, place_in_buckets, rules
 from anyckpt.optimizer.data_parallel_shards import join_shards
 from anyckpt.optimizer.flat_state import FlatBuffer, flat_buffers
-from anyckpt.optimizer.rank_parameters import HALF, Parameter, deal_out, flag, parameters_of
-from anyckpt.optimizer.state import DROP, MOMENTS, SLOTS
+from anyckpt.optimizer.rank_parameters import Parameter, deal_out, flag, parameters_of
+from anyckpt.optimizer.state import MASTER, MOMENTS, SLOTS, same_step, unproved
+from anyckpt.optimizer.stored import HALF, fitting, inner, masters, masters_of_group
 from anyckpt.tensor import LazyTensor
 
 _FLOAT32 = BY_NAME["float32"]
@@ -63,22 +64,16 @@ def read_optimizer(ranks: Sequence[RankState], arguments: Mapping[str, Any], lay
         MappingError: counts or shapes do not prove which parameter a state is of.
     """
     slots: dict[str, list[RankShard]] = {slot: [] for slot in SLOTS}
-    steps: set[int] = set()
+    steps: list[Any] = []
     for rank in _completed(ranks, arguments, layout):
         reader = _RankReader(rank, arguments, layout)
         found = reader.read()
-        steps |= reader.steps
+        steps += reader.steps
         for number, shard in enumerate(rank.shards):
             for slot in SLOTS:
                 tensors = {p.name: state[slot] for p, state in found.items() if p.chunk == number}
                 slots[slot].append(replace(shard, tensors=tensors))
-    if len(steps) > 1:
-        raise MappingError(
-            "parameters have taken different numbers of optimizer steps",
-            path=ranks[0].path,
-            found=", ".join(map(str, sorted(steps)[:5])),
-            remedy=DROP,
-        )
+    step = same_step(steps, ranks[0].path)
     containers = [found for own in ranks[0].parts or (ranks[0].optimizer,) for found in _containers(own)]
     groups: list[dict[str, Any]] = []
     for container in containers:
@@ -86,7 +81,7 @@ def read_optimizer(ranks: Sequence[RankState], arguments: Mapping[str, Any], lay
         groups += [group for group in own_groups if not ranks[0].parts or group not in groups]
     return OptimizerState(
         ranks={slot: tuple(shards) for slot, shards in slots.items()},
-        step=next(iter(steps), None),
+        step=step,
         groups=tuple(groups),
         grad_scaler=next((c["grad_scaler"] for c in containers if "grad_scaler" in c), None),
     )
@@ -101,14 +96,14 @@ class _RankReader:
         self.rank = rank
         self.arguments = arguments
         self.layout = layout
-        self.steps: set[int] = set()
+        self.steps: list[Any] = []
 
     def read(self) -> Found:
         """Each parameter's slots, in the order of the file."""
         if self.rank.parts:
             joined = join_shards(parameters_of(self.rank.shards), self.rank.parts, self.arguments, self.rank.path)
             for part in self.rank.parts:
-                self._note_group_steps(_groups(part, self.rank.path))
+                self.steps += _steps(_groups(part, self.rank.path))
             return joined
         containers = _containers(self.rank.optimizer)
         groups = [_groups(container, self.rank.path) for container in containers]
@@ -119,14 +114,14 @@ class _RankReader:
         for number, (container, own) in enumerate(zip(containers, groups, strict=True)):
             mine = [next(dealt) for _ in own]
             if buffers is not None:
-                self._note_group_steps(own)
+                self.steps += _steps(own)
                 found.update(self._from_buffers(buffers[number], mine))
             else:
                 found.update(self._by_number(container, own, mine))
         return {parameter: found[parameter] for parameter in parameters}
 
     def _bad(self, problem: str, **facts: Any) -> MappingError:
-        return MappingError(problem, path=self.rank.path, remedy=DROP, **facts)
+        return unproved(problem, path=self.rank.path, **facts)
 
     # -- masters by group, Adam's state by number --------------------------------------------------------------
 
@@ -142,51 +137,28 @@ class _RankReader:
                 else "a dictionary 'state'",
                 found=", ".join(map(str, list(_inner(container))[:5])),
             )
-        masters = next(
-            (container[key] for key in ("fp32_from_fp16_params", "fp32_from_fp16") if key in container), None
-        )
-        self._note_group_steps(groups)
+        of_groups = masters(container)
+        self.steps += _steps(groups)
         for number, (group, parameters) in enumerate(zip(groups, dealt, strict=True)):
             indices = group.get("params")
             if not isinstance(indices, (list, tuple)):
                 raise self._bad(f"parameter group {number} of the optimizer lists no parameters")
-            own = self._masters(masters, number, parameters)
+            halves = [parameter for parameter in parameters if parameter.weight.dtype.name in HALF]
+            own = dict(zip(halves, masters_of_group(of_groups, number, len(halves), self.rank.path), strict=False))
             for index, parameter in zip(indices, parameters, strict=True):
                 one = state.get(index) if type(index) is int else None
                 if not isinstance(one, dict):
                     raise self._bad(
                         "the optimizer has no state for a parameter", tensor=parameter.name, found=f"number {index}"
                     )
-                self._note_step(one.get("step"))
+                self.steps.append(one.get("step"))
                 slots = {slot: one.get(slot) for slot in MOMENTS}
-                slots["master"] = own.get(parameter, one.get("master_param", parameter.weight))
+                slots[MASTER] = own.get(parameter, one.get("master_param", parameter.weight))
                 yield parameter, self._checked(parameter, slots)
 
-    def _masters(self, masters: Any, number: int, parameters: Sequence[Parameter]) -> dict[Parameter, Any]:
-        """The float32 copies of a group's parameters; those that are float32 themselves have none."""
-        if masters is None:
-            return {}
-        halves = [parameter for parameter in parameters if parameter.weight.dtype.name in HALF]
-        own = masters[number] if isinstance(masters, list) and number < len(masters) else None
-        if not isinstance(own, list) or len(own) != len(halves):
-            raise self._bad(
-                f"the float32 weights of parameter group {number} do not fit the model",
-                expected=f"{len(halves)}, one for each parameter of 16 bits",
-                found=len(own) if isinstance(own, list) else "none",
-            )
-        return dict(zip(halves, own, strict=True))
-
     def _checked(self, parameter: Parameter, slots: Mapping[str, Any]) -> dict[str, LazyTensor]:
-        for slot, tensor in slots.items():
-            wanted = parameter.weight.shape
-            if not isinstance(tensor, LazyTensor) or tensor.shape != wanted:
-                raise self._bad(
-                    f"the optimizer's {slot} does not fit its parameter",
-                    tensor=parameter.name,
-                    expected=f"a tensor of shape {wanted}",
-                    found=tensor.shape if isinstance(tensor, LazyTensor) else type(tensor).__name__,
-                )
-        master = slots["master"]
+        found = fitting({slot: slots[slot] for slot in SLOTS}, parameter.weight.shape, parameter.name, self.rank.path)
+        master = found[MASTER]
         if master.dtype != _FLOAT32:
             raise self._bad(
                 "the optimizer has no float32 weights",
@@ -194,7 +166,7 @@ class _RankReader:
                 expected="float32",
                 found=master.dtype.name,
             )
-        return {slot: slots[slot] for slot in SLOTS}
+        return found
 
     # -- flat buffers ------------------------------------------------------------------------------------------
 
@@ -257,18 +229,6 @@ class _RankReader:
         dense = data * (context if type(context) is int and context > 0 else 1)
         return sorted({dense, max(1, dense // self.layout.expert_parallel)})
 
-    # -- steps -------------------------------------------------------------------------------------------------
-
-    def _note_group_steps(self, groups: Sequence[Mapping[Any, Any]]) -> None:
-        for group in groups:
-            self._note_step(group.get("step"))
-
-    def _note_step(self, step: Any) -> None:
-        if isinstance(step, LazyTensor):
-            step = float(step.reshape((1,)).numpy()[0]) if step.size == 1 else None
-        if isinstance(step, (int, float)) and step == step and abs(step) < 1 << 53:
-            self.steps.add(int(step))
-
 
 def _completed(ranks: Sequence[RankState], arguments: Mapping[str, Any], layout: ParallelLayout) -> Iterator[RankState]:
     """The ranks, with the flat buffers that another rank's file has for them.
@@ -316,19 +276,22 @@ def _containers(optimizer: Any) -> list[Mapping[Any, Any]]:
 
 def _inner(container: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """The state of the optimizer that Megatron's own wraps."""
-    wrapped = next((container[key] for key in ("optimizer", "optimizer_state_dict") if key in container), container)
+    wrapped = inner(container)
     return wrapped if isinstance(wrapped, dict) else {}
+
+
+def _steps(groups: Iterable[Mapping[Any, Any]]) -> list[Any]:
+    return [group.get("step") for group in groups]
 
 
 def _groups(container: Mapping[Any, Any], path: str) -> list[Mapping[Any, Any]]:
     groups = _inner(container).get("param_groups")
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise MappingError(
+        raise unproved(
             "the optimizer's state has no parameter groups",
             path=path,
             expected="a list 'param_groups'",
             found=", ".join(map(str, list(container)[:5])) or "nothing",
-            remedy=DROP,
         )
     return groups
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
-from anyckpt.optimizer.rank_parameters import HALF, Parameter, deal_out
+from anyckpt.optimizer.rank_parameters import Parameter, deal_out
 from anyckpt.optimizer.state import DROP
+from anyckpt.optimizer.stored import HALF
 from anyckpt.tensor import LazyTensor, concatenate
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

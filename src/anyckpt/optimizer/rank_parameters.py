@@ -23,8 +23,6 @@ from anyckpt.tensor import LazyTensor
 
 _BUFFERS = (".expert_bias", ".local_tokens_per_expert")
 _DECOUPLED = (EMBEDDING, HEAD)
-HALF = ("bfloat16", "float16")
-"""Element types of weights that the optimizer keeps a float32 copy of."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from anyckpt.checkpoint import OptimizerState, RankShard
 from anyckpt.errors import MappingError
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import registered_order
-from anyckpt.optimizer.rank_parameters import HALF, Parameter, decays, flag, parameters_of
+from anyckpt.optimizer.rank_parameters import Parameter, decays, flag, parameters_of
 from anyckpt.optimizer.state import DROP, MOMENTS
+from anyckpt.optimizer.stored import HALF
 from anyckpt.tensor import LazyTensor, from_array
 
 _DEFAULTS = {"lr": "lr", "eps": "adam_eps", "weight_decay": "weight_decay"}
