@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("--mode", choices=["read", "replace", "both"], default="both")
     parser.add_argument("--ranks", type=int, default=1, help="processes, as torchrun starts them")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds for each run")
+    parser.add_argument("--each", type=int, default=120, help="seconds for each test, if pytest-timeout is there")
     parser.add_argument("--keep", type=Path, help="folder for the reports, a line of JSON each")
     parser.add_argument("-k", dest="expression", help="as pytest's -k")
     given = parser.parse_args()
@@ -86,7 +87,7 @@ def _run(given: argparse.Namespace, mode: str, keep: Path) -> list[dict[str, Any
     launch = [] if given.ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={given.ranks}"]
     quiet = "-q -p peer_suites_plugin -p no:cacheprovider -o addopts= --continue-on-collection-errors"
     command = [sys.executable, *launch, "-m", "pytest", *quiet.split()]
-    command += ["--timeout=120"] if _has("pytest_timeout") else []
+    command += [f"--timeout={given.each}"] if _has("pytest_timeout") else []
     command += ["-k", given.expression] if given.expression else []
     command += given.tests or paths
     with subprocess.Popen(command, cwd=given.checkout, env=environment, stdout=sys.stderr) as process:
@@ -139,20 +140,20 @@ def _show_outcomes(lines: list[dict[str, Any]], *outcomes: str) -> None:
 def _show_replace(without: list[dict[str, Any]], with_us: list[dict[str, Any]]) -> bool:
     counts, before, after = _outcomes(with_us), _tests(without), _tests(with_us)
     good = [name for name, passed in before.items() if passed]
-    lost = [name for name in good if not after.get(name, False)]
+    lost = [name for name in good if not after.get(name, True)]
+    unrun = [name for name in good if name not in after]
     replaced = {line["test"] for line in with_us if line.get("outcome") == "replaced"}
     print(f"replace: {sum(counts.values())} checkpoints: {dict(counts)}")
     print(
-        f"  of {len(before)} tests {len(good)} pass without us; {len(good) - len(lost)} of them with us,"
-        f" {len([name for name in good if name in replaced and name not in lost])} of these with our checkpoints"
+        f"  of {len(before)} tests {len(good)} pass without us; "
+        f"{len(good) - len(lost) - len(unrun)} of them with us, {len(unrun)} did not run with us;"
+        f" {len([name for name in good if name in replaced and after.get(name)])} passed with our checkpoints"
     )
     for name in lost:
-        why = next(
-            (line["detail"] for line in with_us if line.get("test_id") == name and line["detail"]), "did not run"
-        )
+        why = next((line["detail"] for line in with_us if line.get("test_id") == name and line["detail"]), "no reason")
         print(f"  only with us: {name}: {why.strip().splitlines()[-1]}")
     _show_outcomes(with_us, "crash", "refused")
-    return bool(lost or counts["crash"])
+    return bool(lost or unrun or counts["crash"])
 
 
 if __name__ == "__main__":
