@@ -29,6 +29,16 @@ MARKER = "anyckpt-was-executed"
 BEGIN, END = "<!-- verdicts -->\n", "<!-- end of verdicts -->\n"
 TOOLS = ("torch", "picklescan", "fickling", "modelscan", "anyckpt")
 CALL = f"c__builtin__\nexec\n(Vopen('{MARKER}','w')\ntR".encode()
+_GETATTR, _OWNER = b"cbuiltins\ngetattr\n", b"cenum\nbltns\n"  # enum of Python 3.11 and later has its builtins so
+_COMPUTED = {
+    "partial": b"cfunctools\npartial\n(" + _GETATTR + _OWNER + b"tR(Vexec\ntR",
+    "reduce": b"cfunctools\nreduce\n(" + _GETATTR + b"(Vexec\nl" + _OWNER + b"tR",
+    "map": b"coperator\ngetitem\n(cbuiltins\nlist\n(cbuiltins\nmap\n("
+    + _GETATTR + b"(" + _OWNER + b"l(Vexec\nltRtRI0\ntR",
+    "dictionary": b"coperator\ngetitem\n((Vx\n" + _GETATTR + b"dVx\ntR(" + _OWNER + b"Vexec\ntR",
+}  # fmt: skip
+"""Python's ``exec``, reached by names of which each is harmless by itself."""
+WRITES = f"czipfile\nZipFile\n(V{MARKER}\nVw\ntR".encode()
 BENIGN = (".pt", ".ckpt", ".bin", ".pth")
 
 
@@ -143,23 +153,29 @@ def verdicts(python: str, tool: str, paths: list[str]) -> tuple[str, list[str]]:
 
 
 def injected(folder: Path) -> list[Path]:
-    """A state dict of torch's with a call put into its pickle in four ways, as tools for that do it."""
+    """A state dict of torch's with a call put into its pickle: in four ways, as tools for that do it, and others."""
     source = zipfile.ZipFile(FIXTURES / "legacy" / "zoo_views" / "zip.pt")
+    pickle = next(source.read(entry) for entry in source.infolist() if entry.filename.endswith("data.pkl"))
+    ways = {
+        "injected_call_popped": pickle[:2] + CALL + b"0" + pickle[2:],
+        "injected_call_left_on_stack": pickle[:2] + CALL + pickle[2:],
+        "injected_call_overwritten_key": pickle[:-1] + b"(Vx\n" + CALL + b"Vx\nK\x01u.",
+        "injected_call_kept_in_value": pickle[:-1] + b"(Vx\n" + CALL + b"u.",
+        "injected_class_opens_file": pickle[:2] + WRITES + b"0" + pickle[2:],
+    }
+    for name, function in _COMPUTED.items():
+        call = function + f"(Vopen('{MARKER}','w')\ntR0".encode()
+        ways[f"computed_call_by_{name}"] = pickle[:2] + call + pickle[2:]
     files = []
-    for name in ("popped", "left_on_stack", "overwritten_key", "kept_in_value"):
+    for name, changed in ways.items():
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w") as target:
             for entry in source.infolist():
                 raw = source.read(entry)
                 if entry.filename.endswith("data.pkl"):
-                    raw = {
-                        "popped": raw[:2] + CALL + b"0" + raw[2:],
-                        "left_on_stack": raw[:2] + CALL + raw[2:],
-                        "overwritten_key": raw[:-1] + b"(Vx\n" + CALL + b"Vx\nK\x01u.",
-                        "kept_in_value": raw[:-1] + b"(Vx\n" + CALL + b"u.",
-                    }[name]
+                    raw = changed
                 target.writestr(entry.filename, raw)
-        files.append(folder / f"injected_call_{name}.pt")
+        files.append(folder / f"{name}.pt")
         files[-1].write_bytes(out.getvalue())
     return files
 
