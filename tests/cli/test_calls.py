@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tests.cli.runner import Runner
 from tests.formats.torch_archives import archive, small_file, tensor
-from tests.support import FIXTURES, file_bytes, fixture_path
+from tests.support import FIXTURES, file_bytes, fixture_path, write_plan
 
 from anyckpt.containers.torch_file import zip_parts
-from anyckpt.engine.plan import OutputFile
+from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.pickling import Global, Record
 from anyckpt.tensor import from_array
 
@@ -137,6 +137,50 @@ def test_a_pickle_within_a_modules_own_state_is_looked_at(anyckpt: Runner, tmp_p
     path = tmp_path / "x.pt"
     path.write_bytes(data)
     assert_told(anyckpt, path)
+
+
+@pytest.mark.parametrize("wrap", ["bytes", "bytes of a torch file", "tensor", "tensor of a torch file"])
+def test_values_that_are_the_bytes_of_a_pickle_are_looked_at(anyckpt: Runner, tmp_path: Path, wrap: str) -> None:
+    data = injected(small_file()) if wrap.endswith("torch file") else b"\x80\x02" + CALL + b"0}."
+    value = from_array(np.frombuffer(data, "u1")) if wrap.startswith("tensor") else data
+    path = tmp_path / "x.pt"
+    weights = from_array(np.ones(3, "f4"))
+    write_plan(Plan("torch", (OutputFile("", zip_parts({"w": weights, "blob": value})),)), path)
+    assert_told(anyckpt, path)
+
+
+def test_bytes_that_begin_like_a_pickle_are_no_alarm(anyckpt: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    root = {"w": from_array(np.ones(3, "f4")), "blob": b"\x80\x04 and so on"}
+    write_plan(Plan("torch", (OutputFile("", zip_parts(root)),)), path)
+    found = anyckpt("verify", path, "--json").json
+    assert (found["safe"], found["unchecked"]) == (True, [])
+
+
+def test_other_pickles_in_a_torch_file_are_looked_at(anyckpt: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(small_file())
+    with zipfile.ZipFile(path, "a") as target:
+        folder = target.namelist()[0].split("/")[0]
+        target.writestr(f"{folder}/extra/state.pkl", b"\x80\x02" + CALL + b"0}.")
+    assert_told(anyckpt, path)
+
+
+def test_every_pickle_of_a_file_beside_the_weights_is_looked_at(anyckpt: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(fixture_path("families/llama/hf"), path)
+    (path / "log.pkl").write_bytes(b"\x80\x02}." * 5 + b"\x80\x02" + CALL + b"0}.")
+    assert_told(anyckpt, path)
+
+
+def test_files_that_call_are_counted(anyckpt: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(fixture_path("families/llama/hf"), path)
+    for number in range(20):
+        (path / f"{number}.pkl").write_bytes(b"\x80\x02" + CALL + b"0}.")
+    (problem,) = anyckpt("verify", path, "--json").json["problems"]
+    assert "more" in problem["where"]
+    assert len(anyckpt("verify", path, "--json").json["calls"][0]["files"]) == 20
 
 
 def test_a_pickle_that_cannot_be_read_is_said_to_be_unchecked(anyckpt: Runner, tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ _JUDGED = {
         numpy.core.multiarray._reconstruct numpy.dtype numpy._core.multiarray.scalar
         numpy.random._pickle.__randomstate_ctor omegaconf.dictconfig.DictConfig argparse.Namespace
         torch.nn.ReLU torch.nn.modules.linear.Linear megatron.core.enums.ModelType pathlib._local.PosixPath
+        torch.jit._pickle.restore_type_tag torch.jit._pickle.build_intlist
         csv.Dialect datetime.datetime threading.Lock zoneinfo.ZoneInfo._unpickle weakref.ref _thread.RLock
         megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan numpy.random._pickle.__bit_generator_ctor
         numpy.random.mtrand.RandomState torchvision.models.resnet.ResNet collections.deque

@@ -157,7 +157,7 @@ def _check_calls(checkpoint: Checkpoint, result: Verification) -> None:
     code = calls.of_kind("code")
     result.warnings = [text for text in calls.told_with(result.warnings) if text not in calls.warnings()]
     if code:
-        where = ", ".join(dict.fromkeys(file for callee in code for file in callee.files))
+        where = some(list(dict.fromkeys(file for callee in code for file in callee.files)))
         result.problems.append(Problem(where or checkpoint.path, danger(code)))
     result.warnings += calls.warnings()[1 if code else 0 :]
     result.unchecked += [f"what {name} calls: {why}" for name, why in calls.unread.items()]

@@ -39,7 +39,8 @@ _REACHED = frozenset({
 _DUNDER = re.compile(r"__\w+__\Z")
 
 _CODE = re.compile(
-    r"(torch\.(load|hub|jit|package|compile|classes|ops|serialization\.load|fx\.graph_module|fx\._symbolic_trace"
+    r"(torch\.(load|hub|jit(?!\._pickle\.(build_\w+list|restore_type_tag)\Z)|package|compile|classes|ops"
+    r"|serialization\.load|fx\.graph_module|fx\._symbolic_trace"
     r"|utils\.(cpp_extension|collect_env|bottleneck|model_zoo|_cpp_extension_versioner)|_inductor|_dynamo|_export"
     r"|distributed\.(rpc|launch|run|elastic)|multiprocessing\.spawn|testing)"
     r"|numpy\.(load|loadtxt|genfromtxt|fromfile|memmap|save\w*|f2py|testing|distutils|ctypeslib|lib\.\w*npyio\w*)"
@@ -69,7 +70,8 @@ _HARMLESS_BUILTINS = frozenset({
 _KNOWN = re.compile(
     r"(_codecs\.encode|abc\.(ABC|ABCMeta|abstractmethod)|argparse\.Namespace|array\.(array|_array_reconstructor)"
     r"|ast\.[A-Z]\w*|calendar\.[A-Z]\w*|cmath\.[a-z]\w*|_collections_abc\.[A-Z]\w*"
-    r"|_?collections\.(abc\.)?([A-Z]\w*|deque|_deque_iterator|defaultdict|namedtuple)|contextlib\.[A-Z]\w*|_?contextvars\.[A-Z]\w*"
+    r"|_?collections\.(abc\.)?([A-Z]\w*|deque|_deque_iterator|defaultdict|namedtuple)"
+    r"|contextlib\.[A-Z]\w*|_?contextvars\.[A-Z]\w*"
     r"|copyreg\.(_reconstructor|__newobj__|__newobj_ex__)|csv\.[A-Z]\w*|dataclasses\._*[A-Z]\w*"
     r"|_?datetime\.(date|datetime|time|timedelta|timezone|tzinfo|UTC)|_?(py)?decimal\.[A-Z]\w*|difflib\.[A-Z]\w*"
     r"|enum\.([A-Z]\w*|auto)|errno\.E\w+|fractions\.[A-Z]\w*|_?functools\.(partial|reduce|_lru_cache_wrapper)"
@@ -78,7 +80,8 @@ _KNOWN = re.compile(
     r"|logging\.(Logger|RootLogger|getLogger|StreamHandler|Formatter|Filter|LogRecord|NullHandler)|_?random\.Random"
     r"|math\.[a-z]\w*|numbers\.[A-Z]\w*|_?operator\.[a-z]\w*|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path"
     r"|pprint\.[A-Z]\w*|_?queue\.[A-Z]\w*|re\.(_compile|Pattern|RegexFlag)|signal\.Signals|statistics\.[A-Z]\w*"
-    r"|string\.[A-Z]\w*|textwrap\.[A-Z]\w*|_?thread(ing)?\.(_?R?[Ll]ock(Type)?|Event|Condition|(Bounded)?Semaphore|Barrier)"
+    r"|string\.[A-Z]\w*|textwrap\.[A-Z]\w*"
+    r"|_?thread(ing)?\.(_?R?[Ll]ock(Type)?|Event|Condition|(Bounded)?Semaphore|Barrier)"
     r"|time\.struct_time|traceback\.[A-Z]\w*|types\.(SimpleNamespace|MappingProxyType|GenericAlias|UnionType|NoneType"
     r"|EllipsisType)|typing\.[A-Z]\w*|uuid\.(UUID|SafeUUID)|warnings\.[A-Z]\w*"
     r"|_?weakref\.(ref|proxy|ReferenceType|ProxyType|Weak\w+)|xml\.etree\.ElementTree\.Element"
@@ -89,7 +92,7 @@ _KNOWN = re.compile(
     r"|torch\.(per_\w+_(affine|symmetric)\w*|strided|sparse_\w+|contiguous_format|channels_last\w*|preserve_format)"
     r"|torch\.(cuda|sparse|xpu|hpu|npu)\.\w*(Storage|Tensor)|torch\.serialization\._get_layout"
     r"|torch\._tensor\.[A-Z]\w*|torch\.nn\.parameter\.[A-Z]\w*|torch\.autograd\.variable\.Variable"
-    r"|torch\.distributed\.remote_device\._remote_device"
+    r"|torch\.distributed\.remote_device\._remote_device|torch\.jit\._pickle\.(build_\w+list|restore_type_tag)"
     r"|numpy\.(_?core\.multiarray\.(_reconstruct|scalar)|_?core\.numeric\._frombuffer|_?core\._internal\.[a-z_]\w*)"
     r"|numpy\.(ndarray|dtype)|numpy\.dtypes\.[A-Z]\w*"
     r"|numpy\.(bool_?|u?int\w*|float\w*|complex\w*|str_|bytes_|object_|void|datetime64|timedelta64|longlong|generic)"

@@ -21,7 +21,7 @@ from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
 _LONGEST_TEXT = 60
 _SHOWN_ARGUMENTS = 4
 _MOST_NAMES = 10_000
-_MOST_FILES = 3
+_MOST_FILES = 100
 _MOST_NESTED = 256
 _NESTED_BYTES = 64 << 20
 _MOST_FOLLOWED = 1_000_000

@@ -12,8 +12,9 @@ from anyckpt.containers.torch_file.legacy_stream import is_stream, read_stream
 from anyckpt.containers.torch_file.legacy_tar import is_tape, read_tape
 from anyckpt.containers.torch_file.rebuild import TensorBuilder, storage_dtype
 from anyckpt.containers.torch_file.values import Storage, brief, brief_text
-from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.pickling import load
+from anyckpt.pickling.calls import current
 from anyckpt.storage.heads import edges, read_each
 from anyckpt.storage.source import ByteSource, check_not_pointer
 from anyckpt.storage.zip import ZipRecord, directory_of, read_zip
@@ -177,6 +178,7 @@ def _read_zip(source: ByteSource) -> TorchContents:
         own = _ZipStorages(records, folder, byteorder == "big", source.name, "constants")
         script.add_constants(root, _unpickled(constants, own, builder))
         found = {**found, **{f"constants/{key}": storage for key, storage in own.found.items()}}
+    _note_others(records, folder)
     return TorchContents(
         root,
         "zip" if constants is None else "torchscript",
@@ -204,6 +206,22 @@ def _unpickled(pickle: ZipRecord, storages: _ZipStorages, builder: TensorBuilder
         constructors={**builder.constructors, **script.constructors()},
         name=pickle.source.name,
     )
+
+
+def _note_others(records: dict[str, ZipRecord], folder: str) -> None:
+    """Note what pickles ask for that torch itself does not read: whoever put them there has a use for them."""
+    wanted = current()
+    if wanted is None:
+        return
+    for name, record in records.items():
+        if not name.endswith((".pkl", ".pickle")) or name in (f"{folder}/data.pkl", f"{folder}/constants.pkl"):
+            continue
+        try:
+            if record.source.size > _LARGEST_DEFLATED_PICKLE:
+                raise UnsafeError("a pickle is too large to be looked at", path=record.source.name)
+            load(record.source.read_all(), persistent_load=lambda _: None, name=record.source.name)
+        except AnyckptError as error:
+            wanted.unread[record.source.name] = error.problem
 
 
 def _code(records: dict[str, ZipRecord], folder: str, name: str) -> ByteSource | None:

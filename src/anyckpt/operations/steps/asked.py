@@ -18,6 +18,7 @@ _EXTRA_STATE = "_extra_state"
 _LARGEST_STATE = 64 << 20
 _LARGEST_PICKLE = 256 << 20
 _MOST_LEVELS = 8
+_MOST_PICKLES = 1000
 _MOST_FILES = 1000
 _NUMPY = b"\x93NUMPY"
 _PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib")
@@ -32,7 +33,7 @@ def asked_of_loaders(checkpoint: Checkpoint, *, states: bool = False) -> Calls:
     Args:
         checkpoint: opened; its ``calls`` are added to.
         states: look into modules' own states (``_extra_state``) too, which Transformer Engine unpickles from tensors of
-            bytes.
+            bytes, and into whatever else consists of the bytes of a pickle.
     """
     calls = checkpoint.calls
     with recording(calls):
@@ -42,7 +43,7 @@ def asked_of_loaders(checkpoint: Checkpoint, *, states: bool = False) -> Calls:
             except AnyckptError as error:
                 calls.unread[name] = str(error)
             else:
-                if states and name.endswith(_EXTRA_STATE):
+                if states:
                     _look_into(name, value, calls)
         for name, source in _other_files(checkpoint):
             _look_at_file(name, source, calls)
@@ -75,24 +76,28 @@ def _other_files(checkpoint: Checkpoint) -> Iterator[tuple[str, ByteSource]]:
 
 def _states(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
     for name, tensor in checkpoint.tensors.items():
-        if name.endswith(_EXTRA_STATE):
+        if name.endswith(_EXTRA_STATE) or (tensor.dtype.itemsize == 1 and len(tensor.shape) == 1):
             yield name, tensor
     for shard in checkpoint.ranks:
         yield from shard.extra_states.items()
 
 
 def _look_into(name: str, state: Any, calls: Calls) -> None:
-    """Note the bytes of a module's state, if that is what it is."""
+    """Note the bytes of a pickle, if that is what it is; of what is no module's state, only if they end like one."""
     data = view(state)
     if isinstance(data, LazyTensor):
         if data.dtype.itemsize != 1 or data.nbytes > _LARGEST_STATE:
             return
         try:
+            if len(data.shape) == 1 and not _begins_a_pickle(data[:4].numpy().tobytes()):
+                return
             data = data.numpy().tobytes()
         except AnyckptError as error:
             calls.unread[name] = str(error)
             return
-    if isinstance(data, (bytes, bytearray)) and _begins_a_pickle(bytes(data[:512])):
+    if not isinstance(data, (bytes, bytearray)) or not _begins_a_pickle(bytes(data[:512])):
+        return
+    if name.endswith(_EXTRA_STATE) or data[-1:] == b"." or data[:2] == b"PK":
         calls.keep(bytes(data), name)
 
 
@@ -136,11 +141,20 @@ def _look_at(name: str, source: ByteSource, calls: Calls) -> None:
         if head.startswith(b"PK\x03\x04") or not _is_bare(head):
             read_torch(source)
         elif source.size <= _LARGEST_PICKLE:
-            load_prefix(source, 0, persistent_load=_nothing, name=source.name)
+            _look_at_pickles(source)
         else:
             calls.unread[name] = "the pickle is too large to be looked at"
     except AnyckptError as error:
         calls.unread[name] = error.problem
+
+
+def _look_at_pickles(source: ByteSource) -> None:
+    """A pickle, and those that follow it, as repeated calls of ``pickle.dump`` leave them."""
+    at = 0
+    for _ in range(_MOST_PICKLES):
+        _, at = load_prefix(source, at, persistent_load=_nothing, name=source.name)
+        if at >= source.size or not _begins_a_pickle(source.read(at, min(4, source.size - at))):
+            return
 
 
 def _begins_a_pickle(head: bytes) -> bool:
