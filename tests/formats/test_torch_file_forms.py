@@ -168,3 +168,15 @@ def test_state_dicts_in_a_folder_are_read_with_their_forms(tmp_path: Path, files
             assert [kind for kind, _ in own] == [kind for kind, _ in said.particulars().get(held, ())]
     notes = anyckpt.convert(folder, tmp_path / "safe", to="hf").notes
     assert any("Parameter of p; requires_grad of p, q" in note for note in notes)
+
+
+def test_a_cast_ends_what_views_share_and_says_so(tmp_path: Path) -> None:
+    tied = formed((12,), 0, (1,))
+    source = saved(tmp_path / "a.pt", {"a": tied, "b": tied})
+    assert not anyckpt.convert(source, tmp_path / "b.pt", to="torch", dtype="bf16").notes, "these stay one tensor"
+    source = saved(tmp_path / "c.pt", ROOTS["views"])
+    notes = anyckpt.convert(source, tmp_path / "d.pt", to="torch", dtype="bf16").notes
+    assert "all, odd, turned: shares its storage no longer, for its elements are computed" in notes
+    assert "odd: its strides change, for its elements are computed" in notes
+    described = anyckpt.open(tmp_path / "d.pt").forms
+    assert described is not None and not any("shared" in text for text in described.described().values())

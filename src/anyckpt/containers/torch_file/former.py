@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.checkpoint import storage_key
 from anyckpt.containers.torch_file.flatten import Path
 from anyckpt.containers.torch_file.forms import Forms, container_name, differ, usual, waste
 from anyckpt.containers.torch_file.values import FormedTensor, QuantizedTensor, Storage
@@ -40,6 +41,8 @@ class Former:
         read = {name: tensor for name, tensor in full.items() if self._is_as_read(name, tensor)}
         self._places = dict(_places(read, forms))
         self._parted = _in_views_of_storages(read, forms)
+        self._as_read = read.keys()
+        self._sharing = _sharing(full, forms)
 
     def _is_as_read(self, name: str, tensor: LazyTensor) -> bool:
         return name in self._forms.tensors and self._forms.tensors[name][0] is tensor
@@ -76,8 +79,11 @@ class Former:
         if placed is not None:
             return FormedTensor(tensor, placed[0], placed[1], facts.strides, facts)
         held, strides = _alone(tensor, facts.strides)
+        why = "most of its storage is shown by no tensor" if name in self._as_read else "its elements are computed"
         if facts.storage and differ(tensor.shape, facts.strides, strides):
-            self._note("its strides change, for most of its storage is shown by no tensor", name)
+            self._note(f"its strides change, for {why}", name)
+        if name in self._sharing and name not in self._as_read:
+            self._note(f"shares its storage no longer, for {why}", name)
         return FormedTensor(tensor, held, 0, strides, facts)
 
     def _note(self, text: str, name: str) -> None:
@@ -97,6 +103,16 @@ class Former:
     @property
     def notes(self) -> list[str]:
         return [_note(text, names) for text, names in self._changed.items()]
+
+
+def _sharing(tensors: Mapping[str, LazyTensor], forms: Forms) -> frozenset[str]:
+    """Names of tensors whose storage is that of others too, which are not the same view of it."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        if name in forms.tensors and forms.tensors[name][1].storage:
+            read, facts = forms.tensors[name]
+            groups.setdefault((facts.storage, read.dtype.name), {})[name] = storage_key(tensor) or name
+    return frozenset(name for group in groups.values() if len({*group.values()}) > 1 for name in group)
 
 
 def _note(text: str, names: Sequence[str]) -> str:
