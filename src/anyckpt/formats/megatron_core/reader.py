@@ -22,6 +22,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint
 from anyckpt.formats.shared.megatron_adapters import ADAPTER, settings_from
+from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON
 from anyckpt.formats.shared.tracker import iteration_folder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import simplify, to_plain
@@ -35,7 +36,6 @@ _STATE_PREFIX = re.compile(r"^(chained_\d+\.)?optimizer\.")
 _RNG_GRID = re.compile(r"^rng_state/shard_\d+\.\d+_(\d+)\.(\d+)$")
 _NEMO_KEYS = ("num_layers", "hidden_size", "num_attention_heads")
 _OWN_FILES = (COMMIT, COMMON, ".metadata", "integrity.json", MANIFEST_NAME)
-_EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
 
 
 def read(location: Location) -> Checkpoint:
@@ -91,7 +91,7 @@ def megatron_checkpoint(
     args = common.get("args")
     fields = args.fields() if isinstance(args, Record) else args if isinstance(args, dict) else {}
     config, kind = _configuration(fields, common)
-    ignored = {found["key"]: _EXTRA_REASON for name in contents.objects if (found := _EXTRA_STATE.match(name))}
+    ignored = {found["key"]: EXTRA_STATE_REASON for name in contents.objects if (found := _EXTRA_STATE.match(name))}
     sharded = contents.objects.without({name for name in contents.objects if _EXTRA_STATE.match(name)})
     objects = LazyObjects({**common, **sharded.unread()})
     prefixes = sorted({found[0] for name in contents.tensors if (found := _STATE_PREFIX.match(name))})

@@ -10,19 +10,17 @@ import re
 from dataclasses import dataclass
 
 from anyckpt.errors import FormatError
+from anyckpt.formats.shared.tracker import TRACKER, iteration_folder, iteration_number
 from anyckpt.storage.place import Location
 from anyckpt.storage.source import ByteSource
 
-TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILE = "model_optim_rng.pt"
 MODEL_FILES = (MODEL_FILE, "model_rng.pt")
 """What holds a rank's model; the second name is of 2022-12 to 2023-06, with the distributed optimizer."""
 OPTIMIZER_FILE = "distrib_optim.pt"
 OPTIMIZER_PART = "optim.pt"
 """What a data-parallel rank's own folder holds, in 2022 and early 2023."""
-_TRACKER_LIMIT = 64
 _RANK = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?", re.ASCII)
-_ITERATION = re.compile(r"iter_(\d{7,18})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def detect(location: Location) -> bool:
         return _has_ranks(find_iteration(location).location)
     except FormatError:
         # A tracker that leads nowhere is for the reader to explain.
-        return any(_ITERATION.fullmatch(name) and _any_rank(location, name) for name in location.names)
+        return any(iteration_number(name) is not None and _any_rank(location, name) for name in location.names)
 
 
 def _any_rank(location: Location, name: str) -> bool:
@@ -103,33 +101,10 @@ def find_iteration(location: Location) -> Iteration:
         FormatError: the tracker is empty or unreadable, or what it names is missing.
     """
     if any(_RANK.fullmatch(name) for name in location.names):
-        return Iteration(location, None, _number(location.name))
-    source = location.open(TRACKER)
-    text = source.read_all(_TRACKER_LIMIT).decode("ascii", "replace").strip()
-    present = ", ".join(name for name in location.names if name == "release" or _ITERATION.fullmatch(name))
-    if text != "release" and not re.fullmatch(r"\d{1,18}", text, re.ASCII):
-        raise FormatError(
-            "does not name an iteration" if text else "is empty",
-            path=source.name,
-            expected="a number or the word 'release'",
-            found=repr(text) if text else None,
-            remedy=f"open one of the iterations that are there: {present or 'none'}",
-        )
-    name = text if text == "release" else f"iter_{int(text):07d}"
-    if name not in location.names or not location.is_folder(name):
-        raise FormatError(
-            f"names {name}, which is missing",
-            path=source.name,
-            expected=location.join(name),
-            found=present or "no iteration at all",
-            remedy="open one of the iterations that are there; the newest save may be unfinished or deleted",
-        )
-    return Iteration(location.at(name), text, _number(name))
-
-
-def _number(name: str) -> int | None:
-    found = _ITERATION.fullmatch(name)
-    return None if found is None else int(found[1])
+        return Iteration(location, None, iteration_number(location.name))
+    inner = iteration_folder(location)
+    number = iteration_number(inner.name)
+    return Iteration(inner, "release" if number is None else str(number), number)
 
 
 def rank_folders(location: Location) -> list[RankFolder]:

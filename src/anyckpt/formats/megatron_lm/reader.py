@@ -21,6 +21,7 @@ from anyckpt.formats.megatron_lm.location import (
 )
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_ranks, place_ranks
 from anyckpt.formats.shared.megatron_arguments import plain_arguments
+from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON, FREQUENCIES_REASON
 from anyckpt.models.dialects.projections import GROUPED_SINCE, grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names, strip_wrappers
 from anyckpt.optimizer.by_rank import RankState, read_optimizer
@@ -31,8 +32,6 @@ from anyckpt.pickling.walk import find_leaves
 from anyckpt.storage.place import Location
 from anyckpt.tensor import LazyTensor
 
-_EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
-_FREQUENCIES_REASON = "computed from the configuration"
 _OPTIMIZER = "optimizer"
 _DISTRIBUTED = "distrib_optim"
 _RNG_KEYS = ("rng_state", "random_rng_state")
@@ -145,11 +144,11 @@ def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> tuple[dict[st
     for stored, value in flat.items():
         name = stored[cut:]
         if name.endswith("_extra_state"):
-            ignored[name] = _EXTRA_REASON
+            ignored[name] = EXTRA_STATE_REASON
             if value is not None:
                 states[name] = value
         elif name.endswith("rotary_pos_emb.inv_freq"):
-            ignored[name] = _FREQUENCIES_REASON
+            ignored[name] = FREQUENCIES_REASON
         elif isinstance(value, LazyTensor):
             weights[name] = value
         else:

@@ -23,6 +23,7 @@ from anyckpt.formats.nemo.container import (
     open_container,
 )
 from anyckpt.formats.nemo.tokenizer import read_tokenizer
+from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON
 from anyckpt.formats.shared.rank_files import (
     Chunk,
     Place,
@@ -42,7 +43,6 @@ from anyckpt.tensor import LazyTensor
 _FLAT_NAME = re.compile(r"^model\.(?:module\.)?(?:decoder|embedding|output_layer)\.")
 _ADAPTER = re.compile(r"\.adapter_layer\.lora_|\.adapter\.|_extra_state$")
 _EXTRA_STATE = re.compile(r"(^|\.)_extra_state$")
-_EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
 
 
 @dataclass
@@ -231,7 +231,7 @@ def _read_flat(source: ByteSource) -> _Weights:
         "nemo-flat" if is_megatron else None,
         objects,
         warnings=list(contents.warnings),
-        ignored={name: _EXTRA_REASON for name in objects if _EXTRA_STATE.search(name)},
+        ignored={name: EXTRA_STATE_REASON for name in objects if _EXTRA_STATE.search(name)},
         details={"torch_generation": contents.generation},
         checksums=lambda: stored_checksums(contents),
     )

@@ -17,6 +17,7 @@ from anyckpt.checkpoint import ParallelLayout, RankShard
 from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError
+from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON, FREQUENCIES_REASON
 from anyckpt.models.dialects.projections import grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names
 from anyckpt.tensor import LazyTensor, concatenate
@@ -27,8 +28,6 @@ _FOLDER = re.compile(
 _SHARD_OF_FSDP = re.compile(r"(?:.*_)?fsdp_shard_\d+", re.ASCII)
 _WRAPPERS = ("model.", "module.", "enc_dec_model.")
 _UP = re.compile(r"^(?P<module>.*\.(?:dense_h_to_4h))_2\.(?P<kind>weight|bias)$")
-_EXTRA_REASON = "Transformer Engine's own state (FP8 scaling); carries no weights"
-_FREQUENCIES_REASON = "computed from the configuration"
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _VIRTUAL = "virtual_pipeline_model_parallel_size"
 _EXPERT = "expert_model_parallel_size"
@@ -228,9 +227,9 @@ def _weights(chunk: Chunk, ignored: dict[str, str]) -> dict[str, LazyTensor]:
     for name, value in flat.items():
         short = name[cut:].replace("._orig_mod", "")
         if "_extra_state" in short.rpartition(".")[2]:
-            ignored[short] = _EXTRA_REASON
+            ignored[short] = EXTRA_STATE_REASON
         elif short.endswith("rotary_pos_emb.inv_freq"):
-            ignored[short] = _FREQUENCIES_REASON
+            ignored[short] = FREQUENCIES_REASON
         elif not isinstance(value, LazyTensor):
             raise FormatError("is not a dense tensor", path=chunk.source, tensor=name, found=brief(value))
         elif short in weights:
