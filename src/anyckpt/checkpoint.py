@@ -9,6 +9,7 @@ from typing import Any
 
 from anyckpt.errors import AnyckptError, UnknownTensorError, UsageError, alike
 from anyckpt.pickling.calls import Calls
+from anyckpt.storage.place import LOCAL, Place
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor, Mapped, Stored
 
@@ -282,6 +283,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         extra_states: finds the states that modules have beside their weights (FP8 scaling) by the hub's name, None if
             there are none or they are in ``ranks``.
         calls: which names the pickles in its files ask for and call; pickles that are read later are added.
+        place: where ``path`` is.
         attached: names of objects that are parts of a weight or of what holds weights (the class of a tensor, what
             stands beside one in a tuple): they go with it where the format stays the same.
         written_back: names of objects that the same format writes again also where training state is left out, for it
@@ -320,6 +322,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     forms: ObjectForms | None = field(default=None, repr=False)
     checksums: Callable[[], Iterable[StoredChecksum]] = field(default=tuple, repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
+    place: Place = field(default=LOCAL, repr=False)
     part: Part | None = None
 
     def __getitem__(self, name: str) -> LazyTensor:

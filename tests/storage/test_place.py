@@ -177,3 +177,29 @@ def test_readers_know_no_operating_system() -> None:
     for path in sorted(path for room in rooms for path in (package / room).rglob("*.py")):
         found = asks.search(path.read_text())
         assert found is None, f"{path}: {found and found[0]}"
+
+
+def test_every_command_takes_a_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Runner(capsys)
+    folder = fixture_path("families/qwen2_moe/hf")
+    anyckpt.convert(folder, tmp_path / "lm", to="megatron-lm")
+    files = {f"hf/{name}": data for name, data in files_below(folder).items()}
+    files.update({f"lm/{name}": data for name, data in files_below(tmp_path / "lm").items()})
+    files["hf/extra.pkl"] = b"cos\nsystem\n(S'true'\ntR."
+    hub, ranks = f"{ROOT}/hf", f"{ROOT}/lm"
+    with registered("memory", MemoryPlace(ROOT, files)):
+        assert "qwen2-moe" in run("inspect", hub).out
+        found = run("verify", hub)
+        assert found.code == 1 and "os.system" in found.out
+        assert "digests" in run("verify", ranks).out
+        assert run("diff", hub, str(folder)).code == 0
+        assert run("average", hub, str(folder), "--output", str(tmp_path / "mean")).code == 0
+        assert run("reshard", ranks, str(tmp_path / "tp2"), "--tp", "2").code == 0
+        done = run("convert", hub, str(tmp_path / "core"), "--to", "megatron-core", "--config", f"{hub}/config.json")
+        assert done.code == 0
+        refused = run("convert", hub, f"{ROOT}/out", "--to", "hf")
+        assert refused.code == 2 and "cannot be written to" in refused.err
+        missing = run("inspect", f"{ROOT}/none")
+        assert missing.code == 2 and "does not exist" in missing.err
+    nowhere = run("inspect", "elsewhere://bucket/model")
+    assert nowhere.code == 2 and "is in a place that is not known" in nowhere.err

@@ -16,7 +16,8 @@ from typing import Any
 from anyckpt.engine.checksum import DIGEST, digest_of
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import LOCAL, Place
+from anyckpt.storage.source import ByteSource
 
 _VERSION = 1
 
@@ -84,30 +85,28 @@ class Manifest:
         return f'{text[:-2]},\n"entries": [\n{rows}\n]\n}}\n'
 
 
-def manifest_path(output: str) -> str:
+def manifest_path(output: str, place: Place = LOCAL) -> str:
     """Where the manifest of an output lies."""
-    if os.path.isdir(output):
-        return os.path.join(output, MANIFEST_NAME)
-    return beside(output)
+    return place.join(output, MANIFEST_NAME) if place.is_folder(output) else beside(output, place)
 
 
-def beside(output: str) -> str:
+def beside(output: str, place: Place = LOCAL) -> str:
     """Where the manifest of a single-file output lies."""
-    parent, name = os.path.split(os.path.abspath(output))
-    return os.path.join(parent, f".{name}.anyckpt-manifest.json")
+    parent, name = place.split(output)
+    return place.join(parent or "", f".{name}.anyckpt-manifest.json")
 
 
-def read_manifest(output: str) -> Manifest | None:
+def read_manifest(output: str, place: Place = LOCAL) -> Manifest | None:
     """The manifest of an output, or None if it has none.
 
     Raises:
         FormatError: it is damaged.
     """
-    path = manifest_path(output)
-    if not os.path.lexists(path):
+    path = manifest_path(output, place)
+    if not place.exists(path):
         return None
     try:
-        data = json.loads(LocalFile(path).read_all())
+        data = json.loads(place.open(path).read_all())
         if data["anyckpt_manifest"] != _VERSION or data["digest"] != DIGEST:
             raise FormatError("is a manifest of another version of anyckpt", path=path)
         notes = tuple(str(note) for note in data.get("notes", ()))
@@ -120,20 +119,20 @@ def read_manifest(output: str) -> Manifest | None:
     return Manifest(str(data["format"]), str(data.get("plan", "")), files, entries, notes)
 
 
-def check_manifest(output: str, manifest: Manifest) -> Iterator[tuple[ManifestEntry | None, str]]:
+def check_manifest(output: str, manifest: Manifest, place: Place = LOCAL) -> Iterator[tuple[ManifestEntry | None, str]]:
     """Read every byte that a manifest answers for.
 
     Yields (entry, problem) for each entry checked, with an empty problem if it is sound; (None, problem) for a file
     that is missing or of another size.
     """
-    sources: dict[str, LocalFile] = {}
+    sources: dict[str, ByteSource] = {}
     for name, size in manifest.files.items():
-        path = _inside(output, name)
+        path = _inside(output, name, place)
         if path is None:
             yield None, f"the manifest names {name!r}, which lies outside the output"
             continue
         try:
-            source = LocalFile(path)
+            source = place.open(path)
         except FormatError as error:
             yield None, str(error)
             continue
@@ -158,9 +157,9 @@ def check_manifest(output: str, manifest: Manifest) -> Iterator[tuple[ManifestEn
         )
 
 
-def _inside(output: str, name: str) -> str | None:
+def _inside(output: str, name: str, place: Place) -> str | None:
     if not name:
         return output
     if os.path.isabs(name) or ".." in name.split("/"):
         return None
-    return os.path.join(output, *name.split("/"))
+    return place.join(output, *name.split("/"))

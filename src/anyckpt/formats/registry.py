@@ -337,6 +337,7 @@ def read(path: str | os.PathLike[str] | Location, *, force: bool = False) -> Che
                 error.remedy = "do not open it with other software before finding out where it came from"
             raise
     checkpoint.calls = calls
+    checkpoint.place = location.place
     checkpoint.warnings = calls.told_with(checkpoint.warnings)
     return checkpoint
 

@@ -247,7 +247,7 @@ def inspect(
         details=to_plain(checkpoint.details),
         adapter=_adapter(checkpoint),
         warnings=[*_part(checkpoint), *calls.told_with(checkpoint.warnings), *([] if warning is None else [warning])],
-        notes=_notes(checkpoint.path),
+        notes=_notes(checkpoint),
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
         calls=tuple(calls),
@@ -288,10 +288,10 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
 
 
-def _notes(path: str) -> list[str]:
+def _notes(checkpoint: Checkpoint) -> list[str]:
     """Those of the manifest, if there is a sound one."""
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(checkpoint.path, checkpoint.place)
     except FormatError:
         return []
     return [] if manifest is None else list(manifest.notes)

@@ -136,7 +136,7 @@ def verify(
     result.problems += [Problem(checkpoint.path, text) for text in checkpoint.unloadable]
     result.warnings = [text for text in result.warnings if text not in checkpoint.unloadable]
     _check_pieces(checkpoint, result)
-    if not _check_digests(checkpoint.path, result, progress):
+    if not _check_digests(checkpoint, result, progress):
         _check_checksums(checkpoint, result, progress)
     _check_model(checkpoint, result)
     _check_names(checkpoint, result)
@@ -177,10 +177,11 @@ def _check_pieces(checkpoint: Checkpoint, result: Verification) -> None:
             result.checked.tensors += 1
 
 
-def _check_digests(path: str, result: Verification, progress: Progress | None) -> bool:
+def _check_digests(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> bool:
     """Whether there is a manifest and every byte agrees with it."""
+    path, place = checkpoint.path, checkpoint.place
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, place)
     except AnyckptError as error:
         result.problems.append(Problem("manifest", str(error)))
         return False
@@ -189,11 +190,11 @@ def _check_digests(path: str, result: Verification, progress: Progress | None) -
     total = sum(entry.nbytes for entry in manifest.entries)
     done = 0
     good = True
-    for entry, problem in check_manifest(path, manifest):
+    for entry, problem in check_manifest(path, manifest, place):
         if problem:
             where = entry.name or entry.file if entry is not None else "manifest"
             if entry is None:
-                problem += f"; if it was replaced on purpose, delete {manifest_path(path)}"
+                problem += f"; if it was replaced on purpose, delete {manifest_path(path, place)}"
             result.problems.append(Problem(where or os.path.basename(path), problem))
             good = False
         else:

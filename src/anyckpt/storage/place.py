@@ -145,6 +145,15 @@ class LocalPlace(Place):
     def real(self, path: str) -> str:
         return os.path.realpath(path)
 
+    def nothing_at(self, path: str) -> FormatError:
+        scheme = scheme_of(path)
+        if scheme is None:
+            return super().nothing_at(path)
+        return FormatError(
+            f"is in a place that is not known: {scheme}://", path=path, expected="a path on a disk",
+            remedy="copy it to a disk first",
+        )  # fmt: skip
+
     def on_disk(self, path: str) -> str | None:
         return path
 
@@ -293,6 +302,12 @@ SCHEMES: dict[str, Callable[[str], Place]] = {}
 """What makes the place of a path that begins with ``scheme://``, from the path."""
 
 
+def scheme_of(path: str) -> str | None:
+    """What a path begins with before ``://``; None of a path on a disk."""
+    found = _SCHEME.match(path)
+    return None if found is None else found[1]
+
+
 def place_of(path: str) -> Place:
     """The place that a path is in; of archives that it leads into, those that hold others are opened.
 
@@ -300,8 +315,8 @@ def place_of(path: str) -> Place:
         FormatError: what should be an archive is none, or holds no such archive.
         UnsafeError: see ``ArchivePlace``.
     """
-    scheme = _SCHEME.match(path)
-    place = SCHEMES[scheme[1]](path) if scheme is not None and scheme[1] in SCHEMES else LOCAL
+    scheme = scheme_of(path)
+    place = SCHEMES[scheme](path) if scheme in SCHEMES else LOCAL
     if SEPARATOR not in path or place.exists(path):
         return place
     parts = path.split(SEPARATOR)

@@ -11,7 +11,8 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import AnyckptError
 from anyckpt.pickling import Calls, load_prefix, recording
 from anyckpt.pickling.plain import view
-from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
+from anyckpt.storage.place import LOCAL
+from anyckpt.storage.source import ByteSource, MemorySource
 from anyckpt.tensor import LazyTensor
 
 _EXTRA_STATE = "_extra_state"
@@ -62,16 +63,23 @@ def _other_files(checkpoint: Checkpoint) -> Iterator[tuple[str, ByteSource]]:
             yield name, source
             read.add(os.path.abspath(source.name))
     count = 0
-    for folder, _, names in os.walk(checkpoint.path):
+    place, path = checkpoint.place, checkpoint.path
+    for name in _names_below(path) if place is LOCAL else place.folder(path).names() if place.is_folder(path) else ():
+        file = place.join(path, name)
+        if not name.endswith(_PICKLED) or os.path.abspath(file) in read or not place.is_file(file):
+            continue
+        count += 1
+        if count > _MOST_FILES:
+            checkpoint.calls.unread[file] = f"more than {_MOST_FILES:,} files lie beside the weights"
+            return
+        yield name, place.open(file)
+
+
+def _names_below(path: str) -> Iterator[str]:
+    """Every file of a directory, however deep; linked directories are not looked into."""
+    for folder, _, names in os.walk(path):
         for name in sorted(names):
-            path = os.path.join(folder, name)
-            if not name.endswith(_PICKLED) or os.path.abspath(path) in read or not os.path.isfile(path):
-                continue
-            count += 1
-            if count > _MOST_FILES:
-                checkpoint.calls.unread[path] = f"more than {_MOST_FILES:,} files lie beside the weights"
-                return
-            yield os.path.relpath(path, checkpoint.path), LocalFile(path)
+            yield os.path.relpath(os.path.join(folder, name), path)
 
 
 def _states(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:

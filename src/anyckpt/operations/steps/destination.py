@@ -9,7 +9,7 @@ from anyckpt.engine.manifest import beside
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
-from anyckpt.storage.place import file_of, look_at
+from anyckpt.storage.place import file_of, look_at, scheme_of
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
 
@@ -27,6 +27,11 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
         UsageError: the destination is a source, lies inside one, or holds one.
         OutputError: it exists, and may not be replaced.
     """
+    if (scheme := scheme_of(destination)) is not None:
+        raise UsageError(
+            "cannot be written to: only folders and files on a disk can", path=destination, found=f"{scheme}://",
+            remedy="write it to a disk and copy it there",
+        )  # fmt: skip
     target = os.path.realpath(destination)
     for source in sources:
         origin = os.path.realpath(file_of(source))

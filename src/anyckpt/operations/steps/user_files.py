@@ -11,8 +11,7 @@ from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
 from anyckpt.formats.shared import hub_folder
-from anyckpt.storage.place import look_at
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.place import Location, look_at
 
 _CONFIG_LIMIT = 64 << 20
 _CONFIG_FILES = ("config.json", "model_config.yaml", "model.yaml", "context/model.yaml", "hparams.yaml", "params.json")
@@ -31,28 +30,30 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> di
         return dict(config)
     from anyckpt.plain_yaml import load_yaml_mapping
 
-    if os.path.isdir(config):
-        return _config_of_folder(os.fspath(config))
-    source = LocalFile(config)
+    location = look_at(config)
+    if location.is_directory:
+        return _config_of_folder(location)
+    source = location.open()
     if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return hub_folder.read_json(source)
     return load_yaml_mapping(source.read_all(_CONFIG_LIMIT), source.name)
 
 
-def _config_of_folder(path: str) -> dict[str, Any]:
+def _config_of_folder(location: Location) -> dict[str, Any]:
     """That of the checkpoint in a folder, or of the file in it where there is no checkpoint that can be read."""
-    alone = next((name for name in _CONFIG_FILES if os.path.isfile(os.path.join(path, name))), None)
+    alone = next((name for name in _CONFIG_FILES if location.is_file(*name.split("/"))), None)
     try:
-        found = registry.read(path).config
+        found = registry.read(location).config
     except FormatError:
         if alone is None:
             raise
         found = {}
     if not found and alone is not None:
-        found = read_config(os.path.join(path, alone)) or {}
+        found = read_config(location.join(alone)) or {}
     if not found:
         raise FormatError(
-            "has no configuration", path=path, expected=f"a checkpoint's, or one of {', '.join(_CONFIG_FILES)}",
+            "has no configuration", path=location.path,
+            expected=f"a checkpoint's, or one of {', '.join(_CONFIG_FILES)}",
             remedy="give the configuration's file",
         )  # fmt: skip
     return found
@@ -91,7 +92,7 @@ def read_tokenizer(path: str) -> Tokenizer:
                 found=", ".join(location.names[:5]) or "nothing",
             )
         return found
-    source, name = LocalFile(path), os.path.basename(path)
+    source, name = location.open(), location.name
     if name == "tokenizer.json":
         return Tokenizer("huggingface", {name: source})
     if not is_sentencepiece(source):
