@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from anyckpt.config import megatron, nemo
-from anyckpt.errors import MappingError
+from anyckpt.errors import FormatError, MappingError
 
 _SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "megatron-args": megatron.sizes,
@@ -43,6 +43,33 @@ def sizes(config: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
         if type(value) is int and value < 0:
             raise MappingError(f"the configuration's {name} is not possible", expected="a size", found=value)
     return found
+
+
+def heads_on_a_rank(config: Mapping[str, Any], kind: str, ways: int, path: str, what: str) -> int:
+    """Attention heads of one tensor-parallel rank, by which the rows of old models' projections are ordered.
+
+    Args:
+        config: as stored.
+        kind: one of ``KINDS``.
+        ways: how many tensor-parallel ranks there are.
+        path: file of the ranks, for messages.
+        what: which models, for messages.
+
+    Raises:
+        FormatError: the configuration does not say.
+    """
+    problem = f"num_attention_heads is needed to order the rows of attention projections {what}"
+    try:
+        heads = sizes(config, kind)["num_attention_heads"]
+    except MappingError as error:
+        raise FormatError(
+            f"{problem}: {error.problem}", path=path, expected=error.expected, found=error.found
+        ) from None
+    if not heads or heads % ways:
+        raise FormatError(
+            problem, path=path, expected=f"a multiple of the tensor-parallel size {ways}", found=heads or "none"
+        )
+    return int(heads) // ways
 
 
 def run_words(config: Mapping[str, Any], kind: str | None) -> Mapping[str, Any]:

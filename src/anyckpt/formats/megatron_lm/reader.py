@@ -226,15 +226,7 @@ def _heads_on_a_rank(config: Mapping[str, Any], tensor: int, first: RankFile) ->
     """
     if first.version >= GROUPED_SINCE:
         return 0
-    heads: int | None = of_ranks.sizes(config, "megatron-args")["num_attention_heads"]
-    if not heads or heads % tensor:
-        raise FormatError(
-            "args.num_attention_heads is needed to order the rows of attention projections before checkpoint_version 2",
-            path=first.path,
-            expected=f"a multiple of the tensor-parallel size {tensor}",
-            found=heads or "none",
-        )
-    return heads // tensor
+    return of_ranks.heads_on_a_rank(config, "megatron-args", tensor, first.path, "before checkpoint_version 2")
 
 
 def _stored(ranks: Mapping[Place, RankFile], distributed: Mapping[str, TorchContents]) -> dict[str, LazyTensor]:

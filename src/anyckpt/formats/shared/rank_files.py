@@ -196,15 +196,8 @@ def rank_shards(
     renamed = hub_names(stored, [chunk.source for chunk in chunks])
     heads = 0
     if config.get("megatron_legacy"):
-        stated = of_ranks.sizes(config, "nemo1")["num_attention_heads"]
-        if not stated or stated % layout.tensor_parallel:
-            raise FormatError(
-                "num_attention_heads is needed to order the rows of attention projections of a megatron_legacy model",
-                path=chunks[0].source,
-                expected=f"a multiple of tensor parallel size {layout.tensor_parallel}",
-                found=brief(stated),
-            )
-        heads = stated // layout.tensor_parallel
+        source, what = chunks[0].source, "of a megatron_legacy model"
+        heads = of_ranks.heads_on_a_rank(config, "nemo1", layout.tensor_parallel, source, what)
     shards = [
         RankShard(chunk.place.tensor, chunk.place.pipeline, chunk.number, 0, own, chunk.source)
         for chunk, own in zip(chunks, renamed, strict=True)
