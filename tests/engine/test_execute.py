@@ -448,3 +448,25 @@ def test_what_is_read_is_counted_for_whoever_reads_it(source: Path, tmp_path: Pa
     for thread in threads:
         thread.join()
     assert found == {"one": alone, "other": alone}
+
+
+@pytest.mark.parametrize("change", ["bytes", "file", "nothing there"])
+def test_a_source_that_changes_meanwhile(source: Path, change: str, tmp_path: Path) -> None:
+    """What was written then is of neither state, though every read succeeded."""
+    plan = sample_plan(source, directory=True)
+    touched: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if done == total and not touched:
+            touched.append(done)
+            data = source.read_bytes()
+            if change == "bytes":
+                source.write_bytes(data[::-1])
+            else:
+                source.unlink()
+            if change == "file":
+                source.write_bytes(data)
+
+    with pytest.raises(FormatError, match="cannot be found any more" if change == "nothing there" else "changed while"):
+        execute.execute(plan, str(tmp_path / "out"), progress=progress)
+    assert touched and not (tmp_path / "out").exists() and leftovers(tmp_path) == []

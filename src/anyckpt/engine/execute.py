@@ -136,6 +136,7 @@ def carry_out(
         order = {file.path: number for number, file in enumerate(plan.files)}
         entries.sort(key=lambda entry: (order[entry.file], entry.offset))
         sizes = {file.path: file.nbytes for file in plan.files}
+        identity.check_unchanged()
         place.publish(Manifest(plan.format, identity.value, sizes, tuple(entries), plan.notes).to_bytes())
     except OutputError:
         place.close() if resumable and run.records else place.discard()

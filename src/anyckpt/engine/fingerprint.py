@@ -10,7 +10,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import Computed, Literal, Plan, SourceData, TensorData
 from anyckpt.identity import identity_of
+from anyckpt.storage.source import ByteSource
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,17 @@ class Fingerprint:
         value: equal for the same work, and never for other work.
         obstacle: what takes part in the plan and has no identity, so that no other run can be known to be the same;
             None if everything has one.
+        sources: those that take part in the plan, as far as they were met.
     """
 
     value: str
     obstacle: str | None = None
+    sources: tuple[ByteSource, ...] = field(default=(), repr=False, compare=False)
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError if a source changed since it was opened: what was written is then of neither state."""
+        for source in self.sources:
+            source.check_unchanged()
 
 
 class _UnidentifiedError(Exception):
@@ -51,12 +59,12 @@ def fingerprint(plan: Plan, source_paths: Sequence[str]) -> Fingerprint:
     try:
         describer.add_plan(plan)
     except _UnidentifiedError as obstacle:
-        return Fingerprint(uuid.uuid4().hex, obstacle.what)
+        return Fingerprint(uuid.uuid4().hex, obstacle.what, describer.sources())
     for root in source_paths:
         for path in _files_under(root):
             status = os.stat(path)
             describer.add(path, status.st_size, status.st_mtime_ns)
-    return Fingerprint(describer.digest.hexdigest())
+    return Fingerprint(describer.digest.hexdigest(), None, describer.sources())
 
 
 class _Describer:
@@ -66,6 +74,9 @@ class _Describer:
         self.digest = hashlib.sha256()
         self._seen: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no other value gets the identity of one that was seen
+
+    def sources(self) -> tuple[ByteSource, ...]:
+        return tuple(value for value in self._kept if isinstance(value, ByteSource))
 
     def add_plan(self, plan: Plan) -> None:
         self.add(plan.format, dict(plan.links))

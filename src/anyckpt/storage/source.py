@@ -165,6 +165,9 @@ class ByteSource(ABC):
         """
         return None
 
+    def check_unchanged(self) -> None:  # noqa: B027 (most hold bytes of another source, or their own)
+        """Raise FormatError if what holds the bytes is known to be another than when the source was opened."""
+
     def locate(self) -> tuple[str | None, int]:
         """The local file that holds the bytes and the offset in it at which they start; (None, 0) if none does."""
         return self.path, 0
@@ -277,7 +280,7 @@ class LocalFile(ByteSource):
         FormatError: the file is missing or not a regular file.
     """
 
-    __slots__ = ()
+    __slots__ = ("_modified",)
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.abspath(os.fspath(path))
@@ -289,6 +292,7 @@ class LocalFile(ByteSource):
         if not os.path.isfile(self.path):
             raise FormatError("is not a regular file", path=path)
         self.size = status.st_size
+        self._modified = status.st_mtime_ns
         _open_files.renew(self.path, status)
 
     def identity(self) -> Identity:
@@ -296,6 +300,21 @@ class LocalFile(ByteSource):
         assert self.path is not None
         status = os.stat(self.path)
         return self.path, status.st_size, status.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        assert self.path is not None
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise FormatError(f"cannot be found any more: {error.strerror}", path=self.name) from error
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
+            raise FormatError(
+                "changed while it was being read",
+                path=self.name,
+                expected=f"{self.size} bytes, last modified at {self._modified / 1e9:.6f}",
+                found=f"{status.st_size} bytes, last modified at {status.st_mtime_ns / 1e9:.6f}",
+                remedy="run it again when nothing writes to the source",
+            )
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         assert self.path is not None
