@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import threading
 import tracemalloc
 from collections import Counter
@@ -24,6 +26,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats import registry
 from anyckpt.storage.requests import HELD_BYTES, at_once, coalesced, holding
 from anyckpt.storage.source import MemorySource
+from anyckpt.storage.tar import read_tar
 from anyckpt.tensor import Stored, concatenate, from_array
 
 ROOT = "far://bucket"
@@ -164,6 +167,24 @@ def test_a_torch_file_is_opened_in_a_few_rounds(generation: str) -> None:
     with counting(log), registered("far", MemoryPlace(ROOT, {path.name: path.read_bytes()}, far(log))):
         opened = anyckpt.open(f"{ROOT}/{path.name}")
     assert log.rounds <= 4 and opened.tensors.keys() == anyckpt.open(path).tensors.keys()
+
+
+def test_small_members_of_an_archive_are_found_in_one_round() -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for number in range(100):
+            info = tarfile.TarInfo(f"folder/member-{number}-{'x' * (number * 2)}")
+            info.size = number
+            archive.addfile(info, io.BytesIO(bytes([number]) * number))
+        info = tarfile.TarInfo("large")
+        info.size = 1 << 20
+        archive.addfile(info, io.BytesIO(bytes(info.size)))
+        archive.addfile(tarfile.TarInfo("last"))
+    log = Log()
+    found = read_tar(FarSource(out.getvalue(), "far", log, 0.0))
+    wanted = read_tar(MemorySource(out.getvalue()))
+    assert len(log.requests) <= 4 and list(found) == list(wanted)
+    assert all(found[name].source.read_all() == member.source.read_all() for name, member in wanted.items())
 
 
 CONVERSIONS = [

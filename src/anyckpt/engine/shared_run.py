@@ -114,6 +114,7 @@ class SharedRun:
                 total=total, ends=self._division.ends,
             )  # fmt: skip
             run.write(blocks)
+            self._identity.check_unchanged()
             run.sync()
         except OSError as error:
             place.close(failure=str(error))

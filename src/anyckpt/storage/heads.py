@@ -75,6 +75,28 @@ def whole(source: ByteSource) -> Iterator[Sequence[Wanted]]:
     yield [(source, 0, min(source.size, EDGE))]
 
 
+class Ahead:
+    """Reads of a source in rising order, from place to place; of a far one, each reads what may come next too."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
+        self._most = EDGE if is_far(source) else 0
+        self._start = 0
+        self._data = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As the source's ``read``.
+
+        Raises:
+            FormatError: the range is not inside the source, or cannot be read.
+        """
+        inside = offset - self._start
+        if not 0 <= inside <= inside + length <= len(self._data):
+            self._data = self._source.read(offset, max(length, min(self._most, self._source.size - offset)))
+            self._start, inside = offset, 0
+        return self._data[inside : inside + length]
+
+
 @contextmanager
 def small_files(location: Location) -> Iterator[None]:
     """Within, the small files of a far folder are held: its settings and markers, which several formats look at.

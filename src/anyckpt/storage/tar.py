@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.storage.folder import check_inside
+from anyckpt.storage.heads import Ahead
 from anyckpt.storage.source import ByteSource
 
 BLOCK = 512
@@ -124,22 +125,23 @@ def _check_parents(members: dict[str, TarMember], archive: str) -> None:
 
 
 def _members(source: ByteSource) -> Iterator[TarMember]:
+    ahead = Ahead(source)
     offset = 0
     last = ""
     shared: dict[str, str] = {}
     own: dict[str, str] = {}
     long_name: str | None = None
     while True:
-        block = _read_header_block(source, offset, last)
+        block = _read_header_block(source, offset, last, ahead)
         if not any(block):
-            _check_end(source, offset, last)
+            _check_end(source, offset, last, ahead)
             if own or long_name:
                 raise FormatError("ends with an extended header that belongs to no member", path=source.name)
             return
         header = _parse_header(block, source.name, offset)
         offset += BLOCK
         if header.type in (b"x", b"g", b"L", b"K", b"X"):
-            data = _read_extension(source, offset, header)
+            data = _read_extension(source, offset, header, ahead)
             offset += _padded(header.size)
             if header.type == b"L":
                 long_name = _text(data.rstrip(b"\0"), source.name)
@@ -190,7 +192,7 @@ def _check_type(kind: bytes, name: str, archive: str) -> None:
     raise FormatError(f"member {name!r} is of unknown type {kind!r}", path=archive)
 
 
-def _read_header_block(source: ByteSource, offset: int, last: str) -> bytes:
+def _read_header_block(source: ByteSource, offset: int, last: str, ahead: Ahead) -> bytes:
     if offset + BLOCK > source.size:
         after = f" after member {last!r}" if last else ""
         raise FormatError(
@@ -200,12 +202,12 @@ def _read_header_block(source: ByteSource, offset: int, last: str) -> bytes:
             found=f"{source.size} bytes",
             remedy="copy the archive again from its origin",
         )
-    return source.read(offset, BLOCK)
+    return ahead.read(offset, BLOCK)
 
 
-def _check_end(source: ByteSource, offset: int, last: str) -> None:
+def _check_end(source: ByteSource, offset: int, last: str, ahead: Ahead) -> None:
     """Two zero blocks end an archive; one alone may be a hole in a damaged one."""
-    if any(_read_header_block(source, offset + BLOCK, last)):
+    if any(_read_header_block(source, offset + BLOCK, last, ahead)):
         raise FormatError(
             f"is damaged: a member is missing at byte {offset}",
             path=source.name,
@@ -264,7 +266,7 @@ def _octal(field: bytes) -> int:
     return int(digits, 8)
 
 
-def _read_extension(source: ByteSource, offset: int, header: _Header) -> bytes:
+def _read_extension(source: ByteSource, offset: int, header: _Header, ahead: Ahead) -> bytes:
     if header.size > _EXTENSION_LIMIT:
         raise UnsafeError(
             f"an extended header ({header.name!r}) is too large",
@@ -280,7 +282,7 @@ def _read_extension(source: ByteSource, offset: int, header: _Header) -> bytes:
             found=f"{source.size} bytes",
             remedy="copy the archive again from its origin",
         )
-    return source.read(offset, header.size)
+    return ahead.read(offset, header.size)
 
 
 def _pax_records(data: bytes, archive: str) -> dict[str, str]:
