@@ -33,14 +33,19 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def beside(installed: Path) -> dict[str, str]:
+    """The environment with the package on the path."""
+    before = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(installed), before]))}
+
+
 @pytest.fixture
 def run(installed: Path) -> Run:
     """``anyckpt`` with the package beside it."""
 
     def call(*arguments: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "anyckpt", *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(installed)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=beside(installed), capture_output=True, text=True, check=False)
         assert done.returncode == (2 if fails else 0), done.stderr
         assert not fails or done.stderr.count("\n") == 1
         return done
@@ -137,6 +142,21 @@ def test_arrays_that_numpy_wrote(run: Run, tmp_path: Path) -> None:
     found = anyckpt.open(tmp_path / "out.safetensors").tensors
     assert np.array_equal(found["rows"].numpy(), square)
     assert np.array_equal(found["columns"].numpy(), square)
+
+
+def test_the_tests_of_the_package(installed: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(EXAMPLE / "tests")]
+    done = subprocess.run(command, env=beside(installed), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+
+
+def test_the_package_is_built_of_public_names_alone() -> None:
+    for path in EXAMPLE.rglob("*.py"):
+        for module in re.findall(r"(?m)^(?:from|import) (anyckpt[.\w]*)", path.read_text(encoding="utf-8")):
+            assert module in ("anyckpt", "anyckpt.extend", "anyckpt.testing") or module.startswith("anyckpt_more")
+    told = set(re.findall(r"anyckpt\.(\w+)", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")))
+    assert told <= {*anyckpt.__all__, "extend", "testing", "families", "formats", "dialects"}
 
 
 @pytest.mark.parametrize("damage", ["magic", "header", "data", "object", "order"])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import anyckpt
+from anyckpt import extend
 from anyckpt.formats import registry
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 FUNCTIONS = [name for name in anyckpt.__all__ if name.islower() and not name.startswith("_")]
 
 
@@ -80,3 +84,36 @@ import anyckpt.formats.safetensors
 assert anyckpt.formats.registry is registry and len(anyckpt.families()) > 30
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", ["anyckpt", "anyckpt.extend", "anyckpt.testing"])
+def test_the_page_on_what_is_stable_lists_what_is_there(module: str) -> None:
+    page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    listed = re.search(rf"(?ms)^`{re.escape(module)}`[^`]*:\n(.*?)\.\n\n", page)
+    assert listed is not None
+    names = re.findall(r"`(\w+)`", listed[1])
+    home = import_module(module)
+    assert names == list(home.__all__)
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert getattr(home, name) is not None
+        assert name in dir(home)
+
+
+def test_what_extensions_are_built_of_is_one_list_for_people_and_for_type_checkers() -> None:
+    text = inspect.getsource(extend)
+    checked = text.partition("if TYPE_CHECKING:")[2].partition("__all__")[0]
+    told = {
+        (name.split(" as ")[-1].strip(), home, name.split(" as ")[0].strip())
+        for home, several, one in re.findall(r"from (anyckpt[.\w]*) import (?:\(([^)]*)\)|(.*))", checked)
+        for name in (several or one).split(",")
+        if name.strip()
+    }
+    assert {name for name, _, _ in told} == set(extend.__all__)
+    for name, home, own in told:
+        assert getattr(extend, name) is getattr(import_module(home), own), name
+
+
+def test_importing_the_parts_for_extensions_imports_nothing_else() -> None:
+    code = "import sys, anyckpt.extend; print([m for m in ('numpy', 'anyckpt.tensor', 'yaml') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

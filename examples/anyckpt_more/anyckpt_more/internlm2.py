@@ -4,13 +4,7 @@ Names and keys are those of ``modeling_internlm2.py`` and ``configuration_intern
 takes ``wqkv`` apart as "b q (h gs d) -> b q h gs d": by query group, its queries, its key, its value.
 """
 
-from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field
-from anyckpt.config.spellings import HuggingFace
-from anyckpt.models.families import llama
-from anyckpt.models.language.family import Family
-from anyckpt.models.language.rule_operations import GATE_UP
-from anyckpt.models.language.rules import Rule
+from anyckpt.extend import DECODER_TRAITS, GATE_UP, HUGGING_FACE_FIELDS, Family, Field, HuggingFace, Rule, untied
 
 LAYER, HUB = "model.layers.*", "decoder.layers.*"
 
@@ -24,14 +18,14 @@ RULES = (
          ("fc1", "hidden"), GATE_UP),
     Rule((f"{LAYER}.feed_forward.w2.weight",), f"{HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule(("model.norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-    Rule(("output.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
+    Rule(("output.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=untied),
 )  # fmt: skip
 
 FAMILY = Family(
     name="internlm2",
     title="InternLM2",
     rules=RULES,
-    traits={**llama.TRAITS, "add_bias_linear": False},
+    traits={**DECODER_TRAITS, "add_bias_linear": False},
     hugging_face=HuggingFace(
         model_types=("internlm2",),
         architectures=("InternLM2ForCausalLM",),
@@ -46,7 +40,7 @@ FAMILY = Family(
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        fields=(*HUGGING_FACE_FIELDS, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         constants={"bias": False},
         attention_bias=None,
     ),

@@ -3,7 +3,7 @@
 Facts: ``megatron/model/{language_model,transformer}.py`` of Megatron-LM 3.0.
 """
 
-from anyckpt.models.dialects.external import OtherDialect
+from anyckpt.extend import Dialect
 
 _LAYER, _HUB = "language_model.encoder.layers.*", "decoder.layers.*"
 
@@ -16,7 +16,7 @@ _MODULES = (
     ("mlp.linear_fc2.", "mlp.dense_4h_to_h."),
 )
 
-DIALECT = OtherDialect(
+DIALECT = Dialect(
     name="megatron-2022",
     names=(
         ("embedding.word_embeddings.weight", "language_model.embedding.word_embeddings.weight"),

@@ -8,15 +8,23 @@ import os
 import numpy as np
 from numpy.lib import format as npy
 
-from anyckpt.checkpoint import Checkpoint
-from anyckpt.dtypes import BY_NAME
-from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
-from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.formats.shared.loose_tensors import weights_only
-from anyckpt.storage.place import Location
-from anyckpt.storage.source import ByteSource
-from anyckpt.tensor import LazyTensor, Stored
+from anyckpt import FormatError, UsageError
+from anyckpt.extend import (
+    ByteSource,
+    Checkpoint,
+    DType,
+    Format,
+    LazyTensor,
+    Literal,
+    Location,
+    OutputFile,
+    Plan,
+    Stored,
+    TensorData,
+    WriteOptions,
+    dtype,
+    weights_only,
+)
 
 _LONGEST_HEADER = 1 << 16
 
@@ -39,20 +47,36 @@ def read(location: Location) -> Checkpoint:
 
 
 def _tensor(source: ByteSource) -> LazyTensor:
-    head = io.BytesIO(source.read(0, min(source.size, _LONGEST_HEADER)))
+    head = io.BytesIO(_start(source))
     try:
         version = npy.read_magic(head)
         parse = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, transposed, stored = parse(head)
-    except ValueError as error:
+    except Exception as error:  # whatever the text of a header makes numpy's parser do
         raise FormatError(f"is not a file of numpy.save: {error}", path=source.name) from None
-    kind = BY_NAME.get(stored.name)
-    if kind is None or stored.byteorder == ">":
-        raise FormatError("has an element type that no tensor has", path=source.name, found=stored.str)
+    if any(n < 0 for n in shape):
+        raise FormatError("has a shape that no tensor has", path=source.name, found=shape)
     order = tuple(reversed(shape)) if transposed else shape
-    tensor = Stored(source, head.tell(), kind, order)
+    tensor = Stored(source, head.tell(), _kind(stored, source), order)
     tensor.check()
     return tensor.transpose() if transposed else tensor
+
+
+def _kind(stored: np.dtype, source: ByteSource) -> DType:
+    try:
+        kind = dtype(stored)
+    except FormatError:
+        kind = None
+    if kind is None or stored.byteorder == ">":
+        raise FormatError("has an element type that no tensor has", path=source.name, found=stored.str)
+    return kind
+
+
+def _start(source: ByteSource) -> bytes:
+    """The header, and nothing of the elements but a byte or two."""
+    first = source.read(0, min(source.size, 12))
+    length = int.from_bytes(first[8:10] if first[6:7] == b"\1" else first[8:12], "little")
+    return source.read(0, min(source.size, 12 + length, _LONGEST_HEADER))
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:

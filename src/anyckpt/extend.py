@@ -1,0 +1,166 @@
+"""What other packages build families, formats and dialects from; ``docs/extending.md`` shows how.
+
+These names stay where they are whatever moves inside the package.  Each is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from anyckpt.on_demand import on_demand
+
+if TYPE_CHECKING:
+    from anyckpt.checkpoint import (
+        AdapterSettings,
+        Checkpoint,
+        CompositeTensor,
+        OptimizerState,
+        ParallelLayout,
+        RankShard,
+        StoredChecksum,
+        Tokenizer,
+        TrainingState,
+    )
+    from anyckpt.config.hugging_face import COMMON as HUGGING_FACE_FIELDS
+    from anyckpt.config.model import REQUIRED, Field, ModelConfig, Reader
+    from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
+    from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
+    from anyckpt.containers.torch_file import read_torch, zip_parts
+    from anyckpt.dtypes import DType, dtype
+    from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData, small_file
+    from anyckpt.formats.registry import Format, WriteOptions
+    from anyckpt.formats.shared.loose_tensors import weights_only
+    from anyckpt.identity import ElementWise
+    from anyckpt.layout.partition import KINDS as PARTITIONS
+    from anyckpt.layout.partition import Partition
+    from anyckpt.models.dialects.external import OtherDialect as Dialect
+    from anyckpt.models.families.llama import TRAITS as DECODER_TRAITS
+    from anyckpt.models.families.llama import untied
+    from anyckpt.models.language.family import Family
+    from anyckpt.models.language.rule_operations import (
+        CONCATENATED_QKV,
+        GATE_UP,
+        IDENTITY,
+        INTERLEAVED_KV,
+        INTERLEAVED_QKV,
+        TRANSPOSED,
+        TRANSPOSED_CONCATENATED_QKV,
+        Leading,
+        Operation,
+        Scaled,
+        Transposed,
+    )
+    from anyckpt.models.language.rules import AXES, DIMENSIONS, Instance, Rule, has
+    from anyckpt.storage.place import Location, Place
+    from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
+    from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, concatenate, from_array, mosaic, stack
+
+__all__ = [
+    "AXES",
+    "CONCATENATED_QKV",
+    "DECODER_TRAITS",
+    "DIMENSIONS",
+    "GATE_UP",
+    "HUGGING_FACE_FIELDS",
+    "IDENTITY",
+    "INTERLEAVED_KV",
+    "INTERLEAVED_QKV",
+    "PARTITIONS",
+    "REQUIRED",
+    "TRANSPOSED",
+    "TRANSPOSED_CONCATENATED_QKV",
+    "AdapterSettings",
+    "ByteSource",
+    "Checkpoint",
+    "CompositeTensor",
+    "Computed",
+    "Constant",
+    "DType",
+    "Dialect",
+    "ElementWise",
+    "Family",
+    "Field",
+    "Format",
+    "HuggingFace",
+    "Instance",
+    "LazyTensor",
+    "Leading",
+    "Literal",
+    "LocalFile",
+    "Location",
+    "Mapped",
+    "MemorySource",
+    "ModelConfig",
+    "NeMo2",
+    "Operation",
+    "OptimizerState",
+    "OutputFile",
+    "ParallelLayout",
+    "Partition",
+    "Place",
+    "Plan",
+    "RankShard",
+    "Reader",
+    "Rule",
+    "Scaled",
+    "SourceData",
+    "Stored",
+    "StoredChecksum",
+    "TensorData",
+    "Tokenizer",
+    "TrainingState",
+    "Transposed",
+    "Variant",
+    "WriteOptions",
+    "concatenate",
+    "dtype",
+    "from_array",
+    "has",
+    "mosaic",
+    "read_safetensors",
+    "read_torch",
+    "safetensors_parts",
+    "small_file",
+    "stack",
+    "untied",
+    "weights_only",
+    "zip_parts",
+]
+
+_HOMES = {
+    "checkpoint": (
+        "AdapterSettings", "Checkpoint", "CompositeTensor", "OptimizerState", "ParallelLayout", "RankShard",
+        "StoredChecksum", "Tokenizer", "TrainingState",
+    ),
+    "config.model": ("REQUIRED", "Field", "ModelConfig", "Reader"),
+    "config.spellings": ("HuggingFace", "NeMo2", "Variant"),
+    "containers.safetensors": ("read_safetensors", "safetensors_parts"),
+    "containers.torch_file": ("read_torch", "zip_parts"),
+    "dtypes": ("DType", "dtype"),
+    "engine.plan": ("Computed", "Literal", "OutputFile", "Plan", "SourceData", "TensorData", "small_file"),
+    "formats.registry": ("Format", "WriteOptions"),
+    "formats.shared.loose_tensors": ("weights_only",),
+    "identity": ("ElementWise",),
+    "layout.partition": ("Partition",),
+    "models.families.llama": ("untied",),
+    "models.language.family": ("Family",),
+    "models.language.rule_operations": (
+        "CONCATENATED_QKV", "GATE_UP", "IDENTITY", "INTERLEAVED_KV", "INTERLEAVED_QKV", "TRANSPOSED",
+        "TRANSPOSED_CONCATENATED_QKV", "Leading", "Operation", "Scaled", "Transposed",
+    ),
+    "models.language.rules": ("AXES", "DIMENSIONS", "Instance", "Rule", "has"),
+    "storage.place": ("Location", "Place"),
+    "storage.source": ("ByteSource", "LocalFile", "MemorySource"),
+    "tensor": ("Constant", "LazyTensor", "Mapped", "Stored", "concatenate", "from_array", "mosaic", "stack"),
+}  # fmt: skip
+
+__getattr__, __dir__ = on_demand(
+    __name__,
+    {
+        **{name: home for home, names in _HOMES.items() for name in names},
+        "DECODER_TRAITS": "models.families.llama:TRAITS",
+        "Dialect": "models.dialects.external:OtherDialect",
+        "HUGGING_FACE_FIELDS": "config.hugging_face:COMMON",
+        "PARTITIONS": "layout.partition:KINDS",
+    },
+)
