@@ -107,7 +107,8 @@ def test_nemo_2_classes_have_defaults(target: str, layers: int) -> None:
 
 
 def test_nemos_mixtral_is_told() -> None:
-    model = model_of({"_target_": "nemo.collections.llm.gpt.model.mixtral.MixtralConfig8x7B", "vocab_size": 32000})
+    config = {"_target_": "nemo.collections.llm.gpt.model.mixtral.MixtralConfig8x7B", "vocab_size": 32000}
+    model = model_of({**config, "moe_router_pre_softmax": True})  # as up to NeMo 2.0
     notes: list[str] = []
     models.render_config(model, "hf", notes=notes)
     assert [note for note in notes if "moe_router_pre_softmax" in note]

@@ -35,7 +35,7 @@ def notes_of(model: Model, kind: str) -> str:
 
 QWEN2 = {
     "model_type": "qwen2", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "sliding_window": 8,
-    "use_sliding_window": True, "max_window_layers": 2,
+    "num_key_value_heads": 4, "use_sliding_window": True, "max_window_layers": 2,
 }  # fmt: skip
 
 

@@ -208,10 +208,8 @@ def test_an_untied_t5_keeps_its_output_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "megatron-bert", "t5", "clip-vision", "vit"])
-def test_class_defaults_are_those_of_transformers(name: str) -> None:
+def test_classes_are_those_of_transformers(name: str) -> None:
     known = by_name(name).hugging_face
-    default = transformers.AutoConfig.for_model(known.model_types[0])
-    assert {key: getattr(default, key) for key in known.defaults} == dict(known.defaults)
     assert all(hasattr(transformers, architecture) for architecture in known.architectures)
 
 

@@ -76,12 +76,10 @@ def test_transformers_reads_our_configuration_as_its_own(name: str, drop: tuple[
     assert kind.from_dict(ours).to_dict() == kind.from_dict(case.checkpoint.config).to_dict()
 
 
-def test_class_defaults_are_those_of_transformers() -> None:
+def test_classes_are_those_of_transformers() -> None:
     for family in models.known_families().values():
         known = family.hugging_face
         if known.model_types[0] not in transformers.CONFIG_MAPPING:
             assert PROOFS[family.name].outputs != "transformers"
             continue
-        default = transformers.AutoConfig.for_model(known.model_types[0])
-        assert {key: getattr(default, key) for key in known.defaults} == dict(known.defaults)
         assert hasattr(transformers, known.architectures[0])

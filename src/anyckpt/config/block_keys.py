@@ -186,7 +186,7 @@ def parse_yarn(reader: Reader, defaults: Mapping[str, Any], fields: dict[str, An
                 del scaling[theirs]
                 continue
         if scaling[theirs] is None:
-            scaling[theirs] = defaults.get(name if latent else f"yarn_{name}", default)
+            scaling[theirs] = defaults.get(name if latent else f"yarn_{name}", defaults.get(name, default))
     scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
     rounded = reader.flag(_ROUND)
     if not latent and not (rounded if rounded is not None else defaults.get(_ROUND, True)):

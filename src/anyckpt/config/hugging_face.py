@@ -135,7 +135,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
     whole, config = config, own_part(family, config)
     reader = Reader(config, "config.json")
     known = family.hugging_face
-    fields = reader.fields(known.fields, known.defaults)
+    fields = reader.fields(known.fields, known.class_defaults)
     base, scaling, percent = _rope(reader, known) if is_rotary(family) else (10000.0, None, 1.0)
     keys = {entry.key for entry in known.fields} | _HANDLED | known.constants.keys() | known.keys
     keys |= {key for entry in known.fields for key in entry.aliases}
@@ -160,7 +160,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             "rotary_base": base,
             "rotary_percent": percent,
             "rope_scaling": scaling,
-            "window_size": _window(reader, known.defaults),
+            "window_size": _window(reader, known),
             "dtype": _dtype(config),
             **known.read(reader, fields),
             "extra": {
@@ -237,7 +237,7 @@ def _activation(family: Spellings, reader: Reader) -> dict[str, str]:
     known = family.hugging_face
     if known.activation_key is None:
         return {}
-    spelled = reader.text(known.activation_key) or known.defaults.get(known.activation_key)
+    spelled = reader.text(known.activation_key) or known.class_defaults.get(known.activation_key)
     meant = family.traits.get("activation", "silu")
     if spelled is not None:
         meant = known.misspelled.get(spelled, _ACTIVATIONS.get(spelled, spelled))
@@ -309,11 +309,12 @@ def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | N
     return base, result, percent or known.rotary_percent
 
 
-def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | None:
+def _window(reader: Reader, known: HuggingFace) -> tuple[int, int] | None:
     """Megatron's window: transformers counts the token itself, Megatron does not."""
-    if "sliding_window" not in defaults:
+    if not known.windowed:
         return None
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else defaults["sliding_window"]
+    stated = "sliding_window" in reader.values
+    length = reader.integer("sliding_window") if stated else known.class_defaults.get("sliding_window")
     if length is None:
         return None
     if length < 1:
@@ -322,7 +323,7 @@ def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | No
 
 
 def _render_window(family: Spellings, config: ModelConfig, rendered: dict[str, Any], notes: list[str]) -> None:
-    windowed = "sliding_window" in family.hugging_face.defaults
+    windowed = family.hugging_face.windowed
     if "sliding_window" in family.hugging_face.keys:
         return
     if config.window_size is None:

@@ -126,18 +126,6 @@ _LLAMA31 = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_
 _CORES_SCALING = "rope_scaling"
 """Of classes that scale rope as Megatron-Core does, where only the factor is free, and not themselves."""
 
-_BASE_DEFAULTS = {
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "position_embedding_type": "rope",
-    "add_bias_linear": False,
-    "seq_length": 4096,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "share_embeddings_and_output_weights": False,
-}
-"""What NeMo 2's decoder-only classes have in common with ``LlamaConfig``, for ``io.json``, which omits defaults."""
-
 
 # -- NeMo 1 --------------------------------------------------------------------------------------------------
 
@@ -342,8 +330,8 @@ def parse_nemo2(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
         MappingError: a field is missing, of the wrong type or of an unknown value.
     """
     reader = Reader(_inner(config), "NeMo 2 configuration")
-    known = family.nemo2 or NeMo2("", "", {}, lambda config: "")
-    defaults = {**_BASE_DEFAULTS, **known.configs.get(nemo2_class(config) or "", {})}
+    known = family.nemo2 or NeMo2("", "", ("LlamaConfig",), lambda config: "")
+    defaults = known.class_defaults(nemo2_class(config) or "")
     table = (*_NEMO2_FIELDS, *OPTIONAL[:1], *known.fields)
     fields = reader.fields([entry for entry in table if entry.hub not in known.own], defaults)
     fields |= block_sizes(reader, defaults, fields)
@@ -361,7 +349,7 @@ def parse_nemo2(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
                 **fields,
                 "family": family.name,
                 "vocab_size": fields["padded_vocab_size"],
-                "activation": _function(reader, defaults.get("activation", "silu")),
+                "activation": _function(reader, defaults),
                 "window_size": window,
                 "rope_scaling": yarn or from_factors(factors, reader.number("seq_len_interpolation_factor")),
                 "dtype": _nemo2_dtype(reader),
@@ -400,11 +388,12 @@ def render_nemo2(family: Spellings, config: ModelConfig, notes: list[str]) -> di
         **render_blocks(config),
         **(yarn or {}),
     }
-    if _CORES_SCALING in family.nemo2.configs[name]:
+    defaults = family.nemo2.class_defaults(name)
+    if _CORES_SCALING in defaults:
         to_factors(config.rope_scaling, "Megatron-Core", fixed=True)
         rendered |= {_CORES_SCALING: bool(factors), "rope_scaling_factor": whole(factors.get("scale_factor", 8.0))}
         factors = {}
-    if factors and "scale_factor" not in family.nemo2.configs[name]:
+    if factors and "scale_factor" not in defaults:
         raise MappingError(
             f"NeMo 2's {name} cannot express this rope scaling",
             expected="linear, or none",
@@ -415,7 +404,7 @@ def render_nemo2(family: Spellings, config: ModelConfig, notes: list[str]) -> di
         rendered |= {key: whole(value) for key, value in factors.items()}
     if config.window_attn_skip_freq is not None:
         rendered |= render_fields(OPTIONAL[:1], config)
-    if config.window_size is not None or "window_size" in family.nemo2.configs.get(name, {}):
+    if config.window_size is not None or defaults.get("window_size") is not None:
         rendered["window_size"] = None if config.window_size is None else list(config.window_size)
     if config.vocab_size is not None and config.vocab_size != config.rows:
         notes.append(
@@ -449,11 +438,11 @@ def _check_nemo2_has(family: Spellings, config: ModelConfig) -> None:
         )  # fmt: skip
 
 
-def _function(reader: Reader, default: str) -> str:
+def _function(reader: Reader, defaults: Mapping[str, Any]) -> str:
     value = reader.values.get("activation_func")
     target = value.get("_target_") if isinstance(value, Mapping) else value
     if target is None:
-        return default
+        target = defaults.get("activation_func")
     name = str(target).rpartition(".")[2]
     known = {path.rpartition(".")[2]: hub for hub, path in _FUNCTIONS.items()} | {"fast_gelu": "gelu_tanh"}
     if name not in known:

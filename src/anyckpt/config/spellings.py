@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
+from anyckpt.config.defaults import is_known, of_class
 from anyckpt.config.meta_names import MetaNames
 from anyckpt.config.model import Field, ModelConfig, Reader
 
@@ -44,10 +46,13 @@ class HuggingFace:
     Attributes:
         model_types: ``model_type`` values that are read; the first is written.
         architectures: classes that are read; the first is written.
-        defaults: by key, what transformers' configuration class takes where ``config.json`` has no such key.
+        defaults: by key, what the configuration class takes where ``config.json`` has no such key; None for those of
+            transformers' class (``class_defaults`` has them).
+        defaults_of: the ``model_type`` of that class; None for the first of ``model_types``.
         fields: the one-to-one keys, ``config_hf.COMMON`` and the family's own.
         constants: keys that are written as they are.
         activations: hub activation -> spelling, where it is not the usual one.
+        windowed: every layer's attention has the window that ``sliding_window`` says, if it says one.
         misspelled: spelling -> hub activation, where the family means something else by it.
         rotary_base_key: key of theta in 4.x.
         rotary_base: what it is where no key says.
@@ -71,10 +76,12 @@ class HuggingFace:
 
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    defaults: Mapping[str, Any]
     fields: tuple[Field, ...]
+    defaults: Mapping[str, Any] | None = None
+    defaults_of: str | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
+    windowed: bool = False
     misspelled: Mapping[str, str] = field(default_factory=dict)
     rotary_base_key: str = "rope_theta"
     rotary_base: float = 10000.0
@@ -92,6 +99,17 @@ class HuggingFace:
     foreign: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = field(default=lambda config: None)
     registered: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.defaults_of is None:  # for good, so that what is made of this one with other types has its defaults
+            object.__setattr__(self, "defaults_of", self.model_types[0])
+
+    @property
+    def class_defaults(self) -> Mapping[str, Any]:
+        """By key, what the configuration class takes where ``config.json`` has no such key."""
+        if self.defaults is not None:
+            return self.defaults
+        return of_class("transformers", self.defaults_of or "")
+
 
 @dataclass(frozen=True)
 class NeMo2:
@@ -100,7 +118,9 @@ class NeMo2:
     Attributes:
         module: Python module of the classes.
         model: name of the model class.
-        configs: names of the configuration classes that are read, and by key their defaults beyond the family's.
+        configs: names of the configuration classes that are read, with ``*`` for several of NeMo's own; the first is
+            that of the base class, or that and a star.
+        implied: by key, what the classes are that have no such fields.
         choose: name of the configuration class to write.
         fields: one-to-one fields of these classes beyond NeMo's common ones.
         own: names of common hub fields that ``read`` gives, because these classes spell them in another way.
@@ -111,13 +131,24 @@ class NeMo2:
 
     module: str
     model: str
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: tuple[str, ...]
     choose: Callable[[ModelConfig], str]
+    implied: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
     own: frozenset[str] = frozenset()
     read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, defaults: {})
     write: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
     without: frozenset[str] = frozenset()
+
+    def reads(self, name: str) -> bool:
+        """Whether a configuration class is one of these models'."""
+        matches = any(fnmatchcase(name, pattern) for pattern in self.configs)
+        return name in self.configs or (matches and is_known("nemo2", name))
+
+    def class_defaults(self, name: str) -> Mapping[str, Any]:
+        """By key, what a configuration class takes; of a class that is not known, what the base class takes."""
+        known = name if is_known("nemo2", name) else self.configs[0].removesuffix("*")
+        return {**of_class("nemo2", known), **self.implied}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,7 +171,7 @@ def _parse(
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
         name = config_nemo.nemo2_class(values) or ""
-        named = [chosen] if chosen else [f for f in each_family() if f.nemo2 is not None and name in f.nemo2.configs]
+        named = [chosen] if chosen else [f for f in each_family() if f.nemo2 is not None and f.nemo2.reads(name)]
         candidates = [(family, config_nemo.parse_nemo2(family, values)) for family in named]
         fitting = [(f, config) for f, config in candidates if f.recognise(config) and not _wrong_traits(f, config)]
         if not candidates:

@@ -100,10 +100,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.baichuan",
         model="Baichuan2Model",
-        configs={
-            "Baichuan2Config": {"layernorm_epsilon": 1e-6, "position_embedding_type": "learned_absolute"},
-            "Baichuan2Config7B": {"layernorm_epsilon": 1e-6, **llama.size(32, 4096, 11008, 32, 32)},
-        },
+        configs=("Baichuan2Config*",),
         choose=lambda config: "Baichuan2Config7B" if config.hidden_size == 4096 else "Baichuan2Config",
     ),
 )

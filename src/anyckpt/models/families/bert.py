@@ -59,14 +59,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("bert",),
         architectures=("BertForPreTraining",),
-        defaults={
-            **megatron_bert.DEFAULTS,
-            "vocab_size": 30522,
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 3072,
-        },
         fields=megatron_bert.FIELDS,
         constants={"is_decoder": False, "add_cross_attention": False},
         attention_bias=None,

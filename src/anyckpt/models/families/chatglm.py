@@ -90,14 +90,7 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     return written if config.rotary_base == _BASE else {**written, "rope_ratio": config.rotary_base / _BASE}
 
 
-NEMO2_CONFIGS: dict[str, dict[str, Any]] = {
-    name: {
-        **llama.size(28, 4096, 13696, 32, 2), "seq_length": length, "add_qkv_bias": True, "rotary_percent": 0.5,
-        "rotary_interleaved": True, "make_vocab_size_divisible_by": 65024,
-    }
-    for name, length in (("ChatGLMConfig", 1024), ("ChatGLM2Config6B", 32768), ("ChatGLM3Config6B", 8192))
-}  # fmt: skip
-"""NeMo 2.5's classes with their defaults."""
+NEMO2_CONFIGS = ("ChatGLMConfig", "ChatGLM2Config6B", "ChatGLM3Config6B")
 
 FAMILY = Family(
     name="chatglm",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.defaults import of_class
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
@@ -159,7 +160,7 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     projects = architecture(reader).endswith("WithProjection")
     width = reader.integer("projection_dim")
     return {
-        **read_image(reader, _DEFAULTS),
+        **read_image(reader, of_class("transformers", "clip_vision_model")),
         "vision_model_type": "clip",
         "add_post_layernorm": True,
         "output_dim": (512 if width is None else width) if projects else None,
@@ -198,32 +199,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
             yield f"CLIPViTModel has no {' and no '.join(outside)}: kept under that name for the model around it"
 
 
-_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "attention_dropout": 0.0,
-}
-_NEMO2 = {
-    "normalization": "LayerNorm",
-    "activation": "quick_gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "position_embedding_type": "learned_absolute",
-    "seq_length": None,
-    "patch_dim": 14,
-    "img_h": 336,
-    "img_w": 336,
-    "class_token_len": 1,
-    "vision_model_type": "clip",
-    "layernorm_epsilon": 1e-5,
-}
-
 FAMILY = Family(
     name="clip-vision",
     title="CLIP's vision transformer",
@@ -241,7 +216,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("clip_vision_model",),
         architectures=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
-        defaults=_DEFAULTS,
         fields=(*FIELDS, Field("attention_dropout", "attention_dropout", "number")),
         attention_bias=None,
         read=_read,
@@ -253,14 +227,9 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.vlm.vision.clip_vit",
         model="CLIPViTModel",
-        configs={
-            "CLIPViTL_14_336_Config": {
-                **_NEMO2, "num_layers": 24, "hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 16,
-                "num_query_groups": 16, "kv_channels": 64,
-            },
-            "CLIPViTConfig": {**_NEMO2, "activation": "gelu"},
-        },
+        configs=("CLIPViTConfig", "CLIPViTL_14_336_Config"),
         choose=lambda config: "CLIPViTL_14_336_Config",
+        implied={"share_embeddings_and_output_weights": False},
         fields=(
             Field("patch_dim", "patch_dim"),
             Field("img_h", "img_h"),

@@ -40,35 +40,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
         )
 
 
-_LARGE: dict[str, Any] = {
-    "hidden_size": 5120,
-    "ffn_hidden_size": 12288,
-    "num_moe_experts": 160,
-    "moe_ffn_hidden_size": 1536,
-    "moe_shared_expert_intermediate_size": 3072,
-    "moe_router_topk": 6,
-    "moe_router_num_groups": 8,
-    "moe_router_group_topk": 3,
-    "moe_router_topk_scaling_factor": 16.0,
-    "moe_aux_loss_coeff": 1e-3,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
-_LITE: dict[str, Any] = {
-    **_LARGE,
-    "hidden_size": 2048,
-    "ffn_hidden_size": 10944,
-    "num_attention_heads": 16,
-    "kv_channels": 16,
-    "q_lora_rank": None,
-    "num_moe_experts": 64,
-    "moe_ffn_hidden_size": 1408,
-    "moe_shared_expert_intermediate_size": 2816,
-    "moe_router_num_groups": 1,
-    "moe_router_group_topk": 1,
-    "moe_router_topk_scaling_factor": 1.0,
-}
-
 FAMILY = Family(
     name="deepseek-v2",
     title="DeepSeek-V2, V2-Lite",
@@ -88,26 +59,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("deepseek_v2",),
         architectures=("DeepseekV2ForCausalLM",),
-        defaults={
-            "vocab_size": 102400,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "n_routed_experts": 64,
-            "moe_intermediate_size": 1407,
-            "routed_scaling_factor": 1.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
         fields=deepseek_v3.FIELDS,
         constants={"mlp_bias": False},
         read=_read,
@@ -118,10 +69,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.deepseek",
         model="DeepSeekModel",
-        configs={
-            "DeepSeekV2Config": deepseek_v3.nemo2_class(60, 1, **_LARGE),
-            "DeepSeekV2LiteConfig": deepseek_v3.nemo2_class(27, 1, **_LITE),
-        },
+        configs=("DeepSeekV2Config", "DeepSeekV2LiteConfig"),
         choose=lambda config: "DeepSeekV2Config" if config.q_lora_rank is not None else "DeepSeekV2LiteConfig",
     ),
 )

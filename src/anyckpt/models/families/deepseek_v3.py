@@ -242,31 +242,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
         )
 
 
-_BASE: dict[str, Any] = {
-    "num_attention_heads": 128,
-    "kv_channels": 128,
-    "layernorm_epsilon": 1e-6,
-    "init_method_std": 0.006,
-    "make_vocab_size_divisible_by": 3200,
-    "multi_latent_attention": True,
-    "qk_layernorm": True,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_head_dim": 128,
-    "qk_pos_emb_head_dim": 64,
-    "v_head_dim": 128,
-    "rotary_scaling_factor": 40.0,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "moe_router_pre_softmax": True,
-}
-
-
-def nemo2_class(layers: int, dense: int, **own: Any) -> dict[str, Any]:
-    """Defaults of one of NeMo 2's DeepSeek classes."""
-    return {**_BASE, "num_layers": layers, "moe_layer_freq": [0] * dense + [1] * (layers - dense), **own}
-
-
 FAMILY = Family(
     name="deepseek-v3",
     title="DeepSeek-V3, R1",
@@ -285,29 +260,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("deepseek_v3",),
         architectures=("DeepseekV3ForCausalLM",),
-        defaults={
-            "vocab_size": 129280,
-            "hidden_size": 7168,
-            "intermediate_size": 18432,
-            "num_hidden_layers": 61,
-            "num_attention_heads": 128,
-            "num_key_value_heads": 128,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "n_routed_experts": 256,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 2048,
-            "n_group": 8,
-            "topk_group": 4,
-            "routed_scaling_factor": 2.5,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        },
         fields=FIELDS,
         read=_read,
         write=_write,
@@ -317,24 +269,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.deepseek",
         model="DeepSeekModel",
-        configs={
-            "DeepSeekV3Config": nemo2_class(
-                61, 3,
-                hidden_size=7168,
-                ffn_hidden_size=18432,
-                num_moe_experts=256,
-                moe_ffn_hidden_size=2048,
-                moe_shared_expert_intermediate_size=2048,
-                moe_router_topk=8,
-                moe_router_num_groups=8,
-                moe_router_group_topk=4,
-                moe_router_topk_scaling_factor=2.5,
-                moe_aux_loss_coeff=1e-4,
-                make_vocab_size_divisible_by=1280,
-                moe_router_score_function="sigmoid",
-                moe_router_enable_expert_bias=True,
-            ),
-        },
+        configs=("DeepSeekV3Config",),
         choose=lambda config: "DeepSeekV3Config",
     ),
 )  # fmt: skip

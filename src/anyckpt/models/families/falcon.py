@@ -144,18 +144,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("falcon", "RefinedWebModel", "RefinedWeb"),
         architectures=("FalconForCausalLM", "RWForCausalLM"),
-        defaults={
-            "vocab_size": 65024,
-            "hidden_size": 4544,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 71,
-            "max_position_embeddings": 2048,
-            "layer_norm_epsilon": 1e-5,
-            "activation": "gelu",
-            "bos_token_id": 11,
-            "eos_token_id": 11,
-            "tie_word_embeddings": True,
-        },
         fields=(
             Field("num_layers", "num_hidden_layers", aliases=("n_layer",)),
             Field("hidden_size", "hidden_size", aliases=("n_embed",)),

@@ -27,29 +27,6 @@ TRAITS = {
     "add_bias_linear": False,
 }
 
-DEFAULTS = {
-    "vocab_size": 256000,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
-}
-
-NEMO2_BASE = {
-    "activation": "gelu_tanh",
-    "seq_length": 8192,
-    "kv_channels": 256,
-    "share_embeddings_and_output_weights": True,
-    "layernorm_zero_centered_gamma": True,
-}
-_2B = {**NEMO2_BASE, **llama.size(18, 2048, 16384, 8, 1)}
-_7B = {**NEMO2_BASE, **llama.size(28, 3072, 24576, 16, 16)}
-
 
 def check_causal(reader: Reader) -> None:
     """Embedding models of the same classes see the whole text, which is no key of Megatron's.
@@ -91,13 +68,6 @@ FAMILY = Family(
         model_types=("gemma",),
         architectures=("GemmaForCausalLM",),
         registered=DECODER,
-        defaults={
-            **DEFAULTS,
-            "hidden_size": 3072,
-            "intermediate_size": 24576,
-            "num_hidden_layers": 28,
-            "hidden_act": "gelu_pytorch_tanh",
-        },
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         misspelled={"gelu": "gelu_tanh"},
         read=_read,
@@ -106,13 +76,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.gemma",
         model="GemmaModel",
-        configs={
-            "GemmaConfig": NEMO2_BASE,
-            "GemmaConfig2B": _2B,
-            "GemmaConfig7B": _7B,
-            "CodeGemmaConfig2B": _2B,
-            "CodeGemmaConfig7B": _7B,
-        },
+        configs=("GemmaConfig*", "CodeGemmaConfig*"),
         choose=lambda config: "GemmaConfig",
     ),
 )

@@ -40,16 +40,6 @@ FIELDS = (
     Field("final_logit_softcapping", "final_logit_softcapping", "number", None),
 )
 
-DEFAULTS = {
-    **gemma.DEFAULTS,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-}
 KEYS = frozenset({"sliding_window", "layer_types", "hidden_act"})
 _WINDOW = 4096
 
@@ -89,17 +79,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
             "NeMo and Megatron-Bridge give the window to the second, fourth, ... layer, transformers to the first, "
             "third, ...: logits differ from the window's length on"
         )
-
-
-_BASE = {
-    **gemma.NEMO2_BASE,
-    "layernorm_epsilon": 1e-6,
-    "window_size": (4096, 0),
-    "vocab_size": 256000,
-    "query_pre_attn_scalar": 224,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-}
 
 
 def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -142,7 +121,6 @@ FAMILY = Family(
         model_types=("gemma2",),
         architectures=("Gemma2ForCausalLM",),
         registered=DECODER,
-        defaults={**DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         fields=(*COMMON, *FIELDS),
         activation_key="hidden_activation",
         read=read,
@@ -152,17 +130,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.gemma2",
         model="Gemma2Model",
-        configs={
-            "Gemma2Config": _BASE,
-            "Gemma2Config2B": {**_BASE, **llama.size(26, 2304, 9216, 8, 4), "query_pre_attn_scalar": 256},
-            "Gemma2Config9B": {**_BASE, **llama.size(42, 3584, 14336, 16, 8), "query_pre_attn_scalar": 256},
-            "Gemma2Config27B": {
-                **_BASE,
-                **llama.size(46, 4608, 36864, 32, 16),
-                "kv_channels": 128,
-                "query_pre_attn_scalar": 144,
-            },
-        },
+        configs=("Gemma2Config*",),
         choose=lambda config: "Gemma2Config",
         fields=FIELDS[1:],
         read=_read_nemo2,

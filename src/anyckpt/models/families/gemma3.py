@@ -110,17 +110,6 @@ def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
     }
 
 
-_BASE = {
-    **gemma.NEMO2_BASE,
-    "kv_channels": None,
-    "qk_layernorm": True,
-    "layernorm_epsilon": 1e-6,
-    "seq_length": 131_072,
-    "vocab_size": 262_208,
-    "window_size": 512,
-}
-_LARGE = {**_BASE, "kv_channels": 256, "window_size": 1024, "rope_scaling_factor": 8.0}
-
 FAMILY = Family(
     name="gemma3",
     title="Gemma 3 (text)",
@@ -132,8 +121,8 @@ FAMILY = Family(
     hugging_face=replace(
         gemma2.FAMILY.hugging_face,
         model_types=("gemma3_text",),
+        defaults_of="gemma3_text",
         architectures=("Gemma3ForCausalLM",),
-        defaults={**gemma2.DEFAULTS, "vocab_size": 262_208, "max_position_embeddings": 131_072},
         fields=(*COMMON, *gemma2.FIELDS),
         rotary_base=_GLOBAL,
         read=_read,
@@ -143,19 +132,9 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.gemma3",
         model="Gemma3Model",
-        configs={
-            "Gemma3Config": _BASE,
-            "Gemma3Config1B": {
-                **_BASE, **llama.size(26, 1152, 6912, 4, 1), "kv_channels": 256, "vocab_size": 262_144,
-                "seq_length": 32768,
-            },
-            "Gemma3Config4B": {**_LARGE, **llama.size(34, 2560, 10240, 8, 4)},
-            "Gemma3Config12B": {**_LARGE, **llama.size(48, 3840, 15360, 16, 8)},
-            "Gemma3Config27B": {
-                **_LARGE, **llama.size(62, 5376, 21504, 32, 16), "kv_channels": 128, "softmax_scale": 168**-0.5,
-            },
-        },
+        configs=("Gemma3Config*",),
         choose=lambda config: "Gemma3Config",
+        implied={"qk_layernorm": True},
         own=frozenset({
             "rotary_base", "rotary_base_local", "window_size", "window_attn_skip_freq", "query_pre_attn_scalar",
             "rope_scaling",

@@ -34,18 +34,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("glm",),
         architectures=("GlmForCausalLM",),
-        defaults={
-            "vocab_size": 151552,
-            "hidden_size": 4096,
-            "intermediate_size": 13696,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 0.00000015625,
-            "pad_token_id": 151329,
-        },
         fields=(
             *COMMON,
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
@@ -54,5 +42,5 @@ FAMILY = Family(
         rotary_percent=0.5,
         attention_bias=None,
     ),
-    nemo2=replace(_BASE, configs={**_BASE.configs, **chatglm.NEMO2_CONFIGS}),
+    nemo2=replace(_BASE, configs=(*_BASE.configs, *chatglm.NEMO2_CONFIGS)),
 )

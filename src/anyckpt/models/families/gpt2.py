@@ -88,16 +88,6 @@ FIELDS = (
     Field("pad_token_id", "pad_token_id", "tokens", None),
 )
 
-DEFAULTS = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "layer_norm_epsilon": 1e-5,
-    "bos_token_id": 50256,
-    "eos_token_id": 50256,
-}
 
 USUAL = {"scale_attn_weights": True, "add_cross_attention": False}
 _USUAL = {**USUAL, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
@@ -127,29 +117,10 @@ def write_dropout(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
 
 def nemo2_base() -> NeMo2:
     """NeMo 2's general GPT class, for families that have none of their own."""
-    base: dict[str, Any] = {
-        "normalization": "LayerNorm",
-        "activation": "gelu",
-        "gated_linear_unit": False,
-        "add_bias_linear": True,
-        "position_embedding_type": "learned_absolute",
-        "share_embeddings_and_output_weights": True,
-        "attention_dropout": 0.1,
-        "hidden_dropout": 0.1,
-        "seq_length": 1024,
-    }
-    sized = {**base, "seq_length": 2048}
     return NeMo2(
         module="nemo.collections.llm.gpt.model.base",
         model="GPTModel",
-        configs={
-            "GPTConfig": base,
-            "GPTConfig126M": {**sized, **llama.size(12, 768, 3072, 12, 12)},
-            "GPTConfig5B": {**sized, **llama.size(24, 4096, 16384, 32, 32)},
-            "GPTConfig7B": {**sized, **llama.size(32, 4096, 10880, 32, 32)},
-            "GPTConfig20B": {**sized, **llama.size(44, 6144, 24576, 48, 48)},
-            "GPTConfig40B": {**sized, **llama.size(48, 8192, 32768, 64, 64)},
-        },
+        configs=("GPTConfig*",),
         choose=lambda config: "GPTConfig",
     )
 
@@ -164,7 +135,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("gpt2",),
         architectures=("GPT2LMHeadModel",),
-        defaults={**DEFAULTS, "activation_function": "gelu_new"},
         fields=FIELDS,
         constants=_USUAL,
         activation_key="activation_function",

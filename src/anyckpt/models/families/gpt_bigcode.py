@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.config.model import ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.families import gpt2, llama
+from anyckpt.models.families import gpt2
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import IDENTITY
 
@@ -41,19 +41,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
         )
 
 
-_BASE = {
-    "normalization": "LayerNorm",
-    "activation": "gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "position_embedding_type": "learned_absolute",
-    "seq_length": 8192,
-    "hidden_dropout": 0.2,
-    "attention_dropout": 0.2,
-    "init_method_std": 0.01,
-    "num_query_groups": 1,
-}
-
 FAMILY = Family(
     name="gpt_bigcode",
     title="StarCoder, SantaCoder",
@@ -65,7 +52,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("gpt_bigcode",),
         architectures=("GPTBigCodeForCausalLM",),
-        defaults={**gpt2.DEFAULTS, "activation_function": "gelu_pytorch_tanh"},
         fields=gpt2.FIELDS,
         constants=gpt2.USUAL,
         activation_key="activation_function",
@@ -77,10 +63,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.starcoder",
         model="StarcoderModel",
-        configs={
-            "StarcoderConfig": _BASE,
-            "StarcoderConfig15B": {**_BASE, **llama.size(40, 6144, 24576, 48, 1), "init_method_std": 0.02},
-        },
+        configs=("StarcoderConfig*",),
         choose=lambda config: "StarcoderConfig",
     ),
 )

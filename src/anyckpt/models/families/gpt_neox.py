@@ -77,18 +77,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("gpt_neox",),
         architectures=("GPTNeoXForCausalLM",),
-        defaults={
-            "vocab_size": 50432,
-            "hidden_size": 6144,
-            "intermediate_size": 24576,
-            "num_hidden_layers": 44,
-            "num_attention_heads": 64,
-            "max_position_embeddings": 2048,
-            "layer_norm_eps": 1e-5,
-            "hidden_act": "gelu",
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-        },
         fields=(
             *(entry for entry in COMMON if entry.key not in ("head_dim", "num_key_value_heads")),
             Field("layernorm_epsilon", "layer_norm_eps", "number"),

@@ -86,29 +86,6 @@ def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
     return {"window_attn_skip_freq": list(every) if isinstance(every, tuple) else every}
 
 
-_BASE: dict[str, Any] = {
-    "hidden_size": 2880,
-    "ffn_hidden_size": 2880,
-    "num_attention_heads": 64,
-    "num_query_groups": 8,
-    "kv_channels": 64,
-    "add_bias_linear": True,
-    "vocab_size": 201_088,
-    "seq_length": 131_072,
-    "position_embedding_type": "yarn",
-    "rotary_base": 150_000,
-    "yarn_rotary_scaling_factor": 32.0,
-    "yarn_original_max_position_embeddings": 131_072,
-    "yarn_correction_range_round_to_int": False,
-    "moe_router_topk": 4,
-    "moe_ffn_hidden_size": 2880,
-    "window_size": (128, 0),
-    "window_attn_skip_freq": 2,
-    "activation": "quick_gelu",
-    "softmax_type": "learnable",
-    "glu_linear_offset": 1.0,
-}
-
 FAMILY = Family(
     name="gpt-oss",
     title="GPT-OSS",
@@ -148,21 +125,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("gpt_oss",),
         architectures=("GptOssForCausalLM",),
-        defaults={
-            "vocab_size": 201088,
-            "hidden_size": 2880,
-            "intermediate_size": 2880,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "num_local_experts": 128,
-            "num_experts_per_tok": 4,
-            "router_aux_loss_coef": 0.001,
-            "swiglu_limit": 7.0,
-        },
         fields=(
             *COMMON,
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
@@ -185,11 +147,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.gpt_oss",
         model="GPTOSSModel",
-        configs={
-            "GPTOSSConfig": _BASE,
-            "GPTOSSConfig120B": {**_BASE, "num_layers": 36, "num_moe_experts": 128},
-            "GPTOSSConfig20B": {**_BASE, "num_layers": 24, "num_moe_experts": 32},
-        },
+        configs=("GPTOSSConfig*",),
         choose=lambda config: "GPTOSSConfig",
         write=_write_nemo2,
     ),

@@ -6,8 +6,6 @@ The map and the configuration fields were checked against transformers 5.23, Meg
 
 from __future__ import annotations
 
-from typing import Any
-
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LLAMA
 from anyckpt.config.model import Field, ModelConfig
@@ -72,59 +70,6 @@ TRAITS = {
     "rotary_interleaved": False,
 }
 
-_LLAMA_3 = {
-    "num_query_groups": 8,
-    "init_method_std": 0.01,
-    "rotary_base": 500_000,
-    "seq_length": 8192,
-}
-_LLAMA_31 = {
-    **_LLAMA_3,
-    "init_method_std": 0.02,
-    "seq_length": 131_072,
-    "scale_factor": 8,
-    "low_freq_factor": 1,
-    "high_freq_factor": 4,
-    "old_context_len": 8192,
-}
-_LLAMA_32 = {**_LLAMA_31, "scale_factor": 32, "share_embeddings_and_output_weights": True}
-_CODE = {"rotary_base": 1_000_000, "seq_length": 16_384}
-
-
-def size(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, int]:
-    """What a NeMo 2 class of one model size fixes."""
-    return {
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": ffn,
-        "num_attention_heads": heads,
-        "num_query_groups": groups,
-    }
-
-
-NEMO2_CONFIGS: dict[str, dict[str, Any]] = {
-    "LlamaConfig": {},
-    "Llama2Config7B": size(32, 4096, 11008, 32, 32),
-    "Llama2Config13B": size(40, 5120, 13824, 40, 40),
-    "Llama2Config70B": size(80, 8192, 28672, 64, 8),
-    "Llama3Config": {**_LLAMA_3, "rotary_base": 10_000, "seq_length": 4096},
-    "Llama3Config8B": {**_LLAMA_3, **size(32, 4096, 14336, 32, 8)},
-    "Llama3Config70B": {**_LLAMA_3, **size(80, 8192, 28672, 64, 8), "init_method_std": 0.008944},
-    "Llama31Config": {**_LLAMA_31, "rotary_base": 10_000, "seq_length": 4096},
-    "Llama31Config8B": {**_LLAMA_31, **size(32, 4096, 14336, 32, 8)},
-    "Llama31Config70B": {**_LLAMA_31, **size(80, 8192, 28672, 64, 8)},
-    "Llama31Config405B": {**_LLAMA_31, **size(126, 16384, 53248, 128, 8)},
-    "Llama32Config1B": {**_LLAMA_32, **size(16, 2048, 8192, 32, 8), "seq_length": 4096},
-    "Llama32Config3B": {**_LLAMA_32, **size(28, 3072, 8192, 24, 8), "seq_length": 4096},
-    "CodeLlamaConfig7B": {**_CODE, **size(32, 4096, 11008, 32, 32)},
-    "CodeLlamaConfig13B": {**_CODE, **size(40, 5120, 13824, 40, 40)},
-    "CodeLlamaConfig34B": {**_CODE, **size(48, 8192, 22016, 64, 8)},
-    "CodeLlamaConfig70B": size(80, 8192, 28672, 64, 8),
-    "Llama31NemotronNano8BConfig": {**_LLAMA_31, **size(32, 4096, 14336, 32, 8)},
-    "Llama31Nemotron70BConfig": {**_LLAMA_31, **size(80, 8192, 28672, 64, 8)},
-}  # fmt: skip
-"""NeMo 2.5's classes with the defaults by which they differ from ``LlamaConfig``; the last two are Llama-Nemotron's."""
-
 
 def _nemo2_class(config: ModelConfig) -> str:
     scaled = config.rope_scaling is not None and config.rope_scaling.get("rope_type") == "llama3"
@@ -142,17 +87,6 @@ FAMILY = Family(
         model_types=("llama",),
         architectures=("LlamaForCausalLM",),
         registered=DECODER,
-        defaults={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
         fields=(
             *COMMON,
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
@@ -162,7 +96,16 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.llama",
         model="LlamaModel",
-        configs=NEMO2_CONFIGS,
+        configs=(
+            "LlamaConfig",
+            "Llama2Config*",
+            "Llama3Config*",
+            "Llama31Config*",
+            "Llama32Config*",
+            "CodeLlamaConfig*",
+            "Llama31NemotronNano8BConfig",
+            "Llama31Nemotron70BConfig",
+        ),
         choose=_nemo2_class,
     ),
     meta=LLAMA,

@@ -195,25 +195,6 @@ def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
     }
 
 
-_BASE: dict[str, Any] = {
-    **llama.size(48, 5120, 16384, 40, 8),
-    "init_method_std": 0.01,
-    "rotary_base": 500_000,
-    "rotary_interleaved": True,
-    "seq_length": 8192,
-    "vocab_size": 202_048,
-    "nope_layer_interval": _INTERVAL,
-    "moe_shared_expert_intermediate_size": 8192,
-    "moe_ffn_hidden_size": 8192,
-    "moe_router_topk": 1,
-    "moe_router_score_function": "sigmoid",
-    "moe_apply_probs_on_input": True,
-    "qk_l2_norm": True,
-    "rope_scaling": True,
-    "rope_scaling_factor": 8.0,
-    "attention_chunk_size": _CHUNK,
-}
-
 FAMILY = Family(
     name="llama4",
     title="Llama 4 (text)",
@@ -240,27 +221,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("llama4_text",),
         architectures=("Llama4ForCausalLM",),
-        defaults={
-            "vocab_size": 202048,
-            "hidden_size": 5120,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "num_local_experts": 16,
-            "num_experts_per_tok": 1,
-            "router_aux_loss_coef": 0.001,
-            "use_qk_norm": True,
-            "attention_chunk_size": _CHUNK,
-            "attn_scale": 0.1,
-            "floor_scale": 8192,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
         fields=(
             *(entry for entry in COMMON if entry.hub != "ffn_hidden_size"),
             Field("ffn_hidden_size", "intermediate_size_mlp"),
@@ -283,14 +243,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.llama",
         model="LlamaModel",
-        configs={
-            "Llama4Config": _BASE,
-            "Llama4Experts16Config": {**_BASE, "num_moe_experts": 16},
-            "Llama4Experts128Config": {
-                **_BASE, "num_moe_experts": 128, "moe_layer_freq": [0, 1] * 24, "rope_scaling": False,
-                "qk_l2_norm": False,
-            },
-        },
+        configs=("Llama4Config", "Llama4Experts*Config"),
         choose=lambda config: "Llama4Config",
         read=_read_nemo2,
         write=_write_nemo2,

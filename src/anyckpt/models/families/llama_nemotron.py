@@ -180,7 +180,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("nemotron-nas",),
         architectures=("DeciLMForCausalLM",),
-        defaults=llama.FAMILY.hugging_face.defaults,
+        defaults_of="llama",
         fields=(
             *(entry for entry in COMMON if entry.key != "intermediate_size"),
             Field("ffn_hidden_size", "intermediate_size", default=0),
@@ -194,14 +194,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.llama_nemotron",
         model="LlamaNemotronModel",
-        configs={
-            "Llama33NemotronSuper49BConfig": {
-                **llama.NEMO2_CONFIGS["Llama31Config70B"], **llama.size(80, 8192, 28672, 64, 8),
-            },
-            "Llama31NemotronUltra253BConfig": {
-                **llama.NEMO2_CONFIGS["Llama31Config405B"], **llama.size(162, 16384, 53248, 128, 8),
-            },
-        },
+        configs=("Llama31NemotronUltra253BConfig", "Llama33NemotronSuper49BConfig"),
         choose=lambda config: (
             "Llama33NemotronSuper49BConfig" if config.num_layers == 80 else "Llama31NemotronUltra253BConfig"
         ),

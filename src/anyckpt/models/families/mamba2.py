@@ -165,28 +165,6 @@ def _count(value: Any) -> int:
     return value if type(value) is int else 0
 
 
-_BASE: dict[str, Any] = {
-    "activation": "gelu",
-    "gated_linear_unit": False,
-    "position_embedding_type": "none",
-    "num_attention_heads": 1,
-    "seq_length": 2048,
-    "mamba_num_groups": 1,
-    "make_vocab_size_divisible_by": 16,
-}
-
-
-def _size(layers: int, hidden: int) -> dict[str, Any]:
-    """What a NeMo 2 class of one model size fixes."""
-    return {
-        **_BASE,
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": hidden,
-        "hybrid_override_pattern": "M" * layers,
-    }
-
-
 FAMILY = Family(
     name="mamba2",
     title="Mamba-2",
@@ -210,20 +188,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("mamba2",),
         architectures=("Mamba2ForCausalLM",),
-        defaults={
-            "vocab_size": 32768,
-            "hidden_size": 4096,
-            "num_hidden_layers": 64,
-            "num_heads": 128,
-            "head_dim": 64,
-            "n_groups": 8,
-            "state_size": 128,
-            "layer_norm_epsilon": 1e-5,
-            "initializer_range": 0.1,
-            "bos_token_id": 0,
-            "eos_token_id": 2,
-            "pad_token_id": 1,
-        },
         fields=(
             *(entry for entry in COMMON if entry.hub not in _NOT_MAMBAS),
             Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
@@ -245,21 +209,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.ssm",
         model="MambaModel",
-        configs={
-            "SSMConfig": {
-                **_BASE, "num_layers": 2, "seq_length": 8192, "mamba_num_groups": 8,
-                "make_vocab_size_divisible_by": 128,
-            },
-            "BaseMambaConfig130M": _size(24, 768),
-            "BaseMambaConfig370M": _size(48, 1024),
-            "BaseMambaConfig780M": _size(48, 1536),
-            "BaseMambaConfig1_3B": _size(48, 2048),
-            "BaseMambaConfig2_7B": _size(64, 2560),
-            "NVIDIAMambaConfig8B": {
-                **_size(56, 4096), "num_attention_heads": 32, "seq_length": 4096, "mamba_num_groups": 8,
-                "make_vocab_size_divisible_by": 128,
-            },
-        },
+        configs=("SSMConfig", "BaseMambaConfig*", "NVIDIAMambaConfig8B"),
         choose=lambda config: "SSMConfig",
         without=frozenset({"vocab_size"}),
     ),

@@ -18,7 +18,6 @@ from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
-from anyckpt.models.families.llama import size
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
 from anyckpt.models.language.rules import Rule, has
@@ -118,18 +117,6 @@ FIELDS = (
     Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", True),
     Field("pad_token_id", "pad_token_id", "tokens", None),
 )
-DEFAULTS = {
-    "vocab_size": 29056,
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "pad_token_id": 0,
-}
 TRAITS = {
     "normalization": "LayerNorm",
     "layernorm_zero_centered_gamma": False,
@@ -234,33 +221,14 @@ def caveats(config: ModelConfig, kind: str) -> Iterable[str]:
         yield "NeMo 1 has token types only in a model with bert_binary_head: set it to true to load them"
 
 
-_BASE = {
-    "normalization": "LayerNorm",
-    "activation": "gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "position_embedding_type": "learned_absolute",
-    "seq_length": 512,
-    "attention_dropout": 0.1,
-    "hidden_dropout": 0.1,
-    "share_embeddings_and_output_weights": True,
-    "add_pooler": True,
-    "add_lm_head": True,
-    "bert_binary_head": True,
-}
-_BASE_SIZE, _LARGE_SIZE = size(12, 768, 3072, 12, 12), size(24, 1024, 4096, 16, 16)
-
-
-def nemo2(bert_type: str, model: str, stem: str, **defaults: Any) -> NeMo2:
+def nemo2(bert_type: str, model: str, stem: str) -> NeMo2:
     """NeMo 2.5's classes of a kind of BERT.
 
     Args:
         bert_type: ``megatron`` or ``huggingface``.
         model: the model's class.
         stem: what the names of configuration classes begin with.
-        defaults: by which these differ from ``BertConfig``.
     """
-    base = {**_BASE, "bert_type": bert_type, **defaults}
 
     def read(reader: Reader, known: Mapping[str, Any]) -> Mapping[str, Any]:
         kind = reader.text("bert_type") or known["bert_type"]
@@ -278,12 +246,7 @@ def nemo2(bert_type: str, model: str, stem: str, **defaults: Any) -> NeMo2:
     return NeMo2(
         module="nemo.collections.llm.bert.model.bert",
         model=model,
-        configs={
-            f"{stem}Config": base,
-            f"{stem}BaseConfig": {**base, **_BASE_SIZE},
-            f"{stem}LargeConfig": {**base, **_LARGE_SIZE},
-            "BertConfig": {**_BASE, "bert_type": "megatron"},
-        },
+        configs=(f"{stem}Config", f"{stem}BaseConfig", f"{stem}LargeConfig", "BertConfig"),
         choose=lambda config: f"{stem}Config",
         own=frozenset({"num_tokentypes", "add_pooler", "add_lm_head", "bert_binary_head"}),
         read=read,
@@ -307,7 +270,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("megatron-bert",),
         architectures=("MegatronBertForPreTraining",),
-        defaults=DEFAULTS,
         fields=FIELDS,
         constants={"is_decoder": False, "add_cross_attention": False},
         attention_bias=None,
@@ -323,5 +285,5 @@ FAMILY = Family(
             for old, new in (("gamma", "weight"), ("beta", "bias"))
         ),
     ),
-    nemo2=nemo2("megatron", "BertModel", "MegatronBert", add_pooler=False, bert_binary_head=False),
+    nemo2=nemo2("megatron", "BertModel", "MegatronBert"),
 )

@@ -38,26 +38,6 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     return {**rendered, "architectures": ["MinistralForCausalLM"], "model_type": _SOME_LAYERS}
 
 
-_SEVEN_B = {
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "ffn_hidden_size": 14336,
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "seq_length": 32768,
-    "window_size": (4096, 0),
-}
-_LATER = {**_SEVEN_B, "kv_channels": 128, "seq_length": 4096, "window_size": None, "rotary_base": 1_000_000}
-_TWELVE_B = {**_LATER, "num_layers": 40, "hidden_size": 5120}
-_LARGE = {
-    **_LATER,
-    "num_layers": 88,
-    "hidden_size": 12288,
-    "ffn_hidden_size": 28672,
-    "num_attention_heads": 96,
-}
-"""Both are called ``MistralNeMo2407Config...`` in NeMo 2.0."""
-
 FAMILY = Family(
     name="mistral",
     title="Mistral, Ministral",
@@ -69,18 +49,6 @@ FAMILY = Family(
         model_types=("mistral", _SOME_LAYERS),
         architectures=("MistralForCausalLM", "MinistralForCausalLM"),
         registered=DECODER,
-        defaults={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         read=_read,
         write=_write,
@@ -89,13 +57,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.mistral",
         model="MistralModel",
-        configs={
-            "MistralConfig7B": _SEVEN_B,
-            "MistralNeMoConfig12B": _TWELVE_B,
-            "MistralNeMoConfig123B": _LARGE,
-            "MistralNeMo2407Config12B": _TWELVE_B,
-            "MistralNeMo2407Config123B": _LARGE,
-        },
+        configs=("MistralConfig7B", "MistralNeMo*"),
         choose=lambda config: "MistralConfig7B",
     ),
     meta=MetaNames(LLAMA.pairs, params=("sliding_window", "hidden_dim")),

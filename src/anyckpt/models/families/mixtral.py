@@ -18,18 +18,6 @@ from anyckpt.models.families import llama
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 
-_SEVEN_B = {
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "ffn_hidden_size": 14336,
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "num_moe_experts": 8,
-    "moe_router_topk": 2,
-    "moe_router_pre_softmax": True,
-    "moe_aux_loss_coeff": 0.01,
-    "rotary_base": 1_000_000,
-}
 _EXPERT = f"{sparse.LAYER}.block_sparse_moe.experts.*"
 
 
@@ -64,22 +52,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("mixtral",),
         architectures=("MixtralForCausalLM",),
-        defaults={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": None,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "router_aux_loss_coef": 0.001,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
+        windowed=True,
         fields=(
             *COMMON,
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
@@ -101,18 +74,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.mixtral",
         model="MixtralModel",
-        configs={
-            "MixtralConfig": _SEVEN_B,
-            "MixtralConfig8x3B": {**_SEVEN_B, "hidden_size": 2560, "ffn_hidden_size": 8960},
-            "MixtralConfig8x7B": _SEVEN_B,
-            "MixtralConfig8x22B": {
-                **_SEVEN_B,
-                "num_layers": 56,
-                "hidden_size": 6144,
-                "num_attention_heads": 48,
-                "ffn_hidden_size": 16384,
-            },
-        },
+        configs=("MixtralConfig*",),
         choose=lambda config: "MixtralConfig8x7B",
     ),
     meta=MetaNames((*ATTENTION, *EXPERTS), params=("moe",)),

@@ -103,15 +103,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("mpt",),
         architectures=("MptForCausalLM", "MPTForCausalLM"),
-        defaults={
-            "vocab_size": 50368,
-            "d_model": 2048,
-            "n_layers": 24,
-            "n_heads": 16,
-            "max_seq_len": 2048,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-        },
         fields=(
             Field("num_layers", "n_layers"),
             Field("hidden_size", "d_model"),

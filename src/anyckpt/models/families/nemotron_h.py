@@ -188,68 +188,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
         yield "NeMo 2's MambaModel has no layers with experts: build the model with a layer specification that has them"
 
 
-_BASE: dict[str, Any] = {
-    "activation": "squared_relu",
-    "gated_linear_unit": False,
-    "position_embedding_type": "none",
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "seq_length": 8192,
-    "vocab_size": 131_072,
-    "num_layers": 52,
-    "hidden_size": 4096,
-    "ffn_hidden_size": 21504,
-    "mamba_state_dim": 128,
-    "mamba_num_groups": 8,
-    "mamba_head_dim": 64,
-    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
-}
-_4B: dict[str, Any] = {
-    **_BASE, "hidden_size": 3072, "ffn_hidden_size": 12288, "mamba_num_heads": 112, "kv_channels": 128,
-}  # fmt: skip
-_NANO: dict[str, Any] = {
-    **_BASE, "num_attention_heads": 40, "kv_channels": 128, "mamba_num_heads": 128, "mamba_head_dim": 80,
-}  # fmt: skip
-_NANO_9B: dict[str, Any] = {
-    **_NANO,
-    "num_layers": 56,
-    "hidden_size": 4480,
-    "ffn_hidden_size": 15680,
-    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-}
-_NANO_12B: dict[str, Any] = {
-    **_NANO,
-    "num_layers": 62,
-    "hidden_size": 5120,
-    "ffn_hidden_size": 20480,
-    "hybrid_override_pattern": "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-",
-}
-_LARGE: dict[str, Any] = {**_BASE, "hidden_size": 8192, "num_attention_heads": 64, "mamba_state_dim": 256}
-_47B: dict[str, Any] = {
-    **_LARGE,
-    "num_layers": 98,
-    "ffn_hidden_size": 30720,
-    "hybrid_override_pattern": (
-        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
-    ),
-}
-_56B: dict[str, Any] = {
-    **_LARGE,
-    "num_layers": 118,
-    "ffn_hidden_size": 32768,
-    "hybrid_override_pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-",
-}
-_HYBRID_8B: dict[str, Any] = {
-    **_BASE,
-    "activation": "gelu",
-    "vocab_size": None,
-    "num_layers": 56,
-    "ffn_hidden_size": 16384,
-    "seq_length": 4096,
-    "hybrid_override_pattern": "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-",
-}
-"""NVIDIA's Mamba-2 hybrid of 2024, before Nemotron-H: the same layers with another activation."""
-
 FAMILY = Family(
     name="nemotron-h",
     title="Nemotron-H, Nemotron 3 Nano",
@@ -275,31 +213,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("nemotron_h",),
         architectures=("NemotronHForCausalLM",),
-        defaults={
-            "vocab_size": 131072,
-            "hidden_size": 4096,
-            "intermediate_size": 21504,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 4096,
-            "layer_norm_epsilon": 1e-5,
-            "mamba_num_heads": 128,
-            "mamba_head_dim": 64,
-            "n_groups": 8,
-            "ssm_state_size": 128,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 7688,
-            "moe_shared_expert_intermediate_size": 7688,
-            "n_group": 1,
-            "topk_group": 1,
-            "routed_scaling_factor": 1.0,
-            "mlp_hidden_act": "relu2",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
         fields=(
             *(entry for entry in COMMON if entry.key != "num_hidden_layers"),
             Field("hidden_dropout", "hidden_dropout", "number", 0.0),
@@ -320,19 +233,10 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.ssm",
         model="MambaModel",
-        configs={
-            "NemotronHConfigBase": {**_BASE, "num_layers": 2, "hybrid_override_pattern": None},
-            "NemotronHConfig4B": _4B,
-            "NemotronHConfig8B": _BASE,
-            "NemotronHConfig47B": _47B,
-            "NemotronHConfig56B": _56B,
-            "NemotronNano9Bv2": _NANO_9B,
-            "NemotronNano12Bv2": _NANO_12B,
-            "Nemotron5HybridConfig8B": _BASE,
-            "Nemotron5HybridConfig47B": _47B,
-            "Nemotron5HybridConfig56B": _56B,
-            "NVIDIAMambaHybridConfig8B": _HYBRID_8B,
-        },
+        configs=(
+            "NemotronHConfigBase", "NemotronHConfig*", "NemotronNano*", "Nemotron5HybridConfig*",
+            "NVIDIAMambaHybridConfig8B",
+        ),
         choose=lambda config: "NemotronHConfig8B",
     ),
 )  # fmt: skip

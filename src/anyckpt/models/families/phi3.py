@@ -32,20 +32,8 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("phi3",),
         architectures=("Phi3ForCausalLM",),
+        windowed=True,
         registered=DECODER,
-        defaults={
-            "vocab_size": 32064,
-            "hidden_size": 3072,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": None,
-            "bos_token_id": 1,
-            "eos_token_id": 32000,
-            "pad_token_id": 32000,
-        },
         fields=(
             *(entry for entry in COMMON if entry.key != "head_dim"),
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
@@ -55,10 +43,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.phi3mini",
         model="Phi3Model",
-        configs={
-            "Phi3Config": {},
-            "Phi3ConfigMini": {**llama.size(32, 3072, 8192, 32, 32), "vocab_size": 32064},
-        },
+        configs=("Phi3Config*",),
         choose=lambda config: "Phi3Config",
     ),
 )

@@ -38,30 +38,6 @@ def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     return rendered
 
 
-DEFAULTS = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-}
-
-NEMO2_BASE = {
-    "init_method_std": 0.02,
-    "vocab_size": 151936,
-    "layernorm_epsilon": 1e-6,
-    "rotary_base": 1_000_000,
-    "add_qkv_bias": True,
-}
-_LONG = {"seq_length": 131_072}
-_WIDE = {**NEMO2_BASE, "vocab_size": 152_064}
-_05B = {**NEMO2_BASE, **llama.size(24, 896, 4864, 14, 2)}
-_15B = {**NEMO2_BASE, **llama.size(28, 1536, 8960, 12, 2)}
-_7B = {**_WIDE, **llama.size(28, 3584, 18944, 28, 4)}
-_72B = {**_WIDE, **llama.size(80, 8192, 29568, 64, 8), "layernorm_epsilon": 1e-5}
-
 FAMILY = Family(
     name="qwen2",
     title="Qwen2, Qwen2.5",
@@ -72,7 +48,6 @@ FAMILY = Family(
         model_types=("qwen2",),
         architectures=("Qwen2ForCausalLM",),
         registered=DECODER,
-        defaults=DEFAULTS,
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         attention_bias=None,
         read=read,
@@ -82,22 +57,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.qwen2",
         model="Qwen2Model",
-        configs={
-            "Qwen2Config": NEMO2_BASE,
-            "Qwen2Config500M": _05B,
-            "Qwen2Config1P5B": _15B,
-            "Qwen2Config7B": _7B,
-            "Qwen2Config72B": _72B,
-            "Qwen25Config500M": {**_05B, "seq_length": 32768},
-            "Qwen25Config1P5B": {**_15B, **_LONG},
-            "Qwen25Config3B": {
-                **NEMO2_BASE, **llama.size(36, 2048, 11008, 16, 2), "share_embeddings_and_output_weights": True,
-            },
-            "Qwen25Config7B": {**_7B, **_LONG},
-            "Qwen25Config14B": {**_WIDE, **_LONG, **llama.size(48, 5120, 13824, 40, 8), "layernorm_epsilon": 1e-5},
-            "Qwen25Config32B": {**_WIDE, **_LONG, **llama.size(64, 5120, 27648, 40, 8), "layernorm_epsilon": 1e-5},
-            "Qwen25Config72B": {**_72B, **_LONG},
-        },
+        configs=("Qwen2Config*", "Qwen25Config*"),
         choose=lambda config: "Qwen2Config",
     ),
 )  # fmt: skip

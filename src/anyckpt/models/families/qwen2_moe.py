@@ -71,21 +71,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("qwen2_moe",),
         architectures=("Qwen2MoeForCausalLM",),
-        defaults={
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 5632,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-            "router_aux_loss_coef": 0.001,
-        },
         fields=(
             *(entry for entry in COMMON if entry.key != "head_dim"),
             Field("layernorm_epsilon", "rms_norm_eps", "number"),

@@ -5,8 +5,6 @@ The map was checked against transformers 5.23, Megatron-Core 0.16 and Megatron-B
 
 from __future__ import annotations
 
-from typing import Any
-
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LAYER, LLAMA, Pair, in_halves
 from anyckpt.config.model import Field
@@ -23,12 +21,6 @@ NORMS = tuple(
 )  # fmt: skip
 """Of queries and keys."""
 
-_BASE = {**qwen2.NEMO2_BASE, "add_qkv_bias": False, "qk_layernorm": True, "kv_channels": 128, "num_query_groups": 8}
-
-
-def _size(layers: int, hidden: int, ffn: int, heads: int, tied: bool = False) -> dict[str, Any]:
-    return {**_BASE, **llama.size(layers, hidden, ffn, heads, 8), "share_embeddings_and_output_weights": tied}
-
 
 FAMILY = Family(
     name="qwen3",
@@ -40,7 +32,6 @@ FAMILY = Family(
         model_types=("qwen3",),
         architectures=("Qwen3ForCausalLM",),
         registered=DECODER,
-        defaults={**qwen2.DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         read=qwen2.read,
         write=qwen2.write,
@@ -49,15 +40,15 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.qwen3",
         model="Qwen3Model",
-        configs={
-            "Qwen3Config": _BASE,
-            "Qwen3Config600M": _size(28, 1024, 3072, 16, tied=True),
-            "Qwen3Config1P7B": _size(28, 2048, 6144, 16, tied=True),
-            "Qwen3Config4B": _size(36, 2560, 9728, 32, tied=True),
-            "Qwen3Config8B": _size(36, 4096, 12288, 32),
-            "Qwen3Config14B": _size(40, 5120, 17408, 40),
-            "Qwen3Config32B": _size(64, 5120, 25600, 64),
-        },
+        configs=(
+            "Qwen3Config",
+            "Qwen3Config600M",
+            "Qwen3Config1P7B",
+            "Qwen3Config4B",
+            "Qwen3Config8B",
+            "Qwen3Config14B",
+            "Qwen3Config32B",
+        ),
         choose=lambda config: "Qwen3Config",
         write=lambda config: {"max_position_embeddings": config.max_position_embeddings},
     ),

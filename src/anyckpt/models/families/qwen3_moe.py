@@ -56,20 +56,6 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     return {**write(config, notes), "num_local_experts": config.num_moe_experts}  # as 4.x and as 5.x names it
 
 
-_BASE = {
-    "qk_layernorm": True,
-    "kv_channels": 128,
-    "num_query_groups": 8,
-    "init_method_std": 0.02,
-    "layernorm_epsilon": 1e-6,
-    "rotary_base": 1_000_000,
-    "seq_length": 4096,
-    "vocab_size": 151_936,
-    "num_moe_experts": 128,
-    "moe_router_topk": 8,
-    "moe_aux_loss_coeff": 1e-3,
-}
-
 FAMILY = Family(
     name="qwen3-moe",
     title="Qwen3 with experts",
@@ -96,20 +82,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("qwen3_moe",),
         architectures=("Qwen3MoeForCausalLM",),
-        defaults={
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-            "router_aux_loss_coef": 0.001,
-        },
         fields=(
             *COMMON,
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
@@ -126,27 +98,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.qwen3",
         model="Qwen3Model",
-        configs={
-            "Qwen3MoEConfig": _BASE,
-            "Qwen3Config30B_A3B": {
-                **_BASE,
-                "num_layers": 48,
-                "hidden_size": 2048,
-                "num_attention_heads": 32,
-                "num_query_groups": 4,
-                "ffn_hidden_size": 6144,
-                "moe_ffn_hidden_size": 768,
-            },
-            "Qwen3Config235B_A22B": {
-                **_BASE,
-                "num_layers": 94,
-                "hidden_size": 4096,
-                "num_attention_heads": 64,
-                "num_query_groups": 4,
-                "ffn_hidden_size": 12288,
-                "moe_ffn_hidden_size": 1536,
-            },
-        },
+        configs=("Qwen3MoEConfig", "Qwen3Config*_A*B"),
         choose=lambda config: "Qwen3MoEConfig",
     ),
 )  # fmt: skip

@@ -179,19 +179,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("recurrent_gemma",),
         architectures=("RecurrentGemmaForCausalLM",),
-        defaults={
-            "vocab_size": 256000,
-            "hidden_size": 2560,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 10,
-            "rms_norm_eps": 1e-6,
-            "logits_soft_cap": 30.0,
-            "tie_word_embeddings": True,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "bos_token_id": 2,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-        },
         fields=(
             *(
                 entry

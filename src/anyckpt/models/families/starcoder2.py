@@ -50,16 +50,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
         )
 
 
-_BASE = {
-    "normalization": "LayerNorm",
-    "activation": "gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "seq_length": 16384,
-    "init_method_std": 0.01,
-}
-_SMALL = {**_BASE, "init_method_std": 0.018042}
-
 FAMILY = Family(
     name="starcoder2",
     title="StarCoder2",
@@ -80,23 +70,8 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("starcoder2",),
         architectures=("Starcoder2ForCausalLM",),
+        windowed=True,
         registered=DECODER,
-        defaults={
-            "vocab_size": 49152,
-            "hidden_size": 3072,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 24,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "hidden_act": "gelu_pytorch_tanh",
-            "initializer_range": 0.018042,
-            "norm_epsilon": 1e-5,
-            "sliding_window": None,
-            "tie_word_embeddings": True,
-            "bos_token_id": 50256,
-            "eos_token_id": 50256,
-        },
         fields=(
             *(entry for entry in COMMON if entry.key != "head_dim"),
             Field("layernorm_epsilon", "norm_epsilon", "number"),
@@ -108,14 +83,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.starcoder2",
         model="Starcoder2Model",
-        configs={
-            "Starcoder2Config": _BASE,
-            "Starcoder2Config3B": {**_SMALL, **llama.size(30, 3072, 12288, 24, 2), "rotary_base": 999999.4420358813},
-            "Starcoder2Config7B": {**_SMALL, **llama.size(32, 4608, 18432, 36, 4), "rotary_base": 1_000_000},
-            "Starcoder2Config15B": {
-                **_BASE, **llama.size(40, 6144, 24576, 48, 4), "init_method_std": 0.01275, "rotary_base": 100_000,
-            },
-        },
+        configs=("Starcoder2Config*",),
         choose=lambda config: "Starcoder2Config",
     ),
 )  # fmt: skip

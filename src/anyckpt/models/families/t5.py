@@ -22,7 +22,6 @@ from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
-from anyckpt.models.families.llama import size
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import (
     GATE_UP,
@@ -258,23 +257,6 @@ def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
     return {**_lengths(config), "softmax_scale": None if scale is None else scale**-0.5}
 
 
-_NEMO2 = {
-    "normalization": "LayerNorm",
-    "activation": "gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "position_embedding_type": "learned_absolute",
-    "seq_length": 512,
-    "attention_dropout": 0.1,
-    "hidden_dropout": 0.1,
-    "share_embeddings_and_output_weights": True,
-}
-
-
-def _sized(layers: int, hidden: int, ffn: int, heads: int) -> dict[str, Any]:
-    return {**_NEMO2, **size(layers, hidden, ffn, heads, heads), "encoder_num_layers": layers}
-
-
 FAMILY = Family(
     name="t5",
     title="T5 v1.1, Flan-T5, T5",
@@ -305,21 +287,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("t5",),
         architectures=("T5ForConditionalGeneration",),
-        defaults={
-            "vocab_size": 32128,
-            "d_model": 512,
-            "d_kv": 64,
-            "d_ff": 2048,
-            "num_layers": 6,
-            "num_heads": 8,
-            "relative_attention_num_buckets": 32,
-            "relative_attention_max_distance": 128,
-            "dropout_rate": 0.1,
-            "layer_norm_epsilon": 1e-6,
-            "feed_forward_proj": "relu",
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-        },
         fields=_FIELDS,
         constants={"is_encoder_decoder": True, "is_decoder": False},
         attention_bias=None,
@@ -334,12 +301,7 @@ FAMILY = Family(
     nemo2=NeMo2(
         module="nemo.collections.llm.t5.model.t5",
         model="T5Model",
-        configs={
-            "T5Config": {**_NEMO2, "encoder_num_layers": None},
-            "T5Config220M": _sized(12, 768, 3072, 12),
-            "T5Config3B": _sized(24, 2048, 5120, 32),
-            "T5Config11B": _sized(24, 4096, 10240, 64),
-        },
+        configs=("T5Config*",),
         choose=lambda config: "T5Config",
         fields=(Field("encoder_num_layers", "encoder_num_layers"), *RELATIVE),
         own=frozenset({"query_pre_attn_scalar"}),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.defaults import of_class
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.errors import MappingError
@@ -78,7 +79,7 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     pooled = kind.endswith("Model")
     width = reader.integer("pooler_output_size") or found["hidden_size"]
     return {
-        **clip_vision.read_image(reader, _DEFAULTS),
+        **clip_vision.read_image(reader, of_class("transformers", "vit")),
         "vision_model_type": "internvit",
         "add_pooler": pooled,
         "output_dim": width if pooled else None,
@@ -118,19 +119,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
         yield f"CLIPViTModel has no {', no '.join(outside)}: kept under that name for the model around it"
 
 
-_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "attention_probs_dropout_prob": 0.0,
-    "hidden_dropout_prob": 0.0,
-}
-
 FAMILY = Family(
     name="vit",
     title="ViT",
@@ -144,7 +132,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("vit",),
         architectures=("ViTModel", "ViTForImageClassification"),
-        defaults=_DEFAULTS,
         fields=(
             *clip_vision.FIELDS,
             Field("attention_dropout", "attention_probs_dropout_prob", "number"),
