@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from anyckpt import models
-from anyckpt.config import defaults
+from anyckpt.config import block_keys, defaults, megatron, nemo
+from anyckpt.config.model import REQUIRED
 
 transformers = pytest.importorskip("transformers")
 core = pytest.importorskip("megatron.core.transformer.transformer_config")
@@ -44,3 +45,27 @@ def test_megatron_core(name: str) -> None:
     for key, value in defaults.of_class("nemo2", name).items():
         found = theirs[key]
         assert value == (f"torch.nn.functional.{found.__name__}" if callable(found) else found), key
+
+
+TABLES = {
+    "arguments": (megatron._SIZES, megatron._OTHERS),
+    "NeMo": (nemo._SIZES, nemo._SHARED, nemo._NEMO2_FIELDS),
+    "blocks": (block_keys._EXPERTS, block_keys._MAMBA, block_keys._ATTENTION, block_keys._LATENT),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_tables_of_fields_take_is_what_megatron_core_takes(name: str) -> None:
+    latent = declared(core.MLATransformerConfig) | {"q_lora_rank": None}  # as Megatron-LM's arguments
+    theirs = latent | declared(core.TransformerConfig)
+    compared = 0
+    for entry in (entry for table in TABLES[name] for entry in table):
+        if entry.key in theirs and entry.default is not REQUIRED and not callable(entry.default):
+            assert entry.default == theirs[entry.key], entry.key
+            compared += 1
+    assert compared >= 6
+
+
+def test_what_nemo_1_takes_of_latent_attention() -> None:
+    theirs = declared(core.MLATransformerConfig)
+    assert {key: theirs[key] for key in nemo._LATENT_DEFAULTS} == nemo._LATENT_DEFAULTS
