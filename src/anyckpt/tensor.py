@@ -340,6 +340,11 @@ class LazyTensor(ABC):
         """Axes in reverse order."""
         return self.permute(range(self.ndim)[::-1])
 
+    @property
+    def T(self) -> LazyTensor:  # noqa: N802 (numpy's and torch's name)
+        """The tensor with its axes in reverse order."""
+        return self.transpose()
+
     def cast(self, to: DType | str) -> LazyTensor:
         """The values rounded to another type (to nearest, ties to even), or self if it is the same.
 
