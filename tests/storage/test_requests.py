@@ -150,6 +150,37 @@ def test_rounds_of_opening(name: str) -> None:
     assert [(one.name, one.times) for one in opened.calls] == [(one.name, one.times) for one in wanted.calls]
 
 
+@pytest.mark.parametrize("name", ["mcore/gpt_moe_opt_chained_ep2/ckpt", "legacy/megatron_gpt_tp2_pp2"])
+@pytest.mark.parametrize("manifest", [False, True])
+def test_rounds_of_verifying(name: str, manifest: bool, tmp_path: Path) -> None:
+    """Checksums of many small records, or digests of many small tensors."""
+    folder = fixture_path(name)
+    if manifest:
+        anyckpt.convert(folder, tmp_path / "out", to="dcp")
+        folder = tmp_path / "out"
+    wanted = anyckpt.verify(folder)
+    log = Log()
+    with counting(log), registered("far", MemoryPlace(ROOT, files_below(folder), far(log))):
+        found = anyckpt.verify(ROOT)
+    assert found.checked == wanted.checked and len(found.problems) == len(wanted.problems)
+    assert log.rounds <= 16
+
+
+def test_damage_is_found_from_afar(tmp_path: Path) -> None:
+    anyckpt.convert(fixture_path("families/qwen2_moe/hf"), tmp_path / "out", to="dcp")
+    files = files_below(tmp_path / "out")
+    name = next(name for name in files if name.endswith(".distcp"))
+    damaged = bytearray(files[name])
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "out" / name).write_bytes(damaged)
+    wanted = anyckpt.verify(tmp_path / "out")
+    with registered("far", MemoryPlace(ROOT, {**files, name: bytes(damaged)}, far(Log()))):
+        found = anyckpt.verify(ROOT)
+    there = [one.where.replace(str(tmp_path / "out"), ROOT) for one in wanted.problems]
+    assert there and [one.where for one in found.problems] == there
+    assert found.checked == wanted.checked
+
+
 def test_shards_are_opened_at_once(tmp_path: Path) -> None:
     anyckpt.convert(fixture_path("families/qwen2_moe/hf"), tmp_path / "hf", to="hf", max_shard_size=3000)
     files = files_below(tmp_path / "hf")

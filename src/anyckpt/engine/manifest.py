@@ -17,6 +17,7 @@ from anyckpt.engine.checksum import DIGEST, digest_of
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.storage.place import LOCAL, Place
+from anyckpt.storage.requests import holding, in_batches
 from anyckpt.storage.source import ByteSource
 
 _VERSION = 1
@@ -140,21 +141,22 @@ def check_manifest(output: str, manifest: Manifest, place: Place = LOCAL) -> Ite
             yield None, f"{path}: size differs from the manifest (expected {size}, found {source.size})"
         else:
             sources[name] = source
-    for entry in manifest.entries:
-        found: Any = sources.get(entry.file)
-        if found is None:
-            continue
-        try:
-            part = found.slice(entry.offset, entry.nbytes)
-            digest = digest_of(part.read, entry.nbytes)
-        except FormatError as error:
-            yield entry, str(error)
-            continue
-        same = digest == entry.digest
-        yield (
-            entry,
-            "" if same else f"{found.name}: bytes differ from the manifest (expected {entry.digest}, found {digest})",
-        )
+    there = (entry for entry in manifest.entries if entry.file in sources)
+    for batch in in_batches(there, lambda entry: (sources[entry.file], entry.offset, entry.nbytes)):
+        with holding((sources[entry.file], entry.offset, entry.nbytes) for entry in batch if len(batch) > 1):
+            checked = [(entry, _problem(entry, sources[entry.file])) for entry in batch]
+        yield from checked
+
+
+def _problem(entry: ManifestEntry, source: ByteSource) -> str:
+    """How an entry's bytes differ from what it says; empty if they do not."""
+    try:
+        digest = digest_of(source.slice(entry.offset, entry.nbytes).read, entry.nbytes)
+    except FormatError as error:
+        return str(error)
+    if digest == entry.digest:
+        return ""
+    return f"{source.name}: bytes differ from the manifest (expected {entry.digest}, found {digest})"
 
 
 def _inside(output: str, name: str, place: Place) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from anyckpt import models, quantization
-from anyckpt.checkpoint import Checkpoint
+from anyckpt.checkpoint import Checkpoint, StoredChecksum
 from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, MappingError
@@ -23,6 +23,7 @@ from anyckpt.operations.steps.threads import Advance, Meter, Progress
 from anyckpt.operations.steps.values import check_values
 from anyckpt.pickling import Callee, recording
 from anyckpt.pickling.calls import danger
+from anyckpt.storage.requests import holding, in_batches
 from anyckpt.storage.source import ByteSource
 
 _BLOCK = 4 << 20
@@ -209,16 +210,22 @@ def _check_checksums(checkpoint: Checkpoint, result: Verification, progress: Pro
     meter = Meter(sum(tensor.nbytes for tensor in checkpoint.tensors.values()), progress)
     with recording() as met:
         try:
-            for item in checkpoint.checksums():
-                found = _crc32(item.source, meter.advance)
-                if found == item.crc32:
-                    result.checked.checksums += 1
-                else:
-                    problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
-                    result.problems.append(Problem(item.name, problem))
+            for batch in in_batches(checkpoint.checksums(), lambda item: (item.source, 0, item.source.size)):
+                with holding((item.source, 0, item.source.size) for item in batch if len(batch) > 1):
+                    for item in batch:
+                        _check_checksum(item, result, meter)
         except AnyckptError as error:
             result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
     checkpoint.calls.take(met)
+
+
+def _check_checksum(item: StoredChecksum, result: Verification, meter: Meter) -> None:
+    found = _crc32(item.source, meter.advance)
+    if found == item.crc32:
+        result.checked.checksums += 1
+    else:
+        problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
+        result.problems.append(Problem(item.name, problem))
 
 
 def _crc32(source: ByteSource, advance: Advance) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from anyckpt.errors import AnyckptError
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     _Windows = dict[int, tuple[ByteSource, list[tuple[int, memoryview]]]]
     """By the identity of a source, which is kept so long, what is held of it: first bytes and data, rising."""
+
+T = TypeVar("T")
 
 GAP = 64 << 10
 """Bytes that are read for nothing rather than to make another request: what a link gives in a part of a round trip."""
@@ -183,6 +185,32 @@ def in_few(read: Callable[[int, int], None], need: Callable[[int, int], list[Wan
         return
     with holding(wanted):
         read(start, stop)
+
+
+def in_batches(items: Iterable[T], wanted: Callable[[T], Wanted]) -> Iterator[list[T]]:
+    """Items as many at a time as want little enough to be held; those that want something near, one by one.
+
+    An error of ``items`` is raised when what came before it has been given.
+    """
+    batch: list[T] = []
+    nbytes = 0
+    try:
+        for item in items:
+            source, _, own = wanted(item)
+            if batch and (nbytes + own > HELD_BYTES or not is_far(source)):
+                yield batch
+                batch, nbytes = [], 0
+            batch.append(item)
+            nbytes += own
+            if not is_far(source):
+                yield batch
+                batch, nbytes = [], 0
+    except AnyckptError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 @contextmanager

@@ -78,8 +78,9 @@ class ItemTable:
             with self._opening(row, dtype, shape):
                 known = int(self._payload[row])
                 if known == _UNKNOWN:
-                    known = self._open(row, name, dtype, shape)
+                    known, head = self._open(row, name, dtype, shape)
                     self._payload[row] = known
+                    self._learn((dtype.name, shape, int(self.length[row])), head)
         return self._strided[row] if known == _STRIDED else known
 
     @contextmanager
@@ -117,13 +118,19 @@ class ItemTable:
         if not self._heads.get((dtype.name, shape, size)):
             yield from source.wanted(max(begin, begin + size - _END), min(size, _END))
 
-    def _open(self, row: int, name: str, dtype: DType, shape: Shape) -> int:
+    def _learn(self, kind: _Kind, head: bytes | None) -> None:
+        """Note how items of a kind begin, only now that its first one is known: others need not open that again."""
+        if head is not None and (kind in self._heads or len(self._heads) < _HEADS):
+            self._heads[kind] = head
+
+    def _open(self, row: int, name: str, dtype: DType, shape: Shape) -> tuple[int, bytes | None]:
+        """Where the elements begin, and the archive up to them: empty if it tells nothing, None if it is known."""
         source, offset, length = self.source(row), int(self.offset[row]), int(self.length[row])
         # Archives of equal tensors by one writer are equal up to the elements: once one is understood, a comparison
         # does for the others, at a hundredth of the price.
         head = self._heads.get((dtype.name, shape, length))
         if head and source.read(offset, len(head)) == head:
-            return offset + len(head)
+            return offset + len(head), None
         with recording(self._calls):
             tensor = read_torch(self.archive(row, name)).root
         if not isinstance(tensor, LazyTensor) or tensor.dtype != dtype or tensor.shape != shape:
@@ -136,18 +143,12 @@ class ItemTable:
                 found=f"{tensor.dtype.name} {tensor.shape}" if is_tensor else f"a {type(tensor).__name__}",
                 remedy="copy the checkpoint again from its origin",
             )
-        kind = (dtype.name, shape, length)
-        if len(self._heads) < _HEADS:
-            self._heads.setdefault(kind, b"")
         if not isinstance(tensor, Stored) or tensor.strides is not None or not isinstance(tensor.source, RecordSource):
             self._strided[row] = tensor
-            return _STRIDED
+            return _STRIDED, b""
         payload = tensor.source.locate()[1] + tensor.offset - source.locate()[1]
-        if kind in self._heads and offset < payload <= offset + _LONGEST_HEAD:
-            head = source.read(offset, payload - offset)
-            if b"/data.pkl" in head:
-                self._heads[kind] = head
-        return payload
+        head = source.read(offset, payload - offset) if offset < payload <= offset + _LONGEST_HEAD else b""
+        return payload, head if b"/data.pkl" in head else b""
 
 
 class ChunkSource(ByteSource):

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,19 @@ from anyckpt.containers.dcp.coverage import check_exact_cover
 from anyckpt.containers.dcp.flattened import original_shape, restore
 from anyckpt.containers.dcp.items import Chunks, ItemTable, LazyObjects, Unread
 from anyckpt.containers.dcp.metadata import Index, ItemPlace, TensorEntry, merge, read_index
-from anyckpt.containers.torch_file import read_torch
+from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.indexing import Array
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.heads import read_each, whole
+from anyckpt.storage.requests import is_far
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import Constant, LazyTensor, Mosaic
 
 METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata$")
+_TOGETHER = 64  # archives that are far are opened so many at once
 _AGAIN = "copy the checkpoint again from its origin"
 
 
@@ -293,8 +296,11 @@ class _Opener:
 
 
 def _checksums(table: ItemTable, rows: Mapping[str, range], objects: Iterable[Unread]) -> Iterator[StoredChecksum]:
-    for unread in objects:
-        yield from stored_checksums(read_torch(unread.archive()))
-    for name, span in rows.items():
-        for row in span:
-            yield from stored_checksums(read_torch(table.archive(row, name)))
+    archives = chain(
+        (unread.archive() for unread in objects),
+        (table.archive(row, name) for name, span in rows.items() for row in span),
+    )
+    while batch := list(islice(archives, _TOGETHER)):
+        opened = read_torch_files(batch) if is_far(batch[0]) else map(read_torch, batch)
+        for contents in opened:
+            yield from stored_checksums(contents)
