@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any, overload
 
@@ -74,33 +73,19 @@ class ItemTable:
             FormatError: the item is damaged, or not the tensor that the index announces.
         """
         known = int(self._payload[row])
-        if known == _UNKNOWN:
-            with self._opening(row, dtype, shape):
+        kind = (dtype.name, shape, int(self.length[row])) if known == _UNKNOWN else None
+        while kind is not None and known == _UNKNOWN:
+            key: int | _Kind = row if kind in self._heads else kind
+            with self._locks.setdefault(key, Lock()):  # one thread opens an item, and one the first of a kind
                 known = int(self._payload[row])
-                if known == _UNKNOWN:
-                    known, head = self._open(row, name, dtype, shape)
-                    self._payload[row] = known
-                    self._learn((dtype.name, shape, int(self.length[row])), head)
+                if known == _UNKNOWN and (key == row or kind not in self._heads):
+                    try:
+                        known, head = self._open(row, name, dtype, shape)
+                        self._payload[row] = known
+                        self._learn(kind, head)
+                    finally:
+                        self._locks.pop(key, None)
         return self._strided[row] if known == _STRIDED else known
-
-    @contextmanager
-    def _opening(self, row: int, dtype: DType, shape: Shape) -> Iterator[None]:
-        """One thread opens an item while others wait, and one the first of a kind, which tells of the others."""
-        kind = (dtype.name, shape, int(self.length[row]))
-        with self._alone(kind) if kind not in self._heads else nullcontext():
-            if kind not in self._heads:
-                yield
-                return
-        with self._alone(row):
-            yield
-
-    @contextmanager
-    def _alone(self, key: int | _Kind) -> Iterator[None]:
-        try:
-            with self._locks.setdefault(key, Lock()):
-                yield
-        finally:
-            self._locks.pop(key, None)
 
     def wanted(
         self, row: int, dtype: DType, shape: Shape, offset: int, length: int
