@@ -80,7 +80,7 @@ def _first_of(arguments: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _size(arguments: Mapping[str, Any], key: str) -> int | None:
-    value = Reader(arguments, "run's layout").integer(key)
+    value = Reader(arguments, "run").integer(key)
     if value is None or value >= 0:
         return value
     raise MappingError(f"the run's {key} is not possible", expected="a size", found=value)
