@@ -23,7 +23,7 @@ from anyckpt.errors import AnyckptError, MappingError, UsageError  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
 from anyckpt.formats.registry import Format, WriteOptions  # noqa: E402
 from anyckpt.operations.convert import convert  # noqa: E402
-from anyckpt.operations.steps.renaming import rename_for  # noqa: E402
+from anyckpt.operations.steps.renaming import Naming, rename_for  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 _NO = "no"
@@ -82,7 +82,7 @@ def planned(checkpoint: Checkpoint, target: Format, folder: Path, optimizer: str
 def recognised(checkpoint: Checkpoint, target: Format, family: str) -> bool:
     """Whether what the format would hold is found to be of the family, and complete."""
     try:
-        held = rename_for(checkpoint, target, WriteOptions()).checkpoint
+        held = rename_for(checkpoint, Naming(target)).checkpoint
         model = models.identify(replace(held, format=target.name))
         if model is None or model.family != family:
             return False

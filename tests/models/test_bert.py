@@ -14,7 +14,7 @@ from tests.models.encoder_cases import BERT, made, reidentified, renamed
 from anyckpt import models
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
-from anyckpt.operations.steps.renaming import rename_for
+from anyckpt.operations.steps.renaming import Naming, rename_for
 from anyckpt.tensor import from_array
 
 
@@ -148,6 +148,6 @@ def test_names_of_nemo_1_before_megatron_core(architecture: str, prefix: str) ->
         checkpoint, format="nemo", tensors=renamed(named, old), dialect=None, config=config, config_kind="nemo1"
     )
     assert any(".input_layernorm." in name for name in stored.tensors)
-    hf = rename_for(stored, registry.by_name("hf"), registry.WriteOptions()).checkpoint
+    hf = rename_for(stored, Naming(registry.by_name("hf"))).checkpoint
     assert facts(hf.tensors) == facts(checkpoint.tensors)
     assert hf.config["architectures"] == [architecture]

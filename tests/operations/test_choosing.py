@@ -67,7 +67,8 @@ def test_weights_and_what_is_beside_them_keep_whole_names(tmp_path: Path) -> Non
 
 def test_a_glob_that_matches_weights_means_these() -> None:
     source, averaged = trained("ema_state_dict.")
-    chosen, left_out = choose(source, ("*embed*",), ())
+    step = choose(source, ("*embed*",), ())
+    chosen, left_out = step.checkpoint, step.ignored
     assert list(chosen.weights()) == ["model.embed_tokens.weight"]
     assert len(left_out) == len(averaged) - 1
     with pytest.raises(UsageError, match=r"no tensor matches --include 'nothing\*'"):
@@ -88,7 +89,8 @@ def test_slots_of_a_real_optimizer(tmp_path: Path) -> None:
 def test_every_tensor_that_is_listed_can_be_chosen(data: st.DataObject) -> None:
     for source in (trained("ema_state_dict.")[0], read(ADAMW)):
         name = data.draw(st.sampled_from(sorted(source.tensors)))
-        chosen, left_out = choose(source, (name,), ())
+        step = choose(source, (name,), ())
+        chosen, left_out = step.checkpoint, step.ignored
         assert [sha256_of(tensor) for tensor in chosen.weights().values()] == [sha256_of(source.tensors[name])]
         assert name not in left_out
 

@@ -11,19 +11,21 @@ from typing import Any
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.average_adapters import are_adapters, mean_of_adapters
-from anyckpt.operations.convert import Conversion, convert
-from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
+from anyckpt.operations.convert import Conversion, converted
+from anyckpt.operations.options import ConvertOptions, documented
+from anyckpt.operations.steps.casts import KEEP_IN_FP32
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.mean import check_shares, shown
-from anyckpt.operations.steps.meeting import Choice, chosen, meet
+from anyckpt.operations.steps.meeting import Choice, align, chosen
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 
 
+@documented
 def average(
     sources: Sequence[str | os.PathLike[str]],
     destination: str | os.PathLike[str],
@@ -69,22 +71,6 @@ def average(
         config: the model's configuration, where checkpoints have none.
         include: glob or globs of the first source's weight names; others are left out.
         exclude: glob or globs of weight names to leave out.
-        layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
-        force: read sources that are marked as unfinished, too.
-        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
-        names: how to name weights where the target takes any names, as for ``convert``.
-        adapter_form: of adapters: ``canonical`` or ``fused``, as for ``convert``.
-        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
-        keep_in_fp32: globs of weights that a cast leaves alone.
-        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
-        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
-        overwrite: replace an existing checkpoint at the end.
-        resume: continue what an interrupted run of the same work left.
-        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
-        workers: threads.
-        memory: bytes for blocks in flight, or a text such as ``512MB``.
-        dry_run: plan, and write nothing.
-        progress: called with (bytes done, bytes in all) from any thread.
 
     Raises:
         FormatError: a source is damaged.
@@ -99,57 +85,33 @@ def average(
     origins = [os.fspath(path) for path in sources]
     check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = [registry.read(path, force=force) for path in sources]
-    wanted, given = cast_target(dtype), read_config(config)
-    rules = None if layout is None else layout.rules
-    full = [
-        in_full_precision(join_ranks(checkpoint, rules=rules, family=family), wanted, given) for checkpoint in stored
+    options = ConvertOptions(
+        to=stored[0].format if to is None else to, family=family, config=read_config(config), tokenizer=tokenizer,
+        names=names, adapter_form=adapter_form, dtype=dtype, keep_in_fp32=keep_in_fp32, max_shard_size=max_shard_size,
+        sharded=sharded, layout=layout, keep_layout=to is None and bool(stored[0].ranks), overwrite=overwrite,
+        resume=resume, share=share, workers=workers, memory=memory, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+    rules = options.request.rules
+    plain = [
+        in_full_precision(join_ranks(each, rules=rules, family=family), options.cast_to, options.given)
+        for each in stored
     ]
-    opened, given = [one.checkpoint for one in full], full[0].config
+    opened = [step.checkpoint for step in plain]
     choice = Choice(
-        as_patterns(include), as_patterns(exclude), family, given, None if layout is None else layout.vocab_size
+        as_patterns(include), as_patterns(exclude), family, options.plain_config, options.request.vocab_size
     )
     if are_adapters(opened):
         made_of = [chosen(checkpoint, opened[0], choice) for checkpoint in opened]
-        mean, notes = mean_of_adapters(made_of, shares)
+        mean = mean_of_adapters(made_of, shares)
     else:
-        meeting = meet(opened, choice)
-        mean, notes = meeting.mean(shares)
-        notes = [*meeting.notes, *notes]
-        made_of = meeting.averaged()
+        aligned = align(opened, choice)
+        mean, made_of = aligned.mean(shares), aligned.averaged()
     rule = f"mean of {len(opened)} checkpoints" + ("" if weights is None else f", weighted {shown(shares)}")
     if any(share < 0 for share in shares):
         rule += f" and divided by {math.fsum(shares):g}: some are subtracted"
-    told = dict.fromkeys(text for one in full for text in (*one.notes, *one.checkpoint.warnings))
-    merged = replace(
-        mean,
-        optimizer=None,
-        warnings=[rule, *notes, *told],
-    )
-    return convert(
-        merged,
-        destination,
-        to=opened[0].format if to is None else to,
-        family=family,
-        config=given,
-        layout=layout,
-        keep_layout=to is None and bool(stored[0].ranks),
-        progress=progress,
-        sources=origins,
-        made_of=made_of,
-        tokenizer=tokenizer,
-        names=names,
-        adapter_form=adapter_form,
-        dtype=dtype,
-        keep_in_fp32=keep_in_fp32,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        overwrite=overwrite,
-        resume=resume,
-        share=share,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-    )
+    told = dict.fromkeys(text for step in plain for text in (*step.notes, *step.checkpoint.warnings))
+    merged = replace(mean.checkpoint, optimizer=None, warnings=[rule, *mean.notes, *told])
+    return converted(merged, destination, options.for_numbers(), sources=origins, made_of=made_of)
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> list[float]:

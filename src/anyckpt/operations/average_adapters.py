@@ -16,6 +16,7 @@ from anyckpt.models.adapters.peft_writer import ranks_and_alphas
 from anyckpt.models.adapters.settings import scale_of
 from anyckpt.operations.steps.mean import Tensors, means
 from anyckpt.operations.steps.meeting import check_same
+from anyckpt.operations.steps.pipeline import Stepped
 
 _APART = "add each to its base with anyckpt merge-lora, and average the models"
 
@@ -40,8 +41,8 @@ def are_adapters(opened: Sequence[Checkpoint]) -> bool:
     return True
 
 
-def mean_of_adapters(opened: Sequence[Checkpoint], shares: Sequence[float]) -> tuple[Checkpoint, list[str]]:
-    """The first adapter with the exact mean of all updates, at a rank that is the sum of theirs, and notes.
+def mean_of_adapters(opened: Sequence[Checkpoint], shares: Sequence[float]) -> Stepped:
+    """The first adapter with the exact mean of all updates, at a rank that is the sum of theirs.
 
     Whole tensors besides the updates are averaged as those of a model.
 
@@ -89,7 +90,8 @@ def mean_of_adapters(opened: Sequence[Checkpoint], shares: Sequence[float]) -> t
         f"the updates are averaged, not their factors: the rank is {told['r']}, the sum of the adapters', and alpha "
         f"{told['lora_alpha']}"
     )
-    return replace(first, tensors=tensors, model_prefix="", config=config, adapter=settings), notes
+    mean = replace(first, tensors=tensors, model_prefix="", config=config, adapter=settings)
+    return Stepped(mean, notes=tuple(notes))
 
 
 def _targets(opened: Sequence[Checkpoint]) -> str | list[str] | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
 from anyckpt.models import Model
 from anyckpt.models.adapters import Placed, merged_by_name
-from anyckpt.tensor import LazyTensor
+from anyckpt.operations.steps.casts import ChangedType
+from anyckpt.operations.steps.pipeline import Stepped
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 _SHOWN = 5
@@ -32,11 +32,10 @@ def merged_in_place(
     found: Placed,
     *,
     scale: float,
-    cast: Callable[[str, LazyTensor], DType],
+    cast: ChangedType,
     model: Model | None,
-    widen: bool,
-) -> tuple[Checkpoint, list[str]]:
-    """The base with changed tensors under its own names, and what a user should know of it.
+) -> Stepped:
+    """The base with changed tensors under its own names.
 
     Args:
         base: the model.
@@ -45,23 +44,22 @@ def merged_in_place(
         scale: every update is multiplied by it.
         cast: element type that a changed tensor gets.
         model: what the base is, None if its family is not known.
-        widen: weights are cast.
 
     Raises:
         MappingError: a weight is of a type that nothing can be added to.
     """
     tensors = merged_by_name(base.weights(), found, scale=scale, cast=cast)
-    notes = []
+    notes: list[str] = []
     if model is not None:
         try:
-            models.to_hub(base, model, widen=widen)
+            models.to_hub(base, model, widen=cast.target is not None)
         except MappingError as error:
             notes.append(f"the base is no whole model of family {model.family}, and is merged by its names: {error}")
     prefix = base.model_prefix
     result = replace(base, tensors={**base.tensors, **{prefix + name: tensor for name, tensor in tensors.items()}})
     if found.vocabulary is not None:
         result = _with_vocabulary(result, adapter, *found.vocabulary, notes)
-    return result, notes
+    return Stepped(result, notes=tuple(notes))
 
 
 def _with_vocabulary(base: Checkpoint, adapter: Checkpoint, before: int, after: int, notes: list[str]) -> Checkpoint:

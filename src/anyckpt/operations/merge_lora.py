@@ -18,16 +18,17 @@ from anyckpt.models import Model
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name, read_adapter
 from anyckpt.models.adapters.by_name import block_of
 from anyckpt.models.dialects import spellings
-from anyckpt.operations.convert import Conversion, convert
+from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.merge_in_place import is_tied, merged_in_place
+from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
-from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_target
+from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType
 from anyckpt.operations.steps.choosing import choose
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
-from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.pipeline import Pipeline, Stepped
 from anyckpt.operations.steps.renaming import identify, state_of
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
@@ -36,6 +37,7 @@ _SHOWN = 5
 _TIED = "the adapter changes the embedding, which is the output layer, too: both are changed, as peft's merge does"
 
 
+@documented
 def merge_lora(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -81,19 +83,6 @@ def merge_lora(
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights; a quantized base needs one.
         include: glob or globs of the adapter's tensors; others are left out.
         exclude: glob or globs of the adapter's tensors to leave out.
-        layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
-        force: read sources that are marked as unfinished, too.
-        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
-        keep_in_fp32: globs of weights that a cast leaves alone.
-        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
-        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
-        overwrite: replace an existing checkpoint at the end.
-        resume: continue what an interrupted run of the same work left.
-        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
-        workers: threads.
-        memory: bytes for blocks in flight, or a text such as ``512MB``.
-        dry_run: plan, and write nothing.
-        progress: called with (bytes done, bytes in all) from any thread.
 
     Raises:
         FormatError: a source is damaged.
@@ -109,66 +98,48 @@ def merge_lora(
     origins = [os.fspath(base), os.fspath(adapter)]
     check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = registry.read(base, force=force)
-    wanted = cast_target(dtype)
-    rules = None if layout is None else layout.rules
-    full = in_full_precision(join_ranks(stored, rules=rules, family=family), wanted, read_config(config))
-    whole = full.checkpoint
-    found = join_ranks(registry.read(adapter, force=force), rules=rules)
-    found, left_out = choose(found, as_patterns(include), as_patterns(exclude))
+    options = ConvertOptions(
+        to=stored.format if to is None else to, family=family, config=read_config(config), tokenizer=tokenizer,
+        dtype=dtype, keep_in_fp32=keep_in_fp32, max_shard_size=max_shard_size, sharded=sharded, layout=layout,
+        keep_layout=to is None and bool(stored.ranks), overwrite=overwrite, resume=resume, share=share, workers=workers,
+        memory=memory, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+    steps, rules, given = Pipeline(), options.request.rules, options.plain_config
+    whole = steps.take(
+        in_full_precision(join_ranks(stored, rules=rules, family=family), options.cast_to, options.given)
+    )
+    found = steps.take(choose(join_ranks(registry.read(adapter, force=force), rules=rules), include, exclude))
     settings = opened_adapter(found, AdapterRequest(alpha=alpha))
     _check_roles(whole, found, settings)
     assert settings is not None
     check_kind(found, settings)
-    model, unfit = _model(whole, family, full.config)
-    tied = is_tied(whole.config if full.config is None else full.config, model)
-    cast = ChangedType(wanted, keep_in_fp32)
+    model, unfit = _model(whole, family, given)
+    tied = is_tied(whole.config if given is None else given, model)
+    cast = ChangedType(options.cast_to, keep_in_fp32)
     by_name, missing = place_by_name(found, settings, whole.weights(), tied=tied)
     try:
         if by_name is not None:
             updates = by_name.adapter
-            result, notes = merged_in_place(
-                whole, found, by_name, scale=scale, cast=cast, model=model, widen=wanted is not None
-            )  # fmt: skip
+            changed = merged_in_place(whole, found, by_name, scale=scale, cast=cast, model=model)
         else:
             if model is None:
                 raise unfit or _unknown(whole, missing)
-            updates, notes = read_adapter(found, settings, Layers(model)), []
-            result = _merged(whole, model, updates, scale, cast)
+            updates = read_adapter(found, settings, Layers(model))
+            changed = _merged(whole, model, updates, scale, cast)
     except AnyckptError as error:
         error.path = error.path or found.path
         raise
-    if tied and _changes_embedding(updates, whole):
-        notes.insert(0, _TIED)
-    summary = [_summary(found, settings, updates, scale), *notes, *_idle(found, settings, updates), *full.notes]
+    notes = (
+        _summary(found, settings, updates, scale), *([_TIED] if tied and _changes_embedding(updates, whole) else []),
+        *changed.notes, *_idle(found, settings, updates), *steps.notes, *whole.warnings, *found.warnings,
+    )  # fmt: skip
     ready = replace(
-        result,
+        changed.checkpoint,
         optimizer=None,
-        ignored={**result.ignored, **full.ignored, **left_out},
-        warnings=[*dict.fromkeys((*summary, *whole.warnings, *found.warnings))],
+        ignored={**changed.checkpoint.ignored, **changed.ignored, **steps.ignored},
+        warnings=[*dict.fromkeys(notes)],
     )
-    return convert(
-        ready,
-        destination,
-        to=stored.format if to is None else to,
-        family=family,
-        config=full.config,
-        dtype=dtype,
-        layout=layout,
-        keep_layout=to is None and bool(stored.ranks),
-        progress=progress,
-        sources=origins,
-        made_of=[whole],
-        tokenizer=tokenizer,
-        keep_in_fp32=keep_in_fp32,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        overwrite=overwrite,
-        resume=resume,
-        share=share,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-    )
+    return converted(ready, destination, options.for_numbers(), sources=origins, made_of=[whole])
 
 
 def _check_roles(base: Checkpoint, adapter: Checkpoint, settings: AdapterSettings | None) -> None:
@@ -208,18 +179,19 @@ def _unknown(base: Checkpoint, missing: list[str]) -> UsageError:
     )  # fmt: skip
 
 
-def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast: ChangedType) -> Checkpoint:
+def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast: ChangedType) -> Stepped:
     """The base with changed weights, under its own names."""
     stored = models.to_hub(base, model, widen=cast.target is not None)
     hub = merged(stored, updates, scale=scale, cast=cast)
     dialect = base.dialect or spellings.detect(base.weights())
     assert dialect is not None  # to_hub has found it
     out = models.from_hub(hub, dialect, in_place=True)
-    return replace(
+    changed = replace(
         base,
         tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={},
-        config=restated(base.config, stored.restated), ignored={**base.ignored, **state_of(base), **out.ignored},
+        config=restated(base.config, stored.restated),
     )  # fmt: skip
+    return Stepped(changed, {**state_of(base), **out.ignored})
 
 
 def _changes_embedding(updates: Adapter, base: Checkpoint) -> bool:

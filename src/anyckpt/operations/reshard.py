@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.formats import registry
-from anyckpt.operations.convert import Conversion, convert
+from anyckpt.operations.convert import Conversion, converted
+from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.storage.place import look_at
 
 
+@documented
 def reshard(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -48,26 +50,6 @@ def reshard(
         destination: what to write; it appears only when it is whole.
         layout: the sizes wanted; what it does not say stays as the source's files have it.
         optimizer: ``keep`` to carry training state through the same rules, or ``drop``.
-        family: the model family, where the checkpoint does not tell.
-        config: the model's configuration, where the checkpoint has none.
-        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
-        names: how to name weights where the target takes any names, as for ``convert``.
-        adapter_form: of adapters: ``canonical`` or ``fused``, as for ``convert``.
-        alpha: of an adapter: updates are multiplied by it over their rank; what the adapter says if None.
-        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
-        keep_in_fp32: globs of weights that a cast leaves alone.
-        include: glob or globs of weight names; others are left out.
-        exclude: glob or globs of weight names to leave out.
-        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
-        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
-        force: read a source that is marked as unfinished, too.
-        overwrite: replace an existing checkpoint at the end.
-        resume: continue what an interrupted run of the same work left.
-        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
-        workers: threads.
-        memory: bytes for blocks in flight, or a text such as ``512MB``.
-        dry_run: plan, and write nothing.
-        progress: called with (bytes done, bytes in all) from any thread.
 
     Raises:
         FormatError: the source is damaged.
@@ -75,32 +57,11 @@ def reshard(
         OutputError: the destination exists or cannot be written.
         UsageError: the layout is impossible for the model or the format.
     """
-    found = registry.detect(look_at(source))
-    return convert(
-        source,
-        destination,
-        to=found.name,
-        layout=layout,
-        keep_layout=True,
-        optimizer=optimizer,
-        family=family,
-        config=config,
-        tokenizer=tokenizer,
-        names=names,
-        adapter_form=adapter_form,
-        alpha=alpha,
-        dtype=dtype,
-        keep_in_fp32=keep_in_fp32,
-        include=include,
-        exclude=exclude,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        force=force,
-        overwrite=overwrite,
-        resume=resume,
-        share=share,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
+    options = ConvertOptions(
+        to=registry.detect(look_at(source)).name, layout=layout, keep_layout=True, optimizer=optimizer, family=family,
+        config=config, tokenizer=tokenizer, names=names, adapter_form=adapter_form, alpha=alpha, dtype=dtype,
+        keep_in_fp32=keep_in_fp32, include=include, exclude=exclude, max_shard_size=max_shard_size, sharded=sharded,
+        force=force, overwrite=overwrite, resume=resume, share=share, workers=workers, memory=memory, dry_run=dry_run,
         progress=progress,
-    )
+    )  # fmt: skip
+    return converted(source, destination, options)

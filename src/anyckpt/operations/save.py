@@ -12,7 +12,8 @@ from anyckpt.containers.torch_file.contents import TorchContents
 from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.errors import UsageError
 from anyckpt.formats.torch import torch_checkpoint
-from anyckpt.operations.convert import Conversion, convert
+from anyckpt.operations.convert import Conversion, converted
+from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.live import Live
@@ -22,6 +23,7 @@ from anyckpt.tensor import LazyTensor
 _WHERE = "tensors in memory"
 
 
+@documented
 def save(
     tensors: Mapping[str, Any],
     destination: str | os.PathLike[str],
@@ -59,22 +61,10 @@ def save(
         destination: what to write; it appears only when it is whole.
         to: name of the target format, such as ``safetensors`` or ``hf``.
         config: the model's configuration, as a file, the folder of a model that has it, or a dictionary.
-        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
         family: the model family, where the configuration does not tell.
-        names: how to name weights where the target takes any names, as for ``convert``.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights while they are written.
-        keep_in_fp32: globs of weights that a cast leaves alone.
         include: glob or globs of weight names; others are left out.
-        exclude: glob or globs of weight names to leave out.
-        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
-        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
         optimizer: ``keep`` or ``drop`` what is no weight; kept if None, as far as the target can hold it.
-        layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
-        overwrite: replace an existing checkpoint at the end.
-        workers: threads.
-        memory: bytes for blocks in flight, or a text such as ``512MB``.
-        dry_run: plan, and write nothing.
-        progress: called with (bytes done, bytes in all) from any thread.
 
     Raises:
         FormatError: a file that a lazy tensor refers to is damaged.
@@ -92,29 +82,12 @@ def save(
         bare = len(checkpoint.weights()) == len(checkpoint.tensors) and not checkpoint.objects
         optimizer = "drop" if bare and checkpoint.optimizer is None else "keep"
     files = None if checkpoint is tensors else _files(checkpoint)
-    return convert(
-        checkpoint,
-        destination,
-        to=to,
-        family=family,
-        config=config,
-        tokenizer=tokenizer,
-        names=names,
-        dtype=dtype,
-        keep_in_fp32=keep_in_fp32,
-        include=include,
-        exclude=exclude,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        optimizer=optimizer,
-        layout=layout,
-        overwrite=overwrite,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-        progress=progress,
-        sources=files,
-    )
+    options = ConvertOptions(
+        to=to, family=family, config=config, tokenizer=tokenizer, names=names, dtype=dtype, keep_in_fp32=keep_in_fp32,
+        include=include, exclude=exclude, max_shard_size=max_shard_size, sharded=sharded, optimizer=optimizer,
+        layout=layout, overwrite=overwrite, workers=workers, memory=memory, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+    return converted(checkpoint, destination, options, sources=files)
 
 
 def _in_memory(tensors: Mapping[str, Any]) -> Checkpoint:

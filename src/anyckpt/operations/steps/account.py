@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.engine.plan import Plan
+from anyckpt.engine.plan import Plan, SourceData
 from anyckpt.errors import UsageError
+from anyckpt.operations.steps.extra_states import is_kept
+from anyckpt.operations.steps.file_sizes import above_limit
+from anyckpt.operations.steps.pipeline import Pipeline
 from anyckpt.tensor import LazyTensor, Stored
 
 _LOST = "nothing of it is in the output"
 _SHOWN = 3
+
+
+def accounted(
+    plan: Plan, source: Checkpoint, steps: Pipeline, made_of: Sequence[Checkpoint], max_shard_size: int | None
+) -> Plan:
+    """A plan that says of everything what became of it.
+
+    Args:
+        plan: as the target's format has laid it out.
+        source: what got other names, of which everything is written or told.
+        steps: what the steps have told.
+        made_of: every checkpoint that the output is made of, opened as a whole.
+        max_shard_size: bytes of a file that were asked for, or None.
+    """
+    ignored = {**source.ignored, **steps.ignored, **_unused_files(source, plan), **plan.ignored}
+    notes = (*source.warnings, *steps.notes, *plan.notes)
+    plan = replace(plan, ignored=ignored, casts=dict(steps.casts), notes=notes)
+    ignored |= steps.without_moved(unaccounted(made_of, plan))
+    plan = replace(plan, ignored=ignored)
+    more = (*forms_not_kept(made_of, plan), *([] if max_shard_size is None else above_limit(plan, max_shard_size)))
+    if source.extra_states is not None:
+        ignored = {name: reason for name, reason in ignored.items() if not is_kept(name)}
+    return replace(plan, ignored=ignored, notes=(*plan.notes, *more))
+
+
+def _unused_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
+    """Artifacts and tokenizer files that no part of the plan copies."""
+    files = {**checkpoint.artifacts, **(checkpoint.tokenizer.files if checkpoint.tokenizer is not None else {})}
+    used = {id(part.source) for file in plan.files for part in file.parts if isinstance(part, SourceData)}
+    return {name: f"a {plan.format} checkpoint has no place for it" for name, s in files.items() if id(s) not in used}
 
 
 def unaccounted(sources: Iterable[Checkpoint], plan: Plan) -> dict[str, str]:
@@ -122,6 +156,12 @@ def forms_not_kept(sources: Iterable[Checkpoint], plan: Plan) -> tuple[str, ...]
 
 def _more(names: Collection[str]) -> str:
     return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+
+
+def names_alone(checkpoint: Checkpoint, plan: Plan) -> bool:
+    """Whether there are weights without elements, of which a container may hold the name and no bytes."""
+    weights = checkpoint.weights()
+    return any(not weights[name].nbytes for name in weights.keys() - plan.ignored.keys())
 
 
 def nothing_to_write(checkpoint: Checkpoint) -> UsageError:

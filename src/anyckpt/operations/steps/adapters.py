@@ -10,7 +10,7 @@ from typing import Any
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.registry import Format
 from anyckpt.models import Model
 from anyckpt.models.adapters import (
     KINDS,
@@ -29,7 +29,7 @@ from anyckpt.models.adapters import (
 from anyckpt.models.adapters.megatron import is_canonical, modules, to_megatron
 from anyckpt.models.adapters.peft_writer import plain, to_peft
 from anyckpt.models.dialects import spellings
-from anyckpt.operations.steps.renaming import Renamed
+from anyckpt.operations.steps.renaming import Naming, Renamed, unmoved
 from anyckpt.tensor import LazyTensor
 
 FORMS = ("canonical", "fused")
@@ -125,33 +125,22 @@ def base_model(
 
 
 def rename_adapter(
-    checkpoint: Checkpoint,
-    settings: AdapterSettings,
-    target: Format,
-    options: WriteOptions,
-    request: AdapterRequest,
-    *,
-    family: str | None,
-    config: Mapping[str, Any] | None,
-    dtype: str | None,
+    checkpoint: Checkpoint, settings: AdapterSettings, naming: Naming, request: AdapterRequest
 ) -> Renamed:
     """An adapter under the names that a target gives it, in the form asked for, with the base's configuration.
 
     Args:
         checkpoint: the adapter.
         settings: its own.
-        target: the format to write.
-        options: what the user asked of it.
+        naming: the format to write, and what the user says of the base model.
         request: what the user says of the adapter.
-        family: of the base model, where the adapter does not tell.
-        config: of the base model, where the adapter has none.
-        dtype: what the tensors will be cast to, for the configuration to say so, or None.
 
     Raises:
         MappingError: tensors are missing, of no rule, or of another base model.
         UsageError: the target has no adapters, or cannot have these.
     """
-    dialect = target.dialect(options)
+    target = naming.target
+    dialect = target.dialect(naming.options)
     if target.adapters is None:
         if dialect is not None:
             check_kind(checkpoint, settings)
@@ -162,13 +151,13 @@ def rename_adapter(
         if request != AdapterRequest():
             check_kind(checkpoint, settings)
         if checkpoint.adapter is None:
-            return Renamed(checkpoint)
-        return Renamed(checkpoint, notes=(_settings_lost(settings, target.name),))
+            return unmoved(checkpoint)
+        return unmoved(checkpoint, notes=(_settings_lost(settings, target.name),))
     same = checkpoint.format == target.name and checkpoint.dialect == dialect
     if same and request == AdapterRequest():
-        return Renamed(replace(checkpoint, adapter=settings))
+        return unmoved(replace(checkpoint, adapter=settings))
     check_kind(checkpoint, settings)
-    model, described = base_model(checkpoint, family, config)
+    model, described = base_model(checkpoint, naming.family, naming.config)
     layers = None if model is None else Layers(model)
     adapter = read_adapter(checkpoint, settings, layers)
     if adapter.rows:
@@ -190,10 +179,10 @@ def rename_adapter(
     else:
         named = spellings.from_hub_names(tensors, dialect)
     renamed = replace(
-        _configured(described, model, target.config_kind, dtype, notes),
+        _configured(described, model, target.config_kind, naming.dtype, notes),
         tensors=named, model_prefix="", state_prefixes=(), objects={}, dialect=dialect, adapter=told, optimizer=None,
     )  # fmt: skip
-    return Renamed(renamed, notes=tuple(notes))
+    return unmoved(renamed, notes=tuple(notes))
 
 
 def _settings_lost(settings: AdapterSettings, target: str) -> str:
@@ -309,7 +298,7 @@ def _to_peft(
         tensors=written.tensors, model_prefix="", state_prefixes=(), objects={}, dialect="peft", optimizer=None,
         config=config, config_kind=None, tokenizer=checkpoint.tokenizer, adapter=settings,
     )  # fmt: skip
-    return Renamed(renamed, notes=tuple(notes))
+    return unmoved(renamed, notes=tuple(notes))
 
 
 def _configured(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.operations.steps.globs import matching
+from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.tensor import LazyTensor
 
 TARGETS = ("bfloat16", "float16", "float32")
@@ -111,3 +113,13 @@ def cast_weights(tensors: dict[str, LazyTensor], to: str | None, keep: Sequence[
     if eight_bit:
         notes.append(f"{eight_bit} tensors of 8-bit floats are quantized values and are not cast")
     return Cast(result, dict(casts), tuple(notes))
+
+
+def cast_checkpoint(checkpoint: Checkpoint, to: str | None, keep: Sequence[str] = KEEP_IN_FP32) -> Stepped:
+    """The checkpoint with its weights cast as ``cast_weights`` does."""
+    if to is None:
+        return Stepped(checkpoint)
+    cast = cast_weights(checkpoint.weights(), to, keep)
+    weights = {checkpoint.model_prefix + name: tensor for name, tensor in cast.tensors.items()}
+    changed = replace(checkpoint, tensors={**checkpoint.tensors, **weights})
+    return Stepped(changed, notes=cast.notes, casts=cast.casts)

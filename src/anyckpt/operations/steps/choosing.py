@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import IncompleteError, UsageError
-from anyckpt.identity import Identity
-from anyckpt.indexing import Array, Shape
 from anyckpt.models.complete import some
-from anyckpt.operations.steps.globs import matching
-from anyckpt.operations.steps.renaming import Renamed
-from anyckpt.tensor import LazyTensor, Stored, View, from_array
+from anyckpt.operations.steps.globs import as_patterns, matching
+from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.operations.steps.renaming import Naming, Renamed, rename_for
+from anyckpt.tensor import LazyTensor
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -24,9 +21,13 @@ _UNWANTED = "not asked for by --include and --exclude"
 
 
 def choose(
-    checkpoint: Checkpoint, include: tuple[str, ...], exclude: tuple[str, ...], *, keep_state: bool = False
-) -> tuple[Checkpoint, dict[str, str]]:
-    """The checkpoint with the tensors that the user wants as its weights, and those that are left out.
+    checkpoint: Checkpoint,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    *,
+    keep_state: bool = False,
+) -> Stepped:
+    """The checkpoint with the tensors that the user wants as its weights; those that are left out are ignored.
 
     Globs match a weight's stored name, or that without the prefix that all weights share.  One that matches no weight
     matches the stored names of what is beside them: averaged copies, slots of an optimizer.  Where such are chosen,
@@ -34,15 +35,16 @@ def choose(
 
     Args:
         checkpoint: whole.
-        include: globs; all weights if none.
-        exclude: globs of what is left out of these.
+        include: glob or globs; all weights if none.
+        exclude: glob or globs of what is left out of these.
         keep_state: the training state goes along with the weights.
 
     Raises:
         UsageError: a glob to include matches nothing, nothing is left, or state is chosen and to be kept as state.
     """
+    include, exclude = as_patterns(include), as_patterns(exclude)
     if not include and not exclude:
-        return checkpoint, {}
+        return Stepped(checkpoint)
     prefix = checkpoint.model_prefix
     weights = [prefix + name for name in checkpoint.weights()]
     own = set(weights)
@@ -68,7 +70,7 @@ def choose(
     beside = [name for name in others if name in chosen]
     if not beside:
         left_out = {name: _UNWANTED for name in weights if name not in chosen}
-        return replace(checkpoint, tensors=_without(checkpoint.tensors, left_out)), left_out
+        return Stepped(replace(checkpoint, tensors=_without(checkpoint.tensors, left_out)), left_out)
     if keep_state:
         raise UsageError(
             "--include chooses training state to be written as weights, which then has no state of its own",
@@ -78,10 +80,11 @@ def choose(
     holder = _holder(checkpoint, chosen)
     told = f"--include chooses {len(beside)} tensors that are stored beside the weights, such as {beside[0]}"
     state = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
-    return replace(
+    chosen_ones = replace(
         checkpoint, tensors=_without(checkpoint.tensors, left_out), model_prefix=holder, state_prefixes=(),
         dialect=None, optimizer=None, training=state, warnings=[*checkpoint.warnings, told],
-    ), left_out  # fmt: skip
+    )  # fmt: skip
+    return Stepped(chosen_ones, left_out)
 
 
 def _without(tensors: Mapping[str, LazyTensor], names: Mapping[str, str]) -> dict[str, LazyTensor]:
@@ -99,19 +102,17 @@ def _holder(checkpoint: Checkpoint, names: set[str]) -> str:
     return prefix if all(name.startswith(prefix) for name in names) else ""
 
 
-def renumbered(
-    checkpoint: Checkpoint, apart: Iterable[str], config: Mapping[str, Any] | None
-) -> tuple[Checkpoint, list[str]]:
+def renumbered(checkpoint: Checkpoint, unwanted: Iterable[str], config: Mapping[str, Any] | None) -> Stepped:
     """The checkpoint with its layers numbered anew where whole ones were left out and a configuration counts the rest.
 
     Args:
         checkpoint: with the chosen weights.
-        apart: names of the weights that are not wanted.
+        unwanted: names of the weights that are not wanted.
         config: the one that is given with the choice; without one nothing is numbered anew.
     """
     layers = {config[key] for key in _LAYER_COUNTS if type(config.get(key)) is int} if config else set()
     places = {name: match for name in checkpoint.weights() if (match := _LAYER.match(name))}
-    gone = {(match[1], int(match[2])) for name in apart if (match := _LAYER.match(name))}
+    gone = {(match[1], int(match[2])) for name in unwanted if (match := _LAYER.match(name))}
     stacks: dict[str, set[int]] = {}
     for match in places.values():
         stacks.setdefault(match[1], set()).add(int(match[2]))
@@ -124,7 +125,7 @@ def renumbered(
         and not any((stack, number) in gone for number in numbers)
     }
     if not order:
-        return checkpoint, []
+        return Stepped(checkpoint)
     prefix = checkpoint.model_prefix
     called = {
         prefix + name: f"{prefix}{match[1]}.{order[match[1]][int(match[2])]}.{name[match.end() :]}"
@@ -137,15 +138,11 @@ def renumbered(
         f"has {len(numbers)}"
         for stack, numbers in order.items()
     ]
-    return replace(checkpoint, tensors=tensors), notes
+    return Stepped(replace(checkpoint, tensors=tensors), notes=tuple(notes))
 
 
 def renamed_choice(
-    error: IncompleteError,
-    checkpoint: Checkpoint,
-    apart: Mapping[str, LazyTensor],
-    rename: Callable[[Checkpoint], Renamed],
-    needs_whole: str | None,
+    error: IncompleteError, checkpoint: Checkpoint, unwanted: Mapping[str, LazyTensor], naming: Naming
 ) -> Renamed:
     """The chosen weights of a model under other names, though they alone are no whole model.
 
@@ -154,69 +151,39 @@ def renamed_choice(
     Args:
         error: what was said of the chosen weights alone.
         checkpoint: with the chosen weights, and no state.
-        apart: the weights that are not wanted, by stored name.
-        rename: what gives a whole model's weights other names.
-        needs_whole: name of the target's format if it holds whole models only.
+        unwanted: the other weights, by stored name.
+        naming: the names that are asked for.
 
     Raises:
         IncompleteError: the model is incomplete as it is stored, too.
         UsageError: the target needs a whole model, or a tensor would be made of wanted and unwanted ones.
     """
-    marked: dict[str, LazyTensor] = {name: _Apart(tensor) for name, tensor in apart.items()}
     try:
         try:
-            renamed = rename(replace(checkpoint, tensors={**checkpoint.tensors, **marked}))
+            whole = rename_for(replace(checkpoint, tensors={**checkpoint.tensors, **unwanted}), naming)
         except IncompleteError as other:
-            known = {name: tensor for name, tensor in marked.items() if name not in other.unknown}
-            renamed = rename(replace(checkpoint, tensors={**checkpoint.tensors, **known}))
+            known = {name: tensor for name, tensor in unwanted.items() if name not in other.unknown}
+            whole = rename_for(replace(checkpoint, tensors={**checkpoint.tensors, **known}), naming)
     except IncompleteError:
         raise error from None
-    if needs_whole is not None:
+    if naming.target.dialect(naming.options) is not None:
         raise UsageError(
-            f"{needs_whole} holds whole models, and --include and --exclude leave parts of this one out: "
+            f"{naming.target.name} holds whole models, and --include and --exclude leave parts of this one out: "
             f"{error.problem}", path=checkpoint.path,
             remedy="choose these too, give the configuration of a model without them with --config, or write what is "
             "chosen to safetensors, torch or dcp",
         )  # fmt: skip
-    kept = {name: tensor for name, tensor in renamed.checkpoint.tensors.items() if _is_wanted(name, tensor, checkpoint)}
-    note = (
-        f"a part of the model, as --include and --exclude say: {len(kept)} of {len(renamed.checkpoint.tensors)} tensors"
-    )
-    return replace(renamed, checkpoint=replace(renamed.checkpoint, tensors=kept), notes=(*renamed.notes, note))
-
-
-def _is_wanted(name: str, tensor: LazyTensor, checkpoint: Checkpoint) -> bool:
-    marks = {piece.source is _MARK.source for piece in tensor.pieces()}
-    if len(marks) > 1:
-        raise UsageError(
-            "is made of tensors of which --include and --exclude leave some out", path=checkpoint.path, tensor=name,
-            remedy="choose all of them or none",
-        )  # fmt: skip
-    return marks == {False}
-
-
-class _Apart(View):
-    """A tensor that is not wanted: whatever is made of it says so by its pieces."""
-
-    __slots__ = ()
-
-    def identity(self) -> Identity:
-        return (self.child,)
-
-    def read_box(self, start: Shape, out: Array) -> None:
-        self.child.read_box(start, out)
-
-    def pieces(self) -> Iterator[Stored]:
-        yield _MARK
-
-    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
-        return _Apart(self.child.box(start, shape))
-
-    def _reshape(self, shape: Shape) -> LazyTensor:
-        return _Apart(self.child.reshape(shape))
-
-    def _permute(self, axes: Shape) -> LazyTensor:
-        return _Apart(self.child.permute(axes))
-
-
-_MARK = from_array(np.zeros(1, np.uint8))
+    kept: dict[str, LazyTensor] = {}
+    for name, tensor in whole.checkpoint.tensors.items():
+        sources = whole.renaming.sources[name]
+        wanted = sources - unwanted.keys()
+        if wanted and len(wanted) < len(sources):
+            raise UsageError(
+                "is made of tensors of which --include and --exclude leave some out", path=checkpoint.path, tensor=name,
+                remedy="choose all of them or none",
+            )  # fmt: skip
+        if wanted:
+            kept[name] = tensor
+    count = f"{len(kept)} of {len(whole.checkpoint.tensors)} tensors"
+    note = f"a part of the model, as --include and --exclude say: {count}"
+    return replace(whole, checkpoint=replace(whole.checkpoint, tensors=kept), notes=(*whole.notes, note))

@@ -9,6 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankShard
 from anyckpt.config.hub_names import EMBEDDING
+from anyckpt.engine.plan import Plan
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.layout import Geometry, Parallelism, cut, parse_layout
@@ -17,6 +18,7 @@ from anyckpt.layout.from_run import args_from_parallelism, expert_spelling_from_
 from anyckpt.models import partitions
 from anyckpt.operations.steps.extra_states import with_states
 from anyckpt.operations.steps.joining import geometry_of, parallelism_of, run_words
+from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.renaming import Vocabulary
 from anyckpt.tensor import LazyTensor
 
@@ -154,6 +156,51 @@ class LayoutRequest:
         return replace(checkpoint, config={**checkpoint.config, "transformer_impl": self.transformer_impl})
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What is to be written.
+
+    Attributes:
+        target: the format.
+        options: what its writer is told.
+        cut: for which ranks the files are cut, None where tensors are whole.
+        notes: what a user should know of it.
+    """
+
+    target: Format
+    options: WriteOptions
+    cut: Parallelism | None
+    notes: tuple[str, ...]
+
+    def plan(self, ready: Checkpoint) -> Plan:
+        """The files of a checkpoint that is named and cut for the target."""
+        assert self.target.plan is not None  # ConvertOptions has looked
+        return self.target.plan(ready, self.options)
+
+
+def aim_at(stored: Checkpoint, target: Format, options: WriteOptions, request: LayoutRequest, keep: bool) -> Aim:
+    """What is to be written of a checkpoint.
+
+    Args:
+        stored: the source, as it is stored.
+        target: the format to write.
+        options: what the user asks of the writer.
+        request: the layout that the user asks for.
+        keep: whether what it does not say is as the source's files have it.
+
+    Raises:
+        UsageError: a layout, kind of layers or state is asked for that the target's files cannot have.
+    """
+    spread = replace(options, sharded=True)
+    if keep and stored.dialect == target.dialect(spread) != target.dialect(options):
+        options = spread
+    present = present_layout(stored) if keep else Parallelism()
+    cut_for, notes = wanted_layout(request, present, target, options)
+    if cut_for is not None or target.divides:
+        options = replace(options, layout=sizes_of(request.over(present) if cut_for is None else cut_for))
+    return Aim(target, options, cut_for, notes)
+
+
 def wanted_layout(
     request: LayoutRequest, present: Parallelism, target: Format, options: WriteOptions
 ) -> tuple[Parallelism | None, tuple[str, ...]]:
@@ -275,16 +322,18 @@ def cut_for_ranks(
     )
 
 
-def padding_notes(whole: Checkpoint, cut_checkpoint: Checkpoint, padding: Padding) -> tuple[str, ...]:
-    """What became of the vocabulary's padding rows when a model was cut; nothing if there are none.
+def cut_as_asked(whole: Checkpoint, aim: Aim, request: LayoutRequest, family: str | None) -> Stepped:
+    """The checkpoint cut for the target's ranks; as it is where tensors stay whole."""
+    if aim.cut is None:
+        return Stepped(whole)
+    done = cut_for_ranks(whole, aim.cut, rules=request.rules, family=family, padding=request.padding)
+    return Stepped(done, notes=_padding_notes(whole, done, request.padding))
 
-    Args:
-        whole: the model.
-        cut_checkpoint: what ``cut_for_ranks`` made of it.
-        padding: what filled new rows.
-    """
+
+def _padding_notes(whole: Checkpoint, done: Checkpoint, padding: Padding) -> tuple[str, ...]:
+    """What became of the vocabulary's padding rows when a model was cut; nothing if there are none."""
     embedding, true = whole.tensors.get(EMBEDDING), whole.config.get("vocab_size")
-    rows = _embedding_rows(cut_checkpoint.ranks)
+    rows = _embedding_rows(done.ranks)
     if embedding is None or not rows:
         return ()
     stored = embedding.shape[0]

@@ -15,6 +15,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, RankShard
 from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.experts import Spelling
+from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.optimizer.state import tag, tagged
 
 STATE = "_extra_state"
@@ -29,15 +30,16 @@ _RULES = {
 }
 
 
-def choose_states(checkpoint: Checkpoint, *, keep: bool) -> tuple[Checkpoint, tuple[str, ...]]:
-    """The checkpoint with or without states, as the user asks, and what to say of it."""
+def choose_states(checkpoint: Checkpoint, *, keep: bool) -> Stepped:
+    """The checkpoint with or without states, as the user asks."""
     if not keep:
-        return replace(checkpoint, extra_states=None), ()
+        return Stepped(replace(checkpoint, extra_states=None))
     if checkpoint.extra_states is None or not checkpoint.extra_states():
-        return replace(checkpoint, extra_states=None), ("there is no extra state in the source to keep",)
+        return Stepped(replace(checkpoint, extra_states=None), notes=("there is no extra state in the source to keep",))
     if checkpoint.layout.tensor_parallel == 1:
-        return checkpoint, ()
-    return checkpoint, ("of the tensor-parallel ranks' extra states that of rank 0 is kept, as Megatron-Core does",)
+        return Stepped(checkpoint)
+    note = "of the tensor-parallel ranks' extra states that of rank 0 is kept, as Megatron-Core does"
+    return Stepped(checkpoint, notes=(note,))
 
 
 def is_kept(name: str) -> bool:

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt import quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
 from anyckpt.operations.steps.casts import TARGETS
+from anyckpt.operations.steps.pipeline import Stepped
 
 _KEY = "quantization_config"
 _OVERFLOW = "float16 ends at 65,504: larger values become infinite, which anyckpt verify --deep finds"
 
 
-@dataclass(frozen=True)
-class FullPrecision:
-    """A checkpoint whose weights are numbers.
-
-    Attributes:
-        checkpoint: dequantized, or as it was.
-        config: the configuration that the user gave, without what it says of quantization.
-        casts: "float8_e4m3fn -> bfloat16" -> number of weights.
-        ignored: stored names that are left out -> reason.
-        notes: what a user should know.
-    """
-
-    checkpoint: Checkpoint
-    config: dict[str, Any] | None = None
-    casts: Mapping[str, int] = field(default_factory=dict)
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def in_full_precision(checkpoint: Checkpoint, to: str | None, config: dict[str, Any] | None = None) -> FullPrecision:
-    """The checkpoint with quantized weights as numbers of type ``to``, and a configuration that says so.
+def in_full_precision(checkpoint: Checkpoint, to: str | None, config: Mapping[str, Any] | None = None) -> Stepped:
+    """The checkpoint with quantized weights as numbers of type ``to``, and its configuration saying so.
 
     Without a type nothing changes: quantized files are copied as they are where that is possible.
 
@@ -51,7 +33,7 @@ def in_full_precision(checkpoint: Checkpoint, to: str | None, config: dict[str, 
     stated = None if config is None else config.get(_KEY)
     facts = stated if isinstance(stated, Mapping) else checkpoint.quantization
     if to is None or facts is None:
-        return FullPrecision(checkpoint, config)
+        return Stepped(checkpoint)
     prefix, weights = checkpoint.model_prefix, checkpoint.weights()
     done = quantization.dequantize(weights, facts, to, checkpoint.path)
     others = {name: t for name, t in checkpoint.tensors.items() if name.removeprefix(prefix) not in weights}
@@ -61,12 +43,18 @@ def in_full_precision(checkpoint: Checkpoint, to: str | None, config: dict[str, 
         config={key: value for key, value in checkpoint.config.items() if key != _KEY},
         quantization=None,
     )
-    given = None if config is None else {key: value for key, value in config.items() if key != _KEY}
     count = sum(done.casts.values())
     notes = [f"{count} weights were quantized ({quantization.method_of(facts)}) and are written as {to}"]
     if to == "float16":
         notes.append(_OVERFLOW)
-    return FullPrecision(plain, given, done.casts, done.ignored, tuple(notes))
+    return Stepped(plain, done.ignored, tuple(notes), done.casts)
+
+
+def config_in_full_precision(config: dict[str, Any] | None, to: str | None) -> dict[str, Any] | None:
+    """A configuration that the user gave, without what it says of quantization where weights become numbers."""
+    if config is None or to is None or not isinstance(config.get(_KEY), Mapping):
+        return config
+    return {key: value for key, value in config.items() if key != _KEY}
 
 
 def seen_in_full_precision(checkpoint: Checkpoint, like: Checkpoint | None = None) -> Checkpoint:

@@ -18,6 +18,7 @@ from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.choosing import choose
 from anyckpt.operations.steps.configurations import compare_configurations
 from anyckpt.operations.steps.mean import Tensors, check_shares, is_averaged, means
+from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.renaming import Vocabulary
 
 _SHOWN = 5
@@ -44,7 +45,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Aligned:
     """Sources under common names.
 
     Attributes:
@@ -61,8 +62,8 @@ class Meeting:
     dialect: str | None = None
     notes: tuple[str, ...] = field(default=())
 
-    def mean(self, shares: Sequence[float]) -> tuple[Checkpoint, list[str]]:
-        """The first source with the mean of all in place of its weights, and notes.
+    def mean(self, shares: Sequence[float]) -> Stepped:
+        """The first source with the mean of all in place of its weights.
 
         Whatever of any source is not in it is in its ``ignored``, with the reason.
 
@@ -90,7 +91,7 @@ class Meeting:
             ignored |= {name: _STATE for name in source.tensors if name not in stored}
         ignored = {name: reason for name, reason in ignored.items() if name not in kept}
         out = replace(first, tensors=kept, model_prefix=prefix, state_prefixes=(), config=config, ignored=ignored)
-        return replace(out, optimizer=None), notes
+        return Stepped(replace(out, optimizer=None), notes=(*self.notes, *notes))
 
     def averaged(self) -> list[Checkpoint]:
         """The sources with what the mean is computed of; all other tensors are the same in all of them."""
@@ -131,7 +132,7 @@ class Meeting:
         return replace(hub, spelling=holders[0].with_parts(averaged)), notes
 
 
-def meet(opened: Sequence[Checkpoint], choice: Choice) -> Meeting:
+def align(opened: Sequence[Checkpoint], choice: Choice) -> Aligned:
     """The sources' tensors under common names: their own if these are the same, else the hub's.
 
     Raises:
@@ -155,16 +156,16 @@ def meet(opened: Sequence[Checkpoint], choice: Choice) -> Meeting:
                 sources[0] = replace(first, config=with_vocabulary(first.config, choice.vocab_size))
         for hub, checkpoint in zip(hubs[1:], sources[1:], strict=True):
             check_same(hubs[0].tensors, hub.tensors, first.path, checkpoint.path)
-        return Meeting(sources, [hub.tensors for hub in hubs], hubs, known[0], tuple(notes))
+        return Aligned(sources, [hub.tensors for hub in hubs], hubs, known[0], tuple(notes))
     if not alike and all(map(spellings.is_megatron, known)) and len(set(known)) > 1:
         named = [spellings.to_hub_names(weights)[0] for weights in own]
         for tensors, checkpoint in zip(named[1:], sources[1:], strict=True):
             check_same(named[0], tensors, first.path, checkpoint.path)
         note = "the model family is unknown: weights meet under Megatron's names"
-        return Meeting(sources, named, (), known[0], (note,))
+        return Aligned(sources, named, (), known[0], (note,))
     for weights, checkpoint in zip(own[1:], sources[1:], strict=True):
         check_same(own[0], weights, first.path, checkpoint.path)
-    return Meeting(sources, own, notes=tuple(_unlike(sources, found)))
+    return Aligned(sources, own, notes=tuple(_unlike(sources, found)))
 
 
 def check_same(a: Tensors, b: Tensors, first: str, second: str) -> None:
@@ -195,8 +196,8 @@ def chosen(checkpoint: Checkpoint, first: Checkpoint, choice: Choice) -> Checkpo
     """The weights that the user wants; globs are of the first source's names, and other names are left alone."""
     if checkpoint is not first and checkpoint.weights().keys() != first.weights().keys():
         return checkpoint
-    kept, left_out = choose(checkpoint, choice.include, choice.exclude)
-    return replace(kept, ignored={**kept.ignored, **left_out})
+    kept = choose(checkpoint, choice.include, choice.exclude)
+    return replace(kept.checkpoint, ignored={**kept.checkpoint.ignored, **kept.ignored})
 
 
 def _same_shapes(a: Tensors, b: Tensors) -> bool:

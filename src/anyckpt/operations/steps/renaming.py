@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 from anyckpt import models, quantization
@@ -14,13 +14,15 @@ from anyckpt.config.model import PART_OF
 from anyckpt.config.nemo import restated
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
-from anyckpt.models import Hub, Model
+from anyckpt.models import Hub, Model, Named
 from anyckpt.models.bare_names import Bare
 from anyckpt.models.dialects import spellings as dialects
 from anyckpt.models.heads import complete_trunk
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
 from anyckpt.models.language.parameter_order import REGISTERED, registered_order
+from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.operations.steps.recorded_renaming import Renaming, Tensors
 from anyckpt.operations.steps.unknown_family import unknown_family
 from anyckpt.tensor import LazyTensor
 
@@ -69,41 +71,10 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Renamed:
-    """A checkpoint under a target's names.
+class Naming:
+    """The names that weights are to get, and what the user says of the model.
 
     Attributes:
-        checkpoint: with the target's names and configuration.
-        ignored: stored names that it leaves out -> reason.
-        notes: what a user should know.
-        computed: some weights are not the stored numbers, so that an optimizer's moments do not go with them.
-    """
-
-    checkpoint: Checkpoint
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    computed: bool = False
-
-
-def rename_for(
-    checkpoint: Checkpoint,
-    target: Format,
-    options: WriteOptions,
-    *,
-    family: str | None = None,
-    config: dict[str, Any] | None = None,
-    dtype: str | None = None,
-    names: str | None = None,
-    vocabulary: Vocabulary | None = None,
-) -> Renamed:
-    """The weights under the names that ``target`` gives them, and the configuration in its spelling.
-
-    Where the target takes any names and none are asked for, or names weights as the source does, nothing changes.
-    Else the model family's rules lead through the hub; where the family is unknown, two Megatron dialects still
-    translate by name.
-
-    Args:
-        checkpoint: the source.
         target: the format to write.
         options: what the user asked of it.
         family: the model family, where the checkpoint does not tell.
@@ -111,96 +82,239 @@ def rename_for(
         dtype: what the weights will be cast to, for the configuration to say so, or None.
         names: dialect that the user asks for, where the target takes any names.
         vocabulary: what the user says of it.
+    """
+
+    target: Format
+    options: WriteOptions = field(default_factory=WriteOptions)
+    family: str | None = None
+    config: dict[str, Any] | None = None
+    dtype: str | None = None
+    names: str | None = None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+    @property
+    def dialect(self) -> str | None:
+        """The naming that is written, None for whatever there is.
+
+        Raises:
+            UsageError: the target has names of its own.
+        """
+        own = self.target.dialect(self.options)
+        if self.names is not None and own not in (None, self.names):
+            raise UsageError(
+                f"{self.target.name} has names of its own", expected=f"{own} names", found=self.names,
+                remedy="leave --names out",
+            )  # fmt: skip
+        return own if self.names is None else self.names
+
+    @property
+    def trims(self) -> bool:
+        """Whether the vocabulary gets the size that the user says, as Hugging Face's names and chosen ones have it."""
+        return self.vocabulary.size is not None and (self.dialect in (None, "hf") or self.names is not None)
+
+    def described(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with the configuration that holds for it.
+
+        Raises:
+            UsageError: there is none that a framework can load.
+        """
+        if self.config is not None:
+            return replace(checkpoint, config=self.config, config_kind=models.config_kind(self.config))
+        if self.target.config_kind is not None and not self.target.unknown_names:
+            _check_described(checkpoint, self.target)
+        return checkpoint
+
+
+@dataclass(frozen=True)
+class Renamed(Stepped):
+    """A checkpoint under a target's names.
+
+    Attributes:
+        renaming: what was done to the weights.
+    """
+
+    renaming: Renaming = field(kw_only=True)
+
+
+def rename_for(checkpoint: Checkpoint, naming: Naming) -> Renamed:
+    """The weights under the names that a target gives them, and the configuration in its spelling.
+
+    Where the target takes any names and none are asked for, or names weights as the source does, nothing changes.
+    Else the model family's rules lead through the hub; where the family is unknown, two Megatron dialects still
+    translate by name.
 
     Raises:
         MappingError: names, shapes or configuration do not fit the family, or the model is incomplete.
         UsageError: no rule leads from the source's names to the target's, or the target has names of its own.
     """
-    wanted = target.dialect(options)
-    if names is not None:
-        if wanted not in (None, names):
-            raise UsageError(
-                f"{target.name} has names of its own", expected=f"{wanted} names", found=names,
-                remedy="leave --names out",
-            )  # fmt: skip
-        wanted = names
-    vocabulary = vocabulary or Vocabulary()
-    trimmed = vocabulary.size is not None and (wanted is None or wanted == "hf" or names is not None)
-    if wanted is None and not trimmed:
-        return Renamed(_with_dtype(checkpoint, dtype))
-    told = family is not None or config is not None or trimmed
-    if config is not None:
-        checkpoint = replace(checkpoint, config=config, config_kind=models.config_kind(config))
-    elif target.config_kind is not None and not target.unknown_names:
-        _check_described(checkpoint, target)
-    known = checkpoint.dialect or dialects.detect(checkpoint.weights())
-    if wanted is None:
-        wanted = known or "hf"
-    fits = target.config_kind is None or checkpoint.config_kind is None or _is_spelled(checkpoint, target.config_kind)
-    own = checkpoint.format == target.name or (target.unknown_names and bool(checkpoint.config))
-    alike = fits and (known == wanted or (known is None and own))
-    bare = models.bare_names(checkpoint) if alike and wanted == "hf" else None
-    again = partial(
-        rename_for, target=target, options=options, family=family, config=config, dtype=dtype, names=names,
-        vocabulary=vocabulary,
-    )  # fmt: skip
-    if bare is not None and bare.wrappers:
-        return _unwrapped(checkpoint, bare, again)
-    as_stored = alike and not told and not (wanted == "hf" and bare is None)
-    model = None if as_stored else identify(checkpoint, family=family, config=config)
-    if model is not None:
-        try:
-            renamed = _through_hub(
-                checkpoint, model, wanted, target.config_kind, dtype,
-                padded=options.layout is None, vocabulary=vocabulary,
-            )  # fmt: skip
-        except MappingError:
-            if wanted != "hf" or known not in (None, "hf") or trimmed or not fits:
-                raise
-            other = _of_another_class(checkpoint, model, again)
-            if other is None:
-                raise
-            return replace(other, checkpoint=_with_dtype(other.checkpoint, dtype))
-        if names == "hf":
-            renamed = _in_registered_order(renamed, model)
-        if names == "hf" and model.config.share_embeddings_and_output_weights:
-            head, embedding = head_and_embedding(model)
-            left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
-            renamed = replace(renamed, notes=(*renamed.notes, left_out))
-        return renamed
-    if trimmed:
-        raise UsageError(
-            "which rows are those of the vocabulary is not known without the model's family", path=checkpoint.path,
-            found=f"--vocab-size {vocabulary.size}", remedy="name it with --family and --config, or leave it out",
-        )  # fmt: skip
-    if alike and wanted == "hub" and checkpoint.dialect is None:
-        # detected by its names, which may spell norms, experts and halves as the hub does not
-        named, ignored = dialects.to_hub_names(checkpoint.weights())
-        if list(named) != list(checkpoint.weights()):
-            respelled = _with_dtype(_with_weights(checkpoint, named, wanted), dtype)
-            return Renamed(respelled, {**state_of(checkpoint), **ignored})
-    if alike:
-        kept = "" if bare is None or config is None else bare.leading
-        note = (
-            f"all names begin with {kept}, which is kept, for the model family is unknown: transformers finds these "
-            "weights only if its class calls them so"
-        )
-        return Renamed(_with_dtype(replace(checkpoint, dialect=known), dtype), notes=(note,) if kept else ())
-    if dialects.is_megatron(known) and dialects.is_megatron(wanted):
-        return _by_dialect(checkpoint, known, wanted, fits, dtype)
-    raise unknown_family(checkpoint, target.name, wanted, known)
+    if naming.dialect is None and not naming.trims:
+        return unmoved(_with_dtype(checkpoint, naming.dtype))
+    case = _Case(naming.described(checkpoint), naming)
+    for way in (_without_wrappers, _by_family, _respelled, _alike, _by_dialect):
+        renamed = way(case)
+        if renamed is not None:
+            return renamed
+    raise unknown_family(case.checkpoint, naming.target.name, case.wanted, case.known)
 
 
-def _unwrapped(checkpoint: Checkpoint, bare: Bare, again: Callable[[Checkpoint], Renamed]) -> Renamed:
+@dataclass(frozen=True)
+class _Case:
+    """A checkpoint and the naming that it is to get, with what decides the way.
+
+    Attributes:
+        checkpoint: with the configuration that holds.
+        naming: what is asked for.
+    """
+
+    checkpoint: Checkpoint
+    naming: Naming
+
+    @cached_property
+    def known(self) -> str | None:
+        """The naming that the weights have."""
+        return self.checkpoint.dialect or dialects.detect(self.checkpoint.weights())
+
+    @cached_property
+    def wanted(self) -> str:
+        """The naming that they get."""
+        return self.naming.dialect or self.known or "hf"
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the configuration is spelled as the target has it, if it has any."""
+        kind = self.naming.target.config_kind
+        return kind is None or self.checkpoint.config_kind is None or _is_spelled(self.checkpoint, kind)
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether names and configuration are as the target has them."""
+        target = self.naming.target
+        own = self.checkpoint.format == target.name or (target.unknown_names and bool(self.checkpoint.config))
+        return self.fits and (self.known == self.wanted or (self.known is None and own))
+
+    @cached_property
+    def bare(self) -> Bare | None:
+        """The weights without what is wrapped around them; None where only the family's rules tell."""
+        return models.bare_names(self.checkpoint) if self.alike and self.wanted == "hf" else None
+
+
+def unmoved(checkpoint: Checkpoint, ignored: Mapping[str, str] | None = None, notes: Iterable[str] = ()) -> Renamed:
+    """A checkpoint of which no state but its weights' can be, or whose weights are as they were."""
+    return _renamed(checkpoint, checkpoint.weights(), dict, ignored or {}, notes)
+
+
+def _renamed(
+    checkpoint: Checkpoint,
+    weights: Tensors,
+    rename: Callable[[Tensors], Tensors],
+    ignored: Mapping[str, str],
+    notes: Iterable[str] = (),
+    *,
+    whole: bool = False,
+) -> Renamed:
+    return Renamed(checkpoint, ignored, tuple(notes), renaming=Renaming(rename, weights, whole=whole))
+
+
+def _without_wrappers(case: _Case) -> Renamed | None:
     """The model that was wrapped, renamed; what is left out of it is told under the names that it is stored by."""
-    plain = again(_with_weights(checkpoint, bare.tensors, "hf"))
+    if case.bare is None or not case.bare.wrappers:
+        return None
+    return _unwrapped(case.checkpoint, case.bare, case.naming)
+
+
+def _unwrapped(checkpoint: Checkpoint, bare: Bare, naming: Naming) -> Renamed:
+    plain = rename_for(_with_weights(checkpoint, bare.tensors, "hf"), naming)
     left_out = {bare.stored.get(name, name): reason for name, reason in plain.ignored.items()}
     around = " and ".join(bare.wrappers)
     note = f"{around} is taken off the names: it is of what was wrapped around the model"
-    return replace(plain, ignored={**state_of(checkpoint), **left_out}, notes=(note, *plain.notes))
+    stored = {name: bare.stored.get(name, name) for name in bare.tensors}
+    return replace(
+        plain,
+        ignored={**state_of(checkpoint), **left_out},
+        notes=(note, *plain.notes),
+        renaming=plain.renaming.after(stored, checkpoint.weights()),
+    )
 
 
-def _of_another_class(checkpoint: Checkpoint, model: Model, again: Callable[[Checkpoint], Renamed]) -> Renamed | None:
+def _by_family(case: _Case) -> Renamed | None:
+    """Through the hub, by the rules of the model's family; None if that is unknown or nothing needs to be done."""
+    checkpoint, naming, wanted = case.checkpoint, case.naming, case.wanted
+    told = naming.family is not None or naming.config is not None or naming.trims
+    if case.alike and not told and not (wanted == "hf" and case.bare is None):
+        return None
+    model = identify(checkpoint, family=naming.family, config=naming.config)
+    if model is None and naming.trims:
+        raise UsageError(
+            "which rows are those of the vocabulary is not known without the model's family", path=checkpoint.path,
+            found=f"--vocab-size {naming.vocabulary.size}",
+            remedy="name it with --family and --config, or leave it out",
+        )  # fmt: skip
+    if model is None:
+        return None
+    try:
+        renamed = _through_hub(checkpoint, model, naming, wanted)
+    except MappingError:
+        if wanted != "hf" or case.known not in (None, "hf") or naming.trims or not case.fits:
+            raise
+        other = _of_another_class(checkpoint, model, naming)
+        if other is None:
+            raise
+        return replace(other, checkpoint=_with_dtype(other.checkpoint, naming.dtype))
+    if naming.names == "hf" and model.config.share_embeddings_and_output_weights:
+        head, embedding = head_and_embedding(model)
+        left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
+        renamed = replace(renamed, notes=(*renamed.notes, left_out))
+    return renamed
+
+
+def _respelled(case: _Case) -> Renamed | None:
+    """Names found to be the hub's, which may spell norms, experts and halves as the hub does not."""
+    weights = case.checkpoint.weights()
+    if not case.alike or case.wanted != "hub" or case.checkpoint.dialect is not None:
+        return None
+    named, ignored = dialects.to_hub_names(weights)
+    if list(named) == list(weights):
+        return None
+    respelled = _with_dtype(_with_weights(case.checkpoint, named, case.wanted), case.naming.dtype)
+    left_out = {**state_of(case.checkpoint), **ignored}
+    return _renamed(respelled, weights, lambda tensors: dialects.to_hub_names(tensors)[0], left_out)
+
+
+def _alike(case: _Case) -> Renamed | None:
+    """As it is, for its names are those of the target."""
+    if not case.alike:
+        return None
+    kept = "" if case.bare is None or case.naming.config is None else case.bare.leading
+    note = (
+        f"all names begin with {kept}, which is kept, for the model family is unknown: transformers finds these "
+        "weights only if its class calls them so"
+    )
+    as_it_is = _with_dtype(replace(case.checkpoint, dialect=case.known), case.naming.dtype)
+    return unmoved(as_it_is, notes=(note,) if kept else ())
+
+
+def _by_dialect(case: _Case) -> Renamed | None:
+    """From one of Megatron's namings to another, without the family."""
+    checkpoint, known, wanted = case.checkpoint, case.known, case.wanted
+    if not (dialects.is_megatron(known) and dialects.is_megatron(wanted)):
+        return None
+    source: str = known
+    weights = checkpoint.weights()
+    renamed, ignored = dialects.rename(weights, source, wanted)
+    notes = ["the model family is unknown: names are translated, and completeness is not checked"]
+    named = _with_weights(checkpoint, renamed, wanted)
+    if not case.fits:
+        notes.append(
+            f"the configuration is left out: only that of a known family is translated from {checkpoint.config_kind}"
+        )
+        named = replace(named, config={}, config_kind=None)
+    return _renamed(
+        _with_dtype(named, case.naming.dtype), weights, lambda tensors: dialects.rename(tensors, source, wanted)[0],
+        {**state_of(checkpoint), **ignored}, notes,
+    )  # fmt: skip
+
+
+def _of_another_class(checkpoint: Checkpoint, model: Model, naming: Naming) -> Renamed | None:
     """A Hugging Face model with another head than its family's rules know, or none, under the names that it has.
 
     Raises:
@@ -214,8 +328,8 @@ def _of_another_class(checkpoint: Checkpoint, model: Model, again: Callable[[Che
     if trunk is None:
         return None
     if bare.wrappers:
-        return _unwrapped(checkpoint, bare, again)
-    return Renamed(named, state_of(checkpoint), tuple(trunk.notes))
+        return _unwrapped(checkpoint, bare, naming)
+    return unmoved(named, state_of(checkpoint), tuple(trunk.notes))
 
 
 def _check_described(checkpoint: Checkpoint, target: Format) -> None:
@@ -229,46 +343,27 @@ def _check_described(checkpoint: Checkpoint, target: Format) -> None:
         )  # fmt: skip
 
 
-def _in_registered_order(renamed: Renamed, model: Model) -> Renamed:
-    """The weights as a state dict of transformers has them, and the word that they are, where the order is known."""
-    checkpoint = renamed.checkpoint
-    order = registered_order(checkpoint.tensors, model.definition.hugging_face.registered)
-    if order is None:
-        return renamed
-    tensors = {name: checkpoint.tensors[name] for name in order}
-    return replace(
-        renamed, checkpoint=replace(checkpoint, tensors=tensors, details={**checkpoint.details, REGISTERED: True})
-    )
+def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: str) -> Renamed:
+    vocabulary, dtype, config_kind = naming.vocabulary, naming.dtype, naming.target.config_kind
+    weights = checkpoint.weights()
 
+    def hub_of(tensors: Tensors) -> Hub:
+        held = replace(checkpoint, tensors=tensors, model_prefix="", state_prefixes=())
+        return vocabulary.of(models.to_hub(held, model, widen=dtype is not None))
 
-def _by_dialect(checkpoint: Checkpoint, known: str, wanted: str, fits: bool, dtype: str | None) -> Renamed:
-    renamed, ignored = dialects.rename(checkpoint.weights(), known, wanted)
-    notes = ["the model family is unknown: names are translated, and completeness is not checked"]
-    named = _with_weights(checkpoint, renamed, wanted)
-    if not fits:
-        notes.append(
-            f"the configuration is left out: only that of a known family is translated from {checkpoint.config_kind}"
-        )
-        named = replace(named, config={}, config_kind=None)
-    return Renamed(_with_dtype(named, dtype), {**state_of(checkpoint), **ignored}, tuple(notes))
-
-
-def _through_hub(
-    checkpoint: Checkpoint,
-    model: Model,
-    wanted: str,
-    config_kind: str | None,
-    dtype: str | None,
-    *,
-    padded: bool,
-    vocabulary: Vocabulary,
-) -> Renamed:
-    hub = vocabulary.of(models.to_hub(checkpoint, model, widen=dtype is not None))
-    if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(checkpoint.weights()) == "hf":
-        _check_vocabulary(checkpoint, hub)
+    hub = hub_of(weights)
     whole = hub.spelling is not None and bool(hub.spelling.parts)
-    out = models.from_hub(hub, wanted, padded=padded, padding=vocabulary.padding, in_place=whole)
-    renamed = _with_weights(checkpoint, out.tensors, wanted)
+
+    def named_from(hub: Hub) -> Named:
+        padded = naming.options.layout is None
+        return models.from_hub(hub, wanted, padded=padded, padding=vocabulary.padding, in_place=whole)
+
+    if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(weights) == "hf":
+        _check_vocabulary(checkpoint, hub)
+    out = named_from(hub)
+    order = registered_order(out.tensors, model.definition.hugging_face.registered) if naming.names == "hf" else None
+    tensors = out.tensors if order is None else {name: out.tensors[name] for name in order}
+    renamed = _with_weights(checkpoint, tensors, wanted)
     spelled = config_kind is not None and _is_spelled(checkpoint, config_kind)
     if spelled and (whole or PART_OF not in hub.model.config.extra):
         config = restated(checkpoint.config, hub.restated)
@@ -279,7 +374,15 @@ def _through_hub(
         described = hub.model if dtype is None else hub.model.with_dtype(dtype)
         config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
-    return Renamed(renamed, {**state_of(checkpoint), **out.ignored}, tuple(out.notes), bool(hub.restated))
+    if order is not None:
+        renamed = replace(renamed, details={**renamed.details, REGISTERED: True})
+
+    def rename(tensors: Tensors) -> Tensors:
+        made = named_from(hub_of(tensors)).tensors
+        return {name: made[name] for name in renamed.tensors}
+
+    ignored = {**state_of(checkpoint), **out.ignored}
+    return _renamed(renamed, weights, rename, ignored, out.notes, whole=True)
 
 
 def _is_spelled(checkpoint: Checkpoint, kind: str) -> bool:

@@ -16,6 +16,10 @@ from anyckpt.models.adapters.peft_writer import plain
 from anyckpt.models.adapters.rows import PREFIX
 from anyckpt.models.adapters.settings import scale_of, with_alpha
 from anyckpt.models.adapters.wrapped import Wrapped, is_wrapped, taken_apart
+from anyckpt.operations.steps.adapters import AdapterRequest
+from anyckpt.operations.steps.casts import ChangedType
+from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.operations.steps.renaming import Naming
 from anyckpt.tensor import LazyTensor
 
 _UNTRAINED = "the untrained copy of a module that the adapter has trained as a whole"
@@ -47,10 +51,37 @@ def facts_inside(checkpoint: Checkpoint) -> dict[str, Any] | None:
     }
 
 
-def merged_inside(
-    checkpoint: Checkpoint, alpha: float | None, cast: Callable[[str, LazyTensor], DType]
-) -> tuple[Checkpoint, dict[str, str], list[str]]:
-    """The model with its adapter in the weights, under the model's own names; what is left out; and what to tell.
+def without_adapter(
+    checkpoint: Checkpoint, naming: Naming, request: AdapterRequest, cast: ChangedType, *, keep_state: bool
+) -> Stepped:
+    """The model with its adapter merged, or the adapter alone, as the target needs it; else both as they are.
+
+    Args:
+        checkpoint: a model of which ``holds_adapter`` is true.
+        naming: what is to be written.
+        request: what the user says of the adapter.
+        cast: element type that a changed weight gets.
+        keep_state: the training state is to go along.
+
+    Raises:
+        MappingError: a factor is missing, or does not fit.
+        UsageError: the alpha is needed and not said, or there is state, which is that of the adapter's factors.
+    """
+    if keep_state:
+        raise UsageError(
+            "the optimizer's state is that of an adapter's factors", path=checkpoint.path,
+            remedy="leave the state out with --optimizer drop",
+        )  # fmt: skip
+    if naming.target.adapters == naming.target.name:
+        return adapter_inside(checkpoint, request.alpha)
+    if request.alpha is not None or naming.dialect is not None:
+        return merged_inside(checkpoint, request.alpha, cast)
+    note = f"a LoRA adapter is in it beside the weights, and stays so: {HOW_TO_MERGE}"
+    return Stepped(checkpoint, notes=(note,))
+
+
+def merged_inside(checkpoint: Checkpoint, alpha: float | None, cast: Callable[[str, LazyTensor], DType]) -> Stepped:
+    """The model with its adapter in the weights, under the model's own names.
 
     Args:
         checkpoint: a model of which ``holds_adapter`` is true.
@@ -67,7 +98,8 @@ def merged_inside(
         checkpoint, tensors=apart.base, model_prefix="", state_prefixes=(), objects={}, dialect=None, optimizer=None
     )  # fmt: skip
     if not apart.adapter:
-        return bare, left_out, ["the names are those of a model that peft has wrapped: base_layer is taken out of them"]
+        note = "the names are those of a model that peft has wrapped: base_layer is taken out of them"
+        return Stepped(bare, left_out, (note,))
     try:
         found = _placed(apart, apart.stored(), with_alpha(AdapterSettings(), alpha))
         tensors = merged_by_name(apart.base, found, scale=1.0, cast=cast)
@@ -79,7 +111,7 @@ def merged_inside(
         f"the adapter in it is merged: {len(found.adapter.updates)} updates of rank {', '.join(map(str, ranks))}, "
         f"alpha {alpha:g} over the rank"
     )
-    return replace(bare, tensors=tensors), left_out, [note]
+    return Stepped(replace(bare, tensors=tensors), left_out, (note,))
 
 
 def _placed(apart: Wrapped, stored: StoredAdapter, settings: AdapterSettings) -> Placed:
@@ -99,8 +131,8 @@ def _placed(apart: Wrapped, stored: StoredAdapter, settings: AdapterSettings) ->
     return placed(stored, apart.adapter, apart.base, settings, scale, find)
 
 
-def adapter_inside(checkpoint: Checkpoint, alpha: float | None) -> tuple[Checkpoint, dict[str, str]]:
-    """The adapter alone, as peft would have saved it, and the stored names of the model's tensors.
+def adapter_inside(checkpoint: Checkpoint, alpha: float | None) -> Stepped:
+    """The adapter alone, as peft would have saved it; the model's tensors are ignored.
 
     Args:
         checkpoint: a model of which ``holds_adapter`` is true.
@@ -141,7 +173,8 @@ def adapter_inside(checkpoint: Checkpoint, alpha: float | None) -> tuple[Checkpo
         config=config, config_kind=None, adapter=settings, optimizer=None, artifacts={},
     )  # fmt: skip
     stored_names = (name for own, name in apart.names.items() if own not in apart.trained)
-    return alone, {checkpoint.model_prefix + name: _IN_THE_ADAPTER for name in (*stored_names, *apart.left_out)}
+    left_out = (checkpoint.model_prefix + name for name in (*stored_names, *apart.left_out))
+    return Stepped(alone, dict.fromkeys(left_out, _IN_THE_ADAPTER))
 
 
 def _saved_name(name: str) -> str:

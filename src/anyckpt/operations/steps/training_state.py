@@ -1,20 +1,21 @@
-"""Carrying an optimizer's state along while its weights are renamed and cut."""
+"""A checkpoint's training state: left out, or carried along while its weights are renamed and cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.registry import Format
 from anyckpt.formats.shared.random_states import random_states
+from anyckpt.operations.steps.cutting import Aim, LayoutRequest
+from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.operations.steps.recorded_renaming import Renaming
 from anyckpt.optimizer import has_another_form, holds_optimizer, laid_out, renamed, with_masters, with_optimizer
-from anyckpt.optimizer.parameters import buffers
-from anyckpt.optimizer.state import DROP, tag, tagged
-from anyckpt.tensor import LazyTensor
+from anyckpt.optimizer.state import DROP, Rename
 
 _KEPT_OBJECTS = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
 """Objects that Megatron's formats read again, whatever the weights are called."""
@@ -27,24 +28,93 @@ _LEFT = {
     "loops": "where Lightning's loops stood",
     "callbacks": "the state of Lightning's callbacks",
 }
+_STATE = "state besides the weights; --optimizer keep carries it where the target can hold it"
 _RANDOM = "random states, which belong to the ranks of the source's layout"
 
 
-@dataclass(frozen=True)
-class Carried:
-    """What became of a source's training state.
+def without_state(checkpoint: Checkpoint, left_out: Iterable[str], to: str) -> Stepped:
+    """The weights alone under their own names.
 
-    Attributes:
-        checkpoint: the target with it.
-        moved: stored names of the source that it has in another form, or that say nothing.
-        ignored: stored names that it has not -> reason.
-        notes: what a user should know.
+    A weight of several parts (sparse, quantized) is an object besides its tensors, and stays, and so does what is
+    attached to weights where the format stays the same.
+
+    Args:
+        checkpoint: as opened, with the chosen weights.
+        left_out: stored names of the other ones.
+        to: name of the target's format.
     """
+    again = to == checkpoint.format
+    weights, prefix = checkpoint.weights(), checkpoint.model_prefix
+    wholes = _holders(weights)
+    attached = _attached(checkpoint, left_out) if again else []
+    wholes |= {name[len(prefix) :] for name in attached if name.startswith(prefix)}
+    held = [name for name in checkpoint.objects if name.startswith(prefix) and name[len(prefix) :] in wholes]
+    composite = {name[len(prefix) :]: checkpoint.objects[name] for name in held}
+    stored = {prefix + name for name in (*weights, *composite)}
+    dropped = {name: _STATE for name in (*checkpoint.tensors, *checkpoint.objects) if name not in stored}
+    if checkpoint.optimizer is not None:
+        dropped.setdefault("optimizer", _STATE)
+    training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
+    bare = replace(
+        checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects=composite, training=training,
+        optimizer=None,
+    )  # fmt: skip
+    written_back = checkpoint.written_back if again else frozenset()
+    return Stepped(bare, {name: reason for name, reason in dropped.items() if name not in written_back})
 
-    checkpoint: Checkpoint
-    moved: frozenset[str] = frozenset()
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+
+def _attached(checkpoint: Checkpoint, left_out: Iterable[str]) -> list[str]:
+    """What is attached to weights but to those alone that are left out: in the innermost thing that holds any."""
+    kept, gone = _holders(checkpoint.tensors), _holders(left_out)
+
+    def stays(name: str) -> bool:
+        parents = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        holder = next((parent for parent in reversed(parents) if parent in kept or parent in gone), None)
+        return holder is None or holder in kept
+
+    return [name for name in checkpoint.attached if stays(name)]
+
+
+def _holders(names: Iterable[str]) -> set[str]:
+    """Every beginning of the names that ends before a dot."""
+    return {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+
+
+def with_state(
+    source: Checkpoint, ready: Checkpoint, renaming: Renaming, aim: Aim, request: LayoutRequest, unwanted: int
+) -> Stepped:
+    """The target with the source's training state: as it is stored where that can stay, else by parameter.
+
+    Args:
+        source: as opened, with all its state.
+        ready: weights under the target's names.
+        renaming: what was done to the weights.
+        aim: what is to be written.
+        request: the layout that the user asks for.
+        unwanted: how many of the weights are left out.
+
+    Raises:
+        MappingError: it cannot be proved which parameter a state is of; the numbers are told.
+        UsageError: there is state that nothing here understands, or the format has no place for it, or weights are
+            computed and no state is that of the result.
+    """
+    trained = source.optimizer is not None or source.training.has_optimizer
+    if trained and renaming.computes:
+        raise UsageError(
+            "weights are computed on the way, and the optimizer's moments do not go with them", path=source.path,
+            remedy="leave the state out with --optimizer drop",
+        )  # fmt: skip
+    if moves_state(source, ready, aim.target, aim.cut is not None):
+        if aim.cut is None and request.expert_parallel is not None:
+            ready = replace(ready, layout=replace(ready.layout, expert_parallel=request.expert_parallel))
+        return carry_optimizer(source, ready, aim.target, renaming)
+    if not unwanted or not source.training.has_optimizer:
+        return Stepped(ready)
+    note = (
+        f"{unwanted} weights are left out, and the optimizer's state is kept as it is, of all weights: it fits only a "
+        "model that has the others too"
+    )
+    return Stepped(ready, notes=(note,))
 
 
 def moves_state(source: Checkpoint, target: Checkpoint, to: Format, cut: bool) -> bool:
@@ -73,15 +143,15 @@ def carry_optimizer(
     source: Checkpoint,
     target: Checkpoint,
     to: Format,
-    rename: Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]],
-) -> Carried:
+    renaming: Rename,
+) -> Stepped:
     """The target with the source's training state in the form that its format keeps.
 
     Args:
         source: as opened, with all its state.
         target: weights under the target's names.
         to: the target's format.
-        rename: what was done to the weights.
+        renaming: what was done to the weights.
 
     Raises:
         MappingError: it cannot be proved which parameter a state is of; the numbers are told.
@@ -102,7 +172,7 @@ def carry_optimizer(
                 path=source.path,
                 remedy=DROP,
             )
-        return Carried(target, frozenset(kept.values()))
+        return Stepped(target, moved=frozenset(kept.values()))
     if to.optimizer is None or to.optimizer.write is None:
         able = [name for name, known in registry.formats().items() if known.optimizer and known.optimizer.write]
         raise UsageError(
@@ -110,7 +180,7 @@ def carry_optimizer(
             remedy=DROP,
         )  # fmt: skip
     weights = source.weights()
-    state = renamed(with_masters(found.optimizer(), weights), _with_buffers(rename, weights))
+    state = renamed(with_masters(found.optimizer(), weights), renaming)
     step = source.training.step if source.training.step is not None else state.step
     training = replace(source.training, step=step, has_rng=bool(random))
     bare = replace(target, tensors=target.weights(), model_prefix="", state_prefixes=())
@@ -123,27 +193,9 @@ def carry_optimizer(
     ignored = {name: f"{_LEFT[_tail(name)]}: {to.name} has another, or none" for name in left if _tail(name) in _LEFT}
     ignored.update((name, _RANDOM) for name in left if "rng_state" in name)
     notes = tuple(warning for warning in ready.warnings if warning not in target.warnings)
-    return Carried(ready, moved, ignored, (*state.warnings, *notes))
+    return Stepped(ready, ignored, (*state.warnings, *notes), moved=moved)
 
 
 def _tail(name: str) -> str:
     """The name of what a rank's file holds, without the rank."""
     return name.rpartition("/")[2]
-
-
-def _with_buffers(
-    rename: Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]], weights: Mapping[str, LazyTensor]
-) -> Callable[[dict[str, LazyTensor]], Mapping[str, LazyTensor]]:
-    """A renaming of a whole model, for its parameters alone: buffers have no state; they go along and are left out."""
-    without_state = buffers(weights)
-    if not without_state:
-        return rename
-
-    def apply(tensors: dict[str, LazyTensor]) -> Mapping[str, LazyTensor]:
-        lacking = {name: tensor for name, tensor in without_state.items() if name not in tensors}
-        whole = rename({**tensors, **lacking})
-        marks = {name: tag(tensor.shape, 0) for name, tensor in tensors.items()}
-        marked = rename({**marks, **{name: tag(tensor.shape, 1) for name, tensor in lacking.items()}})
-        return {name: tensor for name, tensor in whole.items() if not marked[name].size or not tagged(marked[name])}
-
-    return apply

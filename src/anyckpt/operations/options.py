@@ -1,0 +1,168 @@
+"""What a user may ask of whatever writes a checkpoint, each option said once: by its name, its type and its meaning."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from anyckpt.engine.destination import Share
+from anyckpt.engine.execute import DEFAULT_MEMORY
+from anyckpt.errors import UsageError
+from anyckpt.formats import registry
+from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
+from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.full_precision import config_in_full_precision
+from anyckpt.operations.steps.threads import Progress
+from anyckpt.operations.steps.user_files import read_config
+from anyckpt.operations.steps.writing import parse_share
+from anyckpt.units import parse_bytes
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """What a user asks of a conversion.
+
+    Attributes:
+        to: name of the target format, such as ``hf`` or ``nemo``.
+        family: the model family, where the checkpoint does not tell.
+        config: the model's configuration (Hugging Face, NeMo or Megatron), as a file, the folder of a model that has
+            it, or a dictionary, where the checkpoint has none; of an adapter, its base model's.
+        tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
+        names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
+        adapter_form: of an adapter: ``canonical``, an update per Hugging Face module, or ``fused``, one per fused
+            weight of Megatron, at a higher rank; as the source has it if None.
+        alpha: of an adapter: updates are multiplied by it over their rank; what the adapter says if None.
+        dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
+        keep_in_fp32: globs of weights that a cast leaves alone.
+        include: glob or globs of the source's weight names; others are left out.  A glob that matches no weight chooses
+            what is stored beside them, such as an averaged copy, to be written as the weights.
+        exclude: glob or globs of weight names to leave out.
+        max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
+        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
+        optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where weights keep their names
+            and the target has the source's form, else by parameter, through the same rules as the weights.
+        layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
+        keep_layout: take what ``layout`` does not say from the source's files rather than leave tensors whole.
+        force: read a source that is marked as unfinished, too.
+        overwrite: replace an existing checkpoint at the end.
+        resume: continue what an interrupted run of the same work left.
+        share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
+        workers: threads.
+        memory: bytes for blocks in flight, or a text such as ``512MB``.
+        dry_run: plan, and write nothing.
+        progress: called with (bytes done, bytes in all) from any thread.
+
+    Raises:
+        UsageError: there is no such format, or it cannot be written or have what is asked for.
+    """
+
+    to: str
+    family: str | None = None
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    tokenizer: str | os.PathLike[str] | None = None
+    names: str | None = None
+    adapter_form: str | None = None
+    alpha: float | None = None
+    dtype: str | None = None
+    keep_in_fp32: Sequence[str] = KEEP_IN_FP32
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+    max_shard_size: int | str | None = None
+    sharded: bool = False
+    optimizer: str = "drop"
+    layout: LayoutRequest | None = None
+    keep_layout: bool = False
+    force: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    share: str | None = None
+    workers: int | None = None
+    memory: int | str | None = None
+    dry_run: bool = False
+    progress: Progress | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.target.plan is None:
+            raise UsageError(f"{self.to} can be read but not written")
+        if self.sharded and not self.target.sharded:
+            raise UsageError(
+                f"--sharded means nothing for {self.to}", remedy="leave it out, or convert to nemo or lightning"
+            )
+        if self.optimizer not in ("keep", "drop"):
+            raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
+        _ = self.writing, self.part, self.budget
+
+    @cached_property
+    def target(self) -> registry.Format:
+        """The format to write."""
+        return registry.by_name(self.to)
+
+    @cached_property
+    def request(self) -> LayoutRequest:
+        """The layout that is asked for, where nothing is said too."""
+        return LayoutRequest() if self.layout is None else self.layout
+
+    @cached_property
+    def writing(self) -> registry.WriteOptions:
+        """What is asked of the format's writer."""
+        limit = None if self.max_shard_size is None else parse_bytes(self.max_shard_size, "--max-shard-size")
+        return registry.WriteOptions(
+            max_shard_size=limit, sharded=self.sharded, transformer_impl=self.request.transformer_impl,
+            megatron_args=self.request.megatron_args,
+        )  # fmt: skip
+
+    @cached_property
+    def part(self) -> Share | None:
+        """Which share of the writing is this process's, None for all of it."""
+        return parse_share(self.share)
+
+    @cached_property
+    def budget(self) -> int:
+        """Bytes for blocks in flight."""
+        return DEFAULT_MEMORY if self.memory is None else parse_bytes(self.memory, "--memory")
+
+    @cached_property
+    def cast_to(self) -> str | None:
+        """Torch's name of the type that weights are cast to, None for their own."""
+        return cast_target(self.dtype)
+
+    @cached_property
+    def given(self) -> dict[str, Any] | None:
+        """The configuration as plain data."""
+        return read_config(self.config)
+
+    @property
+    def plain_config(self) -> dict[str, Any] | None:
+        """The configuration of the weights that are written: numbers if a type is asked for."""
+        return config_in_full_precision(self.given, self.cast_to)
+
+    def for_numbers(self) -> ConvertOptions:
+        """The same for a checkpoint that is in full precision already."""
+        return replace(self, config=self.plain_config)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether training state goes along."""
+        return self.optimizer == "keep"
+
+
+def documented(function: Function) -> Function:
+    """The function with what ``ConvertOptions`` says of those of its options that its docstring does not name."""
+    text = inspect.getdoc(function)
+    if text is None:  # python -OO
+        return function
+    said = re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z|^\n)", _ATTRIBUTES, re.MULTILINE | re.DOTALL)
+    taken = inspect.signature(function).parameters
+    more = "".join(f"    {name}: {what}" for name, what in said if name in taken and f"    {name}: " not in text)
+    function.__doc__ = text.replace("\n\nRaises:", f"\n{more.rstrip()}\n\nRaises:", 1)
+    return function
+
+
+_ATTRIBUTES = (inspect.getdoc(ConvertOptions) or "").partition("Attributes:\n")[2].partition("\n\n")[0] + "\n"
