@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import anyckpt
 from anyckpt.checkpoint import OptimizerState, TrainingState
-from anyckpt.tensor import Mapped, dtype
+from anyckpt.dtypes import dtype
+from anyckpt.tensor import Mapped
 from convert import remove, timed_copy, warm
 from synthetic import SMALL, TWO_GB, write_model
 

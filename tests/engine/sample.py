@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from anyckpt import tensor as lazy
+from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, checksum, execute, files, run
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, Plan, SourceData, TensorData, small_file
@@ -20,7 +21,7 @@ def sample_plan(source: Path, *, directory: bool = True) -> Plan:
     """Three data files of tensors, literals, an artifact and checksums; metadata; a marker."""
     data = LocalFile(source)
     rows = data.size // 4 // 64
-    whole = Stored(data, 0, lazy.dtype("float32"), (rows, 64))
+    whole = Stored(data, 0, dtype("float32"), (rows, 64))
     groups = whole[: rows // 8 * 8].reshape((rows // 8, 8, 64))
     views = {
         "plain": whole,

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from tests.engine.sample import make_source, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
+from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, checksum, execute, files, outputs, run
 from anyckpt.engine.blocks import Block, LatePart, cut
 from anyckpt.engine.fingerprint import fingerprint
@@ -34,7 +35,7 @@ from anyckpt.engine.together import Gang, gangs
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.identity import ElementWise
 from anyckpt.storage import LocalFile, MemorySource
-from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, concatenate, dtype
+from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, concatenate
 
 SAMPLE = Path(__file__).with_name("sample.py")
 

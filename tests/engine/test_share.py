@@ -19,6 +19,7 @@ from tests.engine.memory_destination import MemoryDestination, ObjectStore
 from tests.engine.sample import make_source, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
+from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, checksum, files, run
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import Share
@@ -30,7 +31,7 @@ from anyckpt.engine.shared_run import finish, run_share
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.storage import LocalFile, MemorySource
-from anyckpt.tensor import Stored, dtype, from_array
+from anyckpt.tensor import Stored, from_array
 
 SAMPLE = Path(__file__).with_name("sample.py")
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tests.engine.sample import make_source, shrink_blocks
 
+from anyckpt.dtypes import dtype
 from anyckpt.engine import execute, run, together
 from anyckpt.engine.blocks import cut
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import FormatError
 from anyckpt.storage import LocalFile
-from anyckpt.tensor import Stored, concatenate, dtype
+from anyckpt.tensor import Stored, concatenate
 
 ROWS, WIDTH = 600, 256
 SIZE = ROWS * WIDTH * 2
