@@ -13,6 +13,7 @@ from anyckpt.errors import AnyckptError, IncompleteError, MappingError
 from anyckpt.formats import registry
 from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_write
+from anyckpt.operations.steps.adapter_inside import holds_adapter, without_adapter
 from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_checkpoint
 from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
@@ -25,7 +26,6 @@ from anyckpt.operations.steps.pipeline import Pipeline
 from anyckpt.operations.steps.renaming import Naming, Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import with_state, without_state
-from anyckpt.operations.steps.unwrap import holds_adapter, without_adapter
 from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.writing import write
 from anyckpt.storage.place import look_at

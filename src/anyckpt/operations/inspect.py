@@ -279,8 +279,8 @@ def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
     parts = ("lora", ".adapter", ":up", "hada_", "lokr_", "trainable_tokens_")
     if not named and not any(part in name for name in checkpoint.weights() for part in parts):
         return None  # no name of an adapter's is without one of these
+    from anyckpt.operations.steps.adapter_inside import facts_inside
     from anyckpt.operations.steps.adapters import facts
-    from anyckpt.operations.steps.unwrap import facts_inside
 
     try:
         return facts(checkpoint) or facts_inside(checkpoint)

@@ -1,4 +1,4 @@
-"""How checkpoints of one model meet: under names that all of them have, with what only some of them have."""
+"""Checkpoints of one model brought under names that all of them have, with what only some of them have."""
 
 from __future__ import annotations
 
