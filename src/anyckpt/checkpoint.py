@@ -275,6 +275,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         unloadable: for which of these its own framework refuses to load it; ``verify`` calls that damage.
         ignored: stored names that carry no weights, with the reason (``_extra_state``, ``inv_freq``).
         details: format-specific facts for ``inspect``, as plain data.
+        key_paths: stored name -> where it lies in the nested value that was stored, for tensors and objects of formats
+            that nest; empty where names are all there is.
+        original_keys: path of an item -> its key, where that is not the path's last element.
+        common: names of the objects that every rank has alike, for formats that keep those apart; None if not said.
+        trainer: what Lightning's trainer says besides weights and training state, which its formats write back.
+        registered_order: weights are in the order in which the modules of the format's software register them.
         ranks: the ranks' shards, for formats that keep a file per rank.
         adapter: what it says of itself if it is an adapter for a base model; None if it is a model.
         quantization: how weights are quantized, in Hugging Face's words (``quantization_config``), or None.
@@ -287,7 +293,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         attached: names of objects that are parts of a weight or of what holds weights (the class of a tensor, what
             stands beside one in a tuple): they go with it where the format stays the same.
         written_back: names of objects that the same format writes again also where training state is left out, for it
-            keeps them in ``details`` (a Lightning checkpoint's epoch and hyper-parameters).
+            keeps them in ``trainer`` (a Lightning checkpoint's epoch and hyper-parameters).
         forms: what the format that read it needs to write the very same objects again; of what an output does not
             keep of it a note tells.
         checksums: gives the checksums that the container keeps, for ``verify``; may read indices when called.
@@ -312,6 +318,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     unloadable: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    key_paths: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    original_keys: Mapping[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+    common: tuple[str, ...] | None = field(default=None, repr=False)
+    trainer: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    registered_order: bool = False
     ranks: tuple[RankShard, ...] = ()
     quantization: Mapping[str, Any] | None = None
     optimizer: Callable[[], OptimizerState] | None = field(default=None, repr=False)

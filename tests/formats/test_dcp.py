@@ -258,7 +258,7 @@ def test_format_keeps_names_nesting_and_objects(tmp_path: Path) -> None:
     write_plan(dcp.FORMAT.plan(source, WriteOptions()), tmp_path / "c")
     again = dcp.FORMAT.read(look_at(tmp_path / "c"))
     assert_tensors_equal_expected(again.tensors, expected_of("mcore/dcp_hsdp_tp_w4")["tensors"])
-    assert again.details["key_paths"] == source.details["key_paths"]
+    assert again.key_paths == source.key_paths
     assert dict(again.objects) == dict(source.objects)
 
 

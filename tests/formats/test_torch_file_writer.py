@@ -339,7 +339,7 @@ def test_renamed_weights_become_a_flat_state_dict() -> None:
         "torch",
         {"new.name": x},
         objects={"epoch": 3},
-        details={"key_paths": {"old": ("old",), "epoch": ("epoch",)}},
+        key_paths={"old": ("old",), "epoch": ("epoch",)},
     )
     plan = FORMAT.plan(checkpoint, WriteOptions())  # type: ignore[misc]
     assert plan.ignored == {"epoch": "a state dict holds tensors only"}
@@ -365,7 +365,7 @@ def test_what_torch_refuses_is_said() -> None:
         "torch",
         {},
         objects={"args": torch_objects.namespace({"lr": 1.0}), "seed": 1},
-        details={"key_paths": {"args": ("args",), "seed": ("seed",)}},
+        key_paths={"args": ("args",), "seed": ("seed",)},
         config={"hidden": 1},
     )
     notes = FORMAT.plan(checkpoint, WriteOptions()).notes  # type: ignore[misc]

@@ -32,7 +32,7 @@ def trained(copy: str) -> tuple[Checkpoint, dict[str, LazyTensor]]:
     paths = {name: tuple(name.split(".", copy.count(".") if name in beside else 1)) for name in {**held, **beside}}
     tensors = {**held, **beside, **steps}
     return Checkpoint(str(LLAMA), "torch", tensors, model_prefix="state_dict.", state_prefixes=("optimizer.",),
-                      details={"key_paths": paths}), averaged  # fmt: skip
+                      key_paths=paths), averaged  # fmt: skip
 
 
 @pytest.mark.parametrize("copy", ["ema_state_dict.", "callbacks.ema.", "ema_model."])

@@ -173,7 +173,7 @@ def test_named_state_is_the_same_again(tmp_path: Path) -> None:
     assert digests(after.slots) == digests(before.slots)
     assert (after.step, after.group_of) == (before.step, before.group_of)
     assert [group["weight_decay"] for group in after.groups] == [0.1, 0.0]
-    path = again.details["key_paths"]["optim.state.output_layer.weight.exp_avg"]
+    path = again.key_paths["optim.state.output_layer.weight.exp_avg"]
     assert path == ("optim", "state", "output_layer.weight", "exp_avg")
 
 

@@ -100,6 +100,7 @@ def read(location: Location) -> Checkpoint:
         ),
         warnings=contents.warnings,
         details=contents.details(),
+        key_paths=contents.paths or {},
         checksums=contents.checksums,
     )
 
@@ -120,12 +121,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: an object cannot be pickled.
     """
-    paths = checkpoint.details.get("key_paths")
     files = dcp_files(
         checkpoint.tensors,
         checkpoint.objects,
         ranks=options.ranks,
-        paths=paths if isinstance(paths, dict) else None,
+        paths=dict(checkpoint.key_paths) or None,
         file_bytes=options.max_shard_size,
     )
     notes = () if "args" in checkpoint.objects else without_configuration(checkpoint)

@@ -68,6 +68,8 @@ def torch_checkpoint(path: str, contents: TorchContents, flat: Flat) -> Checkpoi
         training=training_state(contents.root, flat),
         warnings=[*contents.warnings, *_kind(contents, flat, told), *_oddities(contents, flat)],
         details=torch_details(contents, flat),
+        key_paths=flat.paths,
+        original_keys=flat.original_keys,
         checksums=lambda: stored_checksums(contents),
         part=part_of(path, contents.root, flat),
         attached=attached(flat, _weights(flat, told)),
@@ -81,7 +83,7 @@ def _weights(flat: Flat, told: Roles) -> Iterator[str]:
 
 
 def torch_details(contents: TorchContents, flat: Flat) -> dict[str, Any]:
-    """What ``inspect`` shows of a torch file, and what writing it again needs."""
+    """What ``inspect`` shows of a torch file."""
     details: dict[str, Any] = {
         "generation": contents.generation,
         "version": contents.version,
@@ -89,8 +91,6 @@ def torch_details(contents: TorchContents, flat: Flat) -> dict[str, Any]:
         "byteorder": contents.byteorder,
         "storages": len(contents.storages),
         "storage_bytes": sum(storage.nbytes for storage in contents.storages.values()),
-        "key_paths": flat.paths,
-        "original_keys": flat.original_keys,
     }
     return details
 
@@ -157,10 +157,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 def stored_names(checkpoint: Checkpoint) -> Callable[[tuple[Any, ...]], str]:
     """Gives the name of the tensor at a path: the checkpoint's own, which dots in keys do not make ambiguous."""
-    keys = checkpoint.details.get("original_keys") or {}
+    keys = checkpoint.original_keys
     names = {
         tuple(keys.get(path[: depth + 1], step) for depth, step in enumerate(path)): name
-        for name, path in (checkpoint.details.get("key_paths") or {}).items()
+        for name, path in checkpoint.key_paths.items()
     }
     return lambda path: names.get(path) or dotted(path)
 
@@ -168,7 +168,7 @@ def stored_names(checkpoint: Checkpoint) -> Callable[[tuple[Any, ...]], str]:
 def as_object(checkpoint: Checkpoint) -> tuple[Any, dict[str, str], list[str], frozenset[str]]:
     """What to save for a checkpoint, what it leaves out with the reason, notes, and ``Plan.formed``."""
     paths = _paths(checkpoint)
-    keys = checkpoint.details.get("original_keys") or {}
+    keys = checkpoint.original_keys
     whole, left = assemble(checkpoint.tensors, checkpoint.objects)
     tensors = [name for name in whole if name in checkpoint.tensors or isinstance(whole[name], CompositeTensor)]
     found = _common_prefix(tensors, paths)
@@ -216,10 +216,9 @@ def as_state_dict(
 
 def _paths(checkpoint: Checkpoint) -> Mapping[str, Path]:
     """Where the source had its tensors and objects; in the state dicts of a folder, where their names say."""
-    known: Mapping[str, Path] | None = checkpoint.details.get("key_paths")
-    if known is None and isinstance(checkpoint.forms, Forms):
+    if not checkpoint.key_paths and isinstance(checkpoint.forms, Forms):
         return {name: (name,) for name in (*checkpoint.forms.tensors, *checkpoint.forms.leaves)}
-    return known or {}
+    return checkpoint.key_paths
 
 
 def _common_prefix(names: Sequence[str], paths: Mapping[str, Path]) -> tuple[str, Path] | None:

@@ -70,15 +70,14 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
     warnings = [*checkpoint.warnings, _DISTRIBUTED]
     if any(".experts." in name for name in state.slots[MASTER]):
         warnings.append(_APART if chained else _TOGETHER)
-    known = checkpoint.details.get("common")
-    names = [*(known if isinstance(known, list) else []), *common]
+    names = [*(checkpoint.common or ()), *common]
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects}
     return replace(
         checkpoint,
         tensors={**checkpoint.tensors, **tensors},
         objects={**objects, **common},
         state_prefixes=(*checkpoint.state_prefixes, _PREFIX),
-        details={**checkpoint.details, "common": list(dict.fromkeys(names))},
+        common=tuple(dict.fromkeys(names)),
         warnings=warnings,
     )
 

@@ -46,11 +46,10 @@ def write_named(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
         for key, value in listed.items():
             paths[f"{_ROOT}.param_groups.{number}.{key}"] = (_ROOT, "param_groups", number, key)
             objects[f"{_ROOT}.param_groups.{number}.{key}"] = value
-    path_of = checkpoint.details.get("key_paths") or {}
     return replace(
         checkpoint,
         tensors={**checkpoint.tensors, **tensors},
         objects={**{name: checkpoint.objects[name] for name in checkpoint.objects}, **objects},
         state_prefixes=(*checkpoint.state_prefixes, f"{_ROOT}."),
-        details={**checkpoint.details, "key_paths": {**path_of, **paths}},
+        key_paths={**checkpoint.key_paths, **paths},
     )

@@ -13,14 +13,12 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.models.dialects.registration import registered_order
-from anyckpt.models.language.parameter_order import REGISTERED
 from anyckpt.optimizer.groups import assigned, effective
 from anyckpt.optimizer.model_space import module_shapes
 from anyckpt.optimizer.state import MASTER, own_state, parameters_of, unproved
 from anyckpt.tensor import LazyTensor
 
 _ROOT = "optimizer_states"
-_KEPT = "lightning"
 _HALF = ("float16", "bfloat16")
 _OF_MODULES = ("hub", "nemo-flat")
 """Dialects whose names are those of modules of which the order is known; others stack layers."""
@@ -46,19 +44,14 @@ def write_numbered(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
     members = [[name for name in names if group_of[name] == number] for number in range(len(groups))]
     tree = _tree(state, groups, members, weights)
     tensors, objects, paths, keys = _flat({_ROOT: [tree]})
-    known = checkpoint.details
-    kept = known.get(_KEPT) or _lightning_entries(checkpoint)
     return replace(
         checkpoint,
         tensors={**checkpoint.tensors, **tensors},
         objects={**{name: checkpoint.objects[name] for name in checkpoint.objects}, **objects},
         state_prefixes=(*checkpoint.state_prefixes, _ROOT),
-        details={
-            **known,
-            _KEPT: kept,
-            "key_paths": {**(known.get("key_paths") or {}), **paths},
-            "original_keys": {**(known.get("original_keys") or {}), **keys},
-        },
+        trainer=checkpoint.trainer or _lightning_entries(checkpoint),
+        key_paths={**checkpoint.key_paths, **paths},
+        original_keys={**checkpoint.original_keys, **keys},
     )
 
 
@@ -68,7 +61,7 @@ def _in_order(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
     if all(checkpoint.model_prefix + name in place for name in parameters_of(state)):
         ordered = sorted(checkpoint.tensors, key=lambda name: place.get(name, len(place)))
         return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in ordered})
-    if checkpoint.details.get(REGISTERED):
+    if checkpoint.registered_order:
         return checkpoint
     if checkpoint.dialect in _OF_MODULES:
         names = registered_order(checkpoint.tensors)

@@ -65,12 +65,11 @@ class DcpContents:
     checksums: Callable[[], Iterable[StoredChecksum]] = tuple
 
     def details(self) -> dict[str, object]:
-        """What ``inspect`` shows of a distributed checkpoint, and what writing it again needs."""
+        """What ``inspect`` shows of a distributed checkpoint."""
         return {
             "files": len(self.files),
             "chunks": self.chunks,
             "shard_files": self.shard_files,
-            "key_paths": self.paths,
             "metadata_class": self.metadata_class,
             "flattened": list(self.flattened),
         }

@@ -17,7 +17,7 @@ from anyckpt.containers.torch_file.legacy_stream import is_stream
 from anyckpt.containers.torch_file.reader import root_folder
 from anyckpt.containers.torch_file.roles import is_filled
 from anyckpt.errors import AnyckptError, FormatError
-from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, TRAINING_STATE, VERSION
+from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, META, STATE_DICT, TRAINING_STATE, VERSION
 from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.place import Location
@@ -94,11 +94,9 @@ def _read_directory(location: Location) -> Checkpoint:
         tensors={**weights.tensors, **flat.tensors},
         objects=weights.objects,
         warnings=[*meta.warnings, *weights.warnings],
-        details={
-            **weights.details(),
-            "key_paths": {**(weights.paths or {}), **flat.paths},
-            "original_keys": flat.original_keys,
-        },
+        details=weights.details(),
+        key_paths={**(weights.paths or {}), **flat.paths},
+        original_keys=flat.original_keys,
         checksums=lambda: chain(stored_checksums(meta), weights.checksums()),
         forms=forms_of(meta, flat),
     )
@@ -111,7 +109,7 @@ def _read_directory(location: Location) -> Checkpoint:
 
 def _as_lightning(checkpoint: Checkpoint, root: dict[Any, Any], objects: dict[str, Any]) -> Checkpoint:
     """The checkpoint with what Lightning's own entries say."""
-    paths = checkpoint.details["key_paths"]
+    paths = checkpoint.key_paths
     kept = {name: value for name, value in objects.items() if len(paths[name]) == 1 and name not in TRAINING_STATE}
     config, kind = _configuration(root.get(HYPER_PARAMETERS))
     version = root.get(VERSION)
@@ -129,7 +127,7 @@ def _as_lightning(checkpoint: Checkpoint, root: dict[Any, Any], objects: dict[st
             has_optimizer=is_filled(root.get("optimizer_states")),
             has_scheduler=is_filled(root.get("lr_schedulers")),
         ),
-        details={**checkpoint.details, KEPT: kept},
+        trainer=kept,
         written_back=frozenset(kept),
     )
 

@@ -21,7 +21,7 @@ from anyckpt.containers.torch_file.roles import is_filled
 from anyckpt.containers.torch_file.weights_only import refused
 from anyckpt.containers.torch_file.writer import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, KEPT, META, STATE_DICT, VERSION
+from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, META, STATE_DICT, VERSION
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch import as_state_dict, assemble
 from anyckpt.tensor import LazyTensor
@@ -43,10 +43,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         UsageError: an object cannot be pickled.
     """
     weights, prefix = checkpoint.weights(), checkpoint.model_prefix
-    paths = checkpoint.details.get("key_paths") or {}
+    paths = checkpoint.key_paths
     composite = {name: value for name, value in checkpoint.objects.items() if _is_weight(name, value, prefix, weights)}
     others = {name: value for name, value in checkpoint.objects.items() if name not in composite}
-    forms = checkpoint.forms if checkpoint.details.get(KEPT) and isinstance(checkpoint.forms, Forms) else Forms()
+    forms = checkpoint.forms if checkpoint.trainer and isinstance(checkpoint.forms, Forms) else Forms()
     if forms.containers and not prefix:  # weights have their own names, and so has what belongs to them
         others = {_stored_name(name, paths): value for name, value in others.items()}
     whole, _ = assemble(weights, {name.removeprefix(prefix): value for name, value in composite.items()})
@@ -113,18 +113,18 @@ def _entries(
     Under ``state_dict`` is what stands beside the weights: extra states of modules, which are not tensors; and with
     ``inside``, the weights by their names in the source, the whole state dict as the source has it.
     """
-    kept: dict[str, Any] = checkpoint.details.get(KEPT) or {}
+    kept = checkpoint.trainer
     stored = {checkpoint.model_prefix + name for name in weights}
     others, incomplete = assemble(
         {name: tensor for name, tensor in checkpoint.tensors.items() if name not in stored}, checkpoint.objects
     )
     nested: dict[Any, Any] = {}
     if kept:
-        paths = checkpoint.details.get("key_paths") or {}
+        paths = checkpoint.key_paths
         every = {**others, **inside}
         values = {name: former.form(name, every[name]) for name in paths if name in every and paths[name]}
         containers = former.containers(paths[name] for name in values)
-        nested = unflatten(values, paths, checkpoint.details.get("original_keys") or {}, containers)
+        nested = unflatten(values, paths, checkpoint.original_keys, containers)
         foreign = [name for name in others if name not in values and name not in kept]
         ignored = {**incomplete, **dict.fromkeys(foreign, _NOT_LIGHTNING)}
     else:
@@ -181,7 +181,7 @@ def _directory(
     tensors.update((name, tensor) for name, tensor in checkpoint.tensors.items() if name.startswith(prefixes))
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects if name.startswith(prefixes)}
     objects.update((f"{STATE_DICT}.{name}", value) for name, value in extra.items())
-    known = checkpoint.details.get("key_paths") or {}
+    known = checkpoint.key_paths
     paths = {
         **{name: known[name] for name in (*tensors, *objects) if name in known},
         **{f"{STATE_DICT}.{name}": (STATE_DICT, name) for name in (*weights, *extra)},

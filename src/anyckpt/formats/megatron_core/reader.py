@@ -119,10 +119,11 @@ def megatron_checkpoint(
         details={
             **contents.details(),
             "backend": "torch_dist",
-            "common": list(common),
             "content_metadata": to_plain(common.get("content_metadata")),
             "checkpoint_version": to_plain(common.get("checkpoint_version")),
         },
+        key_paths=contents.paths or {},
+        common=tuple(common),
         extra_states=partial(_states, contents.objects) if ignored else None,
         checksums=lambda: _checksums(folder, contents),
         adapter=settings_from(call, path) if isinstance(call := to_plain(common.get(ADAPTER)), dict) else None,

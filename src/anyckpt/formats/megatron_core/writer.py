@@ -130,8 +130,7 @@ def common_and_sharded(
         checkpoint: to be written.
         megatron_args: write these three; without them the common state is that of a bare model.
     """
-    known = checkpoint.details.get("common")
-    stated = set(known) if isinstance(known, list) else None
+    stated = None if checkpoint.common is None else set(checkpoint.common)
     common_names = {*_TRAINING, *(stated or ())}
     ranks = {name for name in checkpoint.objects if _OF_EXPERT_RANKS.match(name)}
     taken = [name for name in checkpoint.objects if name not in ranks]

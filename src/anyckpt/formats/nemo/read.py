@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -59,6 +59,8 @@ class _Weights:
     details: dict[str, Any] = field(default_factory=dict)
     checksums: Callable[[], Iterable[StoredChecksum]] = tuple
     ranks: tuple[RankShard, ...] = ()
+    key_paths: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    common: tuple[str, ...] | None = None
 
 
 def read(location: Location) -> Checkpoint:
@@ -112,6 +114,8 @@ def read(location: Location) -> Checkpoint:
             "nemo_version": _text(config.get("nemo_version")),
             "members": [{"name": name, "bytes": source.size} for name, source in _sized(container, files)],
         },
+        key_paths=weights.key_paths,
+        common=weights.common,
         checksums=weights.checksums,
         ranks=weights.ranks,
         adapter=_adapter(weights, config, location.path),
@@ -254,6 +258,8 @@ def _read_sharded(container: Container, path: str) -> _Weights:
         found.ignored,
         found.details,
         found.checksums,
+        key_paths=found.key_paths,
+        common=found.common,
     )
 
 

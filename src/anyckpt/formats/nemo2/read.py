@@ -171,8 +171,7 @@ def _model(calls: dict[str, Any]) -> dict[str, Any]:
 
 def _training(weights: Checkpoint) -> TrainingState:
     """As Megatron-Core's reader says, and what Lightning and NeMo's data modules keep in the common state."""
-    common = weights.details.get("common")
-    names = [name for name in common or () if name in weights.objects]
+    names = [name for name in weights.common or () if name in weights.objects]
     samples = (value.get("consumed_samples") for name in names if isinstance(value := weights.objects[name], dict))
     return replace(
         weights.training,

@@ -57,7 +57,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         small_file(f"{CONTEXT}/{MODEL_YAML}", _model_yaml(config)),
         *(OutputFile(f"{CONTEXT}/{name}", (SourceData(source),), 1) for name, source in files.items()),
     ]
-    common_names = checkpoint.details.get("common") if checkpoint.format == "nemo2" else None
+    common_names = checkpoint.common if checkpoint.format == "nemo2" else None
     known = [name for name in common_names or () if name in checkpoint.objects]
     common = {name: checkpoint.objects[name] for name in known} or template.common_state()
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects if name not in known and "/shard_" in name}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-REGISTERED = "registered"
-"""Key in ``Checkpoint.details`` that says that weights are in this order."""
 DECODER = (
     *("model", "lm_head", "embed_tokens", "layers", "norm"),
     *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),

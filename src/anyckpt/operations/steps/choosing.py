@@ -93,7 +93,7 @@ def _without(tensors: Mapping[str, LazyTensor], names: Mapping[str, str]) -> dic
 
 def _holder(checkpoint: Checkpoint, names: set[str]) -> str:
     """What precedes the own names of tensors: the keys that lead to what they all lie in, as far as the file tells."""
-    paths = checkpoint.details.get("key_paths") or {}
+    paths = checkpoint.key_paths
     held = {tuple(paths.get(name, ("",))[:-1]) for name in names}
     shared = min(held, key=len)
     while any(path[: len(shared)] != shared for path in held):

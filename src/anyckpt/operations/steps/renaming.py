@@ -20,7 +20,7 @@ from anyckpt.models.dialects import spellings as dialects
 from anyckpt.models.heads import complete_trunk
 from anyckpt.models.hub import head_and_embedding
 from anyckpt.models.identify import is_foreign
-from anyckpt.models.language.parameter_order import REGISTERED, registered_order
+from anyckpt.models.language.parameter_order import registered_order
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.recorded_renaming import Renaming, Tensors
 from anyckpt.operations.steps.unknown_family import unknown_family
@@ -375,7 +375,7 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
         config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
     if order is not None:
-        renamed = replace(renamed, details={**renamed.details, REGISTERED: True})
+        renamed = replace(renamed, registered_order=True)
 
     def rename(tensors: Tensors) -> Tensors:
         made = named_from(hub_of(tensors)).tensors
