@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from anyckpt.layout.partition import KINDS as PARTITIONS
     from anyckpt.layout.partition import Partition
     from anyckpt.models.dialects.external import OtherDialect as Dialect
-    from anyckpt.models.families.llama import TRAITS as DECODER_TRAITS
-    from anyckpt.models.families.llama import untied
+    from anyckpt.models.families.parts.decoder import TRAITS as DECODER_TRAITS
+    from anyckpt.models.families.parts.decoder import untied
     from anyckpt.models.language.family import Family
     from anyckpt.models.language.rule_operations import (
         CONCATENATED_QKV,
@@ -142,7 +142,7 @@ _HOMES = {
     "formats.shared.loose_tensors": ("weights_only",),
     "identity": ("ElementWise",),
     "layout.partition": ("Partition",),
-    "models.families.llama": ("untied",),
+    "models.families.parts.decoder": ("untied",),
     "models.language.family": ("Family",),
     "models.language.rule_operations": (
         "CONCATENATED_QKV", "GATE_UP", "IDENTITY", "INTERLEAVED_KV", "INTERLEAVED_QKV", "TRANSPOSED",
@@ -158,7 +158,7 @@ __getattr__, __dir__ = on_demand(
     __name__,
     {
         **{name: home for home, names in _HOMES.items() for name in names},
-        "DECODER_TRAITS": "models.families.llama:TRAITS",
+        "DECODER_TRAITS": "models.families.parts.decoder:TRAITS",
         "Dialect": "models.dialects.external:OtherDialect",
         "HUGGING_FACE_FIELDS": "config.hugging_face:COMMON",
         "PARTITIONS": "layout.partition:KINDS",

@@ -16,6 +16,7 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig
 from anyckpt.errors import MappingError
 from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
 from anyckpt.models.language.rules import Rule
@@ -40,8 +41,8 @@ MOE = replace(
     name="test-moe",
     title="a family of the tests",
     rules=(
-        *(rule for rule in llama.RULES if ".mlp." not in rule.hub),
-        *(replace(rule, when=_dense) for rule in llama.RULES if ".mlp." in rule.hub and "bias" not in rule.hub),
+        *(rule for rule in decoder.RULES if ".mlp." not in rule.hub),
+        *(replace(rule, when=_dense) for rule in decoder.RULES if ".mlp." in rule.hub and "bias" not in rule.hub),
         Rule(
             ("model.layers.*.post_attention_layernorm.weight",),
             "decoder.layers.*.pre_mlp_layernorm.weight",

@@ -17,6 +17,7 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.partition import Partition
 from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 from anyckpt.operations.steps.joining import open_checkpoint
@@ -42,7 +43,7 @@ MINE = replace(
     llama.FAMILY,
     name="mine",
     rules=(
-        *llama.RULES,
+        *decoder.RULES,
         Rule((f"{_OURS}.gate_mix.weight",), f"{_HUB}.gate_mix.weight", ("hidden", "hidden"), partition="column"),
         Rule((f"{_OURS}.turns.weight",), f"{_HUB}.turns.weight", ("hidden", "hidden"), partition=Dealt()),
         Rule(("model.scale.weight",), "scale.weight", ("hidden",), partition="replicated@last"),

@@ -18,7 +18,7 @@ from typing import Any
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.apart import remote_code
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
@@ -65,10 +65,10 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
 FAMILY = Family(
     name="baichuan",
     title="Baichuan 2, Baichuan",
-    rules=tuple(_packed(rule) for rule in llama.RULES if not rule.hub.endswith(".bias")),
-    ignorable=llama.IGNORABLE,
+    rules=tuple(_packed(rule) for rule in decoder.RULES if not rule.hub.endswith(".bias")),
+    ignorable=decoder.IGNORABLE,
     traits={
-        **{name: value for name, value in llama.TRAITS.items() if name != "position_embedding_type"},
+        **{name: value for name, value in decoder.TRAITS.items() if name != "position_embedding_type"},
         "add_bias_linear": False,
     },
     recognise=lambda config: (

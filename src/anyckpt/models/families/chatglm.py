@@ -14,7 +14,7 @@ from typing import Any
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.apart import remote_code
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
@@ -43,14 +43,14 @@ RULES = (
     Rule((f"{_LAYER}.self_attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
          ("hidden", "attention")),
     Rule((f"{_LAYER}.self_attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",),
-         when=llama.biased),
+         when=decoder.biased),
     Rule((f"{_LAYER}.post_attention_layernorm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
     Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=decoder.biased),
     Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=decoder.biased),
     Rule(("transformer.encoder.final_layernorm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-    Rule(("transformer.output_layer.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
+    Rule(("transformer.output_layer.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ FAMILY = Family(
     rules=RULES,
     ignorable=(("transformer.rotary_pos_emb.inv_freq", "rope frequencies, which follow from the configuration"),),
     traits={
-        **{name: value for name, value in llama.TRAITS.items() if name != "add_qkv_bias"},
+        **{name: value for name, value in decoder.TRAITS.items() if name != "add_qkv_bias"},
         "rotary_interleaved": True,
         "rotary_percent": 0.5,
     },

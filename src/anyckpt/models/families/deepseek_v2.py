@@ -11,7 +11,9 @@ from typing import Any
 
 from anyckpt.config.model import ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.models.families import deepseek_v3, llama, qwen3_moe
+from anyckpt.models.families import deepseek_v3
+from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 
 
@@ -44,7 +46,7 @@ FAMILY = Family(
     name="deepseek-v2",
     title="DeepSeek-V2, V2-Lite",
     rules=deepseek_v3.RULES,
-    ignorable=llama.IGNORABLE,
+    ignorable=decoder.IGNORABLE,
     traits={
         **deepseek_v3.TRAITS,
         "moe_router_score_function": "softmax",
@@ -64,7 +66,7 @@ FAMILY = Family(
         read=_read,
         write=_write,
         keys=deepseek_v3.KEYS,
-        variants=qwen3_moe.STACKED,
+        variants=sparse.STACKED,
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.deepseek",

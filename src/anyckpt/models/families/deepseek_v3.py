@@ -16,7 +16,7 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama, qwen3_moe
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
@@ -112,7 +112,7 @@ DIMENSIONS = {
 }
 
 TRAITS = {
-    **llama.TRAITS,
+    **decoder.TRAITS,
     "add_bias_linear": False,
     "qk_layernorm": True,
     "multi_latent_attention": True,
@@ -247,7 +247,7 @@ FAMILY = Family(
     title="DeepSeek-V3, R1",
     rules=(*RULES, *MTP_RULES),
     ignorable=(
-        *llama.IGNORABLE,
+        *decoder.IGNORABLE,
         ("model.layers.*.embed_tokens.weight", "the embedding again, in a layer of multi-token prediction"),
         ("model.layers.*.shared_head.head.weight", "the output layer again, in a layer of multi-token prediction"),
     ),
@@ -264,7 +264,7 @@ FAMILY = Family(
         read=_read,
         write=_write,
         keys=KEYS | {"rope_interleave", "num_nextn_predict_layers"},
-        variants=qwen3_moe.STACKED,
+        variants=sparse.STACKED,
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.deepseek",

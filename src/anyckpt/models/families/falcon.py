@@ -17,7 +17,8 @@ from typing import Any
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
-from anyckpt.models.families import gpt2, gpt_neox, llama
+from anyckpt.models.families.parts import decoder, nemo2
+from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
@@ -58,18 +59,18 @@ RULES = (
     Rule((f"{_LAYER}.self_attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
          ("qkv", "hidden")),
     Rule((f"{_LAYER}.self_attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",),
-         when=llama.biased),
+         when=decoder.biased),
     Rule((f"{_LAYER}.self_attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
          ("hidden", "attention")),
     Rule((f"{_LAYER}.self_attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",),
-         when=llama.biased),
+         when=decoder.biased),
     Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=decoder.biased),
     Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=llama.biased),
+    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=decoder.biased),
     Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ FAMILY = Family(
         "rotary_interleaved": False,
     },
     recognise=lambda config: config.position_embedding_type in ("rope", "alibi") and config.rotary_percent == 1.0,
-    caveats=gpt_neox.caveats,
+    caveats=decoder.one_residual_after_the_other,
     hugging_face=HuggingFace(
         model_types=("falcon", "RefinedWebModel", "RefinedWeb"),
         architectures=("FalconForCausalLM", "RWForCausalLM"),
@@ -149,14 +150,14 @@ FAMILY = Family(
             Field("hidden_size", "hidden_size", aliases=("n_embed",)),
             Field("num_attention_heads", "num_attention_heads", aliases=("n_head",)),
             Field("ffn_hidden_size", "ffn_hidden_size", default=lambda found: 4 * found["hidden_size"]),
-            *gpt2.FIELDS[4:5],
+            VOCABULARY,
             Field("max_position_embeddings", "max_position_embeddings", default=None),
             Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
             Field("init_method_std", "initializer_range", "number", 0.02),
             Field("attention_dropout", "attention_dropout", "number", 0.0),
             Field("hidden_dropout", "hidden_dropout", "number", 0.0),
             Field("add_bias_linear", "bias", "flag", False),
-            *gpt2.FIELDS[10:],
+            *TIED_AND_TOKENS,
         ),
         activation_key="activation",
         attention_bias=None,
@@ -164,5 +165,5 @@ FAMILY = Family(
         write=_write,
         keys=_KEYS,
     ),
-    nemo2=gpt2.nemo2_base(),
+    nemo2=nemo2.general(),
 )

@@ -15,33 +15,20 @@ from typing import Any
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.errors import MappingError
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
 TRAITS = {
-    **llama.TRAITS,
+    **decoder.TRAITS,
     "layernorm_zero_centered_gamma": True,
     "activation": "gelu_tanh",
     "add_bias_linear": False,
 }
 
 
-def check_causal(reader: Reader) -> None:
-    """Embedding models of the same classes see the whole text, which is no key of Megatron's.
-
-    Raises:
-        MappingError: attention is not causal.
-    """
-    if reader.flag("use_bidirectional_attention"):
-        raise MappingError(
-            "config.json's use_bidirectional_attention is not that of the family", expected=False, found=True
-        )
-
-
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    check_causal(reader)
+    decoder.check_causal(reader)
     return {}
 
 
@@ -57,8 +44,8 @@ def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
 FAMILY = Family(
     name="gemma",
     title="Gemma, CodeGemma",
-    rules=llama.RULES,
-    ignorable=llama.IGNORABLE,
+    rules=decoder.RULES,
+    ignorable=decoder.IGNORABLE,
     traits=TRAITS,
     recognise=lambda config: config.window_size is None and config.query_pre_attn_scalar is None,
     caveats=caveats,

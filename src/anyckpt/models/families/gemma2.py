@@ -15,7 +15,8 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader, whole
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.config.windows import read_window, write_window
-from anyckpt.models.families import gemma, llama
+from anyckpt.models.families import gemma
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 from anyckpt.models.language.rules import Rule
@@ -25,7 +26,7 @@ _FC1_NORM = "decoder.layers.*.mlp.linear_fc1.layer_norm_weight"
 RULES = (
     *(
         replace(rule, source=("model.layers.*.pre_feedforward_layernorm.weight",)) if rule.hub == _FC1_NORM else rule
-        for rule in llama.RULES
+        for rule in decoder.RULES
     ),
     Rule(("model.layers.*.post_attention_layernorm.weight",),
          "decoder.layers.*.self_attention.linear_proj.post_layernorm.weight", ("hidden",)),
@@ -46,7 +47,7 @@ _WINDOW = 4096
 
 def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     """Window and the layers that have it."""
-    gemma.check_causal(reader)
+    decoder.check_causal(reader)
     length = reader.integer("sliding_window") if "sliding_window" in reader.values else _WINDOW
     return read_window(reader, length, [layer % 2 == 0 for layer in range(min(found["num_layers"], 10_000))])
 
@@ -112,7 +113,7 @@ FAMILY = Family(
     name="gemma2",
     title="Gemma 2",
     rules=RULES,
-    ignorable=llama.IGNORABLE,
+    ignorable=decoder.IGNORABLE,
     traits=gemma.TRAITS,
     recognise=lambda config: config.query_pre_attn_scalar is not None or config.window_size is not None,
     caveats=_caveats,

@@ -17,7 +17,8 @@ from anyckpt.config.model import ModelConfig, Reader, whole
 from anyckpt.config.spellings import NeMo2
 from anyckpt.config.windows import read_window, windowed_layers, write_window
 from anyckpt.errors import MappingError
-from anyckpt.models.families import gemma, gemma2, llama, qwen3
+from anyckpt.models.families import gemma2
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 
 _LOCAL, _GLOBAL = 10_000.0, 1_000_000.0
@@ -35,7 +36,7 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
             "config.json scales rope in layers with a window, which Gemma 3 does not",
             expected="rope_type default", found=repr(local.values["rope_type"])[:80],
         )  # fmt: skip
-    gemma.check_causal(reader)
+    decoder.check_causal(reader)
     usual = [(layer + 1) % period != 0 for layer in range(min(found["num_layers"], 10_000))]
     return {
         **read_window(reader, length, usual),
@@ -113,9 +114,9 @@ def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
 FAMILY = Family(
     name="gemma3",
     title="Gemma 3 (text)",
-    rules=(*gemma2.RULES, *qwen3.NORMS),
-    ignorable=llama.IGNORABLE,
-    traits={**gemma.TRAITS, "qk_layernorm": True},
+    rules=(*gemma2.RULES, *decoder.QUERY_KEY_NORMS),
+    ignorable=decoder.IGNORABLE,
+    traits={**gemma2.FAMILY.traits, "qk_layernorm": True},
     caveats=_caveats,
     nemo1_keys=lambda config: {"apply_embedding_scaling": True},
     hugging_face=replace(

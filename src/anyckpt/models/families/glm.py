@@ -11,25 +11,25 @@ from dataclasses import replace
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace
-from anyckpt.models.families import chatglm, gpt2, llama, phi3
+from anyckpt.models.families import chatglm
+from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
-_BASE = gpt2.nemo2_base()
-_GATE_UP = "decoder.layers.*.mlp.linear_fc1.weight"
+_BASE = nemo2.general()
 _BIAS = "decoder.layers.*.self_attention.linear_qkv.bias"
 
 
 def _rule(rule: Rule) -> Rule:
-    """Llama's rule, with Phi-3's fused gate and up projection."""
-    return next(other for other in phi3.FAMILY.rules if other.hub == _GATE_UP) if rule.hub == _GATE_UP else rule
+    """Llama's rule, with gate and up projection fused."""
+    return decoder.FUSED_GATE_UP if rule.hub == decoder.FUSED_GATE_UP.hub else rule
 
 
 FAMILY = Family(
     name="glm",
     title="GLM-4",
-    rules=tuple(_rule(rule) for rule in llama.RULES if rule.hub == _BIAS or not rule.hub.endswith(".bias")),
-    ignorable=llama.IGNORABLE,
+    rules=tuple(_rule(rule) for rule in decoder.RULES if rule.hub == _BIAS or not rule.hub.endswith(".bias")),
+    ignorable=decoder.IGNORABLE,
     traits={**chatglm.FAMILY.traits, "add_bias_linear": False},
     hugging_face=HuggingFace(
         model_types=("glm",),

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.model import Field, ModelConfig, Reader
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder, nemo2
+from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV, TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, Operation
 from anyckpt.models.language.rules import Rule
@@ -49,7 +50,7 @@ def rules(matrix: Operation, query_key_value: Operation, bias: Operation) -> tup
         Rule((f"{_LAYER}.mlp.c_proj.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
         Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
         Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
-        Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
+        Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
     )  # fmt: skip
 
 
@@ -76,16 +77,13 @@ FIELDS = (
     Field("hidden_size", "n_embd"),
     Field("num_attention_heads", "n_head"),
     Field("ffn_hidden_size", "n_inner", default=lambda found: 4 * found["hidden_size"]),
-    Field("vocab_size", "vocab_size"),
+    VOCABULARY,
     Field("max_position_embeddings", "n_positions"),
     Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
     Field("init_method_std", "initializer_range", "number", 0.02),
     Field("attention_dropout", "attn_pdrop", "number", 0.1),
     Field("hidden_dropout", "resid_pdrop", "number", 0.1),
-    Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", True),
-    Field("bos_token_id", "bos_token_id", "tokens", None),
-    Field("eos_token_id", "eos_token_id", "tokens", None),
-    Field("pad_token_id", "pad_token_id", "tokens", None),
+    *TIED_AND_TOKENS,
 )
 
 
@@ -115,16 +113,6 @@ def write_dropout(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
     return {} if "embd_pdrop" in config.extra.get("hf", {}) else {"embd_pdrop": config.hidden_dropout}
 
 
-def nemo2_base() -> NeMo2:
-    """NeMo 2's general GPT class, for families that have none of their own."""
-    return NeMo2(
-        module="nemo.collections.llm.gpt.model.base",
-        model="GPTModel",
-        configs=("GPTConfig*",),
-        choose=lambda config: "GPTConfig",
-    )
-
-
 FAMILY = Family(
     name="gpt2",
     title="GPT-2",
@@ -143,5 +131,5 @@ FAMILY = Family(
         read=_read,
         write=write_dropout,
     ),
-    nemo2=nemo2_base(),
+    nemo2=nemo2.general(),
 )

@@ -7,27 +7,16 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace
-from anyckpt.models.families import gpt2, llama
+from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
 _LAYER = "gpt_neox.layers.*"
 _HUB = "decoder.layers.*"
 _REST = "which follows from the configuration"
-
-
-def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
-    """Megatron's layers have one residual after the other."""
-    if kind != "hf" and config.parallel_residual:
-        yield (
-            "attention and MLP of a layer run in parallel here, for which Megatron-Core has no layer: the weights are "
-            "right, but a stock model of this configuration computes something else"
-        )
 
 
 FAMILY = Family(
@@ -54,7 +43,7 @@ FAMILY = Family(
         Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",)),
         Rule(("gpt_neox.final_layer_norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
         Rule(("gpt_neox.final_layer_norm.bias",), "decoder.final_layernorm.bias", ("hidden",)),
-        Rule(("embed_out.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
+        Rule(("embed_out.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
     ),
     ignorable=(
         (f"{_LAYER}.attention.bias", f"a mask, {_REST}"),
@@ -73,7 +62,7 @@ FAMILY = Family(
         "shared_layernorm": False,
     },
     recognise=lambda config: config.rotary_percent < 1.0 and config.num_query_groups == config.num_attention_heads,
-    caveats=caveats,
+    caveats=decoder.one_residual_after_the_other,
     hugging_face=HuggingFace(
         model_types=("gpt_neox",),
         architectures=("GPTNeoXForCausalLM",),
@@ -88,5 +77,5 @@ FAMILY = Family(
         rotary_percent=0.25,
         attention_bias=True,
     ),
-    nemo2=gpt2.nemo2_base(),
+    nemo2=nemo2.general(),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.config.windows import read_window, write_window
 from anyckpt.indexing import Shape
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import IDENTITY, INTERLEAVED_QKV, TRANSPOSED, Operation, Transposed
@@ -108,7 +108,7 @@ FAMILY = Family(
         *sparse.TRAILING,
     ),
     traits={
-        **{name: value for name, value in llama.TRAITS.items() if name != "add_qkv_bias"},
+        **{name: value for name, value in decoder.TRAITS.items() if name != "add_qkv_bias"},
         "activation": "quick_gelu",
         "add_bias_linear": True,
         "softmax_type": "learnable",

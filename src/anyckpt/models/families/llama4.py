@@ -19,7 +19,7 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader, whole
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
@@ -199,9 +199,9 @@ FAMILY = Family(
     name="llama4",
     title="Llama 4 (text)",
     rules=RULES,
-    ignorable=llama.IGNORABLE,
+    ignorable=decoder.IGNORABLE,
     traits={
-        **llama.TRAITS,
+        **decoder.TRAITS,
         "rotary_interleaved": True,
         "add_bias_linear": False,
         "multi_latent_attention": False,

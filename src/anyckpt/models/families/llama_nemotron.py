@@ -21,7 +21,7 @@ from anyckpt.config.layer_blocks import LayerBlock, parse, render
 from anyckpt.config.model import Field, ModelConfig, Reader, whole
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.apart import remote_code
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Condition, Rule
@@ -66,7 +66,7 @@ def _replaced(part: str, norm: str, matrix: str, hub: str) -> tuple[Rule, Rule]:
 
 
 RULES = (
-    *map(_where_whole, llama.RULES),
+    *map(_where_whole, decoder.RULES),
     *_replaced("attention", "input_layernorm", "self_attn.linear_attn", "self_attention"),
     *_replaced("mlp", "post_attention_layernorm", "mlp.linear_mlp", "mlp"),
 )
@@ -171,8 +171,8 @@ FAMILY = Family(
     name="llama-nemotron",
     title="Llama-Nemotron Super, Ultra, 51B (DeciLM)",
     rules=RULES,
-    ignorable=llama.IGNORABLE,
-    traits={**llama.TRAITS, "add_bias_linear": False},
+    ignorable=decoder.IGNORABLE,
+    traits={**decoder.TRAITS, "add_bias_linear": False},
     features=frozenset({
         "heterogeneous_block_specs", "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json",
     }),

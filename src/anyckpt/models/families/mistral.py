@@ -15,7 +15,7 @@ from anyckpt.config.meta_names import LLAMA, MetaNames
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.config.windows import read_window, write_window
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -41,9 +41,9 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
 FAMILY = Family(
     name="mistral",
     title="Mistral, Ministral",
-    rules=llama.RULES,
-    ignorable=llama.IGNORABLE,
-    traits={**llama.TRAITS, "add_bias_linear": False},
+    rules=decoder.RULES,
+    ignorable=decoder.IGNORABLE,
+    traits={**decoder.TRAITS, "add_bias_linear": False},
     recognise=lambda config: config.window_size is not None,
     hugging_face=HuggingFace(
         model_types=("mistral", _SOME_LAYERS),

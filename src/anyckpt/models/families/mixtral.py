@@ -14,7 +14,7 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import ATTENTION, EXPERTS, MetaNames
 from anyckpt.config.model import Field, ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 
@@ -39,9 +39,9 @@ FAMILY = Family(
         *sparse.experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
         *sparse.TRAILING,
     ),
-    ignorable=llama.IGNORABLE,
+    ignorable=decoder.IGNORABLE,
     traits={
-        **llama.TRAITS,
+        **decoder.TRAITS,
         "add_bias_linear": False,
         "moe_router_score_function": "softmax",
         "moe_shared_expert_intermediate_size": None,

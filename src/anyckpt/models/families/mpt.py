@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
 from anyckpt.models.language.rules import Rule
@@ -38,7 +38,7 @@ RULES = (
     Rule((f"{_LAYER}.ffn.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule(("transformer.norm_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule((), "decoder.final_layernorm.bias", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=llama.untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
 

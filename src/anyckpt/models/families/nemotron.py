@@ -9,16 +9,15 @@ from __future__ import annotations
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.models.families import llama
-from anyckpt.models.families.starcoder2 import NORM_BIASES, WITHOUT_MLP, plain_mlp
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
 FAMILY = Family(
     name="nemotron",
     title="Nemotron-3, Nemotron-4, Minitron",
-    rules=(*WITHOUT_MLP, *NORM_BIASES, *plain_mlp("up_proj", "down_proj")),
-    ignorable=llama.IGNORABLE,
+    rules=(*decoder.WITHOUT_MLP, *decoder.NORM_BIASES, *decoder.plain_mlp("up_proj", "down_proj")),
+    ignorable=decoder.IGNORABLE,
     traits={
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": True,

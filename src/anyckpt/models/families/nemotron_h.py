@@ -15,6 +15,7 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
 from anyckpt.models.language.rules import Condition, Rule
@@ -40,10 +41,6 @@ def _shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 
 def _biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return config.moe_router_enable_expert_bias and _EXPERTS(config, indices)
-
-
-def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return not config.share_embeddings_and_output_weights
 
 
 _MAMBA, _ATTENTION, _MLP, _EXPERTS = (_kind(letter) for letter in "M*-E")
@@ -80,7 +77,7 @@ RULES = (
     Rule((f"{_MIXER}.shared_experts.down_proj.weight",), f"{_HUB}.mlp.shared_experts.linear_fc2.weight",
          ("hidden", "shared-ffn"), when=_shared),
     Rule(("backbone.norm_f.weight",), "decoder.final_norm.weight", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=_untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
 

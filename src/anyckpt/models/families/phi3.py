@@ -9,25 +9,24 @@ from __future__ import annotations
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
 from anyckpt.models.language.rules import Rule
 
-_FUSED = (
-    Rule(("model.layers.*.self_attn.qkv_proj.weight",), "decoder.layers.*.self_attention.linear_qkv.weight",
-         ("qkv", "hidden"), CONCATENATED_QKV),
-    Rule(("model.layers.*.mlp.gate_up_proj.weight",), "decoder.layers.*.mlp.linear_fc1.weight", ("fc1", "hidden")),
+_QKV = Rule(
+    ("model.layers.*.self_attn.qkv_proj.weight",), "decoder.layers.*.self_attention.linear_qkv.weight",
+    ("qkv", "hidden"), CONCATENATED_QKV,
 )  # fmt: skip
-_BY_NAME = {rule.hub: rule for rule in _FUSED}
+_BY_NAME = {rule.hub: rule for rule in (_QKV, decoder.FUSED_GATE_UP)}
 
 FAMILY = Family(
     name="phi3",
     title="Phi-3, Phi-3.5, Phi-4",
-    rules=tuple(_BY_NAME.get(rule.hub, rule) for rule in llama.RULES if not rule.hub.endswith(".bias")),
-    ignorable=llama.IGNORABLE,
-    traits={**llama.TRAITS, "add_bias_linear": False},
+    rules=tuple(_BY_NAME.get(rule.hub, rule) for rule in decoder.RULES if not rule.hub.endswith(".bias")),
+    ignorable=decoder.IGNORABLE,
+    traits={**decoder.TRAITS, "add_bias_linear": False},
     recognise=lambda config: False,  # Megatron's arguments do not tell it from Llama, which is the same model
     hugging_face=HuggingFace(
         model_types=("phi3",),

@@ -13,7 +13,7 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.config.windows import read_window, windowed_layers, write_window
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -41,9 +41,9 @@ def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
 FAMILY = Family(
     name="qwen2",
     title="Qwen2, Qwen2.5",
-    rules=llama.RULES,
-    ignorable=llama.IGNORABLE,
-    traits={**llama.TRAITS, "add_bias_linear": False, "add_qkv_bias": True},
+    rules=decoder.RULES,
+    ignorable=decoder.IGNORABLE,
+    traits={**decoder.TRAITS, "add_bias_linear": False, "add_qkv_bias": True},
     hugging_face=HuggingFace(
         model_types=("qwen2",),
         architectures=("Qwen2ForCausalLM",),

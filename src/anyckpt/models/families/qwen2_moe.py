@@ -13,7 +13,8 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama, qwen3_moe
+from anyckpt.models.families import qwen3_moe
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
@@ -60,7 +61,7 @@ FAMILY = Family(
         *sparse.TRAILING,
     ),
     traits={
-        **llama.TRAITS,
+        **decoder.TRAITS,
         "add_bias_linear": False,
         "add_qkv_bias": True,
         "moe_router_score_function": "softmax",
@@ -84,6 +85,6 @@ FAMILY = Family(
         read=_read,
         write=_write,
         keys=qwen3_moe.KEYS | {"head_dim", "layer_types", "max_window_layers"},
-        variants=qwen3_moe.STACKED,
+        variants=sparse.STACKED,
     ),
 )  # fmt: skip

@@ -9,25 +9,17 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LAYER, LLAMA, Pair, in_halves
 from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.models.families import llama, qwen2
+from anyckpt.models.families import qwen2
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
-from anyckpt.models.language.rules import Rule
-
-NORMS = tuple(
-    Rule((f"model.layers.*.self_attn.{which}_norm.weight",),
-         f"decoder.layers.*.self_attention.{which}_layernorm.weight", ("head",))
-    for which in ("q", "k")
-)  # fmt: skip
-"""Of queries and keys."""
-
 
 FAMILY = Family(
     name="qwen3",
     title="Qwen3",
-    rules=(*llama.RULES, *NORMS),
-    ignorable=llama.IGNORABLE,
-    traits={**llama.TRAITS, "add_bias_linear": False, "qk_layernorm": True},
+    rules=(*decoder.RULES, *decoder.QUERY_KEY_NORMS),
+    ignorable=decoder.IGNORABLE,
+    traits={**decoder.TRAITS, "add_bias_linear": False, "qk_layernorm": True},
     hugging_face=HuggingFace(
         model_types=("qwen3",),
         architectures=("Qwen3ForCausalLM",),

@@ -10,20 +10,11 @@ from typing import Any
 
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
-from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
+from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rules import Rule
-
-_EXPERT = f"{sparse.LAYER}.mlp.experts.*"
-
-STACKED = (
-    Variant(f"{sparse.LAYER}.mlp.experts.gate_up_proj", (f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight")),
-    Variant(f"{sparse.LAYER}.mlp.experts.down_proj", (f"{_EXPERT}.down_proj.weight",)),
-)
-"""transformers 5's layout in memory, and on disk with ``save_original_format=False``."""
 
 KEYS = frozenset({"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "use_sliding_window"})
 
@@ -62,16 +53,13 @@ FAMILY = Family(
     rules=(
         *sparse.LEADING,
         *sparse.ATTENTION,
-        Rule((f"{sparse.LAYER}.self_attn.q_norm.weight",), f"{sparse.HUB}.self_attention.q_layernorm.weight",
-             ("head",)),
-        Rule((f"{sparse.LAYER}.self_attn.k_norm.weight",), f"{sparse.HUB}.self_attention.k_layernorm.weight",
-             ("head",)),
+        *decoder.QUERY_KEY_NORMS,
         *sparse.DENSE,
         *sparse.experts(),
         *sparse.TRAILING,
     ),
     traits={
-        **llama.TRAITS,
+        **decoder.TRAITS,
         "add_bias_linear": False,
         "qk_layernorm": True,
         "moe_router_score_function": "softmax",
@@ -93,7 +81,7 @@ FAMILY = Family(
         read=read,
         write=_write,
         keys=KEYS,
-        variants=STACKED,
+        variants=sparse.STACKED,
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.qwen3",

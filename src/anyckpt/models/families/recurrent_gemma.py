@@ -17,6 +17,7 @@ from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.config.windows import window_length
 from anyckpt.errors import MappingError
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
 from anyckpt.models.language.rules import Rule
@@ -40,10 +41,6 @@ def _attends(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 
 def _recurs(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return indices[0] % len(_PERIOD) != 2
-
-
-def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return not config.share_embeddings_and_output_weights
 
 
 RULES = (
@@ -78,7 +75,7 @@ RULES = (
     Rule((f"{_MLP}.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule((f"{_MLP}.down_proj.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",)),
     Rule(("model.final_norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=_untied),
+    Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
 

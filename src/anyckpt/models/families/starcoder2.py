@@ -11,35 +11,9 @@ from collections.abc import Iterator
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.models.families import llama
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
-from anyckpt.models.language.rules import Rule
-
-_LAYER = "model.layers.*"
-_HUB = "decoder.layers.*"
-
-NORM_BIASES = (
-    Rule((f"{_LAYER}.input_layernorm.bias",), f"{_HUB}.self_attention.linear_qkv.layer_norm_bias", ("hidden",)),
-    Rule((f"{_LAYER}.post_attention_layernorm.bias",), f"{_HUB}.mlp.linear_fc1.layer_norm_bias", ("hidden",)),
-    Rule(("model.norm.bias",), "decoder.final_layernorm.bias", ("hidden",)),
-)
-"""Of LayerNorm in models that are named as Llama."""
-
-
-def plain_mlp(up: str, down: str) -> tuple[Rule, ...]:
-    """An MLP without gate, by the names of its two layers."""
-    return (
-        Rule((f"{_LAYER}.mlp.{up}.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
-        Rule((f"{_LAYER}.mlp.{up}.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=llama.biased),
-        Rule((f"{_LAYER}.mlp.{down}.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-        Rule((f"{_LAYER}.mlp.{down}.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=llama.biased),
-    )  # fmt: skip
-
-
-WITHOUT_MLP = tuple(
-    rule for rule in llama.RULES if not rule.hub.startswith(f"{_HUB}.mlp.") or rule.hub.endswith("layer_norm_weight")
-)
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -53,8 +27,8 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
 FAMILY = Family(
     name="starcoder2",
     title="StarCoder2",
-    rules=(*WITHOUT_MLP, *NORM_BIASES, *plain_mlp("c_fc", "c_proj")),
-    ignorable=llama.IGNORABLE,
+    rules=(*decoder.WITHOUT_MLP, *decoder.NORM_BIASES, *decoder.plain_mlp("c_fc", "c_proj")),
+    ignorable=decoder.IGNORABLE,
     traits={
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": False,

@@ -22,6 +22,7 @@ from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import (
     GATE_UP,
@@ -53,10 +54,6 @@ def _plain(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 
 def _tied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return config.share_embeddings_and_output_weights
-
-
-def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return not config.share_embeddings_and_output_weights
 
 
 def _stack(stack: str, axes: tuple[str, ...], mlp: int) -> tuple[Rule, ...]:
@@ -116,7 +113,7 @@ RULES = (
     Rule(("decoder.final_layer_norm.weight",), "decoder.final_layernorm.weight", ("hidden",),
          Scaled(IDENTITY, _output)),
     Rule((), "lm_head.output_layer.bias", ("vocabulary",), when=_tied),
-    Rule(("lm_head.weight",), "lm_head.output_layer.weight", ("vocabulary", "hidden"), when=_untied),
+    Rule(("lm_head.weight",), "lm_head.output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
 _DIMENSIONS = {

@@ -1,1 +1,1 @@
-"""What families share."""
+"""What families share; a part takes from no family."""

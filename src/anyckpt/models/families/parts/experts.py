@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from anyckpt.config.model import ModelConfig, Reader
-from anyckpt.models.families import llama
+from anyckpt.config.spellings import Variant
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.rule_operations import GATE_UP
 from anyckpt.models.language.rules import Rule
 
@@ -22,12 +23,12 @@ def is_dense(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 
 
 ATTENTION = tuple(
-    rule for rule in llama.RULES if rule.hub.startswith(f"{HUB}.self_attention.") and not rule.hub.endswith(".bias")
+    rule for rule in decoder.RULES if rule.hub.startswith(f"{HUB}.self_attention.") and not rule.hub.endswith(".bias")
 )
 """Llama's, without biases."""
 
-LEADING = tuple(rule for rule in llama.RULES if rule.hub.startswith("embedding."))
-TRAILING = tuple(rule for rule in llama.RULES if rule.hub.startswith(("decoder.final", "output_layer.")))
+LEADING = tuple(rule for rule in decoder.RULES if rule.hub.startswith("embedding."))
+TRAILING = tuple(rule for rule in decoder.RULES if rule.hub.startswith(("decoder.final", "output_layer.")))
 
 DENSE = (
     Rule((f"{LAYER}.post_attention_layernorm.weight",), f"{HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",),
@@ -54,6 +55,15 @@ def experts(
         Rule((f"{each}.{down}.weight",), f"{HUB}.mlp.experts.linear_fc2.weight*", ("hidden", "expert-ffn"),
              when=is_sparse),
     )  # fmt: skip
+
+
+_EXPERT = f"{LAYER}.mlp.experts.*"
+
+STACKED = (
+    Variant(f"{LAYER}.mlp.experts.gate_up_proj", (f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight")),
+    Variant(f"{LAYER}.mlp.experts.down_proj", (f"{_EXPERT}.down_proj.weight",)),
+)
+"""transformers 5's layout in memory, and on disk with ``save_original_format=False``."""
 
 
 def layers_with_experts(reader: Reader, layers: int) -> tuple[int, ...] | None:
