@@ -1,9 +1,13 @@
-"""A plan with every kind of part, and a program: ``python sample.py SOURCE DESTINATION [resume | SHARE/OF]``."""
+"""A plan with every kind of part, and a program: ``sample.py SOURCE DESTINATION [resume | SHARE/OF [DEATH]]``."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +60,19 @@ def shrink_blocks(nbytes: int, sync_every: int = 1 << 30) -> None:
     files._DIRECT_MINIMUM = 4096
 
 
+def die_after(writes: int) -> None:
+    """Let the system kill this process in the place of its next write after so many."""
+    left = itertools.count(writes, -1)
+    write = files.BlockFile.write
+
+    def writing(file: files.BlockFile, *arguments: Any) -> None:
+        if next(left) <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(file, *arguments)
+
+    files.BlockFile.write = writing  # type: ignore[method-assign]
+
+
 def make_source(path: Path, nbytes: int) -> Path:
     path.write_bytes(np.random.default_rng(5).integers(0, 256, nbytes, dtype=np.uint8).tobytes())
     return path
@@ -67,6 +84,8 @@ def main(source: str, destination: str, *words: str) -> None:
     plan = sample_plan(Path(source))
     if words and "/" in words[0]:
         number, of = map(int, words[0].split("/"))
+        if words[1:]:
+            die_after(int(words[1]))
         run_share(plan, destination, Share(number, of), workers=2, source_paths=[source])
     else:
         execute.execute(plan, destination, resume="resume" in words, workers=2, source_paths=[source])

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,9 +60,9 @@ def assert_whole(plan: Plan, output: Path) -> None:
     assert [name for name in os.listdir(output.parent) if name.endswith(".anyckpt-partial")] == []
 
 
-def child(source: Path, output: Path, share: str) -> subprocess.Popen[bytes]:
+def child(source: Path, output: Path, *share: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SAMPLE.parents[2]), *sys.path])}
-    command = [sys.executable, str(SAMPLE), str(source), str(output), share]
+    command = [sys.executable, str(SAMPLE), str(source), str(output), *share]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 
@@ -101,10 +100,9 @@ def test_processes_at_once_of_which_some_are_killed_and_started_anew(tmp_path: P
     generator = random.Random(of)
     killed = 0
     for attempt in range(3):
-        found = [child(plan_source, output, f"{number}/{of}") for number in range(1, of + 1)]
-        if attempt < 2:
-            time.sleep(generator.uniform(0.15, 0.4))
-            found[generator.randrange(of)].send_signal(signal.SIGKILL)
+        dying = generator.randrange(1, of + 1) if attempt < 2 else 0
+        deaths = {dying: (str(generator.randrange(60)),)}
+        found = [child(plan_source, output, f"{number}/{of}", *deaths.get(number, ())) for number in range(1, of + 1)]
         for process in found:
             _, error = process.communicate()
             killed += process.returncode == -signal.SIGKILL
