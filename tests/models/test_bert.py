@@ -92,7 +92,7 @@ def test_an_output_bias_that_nothing_uses() -> None:
     ("key", "value"), [("is_decoder", True), ("add_cross_attention", True), ("position_embedding_type", "relative_key")]
 )
 def test_berts_that_are_no_encoders(key: str, value: Any) -> None:
-    with pytest.raises(MappingError, match=f"{key} is not that of the family"):
+    with pytest.raises(MappingError, match=f"{key} is not that of family bert"):
         made({**BERT, key: value})
 
 

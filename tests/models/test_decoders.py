@@ -253,7 +253,7 @@ def test_gpt_2_as_it_was_first_stored() -> None:
 
 @pytest.mark.parametrize("key", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"])
 def test_gpt_2_that_megatron_has_no_layers_for(key: str) -> None:
-    with pytest.raises(MappingError, match=f"{key} is not that of the family"):
+    with pytest.raises(MappingError, match=f"{key} is not that of family gpt2"):
         model_of({**open_case("gpt2").checkpoint.config, key: True})
 
 

@@ -1,4 +1,4 @@
-"""What the modules of families may take from each other."""
+"""What the modules of families may take from each other, and what they all declare."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from anyckpt.config.hugging_face import check_expected
+from anyckpt.errors import MappingError
 from anyckpt.models import families
+from anyckpt.models.language.family import Family
 
 _PACKAGE = families.__name__
 _FOLDER = Path(families.__file__).parent
@@ -58,3 +63,21 @@ def test_no_family_counts_another_s_rules_or_fields(module: str) -> None:
         and not (isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str))
     ]
     assert counted == []
+
+
+_EXPECTED = [
+    (family, key, value) for family in families.built_in() for key, value in family.hugging_face.expected.items()
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value"), _EXPECTED, ids=[f"{one.name}-{key}" for one, key, _ in _EXPECTED])
+@given(found=st.none() | st.booleans() | st.integers(-1, 2) | st.text(max_size=8) | st.lists(st.booleans(), max_size=2))
+@settings(max_examples=20, deadline=None)
+def test_expected_values_are_the_only_ones(family: Family, key: str, value: object, found: object) -> None:
+    """Absent, null and the value itself are read; all else is refused, 1 for true, too, and the key is named."""
+    described = {"model_type": family.hugging_face.model_types[0]}
+    for same in (described, {**described, key: None}, {**described, key: value}):
+        check_expected(family, same)
+    if found is not None and (type(found) is not type(value) or found != value):
+        with pytest.raises(MappingError, match=f"{key} is not that of family {family.name}"):
+            check_expected(family, {**described, key: found})

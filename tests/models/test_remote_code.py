@@ -201,9 +201,9 @@ def test_two_meanings_of_rope_ratio(path: str, base: float, scaling: Any) -> Non
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"rmsnorm": False}, "rmsnorm is not that of the family"),
-        ({"post_layer_norm": False}, "post_layer_norm is not that of the family"),
-        ({"apply_residual_connection_post_layernorm": True}, "not that of the family"),
+        ({"rmsnorm": False}, "rmsnorm is not that of family chatglm"),
+        ({"post_layer_norm": False}, "post_layer_norm is not that of family chatglm"),
+        ({"apply_residual_connection_post_layernorm": True}, "not that of family chatglm"),
         ({"pre_seq_len": 128}, "prefix encoder or packed weights"),
         ({"quantization_bit": 4}, "prefix encoder or packed weights"),
         ({"multi_query_group_num": 3}, "do not divide into its query groups"),

@@ -108,7 +108,7 @@ def test_images_that_are_not_square() -> None:
         ({**CLIP, "image_size": [1, 2, 3]}, "image_size is of the wrong type"),
         ({**CLIP, "image_size": "large"}, "image_size is of the wrong type"),
         ({**CLIP, "num_channels": 1}, "num_channels is not that of Megatron-Core's CLIPViTModel"),
-        ({**VIT, "qkv_bias": False}, "qkv_bias is not that of Megatron-Core's layers"),
+        ({**VIT, "qkv_bias": False}, "qkv_bias is not that of family vit"),
         ({**T5, "relative_attention_num_buckets": 0}, "relative_attention_num_buckets is not possible"),
         ({**T5, "num_layers": 1 << 30}, "too many layers"),
         ({**T5, "d_kv": -4}, "kv_channels is not possible"),

@@ -148,6 +148,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             expected="no quantization_config in config.json", found=method or "one",
             remedy="convert the unquantized model, or convert the files with --to safetensors",
         )  # fmt: skip
+    check_expected(family, config)
     result = ModelConfig(
         **{
             **{name: value for name, value in family.traits.items() if name not in fields},
@@ -172,6 +173,20 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
     if known.attention_bias is not None:
         _check_biases(reader, result, known.attention_bias)
     return check(result)
+
+
+def check_expected(family: Spellings, config: Mapping[str, Any]) -> None:
+    """Nothing that is stated says that the model is another than the family can be.
+
+    Raises:
+        MappingError: something does.
+    """
+    for key, expected in family.hugging_face.expected.items():
+        found = config.get(key)
+        if found is not None and (type(found) is not type(expected) or found != expected):
+            raise MappingError(
+                f"config.json's {key} is not that of family {family.name}", expected=expected, found=repr(found)[:80]
+            )
 
 
 def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class HuggingFace:
         defaults_of: the ``model_type`` of that class; None for the first of ``model_types``.
         fields: the one-to-one keys, ``config_hf.COMMON`` and the family's own.
         constants: keys that are written as they are.
+        expected: by key, the only value that the family can have; absent and null are it.
         activations: hub activation -> spelling, where it is not the usual one.
         windowed: every layer's attention has the window that ``sliding_window`` says, if it says one.
         misspelled: spelling -> hub activation, where the family means something else by it.
@@ -80,6 +81,7 @@ class HuggingFace:
     defaults: Mapping[str, Any] | None = None
     defaults_of: str | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
+    expected: Mapping[str, Any] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
     windowed: bool = False
     misspelled: Mapping[str, str] = field(default_factory=dict)

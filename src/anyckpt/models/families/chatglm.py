@@ -24,9 +24,7 @@ _LAYER = "transformer.encoder.layers.*"
 _HUB = "decoder.layers.*"
 _BASE = 10000.0
 _SECOND = "chatglm2"
-_CONSTANTS = {
-    "rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False, "original_rope": True,
-}  # fmt: skip
+_EXPECTED = {"rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False}
 _MODEL = "modeling_chatglm.ChatGLMForConditionalGeneration"
 _CLASSES = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": _MODEL, "AutoModelForCausalLM": _MODEL,
@@ -56,10 +54,6 @@ RULES = (
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     """Query groups and rope."""
-    for key, usual in _CONSTANTS.items():
-        stated = reader.flag(key)
-        if key != "original_rope" and stated is not None and stated != usual:
-            raise MappingError(f"config.json's {key} is not that of the family", expected=usual, found=stated)
     if reader.integer("pre_seq_len") or reader.integer("quantization_bit"):
         raise MappingError(
             "config.json is of a model with a prefix encoder or packed weights", expected="neither pre_seq_len nor "
@@ -135,7 +129,8 @@ FAMILY = Family(
             Field("eos_token_id", "eos_token_id", "tokens", None),
             Field("pad_token_id", "pad_token_id", "tokens", None),
         ),
-        constants=_CONSTANTS,
+        constants={**_EXPECTED, "original_rope": True},
+        expected=_EXPECTED,
         rotary_percent=0.5,
         attention_bias=None,
         activation_key=None,

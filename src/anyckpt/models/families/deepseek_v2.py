@@ -18,9 +18,6 @@ from anyckpt.models.language.family import Family
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    deepseek_v3.refuse(reader, "scoring_func", "softmax", "deepseek-v2")
-    deepseek_v3.refuse(reader, "norm_topk_prob", False, "deepseek-v2")
-    deepseek_v3.refuse(reader, "mlp_bias", False, "deepseek-v2")
     fields = deepseek_v3.read(reader, found, shared=2, dense=0)
     if (reader.text("topk_method") or "greedy") == "greedy" and (found["moe_router_num_groups"] or 1) > 1:
         fields |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
@@ -63,6 +60,7 @@ FAMILY = Family(
         architectures=("DeepseekV2ForCausalLM",),
         fields=deepseek_v3.FIELDS,
         constants={"mlp_bias": False},
+        expected={"scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False},
         read=_read,
         write=_write,
         keys=deepseek_v3.KEYS,

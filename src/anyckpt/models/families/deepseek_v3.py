@@ -197,23 +197,10 @@ def write(config: ModelConfig) -> dict[str, Any]:
     return keys | ({"aux_loss_alpha": config.moe_aux_loss_coeff} if config.moe_aux_loss_coeff else {})
 
 
-def refuse(reader: Reader, key: str, expected: Any, kind: str) -> None:
-    """Refuse a configuration that says something other than what every model of the type is.
-
-    Raises:
-        MappingError: it does.
-    """
-    value = reader.values.get(key)
-    if value is not None and value != expected:
-        raise MappingError(
-            f"config.json's {key} is not that of family {kind}", expected=expected, found=repr(value)[:80]
-        )
+_EXPECTED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    refuse(reader, "scoring_func", "sigmoid", "deepseek-v3")
-    refuse(reader, "topk_method", "noaux_tc", "deepseek-v3")
-    refuse(reader, "norm_topk_prob", True, "deepseek-v3")
     return {
         **read(reader, found, shared=1, dense=3),
         "moe_router_score_function": "sigmoid",
@@ -223,7 +210,7 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    constant: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+    constant: dict[str, Any] = dict(_EXPECTED)
     if config.mtp_num_layers is not None:
         constant |= {"num_nextn_predict_layers": config.mtp_num_layers}
         notes.append(
@@ -261,6 +248,7 @@ FAMILY = Family(
         model_types=("deepseek_v3",),
         architectures=("DeepseekV3ForCausalLM",),
         fields=FIELDS,
+        expected=_EXPECTED,
         read=_read,
         write=_write,
         keys=KEYS | {"rope_interleave", "num_nextn_predict_layers"},

@@ -9,11 +9,10 @@ multiplied by the square root of the width in the model, not in the weights.  Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import Field, ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
@@ -25,11 +24,6 @@ TRAITS = {
     "activation": "gelu_tanh",
     "add_bias_linear": False,
 }
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    decoder.check_causal(reader)
-    return {}
 
 
 def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -57,7 +51,7 @@ FAMILY = Family(
         registered=DECODER,
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         misspelled={"gelu": "gelu_tanh"},
-        read=_read,
+        expected=decoder.CAUSAL,
         keys=frozenset({"hidden_activation"}),
     ),
     nemo2=NeMo2(

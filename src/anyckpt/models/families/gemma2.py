@@ -47,7 +47,6 @@ _WINDOW = 4096
 
 def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     """Window and the layers that have it."""
-    decoder.check_causal(reader)
     length = reader.integer("sliding_window") if "sliding_window" in reader.values else _WINDOW
     return read_window(reader, length, [layer % 2 == 0 for layer in range(min(found["num_layers"], 10_000))])
 
@@ -124,6 +123,7 @@ FAMILY = Family(
         registered=DECODER,
         fields=(*COMMON, *FIELDS),
         activation_key="hidden_activation",
+        expected=decoder.CAUSAL,
         read=read,
         write=write,
         keys=KEYS,

@@ -36,7 +36,6 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
             "config.json scales rope in layers with a window, which Gemma 3 does not",
             expected="rope_type default", found=repr(local.values["rope_type"])[:80],
         )  # fmt: skip
-    decoder.check_causal(reader)
     usual = [(layer + 1) % period != 0 for layer in range(min(found["num_layers"], 10_000))]
     return {
         **read_window(reader, length, usual),

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import Field, ModelConfig
 from anyckpt.config.spellings import HuggingFace
-from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
 from anyckpt.models.language.family import Family
@@ -87,25 +86,9 @@ FIELDS = (
 )
 
 
-USUAL = {"scale_attn_weights": True, "add_cross_attention": False}
-_USUAL = {**USUAL, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
-
-
-def check_usual(reader: Reader) -> None:
-    """Switches of transformers' classes that Megatron-Core has no layers for are as they usually are.
-
-    Raises:
-        MappingError: one is not.
-    """
-    for key, usual in _USUAL.items():
-        found = reader.flag(key)
-        if found is not None and found != usual:
-            raise MappingError(f"config.json's {key} is not that of the family", expected=usual, found=found)
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    check_usual(reader)
-    return {}
+CONSTANTS = {"scale_attn_weights": True, "add_cross_attention": False}
+EXPECTED = {**CONSTANTS, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+"""Switches of transformers' classes that Megatron-Core has no layers for, as they usually are."""
 
 
 def write_dropout(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
@@ -124,11 +107,11 @@ FAMILY = Family(
         model_types=("gpt2",),
         architectures=("GPT2LMHeadModel",),
         fields=FIELDS,
-        constants=_USUAL,
+        constants=EXPECTED,
+        expected=EXPECTED,
         activation_key="activation_function",
         activations={"gelu_tanh": "gelu_new"},
         attention_bias=None,
-        read=_read,
         write=write_dropout,
     ),
     nemo2=nemo2.general(),

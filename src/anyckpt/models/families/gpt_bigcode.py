@@ -19,7 +19,6 @@ from anyckpt.models.language.rule_operations import IDENTITY
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    gpt2.check_usual(reader)
     several = reader.flag("multi_query") is False
     return {"num_query_groups": found["num_attention_heads"] if several else 1}
 
@@ -53,7 +52,8 @@ FAMILY = Family(
         model_types=("gpt_bigcode",),
         architectures=("GPTBigCodeForCausalLM",),
         fields=gpt2.FIELDS,
-        constants=gpt2.USUAL,
+        constants=gpt2.CONSTANTS,
+        expected=gpt2.EXPECTED,
         activation_key="activation_function",
         attention_bias=None,
         read=_read,

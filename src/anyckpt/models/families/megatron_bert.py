@@ -16,7 +16,6 @@ from typing import Any
 from anyckpt.config.encoder_keys import HEADS
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
-from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
@@ -139,19 +138,13 @@ FLAGS: dict[str, dict[str, bool]] = {
 }
 """Heads by the end of the class's name; a bare model may lack the pooler."""
 
-_USUAL = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+CONSTANTS = {"is_decoder": False, "add_cross_attention": False}
+EXPECTED = {**CONSTANTS, "position_embedding_type": "absolute"}
+"""Of an encoder with absolute positions."""
 
 
 def read_heads(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Which heads the class has, if the model is an encoder with absolute positions.
-
-    Raises:
-        MappingError: it is not.
-    """
-    for key, usual in _USUAL.items():
-        value = reader.values.get(key)
-        if value is not None and value != usual:
-            raise MappingError(f"config.json's {key} is not that of the family", expected=usual, found=repr(value)[:80])
+    """Which heads the class has."""
     names = reader.values.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     return next((flags for end, flags in FLAGS.items() if name.endswith(end)), {})
@@ -271,7 +264,8 @@ FAMILY = Family(
         model_types=("megatron-bert",),
         architectures=("MegatronBertForPreTraining",),
         fields=FIELDS,
-        constants={"is_decoder": False, "add_cross_attention": False},
+        constants=CONSTANTS,
+        expected=EXPECTED,
         attention_bias=None,
         read=read_heads,
         write=lambda config, notes: write_heads("MegatronBert", config),

@@ -12,7 +12,6 @@ from typing import Any
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace
-from anyckpt.errors import MappingError
 from anyckpt.models.families import qwen3_moe
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
@@ -30,8 +29,6 @@ def _head(hidden: int, heads: int) -> int:
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    if reader.flag("qkv_bias") is False:
-        raise MappingError("config.json's qkv_bias is not that of family qwen2-moe", expected=True, found=False)
     head = reader.integer("head_dim")
     default = _head(found["hidden_size"], found["num_attention_heads"])
     return {**qwen3_moe.read(reader, found), "kv_channels": default if head is None else head}
@@ -82,6 +79,7 @@ FAMILY = Family(
             Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
         ),
         constants={"qkv_bias": True},
+        expected={**qwen3_moe.EXPECTED, "qkv_bias": True},
         read=_read,
         write=_write,
         keys=qwen3_moe.KEYS | {"head_dim", "layer_types", "max_window_layers"},

@@ -11,22 +11,18 @@ from typing import Any
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
+
+EXPECTED = {"use_sliding_window": False}
+"""Qwen's models with experts are not released with a window."""
 
 KEYS = frozenset({"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "use_sliding_window"})
 
 
 def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The router's normalisation, and which layers have experts.
-
-    Raises:
-        MappingError: attention has a window, which Qwen's models with experts are not released with.
-    """
-    if reader.flag("use_sliding_window"):
-        raise MappingError("config.json's use_sliding_window is not that of the family", expected=False, found=True)
+    """The router's normalisation, and which layers have experts."""
     return {
         "moe_router_pre_softmax": not reader.flag("norm_topk_prob"),
         "moe_layer_freq": sparse.layers_with_experts(reader, min(found["num_layers"], 10_000)),
@@ -78,6 +74,7 @@ FAMILY = Family(
             Field("moe_ffn_hidden_size", "moe_intermediate_size"),
             Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
         ),
+        expected=EXPECTED,
         read=read,
         write=_write,
         keys=KEYS,

@@ -15,7 +15,6 @@ from typing import Any
 from anyckpt.config.defaults import of_class
 from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, Variant
-from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.models.families import clip_vision
 from anyckpt.models.families.clip_vision import PARTS
@@ -72,8 +71,6 @@ _IN_MEMORY = {
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    if reader.flag("qkv_bias") is False:
-        raise MappingError("config.json's qkv_bias is not that of Megatron-Core's layers", expected=True, found=False)
     kind = clip_vision.architecture(reader)
     classes = len(reader.mapping("id2label")) or reader.integer("num_labels") or 2
     pooled = kind.endswith("Model")
@@ -137,6 +134,7 @@ FAMILY = Family(
             Field("attention_dropout", "attention_probs_dropout_prob", "number"),
             Field("hidden_dropout", "hidden_dropout_prob", "number"),
         ),
+        expected={"qkv_bias": True},
         attention_bias=None,
         read=_read,
         write=_write,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyckpt.config.model import ModelConfig, Reader
-from anyckpt.errors import MappingError
+from anyckpt.config.model import ModelConfig
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
 from anyckpt.models.language.rules import Rule
 
@@ -96,17 +95,8 @@ TRAITS = {
     "rotary_interleaved": False,
 }
 
-
-def check_causal(reader: Reader) -> None:
-    """Embedding models of the same classes see the whole text, which is no key of Megatron's.
-
-    Raises:
-        MappingError: attention is not causal.
-    """
-    if reader.flag("use_bidirectional_attention"):
-        raise MappingError(
-            "config.json's use_bidirectional_attention is not that of the family", expected=False, found=True
-        )
+CAUSAL = {"use_bidirectional_attention": False}
+"""Embedding models of the same classes see the whole text, which is no key of Megatron's."""
 
 
 def one_residual_after_the_other(config: ModelConfig, kind: str) -> Iterator[str]:
