@@ -14,6 +14,7 @@ from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
 from anyckpt.models.language.rules import Rule
@@ -107,15 +108,12 @@ FAMILY = Family(
             Field("num_layers", "n_layers"),
             Field("hidden_size", "d_model"),
             Field("num_attention_heads", "n_heads"),
-            Field("vocab_size", "vocab_size"),
+            VOCABULARY,
             Field("max_position_embeddings", "max_seq_len"),
             Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
             Field("init_method_std", "initializer_range", "number", 0.02),
             Field("hidden_dropout", "resid_pdrop", "number", 0.0),
-            Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", True),
-            Field("bos_token_id", "bos_token_id", "tokens", None),
-            Field("eos_token_id", "eos_token_id", "tokens", None),
-            Field("pad_token_id", "pad_token_id", "tokens", None),
+            *TIED_AND_TOKENS,
         ),
         constants={**_MODEL, "norm_type": _NORMS[0]},
         attention_bias=None,
