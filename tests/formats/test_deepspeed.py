@@ -16,7 +16,7 @@ from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats import registry
-from anyckpt.optimizer import with_optimizer
+from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import from_array
 
 SHAPES: tuple[dict[str, tuple[int, ...]], ...] = (

@@ -21,7 +21,7 @@ from anyckpt.formats.registry import WriteOptions
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
-from anyckpt.optimizer import with_optimizer
+from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import LazyTensor
 
 SAMPLES = samples()

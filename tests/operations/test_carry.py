@@ -12,7 +12,7 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.operations.convert import convert
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
-from anyckpt.optimizer import with_optimizer
+from anyckpt.optimizer.read import with_optimizer
 
 RANKS = ["legacy/megatron_gpt_tp2_pp2", "legacy/megatron_distopt_tp2_dp2", "legacy/megatron_gpt_fp32_optim_tp2"]
 

@@ -13,8 +13,8 @@ from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, MappingError
 from anyckpt.formats import registry
-from anyckpt.optimizer import with_optimizer
 from anyckpt.optimizer.apex_buckets import REMAINDER, has_buckets, whole_states, with_remainder
+from anyckpt.optimizer.read import with_optimizer
 from anyckpt.pickling import Global, Record
 from anyckpt.storage.source import LocalFile
 from anyckpt.tensor import LazyTensor, from_array

@@ -14,8 +14,9 @@ from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.formats import registry
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.joining import open_checkpoint
-from anyckpt.optimizer import renamed, with_optimizer
 from anyckpt.optimizer.placing import Buffer, placed
+from anyckpt.optimizer.read import with_optimizer
+from anyckpt.optimizer.state import renamed
 from anyckpt.tensor import LazyTensor, concatenate, from_array
 from tests.support import expected_of, fixture_path, sha256_of
 

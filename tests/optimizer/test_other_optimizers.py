@@ -16,7 +16,9 @@ from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import MappingError
 from anyckpt.operations.convert import convert
-from anyckpt.optimizer import laid_out, renamed, with_masters, with_optimizer
+from anyckpt.optimizer.read import with_optimizer
+from anyckpt.optimizer.state import renamed, with_masters
+from anyckpt.optimizer.write import laid_out
 from anyckpt.tensor import LazyTensor, from_array
 from tests.support import file_bytes, sha256_of
 

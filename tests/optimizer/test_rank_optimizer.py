@@ -18,7 +18,7 @@ from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.operations.convert import convert
 from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
-from anyckpt.optimizer import with_optimizer
+from anyckpt.optimizer.read import with_optimizer
 from anyckpt.storage.source import MemorySource
 from tests.formats.test_nemo_ranks import old_model
 from tests.optimizer.rank_files import (

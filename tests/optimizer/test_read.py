@@ -12,7 +12,7 @@ import pytest
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
-from anyckpt.optimizer import with_optimizer
+from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import LazyTensor, from_array
 from tests.support import expected_of, fixture_path, sha256_of
 

@@ -15,7 +15,9 @@ from anyckpt.errors import MappingError
 from anyckpt.formats import registry
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.models.dialects import spellings
-from anyckpt.optimizer import laid_out, renamed, with_masters, with_optimizer
+from anyckpt.optimizer.read import with_optimizer
+from anyckpt.optimizer.state import renamed, with_masters
+from anyckpt.optimizer.write import laid_out
 from anyckpt.tensor import LazyTensor, concatenate, from_array
 from tests.support import fixture_path, sha256_of, write_plan
 

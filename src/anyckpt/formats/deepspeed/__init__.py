@@ -1,8 +1,7 @@
 """Checkpoints of DeepSpeed: ZeRO stages 1 to 3, universal ones, and those of engines without ZeRO."""
 
 from anyckpt.formats.deepspeed.location import detect
-from anyckpt.formats.deepspeed.read import read
-from anyckpt.formats.registry import Format
+from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 
@@ -10,5 +9,5 @@ FORMAT = Format(
     name="deepspeed",
     title="DeepSpeed checkpoint",
     detect=detect,
-    read=read,
+    read=deferred("anyckpt.formats.deepspeed.read", "read"),
 )

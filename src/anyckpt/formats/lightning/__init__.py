@@ -2,7 +2,6 @@
 
 from anyckpt.checkpoint import OptimizerForm
 from anyckpt.formats.lightning.ranks import detect, read
-from anyckpt.formats.lightning.write import plan
 from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
@@ -12,7 +11,7 @@ FORMAT = Format(
     title="Lightning checkpoint",
     detect=detect,
     read=read,
-    plan=plan,
+    plan=deferred("anyckpt.formats.lightning.write", "plan"),
     sharded=True,
     optimizer=OptimizerForm("numbered", deferred("anyckpt.optimizer.write_numbered", "write_numbered")),
 )

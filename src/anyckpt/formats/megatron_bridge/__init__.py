@@ -8,9 +8,8 @@ printed.  Megatron-Bridge itself has not been run on what is written here.
 from __future__ import annotations
 
 from anyckpt.formats.megatron_bridge.read import detect, read
-from anyckpt.formats.megatron_bridge.write import plan
 from anyckpt.formats.megatron_core import OPTIMIZER
-from anyckpt.formats.registry import Format
+from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 
@@ -19,7 +18,7 @@ FORMAT = Format(
     title="Megatron-Bridge checkpoint",
     detect=detect,
     read=read,
-    plan=plan,
+    plan=deferred("anyckpt.formats.megatron_bridge.write", "plan"),
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     adapters="megatron",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from anyckpt.checkpoint import OptimizerForm
 from anyckpt.formats.megatron_core.location import detect
-from anyckpt.formats.megatron_core.reader import read, read_torch_dist
-from anyckpt.formats.megatron_core.writer import plan, torch_dist_files
 from anyckpt.formats.registry import Format, deferred
 
-__all__ = ["FORMAT", "OPTIMIZER", "read_torch_dist", "torch_dist_files"]
+__all__ = ["FORMAT", "OPTIMIZER"]
 
 OPTIMIZER = OptimizerForm("model-space", deferred("anyckpt.optimizer.write_model_space", "write_model_space"), True)
 
@@ -16,8 +14,8 @@ FORMAT = Format(
     name="megatron-core",
     title="Megatron-Core distributed checkpoint (torch_dist)",
     detect=detect,
-    read=read,
-    plan=plan,
+    read=deferred("anyckpt.formats.megatron_core.reader", "read"),
+    plan=deferred("anyckpt.formats.megatron_core.writer", "plan"),
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     leaves_out_arguments=True,

@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from anyckpt.formats.megatron_core import OPTIMIZER
 from anyckpt.formats.megatron_core_zarr.reader import detect, is_zarr, read, read_zarr
-from anyckpt.formats.megatron_core_zarr.writer import plan
-from anyckpt.formats.registry import Format
+from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT", "is_zarr", "read_zarr"]
 
@@ -20,7 +19,7 @@ FORMAT = Format(
     title="Megatron-Core distributed checkpoint (zarr)",
     detect=detect,
     read=read,
-    plan=plan,
+    plan=deferred("anyckpt.formats.megatron_core_zarr.writer", "plan"),
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     leaves_out_arguments=True,

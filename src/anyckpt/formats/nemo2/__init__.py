@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from anyckpt.formats.nemo2.read import detect, read
-from anyckpt.formats.nemo2.write import dialect, plan
-from anyckpt.formats.registry import Format
+from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 
@@ -13,8 +12,8 @@ FORMAT = Format(
     title="NeMo 2 checkpoint directory",
     detect=detect,
     read=read,
-    plan=plan,
-    dialect=dialect,
+    plan=deferred("anyckpt.formats.nemo2.write", "plan"),
+    dialect=lambda options: "nemo2",
     config_kind="nemo2",
     adapters="megatron",
 )

@@ -23,11 +23,6 @@ _GPT_MODULE = "nemo.collections.llm.gpt.model."
 _NO_PLACE = "a NeMo 2 checkpoint has no place for it"
 
 
-def dialect(options: WriteOptions) -> str | None:
-    """Names begin with ``module.``, layers are stacked."""
-    return "nemo2"
-
-
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """``context/io.json``, ``context/model.yaml``, the tokenizer's files, and ``weights/``.
 

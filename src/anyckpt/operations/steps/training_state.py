@@ -14,8 +14,9 @@ from anyckpt.formats.shared.random_states import random_states
 from anyckpt.operations.steps.cutting import Aim, LayoutRequest
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.recorded_renaming import Renaming
-from anyckpt.optimizer import has_another_form, holds_optimizer, laid_out, renamed, with_masters, with_optimizer
-from anyckpt.optimizer.state import DROP, Rename
+from anyckpt.optimizer.read import holds_optimizer, with_optimizer
+from anyckpt.optimizer.state import DROP, Rename, renamed, with_masters
+from anyckpt.optimizer.write import has_another_form, laid_out
 
 _KEPT_OBJECTS = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
 """Objects that Megatron's formats read again, whatever the weights are called."""
