@@ -84,8 +84,8 @@ def leftovers(folder: Path) -> list[str]:
 def test_any_block_order_and_worker_count_give_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, workers: int, seed: int
 ) -> None:
-    def shuffled(number: int, file: OutputFile) -> tuple[list[Block], list[LatePart]]:
-        found, late = cut(number, file)
+    def shuffled(number: int, file: OutputFile, owner: Any) -> tuple[list[Block], list[LatePart]]:
+        found, late = cut(number, file, owner)
         random.Random(seed).shuffle(found)
         return found, late
 

@@ -90,8 +90,9 @@ def execute(
         )  # fmt: skip
     if resume and not overwrite and place.is_published(identity.value):
         return report_of(plan, place, 0, started, plan.nbytes)
+    cut = cut_all(plan.files, owned=identity.owned)
     place.begin(plan, identity.value, share=None, resume=resume)
-    return carry_out(plan, cut_all(plan.files), place, identity, count, memory, progress, started)
+    return carry_out(plan, cut, place, identity, count, memory, progress, started)
 
 
 def place_of(destination: str | Destination, overwrite: bool) -> Destination:

@@ -18,6 +18,7 @@ import numpy as np
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import Computed, Literal, Plan, SourceData, TensorData
 from anyckpt.identity import identity_of
+from anyckpt.storage.owned import OwnedSource
 from anyckpt.storage.source import ByteSource
 
 
@@ -30,11 +31,13 @@ class Fingerprint:
         obstacle: what takes part in the plan and has no identity, so that no other run can be known to be the same;
             None if everything has one.
         sources: those that take part in the plan, as far as they were met.
+        owned: whether bytes of the plan are those of one process (``OwnedSource``).
     """
 
     value: str
     obstacle: str | None = None
     sources: tuple[ByteSource, ...] = field(default=(), repr=False, compare=False)
+    owned: bool = False
 
     def check_unchanged(self) -> None:
         """Raise FormatError if a source changed since it was opened: what was written is then of neither state."""
@@ -64,7 +67,7 @@ def fingerprint(plan: Plan, source_paths: Sequence[str]) -> Fingerprint:
         for path in _files_under(root):
             status = os.stat(path)
             describer.add(path, status.st_size, status.st_mtime_ns)
-    return Fingerprint(describer.digest.hexdigest(), None, describer.sources())
+    return Fingerprint(describer.digest.hexdigest(), None, describer.sources(), describer.owned)
 
 
 class _Describer:
@@ -73,6 +76,7 @@ class _Describer:
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self._seen: dict[int, int] = {}
+        self.owned = False
         self._kept: list[Any] = []  # so that no other value gets the identity of one that was seen
 
     def sources(self) -> tuple[ByteSource, ...]:
@@ -117,6 +121,7 @@ class _Describer:
         else:
             self._seen[id(value)] = len(self._seen)
             self._kept.append(value)
+            self.owned = self.owned or isinstance(value, OwnedSource)
             said = identity_of(value)
             if said is None:
                 raise _UnidentifiedError(value)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 
+from anyckpt.blockwise import Tiles, keeping
 from anyckpt.engine.blocks import CHUNK_BYTES, Block, Cut, LatePart
 from anyckpt.engine.checksum import PartSums, chunk_digests
 from anyckpt.engine.destination import Destination
@@ -26,6 +27,7 @@ from anyckpt.storage.source import ReadCount, counting
 _MEMORY_PER_WORKER = 16 << 20
 _SYNC_EVERY = 1 << 30
 _FAR_WORKERS = 16
+_FOR_TILES = 4  # of so many bytes for blocks in flight, one may be held of what is computed for several outputs
 
 Progress = Callable[[int, int], None]
 Ends = Callable[[Block], tuple[int, int]]
@@ -75,6 +77,7 @@ class Run:
         self._total = total
         self._ends = ends
         self._far = is_far(plan)
+        self._tiles = Tiles(memory // _FOR_TILES)
         self._lock = threading.Lock()
         self._unsynced: dict[BlockKey, BlockRecord] = {}
         self._since_sync = 0
@@ -149,6 +152,10 @@ class Run:
             self._work_off(jobs)
 
     def _work_off(self, jobs: Iterator[_Job]) -> None:
+        with keeping(self._tiles):
+            self._take_jobs(jobs)
+
+    def _take_jobs(self, jobs: Iterator[_Job]) -> None:
         buffers: list[BlockBuffer] = []
         while not self._stop.is_set():
             with self._lock:

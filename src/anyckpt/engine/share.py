@@ -14,6 +14,7 @@ from anyckpt.engine.destination import Destination, Share
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.records import BlockKey
 from anyckpt.engine.together import MOST_TOGETHER, gangs
+from anyckpt.errors import UsageError
 
 _FILE_COST = 128 << 10
 """Bytes that could be written in the time that making a file durable takes besides."""
@@ -27,6 +28,9 @@ class Division:
         cut: its blocks.
         of: number of shares.
         destination: whether it takes files only whole, and how far apart processes must write.
+
+    Raises:
+        UsageError: bytes are owned by a process that has no share, or a file that is written whole has several owners.
     """
 
     def __init__(self, plan: Plan, cut: Cut, of: int, destination: Destination) -> None:
@@ -34,11 +38,11 @@ class Division:
         self._page = destination.page
         self.files = first_stage(plan)
         self.of = of
-        units = [cut.blocks[number] for number in self.files]
+        self._share: dict[BlockKey, int] = {}
+        units = [self._unowned(cut.blocks[number], plan, destination) for number in self.files]
         if not destination.in_order and of > 1:
             blocks = (block for unit in units for block in unit)
             units = [gang.blocks for gang in gangs(plan.files, blocks, MOST_TOGETHER)]
-        self._share: dict[BlockKey, int] = {}
         begun: set[int] = set()
         weights = []
         for unit in units:
@@ -48,6 +52,29 @@ class Division:
         for unit, number in zip(units, divided(weights, of), strict=True):
             self._share.update(((block.file, block.offset), number) for block in unit)
         self._shared_pages = self._find_shared_pages() if of > 1 else {}
+
+    def _unowned(self, blocks: Sequence[Block], plan: Plan, destination: Destination) -> Sequence[Block]:
+        """The blocks of a file that any process can fill; the others are their owners'."""
+        owners = {block.owner for block in blocks if block.owner is not None}
+        if not owners:
+            return blocks
+        path = plan.files[blocks[0].file].path or destination.name
+        if max(owners) > self.of:
+            raise UsageError(
+                "is to hold bytes of a process that has no share", path=path, expected=f"owners up to {self.of}",
+                found=max(owners), remedy="divide the work into as many shares as there are processes",
+            )  # fmt: skip
+        if destination.in_order and len(owners) > 1:
+            raise UsageError(
+                "is to hold bytes of several processes, and is written by one", path=path,
+                found=f"owners {sorted(owners)}", remedy="give each process a file of its own",
+            )  # fmt: skip
+        alone = next(iter(owners)) if destination.in_order else None
+        for block in blocks:
+            owner = block.owner or alone
+            if owner is not None:
+                self._share[block.file, block.offset] = owner
+        return [block for block in blocks if (block.file, block.offset) not in self._share]
 
     def blocks(self, share: Share) -> Iterator[Block]:
         """Those of one share, in the order of the files."""

@@ -55,7 +55,8 @@ class SharedRun:
         source_paths: files or directories that the plan reads.
 
     Raises:
-        UsageError: ``memory`` is too small for one thread, or something in the plan has no identity.
+        UsageError: ``memory`` is too small for one thread, something in the plan has no identity, or bytes are owned
+            by a process that has no share.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class SharedRun:
                 "work is the same",
                 path=self._place.name, found=self._identity.obstacle, remedy="write it with one process",
             )  # fmt: skip
-        self._cut = cut_all(plan.files)
+        self._cut = cut_all(plan.files, owned=self._identity.owned)
         self._division = Division(plan, self._cut, of, self._place)
 
     def write(self, share: Share, progress: Progress | None = None) -> ShareReport:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from anyckpt.blockwise import Computation, outputs_in
 from anyckpt.engine.blocks import Block
 from anyckpt.engine.plan import OutputFile, TensorData
 from anyckpt.indexing import c_strides
@@ -51,7 +52,7 @@ def gangs(files: Sequence[OutputFile], blocks: Iterable[Block], most: int) -> It
             if key not in waiting:
                 order.append(key)
             waiting.setdefault(key, []).append(block)
-    for entry in order:
+    for entry in _after_what_makes_them(files, order, waiting):
         if isinstance(entry, Block):
             yield Gang((entry,), (False,) * len(entry.pieces))
         else:
@@ -59,6 +60,51 @@ def gangs(files: Sequence[OutputFile], blocks: Iterable[Block], most: int) -> It
             for start in range(0, len(found), most):
                 some = tuple(found[start : start + most])
                 yield Gang(some, columns.shared(some))
+
+
+def _after_what_makes_them(
+    files: Sequence[OutputFile], order: list[Any], waiting: dict[Any, list[Block]]
+) -> Sequence[Any]:
+    """The entries with each block that holds a smaller output of a computation (scales) after those of the largest.
+
+    By then the smaller one was computed with it and is held; the other way round the larger one would have to be.
+    """
+    found = _Outputs(files)
+    if not found.computations:
+        return order
+    last: dict[int, int] = {}
+    entries = [[entry] if isinstance(entry, Block) else waiting[entry] for entry in order]
+    for position, blocks in enumerate(entries):
+        last.update((computation, position) for computation in found.of(blocks, largest=True))
+    places = [
+        max([position, *(last.get(computation, -1) for computation in found.of(blocks, largest=False))])
+        for position, blocks in enumerate(entries)
+    ]
+    return [
+        order[position] for position in sorted(range(len(order)), key=lambda position: (places[position], position))
+    ]
+
+
+class _Outputs:
+    """Which parts are outputs of computations that have several."""
+
+    def __init__(self, files: Sequence[OutputFile]) -> None:
+        self._parts: dict[tuple[int, int], list[tuple[int, bool]]] = {}
+        self.computations: list[Computation] = []
+        for number, file in enumerate(files):
+            for index, part in enumerate(file.parts):
+                for one in outputs_in(part.tensor) if isinstance(part, TensorData) else ():
+                    self.computations.append(one.computation)
+                    sizes = [output.nbytes for output in one.computation.tensors()]
+                    entry = (id(one.computation), sizes.index(max(sizes)) == one.number)
+                    self._parts.setdefault((number, index), []).append(entry)
+
+    def of(self, blocks: Sequence[Block], *, largest: bool) -> Iterator[int]:
+        for block in blocks:
+            for piece in block.pieces:
+                for computation, is_largest in self._parts.get((block.file, piece.part), ()):
+                    if is_largest is largest:
+                        yield computation
 
 
 def read_together(tensors: Sequence[Stored], start: int, outs: Sequence[Array]) -> None:

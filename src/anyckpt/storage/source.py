@@ -180,6 +180,10 @@ class ByteSource(ABC):
         path, offset = self.locate()
         return (id(self), 0) if path is None else (path, offset)
 
+    def owner(self) -> int | None:
+        """The number of the share whose process alone has these bytes (see ``storage.owned``); None if any has them."""
+        return None
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} ({self.size:,} bytes)>"
 
@@ -364,6 +368,9 @@ class SlicedSource(ByteSource):
     def place(self) -> tuple[Hashable, int]:
         where, start = self._base.place()
         return where, start + self._offset
+
+    def owner(self) -> int | None:
+        return self._base.owner()
 
     @property
     def at_once(self) -> int:
