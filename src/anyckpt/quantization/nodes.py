@@ -108,12 +108,6 @@ class Repeated(View):
         small = np.empty(shape, self.dtype.raw)
         self.child.read_box(first, small)
         spread = [axis for axis, n in enumerate(small.shape) if n > 1 and self.block[axis] > 1]
-        whole = [axis for axis in spread if not begin[axis] % self.block[axis] and not end[axis] % self.block[axis]]
-        if len(spread) == 1 and whole and out.flags.c_contiguous:
-            axis = spread[0]
-            blocks = out.reshape(*out.shape[:axis], -1, self.block[axis], *out.shape[axis + 1 :])
-            np.copyto(blocks, np.expand_dims(small, axis + 1))
-            return
         rows = spread.pop(0) if len(spread) > 1 else None  # copied block by block: rows repeated would be the whole
         for axis in spread:
             small = np.repeat(small, self.block[axis], axis=axis)

@@ -17,13 +17,11 @@ from anyckpt.indexing import (
     flat_boxes,
     runs,
 )
-from anyckpt.storage.gather import Hole, hole, scratch
+from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
 from anyckpt.tensor.lazy import LazyTensor, as_numbers
 
 if TYPE_CHECKING:
     from anyckpt.tensor.nodes import Stored
-
-_COMPUTED_BYTES = 1 << 19  # of the widest operand: all of them stay in the cache
 
 
 class View(LazyTensor):
@@ -158,9 +156,9 @@ class Mapped(LazyTensor):
                 child.read_box(start, hole(out.shape, child.dtype.raw))
             return
         widest = max(child.dtype.itemsize for child in self.children)
-        if out.size * widest > _COMPUTED_BYTES and out.ndim:
+        if out.size * widest > SCRATCH_BYTES and out.ndim:
             axis = next(a for a, n in enumerate(out.shape) if n > 1)
-            step = max(1, out.shape[axis] * _COMPUTED_BYTES // (out.size * widest))
+            step = max(1, out.shape[axis] * SCRATCH_BYTES // (out.size * widest))
             for at in range(0, out.shape[axis], step):
                 where = (slice(None),) * axis + (slice(at, at + step),)
                 self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
