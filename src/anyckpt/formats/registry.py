@@ -13,13 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerForm, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import AnyckptError, FormatError, UsageError
-from anyckpt.facts import FormatFacts
 from anyckpt.formats.foreign import refusal
 from anyckpt.formats.shared.unfinished import check_finished
 from anyckpt.pickling import load_prefix
@@ -28,6 +27,9 @@ from anyckpt.storage.heads import small_files
 from anyckpt.storage.members import NotArchiveError, is_archive, is_gzip
 from anyckpt.storage.place import ArchivePlace, Location, Place, look_at, look_in
 from anyckpt.storage.source import check_not_pointer
+
+if TYPE_CHECKING:
+    from anyckpt.facts import FormatFacts
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def facts() -> dict[str, FormatFacts]:
     Raises:
         UsageError: a package that is installed registers one that cannot be loaded.
     """
+    from anyckpt.facts import FormatFacts
+
     return {
         name: FormatFacts(
             name=name,

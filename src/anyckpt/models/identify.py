@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.config import hugging_face as config_hf
@@ -16,7 +16,6 @@ from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.indexing import Shape
-from anyckpt.layout.partition import Partition
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.before_core import core_names
 from anyckpt.models.dialects.wrappers import unwrapped
@@ -26,6 +25,9 @@ from anyckpt.models.language.family import Family, unrefined
 from anyckpt.models.language.variants import family_names
 from anyckpt.models.tokens import TokenFacts, token_facts
 from anyckpt.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from anyckpt.layout.partition import Partition
 
 KINDS = ("hf", "nemo1", "nemo2", "megatron-args")
 """Spellings of a configuration that say all of a model."""

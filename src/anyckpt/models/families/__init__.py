@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import UsageError
-from anyckpt.facts import FamilyFacts
 from anyckpt.models.language.family import Family
+
+if TYPE_CHECKING:
+    from anyckpt.facts import FamilyFacts
 
 _BUILT_IN = (
     "mixtral", "llama4", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "mamba2", "nemotron_h",
@@ -53,6 +56,8 @@ def facts() -> dict[str, FamilyFacts]:
     Raises:
         UsageError: a package that is installed registers one that cannot be loaded.
     """
+    from anyckpt.facts import FamilyFacts
+
     own = {family.name for family in built_in()}
     return {
         name: FamilyFacts(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import Spellings
 from anyckpt.indexing import Shape
-from anyckpt.layout.partition import Partition
 from anyckpt.models.language.rules import (
     AXES,
     DIMENSIONS,
@@ -20,6 +20,9 @@ from anyckpt.models.language.rules import (
     instances,
     same_layers,
 )
+
+if TYPE_CHECKING:
+    from anyckpt.layout.partition import Partition
 
 
 def unrefined(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.indexing import Shape
-from anyckpt.layout.partition import Partition
 from anyckpt.models.language.rule_operations import IDENTITY, Operation
+
+if TYPE_CHECKING:
+    from anyckpt.layout.partition import Partition
 
 Condition = Callable[[ModelConfig, tuple[int, ...]], bool]
 
