@@ -21,8 +21,9 @@ from tests.support import file_bytes
 from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, checksum, files, run
 from anyckpt.engine.blocks import cut_all
-from anyckpt.engine.destination import Share
+from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.execute import execute
+from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, read_manifest
 from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
 from anyckpt.engine.share import Division, divided
@@ -225,6 +226,28 @@ def test_a_model_of_many_blocks_is_divided_within_two_percent() -> None:
     sizes = [sum(block.nbytes for block in division.blocks(Share(number, 64))) for number in range(1, 65)]
     assert sum(sizes) == plan.nbytes
     assert max(sizes) - min(sizes) < 0.1 * plan.nbytes / 64
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_share_that_is_written_comes_while_another_process_publishes(
+    source: Path, tmp_path: Path, whole: bool
+) -> None:
+    shrink_blocks(8192)
+    plan, output = sample_plan(source), tmp_path / "out"
+    for number in (1, 2) if whole else (1,):
+        run_share(plan, str(output), Share(number, 2), source_paths=[str(source)])
+    publishing = StagingDirectory(str(output))
+    publishing.begin(plan, fingerprint(plan, [str(source)]).value, share=None, resume=True)
+    if whole:
+        report = run_share(plan, str(output), Share(2, 2), source_paths=[str(source)])
+        assert (report.bytes_read, report.resumed_bytes) == (0, report.bytes_written)
+    else:
+        with pytest.raises(BusyError, match="being written by another process"):
+            run_share(plan, str(output), Share(2, 2), source_paths=[str(source)])
+    publishing.close()
+    run_share(plan, str(output), Share(2, 2), source_paths=[str(source)])
+    finish(plan, str(output), 2, source_paths=[str(source)])
+    assert_whole(plan, output)
 
 
 # -- a destination of another kind ----------------------------------------------------------------------------

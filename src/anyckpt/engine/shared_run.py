@@ -103,6 +103,10 @@ class SharedRun:
         try:
             if not place.is_published(self._identity.value):
                 place.begin(plan, self._identity.value, share=share, resume=True)
+        except BusyError:
+            if share in self.missing():
+                raise
+            return ShareReport(share, 0, total, time.monotonic() - started, total)  # another one is publishing it all
         except OutputError:
             if not place.is_published(self._identity.value):
                 raise
