@@ -51,12 +51,12 @@ class Deviation:
 
 
 class _Worst:
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.max_abs: float | None = None
         self.max_rel: float | None = None
         self.elements = 0
         self.nonfinite = 0
-        self._gap, self._size = (np.empty(CACHED_ELEMENTS, np.float64) for _ in range(2))
+        self._gap, self._size = (np.empty(min(most, CACHED_ELEMENTS), np.float64) for _ in range(2))
 
     def add(self, a: Array, b: Array, tolerance: Tolerance, same_bits: Array | None) -> None:
         """Account for a chunk whose bits are not all the same.
@@ -132,8 +132,8 @@ def compare(a: LazyTensor, b: LazyTensor, tolerance: Tolerance, advance: Advance
     """
     same_type = a.dtype == b.dtype
     numbers = a.dtype.numpy is not None and b.dtype.numpy is not None
-    worst = _Worst()
     step = min(_CHUNK_ELEMENTS, max(1, a.size))
+    worst = _Worst(step)
     left, right = np.empty(step, dtype=a.dtype.raw), np.empty(step, dtype=b.dtype.raw)
     with np.errstate(all="ignore"):
         for start in range(0, a.size, step):

@@ -62,15 +62,15 @@ class Statistics:
 class _Moments:
     """Count, mean and squared deviations, merged chunk by chunk (Chan, Golub and LeVeque) so that nothing cancels."""
 
-    def __init__(self, smallest_normal: float) -> None:
+    def __init__(self, smallest_normal: float, most: int) -> None:
         self.count = 0
         self.mean = self.squares = 0.0
         self.low: float | None = None
         self.high: float | None = None
         self.zeros = self.nan = self.inf = self.negative_inf = self.denormals = 0
         self.smallest_normal = smallest_normal
-        self._values, self._deviation = (np.empty(_CHUNK_ELEMENTS, np.float64) for _ in range(2))
-        self._some = np.empty(_CHUNK_ELEMENTS, np.bool_)
+        self._values, self._deviation = (np.empty(most, np.float64) for _ in range(2))
+        self._some = np.empty(most, np.bool_)
 
     def add(self, chunk: Array) -> None:
         values = self._values[: len(chunk)]
@@ -145,7 +145,8 @@ def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance
     """
     _check_expansion(tensor)
     sha = hashlib.sha256() if digest else None
-    moments = _Moments(_smallest_normal(tensor)) if statistics and _is_number(tensor) else None
+    most = min(_CHUNK_ELEMENTS, tensor.size)
+    moments = _Moments(_smallest_normal(tensor), most) if statistics and _is_number(tensor) else None
     with np.errstate(all="ignore"):
         for chunk in tensor.chunks(_CHUNK_ELEMENTS * tensor.dtype.itemsize):
             if sha is not None:
@@ -181,7 +182,8 @@ def counts(tensor: LazyTensor, advance: Advance | None = None) -> Statistics | N
         return None
     _check_expansion(tensor)
     kind, infinity, normal = np.dtype(pattern[0]), pattern[1], pattern[2]
-    sizes, some = np.empty(_CHUNK_ELEMENTS, kind), np.empty(_CHUNK_ELEMENTS, np.bool_)
+    most = min(_CHUNK_ELEMENTS, tensor.size)
+    sizes, some = np.empty(most, kind), np.empty(most, np.bool_)
     zeros = nan = inf = negative = denormals = 0
     for chunk in tensor.chunks(_CHUNK_ELEMENTS * kind.itemsize):
         bits = chunk.view(kind)
