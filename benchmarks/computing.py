@@ -18,8 +18,8 @@ import numpy as np
 from anyckpt.dtypes import dtype
 from anyckpt.models.adapters.low_rank import LowRankSum
 from anyckpt.operations.steps.compare import Tolerance, compare
-from anyckpt.operations.steps.mean import Mean
 from anyckpt.operations.steps.statistics import counts, scan
+from anyckpt.operations.steps.weighted_mean import Mean
 from anyckpt.quantization.nodes import Halved, product, scaled
 from anyckpt.quantization.numbers import E2M1, values_of
 from anyckpt.tensor import LazyTensor, Stored, from_array

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
-from anyckpt.config.elsewhere import elsewhere
 from anyckpt.config.encoder_keys import parse_encoders, render_encoders, stack_sizes
 from anyckpt.config.model import (
     OPTIONAL,
@@ -20,6 +19,7 @@ from anyckpt.config.model import (
     share_of_a_head,
     whole,
 )
+from anyckpt.config.other_targets import other_targets
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError
@@ -126,7 +126,8 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     """
     if not family.megatron:
         raise MappingError(
-            f"Megatron-Core has no models of family {family.name}", remedy=elsewhere(family, config, "Megatron-Core")
+            f"Megatron-Core has no models of family {family.name}",
+            remedy=other_targets(family, config, "Megatron-Core"),
         )
     yarn = render_yarn(family, config, "Megatron-Core")
     plain = config.rope_scaling if yarn is None else None
@@ -135,7 +136,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         raise MappingError(
             "Megatron-Core has no such position embedding",
             expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
-            remedy=elsewhere(family, config, "Megatron-Core"),
+            remedy=other_targets(family, config, "Megatron-Core"),
         )  # fmt: skip
     arguments: dict[str, Any] = {
         **render_fields((*_SIZES, *_OTHERS), config),

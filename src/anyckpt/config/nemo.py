@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
-from anyckpt.config.elsewhere import elsewhere
 from anyckpt.config.encoder_keys import (
     is_encoder_decoder,
     parse_encoders,
@@ -34,6 +33,7 @@ from anyckpt.config.model import (
     share_of_a_head,
     whole,
 )
+from anyckpt.config.other_targets import other_targets
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import NeMo2, Spellings
 from anyckpt.errors import MappingError
@@ -199,7 +199,10 @@ def render_nemo1(family: Spellings, config: ModelConfig, notes: list[str]) -> di
         MappingError: NeMo 1 cannot express the configuration.
     """
     if not family.nemo1:
-        raise MappingError(f"NeMo 1 has no models of family {family.name}", remedy=elsewhere(family, config, "NeMo 1"))
+        raise MappingError(
+            f"NeMo 1 has no models of family {family.name}",
+            remedy=other_targets(family, config, "NeMo 1"),
+        )
     factors, interpolation = to_factors(config.rope_scaling, "NeMo 1", fixed=True)
     if factors and factors["scale_factor"] != 8.0:
         notes.append(
@@ -367,7 +370,10 @@ def render_nemo2(family: Spellings, config: ModelConfig, notes: list[str]) -> di
         MappingError: NeMo 2 cannot express the configuration.
     """
     if family.nemo2 is None:
-        raise MappingError(f"NeMo 2 has no models of family {family.name}", remedy=elsewhere(family, config, "NeMo 2"))
+        raise MappingError(
+            f"NeMo 2 has no models of family {family.name}",
+            remedy=other_targets(family, config, "NeMo 2"),
+        )
     yarn = render_yarn(family, config, "NeMo 2")
     factors, interpolation = to_factors(config.rope_scaling if yarn is None else None, "NeMo 2", fixed=False)
     _check_nemo2_has(family, config)
@@ -428,13 +434,13 @@ def _check_nemo2_has(family: Spellings, config: ModelConfig) -> None:
         if entry.hub not in known and value != entry.default:
             raise MappingError(
                 f"NeMo 2's models of family {family.name} have no {entry.hub}", expected=entry.default, found=value,
-                remedy=elsewhere(family, config, "NeMo 2"),
+                remedy=other_targets(family, config, "NeMo 2"),
             )  # fmt: skip
     if config.position_embedding_type not in _POSITIONS:
         raise MappingError(
             "NeMo 2 has no such position embedding",
             expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
-            remedy=elsewhere(family, config, "NeMo 2"),
+            remedy=other_targets(family, config, "NeMo 2"),
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import Spellings
 
 
-def elsewhere(family: Spellings, config: ModelConfig, besides: str) -> str:
+def other_targets(family: Spellings, config: ModelConfig, besides: str) -> str:
     """What to say of the formats whose frameworks have models of the family with such positions.
 
     Args:

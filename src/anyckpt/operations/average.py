@@ -20,9 +20,9 @@ from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
-from anyckpt.operations.steps.mean import check_shares, shown
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
+from anyckpt.operations.steps.weighted_mean import check_shares, shown
 
 
 @documented

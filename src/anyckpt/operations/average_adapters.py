@@ -15,8 +15,8 @@ from anyckpt.models.adapters.peft import by_module
 from anyckpt.models.adapters.peft_writer import ranks_and_alphas
 from anyckpt.models.adapters.settings import scale_of
 from anyckpt.operations.steps.aligned_models import check_same
-from anyckpt.operations.steps.mean import Tensors, means
 from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.operations.steps.weighted_mean import Tensors, means
 
 _APART = "add each to its base with anyckpt merge-lora, and average the models"
 

@@ -13,9 +13,9 @@ from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.steps.adapter_names import adapter_names
 from anyckpt.operations.steps.common_names import CommonNames, common_names
 from anyckpt.operations.steps.compare import Tolerance, compare
+from anyckpt.operations.steps.compare_objects import compare_objects
 from anyckpt.operations.steps.configurations import Setting, Settings, compare_configurations
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
-from anyckpt.operations.steps.objects import compare_objects
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
 

@@ -13,8 +13,8 @@ from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.escaping import html_table
 from anyckpt.formats import registry
-from anyckpt.operations.steps.asked import asked_of_loaders
 from anyckpt.operations.steps.globs import as_patterns, matching
+from anyckpt.operations.steps.loader_calls import asked_of_loaders
 from anyckpt.operations.steps.statistics import Scan, Statistics, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.pickling import Callee

@@ -15,12 +15,12 @@ from anyckpt.formats import registry
 from anyckpt.models import Model, adapters
 from anyckpt.models.complete import some
 from anyckpt.models.heads import has_other_head, trunk_of
-from anyckpt.operations.steps.asked import asked_of_loaders
 from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.impossible_numbers import check_values
 from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.loader_calls import asked_of_loaders
 from anyckpt.operations.steps.renaming import identify
 from anyckpt.operations.steps.threads import Advance, Meter, Progress
-from anyckpt.operations.steps.values import check_values
 from anyckpt.pickling import Callee, recording
 from anyckpt.pickling.calls import danger
 from anyckpt.storage.requests import holding, in_batches

@@ -17,9 +17,9 @@ from anyckpt.models.complete import some
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.choosing import choose
 from anyckpt.operations.steps.configurations import compare_configurations
-from anyckpt.operations.steps.mean import Tensors, check_shares, is_averaged, means
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.renaming import Vocabulary
+from anyckpt.operations.steps.weighted_mean import Tensors, check_shares, is_averaged, means
 
 _SHOWN = 5
 _STATE = "training state, of which no mean is made"
