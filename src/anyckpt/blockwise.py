@@ -96,9 +96,11 @@ class Computation:
         nbytes = math.prod(within) * child.dtype.itemsize
         if nbytes > _LARGEST_BLOCK:
             raise UsageError(
-                "blocks are too large to be computed in bounded memory", expected=f"at most {_LARGEST_BLOCK:,} bytes",
-                found=f"{nbytes:,} bytes in a block of {within}", remedy="choose smaller blocks",
-            )  # fmt: skip
+                "blocks are too large to be computed in bounded memory",
+                expected=f"at most {_LARGEST_BLOCK:,} bytes",
+                found=f"{nbytes:,} bytes in a block of {within}",
+                remedy="choose smaller blocks",
+            )
         self._tile = _tile(child, block)
 
     def identity(self) -> Identity:

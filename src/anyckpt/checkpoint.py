@@ -341,9 +341,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
             return self.tensors[name]
         except KeyError:
             raise UnknownTensorError(
-                "no tensor has this name", path=self.path, tensor=str(name),
+                "no tensor has this name",
+                path=self.path,
+                tensor=str(name),
                 expected=alike(str(name), self.tensors) or "one of checkpoint.keys()",
-            ) from None  # fmt: skip
+            ) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors

@@ -124,9 +124,21 @@ BY_SAFETENSORS: dict[str, DType] = {e.safetensors: e for e in _TABLE if e.safete
 BY_STORAGE: dict[str, DType] = {e.storage: e for e in _TABLE if e.storage}
 BY_ZARR: dict[str, DType] = {e.zarr: e for e in _TABLE if e.zarr}
 
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32",
-          "double": "float64", "fp64": "float64", "long": "int64", "int": "int32", "short": "int16",
-          "bf16-mixed": "bfloat16", "16-mixed": "float16", "32-true": "float32"}  # fmt: skip
+_SHORT = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+    "fp64": "float64",
+    "long": "int64",
+    "int": "int32",
+    "short": "int16",
+    "bf16-mixed": "bfloat16",
+    "16-mixed": "float16",
+    "32-true": "float32",
+}
 
 
 def dtype(name: Any) -> DType:

@@ -64,7 +64,9 @@ def loaded(point: Any, kind: type[Value]) -> Value:
         ) from error
     if not isinstance(value, kind):
         raise UsageError(
-            f"{where}, is not what it should be", expected=f"a {kind.__name__}", found=f"a {type(value).__name__}",
+            f"{where}, is not what it should be",
+            expected=f"a {kind.__name__}",
+            found=f"a {type(value).__name__}",
             remedy=f"repair or uninstall {package}",
-        )  # fmt: skip
+        )
     return value

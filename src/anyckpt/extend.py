@@ -129,8 +129,15 @@ __all__ = [
 
 _HOMES = {
     "checkpoint": (
-        "AdapterSettings", "Checkpoint", "CompositeTensor", "OptimizerState", "ParallelLayout", "RankShard",
-        "StoredChecksum", "Tokenizer", "TrainingState",
+        "AdapterSettings",
+        "Checkpoint",
+        "CompositeTensor",
+        "OptimizerState",
+        "ParallelLayout",
+        "RankShard",
+        "StoredChecksum",
+        "Tokenizer",
+        "TrainingState",
     ),
     "config.model": ("REQUIRED", "Field", "ModelConfig", "Reader"),
     "config.spellings": ("HuggingFace", "NeMo2", "Variant"),
@@ -145,14 +152,23 @@ _HOMES = {
     "models.families.parts.decoder": ("untied",),
     "models.language.family": ("Family",),
     "models.language.rule_operations": (
-        "CONCATENATED_QKV", "GATE_UP", "IDENTITY", "INTERLEAVED_KV", "INTERLEAVED_QKV", "TRANSPOSED",
-        "TRANSPOSED_CONCATENATED_QKV", "Leading", "Operation", "Scaled", "Transposed",
+        "CONCATENATED_QKV",
+        "GATE_UP",
+        "IDENTITY",
+        "INTERLEAVED_KV",
+        "INTERLEAVED_QKV",
+        "TRANSPOSED",
+        "TRANSPOSED_CONCATENATED_QKV",
+        "Leading",
+        "Operation",
+        "Scaled",
+        "Transposed",
     ),
     "models.language.rules": ("AXES", "DIMENSIONS", "Instance", "Rule", "has"),
     "storage.place": ("Location", "Place"),
     "storage.source": ("ByteSource", "LocalFile", "MemorySource"),
     "tensor": ("Constant", "LazyTensor", "Mapped", "Stored", "concatenate", "from_array", "mosaic", "stack"),
-}  # fmt: skip
+}
 
 __getattr__, __dir__ = on_demand(
     __name__,

@@ -40,17 +40,19 @@ def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
     if (starts < 0).any() or (stops > np.array(shape, dtype=np.int64)).any():
         worst = int(np.flatnonzero((starts < 0).any(1) | (stops > np.array(shape, dtype=np.int64)).any(1))[0])
         raise AnyckptError(
-            "a piece lies outside the tensor", expected=f"within {shape}",
+            "a piece lies outside the tensor",
+            expected=f"within {shape}",
             found=f"{starts[worst].tolist()} to {stops[worst].tolist()}",
-        )  # fmt: skip
+        )
     full = (stops > starts).all(axis=1)
     starts, stops = starts[full], stops[full]
     covered = sum(math.prod(row) for row in (stops - starts).tolist())
     if covered != math.prod(shape):
         raise AnyckptError(
             "pieces overlap" if covered > math.prod(shape) else "pieces are missing",
-            expected=f"{math.prod(shape)} elements of shape {shape}", found=f"{covered} elements",
-        )  # fmt: skip
+            expected=f"{math.prod(shape)} elements of shape {shape}",
+            found=f"{covered} elements",
+        )
     if not shape or len(starts) < 2:
         return
     axis = int(np.argmax([len(np.unique(starts[:, a])) for a in range(len(shape))]))

@@ -43,7 +43,7 @@ def mapped_array(tensor: LazyTensor) -> Array | None:
     itemsize = tensor.dtype.itemsize
     array: Array = np.ndarray(
         tensor.shape, tensor.dtype.raw, mapping, offset, tuple(step * itemsize for step in strides)
-    )  # fmt: skip
+    )
     return array if tensor.dtype.numpy is None else array.view(tensor.dtype.numpy)
 
 
@@ -107,9 +107,11 @@ class TorchFiles:
             return view
         if copy is False:
             raise UsageError(
-                "is no tensor of torch without a copy", found=repr(tensor), expected="elements of a plain local file",
+                "is no tensor of torch without a copy",
+                found=repr(tensor),
+                expected="elements of a plain local file",
                 remedy="leave copy out",
-            )  # fmt: skip
+            )
         if not tensor.size:
             return self._torch.empty(tensor.shape, dtype=kind)
         elements = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)

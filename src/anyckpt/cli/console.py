@@ -67,9 +67,14 @@ def _print_rich(header: Sequence[str], cells: Sequence[Sequence[str]], right: Se
     from rich.text import Text
 
     table = Table(
-        box=None, show_header=bool(header), pad_edge=False, title=Text(title) if title else None,
-        title_justify="left", title_style="bold", header_style="bold",
-    )  # fmt: skip
+        box=None,
+        show_header=bool(header),
+        pad_edge=False,
+        title=Text(title) if title else None,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+    )
     for number in range(len(header) or max(map(len, cells), default=0)):
         table.add_column(
             header[number] if header else "",
@@ -167,10 +172,14 @@ class _Bar:
         from rich.console import Console
 
         bar = progress.Progress(
-            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
-            progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
         bar.start()
         task = bar.add_task(self._action, total=None)
         self._hide = bar.stop

@@ -51,19 +51,24 @@ def writing_options(command: Command) -> Command:
 @click.option("--config", metavar="PATH", help="Model configuration, or a model that has it, where SRC has none.")
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
 @click.option(
-    "--names", metavar="DIALECT",
+    "--names",
+    metavar="DIALECT",
     help="lightning, dcp, torch, safetensors: how to name weights (hf, hub, megatron-core, nemo-flat, nemo-sharded, "
     "nemo2, or another package's); as the source does if not given.",
-)  # fmt: skip
+)
 @click.option(
-    "--adapter-form", type=click.Choice(["canonical", "fused"]),
+    "--adapter-form",
+    type=click.Choice(["canonical", "fused"]),
     help="LoRA: an update per Hugging Face module, or one per fused weight of Megatron, at a higher rank.",
-)  # fmt: skip
+)
 @click.option("--alpha", type=float, metavar="X", help="LoRA: alpha, where the adapter does not say it.")
 @click.option(
-    "--optimizer", type=click.Choice(["keep", "drop"]), default="drop", show_default=True,
+    "--optimizer",
+    type=click.Choice(["keep", "drop"]),
+    default="drop",
+    show_default=True,
     help="Carry training state, where the target can hold it.",
-)  # fmt: skip
+)
 @click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
 @click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
 @click.option(

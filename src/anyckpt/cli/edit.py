@@ -11,9 +11,12 @@ from anyckpt.cli.console import print_archive, progress_bar
 @click.argument("archive")
 @click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Configuration key (a.b.c) and YAML value.")
 @click.option(
-    "--replace-artifact", "artifacts", metavar="NAME=PATH", multiple=True,
+    "--replace-artifact",
+    "artifacts",
+    metavar="NAME=PATH",
+    multiple=True,
     help="Artifact, by name or by the configuration key that refers to it, and the file with its new contents.",
-)  # fmt: skip
+)
 @click.option("-o", "--output", metavar="PATH", help="Write another archive; ARCHIVE itself is replaced otherwise.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -30,7 +33,11 @@ def command(
 
     with progress_bar("editing") as progress:
         done = edit(
-            archive, set=dict(map(parse_setting, settings)), replace=dict(map(parse_replacement, artifacts)),
-            output=output, overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+            archive,
+            set=dict(map(parse_setting, settings)),
+            replace=dict(map(parse_replacement, artifacts)),
+            output=output,
+            overwrite=overwrite,
+            progress=progress,
+        )
     print_archive(done, as_json)

@@ -24,9 +24,12 @@ _LONGEST_VALUE = 100
 @click.option("--stats", is_flag=True, help="Add min, max, mean, std, zeros, NaN and Inf of each listed tensor.")
 @click.option("--digest", is_flag=True, help="Add the SHA-256 of each listed tensor's little-endian bytes in C order.")
 @click.option(
-    "--names", type=click.Choice(["stored", "hub"]), default="stored", show_default=True,
+    "--names",
+    type=click.Choice(["stored", "hub"]),
+    default="stored",
+    show_default=True,
     help="Names as stored, or Megatron-Core names with shards joined and layers un-stacked.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: str, tensors: str | None, stats: bool, digest: bool, names: str, as_json: bool) -> None:
     """Say what is in the checkpoint at PATH, without loading it.

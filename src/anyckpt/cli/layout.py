@@ -27,21 +27,28 @@ _OPTIONS = (
     click.option("--vocab-size", type=_SIZE, metavar="N", help="True vocabulary, without padding rows."),
     click.option("--make-vocab-size-divisible-by", type=_SIZE, metavar="N", help="Pad to a multiple of N x --tp."),
     click.option(
-        "--vocab-padding", type=click.Choice(["zeros", "repeat-last-row"]), default="zeros", show_default=True,
+        "--vocab-padding",
+        type=click.Choice(["zeros", "repeat-last-row"]),
+        default="zeros",
+        show_default=True,
         help="What fills new padding rows of the vocabulary.",
     ),
     click.option(
-        "--transformer-impl", type=click.Choice(["local", "transformer_engine"]),
+        "--transformer-impl",
+        type=click.Choice(["local", "transformer_engine"]),
         help="Megatron's formats: what the model that loads it is built of; by default, what the source tells.",
     ),
     click.option("--keep-extra-state", is_flag=True, help="Megatron's formats: keep FP8 states of the layers."),
     click.option(
-        "--no-megatron-args", "megatron_args", flag_value=False, default=True,
+        "--no-megatron-args",
+        "megatron_args",
+        flag_value=False,
+        default=True,
         help="megatron-core: leave out args, checkpoint_version and iteration, which Megatron-LM reads and a bare "
         "model's load_state_dict refuses.",
     ),
     click.option("--partition-rules", metavar="FILE", help="YAML of name pattern: kind, for names without a rule."),
-)  # fmt: skip
+)
 
 
 def layout_options(command: Command) -> Command:

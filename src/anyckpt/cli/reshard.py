@@ -15,9 +15,12 @@ from anyckpt.cli.layout import layout_options, layout_request
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST")
 @click.option(
-    "--optimizer", type=click.Choice(["keep", "drop"]), default="keep", show_default=True,
+    "--optimizer",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
     help="Carry training state through the same rules.",
-)  # fmt: skip
+)
 @layout_options
 @writing_options
 def command(source: str, destination: str, as_json: bool, **options: Any) -> None:

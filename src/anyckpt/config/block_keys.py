@@ -208,10 +208,11 @@ def render_yarn(family: Spellings, config: ModelConfig, target: str) -> dict[str
     latent = config.multi_latent_attention
     if latent and scaling.get("rope_type") != "yarn":
         raise MappingError(
-            f"{target}'s latent attention scales rope by YaRN alone", expected="rope_type yarn or default",
+            f"{target}'s latent attention scales rope by YaRN alone",
+            expected="rope_type yarn or default",
             found=dict(scaling),
             remedy="set up the scaling in the target yourself, and convert with --config of a configuration without it",
-        )  # fmt: skip
+        )
     if "yarn" not in family.features or scaling.get("rope_type") != "yarn":
         return None
     numbers = {theirs: scaling.get(theirs, default) for theirs, (_, default) in _YARN.items()}
@@ -222,9 +223,10 @@ def render_yarn(family: Spellings, config: ModelConfig, target: str) -> dict[str
     if odd or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers.values()):
         raise MappingError(
             f"{target} cannot express this rope scaling",
-            expected=f"YaRN with {', '.join(_YARN)}", found=dict(scaling),
+            expected=f"YaRN with {', '.join(_YARN)}",
+            found=dict(scaling),
             remedy="set up the scaling in the target yourself, and convert with --config of a configuration without it",
-        )  # fmt: skip
+        )
     if latent:
         return {"rope_type": "yarn", **{name: whole(numbers[theirs]) for theirs, (name, _) in _YARN.items()}}
     said: dict[str, Any] = {
@@ -258,7 +260,8 @@ def _layer_pattern(reader: Reader, defaults: Mapping[str, Any], layers: int) -> 
         pattern = tuple(value)
     else:
         raise MappingError(
-            f"the {reader.what}'s moe_layer_freq is not possible", expected="a number of layers, or 0 or 1 for each",
+            f"the {reader.what}'s moe_layer_freq is not possible",
+            expected="a number of layers, or 0 or 1 for each",
             found=repr(value)[:80],
-        )  # fmt: skip
+        )
     return None if all(pattern) and len(pattern) == layers else pattern

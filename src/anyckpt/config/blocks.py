@@ -109,11 +109,24 @@ class BlockConfig:
 
 
 _SIZES = (
-    "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_num_groups", "moe_router_group_topk",
-    "moe_shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
-    "v_head_dim", "mtp_num_layers", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_shared_expert_intermediate_size",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "mtp_num_layers",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_state_dim",
     "attention_chunk_size",
-)  # fmt: skip
+)
 _LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 
@@ -136,8 +149,9 @@ def check_blocks(config: BlockConfig, num_layers: int) -> None:
     if (config.num_moe_experts or 0) * (num_layers + (config.mtp_num_layers or 0)) > _MOST_EXPERTS:
         raise MappingError(
             "the configuration has too many experts",
-            expected=f"at most {_MOST_EXPERTS} in all layers", found=f"{config.num_moe_experts} in {num_layers} layers",
-        )  # fmt: skip
+            expected=f"at most {_MOST_EXPERTS} in all layers",
+            found=f"{config.num_moe_experts} in {num_layers} layers",
+        )
     for name in ("moe_layer_freq", "hybrid_override_pattern", "heterogeneous_blocks", "no_rope_freq"):
         value = getattr(config, name)
         if value is not None and len(value) != num_layers:

@@ -66,9 +66,16 @@ class EncoderConfig:
 
 
 _SIZES = (
-    "encoder_num_layers", "relative_attention_num_buckets", "relative_attention_max_distance", "patch_dim", "img_h",
-    "img_w", "class_token_len", "output_dim", "num_classes",
-)  # fmt: skip
+    "encoder_num_layers",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "patch_dim",
+    "img_h",
+    "img_w",
+    "class_token_len",
+    "output_dim",
+    "num_classes",
+)
 
 
 def check_encoders(config: EncoderConfig) -> None:
@@ -84,8 +91,9 @@ def check_encoders(config: EncoderConfig) -> None:
     if (config.encoder_num_layers or 0) > _MOST_LAYERS:
         raise MappingError(
             "the configuration has too many layers",
-            expected=f"at most {_MOST_LAYERS}", found=config.encoder_num_layers,
-        )  # fmt: skip
+            expected=f"at most {_MOST_LAYERS}",
+            found=config.encoder_num_layers,
+        )
     if not 0 <= config.num_tokentypes < _LARGEST:
         raise MappingError(
             "the configuration's num_tokentypes is not possible", expected="0 or more", found=config.num_tokentypes
@@ -95,5 +103,6 @@ def check_encoders(config: EncoderConfig) -> None:
         if pixels is not None and config.patch_dim is not None and pixels % config.patch_dim:
             raise MappingError(
                 f"the configuration's {name} is not covered by patches",
-                expected=f"a multiple of {config.patch_dim}", found=pixels,
-            )  # fmt: skip
+                expected=f"a multiple of {config.patch_dim}",
+                found=pixels,
+            )

@@ -51,26 +51,69 @@ _SPELLED = {hub: name for name, hub in reversed(_ACTIVATIONS.items())}
 _ATTENTION_BIAS = "attention_bias"
 _LOCAL_BASE = "rope_local_base_freq"
 _HANDLED = {
-    "architectures", "model_type", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
-    "partial_rotary_factor", "dtype", "torch_dtype", _ATTENTION_BIAS,
-}  # fmt: skip
+    "architectures",
+    "model_type",
+    "hidden_act",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "partial_rotary_factor",
+    "dtype",
+    "torch_dtype",
+    _ATTENTION_BIAS,
+}
 WITHOUT_MEANING = {
-    "_name_or_path", "transformers_version", "use_cache", "pretraining_tp", "auto_map", "_attn_implementation",
-    "output_attentions", "output_hidden_states", "return_dict", "attn_implementation", "torchscript",
-    "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "cache_implementation",
-    "classifier_dropout", "summary_type", "summary_use_proj", "summary_proj_to_labels", "summary_first_dropout",
-    "summary_activation", "task_specific_params", "is_decoder", "n_ctx", "attention_softmax_in_fp32",
-    "scale_attention_softmax_in_fp32", "apply_query_key_layer_scaling", "bias_dropout_fusion", "gradient_checkpointing",
-    "tokenizer_class", "tokenizer_name", "init_device", "init_config", "embedding_fraction", "learned_pos_emb",
-    "attn_config", "verbose",
-}  # fmt: skip
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "pretraining_tp",
+    "auto_map",
+    "_attn_implementation",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "attn_implementation",
+    "torchscript",
+    "max_window_layers",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "cache_implementation",
+    "classifier_dropout",
+    "summary_type",
+    "summary_use_proj",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+    "summary_activation",
+    "task_specific_params",
+    "is_decoder",
+    "n_ctx",
+    "attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32",
+    "apply_query_key_layer_scaling",
+    "bias_dropout_fusion",
+    "gradient_checkpointing",
+    "tokenizer_class",
+    "tokenizer_name",
+    "init_device",
+    "init_config",
+    "embedding_fraction",
+    "learned_pos_emb",
+    "attn_config",
+    "verbose",
+}
 """Keys that say nothing about the model itself."""
 
 
 _OF_THE_WHOLE = (
-    "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
     "quantization_config",
-)  # fmt: skip
+)
 """Keys that a model with several parts says once, beside them."""
 
 
@@ -145,9 +188,10 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise MappingError(
             "the model is quantized, and its packed weights are not those of its family",
-            expected="no quantization_config in config.json", found=method or "one",
+            expected="no quantization_config in config.json",
+            found=method or "one",
             remedy="convert the unquantized model, or convert the files with --to safetensors",
-        )  # fmt: skip
+        )
     check_expected(family, config)
     result = ModelConfig(
         **{
@@ -199,9 +243,10 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     has_vocabulary = family.has_vocabulary
     if config.vocab_size is None and has_vocabulary:
         raise MappingError(
-            "the vocabulary size is unknown", expected="vocab_size in the configuration",
+            "the vocabulary size is unknown",
+            expected="vocab_size in the configuration",
             remedy="give it with --config, or give the tokenizer with --tokenizer",
-        )  # fmt: skip
+        )
     keys = {entry.key for entry in known.fields}
     _check_heads(family, config)
     rendered: dict[str, Any] = {
@@ -260,8 +305,9 @@ def _activation(family: Spellings, reader: Reader) -> dict[str, str]:
     if meant not in _SPELLED:
         raise MappingError(
             f"config.json's {known.activation_key} is unknown",
-            expected=f"one of {', '.join(_ACTIVATIONS)}", found=meant[:80],
-        )  # fmt: skip
+            expected=f"one of {', '.join(_ACTIVATIONS)}",
+            found=meant[:80],
+        )
     return {"activation": meant}
 
 
@@ -281,8 +327,10 @@ def _check_heads(family: Spellings, config: ModelConfig) -> None:
         if "num_attention_heads" in said and name not in said and getattr(config, name) != value:
             raise MappingError(
                 f"transformers' {known.architectures[0]} has no key for {name}",
-                expected=value, found=getattr(config, name), remedy="choose the family with --family",
-            )  # fmt: skip
+                expected=value,
+                found=getattr(config, name),
+                remedy="choose the family with --family",
+            )
 
 
 def _is_sayable(key: str, value: Any) -> bool:
@@ -348,14 +396,17 @@ def _render_window(family: Spellings, config: ModelConfig, rendered: dict[str, A
     if not windowed:
         raise MappingError(
             f"transformers' {family.hugging_face.architectures[0]} has no such attention window",
-            expected="none", found=config.window_size, remedy="choose the family with --family",
-        )  # fmt: skip
+            expected="none",
+            found=config.window_size,
+            remedy="choose the family with --family",
+        )
     if config.window_attn_skip_freq is not None:
         raise MappingError(
             f"transformers' {family.hugging_face.architectures[0]} has the window in every layer",
-            expected="no window_attn_skip_freq", found=config.window_attn_skip_freq,
+            expected="no window_attn_skip_freq",
+            found=config.window_attn_skip_freq,
             remedy="choose the family with --family",
-        )  # fmt: skip
+        )
     rendered["sliding_window"] = window_length(config, notes)
 
 
@@ -371,9 +422,10 @@ def _check_biases(reader: Reader, config: ModelConfig, default: bool) -> None:
     attention = default if stated is None else stated
     if attention != config.add_bias_linear and not config.add_qkv_bias:
         raise MappingError(
-            "has biases that Megatron-Core has no layers for", expected="attention_bias and mlp_bias to be equal",
+            "has biases that Megatron-Core has no layers for",
+            expected="attention_bias and mlp_bias to be equal",
             found=f"attention_bias {attention}, mlp_bias {config.add_bias_linear}",
-        )  # fmt: skip
+        )
 
 
 def _expect(family: Spellings, hub: str, key: str, found: Any) -> None:

@@ -92,8 +92,10 @@ def render(block: LayerBlock, heads: int, hidden: int) -> dict[str, Any]:
     """
     groups, size = block.num_query_groups, block.ffn_hidden_size
     mlp: dict[str, Any] = {
-        "ffn_mult": None, "no_op": block.mlp == "none", "replace_with_linear": block.mlp == "linear",
-    }  # fmt: skip
+        "ffn_mult": None,
+        "no_op": block.mlp == "none",
+        "replace_with_linear": block.mlp == "linear",
+    }
     if size is not None:
         mlp["ffn_mult"] = block.ffn_mult if block.ffn_mult is not None else _multiplier(size, hidden)
         if mlp["ffn_mult"] is None:
@@ -128,14 +130,16 @@ def _section(block: Mapping[str, Any], names: tuple[str, ...], known: set[str], 
         section = block.get(name)
         if isinstance(section, Mapping):
             strange = [
-                key for key, value in section.items()
+                key
+                for key, value in section.items()
                 if key not in known and value not in (None, False) and _USUAL.get(key) != value
-            ]  # fmt: skip
+            ]
             if strange:
                 raise MappingError(
                     f"{where}.{name}.{strange[0]} is something for which Megatron-Core has no heterogeneous layers",
-                    expected="none", found=repr(section[strange[0]])[:80],
-                )  # fmt: skip
+                    expected="none",
+                    found=repr(section[strange[0]])[:80],
+                )
             return section
     raise MappingError(f"the configuration's {where} has no {names[0]}", found=repr(block)[:80])
 
@@ -159,9 +163,10 @@ def _groups(section: Mapping[str, Any], heads: int, where: str) -> int:
     if type(groups) is int and groups > 0 and not heads % groups:
         return groups
     raise MappingError(
-        f"{where}.attention.n_heads_in_group is not possible", expected=f"a divisor of {heads} heads",
+        f"{where}.attention.n_heads_in_group is not possible",
+        expected=f"a divisor of {heads} heads",
         found=repr(each if groups is None else groups)[:80],
-    )  # fmt: skip
+    )
 
 
 def _size(section: Mapping[str, Any], hidden: int, where: str) -> tuple[int, float | None]:
@@ -174,6 +179,7 @@ def _size(section: Mapping[str, Any], hidden: int, where: str) -> tuple[int, flo
         if 0 < size < _MOST:
             return size, float(multiplier)
     raise MappingError(
-        f"{where}.ffn.ffn_mult is not possible", expected="a positive number",
+        f"{where}.ffn.ffn_mult is not possible",
+        expected="a positive number",
         found=repr(multiplier if stated is None else stated)[:80],
-    )  # fmt: skip
+    )

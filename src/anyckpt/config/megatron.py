@@ -135,9 +135,10 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     if config.position_embedding_type not in _POSITIONS:
         raise MappingError(
             "Megatron-Core has no such position embedding",
-            expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
+            expected=f"one of {', '.join(_POSITIONS)}",
+            found=config.position_embedding_type,
             remedy=other_targets(family, config, "Megatron-Core"),
-        )  # fmt: skip
+        )
     arguments: dict[str, Any] = {
         **render_fields((*_SIZES, *_OTHERS), config),
         **render_optional(config),
@@ -190,8 +191,11 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
 
 
 _ARGUMENTS = {
-    "silu": "swiglu", "squared_relu": "squared_relu", "gelu_tanh": "openai_gelu", "quick_gelu": "quick_geglu",
-}  # fmt: skip
+    "silu": "swiglu",
+    "squared_relu": "squared_relu",
+    "gelu_tanh": "openai_gelu",
+    "quick_gelu": "quick_geglu",
+}
 
 
 def _activation(reader: Reader) -> str:

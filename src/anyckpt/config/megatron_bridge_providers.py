@@ -26,24 +26,57 @@ ENCODED = "heterogeneous_layers_config_encoded_json"
 _BLOCKS = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
 
 _ANYWHERE = (
-    "window_attn_skip_freq", "softmax_scale", "softmax_type", "glu_linear_offset", "activation_func_clamp_value",
-    "no_rope_freq", "qk_l2_norm", "mtp_num_layers", "is_hybrid_model", ENCODED,
-)  # fmt: skip
+    "window_attn_skip_freq",
+    "softmax_scale",
+    "softmax_type",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "no_rope_freq",
+    "qk_l2_norm",
+    "mtp_num_layers",
+    "is_hybrid_model",
+    ENCODED,
+)
 _EXPERTS = (
-    "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_router_score_function",
-    "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk",
-    "moe_router_topk_scaling_factor", "moe_aux_loss_coeff", "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate", "moe_layer_freq", "moe_grouped_gemm", "moe_token_dispatcher_type",
-    "moe_router_load_balancing_type", "moe_apply_probs_on_input",
-)  # fmt: skip
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_aux_loss_coeff",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_layer_freq",
+    "moe_grouped_gemm",
+    "moe_token_dispatcher_type",
+    "moe_router_load_balancing_type",
+    "moe_apply_probs_on_input",
+)
 _LATENT = (
-    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
-    "rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
     "mscale_all_dim",
-)  # fmt: skip
+)
 _MAMBA = (
-    "hybrid_override_pattern", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim",
-)  # fmt: skip
+    "hybrid_override_pattern",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_state_dim",
+)
 _YARN = "yarn_"
 _CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
@@ -57,15 +90,19 @@ def provider_of(arguments: Mapping[str, Any]) -> str:
     if arguments.get("parallel_residual") or arguments.get("shared_layernorm"):
         raise MappingError(
             "Megatron-Bridge has no layers whose attention and MLP run side by side",
-            expected="parallel_residual False", found=True, remedy="convert to megatron-core or megatron-lm",
-        )  # fmt: skip
+            expected="parallel_residual False",
+            found=True,
+            remedy="convert to megatron-core or megatron-lm",
+        )
     scaled = bool(arguments.get("use_rope_scaling"))
     if arguments.get(ENCODED):
         if not scaled:
             raise MappingError(
                 "Megatron-Bridge's models whose layers differ always scale rope as Llama 3.1",
-                expected="use_rope_scaling", found="none", remedy="convert to megatron-core",
-            )  # fmt: skip
+                expected="use_rope_scaling",
+                found="none",
+                remedy="convert to megatron-core",
+            )
         return HETEROGENEOUS
     if arguments.get("multi_latent_attention"):
         return LATENT
@@ -102,8 +139,11 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
     if "moe_layer_freq" in fields and frequency != 1:
         local = arguments.get("transformer_impl") == "local"
         fields["transformer_layer_spec"] = {
-            "_target_": _BLOCKS, "_partial_": True, "_args_": [], "use_transformer_engine": not local,
-        }  # fmt: skip
+            "_target_": _BLOCKS,
+            "_partial_": True,
+            "_args_": [],
+            "use_transformer_engine": not local,
+        }
     if provider == GEMMA3:
         fields |= _local_and_global(arguments, fields)
     return fields
@@ -120,8 +160,10 @@ def _local_and_global(arguments: Mapping[str, Any], fields: dict[str, Any]) -> d
     if type(every) is not int:
         raise MappingError(
             "Megatron-Bridge's Gemma 3 cannot express which layers have the window",
-            expected="all but every N-th", found=str(every)[:80], remedy="convert to megatron-core or megatron-lm",
-        )  # fmt: skip
+            expected="all but every N-th",
+            found=str(every)[:80],
+            remedy="convert to megatron-core or megatron-lm",
+        )
     return {
         "interleaved_attn_pattern": [every - 1, 1],
         "window_size": window[0] if isinstance(window, (list, tuple)) else window,

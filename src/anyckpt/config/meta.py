@@ -19,10 +19,23 @@ from anyckpt.tensor import LazyTensor
 _NEEDED = {"dim", "n_layers", "n_heads"}
 _LARGEST = 1 << 24
 _KNOWN = {
-    *_NEEDED, "n_kv_heads", "head_dim", "hidden_dim", "multiple_of", "ffn_dim_multiplier", "vocab_size", "norm_eps",
-    "rope_theta", "use_scaled_rope", "rope_scaling_factor", "sliding_window", "moe", "max_seq_len", "max_batch_size",
+    *_NEEDED,
+    "n_kv_heads",
+    "head_dim",
+    "hidden_dim",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "vocab_size",
+    "norm_eps",
+    "rope_theta",
+    "use_scaled_rope",
+    "rope_scaling_factor",
+    "sliding_window",
+    "moe",
+    "max_seq_len",
+    "max_batch_size",
     "rope_freq_base",
-}  # fmt: skip
+}
 _SAY = "if it is another, give a copy of params.json with --config that says"
 """What a guess ends with, before the key by which ``parse`` takes it."""
 _MISTRAL = ("sliding_window", "hidden_dim")
@@ -159,15 +172,17 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
             rendered["sliding_window"] = config.window_size[0] + 1
         if config.num_moe_experts is not None:
             rendered["moe"] = {
-                "num_experts": config.num_moe_experts, "num_experts_per_tok": config.moe_router_topk,
-            }  # fmt: skip
+                "num_experts": config.num_moe_experts,
+                "num_experts_per_tok": config.moe_router_topk,
+            }
         return rendered
     if config.kv_channels * config.num_attention_heads != config.hidden_size:
         raise MappingError(
-            "Meta's code takes the width of a head to be dim over n_heads", found=config.kv_channels,
+            "Meta's code takes the width of a head to be dim over n_heads",
+            found=config.kv_channels,
             expected=config.hidden_size / config.num_attention_heads,
             remedy="write torchtitan's names with --to dcp --names torchtitan",
-        )  # fmt: skip
+        )
     multiple, multiplier = _as_multiple(config.hidden_size, width)
     rendered["multiple_of"] = multiple
     if multiplier is not None:

@@ -192,9 +192,10 @@ def from_family(
         found = _own_name(name, names)
         if found is None:
             raise MappingError(
-                "Meta's and torchtitan's models have no such tensor", tensor=name,
+                "Meta's and torchtitan's models have no such tensor",
+                tensor=name,
                 remedy="convert to another naming, or to safetensors, torch or dcp, which keep names",
-            )  # fmt: skip
+            )
         own, heads = found
         result[_respelled(own, wanted)] = _neighbours(name, tensor, getattr(config, heads)) if heads else tensor
     return result
@@ -230,10 +231,12 @@ def _regrouped(name: str, tensor: LazyTensor, heads: int, pair: tuple[int, int])
     shape = tensor.shape
     if not shape or shape[0] % (2 * heads):
         raise MappingError(
-            "its rows are not those of pairs in that many heads", tensor=name,
-            expected=f"a multiple of {2 * heads} rows", found=shape,
+            "its rows are not those of pairs in that many heads",
+            tensor=name,
+            expected=f"a multiple of {2 * heads} rows",
+            found=shape,
             remedy="give the configuration that belongs to these weights with --config",
-        )  # fmt: skip
+        )
     half = shape[0] // (2 * heads)
     first, second = (half if length < 0 else length for length in pair)
     grouped = tensor.reshape((heads, first, second, *shape[1:]))

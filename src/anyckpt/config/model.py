@@ -23,12 +23,26 @@ _MOST_LAYERS = 10_000
 
 
 FEATURES = (
-    "num_moe_experts", "num_experts", "multi_latent_attention", "mtp_num_layers", "hybrid_override_pattern",
-    "hybrid_layer_pattern", "is_hybrid_model", "heterogeneous_block_specs", "heterogeneous_layers_config_path",
-    "heterogeneous_layers_config_encoded_json", "attention_output_gate", "experimental_attention_variant",
-    "no_rope_freq", "qk_l2_norm", "moe_apply_probs_on_input", "decoder_num_layers", "mcore_bert", "mcore_t5",
+    "num_moe_experts",
+    "num_experts",
+    "multi_latent_attention",
+    "mtp_num_layers",
+    "hybrid_override_pattern",
+    "hybrid_layer_pattern",
+    "is_hybrid_model",
+    "heterogeneous_block_specs",
+    "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+    "attention_output_gate",
+    "experimental_attention_variant",
+    "no_rope_freq",
+    "qk_l2_norm",
+    "moe_apply_probs_on_input",
+    "decoder_num_layers",
+    "mcore_bert",
+    "mcore_t5",
     "glu_activation",
-)  # fmt: skip
+)
 """Switches of other architectures: a family that does not know one that is on is not the model's.
 
 They are Megatron-Core's, but for ``glu_activation`` of Megatron-DeepSpeed and Megatron-LLM, whose gate is the second
@@ -179,15 +193,17 @@ def check(config: ModelConfig) -> ModelConfig:
     if config.num_attention_heads % config.num_query_groups:
         raise MappingError(
             "the configuration's attention heads do not divide into its query groups",
-            expected=f"a multiple of {config.num_query_groups}", found=config.num_attention_heads,
-        )  # fmt: skip
+            expected=f"a multiple of {config.num_query_groups}",
+            found=config.num_attention_heads,
+        )
     layers = config.window_attn_skip_freq
     possible = layers is None or (layers > 0 if isinstance(layers, int) else len(layers) == config.num_layers)
     if not possible:
         raise MappingError(
             "the configuration's window_attn_skip_freq is not possible",
-            expected=f"a positive number or {config.num_layers} of them", found=layers,
-        )  # fmt: skip
+            expected=f"a positive number or {config.num_layers} of them",
+            found=layers,
+        )
     for name in ("vocab_size", "padded_vocab_size", "max_position_embeddings"):
         value = getattr(config, name)
         if value is not None and not 0 < value < _LARGEST:
@@ -195,8 +211,9 @@ def check(config: ModelConfig) -> ModelConfig:
     if config.make_vocab_size_divisible_by < 1:
         raise MappingError(
             "the configuration's make_vocab_size_divisible_by is not possible",
-            expected="a positive size", found=config.make_vocab_size_divisible_by,
-        )  # fmt: skip
+            expected="a positive size",
+            found=config.make_vocab_size_divisible_by,
+        )
     check_blocks(config, config.num_layers)
     check_encoders(config)
     return config

@@ -214,9 +214,10 @@ def render_nemo1(family: Spellings, config: ModelConfig, notes: list[str]) -> di
     activation = activations.get((config.activation, config.gated_linear_unit))
     if activation is None:
         raise MappingError(
-            "NeMo 1 has no such activation", expected=f"one of {', '.join(_ACTIVATIONS)}",
+            "NeMo 1 has no such activation",
+            expected=f"one of {', '.join(_ACTIVATIONS)}",
             found=f"{'gated ' if config.gated_linear_unit else ''}{config.activation}",
-        )  # fmt: skip
+        )
     rendered: dict[str, Any] = {
         "mcore_gpt": not has_own_modules(config),
         "micro_batch_size": 1,
@@ -433,15 +434,18 @@ def _check_nemo2_has(family: Spellings, config: ModelConfig) -> None:
         value = getattr(config, entry.hub)
         if entry.hub not in known and value != entry.default:
             raise MappingError(
-                f"NeMo 2's models of family {family.name} have no {entry.hub}", expected=entry.default, found=value,
+                f"NeMo 2's models of family {family.name} have no {entry.hub}",
+                expected=entry.default,
+                found=value,
                 remedy=other_targets(family, config, "NeMo 2"),
-            )  # fmt: skip
+            )
     if config.position_embedding_type not in _POSITIONS:
         raise MappingError(
             "NeMo 2 has no such position embedding",
-            expected=f"one of {', '.join(_POSITIONS)}", found=config.position_embedding_type,
+            expected=f"one of {', '.join(_POSITIONS)}",
+            found=config.position_embedding_type,
             remedy=other_targets(family, config, "NeMo 2"),
-        )  # fmt: skip
+        )
 
 
 def _function(reader: Reader, defaults: Mapping[str, Any]) -> str:

@@ -86,8 +86,9 @@ def _layer_types(reader: Reader, layers: int) -> list[bool] | None:
     if not isinstance(value, list) or len(value) != layers or any(kind not in (_SLIDING, _FULL) for kind in value):
         raise MappingError(
             f"the {reader.what}'s layer_types is not that of the model",
-            expected=f"{_SLIDING} or {_FULL} for each of {layers} layers", found=repr(value)[:80],
-        )  # fmt: skip
+            expected=f"{_SLIDING} or {_FULL} for each of {layers} layers",
+            found=repr(value)[:80],
+        )
     return [kind == _SLIDING for kind in value]
 
 

@@ -41,9 +41,29 @@ _AXES_LIMIT = 32 if np.__version__.startswith("1.") else 64  # of numpy, by whic
 _CODE_OF = {kind: code for code, (kind, _, _) in _PACKED.items()}
 
 _WRITING_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
-    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
-)  # fmt: skip
+    "U64",
+    "I64",
+    "F64",
+    "C64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ",
+    "F8_E8M0",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "F6_E3M2",
+    "F6_E2M3",
+    "F4",
+    "BOOL",
+)
 """Element types in the order in which the library 0.8 lays tensors out; by name within a type."""
 
 
@@ -118,9 +138,12 @@ def safetensors_parts(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, 
             _, numbers, held = _PACKED[code]
             if not shape or shape[-1] % held:
                 raise UsageError(
-                    f"safetensors cannot hold rows of {tensor.dtype.name} that end inside a group", tensor=name,
-                    expected=f"a last length divisible by {held}", found=list(shape), remedy="exclude the tensor",
-                )  # fmt: skip
+                    f"safetensors cannot hold rows of {tensor.dtype.name} that end inside a group",
+                    tensor=name,
+                    expected=f"a last length divisible by {held}",
+                    found=list(shape),
+                    remedy="exclude the tensor",
+                )
             shape[-1] = shape[-1] // held * numbers
         end = offset + tensor.nbytes
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
@@ -134,9 +157,10 @@ def safetensors_parts(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, 
     if len(text) > HEADER_LIMIT:
         raise UsageError(
             "too many tensors for one safetensors file",
-            expected=f"a header of at most {HEADER_LIMIT} bytes", found=f"{len(text)} bytes",
+            expected=f"a header of at most {HEADER_LIMIT} bytes",
+            found=f"{len(text)} bytes",
             remedy="convert to hf, which shards",
-        )  # fmt: skip
+        )
     return (Literal(len(text).to_bytes(8, "little") + text), *parts)
 
 
@@ -169,17 +193,23 @@ def _tensor(source: ByteSource, name: str, entry: Any, base: int) -> tuple[int, 
         _, numbers, held = packing
         if not shape or shape[-1] % numbers:
             raise _damaged(
-                source, f"has rows of {code} that do not end with a byte", f"a last length divisible by {numbers}",
-                shape, name,
-            )  # fmt: skip
+                source,
+                f"has rows of {code} that do not end with a byte",
+                f"a last length divisible by {numbers}",
+                shape,
+                name,
+            )
         shape[-1] = shape[-1] // numbers * held
     begin, end = offsets
     needed = math.prod(shape) * kind.itemsize
     if end - begin != needed:
         raise _damaged(
-            source, "its range is not as long as its shape asks for",
-            f"{needed} bytes for {kind.name} {shape}", f"[{begin}, {end})", name,
-        )  # fmt: skip
+            source,
+            "its range is not as long as its shape asks for",
+            f"{needed} bytes for {kind.name} {shape}",
+            f"[{begin}, {end})",
+            name,
+        )
     return begin, end, Stored(source, base + begin, kind, tuple(shape))
 
 
@@ -188,9 +218,12 @@ def _check_ranges(source: ByteSource, ranges: list[tuple[int, int, str]], availa
     for begin, end, name in sorted(ranges):
         if end > available:
             raise _damaged(
-                source, "its range lies outside the file; the file is truncated or its header is damaged",
-                f"within {available} bytes of data", f"[{begin}, {end})", name,
-            )  # fmt: skip
+                source,
+                "its range lies outside the file; the file is truncated or its header is damaged",
+                f"within {available} bytes of data",
+                f"[{begin}, {end})",
+                name,
+            )
         if begin != at:
             problem = "its range overlaps another tensor's" if begin < at else "there is a gap before its range"
             raise _damaged(source, problem, f"to begin at {at}", f"[{begin}, {end})", name)
@@ -207,9 +240,10 @@ def _code(name: str, kind: DType) -> str:
     code = _CODE_OF.get(kind, kind.safetensors)
     if code is None:
         raise UsageError(
-            f"safetensors cannot hold {kind.name}", tensor=name,
+            f"safetensors cannot hold {kind.name}",
+            tensor=name,
             remedy="exclude the tensor, cast with --dtype, or convert to torch",
-        )  # fmt: skip
+        )
     return code
 
 
@@ -225,11 +259,14 @@ def _no_text(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> 
     """The error for a name or metadata with half of a surrogate pair, which UTF-8 cannot spell."""
     name = next((name for name in tensors if not is_text(name)), None)
     return UsageError(
-        "safetensors cannot hold a name with half of a surrogate pair" if name is not None
+        "safetensors cannot hold a name with half of a surrogate pair"
+        if name is not None
         else "safetensors cannot hold metadata with half of a surrogate pair",
-        tensor=name, expected="Unicode text", found=None if name is not None else ascii(metadata)[:120],
+        tensor=name,
+        expected="Unicode text",
+        found=None if name is not None else ascii(metadata)[:120],
         remedy="exclude the tensor, or convert to torch or dcp" if name is not None else None,
-    )  # fmt: skip
+    )
 
 
 def _damaged(
@@ -237,6 +274,10 @@ def _damaged(
 ) -> FormatError:
     text = None if found is None else str(found)[:120]
     return FormatError(
-        problem, path=source.name, tensor=tensor, expected=expected, found=text,
+        problem,
+        path=source.name,
+        tensor=tensor,
+        expected=expected,
+        found=text,
         remedy="copy the file again from its origin",
-    )  # fmt: skip
+    )

@@ -65,9 +65,13 @@ def read_metadata(source: ByteSource, key: str) -> ArrayMetadata:
 
     def refuse(what: str, expected: object, remedy: str = _AGAIN) -> FormatError:
         return FormatError(
-            f"{what} is not what Megatron-Core writes", path=source.name, tensor=key, expected=expected,
-            found=repr(values.get(what))[:100], remedy=remedy,
-        )  # fmt: skip
+            f"{what} is not what Megatron-Core writes",
+            path=source.name,
+            tensor=key,
+            expected=expected,
+            found=repr(values.get(what))[:100],
+            remedy=remedy,
+        )
 
     if values.get("zarr_format") != 2:
         raise refuse("zarr_format", 2)
@@ -148,25 +152,34 @@ def open_array(key: str, metadata: ArrayMetadata, files: Mapping[str, ByteSource
         index = _index(name, metadata)
         if index is None or any(at >= length for at, length in zip(index, grid, strict=True)):
             raise FormatError(
-                "is no chunk of its array", path=source.name, tensor=key,
-                expected=f"a chunk of the grid {list(grid)}", found=name,
+                "is no chunk of its array",
+                path=source.name,
+                tensor=key,
+                expected=f"a chunk of the grid {list(grid)}",
+                found=name,
                 remedy="it may be left of an earlier save: save the checkpoint again into an empty directory",
-            )  # fmt: skip
+            )
         if source.size != nbytes:
             raise FormatError(
-                "a chunk is truncated or of another array", path=source.name, tensor=key,
+                "a chunk is truncated or of another array",
+                path=source.name,
+                tensor=key,
                 expected=f"{nbytes} bytes, {metadata.dtype.name} {list(metadata.chunks)}",
-                found=f"{source.size} bytes", remedy=_AGAIN,
-            )  # fmt: skip
+                found=f"{source.size} bytes",
+                remedy=_AGAIN,
+            )
         found[index] = source
     absent = math.prod(grid) - len(found)
     if absent and metadata.fill is None:
         first = next(index for index in _cells(grid, len(found) + 1) if index not in found)
         raise FormatError(
-            "a chunk is missing and .zarray has no fill value", path=folder, tensor=key,
-            expected=_name(first, metadata), found=f"{len(found)} of {math.prod(grid)} chunks",
+            "a chunk is missing and .zarray has no fill value",
+            path=folder,
+            tensor=key,
+            expected=_name(first, metadata),
+            found=f"{len(found)} of {math.prod(grid)} chunks",
             remedy="the save was interrupted, or not all files were copied",
-        )  # fmt: skip
+        )
     if absent > _MOST_ABSENT:
         raise FormatError("lacks too many chunks", path=folder, tensor=key, found=f"{absent} missing", remedy=_AGAIN)
     if absent == math.prod(grid):
@@ -211,9 +224,15 @@ def _name(index: Shape, metadata: ArrayMetadata) -> str:
 def render_metadata(dtype: DType, shape: Shape, chunks: Shape) -> bytes:
     """``.zarray`` as Megatron-Core 0.12 has the zarr library write it."""
     values = {
-        "chunks": list(chunks), "compressor": None, "dtype": dtype.zarr, "fill_value": None, "filters": None,
-        "order": "C", "shape": list(shape), "zarr_format": 2,
-    }  # fmt: skip
+        "chunks": list(chunks),
+        "compressor": None,
+        "dtype": dtype.zarr,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": list(shape),
+        "zarr_format": 2,
+    }
     return json.dumps(values, indent=4, sort_keys=True).encode("ascii")
 
 

@@ -98,10 +98,12 @@ def owner_of(part: Part, piece: Piece) -> int | None:
     found = {stored.source.owner() for start, shape in boxes for stored in tensor.box(start, shape).pieces()} - {None}
     if len(found) > 1:
         raise UsageError(
-            f"bytes {piece.start:,} to {piece.stop:,} of it are held by several processes", tensor=part.name,
-            expected="one owner for each 4 MiB of an output tensor", found=f"shares {sorted(map(str, found))}",
+            f"bytes {piece.start:,} to {piece.stop:,} of it are held by several processes",
+            tensor=part.name,
+            expected="one owner for each 4 MiB of an output tensor",
+            found=f"shares {sorted(map(str, found))}",
             remedy="write the parts that processes hold as tensors or files of their own",
-        )  # fmt: skip
+        )
     return next(iter(found), None)
 
 

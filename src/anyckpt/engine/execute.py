@@ -86,8 +86,10 @@ def execute(
     if resume and identity.obstacle is not None:
         raise UsageError(
             "cannot be continued: part of it has no identity, so that other work might be taken for the same",
-            path=place.name, found=identity.obstacle, remedy="run without --resume to begin anew",
-        )  # fmt: skip
+            path=place.name,
+            found=identity.obstacle,
+            remedy="run without --resume to begin anew",
+        )
     if resume and not overwrite and place.is_published(identity.value):
         return report_of(plan, place, 0, started, plan.nbytes)
     cut = cut_all(plan.files, owned=identity.owned)

@@ -150,9 +150,10 @@ def small_file(path: str, data: bytes | str, stage: int = 1) -> OutputFile:
         content = data.encode() if isinstance(data, str) else data
     except UnicodeEncodeError:
         raise UsageError(
-            f"{path} would hold a name or value with half of a surrogate pair", expected="Unicode text",
+            f"{path} would hold a name or value with half of a surrogate pair",
+            expected="Unicode text",
             remedy="leave it out",
-        ) from None  # fmt: skip
+        ) from None
     return OutputFile(path, (Literal(content),), stage)
 
 

@@ -61,14 +61,19 @@ class Division:
         path = plan.files[blocks[0].file].path or destination.name
         if max(owners) > self.of:
             raise UsageError(
-                "is to hold bytes of a process that has no share", path=path, expected=f"owners up to {self.of}",
-                found=max(owners), remedy="divide the work into as many shares as there are processes",
-            )  # fmt: skip
+                "is to hold bytes of a process that has no share",
+                path=path,
+                expected=f"owners up to {self.of}",
+                found=max(owners),
+                remedy="divide the work into as many shares as there are processes",
+            )
         if destination.in_order and len(owners) > 1:
             raise UsageError(
-                "is to hold bytes of several processes, and is written by one", path=path,
-                found=f"owners {sorted(owners)}", remedy="give each process a file of its own",
-            )  # fmt: skip
+                "is to hold bytes of several processes, and is written by one",
+                path=path,
+                found=f"owners {sorted(owners)}",
+                remedy="give each process a file of its own",
+            )
         alone = next(iter(owners)) if destination.in_order else None
         for block in blocks:
             owner = block.owner or alone

@@ -79,8 +79,10 @@ class SharedRun:
             raise UsageError(
                 "cannot be divided between processes, because part of it has no identity: they cannot tell that their "
                 "work is the same",
-                path=self._place.name, found=self._identity.obstacle, remedy="write it with one process",
-            )  # fmt: skip
+                path=self._place.name,
+                found=self._identity.obstacle,
+                remedy="write it with one process",
+            )
         self._cut = cut_all(plan.files, owned=self._identity.owned)
         self._division = Division(plan, self._cut, of, self._place)
 
@@ -115,9 +117,16 @@ class SharedRun:
         try:
             known = place.records(self._identity.value)
             run = Run(
-                plan, self._cut, place, known, workers=self._workers, memory=self._memory, progress=progress,
-                total=total, ends=self._division.ends,
-            )  # fmt: skip
+                plan,
+                self._cut,
+                place,
+                known,
+                workers=self._workers,
+                memory=self._memory,
+                progress=progress,
+                total=total,
+                ends=self._division.ends,
+            )
             run.write(blocks)
             self._identity.check_unchanged()
             run.sync()

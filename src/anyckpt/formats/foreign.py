@@ -28,7 +28,8 @@ _DECOMPRESS = "decompress it first"
 _ARRAYS = "save its arrays as safetensors (safetensors.numpy.save_file)"
 _KINDS = (
     _Foreign(
-        "a GGUF file (llama.cpp)", b"GGUF",
+        "a GGUF file (llama.cpp)",
+        b"GGUF",
         "open the checkpoint that it was made of, or load it with transformers (from_pretrained with gguf_file) and"
         " save that",
     ),
@@ -42,7 +43,7 @@ _KINDS = (
     _Foreign("compressed by xz", b"\xfd7zXZ\0", _DECOMPRESS),
     _Foreign("compressed by zstd", b"\x28\xb5\x2f\xfd", _DECOMPRESS),
     _Foreign("a 7z archive", b"7z\xbc\xaf\x27\x1c", "unpack it first"),
-)  # fmt: skip
+)
 
 
 def refusal(head: bytes, path: str) -> FormatError | None:

@@ -53,9 +53,12 @@ def read(location: Location) -> Checkpoint:
     settings = read_json(location.open(_SETTINGS)) if _SETTINGS in location.names else {}
     if type(settings.get("world_size")) is int and settings["world_size"] != len(files):
         raise FormatError(
-            "the rank files are of another number of ranks than their settings", path=location.join(_SETTINGS),
-            expected=f"world_size {len(files)}, as the files' names say", found=settings["world_size"], remedy=_GATHER,
-        )  # fmt: skip
+            "the rank files are of another number of ranks than their settings",
+            path=location.join(_SETTINGS),
+            expected=f"world_size {len(files)}, as the files' names say",
+            found=settings["world_size"],
+            remedy=_GATHER,
+        )
     opened = read_torch_files(map(location.place.open, files))
     joined = _Joined(location.path, len(files))
     states = [_state_dict(contents.root, file) for contents, file in zip(opened, files, strict=True)]
@@ -110,18 +113,25 @@ def _rank_files(location: Location, kind: str) -> list[str]:
         return []
     if len(found) > 1:
         raise FormatError(
-            "holds rank files of saves by different numbers of ranks", path=location.path,
-            expected="one world size", found=", ".join(map(str, sorted(found))), remedy=_GATHER,
-        )  # fmt: skip
+            "holds rank files of saves by different numbers of ranks",
+            path=location.path,
+            expected="one world size",
+            found=", ".join(map(str, sorted(found))),
+            remedy=_GATHER,
+        )
     ((world, files),) = found.items()
     missing = [rank for rank in range(min(world, 1 << 16)) if rank not in files]
     if missing or len(files) != world:
         first = f"{kind}_world_size_{world}_rank_{missing[0]}.pt" if missing else "none"
         raise FormatError(
             f"{len(missing)} of {world} rank files are missing, such as {first}"
-            if missing else "holds files of ranks that its world does not have",
-            path=location.path, expected=f"ranks 0 to {world - 1}", found=f"{len(files)} files", remedy=_GATHER,
-        )  # fmt: skip
+            if missing
+            else "holds files of ranks that its world does not have",
+            path=location.path,
+            expected=f"ranks 0 to {world - 1}",
+            found=f"{len(files)} files",
+            remedy=_GATHER,
+        )
     return [files[rank] for rank in range(world)]
 
 
@@ -184,21 +194,25 @@ class _Joined:
         strange = [*(key for key in state if key not in first), *(key for key in first if key not in state)]
         where = file if strange[0] in state else path
         raise FormatError(
-            "the ranks' files hold tensors of different names, as those of different models do", path=file,
-            tensor=brief(strange[0]), expected=f"the names of {path.rpartition('/')[2]}",
+            "the ranks' files hold tensors of different names, as those of different models do",
+            path=file,
+            tensor=brief(strange[0]),
+            expected=f"the names of {path.rpartition('/')[2]}",
             found=f"{len(strange)} names in one of the two only, this one in {where.rpartition('/')[2]}",
             remedy=_GATHER,
-        )  # fmt: skip
+        )
 
     def _dtensor(self, value: DistributedTensor, file: str, name: str) -> _Whole:
         mesh = mesh_of(value, file, name)
         if mesh.ranks != self._world:
             raise FormatError(
                 "is spread over a part of the ranks only, and nothing tells what the others hold",
-                path=file, tensor=name,
-                expected=f"a mesh of all {self._world} ranks", found=f"a mesh of {mesh}",
+                path=file,
+                tensor=name,
+                expected=f"a mesh of all {self._world} ranks",
+                found=f"a mesh of {mesh}",
                 remedy="load it in the software that wrote it and save a full state dict",
-            )  # fmt: skip
+            )
         piece = piece_of(value, file, name)
         kind = f"DTensor {', '.join(value.placements)} over {mesh}"
         return _Whole(value.shape, [] if piece is None else [piece], (kind,), value.local)
@@ -207,10 +221,13 @@ class _Joined:
         known = wholes.setdefault(name, replace(one, pieces=[]))
         if (known.shape, known.placements) != (one.shape, one.placements):
             raise FormatError(
-                "the ranks' files hold it differently, as those of different models do", path=file, tensor=name,
+                "the ranks' files hold it differently, as those of different models do",
+                path=file,
+                tensor=name,
                 expected=f"{known.shape} {', '.join(known.placements)}",
-                found=f"{one.shape} {', '.join(one.placements)}", remedy=_GATHER,
-            )  # fmt: skip
+                found=f"{one.shape} {', '.join(one.placements)}",
+                remedy=_GATHER,
+            )
         known.pieces.extend(one.pieces)
 
     def _same(self, wholes: dict[str, _Whole], name: str, tensor: LazyTensor, rank: int, file: str) -> None:
@@ -238,9 +255,13 @@ class _Joined:
             return mosaic(pieces[0].dtype, whole.shape, [piece.start for piece in own], pieces)
         except AnyckptError as error:
             raise FormatError(
-                f"the ranks' parts do not make up the tensor: {error.problem}", path=self._path, tensor=name,
-                expected=error.expected, found=error.found, remedy=_GATHER,
-            ) from error  # fmt: skip
+                f"the ranks' parts do not make up the tensor: {error.problem}",
+                path=self._path,
+                tensor=name,
+                expected=error.expected,
+                found=error.found,
+                remedy=_GATHER,
+            ) from error
 
 
 def _beginning(tensor: LazyTensor) -> bytes:
@@ -262,9 +283,12 @@ def _optimizer(
         return {}, {}, []
     if len(files) != world:
         raise FormatError(
-            "the optimizer's rank files are of another save than the model's", path=location.path,
-            expected=f"{world} ranks", found=f"{len(files)} ranks", remedy=_GATHER,
-        )  # fmt: skip
+            "the optimizer's rank files are of another save than the model's",
+            path=location.path,
+            expected=f"{world} ranks",
+            found=f"{len(files)} ranks",
+            remedy=_GATHER,
+        )
     opened = read_torch_files(map(location.place.open, files))
     roots = [contents.root for contents in opened]
     if not all(isinstance(root, dict) and isinstance(root.get("state"), dict) for root in roots):

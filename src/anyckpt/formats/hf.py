@@ -131,9 +131,11 @@ def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
     if len(loose) > 1:
         raise FormatError(
             "holds several weight files but no index that says which belong together",
-            path=location.path, expected="model.safetensors or model.safetensors.index.json",
-            found=", ".join(loose[:5]), remedy="open one of the files, or copy the index too",
-        )  # fmt: skip
+            path=location.path,
+            expected="model.safetensors or model.safetensors.index.json",
+            found=", ".join(loose[:5]),
+            remedy="open one of the files, or copy the index too",
+        )
     return read_weight_file(location, loose[0], beside)
 
 
@@ -152,25 +154,29 @@ def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[s
     if missing:
         raise FormatError(
             f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:5])}",
-            path=location.path, remedy="copy the missing files from the model's origin",
-        )  # fmt: skip
+            path=location.path,
+            remedy="copy the missing files from the model's origin",
+        )
     tensors: dict[str, LazyTensor] = {}
     for file, found in zip(files, read_weight_files(location, files, beside), strict=True):
         for name in found:
             if where.get(name) != file:
                 raise FormatError(
-                    "the index and the weight files disagree", path=location.join(file), tensor=name,
+                    "the index and the weight files disagree",
+                    path=location.join(file),
+                    tensor=name,
                     expected=f"it in {where[name]}" if name in where else "a tensor that the index lists",
                     remedy="copy index and weight files again, from one revision of the model",
-                )  # fmt: skip
+                )
         tensors.update(found)
     absent = sorted(where.keys() - tensors.keys())
     if absent:
         raise FormatError(
             f"{len(absent)} tensors of the index are not in the weight files: {', '.join(absent[:5])}",
-            path=location.join(where[absent[0]]), tensor=absent[0],
+            path=location.join(where[absent[0]]),
+            tensor=absent[0],
             remedy="copy index and weight files again, from one revision of the model",
-        )  # fmt: skip
+        )
     suffix = files[0].rpartition(".")[2]
     spare = [n for n in location.names if _SHARD.fullmatch(n) and n.endswith(suffix) and n not in files]
     if spare:
@@ -184,10 +190,11 @@ def _read_shards(location: Location, names: list[str], beside: Beside) -> dict[s
     kinds = {(match[1], match[3], match[4]) for match in parsed}
     if len(kinds) > 1:
         raise FormatError(
-            "holds several sets of weight files and no index that says which to use", path=location.path,
+            "holds several sets of weight files and no index that says which to use",
+            path=location.path,
             found=", ".join(f"{stem}-*-of-{count}.{suffix}" for stem, count, suffix in sorted(kinds)),
             remedy="copy the index too, or move one set elsewhere",
-        )  # fmt: skip
+        )
     stem, count, suffix = kinds.pop()
     present = {int(match[2]) for match in parsed}
     missing = [number for number in range(1, min(int(count), 100_000) + 1) if number not in present]
@@ -195,8 +202,9 @@ def _read_shards(location: Location, names: list[str], beside: Beside) -> dict[s
         first = f"{stem}-{missing[0] if missing else 0:05d}-of-{count}.{suffix}"
         raise FormatError(
             f"{len(missing)} of {int(count)} weight files are missing, such as {first}, and so is the index",
-            path=location.path, remedy="copy the missing files from the model's origin",
-        )  # fmt: skip
+            path=location.path,
+            remedy="copy the missing files from the model's origin",
+        )
     beside.warnings.append(
         "there is no index: the weight files are taken to be complete because their names count them"
     )
@@ -208,17 +216,21 @@ def _read_tuned(location: Location, parts: list[re.Match[str]], beside: Beside) 
     epochs = sorted({int(match[2]) for match in parts})
     if len(epochs) > 1:
         raise FormatError(
-            "holds the weights of several epochs", path=location.path, expected="hf_model_*.pt of one epoch",
+            "holds the weights of several epochs",
+            path=location.path,
+            expected="hf_model_*.pt of one epoch",
             found=f"epochs {', '.join(map(str, epochs[:8]))}",
             remedy=f"move those but hf_model_*_{epochs[-1]}.pt elsewhere",
-        )  # fmt: skip
+        )
     present = {int(match[1]) for match in parts}
     missing = [number for number in range(1, max(present)) if number not in present]
     if missing:
         raise FormatError(
             f"{len(missing)} of at least {max(present)} weight files are missing, such as"
-            f" hf_model_{missing[0]:04d}_{epochs[0]}.pt", path=location.path, remedy="copy the missing files here too",
-        )  # fmt: skip
+            f" hf_model_{missing[0]:04d}_{epochs[0]}.pt",
+            path=location.path,
+            remedy="copy the missing files here too",
+        )
     beside.warnings.append("there is no index: nothing in the weight files says how many there should be")
     unread = [name for name in location.names if re.fullmatch(r"recipe_state\.pt|adapter_\d+\.pt", name)]
     if unread:

@@ -151,10 +151,12 @@ def _check_all_there(path: str, files: Sequence[_File], config: Mapping[str, Any
     if missing or len(set(numbers)) != len(numbers):
         raise FormatError(
             f"{len(missing)} of {count} model-parallel parts are missing: {', '.join(missing[:8])}"
-            if missing else "two parts have one number",
-            path=path, found=", ".join(file.name for file in files[:8]),
+            if missing
+            else "two parts have one number",
+            path=path,
+            found=", ".join(file.name for file in files[:8]),
             remedy="copy the missing files from the model's origin",
-        )  # fmt: skip
+        )
 
 
 def _stated_parts(first: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> int:
@@ -185,9 +187,11 @@ def _joined(location: Location, files: Sequence[_File]) -> dict[str, LazyTensor]
         odd = sorted(first.tensors.keys() ^ file.tensors.keys())
         if odd:
             raise FormatError(
-                f"{len(odd)} tensors are not in every part: {', '.join(odd[:8])}", path=location.join(file.name),
-                tensor=odd[0], remedy="copy the parts again, from one model",
-            )  # fmt: skip
+                f"{len(odd)} tensors are not in every part: {', '.join(odd[:8])}",
+                path=location.join(file.name),
+                tensor=odd[0],
+                remedy="copy the parts again, from one model",
+            )
     joined: dict[str, LazyTensor] = {}
     for name, tensor in first.tensors.items():
         copies = [file.tensors[name] for file in files]
@@ -199,9 +203,12 @@ def _joined(location: Location, files: Sequence[_File]) -> dict[str, LazyTensor]
         for file, other in zip(files, copies, strict=True):
             if other.dtype != tensor.dtype or other.shape != tensor.shape:
                 raise FormatError(
-                    "its parts do not fit one another", path=location.join(file.name), tensor=name,
-                    expected=f"{tensor.dtype.name} {tensor.shape}", found=f"{other.dtype.name} {other.shape}",
-                )  # fmt: skip
+                    "its parts do not fit one another",
+                    path=location.join(file.name),
+                    tensor=name,
+                    expected=f"{tensor.dtype.name} {tensor.shape}",
+                    found=f"{other.dtype.name} {other.shape}",
+                )
         joined[name] = concatenate(copies, axis)
     return joined
 
@@ -227,9 +234,13 @@ def _axis(path: str, name: str, copies: Sequence[LazyTensor], width: int | None)
         if columns * len(copies) == width:
             return 1
     raise FormatError(
-        "how model-parallel parts divide this tensor is not known", path=path, tensor=name, found=copies[0].shape,
-        expected="a tensor of Meta's Llama", remedy="join the parts with the model's own code",
-    )  # fmt: skip
+        "how model-parallel parts divide this tensor is not known",
+        path=path,
+        tensor=name,
+        found=copies[0].shape,
+        expected="a tensor of Meta's Llama",
+        remedy="join the parts with the model's own code",
+    )
 
 
 def _check_equal(path: str, name: str, files: Sequence[_File]) -> None:
@@ -241,9 +252,12 @@ def _check_equal(path: str, name: str, files: Sequence[_File]) -> None:
         pairs = zip(first.chunks(_BLOCK), other.chunks(_BLOCK), strict=True) if same else ()
         if not same or any(a.tobytes() != b.tobytes() for a, b in pairs):
             raise FormatError(
-                f"its copies in {files[0].name} and {file.name} differ", path=path, tensor=name,
-                expected="equal copies in all parts", remedy="copy the parts again, from one model",
-            )  # fmt: skip
+                f"its copies in {files[0].name} and {file.name} differ",
+                path=path,
+                tensor=name,
+                expected="equal copies in all parts",
+                remedy="copy the parts again, from one model",
+            )
 
 
 def _read_shards(location: Location, details: dict[str, Any]) -> dict[str, LazyTensor]:
@@ -258,9 +272,11 @@ def _read_shards(location: Location, details: dict[str, Any]) -> dict[str, LazyT
             what = f"consolidated-{missing[0] if missing else 0:05d}-of-{count:05d}.safetensors"
             problem = f"{len(missing)} of {count} weight files are missing: {what}" if missing else "holds two sets"
             raise FormatError(
-                problem, path=location.path, found=", ".join(names[:8]),
+                problem,
+                path=location.path,
+                found=", ".join(names[:8]),
                 remedy="copy the missing files from the model's origin",
-            )  # fmt: skip
+            )
     tensors: dict[str, LazyTensor] = {}
     for name, (found, metadata) in zip(names, read_safetensors_files(map(location.open, names)), strict=True):
         for key, tensor in found.items():
@@ -314,9 +330,12 @@ def _share(name: str, tensor: LazyTensor, number: int, count: int) -> LazyTensor
     known = name == _EMBEDDING or _ROWS.fullmatch(name) or _COLUMNS.fullmatch(name)
     if not known or tensor.ndim <= axis or tensor.shape[axis] % count:
         raise UsageError(
-            f"cannot be divided among {count} model-parallel parts", tensor=name, found=tensor.shape,
-            expected=f"a tensor of Llama whose axis {axis} is a multiple of {count}", remedy="choose another --tp",
-        )  # fmt: skip
+            f"cannot be divided among {count} model-parallel parts",
+            tensor=name,
+            found=tensor.shape,
+            expected=f"a tensor of Llama whose axis {axis} is a multiple of {count}",
+            remedy="choose another --tp",
+        )
     length = tensor.shape[axis] // count
     return tensor.narrow(axis, number * length, length)
 

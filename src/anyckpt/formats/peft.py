@@ -26,9 +26,14 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LARGEST = 1 << 31
 
 _CHANGES = (
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "arrow_config", "monteclora_config",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "arrow_config",
+    "monteclora_config",
     "kasa_config",
-)  # fmt: skip
+)
 """Keys of variants whose update is not ``scale * B @ A`` of a module's weight."""
 
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
@@ -155,8 +160,9 @@ def _token_indices(config: Mapping[str, Any], path: str) -> dict[str, tuple[int,
         isinstance(own, list) and all(type(index) is int for index in own) for own in listed.values()
     )
     if not good:
-        raise FormatError("its trainable_token_indices is not possible", path=path, expected="token numbers",
-                          found=repr(value)[:80])  # fmt: skip
+        raise FormatError(
+            "its trainable_token_indices is not possible", path=path, expected="token numbers", found=repr(value)[:80]
+        )
     return {str(name): tuple(own) for name, own in listed.items()}
 
 
@@ -179,9 +185,11 @@ def _number(value: Any, key: str, path: str, whole: bool) -> Any:
     good = type(value) is int or (not whole and type(value) is float and math.isfinite(value))
     if not good or not abs(value) < _LARGEST or (whole and value < 1):
         raise FormatError(
-            f"its {key} is not possible", path=path, expected="a positive whole number" if whole else "a number",
+            f"its {key} is not possible",
+            path=path,
+            expected="a positive whole number" if whole else "a number",
             found=repr(value)[:80],
-        )  # fmt: skip
+        )
     return value
 
 
@@ -192,9 +200,10 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         )
     if not checkpoint.config:
         raise UsageError(
-            f"the adapter has no settings, and peft loads none without {CONFIG}", path=checkpoint.path,
+            f"the adapter has no settings, and peft loads none without {CONFIG}",
+            path=checkpoint.path,
             remedy="give the base model's configuration with --config and the adapter's --alpha",
-        )  # fmt: skip
+        )
     weights, ignored = weights_only(checkpoint)
     notes: list[str] = []
     defaults = _DEFAULTS if checkpoint.config.get("peft_type", "LORA") == "LORA" else {}

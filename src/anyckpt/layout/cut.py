@@ -136,14 +136,17 @@ def _check(
         if found != due if complete else not found <= due:
             raise MappingError(
                 f"the tensors and the model's configuration disagree on the {stack} layers",
-                expected=f"{listed(due)} by the configuration", found=f"{listed(found)} among the tensors",
-            )  # fmt: skip
+                expected=f"{listed(due)} by the configuration",
+                found=f"{listed(found)} among the tensors",
+            )
     for name, own in held.items():
         if name.of_expert and own.keys() != set(range(geometry.num_experts or 0)):
             raise MappingError(
                 "experts are missing, or are more than the configuration says",
-                tensor=name.text, expected=f"{listed(range(geometry.num_experts or 0))}", found=listed(own),
-            )  # fmt: skip
+                tensor=name.text,
+                expected=f"{listed(range(geometry.num_experts or 0))}",
+                found=listed(own),
+            )
 
 
 def _is_in(chunk: Chunk, stages: Sequence[Chunk], name: Name) -> bool:
@@ -164,8 +167,9 @@ def _is_in(chunk: Chunk, stages: Sequence[Chunk], name: Name) -> bool:
         return name.text.partition(".")[0] in chunk.norms
     raise UsageError(
         "the rule for this tensor does not say which pipeline stage it is on",
-        found=name.text, remedy="end the rule with @first, @last or @all",
-    )  # fmt: skip
+        found=name.text,
+        remedy="end the rule with @first, @last or @all",
+    )
 
 
 def _tied(
@@ -176,8 +180,9 @@ def _tied(
     if given is not None:
         raise MappingError(
             "is there, though the model's configuration says that it is the embedding",
-            tensor=given, remedy="say in --config that they are not shared (untie_embeddings_and_output_weights)",
-        )  # fmt: skip
+            tensor=given,
+            remedy="say in --config that they are not shared (untie_embeddings_and_output_weights)",
+        )
     own = next((tensors for name, tensors in held.items() if name.text == EMBEDDING), None)
     if own is None or parallelism.pipeline_parallel == 1:
         return {}

@@ -27,8 +27,10 @@ def settled(name: str, part: LazyTensor, ways: int, how: Division) -> Division:
         return dataclasses.replace(how, axis=None if part.shape[0] == how.rows else 0, either=False)
     raise MappingError(
         "the files and the model's configuration disagree on this tensor",
-        tensor=name, expected=f"{how.rows} rows by the configuration, or a share of {ways} ranks", found=part.shape,
-    )  # fmt: skip
+        tensor=name,
+        expected=f"{how.rows} rows by the configuration, or a share of {ways} ranks",
+        found=part.shape,
+    )
 
 
 def join_parts(name: str, parts: Sequence[LazyTensor], how: Division, geometry: Geometry) -> LazyTensor:
@@ -45,9 +47,10 @@ def join_parts(name: str, parts: Sequence[LazyTensor], how: Division, geometry: 
         if part.dtype != first.dtype or part.shape != first.shape:
             raise MappingError(
                 "tensor-parallel ranks hold parts of different types or shapes",
-                tensor=name, expected=f"{first.dtype.name} {first.shape} as on rank 0",
+                tensor=name,
+                expected=f"{first.dtype.name} {first.shape} as on rank 0",
                 found=f"{part.dtype.name} {part.shape} on rank {rank}",
-            )  # fmt: skip
+            )
     if how.axis is None:
         return first
     _check_axis(name, first, how)
@@ -108,9 +111,11 @@ def _cut_by(own: Partition, name: str, tensor: LazyTensor, ways: int) -> list[La
         made = f"{len(parts)} parts" if whole is None else f"{whole.dtype.name} {whole.shape} joined again"
         raise MappingError(
             f"{type(own).__name__}, by which the model's family divides it, does not divide this tensor",
-            tensor=name, expected=f"{ways} parts of {tensor.dtype.name} {tensor.shape}", found=made,
+            tensor=name,
+            expected=f"{ways} parts of {tensor.dtype.name} {tensor.shape}",
+            found=made,
             remedy="report it to whoever wrote the family",
-        )  # fmt: skip
+        )
     return parts
 
 
@@ -118,17 +123,22 @@ def _check_alone(name: str, ways: int, how: Division) -> None:
     if how.alone and ways > 1:
         raise MappingError(
             "is of a module that its framework cannot divide over tensor-parallel ranks",
-            tensor=name, expected="tensor parallel size 1", found=ways, remedy="choose --tp 1",
-        )  # fmt: skip
+            tensor=name,
+            expected="tensor parallel size 1",
+            found=ways,
+            remedy="choose --tp 1",
+        )
 
 
 def _check_axis(name: str, tensor: LazyTensor, how: Division) -> None:
     if how.axis is not None and tensor.ndim <= how.axis:
         raise MappingError(
             "has too few axes to be divided by its rule",
-            tensor=name, expected=f"at least {how.axis + 1} axes", found=tensor.shape,
+            tensor=name,
+            expected=f"at least {how.axis + 1} axes",
+            found=tensor.shape,
             remedy="check the rules file",
-        )  # fmt: skip
+        )
 
 
 def _check_rows(name: str, length: int, how: Division) -> None:
@@ -137,8 +147,10 @@ def _check_rows(name: str, length: int, how: Division) -> None:
     if expected is not None and expected != length:
         raise MappingError(
             "the files and the model's configuration disagree on this tensor",
-            tensor=name, expected=f"{expected} rows by the configuration", found=f"{length} rows in all",
-        )  # fmt: skip
+            tensor=name,
+            expected=f"{expected} rows by the configuration",
+            found=f"{length} rows in all",
+        )
 
 
 def _blocks(name: str, length: int, how: Division) -> Sequence[int]:
@@ -151,9 +163,12 @@ def _blocks(name: str, length: int, how: Division) -> Sequence[int]:
 def _share(name: str, length: int, ways: int) -> int:
     if length % ways:
         raise MappingError(
-            "cannot be divided evenly", tensor=name, expected=f"a multiple of {ways}", found=f"a length of {length}",
+            "cannot be divided evenly",
+            tensor=name,
+            expected=f"a multiple of {ways}",
+            found=f"a length of {length}",
             remedy="choose another parallel size",
-        )  # fmt: skip
+        )
     return length // ways
 
 
@@ -163,8 +178,10 @@ def _trimmed(name: str, whole: LazyTensor, geometry: Geometry) -> LazyTensor:
     if stated is not None and stated != stored:
         raise MappingError(
             "the files and the model's configuration disagree on the padded vocabulary",
-            tensor=name, expected=f"{stated} rows by the configuration", found=f"{stored} rows in all",
-        )  # fmt: skip
+            tensor=name,
+            expected=f"{stated} rows by the configuration",
+            found=f"{stored} rows in all",
+        )
     if true is None:
         return whole
     _check_vocabulary(name, stored, true)
@@ -189,5 +206,8 @@ def _check_vocabulary(name: str, stored: int, true: int) -> None:
     if true > stored:
         raise MappingError(
             "the vocabulary is larger than the stored rows",
-            tensor=name, expected=f"at least {true} rows", found=stored, remedy="give the true size with --vocab-size",
-        )  # fmt: skip
+            tensor=name,
+            expected=f"at least {true} rows",
+            found=stored,
+            remedy="give the true size with --vocab-size",
+        )

@@ -63,8 +63,11 @@ def split_legacy(tensors: Mapping[str, LazyTensor], count: int | None, source: s
         if tensor.ndim != 2 or not count or tensor.shape[axis] % count:
             raise MappingError(
                 "does not hold the experts of a rank",
-                path=source, tensor=name, expected=f"an axis {axis} of {count or 0} experts", found=tensor.shape,
-            )  # fmt: skip
+                path=source,
+                tensor=name,
+                expected=f"an axis {axis} of {count or 0} experts",
+                found=tensor.shape,
+            )
         each = tensor.shape[axis] // count
         shape = (tensor.shape[0], each) if axis == 1 else (each, tensor.shape[1])
         apart = tensor.reshape((count, *shape))

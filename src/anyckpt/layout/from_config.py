@@ -8,9 +8,14 @@ from typing import Any
 from anyckpt.layout.geometry import Geometry, Latent, Mamba
 
 _SAME = (
-    "num_layers", "encoder_num_layers", "mtp_num_layers", "num_attention_heads", "num_query_groups", "kv_channels",
+    "num_layers",
+    "encoder_num_layers",
+    "mtp_num_layers",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
     "padded_vocab_size",
-)  # fmt: skip
+)
 _FLAGS = ("attention_output_gate", "gated_linear_unit", "share_embeddings_and_output_weights")
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 

@@ -108,16 +108,19 @@ class _Joiner:
             if any(not 0 <= number < limit for number, limit in zip(numbers, limits, strict=True)):
                 raise MappingError(
                     "is of a rank outside the layout",
-                    path=shard.source, expected="tensor, pipeline, virtual and expert ranks below " + str(limits),
+                    path=shard.source,
+                    expected="tensor, pipeline, virtual and expert ranks below " + str(limits),
                     found=str(numbers),
-                )  # fmt: skip
+                )
             chunk = self.chunks.setdefault((shard.pipeline_rank, shard.virtual_rank), {})
             pair = (shard.tensor_rank, shard.expert_rank)
             if pair in chunk:
                 raise MappingError(
-                    f"is of the same rank as {chunk[pair].source}", path=shard.source, found=f"tensor rank {pair[0]}, "
+                    f"is of the same rank as {chunk[pair].source}",
+                    path=shard.source,
+                    found=f"tensor rank {pair[0]}, "
                     f"pipeline rank {shard.pipeline_rank}, chunk {shard.virtual_rank}, expert rank {pair[1]}",
-                )  # fmt: skip
+                )
             chunk[pair] = self._held(shard, names)
 
     def _virtual(self) -> int:
@@ -178,10 +181,12 @@ class _Joiner:
             if held.dense.keys() != first.dense.keys() or held.experts.keys() != first.experts.keys():
                 odd = next(iter(held.order.keys() ^ first.order.keys()))
                 raise MappingError(
-                    f"is in one rank's file but not in another's of {chunk}", tensor=odd.text,
-                    path=(first if odd in held.order else held).source, expected="it, as in "
-                    + (held if odd in held.order else first).source, found="no such tensor",
-                )  # fmt: skip
+                    f"is in one rank's file but not in another's of {chunk}",
+                    tensor=odd.text,
+                    path=(first if odd in held.order else held).source,
+                    expected="it, as in " + (held if odd in held.order else first).source,
+                    found="no such tensor",
+                )
         for stack in {"decoder", "encoder", *chunk.layers}:
             due = chunk.layers.get(stack, range(0))
             found = {name.layer for name in first.order if name.stack == stack}
@@ -212,10 +217,11 @@ class _Joiner:
             if own.keys() != set(range(self.experts_each)):
                 raise MappingError(
                     "the file and the layout disagree on the experts of a rank",
-                    path=held.source, tensor=base,
+                    path=held.source,
+                    tensor=base,
                     expected=f"{self.experts_each} experts ({listed(range(self.experts_each))} as the rank counts)",
                     found=f"{len(own)} ({listed(own)})",
-                )  # fmt: skip
+                )
             for index, tensor in own.items():
                 expert = pair[1] * self.experts_each + index
                 parts = shares.setdefault(expert, [[] for _ in range(self.parallelism.expert_ways)])
@@ -253,9 +259,11 @@ class _Joiner:
             if other.shape != first.shape or other.dtype != first.dtype:
                 raise MappingError(
                     "should be the same on every rank that has it",
-                    path=holder, tensor=text, expected=f"{first.dtype.name} {first.shape} as in {copies[0][0]}",
+                    path=holder,
+                    tensor=text,
+                    expected=f"{first.dtype.name} {first.shape} as in {copies[0][0]}",
                     found=f"{other.dtype.name} {other.shape}",
-                )  # fmt: skip
+                )
         self.joined.replicas.append(Replicas(text, tuple(copies)))
 
 
@@ -300,6 +308,8 @@ def _check(joined: Joined, replicas: Replicas) -> None:
 def _not_tied(name: str, expected: str, found: str) -> MappingError:
     return MappingError(
         "the output layer is not the embedding, though the model's configuration says that they are shared",
-        tensor=name, expected=expected, found=found,
+        tensor=name,
+        expected=expected,
+        found=found,
         remedy="say in --config that they are not shared (untie_embeddings_and_output_weights) to keep both",
-    )  # fmt: skip
+    )

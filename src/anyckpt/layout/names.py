@@ -91,8 +91,9 @@ class Names:
         if of_expert and self._geometry.num_experts is None and kind.name != "dropped":
             raise MappingError(
                 "is an expert's, but the model's configuration says that it is dense",
-                tensor=text, remedy="give a complete configuration with --config",
-            )  # fmt: skip
+                tensor=text,
+                remedy="give a complete configuration with --config",
+            )
         divided = None if kind.name == "dropped" else division(kind, text, self._geometry)
         layered = _LAYER.fullmatch(text)
         if layered:
@@ -108,21 +109,24 @@ def check_parallel(geometry: Geometry, tensor_parallel: int, expert_parallel: in
         raise MappingError(
             "query groups cannot be spread over the tensor-parallel ranks",
             expected=f"{tensor_parallel} ranks to divide the groups, or the groups the ranks",
-            found=f"{groups} query groups", remedy="choose another --tp",
-        )  # fmt: skip
+            found=f"{groups} query groups",
+            remedy="choose another --tp",
+        )
     mamba = geometry.mamba
     if mamba is not None and (mamba.num_groups % tensor_parallel or mamba.num_heads % tensor_parallel):
         raise MappingError(
             "the groups of Mamba mixers cannot be spread over the tensor-parallel ranks",
             expected=f"heads and groups in multiples of {tensor_parallel}",
-            found=f"{mamba.num_heads} heads in {mamba.num_groups} groups", remedy="choose another --tp",
-        )  # fmt: skip
+            found=f"{mamba.num_heads} heads in {mamba.num_groups} groups",
+            remedy="choose another --tp",
+        )
     if (geometry.num_experts or 0) % expert_parallel:
         raise MappingError(
             "experts cannot be spread over the expert-parallel ranks",
-            expected=f"a multiple of {expert_parallel}", found=f"{geometry.num_experts} experts",
+            expected=f"a multiple of {expert_parallel}",
+            found=f"{geometry.num_experts} experts",
             remedy="choose another --ep",
-        )  # fmt: skip
+        )
 
 
 def stack_sizes(names: Iterable[Name], geometry: Geometry) -> dict[str, int]:

@@ -246,8 +246,9 @@ def division(kind: Kind, name: str, geometry: Geometry) -> Division:
         if geometry.mamba is None:
             raise MappingError(
                 "is a Mamba layer's, but the sizes of the model's Mamba layers are not known",
-                tensor=name, remedy="give a complete configuration with --config",
-            )  # fmt: skip
+                tensor=name,
+                remedy="give a complete configuration with --config",
+            )
         return Division(0, geometry.mamba.in_proj if kind.name == "mamba-in" else geometry.mamba.conv1d)
     if kind.name == "latent-down":
         return _latent_down(name, geometry)
@@ -280,10 +281,11 @@ def unknown(names: Iterable[str], path: str | None = None) -> MappingError:
     shown = ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
     return MappingError(
         "no rule says how tensor parallelism divides these tensors",
-        path=path, found=shown,
+        path=path,
+        found=shown,
         remedy='give a rules file with a line for each, such as "' + _NUMBER.sub("*", listed[0]) + ': column" '
         f"(kinds: {', '.join(KINDS)}; after it @first, @last or @all for what is outside layers)",
-    )  # fmt: skip
+    )
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")

@@ -135,8 +135,10 @@ def _counts(parallelism: Parallelism, total: int) -> list[int]:
     if any(count % virtual for count in per_stage):
         raise UsageError(
             "a stage's layers cannot be dealt out evenly to its virtual chunks",
-            expected=f"multiples of {virtual}", found=per_stage, remedy="choose another --vpp",
-        )  # fmt: skip
+            expected=f"multiples of {virtual}",
+            found=per_stage,
+            remedy="choose another --vpp",
+        )
     counts = [count // virtual for _ in range(virtual) for count in per_stage]
     counts[0] -= parallelism.account_for_embedding
     counts[-1] -= parallelism.account_for_loss
@@ -153,8 +155,10 @@ def _encoder_decoder(parallelism: Parallelism, stacks: Mapping[str, int]) -> tup
     if split is None or not 0 < split < stages or parallelism.virtual_pipeline > 1 or parallelism.pipeline_layout:
         raise UsageError(
             "an encoder-decoder is divided at a pipeline split rank, without virtual pipeline or layout",
-            expected=f"a split rank between 1 and {stages - 1}", found=split, remedy="choose --pp 1",
-        )  # fmt: skip
+            expected=f"a split rank between 1 and {stages - 1}",
+            found=split,
+            remedy="choose --pp 1",
+        )
     if sizes["encoder"] % split or sizes["decoder"] % (stages - split):
         raise UsageError(
             "an encoder-decoder's layers cannot be dealt out evenly to the pipeline stages",
@@ -278,5 +282,6 @@ def _checked(stages: Sequence[list[str]], parallelism: Parallelism, layers: int,
 def _misunderstood(value: Any) -> UsageError:
     return UsageError(
         "the pipeline layout is not understood",
-        expected="stages parted by |, of the letters E, t, m, L, with x*n and (...)*n", found=repr(value)[:80],
-    )  # fmt: skip
+        expected="stages parted by |, of the letters E, t, m, L, with x*n and (...)*n",
+        found=repr(value)[:80],
+    )

@@ -24,9 +24,18 @@ _AROUND = ("pretrained_model.", "base_model.model.")
 _PARALLEL = "module."
 """What torch's DataParallel and DistributedDataParallel put there, and no class either."""
 
-_HEADS = frozenset({
-    "lm_head", "score", "classifier", "qa_outputs", "embed_out", "proj_out", "cls", "final_logits_bias",
-})  # fmt: skip
+_HEADS = frozenset(
+    {
+        "lm_head",
+        "score",
+        "classifier",
+        "qa_outputs",
+        "embed_out",
+        "proj_out",
+        "cls",
+        "final_logits_bias",
+    }
+)
 """Modules that transformers' classes have beside their base model, never in it."""
 
 
@@ -83,9 +92,12 @@ def _distinct(names: dict[str, str], path: str) -> dict[str, str]:
     for name, own in names.items():
         if own in taken:
             raise MappingError(
-                "two names are one without what is wrapped around the model", path=path, tensor=name,
-                found=own, remedy="leave one of the two out with --exclude",
-            )  # fmt: skip
+                "two names are one without what is wrapped around the model",
+                path=path,
+                tensor=name,
+                found=own,
+                remedy="leave one of the two out with --exclude",
+            )
         taken.add(own)
     return names
 
@@ -103,8 +115,10 @@ def _around(names: Iterable[str], path: str) -> str:
         if beside:
             raise MappingError(
                 f"some names begin with {wrapper}, which is wrapped around a model, and {len(beside)} do not",
-                path=path, found=some(beside), remedy="leave these out with --exclude",
-            )  # fmt: skip
+                path=path,
+                found=some(beside),
+                remedy="leave these out with --exclude",
+            )
         if not wrapper:
             wrapper = _shared(rest)
             below = {name[len(wrapper) :].partition(".")[0] for name in rest}

@@ -25,9 +25,12 @@ def drop_copies(tensors: dict[str, LazyTensor], pairs: Iterable[tuple[str, str]]
         if not is_equal(copy, original):
             raise MappingError(
                 f"differs from {first}, though it is the same tensor in every model of the family",
-                path=path, tensor=name, expected=f"{original.dtype.name} {original.shape} with equal values",
-                found=f"{copy.dtype.name} {copy.shape}", remedy="--exclude the one that is wrong",
-            )  # fmt: skip
+                path=path,
+                tensor=name,
+                expected=f"{original.dtype.name} {original.shape} with equal values",
+                found=f"{copy.dtype.name} {copy.shape}",
+                remedy="--exclude the one that is wrong",
+            )
         dropped[name] = f"the same tensor as {first}"
     return dropped
 
@@ -37,10 +40,13 @@ def check_tied(name: str, tensor: LazyTensor, other: LazyTensor, path: str | Non
     if is_equal(tensor, other):
         return
     raise MappingError(
-        "differs from the embedding although the configuration ties them", path=path, tensor=name,
-        expected=f"{other.dtype.name} {other.shape} with equal values", found=f"{tensor.dtype.name} {tensor.shape}",
+        "differs from the embedding although the configuration ties them",
+        path=path,
+        tensor=name,
+        expected=f"{other.dtype.name} {other.shape} with equal values",
+        found=f"{tensor.dtype.name} {tensor.shape}",
         remedy="if the model is untied, give a configuration that says so with --config, else --exclude the tensor",
-    )  # fmt: skip
+    )
 
 
 def is_equal(tensor: LazyTensor, other: LazyTensor) -> bool:

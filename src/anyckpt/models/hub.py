@@ -105,9 +105,11 @@ def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
         return _from_meta_names(weights, model, checkpoint.path, widen)
     if dialect is None:
         raise MappingError(
-            "the names are neither Hugging Face's nor Megatron's", path=checkpoint.path, found=some(weights),
+            "the names are neither Hugging Face's nor Megatron's",
+            path=checkpoint.path,
+            found=some(weights),
             remedy="convert names unchanged, to safetensors, torch or dcp",
-        )  # fmt: skip
+        )
     named, ignored = spellings.to_hub_names(weights)
     notes = list(model.notes)
     expected = model.definition.expected(model.config)
@@ -221,10 +223,13 @@ def _of_one_type(names: Sequence[str], parts: list[LazyTensor], widen: bool, pat
     numbers = all(part.dtype.is_floating and part.dtype.itemsize > 1 for part in parts)
     if not (numbers and widen):
         raise MappingError(
-            "parts of one fused tensor have different element types", path=path, tensor=names[other],
-            expected=parts[0].dtype.name, found=parts[other].dtype.name,
+            "parts of one fused tensor have different element types",
+            path=path,
+            tensor=names[other],
+            expected=parts[0].dtype.name,
+            found=parts[other].dtype.name,
             remedy="cast all with --dtype" if numbers else "copy the weight files again from the model's origin",
-        )  # fmt: skip
+        )
     widest = dtype("float64" if any(part.dtype.itemsize == 8 for part in parts) else "float32")
     return [part.cast(widest) for part in parts]
 
@@ -352,9 +357,12 @@ def _resize_vocabulary(
         return tensor
     if true is not None and stored < true:
         raise MappingError(
-            "has fewer rows than the vocabulary", tensor=name, expected=f"at least {true}", found=stored,
+            "has fewer rows than the vocabulary",
+            tensor=name,
+            expected=f"at least {true}",
+            found=stored,
             remedy="give the right size with --vocab-size",
-        )  # fmt: skip
+        )
     if stored > rows:
         notes.append(f"{name}: {stored - rows} padding rows of the vocabulary are cut off")
         return tensor.narrow(0, 0, rows)
@@ -388,9 +396,13 @@ def _check_shape(
         if true is None or tensor.shape[0] >= true:
             return
     raise MappingError(
-        "its shape contradicts the configuration", path=path, tensor=name, expected=shape, found=tensor.shape,
+        "its shape contradicts the configuration",
+        path=path,
+        tensor=name,
+        expected=shape,
+        found=tensor.shape,
         remedy="give the configuration that belongs to these weights with --config",
-    )  # fmt: skip
+    )
 
 
 def _check_zero(name: str, tensor: LazyTensor, model: Model) -> None:
@@ -398,9 +410,11 @@ def _check_zero(name: str, tensor: LazyTensor, model: Model) -> None:
     plain = tensor.dtype.numpy is not None
     if any(values.view(np.uint8).any() and not (plain and (values == 0).all()) for values in tensor.chunks()):
         raise MappingError(
-            f"is not zero, and Hugging Face's models of family {model.family} have no such tensor", tensor=name,
-            expected="zeros", remedy="choose another --family, or convert to one of Megatron's or NeMo's formats",
-        )  # fmt: skip
+            f"is not zero, and Hugging Face's models of family {model.family} have no such tensor",
+            tensor=name,
+            expected="zeros",
+            remedy="choose another --family, or convert to one of Megatron's or NeMo's formats",
+        )
 
 
 def _ignorable(weights: Mapping[str, LazyTensor], definition: Family) -> dict[str, str]:

@@ -92,9 +92,10 @@ def identify(
         if chosen is None:
             return None
         raise MappingError(
-            "has no configuration, and names alone do not tell a model's heads", path=checkpoint.path,
+            "has no configuration, and names alone do not tell a model's heads",
+            path=checkpoint.path,
             remedy="give one with --config",
-        )  # fmt: skip
+        )
     notes: list[str] = []
     if kind == META:
         found = _parse_meta(values, chosen, checkpoint.weights(), notes)

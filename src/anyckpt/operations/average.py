@@ -86,11 +86,26 @@ def average(
     check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = [registry.read(path, force=force) for path in sources]
     options = ConvertOptions(
-        to=stored[0].format if to is None else to, family=family, config=read_config(config), tokenizer=tokenizer,
-        names=names, adapter_form=adapter_form, dtype=dtype, keep_in_fp32=keep_in_fp32, max_shard_size=max_shard_size,
-        sharded=sharded, layout=layout, keep_layout=to is None and bool(stored[0].ranks), overwrite=overwrite,
-        resume=resume, share=share, workers=workers, memory=memory, dry_run=dry_run, progress=progress,
-    )  # fmt: skip
+        to=stored[0].format if to is None else to,
+        family=family,
+        config=read_config(config),
+        tokenizer=tokenizer,
+        names=names,
+        adapter_form=adapter_form,
+        dtype=dtype,
+        keep_in_fp32=keep_in_fp32,
+        max_shard_size=max_shard_size,
+        sharded=sharded,
+        layout=layout,
+        keep_layout=to is None and bool(stored[0].ranks),
+        overwrite=overwrite,
+        resume=resume,
+        share=share,
+        workers=workers,
+        memory=memory,
+        dry_run=dry_run,
+        progress=progress,
+    )
     rules = options.request.rules
     plain = [
         in_full_precision(join_ranks(each, rules=rules, family=family), options.cast_to, options.given)

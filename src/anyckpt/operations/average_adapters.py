@@ -36,8 +36,11 @@ def are_adapters(opened: Sequence[Checkpoint]) -> bool:
         if own.kind != "lora" or spelling_of(checkpoint) != "peft":
             raise UsageError(
                 "is an adapter of which no mean is made: a mean of factors is not the mean of their products",
-                path=checkpoint.path, expected="LoRA with PEFT's names", found=own.kind, remedy=_APART,
-            )  # fmt: skip
+                path=checkpoint.path,
+                expected="LoRA with PEFT's names",
+                found=own.kind,
+                remedy=_APART,
+            )
     return True
 
 
@@ -83,9 +86,12 @@ def mean_of_adapters(opened: Sequence[Checkpoint], shares: Sequence[float]) -> S
     config = {**first.config, **told, "use_rslora": False, "target_modules": targets} if first.config else {}
     settings = replace(
         settings_of(first) or AdapterSettings(),
-        rank=told["r"], alpha=told["lora_alpha"], rank_stabilized=False, ranks=told["rank_pattern"],
+        rank=told["r"],
+        alpha=told["lora_alpha"],
+        rank_stabilized=False,
+        ranks=told["rank_pattern"],
         alphas=told["alpha_pattern"],
-    )  # fmt: skip
+    )
     notes.append(
         f"the updates are averaged, not their factors: the rank is {told['r']}, the sum of the adapters', and alpha "
         f"{told['lora_alpha']}"

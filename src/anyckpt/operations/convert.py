@@ -73,12 +73,21 @@ class Conversion:
     def to_json(self) -> dict[str, Any]:
         """As ``convert --json`` prints it; a dry run lists the files."""
         facts: dict[str, Any] = {
-            "output": self.output, "format": self.format, "tensors": self.tensors, "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written, "seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes,
+            "output": self.output,
+            "format": self.format,
+            "tensors": self.tensors,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
             "ignored": [{"name": name, "reason": reason} for name, reason in self.ignored.items()],
-            "casts": self.casts, "notes": list(self.notes), "resumed_bytes": self.resumed_bytes,
-            "dry_run": self.dry_run, "share": self.share, "missing_shares": list(self.missing_shares),
-        }  # fmt: skip
+            "casts": self.casts,
+            "notes": list(self.notes),
+            "resumed_bytes": self.resumed_bytes,
+            "dry_run": self.dry_run,
+            "share": self.share,
+            "missing_shares": list(self.missing_shares),
+        }
         if self.dry_run:
             facts["files"] = list(self.files)
         return facts
@@ -132,11 +141,31 @@ def convert(
         UsageError: the options contradict each other, or no rule leads from this source to this target.
     """
     options = ConvertOptions(
-        to=to, family=family, config=config, tokenizer=tokenizer, names=names, adapter_form=adapter_form, alpha=alpha,
-        dtype=dtype, keep_in_fp32=keep_in_fp32, include=include, exclude=exclude, max_shard_size=max_shard_size,
-        sharded=sharded, optimizer=optimizer, layout=layout, keep_layout=keep_layout, force=force, overwrite=overwrite,
-        resume=resume, share=share, workers=workers, memory=memory, dry_run=dry_run, progress=progress,
-    )  # fmt: skip
+        to=to,
+        family=family,
+        config=config,
+        tokenizer=tokenizer,
+        names=names,
+        adapter_form=adapter_form,
+        alpha=alpha,
+        dtype=dtype,
+        keep_in_fp32=keep_in_fp32,
+        include=include,
+        exclude=exclude,
+        max_shard_size=max_shard_size,
+        sharded=sharded,
+        optimizer=optimizer,
+        layout=layout,
+        keep_layout=keep_layout,
+        force=force,
+        overwrite=overwrite,
+        resume=resume,
+        share=share,
+        workers=workers,
+        memory=memory,
+        dry_run=dry_run,
+        progress=progress,
+    )
     return converted(source, destination, options, sources=sources)
 
 
@@ -169,9 +198,16 @@ def converted(
     else:
         on_disk = [file for path in origins if (file := look_at(path).on_disk) is not None]
         report = write(
-            plan, output, share=options.part, overwrite=options.overwrite, resume=options.resume,
-            workers=options.workers, memory=options.budget, progress=options.progress, source_paths=on_disk,
-        )  # fmt: skip
+            plan,
+            output,
+            share=options.part,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            workers=options.workers,
+            memory=options.budget,
+            progress=options.progress,
+            source_paths=on_disk,
+        )
         done = Conversion(**report)
     files = tuple(describe(plan)["files"])
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
@@ -195,9 +231,14 @@ def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Check
     steps.notes += aim.notes
     whole = join_ranks(stored, rules=request.rules, family=options.family)
     naming = Naming(
-        aim.target, aim.options, options.family, options.plain_config, options.cast_to, options.names,
+        aim.target,
+        aim.options,
+        options.family,
+        options.plain_config,
+        options.cast_to,
+        options.names,
         request.vocabulary,
-    )  # fmt: skip
+    )
     adapter = AdapterRequest(options.adapter_form, options.alpha)
 
     chosen = steps.take(choose(whole, options.include, options.exclude, keep_state=options.keeps_state))

@@ -150,8 +150,9 @@ def diff(
     if not shared and names.a and names.b:
         raise UsageError(
             "; ".join((f"have no tensor name in common: {first.path} and {second.path}", *names.notes)),
-            expected=f"names such as {next(iter(names.a))}", found=next(iter(names.b)),
-        )  # fmt: skip
+            expected=f"names such as {next(iter(names.a))}",
+            found=next(iter(names.b)),
+        )
     pairs = [(name, names.a[name], names.b[name]) for name in shared]
     different = _compare_all(pairs, Tolerance(rtol, atol), workers, progress)
     settings = Settings() if weights_only else compare_configurations(first, second, names.models, raw=raw)
@@ -165,9 +166,17 @@ def diff(
         left_out += _state_aside(first, second)
     left_out += _files_aside(first, second)
     return Difference(
-        len(shared), only_in_a, only_in_b, different, names.kind, tuple(notes), settings.different, state,
-        tuple(left_out), not obstacles and not weights_only,
-    )  # fmt: skip
+        len(shared),
+        only_in_a,
+        only_in_b,
+        different,
+        names.kind,
+        tuple(notes),
+        settings.different,
+        state,
+        tuple(left_out),
+        not obstacles and not weights_only,
+    )
 
 
 def _with_optimizers(names: CommonNames, a: Checkpoint, b: Checkpoint, left_out: list[str]) -> CommonNames:

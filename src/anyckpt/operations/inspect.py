@@ -27,11 +27,28 @@ if TYPE_CHECKING:
     from anyckpt.models import Model
 
 _MODEL_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "vocab_size", "padded_vocab_size", "share_embeddings_and_output_weights", "max_position_embeddings",
-    "num_moe_experts", "moe_router_topk", "hybrid_override_pattern", "mamba_num_heads", "mamba_head_dim",
-    "multi_latent_attention", "encoder_num_layers", "num_tokentypes", "patch_dim", "img_h", "img_w",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "padded_vocab_size",
+    "share_embeddings_and_output_weights",
+    "max_position_embeddings",
+    "num_moe_experts",
+    "moe_router_topk",
+    "hybrid_override_pattern",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "multi_latent_attention",
+    "encoder_num_layers",
+    "num_tokentypes",
+    "patch_dim",
+    "img_h",
+    "img_w",
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +78,13 @@ class TensorFacts:
     def to_json(self) -> dict[str, Any]:
         """As in ``inspect --json``: ``sha256`` and ``stats`` are there only if computed."""
         facts: dict[str, Any] = {
-            "name": self.name, "dtype": self.dtype, "shape": list(self.shape), "nbytes": self.nbytes,
-            "shards": self.shards, "files": list(self.files),
-        }  # fmt: skip
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "nbytes": self.nbytes,
+            "shards": self.shards,
+            "files": list(self.files),
+        }
         if self.sha256 is not None:
             facts["sha256"] = self.sha256
         if self.statistics is not None:
@@ -151,12 +172,37 @@ class Inspection:
         facts = {
             name: getattr(self, name)
             for name in (
-                "path", "format", "format_version", "family", "parameters", "bytes", "tensor_count", "dtypes",
-                "layout", "step", "has_optimizer", "artifacts", "config", "warnings", "dialect", "dtype_bytes",
-                "size", "model", "epoch", "consumed_samples", "states", "tokenizer", "config_kind", "ignored",
-                "objects", "values", "details", "adapter", "notes",
+                "path",
+                "format",
+                "format_version",
+                "family",
+                "parameters",
+                "bytes",
+                "tensor_count",
+                "dtypes",
+                "layout",
+                "step",
+                "has_optimizer",
+                "artifacts",
+                "config",
+                "warnings",
+                "dialect",
+                "dtype_bytes",
+                "size",
+                "model",
+                "epoch",
+                "consumed_samples",
+                "states",
+                "tokenizer",
+                "config_kind",
+                "ignored",
+                "objects",
+                "values",
+                "details",
+                "adapter",
+                "notes",
             )
-        }  # fmt: skip
+        }
         facts["likely_families"] = list(self.likely_families)
         facts["calls"] = [callee.to_json() for callee in self.calls]
         if self.tensors is not None:

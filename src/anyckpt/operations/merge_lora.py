@@ -99,11 +99,24 @@ def merge_lora(
     check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = registry.read(base, force=force)
     options = ConvertOptions(
-        to=stored.format if to is None else to, family=family, config=read_config(config), tokenizer=tokenizer,
-        dtype=dtype, keep_in_fp32=keep_in_fp32, max_shard_size=max_shard_size, sharded=sharded, layout=layout,
-        keep_layout=to is None and bool(stored.ranks), overwrite=overwrite, resume=resume, share=share, workers=workers,
-        memory=memory, dry_run=dry_run, progress=progress,
-    )  # fmt: skip
+        to=stored.format if to is None else to,
+        family=family,
+        config=read_config(config),
+        tokenizer=tokenizer,
+        dtype=dtype,
+        keep_in_fp32=keep_in_fp32,
+        max_shard_size=max_shard_size,
+        sharded=sharded,
+        layout=layout,
+        keep_layout=to is None and bool(stored.ranks),
+        overwrite=overwrite,
+        resume=resume,
+        share=share,
+        workers=workers,
+        memory=memory,
+        dry_run=dry_run,
+        progress=progress,
+    )
     steps, rules, given = Pipeline(), options.request.rules, options.plain_config
     whole = steps.take(
         in_full_precision(join_ranks(stored, rules=rules, family=family), options.cast_to, options.given)
@@ -130,9 +143,14 @@ def merge_lora(
         error.path = error.path or found.path
         raise
     notes = (
-        _summary(found, settings, updates, scale), *([_TIED] if tied and _changes_embedding(updates, whole) else []),
-        *changed.notes, *_idle(found, settings, updates), *steps.notes, *whole.warnings, *found.warnings,
-    )  # fmt: skip
+        _summary(found, settings, updates, scale),
+        *([_TIED] if tied and _changes_embedding(updates, whole) else []),
+        *changed.notes,
+        *_idle(found, settings, updates),
+        *steps.notes,
+        *whole.warnings,
+        *found.warnings,
+    )
     ready = replace(
         changed.checkpoint,
         optimizer=None,
@@ -146,9 +164,12 @@ def _check_roles(base: Checkpoint, adapter: Checkpoint, settings: AdapterSetting
     """Raise UsageError unless the one is a model and the other an adapter."""
     if settings is None:
         raise UsageError(
-            "is no adapter", path=adapter.path, expected="lora_A and lora_B, or linear_in and linear_out, tensors",
-            found=", ".join(list(adapter.weights())[:3]) or "no tensors", remedy="give BASE first, then ADAPTER",
-        )  # fmt: skip
+            "is no adapter",
+            path=adapter.path,
+            expected="lora_A and lora_B, or linear_in and linear_out, tensors",
+            found=", ".join(list(adapter.weights())[:3]) or "no tensors",
+            remedy="give BASE first, then ADAPTER",
+        )
     if opened_adapter(base, AdapterRequest()) is not None:
         raise UsageError("is an adapter, not a model", path=base.path, remedy="give BASE first, then ADAPTER")
 
@@ -169,14 +190,17 @@ def _unknown(base: Checkpoint, missing: list[str]) -> UsageError:
     if missing:
         return UsageError(
             f"{len(missing)} modules of the adapter are none of the base's by name, and its family is not known",
-            path=base.path, expected=f"names such as {_some(list(base.weights()))}", found=_some(missing),
+            path=base.path,
+            expected=f"names such as {_some(list(base.weights()))}",
+            found=_some(missing),
             remedy="give the base model that it was trained on, name the family with --family and --config, or leave "
             "their tensors out with --exclude",
-        )  # fmt: skip
+        )
     return UsageError(
         "the base's model family is not known, so nothing says which weights the adapter changes",
-        path=base.path, remedy="name it with --family and --config",
-    )  # fmt: skip
+        path=base.path,
+        remedy="name it with --family and --config",
+    )
 
 
 def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast: ChangedType) -> Stepped:
@@ -188,9 +212,13 @@ def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast
     out = models.from_hub(hub, dialect, in_place=True)
     changed = replace(
         base,
-        tensors=out.tensors, dialect=dialect, model_prefix="", state_prefixes=(), objects={},
+        tensors=out.tensors,
+        dialect=dialect,
+        model_prefix="",
+        state_prefixes=(),
+        objects={},
         config=restated(base.config, stored.restated),
-    )  # fmt: skip
+    )
     return Stepped(changed, {**state_of(base), **out.ignored})
 
 

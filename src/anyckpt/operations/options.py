@@ -114,9 +114,11 @@ class ConvertOptions:
         """What is asked of the format's writer."""
         limit = None if self.max_shard_size is None else parse_bytes(self.max_shard_size, "--max-shard-size")
         return registry.WriteOptions(
-            max_shard_size=limit, sharded=self.sharded, transformer_impl=self.request.transformer_impl,
+            max_shard_size=limit,
+            sharded=self.sharded,
+            transformer_impl=self.request.transformer_impl,
             megatron_args=self.request.megatron_args,
-        )  # fmt: skip
+        )
 
     @cached_property
     def part(self) -> Share | None:

@@ -58,10 +58,29 @@ def reshard(
         UsageError: the layout is impossible for the model or the format.
     """
     options = ConvertOptions(
-        to=registry.detect(look_at(source)).name, layout=layout, keep_layout=True, optimizer=optimizer, family=family,
-        config=config, tokenizer=tokenizer, names=names, adapter_form=adapter_form, alpha=alpha, dtype=dtype,
-        keep_in_fp32=keep_in_fp32, include=include, exclude=exclude, max_shard_size=max_shard_size, sharded=sharded,
-        force=force, overwrite=overwrite, resume=resume, share=share, workers=workers, memory=memory, dry_run=dry_run,
+        to=registry.detect(look_at(source)).name,
+        layout=layout,
+        keep_layout=True,
+        optimizer=optimizer,
+        family=family,
+        config=config,
+        tokenizer=tokenizer,
+        names=names,
+        adapter_form=adapter_form,
+        alpha=alpha,
+        dtype=dtype,
+        keep_in_fp32=keep_in_fp32,
+        include=include,
+        exclude=exclude,
+        max_shard_size=max_shard_size,
+        sharded=sharded,
+        force=force,
+        overwrite=overwrite,
+        resume=resume,
+        share=share,
+        workers=workers,
+        memory=memory,
+        dry_run=dry_run,
         progress=progress,
-    )  # fmt: skip
+    )
     return converted(source, destination, options)

@@ -74,19 +74,36 @@ def save(
     """
     if not isinstance(tensors, Mapping):
         raise UsageError(
-            "there is no mapping of tensors to save", expected="a dictionary of tensors by name",
-            found=f"a {type(tensors).__name__}", remedy="give the state_dict() of a module",
-        )  # fmt: skip
+            "there is no mapping of tensors to save",
+            expected="a dictionary of tensors by name",
+            found=f"a {type(tensors).__name__}",
+            remedy="give the state_dict() of a module",
+        )
     checkpoint = tensors if isinstance(tensors, Checkpoint) else _in_memory(tensors)
     if optimizer is None:
         bare = len(checkpoint.weights()) == len(checkpoint.tensors) and not checkpoint.objects
         optimizer = "drop" if bare and checkpoint.optimizer is None else "keep"
     files = None if checkpoint is tensors else _files(checkpoint)
     options = ConvertOptions(
-        to=to, family=family, config=config, tokenizer=tokenizer, names=names, dtype=dtype, keep_in_fp32=keep_in_fp32,
-        include=include, exclude=exclude, max_shard_size=max_shard_size, sharded=sharded, optimizer=optimizer,
-        layout=layout, overwrite=overwrite, workers=workers, memory=memory, dry_run=dry_run, progress=progress,
-    )  # fmt: skip
+        to=to,
+        family=family,
+        config=config,
+        tokenizer=tokenizer,
+        names=names,
+        dtype=dtype,
+        keep_in_fp32=keep_in_fp32,
+        include=include,
+        exclude=exclude,
+        max_shard_size=max_shard_size,
+        sharded=sharded,
+        optimizer=optimizer,
+        layout=layout,
+        overwrite=overwrite,
+        workers=workers,
+        memory=memory,
+        dry_run=dry_run,
+        progress=progress,
+    )
     return converted(checkpoint, destination, options, sources=files)
 
 

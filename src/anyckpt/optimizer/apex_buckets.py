@@ -137,8 +137,11 @@ def _whole(parts: Sequence[Any], number: int, source: str) -> dict[str, LazyTens
     if type(size) is int and size != held:
         raise MappingError(
             f"bucket {number} of Apex's DistributedFusedAdam is not whole: each data-parallel rank keeps a part",
-            path=source, expected=f"{size} elements", found=f"{held} of {len(parts)} ranks", remedy=_DROP,
-        )  # fmt: skip
+            path=source,
+            expected=f"{size} elements",
+            found=f"{held} of {len(parts)} ranks",
+            remedy=_DROP,
+        )
     return whole
 
 
@@ -160,8 +163,11 @@ def _parameter(
         if last - first != stop - start or stop > bucket.size:
             raise MappingError(
                 f"a fragment of parameter {index} lies outside its bucket, of which only some ranks' parts are here",
-                path=source, expected=f"elements {start} to {stop}", found=f"{bucket.size} elements", remedy=_DROP,
-            )  # fmt: skip
+                path=source,
+                expected=f"elements {start} to {stop}",
+                found=f"{bucket.size} elements",
+                remedy=_DROP,
+            )
         if last > first:
             starts.append([first])
             tiles.append(bucket.narrow(0, start, stop - start))
@@ -171,8 +177,11 @@ def _parameter(
     except AnyckptError as error:
         raise MappingError(
             f"the fragments of parameter {index} do not cover it: {error.problem}",
-            path=source, tensor=slot, found=f"{len(tiles)} fragments", remedy=_DROP,
-        ) from None  # fmt: skip
+            path=source,
+            tensor=slot,
+            found=f"{len(tiles)} fragments",
+            remedy=_DROP,
+        ) from None
 
 
 def _bucket_numbers(fragments: Sequence[Mapping[Any, Any]], buckets: int, source: str) -> list[int]:

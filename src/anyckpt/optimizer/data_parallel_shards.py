@@ -98,9 +98,11 @@ def _slots(
     ):
         raise MappingError(
             f"the optimizer's state of {what} is of a layout that is not understood",
-            path=path, expected="'optimizer' and 'shard_fp32_from_float16_groups' of as many groups",
-            found=", ".join(map(str, list(container)[:5])) or "nothing", remedy=DROP,
-        )  # fmt: skip
+            path=path,
+            expected="'optimizer' and 'shard_fp32_from_float16_groups' of as many groups",
+            found=", ".join(map(str, list(container)[:5])) or "nothing",
+            remedy=DROP,
+        )
     found: dict[Parameter, dict[str, LazyTensor]] = {}
     for group, mine, own in zip(groups, deal_out(list(held), groups, path), masters, strict=True):
         halves = [parameter for parameter in mine if parameter.weight.dtype.name in HALF]
@@ -108,9 +110,11 @@ def _slots(
         if not isinstance(own, list) or len(own) != len(halves):
             raise MappingError(
                 f"the fp32 weights of {what} do not fit the model",
-                path=path, expected=f"{len(halves)}, one for each parameter of 16 bits that it has a part of",
-                found=len(own) if isinstance(own, list) else "none", remedy=DROP,
-            )  # fmt: skip
+                path=path,
+                expected=f"{len(halves)}, one for each parameter of 16 bits that it has a part of",
+                found=len(own) if isinstance(own, list) else "none",
+                remedy=DROP,
+            )
         master = dict(zip(halves, own, strict=True))
         for index, parameter in zip(group["params"], [*whole, *halves], strict=True):
             first, last = held[parameter]
@@ -127,8 +131,10 @@ def _checked(slots: Mapping[str, Any], parameter: Parameter, size: int, what: st
         if not isinstance(tensor, LazyTensor) or tensor.shape != (size,) or tensor.dtype != _FLOAT32:
             raise MappingError(
                 f"the optimizer's {slot} of {what} does not fit its parameter",
-                path=path, tensor=parameter.name, expected=f"{size} elements of float32",
+                path=path,
+                tensor=parameter.name,
+                expected=f"{size} elements of float32",
                 found=f"{tensor.dtype.name} {tensor.shape}" if isinstance(tensor, LazyTensor) else "none",
                 remedy=DROP,
-            )  # fmt: skip
+            )
     return dict(slots)

@@ -83,9 +83,10 @@ def read_flat_buffers(checkpoint: Checkpoint) -> OptimizerState:
     if len(fitting) > 1:
         raise unproved(
             "nothing tells the order of the parameters in the distributed optimizer's buffers",
-            path=checkpoint.path, expected="transformer_impl and moe_grouped_gemm among the arguments",
+            path=checkpoint.path,
+            expected="transformer_impl and moe_grouped_gemm among the arguments",
             found=f"{len(fitting)} orders that fit",
-        )  # fmt: skip
+        )
     found = fitting[0][1]
     slots = {
         slot: models.joined({rank: own.get(slot, {}) for rank, own in found.items()})
@@ -126,15 +127,18 @@ def _read_in(
             if held is None:
                 raise unproved(
                     "the distributed optimizer has not the groups of the model's layout",
-                    path=path, expected=f"dp_group_idx_{group}", found=f"{len(own)} groups",
-                )  # fmt: skip
+                    path=path,
+                    expected=f"dp_group_idx_{group}",
+                    found=f"{len(own)} groups",
+                )
             expected = list(models.buffers(rank, order, of_experts=of_experts if experts else None))
             if [dtype for dtype, _ in expected] != [buffer.dtype for _, buffer in sorted(held.buffers.items())]:
                 raise unproved(
                     "the distributed optimizer's buffers are not of the model's chunks and element types",
-                    path=path, expected=", ".join(dtype for dtype, _ in expected) or "none",
+                    path=path,
+                    expected=", ".join(dtype for dtype, _ in expected) or "none",
                     found=", ".join(buffer.dtype for buffer in held.buffers.values()) or "none",
-                )  # fmt: skip
+                )
             for (index, buffer), (_, parameters) in zip(sorted(held.buffers.items()), expected, strict=True):
                 where = placed(buffer, parameters, models.shared, f"buffer {index} of group {group}", path)
                 starts[number, group, index] = where
@@ -145,8 +149,10 @@ def _read_in(
         if surplus:
             raise unproved(
                 "the distributed optimizer has more groups than the model's layout",
-                path=path, expected=f"{len(own) - len(surplus)} groups", found=len(own),
-            )  # fmt: skip
+                path=path,
+                expected=f"{len(own) - len(surplus)} groups",
+                found=len(own),
+            )
     return starts, found
 
 
@@ -189,9 +195,11 @@ def _gathered(state: Mapping[Any, Any], name: str, path: str) -> Iterator[tuple[
         if not flat.coalesced and (flat.unpadded is None or flat.of_gradients):
             raise unproved(
                 "the buckets of the distributed optimizer are padded, and it does not say by how much",
-                path=path, tensor=name, expected="per_bucket_numel_unpadded, as since core 0.6",
+                path=path,
+                tensor=name,
+                expected="per_bucket_numel_unpadded, as since core 0.6",
                 found=f"{len(flat.sizes)} buckets of gradients' type {flat.kind}",
-            )  # fmt: skip
+            )
         sizes = flat.sizes if flat.coalesced else flat.unpadded or ()
         buckets = {
             slot: {index: own[index].narrow(0, 0, size) for index, size in enumerate(sizes)}

@@ -68,9 +68,11 @@ def flat_buffers(state: Any, path: str) -> list[FlatBuffer]:
         found = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
         raise MappingError(
             "the distributed optimizer's state is of a layout that is not understood",
-            path=path, expected="flat buffers by number, as Megatron-LM writes them since mid-2023", found=found,
+            path=path,
+            expected="flat buffers by number, as Megatron-LM writes them since mid-2023",
+            found=found,
             remedy=DROP,
-        )  # fmt: skip
+        )
     found_buffers: list[FlatBuffer] = []
     coalesced = state.get("buckets_coalesced") is True
     for number in sorted(key for key in state if type(key) is int):
@@ -103,9 +105,11 @@ def _tensors(contents: Mapping[Any, Any], key: str, number: int, path: str) -> t
     if not flat or len(flat) < len(tensors):
         raise MappingError(
             f"a buffer of the distributed optimizer has no whole {key}",
-            path=path, expected="one axis, of each bucket", found=f"buffer {number}: {type(value).__name__}",
+            path=path,
+            expected="one axis, of each bucket",
+            found=f"buffer {number}: {type(value).__name__}",
             remedy=DROP,
-        )  # fmt: skip
+        )
     return tuple(flat)
 
 
@@ -126,15 +130,19 @@ def _check(buffer: FlatBuffer, elements: Any, number: int, path: str) -> None:
         if sizes != buffer.sizes or stated not in (None, sum(sizes)):
             raise MappingError(
                 f"a buffer of the distributed optimizer has no whole {slot}",
-                path=path, expected=f"{buffer.sizes if stated is None else stated} elements",
-                found=f"buffer {number}: {sizes}", remedy=DROP,
-            )  # fmt: skip
+                path=path,
+                expected=f"{buffer.sizes if stated is None else stated} elements",
+                found=f"buffer {number}: {sizes}",
+                remedy=DROP,
+            )
     if buffer.unpadded is not None and (
         len(buffer.unpadded) != len(buffer.sizes)
         or any(own > size for own, size in zip(buffer.unpadded, buffer.sizes, strict=True))
     ):
         raise MappingError(
             "the buckets of the distributed optimizer are not as long as it says",
-            path=path, expected=f"{len(buffer.unpadded)} buckets, of at least {list(buffer.unpadded)[:5]} elements",
-            found=f"buffer {number}: {buffer.sizes[:5]}", remedy=DROP,
-        )  # fmt: skip
+            path=path,
+            expected=f"{len(buffer.unpadded)} buckets, of at least {list(buffer.unpadded)[:5]} elements",
+            found=f"buffer {number}: {buffer.sizes[:5]}",
+            remedy=DROP,
+        )

@@ -81,7 +81,10 @@ def assigned(shapes: Mapping[str, Shape], groups: Sequence[Mapping[str, Any]], p
         if len(fitting) != 1:
             raise unproved(
                 "nothing tells which of the optimizer's parameter groups it is in",
-                path=path, tensor=name, expected=f"one group {kind}", found=f"{len(fitting)} of {len(groups)} groups",
-            )  # fmt: skip
+                path=path,
+                tensor=name,
+                expected=f"one group {kind}",
+                found=f"{len(fitting)} of {len(groups)} groups",
+            )
         found[name] = fitting[0]
     return found

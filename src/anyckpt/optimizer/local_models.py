@@ -67,8 +67,9 @@ class LocalModels:
         if self.parallelism != Parallelism() and checkpoint.config_kind != "megatron-args" and _divided(checkpoint):
             raise unproved(
                 "the distributed optimizer's buffers can only be read with Megatron's arguments",
-                path=checkpoint.path, found=checkpoint.config_kind or "none",
-            )  # fmt: skip
+                path=checkpoint.path,
+                found=checkpoint.config_kind or "none",
+            )
         self.geometry = _geometry(checkpoint, hub)
         self.shared = self.geometry.share_embeddings_and_output_weights and self.parallelism.pipeline_parallel > 1
         self._cut: dict[Spelling, dict[Rank, list[RankShard]]] = {}
@@ -143,8 +144,11 @@ class LocalModels:
             except (MappingError, UsageError) as error:
                 raise unproved(
                     f"the model cannot be cut as the run cut it: {error.problem}",
-                    path=self._path, tensor=error.tensor, expected=error.expected, found=error.found,
-                ) from None  # fmt: skip
+                    path=self._path,
+                    tensor=error.tensor,
+                    expected=error.expected,
+                    found=error.found,
+                ) from None
             for shard in shards:
                 found.setdefault(Rank(shard.tensor_rank, shard.pipeline_rank, shard.expert_rank), []).append(shard)
             self._cut[spelling] = found

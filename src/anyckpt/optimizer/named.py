@@ -94,8 +94,10 @@ def _spelling(names: Iterable[str], weights: Mapping[str, LazyTensor], path: str
     if all(name.isdecimal() for name in known) and not all(name in weights for name in known):
         raise unproved(
             "the optimizer numbers its parameters, and nothing says which weights these are",
-            path=path, expected="names of weights", found=f"{len(known)} numbers",
-        )  # fmt: skip
+            path=path,
+            expected="names of weights",
+            found=f"{len(known)} numbers",
+        )
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) and name[len(wrapper) :] in weights for name in known):
             return lambda name: name.removeprefix(wrapper)
@@ -108,9 +110,11 @@ def _spelling(names: Iterable[str], weights: Mapping[str, LazyTensor], path: str
     lost = next((name for name in known if name not in weights), first)
     raise unproved(
         "the optimizer's names are not the weights'",
-        path=path, tensor=lost, expected="names of weights, with one prefix for all",
+        path=path,
+        tensor=lost,
+        expected="names of weights, with one prefix for all",
         found=f"{len(fitting)} prefixes",
-    )  # fmt: skip
+    )
 
 
 def _groups(

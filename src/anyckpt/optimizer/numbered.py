@@ -174,9 +174,10 @@ def _optimizers(checkpoint: Checkpoint) -> dict[int, _Optimizer]:
         if lost or len(set(indices)) < len(indices):
             raise unproved(
                 f"the parameter groups of optimizer {number} do not list each of its parameters once",
-                path=checkpoint.path, expected=f"{len(optimizer.states)} parameters", found=f"{len(indices)} listed, "
-                f"{len(lost)} not",
-            )  # fmt: skip
+                path=checkpoint.path,
+                expected=f"{len(optimizer.states)} parameters",
+                found=f"{len(indices)} listed, {len(lost)} not",
+            )
     return found
 
 
@@ -254,16 +255,18 @@ def _names(optimizer: _Optimizer, left: Mapping[str, LazyTensor], what: str, pat
     if ways or optimizer.flat:
         raise unproved(
             f"the parameter groups of {what} do not fit the model in one way",
-            path=path, expected=f"{len(left)} parameters, by a rule for weight decay",
+            path=path,
+            expected=f"{len(left)} parameters, by a rule for weight decay",
             found=" + ".join(str(len(own)) for own in shapes) + f" entries, {len(ways)} ways",
-        )  # fmt: skip
+        )
     kinds = {number: _kind(shapes[number]) for number in filled}
     if sorted(map(str, kinds.values())) != ["False", "True"]:
         raise unproved(
             f"nothing tells which parameters are in which group of {what}",
-            path=path, expected="one group, or one of matrices and one of biases and norms",
+            path=path,
+            expected="one group, or one of matrices and one of biases and norms",
             found="groups of " + ", ".join(str(len(shapes[number])) for number in filled) + " parameters",
-        )  # fmt: skip
+        )
     for number, kind in kinds.items():
         candidates = {name: tensor for name, tensor in left.items() if decays(name, tensor.shape) == kind}
         names[number] = aligned(shapes[number], candidates, f"parameter group {number} of {what}", path)
@@ -287,6 +290,8 @@ def _masters(
     if sorted(own) != list(range(len(halves))):
         raise unproved(
             f"parameter group {group} has not one master weight for each 16-bit parameter",
-            path=path, expected=len(halves), found=len(own),
-        )  # fmt: skip
+            path=path,
+            expected=len(halves),
+            found=len(own),
+        )
     return {name: own[index] for index, name in enumerate(halves)}

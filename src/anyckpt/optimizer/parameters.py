@@ -61,22 +61,29 @@ def aligned(
     if len(entries) > len(names):
         raise unproved(
             f"{what} has more entries than the model has such parameters",
-            path=path, expected=f"at most {len(names)}", found=len(entries),
-        )  # fmt: skip
+            path=path,
+            expected=f"at most {len(names)}",
+            found=len(entries),
+        )
     first = _leftmost(entries, shapes)
     if first is None:
         number, name = _misfit(entries, names, shapes)
         raise unproved(
             f"{what} does not fit the model's parameters: {len(entries)} entries, {len(names)} parameters",
-            path=path, tensor=name, expected=candidates[name].shape, found=f"{entries[number]} in entry {number}",
-        )  # fmt: skip
+            path=path,
+            tensor=name,
+            expected=candidates[name].shape,
+            found=f"{entries[number]} in entry {number}",
+        )
     back = _leftmost(list(reversed(entries)), list(reversed(shapes)))
     assert back is not None
     if first != [len(names) - 1 - index for index in reversed(back)]:
         raise unproved(
             f"{what} has fewer entries than the model has such parameters, and more than one choice fits their shapes",
-            path=path, expected=f"{len(names)}, or shapes that tell which are frozen", found=len(entries),
-        )  # fmt: skip
+            path=path,
+            expected=f"{len(names)}, or shapes that tell which are frozen",
+            found=len(entries),
+        )
     return [names[index] for index in first]
 
 

@@ -94,9 +94,10 @@ def placed(buffer: Buffer, parameters: Parameters, shared_embedding: bool, what:
     least = sum(math.prod(shape) for shape in parameters.values())
     raise unproved(
         f"{what} of the distributed optimizer does not fit the model's parameters",
-        path=path, expected=f"{len(parameters)} parameters of {least} elements, each from a multiple of 64 on",
+        path=path,
+        expected=f"{len(parameters)} parameters of {least} elements, each from a multiple of 64 on",
         found=f"{sum(sizes)} elements in {len(sizes)} buckets",
-    )  # fmt: skip
+    )
 
 
 def _in_buckets(parameters: Parameters, sizes: Sequence[int], alignment: int) -> dict[str, Start] | None:

@@ -111,9 +111,10 @@ def _read(chunks: Sequence[Chunk], states: Any, source: str) -> _Rank:
         shown = adam if isinstance(adam, dict) else container
         raise unproved(
             "the optimizer's state is of a layout that is not understood",
-            path=source, expected="'state' by number and 'param_groups', or Apex's buckets",
+            path=source,
+            expected="'state' by number and 'param_groups', or Apex's buckets",
             found=", ".join(str(key) for key in list(shown)[:5]) or "nothing",
-        )  # fmt: skip
+        )
     parameters = _parameters(chunks, source)
     rank = _Rank(groups=groups, grad_scaler=container.get("grad_scaler"))
     dealt = _dealt(parameters, groups, state, source)
@@ -126,8 +127,10 @@ def _read(chunks: Sequence[Chunk], states: Any, source: str) -> _Rank:
             if not isinstance(one, dict):
                 raise unproved(
                     "the optimizer has no state for a parameter",
-                    path=source, tensor=key[1], found=f"number {index}",
-                )  # fmt: skip
+                    path=source,
+                    tensor=key[1],
+                    found=f"number {index}",
+                )
             rank.steps.append(one.get("step"))
             weight = parameters[key]
             if flat:
@@ -149,9 +152,11 @@ def _only(states: Any, source: str) -> Mapping[Any, Any]:
     """The one optimizer; inside NeMo's EMA wrapper if there is one."""
     if not isinstance(states, list) or len(states) != 1 or not isinstance(states[0], dict):
         raise unproved(
-            "the file has not one optimizer", path=source, expected="one in optimizer_states",
+            "the file has not one optimizer",
+            path=source,
+            expected="one in optimizer_states",
             found=f"{len(states)} optimizers" if isinstance(states, list) else type(states).__name__,
-        )  # fmt: skip
+        )
     found = states[0]
     inner = found.get("opt")
     return inner if "ema" in found and isinstance(inner, dict) else found
@@ -188,10 +193,11 @@ def _dealt(
             "the optimizer's parameter groups do not fit the rank's parameters"
             if not ways
             else "the optimizer's parameter groups fit the rank's parameters in several ways",
-            path=source, expected=f"state of {len(shapes)} parameters, by a rule for weight decay",
+            path=source,
+            expected=f"state of {len(shapes)} parameters, by a rule for weight decay",
             found=f"{counts} entries in {len(groups)} groups"
             + (f", {len(ways)} ways" if ways else ", or of other shapes"),
-        )  # fmt: skip
+        )
     keys = dict(zip(shapes, parameters, strict=True))
     return [[keys[name] for name in own] for own in ways[0]]
 

@@ -86,16 +86,21 @@ def checked(state: OptimizerState, weights: Mapping[str, LazyTensor], path: str 
             if tensor.shape != weights[name].shape:
                 raise unproved(
                     f"the optimizer's {slot} does not fit its parameter",
-                    path=path, tensor=name, expected=weights[name].shape, found=tensor.shape,
-                )  # fmt: skip
+                    path=path,
+                    tensor=name,
+                    expected=weights[name].shape,
+                    found=tensor.shape,
+                )
     for slot in moments:
         lacking = alone - state.slots.get(slot, {}).keys()
         if lacking:
             raise unproved(
                 f"the optimizer's {slot} is missing for some parameters",
-                path=path, tensor=min(lacking), expected=f"{len(alone)} tensors",
+                path=path,
+                tensor=min(lacking),
+                expected=f"{len(alone)} tensors",
                 found=", ".join(f"{count} of {slot}" for slot, count in counts.items()),
-            )  # fmt: skip
+            )
     return state
 
 
@@ -176,8 +181,10 @@ def _check_kept(state: OptimizerState, rename: Rename) -> None:
         if not kept or (moved[name].size and tagged(moved[name]) != tagged(marks[name])):
             raise unproved(
                 f"the optimizer's {slot} has not the weight's shape, and nothing tells what becomes of it under another"
-                " name", tensor=name, expected="a weight that keeps its name and shape",
-            )  # fmt: skip
+                " name",
+                tensor=name,
+                expected="a weight that keeps its name and shape",
+            )
 
 
 def same_step(steps: Iterable[Any], path: str | None) -> int | None:
@@ -214,8 +221,11 @@ def _applied(rename: Rename, tensors: Mapping[str, LazyTensor], what: str) -> di
     except MappingError as error:
         raise unproved(
             f"the optimizer's {what} does not fit the model: {error.problem}",
-            path=error.path, tensor=error.tensor, expected=error.expected, found=error.found,
-        ) from None  # fmt: skip
+            path=error.path,
+            tensor=error.tensor,
+            expected=error.expected,
+            found=error.found,
+        ) from None
 
 
 def tag(shape: Shape, number: int) -> LazyTensor:

@@ -41,9 +41,10 @@ def masters_of_group(masters: Any, number: int, halves: int, path: str) -> list[
     if not isinstance(own, list) or len(own) != halves:
         raise unproved(
             f"the float32 weights of parameter group {number} do not fit the model",
-            path=path, expected=f"{halves}, one for each parameter of 16 bits",
+            path=path,
+            expected=f"{halves}, one for each parameter of 16 bits",
             found=len(own) if isinstance(own, list) else "none",
-        )  # fmt: skip
+        )
     return [*own]
 
 
@@ -58,6 +59,9 @@ def fitting(slots: Mapping[str, Any], shape: Shape, name: str, path: str) -> dic
             found = f"{tensor.dtype.name} {tensor.shape}" if isinstance(tensor, LazyTensor) else type(tensor).__name__
             raise unproved(
                 f"the optimizer's {slot} does not fit its parameter",
-                path=path, tensor=name, expected=f"a tensor of shape {shape}", found=found,
-            )  # fmt: skip
+                path=path,
+                tensor=name,
+                expected=f"a tensor of shape {shape}",
+                found=found,
+            )
     return dict(slots)

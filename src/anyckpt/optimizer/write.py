@@ -59,6 +59,8 @@ def _check_adam(state: OptimizerState, format_name: str, path: str) -> None:
     foreign = [slot for slot in (*state.slots, *state.others) if slot not in SLOTS]
     if foreign or any(not state.slots.get(slot) for slot in MOMENTS):
         raise unproved(
-            f"the optimizer is not Adam, and {format_name} has a place for Adam's state only", path=path,
-            expected=", ".join(MOMENTS), found=", ".join((*state.slots, *state.others)) or "none",
-        )  # fmt: skip
+            f"the optimizer is not Adam, and {format_name} has a place for Adam's state only",
+            path=path,
+            expected=", ".join(MOMENTS),
+            found=", ".join((*state.slots, *state.others)) or "none",
+        )

@@ -43,8 +43,10 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
     if missing:
         raise unproved(
             "has no optimizer state, which Megatron-Core expects of every parameter",
-            path=checkpoint.path, tensor=missing[0], found=f"{len(missing)} such weights",
-        )  # fmt: skip
+            path=checkpoint.path,
+            tensor=missing[0],
+            found=f"{len(missing)} such weights",
+        )
     tensors = {
         f"{_PREFIX}state.{_NAMES.get(slot, slot)}.{name}": tensor.cast(_FLOAT32)
         for slot in SLOTS

@@ -73,7 +73,7 @@ def _in_order(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
             expected="state that was by number under these names before; or --names hub; or --to dcp, by name",
             found=f"{checkpoint.dialect} names, and "
             + (f"the order of {len(state.order)} other ones" if state.order else "no order"),
-        )  # fmt: skip
+        )
     return checkpoint
 
 

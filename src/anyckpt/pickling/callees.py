@@ -20,20 +20,22 @@ from functools import lru_cache
 
 KINDS = ("code", "function", "class", "known")
 
-_DANGEROUS = frozenset({
-    "__builtin__", "asyncio", "bdb", "code", "codeop", "commands", "ctypes", "distutils", "doctest", "ftplib", "http",
-    "httplib", "imp", "importlib", "marshal", "nt", "os", "pdb", "pickle", "_pickle", "cPickle", "dill", "cloudpickle",
-    "pip", "platform", "popen2", "posix", "profile", "pty", "pydoc", "requests", "runpy", "shelve", "shutil",
-    "smtplib", "socket", "_socket", "ssl", "subprocess", "_posixsubprocess", "sys", "telnetlib", "tempfile",
-    "timeit", "trace", "urllib", "urllib2", "urllib3", "venv", "webbrowser", "zipimport", "joblib", "setuptools",
-    "pkg_resources", "httpx", "aiohttp", "paramiko", "pexpect", "ptyprocess", "fsspec", "test",
-})  # fmt: skip
+_DANGEROUS = frozenset(
+    """
+    __builtin__ asyncio bdb code codeop commands ctypes distutils doctest ftplib http httplib imp importlib marshal
+    nt os pdb pickle _pickle cPickle dill cloudpickle pip platform popen2 posix profile pty pydoc requests runpy
+    shelve shutil smtplib socket _socket ssl subprocess _posixsubprocess sys telnetlib tempfile timeit trace urllib
+    urllib2 urllib3 venv webbrowser zipimport joblib setuptools pkg_resources httpx aiohttp paramiko pexpect
+    ptyprocess fsspec test
+    """.split()
+)
 """Packages, with all below them, whose names run programs, load code, or reach files and the network."""
 
-_REACHED = frozenset({
-    "__builtins__", "builtins", "ctypes", "importlib", "marshal", "os", "pickle", "posix", "pty", "runpy", "shutil",
-    "socket", "subprocess", "sys",
-})  # fmt: skip
+_REACHED = frozenset(
+    """
+    __builtins__ builtins ctypes importlib marshal os pickle posix pty runpy shutil socket subprocess sys
+    """.split()
+)
 """Of these, what ordinary modules import, so that a dotted name reaches it through them: ``torch.os.system``."""
 
 _DUNDER = re.compile(r"__\w+__\Z")
@@ -52,19 +54,22 @@ _CODE = re.compile(
     r"|_io\.(open|FileIO|open_code|TextIOWrapper)|copyreg\.(add_extension|pickle)|copyreg\.extension code \d+)"
     r"(\.|\Z)"
 )
-_NAMES_OF_DOERS = frozenset({
-    "__import__", "call", "check_call", "check_output", "download", "eval", "exec", "execfile", "execute", "get_method",
-    "import_module", "instantiate", "load", "load_module", "loads", "myeval", "popen", "run", "run_cmd", "run_command",
-    "runstring", "shell", "spawn", "system", "unpickle", "urlopen", "urlretrieve", "Popen",
-})  # fmt: skip
+_NAMES_OF_DOERS = frozenset(
+    """
+    __import__ call check_call check_output download eval exec execfile execute get_method import_module instantiate
+    load load_module loads myeval popen run run_cmd run_command runstring shell spawn system unpickle urlopen
+    urlretrieve Popen
+    """.split()
+)
 """Last parts of names that say what they do, in whatever package."""
 
-_HARMLESS_BUILTINS = frozenset({
-    "Ellipsis", "NotImplemented", "abs", "all", "any", "bool", "bytearray", "bytes", "complex", "dict", "enumerate",
-    "filter", "float", "frozenset", "getattr", "hash", "id", "int", "iter", "len", "list", "map", "max", "min",
-    "object", "pow", "print", "property", "range", "repr", "reversed", "round", "set", "slice", "sorted", "str", "sum",
-    "tuple", "type", "zip",
-})  # fmt: skip
+_HARMLESS_BUILTINS = frozenset(
+    """
+    Ellipsis NotImplemented abs all any bool bytearray bytes complex dict enumerate filter float frozenset getattr
+    hash id int iter len list map max min object pow print property range repr reversed round set slice sorted str
+    sum tuple type zip
+    """.split()
+)
 """What these are given to call is a name too, and judged by itself."""
 
 _KNOWN = re.compile(

@@ -25,9 +25,16 @@ _MOST_FILES = 100
 _MOST_NESTED = 256
 _NESTED_BYTES = 64 << 20
 _MOST_FOLLOWED = 1_000_000
-_OPENERS = frozenset({
-    "_io.BytesIO", "io.BytesIO", "pickle.loads", "_pickle.loads", "pickle._loads", "torch.storage._load_from_bytes",
-})  # fmt: skip
+_OPENERS = frozenset(
+    {
+        "_io.BytesIO",
+        "io.BytesIO",
+        "pickle.loads",
+        "_pickle.loads",
+        "pickle._loads",
+        "torch.storage._load_from_bytes",
+    }
+)
 """What is given the bytes of another pickle."""
 
 

@@ -17,11 +17,20 @@ GETATTR = Global("builtins", "getattr")
 HANDED_ON = "builtins.getattr handed on"
 _DEEPEST = 20
 _APPLIED = {
-    "functools.reduce": 0, "builtins.map": 0, "builtins.filter": 0, "builtins.iter": 0, "itertools.starmap": 0,
-    "itertools.takewhile": 0, "itertools.dropwhile": 0, "itertools.filterfalse": 0, "itertools.accumulate": 1,
-    "itertools.groupby": 1, "collections.defaultdict": 0, "torch._tensor._rebuild_from_type": 0,
+    "functools.reduce": 0,
+    "builtins.map": 0,
+    "builtins.filter": 0,
+    "builtins.iter": 0,
+    "itertools.starmap": 0,
+    "itertools.takewhile": 0,
+    "itertools.dropwhile": 0,
+    "itertools.filterfalse": 0,
+    "itertools.accumulate": 1,
+    "itertools.groupby": 1,
+    "collections.defaultdict": 0,
+    "torch._tensor._rebuild_from_type": 0,
     "torch._tensor._rebuild_from_type_v2": 0,
-}  # fmt: skip
+}
 """What is harmless by itself and calls one of its arguments -> which."""
 _HOLDERS = (list, tuple, set, frozenset, dict, Record, DictRecord)
 

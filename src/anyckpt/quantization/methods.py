@@ -70,9 +70,11 @@ def _modelopt(facts: Facts) -> tuple[Scheme, ...]:
 def _compressed_tensors(facts: Facts) -> tuple[Scheme, ...]:
     """Its first group of layers tells; further groups must be like it."""
     stated = facts.get("config_groups")
-    groups = [group.get("weights") for group in stated.values() if isinstance(group, Mapping)] if (
-        isinstance(stated, Mapping)
-    ) else []  # fmt: skip
+    groups = (
+        [group.get("weights") for group in stated.values() if isinstance(group, Mapping)]
+        if (isinstance(stated, Mapping))
+        else []
+    )
     weights: list[Mapping[str, Any]] = [group for group in groups if isinstance(group, Mapping)] or [{}]
     keys = ("num_bits", "type", "symmetric", "group_size", "block_structure")
     first = weights[0]
@@ -99,9 +101,10 @@ def _size(value: Any, key: str) -> Size:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in value):
         return value[0], value[1]
     raise MappingError(
-        f"the quantization_config's {key} is not possible", expected="rows and columns of a block",
+        f"the quantization_config's {key} is not possible",
+        expected="rows and columns of a block",
         found=repr(value)[:80],
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,8 @@ def schemes_of(facts: Facts) -> tuple[Scheme, ...]:
     if not schemes:
         raise MappingError(
             "the model is quantized by a method that is not understood",
-            expected=", ".join(known.title for known in METHODS.values()), found=method_of(facts),
+            expected=", ".join(known.title for known in METHODS.values()),
+            found=method_of(facts),
             remedy="dequantize it with its own tools, or copy the files as they are with --to safetensors",
-        )  # fmt: skip
+        )
     return schemes

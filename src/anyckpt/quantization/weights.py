@@ -15,9 +15,16 @@ from anyckpt.quantization.numbers import table_of
 from anyckpt.tensor import LazyTensor
 
 _OF_ACTIVATIONS = (
-    ".input_scale", ".activation_scale", ".input_scale_ub", ".output_scale", ".k_scale", ".v_scale", ".kv_scale",
-    ".q_scale", ".prob_output_scale",
-)  # fmt: skip
+    ".input_scale",
+    ".activation_scale",
+    ".input_scale_ub",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+    ".q_scale",
+    ".prob_output_scale",
+)
 _UNNEEDED = "the scale of a quantized activation, which a model in full precision does not have"
 _ENDS = ("weight", "_proj")
 """How names of weights end that are quantized, so that a model's own ``logit_scale`` is not taken for a part of one."""
@@ -29,8 +36,12 @@ _BESIDE = ("_zero_point", "_g_idx", "_pre_quant_scale")
 """The same of what makes a weight more than codes times scales."""
 
 _CODES = {
-    "float8": "float8_e4m3fn", "float4_e2m1": "uint8", "int8": "int8", "packed int4": "int32", "packed int8": "int32",
-}  # fmt: skip
+    "float8": "float8_e4m3fn",
+    "float4_e2m1": "uint8",
+    "int8": "int8",
+    "packed int4": "int32",
+    "packed int8": "int32",
+}
 """Element types of codes."""
 
 _SCALE_TYPES = {"float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e8m0fnu", "uint8"}
@@ -61,10 +72,12 @@ def refusal(facts: Facts, path: str) -> MappingError:
         error.path = path
         return error
     return MappingError(
-        "the model is quantized, and its weights are not those of its family", path=path,
-        expected="weights in full precision", found=method_of(facts),
+        "the model is quantized, and its weights are not those of its family",
+        path=path,
+        expected="weights in full precision",
+        found=method_of(facts),
         remedy="dequantize it with --dtype bf16, or copy the files as they are with --to safetensors",
-    )  # fmt: skip
+    )
 
 
 def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: str) -> Dequantized:
@@ -128,33 +141,44 @@ def _weight(
     surplus = next((stem + suffix for suffix in _BESIDE if stem + suffix in tensors), None)
     if surplus is not None:
         raise MappingError(
-            "is of a quantized weight that is more than codes times scales", path=path, tensor=surplus,
+            "is of a quantized weight that is more than codes times scales",
+            path=path,
+            tensor=surplus,
             remedy="dequantize the model with its own tools",
-        )  # fmt: skip
+        )
     scales = tensors[stem + scheme.scales]
     types = _EXPONENTS if scheme.grouped else _SCALE_TYPES
     if scales.dtype.name not in types:
         raise MappingError(
-            "scales have no such type", path=path, tensor=stem + scheme.scales,
-            expected=", ".join(sorted(types)), found=scales.dtype.name,
-        )  # fmt: skip
+            "scales have no such type",
+            path=path,
+            tensor=stem + scheme.scales,
+            expected=", ".join(sorted(types)),
+            found=scales.dtype.name,
+        )
     if scheme.grouped and scheme.block is not None:
         codes = _merged(name, codes, scheme.block[1], path)
     elements = _elements(name, codes, stem, scheme, tensors, path)
     arranged, sizes = _arranged(elements.shape, scales, scheme.block)
     if arranged is None:
         raise MappingError(
-            "scales do not fit the weight's codes", path=path, tensor=stem + scheme.scales,
-            expected=f"one for each block of {scheme.block}, row, or all of {elements.shape}", found=scales.shape,
+            "scales do not fit the weight's codes",
+            path=path,
+            tensor=stem + scheme.scales,
+            expected=f"one for each block of {scheme.block}, row, or all of {elements.shape}",
+            found=scales.shape,
             remedy="copy config.json and weight files again, from one revision of the model",
-        )  # fmt: skip
+        )
     if scheme.common:
         common = tensors[stem + scheme.common]
         if common.size != 1 or not common.dtype.is_floating:
             raise MappingError(
-                "is not one number", path=path, tensor=stem + scheme.common,
-                expected="one float", found=f"{common.dtype.name} {common.shape}",
-            )  # fmt: skip
+                "is not one number",
+                path=path,
+                tensor=stem + scheme.common,
+                expected="one float",
+                found=f"{common.dtype.name} {common.shape}",
+            )
         arranged = product(arranged, common)
     whole = scaled(elements, table_of(scheme.numbers, codes.dtype), arranged, sizes, dtype(to))
     if not scheme.transposed:
@@ -174,14 +198,19 @@ def _elements(
     separate = as_bytes(codes)
     shape = _stored_shape(tensors.get(stem + _SHAPE), codes.ndim)
     each = 2 if scheme.numbers == "packed int4" else 1
-    if separate is None or shape is None or -(-shape[-1] // (4 * each)) != codes.shape[-1] or (
-        shape[:-1] != codes.shape[:-1]
-    ):  # fmt: skip
+    if (
+        separate is None
+        or shape is None
+        or -(-shape[-1] // (4 * each)) != codes.shape[-1]
+        or (shape[:-1] != codes.shape[:-1])
+    ):
         raise MappingError(
-            "packed codes are not those of a weight", path=path, tensor=name,
+            "packed codes are not those of a weight",
+            path=path,
+            tensor=name,
             expected=f"{stem}{_SHAPE} with its shape, and so many codes in int32",
             found=f"{codes.shape} codes of {shape}",
-        )  # fmt: skip
+        )
     elements: LazyTensor = Halved(separate, separate.ndim - 1) if each == 2 else separate
     return elements.narrow(elements.ndim - 1, 0, shape[-1])
 
@@ -197,9 +226,12 @@ def _merged(name: str, codes: LazyTensor, width: int, path: str) -> LazyTensor:
     """Codes ``[..., columns]`` of ``[..., blocks, bytes of a block]``, two of ``width`` codes in a byte."""
     if codes.ndim < 3 or not codes.size or 2 * codes.shape[-1] != width:
         raise MappingError(
-            "is not blocks of a quantized weight", path=path, tensor=name,
-            expected=f"rows, blocks of a row, and {width // 2} bytes of a block", found=codes.shape,
-        )  # fmt: skip
+            "is not blocks of a quantized weight",
+            path=path,
+            tensor=name,
+            expected=f"rows, blocks of a row, and {width // 2} bytes of a block",
+            found=codes.shape,
+        )
     return codes.reshape((*codes.shape[:-2], codes.shape[-2] * codes.shape[-1]))
 
 
@@ -229,16 +261,21 @@ def _checked(
         for suffix in filter(None, (scheme.scales, scheme.common, scheme.codes)):
             if name.endswith(tuple(end + suffix for end in _ENDS)):
                 raise MappingError(
-                    "is part of a quantized weight whose other parts are missing or of other types", path=path,
-                    tensor=name, remedy="copy the weight files again from the model's origin",
-                )  # fmt: skip
+                    "is part of a quantized weight whose other parts are missing or of other types",
+                    path=path,
+                    tensor=name,
+                    remedy="copy the weight files again from the model's origin",
+                )
     if tensor.dtype.itemsize > 1:
         return tensor
     if not any(_names(pattern, name) for pattern in spared):
         raise MappingError(
-            "is a quantized weight without scales", path=path, tensor=name,
-            expected="scales beside it, or its module among those that are not quantized", found=tensor.dtype.name,
-        )  # fmt: skip
+            "is a quantized weight without scales",
+            path=path,
+            tensor=name,
+            expected="scales beside it, or its module among those that are not quantized",
+            found=tensor.dtype.name,
+        )
     return tensor.cast(to) if tensor.dtype.is_floating else tensor
 
 

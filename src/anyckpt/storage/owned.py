@@ -49,7 +49,9 @@ class OwnedSource(ByteSource):
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         if self._data is None:
             raise UsageError(
-                "is held by another process", path=self.name, expected=f"the process of share {self._owner}",
+                "is held by another process",
+                path=self.name,
+                expected=f"the process of share {self._owner}",
                 remedy="let that process write its share",
-            )  # fmt: skip
+            )
         self._data.read_into(offset, buffer)

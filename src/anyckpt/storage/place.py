@@ -150,9 +150,11 @@ class LocalPlace(Place):
         if scheme is None:
             return super().nothing_at(path)
         return FormatError(
-            f"is in a place that is not known: {scheme}://", path=path, expected="a path on a disk",
+            f"is in a place that is not known: {scheme}://",
+            path=path,
+            expected="a path on a disk",
             remedy="copy it to a disk first",
-        )  # fmt: skip
+        )
 
     def on_disk(self, path: str) -> str | None:
         return path
@@ -292,10 +294,11 @@ class ArchivePlace(Tree):
     def nothing_at(self, path: str) -> FormatError:
         names = list(self._files)
         return FormatError(
-            f"has no member {self.inner(path)!r}", path=self.root,
+            f"has no member {self.inner(path)!r}",
+            path=self.root,
             found=", ".join(names[:_MOST_SHOWN]) + (" ..." if names[_MOST_SHOWN:] else ""),
             remedy="name one of its members",
-        )  # fmt: skip
+        )
 
 
 SCHEMES: dict[str, Callable[[str], Place]] = {}

@@ -301,9 +301,7 @@ def _check_tensor(name: str, tensor: LazyTensor) -> None:
     shape = tuple(max(1, (n - b) // 2) for n, b in zip(tensor.shape, start, strict=True))
     box = whole[tuple(slice(b, b + n) for b, n in zip(start, shape, strict=True))]
     found = tensor.box(start, shape).numpy()
-    require(
-        np.array_equal(found.view(tensor.dtype.raw), box.view(tensor.dtype.raw)), f"{name} is another in a slice"
-    )  # fmt: skip
+    require(np.array_equal(found.view(tensor.dtype.raw), box.view(tensor.dtype.raw)), f"{name} is another in a slice")
 
 
 def _contents(plan: Plan) -> list[bytes | tuple[str, tuple[int, ...], str]]:

@@ -48,9 +48,7 @@ def elements_read(reads: Reads, tensors: Iterable[LazyTensor]) -> int:
                 places.append((path, start + piece.offset, start + piece.offset + piece.stored_bytes()))
     total = 0
     for path, first, last in reads:
-        total += sum(
-            max(0, min(last, end) - max(first, begin)) for held, begin, end in places if held == path
-        )  # fmt: skip
+        total += sum(max(0, min(last, end) - max(first, begin)) for held, begin, end in places if held == path)
     return total
 
 

@@ -145,9 +145,12 @@ def piece_of(tensor: DistributedTensor, path: str, name: str) -> Piece | None:
         return None
     if local.shape != shape:
         raise FormatError(
-            "has another shape than its placement gives its rank", path=path, tensor=name,
-            expected=f"{shape} of {tensor.shape} by {', '.join(tensor.placements)} over {mesh}", found=local.shape,
-        )  # fmt: skip
+            "has another shape than its placement gives its rank",
+            path=path,
+            tensor=name,
+            expected=f"{shape} of {tensor.shape} by {', '.join(tensor.placements)} over {mesh}",
+            found=local.shape,
+        )
     replicated = [at for at, kind in zip(mesh.coordinate, tensor.placements, strict=True) if kind == "Replicate()"]
     return Piece(start, local, copy=any(replicated))
 
@@ -179,10 +182,13 @@ def box(
             if mesh.sizes[number] == 1 and found is None:
                 continue
             raise FormatError(
-                "is placed on ranks in a way that is not understood", path=path, tensor=name,
+                "is placed on ranks in a way that is not understood",
+                path=path,
+                tensor=name,
                 expected="Shard, Replicate, or _StridedShard as FSDP with tensor parallelism writes it",
-                found=placement[:60], remedy=_RESHARD,
-            )  # fmt: skip
+                found=placement[:60],
+                remedy=_RESHARD,
+            )
         cuts.setdefault(int(found["axis"]), []).append(number)
         if found["strided"]:
             factors[number] = int(found["factor"])
@@ -197,9 +203,14 @@ def box(
 
 
 def _in_order(
-    own: Sequence[int], factors: Mapping[int, int], mesh: Mesh, length: int, stated: Sequence[int] | None,
-    path: str, name: str,
-) -> Sequence[int]:  # fmt: skip
+    own: Sequence[int],
+    factors: Mapping[int, int],
+    mesh: Mesh,
+    length: int,
+    stated: Sequence[int] | None,
+    path: str,
+    name: str,
+) -> Sequence[int]:
     """The mesh's axes that cut one axis of the tensor, in the order in which they cut."""
     strided = [number for number in own if number in factors]
     if not strided:
@@ -214,11 +225,13 @@ def _in_order(
         before *= mesh.sizes[number]
     if not understood:
         raise FormatError(
-            "is cut by a _StridedShard whose parts are no boxes", path=path, tensor=name,
+            "is cut by a _StridedShard whose parts are no boxes",
+            path=path,
+            tensor=name,
             expected="an axis divisible by its ranks, cut from the mesh's last axis to its first",
             found=f"split factors {', '.join(map(str, factors.values()))} over {mesh}, length {length}",
             remedy=_RESHARD,
-        )  # fmt: skip
+        )
     return order
 
 

@@ -92,9 +92,24 @@ class _Placed:
         size = min(self.size, _WIDE)
         fixed = struct.pack(
             "<4sHHHHHHIIIHHHHHII",
-            b"PK\x01\x02", 0, 0, self._flags, 0, 0, 0, self.crc, size, size, len(self.name), len(extra), 0, 0, 0, 0,
+            b"PK\x01\x02",
+            0,
+            0,
+            self._flags,
+            0,
+            0,
+            0,
+            self.crc,
+            size,
+            size,
+            len(self.name),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
             min(self.header, _WIDE),
-        )  # fmt: skip
+        )
         return fixed + self.name + extra
 
 

@@ -169,7 +169,7 @@ def _formed(storages: _Storages, value: FormedTensor) -> Record:
     asked = facts.requires_grad and not facts.parameter
     tensor = objects.tensor(
         reference, value.offset, value.tensor.shape, value.strides, dtype=dtype, requires_grad=asked
-    )  # fmt: skip
+    )
     if facts.parameter:
         arguments = (tensor, facts.requires_grad, DictRecord(objects.ORDERED_DICT), *([state] if state else []))
         return Record(Global("torch._utils", f"_rebuild_parameter{'_with_state' if state else ''}"), arguments)

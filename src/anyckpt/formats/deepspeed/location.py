@@ -93,10 +93,11 @@ def find(location: Location) -> Files:
             rank = int(match["rank"] or 0)
             if rank in found[match["kind"]]:
                 raise FormatError(
-                    "two files are of the same rank", path=folder.path,
+                    "two files are of the same rank",
+                    path=folder.path,
                     found=f"{_name(found[match['kind']][rank])} and {name}",
                     remedy="move the one of another save elsewhere",
-                )  # fmt: skip
+                )
             found[match["kind"]][rank] = folder.join(name)
     universal = folder.at(UNIVERSAL) if UNIVERSAL in folder.names and folder.is_folder(UNIVERSAL) else None
     return Files(root, folder, _ordered(folder, found["model"]), _ordered(folder, found["optim"]), universal)
@@ -111,10 +112,12 @@ def _ordered(folder: Location, files: dict[int, str]) -> tuple[str, ...]:
     if missing:
         other = _name(files[max(files)])
         raise FormatError(
-            f"the file of rank {missing[0]} is missing", path=folder.path,
+            f"the file of rank {missing[0]} is missing",
+            path=folder.path,
             expected=f"ranks 0 to {max(files)}, as {other}",
-            found=f"{len(files)} files", remedy="copy the files of all ranks here",
-        )  # fmt: skip
+            found=f"{len(files)} files",
+            remedy="copy the files of all ranks here",
+        )
     return tuple(files[rank] for rank in range(len(files)))
 
 
@@ -124,14 +127,18 @@ def _refuse_divided(folder: Location) -> None:
         example = next((name for name in folder.names if pattern.fullmatch(name)), None)
         if example is not None:
             raise FormatError(
-                f"is a DeepSpeed checkpoint of {what}, whose weights no file names as a whole", path=folder.path,
-                found=example, remedy=_REMEDY,
-            )  # fmt: skip
+                f"is a DeepSpeed checkpoint of {what}, whose weights no file names as a whole",
+                path=folder.path,
+                found=example,
+                remedy=_REMEDY,
+            )
     models = sorted({match["model"] for name in folder.names if (match := _STATES.fullmatch(name)) and match["model"]})
     staged = next((name for name in folder.names if (match := _STATES.fullmatch(name)) and match["stage"]), None)
     if UNIVERSAL not in folder.names and (len(models) > 1 or models != ["00"] or staged):
         raise FormatError(
             "is a DeepSpeed checkpoint of model-parallel ranks, and nothing in it says how they cut weights",
-            path=folder.path, expected="files of mp_rank_00 only", found=staged or f"mp_rank_{models[-1]}",
+            path=folder.path,
+            expected="files of mp_rank_00 only",
+            found=staged or f"mp_rank_{models[-1]}",
             remedy=_REMEDY,
-        )  # fmt: skip
+        )

@@ -86,10 +86,12 @@ def divided_groups(groups: Groups, vectors: Vectors, paddings: Sequence[Sequence
         lengths = [own[number].size for own in vectors]
         if any(length != lengths[0] for length in lengths[1:-1]) or lengths[-1] > lengths[0]:
             raise FormatError(
-                f"the ranks' partitions of parameter group {number} are not of one save", path=path,
+                f"the ranks' partitions of parameter group {number} are not of one save",
+                path=path,
                 expected=f"{lengths[0]} elements each, and at most that many in the last",
-                found=lengths[:8], remedy=_GATHER,
-            )  # fmt: skip
+                found=lengths[:8],
+                remedy=_GATHER,
+            )
         if paddings is not None and (number >= len(paddings) or len(paddings[number]) != len(group)):
             raise FormatError(f"does not pad each parameter of group {number}", path=path, remedy=_GATHER)
         offset = 0
@@ -100,9 +102,12 @@ def divided_groups(groups: Groups, vectors: Vectors, paddings: Sequence[Sequence
         held, step = sum(lengths), 2 * len(vectors)
         if -(-offset // step) != -(-held // step):
             raise FormatError(
-                f"the ranks' partitions do not hold parameter group {number}", path=path,
-                expected=f"{offset} elements and less than {step} of padding", found=f"{held} elements", remedy=_GATHER,
-            )  # fmt: skip
+                f"the ranks' partitions do not hold parameter group {number}",
+                path=path,
+                expected=f"{offset} elements and less than {step} of padding",
+                found=f"{held} elements",
+                remedy=_GATHER,
+            )
     return Layout(shapes, runs, group_of)
 
 
@@ -125,9 +130,12 @@ def divided_parameters(groups: Groups, vectors: Vectors, path: str) -> Layout:
     lengths = [[vector.size for vector in own] for own in vectors]
     if any(own != lengths[0] for own in lengths):
         raise FormatError(
-            "the ranks' partitions are not of one save", path=path, expected=f"{lengths[0][:8]} elements in each",
-            found=next(own[:8] for own in lengths if own != lengths[0]), remedy=_GATHER,
-        )  # fmt: skip
+            "the ranks' partitions are not of one save",
+            path=path,
+            expected=f"{lengths[0][:8]} elements in each",
+            found=next(own[:8] for own in lengths if own != lengths[0]),
+            remedy=_GATHER,
+        )
     bounds = [0]
     for length in lengths[0]:
         bounds.append(bounds[-1] + length)
@@ -148,9 +156,12 @@ def divided_parameters(groups: Groups, vectors: Vectors, path: str) -> Layout:
         offset += share
     if offset != bounds[-1]:
         raise FormatError(
-            "the ranks' partitions do not hold the parameters", path=path,
-            expected=f"{offset} elements on each of {world} ranks", found=f"{bounds[-1]} elements", remedy=_GATHER,
-        )  # fmt: skip
+            "the ranks' partitions do not hold the parameters",
+            path=path,
+            expected=f"{offset} elements on each of {world} ranks",
+            found=f"{bounds[-1]} elements",
+            remedy=_GATHER,
+        )
     return Layout(shapes, runs, group_of)
 
 
@@ -166,9 +177,12 @@ def _check_counts(groups: Groups, vectors: Vectors, path: str) -> None:
     for rank, own in enumerate(vectors):
         if len(own) != len(groups):
             raise FormatError(
-                f"rank {rank} has not one partition for each parameter group", path=path, expected=len(groups),
-                found=len(own), remedy=_GATHER,
-            )  # fmt: skip
+                f"rank {rank} has not one partition for each parameter group",
+                path=path,
+                expected=len(groups),
+                found=len(own),
+                remedy=_GATHER,
+            )
 
 
 def check_slices(layout: Layout, mappings: Sequence[Any], path: str) -> None:
@@ -187,7 +201,10 @@ def check_slices(layout: Layout, mappings: Sequence[Any], path: str) -> None:
             own = [(run.start, run.length) for run in layout.runs.get(name, ()) if run.rank == rank]
             if length and own != [(start, length)]:
                 raise FormatError(
-                    f"rank {rank} says that its piece lies elsewhere than the parameters' order puts it", path=path,
-                    tensor=name, expected=f"{length} elements from {brief(start)} on", found=own or "none",
+                    f"rank {rank} says that its piece lies elsewhere than the parameters' order puts it",
+                    path=path,
+                    tensor=name,
+                    expected=f"{length} elements from {brief(start)} on",
+                    found=own or "none",
                     remedy=_GATHER,
-                )  # fmt: skip
+                )

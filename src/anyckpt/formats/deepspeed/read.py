@@ -28,9 +28,14 @@ _GROUPS = "optimizer.param_groups"
 _GATHER = "gather the files of all ranks of one save"
 _HALF = ("bfloat16", "float16")
 _TOLD = (
-    "module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params", "buffer_names",
+    "module",
+    "param_shapes",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+    "shared_params",
+    "buffer_names",
     "optimizer",
-)  # fmt: skip
+)
 """Entries of the model states that are read; all others are shown as they are."""
 
 
@@ -72,9 +77,11 @@ def read(location: Location) -> Checkpoint:
     opened = _Opened(files)
     if not files.models:
         raise FormatError(
-            "has no model states, which say what the parameters are called", path=files.folder.path,
-            expected="mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt", remedy=_GATHER,
-        )  # fmt: skip
+            "has no model states, which say what the parameters are called",
+            path=files.folder.path,
+            expected="mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
+            remedy=_GATHER,
+        )
     models = opened.roots(files.models)
     first = models[0]
     module = first.get("module")
@@ -148,9 +155,12 @@ def _read_zero(
     if third:
         if len(models) != world:
             raise FormatError(
-                "the model states are of another number of ranks than the optimizer's", path=opened.files.folder.path,
-                expected=f"{world} ranks", found=f"{len(models)} ranks", remedy=_GATHER,
-            )  # fmt: skip
+                "the model states are of another number of ranks than the optimizer's",
+                path=opened.files.folder.path,
+                expected=f"{world} ranks",
+                found=f"{len(models)} ranks",
+                remedy=_GATHER,
+            )
         layout = divided_parameters(groups, vectors, opened.files.folder.path)
         inner = [state.get("optimizer_state_dict") for state in states]
     else:
@@ -172,20 +182,23 @@ def _check_world(state: Mapping[str, Any], world: int, path: str) -> None:
     if counts != {world}:
         several = len(counts) > 1
         raise FormatError(
-            "the parameter groups are cut over different numbers of ranks, as those of experts are" if several
-            else "the optimizer's files are not those of all ranks", path=path,
+            "the parameter groups are cut over different numbers of ranks, as those of experts are"
+            if several
+            else "the optimizer's files are not those of all ranks",
+            path=path,
             expected=f"partition_count {world}, as there are files" if several else f"{brief(count)} files",
             found=brief(count) if several else f"{world} files",
             remedy="convert it with DeepSpeed's ds_to_universal.py first" if several else _GATHER,
-        )  # fmt: skip
+        )
     groups = state.get("ds_zero_partition_groups")
     for group in groups if isinstance(groups, (list, tuple)) else ():
         if isinstance(group, dict) and group.get("partition_count", world) != world:
             raise FormatError(
-                "a parameter group is cut over a part of the ranks, as those of experts are", path=path,
+                "a parameter group is cut over a part of the ranks, as those of experts are",
+                path=path,
                 found=f"partition_count {brief(group.get('partition_count'))} of {world} ranks",
                 remedy="convert it with DeepSpeed's ds_to_universal.py first",
-            )  # fmt: skip
+            )
 
 
 def _vectors(groups: Any, path: str, key: str) -> list[LazyTensor]:
@@ -217,9 +230,12 @@ def _check_names(
         if list(own.items()) != list(listed.items()):
             strange = next((n for n in own if own[n] != listed.get(n)), next((n for n in listed if n not in own), None))
             raise FormatError(
-                "its parameters are not those of rank 0, as if it were of another model", path=path, tensor=strange,
-                expected=f"those of {paths[0].rpartition('/')[2]}", remedy=_GATHER,
-            )  # fmt: skip
+                "its parameters are not those of rank 0, as if it were of another model",
+                path=path,
+                tensor=strange,
+                expected=f"those of {paths[0].rpartition('/')[2]}",
+                remedy=_GATHER,
+            )
 
 
 def _read_moments(
@@ -235,9 +251,11 @@ def _read_moments(
     steps.discard(None)
     if len(steps) > 1:
         raise FormatError(
-            "ranks or parameter groups are of different optimizer steps", path=opened.files.folder.path,
-            found=", ".join(sorted(map(str, steps))[:8]), remedy=_GATHER,
-        )  # fmt: skip
+            "ranks or parameter groups are of different optimizer steps",
+            path=opened.files.folder.path,
+            found=", ".join(sorted(map(str, steps))[:8]),
+            remedy=_GATHER,
+        )
     for slot in slots:
         own: list[list[LazyTensor]] = []
         for rank, groups in enumerate(by_group):
@@ -248,9 +266,11 @@ def _read_moments(
             ):
                 raise FormatError(
                     f"the optimizer's {slot} does not fit the partitions of the weights",
-                    path=opened.files.optimizers[rank], expected=f"{len(needed)} vectors of {needed[:4]} elements",
-                    found=f"{[f.shape if isinstance(f, LazyTensor) else None for f in flat[:4]]}", remedy=_GATHER,
-                )  # fmt: skip
+                    path=opened.files.optimizers[rank],
+                    expected=f"{len(needed)} vectors of {needed[:4]} elements",
+                    found=f"{[f.shape if isinstance(f, LazyTensor) else None for f in flat[:4]]}",
+                    remedy=_GATHER,
+                )
             own.append([f for f in flat if isinstance(f, LazyTensor)])
         for name, tensor in layout.tensors(own).items():
             optimizer.tensors[f"{_STATE}.{name}.{slot}"] = tensor
@@ -318,9 +338,12 @@ def _in_order(
             stated = stated_shapes(first.get("param_shapes")).get(name)
             if value.size == 0 and len(models) > 1 and not (isinstance(buffers, list) and name in buffers):
                 raise FormatError(
-                    "is empty in the model states, and no other file has it", path=path, tensor=name,
-                    expected=stated or "its elements in the optimizer's files", remedy=_GATHER,
-                )  # fmt: skip
+                    "is empty in the model states, and no other file has it",
+                    path=path,
+                    tensor=name,
+                    expected=stated or "its elements in the optimizer's files",
+                    remedy=_GATHER,
+                )
             widened = isinstance(buffers, list) and name in buffers and value.dtype.name in _HALF and bool(weights)
             found[name] = value.cast(dtype("float32")) if widened else value
         else:
@@ -360,8 +383,12 @@ def _frozen(models: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> dict[s
             count *= length
         if not count <= flat.size < count + len(pieces):
             raise FormatError(
-                "the ranks' pieces do not make up a frozen parameter", path=paths[0], tensor=name,
-                expected=f"{count} elements for {shape}", found=f"{flat.size} elements", remedy=_GATHER,
-            )  # fmt: skip
+                "the ranks' pieces do not make up a frozen parameter",
+                path=paths[0],
+                tensor=name,
+                expected=f"{count} elements for {shape}",
+                found=f"{flat.size} elements",
+                remedy=_GATHER,
+            )
         found[name] = flat.narrow(0, 0, count).reshape(shape)
     return found

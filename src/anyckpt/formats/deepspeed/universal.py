@@ -64,15 +64,21 @@ def read_parameters(
             found = states[f"{state}.{name}.{slot}"]
             if found.shape != weights[name].shape:
                 raise FormatError(
-                    f"its {slot} does not fit its weight", path=inner, tensor=name, expected=weights[name].shape,
-                    found=found.shape, remedy=_AGAIN,
-                )  # fmt: skip
+                    f"its {slot} does not fit its weight",
+                    path=inner,
+                    tensor=name,
+                    expected=weights[name].shape,
+                    found=found.shape,
+                    remedy=_AGAIN,
+                )
     for slot, names in slots.items():
         if len(names) < len(weights):
             raise FormatError(
-                f"lacks the {slot} that other parameters have", path=folder.path, tensor=min(weights.keys() - names),
+                f"lacks the {slot} that other parameters have",
+                path=folder.path,
+                tensor=min(weights.keys() - names),
                 remedy=_AGAIN,
-            )  # fmt: skip
+            )
     if len(steps) > 1:
         raise FormatError("is of different optimizer steps", path=folder.path, found=sorted(steps)[:5], remedy=_AGAIN)
     return weights, states, next(iter(steps), None)

@@ -61,9 +61,11 @@ def read(location: Location) -> Checkpoint:
     inner = location if RUN_CONFIG in location.names else _newest(location, warnings)
     if RUN_CONFIG not in inner.names:
         raise FormatError(
-            f"has no {RUN_CONFIG}: the save was not finished", path=inner.path, found=", ".join(inner.names[:5]),
+            f"has no {RUN_CONFIG}: the save was not finished",
+            path=inner.path,
+            found=", ".join(inner.names[:5]),
             remedy="use the iteration before it",
-        )  # fmt: skip
+        )
     file = inner.open(RUN_CONFIG)
     run_config = load_yaml_mapping(file.read_all(_CONFIG_LIMIT), file.name)
     state = _train_state(inner.open(TRAIN_STATE)) if TRAIN_STATE in inner.names else {}
@@ -121,10 +123,11 @@ def _newest(location: Location, warnings: list[str]) -> Location:
     name = "" if step is None else f"iter_{step:07d}"
     if step is None or name not in location.names:
         raise FormatError(
-            "names no iteration" if step is None else f"names {name}, which is missing", path=file.name,
+            "names no iteration" if step is None else f"names {name}, which is missing",
+            path=file.name,
             found=", ".join(n for n in location.names if n.startswith("iter_")) or "no iteration at all",
             remedy="open one of the iterations that are there",
-        )  # fmt: skip
+        )
     if TRACKER in location.names:
         text = location.open(TRACKER).read_all(64).decode("ascii", "replace").strip()
         if text != str(step):

@@ -73,10 +73,15 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     state = _train_state(checkpoint, step)
     built_of = implementation_of(checkpoint, options.transformer_impl)
     files = torch_dist_files(
-        spelled(checkpoint.tensors, built_of), sharded, common, prefix=folder, ranks=options.ranks,
-        file_bytes=options.max_shard_size, implementation=built_of,
+        spelled(checkpoint.tensors, built_of),
+        sharded,
+        common,
+        prefix=folder,
+        ranks=options.ranks,
+        file_bytes=options.max_shard_size,
+        implementation=built_of,
         states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
-    )  # fmt: skip
+    )
     files += [OutputFile(f"{folder}/{file.path}", file.parts, file.stage) for file in tokenizer_files(checkpoint)]
     if ours:
         files += [OutputFile(f"{folder}/{name}", (SourceData(s),)) for name, s in checkpoint.artifacts.items()]
@@ -89,10 +94,14 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     ignored = {**checkpoint.ignored, **foreign}
     if not ours:
         ignored.update(dict.fromkeys(checkpoint.artifacts, _NO_PLACE))
-    notes = () if isinstance(known, dict) else (
-        f"{RUN_CONFIG} describes the model by {run_config['model']['_target_'].rpartition('.')[2]}; training settings"
-        " are the trainer's to give",
-    )  # fmt: skip
+    notes = (
+        ()
+        if isinstance(known, dict)
+        else (
+            f"{RUN_CONFIG} describes the model by {run_config['model']['_target_'].rpartition('.')[2]}; "
+            "training settings are the trainer's to give",
+        )
+    )
     return Plan("megatron-bridge", tuple(files), ignored=ignored, notes=notes)
 
 
@@ -101,9 +110,11 @@ def _check_decoder(checkpoint: Checkpoint) -> None:
     other = next((name for name in checkpoint.weights() if name.startswith(_OTHERS)), None)
     if other is not None:
         raise MappingError(
-            "Megatron-Bridge has decoders of language models alone", path=checkpoint.path, tensor=other,
+            "Megatron-Bridge has decoders of language models alone",
+            path=checkpoint.path,
+            tensor=other,
             remedy="convert to megatron-core or megatron-lm",
-        )  # fmt: skip
+        )
 
 
 def _with_adapter(run_config: dict[str, Any], settings: AdapterSettings) -> dict[str, Any]:

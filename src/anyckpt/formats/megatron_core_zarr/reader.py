@@ -111,9 +111,12 @@ def _contents(folder: Folder) -> DcpContents:
             objects[found["name"]] = Unread(source, 0, source.size, found["name"], wrapped=False)
     if not arrays:
         raise FormatError(
-            "has no zarr arrays", path=folder.name, expected=f"a directory with {ZARRAY} for each tensor",
-            found=", ".join(names[:5]), remedy="the save was interrupted, or not all files were copied",
-        )  # fmt: skip
+            "has no zarr arrays",
+            path=folder.name,
+            expected=f"a directory with {ZARRAY} for each tensor",
+            found=", ".join(names[:5]),
+            remedy="the save was interrupted, or not all files were copied",
+        )
     keys = sorted(arrays)
     left = iter(keys)
     described = read_each(

@@ -56,9 +56,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 def _array_files(name: str, tensor: LazyTensor) -> Iterator[OutputFile]:
     if tensor.dtype.zarr is None:
         raise UsageError(
-            "the zarr backend has no such element type", tensor=name, found=tensor.dtype.name,
+            "the zarr backend has no such element type",
+            tensor=name,
+            found=tensor.dtype.name,
             remedy="write megatron-core (torch_dist), or cast it with --dtype",
-        )  # fmt: skip
+        )
     special = "/" in name or "\0" in name or name.startswith(".") or name.endswith(".sync")
     if special or not is_text(name) or len(name.encode()) > 255:
         raise UsageError("cannot be the name of a zarr array's directory", tensor=name)

@@ -211,9 +211,11 @@ def _parts(rank: RankFile, folders: Sequence[RankFolder], config: Mapping[str, A
     if sorted(numbered) != list(range(ranks)):
         raise MappingError(
             "the folders of data-parallel ranks are not those of the run",
-            path=rank.path, expected=f"{ranks} folders {rank.folder.name}_NNN with an {OPTIMIZER_PART}",
-            found=", ".join(folder.name for folder in numbered.values()) or "none", remedy=DROP,
-        )  # fmt: skip
+            path=rank.path,
+            expected=f"{ranks} folders {rank.folder.name}_NNN with an {OPTIMIZER_PART}",
+            found=", ".join(folder.name for folder in numbered.values()) or "none",
+            remedy=DROP,
+        )
     files = read_torch_files(numbered[number].location.open(OPTIMIZER_PART) for number in range(ranks))
     return tuple(file.root.get(_OPTIMIZER) if isinstance(file.root, dict) else None for file in files)
 

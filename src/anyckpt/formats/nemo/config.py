@@ -54,9 +54,11 @@ def adapter_settings(config: dict[str, Any], path: str) -> AdapterSettings | Non
     alpha = rank if tuning.get("alpha") is None else tuning["alpha"]
     if type(rank) is not int or not isinstance(alpha, (int, float)) or not 0 < rank < _LARGEST_RANK > alpha:
         raise FormatError(
-            "peft.lora_tuning is not possible", path=path, expected="adapter_dim, a positive whole number, and alpha",
+            "peft.lora_tuning is not possible",
+            path=path,
+            expected="adapter_dim, a positive whole number, and alpha",
             found=f"{rank!r:.40} and {alpha!r:.40}",
-        )  # fmt: skip
+        )
     targets, dropout = tuning.get("target_modules"), tuning.get("adapter_dropout")
     return AdapterSettings(
         rank=rank,
@@ -69,9 +71,17 @@ def adapter_settings(config: dict[str, Any], path: str) -> AdapterSettings | Non
 
 def adapter_section(settings: AdapterSettings, canonical: bool) -> dict[str, Any]:
     """The section ``peft`` of an adapter; ``targets`` are Megatron's names of modules."""
-    known = {"linear_qkv": "attention_qkv", "linear_proj": "attention_dense", "linear_fc1": "mlp_fc1",
-             "linear_fc2": "mlp_fc2", "linear_q": "attention_qkv", "linear_k": "attention_qkv",
-             "linear_v": "attention_qkv", "linear_fc1_up": "mlp_fc1", "linear_fc1_gate": "mlp_fc1"}  # fmt: skip
+    known = {
+        "linear_qkv": "attention_qkv",
+        "linear_proj": "attention_dense",
+        "linear_fc1": "mlp_fc1",
+        "linear_fc2": "mlp_fc2",
+        "linear_q": "attention_qkv",
+        "linear_k": "attention_qkv",
+        "linear_v": "attention_qkv",
+        "linear_fc1_up": "mlp_fc1",
+        "linear_fc1_gate": "mlp_fc1",
+    }
     return {
         "peft_scheme": "lora",
         "restore_from_path": None,

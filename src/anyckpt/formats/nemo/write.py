@@ -142,10 +142,12 @@ def _set_core(config: dict[str, Any], notes: list[str], path: str) -> None:
         return
     if config.get("position_embedding_type") == "alibi":
         raise MappingError(
-            "NeMo 1 has alibi only in its own modules, of which flat .nemo files are written", path=path,
-            expected="whole tensors", found="ranks or a distributed checkpoint",
+            "NeMo 1 has alibi only in its own modules, of which flat .nemo files are written",
+            path=path,
+            expected="whole tensors",
+            found="ranks or a distributed checkpoint",
             remedy="leave --sharded, --tp and --pp out",
-        )  # fmt: skip
+        )
     config["mcore_gpt"] = True
     notes.append("names are Megatron-Core's: mcore_gpt is set to true")
 

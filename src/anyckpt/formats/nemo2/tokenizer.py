@@ -18,10 +18,21 @@ _LIBRARIES = {
     "TiktokenTokenizer": "tiktoken",
 }
 _AUTO_SETTINGS = (
-    "vocab_file", "merges_file", "mask_token", "bos_token", "eos_token", "pad_token", "sep_token", "cls_token",
-    "unk_token", "additional_special_tokens", "use_fast", "trust_remote_code", "include_special_tokens",
+    "vocab_file",
+    "merges_file",
+    "mask_token",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "unk_token",
+    "additional_special_tokens",
+    "use_fast",
+    "trust_remote_code",
+    "include_special_tokens",
     "chat_template",
-)  # fmt: skip
+)
 
 
 def read_tokenizer(call: object, context: Mapping[str, ByteSource]) -> Tokenizer | None:

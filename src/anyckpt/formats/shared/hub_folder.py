@@ -60,9 +60,11 @@ def read_json(source: ByteSource) -> dict[str, Any]:
 def check_plain_name(name: str, path: str) -> None:
     if not name or "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
         raise UnsafeError(
-            "names a file outside its own folder", path=path,
-            expected="a plain file name", found=repr(name)[:120],
-        )  # fmt: skip
+            "names a file outside its own folder",
+            path=path,
+            expected="a plain file name",
+            found=repr(name)[:120],
+        )
 
 
 def other_files(location: Location, config_name: str) -> tuple[dict[str, ByteSource], dict[str, ByteSource]]:

@@ -30,8 +30,10 @@ def weights_only(checkpoint: Checkpoint) -> tuple[dict[str, LazyTensor], dict[st
             if f"{name}.{part}" in weights:
                 raise UsageError(
                     f"has the name that the {part} of another tensor would have",
-                    path=checkpoint.path, tensor=f"{name}.{part}", remedy="convert to torch or dcp",
-                )  # fmt: skip
+                    path=checkpoint.path,
+                    tensor=f"{name}.{part}",
+                    remedy="convert to torch or dcp",
+                )
             weights[f"{name}.{part}"] = tensor
     ignored.update(
         (name, "not a tensor, and this format keeps tensors only")

@@ -22,8 +22,14 @@ _ALPHA = {"LoRA": 32, "VLMLoRA": 32, "CanonicalLoRA": 32, "DoRA": 64}
 _DIM = 32
 _FUSED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 _CANONICAL = (
-    "linear_q", "linear_k", "linear_v", "linear_proj", "linear_fc1_up", "linear_fc1_gate", "linear_fc2",
-)  # fmt: skip
+    "linear_q",
+    "linear_k",
+    "linear_v",
+    "linear_proj",
+    "linear_fc1_up",
+    "linear_fc1_gate",
+    "linear_fc2",
+)
 _LARGEST = 1 << 31
 
 CANONICAL_ROWS = (

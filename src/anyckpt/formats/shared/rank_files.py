@@ -101,9 +101,11 @@ def by_place(folders: Iterable[str]) -> dict[Place, str]:
             continue
         if place in found:
             raise FormatError(
-                "two folders are of the same rank", path=folder, found=f"{found[place]} and {folder}",
+                "two folders are of the same rank",
+                path=folder,
+                found=f"{found[place]} and {folder}",
                 remedy="remove the one that is of another save",
-            )  # fmt: skip
+            )
         found[place] = folder
     return dict(sorted(found.items()))
 

@@ -107,9 +107,13 @@ def check_last_ranks(
         name = max(rows, key=lambda name: rows[name])
         if rows[name] < tokens:
             raise FormatError(
-                f"the files of the last ranks are missing: those of {ranks} are here", path=folder, tensor=name,
-                expected=f"at least {tokens} rows, as vocab_size says", found=rows[name], remedy=_AGAIN,
-            )  # fmt: skip
+                f"the files of the last ranks are missing: those of {ranks} are here",
+                path=folder,
+                tensor=name,
+                expected=f"at least {tokens} rows, as vocab_size says",
+                found=rows[name],
+                remedy=_AGAIN,
+            )
         return None
     if ranks == 1:
         return Part(
@@ -125,9 +129,12 @@ def _check_names(folder: str, names: Sequence[str]) -> int:
     counts = sorted({match["files"] for match in found})
     if len(counts) > 1:
         raise FormatError(
-            "holds rank files of several saves", path=folder, expected="one number of files per rank",
-            found=", ".join(f"of-{count}" for count in counts), remedy=_AGAIN,
-        )  # fmt: skip
+            "holds rank files of several saves",
+            path=folder,
+            expected="one number of files per rank",
+            found=", ".join(f"of-{count}" for count in counts),
+            remedy=_AGAIN,
+        )
     present = {int(match["rank"]) for match in found}
     missing = [rank for rank in range(1, max(present)) if rank not in present]
     beyond = [match[0] for match in found if not 1 <= int(match["file"]) <= int(match["files"])]
@@ -135,9 +142,12 @@ def _check_names(folder: str, names: Sequence[str]) -> int:
         first = f"shard-{missing[0]:05d}-model-*-of-{counts[0]}.safetensors" if missing else ""
         raise FormatError(
             f"the files of {len(missing)} of {max(present)} ranks are missing, such as {first}"
-            if missing else "holds rank files of an impossible number", path=folder,
-            found=", ".join(beyond[:3]) or f"{len(present)} ranks", remedy=_AGAIN,
-        )  # fmt: skip
+            if missing
+            else "holds rank files of an impossible number",
+            path=folder,
+            found=", ".join(beyond[:3]) or f"{len(present)} ranks",
+            remedy=_AGAIN,
+        )
     return len(present)
 
 
@@ -160,9 +170,13 @@ def _starts(path: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str,
         start = entry.get("saved_offsets") if isinstance(entry, dict) else None
         if not isinstance(start, list) or len(start) != tensor.ndim or not all(map(_is_count, start)):
             raise FormatError(
-                "its header does not say where it lies in the whole tensor", path=path, tensor=name,
-                expected=f"{tensor.ndim} saved_offsets in {SHARDING}", found=str(start)[:80], remedy=_AGAIN,
-            )  # fmt: skip
+                "its header does not say where it lies in the whole tensor",
+                path=path,
+                tensor=name,
+                expected=f"{tensor.ndim} saved_offsets in {SHARDING}",
+                found=str(start)[:80],
+                remedy=_AGAIN,
+            )
         starts[name] = tuple(start)
     return starts
 
@@ -180,9 +194,13 @@ def _whole(folder: str, name: str, parts: Sequence[tuple[Shape, LazyTensor]], fi
         return mosaic(parts[0][1].dtype, shape, [start for start, _ in parts], [tensor for _, tensor in parts])
     except AnyckptError as error:
         raise FormatError(
-            f"the ranks' parts do not make up the tensor: {error.problem}", path=folder, tensor=name,
-            expected=error.expected, found=error.found, remedy=_AGAIN,
-        ) from error  # fmt: skip
+            f"the ranks' parts do not make up the tensor: {error.problem}",
+            path=folder,
+            tensor=name,
+            expected=error.expected,
+            found=error.found,
+            remedy=_AGAIN,
+        ) from error
 
 
 def _check_listed(location: Location, tensors: Mapping[str, LazyTensor]) -> None:

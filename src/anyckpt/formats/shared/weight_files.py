@@ -71,9 +71,11 @@ def _tensors(source: ByteSource, name: str, beside: Beside) -> dict[str, LazyTen
     beside.warnings.extend(contents.warnings)
     if not isinstance(contents.root, Mapping):
         raise FormatError(
-            "does not hold a state dict", path=source.name,
-            expected="a dict of tensors", found=type(contents.root).__name__,
-        )  # fmt: skip
+            "does not hold a state dict",
+            path=source.name,
+            expected="a dict of tensors",
+            found=type(contents.root).__name__,
+        )
     flat = flatten(contents.root, source.name)
     part = parts.part_of(source.name, contents.root, flat)
     if part is not None:

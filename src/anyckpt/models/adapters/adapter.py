@@ -90,20 +90,28 @@ class Rows:
             MappingError: it has another width, or not all of the rows.
         """
         if self.values.ndim != 2 or matrix.ndim != 2 or self.values.shape[1] != matrix.shape[1]:
-            raise MappingError("trained rows have another width than the base model's", tensor=self.name,
-                               expected=matrix.shape[1:], found=self.values.shape)  # fmt: skip
+            raise MappingError(
+                "trained rows have another width than the base model's",
+                tensor=self.name,
+                expected=matrix.shape[1:],
+                found=self.values.shape,
+            )
         order = sorted(range(len(self.indices)), key=self.indices.__getitem__)
         if len(set(self.indices)) != len(self.indices) or len(self.indices) != self.values.shape[0]:
             raise MappingError(
-                "the adapter's settings and tensors contradict each other on the trained tokens", tensor=self.name,
-                expected=f"{self.values.shape[0]} different tokens", found=f"{len(set(self.indices))}",
-            )  # fmt: skip
+                "the adapter's settings and tensors contradict each other on the trained tokens",
+                tensor=self.name,
+                expected=f"{self.values.shape[0]} different tokens",
+                found=f"{len(set(self.indices))}",
+            )
         if self.indices and not 0 <= self.indices[order[0]] <= self.indices[order[-1]] < matrix.shape[0]:
             raise MappingError(
-                "trains tokens that the base model does not have", tensor=self.name,
-                expected=f"tokens below {matrix.shape[0]}", found=str(self.indices[order[-1]]),
+                "trains tokens that the base model does not have",
+                tensor=self.name,
+                expected=f"tokens below {matrix.shape[0]}",
+                found=str(self.indices[order[-1]]),
                 remedy="resize the base model's vocabulary as it was resized for training",
-            )  # fmt: skip
+            )
         pieces: list[LazyTensor] = []
         at = 0
         for number in order:
@@ -160,9 +168,11 @@ class Layers:
         if weight not in self.instances:
             raise MappingError(
                 f"the model ({self.model.family}, {self.model.config.num_layers} layers) has no weight for it",
-                tensor=name, expected=f"a weight such as {next(iter(self.matrices()))}", found=weight,
+                tensor=name,
+                expected=f"a weight such as {next(iter(self.matrices()))}",
+                found=weight,
                 remedy="give the base model's own configuration with --config",
-            )  # fmt: skip
+            )
         return self.instances[weight]
 
     def matrices(self) -> Iterable[str]:
@@ -244,8 +254,11 @@ def by_weight(adapter: Adapter) -> dict[str, dict[str, LowRank]]:
         grouped.setdefault(target.weight, {})[target.part] = update
     for parts in grouped.values():
         if "" in parts and len(parts) > 1:
-            raise MappingError("adapts a weight as a whole and in parts", tensor=(parts[""].names or ("",))[0],
-                               found=some(name for part in parts if part for name in parts[part].names))  # fmt: skip
+            raise MappingError(
+                "adapts a weight as a whole and in parts",
+                tensor=(parts[""].names or ("",))[0],
+                found=some(name for part in parts if part for name in parts[part].names),
+            )
     return grouped
 
 
@@ -258,18 +271,24 @@ def _fuse(weight: str, parts: Mapping[str, LowRank], layers: Layers) -> LowRank:
     for part, update in parts.items():
         check_update(Target(weight, part), update, layers)
     if len({(u.up.dtype, u.down.dtype) for u in parts.values()}) > 1:
-        raise UsageError("parts of one fused adapter have different element types", tensor=weight,
-                         remedy="cast them with --dtype first")  # fmt: skip
+        raise UsageError(
+            "parts of one fused adapter have different element types",
+            tensor=weight,
+            remedy="cast them with --dtype first",
+        )
     magnitudes = [parts[part].magnitude if part in parts else None for part in operation.parts]
     if any(m is not None for m in magnitudes) and any(m is None for m in magnitudes):
         raise UsageError(
             "DoRA adapts only some of the parts of a fused weight, and the lengths of the others' rows are the base's",
-            tensor=weight, expected=", ".join(operation.parts), found=", ".join(parts),
+            tensor=weight,
+            expected=", ".join(operation.parts),
+            found=", ".join(parts),
             remedy="merge it into the base with anyckpt merge-lora",
-        )  # fmt: skip
+        )
     if any(update.bias is not None for update in parts.values()):
-        raise UsageError("Megatron's adapters have no bias", tensor=names[0],
-                         remedy="merge it into the base with anyckpt merge-lora")  # fmt: skip
+        raise UsageError(
+            "Megatron's adapters have no bias", tensor=names[0], remedy="merge it into the base with anyckpt merge-lora"
+        )
     scale = max(update.scale for update in parts.values())
     scaled = {part: scaled_to(update, scale, names[0]) for part, update in parts.items()}
     shared = len(parts) == len(operation.parts) and all_equal([update.down for update in parts.values()])
@@ -333,9 +352,11 @@ def scaled_to(update: LowRank, scale: float, name: str) -> LowRank:
     if abs(math.frexp(ratio)[0]) != 0.5 or update.up.dtype.numpy is None:
         raise UsageError(
             "the adapter's modules have different scales, and Megatron has one alpha and one rank for all",
-            tensor=name, expected=f"{scale:g}, or that times a power of two", found=f"{update.scale:g}",
+            tensor=name,
+            expected=f"{scale:g}, or that times a power of two",
+            found=f"{update.scale:g}",
             remedy="merge it into the base with anyckpt merge-lora",
-        )  # fmt: skip
+        )
     return replace(update, scale=scale, up=Mapped((update.up,), update.up.dtype, Times(ratio)))
 
 
@@ -352,9 +373,10 @@ class Times(ElementWise):
         if not np.array_equal(narrow.astype(np.float64), wide):
             raise MappingError(
                 "an adapter's values cannot be brought to the common scale without rounding",
-                expected="values far from the smallest of their type", found=f"{array.dtype} times {self.ratio:g}",
+                expected="values far from the smallest of their type",
+                found=f"{array.dtype} times {self.ratio:g}",
                 remedy="cast to float32 first with --dtype",
-            )  # fmt: skip
+            )
         return narrow
 
 
@@ -387,9 +409,8 @@ def without_empty(adapter: Adapter) -> tuple[Adapter, int]:
     kept = {
         target: update
         for target, update in adapter.updates.items()
-        if update.magnitude is not None or update.bias is not None
-        or not (is_zero(update.down) and is_zero(update.up))
-    }  # fmt: skip
+        if update.magnitude is not None or update.bias is not None or not (is_zero(update.down) and is_zero(update.up))
+    }
     if not kept:
         return adapter, 0
     return replace(adapter, updates=kept), len(adapter.updates) - len(kept)
@@ -423,14 +444,17 @@ def check_update(target: Target, update: LowRank, layers: Layers) -> None:
     padded = item.rule.of_vocabulary and (layers.model.config.vocab_size or 0) <= rows <= shape[0]
     if len(shape) != 2 or columns != shape[1] or (rows != shape[0] and not padded):
         raise MappingError(
-            "the adapter is of another base model", tensor=name,
-            expected=f"an update of a weight of shape {shape}", found=f"one of shape {(rows, columns)}",
+            "the adapter is of another base model",
+            tensor=name,
+            expected=f"an update of a weight of shape {shape}",
+            found=f"one of shape {(rows, columns)}",
             remedy="give the base model that it was trained on, or its configuration with --config",
-        )  # fmt: skip
+        )
     for vector in (update.magnitude, update.bias):
         if vector is not None and vector.shape != (rows,):
-            raise MappingError("has another length than the weight has rows", tensor=name, expected=(rows,),
-                               found=vector.shape)  # fmt: skip
+            raise MappingError(
+                "has another length than the weight has rows", tensor=name, expected=(rows,), found=vector.shape
+            )
 
 
 def check_factors(update: LowRank, name: str) -> None:
@@ -442,12 +466,17 @@ def check_factors(update: LowRank, name: str) -> None:
     down, up = update.down, update.up
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0] or not down.size or not up.size:
         raise MappingError(
-            "the two factors of an update do not fit together", tensor=name,
-            expected="(rank, in) and (out, rank) of one rank", found=f"{down.shape} and {up.shape}",
-        )  # fmt: skip
+            "the two factors of an update do not fit together",
+            tensor=name,
+            expected="(rank, in) and (out, rank) of one rank",
+            found=f"{down.shape} and {up.shape}",
+        )
     if not down.dtype.is_floating or not up.dtype.is_floating or down.dtype.numpy is None or up.dtype.numpy is None:
-        raise MappingError("an adapter's factor is not of floating-point numbers", tensor=name,
-                           found=f"{down.dtype.name} and {up.dtype.name}")  # fmt: skip
+        raise MappingError(
+            "an adapter's factor is not of floating-point numbers",
+            tensor=name,
+            found=f"{down.dtype.name} and {up.dtype.name}",
+        )
 
 
 def some(names: Iterable[str]) -> str:

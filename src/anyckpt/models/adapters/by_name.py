@@ -136,15 +136,19 @@ def placed(
     for name, stored_name in stored.saved.items():
         target = known(name)
         if target in adapter.replaced:
-            raise MappingError("takes the place of a tensor that another one replaces", tensor=stored_name,
-                               found=target)  # fmt: skip
+            raise MappingError(
+                "takes the place of a tensor that another one replaces", tensor=stored_name, found=target
+            )
         adapter.replaced[target] = {0: tensors[stored_name]}
     current = {**base, **{name: values[0] for name, values in adapter.replaced.items()}}
     for module, own in stored.modules.items():
         weight = known(f"{module}.weight")
         if Target(weight) in adapter.updates:
-            raise MappingError("adapts a weight that another tensor adapts", tensor=own.names[0],
-                               found=adapter.updates[Target(weight)].names[0])  # fmt: skip
+            raise MappingError(
+                "adapts a weight that another tensor adapts",
+                tensor=own.names[0],
+                found=adapter.updates[Target(weight)].names[0],
+            )
         adapter.updates[Target(weight)] = update_of(module, own, scale)
     orientation = _Orientation(current, adapter, settings)
     for target_of, update in adapter.updates.items():
@@ -193,14 +197,20 @@ class _Orientation:
         if not fits and not turned:
             outer = block_of(name) == "" and weight.ndim == 2 and weight.shape[1] == columns
             raise MappingError(
-                "the adapter is of another base model", tensor=(update.names or (name,))[-1],
-                expected=f"an update of a weight of shape {weight.shape}", found=f"one of shape {(rows, columns)}",
+                "the adapter is of another base model",
+                tensor=(update.names or (name,))[-1],
+                expected=f"an update of a weight of shape {weight.shape}",
+                found=f"one of shape {(rows, columns)}",
                 remedy=_RESIZE if outer else "give the base model that it was trained on",
-            )  # fmt: skip
+            )
         for vector in (update.magnitude, update.bias):
             if vector is not None and vector.shape != (rows,):
-                raise MappingError("has another length than the weight has rows", tensor=update.names[0],
-                                   expected=(rows,), found=vector.shape)  # fmt: skip
+                raise MappingError(
+                    "has another length than the weight has rows",
+                    tensor=update.names[0],
+                    expected=(rows,),
+                    found=vector.shape,
+                )
         if not (fits and turned):
             return turned
         seen = self._seen.get(block_of(name), set())
@@ -230,9 +240,12 @@ def _find_alike(result: Placed, base: Mapping[str, LazyTensor], tied: bool) -> N
             others += [
                 other
                 for other, value in base.items()
-                if other not in changed and other not in others and not block_of(other)
-                and (value.shape, value.dtype) == (tensor.shape, tensor.dtype) and all_equal([tensor, value])
-            ]  # fmt: skip
+                if other not in changed
+                and other not in others
+                and not block_of(other)
+                and (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+                and all_equal([tensor, value])
+            ]
         if others:
             result.alike[name] = others
     heads = (
@@ -244,9 +257,10 @@ def _find_alike(result: Placed, base: Mapping[str, LazyTensor], tied: bool) -> N
         if not any(all_equal([value, own]) for own in embeddings):
             raise MappingError(
                 "the adapter has an output layer of its own, and the base model's is tied to its embedding",
-                tensor=name, expected="an untied base model",
+                tensor=name,
+                expected="an untied base model",
                 remedy="untie the base model, or leave the tensor out with --exclude",
-            )  # fmt: skip
+            )
 
 
 def _check_replaced(
@@ -264,9 +278,12 @@ def _check_replaced(
         )
         if not of_vocabulary or len(old) != len(new) or old[1:] != new[1:] or block_of(name):
             raise MappingError(
-                "the adapter replaces a weight by one of another shape", tensor=told[id(values[0])], expected=old,
-                found=new, remedy="give the base model that it was trained on",
-            )  # fmt: skip
+                "the adapter replaces a weight by one of another shape",
+                tensor=told[id(values[0])],
+                expected=old,
+                found=new,
+                remedy="give the base model that it was trained on",
+            )
         resized[name] = (old[0], new[0])
     if not resized:
         return
@@ -277,16 +294,20 @@ def _check_replaced(
     others = [
         name
         for name, tensor in base.items()
-        if name not in resized and name not in copies and not block_of(name)
+        if name not in resized
+        and name not in copies
+        and not block_of(name)
         and (tensor.shape in matrices or (name.endswith(".bias") and f"{name[:-5]}.weight" in resized))
-    ]  # fmt: skip
+    ]
     if len(rows) > 1 or others:
         first = next(iter(resized))
         raise MappingError(
             "the adapter resizes only a part of what has the vocabulary's rows",
-            tensor=told[id(result.adapter.replaced[first][0])], expected=f"{after} rows for all of them",
-            found=", ".join(others[:4]) or f"{', '.join(str(new) for _, new in sorted(rows))} rows", remedy=_RESIZE,
-        )  # fmt: skip
+            tensor=told[id(result.adapter.replaced[first][0])],
+            expected=f"{after} rows for all of them",
+            found=", ".join(others[:4]) or f"{', '.join(str(new) for _, new in sorted(rows))} rows",
+            remedy=_RESIZE,
+        )
     result.vocabulary = (before, after)
 
 
@@ -334,8 +355,12 @@ def _add_bias(
 ) -> None:
     bias = weight.removesuffix("weight") + "bias"
     if bias not in tensors or tensors[bias].shape != update.bias.shape:  # type: ignore[union-attr]
-        raise MappingError("the adapter has a bias for a module without one", tensor=update.names[0], expected=bias,
-                           found="no such tensor in the base model")  # fmt: skip
+        raise MappingError(
+            "the adapter has a bias for a module without one",
+            tensor=update.names[0],
+            expected=bias,
+            found="no such tensor in the base model",
+        )
     assert update.bias is not None
     own = cast(bias, tensors[bias])
     tensors[bias] = Mapped((tensors[bias], update.bias), own, Plus(update.scale * scale, own))

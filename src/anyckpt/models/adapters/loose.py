@@ -154,9 +154,11 @@ def as_peft(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         if found is None:
             raise MappingError(
                 "numbers its updates by the order in which the trainer's code walked through the model's modules, "
-                "which no file says", tensor=name, expected="names of modules",
+                "which no file says",
+                tensor=name,
+                expected="names of modules",
                 remedy="merge it with the code that made it",
-            )  # fmt: skip
+            )
         if found.slot == "alpha":
             continue
         slot = found.slot.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
@@ -203,8 +205,11 @@ class Underscored:
         for level in self._levels:
             found = level.get(module, [])
             if len(found) > 1:
-                raise MappingError("fits more than one module of the base model", tensor=name.removesuffix(".weight"),
-                                   found=", ".join(found[:4]))  # fmt: skip
+                raise MappingError(
+                    "fits more than one module of the base model",
+                    tensor=name.removesuffix(".weight"),
+                    found=", ".join(found[:4]),
+                )
             if found:
                 return found[0]
         return None

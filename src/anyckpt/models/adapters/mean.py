@@ -31,9 +31,10 @@ def mean_update(updates: Sequence[tuple[LowRank, float]]) -> LowRank:
     name = (updates[0][0].names or ("",))[0]
     if any(update.magnitude is not None for update, _ in updates):
         raise UsageError(
-            "DoRA scales rows to a length, and such updates have no mean", tensor=name,
+            "DoRA scales rows to a length, and such updates have no mean",
+            tensor=name,
             remedy="add each to its base with anyckpt merge-lora, and average the models",
-        )  # fmt: skip
+        )
     factors = [update.scale * weight for update, weight in updates]
     common = largest(factors)
     downs = _of_one_type([update.down for update, _ in updates])
@@ -45,9 +46,12 @@ def mean_update(updates: Sequence[tuple[LowRank, float]]) -> LowRank:
         parts = _of_one_type([part for part, _ in biases])
         bias = Mapped(tuple(parts), parts[0].dtype, _sum(tuple(factor for _, factor in biases)))
     return LowRank(
-        concatenate(downs, 0), concatenate(scaled, 1), common, bias=bias,
+        concatenate(downs, 0),
+        concatenate(scaled, 1),
+        common,
+        bias=bias,
         names=tuple(name for update, _ in updates for name in update.names),
-    )  # fmt: skip
+    )
 
 
 def largest(factors: Iterable[float]) -> float:

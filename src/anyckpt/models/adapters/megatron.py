@@ -116,15 +116,17 @@ def from_megatron(
             for weight, value in _weights(module, layer, stored, experts):
                 own = fields.setdefault(Target(weight, found.part), {})
                 if found.field in own:
-                    raise MappingError("two stored tensors are the same one of the adapter", tensor=stored,
-                                       found=own[found.field][0])  # fmt: skip
+                    raise MappingError(
+                        "two stored tensors are the same one of the adapter", tensor=stored, found=own[found.field][0]
+                    )
                 own[found.field] = (stored, value)
     if strange:
         raise MappingError(
-            f"{len(strange)} tensors are not of an adapter: {some(strange)}", tensor=strange[0],
+            f"{len(strange)} tensors are not of an adapter: {some(strange)}",
+            tensor=strange[0],
             expected="names such as ...linear_qkv.adapter.linear_in.weight",
             remedy="leave them out with --exclude",
-        )  # fmt: skip
+        )
     return Adapter({target: _update(target, own, scale) for target, own in fields.items()})
 
 
@@ -132,8 +134,12 @@ def _update(target: Target, own: Mapping[str, tuple[str, LazyTensor]], scale: Ca
     names = tuple(name for name, _ in own.values())
     for field, tail in (("down", "linear_in.weight"), ("up", "linear_out.weight")):
         if field not in own:
-            raise MappingError(f"the adapter of this tensor has no {tail}", tensor=names[0], found=str(target),
-                               remedy="copy the whole adapter")  # fmt: skip
+            raise MappingError(
+                f"the adapter of this tensor has no {tail}",
+                tensor=names[0],
+                found=str(target),
+                remedy="copy the whole adapter",
+            )
     down, up = own["down"][1], own["up"][1]
     magnitude = own["magnitude"][1] if "magnitude" in own else None
     check_factors(LowRank(down, up, 1.0), names[0])
@@ -152,9 +158,10 @@ def _weights(module: str, tensor: LazyTensor, stored: str, experts: int | None) 
         return [(f"{shared[1]}.{shared[2]}.weight{number}", tensor[number]) for number in range(tensor.shape[0])]
     if experts is None:
         raise MappingError(
-            "is an adapter that all experts share, and how many there are is not known", tensor=stored,
+            "is an adapter that all experts share, and how many there are is not known",
+            tensor=stored,
             remedy="give the base model's configuration with --config",
-        )  # fmt: skip
+        )
     return [(f"{shared[1]}.{shared[2]}.weight{number}", tensor) for number in range(experts)]
 
 
@@ -172,34 +179,37 @@ def to_megatron(adapter: Adapter, spelling: str, experts: int | None = None) -> 
     """
     for name in adapter.replaced:
         raise UsageError(
-            "the adapter replaces a whole tensor, which Megatron's adapters cannot", tensor=name,
+            "the adapter replaces a whole tensor, which Megatron's adapters cannot",
+            tensor=name,
             remedy="merge it into the base with anyckpt merge-lora",
-        )  # fmt: skip
+        )
     tensors: dict[str, LazyTensor] = {}
     for target, update in adapter.updates.items():
         if update.bias is not None or target.weight.startswith("embedding."):
             raise UsageError(
                 "Megatron's adapters have no bias" if update.bias is not None else "Megatron adapts no embeddings",
-                tensor=(update.names or (str(target),))[0], remedy="merge it into the base with anyckpt merge-lora",
-            )  # fmt: skip
+                tensor=(update.names or (str(target),))[0],
+                remedy="merge it into the base with anyckpt merge-lora",
+            )
         if target.part and _EXPERT_WEIGHT.fullmatch(target.weight):
             raise UsageError(
                 "Megatron adapts gate and up projection of an expert as one",
                 tensor=(update.names or (str(target),))[0],
                 remedy="choose --adapter-form fused",
-            )  # fmt: skip
+            )
         if update.magnitude is not None and (target.part or spelling == "nemo1"):
             raise UsageError(
                 "NeMo 1 has no DoRA" if spelling == "nemo1" else "Megatron's DoRA adapts fused weights as one",
                 tensor=(update.names or (str(target),))[0],
                 remedy=None if spelling == "nemo1" else "choose --adapter-form fused",
-            )  # fmt: skip
+            )
         if not target.weight.rpartition(".")[2].startswith("weight"):
             raise UsageError(
                 "Megatron has no module for this weight that could be adapted",
-                tensor=(update.names or (str(target),))[0], found=target.weight,
+                tensor=(update.names or (str(target),))[0],
+                found=target.weight,
                 remedy="merge it into the base with anyckpt merge-lora",
-            )  # fmt: skip
+            )
         stem = _module_stem(target) if spelling == "megatron" else _around_stem(target)
         tensors[f"{stem}.linear_in.weight"] = update.down
         tensors[f"{stem}.linear_out.weight"] = update.up
@@ -241,9 +251,11 @@ def _around_stem(target: Target) -> str:
     name = canonical if target.part else fused
     if name is None:
         raise UsageError(
-            "NeMo 1 has no adapter for this module", tensor=target.weight, expected=", ".join(_NEMO1),
+            "NeMo 1 has no adapter for this module",
+            tensor=target.weight,
+            expected=", ".join(_NEMO1),
             remedy="choose nemo2 or megatron-bridge",
-        )  # fmt: skip
+        )
     around = f"{module.rpartition('.')[0]}.adapter_layer.{name}"
     return f"{around}.{target.part}_adapter" if target.part else around
 

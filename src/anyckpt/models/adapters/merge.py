@@ -74,8 +74,12 @@ def _add(
         return
     bias = weight.removesuffix("weight") + "bias"
     if bias not in tensors:
-        raise MappingError("the adapter has a bias for a module without one", tensor=name, expected=bias,
-                           found="no such tensor in the base model")  # fmt: skip
+        raise MappingError(
+            "the adapter has a bias for a module without one",
+            tensor=name,
+            expected=bias,
+            found="no such tensor in the base model",
+        )
     own = tensors[bias].dtype if cast is None else cast(bias, tensors[bias])
 
     def add(part: LazyTensor, update: LowRank) -> LazyTensor:
@@ -119,9 +123,12 @@ def check_computed(name: str, weight: LazyTensor) -> None:
     """Raise MappingError unless a weight is of a type that an update can be added to."""
     if weight.dtype.name not in _COMPUTED:
         raise MappingError(
-            "the base model's weight is of a type that no update can be added to", tensor=name,
-            expected=", ".join(_COMPUTED), found=weight.dtype.name, remedy="dequantize the base model first",
-        )  # fmt: skip
+            "the base model's weight is of a type that no update can be added to",
+            tensor=name,
+            expected=", ".join(_COMPUTED),
+            found=weight.dtype.name,
+            remedy="dequantize the base model first",
+        )
 
 
 @dataclass(frozen=True)

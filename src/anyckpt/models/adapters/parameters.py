@@ -66,17 +66,22 @@ def expert_updates(
     if len(fitting) != 1 or down.shape[0] % experts or up.shape[1] != down.shape[0]:
         raise MappingError(
             "fits no parameter of the experts" if not fitting else "fits more than one parameter of the experts",
-            tensor=name, expected=", ".join(f"{stored} {items[0].shape}" for stored, items in known.items()),
+            tensor=name,
+            expected=", ".join(f"{stored} {items[0].shape}" for stored, items in known.items()),
             found=f"{down.shape} and {up.shape}",
-        )  # fmt: skip
+        )
     stored, items = fitting[0]
     rank = down.shape[0] // experts
     downs = down.reshape((experts, rank, down.shape[1]))
     ups = up.reshape((up.shape[0], rank, experts))
-    return stored, rank, [
-        ExpertUpdate(item, downs[number], ups.narrow(2, number, 1).reshape((up.shape[0], rank)))
-        for number, item in enumerate(items)
-    ]  # fmt: skip
+    return (
+        stored,
+        rank,
+        [
+            ExpertUpdate(item, downs[number], ups.narrow(2, number, 1).reshape((up.shape[0], rank)))
+            for number, item in enumerate(items)
+        ],
+    )
 
 
 def _fits(item: Instance, down: LazyTensor, up: LazyTensor) -> bool:
@@ -169,11 +174,15 @@ def parameters(updates: Mapping[str, LowRank], layers: Layers) -> list[Parameter
             up = stack([update.up for update in own], 2)
             found.append(
                 Parameter(
-                    name, name.rpartition(".")[0] + inside, tuple(item.hub for item in items),
-                    concatenate([update.down for update in own], 0), up.reshape((up.shape[0], up.shape[1] * experts)),
-                    own[0].rank, own[0].scale,
+                    name,
+                    name.rpartition(".")[0] + inside,
+                    tuple(item.hub for item in items),
+                    concatenate([update.down for update in own], 0),
+                    up.reshape((up.shape[0], up.shape[1] * experts)),
+                    own[0].rank,
+                    own[0].scale,
                 )
-            )  # fmt: skip
+            )
     return found
 
 

@@ -111,16 +111,18 @@ def from_peft(
         if operation is None or (len(item.sources) > 1 and not operation.parts):
             raise MappingError(
                 f"no rule of family {layers.model.family} says how an adapter of this weight is laid out in Megatron",
-                tensor=name, found=item.hub,
-            )  # fmt: skip
+                tensor=name,
+                found=item.hub,
+            )
         shapes = operation.source_shapes(item.shape, item.config)
         _check_rows(update, shapes[number], item, layers, own)
         own_rows = operation if len(item.sources) == 1 else operation.of_part(number)
         update = rearranged(update, partial(to_hub, own_rows, item))
         target = Target(item.hub, operation.parts[number] if len(item.sources) > 1 else "")
         if target in updates:
-            raise MappingError("adapts a weight that another tensor adapts", tensor=name,
-                               found=updates[target].names[0])  # fmt: skip
+            raise MappingError(
+                "adapts a weight that another tensor adapts", tensor=name, found=updates[target].names[0]
+            )
         updates[target] = update
     adapter = Adapter(updates)
     adapter.replaced.update(_replaced(stored.saved, layers, tensors))
@@ -155,10 +157,12 @@ def check_pairs(tensors: Mapping[str, LazyTensor], *, blocks: bool = False) -> l
             continue
         if ranks[0] != ranks[1]:  # a convolution's have more axes
             raise MappingError(
-                "the two factors of an update are of different ranks", tensor=own.names[0],
-                expected="(rank, ...) and (out, rank, ...)", found=f"{down.shape} and {up.shape}",
+                "the two factors of an update are of different ranks",
+                tensor=own.names[0],
+                expected="(rank, ...) and (out, rank, ...)",
+                found=f"{down.shape} and {up.shape}",
                 remedy="copy the whole adapter",
-            )  # fmt: skip
+            )
     return diagonal
 
 
@@ -178,8 +182,12 @@ def by_module(tensors: Mapping[str, LazyTensor]) -> StoredAdapter:
     def save(plain: str, name: str) -> None:
         other = saved.setdefault(plain, name)
         if other != name and not all_equal([tensors[other], tensors[name]]):
-            raise MappingError("two stored tensors are the same one of the adapter, and they differ", tensor=name,
-                               found=other, remedy="leave one of them out with --exclude")  # fmt: skip
+            raise MappingError(
+                "two stored tensors are the same one of the adapter, and they differ",
+                tensor=name,
+                found=other,
+                remedy="leave one of them out with --exclude",
+            )
 
     for name, tensor in tensors.items():
         plain = _OF_BASE.sub(r"\1", name.removeprefix(PREFIX))
@@ -206,8 +214,9 @@ def by_module(tensors: Mapping[str, LazyTensor]) -> StoredAdapter:
         slot = _slot(factor)
         if getattr(own, slot) is not None:
             _check_single(adapters)
-            raise MappingError("two stored tensors are the same one of the adapter", tensor=name,
-                               found=getattr(own, slot)[0])  # fmt: skip
+            raise MappingError(
+                "two stored tensors are the same one of the adapter", tensor=name, found=getattr(own, slot)[0]
+            )
         setattr(own, slot, (name, tensor))
         own.is_embedding = own.is_embedding or factor["embedding"] is not None
         own.names.append(name)
@@ -219,9 +228,12 @@ def _check_single(adapters: Mapping[str, str]) -> None:
     """Raise MappingError if names of adapters (-> a stored name) are several."""
     if len(adapters) > 1:
         raise MappingError(
-            "holds more than one adapter", tensor=list(adapters.values())[1], expected="one",
-            found=", ".join(list(adapters)[:5]), remedy="leave the others out with --exclude",
-        )  # fmt: skip
+            "holds more than one adapter",
+            tensor=list(adapters.values())[1],
+            expected="one",
+            found=", ".join(list(adapters)[:5]),
+            remedy="leave the others out with --exclude",
+        )
 
 
 def rows_of(module: str, name: str, values: LazyTensor, indices: Mapping[str, tuple[int, ...]]) -> Rows:
@@ -240,9 +252,11 @@ def rows_of(module: str, name: str, values: LazyTensor, indices: Mapping[str, tu
         if pattern in ("", module) or module.endswith(f".{pattern}"):
             return Rows(own, values, name)
     raise UsageError(
-        "the adapter does not say which tokens these rows are of", tensor=name,
-        expected="trainable_token_indices in adapter_config.json", remedy="copy the whole adapter",
-    )  # fmt: skip
+        "the adapter does not say which tokens these rows are of",
+        tensor=name,
+        expected="trainable_token_indices in adapter_config.json",
+        remedy="copy the whole adapter",
+    )
 
 
 def _slot(factor: re.Match[str]) -> str:
@@ -262,9 +276,7 @@ def _of_experts(
     """Every expert's update if the module is one of experts in one parameter, None otherwise."""
     if own.up is None or own.down is None or any(name in places for name in _spellings(module, layers)):
         return None
-    found = expert_updates(
-        module, own.down[1], own.up[1], layers, lambda name: _spellings(name, layers), own.names[0]
-    )  # fmt: skip
+    found = expert_updates(module, own.down[1], own.up[1], layers, lambda name: _spellings(name, layers), own.names[0])
     if found is None:
         return None
     parameter, rank, each = found
@@ -275,8 +287,11 @@ def _of_experts(
     for expert in each:
         operation = expert.item.rule.operation.on_rows()
         if operation is None or (len(expert.item.sources) > 1 and not isinstance(operation, Halves)):
-            raise MappingError("no rule says how an adapter of this parameter is laid out in Megatron",
-                               tensor=own.names[0], found=expert.item.hub)  # fmt: skip
+            raise MappingError(
+                "no rule says how an adapter of this parameter is laid out in Megatron",
+                tensor=own.names[0],
+                found=expert.item.hub,
+            )
         update = LowRank(expert.down, expert.up, factor, names=tuple(own.names))
         if len(expert.item.sources) == 1:
             update = rearranged(update, partial(to_hub, operation, expert.item))
@@ -288,8 +303,9 @@ def _factors(own: StoredModule) -> tuple[LazyTensor, LazyTensor]:
     """A module's first factor and its second, or an error that says which is missing."""
     for slot, tail in (("down", "lora_A"), ("up", "lora_B")):
         if getattr(own, slot) is None:
-            raise MappingError(f"the adapter of this module has no {tail}", tensor=own.names[0],
-                               remedy="copy the whole adapter")  # fmt: skip
+            raise MappingError(
+                f"the adapter of this module has no {tail}", tensor=own.names[0], remedy="copy the whole adapter"
+            )
     assert own.down is not None and own.up is not None
     return own.down[1], own.up[1]
 
@@ -325,10 +341,12 @@ def _check_rows(update: LowRank, shape: tuple[int, ...], item: Instance, layers:
     if len(shape) != 2 or (rows != shape[0] and not padded):
         assert own.up is not None and own.down is not None
         raise MappingError(
-            "the adapter is of another base model", tensor=(own.down if own.is_embedding else own.up)[0],
-            expected=f"{shape[0]} rows by the model's configuration", found=f"{rows} rows",
+            "the adapter is of another base model",
+            tensor=(own.down if own.is_embedding else own.up)[0],
+            expected=f"{shape[0]} rows by the model's configuration",
+            found=f"{rows} rows",
             remedy="give the base model that it was trained on, or its configuration with --config",
-        )  # fmt: skip
+        )
 
 
 def _place(module: str, places: Places, layers: Layers, name: str) -> tuple[Instance, int]:
@@ -340,15 +358,19 @@ def _place(module: str, places: Places, layers: Layers, name: str) -> tuple[Inst
     head, embedding = head_and_embedding(layers.model)
     if f"{module}.weight" == head and layers.model.config.share_embeddings_and_output_weights:
         raise MappingError(
-            "adapts the output layer, which the model shares with its embedding", tensor=name,
-            expected=f"a model whose {head} is not tied to {embedding}", found=module,
+            "adapts the output layer, which the model shares with its embedding",
+            tensor=name,
+            expected=f"a model whose {head} is not tied to {embedding}",
+            found=module,
             remedy="leave the tensors out with --exclude, or untie the base model as it was for training",
-        )  # fmt: skip
+        )
     raise MappingError(
         f"no rule of family {layers.model.family} has a module that this adapts",
-        tensor=name, expected=f"a module such as {some(list(places)[1:3])}", found=module,
+        tensor=name,
+        expected=f"a module such as {some(list(places)[1:3])}",
+        found=module,
         remedy="give the base model that it was trained on, with --config or --family",
-    )  # fmt: skip
+    )
 
 
 def _spellings(module: str, layers: Layers) -> list[str]:
@@ -391,23 +413,28 @@ def _replaced(
         if source is None and stem == head.removesuffix(".weight") and model.config.share_embeddings_and_output_weights:
             raise MappingError(
                 "the adapter has an output layer of its own, and the base model's is tied to its embedding",
-                tensor=stored, expected=f"an untied model of family {model.family}",
+                tensor=stored,
+                expected=f"an untied model of family {model.family}",
                 remedy="merge it with peft, whose model is untied by it, or leave the tensor out with --exclude",
-            )  # fmt: skip
+            )
         if source is None:
             raise MappingError(
-                f"is neither an adapter's factor nor a weight of family {model.family}", tensor=stored,
+                f"is neither an adapter's factor nor a weight of family {model.family}",
+                tensor=stored,
                 expected="...lora_A.weight, ...lora_B.weight, or a weight of the base model",
                 remedy="leave it out with --exclude",
-            )  # fmt: skip
+            )
         item, number = by_source[source]
         shape = item.rule.operation.source_shapes(item.shape, item.config)[number]
         value = tensors[stored]
         if value.shape != shape:
             raise MappingError(
-                "the adapter replaces a weight by one of another shape", tensor=stored, expected=shape,
-                found=value.shape, remedy="convert the base model to hf and merge there, where the vocabulary gets the "
+                "the adapter replaces a weight by one of another shape",
+                tensor=stored,
+                expected=shape,
+                found=value.shape,
+                remedy="convert the base model to hf and merge there, where the vocabulary gets the "
                 "adapter's rows; or resize it as it was resized for training",
-            )  # fmt: skip
+            )
         result.setdefault(item.hub, {})[number] = value
     return result

@@ -105,14 +105,19 @@ def _of_sources(item: Instance, parts: Mapping[str, LowRank]) -> dict[str, LowRa
     operation = item.rule.operation.on_rows()
     names = (next(iter(parts.values())).names or (item.hub,))[0]
     if operation is None or not item.sources or (len(item.sources) > 1 and not operation.parts):
-        raise MappingError("no rule says how an adapter of this weight is laid out in Hugging Face's model",
-                           tensor=names, found=item.hub)  # fmt: skip
+        raise MappingError(
+            "no rule says how an adapter of this weight is laid out in Hugging Face's model",
+            tensor=names,
+            found=item.hub,
+        )
     if len(item.sources) == 1:
         if "" not in parts:
             raise UsageError(
-                f"the family has one module where the adapter has {', '.join(parts)}", tensor=names,
-                expected=f"one update of {item.sources[0]}", remedy="choose --adapter-form fused, which adds the ranks",
-            )  # fmt: skip
+                f"the family has one module where the adapter has {', '.join(parts)}",
+                tensor=names,
+                expected=f"one update of {item.sources[0]}",
+                remedy="choose --adapter-form fused, which adds the ranks",
+            )
         return {item.sources[0]: rearranged(parts[""], partial(from_hub, operation, item, 0))}
     result: dict[str, LowRank] = {}
     for part, update in parts.items():

@@ -167,10 +167,12 @@ def _check_magnitudes(adapter: Adapter, settings: AdapterSettings) -> None:
         return
     every = wanted is not False
     raise MappingError(
-        "the adapter's settings and tensors contradict each other on DoRA", tensor=names[not every],
+        "the adapter's settings and tensors contradict each other on DoRA",
+        tensor=names[not every],
         expected=f"a lora_magnitude_vector in {'every' if every else 'no'} module",
-        found="one without" if every else "one with it", remedy="copy configuration and tensors of one adapter",
-    )  # fmt: skip
+        found="one without" if every else "one with it",
+        remedy="copy configuration and tensors of one adapter",
+    )
 
 
 def scale_of(settings: AdapterSettings, module: str, rank: int, *, exact: bool = True) -> float:
@@ -190,14 +192,18 @@ def scale_of(settings: AdapterSettings, module: str, rank: int, *, exact: bool =
     stated = _matching(settings.ranks, module, settings.rank)
     if alpha is None:
         raise UsageError(
-            "the adapter does not say its alpha, so its scale is not known", expected="adapter_config.json or the like",
+            "the adapter does not say its alpha, so its scale is not known",
+            expected="adapter_config.json or the like",
             remedy=f"give it with --alpha; some libraries take the rank, {rank}, where a file says none",
-        )  # fmt: skip
+        )
     if exact and stated is not None and stated != rank:
         raise MappingError(
-            "the adapter's settings and tensors contradict each other on the rank", tensor=module,
-            expected=stated, found=rank, remedy="copy configuration and tensors of one adapter",
-        )  # fmt: skip
+            "the adapter's settings and tensors contradict each other on the rank",
+            tensor=module,
+            expected=stated,
+            found=rank,
+            remedy="copy configuration and tensors of one adapter",
+        )
     return alpha / math.sqrt(rank) if settings.rank_stabilized else alpha / rank
 
 
@@ -214,8 +220,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     """
     repeats = sum(pattern.count(sign) for sign in "*+{")
     if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)[*+{?]", pattern):
-        raise FormatError("a pattern of module names is too complicated", expected="a module's name",
-                          found=repr(pattern[:80]))  # fmt: skip
+        raise FormatError(
+            "a pattern of module names is too complicated", expected="a module's name", found=repr(pattern[:80])
+        )
     try:
         return re.compile(rf"(.*\.)?({pattern})")
     except re.error as error:

@@ -89,9 +89,11 @@ def _gate(name: str, found: re.Match[str], tensors: Mapping[str, LazyTensor]) ->
     gate, up = tensors.get(f"{found[1]}.{found[2]}"), tensors[name]
     if gate is None or gate.shape != up.shape or gate.dtype != up.dtype:
         raise MappingError(
-            "the other half of a gated projection is missing or different", tensor=name,
-            expected=f"{found[1]}.{found[2]} of shape {up.shape}", found="none" if gate is None else gate.shape,
-        )  # fmt: skip
+            "the other half of a gated projection is missing or different",
+            tensor=name,
+            expected=f"{found[1]}.{found[2]} of shape {up.shape}",
+            found="none" if gate is None else gate.shape,
+        )
 
 
 def _core_name(name: str, stack: str, inside: tuple[tuple[str, str], ...]) -> str:

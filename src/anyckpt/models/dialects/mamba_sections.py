@@ -84,6 +84,8 @@ def _section_rows(mixer: str, tensors: Mapping[str, LazyTensor]) -> dict[str, in
         if inner > 0 and states > 0 and not odd:
             return {"z": inner, "x": inner, "B": states, "C": states, "dt": heads}
     raise MappingError(
-        "the sections of its rows do not follow from the mixer's tensors", tensor=f"{mixer}.in_proj.weight",
-        expected="A_log of heads, in_proj of z, x, B, C, dt and conv1d of x, B, C", found=lengths,
-    )  # fmt: skip
+        "the sections of its rows do not follow from the mixer's tensors",
+        tensor=f"{mixer}.in_proj.weight",
+        expected="A_log of heads, in_proj of z, x, B, C, dt and conv1d of x, B, C",
+        found=lengths,
+    )

@@ -49,8 +49,14 @@ DIALECTS = {
 """The spellings that are written.  ``hub`` is Megatron-LM's and plain Megatron-Core's state dict."""
 
 _PREFIXES = (
-    "", "model.", "module.", "model.module.", "module.module.", "enc_dec_model.", "enc_dec_model.module.",
-)  # fmt: skip
+    "",
+    "model.",
+    "module.",
+    "model.module.",
+    "module.module.",
+    "enc_dec_model.",
+    "enc_dec_model.module.",
+)
 """Wrappers of a module by Megatron's, NeMo's and PyTorch's classes; ``model.module.`` is ``megatron_amp_O2``, and
 ``enc_dec_model.`` is NeMo 1's T5."""
 
@@ -84,14 +90,20 @@ IGNORED = (
 _NORMS = (
     ("input_layernorm", "self_attention.linear_qkv.layer_norm", "self_attention.linear_qkv.weight"),
     ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm", "mlp.linear_fc1.weight"),
-    ("self_attention.q_layernorm", "self_attention.linear_q_up_proj.layer_norm",
-     "self_attention.linear_q_up_proj.weight"),
-    ("self_attention.kv_layernorm", "self_attention.linear_kv_up_proj.layer_norm",
-     "self_attention.linear_kv_up_proj.weight"),
+    (
+        "self_attention.q_layernorm",
+        "self_attention.linear_q_up_proj.layer_norm",
+        "self_attention.linear_q_up_proj.weight",
+    ),
+    (
+        "self_attention.kv_layernorm",
+        "self_attention.linear_kv_up_proj.layer_norm",
+        "self_attention.linear_kv_up_proj.weight",
+    ),
     ("norm", "mixer.in_proj.layer_norm", "mixer.in_proj.weight"),
     ("input_layernorm", "self_attention.layer_norm", "self_attention.weight"),
     ("pre_mlp_layernorm", "mlp.layer_norm", "mlp.weight"),
-)  # fmt: skip
+)
 """Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
 have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
 

@@ -273,8 +273,9 @@ def _scaled(tensor: LazyTensor, factor: float, change: Callable[..., np.ndarray]
     if tensor.dtype.numpy is None:
         raise MappingError(
             "this family's values are scaled on the way, which their type does not allow",
-            expected="floating-point weights", found=tensor.dtype.name,
-        )  # fmt: skip
+            expected="floating-point weights",
+            found=tensor.dtype.name,
+        )
     return Mapped((tensor,), tensor.dtype, Scale(factor, change))
 
 
@@ -296,9 +297,11 @@ class Scale(ElementWise):
             result = self.change(wide, self.factor).astype(values.dtype)
         if np.isinf(result).any() and not np.isinf(values).any():
             raise MappingError(
-                "a weight is too large to be scaled in its type", expected=f"less than {values.dtype.name}'s largest",
-                found=f"{float(np.abs(wide).max()):.4g}", remedy="cast to bf16 or fp32 before",
-            )  # fmt: skip
+                "a weight is too large to be scaled in its type",
+                expected=f"less than {values.dtype.name}'s largest",
+                found=f"{float(np.abs(wide).max()):.4g}",
+                remedy="cast to bf16 or fp32 before",
+            )
         return result
 
 

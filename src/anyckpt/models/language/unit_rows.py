@@ -81,8 +81,9 @@ class UnitRows(Operation):
         if source.dtype.kind != "float" or source.dtype.numpy is None:
             raise MappingError(
                 "this family's rows are brought to length 1, which their type does not allow",
-                expected="floating-point weights", found=source.dtype.name,
-            )  # fmt: skip
+                expected="floating-point weights",
+                found=source.dtype.name,
+            )
         return RowsOfLengthOne(source)
 
     def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:

@@ -102,9 +102,11 @@ def _parts(name: str, tensor: LazyTensor, variant: Variant, indices: tuple[str, 
     axis = -1 if variant.transposed else 1
     if tensor.ndim < 2 or tensor.shape[0] > _MOST_PARTS or tensor.shape[axis] % share:
         raise MappingError(
-            "is not a stack of the model's experts", tensor=name,
-            expected=f"an axis of experts, then one that {share} tensors share", found=tensor.shape,
-        )  # fmt: skip
+            "is not a stack of the model's experts",
+            tensor=name,
+            expected=f"an axis of experts, then one that {share} tensors share",
+            found=tensor.shape,
+        )
     rows = tensor.shape[axis] // share
     parts: dict[str, LazyTensor] = {}
     for number in range(tensor.shape[0]):

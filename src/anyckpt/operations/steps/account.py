@@ -171,6 +171,9 @@ def nothing_to_write(checkpoint: Checkpoint) -> UsageError:
     tensors, objects = len(checkpoint.tensors), len(checkpoint.objects)
     held = f"{tensors} tensors of training state and {objects} objects: {names}" if state else "nothing at all"
     return UsageError(
-        "holds no weights, and the output would be empty", path=checkpoint.path, expected="tensors of a model",
-        found=held, remedy="--optimizer keep carries such state where the target can hold it" if state else None,
-    )  # fmt: skip
+        "holds no weights, and the output would be empty",
+        path=checkpoint.path,
+        expected="tensors of a model",
+        found=held,
+        remedy="--optimizer keep carries such state where the target can hold it" if state else None,
+    )

@@ -69,9 +69,10 @@ def without_adapter(
     """
     if keep_state:
         raise UsageError(
-            "the optimizer's state is that of an adapter's factors", path=checkpoint.path,
+            "the optimizer's state is that of an adapter's factors",
+            path=checkpoint.path,
             remedy="leave the state out with --optimizer drop",
-        )  # fmt: skip
+        )
     if naming.target.adapters == naming.target.name:
         return adapter_inside(checkpoint, request.alpha)
     if request.alpha is not None or naming.dialect is not None:
@@ -96,7 +97,7 @@ def merged_inside(checkpoint: Checkpoint, alpha: float | None, cast: Callable[[s
     left_out = dict.fromkeys((checkpoint.model_prefix + name for name in apart.left_out), _UNTRAINED)
     bare = replace(
         checkpoint, tensors=apart.base, model_prefix="", state_prefixes=(), objects={}, dialect=None, optimizer=None
-    )  # fmt: skip
+    )
     if not apart.adapter:
         note = "the names are those of a model that peft has wrapped: base_layer is taken out of them"
         return Stepped(bare, left_out, (note,))
@@ -125,7 +126,7 @@ def _placed(apart: Wrapped, stored: StoredAdapter, settings: AdapterSettings) ->
                 expected="lora_alpha of the training's LoraConfig",
                 remedy="give it with --alpha; or leave the adapter out with --exclude '*.lora_*', or convert the model "
                 "to safetensors, torch or dcp, which keep names",
-            )  # fmt: skip
+            )
         return scale_of(settings, module, rank)
 
     return placed(stored, apart.adapter, apart.base, settings, scale, find)
@@ -169,9 +170,19 @@ def adapter_inside(checkpoint: Checkpoint, alpha: float | None) -> Stepped:
     tensors |= {PREFIX + name: apart.base[name] for name in apart.trained}
     settings = AdapterSettings("dora" if dora else "lora", rank, alpha, targets=tuple(config["target_modules"]))
     alone = replace(
-        checkpoint, format="peft", tensors=tensors, model_prefix="", state_prefixes=(), objects={}, dialect="peft",
-        config=config, config_kind=None, adapter=settings, optimizer=None, artifacts={},
-    )  # fmt: skip
+        checkpoint,
+        format="peft",
+        tensors=tensors,
+        model_prefix="",
+        state_prefixes=(),
+        objects={},
+        dialect="peft",
+        config=config,
+        config_kind=None,
+        adapter=settings,
+        optimizer=None,
+        artifacts={},
+    )
     stored_names = (name for own, name in apart.names.items() if own not in apart.trained)
     left_out = (checkpoint.model_prefix + name for name in (*stored_names, *apart.left_out))
     return Stepped(alone, dict.fromkeys(left_out, _IN_THE_ADAPTER))

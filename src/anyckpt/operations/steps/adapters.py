@@ -87,9 +87,10 @@ def opened_adapter(
     trained = checkpoint.optimizer is not None or checkpoint.training.has_optimizer
     if names is not None or (optimizer == "keep" and trained):
         raise UsageError(
-            "is an adapter, of which only the tensors are converted", path=checkpoint.path,
+            "is an adapter, of which only the tensors are converted",
+            path=checkpoint.path,
             remedy="leave --names out" if names is not None else "leave --optimizer keep out",
-        )  # fmt: skip
+        )
     return with_alpha(settings, request.alpha)
 
 
@@ -97,11 +98,13 @@ def check_kind(checkpoint: Checkpoint, settings: AdapterSettings) -> None:
     """Raise UsageError unless it is known what an adapter changes."""
     if settings.kind not in KINDS:
         raise UsageError(
-            "the adapter is of a kind that is not understood", path=checkpoint.path, expected="LoRA or DoRA",
+            "the adapter is of a kind that is not understood",
+            path=checkpoint.path,
+            expected="LoRA or DoRA",
             found=settings.kind,
             remedy="merge it into its base with the library that made it; copies to peft, safetensors, torch and dcp "
             "keep it as it is",
-        )  # fmt: skip
+        )
 
 
 def base_model(
@@ -145,9 +148,10 @@ def rename_adapter(
         if dialect is not None:
             check_kind(checkpoint, settings)
             raise UsageError(
-                f"is an adapter, and {target.name} holds models", path=checkpoint.path,
+                f"is an adapter, and {target.name} holds models",
+                path=checkpoint.path,
                 remedy="convert it to peft, nemo, nemo2 or megatron-bridge, or add it to its base with merge-lora",
-            )  # fmt: skip
+            )
         if request != AdapterRequest():
             check_kind(checkpoint, settings)
         if checkpoint.adapter is None:
@@ -163,9 +167,10 @@ def rename_adapter(
     if adapter.rows:
         raise UsageError(
             "the adapter replaces rows of single tokens, which no other form or framework has a place for",
-            path=checkpoint.path, found=next(iter(adapter.rows.values())).popitem()[1].name,
+            path=checkpoint.path,
+            found=next(iter(adapter.rows.values())).popitem()[1].name,
             remedy="merge it into the base with anyckpt merge-lora",
-        )  # fmt: skip
+        )
     notes: list[str] = []
     if target.adapters == "peft":
         if layers is None:
@@ -180,8 +185,14 @@ def rename_adapter(
         named = spellings.from_hub_names(tensors, dialect)
     renamed = replace(
         _configured(described, model, target.config_kind, naming.dtype, notes),
-        tensors=named, model_prefix="", state_prefixes=(), objects={}, dialect=dialect, adapter=told, optimizer=None,
-    )  # fmt: skip
+        tensors=named,
+        model_prefix="",
+        state_prefixes=(),
+        objects={},
+        dialect=dialect,
+        adapter=told,
+        optimizer=None,
+    )
     return unmoved(renamed, notes=tuple(notes))
 
 
@@ -204,8 +215,9 @@ def _settings_lost(settings: AdapterSettings, target: str) -> str:
 def _base_needed(checkpoint: Checkpoint, target: str) -> UsageError:
     return UsageError(
         f"the base model of the adapter is not known, and {target} needs its names, heads and groups",
-        path=checkpoint.path, remedy="give the base model's configuration, or its folder, with --config",
-    )  # fmt: skip
+        path=checkpoint.path,
+        remedy="give the base model's configuration, or its folder, with --config",
+    )
 
 
 def _in_form(
@@ -222,8 +234,9 @@ def _in_form(
         if in_parts and any(update.magnitude is not None for update in adapter.updates.values()):
             raise UsageError(
                 "Megatron's DoRA adapts fused weights as one, at a rank that is the sum of the parts' ranks",
-                path=checkpoint.path, remedy="choose --adapter-form fused, or merge it with anyckpt merge-lora",
-            )  # fmt: skip
+                path=checkpoint.path,
+                remedy="choose --adapter-form fused, or merge it with anyckpt merge-lora",
+            )
         return adapter
     if layers is None:
         raise _base_needed(checkpoint, f"--adapter-form {request.form}")
@@ -295,9 +308,17 @@ def _to_peft(
         notes.append("the adapter does not name its base model: give it to PeftModel.from_pretrained")
     renamed = replace(
         checkpoint,
-        tensors=written.tensors, model_prefix="", state_prefixes=(), objects={}, dialect="peft", optimizer=None,
-        config=config, config_kind=None, tokenizer=checkpoint.tokenizer, adapter=settings,
-    )  # fmt: skip
+        tensors=written.tensors,
+        model_prefix="",
+        state_prefixes=(),
+        objects={},
+        dialect="peft",
+        optimizer=None,
+        config=config,
+        config_kind=None,
+        tokenizer=checkpoint.tokenizer,
+        adapter=settings,
+    )
     return unmoved(renamed, notes=tuple(notes))
 
 

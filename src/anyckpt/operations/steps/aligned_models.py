@@ -185,11 +185,13 @@ def check_same(a: Tensors, b: Tensors, first: str, second: str) -> None:
         other = b[name]
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             raise MappingError(
-                "the checkpoints are not of one model", path=second, tensor=name,
+                "the checkpoints are not of one model",
+                path=second,
+                tensor=name,
                 expected=f"{tensor.dtype.name} {tensor.shape} as in {first}",
                 found=f"{other.dtype.name} {other.shape}",
                 remedy="convert them to one element type first (--dtype)" if tensor.shape == other.shape else None,
-            )  # fmt: skip
+            )
 
 
 def chosen(checkpoint: Checkpoint, first: Checkpoint, choice: Choice) -> Checkpoint:
@@ -222,9 +224,11 @@ def _models(opened: Sequence[Checkpoint], choice: Choice) -> list[Model] | None:
     for model, checkpoint in zip(result, opened, strict=False):
         if model.family != guide[0].family:
             raise MappingError(
-                "is of another model family", path=checkpoint.path, expected=f"{guide[0].family} as {guide[1].path}",
+                "is of another model family",
+                path=checkpoint.path,
+                expected=f"{guide[0].family} as {guide[1].path}",
                 found=model.family,
-            )  # fmt: skip
+            )
     return result if len(result) == len(opened) else None
 
 
@@ -246,8 +250,10 @@ def _unlike(opened: Sequence[Checkpoint], found: Sequence[Model] | None) -> list
         different = compare_configurations(opened[0], checkpoint, known).different
         if different:
             shown = some(f"{setting.name} ({setting.a} and {setting.b})" for setting in different)
-            notes.append(f"the configurations of {opened[0].path} and {checkpoint.path} differ in {shown}: "
-                         "that of the first is written")  # fmt: skip
+            notes.append(
+                f"the configurations of {opened[0].path} and {checkpoint.path} differ in {shown}: "
+                "that of the first is written"
+            )
     return notes
 
 
@@ -262,9 +268,11 @@ def _check_vocabularies(found: Sequence[Model], sources: Sequence[Checkpoint]) -
         (first, a), (second, b) = list(stated.items())[:2]
         raise UsageError(
             "the checkpoints have different vocabularies, and rows beyond the smaller one may be trained",
-            path=b, expected=f"{first} tokens, as {a} has", found=f"{second} tokens",
+            path=b,
+            expected=f"{first} tokens, as {a} has",
+            found=f"{second} tokens",
             remedy="say with --vocab-size how many rows to average: others are left out",
-        )  # fmt: skip
+        )
 
 
 def _trim(hubs: Sequence[Hub], said: int | None) -> list[str]:

@@ -74,16 +74,24 @@ def choose(
     if keep_state:
         raise UsageError(
             "--include chooses training state to be written as weights, which then has no state of its own",
-            path=checkpoint.path, found=some(beside), remedy="leave --optimizer keep out",
-        )  # fmt: skip
+            path=checkpoint.path,
+            found=some(beside),
+            remedy="leave --optimizer keep out",
+        )
     left_out = {name: _UNWANTED for name in checkpoint.tensors if name not in chosen}
     holder = _holder(checkpoint, chosen)
     told = f"--include chooses {len(beside)} tensors that are stored beside the weights, such as {beside[0]}"
     state = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
     chosen_ones = replace(
-        checkpoint, tensors=_without(checkpoint.tensors, left_out), model_prefix=holder, state_prefixes=(),
-        dialect=None, optimizer=None, training=state, warnings=[*checkpoint.warnings, told],
-    )  # fmt: skip
+        checkpoint,
+        tensors=_without(checkpoint.tensors, left_out),
+        model_prefix=holder,
+        state_prefixes=(),
+        dialect=None,
+        optimizer=None,
+        training=state,
+        warnings=[*checkpoint.warnings, told],
+    )
     return Stepped(chosen_ones, left_out)
 
 
@@ -169,19 +177,22 @@ def renamed_choice(
     if naming.target.dialect(naming.options) is not None:
         raise UsageError(
             f"{naming.target.name} holds whole models, and --include and --exclude leave parts of this one out: "
-            f"{error.problem}", path=checkpoint.path,
+            f"{error.problem}",
+            path=checkpoint.path,
             remedy="choose these too, give the configuration of a model without them with --config, or write what is "
             "chosen to safetensors, torch or dcp",
-        )  # fmt: skip
+        )
     kept: dict[str, LazyTensor] = {}
     for name, tensor in whole.checkpoint.tensors.items():
         sources = whole.renaming.sources[name]
         wanted = sources - unwanted.keys()
         if wanted and len(wanted) < len(sources):
             raise UsageError(
-                "is made of tensors of which --include and --exclude leave some out", path=checkpoint.path, tensor=name,
+                "is made of tensors of which --include and --exclude leave some out",
+                path=checkpoint.path,
+                tensor=name,
                 remedy="choose all of them or none",
-            )  # fmt: skip
+            )
         if wanted:
             kept[name] = tensor
     count = f"{len(kept)} of {len(whole.checkpoint.tensors)} tensors"

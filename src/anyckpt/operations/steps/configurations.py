@@ -17,8 +17,12 @@ from anyckpt.models import Model, ModelConfig
 from anyckpt.models.adapters import KINDS, settings_of, spelling_of
 
 _OF_TENSORS = {
-    "dtype", "padded_vocab_size", "make_vocab_size_divisible_by", "share_embeddings_and_output_weights", "extra",
-}  # fmt: skip
+    "dtype",
+    "padded_vocab_size",
+    "make_vocab_size_divisible_by",
+    "share_embeddings_and_output_weights",
+    "extra",
+}
 """What the tensors tell, or a layout: these are compared themselves."""
 _SPELLINGS = {"dtype", "torch_dtype", "rope_theta", "rope_scaling", "rope_parameters", "architectures"}
 _OF_LAYOUT = re.compile(r".*(?:parallel|world_size|padded_vocab_size|vocab_size_divisible_by).*|.*(?:^|_)rank")
@@ -30,9 +34,14 @@ _OF_ADAPTERS_TRAINING = re.compile(
 )
 """Keys of ``adapter_config.json`` that say who wrote it, how it was trained, or what tensors tell by their names."""
 _FIELDS = {
-    "r": "rank", "lora_alpha": "alpha", "use_rslora": "rank_stabilized", "rank_pattern": "ranks",
-    "alpha_pattern": "alphas", "fan_in_fan_out": "fan_in_fan_out", "trainable_token_indices": "token_indices",
-}  # fmt: skip
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "use_rslora": "rank_stabilized",
+    "rank_pattern": "ranks",
+    "alpha_pattern": "alphas",
+    "fan_in_fan_out": "fan_in_fan_out",
+    "trainable_token_indices": "token_indices",
+}
 _ASIDE = WITHOUT_MEANING | _SPELLINGS
 _LONGEST = 80
 _SHOWN = 5

@@ -80,9 +80,15 @@ class LayoutRequest:
     def asks_for_ranks(self) -> bool:
         """Whether any parallel size is said."""
         sizes = (
-            self.tensor_parallel, self.pipeline_parallel, self.virtual_pipeline, self.expert_parallel,
-            self.expert_tensor_parallel, self.first_stage_layers, self.last_stage_layers, self.pipeline_layout,
-        )  # fmt: skip
+            self.tensor_parallel,
+            self.pipeline_parallel,
+            self.virtual_pipeline,
+            self.expert_parallel,
+            self.expert_tensor_parallel,
+            self.first_stage_layers,
+            self.last_stage_layers,
+            self.pipeline_layout,
+        )
         return any(size is not None for size in sizes) or self.account_for_embedding or self.account_for_loss
 
     def over(self, present: Parallelism) -> Parallelism:
@@ -90,10 +96,15 @@ class LayoutRequest:
         stages_change = any(
             value is not None
             for value in (
-                self.pipeline_parallel, self.virtual_pipeline, self.first_stage_layers, self.last_stage_layers,
-                self.pipeline_layout, self.account_for_embedding or None, self.account_for_loss or None,
+                self.pipeline_parallel,
+                self.virtual_pipeline,
+                self.first_stage_layers,
+                self.last_stage_layers,
+                self.pipeline_layout,
+                self.account_for_embedding or None,
+                self.account_for_loss or None,
             )
-        )  # fmt: skip
+        )
         changed: dict[str, Any] = {}
         if stages_change:
             changed = {
@@ -128,17 +139,19 @@ class LayoutRequest:
         if any(number is not None for number in numbers) or self.account_for_embedding or self.account_for_loss:
             raise UsageError(
                 "--pipeline-layout says what each stage has, and other options say so of the first or last one",
-                found=layout, remedy="give one of the two",
-            )  # fmt: skip
+                found=layout,
+                remedy="give one of the two",
+            )
         parts = len(parse_layout(layout))
         chunks = self.virtual_pipeline or max(1, parts // max(1, stages))
         if parts != stages * chunks or (stages == 1 and chunks > 1):
             virtual = f" --vpp {self.virtual_pipeline}" if self.virtual_pipeline is not None else ""
             raise UsageError(
-                "--pipeline-layout and --pp do not fit one another", expected=f"--pp {parts}, or a part of it",
+                "--pipeline-layout and --pp do not fit one another",
+                expected=f"--pp {parts}, or a part of it",
                 found=f"{parts} stages in {layout!r}, and --pp {stages}{virtual}",
                 remedy="give as many stages as --pp, or for virtual stages a multiple of it",
-            )  # fmt: skip
+            )
         return chunks
 
     def described(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -301,9 +314,13 @@ def cut_for_ranks(
         )
     spelling = expert_spelling_from_args(run_words(checkpoint))
     divide = partial(
-        cut, parallelism=parallelism, geometry=geometry, rules=rules, family=partitions(checkpoint, family=family),
+        cut,
+        parallelism=parallelism,
+        geometry=geometry,
+        rules=rules,
+        family=partitions(checkpoint, family=family),
         spelling=spelling,
-    )  # fmt: skip
+    )
     shards: Sequence[RankShard] = divide(checkpoint.tensors, padding=padding, complete=checkpoint.adapter is None)
     optimizer = checkpoint.optimizer
     arguments = args_from_parallelism(parallelism) if checkpoint.config_kind == "megatron-args" else {}
@@ -374,9 +391,12 @@ def _target_geometry(checkpoint: Checkpoint, parallelism: Parallelism) -> Geomet
     if type(true) is int and rows is not None and true > rows:
         raise MappingError(
             "the vocabulary is larger than what is stored",
-            path=checkpoint.path, tensor=EMBEDDING, expected=f"at least {true} rows", found=f"{rows} rows",
+            path=checkpoint.path,
+            tensor=EMBEDDING,
+            expected=f"at least {true} rows",
+            found=f"{rows} rows",
             remedy="give the true --vocab-size",
-        )  # fmt: skip
+        )
     known = type(true) is int and rows is not None and true > 0
     same = checkpoint.layout.tensor_parallel == parallelism.tensor_parallel
     if rows is None or (same and geometry.padded_vocab_size):

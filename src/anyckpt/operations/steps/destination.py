@@ -29,9 +29,11 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
     """
     if (scheme := scheme_of(destination)) is not None:
         raise UsageError(
-            "cannot be written to: only folders and files on a disk can", path=destination, found=f"{scheme}://",
+            "cannot be written to: only folders and files on a disk can",
+            path=destination,
+            found=f"{scheme}://",
             remedy="write it to a disk and copy it there",
-        )  # fmt: skip
+        )
     target = os.path.realpath(destination)
     for source in sources:
         origin = os.path.realpath(file_of(source))

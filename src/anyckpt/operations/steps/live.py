@@ -108,9 +108,7 @@ class Live:
             on_host = plain.device.type == "cpu"
             self._sources[key] = MemorySource(run.numpy()) if on_host else _DeviceSource(torch, run)
         strides = None if plain.is_contiguous() else tuple(plain.stride())
-        return Stored(
-            self._sources[key], plain.storage_offset() * kind.itemsize, kind, tuple(plain.shape), strides
-        )  # fmt: skip
+        return Stored(self._sources[key], plain.storage_offset() * kind.itemsize, kind, tuple(plain.shape), strides)
 
 
 class _DeviceSource(ByteSource):

@@ -96,7 +96,7 @@ class Renaming:
             raise MappingError(
                 f"{len(lacking)} tensors of the model are missing: {some(lacking)}",
                 tensor=next(iter(lacking)) if len(lacking) == 1 else None,
-            )  # fmt: skip
+            )
 
     def _check_copies(self, tensors: Tensors) -> None:
         """Raise MappingError unless weights that are left out as copies of others have the others' tensors."""
@@ -105,9 +105,10 @@ class Renaming:
             for other in used & tensors.keys():
                 if is_equal(self._weights[name], self._weights[other]) and not is_equal(tensors[name], tensors[other]):
                     raise MappingError(
-                        f"differs from that of {other}, though the weight is the same", tensor=name,
+                        f"differs from that of {other}, though the weight is the same",
+                        tensor=name,
                         expected="equal values",
-                    )  # fmt: skip
+                    )
 
 
 class Origin(View):
@@ -157,8 +158,9 @@ def _of(made: LazyTensor, tensors: Tensors, kind: DType) -> LazyTensor:
     if isinstance(made, Origin):
         found = tensors[made.name]
         if found.shape != made.shape:
-            raise MappingError("has another shape than the weight", tensor=made.name, expected=made.shape,
-                               found=found.shape)  # fmt: skip
+            raise MappingError(
+                "has another shape than the weight", tensor=made.name, expected=made.shape, found=found.shape
+            )
         return found
     if isinstance(made, Constant):
         return made if any(made.element) else Constant(kind, made.shape)

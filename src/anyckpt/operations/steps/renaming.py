@@ -102,9 +102,11 @@ class Naming:
         own = self.target.dialect(self.options)
         if self.names is not None and own not in (None, self.names):
             raise UsageError(
-                f"{self.target.name} has names of its own", expected=f"{own} names", found=self.names,
+                f"{self.target.name} has names of its own",
+                expected=f"{own} names",
+                found=self.names,
                 remedy="leave --names out",
-            )  # fmt: skip
+            )
         return own if self.names is None else self.names
 
     @property
@@ -245,10 +247,11 @@ def _by_family(case: _Case) -> Renamed | None:
     model = identify(checkpoint, family=naming.family, config=naming.config)
     if model is None and naming.trims:
         raise UsageError(
-            "which rows are those of the vocabulary is not known without the model's family", path=checkpoint.path,
+            "which rows are those of the vocabulary is not known without the model's family",
+            path=checkpoint.path,
             found=f"--vocab-size {naming.vocabulary.size}",
             remedy="name it with --family and --config, or leave it out",
-        )  # fmt: skip
+        )
     if model is None:
         return None
     try:
@@ -309,9 +312,12 @@ def _by_dialect(case: _Case) -> Renamed | None:
         )
         named = replace(named, config={}, config_kind=None)
     return _renamed(
-        _with_dtype(named, case.naming.dtype), weights, lambda tensors: dialects.rename(tensors, source, wanted)[0],
-        {**state_of(checkpoint), **ignored}, notes,
-    )  # fmt: skip
+        _with_dtype(named, case.naming.dtype),
+        weights,
+        lambda tensors: dialects.rename(tensors, source, wanted)[0],
+        {**state_of(checkpoint), **ignored},
+        notes,
+    )
 
 
 def _of_another_class(checkpoint: Checkpoint, model: Model, naming: Naming) -> Renamed | None:
@@ -337,10 +343,11 @@ def _check_described(checkpoint: Checkpoint, target: Format) -> None:
     if checkpoint.config and checkpoint.config_kind is None:
         raise UsageError(
             "has hyper-parameters of the code that trained it, and no configuration of the model",
-            path=checkpoint.path, expected=f"one that {target.name} or another known format has",
+            path=checkpoint.path,
+            expected=f"one that {target.name} or another known format has",
             found=", ".join(map(str, list(checkpoint.config)[:5])),
             remedy="give the model's own with --config, or convert to safetensors, torch or dcp, which need none",
-        )  # fmt: skip
+        )
 
 
 def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: str) -> Renamed:
@@ -398,9 +405,12 @@ def _check_vocabulary(checkpoint: Checkpoint, hub: Hub) -> None:
         if tensor is not None and true is not None and tensor.shape[0] > max(true, padded or 0):
             raise MappingError(
                 "has more rows than the vocabulary of the configuration",
-                path=checkpoint.path, tensor=rule.hub, expected=f"{true} rows (vocab_size)",
-                found=f"{tensor.shape[0]} rows", remedy="say the true vocabulary with --vocab-size",
-            )  # fmt: skip
+                path=checkpoint.path,
+                tensor=rule.hub,
+                expected=f"{true} rows (vocab_size)",
+                found=f"{tensor.shape[0]} rows",
+                remedy="say the true vocabulary with --vocab-size",
+            )
 
 
 def _with_weights(checkpoint: Checkpoint, weights: dict[str, LazyTensor], dialect: str) -> Checkpoint:

@@ -111,10 +111,16 @@ class _Moments:
     def result(self) -> Statistics:
         some = self.count > 0
         return Statistics(
-            self.low, self.high, self.mean if some else None,
+            self.low,
+            self.high,
+            self.mean if some else None,
             math.sqrt(self.squares / self.count) if some else None,
-            self.zeros, self.nan, self.inf, self.denormals, self.negative_inf,
-        )  # fmt: skip
+            self.zeros,
+            self.nan,
+            self.inf,
+            self.denormals,
+            self.negative_inf,
+        )
 
 
 @dataclass(frozen=True)

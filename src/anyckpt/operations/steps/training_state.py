@@ -57,9 +57,14 @@ def without_state(checkpoint: Checkpoint, left_out: Iterable[str], to: str) -> S
         dropped.setdefault("optimizer", _STATE)
     training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
     bare = replace(
-        checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects=composite, training=training,
+        checkpoint,
+        tensors=weights,
+        model_prefix="",
+        state_prefixes=(),
+        objects=composite,
+        training=training,
         optimizer=None,
-    )  # fmt: skip
+    )
     written_back = checkpoint.written_back if again else frozenset()
     return Stepped(bare, {name: reason for name, reason in dropped.items() if name not in written_back})
 
@@ -102,9 +107,10 @@ def with_state(
     trained = source.optimizer is not None or source.training.has_optimizer
     if trained and renaming.computes:
         raise UsageError(
-            "weights are computed on the way, and the optimizer's moments do not go with them", path=source.path,
+            "weights are computed on the way, and the optimizer's moments do not go with them",
+            path=source.path,
             remedy="leave the state out with --optimizer drop",
-        )  # fmt: skip
+        )
     if moves_state(source, ready, aim.target, aim.cut is not None):
         if aim.cut is None and request.expert_parallel is not None:
             ready = replace(ready, layout=replace(ready.layout, expert_parallel=request.expert_parallel))
@@ -177,9 +183,11 @@ def carry_optimizer(
     if to.optimizer is None or to.optimizer.write is None:
         able = [name for name, known in registry.formats().items() if known.optimizer and known.optimizer.write]
         raise UsageError(
-            f"{to.name} has no place for optimizer state", path=source.path, expected=", ".join(able),
+            f"{to.name} has no place for optimizer state",
+            path=source.path,
+            expected=", ".join(able),
             remedy=DROP,
-        )  # fmt: skip
+        )
     weights = source.weights()
     state = renamed(with_masters(found.optimizer(), weights), renaming)
     step = source.training.step if source.training.step is not None else state.step

@@ -52,10 +52,11 @@ def _config_of_folder(location: Location) -> dict[str, Any]:
         found = read_config(location.join(alone)) or {}
     if not found:
         raise FormatError(
-            "has no configuration", path=location.path,
+            "has no configuration",
+            path=location.path,
             expected=f"a checkpoint's, or one of {', '.join(_CONFIG_FILES)}",
             remedy="give the configuration's file",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -97,7 +98,9 @@ def read_tokenizer(path: str) -> Tokenizer:
         return Tokenizer("huggingface", {name: source})
     if not is_sentencepiece(source):
         raise UsageError(
-            "is not a tokenizer", path=path, expected="a folder, tokenizer.json or a sentencepiece model",
+            "is not a tokenizer",
+            path=path,
+            expected="a folder, tokenizer.json or a sentencepiece model",
             remedy="give the folder that AutoTokenizer loads",
-        )  # fmt: skip
+        )
     return Tokenizer("sentencepiece", {name: source}, name)

@@ -18,8 +18,14 @@ from anyckpt.tensor import LazyTensor, Stored, as_numbers, from_array
 
 _EQUAL_BYTES = 1 << 20
 _BLOCK_ELEMENTS = 1 << 17  # the sum and an operand stay in the processor's cache
-_ACCUMULATORS = {"float16": "float32", "bfloat16": "float32", "float32": "float64", "float64": "float64",
-                 "complex64": "complex128", "complex128": "complex128"}  # fmt: skip
+_ACCUMULATORS = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float64",
+    "float64": "float64",
+    "complex64": "complex128",
+    "complex128": "complex128",
+}
 """What sums are kept in: wider than the elements, so that the mean of equal elements is that element, and is rounded
 once.  Types that are missing here are not averaged: whole numbers and truth values count things, and numbers of 8
 bits and fewer mean nothing without the scale that is stored beside them."""
@@ -92,9 +98,12 @@ def _check_equal(name: str, children: Sequence[LazyTensor], paths: Sequence[str]
         if not all(a.tobytes() == b.tobytes() for a, b in blocks):
             raise MappingError(
                 f"is {child.dtype.name}, which is not averaged, and differs between the checkpoints",
-                path=path, tensor=name, expected=f"the elements of {paths[0]}", found="others",
+                path=path,
+                tensor=name,
+                expected=f"the elements of {paths[0]}",
+                found="others",
                 remedy="leave it out with --exclude",
-            )  # fmt: skip
+            )
 
 
 class Mean(LazyTensor):

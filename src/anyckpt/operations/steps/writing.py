@@ -55,9 +55,15 @@ def write(
     """
     if share is None:
         report = execute(
-            plan, output, overwrite=overwrite, resume=resume, workers=workers, memory=memory, progress=progress,
+            plan,
+            output,
+            overwrite=overwrite,
+            resume=resume,
+            workers=workers,
+            memory=memory,
+            progress=progress,
             source_paths=source_paths,
-        )  # fmt: skip
+        )
         return asdict(report)
     run = SharedRun(
         plan, output, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
