@@ -38,6 +38,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     model.load_state_dict(state, strict=True)
     with torch.no_grad():
         np.save(folder / f"logits_{rank}.npy", model(*inputs()).numpy())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -201,3 +201,5 @@ if __name__ == "__main__":
             found[case["name"]].append(difference(from_distributed(case["whole"], arguments), case["expected"]))
     if rank == 0:
         print(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -14,12 +14,16 @@ RULES = (
     Rule((f"{LAYER}.attention.wqkv.weight",), f"{HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden")),
     Rule((f"{LAYER}.attention.wo.weight",), f"{HUB}.self_attention.linear_proj.weight", ("hidden", "attention")),
     Rule((f"{LAYER}.ffn_norm.weight",), f"{HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
-    Rule((f"{LAYER}.feed_forward.w1.weight", f"{LAYER}.feed_forward.w3.weight"), f"{HUB}.mlp.linear_fc1.weight",
-         ("fc1", "hidden"), GATE_UP),
+    Rule(
+        (f"{LAYER}.feed_forward.w1.weight", f"{LAYER}.feed_forward.w3.weight"),
+        f"{HUB}.mlp.linear_fc1.weight",
+        ("fc1", "hidden"),
+        GATE_UP,
+    ),
     Rule((f"{LAYER}.feed_forward.w2.weight",), f"{HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
     Rule(("model.norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("output.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=untied),
-)  # fmt: skip
+)
 
 FAMILY = Family(
     name="internlm2",

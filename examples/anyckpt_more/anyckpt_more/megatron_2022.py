@@ -21,14 +21,10 @@ DIALECT = Dialect(
     names=(
         ("embedding.word_embeddings.weight", "language_model.embedding.word_embeddings.weight"),
         ("embedding.position_embeddings.weight", "language_model.embedding.position_embeddings.weight"),
-        *(
-            (f"{_HUB}.{hub}{part}", f"{_LAYER}.{own}{part}")
-            for hub, own in _MODULES
-            for part in ("weight", "bias")
-        ),
+        *((f"{_HUB}.{hub}{part}", f"{_LAYER}.{own}{part}") for hub, own in _MODULES for part in ("weight", "bias")),
         ("decoder.final_layernorm.weight", "language_model.encoder.final_layernorm.weight"),
         ("decoder.final_layernorm.bias", "language_model.encoder.final_layernorm.bias"),
         ("output_layer.weight", "language_model.output_layer.weight"),
     ),
     evidence=("language_model.encoder.layers.*.self_attention.query_key_value.weight",),
-)  # fmt: skip
+)
