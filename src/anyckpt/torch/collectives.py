@@ -1,0 +1,168 @@
+"""Small records passed between ranks, with one rule: if one fails, all fail, with its error, and none waits for ever.
+
+``Ranks`` is a group of processes that save or load together.  Whatever may fail on one of them is done inside
+``gather`` or ``together``: the error is passed round instead of the result and raised everywhere.  Without an
+initialised process group there is one rank, and nothing is passed.
+
+A rank that is gone, or does not come, ends the others' wait when the group's time-out is over, with ``RankError``.
+Records travel as pickles between processes of one job, which trust one another as they do in torch's own collectives.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from anyckpt.errors import AnyckptError
+
+T = TypeVar("T")
+
+_hosts: dict[tuple[Any, float | None], Any] = {}
+"""Groups that were made, by the group whose ranks they have and the time-out."""
+
+
+class RankError(AnyckptError):
+    """Another rank failed, or did not come to where all ranks meet."""
+
+
+class Ranks:
+    """The processes that do something together, as one of them sees them.
+
+    Making one is collective where it needs a group of its own (``timeout``, or a group that is of accelerators only).
+
+    Args:
+        group: torch's process group; the whole world if None.
+        timeout: seconds after which a rank that does not come is an error; the group's own time-out if None.
+
+    Attributes:
+        rank: this process's number in the group, from 0; 0 without an initialised process group.
+        size: how many there are.
+        group: torch's group over which records are passed; None without one, or for the world's own.
+    """
+
+    def __init__(self, group: Any = None, *, timeout: float | None = None) -> None:
+        self.group: Any = None
+        self.rank, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+            if self.rank < 0:
+                raise RankError("this process is not of the group that saves or loads", remedy="call it in its ranks")
+            self.group = _for_hosts(group, timeout) if self.size > 1 else group
+
+    def gather(self, make: Callable[[], T], what: str = "") -> list[T]:
+        """What ``make`` gives on each rank, in the order of the ranks, on all of them.
+
+        Args:
+            make: called once on each rank; the result must be picklable.
+            what: is being done, for the message if a rank does not come.
+
+        Raises:
+            AnyckptError: ``make`` raised it on some rank; the first such rank's error, on every rank.
+            RankError: ``make`` raised another error on another rank, or a rank did not come.
+        """
+        if self.size == 1:
+            return [make()]
+        value, error = _tried(make)
+        found: list[tuple[Any, tuple[BaseException | None, str] | None]] = [(None, None)] * self.size
+        own = (value, None) if error is None else (None, _portable(error))
+        try:
+            dist.all_gather_object(found, own, group=self.group)
+        except (RuntimeError, ValueError) as failure:
+            if error is not None:
+                raise error from None
+            raise RankError(
+                f"a rank did not come{' ' * bool(what)}{what}, and this one stops",
+                found=str(failure).splitlines()[0][:200],
+                remedy="look at the other ranks' output: one of them failed or is gone",
+            ) from failure
+        failed = next((number for number, (_, trouble) in enumerate(found) if trouble is not None), None)
+        if failed is not None:
+            if error is not None and failed == self.rank:
+                raise error
+            raise _of_rank(failed, found[failed][1]) from error
+        return [one for one, _ in found]
+
+    def together(self, action: Callable[[], T], what: str = "") -> T:
+        """Do something on every rank, of which each keeps its own result; it is done when it is done on all.
+
+        Raises:
+            AnyckptError: as ``gather``.
+        """
+        kept: list[T] = []
+        self.gather(lambda: kept.append(action()), what)
+        return kept[0]
+
+    def broadcast(self, make: Callable[[], T], source: int = 0, what: str = "") -> T:
+        """What ``make`` gives on one rank, on all of them; it is called only there.
+
+        Raises:
+            AnyckptError: as ``gather``.
+        """
+        found: list[Any] = self.gather(lambda: make() if self.rank == source else None, what)
+        result: T = found[source]
+        return result
+
+    def agree(self, value: T, refuse: Callable[[Sequence[T]], AnyckptError]) -> T:
+        """A value that is the same on all ranks.
+
+        Args:
+            value: this rank's.
+            refuse: makes the error that is raised everywhere if they differ, from all ranks' values.
+
+        Raises:
+            AnyckptError: that error.
+        """
+        found = self.gather(lambda: value)
+        if any(one != found[0] for one in found):
+            raise refuse(found)
+        return value
+
+
+def _tried(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
+def _portable(error: BaseException) -> tuple[BaseException | None, str]:
+    """An error as another process gets it: itself if it is one of ours and can be pickled, and its text."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, AnyckptError):
+        try:
+            pickle.dumps(error)
+            return error, text
+        except Exception:
+            pass
+    return None, text
+
+
+def _of_rank(number: int, trouble: tuple[BaseException | None, str] | None) -> BaseException:
+    error, text = trouble or (None, "")
+    if isinstance(error, AnyckptError):
+        error.problem += f" (on rank {number})"
+        return error
+    return RankError(f"rank {number} failed, and so all stop", found=text, remedy="look at that rank's output")
+
+
+def _for_hosts(group: Any, timeout: float | None) -> Any:
+    """A group of the same ranks that passes what is in the hosts' memory; made once for each group and time-out."""
+    if timeout is None and "gloo" in str(dist.get_backend(group)):
+        return group
+    if timeout is None and "cpu" in str(_config(group)):
+        return group
+    key = (group or dist.group.WORLD, timeout)
+    if key not in _hosts:
+        ranks = None if group is None else dist.get_process_group_ranks(group)
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        _hosts[key] = dist.new_group(ranks, backend="gloo", timeout=limit, use_local_synchronization=ranks is not None)
+    return _hosts[key]
+
+
+def _config(group: Any) -> str:
+    find = getattr(dist, "get_backend_config", None)
+    return "" if find is None else str(find(group))

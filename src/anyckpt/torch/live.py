@@ -1,0 +1,341 @@
+"""What one rank holds of a training job's state, in neutral words, and the way back into it.
+
+``described(state)`` walks a nested state dict and gives a ``LiveState``: *pieces*, boxes of tensors that the whole job
+holds, and *objects*, everything else.  Saving reads the pieces' tensors; loading fills them in place and hands objects
+to their ``put``.  Names are paths joined by dots, as ``torch.distributed.checkpoint`` makes them (torch >= 2.4): every
+mapping is descended into, a list where it holds a tensor or a mapping, and anything else is a leaf.
+
+Kinds of tensors are told apart by ``KINDS``, functions that are asked in turn what a leaf is.  An entity of another
+framework is one more kind; what a kind gives need not be named by its path.
+
+Pieces know nothing of meshes or groups.  What several ranks hold alike is said by ``replica``: None if every rank that
+has the very box has a copy of it (tensors that are no shards), else a number, of which 0 is the copy that counts: a box
+without one is a hole, and one with two is doubled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+
+from anyckpt.dtypes import DType, dtype
+from anyckpt.errors import FormatError, UsageError
+from anyckpt.indexing import Shape
+
+Path = tuple[Any, ...]
+Put = Callable[[Any], None]
+
+_DEEPEST = 100
+
+
+@dataclass(frozen=True)
+class LivePiece:
+    """A box of a tensor that this rank has in memory.
+
+    Attributes:
+        name: the tensor's.
+        dtype: element type.
+        shape: the whole tensor's.
+        offset: index of the box's first element in the whole.
+        tensor: the elements, with as many axes as the whole; a view of the live tensor, into which loading writes.
+        replica: which copy of the box this is, 0 for the one that counts; None if all that have it are alike.
+        resizable: a checkpoint in which the tensor has other lengths is loaded as far as both reach, zeros elsewhere
+            (a vocabulary that is padded for another number of ranks).
+    """
+
+    name: str
+    dtype: DType
+    shape: Shape
+    offset: Shape
+    tensor: torch.Tensor
+    replica: int | None = None
+    resizable: bool = False
+
+    @property
+    def sizes(self) -> Shape:
+        """Elements of the box along each axis."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LiveObject:
+    """What is no tensor.
+
+    Attributes:
+        name: its own in the whole checkpoint.
+        value: what it is now.
+        put: takes what was loaded in its place.
+        replica: as of a piece.
+        cell: for one of a grid of objects: the grid's name, which cell this is, and how many there are along each axis.
+    """
+
+    name: str
+    value: Any
+    put: Put
+    replica: int | None = None
+    cell: tuple[str, Shape, Shape] | None = None
+
+
+@dataclass
+class LiveState:
+    """What one rank has.
+
+    Attributes:
+        pieces: boxes of tensors; a rank may have several of one tensor, and none of some.
+        objects: everything else.
+        paths: name -> keys that lead to it in the nested state, for formats that keep the nesting.
+        finish: called when everything is loaded: what has to be put back as a whole (``load_state_dict``).
+    """
+
+    pieces: list[LivePiece] = field(default_factory=list)
+    objects: list[LiveObject] = field(default_factory=list)
+    paths: dict[str, Path] = field(default_factory=dict)
+    finish: list[Callable[[], None]] = field(default_factory=list)
+
+
+Found = Sequence[LivePiece] | LiveObject
+Kind = Callable[[str, Any, Put], Found | None]
+"""What a leaf is, from its name by path, its value and what replaces it; None if it is of another kind."""
+
+
+def described(state: Mapping[str, Any]) -> LiveState:
+    """What this rank has of a nested state dict.
+
+    What has ``state_dict`` and ``load_state_dict`` at the top (a module, an optimizer) is taken by the first and, when
+    all is loaded, given to the second.
+
+    Raises:
+        UsageError: it is no mapping, two leaves have one name, or a tensor has no elements in memory that can be
+            written.
+    """
+    if not isinstance(state, Mapping):
+        raise UsageError(
+            "there is no mapping of state to save or load",
+            expected="a dictionary of tensors, objects and dictionaries by name",
+            found=f"a {type(state).__name__}",
+            remedy="give the state_dict() of a module",
+        )
+    live = LiveState()
+    for key, value in state.items():
+        put = _setter(state, key)
+        if not isinstance(value, torch.Tensor) and hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+            inner = value.state_dict()
+            live.finish.append(_giver(value, inner))
+            value = inner
+        _walk(live, (key,), value, put)
+    return live
+
+
+def _walk(live: LiveState, path: Path, value: Any, put: Put) -> None:
+    for inner, leaf, replace in _leaves(path, value, put):
+        name = ".".join(map(str, inner))
+        found = _found(name, leaf, replace)
+        if isinstance(found, LiveObject):
+            live.objects.append(found)
+            names = {found.name}
+        else:
+            live.pieces += found
+            names = {piece.name for piece in found}
+        if name in names and name in live.paths:
+            raise UsageError(
+                "two parts of the state have one name",
+                tensor=name,
+                found=f"{list(live.paths[name])} and {list(inner)}",
+                remedy="rename one: names are the keys of the path, joined by dots",
+            )
+        for one in names:
+            live.paths.setdefault(one, inner)
+
+
+def _found(name: str, leaf: Any, put: Put) -> Found:
+    for kind in KINDS:
+        found = kind(name, leaf, put)
+        if found is not None:
+            return found
+    return LiveObject(name, leaf, put)
+
+
+def _leaves(path: Path, value: Any, put: Put) -> Iterator[tuple[Path, Any, Put]]:
+    if len(path) > _DEEPEST:
+        raise UsageError("containers are nested too deep, or hold themselves", expected=f"{_DEEPEST} levels")
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves((*path, key), inner, _setter(value, key))
+    elif isinstance(value, list) and _is_descended(value):
+        for index, inner in enumerate(value):
+            yield from _leaves((*path, index), inner, _setter(value, index))
+    else:
+        yield path, value, put
+
+
+def _is_descended(values: list[Any]) -> bool:
+    """Whether torch's own traversal goes into a list rather than take it as a leaf."""
+    return any(
+        isinstance(inner, (Mapping, torch.Tensor)) or (isinstance(inner, list) and _is_descended(inner))
+        for inner in values
+    )
+
+
+def _setter(container: Any, key: Any) -> Put:
+    def put(value: Any) -> None:
+        if not isinstance(container, (MutableMapping, list)):
+            raise UsageError(
+                "cannot be loaded into a container that does not change",
+                tensor=str(key),
+                found=f"a {type(container).__name__}",
+                remedy="give a dictionary",
+            )
+        container[key] = value
+
+    return put
+
+
+def _giver(owner: Any, state: Any) -> Callable[[], None]:
+    return lambda: owner.load_state_dict(state)
+
+
+# -- kinds of tensors ----------------------------------------------------------------------------------------
+
+
+def of_tensor(name: str, leaf: Any, put: Put) -> Found | None:
+    """A whole tensor of one process: ranks that have it have it alike."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    local = _elements(name, leaf)
+    return [LivePiece(name, _dtype(name, local), tuple(local.shape), (0,) * local.ndim, local)]
+
+
+def of_dtensor(name: str, leaf: Any, put: Put) -> Found | None:
+    """A DTensor: FSDP2, tensor parallelism, meshes of several axes, uneven shards.
+
+    Where a shard of ``_StridedShard`` is several runs of the whole, each is a piece.
+    """
+    if not hasattr(leaf, "device_mesh") or not hasattr(leaf, "placements") or not isinstance(leaf, torch.Tensor):
+        return None
+    dtensor: Any = leaf
+    mesh, coordinate = dtensor.device_mesh, dtensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    shape = tuple(dtensor.shape)
+    runs = [[(0, length)] for length in shape]
+    replica = 0
+    for axis, placement in enumerate(dtensor.placements):
+        count, index = mesh.size(axis), coordinate[axis]
+        if placement.is_partial():
+            raise UsageError(
+                "is a DTensor with partial sums, of which no rank has the elements",
+                tensor=name,
+                remedy="redistribute it to Shard or Replicate",
+            )
+        along = getattr(placement, "dim", None)
+        if along is None:
+            replica = replica * count + index
+        else:
+            runs[along] = shard_runs(runs[along], count, index, getattr(placement, "split_factor", 1))
+    local = _elements(name, dtensor.to_local())
+    kind = _dtype(name, local)
+    return [
+        LivePiece(name, kind, shape, offset, part, replica) for offset, part in _boxes(local, runs) if part.numel()
+    ] or ([LivePiece(name, kind, shape, (0,) * len(shape), local, replica)] if 0 in shape else [])
+
+
+def of_sharded_tensor(name: str, leaf: Any, put: Put) -> Found | None:
+    """A ShardedTensor of torch's first generation (FSDP's ``SHARDED_STATE_DICT``)."""
+    if type(leaf).__name__ != "ShardedTensor" or not hasattr(leaf, "local_shards"):
+        return None
+    shape = tuple(leaf.metadata().size)
+    found = []
+    for shard in leaf.local_shards():
+        local = _elements(name, shard.tensor)
+        offset = tuple(shard.metadata.shard_offsets)
+        found.append(LivePiece(name, _dtype(name, local), shape, offset, local, 0))
+    return found
+
+
+KINDS: list[Kind] = [of_sharded_tensor, of_dtensor, of_tensor]
+"""Asked in turn; what is of none is an object."""
+
+
+def shard_runs(runs: Sequence[tuple[int, int]], count: int, index: int, split_factor: int = 1) -> list[tuple[int, int]]:
+    """The runs (start, length) of an axis that one of ``count`` shards takes of the runs that are given.
+
+    Args:
+        runs: what is divided, in order.
+        count: number of shards; each has the length rounded up, the last ones what is left, as ``torch.chunk``.
+        index: which.
+        split_factor: of ``_StridedShard``: what is given is first divided so, and each part divided into shards.
+    """
+    total = sum(length for _, length in runs)
+    found: list[tuple[int, int]] = []
+    part = -(-total // split_factor)
+    for number in range(split_factor):
+        first, last = min(total, number * part), min(total, (number + 1) * part)
+        step = -(-(last - first) // count)
+        start, stop = min(last, first + index * step), min(last, first + (index + 1) * step)
+        for begin, length in _between(runs, start, stop):
+            if found and sum(found[-1]) == begin:
+                found[-1] = (found[-1][0], found[-1][1] + length)
+            else:
+                found.append((begin, length))
+    return found
+
+
+def _between(runs: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The runs of elements ``[start, stop)``, counted along the runs."""
+    before = 0
+    for begin, length in runs:
+        low, high = max(start, before), min(stop, before + length)
+        if high > low:
+            yield begin + low - before, high - low
+        before += length
+
+
+def _boxes(local: torch.Tensor, runs: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[Shape, torch.Tensor]]:
+    """Where in the whole each box of a local tensor begins, and its elements; runs follow one another in the tensor."""
+    for chosen in product(*(range(len(axis)) for axis in runs)):
+        part = local
+        for axis, number in enumerate(chosen):
+            part = part.narrow(axis, sum(length for _, length in runs[axis][:number]), runs[axis][number][1])
+        yield tuple(runs[axis][number][0] for axis, number in enumerate(chosen)), part
+
+
+def _elements(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its gradient's history, whose elements are in memory.
+
+    Raises:
+        UsageError: they are not, or are more than numbers.
+    """
+    plain = tensor.detach()
+    if type(plain) is torch.nn.Parameter:
+        plain = plain.data
+    problem, remedy = _obstacle(plain)
+    if problem:
+        raise UsageError(problem, tensor=name, remedy=remedy)
+    return plain.resolve_conj().resolve_neg()
+
+
+def _obstacle(tensor: torch.Tensor) -> tuple[str, str]:
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(tensor).__name__}, whose elements only it can tell", "give a plain tensor of its contents"
+    if tensor.device.type == "meta":
+        return "is of the meta device and has no elements", "give it memory first: module.to_empty(device=...)"
+    if tensor.is_quantized:
+        return "is quantized: numbers and their scale", "give int_repr() and q_scale(), or dequantize()"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return f"is of layout {tensor.layout}", "give to_dense(), or its parts"
+    return "", ""
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> DType:
+    try:
+        return dtype(tensor.dtype)
+    except FormatError as error:
+        raise UsageError(error.problem, tensor=name, expected=error.expected) from None
