@@ -1,4 +1,4 @@
-"""The pickle reader against Python's own pickler, malformed streams, and moving windows."""
+"""The pickle reader against Python's own pickler, malformed streams, and a moving buffer."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ def test_the_pickles_at_the_head_of_a_file_of_the_old_torch_format() -> None:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_any_window_size_gives_the_same(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_buffer_size_gives_the_same(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
     value = {"k": [1, 300, 70000, -1, 1 << 80, 2.5, "text", b"bytes", (1, 2, 3, 4), None, True]}
     value["self"] = value["k"]
     data = pickle.dumps(value, protocol)
     for step in range(1, 40):
-        monkeypatch.setattr("anyckpt.pickling.window._STEP", step)
+        monkeypatch.setattr("anyckpt.pickling.buffered._STEP", step)
         assert load(_Source(data), name="t") == value
         for cut in range(0, len(data), 7):
             with pytest.raises(FormatError):

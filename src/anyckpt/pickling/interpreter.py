@@ -10,9 +10,9 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+from anyckpt.pickling.buffered import ShortDataError
 from anyckpt.pickling.opcodes import Machine
 from anyckpt.pickling.records import EMPTY, Global, Record, check_hashable
-from anyckpt.pickling.window import ShortDataError
 
 _u16 = struct.Struct("<H").unpack_from
 _i32 = struct.Struct("<i").unpack_from
@@ -25,25 +25,25 @@ class KeepAllError(Exception):
 
 
 def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
-    """Run the stream from the window's current opcode; gives the object and the offset after STOP.
+    """Run the stream from the buffer's current opcode; gives the object and the offset after STOP.
 
     Args:
-        machine: the window to read from and the caller's functions.
+        machine: the buffer to read from and the caller's functions.
         used: which memo entries may be read back, where MEMOIZE fills the memo; None keeps all.
 
     Raises:
         KeepAllError: ``used`` cannot be relied on; run again with None.
-        Exception: whatever a malformed stream makes Python raise; the window then knows the opcode.
+        Exception: whatever a malformed stream makes Python raise; the buffer then knows the opcode.
     """
-    window = machine.window
+    buffer = machine.buffer
     marks = machine.marks
     memo = machine.memo
     builders = machine.builders
     times = machine.tally.times
     stack: list[Any] = []
     count = 0
-    data = window.data
-    start = at = window.opcode
+    data = buffer.data
+    start = at = buffer.opcode
     try:
         while True:
             try:
@@ -180,16 +180,16 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                         at += 8
                     elif code == 0x2E:  # STOP
                         # Python and torch return the last object and forget what else is left.
-                        return stack.pop(), window.base + at
+                        return stack.pop(), buffer.base + at
                     else:
                         if used is not None and code in (0x67, 0x70):  # GET, PUT
                             raise KeepAllError
                         at, stack = machine.rare(code, at, stack)
             except (IndexError, struct.error, ShortDataError) as problem:
-                window.opcode = start
-                if not window.advance(problem.needed if isinstance(problem, ShortDataError) else None):
+                buffer.opcode = start
+                if not buffer.advance(problem.needed if isinstance(problem, ShortDataError) else None):
                     raise
-                data = window.data
+                data = buffer.data
                 start = at = 0
     finally:
-        window.opcode = start
+        buffer.opcode = start

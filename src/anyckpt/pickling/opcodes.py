@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.pickling.buffered import BufferedPickle, ShortDataError
 from anyckpt.pickling.calls import Tally
 from anyckpt.pickling.rebuild import CONSTRUCTORS, Constructor
 from anyckpt.pickling.records import DictRecord, Global, Record, check_hashable
-from anyckpt.pickling.window import ShortDataError, Window
 
 _MAX_MEMO = 0xFFFFFFFF  # the largest index that LONG_BINPUT can hold
 _MAX_DIGITS = 4300  # decimal conversion takes quadratic time; Python itself stops here
@@ -24,6 +24,7 @@ class Machine:
     __slots__ = (
         "_names",
         "_protocol",
+        "buffer",
         "builders",
         "callers",
         "leave",
@@ -32,17 +33,16 @@ class Machine:
         "persistent_load",
         "size",
         "tally",
-        "window",
     )
 
     def __init__(
         self,
-        window: Window,
+        buffer: BufferedPickle,
         persistent_load: Callable[[Any], Any] | None,
         callers: Mapping[str, Constructor],
         leave: Callable[[int, int], Any] | None = None,
     ) -> None:
-        self.window = window
+        self.buffer = buffer
         self.leave = leave
         self.persistent_load = persistent_load
         self.callers = callers
@@ -140,7 +140,7 @@ class Machine:
     def rare(self, code: int, at: int, stack: list[Any]) -> tuple[int, list[Any]]:
         """Execute an opcode whose operand starts at ``at``; gives the next position and the current stack.
 
-        Operands are decoded before the stack is touched, so that an opcode cut by the end of a window can be
+        Operands are decoded before the stack is touched, so that an opcode cut by the end of a buffer can be
         executed again.
         """
         if code in _COUNTED:
@@ -148,13 +148,13 @@ class Machine:
         if code in _TEXT:
             return self._text(code, at, stack)
         if code == 0x80:  # PROTO
-            self._protocol = self.window.data[at]
+            self._protocol = self.buffer.data[at]
             if self._protocol > 5:
                 raise FormatError("unknown pickle protocol", expected="0 to 5", found=self._protocol)
             return at + 1, stack
         if code == 0x95:  # FRAME
-            length = struct.unpack_from("<Q", self.window.data, at)[0]
-            left = self.window.size - self.window.base - at - 8
+            length = struct.unpack_from("<Q", self.buffer.data, at)[0]
+            left = self.buffer.size - self.buffer.base - at - 8
             if length > left:
                 raise FormatError("a frame reaches past the end", expected=f"at most {left} bytes", found=length)
             return at + 8, stack
@@ -226,16 +226,16 @@ class Machine:
 
     def _counted(self, code: int, at: int, stack: list[Any]) -> tuple[int, list[Any]]:
         """Opcodes whose operand is a length and that many bytes."""
-        data = self.window.data
+        data = self.buffer.data
         layout = _COUNTED[code]
         length = struct.unpack_from(layout, data, at)[0]
         begin = at + struct.calcsize(layout)
         if length < 0:
             raise FormatError("a length is negative", found=length)
         if self.leave is not None and length >= _LONG and code in _BYTES:
-            if begin + length > self.window.size - self.window.base:
+            if begin + length > self.buffer.size - self.buffer.base:
                 raise ShortDataError(begin + length - at)
-            stack.append(self.leave(self.window.base + begin, length))
+            stack.append(self.leave(self.buffer.base + begin, length))
             return begin + length, stack
         if begin + length > len(data):
             raise ShortDataError(begin + length - at)
@@ -253,11 +253,11 @@ class Machine:
         return begin + length, stack
 
     def _line(self, at: int, operand: int) -> tuple[bytes, int]:
-        data = self.window.data
+        data = self.buffer.data
         end = data.find(b"\n", at)
         if end < 0:
-            # The line's end lies beyond the window, who knows where: ask for twice as much, or for all.
-            held, left = len(data) - at, self.window.size - self.window.base - at
+            # The line's end lies beyond the buffer, who knows where: ask for twice as much, or for all.
+            held, left = len(data) - at, self.buffer.size - self.buffer.base - at
             raise ShortDataError(at - operand + (min(2 * held + 1, left) if held < left else left + 1))
         return data[at:end], end + 1
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.pickling import calls
+from anyckpt.pickling.buffered import BufferedPickle, ByteReader, ShortDataError
 from anyckpt.pickling.interpreter import KeepAllError, execute
 from anyckpt.pickling.opcodes import Machine
 from anyckpt.pickling.outline import Outline
 from anyckpt.pickling.rebuild import Constructor
 from anyckpt.pickling.records import Global
-from anyckpt.pickling.window import ByteReader, ShortDataError, Window
 
 _BIG = 1 << 20  # bytes from which a pickle is worth preparations
 _OUTLINED = 16 << 20  # bytes of a pickle that cannot be read which are looked at for calls
@@ -68,19 +68,19 @@ def load_prefix(
 ) -> tuple[Any, int]:
     """As :func:`load`, for a pickle that begins at ``start``; gives the object and the offset after STOP.
 
-    A ``ByteReader`` is read in windows of 256 KiB, so that the pickle at the head of a file of many GB costs
+    A ``ByteReader`` is read in steps of 256 KiB, so that the pickle at the head of a file of many GB costs
     only its own size.  With ``leave``, runs of 4096 bytes and more are not read: it is called with their offset and
     length, and what it gives (which has ``size`` and ``read``) stands for them.
     """
-    window = Window(data, start, name)
+    buffer = BufferedPickle(data, start, name)
     callers = {path: _guarded_constructor(call) for path, call in (constructors or {}).items()}
-    machine = Machine(window, _guarded(persistent_load), callers, leave)
-    used = _used_entries(window.data) if window.whole else None
+    machine = Machine(buffer, _guarded(persistent_load), callers, leave)
+    used = _used_entries(buffer.data) if buffer.whole else None
     try:
         try:
             return _run(machine, used)
         except KeepAllError:
-            machine = Machine(Window(data, start, name), machine.persistent_load, callers, leave)
+            machine = Machine(BufferedPickle(data, start, name), machine.persistent_load, callers, leave)
             return _run(machine, None)
     except AnyckptError:
         _look_further(machine, data, start)
@@ -97,7 +97,7 @@ def _record(machine: Machine) -> None:
     wanted = calls.current()
     if wanted is None:
         return
-    file = machine.window.name
+    file = machine.buffer.name
     wanted.add(machine.tally.found(machine.names), file)
     if machine.tally.unread:
         wanted.unread.setdefault(file, machine.tally.unread)
@@ -164,35 +164,35 @@ def _used_entries(data: bytes) -> bytearray | None:
 
 def _run(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
     """Execute the stream; turn every way in which it can be wrong into a typed error with its offset."""
-    window = machine.window
+    buffer = machine.buffer
     try:
         return execute(machine, used)
     except FormatError as problem:
         if problem.path is not None:
             raise
-        raise _located(window, problem) from None
+        raise _located(buffer, problem) from None
     except (IndexError, struct.error, ShortDataError) as problem:
-        left = window.size - window.base - window.opcode
-        stopped = window.data[window.opcode : window.opcode + 1] == b"."
+        left = buffer.size - buffer.base - buffer.opcode
+        stopped = buffer.data[buffer.opcode : buffer.opcode + 1] == b"."
         if isinstance(problem, IndexError) and (left > 1 or stopped):
-            raise _located(window, FormatError("an opcode needs more objects than the stack holds")) from None
+            raise _located(buffer, FormatError("an opcode needs more objects than the stack holds")) from None
         needed = f"{problem.needed} bytes" if isinstance(problem, ShortDataError) else "more bytes"
         truncated = FormatError("the pickle ends before its STOP opcode", expected=needed, found=f"{max(left - 1, 0)}")
-        raise _located(window, truncated) from None
+        raise _located(buffer, truncated) from None
     except KeyError as problem:
-        raise _located(window, FormatError(f"memo entry {problem} is read but was never stored")) from None
+        raise _located(buffer, FormatError(f"memo entry {problem} is read but was never stored")) from None
     except (ValueError, OverflowError, TypeError, AttributeError, RecursionError, MemoryError) as problem:
-        raise _located(window, FormatError(f"an operand cannot be decoded: {str(problem)[:200]}")) from None
+        raise _located(buffer, FormatError(f"an operand cannot be decoded: {str(problem)[:200]}")) from None
 
 
-def _located(window: Window, problem: FormatError) -> FormatError:
+def _located(buffer: BufferedPickle, problem: FormatError) -> FormatError:
     """The same error with the file's name, the offset of the opcode, and what to do."""
     remedy = "the file is damaged or was made by hand; compare it with its source"
     if isinstance(problem, UnsafeError):
         remedy = "do not open this file with other software before finding out where it came from"
     return type(problem)(
-        f"pickle, byte {window.base + window.opcode}: {problem.problem}",
-        path=window.name,
+        f"pickle, byte {buffer.base + buffer.opcode}: {problem.problem}",
+        path=buffer.name,
         expected=problem.expected,
         found=problem.found,
         remedy=remedy,

@@ -1,4 +1,4 @@
-"""The bytes that a pickle is read from: all of them in memory, or a window that moves over a big file."""
+"""The bytes that a pickle is read from: all of them in memory, or a buffer that moves over a big file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class ByteReader(Protocol):
 
 
 class ShortDataError(Exception):
-    """An operand needs ``needed`` bytes after its opcode, more than the window holds."""
+    """An operand needs ``needed`` bytes after its opcode, more than the buffer holds."""
 
     def __init__(self, needed: int) -> None:
         self.needed = needed
         super().__init__(needed)
 
 
-class Window:
-    """Part of the source held in memory.
+class BufferedPickle:
+    """A pickle, of which a part is held in memory.
 
     Attributes:
         data: the bytes held.
