@@ -22,7 +22,7 @@ from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import look_at
 from anyckpt.models import Model
-from anyckpt.models.hub import as_written
+from anyckpt.models.from_hub import as_written
 from anyckpt.optimizer.parameters import trained
 from anyckpt.tensor import LazyTensor, from_array
 

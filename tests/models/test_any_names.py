@@ -21,8 +21,8 @@ from anyckpt.formats.safetensors import FORMAT
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.families import each_family
-from anyckpt.models.hub import to_hub
 from anyckpt.models.recognise import resemblance
+from anyckpt.models.to_hub import to_hub
 from anyckpt.tensor import Constant, LazyTensor
 
 FAMILIES = list(each_family())

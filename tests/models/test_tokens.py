@@ -16,8 +16,8 @@ from anyckpt.checkpoint import Checkpoint, Tokenizer
 from anyckpt.config.model import ModelConfig
 from anyckpt.formats.nemo import FORMAT as NEMO
 from anyckpt.formats.registry import look_at
-from anyckpt.models.hub import true_vocabulary
 from anyckpt.models.tokens import TokenFacts, token_facts
+from anyckpt.models.vocabulary import true_vocabulary
 from anyckpt.storage import LocalFile, MemorySource
 
 

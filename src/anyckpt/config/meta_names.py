@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 from anyckpt.config.model import ModelConfig
+from anyckpt.config.starred import filled, starred
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor
 
@@ -173,9 +173,9 @@ def family_name(name: str, names: MetaNames) -> tuple[str, str]:
     """What the family calls a stored tensor, and the field of ``Pair.heads``; the name itself if no pair has it."""
     own = meta_name(name)
     for pair in names.pairs:
-        match = _compiled(pair.meta).fullmatch(own)
+        match = starred(pair.meta).fullmatch(own)
         if match is not None:
-            return _fill(pair.family, match.groups()), pair.heads
+            return filled(pair.family, match.groups()), pair.heads
     return name, ""
 
 
@@ -211,9 +211,9 @@ def _respelled(own: str, dialect: str) -> str:
 def _own_name(name: str, names: MetaNames) -> tuple[str, str] | None:
     """Meta's name of one of the family's tensors, and the field of ``Pair.heads``; None if there is none."""
     for pair in names.pairs:
-        match = _compiled(pair.family).fullmatch(name)
+        match = starred(pair.family).fullmatch(name)
         if match is not None:
-            return _fill(pair.meta, match.groups()), pair.heads
+            return filled(pair.meta, match.groups()), pair.heads
     return None
 
 
@@ -241,13 +241,3 @@ def _regrouped(name: str, tensor: LazyTensor, heads: int, pair: tuple[int, int])
     first, second = (half if length < 0 else length for length in pair)
     grouped = tensor.reshape((heads, first, second, *shape[1:]))
     return grouped.permute((0, 2, 1, *range(3, grouped.ndim))).reshape(shape)
-
-
-@cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-
-
-def _fill(pattern: str, indices: tuple[str, ...]) -> str:
-    pieces = pattern.split("*")
-    return pieces[0] + "".join(index + piece for index, piece in zip(indices, pieces[1:], strict=True))

@@ -18,9 +18,11 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.errors import UsageError
 from anyckpt.models.bare_names import bare_names
 from anyckpt.models.families import by_name, known_families
-from anyckpt.models.hub import Hub, Model, Named, from_hub, to_hub
+from anyckpt.models.from_hub import from_hub
+from anyckpt.models.hub import Hub, Model, Named
 from anyckpt.models.identify import KINDS, config_kind, identify, partitions, with_class_defaults
 from anyckpt.models.language.family import Family
+from anyckpt.models.to_hub import to_hub
 
 __all__ = [
     "KINDS",

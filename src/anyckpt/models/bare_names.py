@@ -76,9 +76,10 @@ def bare_names(checkpoint: Checkpoint) -> Bare | None:
         outer = _around(plain.values(), path)
     else:
         found = unwrapped({own: weights[name] for name, own in plain.items()}, family.rules, False)
-        at_home = f".{found.prefix}".endswith(f".{found.base}")
-        outer = found.prefix.removesuffix(found.base) if at_home else ""
-        if found.prefix and not (at_home and all(name.startswith(outer) for name in plain.values())):
+        base, prefix = found.wrapper.base, found.wrapper.prefix
+        at_home = f".{prefix}".endswith(f".{base}")
+        outer = prefix.removesuffix(base) if at_home else ""
+        if prefix and not (at_home and all(name.startswith(outer) for name in plain.values())):
             return None
     wrappers = (*between, *([parallel + outer] if parallel + outer else []))
     stored = {own[len(outer) :]: name for name, own in plain.items()}

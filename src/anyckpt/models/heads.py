@@ -16,8 +16,9 @@ from anyckpt.config.model import PART_OF
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import some
 from anyckpt.models.dialects.wrappers import base_of, unwrapped
-from anyckpt.models.hub import Model, to_hub
+from anyckpt.models.hub import Model
 from anyckpt.models.language.rules import Rule
+from anyckpt.models.to_hub import to_hub
 from anyckpt.tensor import LazyTensor
 
 _HEADS = {
@@ -101,7 +102,7 @@ def trunk_of(checkpoint: Checkpoint, model: Model) -> Trunk | None:
     base, weights = base_of(rules), checkpoint.weights()
     found = unwrapped(weights, rules, False)
     has_own_head = any(not _in_trunk(rule, base) and set(rule.source) & found.tensors.keys() for rule in rules)
-    is_bare = found.base != found.prefix == "" and not has_own_head
+    is_bare = found.wrapper.base != found.wrapper.prefix == "" and not has_own_head
     if is_bare or not kind.endswith(_OWN_HEADS):
         rules = tuple(rule for rule in rules if _in_trunk(rule, base) and not _is_absent(rule, found.tensors))
     if kind.endswith(_ENCODERS):

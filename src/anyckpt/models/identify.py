@@ -20,10 +20,11 @@ from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.before_core import core_names
 from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.families import by_name, each_family
-from anyckpt.models.hub import Model, head_and_embedding, true_vocabulary
+from anyckpt.models.hub import Model, head_and_embedding
 from anyckpt.models.language.family import Family, unrefined
 from anyckpt.models.language.variants import family_names
 from anyckpt.models.tokens import TokenFacts, token_facts
+from anyckpt.models.vocabulary import true_vocabulary
 from anyckpt.tensor import LazyTensor
 
 if TYPE_CHECKING:

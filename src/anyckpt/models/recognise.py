@@ -93,7 +93,7 @@ class _Kind:
         for name in stored:
             explained = _explained(family, by_hub, name)
             hubs.update(explained)
-            if not explained and not any(pattern.fullmatch(name) for pattern in _ignorable(family.name)):
+            if not explained and family.reason_to_ignore(name) is None:
                 self.strange.append(stored[name])
         absent = {rule.hub for rule in rules} - hubs
         needed = sum(_OPTIONAL.fullmatch(hub) is None for hub in absent)
@@ -130,9 +130,3 @@ def _hubs(family: str, by_hub: bool) -> dict[str, list[str]]:
             stored = hubs.setdefault(_INDEX.sub("*", variant.stored), [])
             stored.extend(hubs.get(_INDEX.sub("*", name), ()))
     return hubs
-
-
-@cache
-def _ignorable(family: str) -> list[re.Pattern[str]]:
-    patterns = by_name(family).ignorable
-    return [re.compile(re.escape(pattern).replace(r"\*", r"[^.]+")) for pattern, _ in patterns]

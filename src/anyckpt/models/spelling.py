@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from anyckpt.config.spellings import Variant
+from anyckpt.config.starred import starred
 from anyckpt.models.language.variants import stored_names
 from anyckpt.tensor import LazyTensor
 
@@ -50,8 +50,4 @@ class Spelling:
 
 def variants_of(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
     """A family's variants, those marked as written that tensors under unwrapped names have."""
-    return tuple(replace(variant, written=any(_is_spelled(name, variant) for name in tensors)) for variant in variants)
-
-
-def _is_spelled(name: str, variant: Variant) -> bool:
-    return re.fullmatch(re.escape(variant.stored).replace(r"\*", r"\d+"), name) is not None
+    return tuple(replace(variant, written=any(map(starred(variant.stored).fullmatch, tensors))) for variant in variants)

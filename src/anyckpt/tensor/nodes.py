@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -149,11 +150,14 @@ class Mosaic(LazyTensor):
     def identity(self) -> Identity:
         return self.dtype, self.shape, self.starts, self.stops, self.tiles
 
+    def _touched(self, start: Shape, end: Shape) -> Array:
+        """Numbers of the pieces of which a part is inside a box."""
+        return np.flatnonzero(((self.starts < end) & (self.stops > start)).all(axis=1))
+
     def _overlaps(self, start: Shape, shape: Shape) -> Iterator[tuple[int, list[int], list[int]]]:
         """Number, first index and index past the last of each piece's part inside a box, in the whole's indices."""
         end = tuple(b + n for b, n in zip(start, shape, strict=True))
-        hit = ((self.starts < end) & (self.stops > start)).all(axis=1)
-        for number in np.flatnonzero(hit):
+        for number in self._touched(start, end):
             low = np.maximum(self.starts[number], start)
             high = np.minimum(self.stops[number], end)
             yield int(number), low.tolist(), high.tolist()
@@ -170,7 +174,7 @@ class Mosaic(LazyTensor):
 
     def _box(self, start: Shape, shape: Shape) -> LazyTensor:
         end = tuple(b + n for b, n in zip(start, shape, strict=True))
-        hit = np.flatnonzero(((self.starts < end) & (self.stops > start)).all(axis=1))
+        hit = self._touched(start, end)
         low_corners, high_corners = self.starts[hit], self.stops[hit]
         if len(hit) > 1 and (low_corners >= start).all() and (high_corners <= end).all():
             some = _Some(self.tiles, hit)
@@ -202,7 +206,22 @@ class Mosaic(LazyTensor):
         return Mosaic(self.dtype, shape, self.starts[:, order], self.stops[:, order], tiles)
 
 
-class _Some(Sequence[LazyTensor]):
+class LazySequence(Sequence[LazyTensor]):
+    """Tensors that are made when they are asked for."""
+
+    @abstractmethod
+    def make(self, index: int) -> LazyTensor:
+        """The tensor at an index, which may be negative."""
+
+    @overload
+    def __getitem__(self, index: int) -> LazyTensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LazyTensor]: ...
+    def __getitem__(self, index: int | slice) -> LazyTensor | Sequence[LazyTensor]:
+        return _Some(self, np.arange(len(self))[index]) if isinstance(index, slice) else self.make(index)
+
+
+class _Some(LazySequence):
     """Some of a sequence of pieces, still made only when asked for."""
 
     def __init__(self, pieces: Sequence[LazyTensor], numbers: Array) -> None:
@@ -215,13 +234,7 @@ class _Some(Sequence[LazyTensor]):
     def identity(self) -> Identity:
         return self._pieces, self._numbers
 
-    @overload
-    def __getitem__(self, index: int) -> LazyTensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LazyTensor]: ...
-    def __getitem__(self, index: int | slice) -> LazyTensor | Sequence[LazyTensor]:
-        if isinstance(index, slice):
-            return _Some(self._pieces, self._numbers[index])
+    def make(self, index: int) -> LazyTensor:
         return self._pieces[int(self._numbers[index])]
 
 

@@ -14,7 +14,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.hugging_face import surplus
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.models import Family, Hub, Model
-from anyckpt.models.hub import as_written
+from anyckpt.models.from_hub import as_written
 from anyckpt.models.language.rules import Instance
 from anyckpt.tensor import LazyTensor, from_array
 from anyckpt.testing.observing import facts, require

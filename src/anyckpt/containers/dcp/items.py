@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from threading import Lock
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from anyckpt.indexing import Array, Shape
 from anyckpt.pickling.calls import current, recording
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.zip import RecordSource
-from anyckpt.tensor import LazyTensor, Stored
+from anyckpt.tensor import LazySequence, LazyTensor, Stored
 
 _Kind = tuple[str, Shape, int]
 """Element type and shape of a chunk, and bytes of its item."""
@@ -190,7 +190,7 @@ class ChunkSource(ByteSource):
         return path, start + payload
 
 
-class Chunks(Sequence[LazyTensor]):
+class Chunks(LazySequence):
     """The chunks of one tensor, made when asked for.
 
     Args:
@@ -217,13 +217,7 @@ class Chunks(Sequence[LazyTensor]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> LazyTensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LazyTensor]: ...
-    def __getitem__(self, index: int | slice) -> LazyTensor | Sequence[LazyTensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def make(self, index: int) -> LazyTensor:
         shape = tuple(self._sizes[index].tolist())
         nbytes = self._dtype.itemsize
         for n in shape:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from anyckpt.config.spellings import Variant
+from anyckpt.config.starred import filled, starred
 from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import Layers, LowRank
 from anyckpt.models.language.rules import Instance
@@ -104,17 +105,12 @@ def _parameters(module: str, layers: Layers, experts: int) -> Iterator[tuple[str
 def _indices(variant: Variant, module: str) -> tuple[str, ...] | None:
     if not variant.stacked:
         return None
-    pattern = re.escape(variant.stored.rpartition(".")[0]).replace(r"\*", r"(\d+)")
-    match = re.fullmatch(pattern, module)
+    match = starred(variant.stored.rpartition(".")[0]).fullmatch(module)
     return None if match is None else match.groups()
 
 
 def _names(variant: Variant, indices: tuple[str, ...]) -> tuple[str, ...]:
-    def fill(pattern: str) -> str:
-        pieces = pattern.split("*")
-        return pieces[0] + "".join(index + piece for index, piece in zip(indices, pieces[1:], strict=True))
-
-    return tuple(map(fill, variant.names))
+    return tuple(filled(name, indices) for name in variant.names)
 
 
 @dataclass(frozen=True)
@@ -196,10 +192,7 @@ def _live(module: str, layers: Layers) -> list[str]:
     named = (variant for variant in layers.model.definition.hugging_face.variants if variant.stacked)
     result: dict[str, None] = {}
     for variant in named:
-        pattern = re.escape(variant.names[0].rpartition(".experts.")[0] + ".experts").replace(r"\*", r"(\d+)")
-        match = re.fullmatch(pattern, module)
+        match = starred(variant.names[0].rpartition(".experts.")[0] + ".experts").fullmatch(module)
         if match is not None:
-            pieces = variant.stored.rpartition(".")[0].split("*")
-            filled = (index + piece for index, piece in zip(match.groups(), pieces[1:], strict=True))
-            result[pieces[0] + "".join(filled)] = None
+            result[filled(variant.stored.rpartition(".")[0], match.groups())] = None
     return list(result)[-1:]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+from anyckpt.config.starred import filled, starred
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor
@@ -52,16 +53,16 @@ class OtherDialect:
         """Whether names are spelled so."""
         known = list(names)
         return bool(self.evidence) and all(
-            any(pattern.fullmatch(name) for name in known) for pattern in map(_compiled, self.evidence)
+            any(pattern.fullmatch(name) for name in known) for pattern in map(starred, self.evidence)
         )
 
     @cached_property
     def _spellings(self) -> list[tuple[re.Pattern[str], str]]:
-        return [(_compiled(hub), own) for hub, own in self.names]
+        return [(starred(hub), own) for hub, own in self.names]
 
     @cached_property
     def _meanings(self) -> list[tuple[re.Pattern[str], str]]:
-        return [(_compiled(own), hub) for hub, own in self.names]
+        return [(starred(own), hub) for hub, own in self.names]
 
 
 @cache
@@ -81,17 +82,8 @@ def _renamed(tensors: Mapping[str, LazyTensor], table: list[tuple[re.Pattern[str
     result: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         match, wanted = next(((m, to) for pattern, to in table if (m := pattern.fullmatch(name))), (None, name))
-        key = wanted if match is None else _fill(wanted, match.groups())
+        key = wanted if match is None else filled(wanted, match.groups())
         if key in result:
             raise MappingError("two tensors would have one name", tensor=name, found=key)
         result[key] = tensor
     return result
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-
-
-def _fill(pattern: str, indices: tuple[str, ...]) -> str:
-    pieces = pattern.split("*")
-    return pieces[0] + "".join(index + piece for index, piece in zip(indices, pieces[1:], strict=True))

@@ -7,8 +7,8 @@ transformers 5), or may be saved without its head and so without the prefix of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count, takewhile
 
@@ -23,30 +23,54 @@ _TEXT = "language_model."
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """What is before the names.
+
+    Attributes:
+        base: what the rules' names begin with, but those of the head.
+        prefix: what is stored in place of it.
+        outer: what is stored before the names of the head.
+        heads: first words of the names of the head.
+    """
+
+    base: str = ""
+    prefix: str = ""
+    outer: str = ""
+    heads: frozenset[str] = frozenset()
+
+    def peeled(self, name: str) -> str | None:
+        """A stored name as the family's rules have it; None if it is beside the model."""
+        inside = name[len(self.outer) :]
+        if name.startswith(self.outer) and inside.partition(".")[0] in self.heads:
+            return inside
+        return self.base + name[len(self.prefix) :] if name.startswith(self.prefix) else None
+
+    def around(self, name: str) -> str:
+        """The stored name of a tensor of the family."""
+        return self.prefix + name[len(self.base) :] if name.startswith(self.base) else self.outer + name
+
+
+@dataclass(frozen=True)
 class Unwrapped:
     """Tensors under names as a family's rules have them.
 
     Attributes:
         tensors: of the model, and whatever else is not recognised as another part's.
         others: stored names of other parts, if the model is said to be a part.
-        base: what the rules' names begin with, but those of the head.
-        prefix: what is stored in place of it.
-        outer: what is stored before the names of the head.
+        wrapper: what is stored before the names.
         renamed: stored names of those ``tensors`` that have another name here.
     """
 
     tensors: dict[str, LazyTensor]
-    others: tuple[str, ...] = ()
-    base: str = ""
-    prefix: str = ""
-    outer: str = ""
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...]
+    wrapper: Wrapper
+    renamed: Mapping[str, str]
 
     def stored(self, name: str) -> str:
         """The stored name of a tensor that is called ``name`` here, or that it would have if it is missing."""
         if name in self.tensors:
             return self.renamed.get(name, name)
-        plain = self.prefix + name[len(self.base) :] if name.startswith(self.base) else self.outer + name
+        plain = self.wrapper.around(name)
         ends = [at for at, letter in enumerate(plain, 1) if letter == "."]
         module = next((plain[:end] for end in reversed(ends) if plain[:end] in self._modules), "")
         return self._modules[module] + plain[len(module) :]
@@ -74,14 +98,21 @@ def unwrapped(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part:
         rules: the family's.
         is_part: the model is a part of what is stored, so that what is beside it belongs to other parts.
     """
-    plain: dict[str, str] = {}
-    for name in sorted(tensors, key=lambda name: without_between(name) != name):
-        plain[_free(without_between(name), plain)] = name
-    inner = {name: key for key, name in plain.items()}
-    found = _unprefixed({inner[name]: tensor for name, tensor in tensors.items()}, rules, is_part)
-    stored = {key: plain[found.stored(key)] for key in found.tensors}
-    others = tuple(plain[name] for name in found.others)
-    return replace(found, others=others, renamed={key: name for key, name in stored.items() if key != name})
+    plain = {name: without_between(name) for name in tensors}
+    wrapper = _wrapper_of(set(plain.values()), rules, is_part)
+    wanted = {name: wrapper.peeled(each) for name, each in plain.items()}
+    called: dict[str, str] = {}
+    for name in sorted(tensors, key=lambda name: (wanted[name] is None, plain[name] != name)):
+        key = wanted[name]
+        if key is not None or not is_part:
+            called[_free(plain[name] if key is None else key, called)] = name
+    here = {name: key for key, name in called.items()}
+    return Unwrapped(
+        {here[name]: tensor for name, tensor in tensors.items() if name in here},
+        tuple(name for name in tensors if name not in here),
+        wrapper,
+        {key: name for key, name in called.items() if key != name},
+    )
 
 
 def without_between(name: str) -> str:
@@ -91,29 +122,15 @@ def without_between(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in BETWEEN) or name
 
 
-def _unprefixed(tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], is_part: bool) -> Unwrapped:
+def _wrapper_of(names: Set[str], rules: Iterable[Rule], is_part: bool) -> Wrapper:
     anchor, patterns = _patterns(rules)
     base = _base(anchor, patterns)
-    prefix = _prefix(tensors, anchor, base)
+    prefix = _prefix(names, anchor, base)
     if prefix is None or (prefix == base and not is_part):
-        return Unwrapped(dict(tensors))
+        return Wrapper()
     outside = [pattern for pattern in patterns if base and not pattern.startswith(base)]
-    outer = _outer(tensors, prefix, base, outside)
-    heads = {name.partition(".")[0] for name in outside}
-    wanted: dict[str, str | None] = {}
-    for name in tensors:
-        if name.startswith(outer) and name[len(outer) :].partition(".")[0] in heads:
-            wanted[name] = name[len(outer) :]
-        else:
-            wanted[name] = base + name[len(prefix) :] if name.startswith(prefix) else None
-    others = tuple(name for name, key in wanted.items() if key is None) if is_part else ()
-    called: dict[str, str] = {}
-    for name, key in sorted(wanted.items(), key=lambda item: item[1] is None):
-        if key is not None or not is_part:
-            called[_free(name if key is None else key, called)] = name
-    here = {name: key for key, name in called.items()}
-    kept = {here[name]: tensor for name, tensor in tensors.items() if name in here}
-    return Unwrapped(kept, others, base, prefix, outer, {key: name for key, name in called.items() if key != name})
+    heads = frozenset(name.partition(".")[0] for name in outside)
+    return Wrapper(base, prefix, _outer(names, prefix, base, outside), heads)
 
 
 def base_of(rules: Iterable[Rule]) -> str:
@@ -141,12 +158,12 @@ def _base(anchor: str, patterns: list[str]) -> str:
     return "".join(f"{same[0]}." for same in takewhile(lambda each: len(set(each)) == 1, parts))
 
 
-def _prefix(tensors: Mapping[str, LazyTensor], anchor: str, base: str) -> str | None:
+def _prefix(names: Set[str], anchor: str, base: str) -> str | None:
     """What is stored before the names in place of ``base``; None if that is not clear."""
-    if not anchor or anchor in tensors:
+    if not anchor or anchor in names:
         return base if anchor else None
     tail = anchor[len(base) :]
-    found = [name[: -len(tail)] for name in tensors if name == tail or name.endswith(f".{tail}")]
+    found = [name[: -len(tail)] for name in names if name == tail or name.endswith(f".{tail}")]
     for candidates in (found, [prefix for prefix in found if _TEXT in prefix]):
         shortest = min(candidates, key=len, default=None)
         if shortest is not None and all(prefix.startswith(shortest) for prefix in candidates):
@@ -154,11 +171,11 @@ def _prefix(tensors: Mapping[str, LazyTensor], anchor: str, base: str) -> str | 
     return None
 
 
-def _outer(tensors: Mapping[str, LazyTensor], prefix: str, base: str, outside: list[str]) -> str:
+def _outer(names: Set[str], prefix: str, base: str, outside: list[str]) -> str:
     """What is stored before the names that are outside the base: some leading part of its prefix."""
     parts = prefix.split(".")[:-1]
     for length in range(len(parts), -1, -1):
         outer = "".join(f"{part}." for part in parts[:length])
-        if any(outer + name in tensors for name in outside):
+        if any(outer + name in names for name in outside):
             return outer
     return prefix.removesuffix(base) if f".{prefix}".endswith(f".{base}") else ""

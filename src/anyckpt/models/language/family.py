@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import Spellings
+from anyckpt.config.starred import SEGMENT, starred
 from anyckpt.indexing import Shape
 from anyckpt.models.language.rules import (
     AXES,
@@ -65,6 +66,10 @@ class Family(Spellings):
     @property
     def has_vocabulary(self) -> bool:
         return any(rule.of_vocabulary for rule in self.rules)
+
+    def reason_to_ignore(self, name: str) -> str | None:
+        """Why a stored tensor is of no interest, which carries no weights; None if it is of interest."""
+        return next((why for each, why in self.ignorable if starred(each, SEGMENT).fullmatch(name)), None)
 
     @property
     def partitions(self) -> dict[str, str | Partition]:

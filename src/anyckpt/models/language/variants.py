@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import cache
 
 from anyckpt.config.spellings import Variant
+from anyckpt.config.starred import filled, starred
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
@@ -17,9 +16,9 @@ def name_in_memory(name: str, variants: tuple[Variant, ...]) -> str:
     """What transformers of today calls a tensor of the family once it is loaded."""
     for variant in variants:
         if variant.in_memory and not variant.stacked:
-            match = _compiled(variant.names[0]).fullmatch(name)
+            match = starred(variant.names[0]).fullmatch(name)
             if match is not None:
-                return _fill(variant.stored, match.groups())
+                return filled(variant.stored, match.groups())
     return name
 
 
@@ -31,7 +30,7 @@ def family_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...
     """
     if not variants:
         return dict(tensors)
-    patterns = [(_compiled(variant.stored), variant) for variant in variants]
+    patterns = [(starred(variant.stored), variant) for variant in variants]
     found: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         for pattern, variant in patterns:
@@ -76,11 +75,11 @@ def _written(name: str, variants: tuple[Variant, ...]) -> tuple[str, Variant, tu
     for variant in variants:
         if variant.written:
             for part, pattern in enumerate(variant.names):
-                match = _compiled(pattern).fullmatch(name)
+                match = starred(pattern).fullmatch(name)
                 if match is not None:
                     stars = variant.stored.count("*")
                     place = int(match[stars + 1]) if variant.stacked else 0, part
-                    return _fill(variant.stored, match.groups()[:stars]), variant, place
+                    return filled(variant.stored, match.groups()[:stars]), variant, place
     return None
 
 
@@ -97,7 +96,7 @@ def _stacked(variant: Variant, parts: list[LazyTensor]) -> LazyTensor:
 
 def _parts(name: str, tensor: LazyTensor, variant: Variant, indices: tuple[str, ...]) -> dict[str, LazyTensor]:
     if not variant.stacked:
-        return {_fill(variant.names[0], indices): tensor}
+        return {filled(variant.names[0], indices): tensor}
     share = len(variant.names)
     axis = -1 if variant.transposed else 1
     if tensor.ndim < 2 or tensor.shape[0] > _MOST_PARTS or tensor.shape[axis] % share:
@@ -112,15 +111,5 @@ def _parts(name: str, tensor: LazyTensor, variant: Variant, indices: tuple[str, 
     for number in range(tensor.shape[0]):
         each = tensor[number].transpose() if variant.transposed else tensor[number]
         for part, pattern in enumerate(variant.names):
-            parts[_fill(pattern, (*indices, str(number)))] = each.narrow(0, part * rows, rows)
+            parts[filled(pattern, (*indices, str(number)))] = each.narrow(0, part * rows, rows)
     return parts
-
-
-@cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\*", r"(\d{1,7})"))
-
-
-def _fill(pattern: str, indices: tuple[str, ...]) -> str:
-    pieces = pattern.split("*")
-    return pieces[0] + "".join(index + piece for index, piece in zip(indices, pieces[1:], strict=True))
