@@ -273,6 +273,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         training: where training stood.
         warnings: anything odd that a user should know.
         unloadable: for which of these its own framework refuses to load it; ``verify`` calls that damage.
+        unfinished: whether its software did not come to the end of saving it, as far as that can be told.
         ignored: stored names that carry no weights, with the reason (``_extra_state``, ``inv_freq``).
         details: format-specific facts for ``inspect``, as plain data.
         key_paths: stored name -> where it lies in the nested value that was stored, for tensors and objects of formats
@@ -316,6 +317,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     training: TrainingState = TrainingState()
     warnings: list[str] = field(default_factory=list)
     unloadable: list[str] = field(default_factory=list)
+    unfinished: bool = False
     ignored: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     key_paths: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)

@@ -63,6 +63,10 @@ class FormatError(AnyckptError):
     """A file or directory is missing, truncated, damaged, or not of the format that it claims."""
 
 
+class UnfinishedError(FormatError):
+    """A checkpoint that was being saved, or deleted, when that was interrupted, or still is."""
+
+
 class UnsafeError(FormatError):
     """A file asks for something that a checkpoint has no business asking for (path traversal, links, bombs)."""
 

@@ -94,7 +94,7 @@ def manifest_path(output: str, place: Place = LOCAL) -> str:
 def beside(output: str, place: Place = LOCAL) -> str:
     """Where the manifest of a single-file output lies."""
     parent, name = place.split(output)
-    return place.join(parent or "", f".{name}.anyckpt-manifest.json")
+    return place.join(parent or "", f".{name}{MANIFEST_NAME}")
 
 
 def read_manifest(output: str, place: Place = LOCAL) -> Manifest | None:
@@ -127,18 +127,10 @@ def check_manifest(output: str, manifest: Manifest, place: Place = LOCAL) -> Ite
     that is missing or of another size.
     """
     sources: dict[str, ByteSource] = {}
-    for name, size in manifest.files.items():
-        path = _inside(output, name, place)
-        if path is None:
-            yield None, f"the manifest names {name!r}, which lies outside the output"
-            continue
-        try:
-            source = place.open(path)
-        except FormatError as error:
-            yield None, str(error)
-            continue
-        if source.size != size:
-            yield None, f"{path}: size differs from the manifest (expected {size}, found {source.size})"
+    for name in manifest.files:
+        source, problem = _file_of(output, manifest, name, place)
+        if source is None:
+            yield None, problem
         else:
             sources[name] = source
     there = (entry for entry in manifest.entries if entry.file in sources)
@@ -146,6 +138,28 @@ def check_manifest(output: str, manifest: Manifest, place: Place = LOCAL) -> Ite
         with holding((sources[entry.file], entry.offset, entry.nbytes) for entry in batch if len(batch) > 1):
             checked = [(entry, _problem(entry, sources[entry.file])) for entry in batch]
         yield from checked
+
+
+def check_sizes(output: str, manifest: Manifest, place: Place = LOCAL) -> Iterator[str]:
+    """What is wrong with the files that a manifest lists, as far as their names and sizes tell; reads none of them."""
+    for name in manifest.files:
+        source, problem = _file_of(output, manifest, name, place)
+        if source is None:
+            yield problem
+
+
+def _file_of(output: str, manifest: Manifest, name: str, place: Place) -> tuple[ByteSource | None, str]:
+    """A file of the output, or what is wrong with it: it is missing, or of another size."""
+    path, size = _inside(output, name, place), manifest.files[name]
+    if path is None:
+        return None, f"the manifest names {name!r}, which lies outside the output"
+    try:
+        source = place.open(path)
+    except FormatError as error:
+        return None, str(error)
+    if source.size != size:
+        return None, f"{path}: size differs from the manifest (expected {size}, found {source.size})"
+    return source, ""
 
 
 def _problem(entry: ManifestEntry, source: ByteSource) -> str:

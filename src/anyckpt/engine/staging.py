@@ -25,6 +25,14 @@ from anyckpt.storage.source import forget_open_file
 _EXCHANGE = 2
 _AT_FDCWD = -100
 _JOURNAL = "journal"
+_PARTIAL = ".anyckpt-partial"
+
+
+def destination_of(directory: str) -> str | None:
+    """The path of the output that is prepared in a directory; None if that is no staging directory."""
+    parent, name = os.path.split(directory)
+    inner = name[1:].removesuffix(_PARTIAL)
+    return os.path.join(parent, inner) if name.startswith(".") and name.endswith(_PARTIAL) and inner else None
 
 
 class StagingDirectory(Destination):
@@ -42,7 +50,7 @@ class StagingDirectory(Destination):
         self.destination = os.path.abspath(destination)
         self.overwrite = overwrite
         parent, name = os.path.split(self.destination)
-        self._directory = os.path.join(parent, f".{name}.anyckpt-partial")
+        self._directory = os.path.join(parent, f".{name}{_PARTIAL}")
         self.output = os.path.join(self._directory, "output")
         self._readers: dict[str, JournalReader] = {}
         self._lock = -1
@@ -258,6 +266,21 @@ class StagingDirectory(Destination):
         root = self.destination
         paths = {os.path.join(root, *name.split("/")) if name else root: n for name, n in manifest.files.items()}
         return all(os.path.isfile(path) and os.path.getsize(path) == nbytes for path, nbytes in paths.items())
+
+    def remove_abandoned(self) -> bool:
+        """Remove what processes that are gone left of their work; whether there was any and nobody is at it."""
+        if not os.path.isdir(self._directory):
+            return False
+        descriptor = os.open(os.path.join(self._directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            lock(descriptor, fcntl.LOCK_EX)
+        except BlockingIOError:
+            return False
+        else:
+            shutil.rmtree(self._directory)
+            return True
+        finally:
+            os.close(descriptor)
 
     def close(self, failure: str = "") -> None:
         self._files.close_all()

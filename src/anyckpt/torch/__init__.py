@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from anyckpt.on_demand import on_demand
 
-_WHERE: dict[str, str] = {}
+_WHERE: dict[str, str] = {
+    "Retention": "operations.retention",
+    "clean": "operations.run_upkeep",
+    "latest": "operations.run_folder",
+}
 
 __getattr__, __dir__ = on_demand(__name__, _WHERE)

@@ -18,7 +18,7 @@ from anyckpt.containers.dcp.items import Chunks, ItemTable, LazyObjects, Unread
 from anyckpt.containers.dcp.metadata import Index, ItemPlace, TensorEntry, merge, read_index
 from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
-from anyckpt.errors import AnyckptError, FormatError, UnsafeError
+from anyckpt.errors import AnyckptError, FormatError, UnfinishedError, UnsafeError
 from anyckpt.indexing import Array
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.heads import read_each, whole
@@ -30,6 +30,7 @@ METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata$")
 _TOGETHER = 64  # archives that are far are opened so many at once
 _AGAIN = "copy the checkpoint again from its origin"
+_INDEX = "the index of a distributed checkpoint, which is written last"
 
 
 @dataclass
@@ -112,15 +113,14 @@ def _read_index(folder: Folder, names: set[str]) -> tuple[Index, str]:
         sources = [folder.open(ranks[rank]) for rank in sorted(ranks)]
         indices = read_each(read_index, sources, whole)
         return merge({source.name: index for source, index in zip(sources, indices, strict=True)}), sources[0].name
-    unfinished = any(name.endswith((".distcp", ".metadata.tmp")) for name in names)
-    raise FormatError(
-        "has shards but no .metadata: the save was not finished" if unfinished else "has no .metadata",
-        path=folder.name,
-        expected="the index of a distributed checkpoint, which is written last",
-        remedy="wait for the (asynchronous) save to finish, or use the checkpoint before it"
-        if unfinished
-        else "check the path",
-    )
+    if any(name.endswith((".distcp", ".metadata.tmp")) for name in names):
+        raise UnfinishedError(
+            "has shards but no .metadata: the save was not finished",
+            path=folder.name,
+            expected=_INDEX,
+            remedy="wait for the (asynchronous) save to finish, or use the checkpoint before it",
+        )
+    raise FormatError("has no .metadata", path=folder.name, expected=_INDEX, remedy="check the path")
 
 
 class _Opener:

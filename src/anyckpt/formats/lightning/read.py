@@ -16,7 +16,7 @@ from anyckpt.containers.torch_file.forms import forms_of
 from anyckpt.containers.torch_file.legacy_stream import is_stream
 from anyckpt.containers.torch_file.reader import root_folder
 from anyckpt.containers.torch_file.roles import is_filled
-from anyckpt.errors import AnyckptError, FormatError
+from anyckpt.errors import AnyckptError, FormatError, UnfinishedError
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, META, STATE_DICT, TRAINING_STATE, VERSION
 from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.pickling.plain import simplify, to_plain
@@ -76,7 +76,7 @@ def _read_file(location: Location) -> Checkpoint:
 
 def _read_directory(location: Location) -> Checkpoint:
     if ".metadata" not in location.names:
-        raise FormatError(
+        raise UnfinishedError(
             "has meta.pt but no .metadata: the save was not finished",
             path=location.path,
             remedy="use the checkpoint before it",

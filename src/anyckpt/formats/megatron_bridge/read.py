@@ -9,7 +9,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer
 from anyckpt.config.megatron_bridge import arguments_of
 from anyckpt.containers.torch_file import read_torch
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats import dcp
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
@@ -60,7 +60,7 @@ def read(location: Location) -> Checkpoint:
     warnings: list[str] = []
     inner = location if RUN_CONFIG in location.names else _newest(location, warnings)
     if RUN_CONFIG not in inner.names:
-        raise FormatError(
+        raise UnfinishedError(
             f"has no {RUN_CONFIG}: the save was not finished",
             path=inner.path,
             found=", ".join(inner.names[:5]),
@@ -163,7 +163,8 @@ def _payload(inner: Location, path: str) -> Checkpoint:
     if is_zarr(folder):
         return read_zarr(folder, path=path)
     warnings = check_commit(folder)
-    return read_torch_dist(folder, path=path, warnings=warnings)
+    found = read_torch_dist(folder, path=path, warnings=warnings)
+    return replace(found, unloadable=warnings, unfinished=bool(warnings))
 
 
 def _layout(arguments: Mapping[str, Any], stored: ParallelLayout) -> ParallelLayout:

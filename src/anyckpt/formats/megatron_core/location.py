@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.place import Location
@@ -72,7 +72,7 @@ def _commit(folder: Folder, *, quiet: bool = False) -> dict[str, Any]:
     try:
         source = folder.open(COMMIT)
         if source.size == 0:
-            raise FormatError(
+            raise UnfinishedError(
                 "is empty", path=source.name, remedy="the save was interrupted; use the checkpoint before it"
             )
         value = json.loads(source.read_all(_COMMIT_LIMIT))

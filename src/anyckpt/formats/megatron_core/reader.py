@@ -56,7 +56,8 @@ def read(location: Location) -> Checkpoint:
             )
     folder = inner.folder()
     warnings = check_commit(folder)
-    return replace(read_torch_dist(folder, path=location.path, warnings=warnings), unloadable=warnings)
+    found = read_torch_dist(folder, path=location.path, warnings=warnings)
+    return replace(found, unloadable=warnings, unfinished=bool(warnings))
 
 
 def read_torch_dist(folder: Folder, *, path: str, warnings: list[str] | None = None) -> Checkpoint:

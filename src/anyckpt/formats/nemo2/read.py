@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, TrainingState
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.megatron_core.location import check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
@@ -62,6 +62,7 @@ def read(location: Location) -> Checkpoint:
         )
     folder = location.folder(*inside)
     unloadable = check_commit(folder)
+    unfinished = bool(unloadable)
     weights = read_torch_dist(folder, path=location.path, warnings=unloadable)
     warnings = list(weights.warnings)
     missing: list[str] = []
@@ -88,6 +89,7 @@ def read(location: Location) -> Checkpoint:
         training=_training(weights),
         warnings=warnings,
         unloadable=unloadable,
+        unfinished=unfinished,
         details={
             **weights.details,
             "model_class": _class(config),
@@ -132,7 +134,7 @@ def _refuse_unfinished(location: Location) -> None:
         folder, name = place.split(candidate)
         marker = None if folder is None else place.join(folder, name.removesuffix("-EMA") + _UNFINISHED)
         if marker is not None and place.exists(marker):
-            raise FormatError(
+            raise UnfinishedError(
                 "is unfinished: NeMo was still writing or deleting it",
                 path=location.path,
                 found=marker,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import UnfinishedError
 from anyckpt.storage.place import LOCAL, Location, Place
 
 _SUFFIX = re.compile(r"\.(nemo|ckpt)$")
@@ -33,11 +33,16 @@ def marker_of(place: Place, path: str) -> str | None:
     return marker if marker is not None and place.exists(marker) else None
 
 
+def is_marker(name: str) -> bool:
+    """Whether something is called as the markers are."""
+    return name.endswith(_UNFINISHED)
+
+
 def check_finished(location: Location) -> None:
-    """Raise FormatError if NeMo marked the checkpoint at ``location`` as unfinished."""
+    """Raise UnfinishedError if NeMo marked the checkpoint at ``location`` as unfinished."""
     marker = marker_of(location.place, location.path)
     if marker is not None:
-        raise FormatError(
+        raise UnfinishedError(
             "is marked as unfinished: saving or deleting it was interrupted",
             path=location.path,
             found=marker,
