@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import Inspection, inspect
     from anyckpt.operations.merge_lora import merge_lora
+    from anyckpt.operations.migrate_config import MigratedConfig, migrate_config
     from anyckpt.operations.reshard import reshard
     from anyckpt.operations.save import save
     from anyckpt.operations.steps.cutting import LayoutRequest
@@ -57,6 +58,7 @@ __all__ = [
     "LayoutRequest",
     "LazyTensor",
     "MappingError",
+    "MigratedConfig",
     "MissingLibraryError",
     "OutputError",
     "ParallelLayout",
@@ -75,6 +77,7 @@ __all__ = [
     "formats",
     "inspect",
     "merge_lora",
+    "migrate_config",
     "open",
     "pack",
     "reshard",
@@ -97,6 +100,7 @@ _WHERE = {
     "formats": "formats:",  # a package that can be called
     **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),
     "merge_lora": "operations.merge_lora",
+    **dict.fromkeys(("MigratedConfig", "migrate_config"), "operations.migrate_config"),
     "open": "operations.steps.joining:open_checkpoint",
     "reshard": "operations.reshard",
     "save": "operations.save",

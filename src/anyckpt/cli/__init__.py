@@ -26,6 +26,7 @@ _COMMANDS = {
     "unpack": "Unpack a .nemo archive into a directory.",
     "pack": "Pack a directory into a .nemo archive.",
     "edit": "Change configuration or artifacts of a .nemo archive.",
+    "migrate-config": "Translate a NeMo 1 training file to NeMo 2 or Megatron-Bridge.",
 }
 """Name -> one line of help, so that ``anyckpt --help`` imports no command."""
 

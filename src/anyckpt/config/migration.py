@@ -1,0 +1,351 @@
+"""The settings of a NeMo 1 training file under their names in NeMo 2, and what became of those that have none.
+
+The table is ``data/nemo1_settings.yaml``; here are the values that change on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from anyckpt.config.defaults import of_class
+from anyckpt.config.interpolation import resolve
+from anyckpt.config.nemo import _ACTIVATIONS as ACTIVATIONS
+from anyckpt.config.nemo import _FUNCTIONS as FUNCTIONS
+from anyckpt.config.nemo import _NORMS as NORMALIZATIONS
+from anyckpt.plain_yaml import load_yaml_mapping
+
+Outcome = Literal["carried", "unset", "elsewhere", "gone", "not given", "unresolved", "unknown"]
+MISSING = "???"
+"""What OmegaConf takes for a value that must be given on the command line."""
+
+_PRECISIONS = {"16": "16-mixed", "fp16": "16-mixed", "bf16": "bf16-mixed", "32": "32", "fp32": "32"}
+_OPTIMIZERS = {
+    "adam": ("adam", False),
+    "adamw": ("adam", False),
+    "fused_adam": ("adam", False),
+    "megatron_fused_adam": ("adam", False),
+    "distributed_fused_adam": ("adam", True),
+    "mcore_distributed_optim": ("adam", True),
+    "sgd": ("sgd", False),
+}
+_SCHEDULERS = """
+    WarmupPolicy WarmupHoldPolicy SquareAnnealing SquareRootAnnealing NoamAnnealing NoamHoldAnnealing WarmupAnnealing
+    InverseSquareRootAnnealing T5InverseSquareRootAnnealing PolynomialDecayAnnealing PolynomialHoldDecayAnnealing
+    CosineAnnealing
+""".split()
+_RESTORE = "nemo.lightning.pytorch.strategies.utils.RestoreConfig"
+_ON_TOP = "model.mcore_customization_config."
+_STATE_SPACE = ("hybrid_override_pattern", "mamba_num_groups")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a NeMo 1 file and what becomes of it.
+
+    Attributes:
+        key: its dotted name.
+        value: as written, interpolations resolved.
+        did: what it does in NeMo 1; empty if that is not known.
+        outcome: "carried" to ``arguments``; "unset": null there, so that nothing is passed; "elsewhere" or "gone"
+            with the reason in ``note``; "not given": it must be given where the script is started; "unresolved": what
+            it stands for is not in the file; "unknown" to this table.
+        arguments: (section, argument) -> value in NeMo 2.
+        note: what has taken its place, or why nothing does it.
+        warnings: what to look at.
+        bridge: argument of Megatron-Bridge's ``CheckpointConfig`` -> value.
+        bridge_warning: what to look at there.
+        saver: option of ``anyckpt.torch`` -> value.
+    """
+
+    key: str
+    value: Any
+    did: str = ""
+    outcome: Outcome = "unknown"
+    arguments: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    note: str = ""
+    warnings: tuple[str, ...] = ()
+    bridge: Mapping[str, Any] = field(default_factory=dict)
+    bridge_warning: str = ""
+    saver: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Default:
+    """A checkpoint setting that the file does not have.
+
+    Attributes:
+        key: its dotted name in NeMo 1.
+        argument: section and argument in NeMo 2.
+        was: what NeMo 1 took.
+        now: what NeMo 2 takes.
+    """
+
+    key: str
+    argument: tuple[str, str]
+    was: Any
+    now: Any
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A NeMo 1 training file in NeMo 2's words.
+
+    Attributes:
+        settings: every setting of the file, in its order; what overrides others comes last.
+        classes: section -> the class whose arguments it has.
+        defaults: checkpoint settings that the file does not have.
+    """
+
+    settings: tuple[Setting, ...]
+    classes: Mapping[str, str]
+    defaults: tuple[Default, ...]
+
+
+def migrate(config: Mapping[str, Any]) -> Migration:
+    """What becomes of every setting of a NeMo 1 training file.
+
+    Args:
+        config: the file as plain data, interpolations as they are written, the model's settings under ``model``.
+    """
+    resolved, troubles = resolve(config)
+    table = _table()
+    classes = dict(table["classes"])
+    settings = []
+    for key, value in _leaves(resolved, ()):
+        if key in troubles:
+            known = _row(key)
+            settings.append(Setting(key, value, known.get("did", ""), "unresolved", note=troubles[key]))
+        else:
+            settings.append(_migrated(key, value, resolved))
+    on_top = [item for item in settings if item.key.startswith(_ON_TOP)]
+    settings = [item for item in settings if not item.key.startswith(_ON_TOP)] + on_top
+    scheduler = next((item for item in settings if item.key == "model.optim.sched.name"), None)
+    if scheduler is not None and scheduler.value in _SCHEDULERS:
+        classes["scheduler"] = f"nemo.lightning.pytorch.optim.{scheduler.value}Scheduler"
+    if any(name in _STATE_SPACE for item in settings for _, name in item.arguments):
+        classes["model"] = "nemo.collections.llm.SSMConfig"
+    said = {item.key for item in settings}
+    defaults = [
+        Default(key, tuple(row["to"].split(".", 1)), row["was"], row["now"])
+        for key, row in table["settings"].items()
+        if "now" in row and key not in said
+    ]
+    return Migration(tuple(settings), classes, tuple(defaults))
+
+
+def table_keys() -> list[str]:
+    """The names and patterns of the table."""
+    return list(_table()["settings"])
+
+
+@cache
+def _table() -> dict[str, Any]:
+    path = Path(__file__).parent / "data" / "nemo1_settings.yaml"
+    return load_yaml_mapping(path.read_bytes(), str(path))
+
+
+def _leaves(value: Mapping[str, Any], at: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        path = (*at, str(name))
+        if isinstance(item, Mapping) and item:
+            yield from _leaves(item, path)
+        else:
+            yield ".".join(path), None if isinstance(item, Mapping) else item
+
+
+def _row(key: str) -> Mapping[str, Any]:
+    """What the table says of a name: by itself, else by the first pattern that it has."""
+    # Scripts that only run a model have its parallel sizes at the top.
+    return _matched(key) or ({} if "." in key else _matched(f"model.{key}"))
+
+
+def _matched(key: str) -> Mapping[str, Any]:
+    rows: Mapping[str, Mapping[str, Any]] = _table()["settings"]
+    if key in rows:
+        return rows[key]
+    parts = key.split(".")
+    for pattern, row in rows.items():
+        wanted = pattern.split(".")
+        if wanted[-1] == "**" and len(parts) >= len(wanted):
+            wanted, shown = wanted[:-1], parts[: len(wanted) - 1]
+        else:
+            shown = parts
+        if len(shown) == len(wanted) and all(map(fnmatchcase, shown, wanted)):
+            return row
+    return {}
+
+
+def _migrated(key: str, value: Any, config: Mapping[str, Any]) -> Setting:
+    row = _row(key)
+    setting = Setting(key, value, row.get("did", ""))
+    if not row:
+        return setting
+    warnings = [row["warn"]] if "warn" in row and _is_meant(row, value) else []
+    note = "; ".join(row[word] for word in ("gone", "elsewhere") if word in row)
+    if value == MISSING:
+        return replace(setting, outcome="not given", note="to be given where the script is started")
+    if "to" not in row:
+        outcome: Outcome = "gone" if "gone" in row else "elsewhere"
+        return replace(setting, outcome=outcome, note=note, warnings=tuple(warnings) if _says_something(value) else ())
+    if value is None or ("needs" in row and not _found(config, row["needs"])):
+        return replace(setting, outcome="unset")
+    section, _, argument = row["to"].partition(".")
+    if argument.endswith("*"):
+        argument = key.rpartition(".")[2]
+    change = _CHANGES.get(row.get("as", ""))
+    arguments = {(section, argument): value}
+    if change is not None:
+        arguments, more = change((section, argument), value, config)
+        warnings += more
+    if (
+        section == "model"
+        and row["to"].endswith("*")
+        and argument not in {**of_class("nemo2", "GPTConfig"), **_model_arguments()}
+    ):
+        warnings.append(f"GPTConfig has no field {argument}: a class of its own may have")
+    plain = next(iter(arguments.values()), None)
+    bridged = not value if row.get("as_bridge") == "negated" else plain
+    return replace(
+        setting,
+        outcome="carried" if arguments else "unset",
+        arguments=arguments,
+        warnings=tuple(warnings),
+        bridge={row["bridge"]: bridged} if "bridge" in row and arguments else {},
+        bridge_warning=row.get("bridge_warn", ""),
+        saver={row["saver"]: plain} if "saver" in row and arguments else {},
+    )
+
+
+def _is_meant(row: Mapping[str, Any], value: Any) -> bool:
+    if "when" in row:
+        return bool(value == row["when"])
+    return "unless" not in row or bool(value != row["unless"])
+
+
+def _found(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+@cache
+def _model_arguments() -> dict[str, str]:
+    """Arguments of the model's configuration that the table has, some of which have no default."""
+    targets = [row["to"].partition(".") for row in _table()["settings"].values() if "to" in row]
+    return {argument: section for section, _, argument in targets if section == "model"}
+
+
+def _says_something(value: Any) -> bool:
+    return value not in (None, False, "", [])
+
+
+# -- values that change -------------------------------------------------------------------------------------------
+
+_Name = tuple[str, str]
+_Changed = tuple[dict[_Name, Any], list[str]]
+
+
+def _precision(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    spelled = str(value)
+    known = _PRECISIONS.get(spelled.partition("-")[0])
+    if known is None:
+        return {}, [f"MegatronMixedPrecision has no precision {spelled}"]
+    changed = [] if spelled.endswith("-mixed") or known == "32" else [f"{spelled} is spelled {known}"]
+    return {name: known}, changed
+
+
+def _checkpoint_format(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    if value == "zarr":
+        return {name: value}, ["zarr is deprecated: say torch_dist; checkpoints in zarr are still read"]
+    known = ("torch_dist", "fsdp_dtensor")
+    return {name: value}, [] if value in known else [f"NeMo 2 has no checkpoint format {value}"]
+
+
+def _number(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    try:
+        return {name: float(value) if isinstance(value, str) else value}, []
+    except ValueError:
+        return {name: value}, [f"{value} is no number"]
+
+
+def _normalization(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    known = NORMALIZATIONS.get(str(value).lower())
+    if known is None:
+        return {}, [f"Megatron-Core has no norm {value}"]
+    centered = {("model", "layernorm_zero_centered_gamma"): True} if known[1] else {}
+    return {name: known[0], **centered}, []
+
+
+def _activation(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    known = ACTIVATIONS.get(str(value))
+    if known is None:
+        return {}, [f"NeMo 2 has no activation {value}"]
+    gate = {("model", "gated_linear_unit"): True} if known[1] else {}
+    return {name: _reference(FUNCTIONS[known[0]]), **gate}, []
+
+
+def _openai_gelu(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    return ({name: _reference(FUNCTIONS["gelu_tanh"])} if value else {}), []
+
+
+def _fp8(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    """One argument for three switches, said once however many of them are on."""
+    model = config.get("model")
+    asked: Mapping[str, Any] = model if isinstance(model, Mapping) else {}
+    if not value or not asked.get("fp8"):
+        return {}, []
+    if asked.get("fp8_e4m3"):
+        return {name: "e4m3"}, []
+    return {name: "hybrid"}, []
+
+
+def _fsdp(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    return ({name: "pytorch"} if value else {}), []
+
+
+def _interval(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    return ({name: value} if value else {}), []
+
+
+def _betas(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    if not isinstance(value, list) or len(value) != 2:
+        return {}, ["Adam has two rates"]
+    return {name: value[0], ("optimizer", "adam_beta2"): value[1]}, []
+
+
+def _optimizer(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    known = _OPTIMIZERS.get(str(value))
+    if known is None:
+        return {}, [f"Megatron-Core has no optimizer {value}: adam, sgd or muon"]
+    shared = {("optimizer", "use_distributed_optimizer"): True} if known[1] else {}
+    return {name: known[0], **shared}, []
+
+
+def _restore(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
+    return {name: {"_target_": _RESTORE, "path": value}}, []
+
+
+def _reference(target: str) -> dict[str, Any]:
+    return {"_target_": target, "_call_": False}
+
+
+_CHANGES: Mapping[str, Callable[[_Name, Any, Mapping[str, Any]], _Changed]] = {
+    "precision": _precision,
+    "checkpoint_format": _checkpoint_format,
+    "number": _number,
+    "normalization": _normalization,
+    "activation": _activation,
+    "openai_gelu": _openai_gelu,
+    "fp8": _fp8,
+    "fsdp": _fsdp,
+    "interval": _interval,
+    "betas": _betas,
+    "optimizer": _optimizer,
+    "restore": _restore,
+}

@@ -1,0 +1,251 @@
+"""Every setting of NeMo 1's training files has an outcome, and arguments that the new classes have."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support import fixture_path
+
+from anyckpt.config.interpolation import resolve
+from anyckpt.config.migration import Setting, migrate
+from anyckpt.errors import FormatError, UsageError
+from anyckpt.operations.migrate_config import migrate_config
+from anyckpt.plain_yaml import load_yaml_mapping
+
+KEYS = fixture_path("nemo1_settings/keys.txt").read_text().split()
+"""The settings of every file in NeMo 1.23's and 2.0's ``examples/nlp/language_modeling/conf``."""
+
+STRATEGY = """
+    tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
+    sequence_parallel expert_model_parallel_size moe_extended_tp expert_tensor_parallel_size ckpt_load_optimizer
+    ckpt_save_optimizer ddp fsdp use_te_rng_tracker use_sharp save_ckpt_format ckpt_async_save ckpt_torch_dist_multiproc
+    ckpt_assume_constant_structure ckpt_parallel_save ckpt_parallel_save_within_dp ckpt_parallel_load
+    ckpt_parallel_save_optim ckpt_load_directly_on_device ckpt_load_strictness use_tp_pp_dp_mapping
+    nccl_communicator_config_path
+""".split()
+"""Arguments of NeMo 2.5's ``MegatronStrategy`` that NeMo 1 has settings for."""
+
+OTHERS = {
+    "resume": "restore_config resume_from_directory resume_from_path resume_if_exists resume_past_end"
+    " resume_ignore_no_checkpoint",
+    "logger": "name log_dir explicit_log_dir version use_datetime_version log_local_rank_0_only log_global_rank_0_only"
+    " files_to_copy",
+    "precision": "precision grad_reduce_in_fp32 fp8 fp8_margin fp8_amax_history_len fp8_amax_compute_algo"
+    " fp8_dot_product_attention fp8_param_gather fp16_initial_loss_scale fp16_loss_scale_window fp16_hysteresis",
+    "data": "paths seq_length micro_batch_size global_batch_size rampup_batch_size num_workers reset_position_ids"
+    " reset_attention_mask eod_mask_loss seed split index_mapping_dir num_dataset_builder_threads dataloader_type"
+    " mmap_bin_files",
+    "scheduler": "max_steps warmup_steps constant_steps min_lr warmup_ratio",
+    "overlap": "tp_comm_overlap tp_comm_overlap_cfg overlap_p2p_comm batch_p2p_comm",
+    "garbage_collection": "gc_interval_train",
+    "profiling": "start_step end_step ranks gen_shape",
+}
+
+
+def nested(pairs: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs.items():
+        *path, last = key.split(".")
+        here = found
+        for part in path:
+            here = here.setdefault(part, {})
+            if not isinstance(here, dict):
+                break
+        else:
+            here[last] = value
+    return found
+
+
+def outcome(pairs: dict[str, Any], key: str | None = None) -> Setting:
+    settings = {item.key: item for item in migrate(nested(pairs)).settings}
+    return settings[key or next(iter(pairs))]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_setting_of_nemos_own_files_is_known(key: str) -> None:
+    found = outcome({key: "x"})
+    assert found.outcome != "unknown" and found.did
+    assert found.arguments or found.note or found.outcome in ("unset", "carried")
+
+
+def test_arguments_are_those_of_the_classes() -> None:
+    everything = nested(
+        dict.fromkeys([*KEYS, *(f"model.{key}" for key in ("use_te_rng_tracker", "context_parallel_size"))], 1)
+    )
+    found: dict[str, set[str]] = {}
+    for item in migrate(everything).settings:
+        for section, argument in item.arguments:
+            found.setdefault(section, set()).add(argument)
+    assert found["strategy"] <= set(STRATEGY) and len(found["strategy"]) > 14
+    for section, names in OTHERS.items():
+        assert found.get(section, set()) <= set(names.split()), section
+
+
+def test_checkpoint_settings() -> None:
+    done = migrate(
+        nested({"model.dist_ckpt_format": "zarr", "model.dist_ckpt_load_on_device": True, "model.num_layers": 2})
+    )
+    zarr, device, _ = done.settings
+    assert zarr.arguments == {("strategy", "save_ckpt_format"): "zarr"} and "deprecated" in zarr.warnings[0]
+    assert device.arguments == {("strategy", "ckpt_load_directly_on_device"): True}
+    missing = {item.key: (item.was, item.now) for item in done.defaults}
+    assert missing["model.dist_ckpt_parallel_save"] == (False, True)
+    assert "model.dist_ckpt_format" not in missing
+
+
+@pytest.mark.parametrize(
+    ("pairs", "arguments"),
+    [
+        ({"trainer.precision": "bf16"}, {("precision", "precision"): "bf16-mixed"}),
+        ({"trainer.precision": 32}, {("precision", "precision"): "32"}),
+        (
+            {"model.normalization": "layernorm1p"},
+            {("model", "normalization"): "LayerNorm", ("model", "layernorm_zero_centered_gamma"): True},
+        ),
+        (
+            {"model.activation": "fast-swiglu"},
+            {
+                ("model", "activation_func"): {"_target_": "torch.nn.functional.silu", "_call_": False},
+                ("model", "gated_linear_unit"): True,
+            },
+        ),
+        ({"model.optim.betas": [0.9, 0.95]}, {("optimizer", "adam_beta1"): 0.9, ("optimizer", "adam_beta2"): 0.95}),
+        (
+            {"model.optim.name": "distributed_fused_adam"},
+            {("optimizer", "optimizer"): "adam", ("optimizer", "use_distributed_optimizer"): True},
+        ),
+        ({"model.fp8_e4m3": True, "model.fp8": True}, {("precision", "fp8"): "e4m3"}),
+        ({"model.fp8_hybrid": True, "model.fp8": False}, {}),
+        ({"model.bias": False}, {("model", "add_bias_linear"): False}),
+        ({"tensor_model_parallel_size": 2, "trainer.devices": 1}, {("strategy", "tensor_model_parallel_size"): 2}),
+    ],
+)
+def test_values_change_with_their_names(pairs: dict[str, Any], arguments: dict[tuple[str, str], Any]) -> None:
+    assert outcome(pairs).arguments == arguments
+
+
+def test_what_customizes_megatron_core_comes_on_top(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("model:\n  mcore_customization_config: {num_layers: 3, strange: 1}\n  num_layers: 2\n")
+    done = migrate_config(path)
+    section = next(section for section in done.sections if section.name == "model")
+    assert section.arguments["num_layers"] == (3, "model.mcore_customization_config.num_layers")
+    assert done.warnings() == [
+        "model.mcore_customization_config.strange: GPTConfig has no field strange: a class of its own may have"
+    ]
+
+
+def test_interpolations() -> None:
+    config = nested(
+        {
+            "model.a": 3,
+            "model.b": "${.a}",
+            "model.c": "${model.b}",
+            "model.d": "${multiply:${model.a}, ${.b}}",
+            "model.inner.e": "${..a}",
+            "model.f": "run-${model.a}",
+            "model.g": "${sum:${.a},-1}",
+            "model.loop": "${model.loop}",
+            "model.env": "${oc.env:HOME}",
+            "model.none": "${nothing.here}",
+        }
+    )
+    found, troubles = resolve(config)
+    assert found["model"] | {"inner": 0} == {
+        "a": 3,
+        "b": 3,
+        "c": 3,
+        "d": 9,
+        "inner": 0,
+        "f": "run-3",
+        "g": 2,
+        "loop": "${model.loop}",
+        "env": "${oc.env:HOME}",
+        "none": "${nothing.here}",
+    }
+    assert found["model"]["inner"] == {"e": 3}
+    assert set(troubles) == {"model.loop", "model.env", "model.none"}
+    assert "oc.env" in troubles["model.env"] and "itself" in troubles["model.loop"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text("a.${}:,[] 1", max_size=12),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_no_interpolation_fails(value: Any) -> None:
+    found, _ = resolve({"a": value, "b": "${a}"})
+    assert set(found) == {"a", "b"}
+
+
+def test_both_forms_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "trainer: {devices: 8, precision: bf16, max_steps: 10}\n"
+        "exp_manager: {name: run, create_checkpoint_callback: true, checkpoint_callback_params: {save_top_k: 2}}\n"
+        "model: {num_layers: 2, restore_from_path: old.nemo, activation: gelu, data: {data_prefix: '???'}}\n"
+        "strange: {key: 1}\n"
+    )
+    done = migrate_config(path)
+    parsed = load_yaml_mapping(done.text("yaml").encode(), "new")
+    assert parsed == done.to_json()["calls"]
+    assigned = {}
+    for statement in ast.parse(done.text("python")).body:
+        if isinstance(statement, ast.Assign):
+            assert isinstance(statement.targets[0], ast.Name) and isinstance(statement.value, ast.Call)
+            assigned[statement.targets[0].id] = statement.value
+    assert set(assigned) == set(parsed)
+    assert ast.unparse(assigned["trainer"].func) == "nemo.lightning.Trainer"
+    passed = {word.arg: ast.unparse(word.value) for word in assigned["trainer"].keywords}
+    assert passed == {"devices": "8", "max_steps": "10", "plugins": "[precision]"}
+    assert "strange.key" in done.text("yaml") and done.unknown() == ["strange.key"]
+    assert "must be given where the script is started" in done.text("python")
+
+
+def test_megatron_bridges_checkpoint_section(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "exp_manager: {checkpoint_callback_params: {save_weights_only: true, every_n_train_steps: 5}}\n"
+        "model: {dist_ckpt_parallel_load: true, hidden_size: 4}\n"
+    )
+    done = migrate_config(path, to="megatron-bridge")
+    (section,) = done.sections
+    assert {name: value for name, (value, _) in section.arguments.items()} == {
+        "save_optim": False,
+        "save_interval": 5,
+        "fully_parallel_load": True,
+    }
+    assert "model.hidden_size" in done.text("yaml")
+
+
+def test_a_models_configuration_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model_config.yaml"
+    path.write_text("num_layers: 2\nhidden_size: 8\n")
+    done = migrate_config(path)
+    assert done.to_json()["calls"]["model"]["num_layers"] == 2 and "at the top" in done.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("- 1\n", FormatError), ("a: [\n", FormatError), ("a: !!python/object:os.x {}\n", Exception)],
+)
+def test_what_is_no_training_file(tmp_path: Path, text: str, error: type[Exception]) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=r"old\.yaml"):
+        migrate_config(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        migrate_config(tmp_path / "none.yaml")
+
+
+def test_a_file_without_settings(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert migrate_config(path).notes == ("the file has no settings",)
