@@ -11,7 +11,7 @@ import pytest
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
-from anyckpt.config import megatron, nemo, of_ranks
+from anyckpt.config import megatron, nemo1, of_ranks
 from anyckpt.config.model import ModelConfig
 from anyckpt.errors import MappingError
 from anyckpt.layout import Geometry, Latent, Mamba, Parallelism, cut
@@ -34,7 +34,7 @@ PLAIN = Geometry(
 ROWS = replace(PLAIN, padded_vocab_size=256)
 BASES: dict[str, tuple[dict[str, Any], Geometry, Callable[[dict[str, Any]], ModelConfig]]] = {
     "megatron-args": (ARGUMENTS, ROWS, megatron.parse),
-    "nemo1": (NEMO, PLAIN, nemo.parse_nemo1),
+    "nemo1": (NEMO, PLAIN, nemo1.parse),
 }
 HYBRID = {"hybrid_override_pattern": "M*M*"}
 GATED, ROPED = {"gated_linear_unit": True}, {"position_embedding_type": "rope"}
@@ -107,14 +107,14 @@ def test_what_joins_and_what_renames_read_the_same(kind: str, more: dict[str, An
 def test_nemo_1_under_a_training_scripts_key(part: str) -> None:
     config = {part: {**NEMO, "mcore_customization_config": {"num_query_groups": 2}}, "trainer": {"devices": 8}}
     assert geometry_of(of_ranks.sizes(config, "nemo1")) == replace(PLAIN, num_query_groups=2)
-    again = nemo.restated(config, {"num_query_groups": 4})
+    again = nemo1.restated(config, {"num_query_groups": 4})
     assert again[part]["num_query_groups"] == 4
     assert again[part]["mcore_customization_config"] == {"num_query_groups": 2}
 
 
 def test_biases_in_cores_words() -> None:
     custom = {"add_bias_linear": False, "add_qkv_bias": True}
-    parsed = nemo.parse_nemo1({**NEMO, "bias": True, "qkv_bias": False, "mcore_customization_config": custom})
+    parsed = nemo1.parse({**NEMO, "bias": True, "qkv_bias": False, "mcore_customization_config": custom})
     assert (parsed.add_bias_linear, parsed.add_qkv_bias) == (False, True)
 
 
@@ -127,7 +127,7 @@ def test_an_activation_of_no_known_model_still_joins() -> None:
     config = {**NEMO, "activation": "silu"}
     assert geometry_of(of_ranks.sizes(config, "nemo1")) == PLAIN
     with pytest.raises(MappingError, match="activation is unknown"):
-        nemo.parse_nemo1(config)
+        nemo1.parse(config)
 
 
 @pytest.mark.parametrize("kind", of_ranks.KINDS)

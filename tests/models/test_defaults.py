@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.models.test_config import NEMO2_BASE, model_of
 
-from anyckpt.config import defaults, nemo
+from anyckpt.config import defaults, nemo2
 from anyckpt.errors import MappingError
 from anyckpt.models import by_name, known_families
 
@@ -57,7 +57,7 @@ def test_defaults_that_tables_by_hand_had_not(name: str, facts: dict[str, Any]) 
 
 def test_a_class_of_the_users_has_the_defaults_of_the_families_base() -> None:
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
-    config = nemo.parse_nemo2(by_name("qwen2"), {"_target_": "mine.MyQwen", **sizes})
+    config = nemo2.parse(by_name("qwen2"), {"_target_": "mine.MyQwen", **sizes})
     assert (config.add_qkv_bias, config.layernorm_epsilon, config.rotary_base) == (True, 1e-6, 1e6)
 
 
@@ -68,4 +68,4 @@ def test_transformers_takes_as_many_groups_as_there_are_heads() -> None:
 
 def test_a_base_class_that_has_no_sizes() -> None:
     with pytest.raises(MappingError, match="has no hidden_size"):
-        nemo.parse_nemo2(by_name("nemotron-h"), {"_target_": f"{NEMO2_BASE}.ssm.NemotronHConfigBase"})
+        nemo2.parse(by_name("nemotron-h"), {"_target_": f"{NEMO2_BASE}.ssm.NemotronHConfigBase"})

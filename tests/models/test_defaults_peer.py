@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from anyckpt import models
-from anyckpt.config import block_keys, defaults, megatron, nemo
+from anyckpt.config import block_keys, defaults, megatron, nemo1, nemo2, nemo_fields
 from anyckpt.config.model import REQUIRED
 
 transformers = pytest.importorskip("transformers")
@@ -49,7 +49,7 @@ def test_megatron_core(name: str) -> None:
 
 TABLES = {
     "arguments": (megatron._SIZES, megatron._OTHERS),
-    "NeMo": (nemo._SIZES, nemo._SHARED, nemo._NEMO2_FIELDS),
+    "NeMo": (nemo_fields.SIZES, nemo_fields.SHARED, nemo2._FIELDS),
     "blocks": (block_keys._EXPERTS, block_keys._MAMBA, block_keys._ATTENTION, block_keys._LATENT),
 }
 
@@ -68,4 +68,4 @@ def test_what_tables_of_fields_take_is_what_megatron_core_takes(name: str) -> No
 
 def test_what_nemo_1_takes_of_latent_attention() -> None:
     theirs = declared(core.MLATransformerConfig)
-    assert {key: theirs[key] for key in nemo._LATENT_DEFAULTS} == nemo._LATENT_DEFAULTS
+    assert {key: theirs[key] for key in nemo1._LATENT_DEFAULTS} == nemo1._LATENT_DEFAULTS

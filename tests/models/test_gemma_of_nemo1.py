@@ -14,8 +14,8 @@ from tests.support import fixture_path
 import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.config import nemo as config_nemo
-from anyckpt.config.nemo import restated, unwrapped
+from anyckpt.config import nemo1
+from anyckpt.config.nemo1 import restated, unwrapped
 from anyckpt.containers.safetensors import read_safetensors
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
@@ -111,7 +111,7 @@ def test_only_gemmas_are_taken_for_such() -> None:
     gemma2 = {**source.config, "window_size": [5, 0], "mcore_customization_config": {}}
     found = models.identify(replace(source, config=gemma2))
     assert found is None, "Gemma 2's converter copies norms and says so"
-    assert config_nemo.parse_nemo1(source.config).layernorm_zero_centered_gamma is False
+    assert nemo1.parse(source.config).layernorm_zero_centered_gamma is False
     chosen = models.identify(source, family="gemma")
     assert chosen is not None
     assert chosen.config.layernorm_zero_centered_gamma

@@ -1,7 +1,7 @@
 """The hub's model configuration, and how its fields are looked up in the spellings of the frameworks.
 
-Field names are Megatron-Core's.  Each framework's spelling is a table of ``Field`` (``config_hf``, ``config_nemo``,
-``config_megatron``), read one way to parse and the other to render; what is no one-to-one field (rope, activation,
+Field names are Megatron-Core's.  Each framework's spelling is a table of ``Field`` (``hugging_face``, ``nemo1``,
+``megatron``), read one way to parse and the other to render; what is no one-to-one field (rope, activation,
 sliding window, vocabulary) is a function beside the table.
 """
 

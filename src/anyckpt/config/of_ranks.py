@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from anyckpt.config import megatron, nemo
+from anyckpt.config import megatron, nemo1
 from anyckpt.errors import FormatError, MappingError
 
 _SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "megatron-args": megatron.sizes,
-    "nemo1": nemo.nemo1_sizes,
+    "nemo1": nemo1.sizes,
 }
 _RUNS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {
     "megatron-args": lambda config: config,
-    "nemo1": nemo.unwrapped,
+    "nemo1": nemo1.unwrapped,
 }
 
 MOST_RANKS = 1 << 16

@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.config import hugging_face as config_hf
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
-from anyckpt.config import nemo as config_nemo
+from anyckpt.config import nemo1, nemo2
 from anyckpt.config.model import ModelConfig
 from anyckpt.errors import UsageError
 from anyckpt.models.bare_names import bare_names
@@ -45,8 +45,8 @@ __all__ = [
 
 _RENDERERS: dict[str, Callable[[Family, ModelConfig, list[str]], dict[str, Any]]] = {
     "hf": config_hf.render,
-    "nemo1": config_nemo.render_nemo1,
-    "nemo2": config_nemo.render_nemo2,
+    "nemo1": nemo1.render,
+    "nemo2": nemo2.render,
     "megatron-args": config_megatron.render,
     "meta": config_meta.render,
 }

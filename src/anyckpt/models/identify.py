@@ -10,8 +10,7 @@ from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.config import hugging_face as config_hf
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
-from anyckpt.config import meta_names
-from anyckpt.config import nemo as config_nemo
+from anyckpt.config import meta_names, nemo1, nemo2
 from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
@@ -49,7 +48,7 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
         return "hf"
     if config_meta.is_params(config):
         return META
-    unwrapped = config_nemo.unwrapped(config)
+    unwrapped = nemo1.unwrapped(config)
     if "transformer_impl" in config and "mcore_gpt" not in config:
         return "megatron-args"  # those of encoder-decoders have an encoder_seq_length, too
     if unwrapped.keys() & {"encoder_seq_length", "mcore_gpt", "rotary_percentage", "megatron_amp_O2"}:
@@ -174,9 +173,9 @@ def _parse(
         family = chosen or next((f for f in each_family() if config_hf.is_known(f, values)), None)
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
-        name = config_nemo.nemo2_class(values) or ""
+        name = nemo2.nemo2_class(values) or ""
         named = [chosen] if chosen else [f for f in each_family() if f.nemo2 is not None and f.nemo2.reads(name)]
-        candidates = [(family, config_nemo.parse_nemo2(family, values)) for family in named]
+        candidates = [(family, nemo2.parse(family, values)) for family in named]
         fitting = [(f, config) for f, config in candidates if f.recognise(config) and not _wrong_traits(f, config)]
         if not candidates:
             return None
@@ -185,10 +184,10 @@ def _parse(
             return None  # another model of the same class
         _check_traits(family, config)
         return family, config
-    inner = with_class_defaults(config_nemo.unwrapped(values)) if kind == "nemo1" else values
+    inner = with_class_defaults(nemo1.unwrapped(values)) if kind == "nemo1" else values
     if chosen is None and not inner.keys() >= _TRANSFORMER:
         return None
-    parse = config_nemo.parse_nemo1 if kind == "nemo1" else config_megatron.parse
+    parse = nemo1.parse if kind == "nemo1" else config_megatron.parse
     return _by_traits(parse(inner), inner, chosen, parts, kind)
 
 

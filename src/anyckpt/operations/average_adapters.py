@@ -11,7 +11,7 @@ from anyckpt.errors import UsageError
 from anyckpt.models.adapters import settings_of, spelling_of
 from anyckpt.models.adapters.adapter import LowRank
 from anyckpt.models.adapters.mean import mean_update
-from anyckpt.models.adapters.peft import by_module
+from anyckpt.models.adapters.peft_names import by_module
 from anyckpt.models.adapters.peft_writer import ranks_and_alphas
 from anyckpt.models.adapters.settings import scale_of
 from anyckpt.operations.steps.aligned_models import check_same

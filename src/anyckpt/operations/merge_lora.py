@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hub_names import EMBEDDING
-from anyckpt.config.nemo import restated
+from anyckpt.config.nemo1 import restated
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import Model

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from anyckpt.models.adapters.adapter import (
-    Adapter,
-    Layers,
-    LowRank,
-    Target,
-    completed,
-    fused,
-    of_one_rank,
-    separated,
-    without_empty,
-)
+from anyckpt.models.adapters.adapter import Adapter, LowRank, Target
 from anyckpt.models.adapters.by_name import Placed, merged_by_name
+from anyckpt.models.adapters.forms import completed, fused, of_one_rank, separated, without_empty
+from anyckpt.models.adapters.layers import Layers
 from anyckpt.models.adapters.merge import idle, merged
 from anyckpt.models.adapters.settings import (
     KINDS,

@@ -18,7 +18,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal
 from anyckpt.models.adapters.low_rank import LowRankSum
 from anyckpt.models.adapters.merge import Plus, check_computed
-from anyckpt.models.adapters.peft import StoredAdapter, rows_of, update_of
+from anyckpt.models.adapters.peft_names import StoredAdapter, rows_of, update_of
 from anyckpt.tensor import LazyTensor, Mapped
 
 _WRAPPING = ("model", "language_model")

@@ -10,7 +10,8 @@ import numpy as np
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
 from anyckpt.identity import ElementWise
-from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, Target, by_weight, check_update, is_zero
+from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, by_weight, is_zero
+from anyckpt.models.adapters.layers import Layers, check_update
 from anyckpt.models.adapters.low_rank import LowRankSum
 from anyckpt.models.hub import Hub
 from anyckpt.tensor import LazyTensor, Mapped

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from anyckpt.config.spellings import Variant
 from anyckpt.config.starred import filled, starred
 from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import Layers, LowRank
+from anyckpt.models.adapters.adapter import LowRank
+from anyckpt.models.adapters.layers import Layers
 from anyckpt.models.language.rules import Instance
 from anyckpt.tensor import LazyTensor, concatenate, stack
 

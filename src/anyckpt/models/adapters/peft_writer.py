@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.models.adapters.adapter import Adapter, Layers, LowRank, by_weight, check_update
+from anyckpt.models.adapters.adapter import Adapter, LowRank, by_weight
+from anyckpt.models.adapters.layers import Layers, check_update
 from anyckpt.models.adapters.parameters import parameters
 from anyckpt.models.adapters.rows import PREFIX, from_hub, places_of, rearranged
 from anyckpt.models.language.rule_operations import Transposed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from anyckpt.models.adapters.adapter import Layers, LowRank
+from anyckpt.models.adapters.adapter import LowRank
+from anyckpt.models.adapters.layers import Layers
 from anyckpt.models.language.rule_operations import Operation
 from anyckpt.models.language.rules import Instance
 from anyckpt.tensor import LazyTensor

@@ -10,9 +10,10 @@ from functools import lru_cache
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
-from anyckpt.models.adapters import loose, megatron, peft
-from anyckpt.models.adapters.adapter import Adapter, Layers
+from anyckpt.models.adapters import loose, megatron, peft, peft_names
+from anyckpt.models.adapters.adapter import Adapter
 from anyckpt.models.adapters.by_name import Placed, placed, unplaced, without_tied_copies
+from anyckpt.models.adapters.layers import Layers
 from anyckpt.models.adapters.wrapped import is_wrapped
 from anyckpt.tensor import LazyTensor
 
@@ -26,7 +27,7 @@ _MOST_REPEATS = 3
 def spelling_of(checkpoint: Checkpoint) -> str | None:
     """``peft``, ``megatron`` or one of ``loose.SPELLINGS`` if a checkpoint is an adapter with such names, else None."""
     names = checkpoint.weights()
-    if peft.is_adapter(names):
+    if peft_names.is_adapter(names):
         return "peft" if checkpoint.dialect == "peft" or not is_wrapped(names) else None
     if megatron.is_adapter(names):
         return "megatron"
@@ -113,7 +114,7 @@ def place_by_name(
     try:
         if spelled in loose.SPELLINGS:
             weights = loose.as_peft(weights)
-        stored = peft.by_module(weights)
+        stored = peft_names.by_module(weights)
         find = loose.finder(spelled, base).find
         if tied:
             without_tied_copies(stored, weights, find)
@@ -148,7 +149,7 @@ def check_adapter(checkpoint: Checkpoint) -> list[str]:
     if spelled in loose.SPELLINGS:
         weights = loose.as_peft(weights)
     if spelled != "megatron":
-        diagonal = peft.check_pairs(weights, blocks=checkpoint.adapter is None)
+        diagonal = peft_names.check_pairs(weights, blocks=checkpoint.adapter is None)
         if diagonal:
             return [
                 f"{diagonal[0]}: its second factor has fewer columns than the first has rows, which is right only for "

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from anyckpt.models.adapters import peft
+from anyckpt.models.adapters import peft_names
 from anyckpt.models.adapters.rows import PREFIX
 from anyckpt.tensor import LazyTensor
 
@@ -39,13 +39,13 @@ class Wrapped:
     trained: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def stored(self) -> peft.StoredAdapter:
+    def stored(self) -> peft_names.StoredAdapter:
         """The adapter by modules.
 
         Raises:
             MappingError: there are two adapters.
         """
-        return peft.by_module(self.adapter)
+        return peft_names.by_module(self.adapter)
 
 
 def is_wrapped(names: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.models.adapters import Placed, Target, merged_by_name
 from anyckpt.models.adapters.by_name import placed
-from anyckpt.models.adapters.peft import StoredAdapter
+from anyckpt.models.adapters.peft_names import StoredAdapter
 from anyckpt.models.adapters.peft_writer import plain
 from anyckpt.models.adapters.rows import PREFIX
 from anyckpt.models.adapters.settings import scale_of, with_alpha

@@ -8,7 +8,7 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.errors import AnyckptError
 from anyckpt.models.adapters import Adapter, Layers, read_adapter, separated, settings_of, spelling_of
 from anyckpt.models.adapters.loose import SPELLINGS, as_peft
-from anyckpt.models.adapters.peft import by_module
+from anyckpt.models.adapters.peft_names import by_module
 from anyckpt.operations.steps.adapters import base_model
 from anyckpt.operations.steps.common_names import CommonNames
 from anyckpt.tensor import LazyTensor

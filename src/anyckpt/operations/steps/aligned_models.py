@@ -10,7 +10,7 @@ from typing import Any
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.hugging_face import with_vocabulary
-from anyckpt.config.nemo import restated
+from anyckpt.config.nemo1 import restated
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import Hub, Model
 from anyckpt.models.complete import some

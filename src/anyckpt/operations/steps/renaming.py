@@ -11,7 +11,7 @@ from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.hugging_face import with_vocabulary
 from anyckpt.config.model import PART_OF
-from anyckpt.config.nemo import restated
+from anyckpt.config.nemo1 import restated
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model, Named
