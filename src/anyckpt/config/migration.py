@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from anyckpt.config.defaults import of_class
 from anyckpt.config.interpolation import resolve
-from anyckpt.config.nemo import _ACTIVATIONS as ACTIVATIONS
-from anyckpt.config.nemo import _FUNCTIONS as FUNCTIONS
-from anyckpt.config.nemo import _NORMS as NORMALIZATIONS
+from anyckpt.config.nemo1 import ACTIVATIONS, NORMS
+from anyckpt.config.nemo2 import FUNCTIONS
 from anyckpt.plain_yaml import load_yaml_mapping
 
 Outcome = Literal["carried", "unset", "elsewhere", "gone", "not given", "unresolved", "unknown"]
@@ -275,7 +274,7 @@ def _number(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
 
 
 def _normalization(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    known = NORMALIZATIONS.get(str(value).lower())
+    known = NORMS.get(str(value).lower())
     if known is None:
         return {}, [f"Megatron-Core has no norm {value}"]
     centered = {("model", "layernorm_zero_centered_gamma"): True} if known[1] else {}

@@ -37,13 +37,13 @@ _FIELDS = (
 """Token ids (and ``vocab_size``, the true one) are ours: NeMo 1 gets them from the tokenizer and ignores these."""
 NEMO1_TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 """The class that a decoder-only NeMo 1 checkpoint names."""
-_NORMS = {
+NORMS = {
     "layernorm": ("LayerNorm", False),
     "layernorm1p": ("LayerNorm", True),
     "rmsnorm": ("RMSNorm", False),
     "rmsnorm1p": ("RMSNorm", True),
 }
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "fast-swiglu": ("silu", True),
     "swiglu": ("silu", True),
     "fast-geglu": ("gelu", True),
@@ -97,13 +97,13 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
     fields |= parse_blocks(reader, {}, fields)
     spelled = (reader.text("normalization") or "layernorm").lower()
     activation = _activation(reader)
-    for key, value, table in (("normalization", spelled, _NORMS), ("activation", activation, _ACTIVATIONS)):
+    for key, value, table in (("normalization", spelled, NORMS), ("activation", activation, ACTIVATIONS)):
         if value not in table:
             raise MappingError(
                 f"model_config.yaml's {key} is unknown", expected=f"one of {', '.join(table)}", found=value
             )
-    norm, zero_centered = _NORMS[spelled]
-    function, _ = _ACTIVATIONS[activation]
+    norm, zero_centered = NORMS[spelled]
+    function, _ = ACTIVATIONS[activation]
     if function == "gelu" and reader.flag("openai_gelu"):
         function = "gelu_tanh"
     factors = {}
@@ -144,13 +144,13 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
             f"NeMo 1 scales rope by 8; the model needs {factors['scale_factor']:g}, which is written as scale_factor "
             "but releases before it know no such key"
         )
-    norms = {value: key for key, value in _NORMS.items()} | {("RMSNorm", True): "rmsnorm"}
-    activations = {value: key for key, value in reversed(_ACTIVATIONS.items())} | {("gelu_tanh", True): "geglu"}
+    norms = {value: key for key, value in NORMS.items()} | {("RMSNorm", True): "rmsnorm"}
+    activations = {value: key for key, value in reversed(ACTIVATIONS.items())} | {("gelu_tanh", True): "geglu"}
     activation = activations.get((config.activation, config.gated_linear_unit))
     if activation is None:
         raise MappingError(
             "NeMo 1 has no such activation",
-            expected=f"one of {', '.join(_ACTIVATIONS)}",
+            expected=f"one of {', '.join(ACTIVATIONS)}",
             found=f"{'gated ' if config.gated_linear_unit else ''}{config.activation}",
         )
     rendered: dict[str, Any] = {

@@ -31,7 +31,7 @@ _FIELDS = (
 )
 """``vocab_size`` of NeMo 2, where it is not null, is the number of rows: nothing is padded any more."""
 _POSITIONS = ("rope", "learned_absolute", "yarn", "mrope", "relative", "none")
-_FUNCTIONS = {
+FUNCTIONS = {
     "silu": "torch.nn.functional.silu",
     "gelu": "torch.nn.functional.gelu",
     "relu": "torch.nn.functional.relu",
@@ -115,7 +115,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         **render_fields((*_FIELDS, *family.nemo2.fields), config),
         "vocab_size": config.rows,
         "rotary_base": whole(config.rotary_base),
-        "activation_func": {"_target_": _FUNCTIONS[config.activation], "_call_": False},
+        "activation_func": {"_target_": FUNCTIONS[config.activation], "_call_": False},
         "seq_len_interpolation_factor": interpolation,
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
@@ -182,7 +182,7 @@ def _function(reader: Reader, defaults: Mapping[str, Any]) -> str:
     if target is None:
         target = defaults.get("activation_func")
     name = str(target).rpartition(".")[2]
-    known = {path.rpartition(".")[2]: hub for hub, path in _FUNCTIONS.items()} | {"fast_gelu": "gelu_tanh"}
+    known = {path.rpartition(".")[2]: hub for hub, path in FUNCTIONS.items()} | {"fast_gelu": "gelu_tanh"}
     if name not in known:
         raise MappingError(
             "NeMo 2's activation_func is unknown", expected=f"one of {', '.join(known)}", found=name[:80]
