@@ -1,0 +1,169 @@
+"""The largest magnitude in tensors, found in a pass of its own when it is first needed, and scales made of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anyckpt.dtypes import dtype
+from anyckpt.errors import FormatError
+from anyckpt.identity import Identity
+from anyckpt.indexing import Array, Shape
+from anyckpt.storage.gather import SCRATCH_BYTES, Hole, scratch
+from anyckpt.tensor import LazyTensor, Stored, as_numbers
+
+_FLOAT32 = dtype("float32")
+_TINY = np.finfo(np.float32).tiny
+
+
+def magnitudes(values: Array) -> Array:
+    """Bit patterns of absolute values, unsigned integers in the same order as the numbers."""
+    width = values.dtype.itemsize
+    bits: Array = np.bitwise_and(values.view(f"u{width}"), (1 << 8 * width - 1) - 1)
+    return bits
+
+
+def largest_of(values: Array) -> float:
+    """The largest magnitude in an array; infinite or not-a-number if any is."""
+    width = values.dtype.itemsize
+    sign = 1 << 8 * width - 1
+    positive, negative = int(values.view(f"i{width}").max()), int(values.view(f"u{width}").max())
+    bits = max(positive, negative - sign if negative >= sign else 0, 0)  # of two's complements the signed ones are last
+    return float(np.array([bits], f"u{width}").view(values.dtype)[0])
+
+
+def check_finite(largest: object) -> None:
+    """Raise FormatError unless what was found is numbers."""
+    if not np.isfinite(largest).all():  # type: ignore[call-overload]
+        raise FormatError(
+            "holds infinite values or not-a-numbers, of which no scale can be made",
+            expected="numbers",
+            found="inf or nan",
+            remedy="find them with anyckpt verify --deep, or leave the module as it is with --quantize-exclude",
+        )
+
+
+class Largest:
+    """The largest magnitude in some tensors together; threads that need it find it together.
+
+    Args:
+        tensors: floating point.
+    """
+
+    def __init__(self, tensors: Sequence[LazyTensor]) -> None:
+        self.tensors = tuple(tensors)
+        self._changed = threading.Condition()
+        self._runs = self._all_runs()
+        self._at_work = 0
+        self._found = 0.0
+        self._value: float | None = None
+
+    def identity(self) -> Identity:
+        return self.tensors
+
+    def __reduce__(self) -> tuple[type[Largest], tuple[Sequence[LazyTensor]]]:
+        return Largest, (self.tensors,)
+
+    def value(self) -> float:
+        """The largest magnitude; 0 if there are no elements.
+
+        Raises:
+            FormatError: bytes are missing from a file, or elements are infinite or no numbers.
+        """
+        while self._value is None:
+            with self._changed:
+                run = next(self._runs, None)
+                if run is None:
+                    if self._at_work:
+                        self._changed.wait()
+                        continue
+                    if self._value is None:
+                        self._value = self._found
+                    break
+                self._at_work += 1
+            try:
+                found = self._look_at(*run)
+                check_finite(found)
+            except BaseException:
+                with self._changed:  # the next one to ask begins again, and meets the same
+                    self._runs = self._all_runs()
+                    self._at_work -= 1
+                    self._changed.notify_all()
+                raise
+            with self._changed:
+                self._found = max(self._found, found)
+                self._at_work -= 1
+                self._changed.notify_all()
+        return self._value
+
+    def _all_runs(self) -> Iterator[tuple[LazyTensor, int, int]]:
+        for tensor in self.tensors:
+            step = max(1, SCRATCH_BYTES // tensor.dtype.itemsize)
+            for start in range(0, tensor.size, step):
+                yield tensor, start, min(step, tensor.size - start)
+
+    @staticmethod
+    def _look_at(tensor: LazyTensor, start: int, count: int) -> float:
+        with scratch(count * tensor.dtype.itemsize) as buffer:
+            raw = buffer.view(tensor.dtype.raw)
+            tensor.fill(start, raw)
+            return largest_of(as_numbers(raw, tensor.dtype))
+
+
+@dataclass(frozen=True)
+class TensorScale:
+    """What all codes of a tensor are multiplied by: its largest magnitude over the largest number, in float32.
+
+    Attributes:
+        largest: the largest magnitude.
+        over: the largest number.
+        inverted: the other way round, as compressed-tensors states it for NVFP4.
+    """
+
+    largest: Largest
+    over: float
+    inverted: bool = False
+
+    def value(self) -> Any:
+        """The scale, a numpy float32; 1 for nothing but zeros.
+
+        Raises:
+            FormatError: as ``Largest.value``.
+        """
+        found = np.float32(self.largest.value())
+        if found == 0:
+            return np.float32(1)
+        found, over = max(found, _TINY), np.float32(self.over)
+        return np.float32(over / found if self.inverted else found / over)
+
+    def identity(self) -> Identity:
+        return self.largest, self.over, self.inverted
+
+
+class ScaleOfTensor(LazyTensor):
+    """A scale as a tensor of one element, float32."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: TensorScale, shape: Shape) -> None:
+        self.scale = scale
+        self.dtype = _FLOAT32
+        self.shape = shape
+
+    def identity(self) -> Identity:
+        return self.scale, self.shape
+
+    def pieces(self) -> Iterator[Stored]:
+        for tensor in self.scale.largest.tensors:
+            yield from tensor.pieces()
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if out.size and not isinstance(out, Hole):
+            out[...] = np.array([self.scale.value()], np.float32).view(self.dtype.raw)[0]
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return ScaleOfTensor(self.scale, shape)
