@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 from anyckpt.errors import UsageError
 from anyckpt.identity import Identity
@@ -42,6 +43,17 @@ class OwnedSource(ByteSource):
 
     def owner(self) -> int:
         return self._owner
+
+    def wanted(self, offset: int, length: int) -> Iterator[tuple[ByteSource, int, int]]:
+        if self._data is None:
+            yield self, offset, length
+        else:
+            yield from self._data.wanted(offset, length)
+
+    def sent_to(self, share: int | None) -> tuple[Any, ...]:
+        """As ``__reduce__`` for a process of a share, which is not sent what it does not write."""
+        data = self._data if share == self._owner else None
+        return type(self), (self._owner, self._key, self.size, data, self.name)
 
     def place(self) -> tuple[Hashable, int]:
         return ("owned", self._owner, self._key), 0

@@ -72,6 +72,11 @@ class ByteSource(ABC):
         """How many reads are worth making at once: 1 where none is waited for, as of local files and of memory."""
         return 1
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the bytes may be others a moment later: who writes them later has to copy them now."""
+        return False
+
     def wanted(self, offset: int, length: int) -> Iterator[tuple[ByteSource, int, int]]:
         """Ranges of sources that, once they are held, answer a read of this one; reads nothing."""
         yield self, offset, length
@@ -403,6 +408,10 @@ class MemorySource(ByteSource):
     def identity(self) -> Identity | None:
         """The contents, if they cannot change."""
         return (self._data,) if self._fixed else None
+
+    @property
+    def is_live(self) -> bool:
+        return not self._fixed
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process gets a copy of the bytes, of live state as it is at that moment."""

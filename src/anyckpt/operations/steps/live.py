@@ -127,6 +127,10 @@ class _DeviceSource(ByteSource):
         """None: it is live state."""
         return
 
+    @property
+    def is_live(self) -> bool:
+        return True
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         part = self._bytes[offset : offset + len(buffer)]
         self._torch.frombuffer(buffer, dtype=self._torch.uint8).copy_(part)

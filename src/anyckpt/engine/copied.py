@@ -1,0 +1,120 @@
+"""Copying what a plan reads of live state into shared memory, and the plan with it, for another process to carry out.
+
+State changes as soon as training goes on, so nothing else of saving has to happen before that.  What is copied are the
+bytes that the plan reads and that this process supplies, each once, however many tensors share them.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from anyckpt.engine.plan import Plan, SourceData, TensorData
+from anyckpt.storage.owned import OwnedSource
+from anyckpt.storage.requests import coalesced
+from anyckpt.storage.shared_memory import CopiedSource, SharedMemory
+from anyckpt.storage.source import ByteSource
+
+Copy = Callable[[ByteSource, int, memoryview], None]
+"""Puts bytes of a source, from an offset on, into memory; it may do so later, until ``Copying.finish`` is called."""
+
+_ALIGNMENT = 64
+
+
+class Copies:
+    """What of a plan has to be copied, and where it goes.
+
+    Args:
+        plan: what will be written.
+        share: the number of the share that this process supplies; None if it is the only one.
+
+    Attributes:
+        nbytes: bytes of live state.
+    """
+
+    def __init__(self, plan: Plan, share: int | None) -> None:
+        self._share = share
+        ranges: dict[int, tuple[ByteSource, list[tuple[int, int]]]] = {}
+        for source, start, length in _wanted(plan, share):
+            if length and source.is_live:
+                ranges.setdefault(id(source), (source, []))[1].append((start, length))
+        self._runs: dict[int, tuple[tuple[int, int, int], ...]] = {}
+        self._sources: list[ByteSource] = []
+        position = 0
+        for key, (source, found) in ranges.items():
+            runs = []
+            for request in coalesced(found, gap=0, most=sys.maxsize):
+                runs.append((request.start, request.stop, position))
+                position += -(-(request.stop - request.start) // _ALIGNMENT) * _ALIGNMENT
+            self._runs[key] = tuple(runs)
+            self._sources.append(source)
+        self.nbytes = position
+
+    def pickled(self, plan: Plan, number: int) -> bytes:
+        """The plan, with what was copied in the place of live state, for whoever receives the memory ``number``."""
+        stream = io.BytesIO()
+        pickler = pickle.Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL)
+
+        def of_live(source: ByteSource) -> Any:
+            runs = self._runs.get(id(source))
+            if runs is None:
+                return source.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            return CopiedSource, (number, runs, source.size, source.name)
+
+        def of_owned(source: OwnedSource) -> Any:
+            return source.sent_to(self._share)
+
+        kinds: dict[type, Callable[[Any], Any]] = {type(source): of_live for source in self._sources}
+        pickler.dispatch_table = {**copyreg.dispatch_table, **kinds, OwnedSource: of_owned}
+        pickler.dump(plan)
+        return stream.getvalue()
+
+    def copy(self, memory: memoryview, copy: Copy) -> None:
+        """Copy all of it.
+
+        Args:
+            memory: at least ``nbytes``.
+            copy: does the work.
+        """
+        for source in self._sources:
+            for start, stop, where in self._runs[id(source)]:
+                copy(source, start, memory[where : where + stop - start])
+
+
+def read_copy(source: ByteSource, offset: int, memory: memoryview) -> None:
+    """The plainest ``Copy``."""
+    source.read_into(offset, memory)
+
+
+def put(plan: Plan, share: int | None, memory: SharedMemory, number: int, copy: Copy = read_copy) -> tuple[int, int]:
+    """Copy live state and plan into shared memory.
+
+    Returns:
+        where the plan lies in it: first byte and length.
+
+    Raises:
+        OutputError: there is not enough memory.
+        FormatError: a source turns out to be damaged.
+    """
+    copies = Copies(plan, share)
+    data = copies.pickled(plan, number)
+    view = memory.reserve(copies.nbytes + len(data))
+    copies.copy(view, copy)
+    view[copies.nbytes : copies.nbytes + len(data)] = data
+    return copies.nbytes, len(data)
+
+
+def _wanted(plan: Plan, share: int | None) -> Iterator[tuple[ByteSource, int, int]]:
+    for file in plan.files:
+        for part in file.parts:
+            if isinstance(part, SourceData):
+                if part.source.owner() in (None, share):
+                    yield from part.source.wanted(0, part.source.size)
+            elif isinstance(part, TensorData):
+                for piece in part.tensor.pieces():
+                    if piece.source.owner() in (None, share):
+                        yield from piece.source.wanted(piece.offset, piece.stored_bytes())
