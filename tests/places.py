@@ -13,8 +13,11 @@ import pytest
 
 from anyckpt.errors import FormatError
 from anyckpt.storage import requests
-from anyckpt.storage.place import SCHEMES, Place, Tree
-from anyckpt.storage.source import ByteSource, MemorySource, check_filled, count_read
+from anyckpt.storage.location import SCHEMES
+from anyckpt.storage.place import Place
+from anyckpt.storage.read_count import count_read
+from anyckpt.storage.source import ByteSource, MemorySource, check_filled
+from anyckpt.storage.tree import Tree
 
 Maker = Callable[[bytes, str], ByteSource]
 

@@ -16,7 +16,7 @@ import pytest
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.pickling import load
-from anyckpt.storage import source
+from anyckpt.storage import read_count
 from anyckpt.tensor import from_array
 from tests.support import fixture_path, sha256_of
 
@@ -71,10 +71,10 @@ def test_every_error_has_one_base() -> None:
 def test_opening_and_slicing_reads_only_the_bytes_of_the_slice() -> None:
     checkpoint = anyckpt.open(fixture_path(LLAMA))
     tensor = checkpoint.tensors["model.embed_tokens.weight"]
-    before = source.bytes_read()
+    before = read_count.bytes_read()
     rows = tensor[3:5].numpy()
     assert rows.shape == (2, 64)
-    assert source.bytes_read() - before == rows.nbytes
+    assert read_count.bytes_read() - before == rows.nbytes
     assert np.array_equal(rows, tensor.numpy()[3:5])
 
 

@@ -23,7 +23,8 @@ from anyckpt.errors import AnyckptError, MappingError, UsageError  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
 from anyckpt.formats.registry import Format, WriteOptions  # noqa: E402
 from anyckpt.operations.convert import convert  # noqa: E402
-from anyckpt.operations.steps.renaming import Naming, rename_for  # noqa: E402
+from anyckpt.operations.steps.naming import Naming  # noqa: E402
+from anyckpt.operations.steps.renaming import rename_for  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 _NO = "no"

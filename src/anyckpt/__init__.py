@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from anyckpt.operations.average import average
     from anyckpt.operations.convert import Conversion, convert
     from anyckpt.operations.diff import Difference, diff
-    from anyckpt.operations.inspect import Inspection, inspect
+    from anyckpt.operations.inspect import inspect
+    from anyckpt.operations.inspection import Inspection
     from anyckpt.operations.merge_lora import merge_lora
     from anyckpt.operations.migrate_config import MigratedConfig, migrate_config
     from anyckpt.operations.reshard import reshard
     from anyckpt.operations.save import save
-    from anyckpt.operations.steps.cutting import LayoutRequest
     from anyckpt.operations.steps.joining import open_checkpoint as open
+    from anyckpt.operations.steps.layout_request import LayoutRequest
     from anyckpt.operations.verify import Verification, verify
     from anyckpt.tensor import LazyTensor
 
@@ -91,14 +92,15 @@ _WHERE = {
     **dict.fromkeys([name for name in __all__ if name.endswith("Error")], "errors"),
     **dict.fromkeys(("FamilyFacts", "FormatFacts"), "facts"),
     "LazyTensor": "tensor",
-    "LayoutRequest": "operations.steps.cutting",
+    "LayoutRequest": "operations.steps.layout_request",
     **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),
     "average": "operations.average",
     **dict.fromkeys(("Conversion", "convert"), "operations.convert"),
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
     "families": "models.families:facts",
     "formats": "formats:",  # a package that can be called
-    **dict.fromkeys(("Inspection", "inspect"), "operations.inspect"),
+    "Inspection": "operations.inspection",
+    "inspect": "operations.inspect",
     "merge_lora": "operations.merge_lora",
     **dict.fromkeys(("MigratedConfig", "migrate_config"), "operations.migrate_config"),
     "open": "operations.steps.joining:open_checkpoint",

@@ -51,8 +51,10 @@ if TYPE_CHECKING:
         Transposed,
     )
     from anyckpt.models.language.rules import AXES, DIMENSIONS, Instance, Rule, has
-    from anyckpt.storage.place import Location, Place
-    from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
+    from anyckpt.storage.local_file import LocalFile
+    from anyckpt.storage.location import Location
+    from anyckpt.storage.place import Place
+    from anyckpt.storage.source import ByteSource, MemorySource
     from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, concatenate, from_array, mosaic, stack
 
 __all__ = [
@@ -165,8 +167,10 @@ _HOMES = {
         "Transposed",
     ),
     "models.language.rules": ("AXES", "DIMENSIONS", "Instance", "Rule", "has"),
-    "storage.place": ("Location", "Place"),
-    "storage.source": ("ByteSource", "LocalFile", "MemorySource"),
+    "storage.local_file": ("LocalFile",),
+    "storage.location": ("Location",),
+    "storage.place": ("Place",),
+    "storage.source": ("ByteSource", "MemorySource"),
     "tensor": ("Constant", "LazyTensor", "Mapped", "Stored", "concatenate", "from_array", "mosaic", "stack"),
 }
 

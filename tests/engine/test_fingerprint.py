@@ -21,7 +21,8 @@ from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
 from anyckpt.errors import UsageError
 from anyckpt.identity import ElementWise, Identity
-from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import ByteSource, MemorySource
 from anyckpt.tensor import LazyTensor, Mapped, Stored, from_array
 
 FLOAT32 = dtype("float32")

@@ -17,7 +17,7 @@ import anyckpt
 from anyckpt.engine import execute
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
 from anyckpt.formats import registry
-from anyckpt.storage.place import place_of
+from anyckpt.storage.location import place_of
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import from_array
 

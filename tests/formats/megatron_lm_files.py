@@ -14,7 +14,7 @@ from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats.megatron_lm import FORMAT
 from anyckpt.formats.registry import look_at
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 
 FILE = "model_optim_rng.pt"
 

@@ -16,7 +16,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats import registry
-from anyckpt.storage.source import bytes_read
+from anyckpt.storage.read_count import bytes_read
 
 MODULES = fixture_path("legacy/modules")
 

@@ -34,7 +34,7 @@ from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.indexing import check_cover
 from anyckpt.pickling.torch_objects import namespace
 from anyckpt.storage.folder import LocalFolder
-from anyckpt.storage.source import bytes_read
+from anyckpt.storage.read_count import bytes_read
 from anyckpt.tensor import Constant, LazyTensor, from_array
 
 CASES = sorted(path.name for path in (FIXTURES / "mcore").iterdir() if not path.name.startswith("zarr_"))

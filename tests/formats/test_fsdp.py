@@ -16,7 +16,7 @@ from tests.support import fixture_path
 
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.formats import registry
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 
 WHOLE = {"fsdp_2": "whole", "hsdp_4": "whole", "fsdp1_2": "whole_fsdp1", "fsdp_tp_4": "whole_tp"}
 

@@ -21,7 +21,7 @@ from anyckpt.formats.shared.unfinished import marker_path
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.plain_yaml import dump_yaml
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.tar import read_tar
 from anyckpt.tensor import from_array
 

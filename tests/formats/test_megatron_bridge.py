@@ -25,7 +25,7 @@ from anyckpt.formats.megatron_bridge import FORMAT
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.models import identify, render_config
 from anyckpt.plain_yaml import dump_yaml, load_yaml_mapping
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.tensor import from_array
 
 CASE = "mcore/gpt_dense_tp2pp2"

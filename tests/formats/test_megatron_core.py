@@ -29,10 +29,11 @@ from anyckpt.formats.megatron_core.implementation import extra_states, implement
 from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.operations.convert import convert
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.pickling import Global, Record, dumps, load
 from anyckpt.pickling.torch_objects import namespace
-from anyckpt.storage.source import LocalFile, MemorySource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import LazyTensor, from_array
 
 CASES = sorted(path.name for path in (FIXTURES / "mcore").iterdir() if not path.name.startswith(("dcp_", "zarr_")))

@@ -25,7 +25,8 @@ from anyckpt.formats import megatron_core_zarr, registry
 from anyckpt.formats.megatron_core_zarr import writer
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.pickling import Record
-from anyckpt.storage.source import LocalFile, MemorySource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import Constant, LazyTensor, from_array
 
 CASE = "mcore/zarr_v012_w2_flat"

@@ -24,8 +24,8 @@ from anyckpt.cli import run  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
 from anyckpt.models.dialects.rank_names import part_norms  # noqa: E402
 from anyckpt.operations.convert import convert  # noqa: E402
-from anyckpt.operations.steps.cutting import LayoutRequest  # noqa: E402
 from anyckpt.operations.steps.joining import open_checkpoint  # noqa: E402
+from anyckpt.operations.steps.layout_request import LayoutRequest  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

@@ -14,7 +14,7 @@ from anyckpt.checkpoint import ParallelLayout
 from anyckpt.dtypes import BY_NAME
 from anyckpt.formats import registry
 from anyckpt.models.dialects.rank_names import part_norms
-from anyckpt.storage.source import bytes_read
+from anyckpt.storage.read_count import bytes_read
 from anyckpt.tensor import Constant
 
 MCORE = (

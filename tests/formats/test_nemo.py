@@ -17,7 +17,7 @@ from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.formats.nemo import FORMAT
 from anyckpt.formats.registry import look_at
-from anyckpt.storage.tar import tar_end, tar_header, tar_padding
+from anyckpt.storage.tar_headers import tar_end, tar_header, tar_padding
 
 BASIC = ["nemo1_basic_v2_5_3", "nemo1_basic_v3_0_0"]
 SHARDED = ["nemo1_dist_tp1", "nemo1_dist_tp2"]
@@ -299,9 +299,9 @@ def test_huge_sparse_archive(tmp_path: Path) -> None:
         for name, data in (("./model_config.yaml", config), ("./model_weights.ckpt", weights)):
             file.write(tar_header(name, len(data)) + data + tar_padding(len(data)))
         file.write(tar_end(0))
-    from anyckpt.storage import source
+    from anyckpt.storage import read_count
 
-    before = source.bytes_read()
+    before = read_count.bytes_read()
     checkpoint = FORMAT.read(look_at(path))
     assert_tensors_equal_expected(checkpoint.tensors, expected_of("nemo/nemo1_basic_v3_0_0")["tensors"])
-    assert source.bytes_read() - before < 40_000
+    assert read_count.bytes_read() - before < 40_000

@@ -19,7 +19,8 @@ from anyckpt.formats.nemo2 import FORMAT
 from anyckpt.formats.nemo2.fiddle import Call, Reference, decode, encode, from_plain, reference, to_plain
 from anyckpt.formats.registry import WriteOptions, detect, look_at
 from anyckpt.plain_yaml import load_yaml
-from anyckpt.storage.source import LocalFile, MemorySource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import MemorySource
 
 NAMES = ["nemo2_llama_spm", "nemo2_llama_hftok"]
 

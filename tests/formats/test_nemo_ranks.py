@@ -24,7 +24,8 @@ from anyckpt.layout import cut
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.joining import geometry_of, open_checkpoint, parallelism_of
 from anyckpt.plain_yaml import dump_yaml, load_yaml_mapping
-from anyckpt.storage.source import LocalFile, MemorySource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import MemorySource
 from anyckpt.storage.tar import read_tar
 from anyckpt.tensor import LazyTensor, from_array
 

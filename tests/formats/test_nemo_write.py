@@ -21,7 +21,8 @@ from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import GPT_TARGET
 from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.plain_yaml import load_yaml
-from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import ByteSource, MemorySource
 from anyckpt.storage.tar import read_tar
 from anyckpt.tensor import Constant, from_array
 

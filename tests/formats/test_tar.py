@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from anyckpt.errors import FormatError, UnsafeError
-from anyckpt.storage.source import ByteSource, LocalFile, MemorySource
-from anyckpt.storage.tar import BLOCK, TarFolder, looks_like_tar, read_tar, tar_end, tar_header, tar_padding
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import ByteSource, MemorySource
+from anyckpt.storage.tar import TarFolder, looks_like_tar, read_tar
+from anyckpt.storage.tar_headers import BLOCK, tar_end, tar_header, tar_padding
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 FILES = {

@@ -32,7 +32,8 @@ from anyckpt.formats.registry import WriteOptions, look_at
 from anyckpt.formats.torch import FORMAT
 from anyckpt.pickling import Global, Record
 from anyckpt.pickling import torch_objects as objects
-from anyckpt.storage.source import LocalFile, MemorySource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import LazyTensor
 
 FILES = sorted(fixture_path("legacy/malicious").glob("*.pt"))

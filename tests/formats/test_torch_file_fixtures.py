@@ -16,7 +16,7 @@ from anyckpt.formats.registry import look_at
 from anyckpt.formats.torch import FORMAT
 from anyckpt.pickling import Global, Record
 from anyckpt.pickling.plain import simplify
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.tensor import from_array
 
 ZOOS = ("zoo_dtypes", "zoo_views", "zoo_kinds", "zoo_objects", "zoo_handmade_zip", "zoo_legacy_tar")

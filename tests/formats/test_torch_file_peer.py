@@ -26,7 +26,8 @@ from anyckpt.formats import registry  # noqa: E402
 from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
 from anyckpt.formats.torch import FORMAT  # noqa: E402
 from anyckpt.pickling import Global, Record  # noqa: E402
-from anyckpt.storage.source import LocalFile, MemorySource  # noqa: E402
+from anyckpt.storage.local_file import LocalFile  # noqa: E402
+from anyckpt.storage.source import MemorySource  # noqa: E402
 from anyckpt.tensor import LazyTensor, from_array  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]

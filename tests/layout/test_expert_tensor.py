@@ -9,8 +9,8 @@ import pytest
 from anyckpt.cli import run
 from anyckpt.formats import registry
 from anyckpt.operations.reshard import reshard
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from tests.support import fixture_path
 
 EXPERTS = "legacy/megatron_moe_tp2_ep2"

@@ -16,7 +16,7 @@ from anyckpt.checkpoint import RankShard
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.experts import parse
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.tensor import LazyTensor, concatenate
 from tests.layout.sample import assert_equal, rank_of
 from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, sha256_of

@@ -20,7 +20,7 @@ pytest.importorskip("megatron.core")
 
 from anyckpt.formats.megatron_lm.ranks import folder_name  # noqa: E402
 from anyckpt.operations.convert import convert  # noqa: E402
-from anyckpt.operations.steps.cutting import LayoutRequest  # noqa: E402
+from anyckpt.operations.steps.layout_request import LayoutRequest  # noqa: E402
 from tests.support import fixture_path  # noqa: E402
 
 pytestmark = pytest.mark.peer

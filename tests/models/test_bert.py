@@ -14,7 +14,8 @@ from tests.models.encoder_cases import BERT, made, reidentified, renamed
 from anyckpt import models
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
-from anyckpt.operations.steps.renaming import Naming, rename_for
+from anyckpt.operations.steps.naming import Naming
+from anyckpt.operations.steps.renaming import rename_for
 from anyckpt.tensor import from_array
 
 

@@ -19,8 +19,8 @@ from anyckpt.formats import megatron_core
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.models.dialects import spellings
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import LazyTensor
 

@@ -19,7 +19,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models.dialects import spellings
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import from_array
 
 BEHIND = {

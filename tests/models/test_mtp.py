@@ -16,8 +16,8 @@ from anyckpt.errors import MappingError
 from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.operations.convert import convert
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import LazyTensor, from_array
 
 

@@ -20,7 +20,7 @@ from anyckpt.formats.hf import FORMAT
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import Model
 from anyckpt.models.dialects.spellings import detect
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import LazyTensor
 
 OWN = (

@@ -23,9 +23,9 @@ from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.convert import Conversion
 from anyckpt.operations.steps.account import unaccounted
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
-from anyckpt.storage.source import LocalFile
+from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = fixture_path("families/llama/hf")

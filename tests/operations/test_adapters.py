@@ -17,7 +17,7 @@ from anyckpt.engine.manifest import read_manifest
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, MappingError, OutputError, UsageError
 from anyckpt.operations.steps.common_names import common_names
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.tensor import LazyTensor, from_array
 

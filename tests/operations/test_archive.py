@@ -15,7 +15,7 @@ from anyckpt.errors import FormatError, OutputError, UnsafeError, UsageError
 from anyckpt.formats.nemo import FORMAT
 from anyckpt.formats.registry import look_at
 from anyckpt.operations.archive import edit, pack, parse_setting, unpack
-from anyckpt.storage.tar import tar_end, tar_header
+from anyckpt.storage.tar_headers import tar_end, tar_header
 
 NAMES = ["nemo1_basic_v3_0_0", "nemo1_dist_tp2", "nemo1_mp_tp2_pp2", "asr_ctc_conformer_v3_0_0"]
 

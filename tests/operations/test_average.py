@@ -23,8 +23,8 @@ from anyckpt.formats.registry import WriteOptions
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.average import average
 from anyckpt.operations.steps import weighted_mean as module
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.weighted_mean import Mean
 from anyckpt.tensor import LazyTensor, from_array
 

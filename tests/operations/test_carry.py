@@ -10,8 +10,8 @@ from tests.support import expected_of, fixture_path, sha256_of
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.operations.convert import convert
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.optimizer.read import with_optimizer
 
 RANKS = ["legacy/megatron_gpt_tp2_pp2", "legacy/megatron_distopt_tp2_dp2", "legacy/megatron_gpt_fp32_optim_tp2"]

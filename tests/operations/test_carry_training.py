@@ -17,8 +17,8 @@ from anyckpt.formats import registry
 from anyckpt.formats.shared.random_states import is_random_state, random_states
 from anyckpt.operations.convert import Conversion, convert
 from anyckpt.operations.reshard import reshard
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.pickling.plain import to_plain
 from anyckpt.tensor import LazyTensor, from_array
 

@@ -11,8 +11,8 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.dialects.registration import registered_order
 from anyckpt.operations.convert import convert
 from anyckpt.operations.steps import renaming as naming
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 
 LLAMA = "families/llama/hf"
 

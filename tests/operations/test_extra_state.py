@@ -13,7 +13,7 @@ from anyckpt.cli import run
 from anyckpt.formats import registry
 from anyckpt.operations.convert import convert
 from anyckpt.operations.reshard import reshard
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import LazyTensor, from_array
 
 DENSE, VIRTUAL, EXPERTS = "megatron_gpt_tp2_pp2", "megatron_gpt_tp2_pp2_vpp2", "megatron_moe_tp2_ep2"

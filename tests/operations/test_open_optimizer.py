@@ -20,7 +20,7 @@ from anyckpt.formats.registry import WriteOptions
 from anyckpt.layout import Parallelism
 from anyckpt.operations.steps.cutting import cut_for_ranks
 from anyckpt.operations.steps.joining import open_checkpoint, parallelism_of
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.tensor import LazyTensor
 
 WITH_OPTIMIZER = ("gpt_tp2_pp2", "gpt_fp32_optim_tp2", "distopt_tp2_dp2")

@@ -14,7 +14,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = fixture_path("families/llama/hf")

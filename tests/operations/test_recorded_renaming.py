@@ -13,8 +13,9 @@ import anyckpt
 from anyckpt import models
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
+from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.recorded_renaming import Renaming
-from anyckpt.operations.steps.renaming import Naming, rename_for
+from anyckpt.operations.steps.renaming import rename_for
 from anyckpt.tensor import LazyTensor, concatenate, from_array, stack
 
 FAMILIES = ["llama", "deepseek_v3", "gpt2", "gemma3", "mixtral", "nemotron_h", "starcoder2", "gpt_oss"]

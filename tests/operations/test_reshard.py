@@ -14,8 +14,8 @@ from anyckpt.formats import registry
 from anyckpt.operations.convert import convert
 from anyckpt.operations.diff import diff
 from anyckpt.operations.reshard import reshard
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 
 DENSE = [
     "legacy/megatron_gpt_tp2_pp2",

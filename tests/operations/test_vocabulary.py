@@ -17,8 +17,8 @@ from anyckpt.formats import registry
 from anyckpt.operations.convert import convert
 from anyckpt.operations.inspect import inspect
 from anyckpt.operations.reshard import reshard
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import from_array
 
 LLAMA, TRUE = "families/llama/hf", 151

@@ -10,7 +10,7 @@ import numpy as np
 
 from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.tar import read_tar
 from anyckpt.tensor import LazyTensor, from_array
 from tests.support import expected_of, file_bytes, fixture_path

@@ -16,7 +16,7 @@ from anyckpt.formats import registry
 from anyckpt.optimizer.apex_buckets import REMAINDER, has_buckets, whole_states, with_remainder
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.pickling import Global, Record
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.tensor import LazyTensor, from_array
 from tests.support import expected_of, file_bytes, fixture_path
 

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from anyckpt.errors import MappingError  # noqa: E402
 from anyckpt.operations.convert import convert  # noqa: E402
 from anyckpt.operations.reshard import reshard  # noqa: E402
-from anyckpt.operations.steps.cutting import LayoutRequest  # noqa: E402
+from anyckpt.operations.steps.layout_request import LayoutRequest  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

@@ -11,8 +11,8 @@ import pytest
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.convert import convert
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.optimizer.read import with_optimizer
 from tests.formats.megatron_lm_files import FILE, root_of
 from tests.support import fixture_path, sha256_of

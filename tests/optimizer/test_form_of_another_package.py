@@ -20,7 +20,7 @@ from anyckpt.formats import registry
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.operations.steps.training_state import carry_optimizer
 from anyckpt.optimizer.read import with_optimizer
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor
 from tests.support import fixture_path
 

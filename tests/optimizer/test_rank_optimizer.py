@@ -16,8 +16,8 @@ from anyckpt.formats import registry
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.operations.convert import convert
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.storage.source import MemorySource
 from tests.formats.test_nemo_ranks import old_model

@@ -13,7 +13,7 @@ from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import AnyckptError
 from anyckpt.operations.convert import convert
 from anyckpt.operations.steps.joining import open_checkpoint
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
 from anyckpt.tensor import from_array
 from tests.formats.megatron_lm_files import FILE, change_rank, copy_fixture
 from tests.optimizer.rank_files import adam_of, config_of, matrices, ranks_of, wrapped, written

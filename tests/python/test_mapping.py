@@ -16,7 +16,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import BY_NAME, dtype
 from anyckpt.errors import alike
-from anyckpt.storage.source import bytes_read
+from anyckpt.storage.read_count import bytes_read
 from anyckpt.tensor import concatenate, from_array
 
 LLAMA = "families/llama/hf"

@@ -21,7 +21,8 @@ from tests.support import fixture_path  # noqa: E402
 import anyckpt  # noqa: E402
 from anyckpt.dtypes import BY_NAME  # noqa: E402
 from anyckpt.operations.steps.live import Live, _DeviceSource  # noqa: E402
-from anyckpt.storage.source import MemorySource, bytes_read  # noqa: E402
+from anyckpt.storage.read_count import bytes_read  # noqa: E402
+from anyckpt.storage.source import MemorySource  # noqa: E402
 from anyckpt.tensor import Stored  # noqa: E402
 
 LLAMA = "families/llama/hf"

@@ -16,7 +16,8 @@ from tests.support import fixture_path, sha256_of
 import anyckpt
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats import registry
-from anyckpt.storage.place import LOCAL, file_of, look_at, place_of
+from anyckpt.storage.location import file_of, look_at, place_of
+from anyckpt.storage.place import LOCAL
 
 AGENT = fixture_path("legacy/modules/stable_baselines3.zip")
 STATE = fixture_path("legacy/modules/state_dict.pt")

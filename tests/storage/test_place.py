@@ -17,7 +17,8 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats import registry
-from anyckpt.storage.place import LOCAL, look_at
+from anyckpt.storage.location import look_at
+from anyckpt.storage.place import LOCAL
 
 FOLDERS = [
     "adapters/lora_halves_tp2",

@@ -10,7 +10,7 @@ from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, p
 from anyckpt.cli.model_line import model_line
 
 if TYPE_CHECKING:
-    from anyckpt.operations.inspect import Inspection, TensorFacts
+    from anyckpt.operations.inspection import Inspection, TensorFacts
 
 _SHOWN_CONFIG = 40
 _LONGEST_VALUE = 100

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from anyckpt.operations.steps.cutting import LayoutRequest
+    from anyckpt.operations.steps.layout_request import LayoutRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -64,7 +64,7 @@ def layout_request(options: dict[str, Any]) -> LayoutRequest:
     Raises:
         FormatError: the rules file cannot be read.
     """
-    from anyckpt.operations.steps.cutting import LayoutRequest
+    from anyckpt.operations.steps.layout_request import LayoutRequest
     from anyckpt.operations.steps.user_files import read_rules
 
     rules = options.pop("partition_rules")

@@ -22,7 +22,7 @@ from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.engine.together import MOST_TOGETHER, Gang, gangs
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.gather import SCRATCH_BYTES
-from anyckpt.storage.source import ReadCount, counting
+from anyckpt.storage.read_count import ReadCount, counting
 
 _MEMORY_PER_WORKER = 16 << 20
 _SYNC_EVERY = 1 << 30

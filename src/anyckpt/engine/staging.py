@@ -20,7 +20,7 @@ from anyckpt.engine.outputs import OutputFiles
 from anyckpt.engine.plan import MANIFEST_NAME, Plan
 from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, lock
 from anyckpt.errors import FormatError, OutputError
-from anyckpt.storage.source import forget_open_file
+from anyckpt.storage.local_file import forget_open_file
 
 _EXCHANGE = 2
 _AT_FDCWD = -100

@@ -15,7 +15,7 @@ from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.torch_objects import NAMESPACE
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 
 __all__ = ["FORMAT", "DcpContents", "dcp_files", "read_dcp"]
 

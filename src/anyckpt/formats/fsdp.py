@@ -24,7 +24,7 @@ from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats.registry import Format
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.indexing import Shape
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, mosaic
 
 _FILE = re.compile(

@@ -33,7 +33,7 @@ from anyckpt.formats.shared.rank_safetensors import (
     read_rank_files,
 )
 from anyckpt.formats.shared.weight_files import Beside, read_weight_file, read_weight_files
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 

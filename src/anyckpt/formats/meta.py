@@ -22,7 +22,8 @@ from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.formats.shared.loose_tensors import weights_only
-from anyckpt.storage.place import Location, Place
+from anyckpt.storage.location import Location
+from anyckpt.storage.place import Place
 from anyckpt.tensor import LazyTensor, concatenate
 
 PARAMS = "params.json"

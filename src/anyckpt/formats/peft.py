@@ -19,7 +19,7 @@ from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_files, tokenizer_of, training_state
 from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.formats.shared.weight_files import Beside, read_weight_file
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -24,9 +24,11 @@ from anyckpt.formats.shared.unfinished import check_finished
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
 from anyckpt.storage.heads import small_files
+from anyckpt.storage.location import Location, look_at, look_in
 from anyckpt.storage.members import NotArchiveError, is_archive, is_gzip
-from anyckpt.storage.place import ArchivePlace, Location, Place, look_at, look_in
+from anyckpt.storage.place import Place
 from anyckpt.storage.source import check_not_pointer
+from anyckpt.storage.tree import ArchivePlace
 
 if TYPE_CHECKING:
     from anyckpt.facts import FormatFacts

@@ -7,7 +7,7 @@ from anyckpt.containers.safetensors import HEADER_LIMIT, read_safetensors, safet
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, WriteOptions, without_configuration
 from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 
 
 def _detect(location: Location) -> bool:

@@ -25,7 +25,7 @@ from anyckpt.containers.torch_file.writer import dotted, zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.pickling import DictRecord, torch_objects
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.zip import read_zip
 from anyckpt.tensor import LazyTensor
 

@@ -22,8 +22,8 @@ from anyckpt.formats.nemo.read import read_config
 from anyckpt.formats.nemo.tokenizer import has_prefix
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.plain_yaml import dump_yaml, load_yaml
-from anyckpt.storage.place import look_at
-from anyckpt.storage.source import LocalFile
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.location import look_at
 
 Path = str | os.PathLike[str]
 

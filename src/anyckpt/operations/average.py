@@ -15,11 +15,11 @@ from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.aligned_models import Choice, align, chosen
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.weighted_mean import check_shares, shown

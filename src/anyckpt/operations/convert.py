@@ -15,20 +15,23 @@ from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_write
 from anyckpt.operations.steps.adapter_inside import holds_adapter, without_adapter
 from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, rename_adapter
+from anyckpt.operations.steps.aim import aim_at
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_checkpoint
 from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
-from anyckpt.operations.steps.cutting import LayoutRequest, aim_at, cut_as_asked
+from anyckpt.operations.steps.cutting import cut_as_asked
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.extra_states import choose_states
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline
-from anyckpt.operations.steps.renaming import Naming, Renamed, rename_for
+from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import with_state, without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.writing import write
-from anyckpt.storage.place import look_at
+from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor
 
 

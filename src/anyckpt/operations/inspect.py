@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
-from anyckpt.escaping import html_table
 from anyckpt.formats import registry
+from anyckpt.operations.inspection import Inspection, TensorFacts
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.loader_calls import asked_of_loaders
-from anyckpt.operations.steps.statistics import Scan, Statistics, scan
+from anyckpt.operations.steps.statistics import Scan, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
-from anyckpt.pickling import Callee
 from anyckpt.pickling.plain import to_plain
-from anyckpt.storage.place import file_of
+from anyckpt.storage.location import file_of
 from anyckpt.tensor import LazyTensor
-from anyckpt.units import format_bytes, size_label
+from anyckpt.units import size_label
 
 if TYPE_CHECKING:
     from anyckpt.models import Model
@@ -49,177 +48,6 @@ _MODEL_FIELDS = (
     "img_h",
     "img_w",
 )
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """One tensor.
-
-    Attributes:
-        name: stored name, or hub name if these were asked for.
-        dtype: torch's name of the element type.
-        shape: global shape.
-        nbytes: bytes of the elements.
-        shards: stored pieces that the tensor is made of.
-        files: files that hold them, relative to the checkpoint where they lie inside it.
-        sha256: digest of the little-endian bytes in C order, if asked for.
-        statistics: if asked for; None also where numpy cannot compute with the type.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    shards: int
-    files: tuple[str, ...]
-    sha256: str | None = None
-    statistics: Statistics | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As in ``inspect --json``: ``sha256`` and ``stats`` are there only if computed."""
-        facts: dict[str, Any] = {
-            "name": self.name,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "nbytes": self.nbytes,
-            "shards": self.shards,
-            "files": list(self.files),
-        }
-        if self.sha256 is not None:
-            facts["sha256"] = self.sha256
-        if self.statistics is not None:
-            facts["stats"] = self.statistics.to_json()
-        return facts
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What is in a checkpoint.
-
-    Attributes:
-        path: what was opened.
-        format: name of the format, as in ``--to``.
-        format_version: as far as the files tell, or None.
-        family: model family, or None if unknown.
-        dialect: naming of the weights, or None if unknown.
-        model: what the model is, in Megatron-Core's words (see ``_MODEL_FIELDS``), or None if the family is unknown.
-        parameters: elements of the weights; tied weights count once.
-        size: the same as people say it, such as ``8.0B``.
-        bytes: bytes of all tensors, training state included; a tensor stored once under two names counts once.
-        tensor_count: stored tensors, training state included.
-        dtypes: element type -> number of tensors.
-        dtype_bytes: element type -> bytes, tied ones once.
-        layout: parallel sizes of the files.
-        step: optimizer steps taken, or None.
-        epoch: or None.
-        consumed_samples: or None.
-        states: ``optimizer``, ``scheduler``, ``rng`` -> present.
-        artifacts: names of the other files.
-        tokenizer: ``library``, ``files`` and ``hub_name``, or None.
-        config: the model's configuration as stored.
-        config_kind: its spelling, or None.
-        ignored: stored names that carry no weights -> reason.
-        objects: names of non-tensor state.
-        values: the same state as plain data, shortened where it is long; nothing that a file names is executed.
-        details: facts that only this format has.
-        adapter: of a LoRA or DoRA adapter its ``kind``, ``rank``, ``alpha``, ``rank_stabilized``, ``form``, ``names``,
-            ``targets`` and ``base``; None of a model.
-        warnings: anything odd.
-        notes: what anyckpt said of the output when it wrote this, such as what fills the vocabulary's padding rows.
-        tensors: the tensors asked for, or None if none were.
-        calls: names that the pickles in it ask for, those that run code first.
-        likely_families: where the family is unknown, those that name all tensors as they are named here.
-    """
-
-    path: str
-    format: str
-    format_version: str | None
-    family: str | None
-    dialect: str | None
-    model: dict[str, Any] | None
-    parameters: int
-    size: str
-    bytes: int
-    tensor_count: int
-    dtypes: dict[str, int]
-    dtype_bytes: dict[str, int]
-    layout: dict[str, int]
-    step: int | None
-    epoch: int | None
-    consumed_samples: int | None
-    states: dict[str, bool]
-    artifacts: list[str]
-    tokenizer: dict[str, Any] | None
-    config: dict[str, Any]
-    config_kind: str | None
-    ignored: dict[str, str]
-    objects: list[str]
-    values: dict[str, Any]
-    details: dict[str, Any]
-    adapter: dict[str, Any] | None = None
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    tensors: list[TensorFacts] | None = None
-    likely_families: tuple[str, ...] = ()
-    calls: tuple[Callee, ...] = ()
-
-    @property
-    def has_optimizer(self) -> bool:
-        return self.states["optimizer"]
-
-    def to_json(self) -> dict[str, Any]:
-        """As ``inspect --json`` prints it."""
-        facts = {
-            name: getattr(self, name)
-            for name in (
-                "path",
-                "format",
-                "format_version",
-                "family",
-                "parameters",
-                "bytes",
-                "tensor_count",
-                "dtypes",
-                "layout",
-                "step",
-                "has_optimizer",
-                "artifacts",
-                "config",
-                "warnings",
-                "dialect",
-                "dtype_bytes",
-                "size",
-                "model",
-                "epoch",
-                "consumed_samples",
-                "states",
-                "tokenizer",
-                "config_kind",
-                "ignored",
-                "objects",
-                "values",
-                "details",
-                "adapter",
-                "notes",
-            )
-        }
-        facts["likely_families"] = list(self.likely_families)
-        facts["calls"] = [callee.to_json() for callee in self.calls]
-        if self.tensors is not None:
-            facts["tensors"] = [tensor.to_json() for tensor in self.tensors]
-        return facts
-
-    def _repr_html_(self) -> str:
-        rows = [
-            ("format", " ".join(filter(None, (self.format, self.format_version)))),
-            ("family", self.family or "unknown"),
-            ("parameters", f"{self.parameters:,} ({self.size})"),
-            ("bytes", format_bytes(self.bytes)),
-            ("tensors", f"{self.tensor_count:,}"),
-            ("types", ", ".join(f"{name}: {count}" for name, count in self.dtypes.items())),
-            *(("warning", text) for text in self.warnings),
-        ]
-        return html_table(self.path, (), rows)
 
 
 def inspect(
@@ -368,7 +196,7 @@ def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
     """The model, or None and why a family that seems known is not."""
     if checkpoint.config_kind is None:
         return None, None
-    from anyckpt.operations.steps.renaming import identify
+    from anyckpt.operations.steps.naming import identify
 
     try:
         return identify(checkpoint), None

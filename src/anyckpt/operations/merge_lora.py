@@ -24,12 +24,13 @@ from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType
 from anyckpt.operations.steps.choosing import choose
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.operations.steps.naming import identify
 from anyckpt.operations.steps.pipeline import Pipeline, Stepped
-from anyckpt.operations.steps.renaming import identify, state_of
+from anyckpt.operations.steps.renaming import state_of
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 

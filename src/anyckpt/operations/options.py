@@ -15,8 +15,8 @@ from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
-from anyckpt.operations.steps.cutting import LayoutRequest
 from anyckpt.operations.steps.full_precision import config_in_full_precision
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.writing import parse_share

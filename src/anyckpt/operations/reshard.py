@@ -10,9 +10,9 @@ from anyckpt.formats import registry
 from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.threads import Progress
-from anyckpt.storage.place import look_at
+from anyckpt.storage.location import look_at
 
 
 @documented

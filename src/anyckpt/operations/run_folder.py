@@ -18,7 +18,7 @@ from anyckpt.engine.manifest import check_sizes, read_manifest
 from anyckpt.errors import AnyckptError, UnfinishedError
 from anyckpt.formats import registry
 from anyckpt.operations.retention import Saved
-from anyckpt.storage.place import look_at
+from anyckpt.storage.location import look_at
 
 NOTE = "anyckpt-save.json"
 """``.NAME.anyckpt-save.json`` beside a checkpoint says what its trainer said of it: step, time, metric."""

@@ -23,8 +23,8 @@ from anyckpt.formats.shared.tracker import TRACKER, iteration_number
 from anyckpt.formats.shared.unfinished import is_marker, marker_of
 from anyckpt.operations.retention import Retention, Saved, deleted
 from anyckpt.operations.run_folder import NOTE, candidates, condition, note_path, note_text, read_note
+from anyckpt.storage.local_file import forget_open_file
 from anyckpt.storage.place import LOCAL
-from anyckpt.storage.source import forget_open_file
 
 POINTER = "latest"
 """A link beside the checkpoints to the newest one."""

@@ -15,7 +15,7 @@ from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
-from anyckpt.operations.steps.cutting import LayoutRequest
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.live import Live
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.tensor import LazyTensor

@@ -19,7 +19,7 @@ from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.impossible_numbers import check_values
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.loader_calls import asked_of_loaders
-from anyckpt.operations.steps.renaming import identify
+from anyckpt.operations.steps.naming import identify
 from anyckpt.operations.steps.threads import Advance, Meter, Progress
 from anyckpt.pickling import Callee, recording
 from anyckpt.pickling.calls import danger

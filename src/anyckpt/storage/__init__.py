@@ -1,5 +1,6 @@
 """Where bytes live: local files, members of an archive, memory.  Reads are ranged and checked."""
 
-from anyckpt.storage.source import ByteSource, LocalFile, MemorySource, SlicedSource
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import ByteSource, MemorySource, SlicedSource
 
 __all__ = ["ByteSource", "LocalFile", "MemorySource", "SlicedSource"]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from anyckpt.errors import FormatError, UnsafeError
-from anyckpt.storage.source import ByteSource, LocalFile
+from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.source import ByteSource
 
 _MAX_DEPTH = 4
 

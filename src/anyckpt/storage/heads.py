@@ -10,7 +10,7 @@ from anyckpt.errors import AnyckptError
 from anyckpt.storage.requests import holding, is_far
 
 if TYPE_CHECKING:
-    from anyckpt.storage.place import Location
+    from anyckpt.storage.location import Location
     from anyckpt.storage.requests import Wanted
     from anyckpt.storage.source import ByteSource
 

@@ -3,9 +3,6 @@
 Only headers are read, by seeking from one to the next, so opening an archive costs one small read per member
 whatever its size.  Whatever a checkpoint has no business containing (links, devices, names that climb out,
 two members of one name) is an error, because tools disagree about what such a member means.
-
-Sources: POSIX.1-2001 pax (ustar headers, extended headers ``x`` and ``g``), the GNU tar manual (``L``, ``K``,
-base-256 numbers), and Python's ``tarfile``, whose default (pax) headers the writer reproduces.
 """
 
 from __future__ import annotations
@@ -18,18 +15,22 @@ from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.storage.folder import check_inside
 from anyckpt.storage.heads import Ahead
 from anyckpt.storage.source import ByteSource
-
-BLOCK = 512
-RECORD = 10240
-"""``tarfile`` and GNU tar pad an archive with zeros to a multiple of this."""
-
-MAGIC_OFFSET = 257
-MAGIC = b"ustar"
+from anyckpt.storage.tar_headers import (
+    BLOCK,
+    MAGIC,
+    MAGIC_OFFSET,
+    Header,
+    checksum_matches,
+    decoded,
+    padded,
+    parse_header,
+    pax_number,
+    pax_records,
+)
 
 _EXTENSION_LIMIT = 1 << 20
 _MEMBER_LIMIT = 200_000
 _DRIVE = re.compile(r"^[A-Za-z]:[\\/]")
-
 _FILE_TYPES = (b"0", b"\0", b"7")
 _FORBIDDEN_TYPES = {
     b"1": "a hard link",
@@ -69,20 +70,11 @@ class TarMember:
         return self.source.size
 
 
-@dataclass(frozen=True)
-class _Header:
-    name: str
-    type: bytes
-    size: int
-    mode: int
-    mtime: int
-
-
 def looks_like_tar(head: bytes) -> bool:
     """Whether a file that begins with ``head`` (at least 512 bytes of it) is an uncompressed tar archive."""
     if len(head) < BLOCK:
         return False
-    return head[MAGIC_OFFSET : MAGIC_OFFSET + len(MAGIC)] == MAGIC and _checksum_matches(head[:BLOCK])
+    return head[MAGIC_OFFSET : MAGIC_OFFSET + len(MAGIC)] == MAGIC and checksum_matches(head[:BLOCK])
 
 
 def read_tar(source: ByteSource) -> dict[str, TarMember]:
@@ -138,22 +130,22 @@ def _members(source: ByteSource) -> Iterator[TarMember]:
             if own or long_name:
                 raise FormatError("ends with an extended header that belongs to no member", path=source.name)
             return
-        header = _parse_header(block, source.name, offset)
+        header = parse_header(block, source.name, offset)
         offset += BLOCK
         if header.type in (b"x", b"g", b"L", b"K", b"X"):
             data = _read_extension(source, offset, header, ahead)
-            offset += _padded(header.size)
+            offset += padded(header.size)
             if header.type == b"L":
-                long_name = _text(data.rstrip(b"\0"), source.name)
+                long_name = decoded(data.rstrip(b"\0"), source.name)
             elif header.type == b"g":
-                shared.update(_pax_records(data, source.name))
+                shared.update(pax_records(data, source.name))
             elif header.type != b"K":
-                own.update(_pax_records(data, source.name))
+                own.update(pax_records(data, source.name))
             last = last or header.name
             continue
         records = {**shared, **own}
         name = records.get("path") or long_name or header.name
-        size = _pax_number(records, "size", header.size, source.name)
+        size = pax_number(records, "size", header.size, source.name)
         own, long_name = {}, None
         if any(key.startswith("GNU.sparse.") for key in records):
             raise FormatError(f"member {name!r} is a sparse file, which cannot be read in place", path=source.name)
@@ -175,7 +167,7 @@ def _members(source: ByteSource) -> Iterator[TarMember]:
             )
         content = source.slice(offset, size, f"{source.name} » {clean}")
         yield TarMember(clean, name, content, is_directory, header.mode & 0o7777, header.mtime)
-        offset += _padded(size)
+        offset += padded(size)
         last = name
 
 
@@ -216,57 +208,7 @@ def _check_end(source: ByteSource, offset: int, last: str, ahead: Ahead) -> None
         )
 
 
-def _parse_header(block: bytes, archive: str, offset: int) -> _Header:
-    if not _checksum_matches(block):
-        raise FormatError(
-            f"is damaged: the header at byte {offset} has a wrong checksum",
-            path=archive,
-            remedy="copy the archive again from its origin",
-        )
-    name = _text(_cut(block[0:100]), archive)
-    if block[MAGIC_OFFSET : MAGIC_OFFSET + 6] == b"ustar\0":
-        prefix = _text(_cut(block[345:500]), archive)
-        name = f"{prefix}/{name}" if prefix else name
-    size = _number(block[124:136], archive, offset)
-    if size < 0:
-        raise FormatError(f"member {name!r} has a negative size", path=archive, found=size)
-    mode = _number(block[100:108], archive, offset)
-    mtime = _number(block[136:148], archive, offset)
-    return _Header(name, block[156:157], size, mode, mtime)
-
-
-def _checksum_matches(block: bytes) -> bool:
-    try:
-        stored = _octal(block[148:156])
-    except ValueError:
-        return False
-    blank = block[:148] + b" " * 8 + block[156:]
-    unsigned = sum(blank)
-    return stored in (unsigned, unsigned - 256 * sum(byte > 127 for byte in blank))
-
-
-def _number(field: bytes, archive: str, offset: int) -> int:
-    """A numeric field: octal digits, or base-256 where the first bit is set (two's complement below it)."""
-    if field[0] in (0x80, 0xFF):
-        return int.from_bytes(field[1:], "big") - (1 << (8 * (len(field) - 1)) if field[0] == 0xFF else 0)
-    try:
-        return _octal(field)
-    except ValueError as error:
-        raise FormatError(
-            f"is damaged: the header at byte {offset} has a number that is none", path=archive, found=field
-        ) from error
-
-
-def _octal(field: bytes) -> int:
-    digits = _cut(field).strip()
-    if not digits:
-        return 0
-    if not re.fullmatch(rb"[0-7]+", digits):
-        raise ValueError(digits)
-    return int(digits, 8)
-
-
-def _read_extension(source: ByteSource, offset: int, header: _Header, ahead: Ahead) -> bytes:
+def _read_extension(source: ByteSource, offset: int, header: Header, ahead: Ahead) -> bytes:
     if header.size > _EXTENSION_LIMIT:
         raise UnsafeError(
             f"an extended header ({header.name!r}) is too large",
@@ -285,43 +227,6 @@ def _read_extension(source: ByteSource, offset: int, header: _Header, ahead: Ahe
     return ahead.read(offset, header.size)
 
 
-def _pax_records(data: bytes, archive: str) -> dict[str, str]:
-    """The records ``"<length> <key>=<value>\\n"`` of an extended header."""
-    records: dict[str, str] = {}
-    position = 0
-    while position < len(data) and data[position]:
-        space = data.find(b" ", position, position + 20)
-        digits = data[position:space] if space > 0 else b""
-        end = position + int(digits) if re.fullmatch(rb"[0-9]+", digits) else 0
-        key, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if end <= space or end > len(data) or data[end - 1 : end] != b"\n" or not equals:
-            raise FormatError("is damaged: an extended header cannot be read", path=archive)
-        if key in (b"path", b"size") or key.startswith(b"GNU.sparse."):
-            records[_text(key, archive)] = _text(value, archive)
-        position = end
-    return records
-
-
-def _pax_number(records: dict[str, str], key: str, default: int, archive: str) -> int:
-    text = records.get(key)
-    if text is None:
-        return default
-    if not re.fullmatch(r"[0-9]{1,19}", text):
-        raise FormatError(f"is damaged: an extended header has a {key} that is no number", path=archive, found=text)
-    return int(text)
-
-
-def _cut(field: bytes) -> bytes:
-    return field.partition(b"\0")[0]
-
-
-def _text(field: bytes, archive: str) -> str:
-    try:
-        return field.decode()
-    except UnicodeDecodeError as error:
-        raise FormatError("a member's name is not UTF-8", path=archive, found=field) from error
-
-
 def safe_name(name: str, archive: str) -> str:
     """``name`` without ``.`` components and doubled slashes.
 
@@ -337,10 +242,6 @@ def safe_name(name: str, archive: str) -> str:
     if any(ord(character) < 32 for character in name):
         raise UnsafeError(f"member {name!r} has control characters in its name", path=archive)
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
 
 
 class TarFolder:
@@ -376,34 +277,3 @@ class TarFolder:
         if source is None:
             raise FormatError(f"has no member {name!r}", path=self.name)
         return source
-
-
-def tar_header(name: str, size: int, *, is_directory: bool = False, mtime: int = 0) -> bytes:
-    """The header blocks of a member, byte for byte those of Python's ``tarfile`` in its default (pax) format.
-
-    Names over 100 bytes or outside ASCII and sizes from 8 GiB on take an extended header of their own.
-
-    Args:
-        name: as stored, such as ``./model_config.yaml``.
-        size: bytes of the payload; 0 for a directory.
-        is_directory: whether the member is one.
-        mtime: seconds since 1970; constant by default, so that the same input gives the same archive.
-    """
-    import tarfile
-
-    info = tarfile.TarInfo(name)
-    info.size = size
-    info.mtime = mtime
-    info.mode = 0o755 if is_directory else 0o644
-    info.type = tarfile.DIRTYPE if is_directory else tarfile.REGTYPE
-    return info.tobuf(tarfile.PAX_FORMAT)
-
-
-def tar_padding(size: int) -> bytes:
-    """The zeros after a payload of ``size`` bytes."""
-    return bytes(-size % BLOCK)
-
-
-def tar_end(position: int) -> bytes:
-    """The end mark of an archive whose members take ``position`` bytes, padded as ``tarfile`` does."""
-    return bytes(2 * BLOCK + -(position + 2 * BLOCK) % RECORD)

@@ -21,7 +21,7 @@ from anyckpt.errors import AnyckptError
 from anyckpt.formats import registry
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.operations.steps.account import unaccounted
-from anyckpt.storage.place import look_at
+from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor, from_array
 from anyckpt.testing.observing import elements_read, facts, files_under, left_open, observed_reads, require
 

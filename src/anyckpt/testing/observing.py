@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from anyckpt.storage.source import LocalFile, forget_open_file
+from anyckpt.storage.local_file import LocalFile, forget_open_file
 from anyckpt.tensor import LazyTensor
 
 Reads = list[tuple[str, int, int]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from anyckpt.errors import FormatError
 from anyckpt.storage.folder import check_inside
-from anyckpt.storage.place import Location, look_in
+from anyckpt.storage.location import Location, look_in
 
 UNIVERSAL = "zero"
 

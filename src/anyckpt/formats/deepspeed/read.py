@@ -20,7 +20,7 @@ from anyckpt.formats.deepspeed.universal import read_parameters
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.formats.shared.hub_folder import training_state as trainer_state
 from anyckpt.indexing import Shape
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, concatenate
 
 _STATE = "optimizer.state"

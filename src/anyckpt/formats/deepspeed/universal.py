@@ -11,7 +11,7 @@ from typing import Any
 
 from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.errors import FormatError
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor
 
 _WEIGHT = "fp32"

@@ -33,7 +33,7 @@ from anyckpt.formats.shared.unfinished import check_finished, marker_of
 from anyckpt.optimizer.rank_states import read_rank_states
 from anyckpt.pickling.plain import to_plain
 from anyckpt.plain_yaml import load_yaml_mapping
-from anyckpt.storage.place import Location, look_in
+from anyckpt.storage.location import Location, look_in
 from anyckpt.tensor import LazyTensor
 
 _CHUNK = re.compile(r"model(\d{1,4})", re.ASCII)

@@ -20,7 +20,7 @@ from anyckpt.errors import AnyckptError, FormatError, UnfinishedError
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, META, STATE_DICT, TRAINING_STATE, VERSION
 from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.pickling.plain import simplify, to_plain
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.zip import read_zip
 

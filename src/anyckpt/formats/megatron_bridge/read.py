@@ -17,7 +17,7 @@ from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
 from anyckpt.formats.shared.megatron_adapters import settings_from
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.plain_yaml import load_yaml_mapping
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 

@@ -8,7 +8,7 @@ from typing import Any
 from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.storage.folder import Folder
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 
 COMMIT = "metadata.json"
 COMMON = "common.pt"

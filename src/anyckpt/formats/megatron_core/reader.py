@@ -27,7 +27,7 @@ from anyckpt.formats.shared.tracker import iteration_folder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.folder import Folder
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor
 
 COMMON_ITEM = re.compile(r"^common_state/shard_0_1$")

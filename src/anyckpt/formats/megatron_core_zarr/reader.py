@@ -20,7 +20,7 @@ from anyckpt.formats.megatron_core.reader import megatron_checkpoint
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.heads import read_each, whole
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from anyckpt.errors import FormatError
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder, iteration_number
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 
 MODEL_FILE = "model_optim_rng.pt"

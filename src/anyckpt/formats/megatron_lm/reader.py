@@ -29,7 +29,7 @@ from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS, with_original_gro
 from anyckpt.optimizer.state import DROP
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.walk import find_leaves
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor
 
 _OPTIMIZER = "optimizer"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from anyckpt.containers.torch_file import shift_parts
 from anyckpt.engine.plan import Literal, OutputFile, Part, SourceData
 from anyckpt.storage.source import ByteSource
-from anyckpt.storage.tar import tar_end, tar_header, tar_padding
+from anyckpt.storage.tar_headers import tar_end, tar_header, tar_padding
 
 LayOut = Callable[[int, bool], Sequence[Part]]
 """From the offset in the archive, and whether contents may be aligned to it, to the parts of a member."""

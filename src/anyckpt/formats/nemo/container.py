@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from anyckpt.errors import FormatError
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.inflate import GZIP, InflatedSource
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar import TarFolder, TarMember, looks_like_tar, read_tar
 

@@ -36,7 +36,7 @@ from anyckpt.formats.shared.rank_files import (
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.folder import Folder
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 

@@ -15,7 +15,7 @@ from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.formats.shared.megatron_adapters import CANONICAL_ROWS, is_canonical, settings_from
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.folder import Folder
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 
 CONTEXT = "context"

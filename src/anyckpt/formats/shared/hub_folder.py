@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.checkpoint import Tokenizer, TrainingState
 from anyckpt.engine.plan import OutputFile, SourceData, small_file
 from anyckpt.errors import FormatError, UnsafeError, UsageError
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 
 _JSON_LIMIT = 1 << 30  # an index of a million tensors is some 100 MB

@@ -18,7 +18,7 @@ from anyckpt.checkpoint import Part
 from anyckpt.containers.safetensors import read_safetensors_files
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.indexing import Shape
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, mosaic
 
 SHARDING = "DCP_SHARDING_INFO"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from anyckpt.errors import FormatError
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _TRACKER_LIMIT = 64

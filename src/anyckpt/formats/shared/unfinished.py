@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 from anyckpt.errors import UnfinishedError
-from anyckpt.storage.place import LOCAL, Location, Place
+from anyckpt.storage.location import Location
+from anyckpt.storage.place import LOCAL, Place
 
 _SUFFIX = re.compile(r"\.(nemo|ckpt)$")
 _RANK = re.compile(r"(mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)(_fsdp_shard_\d+)?|fsdp_shard_\d+", re.ASCII)

@@ -14,7 +14,7 @@ from anyckpt.containers.torch_file.reader import torch_steps
 from anyckpt.errors import FormatError
 from anyckpt.formats.shared.rank_safetensors import part_of
 from anyckpt.storage.heads import read_each
-from anyckpt.storage.place import Location
+from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 

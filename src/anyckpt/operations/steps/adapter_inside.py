@@ -18,8 +18,8 @@ from anyckpt.models.adapters.settings import scale_of, with_alpha
 from anyckpt.models.adapters.wrapped import Wrapped, is_wrapped, taken_apart
 from anyckpt.operations.steps.adapters import AdapterRequest
 from anyckpt.operations.steps.casts import ChangedType
+from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Stepped
-from anyckpt.operations.steps.renaming import Naming
 from anyckpt.tensor import LazyTensor
 
 _UNTRAINED = "the untrained copy of a module that the adapter has trained as a whole"

@@ -29,7 +29,8 @@ from anyckpt.models.adapters import (
 from anyckpt.models.adapters.megatron import is_canonical, modules, to_megatron
 from anyckpt.models.adapters.peft_writer import plain, to_peft
 from anyckpt.models.dialects import spellings
-from anyckpt.operations.steps.renaming import Naming, Renamed, unmoved
+from anyckpt.operations.steps.naming import Naming
+from anyckpt.operations.steps.renaming import Renamed, unmoved
 from anyckpt.tensor import LazyTensor
 
 FORMS = ("canonical", "fused")

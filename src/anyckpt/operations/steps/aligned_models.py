@@ -17,8 +17,8 @@ from anyckpt.models.complete import some
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.choosing import choose
 from anyckpt.operations.steps.configurations import compare_configurations
+from anyckpt.operations.steps.naming import Vocabulary
 from anyckpt.operations.steps.pipeline import Stepped
-from anyckpt.operations.steps.renaming import Vocabulary
 from anyckpt.operations.steps.weighted_mean import Tensors, check_shares, is_averaged, means
 
 _SHOWN = 5

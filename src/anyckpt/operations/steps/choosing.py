@@ -11,8 +11,9 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import IncompleteError, UsageError
 from anyckpt.models.complete import some
 from anyckpt.operations.steps.globs import as_patterns, matching
+from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Stepped
-from anyckpt.operations.steps.renaming import Naming, Renamed, rename_for
+from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.tensor import LazyTensor
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")

@@ -11,7 +11,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models import Hub, Model
 from anyckpt.models.dialects import spellings as dialects
 from anyckpt.operations.steps.full_precision import obstacle, seen_in_full_precision
-from anyckpt.operations.steps.renaming import identify
+from anyckpt.operations.steps.naming import identify
 from anyckpt.tensor import LazyTensor
 
 

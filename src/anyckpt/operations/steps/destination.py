@@ -9,7 +9,8 @@ from anyckpt.engine.manifest import beside
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
-from anyckpt.storage.place import file_of, look_at, scheme_of
+from anyckpt.storage.location import file_of, look_at
+from anyckpt.storage.place import scheme_of
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
 

@@ -11,7 +11,8 @@ from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.registry import Format
 from anyckpt.formats.shared.random_states import random_states
-from anyckpt.operations.steps.cutting import Aim, LayoutRequest
+from anyckpt.operations.steps.aim import Aim
+from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.recorded_renaming import Renaming
 from anyckpt.optimizer.read import holds_optimizer, with_optimizer

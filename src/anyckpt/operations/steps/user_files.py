@@ -11,7 +11,7 @@ from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
 from anyckpt.formats.shared import hub_folder
-from anyckpt.storage.place import Location, look_at
+from anyckpt.storage.location import Location, look_at
 
 _CONFIG_LIMIT = 64 << 20
 _CONFIG_FILES = ("config.json", "model_config.yaml", "model.yaml", "context/model.yaml", "hparams.yaml", "params.json")

@@ -1,0 +1,122 @@
+"""The names that weights are to get, and what a user says of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from anyckpt import models, quantization
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.models import Hub, Model
+
+
+def identify(checkpoint: Checkpoint, *, family: str | None = None, config: Any = None) -> Model | None:
+    """What ``models.identify`` finds, with the file in errors about a configuration.
+
+    Raises:
+        MappingError: the configuration contradicts itself, the tensors, or what the family can be, or the weights
+            are quantized.
+        UsageError: the family is unknown, or the configuration is of no known kind.
+    """
+    if checkpoint.quantization is not None:
+        raise quantization.refusal(checkpoint.quantization, checkpoint.path)
+    try:
+        return models.identify(checkpoint, family=family, config=config)
+    except AnyckptError as error:
+        error.path = error.path or (checkpoint.path if config is None else "--config")
+        raise
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a user says of a model's vocabulary; None is not said.
+
+    Attributes:
+        size: the true one; rows beyond it are padding.
+        divisible_by: rows are padded to a multiple of this.
+        padding: what fills new rows, ``zeros`` or ``repeat-last-row``.
+    """
+
+    size: int | None = None
+    divisible_by: int | None = None
+    padding: str = "zeros"
+
+    def of(self, hub: Hub) -> Hub:
+        """The hub with a model that this is said of."""
+        config = hub.model.config
+        if self.size is not None:
+            config = replace(config, vocab_size=self.size)
+        if self.divisible_by is not None:
+            config = replace(config, make_vocab_size_divisible_by=self.divisible_by, padded_vocab_size=None)
+        return replace(hub, model=replace(hub.model, config=config))
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The names that weights are to get, and what the user says of the model.
+
+    Attributes:
+        target: the format to write.
+        options: what the user asked of it.
+        family: the model family, where the checkpoint does not tell.
+        config: the model's configuration, where the checkpoint has none.
+        dtype: what the weights will be cast to, for the configuration to say so, or None.
+        names: dialect that the user asks for, where the target takes any names.
+        vocabulary: what the user says of it.
+    """
+
+    target: Format
+    options: WriteOptions = field(default_factory=WriteOptions)
+    family: str | None = None
+    config: dict[str, Any] | None = None
+    dtype: str | None = None
+    names: str | None = None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+    @property
+    def dialect(self) -> str | None:
+        """The naming that is written, None for whatever there is.
+
+        Raises:
+            UsageError: the target has names of its own.
+        """
+        own = self.target.dialect(self.options)
+        if self.names is not None and own not in (None, self.names):
+            raise UsageError(
+                f"{self.target.name} has names of its own",
+                expected=f"{own} names",
+                found=self.names,
+                remedy="leave --names out",
+            )
+        return own if self.names is None else self.names
+
+    @property
+    def trims(self) -> bool:
+        """Whether the vocabulary gets the size that the user says, as Hugging Face's names and chosen ones have it."""
+        return self.vocabulary.size is not None and (self.dialect in (None, "hf") or self.names is not None)
+
+    def described(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with the configuration that holds for it.
+
+        Raises:
+            UsageError: there is none that a framework can load.
+        """
+        if self.config is not None:
+            return replace(checkpoint, config=self.config, config_kind=models.config_kind(self.config))
+        if self.target.config_kind is not None and not self.target.unknown_names:
+            _check_described(checkpoint, self.target)
+        return checkpoint
+
+
+def _check_described(checkpoint: Checkpoint, target: Format) -> None:
+    """Raise UsageError for what no framework can load: a model with its training code's hyper-parameters alone."""
+    if checkpoint.config and checkpoint.config_kind is None:
+        raise UsageError(
+            "has hyper-parameters of the code that trained it, and no configuration of the model",
+            path=checkpoint.path,
+            expected=f"one that {target.name} or another known format has",
+            found=", ".join(map(str, list(checkpoint.config)[:5])),
+            remedy="give the model's own with --config, or convert to safetensors, torch or dcp, which need none",
+        )

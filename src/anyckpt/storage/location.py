@@ -1,0 +1,173 @@
+"""A location, which is a path in a place, and how the place of a path is found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from anyckpt.errors import FormatError
+from anyckpt.storage.folder import Folder
+from anyckpt.storage.members import SEPARATOR
+from anyckpt.storage.place import FOLDER, LOCAL, OTHER, Place, scheme_of
+from anyckpt.storage.source import ByteSource
+from anyckpt.storage.tree import ArchivePlace
+
+HEAD = 512
+"""Bytes of a file that a location shows."""
+SCHEMES: dict[str, Callable[[str], Place]] = {}
+"""What makes the place of a path that begins with ``scheme://``, from the path."""
+
+
+def place_of(path: str) -> Place:
+    """The place that a path is in; of archives that it leads into, those that hold others are opened.
+
+    Raises:
+        FormatError: what should be an archive is none, or holds no such archive.
+        UnsafeError: see ``ArchivePlace``.
+    """
+    scheme = scheme_of(path)
+    place = SCHEMES[scheme](path) if scheme in SCHEMES else LOCAL
+    if SEPARATOR not in path or place.exists(path):
+        return place
+    parts = path.split(SEPARATOR)
+    for count in range(len(parts) - 1, 0, -1):
+        file = SEPARATOR.join(parts[:count])
+        if place.is_file(file):
+            return _into(place, file, parts[count:])
+    return place
+
+
+def _into(place: Place, file: str, inner: Sequence[str]) -> Place:
+    """The place of the last of the members that lead on from a file, each but that one an archive."""
+    for name in inner:
+        if place.kind(file) is None:
+            raise place.nothing_at(file)
+        place = ArchivePlace(file, place.open(file), place, file)
+        file = place.path_of(name)
+    return place
+
+
+@dataclass(frozen=True)
+class Location:
+    """What is at a path, looked at once for all formats' ``detect``.
+
+    Attributes:
+        path: as the user gave it; it may lead into an archive.
+        is_directory: whether it is a folder.
+        head: first 512 bytes of a file; empty for a folder.
+        names: names in a folder, sorted; empty for a file.
+        place: where the path is.
+    """
+
+    path: str
+    is_directory: bool
+    head: bytes = b""
+    names: tuple[str, ...] = ()
+    place: Place = LOCAL
+
+    @property
+    def name(self) -> str:
+        """What it is called in the folder that holds it."""
+        return self.place.split(self.path)[1]
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.path)[1].lower()
+
+    @property
+    def parent(self) -> str | None:
+        """The path of the folder that holds it; None if none is known."""
+        return self.place.split(self.path)[0]
+
+    @property
+    def on_disk(self) -> str | None:
+        """The local file or directory that it is, or lies in; None if it is on no disk."""
+        return self.place.on_disk(self.path)
+
+    def join(self, *names: str) -> str:
+        """The path of what is below it."""
+        return self.place.join(self.path, *names)
+
+    def at(self, *names: str) -> Location:
+        """What is below it; itself without names.
+
+        Raises:
+            FormatError: nothing is, or it cannot be read.
+        """
+        return look_in(self.place, self.join(*names)) if names else self
+
+    def open(self, *names: str) -> ByteSource:
+        """The bytes of the file that it is, or of one below it.
+
+        Raises:
+            FormatError: it cannot be opened.
+        """
+        return self.place.open(self.join(*names) if names else self.path)
+
+    def folder(self, *names: str) -> Folder:
+        """The files in the folder that it is, or in one below it."""
+        return self.place.folder(self.join(*names) if names else self.path)
+
+    def is_file(self, *names: str) -> bool:
+        return self.place.is_file(self.join(*names))
+
+    def is_folder(self, *names: str) -> bool:
+        return self.place.is_folder(self.join(*names))
+
+    def names_in(self, *names: str) -> tuple[str, ...]:
+        """What is in a folder below it, sorted; nothing if there is no such folder, or it cannot be listed."""
+        with suppress(FormatError):
+            return self.place.names(self.join(*names)) if self.is_folder(*names) else ()
+        return ()
+
+
+def look_at(path: str | os.PathLike[str] | Location) -> Location:
+    """What is at ``path``.
+
+    Raises:
+        FormatError: nothing is, or it cannot be read.
+    """
+    if isinstance(path, Location):
+        return path
+    text = os.fspath(path)
+    return look_in(place_of(text), text)
+
+
+def look_in(place: Place, path: str) -> Location:
+    """What is at a path of a place.
+
+    NeMo calls a checkpoint of one file per rank ``checkpoints/x.ckpt`` though the files are
+    ``checkpoints/mp_rank_00/x.ckpt`` and so on; the first rank's file is then what is there.
+
+    Raises:
+        FormatError: nothing is, or it cannot be read.
+    """
+    kind = place.kind(path)
+    if kind == FOLDER:
+        return Location(path, True, names=place.names(path), place=place)
+    if kind == OTHER:
+        raise FormatError("is not a regular file", path=path, expected="a file or directory that stays as it is")
+    if kind is None:
+        first = _first_rank(place, path)
+        if first is None:
+            raise place.nothing_at(path)
+        return look_in(place, first)
+    source = place.open(path)
+    return Location(path, False, head=source.read(0, min(HEAD, source.size)), place=place)
+
+
+def _first_rank(place: Place, path: str) -> str | None:
+    folder, name = os.path.split(path)
+    try:
+        names = place.names(folder or ".") if name else ()
+    except FormatError:
+        return None
+    ranks: Iterable[str] = (entry for entry in names if entry.startswith(("mp_rank_", "tp_rank_")))
+    return next((file for rank in ranks if place.is_file(file := place.join(folder, rank, name))), None)
+
+
+def file_of(path: str) -> str:
+    """The local file or directory that a path leads to or into; the path itself where that is on no disk."""
+    return place_of(path).on_disk(path) or path
