@@ -113,7 +113,7 @@ class TorchFiles:
                 remedy="leave copy out",
             )
         if not tensor.size:
-            return self._torch.empty(tensor.shape, dtype=kind)
+            return self._torch.empty(tensor.shape, dtype=kind, device="cpu")
         elements = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
         return self._torch.from_numpy(elements).view(kind).reshape(tensor.shape)
 
@@ -134,7 +134,8 @@ class TorchFiles:
         storage = self._storage(path)
         if storage is None or offset + _span(tensor, strides) > storage.nbytes():
             return None
-        return self._torch.empty(0, dtype=kind).set_(storage, offset // tensor.dtype.itemsize, tensor.shape, strides)
+        empty = self._torch.empty(0, dtype=kind, device="cpu")  # also where torch.device() says otherwise
+        return empty.set_(storage, offset // tensor.dtype.itemsize, tensor.shape, strides)
 
     def _storage(self, path: str) -> Any:
         if path not in self._storages:

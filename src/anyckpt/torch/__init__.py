@@ -5,12 +5,42 @@ The only package here that imports torch (``pip install anyckpt[torch]``).  Its 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from anyckpt.on_demand import on_demand
+
+if TYPE_CHECKING:
+    from anyckpt.operations.retention import Retention
+    from anyckpt.operations.run_folder import latest
+    from anyckpt.operations.run_upkeep import clean
+    from anyckpt.torch.classes import register_class
+    from anyckpt.torch.initialise import initialise, perception_settings
+    from anyckpt.torch.module_state import Fitted, StateMismatchError
+    from anyckpt.torch.restorable import Restorable
+    from anyckpt.torch.settings import Settings
+
+__all__ = [
+    "Fitted",
+    "Restorable",
+    "Retention",
+    "Settings",
+    "StateMismatchError",
+    "clean",
+    "initialise",
+    "latest",
+    "perception_settings",
+    "register_class",
+]
 
 _WHERE: dict[str, str] = {
     "Retention": "operations.retention",
     "clean": "operations.run_upkeep",
     "latest": "operations.run_folder",
+    **dict.fromkeys(("Fitted", "StateMismatchError"), "torch.module_state"),
+    "Restorable": "torch.restorable",
+    "Settings": "torch.settings",
+    **dict.fromkeys(("initialise", "perception_settings"), "torch.initialise"),
+    "register_class": "torch.classes",
 }
 
 __getattr__, __dir__ = on_demand(__name__, _WHERE)

@@ -74,18 +74,10 @@ def read(location: Location) -> Checkpoint:
         UnsafeError: a member is a link, climbs out, is there twice; or the configuration is a bomb.
     """
     container = open_container(location)
-    folder = container.folder
-    names = list(container.members) if container.members else list(folder.names())
-    files = [name for name in names if not (container.members and container.members[name].is_directory)]
+    files = _files(container)
     config = read_config(container, files)
     weights = _read_weights(container, files, config, location.path)
-    others = {
-        name: folder.open(name)
-        for name in files
-        if name not in (CONFIG, FLAT_WEIGHTS, MANIFEST_NAME)
-        and not name.startswith(f"{SHARDED_WEIGHTS}/")
-        and not name.endswith(f"/{FLAT_WEIGHTS}")
-    }
+    others = _others(container, files)
     tokenizer = read_tokenizer(config, others)
     missing = missing_artifacts(config, others)
     used = set() if tokenizer is None else {id(source) for source in tokenizer.files.values()}
@@ -127,6 +119,60 @@ def _adapter(weights: _Weights, config: dict[str, Any], path: str) -> AdapterSet
     names = weights.ranks[0].tensors if weights.ranks else weights.tensors
     of_adapter = bool(names) and all(_ADAPTER.search(name) for name in names)
     return (adapter_settings(config, path) or AdapterSettings()) if of_adapter else None
+
+
+@dataclass(frozen=True)
+class Members:
+    """What is in a ``.nemo``, for who makes a module of it.
+
+    Attributes:
+        config: ``model_config.yaml``.
+        others: files that are neither configuration nor weights.
+        weights: the file with the state dict; None if the weights are of ranks or a distributed checkpoint.
+    """
+
+    config: dict[str, Any]
+    others: dict[str, ByteSource]
+    weights: ByteSource | None
+
+    def state(self) -> dict[Any, Any] | None:
+        """The state dict as it was pickled, with what it says of its modules.
+
+        Raises:
+            FormatError: the file is damaged, or holds none.
+        """
+        return None if self.weights is None else _state_dict(read_torch(self.weights).root, self.weights.name)
+
+
+def read_members(location: Location) -> Members:
+    """Open a ``.nemo`` file or an unpacked one, and read no weights.
+
+    Raises:
+        FormatError: the archive is damaged, or has no configuration.
+        UnsafeError: a member is a link, climbs out, is there twice; or the configuration is a bomb.
+    """
+    container = open_container(location)
+    files = _files(container)
+    flat = FLAT_WEIGHTS in files
+    return Members(
+        read_config(container, files), _others(container, files), container.folder.open(FLAT_WEIGHTS) if flat else None
+    )
+
+
+def _files(container: Container) -> list[str]:
+    names = list(container.members) if container.members else list(container.folder.names())
+    return [name for name in names if not (container.members and container.members[name].is_directory)]
+
+
+def _others(container: Container, files: list[str]) -> dict[str, ByteSource]:
+    """Files that are neither configuration nor weights."""
+    return {
+        name: container.folder.open(name)
+        for name in files
+        if name not in (CONFIG, FLAT_WEIGHTS, MANIFEST_NAME)
+        and not name.startswith(f"{SHARDED_WEIGHTS}/")
+        and not name.endswith(f"/{FLAT_WEIGHTS}")
+    }
 
 
 def read_config(container: Container, files: list[str]) -> dict[str, Any]:

@@ -72,11 +72,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if any(_OF_CORE.match(name) for name in checkpoint.tensors):
         _set_core(config, notes, checkpoint.path)
 
-    archive = ArchiveWriter()
-    archive.add_directory(".")
-    archive.add_bytes(f"./{CONFIG}", dump_yaml(config).encode())
-    for name in sorted(members):
-        archive.add_source(f"./{name}", members[name])
+    archive = _begun(config, members)
     extra = _SHARDED_EXTRA if options.sharded else _FLAT_EXTRA
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects if extra.search(name)}
     ignored.update({name: _NO_PLACE for name in checkpoint.objects if name not in objects})
@@ -89,6 +85,35 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     else:
         _add_flat(archive, checkpoint, objects)
     return Plan("nemo", (archive.file(),), ignored=ignored, notes=tuple(notes))
+
+
+def module_archive(config: dict[str, Any], members: Mapping[str, ByteSource], state: dict[str, Any], path: str) -> Plan:
+    """A flat ``.nemo`` of a module's state dict, as ``ModelPT.save_to`` of NeMo 3.0 writes it.
+
+    Args:
+        config: the configuration, with ``target`` and ``nemo_version``.
+        members: the artifacts by their names in the archive.
+        state: lazy tensors and objects by name, as ``Module.state_dict()`` has them.
+        path: what to call it in messages.
+
+    Raises:
+        FormatError: the configuration refers to a file that is not among the artifacts.
+        UsageError: an object that no pickle can hold.
+    """
+    _check_artifacts(config, members, path)
+    archive = _begun(config, members)
+    _add_state(archive, f"./{FLAT_WEIGHTS}", state)
+    return Plan("nemo", (archive.file(),))
+
+
+def _begun(config: dict[str, Any], members: Mapping[str, ByteSource]) -> ArchiveWriter:
+    """An archive that has its configuration and artifacts, and no weights yet."""
+    archive = ArchiveWriter()
+    archive.add_directory(".")
+    archive.add_bytes(f"./{CONFIG}", dump_yaml(config).encode())
+    for name in sorted(members):
+        archive.add_source(f"./{name}", members[name])
+    return archive
 
 
 def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
