@@ -1,12 +1,14 @@
-"""What every format's reader returns and every format's writer receives."""
+"""A checkpoint, opened: what every format's reader returns and every format's writer receives."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.checkpoint.beside import AdapterSettings, ObjectForms, Part, StoredChecksum, Tokenizer
+from anyckpt.checkpoint.ranks import ParallelLayout, RankShard
+from anyckpt.checkpoint.training import OptimizerState, TrainingState
 from anyckpt.errors import AnyckptError, UnknownTensorError, UsageError, alike
 from anyckpt.pickling.calls import Calls
 from anyckpt.storage.place import LOCAL, Place
@@ -14,239 +16,6 @@ from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor, Mapped, Stored
 
 _SHOWN_TENSORS = 50  # rows of a notebook's table
-
-
-@dataclass(frozen=True)
-class ParallelLayout:
-    """How the files divide the model over ranks; 1 everywhere means whole tensors."""
-
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    virtual_pipeline: int = 1
-    expert_parallel: int = 1
-
-
-@dataclass(frozen=True)
-class RankShard:
-    """What one rank, and one virtual pipeline chunk of it, holds.
-
-    Attributes:
-        tensor_rank: tensor-parallel rank.
-        pipeline_rank: pipeline stage.
-        virtual_rank: chunk of the stage, 0 without virtual pipeline.
-        expert_rank: expert-parallel rank.
-        tensors: by the hub's spelling of the name, layers numbered as the rank does, from 0.
-        source: the file, for messages.
-        extra_states: of modules that have a state beside their weights, by the module's name and ``_extra_state``.
-    """
-
-    tensor_rank: int
-    pipeline_rank: int
-    virtual_rank: int
-    expert_rank: int
-    tensors: dict[str, LazyTensor]
-    source: str
-    extra_states: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Where training stood.
-
-    Attributes:
-        step: optimizer steps taken (Lightning's ``global_step``, Megatron's ``iteration``), or None.
-        consumed_samples: samples seen, or None.
-        epoch: as Lightning counts, or None.
-        has_optimizer: optimizer state is present, in tensors or objects.
-        has_scheduler: a learning-rate scheduler's state is present.
-        has_rng: random-number-generator states are present.
-    """
-
-    step: int | None = None
-    consumed_samples: int | None = None
-    epoch: int | None = None
-    has_optimizer: bool = False
-    has_scheduler: bool = False
-    has_rng: bool = False
-
-
-GROUP = "group"
-"""What is no state, but travels as a slot from ranks to the whole model: which group a parameter is in."""
-
-
-@dataclass(frozen=True)
-class OptimizerState:
-    """An optimizer's state by parameter, whatever container it came from.
-
-    A slot is ``master`` (the weights in float32) or what the optimizer calls it: Adam's ``exp_avg`` and
-    ``exp_avg_sq``, ``momentum_buffer``, ``square_avg``, ``sum``.  Its tensors have the weights' names and shapes, and
-    are joined, cut and renamed by the weights' rules.
-
-    Attributes:
-        slots: slot -> weight's name -> tensor, for a whole model.
-        others: slot -> weight's name -> what has not the weight's shape: a number, Adafactor's row and column means,
-            steps that differ.  No rule says what becomes of them, so that they travel only where the weight keeps its
-            name and shape.
-        ranks: slot -> the ranks' shards, for formats that keep a file per rank; then ``slots`` is empty.  The slot
-            ``GROUP``, where there is one, has in every element the index of the parameter's group.
-        step: optimizer steps taken, or None.
-        groups: hyperparameters of the parameter groups as stored, without ``params``.
-        group_of: weight's name -> index in ``groups``, where the container says or counts prove it; empty where only
-            the weights' names and shapes tell.
-        order: names of the parameters in the framework that numbers them, in its order; kept as they are whatever
-            the weights are called meanwhile.  Empty where the state never was by number.
-        grad_scaler: state of the loss scaler of fp16 training as stored, or None.
-        warnings: copies on several ranks that differ.
-    """
-
-    slots: Mapping[str, dict[str, LazyTensor]] = field(default_factory=dict)
-    others: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    ranks: Mapping[str, tuple[RankShard, ...]] = field(default_factory=dict)
-    step: int | None = None
-    groups: tuple[dict[str, Any], ...] = ()
-    group_of: Mapping[str, int] = field(default_factory=dict)
-    order: tuple[str, ...] = ()
-    grad_scaler: Any = None
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class OptimizerForm:
-    """How a format keeps an optimizer's state; a reader of the form gives it as ``Checkpoint.optimizer``.
-
-    Attributes:
-        name: state stays as it is stored between formats with forms of one name.
-        write: gets the weights under the format's names and the state under the same names, and gives the checkpoint
-            that ``Format.plan`` lays out: with the state among tensors and objects, or as ``Checkpoint.optimizer``.
-            Raises MappingError for state that has no place.  None if state can only stay as it is stored.
-        adam_only: it has a place for Adam's state only.
-    """
-
-    name: str
-    write: Callable[[Checkpoint, OptimizerState], Checkpoint] | None = None
-    adam_only: bool = False
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What an adapter (LoRA, DoRA) says of itself beside its tensors.
-
-    Attributes:
-        kind: ``lora`` or ``dora``.
-        rank: of its updates, None if not said.
-        alpha: updates are multiplied by alpha over their rank; None if not said.
-        rank_stabilized: alpha is divided by the rank's square root instead (rsLoRA).
-        ranks: pattern of module names -> another rank; patterns are regular expressions of the end of a name.
-        alphas: pattern of module names -> another alpha.
-        dropout: during training.
-        targets: modules that it adapts, in the words of its writer.
-        base: name or path of the model that it was trained on, None if not said.
-        fan_in_fan_out: weights that it adapts are (in, out), as Conv1D of transformers has them.
-        token_indices: pattern of module names -> the rows of it that are trained and stored one by one; the pattern is
-            empty where there is one such module.
-    """
-
-    kind: str = "lora"
-    rank: int | None = None
-    alpha: float | None = None
-    rank_stabilized: bool = False
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-    base: str | None = None
-    fan_in_fan_out: bool = False
-    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A tokenizer's files and how to call it; never loaded.
-
-    Attributes:
-        library: ``sentencepiece`` or ``huggingface``, or whatever the checkpoint says.
-        files: file name -> contents.  For ``sentencepiece`` one file is the model; for ``huggingface`` the files
-            of the folder that ``AutoTokenizer.from_pretrained`` takes.
-        model_file: name in ``files`` of the sentencepiece model, or None.
-        settings: what the checkpoint says besides (special tokens, chat template, legacy), spelled as NeMo does.
-        hub_name: name on the Hugging Face hub if the checkpoint only names it, or None.
-    """
-
-    library: str
-    files: Mapping[str, ByteSource] = field(default_factory=dict)
-    model_file: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    hub_name: str | None = None
-
-
-@dataclass(frozen=True)
-class StoredChecksum:
-    """A checksum that a container keeps of some of its bytes.
-
-    Attributes:
-        name: what the bytes are, for messages.
-        source: the bytes.
-        crc32: their CRC-32 as stored.
-    """
-
-    name: str
-    source: ByteSource
-    crc32: int
-
-
-class CompositeTensor(ABC):
-    """A tensor of several parts (quantized, sparse, nested): an object whose parts are tensors of their own.
-
-    The parts of an object ``w`` are among a checkpoint's tensors, as ``w.int_repr`` and so on.
-    """
-
-    @abstractmethod
-    def part_tensors(self) -> dict[str, LazyTensor]:
-        """The tensors that it consists of, by the part's name."""
-
-    @abstractmethod
-    def companions(self) -> dict[str, LazyTensor]:
-        """What else it consists of (a scale, a shape), as tensors by name, for formats that hold nothing else.
-
-        Raises:
-            UsageError: tensors alone do not tell what it is.
-        """
-
-
-class ObjectForms(ABC):
-    """What a file of objects says of them besides elements, types, shapes and names.
-
-    These are kinds of containers and tensors, strides, storages that are shared.  Only the format that read them can
-    write them; the others can tell what they do not keep.
-    """
-
-    @abstractmethod
-    def described(self) -> dict[str, str]:
-        """All that is odd, in words by name or dotted path, so that copies can be compared."""
-
-    @abstractmethod
-    def particulars(self) -> dict[str, tuple[tuple[str, str], ...]]:
-        """What a table of elements, types and shapes by name does not say, by a tensor's name or a container's.
-
-        Each is of a kind, and some have a detail: ``("strides", "(1, 3)")``.
-        """
-
-    @abstractmethod
-    def holds(self, container: str, tensors: Iterable[str]) -> bool:
-        """Whether a container, by its name among the particulars, holds one of these tensors."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a checkpoint is that holds only a part of each tensor, or of the model.
-
-    Attributes:
-        what: which part, as a message says it: "is the part of rank 1 of 2 ...".
-        remedy: what to open in its place.
-    """
-
-    what: str
-    remedy: str
 
 
 @dataclass
@@ -313,8 +82,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
     config_kind: str | None = None
     tokenizer: Tokenizer | None = None
     artifacts: dict[str, ByteSource] = field(default_factory=dict)
-    layout: ParallelLayout = ParallelLayout()
-    training: TrainingState = TrainingState()
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    training: TrainingState = field(default_factory=TrainingState)
     warnings: list[str] = field(default_factory=list)
     unloadable: list[str] = field(default_factory=list)
     unfinished: bool = False
