@@ -93,6 +93,17 @@ def test_each_process_writes_what_it_has(tmp_path: Path) -> None:
     assert_whole(tmp_path / "out")
 
 
+def test_a_small_file_that_is_all_ends_of_shares_is_written(tmp_path: Path) -> None:
+    def plan(rank: int) -> Plan:
+        parts = [TensorData(f"bias{owner}", piece(rank, owner, "bias")[0, :7]) for owner in (2, 1, 3)]
+        return Plan("sample", (OutputFile("", tuple(parts)),))
+
+    for rank in (1, 2, 3):
+        run_share(plan(rank), str(tmp_path / "out"), Share(rank, 3))
+    finish(plan(2), str(tmp_path / "out"), 3)
+    assert (tmp_path / "out").read_bytes() == b"".join(contents(k, "bias")[:28].tobytes() for k in (2, 1, 3))
+
+
 def test_what_another_process_has_is_asked_of_it_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"w of process 2: tensor 'w'.*held by another process.*process of share 2"):
         execute(plan_of(1), str(tmp_path / "out"), workers=1)

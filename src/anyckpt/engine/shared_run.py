@@ -5,9 +5,11 @@ Each makes the plan and writes its share of the blocks; when the records of all 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import BusyError, Destination, Share
@@ -85,6 +87,22 @@ class SharedRun:
             )
         self._cut = cut_all(plan.files, owned=self._identity.owned)
         self._division = Division(plan, self._cut, of, self._place)
+
+    def renewed(self, plan: Plan, destination: str | Destination, marker: str, *, overwrite: bool = False) -> SharedRun:
+        """The same work again with other contents of the same lengths, and for another output.
+
+        Args:
+            plan: with parts of the very lengths of this one's; nothing in it is looked at.
+            destination: as for the constructor, and of the same kind as there.
+            marker: tells the contents from those of all other work.
+            overwrite: as for the constructor.
+        """
+        other = copy(self)
+        other._plan = plan
+        other._place = place_of(destination, overwrite)
+        value = hashlib.sha256(f"{self._identity.value} {marker}".encode()).hexdigest()
+        other._identity = replace(self._identity, value=value)
+        return other
 
     def write(self, share: Share, progress: Progress | None = None) -> ShareReport:
         """Write one share; what another process left of it is continued, and nothing is published.

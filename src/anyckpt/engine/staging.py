@@ -90,8 +90,25 @@ class StagingDirectory(Destination):
         self._check_room()
         if self._plan.is_directory:
             os.makedirs(self.output, exist_ok=True)
+        elif share is not None:  # what is there is continued, and of a small file all bytes may be in the journals
+            os.close(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
         known = range(len(self._plan.files)) if share is not None else {file for file, _ in self._known()}
         self._files = OutputFiles(self._plan, self.output, keep=frozenset(known))
+
+    def clear(self) -> None:
+        """Remove what interrupted work left.
+
+        Raises:
+            BusyError: a process is at work on it.
+            OutputError: the destination exists, or the system refuses.
+        """
+        self._check_absent()
+        if os.path.lexists(self._directory):
+            try:
+                self._lock = self._enter(fcntl.LOCK_EX)
+            except OSError as error:
+                raise write_error(self.name, error) from error
+            self.discard()
 
     def _check_absent(self) -> None:
         if os.path.lexists(self.destination) and not self.overwrite:

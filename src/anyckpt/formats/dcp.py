@@ -11,6 +11,7 @@ from anyckpt.containers.dcp.writer import dcp_files
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats.registry import Format, WriteOptions, deferred, without_configuration
+from anyckpt.formats.shared import nesting
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import to_plain
@@ -22,9 +23,6 @@ __all__ = ["FORMAT", "DcpContents", "dcp_files", "read_dcp"]
 _OTHERS = ("metadata.json", "meta.pt")
 """What makes a directory with a ``.metadata`` a Megatron-Core or a Lightning checkpoint."""
 
-_OPTIMIZER_ROOTS = ("optim", "optimizer", "optimizers", "optimizer_states")
-_SCHEDULER_ROOTS = ("scheduler", "lr_scheduler", "lr_schedulers", "opt_param_scheduler")
-_MODEL_ROOTS = ("model", "state_dict", "model_state_dict")
 _FSDP = "of Megatron-FSDP (fsdp_dtensor)"
 _STEPS = ("iteration", "global_step", "step")
 
@@ -77,8 +75,7 @@ def read(location: Location) -> Checkpoint:
     contents = read_dcp(inner.folder())
     paths = contents.paths or {}
     roots = {name: str(path[0]) for name, path in paths.items() if len(path) > 1}
-    optimizer = sorted(set(roots.values()).intersection(_OPTIMIZER_ROOTS))
-    wrapped = {roots.get(name) for name in contents.tensors}
+    model_prefix, state_prefixes = nesting.prefixes(contents.tensors, paths)
     args = contents.objects.get("args")  # Megatron FSDP saves Megatron's arguments so
     config = to_plain(args.fields()) if isinstance(args, Record) and args.type == NAMESPACE else {}
     return Checkpoint(
@@ -86,16 +83,16 @@ def read(location: Location) -> Checkpoint:
         format=FORMAT.name,
         format_version=" ".join(filter(None, (contents.version, _FSDP if _is_megatron_fsdp(config) else ""))) or None,
         tensors=contents.tensors,
-        model_prefix=next((f"{root}." for root in _MODEL_ROOTS if root in wrapped), ""),
-        state_prefixes=tuple(f"{root}." for root in optimizer),
+        model_prefix=model_prefix,
+        state_prefixes=state_prefixes,
         objects=contents.objects,
         config=config,
         config_kind="megatron-args" if config else None,
         training=TrainingState(
             step=next((found for name in _STEPS if (found := _whole(contents, name)) is not None), None),
             epoch=_whole(contents, "epoch"),
-            has_optimizer=bool(optimizer),
-            has_scheduler=any(root in _SCHEDULER_ROOTS for root in roots.values()),
+            has_optimizer=bool(state_prefixes),
+            has_scheduler=any(root in nesting.SCHEDULERS for root in roots.values()),
             has_rng=any(root.startswith("rng") for root in (*roots.values(), *contents.objects)),
         ),
         warnings=contents.warnings,
@@ -127,6 +124,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         ranks=options.ranks,
         paths=dict(checkpoint.key_paths) or None,
         file_bytes=options.max_shard_size,
+        held=options.held,
     )
     notes = () if "args" in checkpoint.objects else without_configuration(checkpoint)
     return Plan(FORMAT.name, tuple(files), notes=notes)

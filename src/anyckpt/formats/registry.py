@@ -31,6 +31,7 @@ from anyckpt.storage.source import check_not_pointer
 from anyckpt.storage.tree import ArchivePlace
 
 if TYPE_CHECKING:
+    from anyckpt.containers.dcp.chunks import Held
     from anyckpt.facts import FormatFacts
 
 
@@ -45,6 +46,9 @@ class WriteOptions:
         layout: for which ranks ``Checkpoint.ranks`` is cut, None if it is not.
         transformer_impl: Megatron's formats: ``local`` or ``transformer_engine``, what the model that will load it is
             built of; None for what the source tells.
+        held: which boxes of each tensor the processes have that write together, None if all is one process's to write.
+            Distributed checkpoints are divided into chunks and files so, and a format of Megatron's keeps names as they
+            are and adds no states of modules: the processes have what there is.
         megatron_args: formats with ``Format.leaves_out_arguments``: write what Megatron-LM reads besides the model.
     """
 
@@ -54,6 +58,7 @@ class WriteOptions:
     layout: ParallelLayout | None = None
     transformer_impl: str | None = None
     megatron_args: bool = True
+    held: Held | None = None
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class Mosaic(LazyTensor):
         """Numbers of the pieces of which a part is inside a box."""
         return np.flatnonzero(((self.starts < end) & (self.stops > start)).all(axis=1))
 
-    def _overlaps(self, start: Shape, shape: Shape) -> Iterator[tuple[int, list[int], list[int]]]:
+    def overlaps(self, start: Shape, shape: Shape) -> Iterator[tuple[int, list[int], list[int]]]:
         """Number, first index and index past the last of each piece's part inside a box, in the whole's indices."""
         end = tuple(b + n for b, n in zip(start, shape, strict=True))
         for number in self._touched(start, end):
@@ -163,7 +163,7 @@ class Mosaic(LazyTensor):
             yield int(number), low.tolist(), high.tolist()
 
     def read_box(self, start: Shape, out: Array) -> None:
-        for number, low, high in self._overlaps(start, out.shape):
+        for number, low, high in self.overlaps(start, out.shape):
             inside = tuple(a - int(b) for a, b in zip(low, self.starts[number], strict=True))
             where: tuple[Any, ...] = tuple(slice(a - b, c - b) for a, b, c in zip(low, start, high, strict=True))
             self.tiles[number].read_box(inside, out[where + (Ellipsis,)])  # noqa: RUF005 (see gather)
@@ -180,7 +180,7 @@ class Mosaic(LazyTensor):
             some = _Some(self.tiles, hit)
             return Mosaic(self.dtype, shape, low_corners - start, high_corners - start, some)
         tiles, starts, stops = [], [], []
-        for number, low, high in self._overlaps(start, shape):
+        for number, low, high in self.overlaps(start, shape):
             inside = tuple(a - int(b) for a, b in zip(low, self.starts[number], strict=True))
             extent = tuple(c - a for a, c in zip(low, high, strict=True))
             tiles.append(self.tiles[number].box(inside, extent))

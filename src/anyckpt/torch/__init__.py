@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from anyckpt.torch.classes import register_class
     from anyckpt.torch.initialise import initialise, perception_settings
     from anyckpt.torch.module_state import Fitted, StateMismatchError
+    from anyckpt.torch.options import Options
     from anyckpt.torch.restorable import Restorable
+    from anyckpt.torch.saving import SaveReport, save
     from anyckpt.torch.settings import Settings
 
 __all__ = [
     "Fitted",
+    "Options",
     "Restorable",
     "Retention",
+    "SaveReport",
     "Settings",
     "StateMismatchError",
     "clean",
@@ -30,6 +34,7 @@ __all__ = [
     "latest",
     "perception_settings",
     "register_class",
+    "save",
 ]
 
 _WHERE: dict[str, str] = {
@@ -37,7 +42,9 @@ _WHERE: dict[str, str] = {
     "clean": "operations.run_upkeep",
     "latest": "operations.run_folder",
     **dict.fromkeys(("Fitted", "StateMismatchError"), "torch.module_state"),
+    "Options": "torch.options",
     "Restorable": "torch.restorable",
+    **dict.fromkeys(("SaveReport", "save"), "torch.saving"),
     "Settings": "torch.settings",
     **dict.fromkeys(("initialise", "perception_settings"), "torch.initialise"),
     "register_class": "torch.classes",

@@ -11,13 +11,16 @@ Records travel as pickles between processes of one job, which trust one another 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from anyckpt.errors import AnyckptError
+from anyckpt.indexing import Array
 
 T = TypeVar("T")
 
@@ -120,6 +123,43 @@ class Ranks:
         if any(one != found[0] for one in found):
             raise refuse(found)
         return value
+
+    def numbers_of(self, group: Any) -> tuple[int, ...]:
+        """The ranks of another group that are of this one, by their numbers here."""
+        own = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        number = {rank: index for index, rank in enumerate(own)}
+        return tuple(number[rank] for rank in dist.get_process_group_ranks(group) if rank in number)
+
+    def transfer(self, outgoing: Mapping[int, Array], expected: Mapping[int, int]) -> dict[int, Array]:
+        """Bytes sent from rank to rank; all ranks call it, and know alike who sends how many to whom.
+
+        Args:
+            outgoing: rank -> what is sent to it, arrays of bytes.
+            expected: rank -> how many bytes come from it.
+
+        Raises:
+            RankError: a rank did not come.
+        """
+        arrived = {rank: np.empty(nbytes, dtype=np.uint8) for rank, nbytes in expected.items()}
+        group: Any = self.group or dist.group.WORLD
+        try:
+            waiting: list[Any] = [
+                dist.irecv(torch.from_numpy(data), dist.get_global_rank(group, rank), group=group)
+                for rank, data in sorted(arrived.items())
+            ]
+            waiting += [
+                dist.isend(torch.from_numpy(data), dist.get_global_rank(group, rank), group=group)
+                for rank, data in sorted(outgoing.items())
+            ]
+            for one in waiting:
+                one.wait()
+        except RuntimeError as failure:
+            raise RankError(
+                "a rank did not send or take what it has of common blocks, and this one stops",
+                found=str(failure).splitlines()[0][:200],
+                remedy="look at the other ranks' output: one of them failed or is gone",
+            ) from failure
+        return arrived
 
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:

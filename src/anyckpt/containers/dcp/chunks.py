@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from anyckpt.indexing import Shape
 
 _LAYERS = re.compile(r"(^|\.)layers\.(?!\d)")
 _EXPERTS = re.compile(r"(^|\.)experts\.experts\.(?!\d)")
+
+
+@dataclass(frozen=True)
+class HeldBox:
+    """A box of a tensor that one of the processes that write together has in memory.
+
+    Attributes:
+        start: index of its first element.
+        shape: elements along each axis.
+        rank: of the process, from 0.
+    """
+
+    start: Shape
+    shape: Shape
+    rank: int
+
+
+Held = Mapping[str, Sequence[HeldBox]]
+"""The boxes of each tensor, which cover it once."""
 
 
 def stacked_axes(name: str) -> int:

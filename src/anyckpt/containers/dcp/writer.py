@@ -6,11 +6,11 @@ file, by padding that torch's reader skips, so that they can be written past the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anyckpt.containers.dcp.chunks import cut, stacked_axes
+from anyckpt.containers.dcp.chunks import Held, HeldBox, cut, stacked_axes
 from anyckpt.containers.torch_file import shift_parts, tensor_zip_parts, zip_parts
 from anyckpt.containers.torch_file.writer import PAGE
 from anyckpt.dtypes import DType
@@ -63,6 +63,7 @@ def dcp_files(
     paths: Mapping[str, tuple[str | int, ...]] | None = None,
     file_bytes: int | None = None,
     chunk_bytes: int = _CHUNK_BYTES,
+    held: Held | None = None,
 ) -> list[OutputFile]:
     """The files of a distributed checkpoint.
 
@@ -79,6 +80,8 @@ def dcp_files(
         paths: name -> keys from the root of the nested state; a name that is missing is at the root.
         file_bytes: a rank's bytes are divided into files of about this size; 4 GiB if None.
         chunk_bytes: the largest chunk; a longer one is cut along its first axis.
+        held: what each of the processes that write together has: each box is a chunk in a file of its process, and
+            ``ranks`` does not matter.
 
     Raises:
         UsageError: an object cannot be pickled.
@@ -87,10 +90,10 @@ def dcp_files(
     object_items = {name: layout.add_object(name, value, megatron) for name, value in objects.items()}
     tensor_items = {}
     for name, tensor in tensors.items():
-        boxes = cut(
-            tensor.shape, tensor.dtype.itemsize, stacked=stacked_axes(name) if megatron else 0, limit=chunk_bytes
+        boxes = (
+            _spread(name, tensor, megatron, chunk_bytes) if held is None else _as_held(tensor, held[name], chunk_bytes)
         )
-        tensor_items[name] = [layout.add_chunk(name, tensor, start, shape) for start, shape in boxes]
+        tensor_items[name] = [layout.add_chunk(name, tensor, box) for box in boxes]
     keys = None if megatron else {name: (paths or {}).get(name, (name,)) for name in (*objects, *tensors)}
     index = _metadata(tensors, tensor_items, object_items, keys, numbered=not megatron)
     folder = f"{prefix}/" if prefix else ""
@@ -98,6 +101,20 @@ def dcp_files(
         *(OutputFile(folder + file.name, tuple(file.parts)) for file in layout.files),
         small_file(f"{folder}.metadata", dumps(index, protocol=4, name=".metadata"), stage=1),
     ]
+
+
+def _spread(name: str, tensor: LazyTensor, megatron: bool, limit: int) -> Iterator[HeldBox]:
+    """The chunks of a tensor of which no process has more than another."""
+    stacked = stacked_axes(name) if megatron else 0
+    for start, shape in cut(tensor.shape, tensor.dtype.itemsize, stacked=stacked, limit=limit):
+        yield HeldBox(start, shape, -1)
+
+
+def _as_held(tensor: LazyTensor, boxes: Sequence[HeldBox], limit: int) -> Iterator[HeldBox]:
+    """The chunks of a tensor of which processes have boxes; a large box is several."""
+    for box in boxes:
+        for start, shape in cut(box.shape, tensor.dtype.itemsize, limit=limit):
+            yield HeldBox(tuple(a + b for a, b in zip(box.start, start, strict=True)), shape, box.rank)
 
 
 class _Layout:
@@ -111,11 +128,10 @@ class _Layout:
         self._done = 0
         self._archives: dict[tuple[DType, Shape, int], tuple[Part, ...]] = {}
         self._nothing: tuple[Part, ...] = ()
-        self._rank = -1
-        self._number = 0
+        self._open: dict[int, tuple[_File, int]] = {}  # the file that each rank's items go into, and its number
 
     def add_object(self, name: str, value: object, listed: bool) -> _Item:
-        file = self._file(0)
+        file = self._file(0, 0)
         offset = file.nbytes
         if value is not None:
             parts = self._archive_of(name, [value] if listed else value, offset)
@@ -127,9 +143,10 @@ class _Layout:
     def _archive_of(self, name: str, value: object, offset: int) -> tuple[Part, ...]:
         return zip_parts(value, file_offset=offset, tensor_name=lambda path: ".".join([name, *map(str, path)]))
 
-    def add_chunk(self, name: str, tensor: LazyTensor, start: Shape, shape: Shape) -> _Item:
+    def add_chunk(self, name: str, tensor: LazyTensor, chunk: HeldBox) -> _Item:
+        start, shape = chunk.start, chunk.shape
         box = tensor.box(start, shape)
-        file = self._file(box.nbytes)
+        file = self._file(box.nbytes, chunk.rank)
         offset = file.nbytes
         # Archives of equal tensors differ only in their padding, and that only by where in a page they begin.
         kind = (box.dtype, shape, offset % PAGE)
@@ -141,17 +158,17 @@ class _Layout:
         own = [TensorData(name, box, piece) if isinstance(part, TensorData) else part for part in parts]
         return _Item(start, shape, file.name, offset, file.add(own))
 
-    def _file(self, nbytes: int) -> _File:
-        """The file for the next item, of ``nbytes`` tensor bytes."""
-        rank = min(self._ranks - 1, self._done // self._rank_bytes if self._rank_bytes else 0)
-        if rank != self._rank:
-            self._rank, self._number = rank, 0
-            self.files.append(_File(f"__{rank}_0.distcp"))
-        elif self.files[-1].nbytes and self.files[-1].nbytes + nbytes > self._file_bytes:
-            self._number += 1
-            self.files.append(_File(f"__{rank}_{self._number}.distcp"))
+    def _file(self, nbytes: int, rank: int) -> _File:
+        """The file for the next item, of ``nbytes`` tensor bytes; of the rank whose turn it is if that is -1."""
+        if rank < 0:
+            rank = min(self._ranks - 1, self._done // self._rank_bytes if self._rank_bytes else 0)
+        file, number = self._open.get(rank, (None, -1))
+        if file is None or (file.nbytes and file.nbytes + nbytes > self._file_bytes):
+            file = _File(f"__{rank}_{number + 1}.distcp")
+            self._open[rank] = (file, number + 1)
+            self.files.append(file)
         self._done += nbytes
-        return self.files[-1]
+        return file
 
 
 def _metadata(

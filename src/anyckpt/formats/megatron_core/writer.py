@@ -9,6 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp import dcp_files
+from anyckpt.containers.dcp.chunks import Held
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.formats.megatron_core.implementation import (
@@ -21,6 +22,7 @@ from anyckpt.formats.megatron_core.implementation import (
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_adapters import ADAPTER, call_of
 from anyckpt.formats.shared.megatron_arguments import pickled_arguments
+from anyckpt.formats.shared.nesting import nested
 from anyckpt.formats.shared.tracker import TRACKER
 from anyckpt.models.dialects.registration import with_second_names
 from anyckpt.pickling import Record
@@ -52,6 +54,7 @@ def torch_dist_files(
     file_bytes: int | None = None,
     implementation: Implementation | None = None,
     states: Mapping[str, Any] | None = None,
+    held: Held | None = None,
 ) -> list[OutputFile]:
     """The files of a ``torch_dist`` checkpoint; ``metadata.json``, which marks it as whole, has stage 2.
 
@@ -65,14 +68,16 @@ def torch_dist_files(
         file_bytes: bytes per file, or None for the default.
         implementation: what these models are built of, None if it may be either.
         states: the modules' own states by the hub's name, in place of None.
+        held: which boxes of the tensors the processes have that write together; nothing is added to what they have.
 
     Raises:
         UsageError: an object cannot be pickled.
     """
     folder = f"{prefix}/" if prefix else ""
-    tensors = with_second_names(tensors)
-    extra = state_objects(extra_states(tensors, implementation), states)
-    shards = dcp_files(tensors, {**extra, **objects}, prefix=prefix, ranks=ranks, megatron=True, file_bytes=file_bytes)
+    if held is None:
+        tensors = with_second_names(tensors)
+        objects = {**state_objects(extra_states(tensors, implementation), states), **objects}
+    shards = dcp_files(tensors, objects, prefix=prefix, ranks=ranks, megatron=True, file_bytes=file_bytes, held=held)
     common_parts = zip_parts(
         dict(common), archive_name="common", tensor_name=lambda path: ".".join(["common", *map(str, path)])
     )
@@ -94,17 +99,20 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         UsageError: an object cannot be pickled.
     """
     common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
+    if options.held is not None:
+        common = nested(common, checkpoint.key_paths)
     if checkpoint.adapter is not None:
         common[ADAPTER] = call_of(checkpoint.adapter, "megatron.bridge.peft")
     built_of = implementation_of(checkpoint, options.transformer_impl)
     files = torch_dist_files(
-        spelled(checkpoint.tensors, built_of),
+        spelled(checkpoint.tensors, built_of) if options.held is None else checkpoint.tensors,
         sharded,
         common,
         ranks=options.ranks,
         file_bytes=options.max_shard_size,
         implementation=built_of,
         states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
+        held=options.held,
     )
     files += tokenizer_files(checkpoint)
     note = f"for Megatron-LM's --load, move it to <root>/release and write 'release' into <root>/{TRACKER}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.containers.dcp.chunks import stacked_axes
+from anyckpt.containers.dcp.chunks import HeldBox, stacked_axes
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.containers.zarr_array import ZARRAY, boxes, render_metadata
 from anyckpt.engine.plan import OutputFile, Plan, TensorData, small_file
@@ -18,6 +18,7 @@ from anyckpt.formats.megatron_core.implementation import extra_states, implement
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON
 from anyckpt.formats.megatron_core.writer import common_and_sharded, state_objects, tokenizer_files
 from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.shared.nesting import nested
 from anyckpt.indexing import Shape
 from anyckpt.tensor import LazyTensor
 
@@ -38,13 +39,17 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             that cannot be pickled.
     """
     common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
+    if options.held is not None:
+        common = nested(common, checkpoint.key_paths)
     built_of = implementation_of(checkpoint, options.transformer_impl)
-    tensors = spelled(checkpoint.tensors, built_of)
-    states = None if checkpoint.extra_states is None else checkpoint.extra_states()
-    objects = {**state_objects(extra_states(tensors, built_of), states), **sharded}
+    tensors, objects = checkpoint.tensors, sharded
+    if options.held is None:
+        tensors = spelled(tensors, built_of)
+        states = None if checkpoint.extra_states is None else checkpoint.extra_states()
+        objects = {**state_objects(extra_states(tensors, built_of), states), **sharded}
     files = [OutputFile(COMMON, zip_parts(common, archive_name="common", tensor_name=_named("common")))]
     for name, tensor in tensors.items():
-        files += _array_files(name, tensor)
+        files += _array_files(name, tensor, None if options.held is None else options.held[name])
     files += [_object_file(name, value) for name, value in objects.items()]
     files += tokenizer_files(checkpoint)
     files.append(small_file(COMMIT, json.dumps(_BACKENDS), stage=2))
@@ -53,7 +58,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     return Plan("megatron-core-zarr", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
 
 
-def _array_files(name: str, tensor: LazyTensor) -> Iterator[OutputFile]:
+def _array_files(name: str, tensor: LazyTensor, held: Sequence[HeldBox] | None) -> Iterator[OutputFile]:
     if tensor.dtype.zarr is None:
         raise UsageError(
             "the zarr backend has no such element type",
@@ -64,7 +69,7 @@ def _array_files(name: str, tensor: LazyTensor) -> Iterator[OutputFile]:
     special = "/" in name or "\0" in name or name.startswith(".") or name.endswith(".sync")
     if special or not is_text(name) or len(name.encode()) > 255:
         raise UsageError("cannot be the name of a zarr array's directory", tensor=name)
-    chunks = _chunks(name, tensor)
+    chunks = _chunks(name, tensor) if not held or not tensor.size else _largest(held)
     yield small_file(f"{name}/{ZARRAY}", render_metadata(tensor.dtype, tensor.shape, chunks), stage=1)
     if not tensor.size:
         return
@@ -91,6 +96,11 @@ def _chunks(name: str, tensor: LazyTensor) -> Shape:
         step = max(1, _CHUNK_BYTES // row)
         chunks[axis] = -(-chunks[axis] // -(-chunks[axis] // step))
     return tuple(chunks)
+
+
+def _largest(boxes: Sequence[HeldBox]) -> Shape:
+    """Chunks as long as the longest box along each axis: each box is one where they lie on a grid."""
+    return tuple(map(max, *(box.shape for box in boxes))) if len(boxes) > 1 else boxes[0].shape
 
 
 def _object_file(name: str, value: object) -> OutputFile:

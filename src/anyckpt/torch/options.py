@@ -1,0 +1,134 @@
+"""What may be asked of saving and loading in training, in one place, under the names of several trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from anyckpt.errors import UsageError
+
+STRICTNESS = (
+    "assume_ok_unexpected",
+    "log_unexpected",
+    "log_all",
+    "raise_unexpected",
+    "raise_all",
+    "return_unexpected",
+    "return_all",
+    "ignore_all",
+)
+"""Megatron-Core's words: *unexpected* is what the state has and the checkpoint lacks, *missing* the other way round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What may be asked of ``save`` and ``load``; the defaults are what most want.
+
+    Attributes:
+        format: ``dcp``, ``megatron-core`` (torch_dist), ``megatron-core-zarr``, or ``hf`` and ``safetensors``, in which
+            tensors are whole.
+        parallel_save: ranks that have copies of the same share the writing, evenly by bytes; False: the first has to.
+        within: the process group in which copies are shared, as this rank's data-parallel group; all ranks if None.
+        workers: threads that write, and that read, on each rank.
+        assume_constant_structure: plan the first save only, and take it that later ones have the same tensors in the
+            same places; a save whose objects take another size is planned again.
+        check_objects: refuse objects that should be alike on all ranks and are not; False: the first rank's is saved.
+        config: the model's configuration, for formats that have a place for it (``hf``).
+        overwrite: replace what is there, when the new checkpoint is whole.
+        max_shard_size: bytes per file where the format divides by size; None for its own default.
+        parallel_load: every byte is read once by one rank, and passed to those that want it.
+        strictness: what becomes of names that only the state or only the checkpoint has; one of ``STRICTNESS``.
+        cast: take elements of another floating-point type, rounded; refused otherwise.
+        verify: compare the checkpoint with its digests before anything is loaded.
+        timeout: seconds that ranks wait for one that does not come; None for the process group's own.
+
+    Raises:
+        UsageError: an option has no such value.
+    """
+
+    format: str = "dcp"
+    parallel_save: bool = True
+    within: Any = None
+    workers: int = 2
+    assume_constant_structure: bool = False
+    check_objects: bool = True
+    config: Mapping[str, Any] | None = None
+    overwrite: bool = False
+    max_shard_size: int | None = None
+    parallel_load: bool = False
+    strictness: str = "assume_ok_unexpected"
+    cast: bool = False
+    verify: bool = False
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.strictness not in STRICTNESS:
+            raise UsageError(
+                "there is no such strictness", expected=f"one of {', '.join(STRICTNESS)}", found=self.strictness
+            )
+        if self.workers < 1:
+            raise UsageError("at least one worker is needed", found=self.workers)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], *, data_parallel_group: Any = None) -> Options:
+        """Options under any of the names of ``ALIASES``, as NeMo's configurations have them; None for the default.
+
+        Args:
+            settings: name -> value.
+            data_parallel_group: what ``dist_ckpt_parallel_save_within_dp`` means.
+
+        Raises:
+            UsageError: a name is unknown, two names of one option differ, or the group is needed and not given.
+        """
+        known = {field.name for field in fields(cls)}
+        found: dict[str, Any] = {}
+        for name, value in settings.items():
+            own = ALIASES.get(name, name)
+            if own not in known:
+                raise UsageError(
+                    f"unknown option {name!r}",
+                    expected=f"one of {', '.join(sorted(known))}, or NeMo's {', '.join(sorted(ALIASES))}",
+                )
+            if value is None:
+                continue
+            value = _translated(own, value, data_parallel_group)
+            if found.setdefault(own, value) != value:
+                raise UsageError(f"two names of {own} have different values", found=f"{found[own]} and {value}")
+        return cls(**found)
+
+
+ALIASES = {
+    "dist_ckpt_format": "format",
+    "save_ckpt_format": "format",
+    "dist_ckpt_parallel_save": "parallel_save",
+    "ckpt_parallel_save": "parallel_save",
+    "dist_ckpt_parallel_save_within_dp": "within",
+    "ckpt_parallel_save_within_dp": "within",
+    "dist_ckpt_parallel_load": "parallel_load",
+    "ckpt_parallel_load": "parallel_load",
+    "dist_ckpt_torch_dist_multiproc": "workers",
+    "ckpt_torch_dist_multiproc": "workers",
+    "dist_ckpt_assume_constant_structure": "assume_constant_structure",
+    "ckpt_assume_constant_structure": "assume_constant_structure",
+    "dist_ckpt_load_strictness": "strictness",
+    "ckpt_load_strictness": "strictness",
+}
+"""NeMo 1's names (``dist_ckpt_*``) and NeMo 2's (``ckpt_*``) -> ours."""
+
+_FORMATS = {"torch_dist": "megatron-core", "zarr": "megatron-core-zarr", "fsdp_dtensor": "dcp"}
+
+
+def _translated(own: str, value: Any, data_parallel_group: Any) -> Any:
+    if own == "format":
+        return _FORMATS.get(value, value)
+    if own == "strictness":
+        # NeMo 2 takes StrictHandling's members, and False for "say what differs and go on".
+        return "log_all" if value is False else str(getattr(value, "value", value))
+    if own == "within" and isinstance(value, bool):
+        if value and data_parallel_group is None:
+            raise UsageError(
+                "sharing within the data-parallel group needs the group", remedy="give data_parallel_group="
+            )
+        return data_parallel_group if value else None
+    return value

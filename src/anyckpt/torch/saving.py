@@ -1,0 +1,347 @@
+"""Saving live state: every rank describes what it has, all make one plan, and each writes its share.
+
+``prepare`` is collective and gives the plan and what this rank reads for it; ``write`` carries it out, and the last
+step, giving the output its name, is taken by rank 0 when every rank has written.  Whatever fails on one rank fails on
+all, and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.containers.dcp.chunks import HeldBox
+from anyckpt.engine.destination import Share
+from anyckpt.engine.execute import Report
+from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.engine.shared_run import SharedRun
+from anyckpt.engine.staging import StagingDirectory
+from anyckpt.errors import UsageError
+from anyckpt.formats import registry
+from anyckpt.formats.shared import nesting
+from anyckpt.indexing import Shape
+from anyckpt.torch.collectives import Ranks
+from anyckpt.torch.integrity import RankRecord, record_of, survey
+from anyckpt.torch.live import LiveState, described
+from anyckpt.torch.objects import Frozen
+from anyckpt.torch.options import Options
+from anyckpt.torch.settling import settled
+from anyckpt.torch.whole import LiveSource, part_of, shared_out, whole_of
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a save did, as one rank sees it.
+
+    Attributes:
+        path: the checkpoint.
+        format: its format.
+        bytes_total: of the whole checkpoint.
+        bytes_written: of this rank's share.
+        planning_seconds: from the records of all ranks to the plan; 0 of a save whose plan was there already.
+        seconds: the whole save.
+        ignored: names that the format has no place for, with the reason.
+        notes: what a user should know about the output.
+    """
+
+    path: str
+    format: str
+    bytes_total: int
+    bytes_written: int
+    planning_seconds: float
+    seconds: float
+    ignored: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A save that is planned, and not yet begun.
+
+    Attributes:
+        plan: the same on all ranks; this rank's bytes are read from ``sources``.
+        run: carries it out.
+        sources: the live tensors that this rank writes, by tensor's name and first index; ``bind`` gives one another
+            memory (a staged copy) to read from.
+        key: names this save among all others.
+        planning_seconds: what planning took; 0 if nothing was planned.
+    """
+
+    plan: Plan
+    run: SharedRun
+    sources: dict[tuple[str, Shape], LiveSource]
+    key: str
+    planning_seconds: float
+
+
+def save(
+    state: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    group: Any = None,
+    **settings: Any,
+) -> SaveReport:
+    """Write a nested state dict of live tensors and objects as one checkpoint; every rank calls it.
+
+    Tensors may be plain (alike on all ranks that have them), DTensors of any mesh, or ShardedTensors.  What has
+    ``state_dict`` and ``load_state_dict`` is taken by these.  The checkpoint appears when it is whole, or not at all.
+
+    Args:
+        state: what this rank has; must not change until the call returns.
+        path: the checkpoint, which every rank reaches.
+        options: see ``Options``; its fields may be given as keywords instead.
+        group: the ranks that save together; all if None.
+
+    Raises:
+        MappingError: ranks do not agree, or elements are missing or there twice; every rank raises it.
+        OutputError: the destination exists, or some rank cannot write; every rank raises it, and nothing is left.
+        RankError: another rank failed otherwise, or did not come.
+        UsageError: the state or an option is not possible.
+    """
+    started = time.monotonic()
+    chosen = asked(options, settings)
+    ranks = Ranks(group, timeout=chosen.timeout)
+    prepared = prepare(lambda: described(state), path, chosen, ranks)
+    written, report = write(prepared, path, ranks)
+    plan = prepared.plan
+    return SaveReport(
+        report.output,
+        report.format,
+        report.bytes_written,
+        written,
+        prepared.planning_seconds,
+        time.monotonic() - started,
+        plan.ignored,
+        plan.notes,
+    )
+
+
+def asked(options: Options | None, settings: Mapping[str, Any]) -> Options:
+    """The options as given, with what is given by name."""
+    try:
+        return replace(options or Options(), **settings)
+    except TypeError:
+        unknown = sorted(set(settings) - set(Options.__dataclass_fields__))
+        raise UsageError(
+            f"unknown option {', '.join(map(repr, unknown))}",
+            expected=f"one of {', '.join(Options.__dataclass_fields__)}",
+        ) from None
+
+
+def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks: Ranks) -> Prepared:
+    """Plan a save together.
+
+    Args:
+        describe: gives what this rank has, a ``LiveState``; called once.
+        path: the checkpoint.
+        options: the same on all ranks.
+        ranks: who saves.
+
+    Raises:
+        AnyckptError: as ``save``.
+    """
+    destination = os.fspath(path)
+    kept: list[LiveState] = []
+    earlier = _planned.get(_kind(options, ranks)) if options.assume_constant_structure else None
+
+    def look() -> _Look:
+        if ranks.rank == 0:
+            StagingDirectory(destination, overwrite=options.overwrite).clear()
+        kept.append(describe())
+        known = earlier is not None and earlier.is_of(kept[0])
+        record = record_of(kept[0], ranks.rank, check_objects=options.check_objects and not known)
+        record = replace(record, pieces=(), paths={}) if known else record
+        return _Look(uuid.uuid4().hex, record, _members(options, ranks), known)
+
+    found = ranks.gather(look, "to plan a save")
+    live, key = kept[0], found[0].key
+    records = [one.record for one in found]
+    if earlier is not None:
+        known = all(one.known for one in found)
+        tried = ranks.gather(lambda: known and earlier.plan_of(_objects(records)) is not None)
+        if all(tried):
+            return earlier.again(_objects(records), live, destination, key, ranks)
+        _planned.pop(_kind(options, ranks))
+        return prepare(lambda: live, path, options, ranks)
+    started = time.monotonic()
+    groups = tuple({frozenset(one.members) for one in found if one.members})
+
+    def lay_out() -> tuple[_Laid, Plan]:
+        everything = survey(records)
+        share = shared_out(everything, parallel=options.parallel_save, together=groups)
+        whole = whole_of(everything, share, live, ranks.rank, key)
+        laid = _Laid(options, whole.boxes, dict(everything.paths), whole.sources)
+        return laid, laid.plan(whole.tensors, everything.objects)
+
+    laid, plan = ranks.together(lay_out)
+    ready = settled(plan, ranks, key)
+    run = ranks.together(
+        lambda: SharedRun(ready, destination, ranks.size, overwrite=options.overwrite, workers=options.workers)
+    )
+    if options.assume_constant_structure:
+        _planned[_kind(options, ranks)] = _Earlier(laid, plan, run, _names(live))
+    return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
+
+
+def write(prepared: Prepared, path: str | os.PathLike[str], ranks: Ranks) -> tuple[int, Report]:
+    """Carry out a save; the bytes that this rank wrote, and what was done in all.
+
+    Raises:
+        AnyckptError: as ``save``; nothing is left then.
+    """
+    run = prepared.run
+    try:
+        own = ranks.together(lambda: run.write(Share(ranks.rank + 1, ranks.size)), "to the end of writing")
+        report = ranks.broadcast(run.finish, what="to the end of a save")
+    except BaseException:
+        if ranks.rank == 0:
+            StagingDirectory(os.fspath(path)).discard()
+        raise
+    return own.bytes_written, report
+
+
+# -- what a plan is made of ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """What a plan depends on besides tensors and objects."""
+
+    options: Options
+    boxes: Mapping[str, tuple[HeldBox, ...]]
+    paths: Mapping[str, tuple[Any, ...]]
+    sources: dict[tuple[str, Shape], LiveSource]
+
+    def plan(self, tensors: Mapping[str, Any], objects: Mapping[str, Frozen]) -> Plan:
+        """The format's own plan."""
+        options = self.options
+        known = registry.by_name(options.format)
+        if known.plan is None:
+            raise UsageError(f"{options.format} is not written", remedy="choose dcp, megatron-core, hf or safetensors")
+        prefix, state_prefixes = nesting.prefixes(tensors, self.paths)
+        checkpoint = Checkpoint(
+            "the state of a training job",
+            "dcp",
+            dict(tensors),
+            model_prefix=prefix,
+            state_prefixes=state_prefixes,
+            objects={name: value.inert() for name, value in objects.items()},
+            config=dict(options.config or {}),
+            config_kind="hf" if options.config else None,
+            key_paths={name: tuple(_key(key) for key in path) for name, path in self.paths.items()},
+            common=tuple(objects),
+        )
+        asked = registry.WriteOptions(
+            max_shard_size=options.max_shard_size,
+            held={name: self.boxes[name] for name in tensors},
+            megatron_args=False,
+        )
+        return known.plan(checkpoint, asked)
+
+
+def _key(key: Any) -> str | int:
+    """A key of a nested state as an index can hold it."""
+    return key if type(key) is int else str(key)
+
+
+def _members(options: Options, ranks: Ranks) -> tuple[int, ...]:
+    """The ranks that share copies with this one, by their numbers among those that save."""
+    if options.within is None or ranks.size == 1:
+        return ()
+    return ranks.numbers_of(options.within)
+
+
+# -- saves after the first one -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a rank tells the others before a save.
+
+    Attributes:
+        key: would name the save if this were rank 0.
+        record: what it has; of tensors nothing if it is as it was.
+        members: the ranks that it shares copies with, none if these are all.
+        known: everything is as it was at the earlier save.
+    """
+
+    key: str
+    record: RankRecord
+    members: tuple[int, ...]
+    known: bool
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """A save that was planned, whose plan does for the next one if nothing has another length."""
+
+    laid: _Laid
+    plan: Plan
+    run: SharedRun
+    names: tuple[Any, ...]
+
+    def is_of(self, live: LiveState) -> bool:
+        """Whether a rank has what it had, as far as is told at a glance."""
+        return len(self.names) == len(live.pieces)
+
+    def plan_of(self, objects: Mapping[str, Frozen]) -> Plan | None:
+        """The plan with other objects; None if they take another size."""
+        return _with_objects(self.plan, self.laid.plan({}, objects))
+
+    def again(self, objects: Mapping[str, Frozen], live: LiveState, path: str, key: str, ranks: Ranks) -> Prepared:
+        """The same with other contents."""
+        plan = self.plan_of(objects)
+        assert plan is not None
+        pieces: dict[str, list[Any]] = {}
+        for piece in live.pieces:
+            pieces.setdefault(piece.name, []).append(piece)
+        for (name, start), source in self.laid.sources.items():
+            source.bind(part_of(pieces[name], start, tuple(source.tensor.shape)))
+        ready = settled(plan, ranks, key)
+        run = self.run.renewed(ready, path, key, overwrite=self.laid.options.overwrite)
+        return Prepared(ready, run, self.laid.sources, key, 0.0)
+
+
+_planned: dict[Any, _Earlier] = {}
+
+
+def _kind(options: Options, ranks: Ranks) -> Any:
+    return ranks.group, ranks.size, options.format, options.parallel_save, options.max_shard_size
+
+
+def _objects(records: list[RankRecord]) -> dict[str, Frozen]:
+    found: dict[str, Frozen] = {}
+    for record in records:
+        for name, one in record.objects.items():
+            if one.value is not None:
+                found.setdefault(name, one.value)
+    return found
+
+
+def _names(live: LiveState) -> tuple[Any, ...]:
+    return tuple((piece.name, piece.offset, piece.sizes, piece.dtype) for piece in live.pieces)
+
+
+def _with_objects(plan: Plan, small: Plan) -> Plan | None:
+    """A plan with the objects of another, which has nothing else; None if lengths differ.
+
+    Objects are at the start of their files, or have files of their own.
+    """
+    other = {file.path: file for file in small.files if file.stage == 0}
+    files = []
+    for file in plan.files:
+        new = other.pop(file.path, None)
+        if new is None:
+            files.append(file)
+            continue
+        count = len(new.parts)
+        if [part.nbytes for part in new.parts] != [part.nbytes for part in file.parts[:count]]:
+            return None
+        files.append(OutputFile(file.path, (*new.parts, *file.parts[count:]), file.stage))
+    return None if other else replace(plan, files=tuple(files))
