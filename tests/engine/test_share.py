@@ -27,7 +27,7 @@ from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, read_manifest
 from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
 from anyckpt.engine.share import Division, divided
-from anyckpt.engine.shared_run import finish, run_share
+from anyckpt.engine.shared_run import SharedRun, finish, run_share
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.storage import LocalFile, MemorySource
@@ -251,6 +251,24 @@ def test_a_share_that_is_written_comes_while_another_process_publishes(
 
 
 # -- a destination of another kind ----------------------------------------------------------------------------
+
+
+def test_who_looks_what_is_missing_while_another_process_publishes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, output = sample_plan(source), str(tmp_path / "out")
+    late = SharedRun(plan, output, 1)
+    run_share(plan, output, Share(1, 1))
+    real = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        monkeypatch.setattr(os, "listdir", real)
+        finish(plan, output, 1)  # and the directory that is about to be listed is gone
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert late.missing() == {}
+    assert_whole(plan, tmp_path / "out")
 
 
 @pytest.mark.parametrize("of", [1, 2, 4])

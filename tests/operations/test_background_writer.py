@@ -26,7 +26,6 @@ from anyckpt.formats import registry
 from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.retention import Retention, Saved
 from anyckpt.operations.run_folder import latest
-from anyckpt.operations.run_upkeep import write_note
 from anyckpt.operations.save import _in_memory
 from anyckpt.operations.writer_process import Upkeep
 from anyckpt.storage.owned import OwnedSource
@@ -121,10 +120,9 @@ def shared_plan(rank: int, step: int) -> Plan:
 
 def test_two_writers_of_one_plan_and_the_last_publishes(tmp_path: Path, writer: BackgroundWriter) -> None:
     second = BackgroundWriter()
-    upkeep = Upkeep(str(tmp_path), Retention(last=2))
     for step in range(1, 6):
         path = str(tmp_path / f"step-{step}")
-        write_note(path, Saved(f"step-{step}", step, 0.0))
+        upkeep = Upkeep(Saved(f"step-{step}", step, 0.0), Retention(last=2))
         numbers = [
             one.submit(shared_plan(rank, step), path, share=Share(rank, 2), upkeep=upkeep)
             for rank, one in ((1, writer), (2, second))

@@ -10,7 +10,7 @@ import copyreg
 import io
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anyckpt.engine.plan import Plan, SourceData, TensorData
@@ -19,8 +19,11 @@ from anyckpt.storage.requests import coalesced
 from anyckpt.storage.shared_memory import CopiedSource, SharedMemory
 from anyckpt.storage.source import ByteSource
 
-Copy = Callable[[ByteSource, int, memoryview], None]
-"""Puts bytes of a source, from an offset on, into memory; it may do so later, until ``Copying.finish`` is called."""
+Piece = tuple[ByteSource, int, memoryview]
+"""A source, the first byte that is copied of it, and where the bytes go."""
+
+Copy = Callable[[Sequence[Piece]], None]
+"""Copies pieces; when it returns, all are there."""
 
 _ALIGNMENT = 64
 
@@ -73,24 +76,22 @@ class Copies:
         pickler.dump(plan)
         return stream.getvalue()
 
-    def copy(self, memory: memoryview, copy: Copy) -> None:
-        """Copy all of it.
-
-        Args:
-            memory: at least ``nbytes``.
-            copy: does the work.
-        """
-        for source in self._sources:
-            for start, stop, where in self._runs[id(source)]:
-                copy(source, start, memory[where : where + stop - start])
+    def pieces(self, memory: memoryview) -> list[Piece]:
+        """All that has to be copied, into memory of at least ``nbytes``; each piece goes to a multiple of 64."""
+        return [
+            (source, start, memory[where : where + stop - start])
+            for source in self._sources
+            for start, stop, where in self._runs[id(source)]
+        ]
 
 
-def read_copy(source: ByteSource, offset: int, memory: memoryview) -> None:
+def read(pieces: Sequence[Piece]) -> None:
     """The plainest ``Copy``."""
-    source.read_into(offset, memory)
+    for source, start, memory in pieces:
+        source.read_into(start, memory)
 
 
-def put(plan: Plan, share: int | None, memory: SharedMemory, number: int, copy: Copy = read_copy) -> tuple[int, int]:
+def put(plan: Plan, share: int | None, memory: SharedMemory, number: int, copy: Copy = read) -> tuple[int, int]:
     """Copy live state and plan into shared memory.
 
     Returns:
@@ -103,7 +104,7 @@ def put(plan: Plan, share: int | None, memory: SharedMemory, number: int, copy: 
     copies = Copies(plan, share)
     data = copies.pickled(plan, number)
     view = memory.reserve(copies.nbytes + len(data))
-    copies.copy(view, copy)
+    copy(copies.pieces(view))
     view[copies.nbytes : copies.nbytes + len(data)] = data
     return copies.nbytes, len(data)
 
@@ -112,9 +113,13 @@ def _wanted(plan: Plan, share: int | None) -> Iterator[tuple[ByteSource, int, in
     for file in plan.files:
         for part in file.parts:
             if isinstance(part, SourceData):
-                if part.source.owner() in (None, share):
+                if _is_supplied(part.source, share):
                     yield from part.source.wanted(0, part.source.size)
             elif isinstance(part, TensorData):
                 for piece in part.tensor.pieces():
-                    if piece.source.owner() in (None, share):
+                    if _is_supplied(piece.source, share):
                         yield from piece.source.wanted(piece.offset, piece.stored_bytes())
+
+
+def _is_supplied(source: ByteSource, share: int | None) -> bool:
+    return share is None or source.owner() in (None, share)

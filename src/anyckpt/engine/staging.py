@@ -173,8 +173,11 @@ class StagingDirectory(Destination):
             self._readers.pop(self._journal.path, None)
 
     def _read_journals(self) -> Iterator[JournalReader]:
-        names = os.listdir(self._directory) if os.path.isdir(self._directory) else []
-        for name in sorted(names):
+        try:
+            names = sorted(os.listdir(self._directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return  # nothing is begun, or the output is published
+        for name in names:
             if name.partition(".")[0] == _JOURNAL:
                 path = os.path.join(self._directory, name)
                 try:

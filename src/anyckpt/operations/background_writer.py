@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from anyckpt.engine.copied import Copy, put, read_copy
+from anyckpt.engine.copied import Copy, put, read
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import OutputError, UsageError
@@ -37,7 +37,7 @@ class BackgroundWriter:
         copy: copies live state into it.
     """
 
-    def __init__(self, *, memory: Callable[[], SharedMemory] = SharedMemory, copy: Copy = read_copy) -> None:
+    def __init__(self, *, memory: Callable[[], SharedMemory] = SharedMemory, copy: Copy = read) -> None:
         self._make_memory = memory
         self._copy = copy
         self._owner = os.getpid()

@@ -217,7 +217,7 @@ def _alone(folder: str) -> Iterator[None]:
 def _replace(path: str, text: str) -> None:
     """Write a small file in one step, durably."""
     folder, name = os.path.split(path)
-    new = os.path.join(folder, f".{name.lstrip('.')}{_NEW}")
+    new = os.path.join(folder, f".{name.lstrip('.')}.{os.getpid()}{_NEW}")  # several may write it
     try:
         with open(new, "w", encoding="utf-8") as file:
             file.write(text)

@@ -28,8 +28,8 @@ from anyckpt.engine.plan import Plan
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import AnyckptError, OutputError
-from anyckpt.operations.retention import Retention
-from anyckpt.operations.run_upkeep import published
+from anyckpt.operations.retention import Retention, Saved
+from anyckpt.operations.run_upkeep import published, write_note
 from anyckpt.storage.shared_memory import receive, received
 
 _HEAD = 8
@@ -41,12 +41,12 @@ class Upkeep:
     """What follows the publication of a checkpoint in a run's folder.
 
     Attributes:
-        folder: which.
-        rules: which checkpoints stay.
+        saved: what its note says, which is written just before.
+        rules: which checkpoints of the folder stay.
         pointer: whether ``latest`` is made to lead to the newest.
     """
 
-    folder: str
+    saved: Saved
     rules: Retention
     pointer: bool = True
 
@@ -205,6 +205,7 @@ def _done(job: Job) -> Outcome:
 def _written(job: Job, began: float) -> Outcome:
     plan: Plan = pickle.loads(received(job.memory, *job.plan))
     if job.share is None:
+        _announce(job)
         nbytes = execute(plan, job.destination, overwrite=job.overwrite, workers=job.workers).bytes_written
         is_published = True
     else:
@@ -212,17 +213,24 @@ def _written(job: Job, began: float) -> Outcome:
         nbytes = run.write(job.share).bytes_written
         is_published = False
         if not run.missing():
+            _announce(job)
             with suppress(BusyError):  # another process that found all shares there publishes it
                 run.finish()
                 is_published = True
     deleted: list[str] = []
     if is_published and job.upkeep is not None:
+        folder = os.path.dirname(job.destination)
         try:
-            deleted = published(job.upkeep.folder, job.upkeep.rules, pointer=job.upkeep.pointer)
+            deleted = published(folder, job.upkeep.rules, pointer=job.upkeep.pointer)
         except (AnyckptError, OSError) as error:
             failure = OutputError(f"is saved, but what should follow failed: {error}", path=job.destination)
             return Outcome(job.number, failure, True, (), nbytes, time.monotonic() - began)
     return Outcome(job.number, None, is_published, tuple(deleted), nbytes, time.monotonic() - began)
+
+
+def _announce(job: Job) -> None:
+    if job.upkeep is not None:
+        write_note(job.destination, job.upkeep.saved)
 
 
 if __name__ == "__main__":

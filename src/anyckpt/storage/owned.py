@@ -51,8 +51,8 @@ class OwnedSource(ByteSource):
             yield from self._data.wanted(offset, length)
 
     def sent_to(self, share: int | None) -> tuple[Any, ...]:
-        """As ``__reduce__`` for a process of a share, which is not sent what it does not write."""
-        data = self._data if share == self._owner else None
+        """As ``__reduce__``, for the process that writes a share (all if None), which gets nothing else."""
+        data = self._data if share in (None, self._owner) else None
         return type(self), (self._owner, self._key, self.size, data, self.name)
 
     def place(self) -> tuple[Hashable, int]:
