@@ -1,9 +1,10 @@
 """What every format's reader returns and every format's writer receives."""
 
 from anyckpt.checkpoint.beside import AdapterSettings, CompositeTensor, ObjectForms, Part, StoredChecksum, Tokenizer
+from anyckpt.checkpoint.form import OptimizerForm
 from anyckpt.checkpoint.opened import Checkpoint, storage_key
 from anyckpt.checkpoint.ranks import ParallelLayout, RankShard
-from anyckpt.checkpoint.training import GROUP, OptimizerForm, OptimizerState, TrainingState
+from anyckpt.checkpoint.training import GROUP, OptimizerState, TrainingState
 
 __all__ = [
     "GROUP",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anyckpt.checkpoint.ranks import RankShard
 from anyckpt.tensor import LazyTensor
-
-if TYPE_CHECKING:
-    from anyckpt.checkpoint.opened import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -72,20 +69,3 @@ class OptimizerState:
     order: tuple[str, ...] = ()
     grad_scaler: Any = None
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class OptimizerForm:
-    """How a format keeps an optimizer's state; a reader of the form gives it as ``Checkpoint.optimizer``.
-
-    Attributes:
-        name: state stays as it is stored between formats with forms of one name.
-        write: gets the weights under the format's names and the state under the same names, and gives the checkpoint
-            that ``Format.plan`` lays out: with the state among tensors and objects, or as ``Checkpoint.optimizer``.
-            Raises MappingError for state that has no place.  None if state can only stay as it is stored.
-        adam_only: it has a place for Adam's state only.
-    """
-
-    name: str
-    write: Callable[[Checkpoint, OptimizerState], Checkpoint] | None = None
-    adam_only: bool = False

@@ -23,8 +23,7 @@ from anyckpt.formats.foreign import refusal
 from anyckpt.formats.shared.unfinished import check_finished
 from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
-from anyckpt.storage.heads import small_files
-from anyckpt.storage.location import Location, look_at, look_in
+from anyckpt.storage.location import Location, look_at, look_in, small_files
 from anyckpt.storage.members import NotArchiveError, is_archive, is_gzip
 from anyckpt.storage.place import Place
 from anyckpt.storage.source import check_not_pointer

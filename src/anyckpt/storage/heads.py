@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeVar
 
 from anyckpt.errors import AnyckptError
 from anyckpt.storage.requests import holding, is_far
 
 if TYPE_CHECKING:
-    from anyckpt.storage.location import Location
     from anyckpt.storage.requests import Wanted
     from anyckpt.storage.source import ByteSource
 
@@ -23,8 +22,6 @@ EDGE = 64 << 10
 """Bytes at either end of a file that are read with the first of them: headers and directories lie there."""
 
 _BATCH = 64
-_SMALL_FILES = 256
-_SMALL_BYTES = 4 << 20
 
 
 def read_each(read: Callable[[ByteSource], T], sources: Iterable[ByteSource], steps: Steps) -> list[T]:
@@ -95,23 +92,3 @@ class Ahead:
             self._data = self._source.read(offset, max(length, min(self._most, self._source.size - offset)))
             self._start, inside = offset, 0
         return self._data[inside : inside + length]
-
-
-@contextmanager
-def small_files(location: Location) -> Iterator[None]:
-    """Within, the small files of a far folder are held: its settings and markers, which several formats look at.
-
-    Of a file, the two ends are.
-    """
-    wanted: list[Wanted] = []
-    left = _SMALL_BYTES
-    if location.place.is_far and location.is_directory:
-        for name in location.names[:_SMALL_FILES]:
-            source = location.open(name) if location.is_file(name) else None
-            if source is not None and source.size <= min(EDGE, left):
-                wanted.append((source, 0, source.size))
-                left -= source.size
-    elif location.place.is_far:
-        wanted = edges(location.open())
-    with holding(wanted):
-        yield

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from anyckpt.errors import FormatError
 from anyckpt.storage.folder import Folder
+from anyckpt.storage.heads import EDGE, edges
 from anyckpt.storage.members import SEPARATOR
 from anyckpt.storage.place import FOLDER, LOCAL, OTHER, Place, scheme_of
+from anyckpt.storage.requests import holding
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tree import ArchivePlace
 
+if TYPE_CHECKING:
+    from anyckpt.storage.requests import Wanted
+
 HEAD = 512
 """Bytes of a file that a location shows."""
+
+_SMALL_FILES = 256
+_SMALL_BYTES = 4 << 20
 SCHEMES: dict[str, Callable[[str], Place]] = {}
 """What makes the place of a path that begins with ``scheme://``, from the path."""
 
@@ -171,3 +180,23 @@ def _first_rank(place: Place, path: str) -> str | None:
 def file_of(path: str) -> str:
     """The local file or directory that a path leads to or into; the path itself where that is on no disk."""
     return place_of(path).on_disk(path) or path
+
+
+@contextmanager
+def small_files(location: Location) -> Iterator[None]:
+    """Within, the small files of a far folder are held: its settings and markers, which several formats look at.
+
+    Of a file, the two ends are.
+    """
+    wanted: list[Wanted] = []
+    left = _SMALL_BYTES
+    if location.place.is_far and location.is_directory:
+        for name in location.names[:_SMALL_FILES]:
+            source = location.open(name) if location.is_file(name) else None
+            if source is not None and source.size <= min(EDGE, left):
+                wanted.append((source, 0, source.size))
+                left -= source.size
+    elif location.place.is_far:
+        wanted = edges(location.open())
+    with holding(wanted):
+        yield
