@@ -17,9 +17,9 @@ from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import Literal, SourceData
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.nemo import FORMAT
-from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import GPT_TARGET
 from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.shared.archive import ArchiveWriter
 from anyckpt.plain_yaml import load_yaml
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import ByteSource, MemorySource

@@ -409,7 +409,7 @@ def test_a_configuration_that_is_given_tells_too(tmp_path: Path) -> None:
 
 
 def test_methods_have_names() -> None:
-    assert {"fp8", "mxfp4", "modelopt", "compressed-tensors", "fbgemm_fp8"} == METHODS.keys()
+    assert {"fp8", "mxfp4", "modelopt", "compressed-tensors", "fbgemm_fp8", "trtllm"} == METHODS.keys()
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "nvfp4"])

@@ -70,6 +70,7 @@ def writing_options(command: Command) -> Command:
     help="Carry training state, where the target can hold it.",
 )
 @click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
+@click.option("--compress/--no-compress", default=False, help="trtllm: one archive (.qnemo), not a directory.")
 @click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
 @click.option(
     "--include",

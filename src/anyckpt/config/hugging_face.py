@@ -35,7 +35,7 @@ COMMON = (
 )
 """Keys that decoder-only families share."""
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -46,7 +46,7 @@ _ACTIVATIONS = {
     "relu": "relu",
     "relu2": "squared_relu",
 }
-_SPELLED = {hub: name for name, hub in reversed(_ACTIVATIONS.items())}
+SPELLED = {hub: name for name, hub in reversed(ACTIVATIONS.items())}
 
 _ATTENTION_BIAS = "attention_bias"
 _LOCAL_BASE = "rope_local_base_freq"
@@ -258,7 +258,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         "model_type": known.model_types[0],
     }
     if known.activation_key is not None:
-        rendered[known.activation_key] = known.activations.get(config.activation, _SPELLED[config.activation])
+        rendered[known.activation_key] = known.activations.get(config.activation, SPELLED[config.activation])
     if config.position_embedding_type == "rope" and is_rotary(family):
         rendered |= _render_rope(family, config)
     if config.dtype is not None:
@@ -300,12 +300,12 @@ def _activation(family: Spellings, reader: Reader) -> dict[str, str]:
     spelled = reader.text(known.activation_key) or known.class_defaults.get(known.activation_key)
     meant = family.traits.get("activation", "silu")
     if spelled is not None:
-        meant = known.misspelled.get(spelled, _ACTIVATIONS.get(spelled, spelled))
+        meant = known.misspelled.get(spelled, ACTIVATIONS.get(spelled, spelled))
     _expect(family, "activation", known.activation_key, meant)
-    if meant not in _SPELLED:
+    if meant not in SPELLED:
         raise MappingError(
             f"config.json's {known.activation_key} is unknown",
-            expected=f"one of {', '.join(_ACTIVATIONS)}",
+            expected=f"one of {', '.join(ACTIVATIONS)}",
             found=meant[:80],
         )
     return {"activation": meant}

@@ -153,6 +153,29 @@ class NeMo2:
         return {**of_class("nemo2", known), **self.implied}
 
 
+@dataclass(frozen=True)
+class TrtLlm:
+    """How TensorRT-LLM knows a family.
+
+    Attributes:
+        architectures: classes that are read; the first is written.
+        decoder: what ModelOpt calls the kind of decoder, as NeMo's ``decoder_type``.
+        fits: whether a configuration of one of these classes is of this family's models, where others have the class.
+        activation: ``hidden_act`` where it is not transformers' word.
+        shares_embedding: a tied model is written without an output layer; else with a copy of the embedding as it.
+        windows: the class has the windows of the family's attention by itself.
+        keys: keys of ``config.json`` beyond the common ones.
+    """
+
+    architectures: tuple[str, ...]
+    decoder: str
+    fits: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
+    activation: str | None = None
+    shares_embedding: bool = False
+    windows: bool = False
+    keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spellings:
     """How the configurations of a family's models are spelled everywhere.
@@ -165,6 +188,7 @@ class Spellings:
         hugging_face: spelling there.
         nemo2: spelling there; None if it has no such models.
         meta: names in Meta's, Mistral's and torchtitan's code; None if they have no such models.
+        trtllm: how TensorRT-LLM knows them; None if that is not known.
         nemo1: whether NeMo 1 has such models.
         nemo1_classes: NeMo 1's classes for them other than ``MegatronGPTModel``, without the module, and what these
             take where their configuration has no such key: a value, or a function of the configuration.
@@ -183,6 +207,7 @@ class Spellings:
     hugging_face: HuggingFace
     nemo2: NeMo2 | None = None
     meta: MetaNames | None = None
+    trtllm: TrtLlm | None = None
     nemo1: bool = True
     nemo1_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     megatron: bool = True

@@ -349,5 +349,5 @@ FORMAT = Format(
     plan=plan,
     dialect=lambda options: "meta",
     config_kind="meta",
-    divides=True,
+    divides=("tensor_parallel",),
 )

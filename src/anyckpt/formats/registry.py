@@ -48,6 +48,7 @@ class WriteOptions:
         held: which boxes of each tensor the processes have that write together, None if all is one process's to write.
             Distributed checkpoints are divided into chunks and files so, and a format of Megatron's keeps names as they
             are and adds no states of modules: the processes have what there is.
+        compress: formats with ``Format.archives``: pack all in one archive, rather than write a directory.
         megatron_args: formats with ``Format.leaves_out_arguments``: write what Megatron-LM reads besides the model.
     """
 
@@ -56,6 +57,7 @@ class WriteOptions:
     ranks: int = 1
     layout: ParallelLayout | None = None
     transformer_impl: str | None = None
+    compress: bool = False
     megatron_args: bool = True
     held: Held | None = None
 
@@ -79,8 +81,10 @@ class Format:
         sharded: whether it can hold a distributed checkpoint, as ``WriteOptions.sharded`` asks.
         adapters: how it names the tensors of an adapter: ``peft`` or as ``models.adapters.megatron.SPELLINGS``; None
             if it has no place for what an adapter says of itself.
-        divides: whether ``plan`` divides whole tensors into as many files as ``WriteOptions.layout`` has
-            tensor-parallel ranks.
+        divides: sizes of ``WriteOptions.layout`` by which ``plan`` itself divides whole tensors into files; none if it
+            does not.
+        archives: whether ``plan`` can pack its files in one archive, as ``WriteOptions.compress`` asks.
+        in_fp32: globs of weights that its software has in float32 whatever the others are cast to.
         leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
             ``WriteOptions.megatron_args`` says.
         optimizer: how it keeps an optimizer's state, None if it has no place for it.
@@ -96,7 +100,9 @@ class Format:
     unknown_names: bool = False
     sharded: bool = False
     adapters: str | None = None
-    divides: bool = False
+    divides: tuple[str, ...] = ()
+    archives: bool = False
+    in_fp32: tuple[str, ...] = ()
     leaves_out_arguments: bool = False
     optimizer: OptimizerForm | None = None
 
@@ -112,6 +118,7 @@ _BUILT_IN = {
     "dcp": "dcp",
     "peft": "peft",
     "meta": "meta",
+    "trtllm": "trtllm",
     "hf": "hf",
     "fsdp": "fsdp",
     "deepspeed": "deepspeed",

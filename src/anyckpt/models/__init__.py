@@ -14,6 +14,7 @@ from anyckpt.config import hugging_face as config_hf
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
 from anyckpt.config import nemo1, nemo2
+from anyckpt.config import trtllm as config_trtllm
 from anyckpt.config.model import ModelConfig
 from anyckpt.errors import UsageError
 from anyckpt.models.bare_names import bare_names
@@ -49,6 +50,7 @@ _RENDERERS: dict[str, Callable[[Family, ModelConfig, list[str]], dict[str, Any]]
     "nemo2": nemo2.render,
     "megatron-args": config_megatron.render,
     "meta": config_meta.render,
+    "trtllm": config_trtllm.render,
 }
 
 
@@ -60,7 +62,8 @@ def render_config(
     Args:
         model: the model.
         kind: ``hf`` (``config.json``), ``nemo1`` (``model_config.yaml``), ``nemo2`` (the ``_target_`` and ``config``
-            of ``model.yaml``), ``megatron-args`` or ``meta`` (``params.json``).
+            of ``model.yaml``), ``megatron-args``, ``meta`` (``params.json``) or ``trtllm`` (TensorRT-LLM's
+            ``config.json``).
         extra: keys to add or replace at the top level.
         notes: what the framework cannot say is appended here.
 
@@ -74,7 +77,8 @@ def render_config(
     tied = model.config.share_embeddings_and_output_weights and kind not in model.definition.unties
     config = replace(model.config, share_embeddings_and_output_weights=tied)
     rendered = _RENDERERS[kind](model.definition, config, said)
-    said.extend(model.definition.caveats(model.config, kind))
+    if kind in KINDS:
+        said.extend(model.definition.caveats(model.config, kind))
     if kind != "hf":
         lost = config_hf.surplus(model.config)
         if lost:

@@ -12,7 +12,7 @@ from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.megatron import has_own_modules
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import check_complete
-from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects import spellings, trtllm
 from anyckpt.models.dialects.before_core import own_names
 from anyckpt.models.hub import Hub, Model, Named, head_and_embedding, names_of_meta, remarks
 from anyckpt.models.language.rules import Instance
@@ -27,8 +27,9 @@ _KINDS = {"nemo-flat": "nemo1", "nemo-sharded": "nemo1", "nemo2": "nemo2"}
 def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zeros", in_place: bool = False) -> Named:
     """The hub's tensors under another naming; views only.
 
-    For ``hf``, and for Meta's and torchtitan's names, the vocabulary is cut to its true size; for Megatron's dialects
-    (see ``dialects.DIALECTS``) it is padded to the configuration's ``rows`` with ``zeros`` or by ``repeat-last-row``.
+    For ``hf``, and for Meta's, torchtitan's and TensorRT-LLM's names, the vocabulary is cut to its true size; for
+    Megatron's dialects (see ``dialects.DIALECTS``) it is padded to the configuration's ``rows`` with ``zeros`` or by
+    ``repeat-last-row``.
     What is to be cut for ranks is padded when it is cut: then ``padded`` is False.
 
     Everything of the checkpoint that the hub was made of is among the tensors or in ``ignored``.  With ``in_place``
@@ -47,11 +48,13 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
     expected = model.definition.expected(config)
     check_complete([(item.hub,) for item in expected], hub.tensors, model.family, None)
     by_family = dialect == "hf" or dialect in meta_names.SPELLINGS
-    rows = config.vocab_size if by_family else config.rows if padded else None
+    rows = config.vocab_size if by_family or dialect == trtllm.NAME else config.rows if padded else None
     tensors = {item.hub: hub.tensors[item.hub] for item in expected}
     for item in expected:
         if item.rule.of_vocabulary:
             tensors[item.hub] = resized(item.hub, tensors[item.hub], rows, config, notes, padding)
+    if dialect == trtllm.NAME:
+        return _accounted(hub, _by_trtllm_names(tensors, model, notes), notes)
     if not by_family:
         return _accounted(hub, _by_megatron_names(tensors, model, dialect), notes)
     tensors = _by_family_names(expected, tensors, model)
@@ -111,6 +114,15 @@ def _by_meta_names(
     if model.config.share_embeddings_and_output_weights:
         notes.append(f"{list(named)[-1]} is tied to {meta_names.EMBEDDING} and written, too, for its class has it")
     return named
+
+
+def _by_trtllm_names(tensors: dict[str, LazyTensor], model: Model, notes: list[str]) -> dict[str, LazyTensor]:
+    """Under TensorRT-LLM's names; but for a few classes these have an output layer, tied or not."""
+    known = model.definition.trtllm
+    if model.config.share_embeddings_and_output_weights and not (known is not None and known.shares_embedding):
+        tensors = {**tensors, HEAD: tensors[EMBEDDING]}
+        notes.append("the output layer is tied to the embedding and written, too, for TensorRT-LLM's class has it")
+    return trtllm.from_hub_names(tensors, model.config)
 
 
 def as_written(tensors: Mapping[str, LazyTensor], model: Model) -> dict[str, LazyTensor]:

@@ -11,6 +11,7 @@ from anyckpt.config import hugging_face as config_hf
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
 from anyckpt.config import meta_names, nemo1, nemo2
+from anyckpt.config import trtllm as config_trtllm
 from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
@@ -35,6 +36,9 @@ KINDS = ("hf", "nemo1", "nemo2", "megatron-args")
 META = "meta"
 """That of Meta's ``params.json``, which says sizes, and leaves tokens and lengths to the code."""
 
+TRTLLM = "trtllm"
+"""That of TensorRT-LLM's ``config.json``, which says what its engine needs, and leaves tokens out."""
+
 _TRANSFORMER = {"num_layers", "hidden_size", "num_attention_heads"}
 """Without these, arguments or a NeMo 1 configuration are of no transformer (or of a test's stub)."""
 
@@ -44,6 +48,8 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
     inner = config.get("config")
     if "_target_" in config or (isinstance(inner, Mapping) and "_target_" in inner):
         return "nemo2"
+    if config_trtllm.is_trtllm(config):
+        return TRTLLM
     if "num_hidden_layers" in config or ("model_type" in config and "architectures" in config):
         return "hf"
     if config_meta.is_params(config):
@@ -84,11 +90,11 @@ def identify(
     if config is not None and kind is None:
         raise UsageError(
             "the configuration given is of no known kind",
-            expected="the keys of a config.json, a NeMo model_config.yaml or model.yaml, Megatron arguments, or Meta's "
-            "params.json",
+            expected="the keys of a config.json, a NeMo model_config.yaml or model.yaml, Megatron arguments, Meta's "
+            "params.json, or TensorRT-LLM's config.json",
             found=", ".join(map(str, list(config)[:5])),
         )
-    if kind not in (*KINDS, META) or not values:
+    if kind not in (*KINDS, META, TRTLLM) or not values:
         if chosen is None:
             return None
         raise MappingError(
@@ -99,6 +105,8 @@ def identify(
     notes: list[str] = []
     if kind == META:
         found = _parse_meta(values, chosen, checkpoint.weights(), notes)
+    elif kind == TRTLLM:
+        found = _parse_trtllm(values, chosen, notes)
     else:
         found = _parse(kind, values, chosen, frozenset() if kind == "hf" else _parts(checkpoint.weights()))
     if found is None:
@@ -139,6 +147,13 @@ def _parse_meta(
 ) -> tuple[Family, ModelConfig] | None:
     family = chosen or next((f for f in each_family() if config_meta.is_of(f, values)), None)
     return None if family is None else (family, config_meta.parse(family, values, weights, notes))
+
+
+def _parse_trtllm(
+    values: Mapping[str, Any], chosen: Family | None, notes: list[str]
+) -> tuple[Family, ModelConfig] | None:
+    family = chosen or next((f for f in each_family() if config_trtllm.is_of(f, values)), None)
+    return None if family is None else (family, config_trtllm.parse(family, values, notes))
 
 
 _STACKS = ("encoder.layers.", "decoder.layers.")

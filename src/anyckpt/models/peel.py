@@ -18,7 +18,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import SHOWN, check_complete, some
 from anyckpt.models.copies import check_tied, drop_copies
-from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects import spellings, trtllm
 from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.hub import Model, head_and_embedding, names_of_meta
 from anyckpt.models.language.rules import Instance
@@ -83,8 +83,11 @@ def peel(checkpoint: Checkpoint, model: Model, expected: Sequence[Instance]) -> 
 
 
 def _of_hub(weights: dict[str, LazyTensor], model: Model, expected: Sequence[Instance], path: str) -> Peeled:
-    """From a Megatron dialect; what a checkpoint may lack is made."""
-    tensors, ignored = spellings.to_hub_names(weights)
+    """From TensorRT-LLM's names or a Megatron dialect; what a checkpoint may lack is made."""
+    if trtllm.is_of(weights):
+        tensors, ignored = trtllm.to_hub_names(weights, model.config), dict[str, str]()
+    else:
+        tensors, ignored = spellings.to_hub_names(weights)
     for head in HEADS:  # the last pipeline stage keeps a copy of the embedding as its output layer
         _drop_tied(tensors, ignored, head, EMBEDDING, model, None)
     ignored |= drop_copies(tensors, model.definition.twins, path)

@@ -15,11 +15,11 @@ from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan, SourceData
 from anyckpt.engine.run import Progress
 from anyckpt.errors import FormatError, UnsafeError, UsageError
-from anyckpt.formats.nemo.archive import ArchiveWriter
 from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, missing_artifacts, texts
 from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS, Container, open_container
 from anyckpt.formats.nemo.read import read_config
 from anyckpt.formats.nemo.tokenizer import has_prefix
+from anyckpt.formats.shared.archive import ArchiveWriter
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.plain_yaml import dump_yaml, load_yaml
 from anyckpt.storage.local_file import LocalFile

@@ -116,6 +116,7 @@ def convert(
     sharded: bool = False,
     optimizer: str = "drop",
     layout: LayoutRequest | None = None,
+    compress: bool = False,
     keep_layout: bool = False,
     force: bool = False,
     overwrite: bool = False,
@@ -159,6 +160,7 @@ def convert(
         sharded=sharded,
         optimizer=optimizer,
         layout=layout,
+        compress=compress,
         keep_layout=keep_layout,
         force=force,
         overwrite=overwrite,
@@ -261,7 +263,7 @@ def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Check
         source = steps.take(without_adapter(source, naming, adapter, cast, keep_state=options.keeps_state))
         adapter = replace(adapter, alpha=None)
     renamed = _under_target_names(source, naming, adapter, unwanted, options.optimizer)
-    ready = steps.take(cast_checkpoint(steps.take(renamed), options.cast_to, options.keep_in_fp32))
+    ready = steps.take(cast_checkpoint(steps.take(renamed), options.cast_to, options.kept_in_fp32))
     ready = request.built(ready)
     if options.keeps_state:
         ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(unwanted)))

@@ -49,6 +49,7 @@ class ConvertOptions:
         optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where weights keep their names
             and the target has the source's form, else by parameter, through the same rules as the weights.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
+        compress: ``trtllm``: pack all in one archive (``.qnemo``), rather than write a directory.
         keep_layout: take what ``layout`` does not say from the source's files rather than leave tensors whole.
         force: read a source that is marked as unfinished, too.
         overwrite: replace an existing checkpoint at the end.
@@ -78,6 +79,7 @@ class ConvertOptions:
     sharded: bool = False
     optimizer: str = "drop"
     layout: LayoutRequest | None = None
+    compress: bool = False
     keep_layout: bool = False
     force: bool = False
     overwrite: bool = False
@@ -94,6 +96,12 @@ class ConvertOptions:
         if self.sharded and not self.target.sharded:
             raise UsageError(
                 f"--sharded means nothing for {self.to}", remedy="leave it out, or convert to nemo or lightning"
+            )
+        if self.compress and not self.target.archives:
+            raise UsageError(
+                f"--compress means nothing for {self.to}",
+                expected="a format that is written as a directory or as an archive, such as trtllm",
+                remedy="leave it out",
             )
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
@@ -117,6 +125,7 @@ class ConvertOptions:
             max_shard_size=limit,
             sharded=self.sharded,
             transformer_impl=self.request.transformer_impl,
+            compress=self.compress,
             megatron_args=self.request.megatron_args,
         )
 
@@ -148,6 +157,11 @@ class ConvertOptions:
     def for_numbers(self) -> ConvertOptions:
         """The same for a checkpoint that is in full precision already."""
         return replace(self, config=self.plain_config)
+
+    @property
+    def kept_in_fp32(self) -> Sequence[str]:
+        """Globs of weights that a cast leaves alone: those asked for, and those of the target's software."""
+        return (*self.keep_in_fp32, *self.target.in_fp32)
 
     @property
     def keeps_state(self) -> bool:

@@ -67,6 +67,33 @@ def _modelopt(facts: Facts) -> tuple[Scheme, ...]:
     )
 
 
+_TRTLLM: Mapping[str, tuple[Scheme, ...]] = {
+    "FP8": (Scheme(".weight", ".weights_scaling_factor", None),),
+    "FP8_PER_CHANNEL_PER_TOKEN": (Scheme(".weight", ".per_channel_scale", None),),
+    "W8A8_SQ_PER_CHANNEL": (Scheme(".weight", ".weights_scaling_factor", None, "int8"),),
+    "W8A16": (Scheme(".weight", ".weights_scaling_factor", None, "int8"),),
+    "W4A16": (Scheme(".weight", ".weights_scaling_factor", (1, 128), "packed int4"),),
+    "W4A16_AWQ": (Scheme(".weight", ".weights_scaling_factor", (1, 128), "packed int4"),),
+    "W4A8_AWQ": (Scheme(".weight", ".weights_scaling_factor", (1, 128), "packed int4"),),
+    "NVFP4": (
+        Scheme(".weight", ".weights_scaling_factor", (1, 16), "float4_e2m1", common=".weights_scaling_factor_2"),
+    ),
+}
+"""By TensorRT-LLM's name of the algorithm; the width of a block is what ``group_size`` and the scales say."""
+
+
+def _trtllm(facts: Facts) -> tuple[Scheme, ...]:
+    algorithm = facts.get("quant_algo")
+    if algorithm is None:  # only the cache of keys and values is quantized
+        return _TRTLLM["FP8"]
+    if algorithm == "MIXED_PRECISION" and isinstance(facts.get("quantized_layers"), Mapping):
+        layers = facts["quantized_layers"].values()
+        named = [layer.get("quant_algo") for layer in layers if isinstance(layer, Mapping)]
+        known = [_TRTLLM[name] for name in dict.fromkeys(map(str, named)) if name in _TRTLLM]
+        return tuple(scheme for schemes in known for scheme in schemes) if len(known) == len(set(named)) else ()
+    return _TRTLLM.get(str(algorithm), ())
+
+
 def _compressed_tensors(facts: Facts) -> tuple[Scheme, ...]:
     """Its first group of layers tells; further groups must be like it."""
     stated = facts.get("config_groups")
@@ -130,6 +157,7 @@ METHODS: Mapping[str, Method] = {
         _compressed_tensors, "compressed-tensors of 8-bit floats and of symmetric 4- and 8-bit integers", "format"
     ),
     "fbgemm_fp8": Method(_fbgemm, "fbgemm_fp8"),
+    "trtllm": Method(_trtllm, f"TensorRT-LLM's {', '.join(_TRTLLM)}", "quant_algo"),
 }
 """Those that are understood, by ``quant_method``."""
 

@@ -150,7 +150,7 @@ def scaled(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape, to
     if scales.dtype.itemsize == 1:
         products = Product(table, scales.dtype, to)
         return Mapped((codes, Repeated(scales, block, codes.shape)), to, products)
-    return Mapped((codes, Repeated(_numbers(scales), block, codes.shape)), to, Multiply(table, to))
+    return Mapped((codes, Repeated(numbers_of(scales), block, codes.shape)), to, Multiply(table, to))
 
 
 def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
@@ -163,11 +163,12 @@ def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
 
 def product(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
     """Scales times one number (a tensor of one element), in float32."""
-    repeated = Repeated(_numbers(common).reshape((1,) * scales.ndim), scales.shape, scales.shape)
-    return Mapped((_numbers(scales), repeated), _FLOAT32, _times)
+    repeated = Repeated(numbers_of(common).reshape((1,) * scales.ndim), scales.shape, scales.shape)
+    return Mapped((numbers_of(scales), repeated), _FLOAT32, _times)
 
 
-def _numbers(scales: LazyTensor) -> LazyTensor:
+def numbers_of(scales: LazyTensor) -> LazyTensor:
+    """Scales of any type in float32."""
     return scales if scales.dtype == _FLOAT32 else Mapped((scales,), _FLOAT32, Decode(scales.dtype))
 
 

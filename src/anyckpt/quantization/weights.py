@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
+from anyckpt.quantization import trtllm
 from anyckpt.quantization.methods import Facts, Scheme, method_of, schemes_of
 from anyckpt.quantization.nodes import Halved, as_bytes, product, scaled
 from anyckpt.quantization.numbers import table_of
@@ -99,6 +100,8 @@ def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: s
     except MappingError as error:
         error.path = path
         raise
+    if facts.get("quant_method") == trtllm.METHOD:
+        return Dequantized(*trtllm.numbers(tensors, facts, schemes, to, path))
     spared = _spared(facts)
     used: set[str] = set()
     ignored: dict[str, str] = {}

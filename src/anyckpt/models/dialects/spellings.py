@@ -14,6 +14,7 @@ from typing import TypeGuard
 
 from anyckpt.config import meta_names
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.models.dialects import trtllm
 from anyckpt.models.dialects.before_core import EVIDENCE, core_names
 from anyckpt.models.dialects.external import other_dialects, spelled_as
 from anyckpt.models.dialects.mamba_sections import has_mixers, joined_mixers, separate_mixers
@@ -121,11 +122,13 @@ _HALF = re.compile(r"(?P<whole>(?:.+\.)?linear_fc1\.(?:weight|bias)\d*)_(?P<half
 
 
 def detect(names: Iterable[str]) -> str | None:
-    """The dialect of a model's stored names: ``hf``, one of ``meta_names.SPELLINGS``, of ``DIALECTS`` or of another
-    package's, or None."""
+    """The dialect of a model's stored names: ``hf``, one of ``meta_names.SPELLINGS``, ``trtllm``, one of ``DIALECTS``,
+    another package's, or None."""
     known = list(names)
     if (spelled := meta_names.spelling(known)) is not None:
         return spelled
+    if trtllm.is_of(known):
+        return trtllm.NAME
     if any(_FAMILIES.match(without_between(name)) for name in known):
         return "hf"
     prefix = find_prefix(known)

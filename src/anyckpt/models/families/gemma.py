@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
@@ -60,4 +60,5 @@ FAMILY = Family(
         configs=("GemmaConfig*", "CodeGemmaConfig*"),
         choose=lambda config: "GemmaConfig",
     ),
+    trtllm=TrtLlm(("GemmaForCausalLM",), "gemma", shares_embedding=True),
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader, whole
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.config.windows import read_window, write_window
 from anyckpt.models.families import gemma
 from anyckpt.models.families.parts import decoder
@@ -136,5 +136,17 @@ FAMILY = Family(
         fields=FIELDS[1:],
         read=_read_nemo2,
         write=_write_nemo2,
+    ),
+    trtllm=TrtLlm(
+        ("Gemma2ForCausalLM",),
+        "gemma2",
+        shares_embedding=True,
+        windows=True,
+        keys=lambda config: {
+            "query_pre_attn_scalar": whole(config.query_pre_attn_scalar or config.kv_channels),
+            "final_logit_softcapping": config.final_logit_softcapping,
+            "attn_logit_softcapping": config.attn_logit_softcapping,
+            "inter_layernorms": True,
+        },
     ),
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.model import Field, ModelConfig
-from anyckpt.config.spellings import HuggingFace
+from anyckpt.config.spellings import HuggingFace, TrtLlm
 from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
 from anyckpt.models.language.family import Family
@@ -115,4 +115,9 @@ FAMILY = Family(
         write=write_dropout,
     ),
     nemo2=nemo2.general(),
+    trtllm=TrtLlm(
+        ("GPTForCausalLM", "GPT2LMHeadModel"),
+        "gpt",
+        fits=lambda config: config.get("position_embedding_type", "learned_absolute") == "learned_absolute",
+    ),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LLAMA
 from anyckpt.config.model import Field, ModelConfig
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
@@ -53,4 +53,9 @@ FAMILY = Family(
         choose=_nemo2_class,
     ),
     meta=LLAMA,
+    trtllm=TrtLlm(
+        ("LlamaForCausalLM", "GPTForCausalLM"),
+        "llama",
+        fits=lambda config: config["architecture"] == "LlamaForCausalLM" or config.get("hidden_act") == "swiglu",
+    ),
 )

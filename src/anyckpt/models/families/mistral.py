@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LLAMA, MetaNames
 from anyckpt.config.model import Field, ModelConfig, Reader
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.config.windows import read_window, write_window
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
@@ -61,4 +61,5 @@ FAMILY = Family(
         choose=lambda config: "MistralConfig7B",
     ),
     meta=MetaNames(LLAMA.pairs, params=("sliding_window", "hidden_dim")),
+    trtllm=TrtLlm(("MistralForCausalLM",), "llama"),
 )

@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import ATTENTION, EXPERTS, MetaNames
 from anyckpt.config.model import Field, ModelConfig
-from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm, Variant
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
@@ -78,4 +78,5 @@ FAMILY = Family(
         choose=lambda config: "MixtralConfig8x7B",
     ),
     meta=MetaNames((*ATTENTION, *EXPERTS), params=("moe",)),
+    trtllm=TrtLlm(("MixtralForCausalLM",), "llama", activation="swiglu"),
 )

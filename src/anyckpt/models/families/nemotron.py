@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
@@ -45,5 +45,10 @@ FAMILY = Family(
         model="NemotronModel",
         configs=("NemotronConfig", "Nemotron3Config*", "Nemotron4Config*"),
         choose=lambda config: "NemotronConfig",
+    ),
+    trtllm=TrtLlm(
+        ("NemotronForCausalLM", "GPTForCausalLM"),
+        "gpt",
+        fits=lambda config: config.get("hidden_act") in ("relu2", "squared-relu", "squared_relu"),
     ),
 )

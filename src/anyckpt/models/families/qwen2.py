@@ -11,7 +11,7 @@ from typing import Any
 
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig, Reader
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.config.windows import read_window, windowed_layers, write_window
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
@@ -59,5 +59,11 @@ FAMILY = Family(
         model="Qwen2Model",
         configs=("Qwen2Config*", "Qwen25Config*"),
         choose=lambda config: "Qwen2Config",
+    ),
+    trtllm=TrtLlm(
+        ("Qwen2ForCausalLM", "QWenForCausalLM"),
+        "qwen",
+        fits=lambda config: config.get("qwen_type", "qwen2") == "qwen2",
+        keys=lambda config: {"qwen_type": "qwen2", "attn_bias": True, "mlp_bias": False},
     ),
 )  # fmt: skip

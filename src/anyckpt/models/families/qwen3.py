@@ -8,7 +8,7 @@ from __future__ import annotations
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LAYER, LLAMA, Pair, in_halves
 from anyckpt.config.model import Field
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families import qwen2
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
@@ -51,5 +51,11 @@ FAMILY = Family(
             for name in ("q_norm", "k_norm")
         ),
         params=("qk_norm",),
+    ),
+    trtllm=TrtLlm(
+        ("Qwen3ForCausalLM", "QWenForCausalLM"),
+        "qwen",
+        fits=lambda config: config["architecture"] == "Qwen3ForCausalLM" or config.get("qwen_type") == "qwen3",
+        keys=lambda config: {"qwen_type": "qwen3", "attn_bias": False, "mlp_bias": False, "qk_layernorm": True},
     ),
 )

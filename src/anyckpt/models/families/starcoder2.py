@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import Field, ModelConfig
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
@@ -59,5 +59,13 @@ FAMILY = Family(
         model="Starcoder2Model",
         configs=("Starcoder2Config*",),
         choose=lambda config: "Starcoder2Config",
+    ),
+    trtllm=TrtLlm(
+        ("GPTForCausalLM", "Starcoder2ForCausalLM"),
+        "gpt",
+        fits=lambda config: (
+            config.get("position_embedding_type") == "rope_gpt_neox"
+            and str(config.get("hidden_act", "gelu")).startswith("gelu")
+        ),
     ),
 )  # fmt: skip

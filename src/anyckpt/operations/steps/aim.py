@@ -12,6 +12,14 @@ from anyckpt.layout import Parallelism
 from anyckpt.operations.steps.joining import parallelism_of
 from anyckpt.operations.steps.layout_request import LayoutRequest
 
+_SIZES = {
+    "tensor_parallel": ("tensor-parallel", "--tp"),
+    "pipeline_parallel": ("pipeline-parallel", "--pp"),
+    "virtual_pipeline": ("virtual-pipeline", "--vpp"),
+    "expert_parallel": ("expert-parallel", "--ep"),
+}
+"""Fields of ``ParallelLayout`` in words, and the option of each."""
+
 _ANY_SIZE = "its distributed checkpoints load at any parallel size: the layout asked for needs nothing done"
 
 
@@ -100,15 +108,19 @@ def wanted_layout(
         return parallelism, ()
     if not request.asks_for_ranks or layout == ParallelLayout():
         return None, ()
-    if target.divides and layout == ParallelLayout(tensor_parallel=layout.tensor_parallel):
+    divided = ParallelLayout(**{name: getattr(layout, name) for name in target.divides})
+    if target.divides and layout == divided:
         return None, ()
     if target.config_kind in (None, "hf") or target.divides:
+        kinds = " and a ".join(_SIZES[name][0] for name in target.divides)
         raise UsageError(
-            f"{target.name} has no parallel layout but a tensor-parallel one"
+            f"{target.name} has no parallel layout but a {kinds} one"
             if target.divides
             else f"{target.name} keeps whole tensors and has no parallel layout",
             found=f"tensor, pipeline, virtual, expert {tuple(vars(layout).values())}",
-            remedy=f"leave {'' if target.divides else '--tp, '}--pp, --vpp, --ep and --etp out",
+            remedy="leave "
+            + ", ".join(option for name, (_, option) in _SIZES.items() if name not in target.divides)
+            + " and --etp out",
         )
     return None, (_ANY_SIZE,)
 

@@ -1,4 +1,4 @@
-"""A ``.nemo`` being laid out: tar headers and contents as the parts of one file."""
+"""A ``.nemo`` or ``.qnemo`` being laid out: tar headers and contents as the parts of one file."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class ArchiveWriter:
     def add_source(self, name: str, source: ByteSource, mtime: int = 0) -> None:
         """A member copied verbatim."""
         self.add(name, lambda offset, aligned: [SourceData(source)] if source.size else [], mtime)
+
+    def add_parts(self, name: str, parts: Sequence[Part]) -> None:
+        """A member that is laid out already, wherever it begins."""
+        self.add(name, lambda offset, aligned: parts)
 
     def add(self, name: str, lay_out: LayOut, mtime: int = 0) -> None:
         """A member whose parts depend on where in the archive it begins, because they align contents there.

@@ -1,0 +1,332 @@
+"""TensorRT-LLM checkpoints and .qnemo: ModelOpt's files read, divided anew byte for byte, dequantized, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.models.cases import facts, open_case
+from tests.support import fixture_path, sha256_of, write_plan
+
+import anyckpt
+from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
+from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
+from anyckpt.formats.trtllm.division import Division, Heads, cut, join
+from anyckpt.storage import LocalFile
+from anyckpt.tensor import LazyTensor, from_array
+
+CASES = {
+    "fp8_a": "src_llama_a",
+    "fp8_kv8_bf16_b": "src_llama_b",
+    "fp8_moe_c": "src_mixtral_c",
+    "int4_awq_a": "src_llama_a",
+    "int8_sq05_b": "src_llama_b",
+    "int8_sq_a": "src_llama_a",
+    "nvfp4_b": "src_llama_b",
+    "w4a8_awq_b": "src_llama_b",
+}
+"""Case -> what it was quantized from."""
+
+FURTHEST = {"int4_awq_a": 0.14, "w4a8_awq_b": 0.24, "nvfp4_b": 0.1}
+"""The largest relative error of a weight, which 4-bit numbers have; of 8-bit ones it is below 0.035."""
+
+FAMILIES = ("llama", "llama_tied_bf16", "qwen2", "qwen3", "gpt2", "starcoder2")
+"""Whose weights come back as they were."""
+CENTRED = ("gemma", "gemma2", "nemotron")
+"""Whose norms are computed."""
+
+
+def exported(case: str) -> dict[str, Any]:
+    """What ModelOpt wrote: variant -> files."""
+    variants = json.loads((fixture_path(f"quant/{case}") / "expected.json").read_text())["variants"]
+    return {name: variant["files"] for name, variant in variants.items() if name.startswith("trtllm")}
+
+
+def layout_of(variant: str) -> anyckpt.LayoutRequest:
+    tensor, pipeline = variant.removeprefix("trtllm_tp").split("pp")
+    return anyckpt.LayoutRequest(tensor_parallel=int(tensor), pipeline_parallel=int(pipeline))
+
+
+def rank_tensors(path: Path) -> dict[str, LazyTensor]:
+    return read_safetensors(LocalFile(path))[0]
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """ModelOpt makes the list of a set, whose order differs from run to run; the producer is who wrote it."""
+    plain = {key: value for key, value in config.items() if key != "producer"}
+    if isinstance(plain.get("quantization"), dict) and "exclude_modules" in plain["quantization"]:
+        modules = sorted(plain["quantization"]["exclude_modules"])
+        plain["quantization"] = {**plain["quantization"], "exclude_modules": modules}
+    return plain
+
+
+def assert_as_exported(folder: Path, files: Mapping[str, Any]) -> None:
+    """Every tensor of every rank byte for byte, and the configuration in its order."""
+    assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == sorted(files)
+    for name, expected in files.items():
+        if name.endswith(".json"):
+            written = json.loads((folder / name).read_text())
+            assert comparable(written) == comparable(expected)
+            assert list(written) == list(expected)
+            continue
+        found = {
+            key: {"shape": list(tensor.shape), "dtype": tensor.dtype.name, "sha256": sha256_of(tensor)}
+            for key, tensor in rank_tensors(folder / name).items()
+        }
+        assert found == {
+            key: {fact: value[fact] for fact in ("shape", "dtype", "sha256")}
+            for key, value in expected["tensors"].items()
+        }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_of_modelopt_are_divided_anew_byte_for_byte(tmp_path: Path, case: str) -> None:
+    variants = exported(case)
+    kept = [name for name in variants if (fixture_path(f"quant/{case}") / name).is_dir()]
+    assert kept
+    for source in kept:
+        path = fixture_path(f"quant/{case}/{source}")
+        for target, files in variants.items():
+            output = tmp_path / f"{source}-{target}"
+            anyckpt.convert(path, output, to="trtllm", layout=layout_of(target))
+            assert_as_exported(output, files)
+        same = tmp_path / f"{source}-{source}"
+        for file in path.iterdir():
+            assert (same / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("variant", ["trtllm_tp1pp1", "trtllm_tp2pp1"])
+def test_an_unquantized_model_is_exported_as_modelopt_does(tmp_path: Path, variant: str) -> None:
+    source = fixture_path("quant/src_llama_b/hf")  # with one key head, which two ranks have
+    anyckpt.convert(source, tmp_path / "out", to="trtllm", dtype="fp16", layout=layout_of(variant))
+    assert_as_exported(tmp_path / "out", exported("null_b")[variant])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_come_back_near_their_source(tmp_path: Path, case: str) -> None:
+    source = anyckpt.open(fixture_path(f"quant/{CASES[case]}/hf"))
+    path = fixture_path(f"quant/{case}/trtllm_tp1pp1")
+    done = anyckpt.convert(path, tmp_path / "hf", to="hf", dtype="fp32")
+    assert any("weights were quantized" in note for note in done.notes)
+    found = anyckpt.open(tmp_path / "hf")
+    assert found.keys() == source.keys()
+    for name, tensor in source.items():
+        one = tensor.numpy().astype(np.float64)
+        other = found[name].numpy().astype(np.float64)[: one.shape[0]]  # the vocabulary of AWQ is padded to 128
+        assert np.sqrt(((one - other) ** 2).mean() / (one**2).mean()) < FURTHEST.get(case, 0.035), name
+    assert anyckpt.verify(path).sound
+    assert anyckpt.verify(path).checked.model
+
+
+def test_ranks_say_the_same_as_one(tmp_path: Path) -> None:
+    case = fixture_path("quant/int4_awq_a")
+    for variant in ("trtllm_tp1pp1", "trtllm_tp2pp2"):
+        anyckpt.convert(case / variant, tmp_path / variant, to="hf", dtype="bf16")
+    one, other = (anyckpt.open(tmp_path / variant) for variant in ("trtllm_tp1pp1", "trtllm_tp2pp2"))
+    assert facts(one.tensors) == facts(other.tensors)
+    compared = anyckpt.diff(case / "trtllm_tp2pp2", case / "trtllm_tp1pp1")
+    assert compared.equal
+
+
+def test_archives_are_read_as_folders_are(tmp_path: Path) -> None:
+    plain, gzip = (fixture_path(f"quant/qnemo_b/llama-tiny-int4_awq{end}.qnemo") for end in ("", "_gz"))
+    one, other = anyckpt.open(plain), anyckpt.open(gzip)
+    assert (one.format, one.details["container"], other.details["container"]) == ("trtllm", "tar", "gzip tar")
+    assert facts(one.tensors) == facts(other.tensors)
+    assert one.tokenizer is not None
+    assert (one.tokenizer.library, one.tokenizer.model_file) == ("sentencepiece", "tokenizer.model")
+    anonymous = tmp_path / "checkpoint.tgz"
+    shutil.copy(gzip, anonymous)
+    assert anyckpt.open(anonymous).format == "trtllm"
+
+    anyckpt.convert(gzip, tmp_path / "again.qnemo", to="trtllm", compress=True)
+    with tarfile.open(plain) as expected, tarfile.open(tmp_path / "again.qnemo") as written:
+        assert written.getnames() == expected.getnames()
+        for member in expected.getmembers():
+            if member.isfile():
+                found, stored = written.extractfile(member.name), expected.extractfile(member)
+                assert found is not None
+                assert stored is not None
+                assert found.read() == stored.read(), member.name
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2), (4, 1)])
+def test_families_come_back_as_they_were(tmp_path: Path, case: str, sizes: tuple[int, int]) -> None:
+    source = open_case(case).checkpoint
+    layout = anyckpt.LayoutRequest(tensor_parallel=sizes[0], pipeline_parallel=sizes[1])
+    anyckpt.convert(source.path, tmp_path / "out", to="trtllm", layout=layout)
+    assert anyckpt.verify(tmp_path / "out").sound
+    anyckpt.convert(tmp_path / "out", tmp_path / "hf", to="hf")
+    found = facts(anyckpt.open(tmp_path / "hf").tensors)
+    for tied in found.keys() - facts(source.tensors).keys():  # TensorRT-LLM's classes have one of their own
+        assert tied == "lm_head.weight"
+        del found[tied]
+    assert found == facts(source.tensors)
+
+
+@pytest.mark.parametrize("case", CENTRED)
+def test_norms_are_stored_as_gamma(tmp_path: Path, case: str) -> None:
+    source = open_case(case).checkpoint
+    anyckpt.convert(source.path, tmp_path / "out", to="trtllm", dtype="fp32")
+    out = anyckpt.open(tmp_path / "out")
+    gamma = out["transformer.layers.0.input_layernorm.weight"].numpy()
+    stored = source["model.layers.0.input_layernorm.weight"].cast("float32").numpy()
+    assert np.array_equal(gamma, stored + np.float32(1))
+    assert ("lm_head.weight" in out) == (not out.config["share_embedding_table"])
+    anyckpt.convert(tmp_path / "out", tmp_path / "hf", to="hf")
+    found = anyckpt.open(tmp_path / "hf")
+    for name, tensor in source.items():
+        one, other = tensor.cast("float32").numpy(), found[name].cast("float32").numpy()
+        assert np.allclose(one, other, atol=1e-7) if "norm" in name else np.array_equal(one, other), name
+
+
+def test_experts_are_stacked_with_the_gate_last_and_the_router_wide(tmp_path: Path) -> None:
+    source = open_case("mixtral").checkpoint
+    layout = anyckpt.LayoutRequest(tensor_parallel=2)
+    anyckpt.convert(source.path, tmp_path / "out", to="trtllm", dtype="fp16", layout=layout)
+    first = rank_tensors(tmp_path / "out" / "rank0.safetensors")
+    experts = "model.layers.0.block_sparse_moe.experts"
+    up, gate = (source[f"{experts}.1.{name}.weight"].cast("float16").numpy() for name in ("w3", "w1"))
+    half = up.shape[0] // 2
+    expected = np.concatenate([up[:half], gate[:half]])
+    assert np.array_equal(first["transformer.layers.0.mlp.fc.weight"][1].numpy(), expected)
+    assert first["transformer.layers.0.mlp.router.weight"].dtype.name == "float32"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mapping"] == {"world_size": 2, "tp_size": 2, "pp_size": 1, "moe_tp_size": 2, "moe_ep_size": 1}
+
+
+@given(st.data())
+def test_cutting_heads_and_joining_them_are_inverse(data: st.DataObject) -> None:
+    keys = data.draw(st.sampled_from([1, 2, 3, 4, 6]))
+    queries = keys * data.draw(st.integers(1, 4))
+    ranks = data.draw(st.integers(1, 8))
+    rows, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    heads = Heads(queries, keys, ranks)
+    whole = np.arange((queries + 2 * keys) * rows * columns, dtype=np.int32).reshape(-1, columns)
+    how = Division(0, "qkv")
+    fits = queries % ranks == 0 and (keys % ranks == 0 or ranks % keys == 0)
+    try:
+        parts = [cut(from_array(whole), how, rank, heads) for rank in range(ranks)]
+    except AnyckptError:
+        assert not fits
+        return
+    assert fits or ranks == 1
+    assert np.array_equal(join(parts, how, heads).numpy(), whole)
+
+
+def test_rows_of_the_vocabulary_are_padded_for_ranks_and_come_back(tmp_path: Path) -> None:
+    source = open_case("llama").checkpoint  # 151 tokens
+    assert source["lm_head.weight"].shape[0] % 2
+    layout = anyckpt.LayoutRequest(tensor_parallel=2)
+    anyckpt.convert(source.path, tmp_path / "out", to="trtllm", layout=layout)
+    last = rank_tensors(tmp_path / "out" / "rank1.safetensors")["lm_head.weight"].numpy()
+    assert not last[-1].any()
+    assert anyckpt.open(tmp_path / "out")["lm_head.weight"].shape == source["lm_head.weight"].shape
+
+
+# -- what is wrong -------------------------------------------------------------------------------------------
+
+
+def changed(tmp_path: Path, case: str, change: Callable[[dict[str, LazyTensor], dict[str, Any]], None]) -> Path:
+    """A copy of a case of one rank, changed."""
+    source, output = fixture_path(f"quant/{case}/trtllm_tp1pp1"), tmp_path / "changed"
+    tensors = rank_tensors(source / "rank0.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    change(tensors, config)
+    output.mkdir()
+    write_plan(Plan("x", (OutputFile("rank0.safetensors", safetensors_parts(tensors)),)), output)
+    (output / "config.json").write_text(json.dumps(config))
+    return output
+
+
+QKV = "transformer.layers.0.attention.qkv"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, c: t.pop(f"{QKV}.weights_scaling_factor"), r"without the scales of its algorithm \(expected .*qkv"),
+        (
+            lambda t, c: t.update({f"{QKV}.weights_scaling_factor": from_array(np.ones((3, 4), np.float32))}),
+            r"scales do not fit the weight's codes .*found \(3, 4\)",
+        ),
+        (
+            lambda t, c: t.update({f"{QKV}.prequant_scaling_factor": from_array(np.ones(7, np.float16))}),
+            r"does not fit the weight's columns \(expected 128 floats, found float16 \(7,\)\)",
+        ),
+        (lambda t, c: t.pop(f"{QKV}.weight"), "is part of a quantized weight whose other parts are missing"),
+        (lambda t, c: c["quantization"].update(quant_algo="W3A5_MAGIC"), r"TensorRT-LLM's FP8, .*NVFP4.*W3A5_MAGIC"),
+        (lambda t, c: c["quantization"].update(group_size=64), r"scales do not fit .*one for each 64 of 128 columns"),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(
+    tmp_path: Path, change: Callable[[dict[str, LazyTensor], dict[str, Any]], None], message: str
+) -> None:
+    path = changed(tmp_path, "int4_awq_a", change)
+    with pytest.raises(MappingError, match=message):
+        anyckpt.convert(path, tmp_path / "out", to="hf", dtype="fp32")
+    checked = anyckpt.verify(path)
+    assert not checked.sound or "not known" in checked.warnings[0]
+
+
+def test_quantized_weights_are_not_taken_for_numbers(tmp_path: Path) -> None:
+    with pytest.raises(MappingError, match="dequantize it with --dtype bf16"):
+        anyckpt.convert(fixture_path("quant/fp8_a/trtllm_tp1pp1"), tmp_path / "out", to="hf")
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (anyckpt.LayoutRequest(tensor_parallel=3), "its heads cannot be divided among 3 .*another --tp"),
+        (anyckpt.LayoutRequest(pipeline_parallel=3), r"divides 2 layers, found 3\); choose another --pp"),
+        (anyckpt.LayoutRequest(expert_parallel=2), "no parallel layout but a tensor-parallel and a pipeline-parallel"),
+    ],
+)
+def test_layouts_that_are_impossible(tmp_path: Path, layout: anyckpt.LayoutRequest, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        anyckpt.convert(fixture_path("quant/src_llama_a/hf"), tmp_path / "out", to="trtllm", layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "rank2.safetensors").unlink(), "1 of 4 ranks' files are missing: rank2.safetensors"),
+        (lambda folder: shutil.copy(folder / "rank0.safetensors", folder / "rank4.safetensors"), "more ranks' files"),
+        (lambda folder: shutil.copy(folder / "rank0.safetensors", folder / "rank3.safetensors"), "not in all of rank2"),
+    ],
+)
+def test_ranks_that_are_no_whole(tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
+    shutil.copytree(fixture_path("quant/int4_awq_a/trtllm_tp2pp2"), tmp_path / "copy")
+    change(tmp_path / "copy")
+    with pytest.raises((FormatError, MappingError), match=message):
+        anyckpt.open(tmp_path / "copy")
+
+
+def test_copies_that_differ_are_told(tmp_path: Path) -> None:
+    shutil.copytree(fixture_path("quant/int4_awq_a/trtllm_tp2pp2"), tmp_path / "copy")
+    tensors = rank_tensors(fixture_path("quant/int4_awq_a/trtllm_tp2pp2/rank1.safetensors"))
+    norm = "transformer.layers.0.input_layernorm.weight"
+    tensors[norm] = from_array(tensors[norm].numpy() + np.float16(1))
+    write_plan(Plan("x", (OutputFile("rank1.safetensors", safetensors_parts(tensors)),)), tmp_path / "copy")
+    assert any("differs between ranks" in text for text in anyckpt.open(tmp_path / "copy").warnings)
+
+
+def test_experts_over_ranks_are_refused(tmp_path: Path) -> None:
+    path = changed(tmp_path, "fp8_moe_c", lambda t, c: c["mapping"].update(moe_ep_size=2))
+    with pytest.raises(MappingError, match="its ranks divide experts"):
+        anyckpt.open(path)
+
+
+def test_compress_is_of_formats_with_archives(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--compress means nothing for hf"):
+        anyckpt.convert(fixture_path("quant/src_llama_a/hf"), tmp_path / "out", to="hf", compress=True)
