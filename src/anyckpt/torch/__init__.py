@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.retention import Retention
     from anyckpt.operations.run_folder import latest
     from anyckpt.operations.run_upkeep import clean
+    from anyckpt.torch import dcp
     from anyckpt.torch.classes import register_class
     from anyckpt.torch.initialise import initialise, perception_settings
     from anyckpt.torch.module_state import Fitted, StateMismatchError
@@ -30,6 +31,7 @@ __all__ = [
     "Settings",
     "StateMismatchError",
     "clean",
+    "dcp",
     "initialise",
     "latest",
     "perception_settings",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _WHERE: dict[str, str] = {
+    **{name: f"torch.{name}:" for name in ("dcp",)},
     "Retention": "operations.retention",
     "clean": "operations.run_upkeep",
     "latest": "operations.run_folder",
