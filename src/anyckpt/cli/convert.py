@@ -49,7 +49,18 @@ def writing_options(command: Command) -> Command:
 @click.option("--to", required=True, metavar="FORMAT", help="Format to write, such as hf, nemo, nemo2, megatron-core.")
 @click.option("--family", metavar="NAME", help="Model family, where the checkpoint does not tell.")
 @click.option("--config", metavar="PATH", help="Model configuration, or a model that has it, where SRC has none.")
+@click.option(
+    "--model-id",
+    metavar="ID",
+    help="In place of --config: a model by name, such as meta-llama/Meta-Llama-3-8B, or a folder of NeMo 2; SRC must "
+    "agree with it.",
+)
 @click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
+@click.option(
+    "--tokenizer-library",
+    type=click.Choice(["sentencepiece", "huggingface", "tiktoken"]),
+    help="What reads --tokenizer, where its file does not tell; with huggingface it may be a name on the hub.",
+)
 @click.option(
     "--names",
     metavar="DIALECT",

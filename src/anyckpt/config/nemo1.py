@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, render_blocks
+from anyckpt.config.eight_bit import EXTRA, from_nemo1, to_nemo1
 from anyckpt.config.encoder_keys import (
     is_encoder_decoder,
     parse_encoders,
@@ -122,7 +123,7 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
             window_size=reader.pair("window_size"),
             rope_scaling=from_factors(factors, reader.number("seq_len_interpolation_factor")),
             dtype=_PRECISIONS.get(precision),
-            extra={"features": reader.features()},
+            extra={"features": reader.features(), EXTRA: from_nemo1(reader.values)},
         )
     )
 
@@ -183,6 +184,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         "target": NEMO1_TARGET,
         **render_blocks(config),
         **render_encoders(config),
+        **to_nemo1(config.extra.get(EXTRA, {})),
     }
     if factors:
         rendered |= {"scale_positional_embedding": True, "scale_factor": whole(factors["scale_factor"])}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
+from anyckpt.config.eight_bit import EXTRA, from_nemo2
 from anyckpt.config.model import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, whole
 from anyckpt.config.nemo_fields import SHARED, SIZES
 from anyckpt.config.other_targets import other_targets
@@ -85,7 +86,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
                 "window_size": window,
                 "rope_scaling": yarn or from_factors(factors, reader.number("seq_len_interpolation_factor")),
                 "dtype": _dtype(reader),
-                "extra": {"features": reader.features()},
+                "extra": {"features": reader.features(), EXTRA: from_nemo2(reader.values)},
                 **known.read(reader, defaults),
             }
         )
@@ -122,6 +123,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
         **render_blocks(config),
         **(yarn or {}),
+        **config.extra.get(EXTRA, {}),
     }
     defaults = family.nemo2.class_defaults(name)
     if _CORES_SCALING in defaults:

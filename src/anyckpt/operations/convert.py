@@ -24,6 +24,7 @@ from anyckpt.operations.steps.extra_states import choose_states
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline
 from anyckpt.operations.steps.renaming import Renamed, rename_for
@@ -104,7 +105,9 @@ def convert(
     to: str,
     family: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    model_id: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer_library: str | None = None,
     names: str | None = None,
     adapter_form: str | None = None,
     alpha: float | None = None,
@@ -148,7 +151,9 @@ def convert(
         to=to,
         family=family,
         config=config,
+        model_id=model_id,
         tokenizer=tokenizer,
+        tokenizer_library=tokenizer_library,
         names=names,
         adapter_form=adapter_form,
         alpha=alpha,
@@ -231,6 +236,8 @@ def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Check
         made_of: what the source was made of, whose tensors all are accounted for; itself if None.
     """
     request, steps = options.request, Pipeline()
+    if options.model_id is not None and options.given is not None:
+        check_agreement(opened, options.given, os.fspath(options.model_id))
     stored = request.described(opened)
     aim = aim_at(stored, options.target, options.writing, request, options.keep_layout)
     steps.notes += aim.notes
@@ -256,7 +263,7 @@ def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Check
     if not options.keeps_state:
         chosen = steps.take(without_state(chosen, steps.ignored, aim.target.name))
     if options.tokenizer is not None:
-        chosen = replace(chosen, tokenizer=read_tokenizer(os.fspath(options.tokenizer)))
+        chosen = replace(chosen, tokenizer=read_tokenizer(os.fspath(options.tokenizer), options.tokenizer_library))
     source = steps.take(in_full_precision(chosen, options.cast_to, options.given))
     if holds_adapter(source):
         cast = ChangedType(options.cast_to, options.keep_in_fp32)

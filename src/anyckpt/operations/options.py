@@ -17,6 +17,7 @@ from anyckpt.formats import registry
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.steps.full_precision import config_in_full_precision
 from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.operations.steps.model_ids import named_configuration
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.writing import parse_share
@@ -34,7 +35,11 @@ class ConvertOptions:
         family: the model family, where the checkpoint does not tell.
         config: the model's configuration (Hugging Face, NeMo or Megatron), as a file, the folder of a model that has
             it, or a dictionary, where the checkpoint has none; of an adapter, its base model's.
+        model_id: a model by its name (those that NeMo's migration takes, such as ``meta-llama/Meta-Llama-3-8B``), or a
+            folder of NeMo 2, in place of ``config``; the source's own configuration must say the same.
         tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
+        tokenizer_library: ``sentencepiece``, ``huggingface`` or ``tiktoken``: what reads the tokenizer, where its file
+            does not tell; with ``huggingface`` the tokenizer may also be a name on the hub, which is recorded.
         names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
         adapter_form: of an adapter: ``canonical``, an update per Hugging Face module, or ``fused``, one per fused
             weight of Megatron, at a higher rank; as the source has it if None.
@@ -67,7 +72,9 @@ class ConvertOptions:
     to: str
     family: str | None = None
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    model_id: str | os.PathLike[str] | None = None
     tokenizer: str | os.PathLike[str] | None = None
+    tokenizer_library: str | None = None
     names: str | None = None
     adapter_form: str | None = None
     alpha: float | None = None
@@ -103,6 +110,10 @@ class ConvertOptions:
                 expected="a format that is written as a directory or as an archive, such as trtllm",
                 remedy="leave it out",
             )
+        if self.tokenizer is None and self.tokenizer_library is not None:
+            raise UsageError("--tokenizer-library says how to read a tokenizer", remedy="give one with --tokenizer")
+        if self.config is not None and self.model_id is not None:
+            raise UsageError("--config and --model-id both say what the model is", remedy="give one of them")
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
         _ = self.writing, self.part, self.budget
@@ -147,7 +158,7 @@ class ConvertOptions:
     @cached_property
     def given(self) -> dict[str, Any] | None:
         """The configuration as plain data."""
-        return read_config(self.config)
+        return read_config(self.config) if self.model_id is None else named_configuration(self.model_id)
 
     @property
     def plain_config(self) -> dict[str, Any] | None:
@@ -156,7 +167,7 @@ class ConvertOptions:
 
     def for_numbers(self) -> ConvertOptions:
         """The same for a checkpoint that is in full precision already."""
-        return replace(self, config=self.plain_config)
+        return replace(self, config=self.plain_config, model_id=None)
 
     @property
     def kept_in_fp32(self) -> Sequence[str]:

@@ -10,6 +10,7 @@ from anyckpt.storage.source import ByteSource
 
 SENTENCEPIECE = "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer"
 AUTO = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
+TIKTOKEN = "nemo.collections.common.tokenizers.tiktoken_tokenizer.TiktokenTokenizer"
 _ARTIFACT = "nemo.lightning.io.artifact.file.DirOrStringArtifact"
 _HF_FOLDER = "nemo_tokenizer"
 _LIBRARIES = {
@@ -90,6 +91,9 @@ def write_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Byt
         settings |= {key: value for key, value in tokenizer.settings.items() if key in settings}
         call = {"_target_": SENTENCEPIECE, "model_path": tokenizer.model_file, **settings}
         return call, dict(tokenizer.files)
+    if tokenizer.library == "tiktoken" and len(tokenizer.files) == 1:
+        vocabulary = next(iter(tokenizer.files))
+        return {"_target_": TIKTOKEN, **tokenizer.settings, "vocab_file": vocabulary}, dict(tokenizer.files)
     folder: object = _HF_FOLDER
     if not tokenizer.files and tokenizer.hub_name is not None:
         folder = {"_target_": _ARTIFACT, "attr": tokenizer.hub_name, "skip": True}

@@ -125,13 +125,17 @@ def _calls(checkpoint: Checkpoint, config: dict[str, Any], notes: list[str]) -> 
 
 
 def _explicit(config: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """The arguments to pass: those that were passed before, and those that are not what the class does anyway."""
+    """The arguments to pass: those that were passed before, and those that are not what the class does anyway.
+
+    Nobody has left anything to the class in what is not the whole ``model.yaml`` of NeMo 2: all of it is passed.
+    """
     defaults = _defaults(config)
+    whole = bool(defaults) and defaults.keys() <= config.keys()
     kept = {key: config[key] for key in before if key in config}
     changed = {
         key: value
         for key, value in config.items()
-        if key not in kept and (not before or key not in defaults or defaults[key] != value)
+        if key not in kept and (not (before or whole) or key not in defaults or defaults[key] != value)
     }
     return {"_target_": config["_target_"], **kept, **changed}
 

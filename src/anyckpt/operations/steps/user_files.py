@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from anyckpt.formats.shared import hub_folder
 from anyckpt.storage.location import Location, look_at
 
 _CONFIG_LIMIT = 64 << 20
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIG_FILES = ("config.json", "model_config.yaml", "model.yaml", "context/model.yaml", "hparams.yaml", "params.json")
 """Where frameworks keep a model's configuration in its folder."""
 
@@ -75,32 +77,59 @@ def read_rules(path: str) -> dict[str, str]:
     return rules
 
 
-def read_tokenizer(path: str) -> Tokenizer:
-    """A tokenizer from a folder for ``AutoTokenizer``, from ``tokenizer.json``, or from a sentencepiece model.
+TOKENIZER_LIBRARIES = ("sentencepiece", "huggingface", "tiktoken")
+
+
+def read_tokenizer(path: str, library: str | None = None) -> Tokenizer:
+    """A tokenizer from a folder for ``AutoTokenizer``, ``tokenizer.json``, a sentencepiece model or a tiktoken table.
+
+    Args:
+        path: where it is; with ``library`` "huggingface" also the name of one on the hub, which is recorded and not
+            fetched.
+        library: what reads it, where the file does not tell.
 
     Raises:
         FormatError: the path is missing.
-        UsageError: the folder holds no tokenizer, or the file is none.
+        UsageError: the folder holds no tokenizer, or the file is none, or none of this library.
     """
+    if library not in (None, *TOKENIZER_LIBRARIES):
+        raise UsageError("unknown tokenizer library", expected=", ".join(TOKENIZER_LIBRARIES), found=library)
+    if library == "huggingface" and _HUB_NAME.fullmatch(path) and not os.path.exists(path):
+        return Tokenizer("huggingface", {}, hub_name=path)
     location = look_at(path)
-    if location.is_directory:
-        found = hub_folder.read_tokenizer(location)
-        if found is None:
-            raise UsageError(
-                "holds no tokenizer",
-                path=path,
-                expected="tokenizer.json, tokenizer.model, vocab.json or the like",
-                found=", ".join(location.names[:5]) or "nothing",
-            )
-        return found
+    found = _in_folder(location) if location.is_directory else _in_file(location, library)
+    if library is not None and found.library != library:
+        raise UsageError("is a tokenizer of another library", path=path, expected=library, found=found.library)
+    return found
+
+
+def _in_folder(location: Location) -> Tokenizer:
+    found = hub_folder.read_tokenizer(location)
+    if found is None:
+        raise UsageError(
+            "holds no tokenizer",
+            path=location.path,
+            expected="tokenizer.json, tokenizer.model, vocab.json or the like",
+            found=", ".join(location.names[:5]) or "nothing",
+        )
+    return found
+
+
+def _in_file(location: Location, library: str | None) -> Tokenizer:
     source, name = location.open(), location.name
+    if library == "tiktoken":
+        if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
+            raise UsageError(
+                "is no vocabulary of tiktoken", path=location.path, expected="vocab.json, a list of ranks and tokens"
+            )
+        return Tokenizer("tiktoken", {name: source})
     if name == "tokenizer.json":
         return Tokenizer("huggingface", {name: source})
     if not is_sentencepiece(source):
         raise UsageError(
             "is not a tokenizer",
-            path=path,
+            path=location.path,
             expected="a folder, tokenizer.json or a sentencepiece model",
-            remedy="give the folder that AutoTokenizer loads",
+            remedy="give the folder that AutoTokenizer loads, or say what reads it with --tokenizer-library",
         )
     return Tokenizer("sentencepiece", {name: source}, name)
