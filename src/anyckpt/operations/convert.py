@@ -15,7 +15,7 @@ from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_write
 from anyckpt.operations.steps.adapter_inside import holds_adapter, without_adapter
 from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, rename_adapter
-from anyckpt.operations.steps.aim import aim_at
+from anyckpt.operations.steps.aim import Aim, aim_at
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_checkpoint
 from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
 from anyckpt.operations.steps.cutting import cut_as_asked
@@ -227,6 +227,25 @@ def _path(source: str | os.PathLike[str] | Checkpoint) -> str | os.PathLike[str]
     return source.path if isinstance(source, Checkpoint) else source
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion as far as it is the same whatever the checkpoint is made into: files, or state in memory.
+
+    Attributes:
+        ready: the checkpoint as the target's ``plan`` takes it.
+        aim: what the target is.
+        steps: what was left out, noted and cast on the way.
+        source: what the target's names were given to.
+        whole: the source with the tensors of all ranks.
+    """
+
+    ready: Checkpoint
+    aim: Aim
+    steps: Pipeline
+    source: Checkpoint
+    whole: Checkpoint
+
+
 def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Checkpoint] | None = None) -> Plan:
     """The plan of a conversion: the source taken through the steps, laid out in files, and accounted for.
 
@@ -234,6 +253,20 @@ def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Check
         opened: the source, as it is stored.
         options: what the user asks for.
         made_of: what the source was made of, whose tensors all are accounted for; itself if None.
+    """
+    made = prepared(opened, options)
+    plan = made.aim.plan(made.ready)
+    if not (plan.tensors() or names_alone(made.ready, plan) or made.ready.objects.keys() - plan.ignored.keys()):
+        raise nothing_to_write(made.whole)
+    return accounted(plan, made.source, made.steps, made_of or [made.whole], made.aim.options.max_shard_size)
+
+
+def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
+    """The source taken through the steps, under the target's names.
+
+    Args:
+        opened: the source, as it is stored.
+        options: what the user asks for.
     """
     request, steps = options.request, Pipeline()
     if options.model_id is not None and options.given is not None:
@@ -275,10 +308,7 @@ def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Check
     if options.keeps_state:
         ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(unwanted)))
     ready = steps.take(cut_as_asked(ready, aim, request, options.family))
-    plan = aim.plan(ready)
-    if not (plan.tensors() or names_alone(ready, plan) or ready.objects.keys() - plan.ignored.keys()):
-        raise nothing_to_write(whole)
-    return accounted(plan, source, steps, made_of or [whole], aim.options.max_shard_size)
+    return Prepared(ready, aim, steps, source, whole)
 
 
 def _under_target_names(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor
@@ -42,6 +42,49 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: an object cannot be pickled.
     """
+    made = contents(checkpoint, options)
+    notes, ignored = list(made.notes), dict(made.ignored)
+    files: tuple[OutputFile, ...]
+    if options.sharded:
+        files = _directory(checkpoint, checkpoint.weights(), made.root, made.optimizers, options)
+    else:
+        files = (OutputFile("", zip_parts(made.root)),)
+    unsafe = refused(made.root)
+    if unsafe:
+        notes.append(
+            f"it holds objects that torch.load(weights_only=True) refuses: {', '.join(unsafe[:5])}; give Lightning"
+            " weights_only=False, as for the source"
+        )
+    if checkpoint.tokenizer or checkpoint.artifacts:
+        notes.append("a Lightning checkpoint has no place for the tokenizer and other files of the source")
+    return Plan("lightning", files, ignored=ignored, notes=tuple(notes), formed=made.formed)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What ``torch.load`` of a Lightning checkpoint gives, in lazy tensors and records.
+
+    Attributes:
+        root: of the file; of a sharded directory, of its ``meta.pt``.
+        optimizers: of a sharded directory, by the name that they have there.
+        ignored: what is left out -> why.
+        notes: what a user should know.
+        formed: as ``Plan.formed``.
+    """
+
+    root: dict[str, Any]
+    optimizers: Mapping[str, Any]
+    ignored: Mapping[str, str]
+    notes: tuple[str, ...]
+    formed: frozenset[str]
+
+
+def contents(checkpoint: Checkpoint, options: WriteOptions) -> Contents:
+    """What the checkpoint is in Lightning's words.
+
+    Raises:
+        UsageError: an object cannot be pickled.
+    """
     weights, prefix = checkpoint.weights(), checkpoint.model_prefix
     paths = checkpoint.key_paths
     composite = {name: value for name, value in checkpoint.objects.items() if _is_weight(name, value, prefix, weights)}
@@ -57,12 +100,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         replace(checkpoint, objects=others), weights, former, inside if as_stored else {}
     )
     notes, formed = former.notes, former.formed if as_stored else former.formed - {container_name((STATE_DICT,))}
-    files: tuple[OutputFile, ...]
     if options.sharded:
         if is_filled(header.pop("optimizer_states")):
             ignored["optimizer_states"] = _BY_NUMBER
         ignored.update(dict.fromkeys(composite, "a sharded directory has its tensors only, not what joins them"))
-        files = _directory(checkpoint, weights, header, optimizers, options)
     else:
         for name, state in sorted(optimizers.items()):
             numbered = _by_number(state)
@@ -74,16 +115,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             state, more_notes, more_formed = as_state_dict(checkpoint, weights, whole)
             header[STATE_DICT] = rebuilt(state, {**state, **header[STATE_DICT]})
             notes, formed = [*notes, *more_notes], formed | more_formed
-        files = (OutputFile("", zip_parts(header)),)
-    unsafe = refused(header)
-    if unsafe:
-        notes.append(
-            f"it holds objects that torch.load(weights_only=True) refuses: {', '.join(unsafe[:5])}; give Lightning"
-            " weights_only=False, as for the source"
-        )
-    if checkpoint.tokenizer or checkpoint.artifacts:
-        notes.append("a Lightning checkpoint has no place for the tokenizer and other files of the source")
-    return Plan("lightning", files, ignored=ignored, notes=tuple(notes), formed=formed)
+    return Contents(header, optimizers, ignored, tuple(notes), frozenset(formed))
 
 
 def _under(key: str, entries: Mapping[str, Any]) -> dict[str, Any]:
