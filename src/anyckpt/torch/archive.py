@@ -6,25 +6,22 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from anyckpt.errors import AnyckptError, FormatError, OutputError, UsageError
+from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats.nemo.read import Members, read_members
-from anyckpt.pickling import DictRecord
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.location import look_at
 from anyckpt.storage.source import ByteSource
-from anyckpt.tensor import LazyTensor
 from anyckpt.torch.settings import Settings, resolved, settings
+from anyckpt.torch.tensors import in_memory
 from anyckpt.views import TorchFiles
 
 _CHUNK = 4 << 20
-_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,7 @@ class Archive:
                 found="none, or weights of ranks or of a distributed checkpoint",
                 remedy="convert it to a flat archive first (anyckpt convert ... --to nemo)",
             )
-        files = TorchFiles()
-        state: OrderedDict[str, Any] = OrderedDict()
-        for name, value in root.items():
-            state[str(name)] = _live(value, str(name), files, self.path)
-        if isinstance(root, DictRecord) and isinstance(root.state, dict):
-            versions = root.state.get("_metadata")
-            if isinstance(versions, dict):
-                state._metadata = versions  # type: ignore[attr-defined]
+        state: dict[str, Any] = in_memory(root, "", TorchFiles(), self.path)
         return state
 
 
@@ -156,26 +146,3 @@ def _own_folder() -> str:
 
     atexit.register(remove)
     return folder
-
-
-def _live(value: Any, name: str, files: TorchFiles, path: str) -> Any:
-    """A tensor of torch for a lazy one; plain data as it is."""
-    if isinstance(value, LazyTensor):
-        try:
-            return files.tensor(value)
-        except AnyckptError as error:
-            error.path, error.tensor = error.path or path, error.tensor or name
-            raise
-    if isinstance(value, dict):
-        return {key: _live(item, f"{name}.{key}", files, path) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_live(item, f"{name}.{index}", files, path) for index, item in enumerate(value))
-    if value is not None and not isinstance(value, _PLAIN):
-        raise UsageError(
-            f"{name} is an object that only executing a pickle would make",
-            path=path,
-            expected="tensors and plain data",
-            found=repr(value)[:80],
-            remedy="remove it with anyckpt convert, or load the file with torch if you trust it",
-        )
-    return value

@@ -53,7 +53,11 @@ def initialise(
     path = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the state given"
     state = source if isinstance(source, Mapping) else weights_of(path)
     return load_into(
-        module, _renamed(state, rename, path), path=path, may_miss=may_miss, may_be_left=tuple(may_be_left)
+        module,
+        state if rename is None else renamed(state, rename, path),
+        path=path,
+        may_miss=may_miss,
+        may_be_left=tuple(may_be_left),
     )
 
 
@@ -98,9 +102,12 @@ def weights_of(path: str) -> Mapping[str, Any]:
     return open_checkpoint(path).state_dict("torch")
 
 
-def _renamed(state: Mapping[str, Any], rename: Renaming | None, path: str) -> Mapping[str, Any]:
-    if rename is None:
-        return state
+def renamed(state: Mapping[str, Any], rename: Renaming, path: str) -> dict[str, Any]:
+    """A state under other names; see ``initialise``.
+
+    Raises:
+        MappingError: two names are renamed to the same.
+    """
     changed = rename if callable(rename) else _by_beginning(rename)
     result: OrderedDict[str, Any] = OrderedDict()
     origin: dict[str, str] = {}

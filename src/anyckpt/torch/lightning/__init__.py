@@ -1,0 +1,16 @@
+"""Drop-ins for Lightning 2.x (``pip install anyckpt[lightning]``); the only package here that imports it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from anyckpt.on_demand import on_demand
+
+if TYPE_CHECKING:
+    from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
+
+__all__ = ["CheckpointIO"]
+
+_WHERE: dict[str, str] = {"CheckpointIO": "torch.lightning.checkpoint_io"}
+
+__getattr__, __dir__ = on_demand(__name__, _WHERE)

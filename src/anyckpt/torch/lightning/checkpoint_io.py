@@ -1,0 +1,110 @@
+"""Lightning's plugin for saving and loading: ``Trainer(plugins=[CheckpointIO()])``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as _Base
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from anyckpt.engine.manifest import beside
+from anyckpt.errors import FormatError
+from anyckpt.torch.initialise import Renaming
+from anyckpt.torch.trainer_state import read_trainer_state, write_trainer_state
+
+
+class CheckpointIO(_Base):
+    """Saves files that plain Lightning resumes from, whole or not at all, and resumes from any checkpoint.
+
+    With ``Trainer(plugins=[CheckpointIO()])``, ``trainer.fit(model, ckpt_path=X)`` takes a ``.ckpt`` file, a sharded
+    directory, a ``.nemo``, a NeMo 2 directory, a Hugging Face folder, whoever wrote it.  Strategies that shard
+    (``FSDPStrategy``, ``ModelParallelStrategy``) do not ask this plugin when they load: see ``strategies``.
+
+    No pickle of a checkpoint is executed unless the trainer is told ``weights_only=False``.  Paths with a scheme
+    (``s3://``) are Lightning's to save and load.
+
+    Args:
+        names: how to name weights that follow a known family (``hf``); as they are stored if None.
+        family, config: as for ``anyckpt.convert``, where a checkpoint does not tell.
+        rename: for the names of weights: beginning -> what stands there in the module; see ``initialise``.
+    """
+
+    def __init__(
+        self,
+        *,
+        names: str | None = None,
+        family: str | None = None,
+        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        rename: Renaming | None = None,
+    ) -> None:
+        self.names = names
+        self.family = family
+        self.config = config
+        self.rename = rename
+        self._remote = TorchCheckpointIO()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the trainer's state as the file that Lightning would write.
+
+        Raises:
+            OutputError: it cannot be written.
+            TypeError: there are ``storage_options``, which nothing here takes.
+            UsageError: an object cannot be pickled.
+        """
+        if storage_options is not None:
+            raise TypeError(f"{type(self).__name__} takes no storage_options; leave them out of save_checkpoint")
+        if _is_remote(path):
+            self._remote.save_checkpoint(checkpoint, path)
+            return
+        write_trainer_state(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """The trainer's state of a checkpoint of any format; weights are mapped, and on the CPU.
+
+        Args:
+            path: of the checkpoint.
+            map_location: for paths with a scheme, and with ``weights_only=False``.
+            weights_only: False lets torch execute what a file's pickle asks for.
+
+        Raises:
+            FormatError: it is missing or damaged.
+            MappingError: names or shapes do not fit a family.
+            UsageError: it holds objects that only executing a pickle would make.
+        """
+        trusted = weights_only is False and os.path.isfile(path) and not os.fspath(path).endswith(".nemo")
+        if trusted or _is_remote(path):
+            where: Any = map_location or "cpu"
+            return self._remote.load_checkpoint(path, where, weights_only)
+        return self.read(path)
+
+    def read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """As ``load_checkpoint``, of a path in a file system.
+
+        Raises:
+            AnyckptError: as ``load_checkpoint``.
+        """
+        if not os.path.exists(path):
+            raise FormatError("does not exist", path=path, remedy="check ckpt_path")
+        return read_trainer_state(path, names=self.names, family=self.family, config=self.config, rename=self.rename)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, and what lies beside it under its name."""
+        if _is_remote(path):
+            self._remote.remove_checkpoint(path)
+            return
+        place = os.fspath(path)
+        if os.path.isdir(place) and not os.path.islink(place):
+            shutil.rmtree(place)
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(place)
+        with suppress(FileNotFoundError):
+            os.unlink(beside(place))
+
+
+def _is_remote(path: Any) -> bool:
+    return "://" in os.fspath(path)
