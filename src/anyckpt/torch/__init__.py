@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.run_upkeep import clean
     from anyckpt.torch import dcp
     from anyckpt.torch.classes import register_class
-    from anyckpt.torch.initialise import initialise, perception_settings
+    from anyckpt.torch.from_another import initialise, perception_settings
     from anyckpt.torch.module_state import Fitted, StateMismatchError
     from anyckpt.torch.options import Options
     from anyckpt.torch.restorable import Restorable
@@ -49,7 +49,7 @@ _WHERE: dict[str, str] = {
     "Restorable": "torch.restorable",
     **dict.fromkeys(("SaveReport", "save"), "torch.saving"),
     "Settings": "torch.settings",
-    **dict.fromkeys(("initialise", "perception_settings"), "torch.initialise"),
+    **dict.fromkeys(("initialise", "perception_settings"), "torch.from_another"),
     "register_class": "torch.classes",
 }
 

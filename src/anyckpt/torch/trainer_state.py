@@ -25,8 +25,8 @@ from anyckpt.operations.convert import prepared
 from anyckpt.operations.options import ConvertOptions
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.torch.archive import open_archive
+from anyckpt.torch.from_another import Renaming, renamed
 from anyckpt.torch.hub import CONFIG, folder_state
-from anyckpt.torch.initialise import Renaming, renamed
 from anyckpt.torch.tensors import Stored, in_memory, warned
 from anyckpt.views import TorchFiles
 

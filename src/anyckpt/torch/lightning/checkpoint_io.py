@@ -13,7 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from anyckpt.engine.manifest import beside
 from anyckpt.errors import FormatError
-from anyckpt.torch.initialise import Renaming
+from anyckpt.torch.from_another import Renaming
 from anyckpt.torch.trainer_state import read_trainer_state, write_trainer_state
 
 
