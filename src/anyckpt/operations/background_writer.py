@@ -62,6 +62,7 @@ class BackgroundWriter:
         destination: str,
         *,
         share: Share | None = None,
+        key: str = "",
         overwrite: bool = False,
         workers: int | None = None,
         upkeep: Upkeep | None = None,
@@ -74,6 +75,7 @@ class BackgroundWriter:
             plan: what to write.
             destination: path of the output.
             share: which share of the plan this process supplies and writes; None if it does all of it.
+            key: with a share, names these contents and no others, in all processes that have one.
             overwrite: replace what is there, at the end.
             workers: threads that write; as for ``execute``.
             upkeep: what follows publication.
@@ -95,7 +97,7 @@ class BackgroundWriter:
             self._free.append((number, memory))
             raise
         self._number += 1
-        job = Job(self._number, destination, number, where, share, overwrite, workers, upkeep)
+        job = Job(self._number, destination, number, where, share, key, overwrite, workers, upkeep)
         self._used[job.number] = number, memory, destination
         self._tell(job, [] if number in self._sent else [memory.descriptor])
         self._sent.add(number)

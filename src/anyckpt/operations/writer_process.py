@@ -61,6 +61,7 @@ class Job:
         memory: number of the shared memory that has the plan and what it reads.
         plan: where the plan lies in it: first byte and length.
         share: this process's share of the work; None if it does all of it.
+        key: with a share, names these contents and no others, in all processes that have one.
         overwrite: replace what is there, at the end.
         workers: threads; as for ``execute``.
         upkeep: what follows publication, if anything.
@@ -71,6 +72,7 @@ class Job:
     memory: int
     plan: tuple[int, int]
     share: Share | None = None
+    key: str = ""
     overwrite: bool = False
     workers: int | None = None
     upkeep: Upkeep | None = None
@@ -210,6 +212,7 @@ def _written(job: Job, began: float) -> Outcome:
         is_published = True
     else:
         run = SharedRun(plan, job.destination, job.share.of, overwrite=job.overwrite, workers=job.workers)
+        run = run.renewed(plan, job.destination, job.key, overwrite=job.overwrite)
         nbytes = run.write(job.share).bytes_written
         is_published = False
         if not run.missing():

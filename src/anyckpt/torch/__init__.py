@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anyckpt.torch.module_state import Fitted, StateMismatchError
     from anyckpt.torch.options import Options
     from anyckpt.torch.restorable import Restorable
+    from anyckpt.torch.saver import Saver
     from anyckpt.torch.saving import SaveReport, save
     from anyckpt.torch.settings import Settings
 
@@ -28,6 +29,7 @@ __all__ = [
     "Restorable",
     "Retention",
     "SaveReport",
+    "Saver",
     "Settings",
     "StateMismatchError",
     "clean",
@@ -48,6 +50,7 @@ _WHERE: dict[str, str] = {
     "Options": "torch.options",
     "Restorable": "torch.restorable",
     **dict.fromkeys(("SaveReport", "save"), "torch.saving"),
+    "Saver": "torch.saver",
     "Settings": "torch.settings",
     **dict.fromkeys(("initialise", "perception_settings"), "torch.from_another"),
     "register_class": "torch.classes",

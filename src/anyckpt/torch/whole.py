@@ -57,6 +57,10 @@ class LiveSource(ByteSource):
         """None: it is live state."""
         return
 
+    @property
+    def is_live(self) -> bool:
+        return True
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         out = np.frombuffer(buffer, dtype=self._lazy.dtype.raw)
         self._lazy.read_flat(offset // self._itemsize, out)

@@ -1,0 +1,280 @@
+"""Saving again and again while a model trains: the loop waits for a copy of the state, another process writes it."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from anyckpt.engine.destination import Share
+from anyckpt.errors import AnyckptError, OutputError, UsageError
+from anyckpt.operations.background_writer import BackgroundWriter
+from anyckpt.operations.retention import Retention, Saved
+from anyckpt.operations.run_folder import latest
+from anyckpt.operations.run_upkeep import clean
+from anyckpt.operations.writer_process import Outcome, Upkeep
+from anyckpt.torch.collectives import Ranks
+from anyckpt.torch.copying import PageLockedMemory, copy
+from anyckpt.torch.live import described
+from anyckpt.torch.options import Options
+from anyckpt.torch.saving import asked, prepare
+
+
+@dataclass
+class _Flight:
+    """A save that is under way.
+
+    Attributes:
+        path: the checkpoint.
+        number: of the writer's job; None if this rank could not hand it over.
+        failure: why not.
+    """
+
+    path: str
+    number: int | None = None
+    failure: AnyckptError | None = None
+
+
+@dataclass(frozen=True)
+class _Status:
+    """What a rank knows of a save: whether its part is done, and if so why it failed, and whether it published."""
+
+    done: bool
+    error: AnyckptError | None = None
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a rank tells the others when all meet."""
+
+    statuses: tuple[_Status, ...]
+    step: int | None = None
+    metric: float | None = None
+    time: float = 0.0
+
+
+class Saver:
+    """Saves a training job's state into one folder, a checkpoint for each step, without stalling the loop.
+
+    Every rank makes one, and calls ``save``, ``wait``, ``close`` and ``latest`` as it calls collectives: all ranks, in
+    the same order.  What it guarantees:
+
+    - ``save`` returns when this rank's part of the state is copied, and the state may change.  Before that it waits:
+      while ``in_flight`` earlier saves are not done, for the oldest; for all ranks to agree on the plan; the first
+      time, and whenever the state has grown, for the system to give the memory.
+    - Each rank's part is written by a process of its own, which imports no torch and sees no accelerator.
+    - A checkpoint has its name when every rank's part of it is durable, and is whole; until then it does not exist.
+      The process that is ready last publishes it, without asking any trainer, makes the link ``latest`` lead to the
+      newest one, and deletes what no rule of ``keep`` keeps.
+    - A save that failed on any rank raises its error, with the cause, on every rank, at the first ``save``, ``wait`` or
+      ``close`` at which all ranks are done with it; what was there before is untouched.  That ``save`` has not begun,
+      and may be tried again.
+    - If a trainer is killed, its writer ends within seconds, and saves that were not published do not come; the others
+      learn of it as of any rank that is gone.  If a writer is killed, the saves that it had failed, and the next one
+      starts another.  Nothing of this leaves half a checkpoint, a process or shared memory behind; hidden files that
+      are left are removed when the next ``Saver`` is made for the folder.
+    - A program that ends without ``close`` waits for its own writer; one that is ended by a signal does not.
+
+    Memory: on each rank a copy of its part of the state for each save in flight, shared and page-locked if CUDA is in
+    use, kept until ``close``; and in the writer blocks of at most 96 MiB.
+
+    Args:
+        folder: where checkpoints are kept; made if it is not there.
+        options: as for ``save``, whose fields may be given as keywords; ``overwrite`` is true if not given.
+        name: of a checkpoint, with ``{step}``; ``iter_{step:07d}`` is Megatron's, which then finds the newest.
+        keep: which checkpoints stay; all if None.  Only what was saved by a ``Saver`` is deleted.
+        in_flight: so many saves may be under way.
+        pointer: whether there is a link ``latest``.
+        group: the ranks that save together; all if None.
+
+    Raises:
+        OutputError: the folder cannot be made or cleaned up, or the process that writes cannot be started.
+        UsageError: an option is not possible.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        options: Options | None = None,
+        *,
+        name: str = "step-{step}",
+        keep: Retention | None = None,
+        in_flight: int = 2,
+        pointer: bool = True,
+        group: Any = None,
+        **settings: Any,
+    ) -> None:
+        if in_flight < 1:
+            raise UsageError("no save may be in flight", expected="in_flight of at least 1", found=in_flight)
+        if _named(name, 1) == _named(name, 2):
+            raise UsageError("the name of a checkpoint does not tell its step", expected="{step} in it", found=name)
+        self.folder = os.path.abspath(folder)
+        self._options = asked(options, {"overwrite": True, **settings} if options is None else settings)
+        self._name = name
+        self._keep = Retention(last=None) if keep is None else keep
+        self._in_flight = in_flight
+        self._pointer = pointer
+        self._ranks = Ranks(group, timeout=self._options.timeout)
+        self._ranks.broadcast(self._open, what="to open a folder for saving")
+        self._writer = self._ranks.together(lambda: BackgroundWriter(memory=PageLockedMemory, copy=copy))
+        self._flights: list[_Flight] = []
+        self._finalizer = weakref.finalize(self, self._writer.close)
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Paths of the saves of which this rank does not know yet how they went."""
+        return tuple(flight.path for flight in self._flights)
+
+    def save(self, state: Mapping[str, Any], step: int, metric: float | None = None) -> str:
+        """Save live state; collective.
+
+        Args:
+            state: as for ``anyckpt.torch.save``; may change when the call returns.
+            step: optimizer steps taken, the same on all ranks.
+            metric: how good the model is, for ``keep``; rank 0's counts.
+
+        Returns:
+            the path where the checkpoint will be.
+
+        Raises:
+            OutputError: an earlier save failed, and this one is not begun.
+            MappingError: ranks do not agree, or elements are missing or there twice.
+            RankError: another rank failed otherwise, or did not come.
+            UsageError: the state is not possible, or the saver is closed.
+        """
+        self._check_open()
+        if len(self._flights) >= self._in_flight:
+            self._await(self._flights[:1])
+        first = self._meet(step, metric)
+        path = os.path.join(self.folder, _named(self._name, step))
+        prepared = prepare(lambda: described(state), path, self._options, self._ranks)
+        flight = _Flight(path)
+        try:
+            flight.number = self._writer.submit(
+                prepared.plan,
+                path,
+                share=Share(self._ranks.rank + 1, self._ranks.size),
+                key=prepared.key,
+                overwrite=self._options.overwrite,
+                workers=self._options.workers,
+                upkeep=Upkeep(Saved(os.path.basename(path), step, first.time, first.metric), self._keep, self._pointer),
+            )
+        except AnyckptError as error:
+            flight.failure = error  # other ranks have begun: all learn of it when they meet
+        self._flights.append(flight)
+        if flight.failure is not None and self._ranks.size == 1:
+            self._meet()
+        return path
+
+    def wait(self) -> None:
+        """Wait until every save is published, or has failed; collective.
+
+        Raises:
+            OutputError: one failed.
+            RankError: another rank did not come.
+        """
+        self._check_open()
+        self._await(self._flights)
+        self._meet()
+
+    def latest(self) -> str | None:
+        """The newest whole checkpoint in the folder, the same on every rank (``anyckpt.torch.latest``); collective."""
+        found: str | None = self._ranks.broadcast(lambda: latest(self.folder), what="to look for a checkpoint")
+        return found
+
+    def close(self) -> None:
+        """Wait for what is under way, end the process that writes, and give the memory back; collective.
+
+        Raises:
+            OutputError: a save failed.
+            RankError: another rank did not come.
+        """
+        if not self._finalizer.alive:
+            return
+        try:
+            self.wait()
+        finally:
+            self._finalizer()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close; after an error only this rank's part, for the others may not come."""
+        if error is None:
+            self.close()
+        else:
+            self._finalizer()
+
+    # -- what ranks tell one another ----------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._ranks.rank == 0:
+            try:
+                os.makedirs(self.folder, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"cannot be made: {error.strerror}", path=self.folder) from error
+            clean(self.folder)
+
+    def _await(self, flights: list[_Flight]) -> None:
+        """Wait for this rank's part of some saves."""
+        for flight in flights:
+            if flight.number is not None:
+                self._writer.outcome(flight.number)
+
+    def _meet(self, step: int | None = None, metric: float | None = None) -> _Record:
+        """Tell one another how saves went; give what rank 0 said.
+
+        Raises:
+            OutputError: one failed; it is told once.
+            UsageError: ranks are at different steps.
+        """
+        own = _Record(tuple(self._status(flight) for flight in self._flights), step, metric, time.time())
+        found = self._ranks.gather(lambda: own, "to learn how saves went")
+        flights, failures = list(self._flights), []
+        for number, flight in enumerate(flights):
+            statuses = [record.statuses[number] for record in found]
+            if not all(status.done for status in statuses):
+                continue
+            self._flights.remove(flight)
+            failed = next(((rank, one.error) for rank, one in enumerate(statuses) if one.error is not None), None)
+            if failed is None and not any(status.published for status in statuses):
+                failed = 0, OutputError("is written, but nobody could give it its name", path=flight.path)
+            if failed is not None:
+                failures.append(failed)
+                if self._ranks.rank == 0:
+                    self._writer.discard(flight.path)
+        if failures:
+            rank, error = failures[0]
+            error.problem += f" (on rank {rank})" if self._ranks.size > 1 else ""
+            error.problem += f"; {len(failures) - 1} more saves failed" if len(failures) > 1 else ""
+            raise error
+        if any(record.step != step for record in found):
+            raise UsageError(
+                "ranks save different steps", expected="the same step on all", found=[record.step for record in found]
+            )
+        return found[0]
+
+    def _status(self, flight: _Flight) -> _Status:
+        if flight.number is None:
+            return _Status(True, flight.failure)
+        outcome: Outcome | None = self._writer.outcome(flight.number, wait=0.0)
+        return _Status(False) if outcome is None else _Status(True, outcome.error, outcome.published)
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise UsageError("the saver is closed", path=self.folder, remedy="make another one")
+
+
+def _named(name: str, step: int) -> str:
+    try:
+        return name.format(step=step)
+    except (LookupError, ValueError) as error:
+        raise UsageError("is no name for checkpoints", expected="text with {step} in it", found=repr(name)) from error
