@@ -228,7 +228,7 @@ def test_what_cannot_be_quantized() -> None:
     with pytest.raises(UsageError, match=r"last row is alone.*found 3.*--quantize-exclude"):
         quantized(odd, "int4")
     for algorithm, group in (("int4", 128), ("mxfp4", 32), ("nvfp4", 16)):
-        with pytest.raises(UsageError, match=rf"multiple of {group} columns.*found 100 columns.*--group-size"):
+        with pytest.raises(UsageError, match=rf"multiple of {group} columns.*found 100 columns.*--quantize-exclude"):
             quantized(wide, algorithm)
     for thing in (np.ones(8, F32), np.ones((2, 128), np.int32), np.ones((2, 128), ml_dtypes.float8_e4m3fn)):
         with pytest.raises(UsageError, match="a matrix of floating-point numbers"):

@@ -90,6 +90,20 @@ def writing_options(command: Command) -> Command:
     help="Take only weights whose source names match, or what else matches none of them (an EMA copy).",
 )
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out weights whose source names match.")
+@click.option(
+    "--quantize",
+    metavar="ALGORITHM",
+    help="hf: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, nvfp4, mxfp4.",
+)
+@click.option(
+    "--quantize-form",
+    metavar="FORM",
+    help="How quantized weights are stored: compressed-tensors, modelopt, fp8 (DeepSeek's), mxfp4 (GPT-OSS's).",
+)
+@click.option("--group-size", type=int, metavar="N", help="int4: columns with one scale.  [default: 128]")
+@click.option("--activation-scale", type=float, metavar="X", help="Scale of activations, where the form stores it.")
+@click.option("--quantize-exclude", metavar="GLOB", multiple=True, help="Leave modules that match as they are.")
+@click.option("--report", metavar="FILE", help="Write what quantizing did to every weight, as JSON or .html.")
 @layout_options
 @writing_options
 def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
@@ -99,6 +113,7 @@ def command(source: str, destination: str, as_json: bool, **options: Any) -> Non
     """
     from anyckpt.operations.convert import convert
 
+    options["quantize_exclude"] = options["quantize_exclude"] or None
     layout = layout_request(options)
     with progress_bar("converting") as progress:
         done = convert(source, destination, layout=layout, progress=progress, **options)

@@ -87,6 +87,7 @@ class Format:
         in_fp32: globs of weights that its software has in float32 whatever the others are cast to.
         leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
             ``WriteOptions.megatron_args`` says.
+        quantizes: whether it holds quantized weights under Hugging Face's names, with a configuration that says so.
         optimizer: how it keeps an optimizer's state, None if it has no place for it.
     """
 
@@ -104,6 +105,7 @@ class Format:
     archives: bool = False
     in_fp32: tuple[str, ...] = ()
     leaves_out_arguments: bool = False
+    quantizes: bool = False
     optimizer: OptimizerForm | None = None
 
 

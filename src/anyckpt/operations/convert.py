@@ -27,6 +27,7 @@ from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline
+from anyckpt.operations.steps.quantizing import quantize_checkpoint
 from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import with_state, without_state
@@ -112,6 +113,12 @@ def convert(
     adapter_form: str | None = None,
     alpha: float | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    quantize_form: str | None = None,
+    group_size: int | None = None,
+    activation_scale: float | None = None,
+    quantize_exclude: str | Sequence[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -158,6 +165,12 @@ def convert(
         adapter_form=adapter_form,
         alpha=alpha,
         dtype=dtype,
+        quantize=quantize,
+        quantize_form=quantize_form,
+        group_size=group_size,
+        activation_scale=activation_scale,
+        quantize_exclude=quantize_exclude,
+        report=report,
         keep_in_fp32=keep_in_fp32,
         include=include,
         exclude=exclude,
@@ -304,6 +317,10 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         adapter = replace(adapter, alpha=None)
     renamed = _under_target_names(source, naming, adapter, unwanted, options.optimizer)
     ready = steps.take(cast_checkpoint(steps.take(renamed), options.cast_to, options.kept_in_fp32))
+    quantized = None
+    if options.quantization is not None:
+        quantized = quantize_checkpoint(ready, options.quantization)
+        ready = steps.take(quantized)
     ready = request.built(ready)
     if options.keeps_state:
         ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(unwanted)))

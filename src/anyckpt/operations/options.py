@@ -16,11 +16,14 @@ from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.steps.full_precision import config_in_full_precision
+from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
+from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_request
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.writing import parse_share
+from anyckpt.quantization.forms import Request
 from anyckpt.units import parse_bytes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -45,6 +48,13 @@ class ConvertOptions:
             weight of Megatron, at a higher rank; as the source has it if None.
         alpha: of an adapter: updates are multiplied by it over their rank; what the adapter says if None.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
+        quantize: one of ``quantization.forms.ALGORITHMS``: quantize the matrices of linear modules, where the target is
+            ``hf``.
+        quantize_form: one of ``quantization.forms.FORMS``: how they are stored; the algorithm's usual one if None.
+        group_size: ``int4``: columns of a weight with one scale.
+        activation_scale: the scale of every quantized activation, where the form stores it.
+        quantize_exclude: glob or globs of modules that are not quantized, besides the output layer and routers.
+        report: a file for what quantizing did to every weight: JSON, or a page if its name ends in ``.html``.
         keep_in_fp32: globs of weights that a cast leaves alone.
         include: glob or globs of the source's weight names; others are left out.  A glob that matches no weight chooses
             what is stored beside them, such as an averaged copy, to be written as the weights.
@@ -79,6 +89,12 @@ class ConvertOptions:
     adapter_form: str | None = None
     alpha: float | None = None
     dtype: str | None = None
+    quantize: str | None = None
+    quantize_form: str | None = None
+    group_size: int | None = None
+    activation_scale: float | None = None
+    quantize_exclude: str | Sequence[str] | None = None
+    report: str | os.PathLike[str] | None = None
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
@@ -117,6 +133,14 @@ class ConvertOptions:
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
         _ = self.writing, self.part, self.budget
+        only = {
+            "--quantize-form": self.quantize_form,
+            "--group-size": self.group_size,
+            "--activation-scale": self.activation_scale,
+            "--quantize-exclude": self.quantize_exclude,
+            "--report": self.report,
+        }
+        check_request(self.quantization, self.target, only, keeps_state=self.keeps_state)
 
     @cached_property
     def target(self) -> registry.Format:
@@ -164,6 +188,19 @@ class ConvertOptions:
     def plain_config(self) -> dict[str, Any] | None:
         """The configuration of the weights that are written: numbers if a type is asked for."""
         return config_in_full_precision(self.given, self.cast_to)
+
+    @cached_property
+    def quantization(self) -> Request | None:
+        """What is asked of quantizing; None if nothing is quantized."""
+        if self.quantize is None:
+            return None
+        return Request(
+            self.quantize,
+            self.quantize_form,
+            DEFAULT_GROUP if self.group_size is None else self.group_size,
+            self.activation_scale,
+            as_patterns(self.quantize_exclude),
+        )
 
     def for_numbers(self) -> ConvertOptions:
         """The same for a checkpoint that is in full precision already."""

@@ -146,7 +146,8 @@ def _blocks(weight: LazyTensor, function: BlockCodes) -> dict[str, LazyTensor]:
             "groups do not divide the rows of a weight",
             expected=f"a multiple of {function.columns} columns",
             found=f"{columns} columns",
-            remedy="choose another --group-size, or leave the module as it is with --quantize-exclude",
+            remedy=("choose another --group-size, or " if function.numbers == INT4 else "")
+            + "leave the module as it is with --quantize-exclude",
         )
     if function.packing == "rows" and rows % 2:
         raise UsageError(

@@ -1,0 +1,105 @@
+"""Quantizing a checkpoint that has its target's names, where the user asks for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import UsageError
+from anyckpt.formats.registry import Format
+from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.quantization import method_of
+from anyckpt.quantization.forms import MODELOPT_FILE, Request, Written, layout_of, quantize
+from anyckpt.storage.source import MemorySource
+from anyckpt.tensor import LazyTensor
+
+DEFAULT_GROUP = 128
+"""Columns of a weight with one scale, as AWQ and GPTQ models most often have it."""
+
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Model types whose linear modules are transformers' ``Conv1D``, with outputs in columns."""
+
+
+@dataclass(frozen=True)
+class Quantized(Stepped):
+    """What the step gives.
+
+    Attributes:
+        before: the weights that were quantized, by name.
+        written: what became of them.
+    """
+
+    before: Mapping[str, LazyTensor] = field(default_factory=dict)
+    written: Written | None = None
+
+
+def check_request(request: Request | None, target: Format, others: Mapping[str, Any], *, keeps_state: bool) -> None:
+    """Raise UsageError if what is asked of quantizing is not possible, or means nothing.
+
+    Args:
+        request: what is asked for; None if nothing is quantized.
+        target: the format to write.
+        others: options that mean something only with a request -> what was given, None if nothing was.
+        keeps_state: whether training state is carried.
+    """
+    if request is None:
+        given = next((option for option, value in others.items() if value is not None), None)
+        if given is not None:
+            raise UsageError(f"{given} means nothing without --quantize", remedy="leave it out, or say --quantize")
+        return
+    layout_of(request)
+    if not target.quantizes:
+        raise UsageError(
+            f"quantized weights are not written as {target.name}",
+            expected="--to hf",
+            remedy="convert to hf with --quantize",
+        )
+    if keeps_state:
+        raise UsageError(
+            "training state goes with weights in full precision",
+            found="--optimizer keep with --quantize",
+            remedy="leave one of them out",
+        )
+
+
+def quantize_checkpoint(checkpoint: Checkpoint, request: Request) -> Quantized:
+    """The checkpoint with its linear weights quantized, and its configuration saying so.
+
+    Raises:
+        UsageError: it is quantized already, is no model of this kind, or a weight cannot be quantized so.
+    """
+    if checkpoint.quantization is not None:
+        raise UsageError(
+            f"{checkpoint.path}: the model is quantized already ({method_of(checkpoint.quantization)})",
+            expected="weights in full precision",
+            remedy="quantize the model that it was made from, or add --dtype bf16 to quantize what it dequantizes to",
+        )
+    kind = checkpoint.config.get("model_type")
+    if kind in _TRANSPOSED:
+        raise UsageError(
+            f"{checkpoint.path}: linear modules of {kind} have their outputs in columns, and are not loaded quantized",
+            remedy="leave out --quantize",
+        )
+    weights = checkpoint.weights()
+    written = quantize(weights, request, checkpoint.path)
+    prefix = checkpoint.model_prefix
+    others = {name: tensor for name, tensor in checkpoint.tensors.items() if name.removeprefix(prefix) not in weights}
+    config = {**checkpoint.config, "quantization_config": written.config} if checkpoint.config else {}
+    files = {name: source for name, source in checkpoint.artifacts.items() if name != MODELOPT_FILE}
+    files |= {name: MemorySource(text.encode()) for name, text in written.files.items()}
+    changed = replace(
+        checkpoint,
+        tensors={**{prefix + name: tensor for name, tensor in written.tensors.items()}, **others},
+        config=config,
+        artifacts=files,
+        quantization=written.config,
+    )
+    before = {name: weights[name] for name in written.choice.weights}
+    casts = Counter(f"{tensor.dtype.name} -> {written.numbers}" for tensor in before.values())
+    notes = written.notes
+    if not config:
+        notes = (*notes, f"without a configuration nothing says how: its quantization_config is {written.config}")
+    return Quantized(changed, notes=notes, casts=casts, before=before, written=written)

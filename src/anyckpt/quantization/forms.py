@@ -1,0 +1,468 @@
+"""How quantized weights are stored beside the others in a Hugging Face folder, and what its configuration says of it.
+
+=====================  =========================================================================================
+form                   read by
+=====================  =========================================================================================
+``compressed-tensors`` vLLM, SGLang, transformers; written as compressed-tensors 0.20 does
+``modelopt``           vLLM, SGLang, TensorRT-LLM; as NVIDIA ModelOpt 0.40's unified export does
+``fp8``                vLLM, SGLang, transformers; as DeepSeek-V3's weights are
+``mxfp4``              transformers, vLLM, SGLang; as GPT-OSS's experts are
+=====================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from anyckpt.dtypes import DType
+from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.quantization.choosing import Choice, choose_experts, choose_linear
+from anyckpt.quantization.quantizing import Options, quantized
+from anyckpt.tensor import LazyTensor, from_array
+
+Facts = dict[str, Any]
+
+_PRODUCER = {"name": "modelopt", "version": "0.40.0"}
+"""Whose layout it is: vLLM 0.11 takes a folder for ModelOpt's by this name only."""
+
+MODELOPT_FILE = "hf_quant_config.json"
+"""What ModelOpt writes beside ``config.json``."""
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Modules that are one when a model runs, and so have one scale of the whole tensor in NVFP4."""
+
+_NUMBERS_OF = {"int8_wo": "int8"} | dict.fromkeys(("fp8", "fp8_per_channel", "fp8_blocks"), "float8_e4m3fn")
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    Attributes:
+        algorithm: one of ``ALGORITHMS``.
+        form: one of ``FORMS``; the algorithm's usual one if None.
+        group_size: ``int4``: columns with one scale.
+        activation_scale: the scale of every quantized activation, where it is stored; see ``Layout.static``.
+        exclude: globs of modules that stay as they are.
+    """
+
+    algorithm: str
+    form: str | None = None
+    group_size: int = 128
+    activation_scale: float | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A folder's quantized weights.
+
+    Attributes:
+        tensors: all weights, quantized or not.
+        config: the configuration's ``quantization_config``.
+        files: further files of the folder -> their text.
+        choice: which weights are quantized.
+        made: name of a quantized weight -> names of what it became.
+        numbers: what the codes are, for messages.
+        notes: what a user should know.
+    """
+
+    tensors: dict[str, LazyTensor]
+    config: Facts
+    files: dict[str, str]
+    choice: Choice
+    made: dict[str, tuple[str, ...]]
+    numbers: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one form stores what one algorithm makes.
+
+    Attributes:
+        algorithm: as ``quantized`` knows it.
+        names: role -> what follows a module's name (of ``quantized``, and ``shape`` of packed codes).
+        facts: the ``quantization_config``, of the request and the modules that are not quantized.
+        options: of ``quantized``, of the request and the weight's element type.
+        shapes: role -> shape of the scale, where it is not that which ``quantized`` gives.
+        static: name of the scale of activations, which is stored; "" if they are scaled when the model runs.
+        siblings: modules that are one when a model runs have one scale of the whole tensor.
+        experts: it is stacked experts that are quantized, and they lie ``[experts, inputs, outputs]``.
+        file: the text of ModelOpt's own file, of the facts, or None.
+    """
+
+    algorithm: str
+    names: Mapping[str, str]
+    facts: Callable[[Request, Sequence[str]], Facts]
+    options: Callable[[Request, DType], Options] = field(default=lambda request, kind: Options())
+    shapes: Mapping[str, Callable[[LazyTensor], tuple[int, ...]]] = field(default_factory=dict)
+    static: str = ""
+    siblings: bool = False
+    experts: bool = False
+    file: Callable[[Facts, Request], str] | None = None
+
+
+def layout_of(request: Request) -> Layout:
+    """The layout that is asked for.
+
+    Raises:
+        UsageError: there is no such algorithm or form, or the form has not this algorithm.
+    """
+    if request.algorithm not in ALGORITHMS:
+        raise UsageError("unknown algorithm of quantization", expected=", ".join(ALGORITHMS), found=request.algorithm)
+    form = request.form or usual_form(request.algorithm)
+    if form not in FORMS:
+        raise UsageError("unknown form of quantized weights", expected=", ".join(FORMS), found=form)
+    if request.algorithm not in FORMS[form]:
+        raise UsageError(
+            f"{form} has no {request.algorithm}",
+            expected=", ".join(FORMS[form]),
+            found=request.algorithm,
+            remedy=f"choose another form with --quantize-form: {', '.join(forms_with(request.algorithm))}",
+        )
+    layout = FORMS[form][request.algorithm]
+    if request.activation_scale is not None:
+        if form == "compressed-tensors" and request.algorithm == "fp8":
+            return replace(layout, static="input_scale")
+        if not layout.static:
+            raise UsageError(
+                f"{form} stores no scales of activations for {request.algorithm}",
+                found="--activation-scale",
+                remedy="leave it out: they are scaled when the model runs, or not quantized",
+            )
+        if not 0 < request.activation_scale < float("inf"):
+            raise UsageError("a scale must be a positive number", found=request.activation_scale)
+    return layout
+
+
+def usual_form(algorithm: str) -> str:
+    """The form in which an algorithm's weights are most often found."""
+    return _USUAL.get(algorithm, "compressed-tensors")
+
+
+def forms_with(algorithm: str) -> list[str]:
+    """The forms that have an algorithm."""
+    return [form for form, layouts in FORMS.items() if algorithm in layouts]
+
+
+def quantize(tensors: Mapping[str, LazyTensor], request: Request, path: str) -> Written:
+    """Weights of a Hugging Face folder as they are stored quantized; nothing is read.
+
+    Args:
+        tensors: under Hugging Face's names.
+        request: what is asked for.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UsageError: an option is not possible, or a weight cannot be quantized so, which is named.
+    """
+    layout = layout_of(request)
+    choice = (choose_experts if layout.experts else choose_linear)(tensors, request.exclude)
+    if not choice.weights:
+        raise UsageError(
+            f"{path}: no weight can be quantized",
+            expected="stacked experts" if layout.experts else "matrices of linear modules in numbered layers",
+            found=", ".join(f"{name} ({why})" for name, why in list(choice.spared.items())[:_SHOWN]) or "none",
+        )
+    result: dict[str, LazyTensor] = {}
+    made: dict[str, tuple[str, ...]] = {}
+    chosen = set(choice.weights)
+    for name, weight in tensors.items():
+        if name not in chosen:
+            result[name] = weight
+            continue
+        try:
+            parts = _parts(name, weight, tensors, chosen, layout, request)
+        except AnyckptError as error:
+            error.tensor, error.path = name, path
+            raise
+        clash = next((part for part in parts if part != name and part in tensors), None)
+        if clash is not None:
+            raise UsageError("a tensor has the name of a part of a quantized weight", path=path, tensor=clash)
+        made[name] = tuple(parts)
+        result.update(parts)
+    spared = [module for module, why in choice.spared.items() if why not in ("an embedding", "a normalization")]
+    config = layout.facts(request, _with_head(spared))
+    files = {} if layout.file is None else {MODELOPT_FILE: layout.file(config, request)}
+    numbers = _NUMBERS_OF.get(layout.algorithm, layout.algorithm)
+    return Written(result, config, files, choice, made, numbers, tuple(_notes(choice, layout, request)))
+
+
+def _with_head(spared: list[str]) -> list[str]:
+    """With the output layer, which is a module also where its weight is the embedding's."""
+    return spared if any(module.endswith("lm_head") for module in spared) else [*spared, "lm_head"]
+
+
+def _parts(
+    name: str,
+    weight: LazyTensor,
+    tensors: Mapping[str, LazyTensor],
+    chosen: set[str],
+    layout: Layout,
+    request: Request,
+) -> dict[str, LazyTensor]:
+    options = layout.options(request, weight.dtype)
+    if layout.siblings:
+        options = replace(options, together=tuple(tensors[one] for one in _siblings(name) if one in chosen))
+    matrix = weight.permute((0, 2, 1)) if layout.experts else weight
+    roles = quantized(matrix, layout.algorithm, options)
+    for role, shape in layout.shapes.items():
+        roles[role] = roles[role].reshape(shape(roles[role]))
+    stem = name if layout.experts else name.removesuffix("weight")
+    parts = {stem + ending: roles[role] for role, ending in layout.names.items() if role in roles}
+    if "shape" in layout.names:
+        parts[stem + layout.names["shape"]] = from_array(np.array(weight.shape, np.int64))
+    if layout.static:
+        scale = 1.0 if request.activation_scale is None else request.activation_scale
+        one = from_array(np.array([scale], np.float32))
+        parts[stem + layout.static] = one if layout.file is None else one.reshape(())
+    return parts
+
+
+def _siblings(name: str) -> list[str]:
+    stem, _, module = name.removesuffix(".weight").rpartition(".")
+    group = next((group for group in _SIBLINGS if module in group), (module,))
+    return [f"{stem}.{one}.weight" for one in group]
+
+
+def _notes(choice: Choice, layout: Layout, request: Request) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for module, why in choice.spared.items():
+        by_reason.setdefault(why, []).append(module)
+    told = [
+        f"{', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''} ({why})"
+        for why, found in by_reason.items()
+    ]
+    notes = [f"{len(choice.weights)} weights are quantized ({request.algorithm}); not quantized: {'; '.join(told)}"]
+    if layout.static and request.activation_scale is None:
+        notes.append(
+            f"{layout.static} is 1 everywhere, because no activations have been seen: say what it shall be with "
+            "--activation-scale, or choose --quantize-form compressed-tensors, which scales them when the model runs"
+        )
+    return notes
+
+
+# -- compressed-tensors ---------------------------------------------------------------------------------------
+
+
+def _compressed(
+    name: str, weights: Mapping[str, Any], activations: Mapping[str, Any] | None = None
+) -> Callable[[Request, Sequence[str]], Facts]:
+    """Facts of a format of compressed-tensors."""
+
+    def facts(request: Request, spared: Sequence[str]) -> Facts:
+        inputs = None if activations is None else {**_NUMBERS, **activations}
+        if request.activation_scale is not None and inputs is not None:
+            inputs = {**inputs, "strategy": "tensor", "dynamic": False}
+        stated = {**_NUMBERS, **weights}
+        if stated.get("strategy") == "group" and request.algorithm == "int4":
+            stated["group_size"] = request.group_size
+        group = {
+            "targets": ["Linear"],
+            "weights": stated,
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": name,
+        }
+        return {
+            "config_groups": {"group_0": group},
+            "format": name,
+            "global_compression_ratio": None,
+            "ignore": list(spared),
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
+
+    return facts
+
+
+_NUMBERS = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "dynamic": False}
+_TOKENS = {"strategy": "token", "dynamic": True}
+_PACKED = {"weight": "weight_packed", "scale": "weight_scale", "shape": "weight_shape"}
+_PLAIN = {"weight": "weight", "scale": "weight_scale"}
+
+
+def _own_type(request: Request, kind: DType) -> Options:
+    """Scales of the weight's element type, as compressed-tensors has them."""
+    return Options(request.group_size, wider=True, scale_type=kind)
+
+
+def _words(request: Request, kind: DType) -> Options:
+    return replace(_own_type(request, kind), packed_words=True)
+
+
+def _column(scale: LazyTensor) -> tuple[int, ...]:
+    return (*scale.shape, 1)
+
+
+_COMPRESSED_TENSORS = {
+    "fp8": Layout("fp8", _PLAIN, _compressed("float-quantized", {"strategy": "tensor"}, _TOKENS)),
+    "fp8_per_channel": Layout(
+        "fp8_per_channel",
+        _PLAIN,
+        _compressed("float-quantized", {"strategy": "channel"}, _TOKENS),
+        _own_type,
+        {"scale": _column},
+    ),
+    "fp8_blocks": Layout(
+        "fp8_blocks",
+        _PLAIN,
+        _compressed(
+            "float-quantized",
+            {"strategy": "block", "block_structure": [128, 128]},
+            {"strategy": "group", "group_size": 128, "dynamic": True},
+        ),
+        _own_type,
+    ),
+    "int8": Layout(
+        "int8_wo",
+        _PLAIN,
+        _compressed("int-quantized", {"type": "int", "strategy": "channel"}, {"type": "int", **_TOKENS}),
+        _own_type,
+        {"scale": _column},
+    ),
+    "int8_wo": Layout(
+        "int8_wo", _PACKED, _compressed("pack-quantized", {"type": "int", "strategy": "channel"}), _words
+    ),
+    "int4": Layout(
+        "int4", _PACKED, _compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group"}), _words
+    ),
+    "nvfp4": Layout(
+        "nvfp4",
+        {"weight": "weight_packed", "scale": "weight_scale", "scale_2": "weight_global_scale"},
+        _compressed(
+            "nvfp4-pack-quantized",
+            {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
+        ),
+        lambda request, kind: Options(inverted=True),
+        siblings=True,
+    ),
+    "mxfp4": Layout(
+        "mxfp4",
+        {"weight": "weight_packed", "scale": "weight_scale"},
+        _compressed(
+            "mxfp4-pack-quantized",
+            {"num_bits": 4, "group_size": 32, "strategy": "group", "scale_dtype": "torch.uint8"},
+        ),
+    ),
+}
+
+
+# -- ModelOpt ------------------------------------------------------------------------------------------------
+
+
+def _modelopt(name: str, group: Mapping[str, Any] | None = None) -> Callable[[Request, Sequence[str]], Facts]:
+    """Facts that ModelOpt puts into ``config.json``."""
+
+    def facts(request: Request, spared: Sequence[str]) -> Facts:
+        stated: Facts = {}
+        if group is not None:
+            each = {"dynamic": False, **group}
+            stated["config_groups"] = {"group_0": {"input_activations": each, "weights": each, "targets": ["Linear"]}}
+        return {
+            **stated,
+            "ignore": list(spared),
+            "quant_algo": name,
+            "producer": _PRODUCER,
+            "quant_method": "modelopt",
+        }
+
+    return facts
+
+
+def _modelopt_file(facts: Facts, request: Request) -> str:
+    stated: Facts = {"quant_algo": facts["quant_algo"], "kv_cache_quant_algo": None}
+    if request.algorithm == "nvfp4":
+        stated["group_size"] = 16
+    if request.algorithm == "int4":
+        stated |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": False}
+    document = {"producer": _PRODUCER, "quantization": {**stated, "exclude_modules": facts["ignore"]}}
+    return json.dumps(document, indent=4)
+
+
+def _single(scale: LazyTensor) -> tuple[int, ...]:
+    return ()
+
+
+def _four_axes(scale: LazyTensor) -> tuple[int, ...]:
+    """As ModelOpt writes blocks: none where there is one block in all."""
+    return () if scale.size == 1 else (scale.shape[0], 1, scale.shape[1], 1)
+
+
+_MODELOPT = {
+    "fp8": Layout(
+        "fp8",
+        _PLAIN,
+        _modelopt("FP8", {"num_bits": 8, "type": "float"}),
+        lambda request, kind: Options(rounded=None if kind == "float32" else kind),
+        {"scale": _single},
+        static="input_scale",
+        file=_modelopt_file,
+    ),
+    "fp8_per_channel": Layout("fp8_per_channel", _PLAIN, _modelopt("FP8_PER_CHANNEL_PER_TOKEN"), file=_modelopt_file),
+    "fp8_blocks": Layout(
+        "fp8_blocks", _PLAIN, _modelopt("fp8_pb_wo"), shapes={"scale": _four_axes}, file=_modelopt_file
+    ),
+    "int8_wo": Layout("int8_wo", _PLAIN, _modelopt("W8A16"), file=_modelopt_file),
+    "nvfp4": Layout(
+        "nvfp4",
+        {**_PLAIN, "scale_2": "weight_scale_2"},
+        _modelopt("NVFP4", {"num_bits": 4, "type": "float", "group_size": 16}),
+        static="input_scale",
+        siblings=True,
+        file=_modelopt_file,
+    ),
+}
+
+
+# -- DeepSeek's and GPT-OSS's --------------------------------------------------------------------------------
+
+
+def _deepseek(request: Request, spared: Sequence[str]) -> Facts:
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": list(spared),
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+
+
+def _gpt_oss(request: Request, spared: Sequence[str]) -> Facts:
+    return {"modules_to_not_convert": list(spared), "quant_method": "mxfp4"}
+
+
+def _block_axis(tensor: LazyTensor) -> tuple[int, ...]:
+    """The bytes of a block are an axis of their own."""
+    return (*tensor.shape[:-1], tensor.shape[-1] // 16, 16)
+
+
+FORMS: Mapping[str, Mapping[str, Layout]] = {
+    "compressed-tensors": _COMPRESSED_TENSORS,
+    "modelopt": _MODELOPT,
+    "fp8": {"fp8_blocks": Layout("fp8_blocks", {"weight": "weight", "scale": "weight_scale_inv"}, _deepseek)},
+    "mxfp4": {
+        "mxfp4": Layout(
+            "mxfp4",
+            {"weight": "_blocks", "scale": "_scales"},
+            _gpt_oss,
+            shapes={"weight": _block_axis},
+            experts=True,
+        )
+    },
+}
+"""Form -> algorithm -> how it is stored."""
+
+_USUAL = {"fp8_blocks": "fp8"}
+
+ALGORITHMS = tuple(dict.fromkeys(name for layouts in FORMS.values() for name in layouts))
+"""What may be asked for; ``int8`` has activations in 8 bits, too, when the model runs, and ``int8_wo`` has not."""

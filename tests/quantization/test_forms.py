@@ -1,0 +1,191 @@
+"""Folders of quantized weights: what is in them, what their configurations say, and that they are read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support import fixture_path
+
+import anyckpt
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import UsageError
+from anyckpt.quantization.forms import ALGORITHMS, FORMS
+from anyckpt.tensor import from_array
+
+SOURCE = "quant/src_llama_a/hf"
+GROUP = {"int4": 32}
+PAIRS = [(form, algorithm) for form, layouts in FORMS.items() for algorithm in layouts if form != "mxfp4"]
+
+
+def convert(source: Any, out: Path, algorithm: str, form: str | None = None, **options: Any) -> Any:
+    options.setdefault("group_size", GROUP.get(algorithm))
+    return anyckpt.convert(source, out, to="hf", quantize=algorithm, quantize_form=form, **options)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return facts
+
+
+@pytest.mark.parametrize(("form", "algorithm"), PAIRS)
+def test_what_is_written_is_accounted_for(form: str, algorithm: str, tmp_path: Path) -> None:
+    source = fixture_path(SOURCE)
+    done = convert(source, tmp_path / "q", algorithm, form)
+    stored, plain = anyckpt.open(tmp_path / "q").weights(), anyckpt.open(source).weights()
+    linear = {name for name in plain if name.endswith("_proj.weight")}
+    assert len(linear) == 14
+    for name in plain.keys() - linear:
+        np.testing.assert_array_equal(stored[name].numpy(), plain[name].numpy())
+    stems = {name.removesuffix("weight") for name in linear}
+    assert all(any(name.startswith(stem) for stem in stems) for name in stored.keys() - plain.keys())
+    assert sum(done.casts.values()) == 14
+    assert any("14 weights are quantized" in note and "lm_head (the output layer)" in note for note in done.notes)
+    facts = config_of(tmp_path / "q")
+    assert facts.get("ignore", facts.get("modules_to_not_convert")) == ["lm_head"]
+    assert (tmp_path / "q" / "hf_quant_config.json").exists() == (form == "modelopt")
+    assert not done.ignored
+    before, after = ((folder / "model.safetensors").stat().st_size for folder in (source, tmp_path / "q"))
+    assert after < 0.65 * before
+
+
+def test_nvfp4_is_modelopts_folder(tmp_path: Path) -> None:
+    theirs = fixture_path("quant/nvfp4_b/hf")
+    convert(fixture_path("quant/src_llama_b/hf"), tmp_path / "q", "nvfp4", "modelopt", dtype="fp32")
+    ours, expected = (anyckpt.open(folder).weights() for folder in (tmp_path / "q", theirs))
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        same = ours[name].numpy().tobytes() == tensor.numpy().tobytes()
+        assert same != name.endswith(".input_scale"), name
+    assert config_of(tmp_path / "q") == config_of(theirs)
+    written, given = (json.loads((folder / "hf_quant_config.json").read_text()) for folder in (tmp_path / "q", theirs))
+    assert written == given
+
+
+@pytest.mark.parametrize(
+    ("case", "algorithm"), [("fp8_bf16_a", "fp8"), ("fp8_pcpt_a", "fp8_per_channel"), ("int8_wo_a", "int8_wo")]
+)
+def test_configurations_are_modelopts(case: str, algorithm: str, tmp_path: Path) -> None:
+    files = json.loads((fixture_path("quant") / case / "expected.json").read_text())["variants"]["hf"]["files"]
+    convert(
+        fixture_path(SOURCE), tmp_path / "q", algorithm, "modelopt", activation_scale=0.5
+    ) if algorithm == "fp8" else (convert(fixture_path(SOURCE), tmp_path / "q", algorithm, "modelopt"))
+    facts = files["config.json"]
+    assert config_of(tmp_path / "q") == facts["quantization_config"]
+    assert json.loads((tmp_path / "q" / "hf_quant_config.json").read_text()) == files["hf_quant_config.json"]
+    stored = anyckpt.open(tmp_path / "q").weights()
+    expected = files["model.safetensors"]
+    expected = expected.get("tensors", expected)
+    assert stored.keys() == expected.keys()
+    for name, fact in expected.items():
+        assert list(stored[name].shape) == fact["shape"], name
+    if algorithm == "fp8":
+        assert {float(t.numpy()) for name, t in stored.items() if name.endswith("input_scale")} == {0.5}
+
+
+def test_experts_of_gpt_oss_become_mxfp4(tmp_path: Path) -> None:
+    source = fixture_path("families/gpt_oss/hf")
+    plain = anyckpt.open(source)
+    wide = {
+        name: from_array(np.random.default_rng(0).standard_normal((4, 64, n)).astype(np.float32))
+        for name, n in (("experts.gate_up_proj", 128), ("experts.down_proj", 64))
+    }
+    layers = {f"model.layers.{i}.mlp.{name}": tensor for i in range(2) for name, tensor in wide.items()}
+    model = Checkpoint(str(source), "hf", {**plain.weights(), **layers}, config={"model_type": "x"}, config_kind="hf")
+    done = convert(model, tmp_path / "q", "mxfp4", "mxfp4")
+    stored = anyckpt.open(tmp_path / "q").weights()
+    assert stored["model.layers.0.mlp.experts.gate_up_proj_blocks"].shape == (4, 128, 2, 16)
+    assert stored["model.layers.0.mlp.experts.gate_up_proj_scales"].shape == (4, 128, 2)
+    assert done.casts == {"float32 -> mxfp4": 4}
+    assert "model.layers.0.mlp.router" in config_of(tmp_path / "q")["modules_to_not_convert"]
+    anyckpt.convert(tmp_path / "q", tmp_path / "back", to="safetensors", dtype="fp32")
+    back = anyckpt.open(tmp_path / "back").weights()
+    for name, tensor in layers.items():
+        difference = back[name].numpy() - tensor.numpy()
+        assert back[name].shape == tensor.shape
+        assert np.sqrt((difference**2).mean()) < 0.13
+
+
+def test_activations_are_scaled_as_asked(tmp_path: Path) -> None:
+    convert(fixture_path(SOURCE), tmp_path / "q", "fp8", "compressed-tensors", activation_scale=0.25)
+    inputs = config_of(tmp_path / "q")["config_groups"]["group_0"]["input_activations"]
+    assert (inputs["strategy"], inputs["dynamic"]) == ("tensor", False)
+    scales = [t for name, t in anyckpt.open(tmp_path / "q").weights().items() if name.endswith(".input_scale")]
+    assert [float(scale.numpy()[0]) for scale in scales] == [0.25] * 14
+    done = convert(fixture_path(SOURCE), tmp_path / "m", "fp8", "modelopt")
+    assert any("input_scale is 1 everywhere" in note for note in done.notes)
+
+
+def test_modules_are_left_as_asked(tmp_path: Path) -> None:
+    exclude = ["*.down_proj", "model.layers.1.*"]
+    done = convert(fixture_path(SOURCE), tmp_path / "q", "int8", quantize_exclude=exclude)
+    assert done.casts == {"bfloat16 -> int8": 6}
+    ignored = config_of(tmp_path / "q")["ignore"]
+    assert len(ignored) == 9
+    assert {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"} < set(ignored)
+    assert any("and 5 more (--quantize-exclude)" in note for note in done.notes)
+
+
+def test_routers_stay_and_experts_do_not(tmp_path: Path) -> None:
+    convert(fixture_path("families/qwen3_moe/hf"), tmp_path / "q", "fp8_per_channel")
+    stored = anyckpt.open(tmp_path / "q").weights()
+    gates = [name for name in stored if ".mlp.gate.weight" in name]
+    assert gates
+    assert all(stored[name].dtype.itemsize > 1 for name in gates)
+    assert any(t.dtype == "float8_e4m3fn" for name, t in stored.items() if ".experts." in name)
+    assert {name.removesuffix(".weight") for name in gates} < set(config_of(tmp_path / "q")["ignore"])
+
+
+# -- what is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int3"}, r"unknown algorithm.*expected fp8, .*int4.*found int3"),
+        ({"quantize": "fp8", "quantize_form": "gguf"}, r"unknown form.*compressed-tensors, modelopt, fp8, mxfp4"),
+        (
+            {"quantize": "int4", "quantize_form": "modelopt"},
+            r"modelopt has no int4.*--quantize-form: compressed-tensors",
+        ),
+        ({"quantize": "int4"}, r"down_proj.*multiple of 128 columns, found 192 columns.*--group-size"),
+        ({"quantize": "int8", "activation_scale": 1.0}, "stores no scales of activations"),
+        ({"quantize": "fp8", "quantize_form": "modelopt", "activation_scale": 0.0}, "positive number"),
+        ({"quantize": "int8", "optimizer": "keep"}, "training state goes with weights in full precision"),
+        ({"quantize_form": "modelopt"}, "--quantize-form means nothing without --quantize"),
+        ({"group_size": 64}, "--group-size means nothing without --quantize"),
+        ({"quantize": "fp8", "quantize_exclude": "*"}, r"no weight can be quantized.*--quantize-exclude"),
+        ({"quantize": "mxfp4", "quantize_form": "mxfp4"}, r"no weight can be quantized.*stacked experts"),
+    ],
+)
+def test_what_is_not_possible(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        anyckpt.convert(fixture_path(SOURCE), tmp_path / "q", to="hf", **options)
+    assert not (tmp_path / "q").exists()
+
+
+def test_other_formats_hold_no_quantized_weights(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not written as nemo.*--to hf"):
+        anyckpt.convert(fixture_path(SOURCE), tmp_path / "q", to="nemo", quantize="fp8")
+
+
+def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
+    source = fixture_path("quant/nvfp4_b/hf")
+    with pytest.raises(UsageError, match=r"quantized already \(modelopt NVFP4\).*--dtype bf16"):
+        convert(source, tmp_path / "q", "int8")
+    convert(source, tmp_path / "q", "int8", dtype="bf16")
+    assert config_of(tmp_path / "q")["format"] == "int-quantized"
+    assert not (tmp_path / "q" / "hf_quant_config.json").exists()
+
+
+def test_models_with_outputs_in_columns_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gpt2 have their outputs in columns"):
+        convert(fixture_path("families/gpt2/hf"), tmp_path / "q", "int8")
+
+
+def test_every_algorithm_has_a_form() -> None:
+    assert set(ALGORITHMS) == {"fp8", "fp8_per_channel", "fp8_blocks", "int8", "int8_wo", "int4", "nvfp4", "mxfp4"}
