@@ -76,3 +76,22 @@ def run(folder: Path | str, steps: int = STEPS, *, resume: Any = None, model: An
     made = trainer(folder, steps, **options)
     made.fit(model, ckpt_path=resume)
     return model, made
+
+
+def sharded_net(strategy: str) -> Any:
+    """A ``Net`` that is divided over the ranks, with FSDP2 or tensor parallelism."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    class Sharded(Net):
+        def configure_model(self) -> None:
+            if strategy == "tp":
+                plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+                parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+            else:
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+
+    return Sharded()

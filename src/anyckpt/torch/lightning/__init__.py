@@ -8,9 +8,13 @@ from anyckpt.on_demand import on_demand
 
 if TYPE_CHECKING:
     from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
+    from anyckpt.torch.lightning.strategies import ModelParallelStrategy
 
-__all__ = ["CheckpointIO"]
+__all__ = ["CheckpointIO", "ModelParallelStrategy"]
 
-_WHERE: dict[str, str] = {"CheckpointIO": "torch.lightning.checkpoint_io"}
+_WHERE: dict[str, str] = {
+    "CheckpointIO": "torch.lightning.checkpoint_io",
+    "ModelParallelStrategy": "torch.lightning.strategies",
+}
 
 __getattr__, __dir__ = on_demand(__name__, _WHERE)

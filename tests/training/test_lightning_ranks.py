@@ -1,0 +1,104 @@
+"""Lightning's trainer on several ranks: what one layout saves, every other resumes from."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lightning.pytorch")
+
+from tests.training.ranks import on_ranks  # noqa: E402
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
+
+IMPORTED = ("tests.training.lightning_runs", "anyckpt.torch.lightning.strategies")
+DEEP_STEPS = 5
+
+
+def of_ranks(strategy: str, sharded: bool) -> dict[str, Any]:
+    """Options of a trainer on the ranks that there are."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from anyckpt.torch.lightning import CheckpointIO, ModelParallelStrategy
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", TORCHELASTIC_RUN_ID="x", GROUP_RANK="0")
+    world = int(os.environ["WORLD_SIZE"])
+    chosen: Any = DDPStrategy(process_group_backend="gloo")
+    if strategy != "ddp":
+        data = 1 if strategy == "tp" else world
+        chosen = ModelParallelStrategy(data, world // data, sharded, process_group_backend="gloo")
+    return {"devices": world, "strategy": chosen, "plugins": [CheckpointIO()], "use_distributed_sampler": False}
+
+
+def trained(folder: str, strategy: str, steps: int, resume: str | None, save: str | None, sharded: bool = True) -> Any:
+    """Losses by step on this rank."""
+    warnings.simplefilter("ignore")
+    from tests.training.lightning_runs import Net, run, sharded_net
+
+    model = Net() if strategy == "ddp" else sharded_net(strategy)
+    model, made = run(folder, steps, resume=resume, model=model, **of_ranks(strategy, sharded))
+    if save is not None:
+        made.save_checkpoint(save)
+    return model.losses
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    from tests.training.lightning_runs import run
+
+    return dict(run(tmp_path_factory.mktemp("whole"), DEEP_STEPS)[0].losses)
+
+
+def test_ddp_resumes_bit_for_bit(tmp_path: Path, whole: dict[int, float]) -> None:
+    path = str(tmp_path / "a.ckpt")
+    first = on_ranks(2, trained, str(tmp_path), "ddp", 2, None, path, imported=IMPORTED)
+    second = on_ranks(2, trained, str(tmp_path), "ddp", DEEP_STEPS, path, None, imported=IMPORTED)
+    assert [{**one, **two} for one, two in zip(first, second, strict=True)] == [whole, whole]
+    from tests.training.lightning_runs import run
+
+    alone = run(tmp_path, DEEP_STEPS, resume=path)[0].losses  # plain Lightning, on one device
+    assert {**first[0], **alone} == whole
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_sharded_runs_resume_at_other_sizes(
+    strategy: str, sharded: bool, tmp_path: Path, whole: dict[int, float]
+) -> None:
+    from tests.training.lightning_runs import run
+
+    from anyckpt.torch.lightning import CheckpointIO
+
+    path = str(tmp_path / "a.ckpt")
+    first = on_ranks(2, trained, str(tmp_path), strategy, 2, None, path, sharded, imported=IMPORTED)
+    assert os.path.isdir(path) == sharded
+    alone = run(tmp_path, DEEP_STEPS, resume=path, plugins=[CheckpointIO()])[0].losses
+    assert {**first[0], **alone} == pytest.approx(whole, rel=1e-5)
+    again = on_ranks(2, trained, str(tmp_path), strategy, DEEP_STEPS, path, None, imported=IMPORTED)
+    straight = on_ranks(2, trained, str(tmp_path), strategy, DEEP_STEPS, None, None, imported=IMPORTED)
+    assert {**first[0], **again[0]} == straight[0]
+
+
+def test_one_device_resumes_on_two(tmp_path: Path, whole: dict[int, float]) -> None:
+    """A file, a folder of weights alone, and another strategy's directory."""
+    from tests.training.lightning_runs import Net, run
+
+    import anyckpt
+    from anyckpt.torch.lightning import CheckpointIO
+
+    path = str(tmp_path / "a.ckpt")
+    model, made = run(tmp_path, 2, plugins=[CheckpointIO()])
+    made.save_checkpoint(path)
+    for strategy in ("fsdp", "tp"):
+        found = on_ranks(2, trained, str(tmp_path), strategy, DEEP_STEPS, path, None, imported=IMPORTED)
+        assert {**model.losses, **found[0]} == pytest.approx(whole, rel=1e-5)
+    fresh = Net()
+    fresh.setup("fit")
+    anyckpt.save(fresh.state_dict(), tmp_path / "w.safetensors", to="safetensors")
+    found = on_ranks(2, trained, str(tmp_path), "fsdp", 1, str(tmp_path / "w.safetensors"), None, imported=IMPORTED)
+    assert found[0] == pytest.approx({0: whole[0]}, rel=1e-5)
