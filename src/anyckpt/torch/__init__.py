@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.retention import Retention
     from anyckpt.operations.run_folder import latest
     from anyckpt.operations.run_upkeep import clean
-    from anyckpt.torch import dcp
+    from anyckpt.torch import dcp, megatron
     from anyckpt.torch.classes import register_class
     from anyckpt.torch.from_another import initialise, perception_settings
     from anyckpt.torch.module_state import Fitted, StateMismatchError
@@ -36,13 +36,14 @@ __all__ = [
     "dcp",
     "initialise",
     "latest",
+    "megatron",
     "perception_settings",
     "register_class",
     "save",
 ]
 
 _WHERE: dict[str, str] = {
-    **{name: f"torch.{name}:" for name in ("dcp",)},
+    **{name: f"torch.{name}:" for name in ("dcp", "megatron")},
     "Retention": "operations.retention",
     "clean": "operations.run_upkeep",
     "latest": "operations.run_folder",

@@ -25,6 +25,7 @@ import torch
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.indexing import Shape
+from anyckpt.torch.megatron.entities import has_entities
 
 Path = tuple[Any, ...]
 Put = Callable[[Any], None]
@@ -110,7 +111,8 @@ def described(state: Mapping[str, Any]) -> LiveState:
     """What this rank has of a nested state dict.
 
     What has ``state_dict`` and ``load_state_dict`` at the top (a module, an optimizer) is taken by the first and, when
-    all is loaded, given to the second.
+    all is loaded, given to the second.  A state with sharded entities of Megatron-Core's is described by
+    ``megatron.live_state``.
 
     Raises:
         UsageError: it is no mapping, two leaves have one name, or a tensor has no elements in memory that can be
@@ -123,6 +125,10 @@ def described(state: Mapping[str, Any]) -> LiveState:
             found=f"a {type(state).__name__}",
             remedy="give the state_dict() of a module",
         )
+    if has_entities(state):
+        from anyckpt.torch.megatron.state import live_state  # which is built of this module
+
+        return live_state(state)
     live = LiveState()
     for key, value in state.items():
         put = _setter(state, key)

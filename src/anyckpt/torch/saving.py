@@ -240,7 +240,6 @@ class _Laid:
         asked = registry.WriteOptions(
             max_shard_size=options.max_shard_size,
             held={name: self.boxes[name] for name in tensors},
-            megatron_args=False,
         )
         return known.plan(checkpoint, asked)
 

@@ -143,7 +143,7 @@ def common_and_sharded(
     ranks = {name for name in checkpoint.objects if _OF_EXPERT_RANKS.match(name)}
     taken = [name for name in checkpoint.objects if name not in ranks]
     sharded = {name: checkpoint.objects[name] for name in taken if _SHARDED_OBJECT.search(name)}
-    common = {name: checkpoint.objects[name] for name in taken if name in common_names}
+    common = {name: checkpoint.objects[name] for name in taken if name in common_names and name not in sharded}
     foreign = {name: _FOREIGN for name in taken if name not in sharded and name not in common_names}
     foreign.update(dict.fromkeys(ranks, _NO_EXPERT_RANKS))
     config = dict(checkpoint.config) if _has_arguments(checkpoint) else {}

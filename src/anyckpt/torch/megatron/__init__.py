@@ -1,0 +1,15 @@
+"""Megatron-Core's sharded states: ours without it, theirs as they are, strategies for its ``dist_checkpointing``."""
+
+from __future__ import annotations
+
+from anyckpt.on_demand import on_demand
+
+_WHERE = {
+    **dict.fromkeys(
+        ("LocalNonpersistentObject", "ShardedObject", "ShardedTensor", "ShardedTensorFactory"),
+        "torch.megatron.entities",
+    ),
+    **dict.fromkeys(("LoadStrategy", "SaveStrategy"), "torch.megatron.strategies"),
+}
+
+__getattr__, __dir__ = on_demand(__name__, _WHERE)

@@ -1,0 +1,294 @@
+"""Megatron-Core's sharded states, and its ``dist_checkpointing`` with our strategies: each loads the other's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+from tests.training.ranks import on_ranks
+
+pytestmark = pytest.mark.peer
+
+GPT = ("tests.training.megatron_gpt", "anyckpt.torch.megatron.strategies")
+
+
+def gone_on(path: str, save: str, load: str) -> tuple[list[float], list[float], list[str], Any]:
+    """The losses of a run, and of one that went on from a checkpoint; what was written, and the common state."""
+    from megatron.core import dist_checkpointing
+    from tests.training.megatron_gpt import Trained
+
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy
+
+    run = Trained()
+    run.train(2)
+    if torch_rank() == 0:
+        os.mkdir(path)
+    barrier()
+    strategy = SaveStrategy() if save == "ours" else None
+    dist_checkpointing.save(run.state(), path, sharded_strategy=strategy, content_metadata={"kind": "tiny"})
+    names = sorted(os.listdir(path))
+    straight = run.train(2)
+    other = Trained(seed=1)
+    loaded = dist_checkpointing.load(
+        other.state(), path, sharded_strategy=LoadStrategy() if load == "ours" else None, strict="raise_all"
+    )
+    other.put(loaded)
+    return straight, other.train(2), names, {key: loaded[key] for key in ("iteration", "notes", "content_metadata")}
+
+
+def torch_rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def barrier() -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+@pytest.mark.parametrize(("save", "load"), [("ours", "theirs"), ("theirs", "ours"), ("ours", "ours")])
+def test_a_run_goes_on_as_if_uninterrupted(save: str, load: str, tmp_path: Path) -> None:
+    import anyckpt
+
+    path = tmp_path / "iter_0000002"
+    for straight, again, names, common in on_ranks(2, gone_on, str(path), save, load, imported=GPT):
+        assert again == straight
+        assert common == {"iteration": 2, "notes": {"of": ["the run", (1, 2)]}, "content_metadata": {"kind": "tiny"}}
+        if save == "ours":
+            shards = ["__0_0.distcp", "__1_0.distcp"]
+            assert names == [".anyckpt-manifest.json", ".metadata", *shards, "common.pt", "metadata.json"]
+    assert os.listdir(tmp_path) == ["iter_0000002"]
+    assert not anyckpt.verify(path).problems
+
+
+def saved(path: str, save: str) -> None:
+    from megatron.core import dist_checkpointing
+    from tests.training.megatron_gpt import Trained
+
+    from anyckpt.torch.megatron import SaveStrategy
+
+    run = Trained()
+    run.train(2)
+    Path(path).mkdir(exist_ok=True)
+    barrier()
+    dist_checkpointing.save(run.state(), path, sharded_strategy=SaveStrategy() if save == "ours" else None)
+
+
+def loaded(path: str, load: str) -> dict[str, list[float]]:
+    """Whole tensors of the model and of the optimizer, as one rank has them."""
+    from megatron.core import dist_checkpointing
+    from tests.training.megatron_gpt import Trained
+
+    from anyckpt.torch.megatron import LoadStrategy
+
+    other = Trained(seed=1)
+    state = other.state()
+    found = dist_checkpointing.load(state, path, sharded_strategy=LoadStrategy() if load == "ours" else None)
+    other.put(found)
+    tensors = {name: tensor.reshape(-1).tolist() for name, tensor in other.model.named_parameters()}
+    for number, moments in other.optimizer.state_dict()["state"].items():
+        tensors[f"exp_avg {number}"] = moments["exp_avg"].reshape(-1).tolist()
+    return tensors
+
+
+def test_another_tensor_parallelism_takes_its_slices(tmp_path: Path) -> None:
+    found = {}
+    for save in ("ours", "theirs"):
+        path = str(tmp_path / save)
+        on_ranks(2, saved, path, save, imported=GPT)
+        for load in ("ours", "theirs"):
+            (found[save, load],) = on_ranks(1, loaded, path, load, imported=GPT)
+    assert all(one == found["theirs", "theirs"] for one in found.values())
+
+
+def asynchronous(path: str, how: str) -> Any:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from tests.training.megatron_gpt import Trained
+
+    from anyckpt.errors import OutputError
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy, rank_writing
+
+    if how == "one fails" and torch_rank() == 1:
+
+        def failing(*arguments: Any, **options: Any) -> Any:
+            raise OutputError("no space left for the output")
+
+        rank_writing.write_files = failing
+    run = Trained()
+    run.train(2)
+    Path(path).mkdir(exist_ok=True)
+    barrier()
+    request = dist_checkpointing.save(run.state(), path, sharded_strategy=SaveStrategy(), async_sharded_save=True)
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(request)
+    straight = run.train(2)  # changes what is being written
+    try:
+        queue.maybe_finalize_async_calls(blocking=True)
+    except OutputError as error:
+        barrier()
+        return str(error), sorted(os.listdir(path)), os.listdir(os.path.dirname(path))
+    other = Trained(seed=1)
+    other.put(dist_checkpointing.load(other.state(), path, sharded_strategy=LoadStrategy()))
+    return straight, other.train(2), sorted(os.listdir(path))
+
+
+def test_an_asynchronous_save_has_what_was_there_when_it_began(tmp_path: Path) -> None:
+    for straight, again, names in on_ranks(2, asynchronous, str(tmp_path / "x"), "well", imported=GPT):
+        assert again == straight
+        assert names[-1] == "metadata.json"
+
+
+def test_a_process_that_fails_to_write_is_told_to_all_ranks(tmp_path: Path) -> None:
+    found = on_ranks(2, asynchronous, str(tmp_path / "x"), "one fails", imported=GPT)
+    for told, names, beside in found:
+        assert "the checkpoint could not be written: no space left for the output" in told
+        assert names == ["common.pt"]
+        assert beside == ["x"]
+
+
+def wrapped(path: str) -> list[Any]:
+    """Replicas on all ranks, which save and load their shares of the whole."""
+    import torch
+    from megatron.core import dist_checkpointing as dist
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelLoadStrategyWrapper,
+        FullyParallelSaveStrategyWrapper,
+    )
+
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy
+
+    def state(factor: float) -> dict[str, Any]:
+        names = ("a", "b", "c")
+        tensors = {name: torch.arange(5.0) * factor + ord(name) * factor for name in names}
+        return {
+            name: dist.ShardedTensor.from_rank_offsets(name, tensor, replica_id=torch_rank())
+            for name, tensor in tensors.items()
+        }
+
+    Path(path).mkdir(exist_ok=True)
+    barrier()
+    dist.save(state(1.0), path, FullyParallelSaveStrategyWrapper(SaveStrategy()))
+    found = dist.load(
+        state(0.0),
+        path,
+        FullyParallelLoadStrategyWrapper(LoadStrategy(), exchange_algo="gather_object"),
+        validate_access_integrity=False,
+    )
+    sizes = {name: os.path.getsize(os.path.join(path, name)) for name in os.listdir(path) if name.endswith(".distcp")}
+    plain = dist.load_plain_tensors(path)
+    metadata = dist.serialization.load_sharded_metadata(path, LoadStrategy())
+    theirs = dist.serialization.load_sharded_metadata(path)
+    assert {name: one.global_shape for name, one in metadata.items()} == {
+        name: one.global_shape for name, one in theirs.items()
+    }
+    return [{name: found[name].tolist() for name in "abc"}, {n: plain[n].tolist() for n in "abc"}, sorted(sizes)]
+
+
+def test_the_wrappers_of_fully_parallel_saving_and_loading_take_ours(tmp_path: Path) -> None:
+    expected = {name: [ord(name) + index for index in map(float, range(5))] for name in "abc"}
+    for found, plain, files in on_ranks(2, wrapped, str(tmp_path / "x"), imported=GPT):
+        assert found == plain == expected
+        assert files == ["__0_0.distcp", "__1_0.distcp"]
+
+
+def refused(path: str) -> list[str]:
+    import torch
+    from megatron.core import dist_checkpointing as dist
+
+    from anyckpt.errors import MappingError, UsageError
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy
+
+    def saving(*parts: Any, key: str = "w") -> str:
+        try:
+            tensors = [dist.ShardedTensor.from_rank_offsets(key, torch.ones(2, 3), part) for part in parts]
+            dist.save(dict(enumerate(tensors)), path, SaveStrategy(), validate_access_integrity=False)
+        except (MappingError, UsageError) as error:
+            return str(error)
+        return ""
+
+    Path(path).mkdir(exist_ok=True)
+    barrier()
+    rank = torch_rank()
+    told = [saving((0, rank, 3)), saving((0, 0, 1)), saving((rank, 0, 2))]
+    barrier()
+    told += [saving((0, rank, 2))]
+    asked = {
+        "one": dist.ShardedTensor.from_rank_offsets("w", torch.zeros(4, 4)),
+        "two": dist.ShardedTensor.from_rank_offsets("v", torch.zeros(2)),
+        "three": dist.mapping.ShardedObject("o", None, (1,), (0,)),
+    }
+    try:
+        dist.load(asked, path, LoadStrategy(), validate_access_integrity=False)
+    except MappingError as error:
+        told.append(str(error))
+    return told
+
+
+def test_shards_that_do_not_make_a_whole_are_refused_by_name(tmp_path: Path) -> None:
+    for holes, twice, shapes, sound, asked in on_ranks(2, refused, str(tmp_path / "x"), imported=GPT):
+        assert "'w'" in holes and "missing [4:6, 0:3]" in holes
+        assert "'w'" in twice and "is there twice" in twice and "ranks 0, 1" in twice
+        assert "'w'" in shapes and "[4, 3] on rank 0; [2, 6] on rank 1" in shapes
+        assert sound == ""
+        assert "2 that the checkpoint has not: o/shard_0_1, v" in asked
+        assert "w: (4, 3) in the checkpoint, (4, 4) in the state" in asked
+
+
+def fixture_loaded(path: str) -> list[str]:
+    """Everything in a checkpoint of Megatron-Core's, as it and we load it whole."""
+    import torch
+    from megatron.core import dist_checkpointing as dist
+
+    from anyckpt.torch.megatron import LoadStrategy
+
+    asked = dist.serialization.load_sharded_metadata(path)
+    theirs = dist.load(dict(asked), path, validate_access_integrity=False)
+    ours = dist.load(dict(asked), path, LoadStrategy(), validate_access_integrity=False)
+    for name in asked:
+        same = torch.equal(ours[name], theirs[name]) if isinstance(ours[name], torch.Tensor) else True
+        assert same and type(ours[name]) is type(theirs[name]), name
+    return sorted(asked)
+
+
+@pytest.mark.parametrize("case", ["gpt_moe_ep2_seq_shared", "gpt_opt_dp_reshardable_dp2"])
+def test_what_megatron_core_wrote_loads_as_it_loads_it(case: str) -> None:
+    (names,) = on_ranks(1, fixture_loaded, f"tests/fixtures/mcore/{case}/ckpt", imported=GPT)
+    assert len(names) > 5
+
+
+def saved_by_us(path: str, format: str) -> Any:
+    from tests.training.megatron_gpt import Trained
+
+    import anyckpt.torch
+
+    run = Trained()
+    run.train(2)
+    anyckpt.torch.save(run.state(), path, format=format)
+    return run.train(2)
+
+
+def gone_on_with_theirs(path: str) -> Any:
+    from megatron.core import dist_checkpointing
+    from tests.training.megatron_gpt import Trained
+
+    run = Trained(seed=1)
+    loaded = dist_checkpointing.load(run.state(), path, strict="raise_all")
+    run.put(loaded)
+    return run.train(2), loaded["iteration"], loaded["notes"], sorted(loaded)
+
+
+def test_states_of_megatron_core_are_saved_as_they_are(tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    straight = on_ranks(2, saved_by_us, path, "megatron-core", imported=GPT)
+    again = on_ranks(2, gone_on_with_theirs, path, imported=GPT)
+    for losses, found in zip(straight, again, strict=True):
+        assert found == (losses, 2, {"of": ["the run", (1, 2)]}, ["iteration", "model", "notes", "optimizer"])
