@@ -21,6 +21,7 @@ from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats.trtllm.division import Division, Heads, cut, join
+from anyckpt.operations.archive import edit, pack, unpack
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor, from_array
 
@@ -135,6 +136,43 @@ def test_ranks_say_the_same_as_one(tmp_path: Path) -> None:
     assert facts(one.tensors) == facts(other.tensors)
     compared = anyckpt.diff(case / "trtllm_tp2pp2", case / "trtllm_tp1pp1")
     assert compared.equal
+
+
+def test_the_vocabulary_of_awq_is_that_of_the_model_again(tmp_path: Path) -> None:
+    case = fixture_path("quant/int4_awq_a/trtllm_tp1pp1")  # 80 tokens, padded to 128
+    found, source = anyckpt.open(case), fixture_path("quant/src_llama_a/hf")
+    assert (found.config["vocab_size"], found["lm_head.weight"].shape[0]) == (80, 128)
+    assert anyckpt.diff(case, source, atol=0.1).equal
+    assert not anyckpt.diff(case, source, atol=0.001).equal
+    anyckpt.convert(case, tmp_path / "hf", to="hf", dtype="bf16")
+    assert anyckpt.open(tmp_path / "hf").config["vocab_size"] == 80
+
+
+def test_archives_are_unpacked_edited_and_packed(tmp_path: Path) -> None:
+    archive = fixture_path("quant/qnemo_b/llama-tiny-int4_awq_gz.qnemo")
+    unpack(archive, tmp_path / "files")
+    assert sorted(path.name for path in (tmp_path / "files").glob("[!.]*")) == [
+        "config.json",
+        "rank0.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.yaml",
+    ]
+    pack(tmp_path / "files", tmp_path / "packed.qnemo")
+    assert anyckpt.diff(archive, tmp_path / "packed.qnemo").equal
+    model = tmp_path / "other.model"
+    model.write_bytes(b"another")
+    changes = {"max_position_embeddings": 32}
+    edit(tmp_path / "packed.qnemo", set=changes, replace={"tokenizer.model": model}, output=tmp_path / "new.qnemo")
+    before, after = anyckpt.open(archive), anyckpt.open(tmp_path / "new.qnemo")
+    assert after.config == {**before.config, **changes}
+    assert after.tokenizer is not None
+    assert after.tokenizer.files["tokenizer.model"].read_all(100) == b"another"
+    assert facts(after.tensors) == facts(before.tensors)
+    with pytest.raises(UsageError, match="no artifact is called 'rank0"):
+        edit(archive, replace={"rank0.safetensors": model}, output=tmp_path / "never")
+    (tmp_path / "files" / "rank0.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"has no model_config\.yaml"):
+        pack(tmp_path / "files", tmp_path / "never")
 
 
 def test_archives_are_read_as_folders_are(tmp_path: Path) -> None:
@@ -310,6 +348,61 @@ def test_ranks_that_are_no_whole(tmp_path: Path, change: Callable[[Path], object
     change(tmp_path / "copy")
     with pytest.raises((FormatError, MappingError), match=message):
         anyckpt.open(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        (f"{QKV}.weights_scaling_factor", np.nan, "1 of 1 are infinite or no numbers"),
+        (f"{QKV}.weights_scaling_factor", -1.0, "1 of 1 are negative"),
+        (f"{QKV}.activation_scaling_factor", 0.0, "1 of 1 are zero"),
+    ],
+)
+def test_numbers_that_no_scale_has_are_damage(tmp_path: Path, name: str, value: float, problem: str) -> None:
+    sound = anyckpt.verify(fixture_path("quant/fp8_a/trtllm_tp1pp1"))
+    assert (sound.sound, sound.checked.scales) == (True, 20)
+    path = changed(tmp_path, "fp8_a", lambda t, c: t.update({name: from_array(np.array([value], np.float32))}))
+    found = anyckpt.verify(path)
+    assert [(each.where, each.problem) for each in found.problems] == [
+        (name, f"its scales are not possible: {problem}")
+    ]
+
+
+def test_what_tensorrt_llm_does_not_load_is_told(tmp_path: Path) -> None:
+    def as_weight_only(tensors: dict[str, LazyTensor], config: dict[str, Any]) -> None:
+        for name in [
+            name for name in tensors if name.endswith(("prequant_scaling_factor", "activation_scaling_factor"))
+        ]:
+            del tensors[name]
+        config["quantization"]["quant_algo"] = "W8A16"
+
+    path = changed(tmp_path, "int8_sq_a", as_weight_only)
+    assert any("row by row and weights_scaling_factor" in text for text in anyckpt.open(path).warnings)
+    done = anyckpt.convert(path, tmp_path / "out", to="trtllm")
+    assert any("TensorRT-LLM cannot load these W8A16 weights" in note for note in done.notes)
+    anyckpt.convert(path, tmp_path / "hf", to="hf", dtype="bf16")
+
+    shutil.rmtree(path)
+
+    def without_factors(tensors: dict[str, LazyTensor], config: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith("prequant_scaling_factor")]:
+            del tensors[name]
+
+    path = changed(tmp_path, "int4_awq_a", without_factors)
+    assert any("which 10 of 10 quantized weights lack" in text for text in anyckpt.open(path).warnings)
+
+
+def test_weights_in_the_order_of_kernels_are_not_taken_for_rows(tmp_path: Path) -> None:
+    def permuted(tensors: dict[str, LazyTensor], config: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith("_scaling_factor")]:
+            scale = tensors.pop(name)
+            if name.endswith(".weights_scaling_factor"):
+                tensors[name.replace("weights_scaling_factor", "per_channel_scale")] = scale
+        config["quantization"]["quant_algo"] = "W8A16"
+
+    path = changed(tmp_path, "int8_sq_a", permuted)
+    with pytest.raises(MappingError, match="order in which a GPU's kernels read it"):
+        anyckpt.convert(path, tmp_path / "hf", to="hf", dtype="bf16")
 
 
 def test_copies_that_differ_are_told(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Change configuration or artifacts of the .nemo ARCHIVE; weights are copied and never loaded."""
+    """Change configuration or artifacts of the .nemo or .qnemo ARCHIVE; weights are copied and never loaded."""
     from anyckpt.operations.archive import edit, parse_replacement, parse_setting
 
     with progress_bar("editing") as progress:

@@ -13,7 +13,7 @@ from anyckpt.cli.console import print_archive, progress_bar
 @click.option("--overwrite", is_flag=True, help="Replace an archive, at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(directory: str, archive: str, overwrite: bool, as_json: bool) -> None:
-    """Pack DIR, an unpacked .nemo, into the new file ARCHIVE."""
+    """Pack DIR, an unpacked .nemo or .qnemo, into the new file ARCHIVE."""
     from anyckpt.operations.archive import pack
 
     with progress_bar("packing") as progress:

@@ -13,7 +13,7 @@ from anyckpt.cli.console import print_archive, progress_bar
 @click.option("--overwrite", is_flag=True, help="Replace an unpacked checkpoint, at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(archive: str, directory: str, overwrite: bool, as_json: bool) -> None:
-    """Unpack the .nemo ARCHIVE into the new directory DIR."""
+    """Unpack the .nemo or .qnemo ARCHIVE into the new directory DIR."""
     from anyckpt.operations.archive import unpack
 
     with progress_bar("unpacking") as progress:

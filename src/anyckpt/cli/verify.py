@@ -33,6 +33,7 @@ def command(path: str, deep: bool, as_json: bool) -> int:
         f"{checked.digests:,} digests" if checked.digests else "",
         f"{checked.checksums:,} checksums" if checked.checksums else "",
         "the model complete" if checked.model else "the text part of the model complete" if checked.text else "",
+        f"the numbers of {checked.scales:,} scales" if checked.scales else "",
         f"the values of {checked.values:,} tensors" if checked.values else "",
         f"the calls of {checked.pickles:,} pickle{'s' * (checked.pickles != 1)}" if checked.pickles else "",
     ]

@@ -1,4 +1,4 @@
-"""Unpacking, packing and editing ``.nemo`` archives, without weights passing through memory.
+"""Unpacking, packing and editing ``.nemo`` and ``.qnemo`` archives, without weights passing through memory.
 
 All three are plans of verbatim copies, so they are written, interrupted and committed as conversions are.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,18 @@ from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan, SourceData
 from anyckpt.engine.run import Progress
 from anyckpt.errors import FormatError, UnsafeError, UsageError
-from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, missing_artifacts, texts
-from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS, Container, open_container
-from anyckpt.formats.nemo.read import read_config
-from anyckpt.formats.nemo.tokenizer import has_prefix
-from anyckpt.formats.shared.archive import ArchiveWriter
+from anyckpt.formats.nemo.container import Container, open_container
+from anyckpt.formats.nemo.members import ARCHIVES as NEMO
+from anyckpt.formats.shared.archive import ArchiveKind, ArchiveWriter
+from anyckpt.formats.trtllm.members import ARCHIVES as QNEMO
 from anyckpt.operations.steps.destination import check_destination
-from anyckpt.plain_yaml import dump_yaml, load_yaml
+from anyckpt.plain_yaml import load_yaml
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.location import look_at
 
 Path = str | os.PathLike[str]
+
+_CONFIG_LIMIT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ArchiveReport:
 def unpack(
     archive: Path, directory: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> ArchiveReport:
-    """Unpack a ``.nemo`` (plain or gzip tar) into a directory that appears only when it is whole.
+    """Unpack a ``.nemo`` or ``.qnemo`` (plain or gzip tar) into a directory that appears only when it is whole.
 
     Args:
         archive: what to unpack.
@@ -79,14 +80,14 @@ def unpack(
     if not names:
         raise FormatError("has no files to unpack", path=archive)
     files = tuple(OutputFile(name, (SourceData(container.folder.open(name)),)) for name in names)
-    return _carry_out(Plan("nemo", files), archive, directory, names, (), overwrite, progress)
+    return _carry_out(Plan(_kind(names).format, files), archive, directory, names, (), overwrite, progress)
 
 
 def pack(directory: Path, archive: Path, *, overwrite: bool = False, progress: Progress | None = None) -> ArchiveReport:
-    """Pack an unpacked ``.nemo`` into a plain tar archive: configuration first, weights last.
+    """Pack an unpacked ``.nemo`` or ``.qnemo`` into a plain tar archive: configuration first, weights last.
 
     Args:
-        directory: has ``model_config.yaml`` and weights at its top.
+        directory: has its configuration (``model_config.yaml``, ``config.json``) and weights at its top.
         archive: the file to make.
         overwrite: replace an archive that is there.
         progress: called with (bytes done, bytes in all).
@@ -101,17 +102,16 @@ def pack(directory: Path, archive: Path, *, overwrite: bool = False, progress: P
     if not location.is_directory:
         raise UsageError("is not a directory", path=path, remedy="give the directory of an unpacked .nemo")
     names = _files_to_pack(path)
-    config = read_config(open_container(location), names)
-    if not any(_is_weight(name) for name in names):
-        raise FormatError(
-            "has no weights", path=path, expected=f"{FLAT_WEIGHTS} or {SHARDED_WEIGHTS}/", found=", ".join(names[:5])
-        )
-    _check_references(config, names, path)
+    kind = _kind(names)
+    config = _read_config(kind, open_container(location), names)
+    if not any(kind.is_weight(name) for name in names):
+        raise FormatError("has no weights", path=path, expected=kind.weights, found=", ".join(names[:5]))
+    _check_references(kind, config, names, path)
     check_destination(os.fspath(archive), [path], overwrite=overwrite)
     writer = ArchiveWriter()
     writer.add_directory(".")
     made: set[str] = {""}
-    for name in sorted(names, key=lambda name: (name != CONFIG, _is_weight(name), name)):
+    for name in sorted(names, key=lambda name: (name != kind.config, kind.is_weight(name), name)):
         parents = name.split("/")[:-1]
         for depth in range(1, len(parents) + 1):
             parent = "/".join(parents[:depth])
@@ -119,7 +119,7 @@ def pack(directory: Path, archive: Path, *, overwrite: bool = False, progress: P
                 writer.add_directory(f"./{parent}")
                 made.add(parent)
         writer.add_source(f"./{name}", LocalFile(os.path.join(path, name)))
-    return _carry_out(Plan("nemo", (writer.file(),)), directory, archive, names, (), overwrite, progress)
+    return _carry_out(Plan(kind.format, (writer.file(),)), directory, archive, names, (), overwrite, progress)
 
 
 def edit(
@@ -131,13 +131,13 @@ def edit(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ArchiveReport:
-    """Change configuration values or swap artifacts of a ``.nemo``; everything else is copied byte for byte.
+    """Change configuration values or swap artifacts of a ``.nemo`` or ``.qnemo``.
 
-    Members keep their order and names; a gzip archive becomes a plain one.
+    Everything else is copied byte for byte.  Members keep their order and names; a gzip archive becomes a plain one.
 
     Args:
         archive: what to change.
-        set: dotted key of ``model_config.yaml`` (numbers count in lists) -> new value, plain data.  The last key may
+        set: dotted key of the configuration (numbers count in lists) -> new value, plain data.  The last key may
             be new, what leads to it must be there.
         replace: artifact -> file with its new contents.  An artifact is a member's name, its base name without
             the 32 digits in front, or the configuration key that refers to it.
@@ -155,11 +155,14 @@ def edit(
     if not set and not replace:
         raise UsageError("nothing to change", path=path, remedy="give a key to set or an artifact to replace")
     names = [name for name, member in container.members.items() if not member.is_directory]
-    config = read_config(container, names)
+    kind = _kind(names)
+    config = _read_config(kind, container, names)
     for key, value in (set or {}).items():
         _set(config, key, value, path)
-    replaced = {_find_artifact(config, names, key, path): LocalFile(file) for key, file in (replace or {}).items()}
-    _check_references(config, names, path)
+    replaced = {
+        _find_artifact(kind, config, names, key, path): LocalFile(file) for key, file in (replace or {}).items()
+    }
+    _check_references(kind, config, names, path)
     destination = path if output is None else os.fspath(output)
     if output is not None:
         check_destination(destination, [path], overwrite=overwrite)
@@ -167,13 +170,13 @@ def edit(
     for name, member in container.members.items():
         if member.is_directory:
             writer.add_directory(member.stored_name, member.mtime)
-        elif name == CONFIG and set:
-            writer.add_bytes(member.stored_name, dump_yaml(config).encode())
+        elif name == kind.config and set:
+            writer.add_bytes(member.stored_name, kind.dump(config).encode())
         else:
             writer.add_source(member.stored_name, replaced.get(name, member.source), member.mtime)
     changed = (*(set or {}), *replaced)
     in_place = output is None
-    plan = Plan("nemo", (writer.file(),))
+    plan = Plan(kind.format, (writer.file(),))
     return _carry_out(plan, archive, destination, names, changed, overwrite or in_place, progress)
 
 
@@ -205,7 +208,9 @@ def parse_replacement(text: str) -> tuple[str, str]:
 def _archive(path: Path) -> Container:
     location = look_at(path)
     if location.is_directory:
-        raise UsageError("is a directory", path=path, expected="a .nemo archive", remedy="change its files directly")
+        raise UsageError(
+            "is a directory", path=path, expected="a .nemo or .qnemo archive", remedy="change its files directly"
+        )
     if not location.head:
         raise FormatError("is empty", path=path, remedy="copy it again from its origin")
     return open_container(location)
@@ -226,8 +231,29 @@ def _carry_out(
     return ArchiveReport(output, tuple(members), changed, report.bytes_written, time.monotonic() - started)
 
 
-def _is_weight(name: str) -> bool:
-    return name.rpartition("/")[2] == FLAT_WEIGHTS or name.startswith(f"{SHARDED_WEIGHTS}/")
+def _kind(names: Sequence[str]) -> ArchiveKind:
+    """Of which format an archive's files are; NeMo's where they are of neither."""
+    is_qnemo = QNEMO.config in names and any(map(QNEMO.is_weight, names)) and NEMO.config not in names
+    return QNEMO if is_qnemo else NEMO
+
+
+def _read_config(kind: ArchiveKind, container: Container, names: Sequence[str]) -> dict[str, Any]:
+    """The configuration as plain data.
+
+    Raises:
+        FormatError: it is missing or invalid.
+    """
+    if kind.config not in names:
+        elsewhere = next((name for name in names if name.endswith(f"/{kind.config}")), None)
+        raise FormatError(
+            f"has no {kind.config}",
+            path=container.folder.name,
+            expected=f"{kind.config} at the top of the archive",
+            found=elsewhere or ", ".join(names[:5]) or "no files",
+            remedy="pack it again from within that folder" if elsewhere else f"check that it is a {kind.suffix} file",
+        )
+    source = container.folder.open(kind.config)
+    return kind.read(source.read_all(limit=_CONFIG_LIMIT), source.name)
 
 
 def _files_to_pack(path: str) -> list[str]:
@@ -253,8 +279,8 @@ def _files_to_pack(path: str) -> list[str]:
     return [name for name in sorted(found) if name.rpartition("/")[2] != MANIFEST_NAME]
 
 
-def _check_references(config: dict[str, Any], names: list[str], path: str) -> None:
-    for key, name in missing_artifacts(config, names).items():
+def _check_references(kind: ArchiveKind, config: dict[str, Any], names: list[str], path: str) -> None:
+    for key, name in kind.missing(config, names).items():
         raise FormatError(
             f"the configuration's {key} refers to {name!r}, which is missing",
             path=path,
@@ -293,14 +319,14 @@ def _choices(holder: Any) -> str:
     return f"a list of {len(holder)}" if isinstance(holder, list) else f"the value {holder!r}"
 
 
-def _find_artifact(config: dict[str, Any], names: list[str], wanted: str, path: str) -> str:
+def _find_artifact(kind: ArchiveKind, config: dict[str, Any], names: list[str], wanted: str, path: str) -> str:
     """The member that a user means by a name, a base name without digits, or a configuration key."""
-    artifacts = [name for name in names if name != CONFIG and not _is_weight(name)]
-    references = {".".join(map(str, keys)): text.removeprefix(ARTIFACT_SCHEME) for keys, text in texts(config)}
+    artifacts = [name for name in names if name != kind.config and not kind.is_weight(name)]
+    references = kind.references(config)
     if references.get(wanted) in artifacts:
         return references[wanted]
     wanted = wanted.removeprefix("./")
-    found = [wanted] if wanted in artifacts else [n for n in artifacts if has_prefix(n) and n[33:] == wanted]
+    found = [wanted] if wanted in artifacts else [n for n in artifacts if kind.plain_name(n) == wanted]
     if len(found) != 1:
         raise UsageError(
             f"{'several artifacts are' if found else 'no artifact is'} called {wanted!r}",

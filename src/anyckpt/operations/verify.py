@@ -53,6 +53,7 @@ class Checked:
         checksums: CRCs of the container that agree with its bytes.
         model: whether layers and weights were found complete for the model family.
         text: whether these of the text part of a larger model were, of which no more is known.
+        scales: of quantized weights and activations, whose numbers were read and looked at.
         values: tensors whose elements were read and looked at.
         pickles: pickles that were looked at for what they call, those within pickles included.
     """
@@ -63,6 +64,7 @@ class Checked:
     checksums: int = 0
     model: bool = False
     text: bool = False
+    scales: int = 0
     values: int = 0
     pickles: int = 0
 
@@ -250,6 +252,7 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
             method = quantization.method_of(whole.quantization)
             result.warnings.append(f"whether the model is complete is not known: it is quantized by {method}")
             return
+        _check_scales(whole, result)
         whole = in_full_precision(whole, "bfloat16").checkpoint
         model = identify(whole)
         if model is None:
@@ -259,6 +262,19 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
         if error.path == checkpoint.path:
             error.path = None
         result.problems.append(Problem(checkpoint.path, str(error)))
+
+
+def _check_scales(whole: Checkpoint, result: Verification) -> None:
+    """The numbers of a quantized model's scales; whether they fit its weights shows when these are dequantized."""
+    if whole.quantization is None:
+        return
+    try:
+        for scale in quantization.scales_checked(whole.weights(), whole.quantization):
+            result.checked.scales += 1
+            if scale.problem is not None:
+                result.problems.append(Problem(scale.name, scale.problem))
+    except AnyckptError as error:  # of a file that is cut short, which its pieces show too
+        result.problems.append(Problem(whole.path, f"{error}; scales after it were not checked"))
 
 
 def _check_hub(hub: models.Hub, result: Verification) -> None:

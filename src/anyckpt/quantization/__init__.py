@@ -2,6 +2,7 @@
 
 from anyckpt.quantization.methods import METHODS, is_understood, method_of
 from anyckpt.quantization.quantizing import ALGORITHMS, Options, quantized
+from anyckpt.quantization.scales import scales_checked
 from anyckpt.quantization.weights import Dequantized, dequantize, refusal
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "method_of",
     "quantized",
     "refusal",
+    "scales_checked",
 ]

@@ -28,14 +28,15 @@ METHOD = "trtllm"
 """As ``quant_method`` says it."""
 
 _WEIGHT = ".weight"
-_PREQUANT = ".prequant_scaling_factor"
-_OF_ACTIVATIONS = (
+PREQUANT = ".prequant_scaling_factor"
+OF_ACTIVATIONS = (
     ".activation_scaling_factor",
     "_cache_scaling_factor",
     ".quantization_scaling_factor",
     ".act_scale",
     ".scale_to_int",
 )
+_WEIGHT_ONLY = ("W8A16", "W4A16")
 _UNNEEDED = "the scale of a quantized activation, which a model in full precision does not have"
 _PARTS = (".weights_scaling_factor", ".weights_scaling_factor_2", ".per_channel_scale", ".zero", ".alpha", ".smoother")
 _PREQUANT_TYPES = ("float16", "bfloat16", "float32")
@@ -67,7 +68,7 @@ def numbers(
     ignored: dict[str, str] = {}
     used: set[str] = set()
     for name, tensor in tensors.items():
-        if name.endswith(_OF_ACTIVATIONS):
+        if name.endswith(OF_ACTIVATIONS):
             ignored[name] = _UNNEEDED
         elif name.endswith(_WEIGHT) and tensor.dtype.itemsize == 1:
             stem = name.removesuffix(_WEIGHT)
@@ -80,7 +81,7 @@ def numbers(
     for name in list(made):
         if name in used:
             del made[name]
-        elif name.endswith((*_PARTS, _PREQUANT)):
+        elif name.endswith((*_PARTS, PREQUANT)):
             raise MappingError(
                 "is part of a quantized weight whose other parts are missing or of other types",
                 path=path,
@@ -122,6 +123,14 @@ class Quantized:
             MappingError: they do not fit one another.
         """
         stored = tensors[stem + _WEIGHT]
+        if f"{stem}.per_channel_scale" in tensors and facts.get("quant_algo") in _WEIGHT_ONLY:
+            raise MappingError(
+                "lies in the order in which a GPU's kernels read it, which differs between them",
+                path=path,
+                tensor=stem + _WEIGHT,
+                expected=f"rows as the model has them, beside {stem}.weights_scaling_factor",
+                remedy="convert the model from what it was quantized from",
+            )
         scheme = next((each for each in schemes if _fits(stored, stem, each, tensors)), None)
         if scheme is None:
             raise MappingError(
@@ -150,10 +159,10 @@ class Quantized:
             arranged = product(arranged, _one(stem + scheme.common, tensors, path))
         elif f"{stem}.weights_scaling_factor_2" in tensors:
             parts.add(f"{stem}.weights_scaling_factor_2")  # of W4A8, by which only the engine divides the others
-        inputs = tensors.get(stem + _PREQUANT)
+        inputs = tensors.get(stem + PREQUANT)
         if inputs is not None:
-            parts.add(stem + _PREQUANT)
-            inputs = _of_inputs(stem + _PREQUANT, inputs, codes.shape, path)
+            parts.add(stem + PREQUANT)
+            inputs = _of_inputs(stem + PREQUANT, inputs, codes.shape, path)
         table = _table(scheme, stored.dtype)
         kind = {"packed int4": "int4", "float8": "float8_e4m3fn"}.get(scheme.numbers, scheme.numbers)
         return cls(codes, arranged, block, table, kind, frozenset(parts), inputs)
@@ -261,5 +270,5 @@ def _of_inputs(name: str, factors: LazyTensor, shape: Shape, path: str) -> LazyT
 
 
 def _beside(stem: str, tensors: Mapping[str, LazyTensor]) -> str:
-    there = [suffix for suffix in (*_PARTS, _PREQUANT) if stem + suffix in tensors]
+    there = [suffix for suffix in (*_PARTS, PREQUANT) if stem + suffix in tensors]
     return ", ".join(there) or "no scales"

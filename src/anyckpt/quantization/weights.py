@@ -15,7 +15,7 @@ from anyckpt.quantization.nodes import Halved, as_bytes, product, scaled
 from anyckpt.quantization.numbers import table_of
 from anyckpt.tensor import LazyTensor
 
-_OF_ACTIVATIONS = (
+OF_ACTIVATIONS = (
     ".input_scale",
     ".activation_scale",
     ".input_scale_ub",
@@ -115,7 +115,7 @@ def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: s
             made[stem] = _weight(name, codes, stem, scheme, tensors, to, path)
             kind = codes.dtype.name if scheme.numbers == "float8" else scheme.numbers.removeprefix("packed ")
             casts[f"{kind} -> {to}"] += 1
-        elif name.endswith(_OF_ACTIVATIONS):
+        elif name.endswith(OF_ACTIVATIONS):
             ignored[name] = _UNNEEDED
         else:
             made.setdefault(name, codes)

@@ -110,7 +110,7 @@ def open_container(location: Location) -> Container:
         raise FormatError(
             "is not a tar archive",
             path=location.path,
-            expected="a .nemo is a tar with model_config.yaml and weights",
+            expected="a tar with model_config.yaml and weights (.nemo), or config.json and rank0.safetensors (.qnemo)",
             found=f"a file that begins with {location.head[:8]!r}",
             remedy="check that it is the right file and was copied whole (not a Git LFS pointer)",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from anyckpt.containers.torch_file import shift_parts
 from anyckpt.engine.plan import Literal, OutputFile, Part, SourceData
@@ -11,6 +13,35 @@ from anyckpt.storage.tar_headers import tar_end, tar_header, tar_padding
 
 LayOut = Callable[[int, bool], Sequence[Part]]
 """From the offset in the archive, and whether contents may be aligned to it, to the parts of a member."""
+
+
+@dataclass(frozen=True)
+class ArchiveKind:
+    """What unpacking, packing and editing know of a format's archives.
+
+    Attributes:
+        format: its name.
+        suffix: how such files are called.
+        config: the member that describes the model.
+        weights: which members hold weights, for messages.
+        read: the configuration as plain data, from its bytes and what to call it in a message.
+        dump: its text.
+        is_weight: whether a member, by its name, holds weights.
+        references: dotted key of the configuration -> member that it names.
+        missing: the same of those that are not among some names.
+        plain_name: what a person calls a member.
+    """
+
+    format: str
+    suffix: str
+    config: str
+    weights: str
+    read: Callable[[bytes, str], dict[str, Any]]
+    dump: Callable[[dict[str, Any]], str]
+    is_weight: Callable[[str], bool]
+    references: Callable[[dict[str, Any]], Mapping[str, str]] = lambda config: {}
+    missing: Callable[[dict[str, Any], Iterable[str]], Mapping[str, str]] = lambda config, names: {}
+    plain_name: Callable[[str], str] = str
 
 
 class ArchiveWriter:

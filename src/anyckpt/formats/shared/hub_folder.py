@@ -45,15 +45,18 @@ def read_json(source: ByteSource) -> dict[str, Any]:
     Raises:
         FormatError: it is empty, not JSON, nested too deeply, or not an object.
     """
+    return json_object(source.read_all(_JSON_LIMIT), source.name)
+
+
+def json_object(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object from a file's bytes, as ``read_json`` gives it; messages call the file ``name``."""
     try:
-        value = json.loads(source.read_all(_JSON_LIMIT).decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         brief = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
-        raise FormatError(
-            f"is not valid JSON: {brief}", path=source.name, remedy="copy it again from its origin"
-        ) from None
+        raise FormatError(f"is not valid JSON: {brief}", path=name, remedy="copy it again from its origin") from None
     if not isinstance(value, dict):
-        raise FormatError("is not a JSON object", path=source.name, found=type(value).__name__)
+        raise FormatError("is not a JSON object", path=name, found=type(value).__name__)
     return value
 
 

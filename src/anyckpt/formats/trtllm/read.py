@@ -12,6 +12,8 @@ from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.formats.trtllm import tokenizer
 from anyckpt.formats.trtllm.container import CONFIG, LAYERS, RANK, opened, rank_file
 from anyckpt.formats.trtllm.division import Division, Heads, copies, division, join, layer_of
+from anyckpt.formats.trtllm.loading import refused
+from anyckpt.formats.trtllm.vocabulary import true_size
 from anyckpt.layout.replicas import SMALL, Replicas, compare
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor
@@ -47,6 +49,10 @@ def read(location: Location) -> Checkpoint:
         raise
     found, artifacts = tokenizer.read(folder)
     quantization = _quantization(stated, artifacts, location.path)
+    warnings += refused(tensors, quantization)
+    size = true_size(tensors, config, quantization)
+    if size is not None:
+        config["vocab_size"] = size
     ignored = {}
     if folder.is_folder(tokenizer.NEMO2):
         ignored[tokenizer.NEMO2] = "NeMo 2's description of the model that was exported; its tokenizer is taken"

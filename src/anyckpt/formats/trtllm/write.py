@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
@@ -17,6 +18,8 @@ from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.formats.trtllm import tokenizer
 from anyckpt.formats.trtllm.container import CONFIG, LAYERS, RANK, rank_file
 from anyckpt.formats.trtllm.division import Heads, cut, division, is_first, layer_of
+from anyckpt.formats.trtllm.loading import refused
+from anyckpt.formats.trtllm.vocabulary import with_padding
 from anyckpt.tensor import LazyTensor
 
 _ORDER = (
@@ -46,6 +49,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         )
     layout = options.layout or ParallelLayout()
     weights, ignored = weights_only(checkpoint)
+    weights, config = with_padding(weights, checkpoint.config, checkpoint.quantization)
+    checkpoint = replace(checkpoint, config=config)
     notes: list[str] = []
     files: dict[str, OutputFile] = {}
     for number, part in enumerate(_ranks(weights, layout, checkpoint)):
@@ -64,6 +69,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         files.setdefault(name, OutputFile(name, (SourceData(source),), 1))
     if checkpoint.config.get("dtype") == "float32":
         notes.append("the weights are float32, of which engines are slow: choose --dtype fp16 or bf16 for one to serve")
+    notes += refused(weights, checkpoint.quantization)
     outputs = (_archive(files),) if options.compress else tuple(files.values())
     return Plan("trtllm", outputs, ignored=ignored, notes=tuple(notes))
 
