@@ -14,11 +14,23 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SIZE = click.IntRange(min=1)
 _OPTIONS = (
-    click.option("--tp", type=_SIZE, metavar="N", help="Tensor parallel size, where a file per rank is written."),
-    click.option("--pp", type=_SIZE, metavar="N", help="Pipeline parallel size."),
-    click.option("--vpp", type=_SIZE, metavar="N", help="Virtual pipeline: chunks per stage."),
-    click.option("--ep", type=_SIZE, metavar="N", help="Expert parallel size."),
-    click.option("--etp", type=_SIZE, metavar="N", help="Expert tensor parallel size; as --tp if not given."),
+    click.option(
+        "--tp",
+        "tensor_parallel",
+        type=_SIZE,
+        metavar="N",
+        help="Tensor parallel size, where a file per rank is written.",
+    ),
+    click.option("--pp", "pipeline_parallel", type=_SIZE, metavar="N", help="Pipeline parallel size."),
+    click.option("--vpp", "virtual_pipeline", type=_SIZE, metavar="N", help="Virtual pipeline: chunks per stage."),
+    click.option("--ep", "expert_parallel", type=_SIZE, metavar="N", help="Expert parallel size."),
+    click.option(
+        "--etp",
+        "expert_tensor_parallel",
+        type=_SIZE,
+        metavar="N",
+        help="Expert tensor parallel size; as --tp if not given.",
+    ),
     click.option("--first-stage-layers", type=_SIZE, metavar="N", help="Layers of the first pipeline stage."),
     click.option("--last-stage-layers", type=_SIZE, metavar="N", help="Layers of the last pipeline stage."),
     click.option("--account-for-embedding", is_flag=True, help="The embedding takes a layer's place in its stage."),
@@ -28,6 +40,7 @@ _OPTIONS = (
     click.option("--make-vocab-size-divisible-by", type=_SIZE, metavar="N", help="Pad to a multiple of N x --tp."),
     click.option(
         "--vocab-padding",
+        "padding",
         type=click.Choice(["zeros", "repeat-last-row"]),
         default="zeros",
         show_default=True,
@@ -68,22 +81,5 @@ def layout_request(options: dict[str, Any]) -> LayoutRequest:
     from anyckpt.operations.steps.user_files import read_rules
 
     rules = options.pop("partition_rules")
-    return LayoutRequest(
-        tensor_parallel=options.pop("tp"),
-        pipeline_parallel=options.pop("pp"),
-        virtual_pipeline=options.pop("vpp"),
-        expert_parallel=options.pop("ep"),
-        expert_tensor_parallel=options.pop("etp"),
-        first_stage_layers=options.pop("first_stage_layers"),
-        last_stage_layers=options.pop("last_stage_layers"),
-        account_for_embedding=options.pop("account_for_embedding"),
-        account_for_loss=options.pop("account_for_loss"),
-        pipeline_layout=options.pop("pipeline_layout"),
-        vocab_size=options.pop("vocab_size"),
-        make_vocab_size_divisible_by=options.pop("make_vocab_size_divisible_by"),
-        padding=options.pop("vocab_padding"),
-        keep_extra_state=options.pop("keep_extra_state"),
-        transformer_impl=options.pop("transformer_impl"),
-        megatron_args=options.pop("megatron_args"),
-        rules=None if rules is None else read_rules(rules),
-    )
+    said = {name: options.pop(name) for name in LayoutRequest.__dataclass_fields__ if name in options}
+    return LayoutRequest(**said, rules=None if rules is None else read_rules(rules))

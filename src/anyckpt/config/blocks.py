@@ -108,24 +108,12 @@ class BlockConfig:
         return self.moe_layer_freq is None or self.moe_layer_freq[layer] == 1
 
 
-_SIZES = (
-    "num_moe_experts",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_shared_expert_intermediate_size",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "mtp_num_layers",
-    "mamba_num_heads",
-    "mamba_head_dim",
-    "mamba_num_groups",
-    "mamba_state_dim",
-    "attention_chunk_size",
+_SIZES = tuple(
+    """
+    num_moe_experts moe_router_topk moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk
+    moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+    mtp_num_layers mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim attention_chunk_size
+    """.split()
 )
 _LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")

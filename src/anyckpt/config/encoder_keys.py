@@ -149,24 +149,11 @@ def sections(rendered: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]
     }
 
 
-_OF_A_STACK = (
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "init_method_std",
-    "hidden_dropout",
-    "attention_dropout",
-    "ffn_dropout",
-    "position_embedding_type",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "apply_query_key_layer_scaling",
-    "layernorm_epsilon",
-    "bias",
-    "normalization",
-    "activation",
-    "openai_gelu",
-    "transformer_block_type",
+_OF_A_STACK = tuple(
+    """
+    hidden_size ffn_hidden_size num_attention_heads kv_channels init_method_std hidden_dropout attention_dropout
+    ffn_dropout position_embedding_type relative_attention_num_buckets relative_attention_max_distance
+    apply_query_key_layer_scaling layernorm_epsilon bias normalization activation openai_gelu transformer_block_type
+    """.split()
 )
 """Keys of ``megatron_model_base_config.yaml``."""

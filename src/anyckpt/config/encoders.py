@@ -65,16 +65,11 @@ class EncoderConfig:
         return (self.img_h or 0) // side * ((self.img_w or 0) // side) + (self.class_token_len or 0)
 
 
-_SIZES = (
-    "encoder_num_layers",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "patch_dim",
-    "img_h",
-    "img_w",
-    "class_token_len",
-    "output_dim",
-    "num_classes",
+_SIZES = tuple(
+    """
+    encoder_num_layers relative_attention_num_buckets relative_attention_max_distance patch_dim img_h img_w
+    class_token_len output_dim num_classes
+    """.split()
 )
 
 

@@ -35,32 +35,14 @@ _FUNCTIONS = {
     "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
     "fast_gelu": "megatron.core.activations.fast_gelu",
 }
-_SAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "layernorm_epsilon",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "init_method_std",
-    "attention_dropout",
-    "hidden_dropout",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_interleaved",
-    "make_vocab_size_divisible_by",
-    "window_size",
-    "seq_length",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
+_SAME = tuple(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
+    layernorm_epsilon add_bias_linear add_qkv_bias qk_layernorm init_method_std attention_dropout hidden_dropout
+    position_embedding_type rotary_base rotary_percent rotary_interleaved make_vocab_size_divisible_by window_size
+    seq_length num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+    account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
+    """.split()
 )
 _SIZES = (
     "tensor_model_parallel_size",

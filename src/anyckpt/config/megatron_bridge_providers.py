@@ -37,38 +37,19 @@ _ANYWHERE = (
     "is_hybrid_model",
     ENCODED,
 )
-_EXPERTS = (
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_router_pre_softmax",
-    "moe_router_score_function",
-    "moe_router_enable_expert_bias",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_topk_scaling_factor",
-    "moe_aux_loss_coeff",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_layer_freq",
-    "moe_grouped_gemm",
-    "moe_token_dispatcher_type",
-    "moe_router_load_balancing_type",
-    "moe_apply_probs_on_input",
+_EXPERTS = tuple(
+    """
+    moe_router_topk moe_ffn_hidden_size moe_router_pre_softmax moe_router_score_function
+    moe_router_enable_expert_bias moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor
+    moe_aux_loss_coeff moe_shared_expert_intermediate_size moe_shared_expert_gate moe_layer_freq moe_grouped_gemm
+    moe_token_dispatcher_type moe_router_load_balancing_type moe_apply_probs_on_input
+    """.split()
 )
-_LATENT = (
-    "multi_latent_attention",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "rope_type",
-    "rotary_scaling_factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
+_LATENT = tuple(
+    """
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
+    rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim
+    """.split()
 )
 _MAMBA = (
     "hybrid_override_pattern",

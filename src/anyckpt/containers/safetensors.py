@@ -40,29 +40,11 @@ and bytes here, as torch's do."""
 _AXES_LIMIT = 32 if np.__version__.startswith("1.") else 64  # of numpy, by which elements are moved
 _CODE_OF = {kind: code for code, (kind, _, _) in _PACKED.items()}
 
-_WRITING_ORDER = (
-    "U64",
-    "I64",
-    "F64",
-    "C64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E5M2FNUZ",
-    "F8_E4M3FNUZ",
-    "F8_E8M0",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I8",
-    "U8",
-    "F6_E3M2",
-    "F6_E2M3",
-    "F4",
-    "BOOL",
+_WRITING_ORDER = tuple(
+    """
+    U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 F6_E3M2
+    F6_E2M3 F4 BOOL
+    """.split()
 )
 """Element types in the order in which the library 0.8 lays tensors out; by name within a type."""
 

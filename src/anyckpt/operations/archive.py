@@ -49,13 +49,7 @@ class ArchiveReport:
 
     def to_json(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
-        return {
-            "output": self.output,
-            "members": list(self.members),
-            "changed": list(self.changed),
-            "bytes_written": self.bytes_written,
-            "seconds": self.seconds,
-        }
+        return {**vars(self), "members": list(self.members), "changed": list(self.changed)}
 
 
 def unpack(

@@ -12,7 +12,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.average_adapters import are_adapters, mean_of_adapters
 from anyckpt.operations.convert import Conversion, converted
-from anyckpt.operations.options import ConvertOptions, documented
+from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.aligned_models import Choice, align, chosen
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
 from anyckpt.operations.steps.destination import check_destination
@@ -85,26 +85,14 @@ def average(
     origins = [os.fspath(path) for path in sources]
     check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = [registry.read(path, force=force) for path in sources]
-    options = ConvertOptions(
+    options = asked(
+        locals(),
         to=stored[0].format if to is None else to,
-        family=family,
         config=read_config(config),
-        tokenizer=tokenizer,
-        names=names,
-        adapter_form=adapter_form,
-        dtype=dtype,
-        keep_in_fp32=keep_in_fp32,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        layout=layout,
         keep_layout=to is None and bool(stored[0].ranks),
-        overwrite=overwrite,
-        resume=resume,
-        share=share,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-        progress=progress,
+        include=None,
+        exclude=None,
+        force=False,
     )
     rules = options.request.rules
     plain = [

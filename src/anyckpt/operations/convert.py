@@ -11,7 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import Plan, describe
 from anyckpt.errors import AnyckptError, IncompleteError, MappingError
 from anyckpt.formats import registry
-from anyckpt.operations.options import ConvertOptions, documented
+from anyckpt.operations.options import ConvertOptions, asked, documented
 from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_write
 from anyckpt.operations.steps.adapter_inside import holds_adapter, without_adapter
 from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, rename_adapter
@@ -77,25 +77,10 @@ class Conversion:
 
     def to_json(self) -> dict[str, Any]:
         """As ``convert --json`` prints it; a dry run lists the files."""
-        facts: dict[str, Any] = {
-            "output": self.output,
-            "format": self.format,
-            "tensors": self.tensors,
-            "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written,
-            "seconds": self.seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "ignored": [{"name": name, "reason": reason} for name, reason in self.ignored.items()],
-            "casts": self.casts,
-            "notes": list(self.notes),
-            "resumed_bytes": self.resumed_bytes,
-            "dry_run": self.dry_run,
-            "share": self.share,
-            "missing_shares": list(self.missing_shares),
-        }
-        if self.dry_run:
-            facts["files"] = list(self.files)
-        return facts
+        told = {"ignored": [{"name": name, "reason": reason} for name, reason in self.ignored.items()]}
+        facts = {**vars(self), **told, "notes": list(self.notes), "missing_shares": list(self.missing_shares)}
+        files = facts.pop("files")
+        return {**facts, "files": list(files)} if self.dry_run else facts
 
 
 @documented
@@ -154,42 +139,7 @@ def convert(
         OutputError: the destination exists or cannot be written.
         UsageError: the options contradict each other, or no rule leads from this source to this target.
     """
-    options = ConvertOptions(
-        to=to,
-        family=family,
-        config=config,
-        model_id=model_id,
-        tokenizer=tokenizer,
-        tokenizer_library=tokenizer_library,
-        names=names,
-        adapter_form=adapter_form,
-        alpha=alpha,
-        dtype=dtype,
-        quantize=quantize,
-        quantize_form=quantize_form,
-        group_size=group_size,
-        activation_scale=activation_scale,
-        quantize_exclude=quantize_exclude,
-        report=report,
-        keep_in_fp32=keep_in_fp32,
-        include=include,
-        exclude=exclude,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        optimizer=optimizer,
-        layout=layout,
-        compress=compress,
-        keep_layout=keep_layout,
-        force=force,
-        overwrite=overwrite,
-        resume=resume,
-        share=share,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-        progress=progress,
-    )
-    return converted(source, destination, options, sources=sources)
+    return converted(source, destination, asked(locals()), sources=sources)
 
 
 def converted(

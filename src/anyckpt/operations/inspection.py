@@ -10,6 +10,15 @@ from anyckpt.operations.steps.statistics import Statistics
 from anyckpt.pickling import Callee
 from anyckpt.units import format_bytes
 
+_IN_JSON = tuple(
+    """
+    path format format_version family parameters bytes tensor_count dtypes layout step has_optimizer artifacts
+    config warnings dialect dtype_bytes size model epoch consumed_samples states tokenizer config_kind ignored
+    objects values details adapter notes
+    """.split()
+)
+"""Attributes of an inspection that are in ``--json`` as they are, in its order."""
+
 
 @dataclass(frozen=True)
 class TensorFacts:
@@ -37,14 +46,8 @@ class TensorFacts:
 
     def to_json(self) -> dict[str, Any]:
         """As in ``inspect --json``: ``sha256`` and ``stats`` are there only if computed."""
-        facts: dict[str, Any] = {
-            "name": self.name,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "nbytes": self.nbytes,
-            "shards": self.shards,
-            "files": list(self.files),
-        }
+        facts = {**vars(self), "shape": list(self.shape), "files": list(self.files)}
+        del facts["sha256"], facts["statistics"]
         if self.sha256 is not None:
             facts["sha256"] = self.sha256
         if self.statistics is not None:
@@ -129,40 +132,7 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """As ``inspect --json`` prints it."""
-        facts = {
-            name: getattr(self, name)
-            for name in (
-                "path",
-                "format",
-                "format_version",
-                "family",
-                "parameters",
-                "bytes",
-                "tensor_count",
-                "dtypes",
-                "layout",
-                "step",
-                "has_optimizer",
-                "artifacts",
-                "config",
-                "warnings",
-                "dialect",
-                "dtype_bytes",
-                "size",
-                "model",
-                "epoch",
-                "consumed_samples",
-                "states",
-                "tokenizer",
-                "config_kind",
-                "ignored",
-                "objects",
-                "values",
-                "details",
-                "adapter",
-                "notes",
-            )
-        }
+        facts = {name: getattr(self, name) for name in _IN_JSON}
         facts["likely_families"] = list(self.likely_families)
         facts["calls"] = [callee.to_json() for callee in self.calls]
         if self.tensors is not None:

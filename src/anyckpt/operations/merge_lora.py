@@ -20,7 +20,7 @@ from anyckpt.models.adapters.by_name import block_of
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.merge_in_place import is_tied, merged_in_place
-from anyckpt.operations.options import ConvertOptions, documented
+from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType
 from anyckpt.operations.steps.choosing import choose
@@ -99,24 +99,15 @@ def merge_lora(
     origins = [os.fspath(base), os.fspath(adapter)]
     check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
     stored = registry.read(base, force=force)
-    options = ConvertOptions(
+    options = asked(
+        locals(),
         to=stored.format if to is None else to,
-        family=family,
         config=read_config(config),
-        tokenizer=tokenizer,
-        dtype=dtype,
-        keep_in_fp32=keep_in_fp32,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        layout=layout,
         keep_layout=to is None and bool(stored.ranks),
-        overwrite=overwrite,
-        resume=resume,
-        share=share,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-        progress=progress,
+        alpha=None,
+        include=None,
+        exclude=None,
+        force=False,
     )
     steps, rules, given = Pipeline(), options.request.rules, options.plain_config
     whole = steps.take(

@@ -217,6 +217,16 @@ class ConvertOptions:
         return self.optimizer == "keep"
 
 
+def asked(arguments: Mapping[str, Any], **instead: Any) -> ConvertOptions:
+    """The options that are among a function's arguments, by their names, and what holds in place of some.
+
+    Raises:
+        UsageError: see ``ConvertOptions``.
+    """
+    known = {name: arguments[name] for name in ConvertOptions.__dataclass_fields__ if name in arguments}
+    return ConvertOptions(**{**known, **instead})
+
+
 def documented(function: Function) -> Function:
     """The function with what ``ConvertOptions`` says of those of its options that its docstring does not name."""
     text = inspect.getdoc(function)

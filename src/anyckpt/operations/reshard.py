@@ -8,7 +8,7 @@ from typing import Any
 
 from anyckpt.formats import registry
 from anyckpt.operations.convert import Conversion, converted
-from anyckpt.operations.options import ConvertOptions, documented
+from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.threads import Progress
@@ -57,30 +57,5 @@ def reshard(
         OutputError: the destination exists or cannot be written.
         UsageError: the layout is impossible for the model or the format.
     """
-    options = ConvertOptions(
-        to=registry.detect(look_at(source)).name,
-        layout=layout,
-        keep_layout=True,
-        optimizer=optimizer,
-        family=family,
-        config=config,
-        tokenizer=tokenizer,
-        names=names,
-        adapter_form=adapter_form,
-        alpha=alpha,
-        dtype=dtype,
-        keep_in_fp32=keep_in_fp32,
-        include=include,
-        exclude=exclude,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        force=force,
-        overwrite=overwrite,
-        resume=resume,
-        share=share,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-        progress=progress,
-    )
+    options = asked(locals(), to=registry.detect(look_at(source)).name, keep_layout=True)
     return converted(source, destination, options)

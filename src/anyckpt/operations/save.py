@@ -13,7 +13,7 @@ from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.errors import UsageError
 from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.operations.convert import Conversion, converted
-from anyckpt.operations.options import ConvertOptions, documented
+from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.live import Live
@@ -84,27 +84,7 @@ def save(
         bare = len(checkpoint.weights()) == len(checkpoint.tensors) and not checkpoint.objects
         optimizer = "drop" if bare and checkpoint.optimizer is None else "keep"
     files = None if checkpoint is tensors else _files(checkpoint)
-    options = ConvertOptions(
-        to=to,
-        family=family,
-        config=config,
-        tokenizer=tokenizer,
-        names=names,
-        dtype=dtype,
-        keep_in_fp32=keep_in_fp32,
-        include=include,
-        exclude=exclude,
-        max_shard_size=max_shard_size,
-        sharded=sharded,
-        optimizer=optimizer,
-        layout=layout,
-        overwrite=overwrite,
-        workers=workers,
-        memory=memory,
-        dry_run=dry_run,
-        progress=progress,
-    )
-    return converted(checkpoint, destination, options, sources=files)
+    return converted(checkpoint, destination, asked(locals()), sources=files)
 
 
 def _in_memory(tensors: Mapping[str, Any]) -> Checkpoint:

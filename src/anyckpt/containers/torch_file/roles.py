@@ -32,19 +32,11 @@ _LEAF_NAMES = frozenset({"weight", "bias"})
 _WRAPPERS = ("module.", "_orig_mod.")
 _GENERATOR_BYTES = (5056, 816, 16)
 """Bytes of a generator's state: Python and CPU, CUDA until torch 1.8, CUDA since."""
-_STEPS = (
-    "global_step",
-    "global_steps",
-    "iteration",
-    "step",
-    "steps",
-    "iter",
-    "iter_num",
-    "num_updates",
-    "training_step",
-    "iterations",
-    "current_step",
-    "current_iteration",
+_STEPS = tuple(
+    """
+    global_step global_steps iteration step steps iter iter_num num_updates training_step iterations current_step
+    current_iteration
+    """.split()
 )
 _EPOCHS = ("epoch", "current_epoch", "last_epoch")
 _SETTINGS = frozenset({"args", "cfg", "config", "configs", "hparams", "hyper", "settings", "params", "options"})

@@ -8,19 +8,12 @@ from anyckpt.containers.torch_file.values import FormedTensor
 from anyckpt.pickling import DictRecord, Global, Record
 from anyckpt.pickling.walk import find_leaves
 
-_ALLOWED = {
-    "collections.OrderedDict",
-    "collections.Counter",
-    "torch.nn.parameter.Parameter",
-    "torch.serialization._get_layout",
-    "torch.Size",
-    "torch.Tensor",
-    "torch.device",
-    "_codecs.encode",
-    "builtins.bytearray",
-    "builtins.set",
-    "builtins.complex",
-}
+_ALLOWED = set(
+    """
+    collections.OrderedDict collections.Counter torch.nn.parameter.Parameter torch.serialization._get_layout
+    torch.Size torch.Tensor torch.device _codecs.encode builtins.bytearray builtins.set builtins.complex
+    """.split()
+)
 """Of torch 2.13, ``torch/_weights_only_unpickler.py``, without what this package writes for tensors."""
 
 

@@ -18,21 +18,11 @@ _LIBRARIES = {
     "AutoTokenizer": "huggingface",
     "TiktokenTokenizer": "tiktoken",
 }
-_AUTO_SETTINGS = (
-    "vocab_file",
-    "merges_file",
-    "mask_token",
-    "bos_token",
-    "eos_token",
-    "pad_token",
-    "sep_token",
-    "cls_token",
-    "unk_token",
-    "additional_special_tokens",
-    "use_fast",
-    "trust_remote_code",
-    "include_special_tokens",
-    "chat_template",
+_AUTO_SETTINGS = tuple(
+    """
+    vocab_file merges_file mask_token bos_token eos_token pad_token sep_token cls_token unk_token
+    additional_special_tokens use_fast trust_remote_code include_special_tokens chat_template
+    """.split()
 )
 
 

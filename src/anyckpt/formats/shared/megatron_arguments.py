@@ -20,22 +20,13 @@ from anyckpt.pickling.torch_objects import NAMESPACE
 
 _ENUMS = "megatron.core.transformer.enums"
 _LAYER_TYPES = {1: "embedding", 2: "loss", 3: "encoder", 4: "decoder", 5: "mtp"}
-SAME_ON_EVERY_RANK = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "num_experts",
-    "padded_vocab_size",
-    "swiglu",
-    "untie_embeddings_and_output_weights",
-    "expert_tensor_parallel_size",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
+SAME_ON_EVERY_RANK = tuple(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_experts
+    padded_vocab_size swiglu untie_embeddings_and_output_weights expert_tensor_parallel_size
+    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split
+    account_for_loss_in_pipeline_split
+    """.split()
 )
 """Arguments that describe the model or its layout besides the sizes in ``Sizes``."""
 
