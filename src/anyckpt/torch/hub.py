@@ -52,7 +52,12 @@ class Pretrained:
     hub_settings: ClassVar[Mapping[str, Any]] = {}
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, repo_id: str | None = None, push_to_hub: bool = False
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the model as a folder; each file appears, or replaces another, only when it is whole.
 
@@ -62,6 +67,7 @@ class Pretrained:
             save_directory: made if it is not there.
             repo_id: for ``push_to_hub``; the folder's name if None.
             push_to_hub: send it to the hub, too.
+            state_dict: weights to write in place of the model's own; the same on all ranks.
 
         Raises:
             MissingLibraryError: it is to be sent, and huggingface_hub is not installed.
@@ -70,7 +76,7 @@ class Pretrained:
         """
         folder = os.path.abspath(os.path.expanduser(os.fspath(save_directory)))
         module: Any = self
-        state = full_state(module)
+        state = full_state(module) if state_dict is None else state_dict
 
         def write() -> None:
             files = self._hub_files(state)

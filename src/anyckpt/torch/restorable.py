@@ -109,20 +109,21 @@ class Restorable(Pretrained):
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
-    def save_to(self, save_path: Path) -> None:
+    def save_to(self, save_path: Path, *, state_dict: Mapping[str, Any] | None = None) -> None:
         """Write the model as a ``.nemo``, which appears, or replaces another, only when it is whole.
 
         Every rank of a distributed job calls it; the first writes.
 
         Args:
             save_path: the file; folders on the way are made.
+            state_dict: weights to write in place of the model's own, such as averaged ones; the same on all ranks.
 
         Raises:
             OutputError: it cannot be written, or an artifact is no longer there.
             UsageError: the state or the configuration has something that the format cannot hold.
         """
         path = os.path.abspath(os.path.expanduser(os.fspath(save_path)))
-        state = full_state(self._module())
+        state = full_state(self._module()) if state_dict is None else state_dict
 
         def write() -> None:
             config, members = self._stored_settings()

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 from anyckpt.on_demand import on_demand
 
 if TYPE_CHECKING:
+    from anyckpt.torch.lightning.averaging import EMA
     from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
+    from anyckpt.torch.lightning.model_checkpoint import ModelCheckpoint
     from anyckpt.torch.lightning.strategies import ModelParallelStrategy
 
-__all__ = ["CheckpointIO", "ModelParallelStrategy"]
+__all__ = ["EMA", "CheckpointIO", "ModelCheckpoint", "ModelParallelStrategy"]
 
 _WHERE: dict[str, str] = {
     "CheckpointIO": "torch.lightning.checkpoint_io",
+    "EMA": "torch.lightning.averaging",
+    "ModelCheckpoint": "torch.lightning.model_checkpoint",
     "ModelParallelStrategy": "torch.lightning.strategies",
 }
 
