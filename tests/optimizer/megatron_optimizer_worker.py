@@ -8,7 +8,7 @@ iteration.  The tiny GPT is of Megatron-Core's local layers, on the CPU.  No ste
 the parameter's elements (see ``slots``), put where the optimizer keeps it, so that the whole model's slots are the
 same function of its weights.  Every optimizer's file is written by the rank that writes it in Megatron-LM.  With
 ``load`` the folder's files are loaded into the model and the optimizer, which must then hold these slots; with ``core``
-a distributed checkpoint is.
+a distributed checkpoint is, and with ``nemo2`` the weights of a checkpoint of NeMo 2.
 """
 
 from __future__ import annotations
@@ -184,6 +184,20 @@ def load_core(path: str, chunks: list[Any], optimizer: Any) -> None:
     optimizer.load_state_dict(loaded["optimizer"])
 
 
+def load_nemo2(path: str, chunk: Any, optimizer: Any) -> None:
+    """Load the weights of a NeMo 2 checkpoint, as its ``MegatronStrategy`` does: names of a wrapped module, and a list
+    of optimizers."""
+    metadata = dist_checkpointing.load_content_metadata(path)
+    state: dict[str, Any] = dict(chunk.module.module.sharded_state_dict(prefix="module.", metadata=metadata))
+    named = {name.removeprefix("module."): value for name, value in state.items()}
+    state["optimizer"] = [optimizer.sharded_state_dict({"model": named}, is_loading=True, metadata=metadata)]
+    loaded, missing, unexpected = dist_checkpointing.load(state, path, strict=StrictHandling.RETURN_ALL)
+    assert not unexpected and all(name.endswith("._extra_state") for name in missing), "those of Transformer Engine"
+    weights = {name.removeprefix("module."): value for name, value in loaded.items() if name.startswith("module.")}
+    chunk.module.module.load_state_dict(weights)
+    optimizer.load_state_dict(loaded["optimizer"][0])
+
+
 def run(case: dict[str, Any]) -> None:
     world = case["world"]
     parallel_state.initialize_model_parallel(**world)
@@ -205,6 +219,12 @@ def run(case: dict[str, Any]) -> None:
     if case.get("core"):
         filled(optimizer)
         load_core(case["core"], chunks, optimizer)
+        assert check_loaded(optimizer) > 0
+        parallel_state.destroy_model_parallel()
+        return
+    if case.get("nemo2"):
+        filled(optimizer)
+        load_nemo2(case["nemo2"], chunks[0], optimizer)
         assert check_loaded(optimizer) > 0
         parallel_state.destroy_model_parallel()
         return

@@ -154,4 +154,8 @@ def test_megatron_loads_its_distributed_checkpoints_from_us(saved: Path, tmp_pat
             convert(saved / name / "iter_0000005", out, to="megatron-core", optimizer="keep", layout=request)
             same = {key: SAVED[name][key] for key in ("model", "tied") if key in SAVED[name]}
             loads.append({**target, **same, "core": str(out), "out": str(out)})
+    for number, target in enumerate((case(2), case(1, 2))):
+        out = tmp_path / f"nemo2 {number}"
+        convert(saved / "buckets" / "iter_0000005", out, to="nemo2", optimizer="keep")
+        loads.append({**target, "nemo2": str(out / "weights"), "out": str(out)})
     ran(loads, tmp_path / "run")

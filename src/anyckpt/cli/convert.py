@@ -81,6 +81,11 @@ def writing_options(command: Command) -> Command:
     help="Carry training state, where the target can hold it.",
 )
 @click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
+@click.option(
+    "--backend",
+    type=click.Choice(["torch_dist", "zarr"]),
+    help="nemo2: kind of distributed checkpoint inside; torch_dist if not given.",
+)
 @click.option("--compress/--no-compress", default=False, help="trtllm: one archive (.qnemo), not a directory.")
 @click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
 @click.option(

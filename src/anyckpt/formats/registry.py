@@ -49,6 +49,8 @@ class WriteOptions:
             Distributed checkpoints are divided into chunks and files so, and a format of Megatron's keeps names as they
             are and adds no states of modules: the processes have what there is.
         compress: formats with ``Format.archives``: pack all in one archive, rather than write a directory.
+        backend: formats with ``Format.backends``: which of them the distributed checkpoint inside is of; None for the
+            first.
         megatron_args: formats with ``Format.leaves_out_arguments``: write what Megatron-LM reads besides the model.
     """
 
@@ -58,6 +60,7 @@ class WriteOptions:
     layout: ParallelLayout | None = None
     transformer_impl: str | None = None
     compress: bool = False
+    backend: str | None = None
     megatron_args: bool = True
     held: Held | None = None
 
@@ -84,6 +87,8 @@ class Format:
         divides: sizes of ``WriteOptions.layout`` by which ``plan`` itself divides whole tensors into files; none if it
             does not.
         archives: whether ``plan`` can pack its files in one archive, as ``WriteOptions.compress`` asks.
+        backends: what kinds of distributed checkpoint ``plan`` can put inside, the usual one first; none if it has no
+            choice.
         in_fp32: globs of weights that its software has in float32 whatever the others are cast to.
         leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
             ``WriteOptions.megatron_args`` says.
@@ -103,6 +108,7 @@ class Format:
     adapters: str | None = None
     divides: tuple[str, ...] = ()
     archives: bool = False
+    backends: tuple[str, ...] = ()
     in_fp32: tuple[str, ...] = ()
     leaves_out_arguments: bool = False
     quantizes: bool = False

@@ -112,6 +112,7 @@ def convert(
     optimizer: str = "drop",
     layout: LayoutRequest | None = None,
     compress: bool = False,
+    backend: str | None = None,
     keep_layout: bool = False,
     force: bool = False,
     overwrite: bool = False,

@@ -61,6 +61,7 @@ class ConvertOptions:
         exclude: glob or globs of weight names to leave out.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
+        backend: ``nemo2``: ``torch_dist`` or ``zarr``, the kind of distributed checkpoint inside.
         optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where weights keep their names
             and the target has the source's form, else by parameter, through the same rules as the weights.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
@@ -103,6 +104,7 @@ class ConvertOptions:
     optimizer: str = "drop"
     layout: LayoutRequest | None = None
     compress: bool = False
+    backend: str | None = None
     keep_layout: bool = False
     force: bool = False
     overwrite: bool = False
@@ -119,6 +121,12 @@ class ConvertOptions:
         if self.sharded and not self.target.sharded:
             raise UsageError(
                 f"--sharded means nothing for {self.to}", remedy="leave it out, or convert to nemo or lightning"
+            )
+        if self.backend is not None and self.backend not in self.target.backends:
+            raise UsageError(
+                f"{self.to} has no such backend",
+                expected=", ".join(self.target.backends) or "no --backend: there is no choice",
+                found=self.backend,
             )
         if self.compress and not self.target.archives:
             raise UsageError(
@@ -161,6 +169,7 @@ class ConvertOptions:
             sharded=self.sharded,
             transformer_impl=self.request.transformer_impl,
             compress=self.compress,
+            backend=self.backend,
             megatron_args=self.request.megatron_args,
         )
 

@@ -22,9 +22,10 @@ from anyckpt.optimizer.original_groups import original_groups
 from anyckpt.optimizer.parameters import trained
 from anyckpt.optimizer.state import MASTER, SLOTS, unproved, with_masters
 
-_NAMES = {MASTER: "param"}
 _PREFIX = "optimizer."
-_TYPE = "fully_reshardable"
+_TYPE, _MASTER = "fully_reshardable", "param"
+_TYPE_TO_015, _MASTER_TO_015 = "fully_sharded_model_space", "fp32_param"
+"""What Megatron-Core until 0.15 has in place of it, where slots are the same arrays."""
 _DISTRIBUTED = "its optimizer's state is for runs with --use-distributed-optimizer; megatron-lm's is for those without"
 _FLOAT32 = dtype("float32")
 _APART = "experts have an optimizer of their own, as in runs with expert parallelism; for one without it choose --ep 1"
@@ -37,6 +38,19 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
     Raises:
         MappingError: a parameter has no state, which Megatron-Core would ask for.
     """
+    return _written(checkpoint, state, _TYPE, _MASTER)
+
+
+def write_sharded_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoint:
+    """As ``write_model_space``, for what Megatron-Core reads until 0.15 only.
+
+    Raises:
+        MappingError: a parameter has no state, which Megatron-Core would ask for.
+    """
+    return _written(checkpoint, state, _TYPE_TO_015, _MASTER_TO_015)
+
+
+def _written(checkpoint: Checkpoint, state: OptimizerState, kind: str, master: str) -> Checkpoint:
     weights = checkpoint.weights()
     state = with_masters(state, weights)
     missing = [name for name in trained(weights) if name not in state.slots[MASTER]]
@@ -48,15 +62,15 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
             found=f"{len(missing)} such weights",
         )
     tensors = {
-        f"{_PREFIX}state.{_NAMES.get(slot, slot)}.{name}": tensor.cast(_FLOAT32)
+        f"{_PREFIX}state.{master if slot == MASTER else slot}.{name}": tensor.cast(_FLOAT32)
         for slot in SLOTS
         for name, tensor in state.slots[slot].items()
     }
     chained = checkpoint.layout.expert_parallel > 1
     grouped = _by_kind(state, module_shapes(state.slots[MASTER]), experts_apart=chained)
     optimizers = [
-        _optimizer([group for kind, group in grouped.items() if kind.expert == expert], state)
-        for expert in ((False, True) if chained and any(kind.expert for kind in grouped) else (False,))
+        _optimizer([group for of, group in grouped.items() if of.expert == expert], state, kind)
+        for expert in ((False, True) if chained and any(of.expert for of in grouped) else (False,))
     ]
     metadata = checkpoint.objects.get("content_metadata")
     common: dict[str, Any] = {
@@ -64,7 +78,7 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
         "content_metadata": {
             "singleton_local_shards": False,
             **(metadata if isinstance(metadata, dict) else {}),
-            "distrib_optim_sharding_type": _TYPE,
+            "distrib_optim_sharding_type": kind,
             "chained_optim_avoid_prefix": True,
         },
         **original_groups(state),
@@ -84,13 +98,13 @@ def write_model_space(checkpoint: Checkpoint, state: OptimizerState) -> Checkpoi
     )
 
 
-def _optimizer(groups: list[dict[str, Any]], state: OptimizerState) -> dict[str, Any]:
+def _optimizer(groups: list[dict[str, Any]], state: OptimizerState, kind: str) -> dict[str, Any]:
     steps = {} if state.step is None else {"step": state.step}
     scaler = {} if state.grad_scaler is None else {"grad_scaler": state.grad_scaler}
     return {
         "optimizer": {"param_groups": [{**group, **steps} for group in groups]},
         **scaler,
-        "param_state_sharding_type": _TYPE,
+        "param_state_sharding_type": kind,
     }
 
 

@@ -23,5 +23,9 @@ FORMAT = Format(
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     leaves_out_arguments=True,
-    optimizer=replace(OPTIMIZER, write=None),
+    optimizer=replace(
+        OPTIMIZER,
+        name="sharded-model-space",
+        write=deferred("anyckpt.optimizer.write_model_space", "write_sharded_model_space"),
+    ),
 )

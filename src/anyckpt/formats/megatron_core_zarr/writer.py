@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.containers.dcp.chunks import HeldBox, stacked_axes
+from anyckpt.containers.dcp.chunks import Held, HeldBox, stacked_axes
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.containers.zarr_array import ZARRAY, boxes, render_metadata
 from anyckpt.engine.plan import OutputFile, Plan, TensorData, small_file
@@ -20,6 +21,7 @@ from anyckpt.formats.megatron_core.writer import common_and_sharded, state_objec
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.nesting import nested
 from anyckpt.indexing import Shape
+from anyckpt.models.dialects.registration import with_second_names
 from anyckpt.tensor import LazyTensor
 
 _BACKENDS = {
@@ -47,15 +49,30 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         tensors = spelled(tensors, built_of)
         states = None if checkpoint.extra_states is None else checkpoint.extra_states()
         objects = {**state_objects(extra_states(tensors, built_of), states), **sharded}
-    files = [OutputFile(COMMON, zip_parts(common, archive_name="common", tensor_name=_named("common")))]
-    for name, tensor in tensors.items():
-        files += _array_files(name, tensor, None if options.held is None else options.held[name])
-    files += [_object_file(name, value) for name, value in objects.items()]
-    files += tokenizer_files(checkpoint)
-    files.append(small_file(COMMIT, json.dumps(_BACKENDS), stage=2))
-    _check_apart(tensors, objects)
+    files = [*_files(tensors, objects, common, options.held), *tokenizer_files(checkpoint)]
     note = "Megatron-Core from 0.16 on does not read the zarr backend; megatron-core (torch_dist) is read by all"
     return Plan("megatron-core-zarr", tuple(files), ignored={**checkpoint.ignored, **foreign}, notes=(note,))
+
+
+def zarr_files(
+    tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any], common: Mapping[str, Any], *, prefix: str = ""
+) -> list[OutputFile]:
+    """The files of a checkpoint of the zarr backend; the arguments are those of ``torch_dist_files``."""
+    tensors = with_second_names(tensors)
+    objects = {**state_objects(extra_states(tensors, None), None), **objects}
+    folder = f"{prefix}/" if prefix else ""
+    return [replace(file, path=folder + file.path) for file in _files(tensors, objects, common, None)]
+
+
+def _files(
+    tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any], common: Mapping[str, Any], held: Held | None
+) -> list[OutputFile]:
+    _check_apart(tensors, objects)
+    files = [OutputFile(COMMON, zip_parts(dict(common), archive_name="common", tensor_name=_named("common")))]
+    for name, tensor in tensors.items():
+        files += _array_files(name, tensor, None if held is None else held[name])
+    files += [_object_file(name, value) for name, value in objects.items()]
+    return [*files, small_file(COMMIT, json.dumps(_BACKENDS), stage=2)]
 
 
 def _array_files(name: str, tensor: LazyTensor, held: Sequence[HeldBox] | None) -> Iterator[OutputFile]:

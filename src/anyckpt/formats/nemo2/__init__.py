@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from anyckpt.formats.megatron_core import OPTIMIZER
 from anyckpt.formats.nemo2.read import detect, read
 from anyckpt.formats.registry import Format, deferred
 
@@ -16,4 +17,6 @@ FORMAT = Format(
     dialect=lambda options: "nemo2",
     config_kind="nemo2",
     adapters="megatron",
+    backends=("torch_dist", "zarr"),
+    optimizer=OPTIMIZER,
 )

@@ -9,6 +9,7 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint, TrainingState
 from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.megatron_core.location import check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
+from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
 from anyckpt.formats.nemo2.tokenizer import read_tokenizer
 from anyckpt.formats.shared.hub_folder import read_json
@@ -61,9 +62,14 @@ def read(location: Location) -> Checkpoint:
             remedy="copy it again from its origin",
         )
     folder = location.folder(*inside)
-    unloadable = check_commit(folder)
+    zarr = is_zarr(folder)
+    unloadable = [] if zarr else check_commit(folder)
     unfinished = bool(unloadable)
-    weights = read_torch_dist(folder, path=location.path, warnings=unloadable)
+    weights = (
+        read_zarr(folder, path=location.path)
+        if zarr
+        else read_torch_dist(folder, path=location.path, warnings=unloadable)
+    )
     warnings = list(weights.warnings)
     missing: list[str] = []
     context, calls, config = _read_context(location, missing)

@@ -61,9 +61,20 @@ def trainer_context(params_dtype: str) -> dict[str, Any]:
     return context
 
 
-def common_state() -> dict[str, Any]:
-    """``common.pt`` of a trainer that has not trained."""
+def common_state(step: int = 0) -> dict[str, Any]:
+    """``common.pt`` of a trainer that has done ``step`` optimizer steps, each of one batch, and nothing else.
+
+    Lightning counts steps by what its loops say, not by ``global_step``.
+    """
     state = section("common")
     for callback in state["callbacks"].values():
         callback["kth_value"] = Constant(dtype("float32"), (), struct.pack("<f", callback["kth_value"]))
+    if step:
+        loop = state["loops"]["fit_loop"]
+        state["global_step"] = step
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+        progress = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for counters in (loop["epoch_loop.batch_progress"], *progress.values()):
+            for counter in (counters["total"], counters["current"]):
+                counter.update(dict.fromkeys(counter, step))
     return state

@@ -9,17 +9,22 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import UsageError
 from anyckpt.formats.megatron_core.writer import torch_dist_files
+from anyckpt.formats.megatron_core_zarr.writer import zarr_files
 from anyckpt.formats.nemo2 import template
 from anyckpt.formats.nemo2.fiddle import encode
 from anyckpt.formats.nemo2.read import ADAPTER_METADATA, CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS, query_groups
 from anyckpt.formats.nemo2.tokenizer import write_tokenizer
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_adapters import CANONICAL_ROWS, call_of, is_canonical
+from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS
 from anyckpt.plain_yaml import dump_yaml
 from anyckpt.storage.source import ByteSource
 
 _ADAPTERS = "nemo.collections.llm.peft"
 _GPT_MODULE = "nemo.collections.llm.gpt.model."
+_DEPRECATED = "zarr is read by Megatron-Core until 0.15 only, and deprecated in NeMo 2: torch_dist is read by all"
+_OPTIMIZER = "optimizer"
+_OF_OPTIMIZER = (_OPTIMIZER, "content_metadata", ORIGINAL_GROUPS)
 _NO_PLACE = "a NeMo 2 checkpoint has no place for it"
 
 
@@ -54,23 +59,45 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     ]
     common_names = checkpoint.common if checkpoint.format == "nemo2" else None
     known = [name for name in common_names or () if name in checkpoint.objects]
-    common = {name: checkpoint.objects[name] for name in known} or template.common_state()
+    if checkpoint.format != "nemo2" and _OPTIMIZER in checkpoint.objects:
+        common = _with_optimizer(checkpoint, notes)
+        known = [*_OF_OPTIMIZER]
+    else:
+        common = {name: checkpoint.objects[name] for name in known} or template.common_state()
     objects = {name: checkpoint.objects[name] for name in checkpoint.objects if name not in known and "/shard_" in name}
     ignored = {name: _NO_PLACE for name in checkpoint.objects if name not in known and name not in objects}
     if checkpoint.format != "nemo2":
         ignored |= dict.fromkeys(checkpoint.artifacts, _NO_PLACE)
-    weights = torch_dist_files(
-        checkpoint.tensors,
-        objects,
-        common,
-        prefix=WEIGHTS,
-        ranks=options.ranks,
-        file_bytes=options.max_shard_size,
-    )
+    if options.backend == "zarr":
+        weights = zarr_files(checkpoint.tensors, objects, common, prefix=WEIGHTS)
+        notes.append(_DEPRECATED)
+    else:
+        weights = torch_dist_files(
+            checkpoint.tensors,
+            objects,
+            common,
+            prefix=WEIGHTS,
+            ranks=options.ranks,
+            file_bytes=options.max_shard_size,
+        )
     if checkpoint.adapter is not None:
         base = json.dumps({"model_ckpt_path": checkpoint.adapter.base or ""})
         weights.append(small_file(f"{WEIGHTS}/{ADAPTER_METADATA}", base, stage=1))
     return Plan("nemo2", (*context, *weights), ignored=ignored, notes=tuple(notes))
+
+
+def _with_optimizer(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any]:
+    """The common state of a trainer that goes on: NeMo keeps a list of Megatron-Core's optimizers, one for a model."""
+    step, samples = checkpoint.training.step, checkpoint.training.consumed_samples
+    said = {name: checkpoint.objects[name] for name in _OF_OPTIMIZER if name in checkpoint.objects}
+    if samples is not None:
+        notes.append(f"the run had consumed {samples} samples: NeMo asks its data module, whose class only NeMo knows")
+    return {
+        **template.common_state(step or 0),
+        **said,
+        _OPTIMIZER: [checkpoint.objects[_OPTIMIZER]],
+        "optimizer_states": {},
+    }
 
 
 def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
