@@ -77,6 +77,8 @@ def differences(page: Path) -> str:
 
 
 def main() -> None:
+    if shutil.which("anyckpt", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None:
+        sys.exit("there is no anyckpt to run: install it, or put it on the path")
     wrong = []
     for page in pages():
         found = differences(page)
