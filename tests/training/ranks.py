@@ -32,6 +32,10 @@ TORCH = (
     "torch.distributed.tensor.parallel",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch._dynamo",  # which optimizers and fully_shard import when they are first used
+    "anyckpt.torch.loading",
+    "anyckpt.torch.saving",
+    "pytest",
 )
 """What is imported before ranks are forked."""
 

@@ -44,31 +44,31 @@ def boxes_of(mesh_shape: tuple[int, ...], cases: list[tuple[tuple[int, ...], lis
                 inside = inside.narrow(axis, start, length)
             assert torch.equal(inside, piece.tensor)
             assert piece.shape == shape
-        found.append([(piece.offset, piece.sizes, piece.replica) for piece in live.pieces])
+        found.append([(piece.offset, piece.sizes) for piece in live.pieces])
     return found
 
 
 def test_dtensors_on_a_line() -> None:
     cases = [((7, 3), ["0"]), ((3, 5), ["1"]), ((1, 2), ["0"]), ((4,), ["R"])]
     first, second = on_ranks(2, boxes_of, (2,), cases)
-    assert first == [[((0, 0), (4, 3), 0)], [((0, 0), (3, 3), 0)], [((0, 0), (1, 2), 0)], [((0,), (4,), 0)]]
-    assert second == [[((4, 0), (3, 3), 0)], [((0, 3), (3, 2), 0)], [], [((0,), (4,), 1)]]
+    assert first == [[((0, 0), (4, 3))], [((0, 0), (3, 3))], [((0, 0), (1, 2))], [((0,), (4,))]]
+    assert second == [[((4, 0), (3, 3))], [((0, 3), (3, 2))], [], [((0,), (4,))]]
 
 
 def test_dtensors_on_a_plane() -> None:
     cases = [((5, 6), ["0", "1"]), ((5, 2), ["R", "0"]), ((7,), ["0", "0"])]
     found = on_ranks(4, boxes_of, (2, 2), cases)
     assert [one[0] for one in found] == [
-        [((0, 0), (3, 3), 0)],
-        [((0, 3), (3, 3), 0)],
-        [((3, 0), (2, 3), 0)],
-        [((3, 3), (2, 3), 0)],
+        [((0, 0), (3, 3))],
+        [((0, 3), (3, 3))],
+        [((3, 0), (2, 3))],
+        [((3, 3), (2, 3))],
     ]
     assert [one[1] for one in found] == [
-        [((0, 0), (3, 2), 0)],
-        [((3, 0), (2, 2), 0)],
-        [((0, 0), (3, 2), 1)],
-        [((3, 0), (2, 2), 1)],
+        [((0, 0), (3, 2))],
+        [((3, 0), (2, 2))],
+        [((0, 0), (3, 2))],
+        [((3, 0), (2, 2))],
     ]
 
 
@@ -91,11 +91,11 @@ def strided(rows: int) -> list[Any]:
     pieces = described(model.state_dict()).pieces
     for piece in pieces:
         assert torch.equal(full[piece.offset[0] : piece.offset[0] + piece.sizes[0]], piece.tensor)
-    return [(piece.offset[0], piece.sizes[0], piece.replica) for piece in pieces]
+    return [(piece.offset[0], piece.sizes[0]) for piece in pieces]
 
 
 def test_sharded_data_parallelism_over_tensor_parallelism() -> None:
-    assert on_ranks(4, strided, 8) == [[(0, 2, 0)], [(4, 2, 0)], [(2, 2, 0)], [(6, 2, 0)]]
+    assert on_ranks(4, strided, 8) == [[(0, 2)], [(4, 2)], [(2, 2)], [(6, 2)]]
 
 
 def sharded_tensors() -> list[Any]:
@@ -106,11 +106,11 @@ def sharded_tensors() -> list[Any]:
 
     spec = ChunkShardingSpec(dim=0, placements=["rank:0/cpu", "rank:1/cpu"])
     live = described({"w": sharded_tensor.ones(spec, 5, 2)})
-    return [(piece.shape, piece.offset, piece.sizes, piece.replica) for piece in live.pieces]
+    return [(piece.shape, piece.offset, piece.sizes) for piece in live.pieces]
 
 
 def test_sharded_tensors_of_the_first_generation() -> None:
-    assert on_ranks(2, sharded_tensors) == [[((5, 2), (0, 0), (3, 2), 0)], [((5, 2), (3, 0), (2, 2), 0)]]
+    assert on_ranks(2, sharded_tensors) == [[((5, 2), (0, 0), (3, 2))], [((5, 2), (3, 0), (2, 2))]]
 
 
 @given(

@@ -55,7 +55,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(inner) for inner in value]
     if hasattr(value, "full_tensor"):
-        return value.full_tensor()
+        return value.full_tensor().clone()
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 

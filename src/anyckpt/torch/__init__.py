@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from anyckpt.torch import dcp, megatron
     from anyckpt.torch.classes import register_class
     from anyckpt.torch.from_another import initialise, perception_settings
+    from anyckpt.torch.loading import LoadReport, load
     from anyckpt.torch.module_state import Fitted, StateMismatchError
     from anyckpt.torch.options import Options
     from anyckpt.torch.restorable import Restorable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Fitted",
+    "LoadReport",
     "Options",
     "Restorable",
     "Retention",
@@ -36,6 +38,7 @@ __all__ = [
     "dcp",
     "initialise",
     "latest",
+    "load",
     "megatron",
     "perception_settings",
     "register_class",
@@ -48,6 +51,7 @@ _WHERE: dict[str, str] = {
     "clean": "operations.run_upkeep",
     "latest": "operations.run_folder",
     **dict.fromkeys(("Fitted", "StateMismatchError"), "torch.module_state"),
+    **dict.fromkeys(("LoadReport", "load"), "torch.loading"),
     "Options": "torch.options",
     "Restorable": "torch.restorable",
     **dict.fromkeys(("SaveReport", "save"), "torch.saving"),

@@ -161,6 +161,43 @@ class Ranks:
             ) from failure
         return arrived
 
+    def distribute(self, tensors: Sequence[tuple[int, Sequence[int], torch.Tensor | None]]) -> None:
+        """Tensors handed on by those that have them; all ranks call it, with the same ranks in the same order.
+
+        Args:
+            tensors: for each, who has it, who gets it, and on these ranks the tensor itself, which is filled in place.
+
+        Raises:
+            RankError: a rank did not come.
+        """
+        group: Any = self.group or dist.group.WORLD
+        waiting: list[Any] = []
+        filled: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for source, targets, tensor in tensors:
+                if tensor is None or (self.rank != source and self.rank not in targets):
+                    continue
+                plain = tensor.contiguous()
+                if self.rank != source and plain.data_ptr() != tensor.data_ptr():
+                    filled.append((tensor, plain))
+                data = plain.view(-1).view(torch.uint8)
+                if len(targets) == self.size - 1:
+                    waiting.append(dist.broadcast(data, dist.get_global_rank(group, source), group, async_op=True))
+                elif self.rank == source:
+                    waiting += [dist.isend(data, dist.get_global_rank(group, one), group) for one in targets]
+                else:
+                    waiting.append(dist.irecv(data, dist.get_global_rank(group, source), group))
+            for one in waiting:
+                one.wait()
+        except RuntimeError as failure:
+            raise RankError(
+                "a rank did not pass on or take what it shares with others, and this one stops",
+                found=str(failure).splitlines()[0][:200],
+                remedy="look at the other ranks' output: one of them failed or is gone",
+            ) from failure
+        for tensor, plain in filled:
+            tensor.copy_(plain)
+
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:

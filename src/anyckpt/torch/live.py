@@ -9,8 +9,8 @@ Kinds of tensors are told apart by ``KINDS``, functions that are asked in turn w
 framework is one more kind; what a kind gives need not be named by its path.
 
 Pieces know nothing of meshes or groups.  What several ranks hold alike is said by ``replica``: None if every rank that
-has the very box has a copy of it (tensors that are no shards), else a number, of which 0 is the copy that counts: a box
-without one is a hole, and one with two is doubled.
+has the very box has a copy of it (so it is with tensors of torch, whose mesh may be a part of the ranks), else a
+number, of which 0 is the copy that counts: a box without one is a hole, and one with two is doubled.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ from anyckpt.indexing import Shape
 from anyckpt.torch.megatron.entities import has_entities
 
 Path = tuple[Any, ...]
+"""Keys of dictionaries as they are, and positions in lists as ``Index``."""
+
 Put = Callable[[Any], None]
 
 _DEEPEST = 100
+
+
+class Index(int):
+    """A position in a list, which a dictionary's key may be equal to and is not."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def _leaves(path: Path, value: Any, put: Put) -> Iterator[tuple[Path, Any, Put]]
             yield from _leaves((*path, key), inner, _setter(value, key))
     elif isinstance(value, list) and _is_descended(value):
         for index, inner in enumerate(value):
-            yield from _leaves((*path, index), inner, _setter(value, index))
+            yield from _leaves((*path, Index(index)), inner, _setter(value, index))
     else:
         yield path, value, put
 
@@ -232,7 +238,6 @@ def of_dtensor(name: str, leaf: Any, put: Put) -> Found | None:
         return []
     shape = tuple(dtensor.shape)
     runs = [[(0, length)] for length in shape]
-    replica = 0
     for axis, placement in enumerate(dtensor.placements):
         count, index = mesh.size(axis), coordinate[axis]
         if placement.is_partial():
@@ -242,15 +247,13 @@ def of_dtensor(name: str, leaf: Any, put: Put) -> Found | None:
                 remedy="redistribute it to Shard or Replicate",
             )
         along = getattr(placement, "dim", None)
-        if along is None:
-            replica = replica * count + index
-        else:
+        if along is not None:
             runs[along] = shard_runs(runs[along], count, index, getattr(placement, "split_factor", 1))
     local = _elements(name, dtensor.to_local())
     kind = _dtype(name, local)
-    return [
-        LivePiece(name, kind, shape, offset, part, replica) for offset, part in _boxes(local, runs) if part.numel()
-    ] or ([LivePiece(name, kind, shape, (0,) * len(shape), local, replica)] if 0 in shape else [])
+    return [LivePiece(name, kind, shape, offset, part) for offset, part in _boxes(local, runs) if part.numel()] or (
+        [LivePiece(name, kind, shape, (0,) * len(shape), local)] if 0 in shape else []
+    )
 
 
 def of_sharded_tensor(name: str, leaf: Any, put: Put) -> Found | None:
@@ -262,7 +265,7 @@ def of_sharded_tensor(name: str, leaf: Any, put: Put) -> Found | None:
     for shard in leaf.local_shards():
         local = _elements(name, shard.tensor)
         offset = tuple(shard.metadata.shard_offsets)
-        found.append(LivePiece(name, _dtype(name, local), shape, offset, local, 0))
+        found.append(LivePiece(name, _dtype(name, local), shape, offset, local))
     return found
 
 

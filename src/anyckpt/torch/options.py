@@ -31,8 +31,9 @@ class Options:
         parallel_save: ranks that have copies of the same share the writing, evenly by bytes; False: the first has to.
         within: the process group in which copies are shared, as this rank's data-parallel group; all ranks if None.
         workers: threads that write, and that read, on each rank.
-        assume_constant_structure: plan the first save only, and take it that later ones have the same tensors in the
-            same places; a save whose objects take another size is planned again.
+        assume_constant_structure: plan the first save only; later ones of the same options in which every rank has the
+            same boxes of the same tensors take its plan, and ranks are not compared.  A save of other tensors, or whose
+            objects take another size, is planned again.
         check_objects: refuse objects that should be alike on all ranks and are not; False: the first rank's is saved.
         config: the model's configuration, for formats that have a place for it (``hf``).
         overwrite: replace what is there, when the new checkpoint is whole.

@@ -27,7 +27,7 @@ from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.integrity import RankRecord, record_of, survey
-from anyckpt.torch.live import LiveState, described
+from anyckpt.torch.live import Index, LiveState, Path, described
 from anyckpt.torch.objects import Frozen
 from anyckpt.torch.options import Options
 from anyckpt.torch.settling import settled
@@ -185,7 +185,8 @@ def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks
         lambda: SharedRun(ready, destination, ranks.size, overwrite=options.overwrite, workers=options.workers)
     )
     if options.assume_constant_structure:
-        _planned[_kind(options, ranks)] = _Earlier(laid, plan, run, _names(live))
+        only_objects = laid.plan({}, _objects(records))
+        _planned[_kind(options, ranks)] = _Earlier(laid, plan, only_objects, run, _names(live))
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
 
 
@@ -224,7 +225,8 @@ class _Laid:
         known = registry.by_name(options.format)
         if known.plan is None:
             raise UsageError(f"{options.format} is not written", remedy="choose dcp, megatron-core, hf or safetensors")
-        prefix, state_prefixes = nesting.prefixes(tensors, self.paths)
+        paths, keys = key_paths(self.paths)
+        prefix, state_prefixes = nesting.prefixes(tensors, paths)
         checkpoint = Checkpoint(
             "the state of a training job",
             "dcp",
@@ -234,7 +236,8 @@ class _Laid:
             objects={name: value.inert() for name, value in objects.items()},
             config=dict(options.config or {}),
             config_kind="hf" if options.config else None,
-            key_paths={name: tuple(_key(key) for key in path) for name, path in self.paths.items()},
+            key_paths=paths,
+            original_keys=keys,
             common=tuple(objects),
         )
         asked = registry.WriteOptions(
@@ -244,9 +247,16 @@ class _Laid:
         return known.plan(checkpoint, asked)
 
 
-def _key(key: Any) -> str | int:
-    """A key of a nested state as an index can hold it."""
-    return key if type(key) is int else str(key)
+def key_paths(paths: Mapping[str, Path]) -> tuple[dict[str, tuple[Any, ...]], dict[tuple[Any, ...], Any]]:
+    """Paths as a checkpoint has them, and the keys of dictionaries that are no strings by the path that leads there."""
+    plain: dict[str, tuple[Any, ...]] = {}
+    keys: dict[tuple[Any, ...], Any] = {}
+    for name, path in paths.items():
+        plain[name] = tuple(int(key) if type(key) is Index else str(key) for key in path)
+        for depth, key in enumerate(path, 1):
+            if type(key) is not Index and not isinstance(key, str):
+                keys[plain[name][:depth]] = key
+    return plain, keys
 
 
 def _members(options: Options, ranks: Ranks) -> tuple[int, ...]:
@@ -282,16 +292,17 @@ class _Earlier:
 
     laid: _Laid
     plan: Plan
+    only_objects: Plan
     run: SharedRun
     names: tuple[Any, ...]
 
     def is_of(self, live: LiveState) -> bool:
-        """Whether a rank has what it had, as far as is told at a glance."""
-        return len(self.names) == len(live.pieces)
+        """Whether a rank has boxes of the same tensors."""
+        return self.names == _names(live)
 
     def plan_of(self, objects: Mapping[str, Frozen]) -> Plan | None:
         """The plan with other objects; None if they take another size."""
-        return _with_objects(self.plan, self.laid.plan({}, objects))
+        return _with_objects(self.plan, self.only_objects, self.laid.plan({}, objects))
 
     def again(self, objects: Mapping[str, Frozen], live: LiveState, path: str, key: str, ranks: Ranks) -> Prepared:
         """The same with other contents."""
@@ -327,20 +338,27 @@ def _names(live: LiveState) -> tuple[Any, ...]:
     return tuple((piece.name, piece.offset, piece.sizes, piece.dtype) for piece in live.pieces)
 
 
-def _with_objects(plan: Plan, small: Plan) -> Plan | None:
-    """A plan with the objects of another, which has nothing else; None if lengths differ.
+def _with_objects(plan: Plan, old: Plan, new: Plan) -> Plan | None:
+    """A plan with other objects; None if their lengths differ.
 
     Objects are at the start of their files, or have files of their own.
+
+    Args:
+        plan: of tensors and objects.
+        old: of the objects alone.
+        new: of the other objects alone.
     """
-    other = {file.path: file for file in small.files if file.stage == 0}
+    before = {file.path: file.parts for file in old.files if file.stage == 0}
+    after = {file.path: file.parts for file in new.files if file.stage == 0}
+    if before.keys() != after.keys():
+        return None
     files = []
     for file in plan.files:
-        new = other.pop(file.path, None)
-        if new is None:
+        parts = after.get(file.path, ())
+        if file.stage or parts == before.get(file.path, ()):
             files.append(file)
-            continue
-        count = len(new.parts)
-        if [part.nbytes for part in new.parts] != [part.nbytes for part in file.parts[:count]]:
+        elif [part.nbytes for part in parts] == [part.nbytes for part in before[file.path]]:
+            files.append(OutputFile(file.path, (*parts, *file.parts[len(parts) :]), file.stage))
+        else:
             return None
-        files.append(OutputFile(file.path, (*new.parts, *file.parts[count:]), file.stage))
-    return None if other else replace(plan, files=tuple(files))
+    return replace(plan, files=tuple(files))

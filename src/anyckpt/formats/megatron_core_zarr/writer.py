@@ -42,7 +42,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """
     common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
     if options.held is not None:
-        common = nested(common, checkpoint.key_paths)
+        common = nested(common, checkpoint.key_paths, checkpoint.original_keys)
     built_of = implementation_of(checkpoint, options.transformer_impl)
     tensors, objects = checkpoint.tensors, sharded
     if options.held is None:

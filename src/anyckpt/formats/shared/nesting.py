@@ -23,26 +23,43 @@ def prefixes(tensors: Collection[str], paths: Mapping[str, tuple[Any, ...]]) -> 
     return next((f"{root}." for root in MODELS if root in wrapped), ""), tuple(f"{root}." for root in optimizer)
 
 
-def nested(objects: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """Objects by name in the dictionaries and lists that they were in; a list that has lost items is a dictionary.
+def nested(
+    objects: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]], original_keys: Mapping[tuple[Any, ...], Any]
+) -> dict[str, Any]:
+    """Objects by name in the dictionaries and lists that they were in.
+
+    A list of which items are missing, because they were tensors, is a dictionary by index, as Megatron-Core makes it.
 
     Args:
         objects: by name.
-        paths: name -> keys that lead to it; a name that is missing is at the root.
+        paths: name -> keys that lead to it, a list's indices as whole numbers; a name that is missing is at the root.
+        original_keys: path -> key, where the key is not the path's last element.
     """
-    root: dict[Any, Any] = {}
+    root = _Node()
     for name, value in objects.items():
-        inner = root
-        *keys, last = paths.get(name, (name,))
-        for key in keys:
-            inner = inner.setdefault(key, {})
-        inner[last] = value
-    return {key: _with_lists(value) if isinstance(value, dict) else value for key, value in root.items()}
+        node, path = root, paths.get(name, (name,))
+        for depth, step in enumerate(path[:-1], 1):
+            node = node.setdefault(_Step(step, original_keys.get(path[:depth], step)), _Node())
+        node[_Step(path[-1], original_keys.get(path, path[-1]))] = value
+    built: dict[str, Any] = _built(root)
+    return built
 
 
-def _with_lists(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    made = {key: _with_lists(inner) for key, inner in value.items()}
-    is_list = bool(made) and list(made) == list(range(len(made)))
-    return list(made.values()) if is_list else made
+class _Step(tuple[Any, Any]):
+    """A step of a path, and the key that it stands for."""
+
+    __slots__ = ()
+
+    def __new__(cls, step: Any, key: Any) -> _Step:
+        return super().__new__(cls, (step, key))
+
+
+class _Node(dict[_Step, Any]):
+    """A container, by steps."""
+
+
+def _built(node: _Node) -> Any:
+    made = {key: _built(inner) if isinstance(inner, _Node) else inner for (_, key), inner in node.items()}
+    steps = [step for step, _ in node]
+    is_list = all(type(step) is int for step in steps) and sorted(steps) == list(range(len(steps)))
+    return [made[index] for index in range(len(steps))] if is_list and steps else made
