@@ -23,6 +23,7 @@ from anyckpt.containers.torch_file.values import DistributedTensor, brief
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats.registry import Format
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
+from anyckpt.formats.shared.one_save import apart
 from anyckpt.indexing import Shape
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, mosaic
@@ -34,7 +35,6 @@ _SETTINGS = "fsdp_config.json"
 _HUB_FOLDER = "huggingface"
 _OPTIMIZER = "optimizer_states.0"
 _COMPARED = 1 << 20
-_GATHER = "gather the files of all ranks of one save"
 
 
 def _detect(location: Location) -> bool:
@@ -52,12 +52,11 @@ def read(location: Location) -> Checkpoint:
     files = _rank_files(location, "model")
     settings = read_json(location.open(_SETTINGS)) if _SETTINGS in location.names else {}
     if type(settings.get("world_size")) is int and settings["world_size"] != len(files):
-        raise FormatError(
+        raise apart(
             "the rank files are of another number of ranks than their settings",
             path=location.join(_SETTINGS),
             expected=f"world_size {len(files)}, as the files' names say",
             found=settings["world_size"],
-            remedy=_GATHER,
         )
     opened = read_torch_files(map(location.place.open, files))
     joined = _Joined(location.path, len(files))
@@ -112,25 +111,23 @@ def _rank_files(location: Location, kind: str) -> list[str]:
     if not found:
         return []
     if len(found) > 1:
-        raise FormatError(
+        raise apart(
             "holds rank files of saves by different numbers of ranks",
             path=location.path,
             expected="one world size",
             found=", ".join(map(str, sorted(found))),
-            remedy=_GATHER,
         )
     ((world, files),) = found.items()
     missing = [rank for rank in range(min(world, 1 << 16)) if rank not in files]
     if missing or len(files) != world:
         first = f"{kind}_world_size_{world}_rank_{missing[0]}.pt" if missing else "none"
-        raise FormatError(
+        raise apart(
             f"{len(missing)} of {world} rank files are missing, such as {first}"
             if missing
             else "holds files of ranks that its world does not have",
             path=location.path,
             expected=f"ranks 0 to {world - 1}",
             found=f"{len(files)} files",
-            remedy=_GATHER,
         )
     return [files[rank] for rank in range(world)]
 
@@ -193,13 +190,12 @@ class _Joined:
             return
         strange = [*(key for key in state if key not in first), *(key for key in first if key not in state)]
         where = file if strange[0] in state else path
-        raise FormatError(
+        raise apart(
             "the ranks' files hold tensors of different names, as those of different models do",
             path=file,
             tensor=brief(strange[0]),
             expected=f"the names of {path.rpartition('/')[2]}",
             found=f"{len(strange)} names in one of the two only, this one in {where.rpartition('/')[2]}",
-            remedy=_GATHER,
         )
 
     def _dtensor(self, value: DistributedTensor, file: str, name: str) -> _Whole:
@@ -220,13 +216,12 @@ class _Joined:
     def _add(self, wholes: dict[str, _Whole], name: str, one: _Whole, file: str) -> None:
         known = wholes.setdefault(name, replace(one, pieces=[]))
         if (known.shape, known.placements) != (one.shape, one.placements):
-            raise FormatError(
+            raise apart(
                 "the ranks' files hold it differently, as those of different models do",
                 path=file,
                 tensor=name,
                 expected=f"{known.shape} {', '.join(known.placements)}",
                 found=f"{one.shape} {', '.join(one.placements)}",
-                remedy=_GATHER,
             )
         known.pieces.extend(one.pieces)
 
@@ -254,13 +249,12 @@ class _Joined:
             pieces = [piece.tensor for piece in own]
             return mosaic(pieces[0].dtype, whole.shape, [piece.start for piece in own], pieces)
         except AnyckptError as error:
-            raise FormatError(
+            raise apart(
                 f"the ranks' parts do not make up the tensor: {error.problem}",
                 path=self._path,
                 tensor=name,
                 expected=error.expected,
                 found=error.found,
-                remedy=_GATHER,
             ) from error
 
 
@@ -282,12 +276,11 @@ def _optimizer(
     if not files:
         return {}, {}, []
     if len(files) != world:
-        raise FormatError(
+        raise apart(
             "the optimizer's rank files are of another save than the model's",
             path=location.path,
             expected=f"{world} ranks",
             found=f"{len(files)} ranks",
-            remedy=_GATHER,
         )
     opened = read_torch_files(map(location.place.open, files))
     roots = [contents.root for contents in opened]

@@ -6,17 +6,15 @@ and of a layout, ``partition`` for how each kind of parameter is divided.
 
 from anyckpt.layout.cut import cut
 from anyckpt.layout.geometry import Geometry, Latent, Mamba, Parallelism
-from anyckpt.layout.join import Joined, join
+from anyckpt.layout.join import join
 from anyckpt.layout.pipeline import hybrid_layout, parse_layout
-from anyckpt.layout.replicas import Replicas, compare
+from anyckpt.layout.replicas import compare
 
 __all__ = [
     "Geometry",
-    "Joined",
     "Latent",
     "Mamba",
     "Parallelism",
-    "Replicas",
     "compare",
     "cut",
     "hybrid_layout",

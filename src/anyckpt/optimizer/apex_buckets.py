@@ -17,8 +17,9 @@ import numpy as np
 
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.dtypes import BY_NAME
-from anyckpt.errors import AnyckptError, FormatError, MappingError
+from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.indexing import Array
+from anyckpt.optimizer.state import unproved
 from anyckpt.pickling import Record
 from anyckpt.tensor import LazyTensor, Mapped, Stored, concatenate, mosaic
 
@@ -35,7 +36,6 @@ _SHARDS = {
     "exp_avg_sq": "exp_avg_sq_shard",
 }
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_DROP = "leave it out with --optimizer drop"
 
 
 def has_buckets(state_dict: Any) -> bool:
@@ -73,7 +73,7 @@ def whole_states(state_dict: Mapping[Any, Any], source: str) -> dict[str, Any]:
         # NeMo adds empty ones, so that a bucket of one element type waits for parameters of all others.
         fragments = [own for own in every if _range(own.get("param_range"), source)[0] < own["param_range"][1]]
         if not fragments:
-            raise MappingError(f"parameter {index} has no fragments", path=source, remedy=_DROP)
+            raise unproved(f"parameter {index} has no fragments", path=source)
         result[index] = {
             slot: _parameter(fragments, whole, index, slot, source)
             for slot in _SHARDS
@@ -135,12 +135,11 @@ def _whole(parts: Sequence[Any], number: int, source: str) -> dict[str, LazyTens
     size = fields[0].get("bucket_size")
     held = whole[_MOMENTS[0]].size
     if type(size) is int and size != held:
-        raise MappingError(
+        raise unproved(
             f"bucket {number} of Apex's DistributedFusedAdam is not whole: each data-parallel rank keeps a part",
             path=source,
             expected=f"{size} elements",
             found=f"{held} of {len(parts)} ranks",
-            remedy=_DROP,
         )
     return whole
 
@@ -161,12 +160,11 @@ def _parameter(
         start, stop = _range(fragment.get("bucket_range"), source)
         bucket = buckets[fragment["bucket_id"]][slot]
         if last - first != stop - start or stop > bucket.size:
-            raise MappingError(
+            raise unproved(
                 f"a fragment of parameter {index} lies outside its bucket, of which only some ranks' parts are here",
                 path=source,
                 expected=f"elements {start} to {stop}",
                 found=f"{bucket.size} elements",
-                remedy=_DROP,
             )
         if last > first:
             starts.append([first])
@@ -175,12 +173,11 @@ def _parameter(
     try:
         return mosaic(kind, (size,), starts, tiles)
     except AnyckptError as error:
-        raise MappingError(
+        raise unproved(
             f"the fragments of parameter {index} do not cover it: {error.problem}",
             path=source,
             tensor=slot,
             found=f"{len(tiles)} fragments",
-            remedy=_DROP,
         ) from None
 
 

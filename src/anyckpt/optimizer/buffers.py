@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.hub_names import EMBEDDING, HEAD
-from anyckpt.errors import MappingError
 from anyckpt.optimizer.rank_parameters import Parameter
-from anyckpt.optimizer.state import DROP
+from anyckpt.optimizer.state import unproved
 
 _ALIGNMENT = 64
 _MOST_WAYS = 64
@@ -104,12 +103,11 @@ def place(
         if total == elements:
             return dict(zip(reverse, found, strict=True))
         totals.append(total)
-    raise MappingError(
+    raise unproved(
         "a buffer of the distributed optimizer does not fit the model's parameters",
         path=path,
         expected=f"{' or '.join(str(total) for total in dict.fromkeys(totals))} elements for {len(sizes)} parameters",
         found=elements,
-        remedy=DROP,
     )
 
 
@@ -141,7 +139,7 @@ def place_in_buckets(
         for multiple in dict.fromkeys((1, *replicas)):
             found += [ends for ends in _divisions(counts, sizes, multiple) if ends not in found]
     if len(found) != 1:
-        raise MappingError(
+        raise unproved(
             "the buckets of the distributed optimizer do not fit the model's parameters"
             if not found
             else "the model's parameters fit the buckets of the distributed optimizer in several ways",
@@ -149,7 +147,6 @@ def place_in_buckets(
             expected=f"{sum(counts)} elements of {len(counts)} parameters, buckets padded to multiples of "
             f"{' or '.join(map(str, replicas)) or 'the data-parallel ranks'}",
             found=f"{sum(sizes)} elements in {len(sizes)} buckets",
-            remedy=DROP,
         )
     places: dict[Parameter, tuple[int, int]] = {}
     first = 0

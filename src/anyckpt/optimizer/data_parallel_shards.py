@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.dtypes import BY_NAME
-from anyckpt.errors import MappingError
 from anyckpt.optimizer.rank_parameters import Parameter, deal_out
-from anyckpt.optimizer.state import DROP
+from anyckpt.optimizer.state import unproved
 from anyckpt.optimizer.stored import HALF
 from anyckpt.tensor import LazyTensor, concatenate
 
@@ -96,24 +95,22 @@ def _slots(
         or len(masters) != len(groups)
         or not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
     ):
-        raise MappingError(
+        raise unproved(
             f"the optimizer's state of {what} is of a layout that is not understood",
             path=path,
             expected="'optimizer' and 'shard_fp32_from_float16_groups' of as many groups",
             found=", ".join(map(str, list(container)[:5])) or "nothing",
-            remedy=DROP,
         )
     found: dict[Parameter, dict[str, LazyTensor]] = {}
     for group, mine, own in zip(groups, deal_out(list(held), groups, path), masters, strict=True):
         halves = [parameter for parameter in mine if parameter.weight.dtype.name in HALF]
         whole = [parameter for parameter in mine if parameter.weight.dtype.name not in HALF]
         if not isinstance(own, list) or len(own) != len(halves):
-            raise MappingError(
+            raise unproved(
                 f"the fp32 weights of {what} do not fit the model",
                 path=path,
                 expected=f"{len(halves)}, one for each parameter of 16 bits that it has a part of",
                 found=len(own) if isinstance(own, list) else "none",
-                remedy=DROP,
             )
         master = dict(zip(halves, own, strict=True))
         for index, parameter in zip(group["params"], [*whole, *halves], strict=True):
@@ -129,12 +126,11 @@ def _slots(
 def _checked(slots: Mapping[str, Any], parameter: Parameter, size: int, what: str, path: str) -> dict[str, LazyTensor]:
     for slot, tensor in slots.items():
         if not isinstance(tensor, LazyTensor) or tensor.shape != (size,) or tensor.dtype != _FLOAT32:
-            raise MappingError(
+            raise unproved(
                 f"the optimizer's {slot} of {what} does not fit its parameter",
                 path=path,
                 tensor=parameter.name,
                 expected=f"{size} elements of float32",
                 found=f"{tensor.dtype.name} {tensor.shape}" if isinstance(tensor, LazyTensor) else "none",
-                remedy=DROP,
             )
     return dict(slots)

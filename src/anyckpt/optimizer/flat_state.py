@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import MappingError
-from anyckpt.optimizer.state import DROP
+from anyckpt.optimizer.state import unproved
 from anyckpt.pickling import Global
 from anyckpt.tensor import LazyTensor
 
@@ -66,12 +66,11 @@ def flat_buffers(state: Any, path: str) -> list[FlatBuffer]:
     """
     if not isinstance(state, dict) or not any(type(key) is int for key in state):
         found = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
-        raise MappingError(
+        raise unproved(
             "the distributed optimizer's state is of a layout that is not understood",
             path=path,
             expected="flat buffers by number, as Megatron-LM writes them since mid-2023",
             found=found,
-            remedy=DROP,
         )
     found_buffers: list[FlatBuffer] = []
     coalesced = state.get("buckets_coalesced") is True
@@ -92,9 +91,7 @@ def flat_buffers(state: Any, path: str) -> list[FlatBuffer]:
 
 
 def _malformed(number: int, path: str) -> MappingError:
-    return MappingError(
-        "a buffer of the distributed optimizer is malformed", path=path, found=f"buffer {number}", remedy=DROP
-    )
+    return unproved("a buffer of the distributed optimizer is malformed", path=path, found=f"buffer {number}")
 
 
 def _tensors(contents: Mapping[Any, Any], key: str, number: int, path: str) -> tuple[LazyTensor, ...]:
@@ -103,12 +100,11 @@ def _tensors(contents: Mapping[Any, Any], key: str, number: int, path: str) -> t
     tensors = value if isinstance(value, list) else [value]
     flat = [tensor for tensor in tensors if isinstance(tensor, LazyTensor) and tensor.ndim == 1]
     if not flat or len(flat) < len(tensors):
-        raise MappingError(
+        raise unproved(
             f"a buffer of the distributed optimizer has no whole {key}",
             path=path,
             expected="one axis, of each bucket",
             found=f"buffer {number}: {type(value).__name__}",
-            remedy=DROP,
         )
     return tuple(flat)
 
@@ -128,21 +124,19 @@ def _check(buffer: FlatBuffer, elements: Any, number: int, path: str) -> None:
         sizes = [tensor.size for tensor in tensors]
         stated = elements if buffer.coalesced and type(elements) is int else None
         if sizes != buffer.sizes or stated not in (None, sum(sizes)):
-            raise MappingError(
+            raise unproved(
                 f"a buffer of the distributed optimizer has no whole {slot}",
                 path=path,
                 expected=f"{buffer.sizes if stated is None else stated} elements",
                 found=f"buffer {number}: {sizes}",
-                remedy=DROP,
             )
     if buffer.unpadded is not None and (
         len(buffer.unpadded) != len(buffer.sizes)
         or any(own > size for own, size in zip(buffer.unpadded, buffer.sizes, strict=True))
     ):
-        raise MappingError(
+        raise unproved(
             "the buckets of the distributed optimizer are not as long as it says",
             path=path,
             expected=f"{len(buffer.unpadded)} buckets, of at least {list(buffer.unpadded)[:5]} elements",
             found=f"buffer {number}: {buffer.sizes[:5]}",
-            remedy=DROP,
         )

@@ -17,8 +17,7 @@ from typing import Any
 
 from anyckpt.checkpoint import RankShard
 from anyckpt.config.hub_names import EMBEDDING, HEAD
-from anyckpt.errors import MappingError
-from anyckpt.optimizer.state import DROP
+from anyckpt.optimizer.state import unproved
 from anyckpt.tensor import LazyTensor
 
 _BUFFERS = (".expert_bias", ".local_tokens_per_expert")
@@ -81,24 +80,22 @@ def deal_out(parameters: Sequence[Parameter], groups: Sequence[Mapping[Any, Any]
     for parameter in parameters:
         fitting = [number for number, group in enumerate(groups) if _fits(parameter, group, separate, apart)]
         if not fitting:
-            raise MappingError(
+            raise unproved(
                 "the optimizer has no group for a parameter",
                 path=path,
                 tensor=parameter.name,
                 expected=f"a group with weight decay {'on' if parameter.decays else 'off'}",
                 found=f"{len(groups)} groups",
-                remedy=DROP,
             )
         dealt[fitting[0]].append(parameter)
     for number, (group, fit) in enumerate(zip(groups, dealt, strict=True)):
         stated = group.get("params")
         if isinstance(stated, (list, tuple)) and len(stated) != len(fit):
-            raise MappingError(
+            raise unproved(
                 f"parameter group {number} of the optimizer does not fit the model",
                 path=path,
                 expected=f"{len(fit)} parameters, by their names and shapes",
                 found=len(stated),
-                remedy=DROP,
             )
     return dealt
 

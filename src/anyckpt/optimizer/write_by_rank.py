@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from anyckpt.checkpoint import OptimizerState, RankShard
-from anyckpt.errors import MappingError
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import registered_order
 from anyckpt.optimizer.rank_parameters import Parameter, decays, flag, parameters_of
-from anyckpt.optimizer.state import DROP, MOMENTS
+from anyckpt.optimizer.state import MOMENTS, unproved
 from anyckpt.optimizer.stored import HALF
 from anyckpt.tensor import LazyTensor, from_array
 
@@ -129,12 +128,11 @@ class OptimizerWriter:
     def _slot(self, slots: Mapping[str, LazyTensor], slot: str, parameter: Parameter) -> LazyTensor:
         tensor = slots.get(slot)
         if tensor is None or tensor.shape != parameter.weight.shape:
-            raise MappingError(
+            raise unproved(
                 f"the optimizer's {slot} does not fit its parameter",
                 tensor=parameter.name,
                 expected=f"a tensor of shape {parameter.weight.shape}",
                 found="none" if tensor is None else tensor.shape,
-                remedy=DROP,
             )
         return tensor
 

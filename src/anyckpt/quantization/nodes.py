@@ -148,7 +148,7 @@ def scaled(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape, to
         to: bfloat16, float16 or float32.
     """
     if scales.dtype.itemsize == 1:
-        products = Product(table, scales.dtype, to)
+        products = Product(table, to, scales.dtype)
         return Mapped((codes, Repeated(scales, block, codes.shape)), to, products)
     return Mapped((codes, Repeated(numbers_of(scales), block, codes.shape)), to, Multiply(table, to))
 
@@ -211,20 +211,10 @@ class Multiply(ElementWise):
 
 
 @dataclass(frozen=True, eq=False)
-class Product(ElementWise):
-    """The number of each code in ``table`` (float32) times its one-byte scale, rounded to ``to``.
+class Product(Multiply):
+    """The same for scales of one byte: there are so few pairs of code and scale that each product is computed once."""
 
-    There are so few pairs of them that each product is computed once.
-    """
-
-    table: Array
     kind: DType
-    to: DType
-
-    def __call__(self, codes: Array, scales: Array) -> Array:
-        result = np.empty(codes.shape, self.to.numpy)
-        self.into(result, codes, scales)
-        return result
 
     def into(self, out: Array, codes: Array, scales: Array) -> None:
         products, width = _products(self.table.tobytes(), self.kind, self.to), self.table.size

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.identity import Identity
@@ -28,7 +29,6 @@ _TAIL = 1 << 10
 _LONGEST_TAIL = _END.size + 0xFFFF
 _STORED, _DEFLATED = 0, 8
 _USUAL_EXTRA = 4200  # bytes of padding in a local header: up to a page, where a writer aligns to pages
-_REMEDY = "copy the file again from its origin"
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class ZipRecord:
         if self.crc == 0 and self.source.size:
             return False
         if found != self.crc:
-            raise FormatError(
+            raise _damaged(
                 "the contents are damaged: their checksum differs",
                 path=self.source.name,
                 expected=f"CRC-32 {self.crc:08x}",
                 found=f"{found:08x}",
-                remedy=_REMEDY,
             )
         return True
 
@@ -107,19 +106,17 @@ class RecordSource(ByteSource):
             signature, _, _, _, _, _, _, _, _, name_length, extra = _LOCAL.unpack_from(fixed)
             start = self._header + _LOCAL.size + name_length + extra
             if signature != b"PK\x03\x04" or fixed[_LOCAL.size :] != self._entry or name_length != len(self._entry):
-                raise FormatError(
+                raise _damaged(
                     "the record is not where the archive's directory says",
                     path=self.name,
                     expected=f"its header at byte {self._header}",
-                    remedy=_REMEDY,
                 )
             if start + self.size > self._limit:
-                raise FormatError(
+                raise _damaged(
                     "the record overlaps what follows it",
                     path=self.name,
                     expected=f"an end before byte {self._limit}",
                     found=start + self.size,
-                    remedy=_REMEDY,
                 )
             self._start = start
         return self._start
@@ -187,12 +184,11 @@ def read_zip(source: ByteSource) -> dict[str, ZipRecord]:
     following = start
     for entry in sorted(entries, key=lambda e: e.header, reverse=True):
         if entry.header + _LOCAL.size + len(entry.name) + entry.stored > following:
-            raise FormatError(
+            raise _damaged(
                 "two records overlap, or one lies outside the file",
                 path=f"{source.name} » {entry.text}",
                 expected=f"an end before byte {following}",
                 found=entry.header + _LOCAL.size + len(entry.name) + entry.stored,
-                remedy=_REMEDY,
             )
         limits[entry.header] = following
         following = entry.header
@@ -216,18 +212,17 @@ def _directory(source: ByteSource) -> tuple[int, int, int]:
         if locator[0] == b"PK\x06\x07":
             end64 = _END64.unpack(source.read(locator[2], _END64.size))
             if end64[0] != b"PK\x06\x06" or locator[2] + _END64.size > at:
-                raise FormatError("the zip64 end record is damaged", path=source.name, remedy=_REMEDY)
+                raise _damaged("the zip64 end record is damaged", path=source.name)
             at = locator[2]
             disk, start_disk, count, size, start = end64[4], end64[5], end64[7], end64[8], end64[9]
     if disk or start_disk:
         raise FormatError("is one volume of a zip archive in several", path=source.name)
     if start + size > at or count * _CENTRAL.size > size or size > _LARGEST_DIRECTORY:
-        raise FormatError(
+        raise _damaged(
             "the archive's directory lies outside the file, or bytes precede the archive",
             path=source.name,
             expected=f"{count} entries before byte {at}",
             found=f"[{start}, {start + size})",
-            remedy=_REMEDY,
         )
     return start, size, count
 
@@ -244,9 +239,7 @@ def _end_record(source: ByteSource) -> tuple[bytes, int]:
                 if at + _END.size + comment <= len(tail):
                     return tail[at : at + _END.size], begin + at
             at = tail.rfind(b"PK\x05\x06", 0, at)
-    raise FormatError(
-        "begins as a zip archive but has no end record; it is truncated", path=source.name, remedy=_REMEDY
-    )
+    raise _damaged("begins as a zip archive but has no end record; it is truncated", path=source.name)
 
 
 def _entries(source: ByteSource, directory: bytes, count: int) -> list[_Entry]:
@@ -255,7 +248,7 @@ def _entries(source: ByteSource, directory: bytes, count: int) -> list[_Entry]:
     at = 0
     for _ in range(count):
         if at + _CENTRAL.size > len(directory) or directory[at : at + 4] != b"PK\x01\x02":
-            raise FormatError("the archive's directory is damaged", path=source.name, remedy=_REMEDY)
+            raise _damaged("the archive's directory is damaged", path=source.name)
         fields = _CENTRAL.unpack_from(directory, at)
         flags, method, crc, stored, size = fields[3], fields[4], fields[7], fields[8], fields[9]
         name_length, extra_length, comment_length, header = fields[10], fields[11], fields[12], fields[16]
@@ -264,7 +257,7 @@ def _entries(source: ByteSource, directory: bytes, count: int) -> list[_Entry]:
         extra = directory[at + name_length : at + name_length + extra_length]
         at += name_length + extra_length + comment_length
         if at > len(directory):
-            raise FormatError("the archive's directory is damaged", path=source.name, remedy=_REMEDY)
+            raise _damaged("the archive's directory is damaged", path=source.name)
         text = name.decode("utf-8", "surrogateescape") if flags & 0x800 else name.decode("cp437")
         size, stored, header = _wide(source, text, extra, size, stored, header)
         entry = _Entry(name, text, method, flags, crc, stored, size, header)
@@ -294,10 +287,9 @@ def _wide(source: ByteSource, name: str, extra: bytes, *narrow: int) -> tuple[in
         at += 4 + length
     else:
         if missing:
-            raise FormatError(
+            raise _damaged(
                 "a record's size or offset is missing from the archive's directory",
                 path=f"{source.name} » {name}",
-                remedy=_REMEDY,
             )
     return values[0], values[1], values[2]
 
@@ -319,10 +311,13 @@ def _check(source: ByteSource, entry: _Entry) -> None:
             remedy="unpack the archive and pack it again without compression",
         )
     if entry.method == _STORED and entry.stored != entry.size:
-        raise FormatError(
+        raise _damaged(
             "the record's two sizes differ although it is not compressed",
             path=path,
             expected=f"{entry.size} bytes",
             found=f"{entry.stored} bytes",
-            remedy=_REMEDY,
         )
+
+
+def _damaged(problem: str, **facts: Any) -> FormatError:
+    return FormatError(problem, remedy="copy the file again from its origin", **facts)

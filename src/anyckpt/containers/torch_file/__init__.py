@@ -5,11 +5,9 @@ from anyckpt.containers.torch_file.contents import TorchContents
 from anyckpt.containers.torch_file.layout import shift_parts
 from anyckpt.containers.torch_file.reader import read_torch, read_torch_files
 from anyckpt.containers.torch_file.writer import tensor_zip_parts, zip_parts
-from anyckpt.storage.zip import ZipRecord
 
 __all__ = [
     "TorchContents",
-    "ZipRecord",
     "read_torch",
     "read_torch_files",
     "shift_parts",

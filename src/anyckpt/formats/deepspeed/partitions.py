@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from anyckpt.containers.torch_file.values import brief
-from anyckpt.errors import FormatError
+from anyckpt.formats.shared.one_save import apart
 from anyckpt.indexing import Shape
 from anyckpt.pickling import Record
 from anyckpt.tensor import Constant, LazyTensor, concatenate
@@ -25,8 +25,6 @@ from anyckpt.tensor import Constant, LazyTensor, concatenate
 Groups = Sequence[Mapping[str, Shape]]
 Vectors = Sequence[Sequence[LazyTensor]]
 """Of each rank, the flat vector of each group."""
-
-_GATHER = "gather the files of all ranks of one save"
 
 
 @dataclass(frozen=True)
@@ -85,15 +83,14 @@ def divided_groups(groups: Groups, vectors: Vectors, paddings: Sequence[Sequence
     for number, group in enumerate(groups):
         lengths = [own[number].size for own in vectors]
         if any(length != lengths[0] for length in lengths[1:-1]) or lengths[-1] > lengths[0]:
-            raise FormatError(
+            raise apart(
                 f"the ranks' partitions of parameter group {number} are not of one save",
                 path=path,
                 expected=f"{lengths[0]} elements each, and at most that many in the last",
                 found=lengths[:8],
-                remedy=_GATHER,
             )
         if paddings is not None and (number >= len(paddings) or len(paddings[number]) != len(group)):
-            raise FormatError(f"does not pad each parameter of group {number}", path=path, remedy=_GATHER)
+            raise apart(f"does not pad each parameter of group {number}", path=path)
         offset = 0
         for index, (name, shape) in enumerate(group.items()):
             shapes[name], group_of[name] = shape, number
@@ -101,12 +98,11 @@ def divided_groups(groups: Groups, vectors: Vectors, paddings: Sequence[Sequence
             offset += math.prod(shape) + (0 if paddings is None else paddings[number][index])
         held, step = sum(lengths), 2 * len(vectors)
         if -(-offset // step) != -(-held // step):
-            raise FormatError(
+            raise apart(
                 f"the ranks' partitions do not hold parameter group {number}",
                 path=path,
                 expected=f"{offset} elements and less than {step} of padding",
                 found=f"{held} elements",
-                remedy=_GATHER,
             )
     return Layout(shapes, runs, group_of)
 
@@ -129,12 +125,11 @@ def divided_parameters(groups: Groups, vectors: Vectors, path: str) -> Layout:
     """
     lengths = [[vector.size for vector in own] for own in vectors]
     if any(own != lengths[0] for own in lengths):
-        raise FormatError(
+        raise apart(
             "the ranks' partitions are not of one save",
             path=path,
             expected=f"{lengths[0][:8]} elements in each",
             found=next(own[:8] for own in lengths if own != lengths[0]),
-            remedy=_GATHER,
         )
     bounds = [0]
     for length in lengths[0]:
@@ -155,12 +150,11 @@ def divided_parameters(groups: Groups, vectors: Vectors, path: str) -> Layout:
         group_of[name] = next((run.group for run in runs[name]), 0)
         offset += share
     if offset != bounds[-1]:
-        raise FormatError(
+        raise apart(
             "the ranks' partitions do not hold the parameters",
             path=path,
             expected=f"{offset} elements on each of {world} ranks",
             found=f"{bounds[-1]} elements",
-            remedy=_GATHER,
         )
     return Layout(shapes, runs, group_of)
 
@@ -176,12 +170,11 @@ def _within(rank: int, bounds: Sequence[int], offset: int, count: int) -> Iterat
 def _check_counts(groups: Groups, vectors: Vectors, path: str) -> None:
     for rank, own in enumerate(vectors):
         if len(own) != len(groups):
-            raise FormatError(
+            raise apart(
                 f"rank {rank} has not one partition for each parameter group",
                 path=path,
                 expected=len(groups),
                 found=len(own),
-                remedy=_GATHER,
             )
 
 
@@ -200,11 +193,10 @@ def check_slices(layout: Layout, mappings: Sequence[Any], path: str) -> None:
         for name, (start, length) in stated.items():
             own = [(run.start, run.length) for run in layout.runs.get(name, ()) if run.rank == rank]
             if length and own != [(start, length)]:
-                raise FormatError(
+                raise apart(
                     f"rank {rank} says that its piece lies elsewhere than the parameters' order puts it",
                     path=path,
                     tensor=name,
                     expected=f"{length} elements from {brief(start)} on",
                     found=own or "none",
-                    remedy=_GATHER,
                 )

@@ -19,13 +19,13 @@ from anyckpt.formats.deepspeed.partitions import Layout, Vectors, check_slices, 
 from anyckpt.formats.deepspeed.universal import read_parameters
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.formats.shared.hub_folder import training_state as trainer_state
+from anyckpt.formats.shared.one_save import GATHER, apart
 from anyckpt.indexing import Shape
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, concatenate
 
 _STATE = "optimizer.state"
 _GROUPS = "optimizer.param_groups"
-_GATHER = "gather the files of all ranks of one save"
 _HALF = ("bfloat16", "float16")
 _TOLD = (
     "module",
@@ -52,7 +52,7 @@ class _Opened:
         self.contents += opened
         for path, contents in zip(paths, opened, strict=True):
             if not isinstance(contents.root, dict):
-                raise FormatError("is not a file of DeepSpeed", path=path, expected="a dictionary", remedy=_GATHER)
+                raise apart("is not a file of DeepSpeed", path=path, expected="a dictionary")
         return [contents.root for contents in opened]
 
 
@@ -76,17 +76,16 @@ def read(location: Location) -> Checkpoint:
     files = find(location)
     opened = _Opened(files)
     if not files.models:
-        raise FormatError(
+        raise apart(
             "has no model states, which say what the parameters are called",
             path=files.folder.path,
             expected="mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
-            remedy=_GATHER,
         )
     models = opened.roots(files.models)
     first = models[0]
     module = first.get("module")
     if not isinstance(module, dict):
-        raise FormatError("has no module", path=files.models[0], expected="a state dict", remedy=_GATHER)
+        raise apart("has no module", path=files.models[0], expected="a state dict")
     stage = "no ZeRO"
     optimizer = _Optimizer()
     weights: dict[str, LazyTensor] = {}
@@ -142,7 +141,7 @@ def _read_zero(
     for path, root in zip(paths, opened.roots(paths), strict=True):
         state = root.get("optimizer_state_dict")
         if not isinstance(state, dict):
-            raise FormatError("is not an optimizer's state of DeepSpeed", path=path, remedy=_GATHER)
+            raise apart("is not an optimizer's state of DeepSpeed", path=path)
         states.append(state)
     first, world = states[0], len(states)
     _check_world(first, world, paths[0])
@@ -154,12 +153,11 @@ def _read_zero(
     _check_names(groups, models, opened.files.models)
     if third:
         if len(models) != world:
-            raise FormatError(
+            raise apart(
                 "the model states are of another number of ranks than the optimizer's",
                 path=opened.files.folder.path,
                 expected=f"{world} ranks",
                 found=f"{len(models)} ranks",
-                remedy=_GATHER,
             )
         layout = divided_parameters(groups, vectors, opened.files.folder.path)
         inner = [state.get("optimizer_state_dict") for state in states]
@@ -188,7 +186,7 @@ def _check_world(state: Mapping[str, Any], world: int, path: str) -> None:
             path=path,
             expected=f"partition_count {world}, as there are files" if several else f"{brief(count)} files",
             found=brief(count) if several else f"{world} files",
-            remedy="convert it with DeepSpeed's ds_to_universal.py first" if several else _GATHER,
+            remedy="convert it with DeepSpeed's ds_to_universal.py first" if several else GATHER,
         )
     groups = state.get("ds_zero_partition_groups")
     for group in groups if isinstance(groups, (list, tuple)) else ():
@@ -203,7 +201,7 @@ def _check_world(state: Mapping[str, Any], world: int, path: str) -> None:
 
 def _vectors(groups: Any, path: str, key: str) -> list[LazyTensor]:
     if not isinstance(groups, (list, tuple)) or not all(isinstance(g, LazyTensor) and g.ndim == 1 for g in groups):
-        raise FormatError("has no flat partitions of float32 weights", path=path, expected=key, remedy=_GATHER)
+        raise apart("has no flat partitions of float32 weights", path=path, expected=key)
     return list(groups)
 
 
@@ -214,7 +212,7 @@ def _paddings(state: Mapping[str, Any], path: str) -> list[list[int]] | None:
     if not isinstance(stated, (list, tuple)) or not all(
         isinstance(own, (list, tuple)) and all(type(n) is int and n >= 0 for n in own) for own in stated
     ):
-        raise FormatError("its param_alignment_paddings are of unknown form", path=path, remedy=_GATHER)
+        raise apart("its param_alignment_paddings are of unknown form", path=path)
     return [list(own) for own in stated]
 
 
@@ -223,18 +221,17 @@ def _check_names(
 ) -> None:
     """Raise FormatError unless all ranks' model states list the same parameters."""
     if not any(groups):
-        raise FormatError("does not list its parameters", path=paths[0], expected="param_shapes", remedy=_GATHER)
+        raise apart("does not list its parameters", path=paths[0], expected="param_shapes")
     listed = stated_shapes(models[0].get("param_shapes"))
     for model, path in zip(models, paths, strict=True):
         own = stated_shapes(model.get("param_shapes"))
         if list(own.items()) != list(listed.items()):
             strange = next((n for n in own if own[n] != listed.get(n)), next((n for n in listed if n not in own), None))
-            raise FormatError(
+            raise apart(
                 "its parameters are not those of rank 0, as if it were of another model",
                 path=path,
                 tensor=strange,
                 expected=f"those of {paths[0].rpartition('/')[2]}",
-                remedy=_GATHER,
             )
 
 
@@ -250,11 +247,10 @@ def _read_moments(
     steps = {_number(group.get("step")) for own in by_group for group in own} | {_number(step)}
     steps.discard(None)
     if len(steps) > 1:
-        raise FormatError(
+        raise apart(
             "ranks or parameter groups are of different optimizer steps",
             path=opened.files.folder.path,
             found=", ".join(sorted(map(str, steps))[:8]),
-            remedy=_GATHER,
         )
     for slot in slots:
         own: list[list[LazyTensor]] = []
@@ -264,12 +260,11 @@ def _read_moments(
             if len(flat) != len(needed) or not all(
                 isinstance(f, LazyTensor) and f.ndim == 1 and f.size >= n for f, n in zip(flat, needed, strict=True)
             ):
-                raise FormatError(
+                raise apart(
                     f"the optimizer's {slot} does not fit the partitions of the weights",
                     path=opened.files.optimizers[rank],
                     expected=f"{len(needed)} vectors of {needed[:4]} elements",
                     found=f"{[f.shape if isinstance(f, LazyTensor) else None for f in flat[:4]]}",
-                    remedy=_GATHER,
                 )
             own.append([f for f in flat if isinstance(f, LazyTensor)])
         for name, tensor in layout.tensors(own).items():
@@ -337,12 +332,11 @@ def _in_order(
         elif isinstance(value, LazyTensor):
             stated = stated_shapes(first.get("param_shapes")).get(name)
             if value.size == 0 and len(models) > 1 and not (isinstance(buffers, list) and name in buffers):
-                raise FormatError(
+                raise apart(
                     "is empty in the model states, and no other file has it",
                     path=path,
                     tensor=name,
                     expected=stated or "its elements in the optimizer's files",
-                    remedy=_GATHER,
                 )
             widened = isinstance(buffers, list) and name in buffers and value.dtype.name in _HALF and bool(weights)
             found[name] = value.cast(dtype("float32")) if widened else value
@@ -372,7 +366,7 @@ def _frozen(models: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> dict[s
             fragments = model.get("frozen_param_fragments")
             piece = fragments.get(name) if isinstance(fragments, dict) else None
             if not isinstance(piece, LazyTensor):
-                raise FormatError("has not its piece of a frozen parameter", path=path, tensor=name, remedy=_GATHER)
+                raise apart("has not its piece of a frozen parameter", path=path, tensor=name)
             pieces.append(piece)
         if pieces[0].shape == shape:
             found[name] = pieces[0]
@@ -382,13 +376,12 @@ def _frozen(models: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> dict[s
         for length in shape:
             count *= length
         if not count <= flat.size < count + len(pieces):
-            raise FormatError(
+            raise apart(
                 "the ranks' pieces do not make up a frozen parameter",
                 path=paths[0],
                 tensor=name,
                 expected=f"{count} elements for {shape}",
                 found=f"{flat.size} elements",
-                remedy=_GATHER,
             )
         found[name] = flat.narrow(0, 0, count).reshape(shape)
     return found

@@ -11,7 +11,7 @@ from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankS
 from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.values import brief
-from anyckpt.errors import FormatError, MappingError
+from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_lm.location import (
     OPTIMIZER_PART,
     Iteration,
@@ -26,7 +26,7 @@ from anyckpt.models.dialects.projections import GROUPED_SINCE, grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names, strip_wrappers
 from anyckpt.optimizer.by_rank import RankState, read_optimizer
 from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS, with_original_groups
-from anyckpt.optimizer.state import DROP
+from anyckpt.optimizer.state import unproved
 from anyckpt.pickling.plain import to_plain
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.storage.location import Location
@@ -209,12 +209,11 @@ def _parts(rank: RankFile, folders: Sequence[RankFolder], config: Mapping[str, A
     numbered = {int(digits): folder for digits, folder in own.items() if f"{rank.folder.name}_{digits}" == folder.name}
     ranks = _count(config.get("data_parallel_size")) or len(numbered)
     if sorted(numbered) != list(range(ranks)):
-        raise MappingError(
+        raise unproved(
             "the folders of data-parallel ranks are not those of the run",
             path=rank.path,
             expected=f"{ranks} folders {rank.folder.name}_NNN with an {OPTIMIZER_PART}",
             found=", ".join(folder.name for folder in numbered.values()) or "none",
-            remedy=DROP,
         )
     files = read_torch_files(numbered[number].location.open(OPTIMIZER_PART) for number in range(ranks))
     return tuple(file.root.get(_OPTIMIZER) if isinstance(file.root, dict) else None for file in files)

@@ -28,7 +28,6 @@ FILES_OF_NAMES = "fqn_to_file_index_mapping.json"
 
 _OF_DCP = (SHARDING, "DCP_VERSION")
 _NAME = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<file>\d{5})-of-(?P<files>\d{5})\.safetensors", re.ASCII)
-_AGAIN = "copy the files of all ranks of one save here"
 _FOLDER = "open the folder that holds the files of all ranks"
 
 
@@ -106,13 +105,12 @@ def check_last_ranks(
     if type(tokens) is int and rows:
         name = max(rows, key=lambda name: rows[name])
         if rows[name] < tokens:
-            raise FormatError(
+            raise _incomplete(
                 f"the files of the last ranks are missing: those of {ranks} are here",
                 path=folder,
                 tensor=name,
                 expected=f"at least {tokens} rows, as vocab_size says",
                 found=rows[name],
-                remedy=_AGAIN,
             )
         return None
     if ranks == 1:
@@ -128,25 +126,23 @@ def _check_names(folder: str, names: Sequence[str]) -> int:
     found = [match for name in names if (match := _NAME.fullmatch(name))]
     counts = sorted({match["files"] for match in found})
     if len(counts) > 1:
-        raise FormatError(
+        raise _incomplete(
             "holds rank files of several saves",
             path=folder,
             expected="one number of files per rank",
             found=", ".join(f"of-{count}" for count in counts),
-            remedy=_AGAIN,
         )
     present = {int(match["rank"]) for match in found}
     missing = [rank for rank in range(1, max(present)) if rank not in present]
     beyond = [match[0] for match in found if not 1 <= int(match["file"]) <= int(match["files"])]
     if missing or beyond or 0 in present:
         first = f"shard-{missing[0]:05d}-model-*-of-{counts[0]}.safetensors" if missing else ""
-        raise FormatError(
+        raise _incomplete(
             f"the files of {len(missing)} of {max(present)} ranks are missing, such as {first}"
             if missing
             else "holds rank files of an impossible number",
             path=folder,
             found=", ".join(beyond[:3]) or f"{len(present)} ranks",
-            remedy=_AGAIN,
         )
     return len(present)
 
@@ -158,24 +154,22 @@ def _starts(path: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str,
     except (ValueError, RecursionError):
         stated = None
     if not isinstance(stated, dict):
-        raise FormatError(
+        raise _incomplete(
             "its header does not say where its tensors lie in the whole ones",
             path=path,
             expected=SHARDING,
-            remedy=_AGAIN,
         )
     starts: dict[str, Shape] = {}
     for name, tensor in tensors.items():
         entry = stated.get(name)
         start = entry.get("saved_offsets") if isinstance(entry, dict) else None
         if not isinstance(start, list) or len(start) != tensor.ndim or not all(map(_is_count, start)):
-            raise FormatError(
+            raise _incomplete(
                 "its header does not say where it lies in the whole tensor",
                 path=path,
                 tensor=name,
                 expected=f"{tensor.ndim} saved_offsets in {SHARDING}",
                 found=str(start)[:80],
-                remedy=_AGAIN,
             )
         starts[name] = tuple(start)
     return starts
@@ -187,19 +181,18 @@ def _is_count(value: Any) -> bool:
 
 def _whole(folder: str, name: str, parts: Sequence[tuple[Shape, LazyTensor]], first: str) -> LazyTensor:
     if len({tensor.ndim for _, tensor in parts}) > 1:
-        raise FormatError("its parts have different numbers of axes", path=folder, tensor=name, remedy=_AGAIN)
+        raise _incomplete("its parts have different numbers of axes", path=folder, tensor=name)
     ends = [tuple(at + length for at, length in zip(start, tensor.shape, strict=True)) for start, tensor in parts]
     shape = tuple(map(max, zip(*ends, strict=True)))
     try:
         return mosaic(parts[0][1].dtype, shape, [start for start, _ in parts], [tensor for _, tensor in parts])
     except AnyckptError as error:
-        raise FormatError(
+        raise _incomplete(
             f"the ranks' parts do not make up the tensor: {error.problem}",
             path=folder,
             tensor=name,
             expected=error.expected,
             found=error.found,
-            remedy=_AGAIN,
         ) from error
 
 
@@ -212,6 +205,8 @@ def _check_listed(location: Location, tensors: Mapping[str, LazyTensor]) -> None
 
     lost = [name for name in read_json(location.open(HUB_FOLDER, FILES_OF_NAMES)) if name not in tensors]
     if lost:
-        raise FormatError(
-            f"{len(lost)} tensors of the model's list are in no rank's file", path=path, tensor=lost[0], remedy=_AGAIN
-        )
+        raise _incomplete(f"{len(lost)} tensors of the model's list are in no rank's file", path=path, tensor=lost[0])
+
+
+def _incomplete(problem: str, **facts: Any) -> FormatError:
+    return FormatError(problem, remedy="copy the files of all ranks of one save here", **facts)
