@@ -226,6 +226,10 @@ def test_norms_are_stored_as_gamma(tmp_path: Path, case: str) -> None:
     for name, tensor in source.items():
         one, other = tensor.cast("float32").numpy(), found[name].cast("float32").numpy()
         assert np.allclose(one, other, atol=1e-7) if "norm" in name else np.array_equal(one, other), name
+    anyckpt.convert(tmp_path / "out", tmp_path / "own", to="hf", config=source.config, dtype="fp32")
+    own = anyckpt.open(tmp_path / "own")
+    assert facts(own.tensors) == facts(found.tensors)
+    assert "layernorm_zero_centered_gamma" not in own.config
 
 
 def test_experts_are_stacked_with_the_gate_last_and_the_router_wide(tmp_path: Path) -> None:

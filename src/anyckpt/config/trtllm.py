@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.config import hugging_face
-from anyckpt.config.model import WHOLE_NORMS, ModelConfig, Reader
+from anyckpt.config.model import ModelConfig, Reader
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError
 
@@ -73,8 +73,6 @@ def parse(family: Spellings, config: Mapping[str, Any], notes: list[str]) -> Mod
         + ": what transformers' class takes is written; give the model's config.json with --config for its own"
     )
     extra = {key: value for key, value in model.extra.items() if key != "hf"}
-    if model.layernorm_zero_centered_gamma:
-        extra[WHOLE_NORMS] = True
     return replace(model, dtype=stated["dtype"], extra=extra)
 
 

@@ -16,7 +16,7 @@ from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.indexing import Shape
-from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects import spellings, trtllm
 from anyckpt.models.dialects.before_core import core_names
 from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.families import by_name, each_family
@@ -292,6 +292,8 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
             name: token for name, token in facts.special.items() if getattr(config, name) is None
         }
         config = _with_stored_vocabulary(replace(config, **missing), facts, weights, notes)
+    if dialect == trtllm.NAME and config.layernorm_zero_centered_gamma:
+        config = replace(config, extra={**config.extra, WHOLE_NORMS: True})
     says = model.config.vocab_size is not None
     return replace(model, config=config, notes=tuple(notes), says_vocabulary=says)
 

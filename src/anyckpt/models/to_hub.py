@@ -41,7 +41,10 @@ def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
             _check_shape(peeled, item.hub, item.shape, item)
         tensors = {item.hub: peeled.tensors[item.hub] for item in expected}
         hub = Hub(model, tensors, peeled.ignored, list(model.notes))
-        return _with_centred_norms(hub) if WHOLE_NORMS in model.config.extra else hub
+        if WHOLE_NORMS not in model.config.extra:
+            return hub
+        centred = _with_centred_norms(hub)
+        return centred if checkpoint.config_kind in model.definition.whole_norms else replace(centred, restated={})
     tensors = {item.hub: _mapped(item, peeled, widen) for item in expected}
     notes = [*model.notes, *remarks(expected), *peeled.spelling.notes]
     return Hub(model, tensors, peeled.ignored, notes, spelling=peeled.spelling)
