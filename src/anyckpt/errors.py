@@ -7,7 +7,8 @@ found, and what to do next.  The command line prints it without a traceback and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 _COMPARED = 5000
@@ -111,3 +112,13 @@ def alike(name: str, names: Iterable[str]) -> str:
     found = [known for known in some if known.endswith(f".{name}") or (known and name.endswith(f".{known}"))]
     found += [known for known in get_close_matches(name, some, _SHOWN) if known not in found]
     return " or ".join(map(repr, found[:_SHOWN]))
+
+
+@contextmanager
+def about(path: str) -> Iterator[None]:
+    """Within, an error that names no file names this one."""
+    try:
+        yield
+    except AnyckptError as error:
+        error.path = error.path or path
+        raise

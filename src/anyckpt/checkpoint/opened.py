@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyckpt.checkpoint.beside import AdapterSettings, ObjectForms, Part, StoredChecksum, Tokenizer
@@ -163,6 +163,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
             for name, tensor in self.tensors.items()
             if name.startswith(self.model_prefix) and not name.startswith(self.state_prefixes or ("\0",))
         }
+
+    def with_weights(self, weights: dict[str, LazyTensor], **changes: Any) -> Checkpoint:
+        """The same with these weights under the model's own names and no other tensors, and with other attributes."""
+        return replace(self, tensors=weights, model_prefix="", state_prefixes=(), **changes)
 
     @property
     def parameters(self) -> int:

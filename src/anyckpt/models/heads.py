@@ -78,7 +78,7 @@ def complete_trunk(checkpoint: Checkpoint, model: Model) -> Trunk | None:
     trunk = trunk_of(checkpoint, model)
     if trunk is None or not (trunk.is_bare or (trunk.kind and not trunk.kind.endswith(_OWN_HEADS))):
         return None
-    to_hub(replace(checkpoint, tensors=trunk.tensors, model_prefix="", state_prefixes=()), trunk.model, widen=True)
+    to_hub(checkpoint.with_weights(trunk.tensors), trunk.model, widen=True)
     return trunk
 
 

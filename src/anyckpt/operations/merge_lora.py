@@ -12,7 +12,7 @@ from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.nemo1 import restated
-from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.errors import MappingError, UsageError, about
 from anyckpt.formats import registry
 from anyckpt.models import Model
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name, read_adapter
@@ -122,7 +122,7 @@ def merge_lora(
     tied = is_tied(whole.config if given is None else given, model)
     cast = ChangedType(options.cast_to, keep_in_fp32)
     by_name, missing = place_by_name(found, settings, whole.weights(), tied=tied)
-    try:
+    with about(found.path):
         if by_name is not None:
             updates = by_name.adapter
             changed = merged_in_place(whole, found, by_name, scale=scale, cast=cast, model=model)
@@ -131,9 +131,6 @@ def merge_lora(
                 raise unfit or _unknown(whole, missing)
             updates = read_adapter(found, settings, Layers(model))
             changed = _merged(whole, model, updates, scale, cast)
-    except AnyckptError as error:
-        error.path = error.path or found.path
-        raise
     notes = (
         _summary(found, settings, updates, scale),
         *([_TIED] if tied and _changes_embedding(updates, whole) else []),
@@ -202,15 +199,8 @@ def _merged(base: Checkpoint, model: Model, updates: Adapter, scale: float, cast
     dialect = base.dialect or spellings.detect(base.weights())
     assert dialect is not None  # to_hub has found it
     out = models.from_hub(hub, dialect, in_place=True)
-    changed = replace(
-        base,
-        tensors=out.tensors,
-        dialect=dialect,
-        model_prefix="",
-        state_prefixes=(),
-        objects={},
-        config=restated(base.config, stored.restated),
-    )
+    config = restated(base.config, stored.restated)
+    changed = base.with_weights(out.tensors, dialect=dialect, objects={}, config=config)
     return Stepped(changed, {**state_of(base), **out.ignored})
 
 

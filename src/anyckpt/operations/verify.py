@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from anyckpt import models, quantization
@@ -323,7 +323,7 @@ def _check_complete(whole: Checkpoint, model: Model, result: Verification) -> mo
             if trunk_of(whole, model) is None:
                 raise
     trunk = trunk_of(whole, model)
-    bare = whole if trunk is None else replace(whole, tensors=trunk.tensors, model_prefix="", state_prefixes=())
+    bare = whole if trunk is None else whole.with_weights(trunk.tensors)
     hub = models.to_hub(bare, model if trunk is None else trunk.model, widen=True)
     if trunk is not None and trunk.beside:
         of = trunk.kind or "the model"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
-from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
+from anyckpt.errors import FormatError, MappingError, UsageError, about
 from anyckpt.models.adapters import loose, megatron, peft, peft_names
 from anyckpt.models.adapters.adapter import Adapter
 from anyckpt.models.adapters.by_name import Placed, placed, unplaced, without_tied_copies
@@ -62,7 +62,7 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
         UsageError: the scale is not known, or the base model is needed and not known.
     """
     weights = checkpoint.weights()
-    try:
+    with about(checkpoint.path):
         if not weights:
             raise MappingError("the adapter has no tensors", remedy="copy the whole adapter")
         spelled = spelling_of(checkpoint)
@@ -87,9 +87,6 @@ def read_adapter(checkpoint: Checkpoint, settings: AdapterSettings, layers: Laye
             None if config is None else config.num_moe_experts,
             None if config is None else config.gated_linear_unit,
         )
-    except AnyckptError as error:
-        error.path = error.path or checkpoint.path
-        raise
 
 
 def place_by_name(
@@ -111,7 +108,7 @@ def place_by_name(
     spelled = spelling_of(checkpoint)
     if spelled is None or spelled == "megatron":
         return None, []
-    try:
+    with about(checkpoint.path):
         if spelled in loose.SPELLINGS:
             weights = loose.as_peft(weights)
         stored = peft_names.by_module(weights)
@@ -126,9 +123,6 @@ def place_by_name(
         )
         _check_magnitudes(found.adapter, settings)
         return found, []
-    except AnyckptError as error:
-        error.path = error.path or checkpoint.path
-        raise
 
 
 def check_adapter(checkpoint: Checkpoint) -> list[str]:

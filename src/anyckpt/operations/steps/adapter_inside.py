@@ -8,7 +8,7 @@ from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.dtypes import DType
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import UsageError, about
 from anyckpt.models.adapters import Placed, Target, merged_by_name
 from anyckpt.models.adapters.by_name import placed
 from anyckpt.models.adapters.peft_names import StoredAdapter
@@ -95,18 +95,13 @@ def merged_inside(checkpoint: Checkpoint, alpha: float | None, cast: Callable[[s
     """
     apart = taken_apart(checkpoint.weights())
     left_out = dict.fromkeys((checkpoint.model_prefix + name for name in apart.left_out), _UNTRAINED)
-    bare = replace(
-        checkpoint, tensors=apart.base, model_prefix="", state_prefixes=(), objects={}, dialect=None, optimizer=None
-    )
+    bare = checkpoint.with_weights(apart.base, objects={}, dialect=None, optimizer=None)
     if not apart.adapter:
         note = "the names are those of a model that peft has wrapped: base_layer is taken out of them"
         return Stepped(bare, left_out, (note,))
-    try:
+    with about(checkpoint.path):
         found = _placed(apart, apart.stored(), with_alpha(AdapterSettings(), alpha))
         tensors = merged_by_name(apart.base, found, scale=1.0, cast=cast)
-    except AnyckptError as error:
-        error.path = error.path or checkpoint.path
-        raise
     ranks = sorted({update.rank for update in found.adapter.updates.values()})
     note = (
         f"the adapter in it is merged: {len(found.adapter.updates)} updates of rank {', '.join(map(str, ranks))}, "
@@ -147,11 +142,8 @@ def adapter_inside(checkpoint: Checkpoint, alpha: float | None) -> Stepped:
     if not apart.adapter:
         raise UsageError("holds no adapter any more", path=checkpoint.path, remedy="convert it to hf")
     stored = apart.stored()
-    try:
+    with about(checkpoint.path):
         found = _placed(apart, stored, with_alpha(AdapterSettings(), alpha))
-    except AnyckptError as error:
-        error.path = error.path or checkpoint.path
-        raise
     ranks = {module: found.adapter.updates[Target(f"{module}.weight")].rank for module in stored.modules}
     rank = max(ranks.values(), default=1)
     dora = any(own.magnitude is not None for own in stored.modules.values())
@@ -169,12 +161,9 @@ def adapter_inside(checkpoint: Checkpoint, alpha: float | None) -> Stepped:
     tensors = {_saved_name(name): tensor for name, tensor in apart.adapter.items()}
     tensors |= {PREFIX + name: apart.base[name] for name in apart.trained}
     settings = AdapterSettings("dora" if dora else "lora", rank, alpha, targets=tuple(config["target_modules"]))
-    alone = replace(
-        checkpoint,
+    alone = checkpoint.with_weights(
+        tensors,
         format="peft",
-        tensors=tensors,
-        model_prefix="",
-        state_prefixes=(),
         objects={},
         dialect="peft",
         config=config,

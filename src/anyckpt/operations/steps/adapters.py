@@ -184,16 +184,8 @@ def rename_adapter(
         named = {spellings.by_name(dialect).prefix + name: tensor for name, tensor in tensors.items()}
     else:
         named = spellings.from_hub_names(tensors, dialect)
-    renamed = replace(
-        _configured(described, model, target.config_kind, naming.dtype, notes),
-        tensors=named,
-        model_prefix="",
-        state_prefixes=(),
-        objects={},
-        dialect=dialect,
-        adapter=told,
-        optimizer=None,
-    )
+    configured = _configured(described, model, target.config_kind, naming.dtype, notes)
+    renamed = configured.with_weights(named, objects={}, dialect=dialect, adapter=told, optimizer=None)
     return unmoved(renamed, notes=tuple(notes))
 
 
@@ -307,18 +299,8 @@ def _to_peft(
             del config[key]
     if settings.base is None:
         notes.append("the adapter does not name its base model: give it to PeftModel.from_pretrained")
-    renamed = replace(
-        checkpoint,
-        tensors=written.tensors,
-        model_prefix="",
-        state_prefixes=(),
-        objects={},
-        dialect="peft",
-        optimizer=None,
-        config=config,
-        config_kind=None,
-        tokenizer=checkpoint.tokenizer,
-        adapter=settings,
+    renamed = checkpoint.with_weights(
+        written.tensors, objects={}, dialect="peft", optimizer=None, config=config, config_kind=None, adapter=settings
     )
     return unmoved(renamed, notes=tuple(notes))
 

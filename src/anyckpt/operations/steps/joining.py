@@ -84,12 +84,9 @@ def _joined(
         verify_replicas=verify_replicas,
         complete=checkpoint.adapter is None,
     )
-    return replace(
-        checkpoint,
-        tensors=joined.tensors,
+    return checkpoint.with_weights(
+        joined.tensors,
         dialect="hub",
-        model_prefix="",
-        state_prefixes=(),
         warnings=[*checkpoint.warnings, *joined.warnings],
         ignored={**checkpoint.ignored, **joined.ignored},
         ranks=(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import UsageError, about
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model
 
@@ -22,11 +22,8 @@ def identify(checkpoint: Checkpoint, *, family: str | None = None, config: Any =
     """
     if checkpoint.quantization is not None:
         raise quantization.refusal(checkpoint.quantization, checkpoint.path)
-    try:
+    with about(checkpoint.path if config is None else "--config"):
         return models.identify(checkpoint, family=family, config=config)
-    except AnyckptError as error:
-        error.path = error.path or (checkpoint.path if config is None else "--config")
-        raise
 
 
 @dataclass(frozen=True)

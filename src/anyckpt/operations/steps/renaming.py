@@ -244,7 +244,7 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
     weights = checkpoint.weights()
 
     def hub_of(tensors: Tensors) -> Hub:
-        held = replace(checkpoint, tensors=tensors, model_prefix="", state_prefixes=())
+        held = checkpoint.with_weights(tensors)
         return vocabulary.of(models.to_hub(held, model, widen=dtype is not None))
 
     hub = hub_of(weights)
@@ -303,7 +303,7 @@ def _check_vocabulary(checkpoint: Checkpoint, hub: Hub) -> None:
 
 
 def _with_weights(checkpoint: Checkpoint, weights: dict[str, LazyTensor], dialect: str) -> Checkpoint:
-    return replace(checkpoint, tensors=weights, model_prefix="", state_prefixes=(), objects={}, dialect=dialect)
+    return checkpoint.with_weights(weights, objects={}, dialect=dialect)
 
 
 def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:

@@ -57,15 +57,7 @@ def without_state(checkpoint: Checkpoint, left_out: Iterable[str], to: str) -> S
     if checkpoint.optimizer is not None:
         dropped.setdefault("optimizer", _STATE)
     training = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
-    bare = replace(
-        checkpoint,
-        tensors=weights,
-        model_prefix="",
-        state_prefixes=(),
-        objects=composite,
-        training=training,
-        optimizer=None,
-    )
+    bare = checkpoint.with_weights(weights, objects=composite, training=training, optimizer=None)
     written_back = checkpoint.written_back if again else frozenset()
     return Stepped(bare, {name: reason for name, reason in dropped.items() if name not in written_back})
 
@@ -193,7 +185,7 @@ def carry_optimizer(
     state = renamed(with_masters(found.optimizer(), weights), renaming)
     step = source.training.step if source.training.step is not None else state.step
     training = replace(source.training, step=step, has_rng=bool(random))
-    bare = replace(target, tensors=target.weights(), model_prefix="", state_prefixes=())
+    bare = target.with_weights(target.weights())
     ready = laid_out(replace(bare, training=training, optimizer=lambda: state), to.optimizer, to.name)
     own = {source.model_prefix + name for name in weights}
     tensors = {name for name in source.tensors if name not in own}
