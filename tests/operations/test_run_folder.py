@@ -62,6 +62,14 @@ def test_of_any_format_and_by_any_name(tmp_path: Path) -> None:
     assert latest(tmp_path) == str(tmp_path / "newest.ckpt")  # the checkpoint itself tells its step
 
 
+def test_what_was_looked_at_is_not_kept_open(tmp_path: Path) -> None:
+    """Or a trainer would keep the space of its first checkpoint for ever."""
+    save(tmp_path, "step-1", 1)
+    assert latest(tmp_path) == str(tmp_path / "step-1")
+    held = [os.path.join("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+    assert not [path for path in held if os.path.realpath(path).startswith(str(tmp_path))]
+
+
 def test_what_the_trainer_said_comes_before_the_name(tmp_path: Path) -> None:
     save(tmp_path, "step-100-of-the-first-try", 5)
     save(tmp_path, "best", 6)

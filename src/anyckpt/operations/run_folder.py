@@ -18,6 +18,7 @@ from anyckpt.engine.manifest import check_sizes, read_manifest
 from anyckpt.errors import AnyckptError, UnfinishedError
 from anyckpt.formats import registry
 from anyckpt.operations.retention import Saved
+from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at
 
 NOTE = "anyckpt-save.json"
@@ -135,6 +136,8 @@ def condition(path: str) -> Condition:
         manifest = read_manifest(path) if os.path.isdir(path) else None
     except AnyckptError as error:
         return Condition(str(error), isinstance(error, UnfinishedError))
+    finally:
+        close_open_files()  # it may be deleted while this process lives on
     missing = [] if manifest is None else list(islice(check_sizes(path, manifest), 1))
     return Condition(missing[0] if missing else "", step=step)
 

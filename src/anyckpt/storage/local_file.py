@@ -46,6 +46,14 @@ class _OpenFiles:
                 del self._descriptors[path]
                 os.close(entry[0])
 
+    def close_unused(self) -> None:
+        """Close the descriptors that nobody reads from at this moment."""
+        with self._lock:
+            for path, (descriptor, users) in list(self._descriptors.items()):
+                if users[0] == 0:
+                    del self._descriptors[path]
+                    os.close(descriptor)
+
     def renew(self, path: str, status: os.stat_result) -> None:
         """Close the descriptor of ``path`` if it is of a file that was there before the one of ``status``."""
         with self._lock:
@@ -133,3 +141,8 @@ class LocalFile(ByteSource):
 def forget_open_file(path: str) -> None:
     """Close the cached descriptor of ``path``, which is about to be replaced or removed."""
     _open_files.forget(os.path.abspath(path))
+
+
+def close_open_files() -> None:
+    """Close what is kept open to be read again: a file that is deleted takes its place on the disk until then."""
+    _open_files.close_unused()

@@ -18,6 +18,7 @@ from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
 from anyckpt.operations.verify import verify
+from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.read_count import ReadCount, counting
 from anyckpt.storage.requests import at_once
 from anyckpt.tensor import LazyTensor
@@ -110,7 +111,10 @@ def load(
     chosen = asked(options, settings)
     if path is None:
         return _whole(open_checkpoint(state), classes)
-    return fill(lambda: described(state), path, chosen, Ranks(group, timeout=chosen.timeout), classes)
+    try:
+        return fill(lambda: described(state), path, chosen, Ranks(group, timeout=chosen.timeout), classes)
+    finally:
+        close_open_files()  # training goes on for long, and the checkpoint may be deleted meanwhile
 
 
 def fill(

@@ -1,0 +1,157 @@
+"""What a training loop waits for when it saves asynchronously; needs torch.
+
+    OMP_NUM_THREADS=1 python benchmarks/training_async.py --directory /a/disk --size 2 --runs 5
+
+Two ranks (processes of one gloo group) hold a model of ``--size`` GB with Adam's moments, in float32, as DTensors cut
+along their rows.  Each run times, in turn and on both ranks at once, a copy of the rank's part into memory that is
+there already (numpy, one thread), and what ``Saver.save`` takes until it returns, with the structure known from the
+saves before and without; then it waits until the checkpoint is published.  ``--peer`` adds
+``torch.distributed.checkpoint.async_save`` with a process of its own.  The first save, for which the system has to give
+memory, is told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+_COLUMNS = 1024
+
+
+def state_of(nbytes: int, tensors: int) -> dict[str, Any]:
+    """A model and its moments, evenly divided between the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    rows = nbytes // (3 * tensors * world * _COLUMNS * 4)
+
+    def made() -> Any:
+        return DTensor.from_local(torch.rand(rows, _COLUMNS), mesh, [Shard(0)])
+
+    names = [f"layers.{number}.weight" for number in range(tensors)]
+    return {
+        "model": {name: made() for name in names},
+        "optimizer": {"state": {name: {"exp_avg": made(), "exp_avg_sq": made()} for name in names}},
+        "step": 0,
+    }
+
+
+def parts_of(state: Any) -> list[Any]:
+    """This rank's elements, as arrays."""
+    if isinstance(state, dict):
+        return [part for value in state.values() for part in parts_of(value)]
+    return [state.to_local().numpy()] if hasattr(state, "to_local") else []
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds of the slowest rank, all of which begin together."""
+    dist.barrier()
+    started = time.monotonic()
+    action()
+    seconds = torch.tensor(time.monotonic() - started)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
+    from anyckpt.torch import Retention, Saver
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=options.ranks)
+    state = state_of(int(options.size * 1e9), options.tensors)
+    parts = parts_of(state)
+    room = [np.ones_like(part) for part in parts]
+    savers = {
+        "save": Saver(f"{folder}/planned", keep=Retention()),
+        "save, structure known": Saver(f"{folder}/known", keep=Retention(), assume_constant_structure=True),
+    }
+
+    def memcpy() -> None:
+        for there, part in zip(room, parts, strict=True):
+            np.copyto(there, part)
+
+    times: dict[str, list[float]] = {"memcpy": [], **{name: [] for name in savers}}
+    first, publishing = {}, []
+    memcpy()
+    for run in range(options.runs + 3):
+        for name, saver in savers.items():
+            copying = timed(memcpy)
+            seconds = timed(lambda saver=saver, run=run: saver.save(state, run))
+            publishing.append(timed(saver.wait))
+            if run >= 3:  # the third save with the same structure plans nothing
+                times["memcpy"].append(copying)
+                times[name].append(seconds)
+            elif run == 0:
+                first[name] = seconds
+    for saver in savers.values():
+        saver.close()
+    if options.peer:
+        times["torch.distributed.checkpoint.async_save"] = peer(state, folder, options.runs)
+    if rank == 0:
+        base = statistics.median(times["memcpy"])
+        print(
+            f"{sum(part.nbytes for part in parts) / 1e9:.2f} GB on each of {options.ranks} ranks, {len(parts)} tensors"
+        )
+        for name, seconds in times.items():
+            found, spread = statistics.median(seconds), f"from {min(seconds):.3f} to {max(seconds):.3f}"
+            print(f"{name:42} {found:7.3f} s   {found / base:6.2f} x memcpy   ({spread})")
+        print("first save: " + ", ".join(f"{seconds:.2f} s ({name})" for name, seconds in first.items()))
+        print(f"until published: {statistics.median(publishing):.2f} s")
+    dist.destroy_process_group()
+
+
+def peer(state: dict[str, Any], folder: str, runs: int) -> list[float]:
+    """What torch's own asynchronous saving blocks for."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+    found = []
+    for run in range(runs + 1):
+        kept: list[Any] = []
+
+        def save(run: int = run, kept: list[Any] = kept) -> None:
+            kept.append(
+                dcp.async_save(
+                    state, checkpoint_id=f"{folder}/peer-{run}", async_checkpointer_type=AsyncCheckpointerType.PROCESS
+                )
+            )
+
+        seconds = timed(save)
+        kept[0].result()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(f"{folder}/peer-{run}")
+        found += [seconds] if run else []
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--size", type=float, default=2.0, help="GB of the state, of all ranks together")
+    parser.add_argument("--tensors", type=int, default=100, help="weights, each with two moments")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--peer", action="store_true")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        mp.spawn(rank_main, args=(options, folder), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()
