@@ -137,6 +137,32 @@ def test_a_run_that_saves_a_step_again(tmp_path: Path) -> None:
     assert anyckpt.open(newest)["model.w"].shape == (32, 6)
 
 
+def one_by_one(folder: str) -> list[str]:
+    from anyckpt.torch import async_save
+
+    handles, told = [], []
+    for step in (1, 2, 2):
+        state = state_of(step)
+        try:
+            handles.append(async_save(state, os.path.join(folder, f"step-{step}"), overwrite=False))
+        except AnyckptError as error:
+            told.append(str(error))
+        changed(state)
+        if handles[1:]:
+            handles[1].wait()
+    assert handles[0].done()
+    assert [handle.wait() for handle in handles] == [handle.path for handle in handles]
+    return told
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_single_saves_in_the_background(world: int, tmp_path: Path) -> None:
+    for told in on_ranks(world, one_by_one, str(tmp_path)):
+        assert len(told) == 1 and "step-2: already exists" in told[0]
+    for step in (1, 2):
+        assert_is(str(tmp_path / f"step-{step}"), step)
+
+
 # -- what fails ----------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.run_folder import latest
     from anyckpt.operations.run_upkeep import clean
     from anyckpt.torch import dcp, megatron
+    from anyckpt.torch.async_saving import SaveHandle, async_save
     from anyckpt.torch.classes import register_class
     from anyckpt.torch.from_another import initialise, perception_settings
     from anyckpt.torch.loading import LoadReport, load
@@ -30,10 +31,12 @@ __all__ = [
     "Options",
     "Restorable",
     "Retention",
+    "SaveHandle",
     "SaveReport",
     "Saver",
     "Settings",
     "StateMismatchError",
+    "async_save",
     "clean",
     "dcp",
     "initialise",
@@ -54,6 +57,7 @@ _WHERE: dict[str, str] = {
     **dict.fromkeys(("LoadReport", "load"), "torch.loading"),
     "Options": "torch.options",
     "Restorable": "torch.restorable",
+    **dict.fromkeys(("SaveHandle", "async_save"), "torch.async_saving"),
     **dict.fromkeys(("SaveReport", "save"), "torch.saving"),
     "Saver": "torch.saver",
     "Settings": "torch.settings",

@@ -10,52 +10,27 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from anyckpt.engine.destination import Share
-from anyckpt.errors import AnyckptError, OutputError, UsageError
+from anyckpt.errors import OutputError, UsageError
 from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.retention import Retention, Saved
 from anyckpt.operations.run_folder import latest
 from anyckpt.operations.run_upkeep import clean
-from anyckpt.operations.writer_process import Outcome, Upkeep
+from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.copying import PageLockedMemory, copy
+from anyckpt.torch.flights import Flights
 from anyckpt.torch.live import described
 from anyckpt.torch.options import Options
 from anyckpt.torch.saving import asked, prepare
 
 
-@dataclass
-class _Flight:
-    """A save that is under way.
-
-    Attributes:
-        path: the checkpoint.
-        number: of the writer's job; None if this rank could not hand it over.
-        failure: why not.
-    """
-
-    path: str
-    number: int | None = None
-    failure: AnyckptError | None = None
-
-
-@dataclass(frozen=True)
-class _Status:
-    """What a rank knows of a save: whether its part is done, and if so why it failed, and whether it published."""
-
-    done: bool
-    error: AnyckptError | None = None
-    published: bool = False
-
-
 @dataclass(frozen=True)
 class _Record:
-    """What a rank tells the others when all meet."""
+    """What a rank says of the save that it wants to begin."""
 
-    statuses: tuple[_Status, ...]
-    step: int | None = None
-    metric: float | None = None
-    time: float = 0.0
+    step: int
+    metric: float | None
+    time: float
 
 
 class Saver:
@@ -122,13 +97,13 @@ class Saver:
         self._ranks = Ranks(group, timeout=self._options.timeout)
         self._ranks.broadcast(self._open, what="to open a folder for saving")
         self._writer = self._ranks.together(lambda: BackgroundWriter(memory=PageLockedMemory, copy=copy))
-        self._flights: list[_Flight] = []
+        self._flights = Flights(self._ranks, self._writer)
         self._finalizer = weakref.finalize(self, self._writer.close)
 
     @property
     def pending(self) -> tuple[str, ...]:
         """Paths of the saves of which this rank does not know yet how they went."""
-        return tuple(flight.path for flight in self._flights)
+        return self._flights.paths
 
     def save(self, state: Mapping[str, Any], step: int, metric: float | None = None) -> str:
         """Save live state; collective.
@@ -149,26 +124,16 @@ class Saver:
         """
         self._check_open()
         if len(self._flights) >= self._in_flight:
-            self._await(self._flights[:1])
-        first = self._meet(step, metric)
-        path = os.path.join(self.folder, _named(self._name, step))
-        prepared = prepare(lambda: described(state), path, self._options, self._ranks)
-        flight = _Flight(path)
-        try:
-            flight.number = self._writer.submit(
-                prepared.plan,
-                path,
-                share=Share(self._ranks.rank + 1, self._ranks.size),
-                key=prepared.key,
-                overwrite=self._options.overwrite,
-                workers=self._options.workers,
-                upkeep=Upkeep(Saved(os.path.basename(path), step, first.time, first.metric), self._keep, self._pointer),
+            self._flights.wait(1)
+        said = self._flights.meet(lambda: _Record(step, metric, time.time()))
+        if any(record.step != step for record in said):
+            raise UsageError(
+                "ranks save different steps", expected="the same step on all", found=[record.step for record in said]
             )
-        except AnyckptError as error:
-            flight.failure = error  # other ranks have begun: all learn of it when they meet
-        self._flights.append(flight)
-        if flight.failure is not None and self._ranks.size == 1:
-            self._meet()
+        path = os.path.join(self.folder, _named(self._name, step))
+        saved = Saved(os.path.basename(path), step, said[0].time, said[0].metric)
+        prepared = prepare(lambda: described(state), path, self._options, self._ranks)
+        self._flights.begin(prepared, path, self._options, Upkeep(saved, self._keep, self._pointer))
         return path
 
     def wait(self) -> None:
@@ -179,8 +144,8 @@ class Saver:
             RankError: another rank did not come.
         """
         self._check_open()
-        self._await(self._flights)
-        self._meet()
+        self._flights.wait()
+        self._flights.meet(lambda: None)
 
     def latest(self) -> str | None:
         """The newest whole checkpoint in the folder, the same on every rank (``anyckpt.torch.latest``); collective."""
@@ -213,8 +178,6 @@ class Saver:
         else:
             self._finalizer()
 
-    # -- what ranks tell one another ----------------------------------------------------------------------------
-
     def _open(self) -> None:
         if self._ranks.rank == 0:
             try:
@@ -222,51 +185,6 @@ class Saver:
             except OSError as error:
                 raise OutputError(f"cannot be made: {error.strerror}", path=self.folder) from error
             clean(self.folder)
-
-    def _await(self, flights: list[_Flight]) -> None:
-        """Wait for this rank's part of some saves."""
-        for flight in flights:
-            if flight.number is not None:
-                self._writer.outcome(flight.number)
-
-    def _meet(self, step: int | None = None, metric: float | None = None) -> _Record:
-        """Tell one another how saves went; give what rank 0 said.
-
-        Raises:
-            OutputError: one failed; it is told once.
-            UsageError: ranks are at different steps.
-        """
-        own = _Record(tuple(self._status(flight) for flight in self._flights), step, metric, time.time())
-        found = self._ranks.gather(lambda: own, "to learn how saves went")
-        flights, failures = list(self._flights), []
-        for number, flight in enumerate(flights):
-            statuses = [record.statuses[number] for record in found]
-            if not all(status.done for status in statuses):
-                continue
-            self._flights.remove(flight)
-            failed = next(((rank, one.error) for rank, one in enumerate(statuses) if one.error is not None), None)
-            if failed is None and not any(status.published for status in statuses):
-                failed = 0, OutputError("is written, but nobody could give it its name", path=flight.path)
-            if failed is not None:
-                failures.append(failed)
-                if self._ranks.rank == 0:
-                    self._writer.discard(flight.path)
-        if failures:
-            rank, error = failures[0]
-            error.problem += f" (on rank {rank})" if self._ranks.size > 1 else ""
-            error.problem += f"; {len(failures) - 1} more saves failed" if len(failures) > 1 else ""
-            raise error
-        if any(record.step != step for record in found):
-            raise UsageError(
-                "ranks save different steps", expected="the same step on all", found=[record.step for record in found]
-            )
-        return found[0]
-
-    def _status(self, flight: _Flight) -> _Status:
-        if flight.number is None:
-            return _Status(True, flight.failure)
-        outcome: Outcome | None = self._writer.outcome(flight.number, wait=0.0)
-        return _Status(False) if outcome is None else _Status(True, outcome.error, outcome.published)
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
