@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import signal
 import warnings
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
@@ -138,6 +139,46 @@ def test_the_callback_of_lightning_keeps_what_it_keeps(tmp_path: Path) -> None:
         f".{name}.anyckpt-manifest.json" for name in names
     }
     assert not anyckpt.verify(tmp_path / "c" / "last.ckpt").problems
+
+
+# -- while training goes on -----------------------------------------------------------------------------------------
+
+
+def test_saves_go_on_beside_the_run(tmp_path: Path, whole: dict[int, float]) -> None:
+    """The state may change when a save returns; what is removed meanwhile goes when its successor is whole."""
+    callback = ModelCheckpoint(tmp_path / "c", monitor="loss", every_n_train_steps=1, save_top_k=2, save_last=True)
+    plugin = CheckpointIO(in_flight=2)
+    first, _ = run(tmp_path, 3, plugins=[plugin], callbacks=[callback], enable_checkpointing=True)
+    names = {name for name in os.listdir(tmp_path / "c") if not name.startswith(".")}
+    assert len(names) == 3 and "last.ckpt" in names
+    second, _ = run(tmp_path, resume=str(tmp_path / "c" / "last.ckpt"), plugins=[plugin])
+    assert {**first.losses, **second.losses} == whole
+    with pytest.raises(anyckpt.UsageError, match="in_flight"):
+        CheckpointIO(in_flight=-1)
+
+
+def test_a_save_that_failed_is_told_and_nothing_is_removed(tmp_path: Path) -> None:
+    plugin = CheckpointIO(in_flight=1)
+    state = {"a": torch.ones(1 << 20)}
+    plugin.save_checkpoint(state, tmp_path / "a.ckpt")
+    state["a"].zero_()
+    plugin.wait()
+    assert torch.load(tmp_path / "a.ckpt")["a"].sum() == 1 << 20
+    writer = plugin._background._writer
+    assert writer is not None and writer.pid is not None
+    os.kill(writer.pid, signal.SIGSTOP)
+    plugin.save_checkpoint(state, tmp_path / "b.ckpt")
+    plugin.remove_checkpoint(tmp_path / "a.ckpt")
+    os.kill(writer.pid, signal.SIGKILL)
+    with pytest.raises(anyckpt.OutputError, match="b.ckpt.*SIGKILL"):
+        plugin.save_checkpoint(state, tmp_path / "c.ckpt")
+    assert (tmp_path / "a.ckpt").exists() and not (tmp_path / "b.ckpt").exists()
+    plugin.save_checkpoint(state, tmp_path / "c.ckpt")
+    plugin.remove_checkpoint(tmp_path / "a.ckpt")
+    plugin.teardown()
+    assert (tmp_path / "c.ckpt").exists() and not (tmp_path / "a.ckpt").exists()
+    with pytest.raises(anyckpt.FormatError):
+        plugin.load_checkpoint(tmp_path / "nowhere.ckpt")
 
 
 # -- from anything ------------------------------------------------------------------------------------------------

@@ -131,10 +131,20 @@ def write_trainer_state(state: Mapping[str, Any], path: str | os.PathLike[str]) 
         UsageError: an object cannot be pickled, or a tensor has no elements in memory.
     """
     place = os.path.abspath(os.fspath(path))
+    plan = trainer_plan(state, place)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    execute(plan, place, overwrite=True)
+
+
+def trainer_plan(state: Mapping[str, Any], path: str) -> Plan:
+    """The plan of what ``write_trainer_state`` writes.
+
+    Raises:
+        UsageError: an object cannot be pickled, or a tensor has no elements in memory.
+    """
     try:
         root = Stored().value(dict(state))
     except AnyckptError as error:
-        error.path = error.path or place
+        error.path = error.path or path
         raise
-    os.makedirs(os.path.dirname(place), exist_ok=True)
-    execute(Plan("lightning", (OutputFile("", zip_parts(root)),)), place, overwrite=True)
+    return Plan("lightning", (OutputFile("", zip_parts(root)),))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as _Base
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from anyckpt.engine.manifest import beside
 from anyckpt.errors import FormatError
 from anyckpt.torch.from_another import Renaming
+from anyckpt.torch.lightning.background import Background
 from anyckpt.torch.trainer_state import read_trainer_state, write_trainer_state
 
 
@@ -31,6 +29,12 @@ class CheckpointIO(_Base):
         names: how to name weights that follow a known family (``hf``); as they are stored if None.
         family, config: as for ``anyckpt.convert``, where a checkpoint does not tell.
         rename: for the names of weights: beginning -> what stands there in the module; see ``initialise``.
+        in_flight: so many saves may be under way while training goes on: a save returns when the state is copied, and a
+            process beside this one writes it.  0 writes before going on.  A save that failed raises at the next one, or
+            when the run ends; what Lightning asks to remove meanwhile goes when the saves before that are whole.
+
+    Raises:
+        UsageError: ``in_flight`` is negative.
     """
 
     def __init__(
@@ -40,12 +44,14 @@ class CheckpointIO(_Base):
         family: str | None = None,
         config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         rename: Renaming | None = None,
+        in_flight: int = 0,
     ) -> None:
         self.names = names
         self.family = family
         self.config = config
         self.rename = rename
         self._remote = TorchCheckpointIO()
+        self._background = Background(in_flight)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the trainer's state as the file that Lightning would write.
@@ -60,7 +66,10 @@ class CheckpointIO(_Base):
         if _is_remote(path):
             self._remote.save_checkpoint(checkpoint, path)
             return
-        write_trainer_state(checkpoint, path)
+        if self._background.in_flight:
+            self._background.save(checkpoint, path)
+        else:
+            write_trainer_state(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """The trainer's state of a checkpoint of any format; weights are mapped, and on the CPU.
@@ -87,6 +96,7 @@ class CheckpointIO(_Base):
         Raises:
             AnyckptError: as ``load_checkpoint``.
         """
+        self.wait()
         if not os.path.exists(path):
             raise FormatError("does not exist", path=path, remedy="check ckpt_path")
         return read_trainer_state(path, names=self.names, family=self.family, config=self.config, rename=self.rename)
@@ -96,14 +106,23 @@ class CheckpointIO(_Base):
         if _is_remote(path):
             self._remote.remove_checkpoint(path)
             return
-        place = os.fspath(path)
-        if os.path.isdir(place) and not os.path.islink(place):
-            shutil.rmtree(place)
-        else:
-            with suppress(FileNotFoundError):
-                os.unlink(place)
-        with suppress(FileNotFoundError):
-            os.unlink(beside(place))
+        self._background.remove(os.path.abspath(path))
+
+    def wait(self) -> None:
+        """Wait until every save is whole.
+
+        Raises:
+            OutputError: one failed.
+        """
+        self._background.wait()
+
+    def teardown(self) -> None:
+        """Wait until every save is whole, and end the process that writes; the trainer calls it when a run ends.
+
+        Raises:
+            OutputError: one failed.
+        """
+        self._background.close()
 
 
 def _is_remote(path: Any) -> bool:

@@ -166,7 +166,7 @@ class ModelCheckpoint(_Base):
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         with _unfinished(trainer, filepath):
             super()._remove_checkpoint(trainer, filepath)
-            if os.path.exists(second_path(filepath)):
+            if of_trainer(trainer) is not None or os.path.exists(second_path(filepath)):
                 super()._remove_checkpoint(trainer, second_path(filepath))
 
     # -- exports ---------------------------------------------------------------------------------------------------
@@ -194,6 +194,7 @@ class ModelCheckpoint(_Base):
         plugin = trainer.strategy.checkpoint_io
         reader = plugin if isinstance(plugin, CheckpointIO) else CheckpointIO()
         if best:
+            reader.wait()
             second = second_path(best)
             state: Mapping[str, Any] = reader.read(second if os.path.exists(second) else best)[STATE_DICT]
             return state
