@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.models.cases import facts, open_case
-from tests.support import fixture_path, sha256_of, write_plan
+from tests.support import expected_of, fixture_path, sha256_of, write_plan
 
 import anyckpt
 from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
@@ -274,6 +274,54 @@ def test_rows_of_the_vocabulary_are_padded_for_ranks_and_come_back(tmp_path: Pat
     last = rank_tensors(tmp_path / "out" / "rank1.safetensors")["lm_head.weight"].numpy()
     assert not last[-1].any()
     assert anyckpt.open(tmp_path / "out")["lm_head.weight"].shape == source["lm_head.weight"].shape
+
+
+QUANTIZED = {
+    "fp8_a": ("fp8", {}),
+    "fp8_bf16_a": ("fp8", {}),
+    "fp8_moe_c": ("fp8", {}),
+    "fp8_pcpt_a": ("fp8_per_channel", {}),
+    "int8_a": ("int8", {"activation_scale": 0.1}),
+    "int4_rtn_a": ("int4", {"group_size": 32}),
+    "nvfp4_b": ("nvfp4", {"activation_scale": 0.01}),
+}
+SOURCES = {"a": "src_llama_a", "b": "src_llama_b", "c": "src_mixtral_c"}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_weights_are_quantized_as_modelopt_does(tmp_path: Path, case: str) -> None:
+    algorithm, options = QUANTIZED[case]
+    dtype = {"float16": "fp16", "bfloat16": "bf16"}[expected_of(f"quant/{case}")["export_dtype"]]
+    source = fixture_path(f"quant/{SOURCES[case[-1]]}/hf")
+    for variant, files in exported(case).items():
+        output, layout = tmp_path / variant, layout_of(variant)
+        anyckpt.convert(source, output, to="trtllm", quantize=algorithm, dtype=dtype, layout=layout, **options)
+        written = json.loads((output / "config.json").read_text())
+        assert comparable(written) == comparable(files["config.json"])
+        for name in files.keys() - {"config.json"}:
+            found = rank_tensors(output / name)
+            for key, facts_of in files[name]["tensors"].items():
+                assert list(found[key].shape) == facts_of["shape"], key
+                if not key.endswith("activation_scaling_factor"):  # which activations tell
+                    assert sha256_of(found[key]) == facts_of["sha256"], key
+            more = {key.rpartition(".")[2] for key in found.keys() - files[name]["tensors"].keys()}
+            assert more <= {"prequant_scaling_factor"}  # ones, for which TensorRT-LLM's loader asks
+        assert anyckpt.verify(output).sound
+        assert not anyckpt.open(output).warnings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int8"}, "only activations tell; give it with --activation-scale"),
+        ({"quantize": "mxfp4"}, r"trtllm has no mxfp4 \(expected fp8, .*nvfp4"),
+        ({"quantize": "fp8", "quantize_form": "modelopt"}, "does not hold fp8 in the form modelopt"),
+        ({"quantize": "int4", "group_size": 48}, "groups do not divide the rows"),
+    ],
+)
+def test_what_cannot_be_quantized_so(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        anyckpt.convert(fixture_path("quant/src_llama_a/hf"), tmp_path / "out", to="trtllm", **options)
 
 
 # -- what is wrong -------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from tests.support import fixture_path
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
+from anyckpt.formats.hf import FORMAT as HF
 from anyckpt.quantization.forms import ALGORITHMS, FORMS
 from anyckpt.tensor import from_array
 
 SOURCE = "quant/src_llama_a/hf"
 GROUP = {"int4": 32}
-PAIRS = [(form, algorithm) for form, layouts in FORMS.items() for algorithm in layouts if form != "mxfp4"]
+PAIRS = [(form, algorithm) for form in HF.quantizes for algorithm in FORMS[form] if form != "mxfp4"]
 
 
 def convert(source: Any, out: Path, algorithm: str, form: str | None = None, **options: Any) -> Any:

@@ -98,7 +98,7 @@ def writing_options(command: Command) -> Command:
 @click.option(
     "--quantize",
     metavar="ALGORITHM",
-    help="hf: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, nvfp4, mxfp4.",
+    help="hf, trtllm: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, nvfp4, mxfp4.",
 )
 @click.option(
     "--quantize-form",

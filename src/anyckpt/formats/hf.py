@@ -335,5 +335,5 @@ FORMAT = Format(
     plan=_plan,
     dialect=lambda options: "hf",
     config_kind="hf",
-    quantizes=True,
+    quantizes=("compressed-tensors", "modelopt", "fp8", "mxfp4"),
 )

@@ -92,7 +92,8 @@ class Format:
         in_fp32: globs of weights that its software has in float32 whatever the others are cast to.
         leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
             ``WriteOptions.megatron_args`` says.
-        quantizes: whether it holds quantized weights under Hugging Face's names, with a configuration that says so.
+        quantizes: forms of ``quantization.forms`` in which it holds quantized weights, the usual ones first; none if it
+            says nothing of how they are quantized.
         optimizer: how it keeps an optimizer's state, None if it has no place for it.
     """
 
@@ -111,7 +112,7 @@ class Format:
     backends: tuple[str, ...] = ()
     in_fp32: tuple[str, ...] = ()
     leaves_out_arguments: bool = False
-    quantizes: bool = False
+    quantizes: tuple[str, ...] = ()
     optimizer: OptimizerForm | None = None
 
 

@@ -267,10 +267,11 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         source = steps.take(without_adapter(source, naming, adapter, cast, keep_state=options.keeps_state))
         adapter = replace(adapter, alpha=None)
     renamed = _under_target_names(source, naming, adapter, unwanted, options.optimizer)
-    ready = steps.take(cast_checkpoint(steps.take(renamed), options.cast_to, options.kept_in_fp32))
+    uncast = steps.take(renamed)
+    ready = steps.take(cast_checkpoint(uncast, options.cast_to, options.kept_in_fp32))
     quantized = None
     if options.quantization is not None:
-        quantized = quantize_checkpoint(ready, options.quantization)
+        quantized = quantize_checkpoint(ready, options.quantization, uncast)
         ready = steps.take(quantized)
     ready = request.built(ready)
     if options.keeps_state:

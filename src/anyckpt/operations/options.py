@@ -23,7 +23,7 @@ from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_request
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.writing import parse_share
-from anyckpt.quantization.forms import Request
+from anyckpt.quantization.stored import Request
 from anyckpt.units import parse_bytes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -49,7 +49,7 @@ class ConvertOptions:
         alpha: of an adapter: updates are multiplied by it over their rank; what the adapter says if None.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights, and dequantize quantized ones.
         quantize: one of ``quantization.forms.ALGORITHMS``: quantize the matrices of linear modules, where the target is
-            ``hf``.
+            ``hf`` or ``trtllm``.
         quantize_form: one of ``quantization.forms.FORMS``: how they are stored; the algorithm's usual one if None.
         group_size: ``int4``: columns of a weight with one scale.
         activation_scale: the scale of every quantized activation, where the form stores it.
@@ -205,7 +205,7 @@ class ConvertOptions:
             return None
         return Request(
             self.quantize,
-            self.quantize_form,
+            self.quantize_form or (self.target.quantizes[0] if len(self.target.quantizes) == 1 else None),
             DEFAULT_GROUP if self.group_size is None else self.group_size,
             self.activation_scale,
             as_patterns(self.quantize_exclude),

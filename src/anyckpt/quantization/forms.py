@@ -1,4 +1,4 @@
-"""How quantized weights are stored beside the others in a Hugging Face folder, and what its configuration says of it.
+"""How quantized weights are stored beside the others, and what a configuration says of it.
 
 =====================  =========================================================================================
 form                   read by
@@ -7,6 +7,7 @@ form                   read by
 ``modelopt``           vLLM, SGLang, TensorRT-LLM; as NVIDIA ModelOpt 0.40's unified export does
 ``fp8``                vLLM, SGLang, transformers; as DeepSeek-V3's weights are
 ``mxfp4``              transformers, vLLM, SGLang; as GPT-OSS's experts are
+``trtllm``             TensorRT-LLM: see ``engines``; the others are of Hugging Face folders
 =====================  =========================================================================================
 """
 
@@ -14,18 +15,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import AnyckptError, UsageError
-from anyckpt.quantization.choosing import Choice, choose_experts, choose_linear
+from anyckpt.quantization.choosing import Choice, choose_experts
+from anyckpt.quantization.engines import TRTLLM
 from anyckpt.quantization.quantizing import Options, quantized
-from anyckpt.tensor import LazyTensor, from_array
-
-Facts = dict[str, Any]
+from anyckpt.quantization.stored import Facts, Layout, Request
+from anyckpt.tensor import Constant, LazyTensor, from_array, stack
 
 _PRODUCER = {"name": "modelopt", "version": "0.40.0"}
 """Whose layout it is: vLLM 0.11 takes a folder for ModelOpt's by this name only."""
@@ -33,7 +34,7 @@ _PRODUCER = {"name": "modelopt", "version": "0.40.0"}
 MODELOPT_FILE = "hf_quant_config.json"
 """What ModelOpt writes beside ``config.json``."""
 
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("fc", "gate"))
 """Modules that are one when a model runs, and so have one scale of the whole tensor in NVFP4."""
 
 _NUMBERS_OF = {"int8_wo": "int8"} | dict.fromkeys(("fp8", "fp8_per_channel", "fp8_blocks"), "float8_e4m3fn")
@@ -42,31 +43,13 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a user asks for.
-
-    Attributes:
-        algorithm: one of ``ALGORITHMS``.
-        form: one of ``FORMS``; the algorithm's usual one if None.
-        group_size: ``int4``: columns with one scale.
-        activation_scale: the scale of every quantized activation, where it is stored; see ``Layout.static``.
-        exclude: globs of modules that stay as they are.
-    """
-
-    algorithm: str
-    form: str | None = None
-    group_size: int = 128
-    activation_scale: float | None = None
-    exclude: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Written:
     """A folder's quantized weights.
 
     Attributes:
         tensors: all weights, quantized or not.
-        config: the configuration's ``quantization_config``.
+        config: the configuration's ``quantization_config``, or what the format says of it.
+        key: where the configuration has it; "" if the format says it.
         files: further files of the folder -> their text.
         choice: which weights are quantized.
         made: name of a quantized weight -> names of what it became.
@@ -76,38 +59,12 @@ class Written:
 
     tensors: dict[str, LazyTensor]
     config: Facts
+    key: str
     files: dict[str, str]
     choice: Choice
     made: dict[str, tuple[str, ...]]
     numbers: str
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one form stores what one algorithm makes.
-
-    Attributes:
-        algorithm: as ``quantized`` knows it.
-        names: role -> what follows a module's name (of ``quantized``, and ``shape`` of packed codes).
-        facts: the ``quantization_config``, of the request and the modules that are not quantized.
-        options: of ``quantized``, of the request and the weight's element type.
-        shapes: role -> shape of the scale, where it is not that which ``quantized`` gives.
-        static: name of the scale of activations, which is stored; "" if they are scaled when the model runs.
-        siblings: modules that are one when a model runs have one scale of the whole tensor.
-        experts: it is stacked experts that are quantized, and they lie ``[experts, inputs, outputs]``.
-        file: the text of ModelOpt's own file, of the facts, or None.
-    """
-
-    algorithm: str
-    names: Mapping[str, str]
-    facts: Callable[[Request, Sequence[str]], Facts]
-    options: Callable[[Request, DType], Options] = field(default=lambda request, kind: Options())
-    shapes: Mapping[str, Callable[[LazyTensor], tuple[int, ...]]] = field(default_factory=dict)
-    static: str = ""
-    siblings: bool = False
-    experts: bool = False
-    file: Callable[[Facts, Request], str] | None = None
 
 
 def layout_of(request: Request) -> Layout:
@@ -140,6 +97,11 @@ def layout_of(request: Request) -> Layout:
             )
         if not 0 < request.activation_scale < float("inf"):
             raise UsageError("a scale must be a positive number", found=request.activation_scale)
+    elif layout.static_needed:
+        raise UsageError(
+            f"{request.algorithm} in the form {form} has a scale of activations, which only activations tell",
+            remedy=f"give it with --activation-scale (their largest magnitude over 127), or choose {layout.instead}",
+        )
     return layout
 
 
@@ -153,25 +115,29 @@ def forms_with(algorithm: str) -> list[str]:
     return [form for form, layouts in FORMS.items() if algorithm in layouts]
 
 
-def quantize(tensors: Mapping[str, LazyTensor], request: Request, path: str) -> Written:
-    """Weights of a Hugging Face folder as they are stored quantized; nothing is read.
+def quantize(
+    tensors: Mapping[str, LazyTensor], request: Request, path: str, uncast: Mapping[str, LazyTensor] | None = None
+) -> Written:
+    """Weights as they are stored quantized; nothing is read.
 
     Args:
-        tensors: under Hugging Face's names.
+        tensors: under the names of the form's software.
         request: what is asked for.
         path: of the checkpoint, for messages.
+        uncast: the same before they were cast, if they were; see ``Layout.unrounded``.
 
     Raises:
         UsageError: an option is not possible, or a weight cannot be quantized so, which is named.
     """
     layout = layout_of(request)
-    choice = (choose_experts if layout.experts else choose_linear)(tensors, request.exclude)
+    choice = layout.choose(tensors, request.exclude)
     if not choice.weights:
         raise UsageError(
             f"{path}: no weight can be quantized",
             expected="stacked experts" if layout.experts else "matrices of linear modules in numbered layers",
             found=", ".join(f"{name} ({why})" for name, why in list(choice.spared.items())[:_SHOWN]) or "none",
         )
+    values = tensors if uncast is None or not layout.unrounded else uncast
     result: dict[str, LazyTensor] = {}
     made: dict[str, tuple[str, ...]] = {}
     chosen = set(choice.weights)
@@ -180,7 +146,7 @@ def quantize(tensors: Mapping[str, LazyTensor], request: Request, path: str) -> 
             result[name] = weight
             continue
         try:
-            parts = _parts(name, weight, tensors, chosen, layout, request)
+            parts = _parts(name, weight, values, chosen, layout, request)
         except AnyckptError as error:
             error.tensor, error.path = name, path
             raise
@@ -193,7 +159,7 @@ def quantize(tensors: Mapping[str, LazyTensor], request: Request, path: str) -> 
     config = layout.facts(request, _with_head(spared))
     files = {} if layout.file is None else {MODELOPT_FILE: layout.file(config, request)}
     numbers = _NUMBERS_OF.get(layout.algorithm, layout.algorithm)
-    return Written(result, config, files, choice, made, numbers, tuple(_notes(choice, layout, request)))
+    return Written(result, config, layout.key, files, choice, made, numbers, tuple(_notes(choice, layout, request)))
 
 
 def _with_head(spared: list[str]) -> list[str]:
@@ -204,16 +170,22 @@ def _with_head(spared: list[str]) -> list[str]:
 def _parts(
     name: str,
     weight: LazyTensor,
-    tensors: Mapping[str, LazyTensor],
+    values: Mapping[str, LazyTensor],
     chosen: set[str],
     layout: Layout,
     request: Request,
 ) -> dict[str, LazyTensor]:
+    """What a weight becomes, by name; its codes are made of what ``values`` has in its place."""
     options = layout.options(request, weight.dtype)
     if layout.siblings:
-        options = replace(options, together=tuple(tensors[one] for one in _siblings(name) if one in chosen))
-    matrix = weight.permute((0, 2, 1)) if layout.experts else weight
-    roles = quantized(matrix, layout.algorithm, options)
+        together = tuple(values[one] for one in _siblings(name) if one in chosen)
+        options = replace(options, together=together if len(together) > 1 else ())
+    matrix = values[name].permute((0, 2, 1)) if layout.experts else values[name]
+    if layout.apart and weight.ndim > 2:
+        each = [quantized(matrix[number], layout.algorithm, options) for number in range(matrix.shape[0])]
+        roles = {role: stack([expert[role] for expert in each]) for role in each[0]}
+    else:
+        roles = quantized(matrix, layout.algorithm, options)
     for role, shape in layout.shapes.items():
         roles[role] = roles[role].reshape(shape(roles[role]))
     stem = name if layout.experts else name.removesuffix("weight")
@@ -223,8 +195,15 @@ def _parts(
     if layout.static:
         scale = 1.0 if request.activation_scale is None else request.activation_scale
         one = from_array(np.array([scale], np.float32))
-        parts[stem + layout.static] = one if layout.file is None else one.reshape(())
+        parts[stem + layout.static] = one.reshape(layout.static_shape)
+    if layout.inputs:
+        columns = (*weight.shape[:-2], weight.shape[-1])
+        parts[stem + layout.inputs] = Constant(weight.dtype, columns, _one(weight.dtype))
     return parts
+
+
+def _one(kind: DType) -> bytes:
+    return np.ones(1, kind.numpy).tobytes()
 
 
 def _siblings(name: str) -> list[str]:
@@ -245,7 +224,7 @@ def _notes(choice: Choice, layout: Layout, request: Request) -> list[str]:
     if layout.static and request.activation_scale is None:
         notes.append(
             f"{layout.static} is 1 everywhere, because no activations have been seen: say what it shall be with "
-            "--activation-scale, or choose --quantize-form compressed-tensors, which scales them when the model runs"
+            f"--activation-scale, or choose {layout.instead}, which scales them when the model runs"
         )
     return notes
 
@@ -406,6 +385,7 @@ _MODELOPT = {
         lambda request, kind: Options(rounded=None if kind == "float32" else kind),
         {"scale": _single},
         static="input_scale",
+        static_shape=(),
         file=_modelopt_file,
     ),
     "fp8_per_channel": Layout("fp8_per_channel", _PLAIN, _modelopt("FP8_PER_CHANNEL_PER_TOKEN"), file=_modelopt_file),
@@ -418,6 +398,7 @@ _MODELOPT = {
         {**_PLAIN, "scale_2": "weight_scale_2"},
         _modelopt("NVFP4", {"num_bits": 4, "type": "float", "group_size": 16}),
         static="input_scale",
+        static_shape=(),
         siblings=True,
         file=_modelopt_file,
     ),
@@ -457,8 +438,10 @@ FORMS: Mapping[str, Mapping[str, Layout]] = {
             _gpt_oss,
             shapes={"weight": _block_axis},
             experts=True,
+            choose=choose_experts,
         )
     },
+    "trtllm": TRTLLM,
 }
 """Form -> algorithm -> how it is stored."""
 

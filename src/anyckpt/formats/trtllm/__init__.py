@@ -17,5 +17,6 @@ FORMAT = Format(
     config_kind="trtllm",
     divides=("tensor_parallel", "pipeline_parallel"),
     archives=True,
+    quantizes=("trtllm",),
     in_fp32=("*.mlp.router.weight",),
 )

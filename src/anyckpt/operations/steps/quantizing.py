@@ -12,7 +12,8 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.registry import Format
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.quantization import method_of
-from anyckpt.quantization.forms import MODELOPT_FILE, Request, Written, layout_of, quantize
+from anyckpt.quantization.forms import MODELOPT_FILE, Written, layout_of, quantize, usual_form
+from anyckpt.quantization.stored import Request
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import LazyTensor
 
@@ -50,12 +51,20 @@ def check_request(request: Request | None, target: Format, others: Mapping[str, 
         if given is not None:
             raise UsageError(f"{given} means nothing without --quantize", remedy="leave it out, or say --quantize")
         return
-    layout_of(request)
     if not target.quantizes:
         raise UsageError(
             f"quantized weights are not written as {target.name}",
-            expected="--to hf",
-            remedy="convert to hf with --quantize",
+            expected="--to hf or --to trtllm",
+            remedy="convert to one of these with --quantize",
+        )
+    layout_of(request)
+    form = request.form or usual_form(request.algorithm)
+    if form not in target.quantizes:
+        raise UsageError(
+            f"{target.name} does not hold {request.algorithm} in the form {form}",
+            expected=", ".join(target.quantizes),
+            found=form,
+            remedy="choose another --quantize-form",
         )
     if keeps_state:
         raise UsageError(
@@ -65,8 +74,13 @@ def check_request(request: Request | None, target: Format, others: Mapping[str, 
         )
 
 
-def quantize_checkpoint(checkpoint: Checkpoint, request: Request) -> Quantized:
+def quantize_checkpoint(checkpoint: Checkpoint, request: Request, uncast: Checkpoint) -> Quantized:
     """The checkpoint with its linear weights quantized, and its configuration saying so.
+
+    Args:
+        checkpoint: under its target's names, cast as the user asks.
+        request: what is asked of quantizing.
+        uncast: the same before the cast.
 
     Raises:
         UsageError: it is quantized already, is no model of this kind, or a weight cannot be quantized so.
@@ -84,10 +98,11 @@ def quantize_checkpoint(checkpoint: Checkpoint, request: Request) -> Quantized:
             remedy="leave out --quantize",
         )
     weights = checkpoint.weights()
-    written = quantize(weights, request, checkpoint.path)
+    written = quantize(weights, request, checkpoint.path, uncast.weights())
     prefix = checkpoint.model_prefix
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name.removeprefix(prefix) not in weights}
-    config = {**checkpoint.config, "quantization_config": written.config} if checkpoint.config else {}
+    config = {**checkpoint.config, written.key: written.config} if written.key else checkpoint.config
+    config = config if checkpoint.config else {}
     files = {name: source for name, source in checkpoint.artifacts.items() if name != MODELOPT_FILE}
     files |= {name: MemorySource(text.encode()) for name, text in written.files.items()}
     changed = replace(

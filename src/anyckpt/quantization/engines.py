@@ -1,0 +1,121 @@
+"""How TensorRT-LLM stores quantized weights: as NVIDIA ModelOpt 0.40 writes them.
+
+Weights are those of a layer when it runs: query, key and value in one, so that they have one scale of the whole; the
+two halves of a gated layer share theirs, and experts have one each.  Where its loader asks for what inputs are
+multiplied by, ones are stored, which ModelOpt leaves out where it saw no activations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from anyckpt.quantization.choosing import ASKED, Choice
+from anyckpt.quantization.quantizing import Options
+from anyckpt.quantization.stored import Facts, Layout, Request
+from anyckpt.tensor import LazyTensor
+
+_LINEAR = re.compile(r"transformer\.layers\.\d+\.(?:attention\.(?:qkv|dense)|mlp\.(?:fc|gate|proj))\.weight")
+_BESIDE = {"lm_head.weight": "the output layer", ".mlp.router.weight": "a router"}
+_NAMES = {"weight": "weight", "scale": "weights_scaling_factor", "scale_2": "weights_scaling_factor_2"}
+_STATIC, _INPUTS = "activation_scaling_factor", "prequant_scaling_factor"
+_PER_TOKEN = "--quantize fp8_per_channel"
+
+
+def _choose(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice:
+    """The matrices of attention and MLP, experts included."""
+    weights: list[str] = []
+    spared: dict[str, str] = {}
+    for name in tensors:
+        module = name.removesuffix(".weight")
+        reason = next((why for end, why in _BESIDE.items() if name.endswith(end)), None)
+        if reason is not None:
+            spared[module] = reason
+        elif _LINEAR.fullmatch(name):
+            if any(fnmatchcase(text, pattern) for pattern in exclude for text in (name, module)):
+                spared[module] = ASKED
+            else:
+                weights.append(name)
+    return Choice(tuple(weights), spared)
+
+
+def _choose_dense(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice:
+    """Without experts, of which it is not known how they are stored so."""
+    found = _choose(tensors, exclude)
+    experts = {name.removesuffix(".weight"): "experts" for name in found.weights if tensors[name].ndim > 2}
+    dense = tuple(name for name in found.weights if tensors[name].ndim == 2)
+    return Choice(dense, {**found.spared, **experts})
+
+
+def _facts(algorithm: str) -> Callable[[Request, Sequence[str]], Facts]:
+    """What ``config.json`` says, in ModelOpt's order."""
+
+    def facts(request: Request, spared: Sequence[str]) -> Facts:
+        stated: Facts = {"quant_method": "trtllm", "quant_algo": algorithm, "kv_cache_quant_algo": None}
+        if algorithm == "W4A16_AWQ":
+            stated |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
+        if algorithm == "NVFP4":
+            stated["group_size"] = 16
+        return {**stated, "exclude_modules": list(spared)}
+
+    return facts
+
+
+TRTLLM = {
+    "fp8": Layout(
+        "fp8",
+        _NAMES,
+        _facts("FP8"),
+        static=_STATIC,
+        instead=_PER_TOKEN,
+        siblings=True,
+        apart=True,
+        unrounded=True,
+        choose=_choose,
+        key="",
+    ),
+    "fp8_per_channel": Layout(
+        "fp8_per_channel",
+        {**_NAMES, "scale": "per_channel_scale"},
+        _facts("FP8_PER_CHANNEL_PER_TOKEN"),
+        unrounded=True,
+        choose=_choose,
+        key="",
+    ),
+    "int8": Layout(
+        "int8_wo",
+        _NAMES,
+        _facts("W8A8_SQ_PER_CHANNEL"),
+        static=_STATIC,
+        static_needed=True,
+        instead=_PER_TOKEN,
+        inputs=_INPUTS,
+        unrounded=True,
+        choose=_choose,
+        key="",
+    ),
+    "int4": Layout(
+        "int4",
+        _NAMES,
+        _facts("W4A16_AWQ"),
+        lambda request, kind: Options(request.group_size),
+        inputs=_INPUTS,
+        unrounded=True,
+        choose=_choose,
+        key="",
+    ),
+    "nvfp4": Layout(
+        "nvfp4",
+        _NAMES,
+        _facts("NVFP4"),
+        static=_STATIC,
+        static_shape=(),
+        instead=_PER_TOKEN,
+        siblings=True,
+        unrounded=True,
+        choose=_choose_dense,
+        key="",
+    ),
+}
+"""Algorithm -> how it is stored."""

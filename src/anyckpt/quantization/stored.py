@@ -1,0 +1,76 @@
+"""What is asked of quantizing, and how a form stores what an algorithm makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyckpt.dtypes import DType
+from anyckpt.quantization.choosing import Choice, choose_linear
+from anyckpt.quantization.quantizing import Options
+from anyckpt.tensor import LazyTensor
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    Attributes:
+        algorithm: one of ``ALGORITHMS``.
+        form: one of ``FORMS``; the algorithm's usual one if None.
+        group_size: ``int4``: columns with one scale.
+        activation_scale: the scale of every quantized activation, where it is stored; see ``Layout.static``.
+        exclude: globs of modules that stay as they are.
+    """
+
+    algorithm: str
+    form: str | None = None
+    group_size: int = 128
+    activation_scale: float | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one form stores what one algorithm makes.
+
+    Attributes:
+        algorithm: as ``quantized`` knows it.
+        names: role -> what follows a module's name (of ``quantized``, and ``shape`` of packed codes).
+        facts: the ``quantization_config``, of the request and the modules that are not quantized.
+        options: of ``quantized``, of the request and the weight's element type.
+        shapes: role -> shape of the scale, where it is not that which ``quantized`` gives.
+        static: name of the scale of activations, which is stored; "" if they are scaled when the model runs.
+        static_shape: of that scale.
+        static_needed: 1 is no such scale for any model, so that one must be said.
+        inputs: name of what the layer's inputs are multiplied by, which is stored as ones; "" if it is not.
+        unrounded: codes are made of the weights before they are cast to the type of those that are not quantized.
+        apart: experts that lie in one tensor have a scale each where others have one of the whole tensor.
+        choose: which weights are quantized, of the tensors and globs of modules to leave as they are.
+        key: where a configuration says how; "" if the format says it.
+        instead: what scales activations when the model runs, where ``static`` is stored.
+        siblings: modules that are one when a model runs have one scale of the whole tensor.
+        experts: it is stacked experts that are quantized, and they lie ``[experts, inputs, outputs]``.
+        file: the text of ModelOpt's own file, of the facts, or None.
+    """
+
+    algorithm: str
+    names: Mapping[str, str]
+    facts: Callable[[Request, Sequence[str]], Facts]
+    options: Callable[[Request, DType], Options] = field(default=lambda request, kind: Options())
+    shapes: Mapping[str, Callable[[LazyTensor], tuple[int, ...]]] = field(default_factory=dict)
+    static: str = ""
+    static_shape: tuple[int, ...] = (1,)
+    static_needed: bool = False
+    inputs: str = ""
+    unrounded: bool = False
+    apart: bool = False
+    choose: Callable[[Mapping[str, LazyTensor], Sequence[str]], Choice] = choose_linear
+    key: str = "quantization_config"
+    siblings: bool = False
+    instead: str = "--quantize-form compressed-tensors"
+    experts: bool = False
+    file: Callable[[Facts, Request], str] | None = None
