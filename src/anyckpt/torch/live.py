@@ -71,6 +71,21 @@ class LivePiece:
     def nbytes(self) -> int:
         return self.tensor.numel() * self.dtype.itemsize
 
+    def holds(self, start: Shape, shape: Shape) -> bool:
+        """Whether a box of the whole lies in this one."""
+        return all(
+            begin >= own and begin + length <= own + size
+            for begin, length, own, size in zip(start, shape, self.offset, self.tensor.shape, strict=True)
+        )
+
+    def part(self, start: Shape, shape: Shape) -> torch.Tensor:
+        """The elements of a box of the whole that lies in this one."""
+        found = self.tensor
+        for axis, (begin, length) in enumerate(zip(start, shape, strict=True)):
+            if length != found.shape[axis]:
+                found = found.narrow(axis, begin - self.offset[axis], length)
+        return found
+
 
 @dataclass(frozen=True)
 class LiveObject:

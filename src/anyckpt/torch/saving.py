@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp.chunks import HeldBox
+from anyckpt.dtypes import DType
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import Report
 from anyckpt.engine.plan import OutputFile, Plan
@@ -27,11 +28,11 @@ from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.integrity import RankRecord, record_of, survey
-from anyckpt.torch.live import Index, LiveState, Path, described
+from anyckpt.torch.live import Index, LivePiece, LiveState, Path, described
 from anyckpt.torch.objects import Frozen
 from anyckpt.torch.options import Options
 from anyckpt.torch.settling import settled
-from anyckpt.torch.whole import LiveSource, part_of, shared_out, whole_of
+from anyckpt.torch.whole import LiveSource, shared_out, whole_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class SaveReport:
         format: its format.
         bytes_total: of the whole checkpoint.
         bytes_written: of this rank's share.
-        planning_seconds: from the records of all ranks to the plan; 0 of a save whose plan was there already.
+        planned: the save was planned; False if the plan of an earlier one did.
+        planning_seconds: from the records of all ranks to the plan.
         seconds: the whole save.
         ignored: names that the format has no place for, with the reason.
         notes: what a user should know about the output.
@@ -53,6 +55,7 @@ class SaveReport:
     format: str
     bytes_total: int
     bytes_written: int
+    planned: bool
     planning_seconds: float
     seconds: float
     ignored: Mapping[str, str]
@@ -69,7 +72,8 @@ class Prepared:
         sources: the live tensors that this rank writes, by tensor's name and first index; ``bind`` gives one another
             memory (a staged copy) to read from.
         key: names this save among all others.
-        planning_seconds: what planning took; 0 if nothing was planned.
+        planning_seconds: what planning took.
+        planned: False if the plan of an earlier save did.
     """
 
     plan: Plan
@@ -77,6 +81,7 @@ class Prepared:
     sources: dict[tuple[str, Shape], LiveSource]
     key: str
     planning_seconds: float
+    planned: bool = True
 
 
 def save(
@@ -115,6 +120,7 @@ def save(
         report.format,
         report.bytes_written,
         written,
+        prepared.planned,
         prepared.planning_seconds,
         time.monotonic() - started,
         plan.ignored,
@@ -154,7 +160,7 @@ def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks
         if ranks.rank == 0:
             StagingDirectory(destination, overwrite=options.overwrite).clear()
         kept.append(describe())
-        known = earlier is not None and earlier.is_of(kept[0])
+        known = earlier is not None and earlier.is_of(kept[0].pieces)
         record = record_of(kept[0], ranks.rank, check_objects=options.check_objects and not known)
         record = replace(record, pieces=(), paths={}) if known else record
         return _Look(uuid.uuid4().hex, record, _members(options, ranks), known)
@@ -162,14 +168,14 @@ def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks
     found = ranks.gather(look, "to plan a save")
     live, key = kept[0], found[0].key
     records = [one.record for one in found]
+    started = time.monotonic()
     if earlier is not None:
-        known = all(one.known for one in found)
-        tried = ranks.gather(lambda: known and earlier.plan_of(_objects(records)) is not None)
-        if all(tried):
-            return earlier.again(_objects(records), live, destination, key, ranks)
+        again = earlier.plan_of(_objects(records)) if all(one.known for one in found) else None
+        if all(ranks.gather(lambda: again is not None)) and again is not None:
+            ready, run = earlier.again(again, live.pieces, destination, key, ranks)
+            return Prepared(ready, run, earlier.laid.sources, key, time.monotonic() - started, planned=False)
         _planned.pop(_kind(options, ranks))
         return prepare(lambda: live, path, options, ranks)
-    started = time.monotonic()
     groups = tuple({frozenset(one.members) for one in found if one.members})
 
     def lay_out() -> tuple[_Laid, Plan]:
@@ -186,7 +192,9 @@ def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks
     )
     if options.assume_constant_structure:
         only_objects = laid.plan({}, _objects(records))
-        _planned[_kind(options, ranks)] = _Earlier(laid, plan, only_objects, run, _names(live))
+        _planned[_kind(options, ranks)] = _Earlier(
+            laid, plan, only_objects, ready is not plan, run, _read(live.pieces, laid.sources)
+        )
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
 
 
@@ -225,7 +233,7 @@ class _Laid:
         known = registry.by_name(options.format)
         if known.plan is None:
             raise UsageError(f"{options.format} is not written", remedy="choose dcp, megatron-core, hf or safetensors")
-        paths, keys = key_paths(self.paths)
+        paths, keys = key_paths({name: self.paths[name] for name in (*tensors, *objects) if name in self.paths})
         prefix, state_prefixes = nesting.prefixes(tensors, paths)
         checkpoint = Checkpoint(
             "the state of a training job",
@@ -293,29 +301,60 @@ class _Earlier:
     laid: _Laid
     plan: Plan
     only_objects: Plan
+    settled: bool
     run: SharedRun
-    names: tuple[Any, ...]
+    pieces: tuple[_PieceRead, ...]
 
-    def is_of(self, live: LiveState) -> bool:
+    def is_of(self, pieces: Sequence[LivePiece]) -> bool:
         """Whether a rank has boxes of the same tensors."""
-        return self.names == _names(live)
+        return len(pieces) == len(self.pieces) and all(
+            piece.name == was.name
+            and piece.tensor.shape == was.sizes
+            and piece.offset == was.offset
+            and piece.dtype is was.dtype
+            for piece, was in zip(pieces, self.pieces, strict=True)
+        )
 
     def plan_of(self, objects: Mapping[str, Frozen]) -> Plan | None:
         """The plan with other objects; None if they take another size."""
         return _with_objects(self.plan, self.only_objects, self.laid.plan({}, objects))
 
-    def again(self, objects: Mapping[str, Frozen], live: LiveState, path: str, key: str, ranks: Ranks) -> Prepared:
+    def again(
+        self, plan: Plan, pieces: Sequence[LivePiece], path: str, key: str, ranks: Ranks
+    ) -> tuple[Plan, SharedRun]:
         """The same with other contents."""
-        plan = self.plan_of(objects)
-        assert plan is not None
-        pieces: dict[str, list[Any]] = {}
-        for piece in live.pieces:
-            pieces.setdefault(piece.name, []).append(piece)
-        for (name, start), source in self.laid.sources.items():
-            source.bind(part_of(pieces[name], start, tuple(source.tensor.shape)))
-        ready = settled(plan, ranks, key)
-        run = self.run.renewed(ready, path, key, overwrite=self.laid.options.overwrite)
-        return Prepared(ready, run, self.laid.sources, key, 0.0)
+        for piece, was in zip(pieces, self.pieces, strict=True):
+            for start, source in was.sources:
+                source.follow(piece, start)
+        ready = settled(plan, ranks, key) if self.settled else plan
+        return ready, self.run.renewed(ready, path, key, overwrite=self.laid.options.overwrite)
+
+
+@dataclass(frozen=True)
+class _PieceRead:
+    """A box that a rank had, and what is read of it, by where that begins."""
+
+    name: str
+    dtype: DType
+    offset: Shape
+    sizes: Shape
+    sources: tuple[tuple[Shape, LiveSource], ...]
+
+
+def _read(pieces: Sequence[LivePiece], sources: Mapping[tuple[str, Shape], LiveSource]) -> tuple[_PieceRead, ...]:
+    by_name: dict[str, list[tuple[Shape, LiveSource]]] = {}
+    for (name, start), source in sources.items():
+        by_name.setdefault(name, []).append((start, source))
+    return tuple(
+        _PieceRead(
+            piece.name,
+            piece.dtype,
+            piece.offset,
+            piece.sizes,
+            tuple(one for one in by_name.get(piece.name, ()) if piece.holds(one[0], tuple(one[1].tensor.shape))),
+        )
+        for piece in pieces
+    )
 
 
 _planned: dict[Any, _Earlier] = {}
@@ -332,10 +371,6 @@ def _objects(records: list[RankRecord]) -> dict[str, Frozen]:
             if one.value is not None:
                 found.setdefault(name, one.value)
     return found
-
-
-def _names(live: LiveState) -> tuple[Any, ...]:
-    return tuple((piece.name, piece.offset, piece.sizes, piece.dtype) for piece in live.pieces)
 
 
 def _with_objects(plan: Plan, old: Plan, new: Plan) -> Plan | None:

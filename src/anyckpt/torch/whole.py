@@ -53,6 +53,13 @@ class LiveSource(ByteSource):
         assert lazy is not None
         self._lazy = lazy
 
+    def follow(self, piece: LivePiece, start: Shape) -> None:
+        """Read what a piece has of the same box from now on."""
+        tensor = self.tensor
+        moved = piece.part(start, tensor.shape)
+        if moved.data_ptr() != tensor.data_ptr() or moved.stride() != tensor.stride():
+            self.bind(moved)
+
     def identity(self) -> None:
         """None: it is live state."""
         return
@@ -143,7 +150,8 @@ def whole_of(survey: Survey, share: Share, live: LiveState, rank: int, key: str)
             source = None
             nbytes = math.prod(held.shape) * dtype.itemsize
             if held.rank == rank and nbytes:
-                source = LiveSource(part_of(mine[name], held.start, held.shape), name)
+                piece = next(one for one in mine[name] if one.holds(held.start, held.shape))
+                source = LiveSource(piece.part(held.start, held.shape), name)
                 sources[name, held.start] = source
             if not nbytes:
                 tiles.append(Constant(dtype, held.shape))
@@ -154,15 +162,3 @@ def whole_of(survey: Survey, share: Share, live: LiveState, rank: int, key: str)
         tensors[name] = tiled(dtype, shape, [held.start for held in share[name]], stops, tiles)
         boxes[name] = tuple(share[name])
     return Whole(tensors, boxes, sources)
-
-
-def part_of(pieces: Sequence[LivePiece], start: Shape, shape: Shape) -> torch.Tensor:
-    """The live tensor of a box, which lies in one of a rank's pieces."""
-    for piece in pieces:
-        inside = [a - b for a, b in zip(start, piece.offset, strict=True)]
-        if all(a >= 0 and a + n <= whole for a, n, whole in zip(inside, shape, piece.sizes, strict=True)):
-            part = piece.tensor
-            for axis, (begin, length) in enumerate(zip(inside, shape, strict=True)):
-                part = part.narrow(axis, begin, length)
-            return part
-    raise AssertionError(f"rank has no box {shape} at {start} of {pieces[0].name}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from anyckpt.containers.dcp.chunks import Held, HeldBox, cut, stacked_axes
 from anyckpt.containers.torch_file import shift_parts, tensor_zip_parts, zip_parts
-from anyckpt.containers.torch_file.writer import PAGE
+from anyckpt.containers.torch_file.writer import LARGE, PAGE
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
 from anyckpt.indexing import Shape
@@ -148,8 +148,8 @@ class _Layout:
         box = tensor.box(start, shape)
         file = self._file(box.nbytes, chunk.rank)
         offset = file.nbytes
-        # Archives of equal tensors differ only in their padding, and that only by where in a page they begin.
-        kind = (box.dtype, shape, offset % PAGE)
+        # Archives of equal tensors differ only in the padding of large ones, and that by where in a page they begin.
+        kind = (box.dtype, shape, offset % PAGE if box.nbytes >= LARGE else 0)
         parts = self._archives.get(kind)
         if parts is None:
             stand_in = Constant(box.dtype, shape)
