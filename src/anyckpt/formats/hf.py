@@ -32,7 +32,7 @@ from anyckpt.formats.shared.rank_safetensors import (
     is_rank_file,
     read_rank_files,
 )
-from anyckpt.formats.shared.weight_files import Beside, read_weight_file, read_weight_files
+from anyckpt.formats.shared.weight_files import Beside, put_together, read_weight_file, read_weight_files
 from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
@@ -208,7 +208,7 @@ def _read_shards(location: Location, names: list[str], beside: Beside) -> dict[s
     beside.warnings.append(
         "there is no index: the weight files are taken to be complete because their names count them"
     )
-    return _read_together(location, names, beside)
+    return put_together(location, names, read_weight_files(location, names, beside))
 
 
 def _read_tuned(location: Location, parts: list[re.Match[str]], beside: Beside) -> dict[str, LazyTensor]:
@@ -236,18 +236,8 @@ def _read_tuned(location: Location, parts: list[re.Match[str]], beside: Beside) 
     if unread:
         beside.warnings.append(f"torchtune's training state and adapters are not read: {', '.join(unread[:5])}")
     beside.details["epoch"] = epochs[0]
-    return _read_together(location, [match[0] for match in parts], beside)
-
-
-def _read_together(location: Location, names: list[str], beside: Beside) -> dict[str, LazyTensor]:
-    """The tensors of several files, each of which is in one only."""
-    tensors: dict[str, LazyTensor] = {}
-    for name, found in zip(names, read_weight_files(location, names, beside), strict=True):
-        for key, tensor in found.items():
-            if key in tensors:
-                raise FormatError("is in two weight files", path=location.join(name), tensor=key)
-            tensors[key] = tensor
-    return tensors
+    names = [match[0] for match in parts]
+    return put_together(location, names, read_weight_files(location, names, beside))
 
 
 # -- writing -------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.formats.shared.loose_tensors import weights_only
+from anyckpt.formats.shared.weight_files import put_together
 from anyckpt.storage.location import Location
 from anyckpt.storage.place import Place
 from anyckpt.tensor import LazyTensor, concatenate
@@ -278,15 +279,11 @@ def _read_shards(location: Location, details: dict[str, Any]) -> dict[str, LazyT
                 found=", ".join(names[:8]),
                 remedy="copy the missing files from the model's origin",
             )
-    tensors: dict[str, LazyTensor] = {}
-    for name, (found, metadata) in zip(names, read_safetensors_files(map(location.open, names)), strict=True):
-        for key, tensor in found.items():
-            if key in tensors:
-                raise FormatError("is in two weight files", path=location.join(name), tensor=key)
-            tensors[key] = tensor
+    opened = read_safetensors_files(map(location.open, names))
+    for _, metadata in opened:
         if metadata:
             details.setdefault("metadata", {}).update(metadata)
-    return tensors
+    return put_together(location, names, (found for found, _ in opened))
 
 
 # -- writing -------------------------------------------------------------------------------------------------

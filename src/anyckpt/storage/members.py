@@ -43,15 +43,16 @@ def members(source: ByteSource) -> dict[str, ByteSource]:
     head = source.read(0, min(_PEEK, source.size))
     if head.startswith(_ZIP_MAGIC):
         return {name: record.source for name, record in read_zip(source).items()}
-    if is_gzip(head) and looks_like_tar(_inflated_head(source)):
+    if is_gzip(head) and looks_like_tar(inflated_head(source)):
         return members(InflatedSource(source, None, GZIP))
     if looks_like_tar(head):
         return {name: member.source for name, member in read_tar(source).items() if not member.is_directory}
     raise NotArchiveError("is not an archive, so that nothing lies in it", path=source.name, expected="zip or tar")
 
 
-def _inflated_head(source: ByteSource) -> bytes:
+def inflated_head(source: ByteSource, read: int = _INPUT, most: int = _PEEK) -> bytes:
+    """How the contents of a gzip file begin, at most ``most`` bytes of what ``read`` hold; nothing if it is none."""
     try:
-        return zlib.decompressobj(GZIP).decompress(source.read(0, min(source.size, _INPUT)), _PEEK)
+        return zlib.decompressobj(GZIP).decompress(source.read(0, min(source.size, read)), most)
     except zlib.error:
         return b""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from anyckpt.checkpoint import storage_key
+from anyckpt.containers.torch_file.forms import usual
 from anyckpt.containers.torch_file.layout import Record as ZipRecord
 from anyckpt.containers.torch_file.layout import zip_layout
 from anyckpt.containers.torch_file.values import (
@@ -148,14 +149,6 @@ class _Storages:
         return value
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of C order, as torch has them: an axis of length zero counts as one."""
-    steps = [1]
-    for n in reversed(shape[1:]):
-        steps.append(steps[-1] * max(n, 1))
-    return tuple(reversed(steps)) if shape else ()
-
-
 def _dense(storages: _Storages, tensor: LazyTensor) -> Record:
     held, strides = _unrepeated(tensor)
     reference = storages.store(tensor, held, tensor.dtype)
@@ -182,12 +175,12 @@ def _formed(storages: _Storages, value: FormedTensor) -> Record:
 def _unrepeated(tensor: LazyTensor) -> tuple[LazyTensor, tuple[int, ...]]:
     """What to store of a tensor, and the strides by which it is the tensor: an expanded axis has stride 0."""
     if not isinstance(tensor, Stored) or not tensor.strides or not tensor.size:
-        return tensor, _strides(tensor.shape)
+        return tensor, usual(tensor.shape)
     repeated = [n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.strides, strict=True)]
     if not any(repeated):
-        return tensor, _strides(tensor.shape)
+        return tensor, usual(tensor.shape)
     shape = tuple(1 if again else n for n, again in zip(tensor.shape, repeated, strict=True))
-    strides = tuple(0 if again else s for s, again in zip(_strides(shape), repeated, strict=True))
+    strides = tuple(0 if again else s for s, again in zip(usual(shape), repeated, strict=True))
     return tensor.box((0,) * tensor.ndim, shape), strides
 
 
@@ -198,7 +191,7 @@ def _storage(storages: _Storages, storage: Storage) -> Any:
 
 
 def _meta(storages: _Storages, tensor: MetaTensor) -> Record:
-    arguments = (objects.dtype_global(tensor.dtype), tensor.shape, _strides(tensor.shape), False)
+    arguments = (objects.dtype_global(tensor.dtype), tensor.shape, usual(tensor.shape), False)
     return Record(Global("torch._utils", "_rebuild_meta_tensor_no_storage"), arguments)
 
 
@@ -219,7 +212,7 @@ def _quantized(storages: _Storages, tensor: QuantizedTensor) -> Record:
         storages.part(tensor, "zero_point", tensor.zero_point),
     )
     scheme = (Global("torch", tensor.scheme), *numbers, *(() if tensor.axis is None else (tensor.axis,)))
-    arguments = (reference, 0, tensor.shape, _strides(tensor.shape), scheme, False, DictRecord(objects.ORDERED_DICT))
+    arguments = (reference, 0, tensor.shape, usual(tensor.shape), scheme, False, DictRecord(objects.ORDERED_DICT))
     return Record(Global("torch._utils", "_rebuild_qtensor"), arguments)
 
 

@@ -5,7 +5,6 @@ NeMo 1.7 and later write plain tar, earlier versions gzip tar; no other compress
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from anyckpt.errors import FormatError
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.inflate import GZIP, InflatedSource
 from anyckpt.storage.location import Location
+from anyckpt.storage.members import inflated_head, is_gzip
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar import TarFolder, TarMember, looks_like_tar, read_tar
 
@@ -20,7 +20,6 @@ CONFIG = "model_config.yaml"
 FLAT_WEIGHTS = "model_weights.ckpt"
 SHARDED_WEIGHTS = "model_weights"
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard", b"PK\x03\x04": "zip"}
 _PEEK = 4 << 20
 
@@ -66,7 +65,7 @@ def detect(location: Location) -> bool:
     try:
         if looks_like_tar(location.head):
             return CONFIG in read_tar(location.open())
-        if location.head.startswith(_GZIP_MAGIC):
+        if is_gzip(location.head):
             return _has_config_in_gzip(location.open())
     except FormatError:
         return False
@@ -75,10 +74,7 @@ def detect(location: Location) -> bool:
 
 def _has_config_in_gzip(file: ByteSource) -> bool:
     """Whether the beginning of a gzip file is a tar with a configuration; without inflating all of it."""
-    try:
-        head = zlib.decompressobj(GZIP).decompress(file.read(0, min(file.size, _PEEK)), _PEEK)
-    except zlib.error:
-        return False
+    head = inflated_head(file, _PEEK, _PEEK)
     if not looks_like_tar(head):
         return False
     if f"{CONFIG}\0".encode() in head:
@@ -96,7 +92,7 @@ def open_container(location: Location) -> Container:
     if location.is_directory:
         return Container(location.folder(), "directory")
     file = location.open()
-    if location.head.startswith(_GZIP_MAGIC):
+    if is_gzip(location.head):
         return _archive(InflatedSource(file, None, GZIP), "gzip tar")
     for magic, name in _OTHER_COMPRESSION.items():
         if location.head.startswith(magic):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,23 @@ class Beside:
     def all_forms(self) -> Forms | None:
         """The forms of all files, None if none is a torch file."""
         return joined(self.forms) if self.forms else None
+
+
+def put_together(
+    location: Location, names: Iterable[str], files: Iterable[Mapping[str, LazyTensor]]
+) -> dict[str, LazyTensor]:
+    """The tensors of several files, each of which is in one only.
+
+    Raises:
+        FormatError: one is in two.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for name, found in zip(names, files, strict=True):
+        for key, tensor in found.items():
+            if key in tensors:
+                raise FormatError("is in two weight files", path=location.join(name), tensor=key)
+            tensors[key] = tensor
+    return tensors
 
 
 def read_weight_file(location: Location, name: str, beside: Beside) -> dict[str, LazyTensor]:

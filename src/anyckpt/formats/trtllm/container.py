@@ -6,13 +6,12 @@ NeMo up to 2.1 writes gzip, later versions plain tar; members are called ``./con
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterable
 
 from anyckpt.errors import FormatError
 from anyckpt.storage.inflate import GZIP, InflatedSource
 from anyckpt.storage.location import Location, look_in
-from anyckpt.storage.members import SEPARATOR, is_gzip
+from anyckpt.storage.members import SEPARATOR, inflated_head, is_gzip
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar import looks_like_tar, read_tar
 from anyckpt.storage.tree import ArchivePlace
@@ -53,10 +52,7 @@ def _are_ours(names: Iterable[str]) -> bool:
 
 def _gzip_is_ours(file: ByteSource) -> bool:
     """Whether a gzip file is a tar of these; no more than its beginning is inflated where that tells."""
-    try:
-        head = zlib.decompressobj(GZIP).decompress(file.read(0, min(file.size, _PEEK)), _PEEK)
-    except zlib.error:
-        return False
+    head = inflated_head(file, _PEEK, _PEEK)
     if not looks_like_tar(head) or f"{CONFIG}\0".encode() not in head:
         return False
     return f"{rank_file(0)}\0".encode() in head or _are_ours(read_tar(InflatedSource(file, None, GZIP)))
