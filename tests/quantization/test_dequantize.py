@@ -278,8 +278,8 @@ def test_words_that_do_not_fit_are_named(change: Change, problem: str, tmp_path:
 @pytest.mark.parametrize(
     "facts",
     [
-        int4_facts(symmetric=False),
         int4_facts(num_bits=3),
+        {**int4_facts(type="int", num_bits=8, symmetric=False), "format": "int-quantized"},
         int4_facts(type="float"),
         {**int4_facts(), "format": "marlin-24"},
         {**int4_facts(), "config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
@@ -299,9 +299,10 @@ def refused(folder: Path, config: Mapping[str, Any], tensors: Arrays, problem: s
 @pytest.mark.parametrize(
     ("facts", "found"),
     [
-        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "aqlm", "bits": 4}, "aqlm"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq gemv"),
         ({"quant_method": "gptq"}, "gptq"),
-        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "modelopt W4A16_AWQ"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16"}, "modelopt W4A16"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors pack-quantized"),
         ({"quant_method": ["fp8"]}, "one without quant_method"),
         ({}, "one without quant_method"),
@@ -409,7 +410,8 @@ def test_a_configuration_that_is_given_tells_too(tmp_path: Path) -> None:
 
 
 def test_methods_have_names() -> None:
-    assert {"fp8", "mxfp4", "modelopt", "compressed-tensors", "fbgemm_fp8", "trtllm"} == METHODS.keys()
+    known = {"fp8", "mxfp4", "modelopt", "compressed-tensors", "fbgemm_fp8", "trtllm", "gptq", "awq", "bitsandbytes"}
+    assert known == METHODS.keys()
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "nvfp4"])

@@ -17,10 +17,9 @@ import anyckpt  # noqa: E402
 from anyckpt.quantization.forms import FORMS  # noqa: E402
 
 SOURCE = "quant/src_llama_a/hf"
-READ = [name for name in FORMS["compressed-tensors"] if name not in ("nvfp4", "mxfp4")]
 
 
-@pytest.mark.parametrize("algorithm", READ)
+@pytest.mark.parametrize("algorithm", FORMS["compressed-tensors"])
 def test_transformers_loads_compressed_tensors(algorithm: str, tmp_path: Path) -> None:
     """Its weights, which the library decompresses, are bit for bit those that we read."""
     group = 32 if algorithm == "int4" else None

@@ -7,7 +7,7 @@ huggingface_hub 2.4 (``save_pretrained`` and ``split_state_dict_into_shards_fact
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -102,14 +102,29 @@ def _version(config: Mapping[str, Any]) -> str | None:
 
 
 def _quantization(config: Mapping[str, Any], artifacts: Mapping[str, ByteSource]) -> Mapping[str, Any] | None:
-    """What ``config.json`` says of it, or the file that older releases of NVIDIA ModelOpt write beside it."""
+    """What ``config.json`` says of it, or the file that a quantizing library writes beside it."""
     stated = config.get("quantization_config")
-    if stated is not None or _MODELOPT not in artifacts:
-        return stated if isinstance(stated, Mapping) or stated is None else {}
-    facts = read_json(artifacts[_MODELOPT]).get("quantization")
+    if stated is not None:
+        return stated if isinstance(stated, Mapping) else {}
+    for name, facts_of in _FACTS_BESIDE.items():
+        if name in artifacts:
+            return facts_of(read_json(artifacts[name]))
+    return None
+
+
+def _of_modelopt(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    facts = document.get("quantization")
     if not isinstance(facts, Mapping) or facts.get("quant_algo") is None:
         return None
     return {"quant_method": "modelopt", **facts, "ignore": facts.get("exclude_modules")}
+
+
+_FACTS_BESIDE: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any] | None]] = {
+    _MODELOPT: _of_modelopt,
+    "quantize_config.json": lambda document: {"quant_method": "gptq", **document},
+    "quant_config.json": lambda document: {"quant_method": "awq", **document},
+}
+"""Files of NVIDIA ModelOpt, AutoGPTQ and AutoAWQ, which older releases write in place of a configuration's key."""
 
 
 def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
@@ -257,7 +272,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         extra.update(tokenizer_files(checkpoint.tokenizer, notes))
     for name, source in checkpoint.artifacts.items():
         check_plain_name(name, checkpoint.path)
-        if name == _MODELOPT and checkpoint.quantization is None:
+        if name in _FACTS_BESIDE and checkpoint.quantization is None:
             continue  # of weights that have been dequantized
         extra.setdefault(name, OutputFile(name, (SourceData(source),), 1))
     generation = _generation_config(checkpoint.config)

@@ -19,10 +19,10 @@ _BYTE = dtype("uint8")
 
 
 class Unpacked(View):
-    """The codes of int32 words that hold several neighbours along an axis; one code a byte, as it is stored.
+    """The codes of words that hold several neighbours along an axis; one code a byte, as it is stored.
 
     Args:
-        child: int32.
+        child: int32, or uint8.
         axis: along which there are more codes than words.
         bits: of a code, which divide 32.
         order: for each code of a word, which of the word's fields it is, counted from the least bits; in turn if None.
@@ -52,7 +52,7 @@ class Unpacked(View):
         if isinstance(out, Hole):
             self.child.read_box(corner, hole(shape, self.child.dtype.raw))
             return
-        with scratch(4 * math.prod(shape)) as buffer:
+        with scratch(self.child.dtype.itemsize * math.prod(shape)) as buffer:
             words = buffer.view(self.child.dtype.raw).reshape(shape)
             self.child.read_box(corner, words)
             packed = np.moveaxis(words, axis, -1)
@@ -154,11 +154,9 @@ class Affine(ElementWise):
 
     Attributes:
         to: element type of the result.
-        more: what is added to every zero point.
     """
 
     to: DType
-    more: int = 0
 
     def __call__(self, codes: Array, zeros: Array, scales: Array) -> Array:
         result = np.empty(codes.shape, self.to.numpy)
@@ -170,9 +168,39 @@ class Affine(ElementWise):
             with scratch(4 * some.size) as buffer, np.errstate(over="ignore", invalid="ignore"):
                 numbers = buffer.view(np.float32).reshape(some.shape)
                 np.subtract(some, zero, out=numbers, dtype=np.float32)
-                if self.more:
-                    np.subtract(numbers, np.float32(self.more), out=numbers)
                 np.multiply(numbers, scale, out=numbers, dtype=np.float32)
+                np.copyto(number, numbers, casting="unsafe")
+
+
+@dataclass(frozen=True)
+class Raised(ElementWise):
+    """Words plus a number, as unsigned integers that begin again at zero."""
+
+    by: int
+
+    def __call__(self, words: Array) -> Array:
+        raised: Array = (words.view(np.uint32) + np.uint32(self.by)).view(words.dtype)
+        return raised
+
+
+@dataclass(frozen=True)
+class Shares(ElementWise):
+    """A code times its scale times a step, in float32 and in this order, rounded to ``to``."""
+
+    to: DType
+    step: float
+
+    def __call__(self, codes: Array, scales: Array) -> Array:
+        result = np.empty(codes.shape, self.to.numpy)
+        self.into(result, codes, scales)
+        return result
+
+    def into(self, out: Array, codes: Array, scales: Array) -> None:
+        for number, some, scale in in_cache(out, codes, scales):
+            with scratch(4 * some.size) as buffer, np.errstate(over="ignore", invalid="ignore"):
+                numbers = buffer.view(np.float32).reshape(some.shape)
+                np.multiply(some, scale, out=numbers, dtype=np.float32)
+                np.multiply(numbers, np.float32(self.step), out=numbers)
                 np.copyto(number, numbers, casting="unsafe")
 
 

@@ -1,7 +1,8 @@
 """Methods of quantization: by which names a weight's codes and scales are stored, and which codes a scale is of.
 
 From transformers 5.23 (``FineGrainedFP8Config``, ``Mxfp4Config``, ``FbgemmFp8Config``), NVIDIA ModelOpt 0.40's export
-to Hugging Face and compressed-tensors 0.20.  In all of them a weight is a code times a scale.
+to Hugging Face and compressed-tensors 0.20.  In most of them a weight is a code times a scale (``Scheme``); of the
+others ``assembled`` knows.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from anyckpt.errors import MappingError
+from anyckpt.quantization.assembled import Assembled, awq, gptq, int8_rows, modelopt_int4, nf4, packed
 
 Facts = Mapping[str, Any]
 """A configuration's ``quantization_config``."""
 
 Size = tuple[int, int] | None
+
+_MODELOPT_GROUP = 128
 
 Numbers = Literal["float8", "float4_e2m1", "int8", "packed int4", "packed int8"]
 """What codes are: 8-bit floats; e2m1, two in a byte; integers, as they are or from their least one on in int32."""
@@ -34,6 +38,8 @@ class Scheme:
         common: the same of a number by which all scales are multiplied; "" if there is none.
         grouped: the bytes of a block are an axis of their own, the last.
         transposed: the weight's last two axes are those of the codes the other way round.
+        divided: the common number is one by which all scales are divided.
+        exponents: scales are exponents of 2.
     """
 
     codes: str
@@ -43,28 +49,65 @@ class Scheme:
     common: str = ""
     grouped: bool = False
     transposed: bool = False
+    divided: bool = False
+    exponents: bool = False
+
+    @property
+    def of_scales(self) -> tuple[str, ...]:
+        """How names of scales end."""
+        return tuple(filter(None, (self.scales, self.common)))
 
 
-def _fp8(facts: Facts) -> tuple[Scheme, ...]:
+Stored = Scheme | Assembled
+"""Ways in which a weight may be stored."""
+
+
+def _fp8(facts: Facts) -> tuple[Stored, ...]:
     size = facts.get("weight_block_size", (128, 128))  # null if there is one scale in all
     return (Scheme("", "_scale_inv", None if size is None else _size(size, "weight_block_size")),)
 
 
-def _mxfp4(facts: Facts) -> tuple[Scheme, ...]:
-    return (Scheme("_blocks", "_scales", (1, 32), "float4_e2m1", grouped=True, transposed=True),)
+def _mxfp4(facts: Facts) -> tuple[Stored, ...]:
+    return (Scheme("_blocks", "_scales", (1, 32), "float4_e2m1", grouped=True, transposed=True, exponents=True),)
 
 
-def _fbgemm(facts: Facts) -> tuple[Scheme, ...]:
+def _fbgemm(facts: Facts) -> tuple[Stored, ...]:
     return (Scheme("", "_scale", None),)
 
 
-def _modelopt(facts: Facts) -> tuple[Scheme, ...]:
-    if str(facts.get("quant_algo")).upper() not in ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"):
+def _modelopt(facts: Facts) -> tuple[Stored, ...]:
+    algorithm = str(facts.get("quant_algo")).upper()
+    if algorithm in ("W4A16_AWQ", "W4A8_AWQ"):
+        return (modelopt_int4(_number(facts.get("group_size", _MODELOPT_GROUP), "group_size")),)
+    if algorithm == "W8A16":
+        return (Scheme("", "_scale", None, "int8"),)
+    if algorithm not in ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"):
         return ()
     return (
         Scheme("", "_scale", (1, 16), "float4_e2m1", common="_scale_2"),
         Scheme("", "_scale", (128, 128)),
     )
+
+
+def _gptq(facts: Facts) -> tuple[Stored, ...]:
+    """Of its second version zero points are stored as they are; the first one stores one less."""
+    form = facts.get("checkpoint_format", "gptq")
+    bits = facts.get("bits")
+    if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
+        return ()
+    return (gptq(bits, lowered=form == "gptq"),)
+
+
+def _awq(facts: Facts) -> tuple[Stored, ...]:
+    """AutoAWQ's own file has other words than transformers' configuration."""
+    version = str(facts.get("version", "gemm")).lower()
+    if facts.get("bits", facts.get("w_bit")) != 4 or version != "gemm":
+        return ()
+    return (awq(zeros=facts.get("zero_point", True) is not False),)
+
+
+def _bitsandbytes(facts: Facts) -> tuple[Stored, ...]:
+    return nf4(), int8_rows()
 
 
 _TRTLLM: Mapping[str, tuple[Scheme, ...]] = {
@@ -82,7 +125,7 @@ _TRTLLM: Mapping[str, tuple[Scheme, ...]] = {
 """By TensorRT-LLM's name of the algorithm; the width of a block is what ``group_size`` and the scales say."""
 
 
-def _trtllm(facts: Facts) -> tuple[Scheme, ...]:
+def _trtllm(facts: Facts) -> tuple[Stored, ...]:
     algorithm = facts.get("quant_algo")
     if algorithm is None:  # only the cache of keys and values is quantized
         return _TRTLLM["FP8"]
@@ -94,7 +137,7 @@ def _trtllm(facts: Facts) -> tuple[Scheme, ...]:
     return _TRTLLM.get(str(algorithm), ())
 
 
-def _compressed_tensors(facts: Facts) -> tuple[Scheme, ...]:
+def _compressed_tensors(facts: Facts) -> tuple[Stored, ...]:
     """Its first group of layers tells; further groups must be like it."""
     stated = facts.get("config_groups")
     groups = (
@@ -106,7 +149,7 @@ def _compressed_tensors(facts: Facts) -> tuple[Scheme, ...]:
     keys = ("num_bits", "type", "symmetric", "group_size", "block_structure")
     first = weights[0]
     alike = all(group.get(key) == first.get(key) for group in weights for key in keys)
-    if not alike or first.get("symmetric", True) is not True:
+    if not alike:
         return ()
     block = None
     if first.get("block_structure") is not None:
@@ -115,13 +158,30 @@ def _compressed_tensors(facts: Facts) -> tuple[Scheme, ...]:
         block = _size((1, first["group_size"]), "group_size")
     bits, kind = first.get("num_bits", 8), first.get("type", "float")
     name = facts.get("format")
+    symmetric = first.get("symmetric", True) is True
+    if name == "pack-quantized" and kind == "int" and bits in (2, 4, 8):
+        in_words: Numbers = "packed int4" if bits == 4 else "packed int8"
+        plain = (Scheme("_packed", "_scale", block, in_words),) if symmetric and bits != 2 else ()
+        return (packed(bits, zeros=not symmetric), *plain) if first.get("actorder") or not plain else plain
+    if name == "nvfp4-pack-quantized" and (bits, kind) == (4, "float") and block == (1, 16):
+        return (Scheme("_packed", "_scale", block, "float4_e2m1", common="_global_scale", divided=True),)
+    if name == "mxfp4-pack-quantized" and (bits, kind) == (4, "float") and block == (1, 32):
+        return (Scheme("_packed", "_scale", block, "float4_e2m1", exponents=True),)
+    if not symmetric:
+        return ()
     if name in ("float-quantized", "naive-quantized") and (bits, kind) == (8, "float"):
         return (Scheme("", "_scale", block),)
     if name in ("int-quantized", "naive-quantized") and (bits, kind) == (8, "int"):
         return (Scheme("", "_scale", block, "int8"),)
-    if name == "pack-quantized" and kind == "int" and bits in (4, 8):
-        return (Scheme("_packed", "_scale", block, "packed int4" if bits == 4 else "packed int8"),)
     return ()
+
+
+def _number(value: Any, key: str) -> int:
+    if type(value) is int and 0 < value < 1 << 31:
+        return value
+    raise MappingError(
+        f"the quantization_config's {key} is not possible", expected="a positive number", found=repr(value)[:80]
+    )
 
 
 def _size(value: Any, key: str) -> Size:
@@ -144,7 +204,7 @@ class Method:
         variant: key of the configuration that names the variant, or "".
     """
 
-    schemes: Callable[[Facts], tuple[Scheme, ...]]
+    schemes: Callable[[Facts], tuple[Stored, ...]]
     title: str
     variant: str = ""
 
@@ -152,11 +212,14 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "fp8": Method(_fp8, "fp8"),
     "mxfp4": Method(_mxfp4, "mxfp4"),
-    "modelopt": Method(_modelopt, "modelopt FP8 and NVFP4", "quant_algo"),
+    "modelopt": Method(_modelopt, "modelopt FP8, NVFP4, W8A16, W4A16_AWQ and W4A8_AWQ", "quant_algo"),
     "compressed-tensors": Method(
-        _compressed_tensors, "compressed-tensors of 8-bit floats and of symmetric 4- and 8-bit integers", "format"
+        _compressed_tensors, "compressed-tensors of 4- and 8-bit floats and of integers", "format"
     ),
     "fbgemm_fp8": Method(_fbgemm, "fbgemm_fp8"),
+    "gptq": Method(_gptq, "gptq of 2, 4 and 8 bits", "checkpoint_format"),
+    "awq": Method(_awq, "awq gemm", "version"),
+    "bitsandbytes": Method(_bitsandbytes, "bitsandbytes"),
     "trtllm": Method(_trtllm, f"TensorRT-LLM's {', '.join(_TRTLLM)}", "quant_algo"),
 }
 """Those that are understood, by ``quant_method``."""
@@ -178,7 +241,7 @@ def is_understood(facts: Facts) -> bool:
         return False
 
 
-def schemes_of(facts: Facts) -> tuple[Scheme, ...]:
+def schemes_of(facts: Facts) -> tuple[Stored, ...]:
     """How the weights may be stored.
 
     Raises:

@@ -163,18 +163,21 @@ def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
 
 def product(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
     """Scales times one number (a tensor of one element), in float32."""
-    repeated = Repeated(numbers_of(common).reshape((1,) * scales.ndim), scales.shape, scales.shape)
-    return Mapped((numbers_of(scales), repeated), _FLOAT32, _times)
+    return Mapped((numbers_of(scales), _everywhere(common, scales.shape)), _FLOAT32, np.multiply)
+
+
+def quotient(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
+    """Scales over one number (a tensor of one element), in float32."""
+    return Mapped((numbers_of(scales), _everywhere(common, scales.shape)), _FLOAT32, np.divide)
+
+
+def _everywhere(number: LazyTensor, shape: Shape) -> LazyTensor:
+    return Repeated(numbers_of(number).reshape((1,) * len(shape)), shape, shape)
 
 
 def numbers_of(scales: LazyTensor) -> LazyTensor:
     """Scales of any type in float32."""
     return scales if scales.dtype == _FLOAT32 else Mapped((scales,), _FLOAT32, Decode(scales.dtype))
-
-
-def _times(one: Array, other: Array) -> Array:
-    result: Array = one * other
-    return result
 
 
 @dataclass(frozen=True)

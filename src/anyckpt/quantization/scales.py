@@ -41,7 +41,7 @@ def scales_checked(tensors: Mapping[str, LazyTensor], facts: Facts) -> Iterator[
         return
     own = facts.get("quant_method") == trtllm.METHOD
     of_inputs = (*trtllm.OF_ACTIVATIONS, trtllm.PREQUANT) if own else OF_ACTIVATIONS
-    of_weights = tuple(filter(None, (part for scheme in schemes for part in (scheme.scales, scheme.common))))
+    of_weights = tuple(part for scheme in schemes for part in scheme.of_scales)
     for name, tensor in tensors.items():
         if name.endswith((*of_weights, *of_inputs)) and tensor.dtype.is_floating:
             yield Scale(name, _problem(tensor, name.endswith(of_inputs)))

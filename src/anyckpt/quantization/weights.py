@@ -10,8 +10,9 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.quantization import trtllm
-from anyckpt.quantization.methods import Facts, Scheme, method_of, schemes_of
-from anyckpt.quantization.nodes import Halved, as_bytes, product, scaled
+from anyckpt.quantization.assembled import Assembled
+from anyckpt.quantization.methods import Facts, Scheme, Stored, method_of, schemes_of
+from anyckpt.quantization.nodes import Halved, as_bytes, product, quotient, scaled
 from anyckpt.quantization.numbers import table_of
 from anyckpt.tensor import LazyTensor
 
@@ -27,13 +28,14 @@ OF_ACTIVATIONS = (
     ".prob_output_scale",
 )
 _UNNEEDED = "the scale of a quantized activation, which a model in full precision does not have"
+_TAKEN_INTO_NUMBERS = "says how a weight was quantized, which its numbers have"
 _ENDS = ("weight", "_proj")
 """How names of weights end that are quantized, so that a model's own ``logit_scale`` is not taken for a part of one."""
 
 _SHAPE = "_shape"
 """What follows a weight's name in that of a tensor with its shape, where codes are packed."""
 
-_BESIDE = ("_zero_point", "_g_idx", "_pre_quant_scale")
+_BESIDE = ("_zero_point", "_g_idx")
 """The same of what makes a weight more than codes times scales."""
 
 _CODES = {
@@ -100,16 +102,26 @@ def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: s
     except MappingError as error:
         error.path = path
         raise
+    products = tuple(scheme for scheme in schemes if isinstance(scheme, Scheme))
+    assembled = tuple(scheme for scheme in schemes if isinstance(scheme, Assembled))
     if facts.get("quant_method") == trtllm.METHOD:
-        return Dequantized(*trtllm.numbers(tensors, facts, schemes, to, path))
+        return Dequantized(*trtllm.numbers(tensors, facts, products, to, path))
     spared = _spared(facts)
     used: set[str] = set()
     ignored: dict[str, str] = {}
     made: dict[str, LazyTensor] = {}
     casts: Counter[str] = Counter()
     for name, codes in tensors.items():
-        scheme = next((scheme for scheme in schemes if _fits(name, codes, scheme, tensors)), None)
-        if scheme is not None:
+        more = next((pair for one in assembled if (pair := (one, one.parts(name, tensors)))[1] is not None), None)
+        scheme = next((scheme for scheme in products if _fits(name, codes, scheme, tensors)), None)
+        if more is not None:
+            stem = name.removesuffix(more[0].codes)
+            used |= {stem + part for part in more[1] or {}} - {stem + more[0].weight}
+            weight = _assembled(name, more[0], more[1] or {}, to, path)
+            made[stem + more[0].weight] = weight
+            ignored |= dict.fromkeys((stem + part for part in _not_in(weight, more[1] or {})), _TAKEN_INTO_NUMBERS)
+            casts[f"{more[0].numbers} -> {to}"] += 1
+        elif scheme is not None:
             stem = name.removesuffix(scheme.codes)
             used |= {stem + suffix for suffix in (scheme.scales, scheme.common, _SHAPE) if suffix}
             made[stem] = _weight(name, codes, stem, scheme, tensors, to, path)
@@ -125,6 +137,22 @@ def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: s
             continue
         result[name] = _checked(name, tensor, schemes, spared, to, path)
     return Dequantized(result, dict(casts), ignored)
+
+
+def _not_in(weight: LazyTensor, parts: Mapping[str, LazyTensor]) -> list[str]:
+    """Parts of which no byte is in a weight, though its numbers depend on them: tables, shapes, orders of columns."""
+    held = {(id(piece.source), piece.offset) for piece in weight.pieces()}
+    return [
+        part for part, tensor in parts.items() if all((id(p.source), p.offset) not in held for p in tensor.pieces())
+    ]
+
+
+def _assembled(name: str, scheme: Assembled, parts: Mapping[str, LazyTensor], to: str, path: str) -> LazyTensor:
+    try:
+        return scheme.make(parts, dtype(to))
+    except MappingError as error:
+        error.tensor, error.path = name, path
+        raise
 
 
 def _fits(name: str, codes: LazyTensor, scheme: Scheme, tensors: Mapping[str, LazyTensor]) -> bool:
@@ -150,7 +178,7 @@ def _weight(
             remedy="dequantize the model with its own tools",
         )
     scales = tensors[stem + scheme.scales]
-    types = _EXPONENTS if scheme.grouped else _SCALE_TYPES
+    types = _EXPONENTS if scheme.exponents else _SCALE_TYPES
     if scales.dtype.name not in types:
         raise MappingError(
             "scales have no such type",
@@ -182,7 +210,7 @@ def _weight(
                 expected="one float",
                 found=f"{common.dtype.name} {common.shape}",
             )
-        arranged = product(arranged, common)
+        arranged = (quotient if scheme.divided else product)(arranged, common)
     whole = scaled(elements, table_of(scheme.numbers, codes.dtype), arranged, sizes, dtype(to))
     if not scheme.transposed:
         return whole
@@ -257,18 +285,22 @@ def _arranged(
 
 
 def _checked(
-    name: str, tensor: LazyTensor, schemes: Iterable[Scheme], spared: tuple[str, ...], to: str, path: str
+    name: str, tensor: LazyTensor, schemes: Iterable[Stored], spared: tuple[str, ...], to: str, path: str
 ) -> LazyTensor:
     """A tensor of the result, if it is none of the parts of a quantized weight; unquantized 8-bit floats are cast."""
     for scheme in schemes:
-        for suffix in filter(None, (scheme.scales, scheme.common, scheme.codes)):
-            if name.endswith(tuple(end + suffix for end in _ENDS)):
-                raise MappingError(
-                    "is part of a quantized weight whose other parts are missing or of other types",
-                    path=path,
-                    tensor=name,
-                    remedy="copy the weight files again from the model's origin",
-                )
+        if isinstance(scheme, Assembled):
+            ends = tuple(f".{part}" for part in (scheme.codes, *scheme.needed) if part != scheme.weight)
+        else:
+            suffixes = filter(None, (scheme.scales, scheme.common, scheme.codes))
+            ends = tuple(end + suffix for suffix in suffixes for end in _ENDS)
+        if name.endswith(ends):
+            raise MappingError(
+                "is part of a quantized weight whose other parts are missing or of other types",
+                path=path,
+                tensor=name,
+                remedy="copy the weight files again from the model's origin",
+            )
     if tensor.dtype.itemsize > 1:
         return tensor
     if not any(_names(pattern, name) for pattern in spared):
