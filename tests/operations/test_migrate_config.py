@@ -213,7 +213,7 @@ def test_megatron_bridges_checkpoint_section(tmp_path: Path) -> None:
     path = tmp_path / "old.yaml"
     path.write_text(
         "exp_manager: {checkpoint_callback_params: {save_weights_only: true, every_n_train_steps: 5}}\n"
-        "model: {dist_ckpt_parallel_load: true, hidden_size: 4}\n"
+        "model: {dist_ckpt_parallel_load: true, hidden_size: 4, dist_ckpt_format: zarr, restore_from_path: x.nemo}\n"
     )
     done = migrate_config(path, to="megatron-bridge")
     (section,) = done.sections
@@ -221,7 +221,10 @@ def test_megatron_bridges_checkpoint_section(tmp_path: Path) -> None:
         "save_optim": False,
         "save_interval": 5,
         "fully_parallel_load": True,
+        "ckpt_format": "torch_dist",
+        "pretrained_checkpoint": "x.nemo",
     }
+    assert done.warnings() == ["model.dist_ckpt_format: Megatron-Bridge does not write zarr"]
     assert "model.hidden_size" in done.text("yaml")
 
 

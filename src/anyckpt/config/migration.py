@@ -37,6 +37,7 @@ _SCHEDULERS = """
     InverseSquareRootAnnealing T5InverseSquareRootAnnealing PolynomialDecayAnnealing PolynomialHoldDecayAnnealing
     CosineAnnealing
 """.split()
+_BRIDGE_FORMATS = ("torch", "torch_dist", "torch_dcp", "fsdp_dtensor")
 _RESTORE = "nemo.lightning.pytorch.strategies.utils.RestoreConfig"
 _ON_TOP = "model.mcore_customization_config."
 _STATE_SPACE = ("hybrid_override_pattern", "mamba_num_groups")
@@ -208,16 +209,27 @@ def _migrated(key: str, value: Any, config: Mapping[str, Any]) -> Setting:
     ):
         warnings.append(f"GPTConfig has no field {argument}: a class of its own may have")
     plain = next(iter(arguments.values()), None)
-    bridged = not value if row.get("as_bridge") == "negated" else plain
+    bridged, bridge_warning = _bridged(row, value, plain)
     return replace(
         setting,
         outcome="carried" if arguments else "unset",
         arguments=arguments,
         warnings=tuple(warnings),
         bridge={row["bridge"]: bridged} if "bridge" in row and arguments else {},
-        bridge_warning=row.get("bridge_warn", ""),
+        bridge_warning=bridge_warning,
         saver={row["saver"]: plain} if "saver" in row and arguments else {},
     )
+
+
+def _bridged(row: Mapping[str, Any], value: Any, plain: Any) -> tuple[Any, str]:
+    """The value in Megatron-Bridge's checkpoint section, and what to look at there."""
+    warning = row.get("bridge_warn", "")
+    kind = row.get("bridge_as")
+    if kind == "negated":
+        return not value, warning
+    if kind == "torch_dist" and value not in _BRIDGE_FORMATS:
+        return "torch_dist", f"Megatron-Bridge does not write {value}"
+    return (value if kind == "value" else plain), warning
 
 
 def _is_meant(row: Mapping[str, Any], value: Any) -> bool:
