@@ -329,12 +329,16 @@ def test_a_writer_goes_to_another_process(tmp_path: Path) -> None:
     assert not writer.validate_checkpoint_id("s3://bucket/x")
 
 
-def alone(path: str) -> str:
+def alone(path: str) -> Any:
     import torch
     import torch.distributed.checkpoint as dcp
 
     import anyckpt.torch
 
+    theirs, state = dcp.FileSystemWriter(f"{path}-theirs"), {"w": torch.zeros(2)}
+    dcp.save({"w": torch.ones(2)}, storage_writer=theirs, use_collectives=False)
+    dcp.load(state, storage_reader=anyckpt.torch.dcp.Reader(f"{path}-theirs"))
+    assert state["w"].tolist() == [1.0, 1.0]
     try:
         dcp.save({"w": torch.ones(2)}, storage_writer=anyckpt.torch.dcp.Writer(path), use_collectives=False)
     except Exception as error:

@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 pytestmark = pytest.mark.peer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = {"restorable.py": "restorable.md", "while_training.py": "training.md"}
+PAGES = {"megatron_core.py": "drop-ins.md", "restorable.py": "restorable.md", "while_training.py": "training.md"}
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -27,8 +27,7 @@ def gone_on(path: str, save: str, load: str) -> tuple[list[float], list[float], 
 
     run = Trained()
     run.train(2)
-    if torch_rank() == 0:
-        os.mkdir(path)
+    Path(path).mkdir(exist_ok=True)
     barrier()
     strategy = SaveStrategy() if save == "ours" else None
     dist_checkpointing.save(run.state(), path, sharded_strategy=strategy, content_metadata={"kind": "tiny"})
@@ -59,6 +58,7 @@ def test_a_run_goes_on_as_if_uninterrupted(save: str, load: str, tmp_path: Path)
     import anyckpt
 
     path = tmp_path / "iter_0000002"
+    path.mkdir()
     for straight, again, names, common in on_ranks(2, gone_on, str(path), save, load, imported=GPT):
         assert again == straight
         assert common == {"iteration": 2, "notes": {"of": ["the run", (1, 2)]}, "content_metadata": {"kind": "tiny"}}
@@ -259,6 +259,25 @@ def fixture_loaded(path: str) -> list[str]:
     return sorted(asked)
 
 
+def flattened_loaded(path: str) -> list[str]:
+    from megatron.core import dist_checkpointing as dist
+
+    import anyckpt
+    from anyckpt.torch.megatron import LoadStrategy
+
+    asked = dist.serialization.load_sharded_metadata(path, LoadStrategy())
+    found = dist.load(dict(asked), path, LoadStrategy(), validate_access_integrity=False)
+    tensors = anyckpt.open(path).tensors
+    for name, tensor in tensors.items():
+        assert found[name].equal(tensor.torch()), name
+    return sorted(name for name in asked if name in tensors)
+
+
+def test_flattened_states_of_older_releases_load() -> None:
+    (names,) = on_ranks(1, flattened_loaded, "tests/fixtures/mcore/torchdist_v015_w2_flat/ckpt", imported=GPT)
+    assert names
+
+
 @pytest.mark.parametrize("case", ["gpt_moe_ep2_seq_shared", "gpt_opt_dp_reshardable_dp2"])
 def test_what_megatron_core_wrote_loads_as_it_loads_it(case: str) -> None:
     (names,) = on_ranks(1, fixture_loaded, f"tests/fixtures/mcore/{case}/ckpt", imported=GPT)
@@ -284,6 +303,28 @@ def gone_on_with_theirs(path: str) -> Any:
     loaded = dist_checkpointing.load(run.state(), path, strict="raise_all")
     run.put(loaded)
     return run.train(2), loaded["iteration"], loaded["notes"], sorted(loaded)
+
+
+def gone_on_with_ours(path: str) -> Any:
+    from tests.training.megatron_gpt import Trained
+
+    import anyckpt.torch
+
+    run = Trained(seed=1)
+    state = run.state()
+    anyckpt.torch.load(state, path, strictness="raise_all")
+    run.put(state)
+    return run.train(2), state["iteration"], state["notes"], sorted(state)
+
+
+def test_states_of_megatron_core_are_loaded_as_they_are(tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    Path(path).mkdir()
+    straight = on_ranks(2, gone_on, path, "theirs", "theirs", imported=GPT)
+    again = on_ranks(2, gone_on_with_ours, path, imported=GPT)
+    for (losses, *_), found in zip(straight, again, strict=True):
+        names = ["content_metadata", "iteration", "model", "notes", "optimizer"]
+        assert found == (losses, 2, {"of": ["the run", (1, 2)]}, names)
 
 
 def test_states_of_megatron_core_are_saved_as_they_are(tmp_path: Path) -> None:

@@ -65,10 +65,11 @@ def state(factor: float) -> dict[str, Any]:
         "flat": megatron.ShardedTensor(
             "flat", flat, flat.dtype, (3, 5), (3, 5), (0, 0), flattened_range=slice(rank() * 7, 7 + rank() * 8)
         ),
-        "rng": megatron.ShardedObject("rng", {"seed": rank()}, (1, 2), (0, rank())),
+        "rng": megatron.ShardedObject("rng_state", {"seed": rank()}, (1, 1, 2), (0, 0, rank())),
         "local": megatron.LocalNonpersistentObject(("only", rank())),
         "iteration": 5,
         "groups": [{"lr": 0.1}, {"lr": 0.2}],
+        "numbered": {0: "zero", 1: "one"},
     }
 
 
@@ -78,7 +79,7 @@ def saved(path: str, format: str) -> list[str]:
     return list(anyckpt.torch.save(state(1.0), path, format=format).ignored)
 
 
-@pytest.mark.parametrize("format", ["megatron-core", "dcp"])
+@pytest.mark.parametrize("format", ["megatron-core", "megatron-core-zarr", "dcp"])
 def test_entities_are_saved_as_what_they_are_parts_of(format: str, tmp_path: Path) -> None:
     import anyckpt
 
@@ -94,11 +95,140 @@ def test_entities_are_saved_as_what_they_are_parts_of(format: str, tmp_path: Pat
     }
     assert {name: tensor.numpy().tolist() for name, tensor in checkpoint.tensors.items()} == expected
     objects = dict(checkpoint.objects)
-    assert {name: objects.pop(f"rng/shard_0.{name}_1.2") for name in (0, 1)} == {0: {"seed": 0}, 1: {"seed": 1}}
+    assert {name: objects.pop(f"rng_state/shard_0.0.{name}_1.1.2") for name in (0, 1)} == {
+        0: {"seed": 0},
+        1: {"seed": 1},
+    }
     assert objects == {
         "iteration": 5,
         "groups": [{"lr": 0.1}, {"lr": 0.2}],
+        "numbered": {0: "zero", 1: "one"},
     }
+
+
+def plain(value: Any) -> Any:
+    """With lists for tensors."""
+    import torch
+
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def loaded(path: str, settings: dict[str, Any]) -> Any:
+    import anyckpt.torch
+
+    found = state(0.0)
+    found["flat"].data, found["iteration"], found["groups"] = None, 0, "whatever"
+    report = anyckpt.torch.load(found, path, **settings)
+    return plain(found), report.unexpected, report.missing
+
+
+@pytest.mark.parametrize(
+    ("format", "parallel"),
+    [("megatron-core", False), ("megatron-core", True), ("megatron-core-zarr", False), ("dcp", False)],
+)
+def test_entities_are_loaded_as_what_they_are_parts_of(format: str, parallel: bool, tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    on_ranks(2, saved, path, format)
+    settings = {"parallel_load": parallel, "strictness": "raise_all"}
+    for number, (found, unexpected, missing) in enumerate(on_ranks(2, loaded, path, settings)):
+        flat = whole(3, 5).reshape(-1).tolist()
+        rows = whole(8, 2).tolist()
+        assert found == {
+            "model": {
+                "layers": [whole(2, 3, first=100.0 * number).tolist()],
+                "columns": [row[number * 2 : number * 2 + 2] for row in whole(3, 4).tolist()],
+                "copy": whole(4).tolist(),
+                "fused": [*rows[number * 2 : number * 2 + 2], *rows[4 + number * 2 : 6 + number * 2]],
+                "embedding": whole(3, 2).tolist(),
+            },
+            "flat": flat[number * 7 : 7 + number * 8],
+            "rng": {"seed": number},
+            "local": ("only", number),
+            "iteration": 5,
+            "groups": [{"lr": 0.1}, {"lr": 0.2}],
+            "numbered": {0: "zero", 1: "one"},
+        }
+        assert (unexpected, missing) == ((), ())
+
+
+def elsewhere(path: str) -> Any:
+    """One rank, another vocabulary, another type, other bounds of what was flattened."""
+    import torch
+
+    import anyckpt.torch
+    from anyckpt.torch.megatron import ShardedTensor
+
+    def tensor(key: str, *shape: int, **options: Any) -> Any:
+        return ShardedTensor.from_rank_offsets(key, torch.full(shape, 9.0), **options)
+
+    found = {
+        "longer": tensor("embedding", 8, 2, allow_shape_mismatch=True),
+        "shorter": tensor("embedding", 4, 2, allow_shape_mismatch=True),
+        "half": ShardedTensor.from_rank_offsets("columns", torch.zeros(3, 4, dtype=torch.float64)),
+        "layers": tensor("layers.w", 2, 2, 3),
+        "part": ShardedTensor("flat", None, torch.float32, (3, 3), (3, 5), (0, 2), None, flattened_range=slice(2, 8)),
+    }
+    anyckpt.torch.load(found, path, cast=True)
+    return {name: plain(value) for name, value in found.items()}
+
+
+def test_other_layouts_vocabularies_and_types(tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    on_ranks(2, saved, path, "megatron-core")
+    (found,) = on_ranks(1, elsewhere, path)
+    rows = [*whole(3, 2).tolist(), *whole(3, 2).tolist()]
+    assert found["longer"] == [*rows, [0.0, 0.0], [0.0, 0.0]]
+    assert found["shorter"] == rows[:4]
+    assert found["half"] == whole(3, 4).tolist()
+    assert found["layers"] == [whole(2, 3).tolist(), whole(2, 3, first=100).tolist()]
+    assert found["part"] == [4.0, 7.0, 8.0, 9.0, 12.0, 13.0]
+    assert (found["iteration"], found["groups"]) == (5, [{"lr": 0.1}, {"lr": 0.2}])
+
+
+def strictly(path: str, mode: str) -> Any:
+    """Asks for a tensor and an object that the checkpoint lacks, and not for most that it has."""
+    import io
+    import logging
+
+    import torch
+
+    import anyckpt.torch
+    from anyckpt.errors import MappingError
+    from anyckpt.torch.megatron import ShardedObject, ShardedTensor
+
+    stream = io.StringIO()
+    logging.getLogger("anyckpt.torch").addHandler(logging.StreamHandler(stream))
+    found = {
+        "copy": ShardedTensor.from_rank_offsets("copy", torch.zeros(4)),
+        "new": ShardedTensor.from_rank_offsets("new", torch.full((1,), 7.0)),
+        "object": ShardedObject("new object", "old", (1,), (0,)),
+    }
+    try:
+        report = anyckpt.torch.load(found, path, strictness=mode)
+    except MappingError as error:
+        return "raised", str(error)
+    return plain(found), report.unexpected, report.missing, stream.getvalue()
+
+
+def test_each_strictness_does_what_megatron_core_says(tmp_path: Path) -> None:
+    path = str(tmp_path / "x")
+    on_ranks(2, saved, path, "megatron-core")
+    lacking = ("new", "new object/shard_0_1")
+    for mode in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
+        ((what, told),) = on_ranks(1, strictly, path, mode)
+        assert what == "raised" and all(name in told for name in lacking)
+    for mode in ("log_unexpected", "log_all", "return_unexpected", "return_all", "ignore_all"):
+        ((found, unexpected, missing, logged),) = on_ranks(1, strictly, path, mode)
+        assert {name: found[name] for name in ("copy", "iteration")} == {"copy": whole(4).tolist(), "iteration": 5}
+        assert "new" not in found and "object" not in found
+        assert unexpected == lacking
+        assert {"columns", "flat", "rng_state/shard_0.0.0_1.1.2"} < set(missing)
+        assert ("new object" in logged) == mode.startswith("log")
+        assert ("columns" in logged) == (mode == "log_all")
 
 
 def refusals(folder: str) -> list[str]:

@@ -15,7 +15,7 @@ number, of which 0 is the copy that counts: a box without one is a hole, and one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -115,12 +115,15 @@ class LiveState:
         objects: everything else.
         paths: name -> keys that lead to it in the nested state, for formats that keep the nesting.
         finish: called when everything is loaded: what has to be put back as a whole (``load_state_dict``).
+        replace_all: called when everything is loaded, with the objects of the checkpoint that all ranks have alike and
+            the names that it lacks, by who takes all of these; None if objects are asked for by name.
     """
 
     pieces: list[LivePiece] = field(default_factory=list)
     objects: list[LiveObject] = field(default_factory=list)
     paths: dict[str, Path] = field(default_factory=dict)
     finish: list[Callable[[], None]] = field(default_factory=list)
+    replace_all: Callable[[Mapping[str, Any], Collection[str]], None] | None = None
 
 
 Found = Sequence[LivePiece] | LiveObject
@@ -128,12 +131,16 @@ Kind = Callable[[str, Any, Put], Found | None]
 """What a leaf is, from its name by path, its value and what replaces it; None if it is of another kind."""
 
 
-def described(state: Mapping[str, Any]) -> LiveState:
+def described(state: Mapping[str, Any], *, to_fill: bool = False) -> LiveState:
     """What this rank has of a nested state dict.
 
     What has ``state_dict`` and ``load_state_dict`` at the top (a module, an optimizer) is taken by the first and, when
     all is loaded, given to the second.  A state with sharded entities of Megatron-Core's is described by
-    ``megatron.live_state``.
+    ``megatron.state``.
+
+    Args:
+        state: nested dictionaries and lists of tensors and objects.
+        to_fill: it is loaded into, not saved.
 
     Raises:
         UsageError: it is no mapping, two leaves have one name, or a tensor has no elements in memory that can be
@@ -147,9 +154,9 @@ def described(state: Mapping[str, Any]) -> LiveState:
             remedy="give the state_dict() of a module",
         )
     if has_entities(state):
-        from anyckpt.torch.megatron.state import live_state  # which is built of this module
+        from anyckpt.torch.megatron import state as megatron  # which is built of this module
 
-        return live_state(state)
+        return megatron.state_to_fill(state) if to_fill else megatron.live_state(state)
     live = LiveState()
     for key, value in state.items():
         put = _setter(state, key)

@@ -10,10 +10,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UnsafeError, alike
+from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
@@ -88,6 +90,8 @@ def load(
 
     With a state, every rank calls it, each with its own part of the model in whatever layout; tensors are filled in
     place and objects are exchanged in the dictionaries that hold them.  If it fails, the state is in part as it was.
+    A state with sharded entities of Megatron-Core's becomes what its ``dist_checkpointing.load`` gives: tensors and
+    objects in place of entities, and the checkpoint's common state.
 
     Args:
         state: a nested state dict, as for ``save``; or the path of a checkpoint of any format.
@@ -112,7 +116,7 @@ def load(
     if path is None:
         return _whole(open_checkpoint(state), classes)
     try:
-        return fill(lambda: described(state), path, chosen, Ranks(group, timeout=chosen.timeout), classes)
+        return fill(lambda: described(state, to_fill=True), path, chosen, Ranks(group, timeout=chosen.timeout), classes)
     finally:
         close_open_files()  # training goes on for long, and the checkpoint may be deleted meanwhile
 
@@ -210,7 +214,8 @@ class _Load:
         mode = self._options.strictness
         unexpected = tuple(dict.fromkeys(name for one in told for name in one.unexpected))
         used = frozenset().union(*(one.wanted for one in told))
-        missing = tuple(name for name in self._find.names() if name not in used)
+        taken = used if self.live.replace_all is None else {*used, *self._find.common()}
+        missing = tuple(name for name in self._find.names() if name not in taken)
         if mode == "ignore_all":
             return unexpected, missing
         if unexpected and mode in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
@@ -277,6 +282,9 @@ class _Load:
                 raise
         for finish in self.live.finish:
             finish()
+        if self.live.replace_all is not None:
+            common = {name: thawing.object(self.checkpoint.objects[name]) for name in self._find.common()}
+            self.live.replace_all(common, self._unexpected)
 
 
 class _Finder:
@@ -285,6 +293,12 @@ class _Finder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._prefix = checkpoint.model_prefix
+
+    @cached_property
+    def _states(self) -> Mapping[str, Any]:
+        """States of modules, which are read when one is asked for."""
+        find = self._checkpoint.extra_states
+        return {} if find is None else find()
 
     def names(self) -> list[str]:
         return [*self._checkpoint.tensors, *self._checkpoint.objects]
@@ -298,11 +312,21 @@ class _Finder:
                 return candidate, tensors[candidate]
         return None
 
+    def common(self) -> list[str]:
+        """Names of the objects that all ranks have alike; of all but cells of grids if the checkpoint does not say."""
+        said = self._checkpoint.common
+        if said is None:
+            return [name for name in self._checkpoint.objects if "/shard_" not in name]
+        return [name for name in self._checkpoint.objects if name in said]
+
     def object(self, name: str, path: Path) -> tuple[str, Any] | None:
-        """The object called so, or at the end of the path in one that holds others (Megatron's common state)."""
+        """The object called so, a module's state, or at the end of the path in one that holds others."""
         objects = self._checkpoint.objects
         if name in objects:
             return name, objects[name]
+        module_state = hub_state_name(name)
+        if module_state is not None and name.rpartition("/")[0] in self._checkpoint.ignored:
+            return name, self._states.get(module_state)
         first = str(path[0])
         if first not in objects:
             return None

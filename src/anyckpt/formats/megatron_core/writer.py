@@ -98,7 +98,9 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises:
         UsageError: an object cannot be pickled.
     """
-    common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
+    common, sharded, foreign = common_and_sharded(
+        checkpoint, megatron_args=options.megatron_args, of_training=options.held is not None
+    )
     if options.held is not None:
         common = nested(common, checkpoint.key_paths, checkpoint.original_keys)
     if checkpoint.adapter is not None:
@@ -126,7 +128,7 @@ def state_objects(keys: Iterable[str], states: Mapping[str, Any] | None) -> dict
 
 
 def common_and_sharded(
-    checkpoint: Checkpoint, *, megatron_args: bool = True
+    checkpoint: Checkpoint, *, megatron_args: bool = True, of_training: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
     """What goes into ``common.pt``, the sharded objects by key, and the names that have no place, with the reason.
 
@@ -137,10 +139,11 @@ def common_and_sharded(
     Args:
         checkpoint: to be written.
         megatron_args: write these three; without them the common state is that of a bare model.
+        of_training: it is a training job's own state, whose ranks are those that will load it.
     """
     stated = None if checkpoint.common is None else set(checkpoint.common)
     common_names = {*_TRAINING, *(stated or ())}
-    ranks = {name for name in checkpoint.objects if _OF_EXPERT_RANKS.match(name)}
+    ranks = set() if of_training else {name for name in checkpoint.objects if _OF_EXPERT_RANKS.match(name)}
     taken = [name for name in checkpoint.objects if name not in ranks]
     sharded = {name: checkpoint.objects[name] for name in taken if _SHARDED_OBJECT.search(name)}
     common = {name: checkpoint.objects[name] for name in taken if name in common_names and name not in sharded}

@@ -40,7 +40,9 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         UsageError: an element type that the zarr backend does not have, a name that is no directory's, or an object
             that cannot be pickled.
     """
-    common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
+    common, sharded, foreign = common_and_sharded(
+        checkpoint, megatron_args=options.megatron_args, of_training=options.held is not None
+    )
     if options.held is not None:
         common = nested(common, checkpoint.key_paths, checkpoint.original_keys)
     built_of = implementation_of(checkpoint, options.transformer_impl)

@@ -27,6 +27,7 @@ from anyckpt.containers.dcp.items import Unread
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.filling import Target, fill, torch_dtype
@@ -130,7 +131,10 @@ class Reader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             targets.append(Target(name, box, target))
             read.append((item, target))
-        fill(targets, workers=self._workers)
+        try:
+            fill(targets, workers=self._workers)
+        finally:
+            close_open_files()  # training goes on for long, and the checkpoint may be deleted meanwhile
         for item, target in read:
             planner.commit_tensor(item, target)
         done: Future[None] = Future()

@@ -13,7 +13,7 @@ from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.filling import Target, fill
 from anyckpt.torch.megatron.entities import is_tensor, name_of, unique_key
-from anyckpt.torch.megatron.state import ABSENT, Parts, pieces_of
+from anyckpt.torch.megatron.state import ABSENT, Parts, WithData, memory_of, pieces_of
 from anyckpt.torch.objects import Thawing
 
 _SHOWN = 20
@@ -27,23 +27,17 @@ class Found:
         path: of the checkpoint.
         tensors: by key.
         objects: of sharded objects, unique key -> gives it, as plain data and inert records.
-        common: what all ranks have, likewise.
     """
 
     path: str
     tensors: Mapping[str, LazyTensor]
     objects: Mapping[str, Callable[[], Any]]
-    common: Mapping[str, Any]
-
-    def keys(self) -> set[str]:
-        """Keys of everything that is sharded."""
-        return {*self.tensors, *(name.rpartition("/shard_")[0] or name for name in self.objects)}
 
 
 def found_in_folder(path: str, contents: DcpContents) -> Found:
     """What a distributed checkpoint has beside its common state."""
     objects = contents.objects
-    return Found(path, contents.tensors, {name: _getter(objects, name) for name in objects}, {})
+    return Found(path, contents.tensors, {name: _getter(objects, name) for name in objects})
 
 
 def _getter(objects: Mapping[str, Any], name: str) -> Callable[[], Any]:
@@ -78,7 +72,7 @@ def values(
     targets: list[Target] = []
     for entity in wanted:
         if is_tensor(entity):
-            made[id(entity)] = _memory(entity)
+            made[id(entity)] = memory_of(entity)
             targets += _targets(entity, made[id(entity)], found.tensors[entity.key])
     fill(targets, workers=workers)
     for entity in wanted:
@@ -123,19 +117,8 @@ def _check(wanted: Iterable[Any], found: Found, cast: bool) -> None:
         )
 
 
-def _memory(entity: Any) -> torch.Tensor:
-    """The elements that are loaded into, zero where not all of them may be in the checkpoint."""
-    run = getattr(entity, "flattened_range", None)
-    data: torch.Tensor | None = entity.data
-    if data is None:
-        shape = tuple(entity.local_shape) if run is None else (run.stop - run.start,)
-        data = torch.empty(shape, dtype=entity.dtype)
-    data = data.detach()
-    return data.zero_() if entity.allow_shape_mismatch else data
-
-
 def _targets(entity: Any, data: torch.Tensor, source: LazyTensor) -> Iterable[Target]:
-    described = _With(entity, data)
+    described = WithData(entity, data)
     for piece in pieces_of(described):
         stops = [
             min(begin + length, whole)
@@ -148,17 +131,6 @@ def _targets(entity: Any, data: torch.Tensor, source: LazyTensor) -> Iterable[Ta
         for axis, length in enumerate(sizes):
             tensor = tensor.narrow(axis, 0, length)
         yield Target(piece.name, source.box(piece.offset, sizes), tensor)
-
-
-class _With:
-    """An entity with other elements."""
-
-    def __init__(self, entity: Any, data: torch.Tensor) -> None:
-        self._entity = entity
-        self.data = data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._entity, name)
 
 
 def _object(thawing: Thawing, value: Any, name: str, path: str) -> Any:

@@ -5,8 +5,9 @@ The state that is given stays as it is: factories are asked what they store, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from anyckpt.torch.megatron.entities import (
     is_object,
     is_tensor,
     leaves,
+    name_of,
     unique_key,
 )
 
@@ -101,6 +103,60 @@ def live_state(state: Mapping[str, Any]) -> LiveState:
     return live
 
 
+def state_to_fill(state: Mapping[str, Any]) -> LiveState:
+    """The same for loading.  At the end the state becomes what ``dist_checkpointing.load`` gives: what was loaded in
+    place of entities, and the checkpoint's common state in place of the rest; what the checkpoint lacks is left out.
+
+    Raises:
+        UsageError: the state is no dictionary that can be changed, or an entity's description does not fit its tensor.
+    """
+    if not isinstance(state, MutableMapping):
+        raise UsageError("is loaded in place", expected="a dictionary", found=f"a {type(state).__name__}")
+    parts = parts_of(state)
+    live = LiveState()
+    loaded: dict[int, Any] = {}
+    for entity in parts.tensors():
+        loaded[id(entity)] = memory_of(entity)
+        live.pieces += pieces_of(WithData(entity, loaded[id(entity)]))
+        live.paths[entity.key] = (entity.key,)
+    for entity in parts.objects():
+        name = unique_key(entity)
+        put = partial(loaded.__setitem__, id(entity))
+        live.objects.append(LiveObject(name, entity.data, put, _replica(entity.replica_id)))
+        live.paths[name] = (name,)
+
+    def replace_all(common: Mapping[str, Any], lacking: Collection[str]) -> None:
+        found = parts.loaded(lambda one: ABSENT if name_of(one) in lacking else loaded.get(id(one), ABSENT))
+        whole = merged(dict(common), found)
+        state.clear()
+        state.update(whole)
+
+    live.replace_all = replace_all
+    return live
+
+
+def memory_of(entity: Any) -> torch.Tensor:
+    """The elements that are loaded into, made if there are none; zero where the checkpoint may have fewer."""
+    run = getattr(entity, "flattened_range", None)
+    data: torch.Tensor | None = entity.data
+    if data is None:
+        shape = tuple(entity.local_shape) if run is None else (run.stop - run.start,)
+        data = torch.empty(shape, dtype=entity.dtype)
+    data = data.detach()
+    return data.zero_() if entity.allow_shape_mismatch else data
+
+
+class WithData:
+    """A sharded tensor with other elements."""
+
+    def __init__(self, entity: Any, data: torch.Tensor) -> None:
+        self._entity = entity
+        self.data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._entity, name)
+
+
 def pieces_of(entity: Any) -> list[LivePiece]:
     """The boxes of the whole tensor that a sharded tensor's elements are; several if they are a run of a flattened box.
 
@@ -136,6 +192,37 @@ def pieces_of(entity: Any) -> list[LivePiece]:
         found.append(LivePiece(name, kind, shape, begin, box, replica, resizable))
         position += count
     return found
+
+
+def merged(into: Any, found: Any, path: Path = ()) -> Any:
+    """What the checkpoint has in common with what was loaded, as one state; ``into`` is changed.
+
+    Raises:
+        UsageError: both have a value at one place, or lists of other lengths.
+    """
+    if isinstance(into, dict) and isinstance(found, Mapping):
+        for key, value in found.items():
+            into[key] = merged(into[key], value, (*path, key)) if key in into else value
+        return into
+    if isinstance(into, list) and isinstance(found, (list, Mapping)):
+        items = found.items() if isinstance(found, Mapping) else enumerate(found)
+        if isinstance(found, list) and len(found) != len(into):
+            raise _conflict(path, f"lists of {len(into)} and {len(found)}")
+        for index, value in items:
+            if type(index) is not int or not 0 <= index < len(into):
+                raise _conflict(path, f"a list of {len(into)} and an item {index!r}")
+            into[index] = merged(into[index], value, (*path, index))
+        return into
+    raise _conflict(path, f"a {type(into).__name__} and a {type(found).__name__}")
+
+
+def _conflict(path: Path, found: str) -> UsageError:
+    return UsageError(
+        "the state has something else at one place than the checkpoint's common state",
+        tensor=".".join(map(str, path)),
+        found=found,
+        remedy="build the state as it was built for saving",
+    )
 
 
 # -- taking apart --------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from anyckpt.containers.dcp import read_dcp
 from anyckpt.engine.execute import DEFAULT_MEMORY
+from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.filling import torch_dtype
@@ -258,7 +259,10 @@ class LoadStrategy(LoadShardedStrategy):  # type: ignore[misc]
         """
         parts = parts_of(sharded_state_dict)
         thawing = Thawing((io.BytesIO, *self._classes))
-        return parts.loaded(values(parts, _opened(checkpoint_dir), thawing, workers=self._workers))
+        try:
+            return parts.loaded(values(parts, _opened(checkpoint_dir), thawing, workers=self._workers))
+        finally:
+            close_open_files()  # training goes on for long, and the checkpoint may be deleted meanwhile
 
     def load_tensors_metadata(self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None) -> dict[str, Any]:
         """Every tensor as one that no rank divides, without elements."""
