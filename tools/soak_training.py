@@ -80,7 +80,7 @@ def train(rank: int, world: int, folder: str, notes: int, seed: int) -> None:
     )
     moments = random.Random(seed)
     try:
-        saver = Saver(folder, keep=Retention(last=2, forever_every=20), timeout=_SECONDS / 3)
+        saver = Saver(folder, keep=Retention(last=2, forever_every=200), timeout=_SECONDS / 3)
         tell(writer=saver._writer.pid)
         newest = saver.latest()
         begun = step_of(newest) if newest else 0

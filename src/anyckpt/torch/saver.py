@@ -21,7 +21,7 @@ from anyckpt.torch.copying import PageLockedMemory, copy
 from anyckpt.torch.flights import Flights
 from anyckpt.torch.live import described
 from anyckpt.torch.options import Options
-from anyckpt.torch.saving import asked, prepare
+from anyckpt.torch.saving import Plans, asked, prepare
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Saver:
 
     - ``save`` returns when this rank's part of the state is copied, and the state may change.  Before that it waits:
       while ``in_flight`` earlier saves are not done, for the oldest; for all ranks to agree on the plan; the first
-      time, and whenever the state has grown, for the system to give the memory.
+      time, and whenever the state has grown, for the system to give the memory.  With ``assume_constant_structure``
+      the plan of the save before is used again if every rank has the same boxes of the same tensors and its objects
+      take as much room; whether objects are alike on all ranks is then looked at only when a plan is made.
     - Each rank's part is written by a process of its own, which imports no torch and sees no accelerator.
     - A checkpoint has its name when every rank's part of it is durable, and is whole; until then it does not exist.
       The process that is ready last publishes it, without asking any trainer, makes the link ``latest`` lead to the
@@ -60,7 +62,8 @@ class Saver:
 
     Args:
         folder: where checkpoints are kept; made if it is not there.
-        options: as for ``save``, whose fields may be given as keywords; ``overwrite`` is true if not given.
+        options: as for ``save``; or its fields as keywords, ``overwrite`` and ``assume_constant_structure`` being true
+            if they are not given.
         name: of a checkpoint, with ``{step}``; ``iter_{step:07d}`` is Megatron's, which then finds the newest.
         keep: which checkpoints stay; all if None.  Only what was saved by a ``Saver`` is deleted.
         in_flight: so many saves may be under way.
@@ -89,7 +92,9 @@ class Saver:
         if _named(name, 1) == _named(name, 2):
             raise UsageError("the name of a checkpoint does not tell its step", expected="{step} in it", found=name)
         self.folder = os.path.abspath(folder)
-        self._options = asked(options, {"overwrite": True, **settings} if options is None else settings)
+        usual = {"overwrite": True, "assume_constant_structure": True} if options is None else {}
+        self._options = asked(options, {**usual, **settings})
+        self._plans: Plans = {}
         self._name = name
         self._keep = Retention(last=None) if keep is None else keep
         self._in_flight = in_flight
@@ -132,7 +137,7 @@ class Saver:
             )
         path = os.path.join(self.folder, _named(self._name, step))
         saved = Saved(os.path.basename(path), step, said[0].time, said[0].metric)
-        prepared = prepare(lambda: described(state), path, self._options, self._ranks)
+        prepared = prepare(lambda: described(state), path, self._options, self._ranks, self._plans)
         self._flights.begin(prepared, path, self._options, Upkeep(saved, self._keep, self._pointer))
         return path
 
@@ -164,6 +169,7 @@ class Saver:
         try:
             self.wait()
         finally:
+            self._plans.clear()
             self._finalizer()
 
     def __enter__(self) -> Saver:

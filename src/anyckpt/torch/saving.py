@@ -140,7 +140,9 @@ def asked(options: Options | None, settings: Mapping[str, Any]) -> Options:
         ) from None
 
 
-def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks: Ranks) -> Prepared:
+def prepare(
+    describe: Any, path: str | os.PathLike[str], options: Options, ranks: Ranks, plans: Plans | None = None
+) -> Prepared:
     """Plan a save together.
 
     Args:
@@ -148,13 +150,15 @@ def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks
         path: the checkpoint.
         options: the same on all ranks.
         ranks: who saves.
+        plans: of earlier saves with ``assume_constant_structure``; those of this process if None.
 
     Raises:
         AnyckptError: as ``save``.
     """
     destination = os.fspath(path)
     kept: list[LiveState] = []
-    earlier = _planned.get(_kind(options, ranks)) if options.assume_constant_structure else None
+    plans = _planned if plans is None else plans
+    earlier = plans.get(_kind(options, ranks)) if options.assume_constant_structure else None
 
     def look() -> _Look:
         if ranks.rank == 0:
@@ -174,8 +178,8 @@ def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks
         if all(ranks.gather(lambda: again is not None)) and again is not None:
             ready, run = earlier.again(again, live.pieces, destination, key, ranks)
             return Prepared(ready, run, earlier.laid.sources, key, time.monotonic() - started, planned=False)
-        _planned.pop(_kind(options, ranks))
-        return prepare(lambda: live, path, options, ranks)
+        plans.pop(_kind(options, ranks))
+        return prepare(lambda: live, path, options, ranks, plans)
     groups = tuple({frozenset(one.members) for one in found if one.members})
 
     def lay_out() -> tuple[_Laid, Plan]:
@@ -192,7 +196,7 @@ def prepare(describe: Any, path: str | os.PathLike[str], options: Options, ranks
     )
     if options.assume_constant_structure:
         only_objects = laid.plan({}, _objects(records))
-        _planned[_kind(options, ranks)] = _Earlier(
+        plans[_kind(options, ranks)] = _Earlier(
             laid, plan, only_objects, ready is not plan, run, _read(live.pieces, laid.sources)
         )
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
@@ -311,6 +315,7 @@ class _Earlier:
             piece.name == was.name
             and piece.tensor.shape == was.sizes
             and piece.offset == was.offset
+            and piece.shape == was.shape
             and piece.dtype is was.dtype
             for piece, was in zip(pieces, self.pieces, strict=True)
         )
@@ -337,6 +342,7 @@ class _PieceRead:
     name: str
     dtype: DType
     offset: Shape
+    shape: Shape
     sizes: Shape
     sources: tuple[tuple[Shape, LiveSource], ...]
 
@@ -350,6 +356,7 @@ def _read(pieces: Sequence[LivePiece], sources: Mapping[tuple[str, Shape], LiveS
             piece.name,
             piece.dtype,
             piece.offset,
+            piece.shape,
             piece.sizes,
             tuple(one for one in by_name.get(piece.name, ()) if piece.holds(one[0], tuple(one[1].tensor.shape))),
         )
@@ -357,7 +364,10 @@ def _read(pieces: Sequence[LivePiece], sources: Mapping[tuple[str, Shape], LiveS
     )
 
 
-_planned: dict[Any, _Earlier] = {}
+Plans = dict[Any, _Earlier]
+"""Plans of earlier saves, by what they were asked for; they hold the tensors that they were made for."""
+
+_planned: Plans = {}
 
 
 def _kind(options: Options, ranks: Ranks) -> Any:
