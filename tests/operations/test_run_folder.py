@@ -62,6 +62,14 @@ def test_of_any_format_and_by_any_name(tmp_path: Path) -> None:
     assert latest(tmp_path) == str(tmp_path / "newest.ckpt")  # the checkpoint itself tells its step
 
 
+def test_averaged_weights_are_no_state_to_go_on_with(tmp_path: Path) -> None:
+    for name in ("m-step=3.ckpt", "m-step=3-EMA.ckpt", "alone-step=2-EMA.ckpt"):
+        anyckpt.save({"model": {"w": np.ones(3)}}, tmp_path / name, to="torch")
+    assert latest(tmp_path) == str(tmp_path / "m-step=3.ckpt")
+    (tmp_path / "m-step=3.ckpt").unlink()
+    assert latest(tmp_path) == str(tmp_path / "m-step=3-EMA.ckpt")
+
+
 def test_what_was_looked_at_is_not_kept_open(tmp_path: Path) -> None:
     """Or a trainer would keep the space of its first checkpoint for ever."""
     save(tmp_path, "step-1", 1)

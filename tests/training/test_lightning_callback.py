@@ -19,7 +19,7 @@ from tests.training.test_lightning_ranks import IMPORTED, of_ranks  # noqa: E402
 from torch import nn  # noqa: E402
 
 import anyckpt  # noqa: E402
-from anyckpt.torch import Restorable, register_class  # noqa: E402
+from anyckpt.torch import Restorable, Retention, latest, register_class  # noqa: E402
 from anyckpt.torch.lightning import EMA, CheckpointIO, ModelCheckpoint  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
@@ -134,6 +134,45 @@ def test_the_best_is_exported(kind: Any, tmp_path: Path) -> None:
     found = kind.restore_from(tmp_path / "c" / "model.nemo").state_dict()
     assert all(torch.equal(found[name], value) for name, value in best.items())
     assert not torch.equal(model.state_dict()["net.0.weight"], best["net.0.weight"])
+
+
+@pytest.mark.parametrize("in_flight", [0, 2])
+def test_rules_keep_checkpoints(in_flight: int, tmp_path: Path) -> None:
+    rules = Retention(last=1, best=1, forever_every=3)
+    callback = ModelCheckpoint(
+        tmp_path / "c", "{step}", monitor="score", every_n_train_steps=1, keep=rules, save_best_model=True
+    )
+    register_class(Worse)
+    run(
+        tmp_path,
+        model=Worse(),
+        callbacks=[EMA(0.5), callback],
+        plugins=[CheckpointIO(in_flight=in_flight)],
+        enable_checkpointing=True,
+    )
+    kept = [f"step={step}{end}.ckpt" for step in (1, 2, 3, 6) for end in ("", "-EMA")]  # the first, the best, ...
+    names = set(shown(tmp_path / "c"))
+    assert names == {*kept, "latest", "model.nemo"}
+    assert os.readlink(tmp_path / "c" / "latest") == "step=6.ckpt"
+    assert latest(tmp_path / "c") == str(tmp_path / "c" / "step=6.ckpt")
+    best = anyckpt.open(tmp_path / "c" / "step=2-EMA.ckpt").state_dict("torch")
+    found = anyckpt.open(tmp_path / "c" / "model.nemo").state_dict("torch")
+    assert all(torch.equal(found[name], value) for name, value in best.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"save_top_k": 2}, "save_top_k"),
+        ({"save_last": True}, "save_last"),
+        ({"keep": Retention(best=1)}, "metric"),
+        ({"keep": Retention(best=1), "monitor": "x", "mode": "max"}, "orders"),
+        ({"save_best_model": True}, "best"),
+    ],
+)
+def test_rules_that_contradict_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(anyckpt.UsageError, match=said):
+        ModelCheckpoint(**{"keep": Retention(last=1), **options})
 
 
 # -- averages -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from itertools import islice
 from anyckpt.engine.manifest import check_sizes, read_manifest
 from anyckpt.errors import AnyckptError, UnfinishedError
 from anyckpt.formats import registry
+from anyckpt.formats.shared.unfinished import averaged_from
 from anyckpt.operations.retention import Saved
 from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at
@@ -81,11 +82,17 @@ def latest(folder: str | os.PathLike[str]) -> str | None:
 def newest_first(folder: str | os.PathLike[str]) -> Iterator[Candidate]:
     """Everything in a run's folder that may be a checkpoint; it is opened only where its name does not tell the step.
 
+    The second file of a pair (``x-EMA.ckpt`` beside ``x.ckpt``) has averaged weights, with which no run goes on.
+
     Raises:
         FormatError: the folder cannot be listed.
     """
     found = []
-    for one in candidates(folder):
+    every = candidates(folder)
+    names = {one.name for one in every}
+    for one in every:
+        if averaged_from(one.name) in names:
+            continue
         if one.step is None:
             known = condition(one.path)
             if known.problem:

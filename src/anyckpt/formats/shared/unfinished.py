@@ -15,6 +15,7 @@ from anyckpt.storage.place import LOCAL, Place
 _SUFFIX = re.compile(r"\.(nemo|ckpt)$")
 _RANK = re.compile(r"(mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)(_fsdp_shard_\d+)?|fsdp_shard_\d+", re.ASCII)
 _UNFINISHED = "-unfinished"
+_AVERAGED = re.compile(r"-EMA(?=\.ckpt$|$)")
 
 
 def marker_path(path: str, place: Place = LOCAL) -> str | None:
@@ -32,6 +33,11 @@ def marker_of(place: Place, path: str) -> str | None:
     """The marker of the checkpoint at ``path``, if it is there."""
     marker = marker_path(path, place)
     return marker if marker is not None and place.exists(marker) else None
+
+
+def averaged_from(name: str) -> str | None:
+    """The checkpoint beside which NeMo's EMA callback puts a second one of this name; None if it puts none so."""
+    return _AVERAGED.sub("", name) if _AVERAGED.search(name) else None
 
 
 def is_marker(name: str) -> bool:

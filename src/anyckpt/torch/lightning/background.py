@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from anyckpt.engine.manifest import beside
 from anyckpt.errors import AnyckptError, OutputError, UsageError
 from anyckpt.operations.background_writer import BackgroundWriter
+from anyckpt.operations.run_upkeep import delete
+from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.copying import PageLockedMemory, copy
 from anyckpt.torch.trainer_state import trainer_plan
 
@@ -33,8 +33,18 @@ class Background:
         self._saves: list[tuple[int, str]] = []
         self._removals: list[tuple[int, str]] = []
 
-    def save(self, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Paths of the saves that are under way."""
+        return tuple(path for _, path in self._saves)
+
+    def save(self, state: Mapping[str, Any], path: str | os.PathLike[str], upkeep: Upkeep | None = None) -> None:
         """Copy a state and have it written.
+
+        Args:
+            state: as Lightning's trainer gives it; may change when this returns.
+            path: the file.
+            upkeep: what follows when it is whole.
 
         Raises:
             OutputError: an earlier save failed, and this one is not begun; or there is not enough memory.
@@ -46,14 +56,14 @@ class Background:
         os.makedirs(os.path.dirname(place), exist_ok=True)
         if self._writer is None:
             self._writer = BackgroundWriter(memory=PageLockedMemory, copy=copy)
-        number = self._writer.submit(plan, place, overwrite=True)
+        number = self._writer.submit(plan, place, overwrite=True, upkeep=upkeep)
         self._saves.append((number, place))
         self._removals = [removal for removal in self._removals if removal[1] != place]
 
     def remove(self, path: str) -> None:
         """Remove a checkpoint, now or when every save that is under way is whole; it stays if one of them fails."""
         if not self._saves:
-            removed(path)
+            delete(path)
             return
         self._removals.append((self._saves[-1][0], path))
         with suppress(OutputError):  # told by the next save
@@ -96,17 +106,6 @@ class Background:
         going = [(number, path) for number, path in self._removals if under_way is None or number < under_way]
         self._removals = [removal for removal in self._removals if removal not in going]
         for _, path in going:
-            removed(path)
+            delete(path)
         if failure is not None:
             raise failure
-
-
-def removed(path: str) -> None:
-    """Remove a checkpoint, and what lies beside it under its name."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    with suppress(FileNotFoundError):
-        os.unlink(beside(path))

@@ -10,6 +10,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO as _Base
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from anyckpt.errors import FormatError
+from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.from_another import Renaming
 from anyckpt.torch.lightning.background import Background
 from anyckpt.torch.trainer_state import read_trainer_state, write_trainer_state
@@ -52,6 +53,8 @@ class CheckpointIO(_Base):
         self.rename = rename
         self._remote = TorchCheckpointIO()
         self._background = Background(in_flight)
+        self.upkeep: Upkeep | None = None
+        """What follows the next save when it is whole, if that is written while training goes on."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the trainer's state as the file that Lightning would write.
@@ -67,7 +70,8 @@ class CheckpointIO(_Base):
             self._remote.save_checkpoint(checkpoint, path)
             return
         if self._background.in_flight:
-            self._background.save(checkpoint, path)
+            upkeep, self.upkeep = self.upkeep, None
+            self._background.save(checkpoint, path, upkeep)
         else:
             write_trainer_state(checkpoint, path)
 
@@ -107,6 +111,16 @@ class CheckpointIO(_Base):
             self._remote.remove_checkpoint(path)
             return
         self._background.remove(os.path.abspath(path))
+
+    @property
+    def in_flight(self) -> int:
+        """How many saves may be under way."""
+        return self._background.in_flight
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Paths of the saves that are under way."""
+        return self._background.pending
 
     def wait(self) -> None:
         """Wait until every save is whole.

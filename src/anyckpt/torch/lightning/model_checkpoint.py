@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import inspect
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from lightning.pytorch.utilities.data import extract_batch_size
 
 from anyckpt.errors import UsageError
 from anyckpt.formats.lightning.keys import STATE_DICT
-from anyckpt.formats.shared.unfinished import marker_path
+from anyckpt.formats.shared.unfinished import averaged_from, marker_path
+from anyckpt.operations.retention import Retention, Saved
+from anyckpt.operations.run_upkeep import delete, published, write_note
+from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.lightning.averaging import EMA_SUFFIX, of_trainer, second_path
 from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
 
@@ -46,7 +50,12 @@ class ModelCheckpoint(_Base):
         save_best_model: export the best checkpoint's weights.
         keep_backups: what an export would replace becomes ``PREFIX-vN.nemo``; otherwise the new one replaces it when it
             is whole.
+        keep: which checkpoints stay, in place of ``save_top_k``, then -1; see ``anyckpt.torch.Retention``.  A
+            link ``latest`` leads to the newest.
         samples_per_batch: of one rank, to count consumed samples; as the batch tells if None.
+
+    Raises:
+        UsageError: ``keep`` contradicts another argument.
     """
 
     def __init__(
@@ -62,9 +71,13 @@ class ModelCheckpoint(_Base):
         save_hf_on_train_end: bool = False,
         save_best_model: bool = False,
         keep_backups: bool = False,
+        keep: Retention | None = None,
         samples_per_batch: int | None = None,
         **options: Any,
     ) -> None:
+        if keep is not None:
+            _check_rules(keep, options, save_best_model)
+            options.setdefault("save_top_k", -1)
         super().__init__(None if dirpath is None else os.fspath(dirpath), filename, **options)
         self.prefix = prefix
         self.postfix = postfix
@@ -74,6 +87,7 @@ class ModelCheckpoint(_Base):
         self.save_hf_on_train_end = save_hf_on_train_end
         self.save_best_model = save_best_model
         self.keep_backups = keep_backups
+        self.keep = keep
         self.samples_per_batch = samples_per_batch
         self.consumed_samples = 0
         self._exported_best = ""
@@ -117,6 +131,11 @@ class ModelCheckpoint(_Base):
         super().on_train_end(trainer, pl_module)
         if getattr(trainer, "fast_dev_run", False):
             return
+        plugin = trainer.strategy.checkpoint_io
+        if isinstance(plugin, CheckpointIO):
+            plugin.wait()
+        if self.keep is not None and trainer.is_global_zero:
+            self._remove_lone_averages(())
         nemo = self.save_nemo_on_train_end
         self._export(
             trainer, nemo=hasattr(pl_module, "save_to") if nemo is None else nemo, hf=self.save_hf_on_train_end
@@ -152,16 +171,42 @@ class ModelCheckpoint(_Base):
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         average = of_trainer(trainer)
         module = trainer.lightning_module
-        with _unfinished(trainer, filepath):
-            if average is None:
-                super()._save_checkpoint(trainer, filepath)
-            else:
-                with average._weights_in_module(module):
-                    super()._save_checkpoint(trainer, filepath)
-                    dumped = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-                    second = average.averaged_checkpoint(dumped, trainer.optimizers, module)
-                    trainer.strategy.save_checkpoint(second, second_path(filepath))
+        original = nullcontext() if average is None else average._weights_in_module(module)
+        with _unfinished(trainer, filepath), original:
+            self._save_and_keep(trainer, filepath)
+            if average is not None:
+                dumped = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+                second = average.averaged_checkpoint(dumped, trainer.optimizers, module)
+                trainer.strategy.save_checkpoint(second, second_path(filepath))
         self._export(trainer, nemo=self.always_save_nemo, hf=self.always_save_hf, only_new=True)
+
+    def _save_and_keep(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Save, and remove what the rules do not keep; a save that is under way does it when it is whole."""
+        if self.keep is None:
+            super()._save_checkpoint(trainer, filepath)
+            return
+        plugin = trainer.strategy.checkpoint_io
+        metric = None if self.current_score is None else float(self.current_score)
+        saved = Saved(os.path.basename(filepath), trainer.global_step, time.time(), metric)
+        later = plugin if isinstance(plugin, CheckpointIO) and plugin.in_flight else None
+        if trainer.is_global_zero and later is not None:
+            later.upkeep = Upkeep(saved, self.keep)
+        elif trainer.is_global_zero:
+            os.makedirs(os.path.dirname(filepath), exist_ok=True)
+            write_note(filepath, saved)
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            if later is None:
+                published(os.path.dirname(filepath), self.keep)
+            self._remove_lone_averages(() if later is None else later.pending)
+
+    def _remove_lone_averages(self, pending: Sequence[str]) -> None:
+        """Remove averaged weights beside which there is, and will be, no checkpoint."""
+        folder = os.fspath(self.dirpath or ".")
+        for second in glob.glob(f"{glob.escape(folder)}/*{EMA_SUFFIX}{self.FILE_EXTENSION}"):
+            first = averaged_from(second)
+            if first is not None and not os.path.exists(first) and first not in pending:
+                delete(second)
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         with _unfinished(trainer, filepath):
@@ -246,6 +291,17 @@ def _replicas(trainer: pl.Trainer) -> int:
     """Ranks that see different samples."""
     told: Any = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
     return int(told.get("num_replicas", trainer.world_size))
+
+
+def _check_rules(keep: Retention, options: Mapping[str, Any], save_best_model: bool) -> None:
+    if options.get("save_top_k", -1) != -1 or options.get("save_last"):
+        raise UsageError("keep is in place of save_top_k and save_last", remedy="say in keep what stays")
+    if keep.best and options.get("monitor") is None:
+        raise UsageError("keep has best checkpoints, and there is no metric", remedy="give monitor")
+    if keep.best and keep.mode != options.get("mode", "min"):
+        raise UsageError("keep and mode mean different orders", expected=keep.mode, found=options.get("mode", "min"))
+    if save_best_model and not keep.best:
+        raise UsageError("save_best_model needs the best checkpoint", remedy="keep it: Retention(best=1)")
 
 
 def _written(module: Any, method: str, path: str, state: Mapping[str, Any] | None) -> None:
