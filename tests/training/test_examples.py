@@ -15,7 +15,12 @@ pytest.importorskip("torch")
 pytestmark = pytest.mark.peer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = {"megatron_core.py": "drop-ins.md", "restorable.py": "restorable.md", "while_training.py": "training.md"}
+PAGES = {
+    "fully_sharded.py": "live-state.md",
+    "megatron_core.py": "drop-ins.md",
+    "restorable.py": "restorable.md",
+    "while_training.py": "training.md",
+}
 
 
 @pytest.mark.parametrize("name", PAGES)
