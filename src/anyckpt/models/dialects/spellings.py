@@ -8,7 +8,7 @@ and, when read, by the spelling of norms (local specification), of experts and o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -262,20 +262,28 @@ def unstacked(name: str, tensor: LazyTensor) -> Iterable[tuple[str, LazyTensor]]
     return [(f"{match[1]}.{layer}.{match[2]}", tensor[layer]) for layer in range(layers)]
 
 
+def _grouped(
+    tensors: Mapping[str, LazyTensor], pattern: re.Pattern[str], place: Callable[[re.Match[str]], tuple[str, int]]
+) -> tuple[dict[str, LazyTensor], dict[str, dict[int, LazyTensor]]]:
+    """What is to be stacked, by its name and its number there; and all tensors with the first of each in its place."""
+    stacks: dict[str, dict[int, LazyTensor]] = {}
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(name)
+        if match is None:
+            result[name] = tensor
+        else:
+            key, number = place(match)
+            stacks.setdefault(key, {})[number] = tensor
+            result.setdefault(key, tensor)
+    return result, stacks
+
+
 def _stacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Layers stacked where all of a stack have the same tensors, as Megatron-Core does; otherwise as they are."""
     if has_mixers(tensors):
         return dict(tensors)  # Megatron-Core's MambaStack numbers its layers whatever they are
-    stacks: dict[str, dict[int, LazyTensor]] = {}
-    result: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            result[name] = tensor
-        else:
-            key = f"{match[1]}.{match[3]}"
-            stacks.setdefault(key, {})[int(match[2])] = tensor
-            result.setdefault(key, tensor)
+    result, stacks = _grouped(tensors, _LAYER, lambda layer: (f"{layer[1]}.{layer[3]}", int(layer[2])))
     for encoder_or_decoder in dict.fromkeys(key.partition(".")[0] for key in stacks):
         own = {key: layers for key, layers in stacks.items() if key.startswith(f"{encoder_or_decoder}.")}
         counts = {len(layers) for layers in own.values()}
@@ -307,16 +315,7 @@ def _separate_experts(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 def _stacked_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The experts of a layer stacked, as distributed checkpoints have them."""
-    stacks: dict[str, dict[int, LazyTensor]] = {}
-    result: dict[str, LazyTensor] = {}
-    for name, tensor in tensors.items():
-        match = _EXPERT.fullmatch(name)
-        if match is None:
-            result[name] = tensor
-            continue
-        key = f"{match[1]}.experts.{match[2]}.{match[3]}"
-        stacks.setdefault(key, {})[int(match[4])] = tensor
-        result.setdefault(key, tensor)
+    result, stacks = _grouped(tensors, _EXPERT, lambda one: (f"{one[1]}.experts.{one[2]}.{one[3]}", int(one[4])))
     for key, experts in stacks.items():
         if set(experts) != set(range(len(experts))):
             missing = min(set(range(len(experts))) - set(experts))

@@ -59,11 +59,15 @@ class Operation(ABC):
         return None
 
 
-class Identity(Operation):
-    """The same tensor under another name."""
+class RowWise(Operation):
+    """An operation that is the same on whatever shares the weights' rows."""
 
     def on_rows(self) -> Operation | None:
         return self
+
+
+class Identity(RowWise):
+    """The same tensor under another name."""
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         return sources[0]
@@ -75,16 +79,11 @@ class Identity(Operation):
         return [shape]
 
 
-class InterleavedQueryKeyValue(Operation):
-    """Query, key and value rows interleaved by query group: a group's query heads, its key head, its value head.
+class Interleaved(RowWise):
+    """Rows interleaved by query group: a group's heads of the first source, of the next, and so on.
 
     For weights and biases alike.
     """
-
-    parts = ("q", "k", "v")
-
-    def on_rows(self) -> Operation | None:
-        return self
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         groups, rest = config.num_query_groups, sources[0].shape[1:]
@@ -101,42 +100,31 @@ class InterleavedQueryKeyValue(Operation):
             start += rows
         return parts
 
+
+class InterleavedQueryKeyValue(Interleaved):
+    """A group's query heads, its key head, its value head."""
+
+    parts = ("q", "k", "v")
+
     def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
         query = config.num_attention_heads * config.kv_channels
         key = config.num_query_groups * config.kv_channels
         return [(rows, *shape[1:]) for rows in (query, key, key)]
 
 
-class InterleavedKeyValue(Operation):
-    """Key and value rows interleaved by query group: a group's key head, then its value head (cross attention)."""
+class InterleavedKeyValue(Interleaved):
+    """A group's key head, then its value head (cross attention)."""
 
     parts = ("k", "v")
-
-    def on_rows(self) -> Operation | None:
-        return self
-
-    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
-        groups, rest = config.num_query_groups, sources[0].shape[1:]
-        heads = [tensor.reshape((groups, tensor.shape[0] // groups, *rest)) for tensor in sources]
-        return concatenate(heads, 1).reshape((sum(tensor.shape[0] for tensor in sources), *rest))
-
-    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
-        groups, rest = config.num_query_groups, tensor.shape[1:]
-        rows = tensor.shape[0] // (2 * groups)
-        heads = tensor.reshape((groups, 2 * rows, *rest))
-        return [heads.narrow(1, part * rows, rows).reshape((groups * rows, *rest)) for part in range(2)]
 
     def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
         return [(shape[0] // 2, *shape[1:])] * 2
 
 
-class Halves(Operation):
+class Halves(RowWise):
     """Two tensors of one shape, one after the other along axis 0: the gate and the up projection of a gated MLP."""
 
     parts = ("gate", "up")
-
-    def on_rows(self) -> Operation | None:
-        return self
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         return concatenate(sources, 0)
@@ -149,13 +137,10 @@ class Halves(Operation):
         return [(shape[0] // 2, *shape[1:])] * 2
 
 
-class ConcatenatedQueryKeyValue(Operation):
+class ConcatenatedQueryKeyValue(RowWise):
     """One tensor that holds all query rows, then all key rows, then all value rows, interleaved by query group."""
 
     _separate = InterleavedQueryKeyValue()
-
-    def on_rows(self) -> Operation | None:
-        return self
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         parts, start = [], 0
