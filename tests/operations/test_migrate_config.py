@@ -228,6 +228,24 @@ def test_megatron_bridges_checkpoint_section(tmp_path: Path) -> None:
     assert "model.hidden_size" in done.text("yaml")
 
 
+def test_our_own_savers_options(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "exp_manager: {checkpoint_callback_params: {save_top_k: 3, mode: max, save_last: true, dirpath: run}}\n"
+        "model: {dist_ckpt_format: torch_dist, dist_ckpt_torch_dist_multiproc: 4}\n"
+    )
+    done = migrate_config(path, to="anyckpt")
+    assert done.to_json()["calls"] == {
+        "options": {"_target_": "anyckpt.torch.Options", "format": "megatron-core", "workers": 4},
+        "retention": {"_target_": "anyckpt.torch.Retention", "best": 3, "mode": "max", "last": 1},
+        "saver": {"_target_": "anyckpt.torch.Saver", "folder": "run"},
+    }
+    path.write_text("model: {dist_ckpt_parallel_save_within_dp: true}\n")
+    (warning,) = migrate_config(path, to="anyckpt").warnings()
+    assert warning.endswith("within=group")
+    assert "options=options," in done.text("python") and "keep=retention," in done.text("python")
+
+
 def test_a_models_configuration_alone(tmp_path: Path) -> None:
     path = tmp_path / "model_config.yaml"
     path.write_text("num_layers: 2\nhidden_size: 8\n")

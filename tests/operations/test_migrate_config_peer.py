@@ -18,6 +18,7 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from tests.operations.test_migrate_config import KEYS, nested  # noqa: E402
 
 from anyckpt.config.migration import migrate  # noqa: E402
+from anyckpt.torch import Options, Retention, Saver  # noqa: E402
 
 CLASSES = {
     "trainer": Trainer,
@@ -26,6 +27,22 @@ CLASSES = {
     "optimizer": OptimizerConfig,
     "ddp": DistributedDataParallelConfig,
 }
+
+
+def test_our_saver_takes_its_own() -> None:
+    found: dict[str, dict[str, object]] = {"options": {}, "retention": {}, "saver": {}}
+    values = {
+        "model.dist_ckpt_format": "zarr",
+        "model.dist_ckpt_torch_dist_multiproc": 3,
+        "model.dist_ckpt_load_strictness": "log_all",
+        "exp_manager.checkpoint_callback_params.mode": "max",
+    }
+    for item in migrate(nested({**dict.fromkeys(KEYS, 1), **values})).settings:
+        for (section, argument), value in item.saver.items():
+            found[section][argument] = value
+    assert Options(**found["options"]).format == "megatron-core-zarr"
+    assert Retention(**found["retention"]).mode == "max"
+    assert set(found["saver"]) <= set(inspect.signature(Saver).parameters)
 
 
 def test_arguments_exist() -> None:

@@ -175,3 +175,12 @@ def test_tokenizers_by_library(tmp_path: Path) -> None:
         read_tokenizer(str(NEMO), "tiktoken")
     with pytest.raises(UsageError, match="give one with --tokenizer"):
         ConvertOptions(to="nemo2", tokenizer_library="tiktoken")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_told(tmp_path: Path) -> None:
+    """The three sizes are compared: tokens, rows and what the configuration says."""
+    other = fixture_path("families/llama/hf")
+    done = anyckpt.convert(NEMO, tmp_path / "out", to="nemo2", tokenizer=other)
+    assert any("the tokenizer has 151 tokens and the embedding 32 rows" in note for note in done.notes), done.notes
+    fitting = anyckpt.convert(NEMO, tmp_path / "fits", to="nemo2")
+    assert not any("another model's tokenizer" in note for note in fitting.notes)

@@ -15,10 +15,10 @@ from anyckpt.cli.console import print_json, print_note
 @click.option("-o", "--output", metavar="NEW", help="Write to this file (.py: Python) instead of to the terminal.")
 @click.option(
     "--to",
-    type=click.Choice(["nemo2", "megatron-bridge"]),
+    type=click.Choice(["nemo2", "megatron-bridge", "anyckpt"]),
     default="nemo2",
     show_default=True,
-    help="Whose words: NeMo 2's classes, or the checkpoint section of Megatron-Bridge.",
+    help="Whose words: NeMo 2's classes, the checkpoint section of Megatron-Bridge, or anyckpt.torch's.",
 )
 @click.option("--form", type=click.Choice(["yaml", "python"]), help="YAML with _target_, or Python calls.")
 @click.option("--overwrite", is_flag=True, help="Replace NEW if it exists.")
@@ -26,7 +26,7 @@ from anyckpt.cli.console import print_json, print_note
 def command(
     source: str,
     output: str | None,
-    to: Literal["nemo2", "megatron-bridge"],
+    to: Literal["nemo2", "megatron-bridge", "anyckpt"],
     form: Literal["yaml", "python"] | None,
     overwrite: bool,
     as_json: bool,

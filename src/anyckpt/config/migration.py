@@ -37,6 +37,7 @@ _SCHEDULERS = """
     InverseSquareRootAnnealing T5InverseSquareRootAnnealing PolynomialDecayAnnealing PolynomialHoldDecayAnnealing
     CosineAnnealing
 """.split()
+_OUR_FORMATS = {"torch_dist": "megatron-core", "zarr": "megatron-core-zarr", "fsdp_dtensor": "dcp"}
 _BRIDGE_FORMATS = ("torch", "torch_dist", "torch_dcp", "fsdp_dtensor")
 _RESTORE = "nemo.lightning.pytorch.strategies.utils.RestoreConfig"
 _ON_TOP = "model.mcore_customization_config."
@@ -59,7 +60,8 @@ class Setting:
         warnings: what to look at.
         bridge: argument of Megatron-Bridge's ``CheckpointConfig`` -> value.
         bridge_warning: what to look at there.
-        saver: option of ``anyckpt.torch`` -> value.
+        saver: section and argument of ``anyckpt.torch`` -> value.
+        saver_warning: what to look at there.
     """
 
     key: str
@@ -71,7 +73,8 @@ class Setting:
     warnings: tuple[str, ...] = ()
     bridge: Mapping[str, Any] = field(default_factory=dict)
     bridge_warning: str = ""
-    saver: Mapping[str, Any] = field(default_factory=dict)
+    saver: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    saver_warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,13 @@ class Migration:
     Attributes:
         settings: every setting of the file, in its order; what overrides others comes last.
         classes: section -> the class whose arguments it has.
+        saver_classes: the same for ``Setting.saver``.
         defaults: checkpoint settings that the file does not have.
     """
 
     settings: tuple[Setting, ...]
     classes: Mapping[str, str]
+    saver_classes: Mapping[str, str]
     defaults: tuple[Default, ...]
 
 
@@ -135,7 +140,7 @@ def migrate(config: Mapping[str, Any]) -> Migration:
         for key, row in table["settings"].items()
         if "now" in row and key not in said
     ]
-    return Migration(tuple(settings), classes, tuple(defaults))
+    return Migration(tuple(settings), classes, table["saver_classes"], tuple(defaults))
 
 
 def table_keys() -> list[str]:
@@ -209,6 +214,7 @@ def _migrated(key: str, value: Any, config: Mapping[str, Any]) -> Setting:
     ):
         warnings.append(f"GPTConfig has no field {argument}: a class of its own may have")
     plain = next(iter(arguments.values()), None)
+    saved, saver_warning = _for_saver(row.get("saver", ""), plain)
     bridged, bridge_warning = _bridged(row, value, plain)
     return replace(
         setting,
@@ -217,7 +223,8 @@ def _migrated(key: str, value: Any, config: Mapping[str, Any]) -> Setting:
         warnings=tuple(warnings),
         bridge={row["bridge"]: bridged} if "bridge" in row and arguments else {},
         bridge_warning=bridge_warning,
-        saver={row["saver"]: plain} if "saver" in row and arguments else {},
+        saver=saved,
+        saver_warning=saver_warning,
     )
 
 
@@ -230,6 +237,22 @@ def _bridged(row: Mapping[str, Any], value: Any, plain: Any) -> tuple[Any, str]:
     if kind == "torch_dist" and value not in _BRIDGE_FORMATS:
         return "torch_dist", f"Megatron-Bridge does not write {value}"
     return (value if kind == "value" else plain), warning
+
+
+def _for_saver(where: str, value: Any) -> tuple[dict[tuple[str, str], Any], str]:
+    """The value for our own saver, and what to look at there."""
+    section, _, argument = where.partition(".")
+    if not where or value is None:
+        return {}, ""
+    if argument == "format":
+        return {(section, argument): _OUR_FORMATS.get(value, value)}, ""
+    if argument == "within":
+        return {}, "Options takes the data-parallel group itself: within=group" if value else ""
+    if argument == "last":
+        return ({(section, argument): 1} if value else {}), ""
+    if argument == "best" and isinstance(value, int) and value < 0:
+        return {(section, "last"): None}, ""
+    return {(section, argument): value}, ""
 
 
 def _is_meant(row: Mapping[str, Any], value: Any) -> bool:

@@ -24,7 +24,7 @@ from anyckpt.models.hub import Model, head_and_embedding
 from anyckpt.models.language.family import Family, unrefined
 from anyckpt.models.language.variants import family_names
 from anyckpt.models.tokens import TokenFacts, token_facts
-from anyckpt.models.vocabulary import true_vocabulary
+from anyckpt.models.vocabulary import misfit, true_vocabulary
 from anyckpt.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -328,6 +328,8 @@ def _with_stored_vocabulary(
     if stored is None or not stored.ndim:
         return config
     rows = stored.shape[0]
+    wrong = misfit(rows, config, facts.count)
+    notes += [] if wrong is None else [wrong]
     if config.vocab_size is None and rows:
         true, note = true_vocabulary(rows, config, facts.count)
         notes += [] if note is None else [note]

@@ -22,6 +22,17 @@ def true_vocabulary(rows: int, config: ModelConfig, tokens: int | None) -> tuple
     return rows, f"the true vocabulary is not recorded: all {rows} rows of the embedding are taken to be it"
 
 
+def misfit(rows: int, config: ModelConfig, tokens: int | None) -> str | None:
+    """A note where a tokenizer has tokens that the embedding has no row for; None where it fits, or is not known."""
+    if tokens is None or tokens <= rows:
+        return None
+    said = "" if config.vocab_size in (None, rows) else f", and the configuration says {config.vocab_size}"
+    return (
+        f"the tokenizer has {tokens} tokens and the embedding {rows} rows{said}: it is another model's tokenizer, or "
+        "rows are missing"
+    )
+
+
 def resized(
     name: str, tensor: LazyTensor, rows: int | None, config: ModelConfig, notes: list[str], padding: str
 ) -> LazyTensor:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from anyckpt.config.migration import Migration, Setting, migrate
 from anyckpt.errors import OutputError, UsageError
@@ -14,7 +14,8 @@ from anyckpt.escaping import printable
 from anyckpt.operations.steps.configuration_text import Section, python_text, yaml_text
 from anyckpt.plain_yaml import load_yaml, load_yaml_mapping
 
-Target = Literal["nemo2", "megatron-bridge"]
+Target = Literal["nemo2", "megatron-bridge", "anyckpt"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 Form = Literal["yaml", "python"]
 
 _BRIDGE = "megatron.bridge.training.config.CheckpointConfig"
@@ -51,8 +52,12 @@ class MigratedConfig:
         """What to look at, each with the setting that it is about."""
         found = []
         for item in self.migration.settings:
-            told = [*item.warnings] if self.to == "nemo2" else [item.bridge_warning] if item.bridge else []
-            found += [f"{item.key}: {warning}" for warning in told if warning]
+            told = {
+                "nemo2": item.warnings,
+                "megatron-bridge": (item.bridge_warning,) if item.bridge else (),
+                "anyckpt": (item.saver_warning,),
+            }
+            found += [f"{item.key}: {warning}" for warning in told[self.to] if warning]
         return found
 
     def unknown(self) -> list[str]:
@@ -97,14 +102,15 @@ def migrate_config(path: str | os.PathLike[str], *, to: Target = "nemo2") -> Mig
 
     Args:
         path: the file.  Settings of the model may stand under ``model`` or at the top.
-        to: "nemo2", or "megatron-bridge", of which only the checkpoint section is meant.
+        to: "nemo2"; or "megatron-bridge", of which only the checkpoint section is meant; or "anyckpt", for the options
+            of ``anyckpt.torch``.
 
     Raises:
         UsageError: there is no such file, or it is too large to be a configuration.
         FormatError: it is no YAML mapping.
     """
-    if to not in ("nemo2", "megatron-bridge"):
-        raise UsageError("knows no such target", expected="nemo2 or megatron-bridge", found=to)
+    if to not in TARGETS:
+        raise UsageError("knows no such target", expected=", ".join(TARGETS), found=to)
     name = os.fspath(path)
     try:
         if os.path.getsize(name) > _LIMIT:
@@ -120,7 +126,7 @@ def migrate_config(path: str | os.PathLike[str], *, to: Target = "nemo2") -> Mig
         config = {"model": config}
         notes.append("the settings at the top are taken for those of the model")
     migration = migrate(config)
-    sections = _calls(migration) if to == "nemo2" else (_bridge(migration),)
+    sections = (_bridge(migration),) if to == "megatron-bridge" else _calls(migration, to)
     return MigratedConfig(name, to, migration, sections, tuple(notes))
 
 
@@ -142,13 +148,14 @@ def write_migrated(done: MigratedConfig, path: str | os.PathLike[str], form: For
         raise OutputError(f"cannot be written: {error.strerror or error}", path=str(target)) from error
 
 
-def _calls(migration: Migration) -> tuple[Section, ...]:
-    found: dict[str, dict[str, tuple[Any, str]]] = {name: {} for name in migration.classes}
+def _calls(migration: Migration, to: Target) -> tuple[Section, ...]:
+    classes = migration.classes if to == "nemo2" else migration.saver_classes
+    found: dict[str, dict[str, tuple[Any, str]]] = {name: {} for name in classes}
     for item in migration.settings:
-        for (section, argument), value in item.arguments.items():
+        for (section, argument), value in (item.arguments if to == "nemo2" else item.saver).items():
             found[section].pop(argument, None)
             found[section][argument] = value, item.key
-    return tuple(Section(name, migration.classes[name], arguments) for name, arguments in found.items() if arguments)
+    return tuple(Section(name, classes[name], arguments) for name, arguments in found.items() if arguments)
 
 
 def _bridge(migration: Migration) -> Section:
@@ -177,10 +184,10 @@ def _below(migration: Migration, to: Target) -> list[str]:
         chosen = [item for item in left if item.outcome == outcome]
         if chosen:
             lines += ["", f"{title}:"] + [_line(item) for item in chosen]
-    if to == "megatron-bridge":
+    if to != "nemo2":
         chosen = [item for item in left if item.outcome == "carried"]
         if chosen:
-            lines += ["", "is no matter of the checkpoint section:"] + [f"  {item.key}" for item in chosen]
+            lines += ["", "is no matter of saving and loading:"] + [f"  {item.key}" for item in chosen]
     if to == "nemo2" and migration.defaults:
         lines += ["", "the file does not say these; NeMo 1 took -> NeMo 2 takes:"]
         lines += [
@@ -192,7 +199,8 @@ def _below(migration: Migration, to: Target) -> list[str]:
 
 
 def _has_argument(item: Setting, to: Target) -> bool:
-    return item.outcome == "carried" and bool(item.arguments if to == "nemo2" else item.bridge)
+    arguments = {"nemo2": item.arguments, "megatron-bridge": item.bridge, "anyckpt": item.saver}[to]
+    return item.outcome == "carried" and bool(arguments)
 
 
 def _line(item: Setting) -> str:

@@ -12,6 +12,7 @@ from anyckpt.plain_yaml import dump_yaml
 _PRECEDES = {
     "trainer": ("strategy", "precision", "early_stopping", "overlap", "garbage_collection", "profiling"),
     "logger": ("checkpoint",),
+    "saver": ("options", "retention"),
 }
 
 
@@ -67,6 +68,12 @@ def _given(name: str, there: set[str]) -> list[str]:
     """Arguments that are other calls."""
     if name == "logger" and "checkpoint" in there:
         return ["ckpt=checkpoint,"]
+    if name == "saver":
+        return [
+            f"{argument}={other},"
+            for argument, other in (("options", "options"), ("keep", "retention"))
+            if other in there
+        ]
     if name != "trainer":
         return []
     lines = ["strategy=strategy,"] if "strategy" in there else []
