@@ -30,7 +30,7 @@ def test_the_example_prints_what_its_page_says(name: str, tmp_path: Path) -> Non
     (said,) = re.findall(r"It prints\n\n```text\n(.*?)```", page, re.DOTALL)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "training" / name)],
+        [sys.executable, "-W", "ignore", str(ROOT / "examples" / "training" / name)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
