@@ -17,6 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SHOWN_FILES = 20
 _SHOWN_SHARES = 8
+_SHOWN_LAYERS = 12
 
 
 _WRITING = (
@@ -133,6 +134,22 @@ def show(done: Conversion, as_json: bool) -> None:
         _print(done)
 
 
+def _print_quantization(report: dict[str, Any]) -> None:
+    """What quantizing did to the layers: all of them, or those that lost most."""
+    from anyckpt.operations.steps.report_page import row
+
+    layers = report["layers"]
+    rows = [row(layer) for layer in layers]
+    title = ""
+    if len(rows) > _SHOWN_LAYERS:
+        lossy = [layer for layer in layers if layer["sqnr_db"] is not None]
+        worst = sorted(lossy, key=lambda layer: float(layer["sqnr_db"]))[:_SHOWN_LAYERS]
+        rows, title = [row(layer) for layer in worst], f"the {_SHOWN_LAYERS} of {len(layers)} layers that lost most:"
+    header = ("layer", "SQNR", "largest error", "saturated", "before", "after")
+    print_table(header, [*rows, row(report["total"])], right=(1, 2, 3, 4, 5), title=title)
+    print_line()
+
+
 def _print(done: Conversion) -> None:
     from anyckpt.units import format_bytes, format_seconds
 
@@ -144,6 +161,8 @@ def _print(done: Conversion) -> None:
             rows.append((f"... {len(rest)} more", format_bytes(sum(f["bytes"] for f in rest)), ""))
         print_table(("file", "size", "tensors"), rows, right=(1, 2))
         print_line()
+    if done.quantization is not None:
+        _print_quantization(done.quantization)
     for cast, count in done.casts.items():
         print_line(f"cast {cast}: {count} tensors")
     for line in by_reason(done.ignored):

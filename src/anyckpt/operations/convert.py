@@ -27,7 +27,8 @@ from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline
-from anyckpt.operations.steps.quantizing import quantize_checkpoint
+from anyckpt.operations.steps.quantization_report import report_on, write_report
+from anyckpt.operations.steps.quantizing import Quantized, quantize_checkpoint
 from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import with_state, without_state
@@ -57,6 +58,7 @@ class Conversion:
         dry_run: nothing was written.
         share: ``I/N`` if this was the work of one process among several, whose bytes and seconds these are; or None.
         missing_shares: those that are not written yet, so that the output is not there.
+        quantization: what quantizing did to every weight, as ``--report`` writes it; None if no report was asked for.
     """
 
     output: str
@@ -74,6 +76,7 @@ class Conversion:
     dry_run: bool = False
     share: str | None = None
     missing_shares: tuple[str, ...] = ()
+    quantization: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As ``convert --json`` prints it; a dry run lists the files."""
@@ -165,7 +168,8 @@ def converted(
     resumes = options.resume or options.share is not None
     check_destination(output, origins, overwrite=options.overwrite, resume=resumes)
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=options.force)
-    plan = planned(opened, options, made_of)
+    made = prepared(opened, options)
+    plan = _planned(made, made_of)
     if options.dry_run:
         count = len({part.name for part in plan.tensors()})
         done = Conversion(output, plan.format, count, 0, plan.nbytes, 0.0, 0, dry_run=True)
@@ -184,6 +188,11 @@ def converted(
         )
         done = Conversion(**report)
     files = tuple(describe(plan)["files"])
+    if options.report is not None and made.quantized is not None and not done.missing_shares:
+        assert options.quantization is not None
+        measured = report_on(made.quantized, options.quantization, options.workers)
+        write_report(measured, options.report)
+        done = replace(done, quantization=measured.to_json())
     return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
 
 
@@ -201,6 +210,7 @@ class Prepared:
         steps: what was left out, noted and cast on the way.
         source: what the target's names were given to.
         whole: the source with the tensors of all ranks.
+        quantized: what quantizing did; None if it was not asked for.
     """
 
     ready: Checkpoint
@@ -208,6 +218,7 @@ class Prepared:
     steps: Pipeline
     source: Checkpoint
     whole: Checkpoint
+    quantized: Quantized | None
 
 
 def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Checkpoint] | None = None) -> Plan:
@@ -218,7 +229,10 @@ def planned(opened: Checkpoint, options: ConvertOptions, made_of: Sequence[Check
         options: what the user asks for.
         made_of: what the source was made of, whose tensors all are accounted for; itself if None.
     """
-    made = prepared(opened, options)
+    return _planned(prepared(opened, options), made_of)
+
+
+def _planned(made: Prepared, made_of: Sequence[Checkpoint] | None) -> Plan:
     plan = made.aim.plan(made.ready)
     if not (plan.tensors() or names_alone(made.ready, plan) or made.ready.objects.keys() - plan.ignored.keys()):
         raise nothing_to_write(made.whole)
@@ -277,7 +291,7 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     if options.keeps_state:
         ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(unwanted)))
     ready = steps.take(cut_as_asked(ready, aim, request, options.family))
-    return Prepared(ready, aim, steps, source, whole)
+    return Prepared(ready, aim, steps, source, whole, quantized)
 
 
 def _under_target_names(

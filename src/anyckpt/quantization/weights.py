@@ -10,6 +10,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.quantization import trtllm
+from anyckpt.quantization.affine import Unpacked
 from anyckpt.quantization.assembled import Assembled
 from anyckpt.quantization.methods import Facts, Scheme, Stored, method_of, schemes_of
 from anyckpt.quantization.nodes import Halved, as_bytes, product, quotient, scaled
@@ -229,12 +230,7 @@ def _elements(
     separate = as_bytes(codes)
     shape = _stored_shape(tensors.get(stem + _SHAPE), codes.ndim)
     each = 2 if scheme.numbers == "packed int4" else 1
-    if (
-        separate is None
-        or shape is None
-        or -(-shape[-1] // (4 * each)) != codes.shape[-1]
-        or (shape[:-1] != codes.shape[:-1])
-    ):
+    if shape is None or -(-shape[-1] // (4 * each)) != codes.shape[-1] or (shape[:-1] != codes.shape[:-1]):
         raise MappingError(
             "packed codes are not those of a weight",
             path=path,
@@ -242,7 +238,9 @@ def _elements(
             expected=f"{stem}{_SHAPE} with its shape, and so many codes in int32",
             found=f"{codes.shape} codes of {shape}",
         )
-    elements: LazyTensor = Halved(separate, separate.ndim - 1) if each == 2 else separate
+    elements: LazyTensor = Unpacked(codes, codes.ndim - 1, 8 // each)
+    if separate is not None:
+        elements = Halved(separate, separate.ndim - 1) if each == 2 else separate
     return elements.narrow(elements.ndim - 1, 0, shape[-1])
 
 

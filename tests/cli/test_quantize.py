@@ -1,0 +1,53 @@
+"""``anyckpt convert --quantize``: what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tests.cli.runner import Runner
+from tests.quantization.quantized import write_folder
+from tests.support import fixture_path
+
+SOURCE = "quant/src_llama_a/hf"
+
+
+def test_people_see_the_layers(anyckpt: Runner, tmp_path: Path) -> None:
+    asked = ("--to", "hf", "--quantize", "int8", "--report", tmp_path / "r.json")
+    found = anyckpt("convert", fixture_path(SOURCE), tmp_path / "q", *asked)
+    assert found.code == 0
+    lines = found.out.splitlines()
+    assert lines[0].split() == ["layer", "SQNR", "largest", "error", "saturated", "before", "after"]
+    assert lines[1].startswith("model.layers.0 ")
+    assert lines[3].startswith("total ")
+    assert "cast bfloat16 -> int8: 14 tensors" in found.out
+    assert "not quantized: lm_head (the output layer); model.embed_tokens (an embedding)" in found.err
+
+
+def test_only_the_worst_of_many_layers_are_shown(anyckpt: Runner, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        f"model.layers.{n}.mlp.up_proj.weight": random.standard_normal((2, 16 + n)).astype(np.float32)
+        for n in range(20)
+    }
+    write_folder(tmp_path / "in", {"model_type": "llama"}, arrays)
+    asked = ("--to", "hf", "--quantize", "int8", "--report", tmp_path / "r.json")
+    found = anyckpt("convert", tmp_path / "in", tmp_path / "q", *asked)
+    assert "the 12 of 20 layers that lost most" in found.out
+    assert len([line for line in found.out.splitlines() if line.startswith("model.layers.")]) == 12
+
+
+def test_the_json_has_the_report(anyckpt: Runner, tmp_path: Path) -> None:
+    asked = ("--to", "hf", "--quantize", "fp8", "--report", tmp_path / "r.json", "--json")
+    found = anyckpt("convert", fixture_path(SOURCE), tmp_path / "q", *asked).json
+    assert found["quantization"]["total"]["name"] == "total"
+    assert found["quantization"]["total"]["sqnr_db"] > 30
+    plain = anyckpt("convert", fixture_path(SOURCE), tmp_path / "p", "--to", "hf", "--json").json
+    assert plain["quantization"] is None
+
+
+def test_errors_are_one_line(anyckpt: Runner, tmp_path: Path) -> None:
+    found = anyckpt("convert", fixture_path(SOURCE), tmp_path / "q", "--to", "hf", "--quantize", "int3")
+    assert found.code == 2
+    assert found.err.startswith("error: unknown algorithm of quantization (expected fp8, fp8_per_channel")
+    assert len(found.err.splitlines()) == 1
