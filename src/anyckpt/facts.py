@@ -50,6 +50,7 @@ class FamilyFacts:
         nemo1: NeMo 1 has.
         nemo2: NeMo 2 has.
         meta: Meta's or Mistral's own code has.
+        trtllm: TensorRT-LLM has, and its names for them are known.
         own: it is anyckpt's own; another package brings it if not.
     """
 
@@ -61,6 +62,7 @@ class FamilyFacts:
     nemo1: bool
     nemo2: bool
     meta: bool
+    trtllm: bool
     own: bool
 
     def __repr__(self) -> str:

@@ -17,10 +17,12 @@ from tests.models.cases import facts, open_case
 from tests.support import expected_of, fixture_path, sha256_of, write_plan
 
 import anyckpt
+from anyckpt.config import trtllm as config_trtllm
 from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats.trtllm.division import Division, Heads, cut, join
+from anyckpt.models.families import each_family
 from anyckpt.operations.archive import edit, pack, unpack
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor, from_array
@@ -276,6 +278,122 @@ def test_rows_of_the_vocabulary_are_padded_for_ranks_and_come_back(tmp_path: Pat
     assert anyckpt.open(tmp_path / "out")["lm_head.weight"].shape == source["lm_head.weight"].shape
 
 
+def test_a_configuration_of_tensorrt_llms_own_converters(tmp_path: Path) -> None:
+    """These say less, keep the embedding whole on every rank, and name themselves otherwise."""
+    source = open_case("llama").checkpoint
+    layout = anyckpt.LayoutRequest(tensor_parallel=2)
+    anyckpt.convert(source.path, tmp_path / "ours", to="trtllm", layout=layout)
+    stated = json.loads((tmp_path / "ours" / "config.json").read_text())
+    kept = (
+        "architecture dtype hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+        "vocab_size norm_epsilon hidden_act position_embedding_type rotary_base max_position_embeddings"
+    ).split()
+    config = {"version": "0.17.0", "mapping": {"world_size": 2, "tp_size": 2, "moe_tp_size": -1, "moe_ep_size": -1}}
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps({**config, **{key: stated[key] for key in kept}}))
+    embedding = source["model.embed_tokens.weight"]
+    for rank in range(2):
+        tensors = rank_tensors(tmp_path / "ours" / f"rank{rank}.safetensors")
+        tensors["transformer.vocab_embedding.weight"] = embedding
+        parts = safetensors_parts(tensors)
+        write_plan(Plan("x", (OutputFile(f"rank{rank}.safetensors", parts),)), theirs)
+    found = anyckpt.open(theirs)
+    assert (found.format_version, found.layout.tensor_parallel) == ("TensorRT-LLM 0.17.0", 2)
+    anyckpt.convert(theirs, tmp_path / "hf", to="hf")
+    assert facts(anyckpt.open(tmp_path / "hf").tensors) == facts(source.tensors)
+
+
+ROTARY = {"position_embedding_type": "rope_gpt_neox"}
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        ({"architecture": "GPTForCausalLM", "hidden_act": "squared-relu"}, "nemotron"),
+        (
+            {"architecture": "GPTForCausalLM", "hidden_act": "swiglu", "position_embedding_type": "rope_gpt_neox"},
+            "llama",
+        ),
+        (
+            {"architecture": "GPTForCausalLM", "hidden_act": "gelu", "position_embedding_type": "rope_gpt_neox"},
+            "starcoder2",
+        ),
+        ({"architecture": "GPTForCausalLM", "hidden_act": "gelu"}, "gpt2"),
+        ({"architecture": "QWenForCausalLM", "qwen_type": "qwen3"}, "qwen3"),
+        ({"architecture": "QWenForCausalLM", "qwen_type": "qwen2"}, "qwen2"),
+        ({"architecture": "Gemma2ForCausalLM"}, "gemma2"),
+        ({"architecture": "PhiForCausalLM"}, None),
+    ],
+)
+def test_the_class_tells_the_family(config: dict[str, Any], family: str | None) -> None:
+    assert next((known.name for known in each_family() if config_trtllm.is_of(known, config)), None) == family
+
+
+TOKENIZERS: dict[str, dict[str, bytes]] = {
+    "nemo 1, sentencepiece": {
+        "tokenizer_config.yaml": b"library: sentencepiece\ntype: null\nmodel: tokenizer.model\n",
+        "tokenizer.model": b"\x0a\x01",
+    },
+    "nemo 1, hugging face": {
+        "tokenizer_config.yaml": b"library: huggingface\ntype: meta-llama/Llama-2-7b\nuse_fast: true\n",
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": b"{}",
+    },
+    "nemo 2": {"nemo_context/nemo_tokenizer/tokenizer.json": b"{}", "nemo_context/io.json": b"{}"},
+    "nemo 2, hugging face": {"huggingface_tokenizer/tokenizer.json": b"{}"},
+    "hugging face": {"tokenizer.json": b"{}"},
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizers_as_nemo_writes_them(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(fixture_path("quant/fp8_a/trtllm_tp1pp1"), folder)
+    for name, data in TOKENIZERS[kind].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    found = anyckpt.open(folder).tokenizer
+    assert found is not None
+    assert found.library == ("sentencepiece" if "sentencepiece" in kind else "huggingface")
+    assert found.hub_name == ("meta-llama/Llama-2-7b" if kind == "nemo 1, hugging face" else None)
+    wanted = {name.rpartition("/")[2] for name in TOKENIZERS[kind]} - {"tokenizer_config.yaml", "io.json"}
+    assert set(found.files) == wanted
+    anyckpt.convert(folder, tmp_path / "again", to="trtllm")
+    again = anyckpt.open(tmp_path / "again").tokenizer
+    assert again is not None
+    assert (again.library, set(again.files), again.model_file) == (found.library, wanted, found.model_file)
+
+
+STRANGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 10**9),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.integers(), max_size=2),
+)
+
+
+@given(st.data())
+def test_configurations_that_say_anything(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whatever a value is, the file is read, or an error names it."""
+    source = fixture_path("quant/int4_awq_a/trtllm_tp2pp2")
+    config = json.loads((source / "config.json").read_text())
+    part = data.draw(st.sampled_from([config, config["mapping"], config["quantization"]]))
+    part[data.draw(st.sampled_from(sorted(part)))] = data.draw(STRANGE)
+    folder = tmp_path_factory.mktemp("strange")
+    for file in source.glob("*.safetensors"):
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        anyckpt.verify(folder)
+        anyckpt.convert(folder, folder / "out", to="hf", dtype="bf16", dry_run=True)
+        anyckpt.convert(folder, folder / "out", to="trtllm", dry_run=True)
+    except AnyckptError as error:
+        assert str(error)
+
+
 QUANTIZED = {
     "fp8_a": ("fp8", {}),
     "fp8_bf16_a": ("fp8", {}),
@@ -372,6 +490,12 @@ def test_parts_that_do_not_fit_are_told(
 def test_quantized_weights_are_not_taken_for_numbers(tmp_path: Path) -> None:
     with pytest.raises(MappingError, match="dequantize it with --dtype bf16"):
         anyckpt.convert(fixture_path("quant/fp8_a/trtllm_tp1pp1"), tmp_path / "out", to="hf")
+
+
+def test_families_that_tensorrt_llm_names_in_no_known_way(tmp_path: Path) -> None:
+    for case in ("phi3", "clip_vision"):
+        with pytest.raises(MappingError, match="how TensorRT-LLM names models of family .* is not known"):
+            anyckpt.convert(fixture_path(f"families/{case}/hf"), tmp_path / "out", to="trtllm")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 from anyckpt.config import hugging_face
 from anyckpt.config.model import ModelConfig, Reader
-from anyckpt.config.spellings import Spellings
+from anyckpt.config.spellings import Spellings, TrtLlm
 from anyckpt.errors import MappingError
 
 _WHAT = "config.json of TensorRT-LLM"
@@ -39,6 +39,20 @@ def is_of(family: Spellings, config: Mapping[str, Any]) -> bool:
     """Whether a configuration is of a family's models."""
     known = family.trtllm
     return known is not None and config.get("architecture") in known.architectures and known.fits(config)
+
+
+def class_of(family: Spellings) -> TrtLlm:
+    """How TensorRT-LLM knows a family.
+
+    Raises:
+        MappingError: that is not known.
+    """
+    if family.trtllm is None:
+        raise MappingError(
+            f"how TensorRT-LLM names models of family {family.name} is not known",
+            remedy="convert to hf, which TensorRT-LLM's own converters read",
+        )
+    return family.trtllm
 
 
 def parse(family: Spellings, config: Mapping[str, Any], notes: list[str]) -> ModelConfig:
@@ -126,12 +140,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     Raises:
         MappingError: the family has no place in TensorRT-LLM that we know, or the model none in its class.
     """
-    known = family.trtllm
-    if known is None:
-        raise MappingError(
-            f"how TensorRT-LLM names models of family {family.name} is not known",
-            remedy="convert to hf, which TensorRT-LLM's own converters read",
-        )
+    known = class_of(family)
     position = next((name for name, hub in _POSITIONS.items() if hub == config.position_embedding_type), None)
     if position is None or config.rotary_interleaved:
         raise MappingError(

@@ -10,6 +10,7 @@ import numpy as np
 from anyckpt.config import meta_names
 from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.megatron import has_own_modules
+from anyckpt.config.trtllm import class_of
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import check_complete
 from anyckpt.models.dialects import spellings, trtllm
@@ -118,8 +119,8 @@ def _by_meta_names(
 
 def _by_trtllm_names(tensors: dict[str, LazyTensor], model: Model, notes: list[str]) -> dict[str, LazyTensor]:
     """Under TensorRT-LLM's names; but for a few classes these have an output layer, tied or not."""
-    known = model.definition.trtllm
-    if model.config.share_embeddings_and_output_weights and not (known is not None and known.shares_embedding):
+    known = class_of(model.definition)
+    if model.config.share_embeddings_and_output_weights and not known.shares_embedding:
         tensors = {**tensors, HEAD: tensors[EMBEDDING]}
         notes.append("the output layer is tied to the embedding and written, too, for TensorRT-LLM's class has it")
     return trtllm.from_hub_names(tensors, model.config)

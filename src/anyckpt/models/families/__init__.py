@@ -69,6 +69,7 @@ def facts() -> dict[str, FamilyFacts]:
             nemo1=family.nemo1,
             nemo2=family.nemo2 is not None,
             meta=family.meta is not None,
+            trtllm=family.trtllm is not None,
             own=name in own,
         )
         for name, family in sorted(known_families().items())
