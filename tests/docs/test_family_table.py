@@ -34,7 +34,7 @@ def test_a_row_is_what_the_family_can(tool) -> None:  # type: ignore[no-untyped-
     targets = [registry.by_name(name) for name in ("nemo", "nemo2", "megatron-core")]
     reasons: dict[str, list[str]] = {}
     row = tool.family_row("gpt_neox", tool.PROOFS["gpt_neox"], targets, reasons)
-    assert row[2:5] == ["rw", "(rw)", "rwo"]
+    assert row[2:5] == ["rw", "(rwo)", "rwo"]
     assert reasons == {"NeMo 2's models of family gpt_neox have no parallel_residual": ["pythia"]}
 
 
