@@ -47,6 +47,10 @@ def raising() -> list[str]:
             ranks.together(action)
         except kinds as error:
             told.append(f"{type(error).__name__}: {error}")
+    try:
+        ranks.gather(lambda: (lambda: 1) if ranks.rank else "x" * 100_000)
+    except RankError as error:
+        told.append(str(error)[:31])
     assert ranks.agree(5, lambda found: OutputError(str(found))) == 5
     try:
         ranks.agree(ranks.rank, lambda found: OutputError(f"differs: {found}"))
@@ -83,7 +87,8 @@ def test_what_one_rank_raises_all_raise() -> None:
     assert first[0] == "OutputError: /data/x: no space left for the output (on rank 1); free some space"
     assert first[1] == "ZeroDivisionError: by accident"
     assert second[1].startswith("RankError: rank 0 failed, and so all stop (found ZeroDivisionError: by accident)")
-    assert first[2] == second[2] == "differs: [0, 1]"
+    assert first[2] == second[2] == "rank 1 failed, and so all stop "
+    assert first[3] == second[3] == "differs: [0, 1]"
 
 
 @pytest.mark.parametrize("how", ["killed", "late"])

@@ -11,6 +11,7 @@ Records travel as pickles between processes of one job, which trust one another 
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from anyckpt.indexing import Array
 
 T = TypeVar("T")
 
+_SMALL = 16 << 10
 _hosts: dict[tuple[Any, float | None], Any] = {}
 """Groups that were made, by the group whose ranks they have and the time-out."""
 
@@ -70,10 +72,9 @@ class Ranks:
         if self.size == 1:
             return [make()]
         value, error = _tried(make)
-        found: list[tuple[Any, tuple[BaseException | None, str] | None]] = [(None, None)] * self.size
-        own = (value, None) if error is None else (None, _portable(error))
+        arrived: list[bytes] = [b""] * self.size
         try:
-            dist.all_gather_object(found, own, group=self.group)
+            dist.all_gather_object(arrived, _packed(value, error), group=self.group)
         except (RuntimeError, ValueError) as failure:
             if error is not None:
                 raise error from None
@@ -82,6 +83,7 @@ class Ranks:
                 found=str(failure).splitlines()[0][:200],
                 remedy="look at the other ranks' output: one of them failed or is gone",
             ) from failure
+        found: list[tuple[Any, tuple[BaseException | None, str] | None]] = list(map(_unpacked, arrived))
         failed = next((number for number, (_, trouble) in enumerate(found) if trouble is not None), None)
         if failed is not None:
             if error is not None and failed == self.rank:
@@ -204,6 +206,25 @@ def _tried(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return make(), None
     except Exception as error:
         return None, error
+
+
+def _packed(value: Any, error: BaseException | None) -> bytes:
+    """What a rank passes on; records of thousands of tensors say much the same of each, and shrink to a tenth.
+
+    A result that cannot be pickled is an error like any other.
+    """
+    if error is None:
+        try:
+            data = pickle.dumps((value, None))
+        except Exception as problem:
+            data = pickle.dumps((None, _portable(problem)))
+    else:
+        data = pickle.dumps((None, _portable(error)))
+    return b"z" + zlib.compress(data, 1) if len(data) > _SMALL else b"-" + data
+
+
+def _unpacked(data: bytes) -> Any:
+    return pickle.loads(zlib.decompress(data[1:]) if data[:1] == b"z" else data[1:])
 
 
 def _portable(error: BaseException) -> tuple[BaseException | None, str]:

@@ -1,0 +1,98 @@
+"""Properties of what all ranks have together: exact covers pass, anything else is named, and shares are even."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pkgutil
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+
+pytestmark = pytest.mark.peer
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape, and boxes that cover it once: cut in two again and again."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    boxes: list[Box] = [((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 6))):
+        number = draw(st.integers(0, len(boxes) - 1))
+        offset, sizes = boxes[number]
+        axis = draw(st.integers(0, len(shape) - 1))
+        if sizes[axis] < 2:
+            continue
+        at = draw(st.integers(1, sizes[axis] - 1))
+        first = (*sizes[:axis], at, *sizes[axis + 1 :])
+        second = (*sizes[:axis], sizes[axis] - at, *sizes[axis + 1 :])
+        begin = (*offset[:axis], offset[axis] + at, *offset[axis + 1 :])
+        boxes[number : number + 1] = [(offset, first), (begin, second)]
+    return shape, boxes
+
+
+def records(shape: tuple[int, ...], boxes: list[tuple[Box, int]], world: int, replica: int | None) -> list[Any]:
+    from anyckpt.dtypes import dtype
+    from anyckpt.torch.integrity import RankRecord
+
+    pieces: list[list[Any]] = [[] for _ in range(world)]
+    for (offset, sizes), rank in boxes:
+        pieces[rank].append(("w", dtype("float32"), shape, offset, sizes, replica))
+    return [RankRecord(tuple(own), {}, {}) for own in pieces]
+
+
+@given(divided(), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_what_covers_a_tensor_once_is_taken(found: Any, world: int, random: Any) -> None:
+    from anyckpt.torch.integrity import survey
+    from anyckpt.torch.whole import shared_out
+
+    shape, boxes = found
+    held = [(box, rank) for box in boxes for rank in random.sample(range(world), random.randint(1, world))]
+    everything = survey(records(shape, held, world, None))
+    share = shared_out(everything)
+    assert sum(math.prod(box.shape) for box in share["w"]) == math.prod(shape)
+    owners = {(box.start, box.shape): box.rank for box in share["w"]}
+    assert all(((offset, sizes), rank) in held for (offset, sizes), rank in owners.items())
+    alone = shared_out(everything, parallel=False)
+    assert all(box.rank == min(rank for at, rank in held if at == (box.start, box.shape)) for box in alone["w"])
+
+
+@given(divided(), st.randoms(use_true_random=False))
+def test_what_does_not_is_refused(found: Any, random: Any) -> None:
+    from anyckpt.errors import MappingError
+    from anyckpt.torch.integrity import survey
+
+    shape, boxes = found
+    number = random.randrange(len(boxes))
+    less = [(box, 0) for box in boxes[:number] + boxes[number + 1 :]]
+    if less:
+        with pytest.raises(MappingError, match="'w': is not written exactly once.*missing"):
+            survey(records(shape, less, 1, None))
+    twice = [(box, 0) for box in boxes] + [(boxes[number], 1)]
+    with pytest.raises(MappingError, match="'w': is there twice.*ranks 0, 1"):
+        survey(records(shape, twice, 2, 0))
+    if len(boxes) > 1:
+        with pytest.raises(MappingError, match="'w': is not written exactly once.*twice"):
+            survey(records(shape, [*((box, 0) for box in boxes), (((0,) * len(shape), shape), 1)], 2, None))
+
+
+def test_sources_and_tensors_of_training_say_what_they_are() -> None:
+    import anyckpt.torch
+    from anyckpt.storage.source import ByteSource
+    from anyckpt.tensor import LazyTensor
+
+    for module in pkgutil.walk_packages(anyckpt.torch.__path__, "anyckpt.torch."):
+        if "lightning" not in module.name and "megatron" not in module.name:  # which take seconds to import
+            importlib.import_module(module.name)
+    for kind in (LazyTensor, ByteSource):
+        below = [each for each in kind.__subclasses__() if each.__module__.startswith("anyckpt.torch.")]
+        assert below
+        silent = kind.__dict__.get("identity")
+        assert [each.__name__ for each in below if not inspect.isabstract(each) and each.identity is silent] == []
