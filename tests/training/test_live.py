@@ -72,6 +72,21 @@ def test_dtensors_on_a_plane() -> None:
     ]
 
 
+def gathered() -> list[Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from anyckpt.torch.live import described
+
+    sharded = distribute_tensor(whole((4, 2)), init_device_mesh("cpu", (2,)), [Shard(0)])
+    live = described({"w": sharded.redistribute(placements=[Replicate()], async_op=True)})
+    return [(piece.offset, piece.tensor.tolist()) for piece in live.pieces]
+
+
+def test_a_tensor_that_is_being_gathered_is_waited_for() -> None:
+    assert on_ranks(2, gathered) == [[((0, 0), whole((4, 2)).tolist())]] * 2
+
+
 def strided(rows: int) -> list[Any]:
     """FSDP2 over tensor parallelism of the same axis: ``_StridedShard``."""
     import torch

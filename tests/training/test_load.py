@@ -254,3 +254,69 @@ def test_a_vocabulary_that_is_padded_otherwise(tmp_path: Path) -> None:
         [[1, 2], [3, 4], [5, 6], [7, 8]],
         [[9, 10], [0, 0], [0, 0], [0, 0]],
     ]
+
+
+def stages(path: str, held: list[list[int]], action: str) -> Any:
+    """A pipeline of which each rank has some layers, and random states of its own."""
+    import torch
+    import torch.distributed as dist
+
+    import anyckpt.torch
+
+    rank = dist.get_rank()
+    value = 1.0 if action == "save" else 0.0
+    state = {
+        "model": {f"layers.{n}.w": torch.full((2,), value * n) for n in held[rank]},
+        "seeds": {f"of layer {n}": int(value) * (n + 7) for n in held[rank]},
+    }
+    if action == "save":
+        anyckpt.torch.save(state, path)
+    else:
+        report = anyckpt.torch.load(state, path, strictness="raise_all")
+        assert report.missing == ()
+        assert state["seeds"] == {f"of layer {n}": n + 7 for n in held[rank]}
+    return {name: tensor.tolist() for name, tensor in state["model"].items()}
+
+
+def test_stages_of_a_pipeline_are_divided_otherwise(tmp_path: Path) -> None:
+    on_ranks(2, stages, str(tmp_path / "c"), [[0, 1], [2]], "save")
+    for held in ([[2, 0], [1]], [[0, 1, 2]], [[0], [1], [2]]):
+        found = on_ranks(len(held), stages, str(tmp_path / "c"), held, "load")
+        assert found == [{f"layers.{n}.w": [float(n)] * 2 for n in own} for own in held]
+
+
+def first_generation(path: str) -> list[Any]:
+    import torch
+    from torch.distributed._shard import sharded_tensor
+    from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+
+    import anyckpt.torch
+
+    spec = ChunkShardingSpec(dim=0, placements=["rank:0/cpu", "rank:1/cpu"])
+    made = sharded_tensor.rand(spec, 5, 2)
+    anyckpt.torch.save({"w": made}, path)
+    other = sharded_tensor.zeros(spec, 5, 2)
+    anyckpt.torch.load({"w": other}, path)
+    assert all(
+        torch.equal(one.tensor, two.tensor) for one, two in zip(made.local_shards(), other.local_shards(), strict=True)
+    )
+    return [shard.tensor.tolist() for shard in made.local_shards()]
+
+
+def test_sharded_tensors_of_the_first_generation(tmp_path: Path) -> None:
+    import anyckpt.torch
+
+    found = on_ranks(2, first_generation, str(tmp_path / "c"))
+    assert anyckpt.torch.load(tmp_path / "c")["w"].tolist() == [row for (shard,) in found for row in shard]
+
+
+def test_tensors_of_a_path_are_the_file_itself(tmp_path: Path) -> None:
+    import torch
+
+    import anyckpt.torch
+
+    anyckpt.torch.save({"w": torch.arange(5000.0)}, tmp_path / "m.safetensors", format="safetensors")
+    found = anyckpt.torch.load(tmp_path / "m.safetensors")["w"]
+    assert found.untyped_storage().nbytes() == (tmp_path / "m.safetensors").stat().st_size
+    found.zero_()
+    assert anyckpt.torch.load(tmp_path / "m.safetensors")["w"].sum() == torch.arange(5000.0).sum()

@@ -117,6 +117,30 @@ def saved_often(folder: str, form: str, settings: dict[str, Any]) -> list[Any]:
     return told
 
 
+def other_options(folder: str) -> list[Any]:
+    import torch
+    import torch.distributed as dist
+
+    import anyckpt.torch
+
+    told = []
+    for step, config in enumerate(({"a": 1}, {"a": 1}, {"a": 2})):
+        state = {"w": torch.ones(2)}
+        if step == 1 and dist.get_rank() == 1:
+            state["of one rank"] = torch.ones(2)
+        path = os.path.join(folder, f"step{step}")
+        report = anyckpt.torch.save(state, path, format="hf", config=config, assume_constant_structure=True)
+        told.append(report.planned)
+    return told
+
+
+def test_a_plan_serves_the_same_options_and_tensors_only(tmp_path: Path) -> None:
+    import json
+
+    assert on_ranks(2, other_options, str(tmp_path)) == [[True, True, True]] * 2
+    assert json.loads((tmp_path / "step2/config.json").read_text()) == {"a": 2}
+
+
 @pytest.mark.parametrize("form", ["dcp", "megatron-core", "safetensors"])
 def test_a_constant_structure_is_planned_once(tmp_path: Path, form: str) -> None:
     import anyckpt

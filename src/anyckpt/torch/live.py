@@ -271,7 +271,10 @@ def of_dtensor(name: str, leaf: Any, put: Put) -> Found | None:
         along = getattr(placement, "dim", None)
         if along is not None:
             runs[along] = shard_runs(runs[along], count, index, getattr(placement, "split_factor", 1))
-    local = _elements(name, dtensor.to_local())
+    shard = dtensor.to_local()
+    if hasattr(shard, "trigger_wait"):  # of a collective that may not have ended
+        shard = shard.trigger_wait()
+    local = _elements(name, shard)
     kind = _dtype(name, local)
     return [LivePiece(name, kind, shape, offset, part) for offset, part in _boxes(local, runs) if part.numel()] or (
         [LivePiece(name, kind, shape, (0,) * len(shape), local)] if 0 in shape else []

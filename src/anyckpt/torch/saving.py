@@ -164,7 +164,7 @@ def prepare(
         if ranks.rank == 0:
             StagingDirectory(destination, overwrite=options.overwrite).clear()
         kept.append(describe())
-        known = earlier is not None and earlier.is_of(kept[0].pieces)
+        known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0].pieces)
         record = record_of(kept[0], ranks.rank, check_objects=options.check_objects and not known)
         record = replace(record, pieces=(), paths={}) if known else record
         return _Look(uuid.uuid4().hex, record, _members(options, ranks), known)
@@ -173,12 +173,12 @@ def prepare(
     live, key = kept[0], found[0].key
     records = [one.record for one in found]
     started = time.monotonic()
-    if earlier is not None:
-        again = earlier.plan_of(_objects(records)) if all(one.known for one in found) else None
-        if all(ranks.gather(lambda: again is not None)) and again is not None:
+    if any(one.known for one in found):
+        again = earlier.plan_of(_objects(records)) if earlier is not None and all(one.known for one in found) else None
+        if all(ranks.gather(lambda: again is not None)) and earlier is not None and again is not None:
             ready, run = earlier.again(again, live.pieces, destination, key, ranks)
             return Prepared(ready, run, earlier.laid.sources, key, time.monotonic() - started, planned=False)
-        plans.pop(_kind(options, ranks))
+        plans.pop(_kind(options, ranks), None)
         return prepare(lambda: live, path, options, ranks, plans)
     groups = tuple({frozenset(one.members) for one in found if one.members})
 
