@@ -260,11 +260,12 @@ def test_averages_of_nemo_are_taken_over(tmp_path: Path) -> None:
                 at.add_module(module, nn.Module())
             at = getattr(at, module)
         at.register_parameter(last, nn.Parameter(torch.zeros(tensor.shape)))
-    callback = EMA(0.5)
-    made = trainer(tmp_path, 6, callbacks=[callback], plugins=[CheckpointIO()])
+    callback, counting = EMA(0.5), ModelCheckpoint(tmp_path / "c", NAME)
+    made = trainer(tmp_path, 6, callbacks=[callback, counting], enable_checkpointing=True, plugins=[CheckpointIO()])
     model.configure_optimizers = lambda: torch.optim.AdamW(model.parameters())
     model.on_train_start = lambda: None
     made.fit(model, ckpt_path=str(path))
+    assert counting.consumed_samples == 12
     loaded = callback._averages or callback._loaded
     assert loaded.keys() == averaged.keys()
     assert all(torch.equal(loaded[name].cpu(), tensor.torch()) for name, tensor in averaged.items())

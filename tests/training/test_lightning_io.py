@@ -125,6 +125,9 @@ def test_a_failed_save_leaves_the_last_one(tmp_path: Path) -> None:
     assert (tmp_path / "a.ckpt").read_bytes() == before
     with pytest.raises(TypeError, match="storage_options"):
         CheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt", storage_options={})
+    for plugin in (CheckpointIO(), CheckpointIO(in_flight=1)):
+        with pytest.raises(anyckpt.OutputError, match="is a folder"):
+            plugin.save_checkpoint({}, tmp_path)
     CheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
     assert os.listdir(tmp_path) == []
     CheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.support import expected_of, fixture_path
+from tests.training.ranks import on_ranks
 
 torch = pytest.importorskip("torch")
 
@@ -286,6 +287,23 @@ def test_old_names_of_artifacts_mean_the_archive_s_files(tmp_path: Path, monkeyp
         assert Path(ToyChild.restore_from(packed(tmp_path / "o.nemo", members)).vocab_file).read_bytes() == b"mine"
 
 
+def test_a_stored_path_is_no_file_of_this_machine(tmp_path: Path) -> None:
+    """Or whatever a hostile archive names would travel in what is saved from then on."""
+    (tmp_path / "secret").write_text("secret")
+    weights = saved({f"lin.{key}": value for key, value in nn.Linear(2, 2).state_dict().items()})
+    text = f"dim: 2\nvocab_file: {tmp_path / 'secret'}\n".encode()
+    path = packed(tmp_path / "h.nemo", {"model_config.yaml": text, "model_weights.ckpt": weights})
+    with pytest.raises(anyckpt.FormatError, match=r"not in the archive.*override_config_path"):
+        ToyChild.restore_from(path)
+    config = ToyChild.restore_from(path, return_config=True)
+    with pytest.raises(anyckpt.FormatError, match="not in the archive"):
+        ToyChild.restore_from(path, config)
+    (tmp_path / "mine.txt").write_text("mine")
+    config.vocab_file = str(tmp_path / "mine.txt")
+    assert ToyChild.restore_from(path, config).vocab_file == str(tmp_path / "mine.txt")
+    assert ToyChild.from_pretrained(path, vocab_file=str(tmp_path / "mine.txt")).cfg.vocab_file.endswith("mine.txt")
+
+
 # -- which class --------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +467,8 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(anyckpt.OutputError):
         model.save_to(tmp_path / "s.nemo")
     assert (tmp_path / "s.nemo").read_bytes() == before
+    with pytest.raises(anyckpt.OutputError, match="is a folder"):
+        Small({"dim": 2}).save_to(tmp_path)
     assert shown(tmp_path) == ["s.nemo"]
 
 
@@ -537,6 +557,41 @@ def test_a_module_of_lightning_gets_its_trainer(tmp_path: Path) -> None:
     assert model.trainer_given is trainer
 
 
+def saved_on_ranks(folder: str) -> Any:
+    model = Small({"dim": 2})
+    with torch.no_grad():
+        model.lin.weight.fill_(torch.distributed.get_rank() + 1)
+    model.save_to(f"{folder}/s.nemo")
+    model.save_pretrained(f"{folder}/hub")
+    found = Small.restore_from(f"{folder}/s.nemo").lin.weight[0, 0].item()
+    try:
+        model.save_to(f"{folder}/file/s.nemo")
+    except anyckpt.AnyckptError as error:
+        return found, str(error)
+    return found, ""
+
+
+def test_the_first_rank_writes_and_all_learn_of_its_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    found = on_ranks(2, saved_on_ranks, str(tmp_path))
+    assert [value for value, _ in found] == [1, 1]
+    assert all("s.nemo" in told for _, told in found)
+
+
+def test_names_stay_what_they_are_whatever_is_imported() -> None:
+    """A module of the same name would hide them."""
+    import importlib
+    import pkgutil
+
+    import anyckpt.torch
+
+    for inner in pkgutil.walk_packages(anyckpt.torch.__path__, "anyckpt.torch."):
+        if not inner.name.startswith("anyckpt.torch.megatron"):
+            importlib.import_module(inner.name)
+    for package in (anyckpt.torch, anyckpt.torch.lightning):
+        assert all(callable(getattr(package, name)) for name in package.__all__ if name not in ("dcp", "megatron"))
+
+
 # -- folders for the hub ------------------------------------------------------------------------------------------
 
 
@@ -562,6 +617,17 @@ def test_speech_models_of_nemo_are_opened_and_written(tmp_path: Path) -> None:
     fresh = SpeechModel(model.cfg)
     assert load_model(fresh, str(tmp_path / "ours" / "model.safetensors")) == (set(), [])
     assert torch.equal(fresh.perception.weight, model.perception.weight)
+
+
+def test_what_lies_in_a_speech_model_s_folder_is_used(tmp_path: Path) -> None:
+    """As NeMo 3.0 does: the tokenizer, and the configuration of the language model."""
+    folder = Path(shutil.copytree(fixture_path("nemo/speechlm2_v3_0_0/model"), tmp_path / "model"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "llm_backbone").mkdir()
+    (folder / "llm_backbone" / "config.json").write_text("{}")
+    model = SpeechModel.from_pretrained(folder)
+    assert model.cfg.tokenizer_path == str(folder)
+    assert model.cfg.pretrained_llm == str(folder / "llm_backbone")
 
 
 def test_a_folder_takes_artifacts_along_and_is_written_over(tmp_path: Path) -> None:

@@ -7,22 +7,47 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import FormatError, OutputError, UsageError
-from anyckpt.formats.nemo.config import ARTIFACT_SCHEME
+from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, texts
 from anyckpt.formats.nemo.tokenizer import artifact_name
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import ByteSource
-from anyckpt.torch.settings import put
+from anyckpt.torch.settings import plain, put
 
-_restoring: ContextVar[Mapping[str, str] | None] = ContextVar("restoring", default=None)
+
+@dataclass(frozen=True)
+class _Restoring:
+    """What is known while a model is built from stored files.
+
+    Attributes:
+        files: artifacts' names and where they are now.
+        stored: texts of the configuration that came with the files: they name no file of this machine.
+    """
+
+    files: Mapping[str, str]
+    stored: frozenset[str]
+
+
+_NOTHING = _Restoring({}, frozenset())
+_restoring: ContextVar[_Restoring] = ContextVar("restoring", default=_NOTHING)
 
 
 @contextmanager
-def restoring(files: Mapping[str, str]) -> Iterator[None]:
-    """While a model is built from an archive: its artifacts' names and where they are now."""
-    token = _restoring.set(files)
+def restoring(files: Mapping[str, str], config: Mapping[str, Any], given: Any = None) -> Iterator[None]:
+    """While a model is built from an archive or folder.
+
+    Args:
+        files: its artifacts' names and where they are now.
+        config: its configuration, which somebody else wrote: a path in it is not taken for a file of this machine,
+            which would travel in whatever is saved from then on.
+        given: what this program puts in its place; where that says something else, it may name any file.
+    """
+    before = dict(texts(plain(config)))
+    stored = set(before.values()) - {text for path, text in texts(plain(given)) if before.get(path) != text}
+    token = _restoring.set(_Restoring(files, frozenset(stored)))
     try:
         yield
     finally:
@@ -51,21 +76,28 @@ def find_artifact(key: str, source: str, verify: bool) -> str | None:
         raise UsageError(
             f"{key} is a model, not an artifact", found=source, remedy="restore it and call register_nemo_submodule"
         )
-    files = _restoring.get() or {}
+    known = _restoring.get()
+    files = known.files
     name = source.removeprefix(ARTIFACT_SCHEME)
     stored = name if name != source or "/" not in name else None
     found = files.get(stored) if stored is not None else None
     if found is None and name == source:
+        found = files.get(source.rpartition("/")[2])
         local = os.path.abspath(os.path.expanduser(source))
-        found = local if os.path.isfile(local) else files.get(source.rpartition("/")[2])
+        if source not in known.stored and os.path.isfile(local):
+            found = local
     if found is not None:
         return found
     if verify:
         raise FormatError(
-            f"the artifact {key} does not exist",
+            f"the artifact {key} is not in the archive"
+            if source in known.stored
+            else f"the artifact {key} does not exist",
             path=source,
             expected="a file" + (f", or one of the archive's: {', '.join(files)}" if files else ""),
-            remedy="give its path, or pass verify_src_exists=False",
+            remedy=f"give {key} with override_config_path: a path that an archive has is not taken for a file here"
+            if source in known.stored
+            else "give its path, or pass verify_src_exists=False",
         )
     warnings.warn(f"the artifact {key} does not exist: {source}", stacklevel=3)
     return None

@@ -29,6 +29,7 @@ from anyckpt.tensor import LazyTensor
 from anyckpt.torch.artifacts import restoring
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.module_state import full_state, load_into
+from anyckpt.torch.one_file import write_file
 from anyckpt.torch.settings import Settings, settings
 from anyckpt.views import TorchFiles
 
@@ -81,13 +82,12 @@ class Pretrained:
         def write() -> None:
             files = self._hub_files(state)
             if not os.path.lexists(folder):
-                os.makedirs(os.path.dirname(folder), exist_ok=True)
                 execute(Plan("hf", files), folder)
                 return
             for file in files:
                 path = os.path.join(folder, file.path)
                 if file.path != CARD or not os.path.exists(path):
-                    execute(Plan("hf", (OutputFile("", file.parts),)), path, overwrite=True)
+                    write_file(Plan("hf", (OutputFile("", file.parts),)), path)
 
         Ranks().broadcast(write, what="to write the folder")
         if push_to_hub:
@@ -183,10 +183,11 @@ class Pretrained:
             place = _only_archive(place)
         if not os.path.isdir(place):
             return cast("Model", _restored(cls, place, map_location, strict, trainer, overrides))
-        config = Settings(_with_folder(read_json(LocalFile(os.path.join(place, CONFIG))), place))
+        stored = read_json(LocalFile(os.path.join(place, CONFIG)))
+        config = Settings(_with_folder(dict(stored), place))
         config.update(overrides)
         files = {name: path for name in os.listdir(place) if os.path.isfile(path := os.path.join(place, name))}
-        with restoring(files):
+        with restoring(files, stored, overrides):
             model: Any = cls.from_config_dict(config, trainer=trainer)  # type: ignore[attr-defined]
         if map_location is not None and not any(value.is_meta for value in model.parameters()):
             model.to(map_location)

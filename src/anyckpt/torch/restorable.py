@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from anyckpt.engine.execute import execute
 from anyckpt.errors import UsageError
 from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, NEMO_VERSION, referenced_names, texts
 from anyckpt.formats.nemo.write import module_archive
@@ -25,6 +24,7 @@ from anyckpt.torch.classes import Classes, class_for, class_path, names_of
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.hub import Pretrained
 from anyckpt.torch.module_state import Fitted, full_state, load_into
+from anyckpt.torch.one_file import check_no_folder, write_file
 from anyckpt.torch.settings import Settings, plain, put, resolved, settings
 
 Model = TypeVar("Model", bound="Restorable")
@@ -128,8 +128,7 @@ class Restorable(Pretrained):
         def write() -> None:
             config, members = self._stored_settings()
             plan = module_archive(config, members, Live().tree(state), path)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            execute(plan, path, overwrite=True)
+            write_file(plan, path)
 
         Ranks().broadcast(write, what="to write the archive")
 
@@ -200,7 +199,7 @@ class Restorable(Pretrained):
             cls, target if isinstance(target, str) else None, classes, path=archive.path, any_class=Restorable
         )
         files = put_artifacts(archive, None if artifacts_dir is None else os.fspath(artifacts_dir))
-        with restoring(files):
+        with restoring(files, archive.config, None if override_config_path is None else config):
             model = chosen.from_config_dict(config, trainer=trainer)
         model._carried = files
         model._unreferenced = frozenset(files.keys() - referenced_names(archive.config))
@@ -254,9 +253,10 @@ class Restorable(Pretrained):
                 module, _, rest = name.partition(".")
                 check_plain_name(module, archive.path)
                 parts.setdefault(module, {})[rest or module] = value
-        os.makedirs(save_dir, exist_ok=True)
         for part, values in parts.items():
-            save(values, os.path.join(save_dir, f"{part}.ckpt"), to="torch", overwrite=True)
+            path = os.path.join(save_dir, f"{part}.ckpt")
+            check_no_folder(path)
+            save(values, path, to="torch", overwrite=True)
         return dict(state)
 
     def _module(self) -> nn.Module:

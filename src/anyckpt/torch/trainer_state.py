@@ -9,7 +9,6 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.torch_file.writer import zip_parts
-from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
@@ -27,6 +26,7 @@ from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.torch.archive import open_archive
 from anyckpt.torch.from_another import Renaming, renamed
 from anyckpt.torch.hub import CONFIG, folder_state
+from anyckpt.torch.one_file import write_file
 from anyckpt.torch.tensors import Stored, in_memory, warned
 from anyckpt.views import TorchFiles
 
@@ -132,8 +132,7 @@ def write_trainer_state(state: Mapping[str, Any], path: str | os.PathLike[str]) 
     """
     place = os.path.abspath(os.fspath(path))
     plan = trainer_plan(state, place)
-    os.makedirs(os.path.dirname(place), exist_ok=True)
-    execute(plan, place, overwrite=True)
+    write_file(plan, place)
 
 
 def trainer_plan(state: Mapping[str, Any], path: str) -> Plan:

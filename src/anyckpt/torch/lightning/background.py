@@ -12,6 +12,7 @@ from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.run_upkeep import delete
 from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.copying import PageLockedMemory, copy
+from anyckpt.torch.one_file import check_no_folder
 from anyckpt.torch.trainer_state import trainer_plan
 
 
@@ -53,7 +54,7 @@ class Background:
         self._settle(self.in_flight - 1)
         place = os.path.abspath(path)
         plan = trainer_plan(state, place)
-        os.makedirs(os.path.dirname(place), exist_ok=True)
+        check_no_folder(place)
         if self._writer is None:
             self._writer = BackgroundWriter(memory=PageLockedMemory, copy=copy)
         number = self._writer.submit(plan, place, overwrite=True, upkeep=upkeep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import inspect
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint as _Base
 from lightning.pytorch.utilities.data import extract_batch_size
 
+from anyckpt.engine.files import write_error
 from anyckpt.errors import UsageError
 from anyckpt.formats.lightning.keys import STATE_DICT
 from anyckpt.formats.shared.unfinished import averaged_from, marker_path
@@ -26,6 +28,7 @@ from anyckpt.torch.lightning.averaging import EMA_SUFFIX, of_trainer, second_pat
 from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
 
 _CONSUMED = "consumed_samples"
+_IN_NAME = re.compile(rf"{_CONSUMED}=(\d+)")
 
 
 class ModelCheckpoint(_Base):
@@ -150,6 +153,14 @@ class ModelCheckpoint(_Base):
         super().load_state_dict(state_dict)
         self.consumed_samples = state_dict.get(_CONSUMED, 0)
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on counting where a checkpoint of NeMo says in its name how many samples were consumed."""
+        said = _IN_NAME.search(os.path.basename(os.fspath(trainer.ckpt_path or "")))
+        if said is not None and self.state_key not in checkpoint.get("callbacks", {}):
+            self.consumed_samples = int(said[1])
+
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         found = super()._monitor_candidates(trainer)
         found.setdefault(_CONSUMED, torch.tensor(float(self.consumed_samples), dtype=torch.float64))
@@ -192,7 +203,6 @@ class ModelCheckpoint(_Base):
         if trainer.is_global_zero and later is not None:
             later.upkeep = Upkeep(saved, self.keep)
         elif trainer.is_global_zero:
-            os.makedirs(os.path.dirname(filepath), exist_ok=True)
             write_note(filepath, saved)
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
@@ -267,8 +277,11 @@ def _unfinished(trainer: pl.Trainer, path: str) -> Iterator[None]:
     """Mark a checkpoint as unfinished meanwhile; where that raises, the mark stays."""
     marker = marker_path(path) if "://" not in path else None
     if marker is not None and trainer.is_global_zero:
-        os.makedirs(os.path.dirname(marker), exist_ok=True)
-        Path(marker).touch()
+        try:
+            os.makedirs(os.path.dirname(marker), exist_ok=True)
+            Path(marker).touch()
+        except OSError as error:
+            raise write_error(marker, error) from error
     trainer.strategy.barrier("the checkpoint is marked")
     yield
     trainer.strategy.barrier("the checkpoint is whole")
