@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def test_a_run_goes_on_as_if_uninterrupted(save: str, load: str, tmp_path: Path)
             assert names == [".anyckpt-manifest.json", ".metadata", *shards, "common.pt", "metadata.json"]
     assert os.listdir(tmp_path) == ["iter_0000002"]
     assert not anyckpt.verify(path).problems
+    if save == "ours":
+        common = path / "common.pt"
+        common.write_bytes(common.read_bytes().replace(b"the run", b"the RUN"))
+        assert anyckpt.verify(path).problems[0].where == "common.pt"
 
 
 def saved(path: str, save: str) -> None:
@@ -117,9 +122,11 @@ def asynchronous(path: str, how: str) -> Any:
     from anyckpt.errors import OutputError
     from anyckpt.torch.megatron import LoadStrategy, SaveStrategy, rank_writing
 
-    if how == "one fails" and torch_rank() == 1:
+    if how != "well" and torch_rank() == 1:
 
         def failing(*arguments: Any, **options: Any) -> Any:
+            if how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise OutputError("no space left for the output")
 
         rank_writing.write_files = failing
@@ -147,12 +154,74 @@ def test_an_asynchronous_save_has_what_was_there_when_it_began(tmp_path: Path) -
         assert names[-1] == "metadata.json"
 
 
-def test_a_process_that_fails_to_write_is_told_to_all_ranks(tmp_path: Path) -> None:
-    found = on_ranks(2, asynchronous, str(tmp_path / "x"), "one fails", imported=GPT)
-    for told, names, beside in found:
-        assert "the checkpoint could not be written: no space left for the output" in told
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("fails", "the checkpoint could not be written: no space left for the output"),
+        ("is killed", "the process that writes the checkpoint ended before it was done"),
+    ],
+)
+def test_what_becomes_of_a_process_that_writes_is_told_to_all_ranks(how: str, problem: str, tmp_path: Path) -> None:
+    for told, names, beside in on_ranks(2, asynchronous, str(tmp_path / "x"), how, imported=GPT):
+        assert problem in told
         assert names == ["common.pt"]
         assert beside == ["x"]
+
+
+def failing_save(path: str) -> tuple[str, list[str]]:
+    from megatron.core import dist_checkpointing
+    from tests.training.megatron_gpt import Trained
+
+    from anyckpt.errors import AnyckptError
+    from anyckpt.torch.megatron import SaveStrategy, rank_writing
+
+    if torch_rank() == 1:
+
+        def failing(*arguments: Any, **options: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        rank_writing.write_files = failing
+    Path(path).mkdir(exist_ok=True)
+    barrier()
+    try:
+        dist_checkpointing.save(Trained().state(), path, sharded_strategy=SaveStrategy())
+    except (AnyckptError, OSError) as error:
+        barrier()
+        return str(error), sorted(os.listdir(path))
+    return "", []
+
+
+def test_a_rank_that_fails_stops_all(tmp_path: Path) -> None:
+    for told, names in on_ranks(2, failing_save, str(tmp_path / "x"), imported=GPT):
+        assert "No space left on device" in told
+        assert names == ["common.pt"]
+
+
+def in_parallel_on_data(path: str) -> Any:
+    """Two replicas of the whole model: each box is written once."""
+    from megatron.core import dist_checkpointing
+    from tests.training.megatron_gpt import Trained
+
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy
+
+    run = Trained(tensor_parallel=1)
+    run.train(1)
+    Path(path).mkdir(exist_ok=True)
+    barrier()
+    dist_checkpointing.save(run.state(), path, sharded_strategy=SaveStrategy())
+    straight = run.train(1)
+    again = []
+    for strategy in (None, LoadStrategy()):
+        other = Trained(seed=1, tensor_parallel=1)
+        other.put(dist_checkpointing.load(other.state(), path, sharded_strategy=strategy))
+        again.append(other.train(1))
+    return straight, again, [name for name in os.listdir(path) if name.endswith(".distcp")]
+
+
+def test_replicas_are_written_once(tmp_path: Path) -> None:
+    for straight, again, files in on_ranks(2, in_parallel_on_data, str(tmp_path / "x"), imported=GPT):
+        assert again == [straight, straight]
+        assert files == ["__0_0.distcp"]
 
 
 def wrapped(path: str) -> list[Any]:

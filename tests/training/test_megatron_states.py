@@ -271,3 +271,25 @@ def test_what_is_no_whole_is_refused_by_name(tmp_path: Path) -> None:
         assert "'w'" in shape and "expected (2, 2), found torch.Size([3])" in shape
         assert "there is no such part of the tensor" in axis
     assert anyckpt.open(tmp_path / "x").objects["args"] == {"rank": 0}
+
+
+def saved_in_the_background(folder: str) -> Any:
+    import anyckpt.torch
+
+    with anyckpt.torch.Saver(folder, format="megatron-core", assume_constant_structure=True) as saver:
+        for step in range(4):
+            now = state(1.0 + step)
+            now["iteration"] = step
+            saver.save(now, step)
+    found = []
+    for step in range(4):
+        other = state(0.0)
+        anyckpt.torch.load(other, f"{folder}/step-{step}")
+        found.append((plain(other["model"]["copy"]), plain(other["flat"]), other["iteration"]))
+    return found
+
+
+def test_a_saver_takes_them(tmp_path: Path) -> None:
+    for number, found in enumerate(on_ranks(2, saved_in_the_background, str(tmp_path))):
+        flat = whole(3, 5).reshape(-1)[number * 7 : 7 + number * 8]
+        assert found == [((whole(4) * (1 + k)).tolist(), (flat * (1 + k)).tolist(), k) for k in range(4)]

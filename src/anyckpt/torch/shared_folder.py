@@ -11,14 +11,17 @@ import gc
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 
 from anyckpt.containers.dcp import METADATA
+from anyckpt.engine.checksum import digest_of
 from anyckpt.engine.destination import BusyError
 from anyckpt.engine.files import sync_directory, write_error
 from anyckpt.engine.manifest import Manifest, ManifestEntry
 from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import OutputError
+from anyckpt.storage.local_file import LocalFile
 
 _SHARD = re.compile(r"__\d+_\d+\.distcp|__\d+\.metadata")
 
@@ -68,7 +71,12 @@ class SharedFolder:
         self._is_open = True
 
     def publish(
-        self, files: Collection[str], index: Callable[[Mapping[str, str]], bytes], entries: Sequence[ManifestEntry]
+        self,
+        files: Collection[str],
+        index: Callable[[Mapping[str, str]], bytes],
+        entries: Sequence[ManifestEntry],
+        *,
+        beside: Collection[str] = (),
     ) -> None:
         """Make the files a checkpoint; done by the rank that began, when all ranks have written.
 
@@ -76,6 +84,7 @@ class SharedFolder:
             files: what the ranks wrote.
             index: what goes into ``.metadata``, from the name of each file to the one that it gets.
             entries: what the manifest says of the files.
+            beside: files of the checkpoint that may be in the directory already, for the manifest.
 
         Raises:
             OutputError: a file is missing, or the system refuses; what was at the path before is untouched.
@@ -91,24 +100,43 @@ class SharedFolder:
         try:
             replaced = os.path.isdir(self.path)
             names = _free_names(files, os.listdir(self.path) if replaced else ())
-            manifest = _manifest(names, sizes, entries).to_bytes()
+            manifest = _manifest(names, sizes, entries, self._there(beside)).to_bytes()
             _write(os.path.join(self.folder, METADATA), index(names))
             if replaced:
                 self._move_in(names, manifest)
+            else:
+                self._staging.publish(manifest)
         except OSError as error:
+            self.discard()
             raise write_error(self.path, error) from error
-        if not replaced:
-            self._staging.publish(manifest)
+        except BaseException:
+            self.discard()
+            raise
         self._is_open = False
+
+    def _there(self, names: Collection[str]) -> list[ManifestEntry]:
+        found = []
+        for name in names:
+            path = os.path.join(self.path, name)
+            if os.path.isfile(path):
+                source = LocalFile(path)
+                found.append(ManifestEntry("", "", name, 0, source.size, digest_of(source.read, source.size)))
+        return found
 
     def _move_in(self, names: Mapping[str, str], manifest: bytes) -> None:
         before = set(os.listdir(self.path))
-        for name, final in names.items():
-            os.rename(os.path.join(self.folder, name), os.path.join(self.path, final))
-        sync_directory(self.path)
-        if MANIFEST_NAME in before:
-            os.unlink(os.path.join(self.path, MANIFEST_NAME))  # no longer what the index says
-        os.replace(os.path.join(self.folder, METADATA), os.path.join(self.path, METADATA))
+        try:
+            for name, final in names.items():
+                os.rename(os.path.join(self.folder, name), os.path.join(self.path, final))
+            sync_directory(self.path)
+            if MANIFEST_NAME in before:
+                os.unlink(os.path.join(self.path, MANIFEST_NAME))  # no longer what the index says
+            os.replace(os.path.join(self.folder, METADATA), os.path.join(self.path, METADATA))
+        except BaseException:
+            for final in names.values():
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self.path, final))
+            raise
         sync_directory(self.path)
         _write(os.path.join(self.folder, MANIFEST_NAME), manifest)
         os.replace(os.path.join(self.folder, MANIFEST_NAME), os.path.join(self.path, MANIFEST_NAME))
@@ -146,12 +174,18 @@ def _free_names(files: Collection[str], taken: Collection[str]) -> dict[str, str
     return found
 
 
-def _manifest(names: Mapping[str, str], sizes: Mapping[str, int], entries: Sequence[ManifestEntry]) -> Manifest:
+def _manifest(
+    names: Mapping[str, str],
+    sizes: Mapping[str, int],
+    entries: Sequence[ManifestEntry],
+    there: Sequence[ManifestEntry],
+) -> Manifest:
     files = {names[name]: size for name, size in sizes.items()}
+    files.update((one.file, one.nbytes) for one in there)
     renamed = (
         ManifestEntry(one.name, one.piece, names[one.file], one.offset, one.nbytes, one.digest) for one in entries
     )
-    return Manifest("dcp", "", files, tuple(renamed))
+    return Manifest("dcp", "", files, (*renamed, *there))
 
 
 def _write(path: str, data: bytes) -> None:

@@ -15,7 +15,7 @@ import io
 import os
 import pickle
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -167,7 +167,7 @@ def _prepared(state: Mapping[str, Any], folder: str | os.PathLike[str]) -> _Save
 
     try:
         placed = ranks.gather(plan, "to plan a save")
-        ranks.together(lambda: survey([one.record for one in placed]), "to check what is saved")
+        ranks.broadcast(lambda: _check([one.record for one in placed]), what="to check what is saved")
     except BaseException:
         shared.discard()
         raise
@@ -183,6 +183,10 @@ def _record(live: LiveState) -> RankRecord:
     return RankRecord(pieces, objects, {})
 
 
+def _check(records: Sequence[RankRecord]) -> None:
+    survey(records)
+
+
 def _finish(save: _Save) -> None:
     """Make what all ranks have written a checkpoint; collective.
 
@@ -196,7 +200,8 @@ def _finish(save: _Save) -> None:
         places = [place for one in save.placed for _, place in (*one.chunks, *one.objects)]
         files = dict.fromkeys(place.file for place in places)
         ranks.broadcast(
-            lambda: shared.publish(files, partial(_index, save.placed), entries), what="to the end of a save"
+            lambda: shared.publish(files, partial(_index, save.placed), entries, beside=("common.pt",)),
+            what="to the end of a save",
         )
     except BaseException:
         shared.discard()
