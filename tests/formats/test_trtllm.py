@@ -130,6 +130,21 @@ def test_weights_come_back_near_their_source(tmp_path: Path, case: str) -> None:
     assert anyckpt.verify(path).checked.model
 
 
+@pytest.mark.parametrize("case", ["int8_sq05_b", "fp8_kv8_bf16_b"])
+def test_more_ranks_than_key_heads(tmp_path: Path, case: str) -> None:
+    """Neighbours have copies of the one key head, and of its scales by row, which ModelOpt does not divide."""
+    source = fixture_path(f"quant/{case}/trtllm_tp1pp1")
+    anyckpt.convert(source, tmp_path / "four", to="trtllm", layout=anyckpt.LayoutRequest(tensor_parallel=4))
+    scale = "transformer.layers.0.attention.qkv.weights_scaling_factor"
+    whole = rank_tensors(source / "rank0.safetensors")[scale].numpy()
+    for rank in range(4):
+        own = rank_tensors(tmp_path / "four" / f"rank{rank}.safetensors")[scale].numpy()
+        query = whole[rank * 32 : (rank + 1) * 32]
+        assert np.array_equal(own, np.concatenate([query, whole[128:]]) if whole.size > 1 else whole)
+    anyckpt.convert(tmp_path / "four", tmp_path / "one", to="trtllm")
+    assert facts(anyckpt.open(tmp_path / "one").tensors) == facts(anyckpt.open(source).tensors)
+
+
 def test_ranks_say_the_same_as_one(tmp_path: Path) -> None:
     case = fixture_path("quant/int4_awq_a")
     for variant in ("trtllm_tp1pp1", "trtllm_tp2pp2"):
@@ -566,6 +581,38 @@ def test_what_tensorrt_llm_does_not_load_is_told(tmp_path: Path) -> None:
 
     path = changed(tmp_path, "int4_awq_a", without_factors)
     assert any("which 10 of 10 quantized weights lack" in text for text in anyckpt.open(path).warnings)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["lm_head"], None),
+        (
+            ["lm_head", "transformer.layers.1.*"],
+            "5 layers are quantized and among exclude_modules",
+        ),
+        (None, None),
+    ],
+)
+def test_the_list_of_what_is_not_quantized_is_held_against_it(
+    tmp_path: Path, modules: list[str] | None, message: str | None
+) -> None:
+    path = changed(tmp_path, "fp8_a", lambda t, c: c["quantization"].update(exclude_modules=modules))
+    warnings = anyckpt.open(path).warnings
+    assert warnings == [] if message is None else message in warnings[0]
+
+
+def test_layers_in_full_precision_that_no_list_has(tmp_path: Path) -> None:
+    source = fixture_path("quant/src_llama_a/hf")
+    leave = "transformer.layers.0.mlp.*"
+    anyckpt.convert(source, tmp_path / "out", to="trtllm", dtype="fp16", quantize="fp8", quantize_exclude=leave)
+    assert anyckpt.verify(tmp_path / "out").sound
+    assert not anyckpt.open(tmp_path / "out").warnings
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(config["quantization"]["exclude_modules"]) == 4
+    config["quantization"]["exclude_modules"] = ["lm_head"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert any("3 layers are in full precision" in text for text in anyckpt.open(tmp_path / "out").warnings)
 
 
 def test_weights_in_the_order_of_kernels_are_not_taken_for_rows(tmp_path: Path) -> None:

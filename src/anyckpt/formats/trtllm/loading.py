@@ -2,12 +2,15 @@
 
 Facts: TensorRT-LLM's ``Linear`` classes.  For W8A16 and W4A16 they take numbers, which they quantize themselves, or
 integers in the order of a GPU's kernels beside ``per_channel_scale``; ModelOpt writes integers row by row beside
-``weights_scaling_factor``.  Those of AWQ and SmoothQuant have a ``prequant_scaling_factor`` that must be there.
+``weights_scaling_factor``.  Those of AWQ and SmoothQuant have a ``prequant_scaling_factor`` that must be there.  Which
+layers are quantized is what ``exclude_modules`` leaves, globs of whole names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from anyckpt.tensor import LazyTensor
@@ -15,6 +18,8 @@ from anyckpt.tensor import LazyTensor
 _WEIGHT = ".weight"
 _SCALE = ".weights_scaling_factor"
 _PREQUANT = ".prequant_scaling_factor"
+_LINEAR = re.compile(r"(transformer\.layers\.\d+\.(?:attention\.(?:qkv|dense)|mlp\.(?:fc|gate|proj)))\.weight")
+_MIXED = "MIXED_PRECISION"
 _WEIGHT_ONLY = ("W8A16", "W4A16")
 _WITH_PREQUANT = ("W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
 
@@ -37,3 +42,30 @@ def refused(tensors: Mapping[str, LazyTensor], facts: Mapping[str, Any] | None) 
                 f"{len(without)} of {len(quantized)} quantized weights lack, {without[0]} among them; they were "
                 "quantized without looking at activations"
             )
+    if algorithm not in (None, _MIXED, *_WEIGHT_ONLY):
+        yield from _against_the_list(tensors, facts or {})
+
+
+def _against_the_list(tensors: Mapping[str, LazyTensor], facts: Mapping[str, Any]) -> Iterator[str]:
+    """Layers that are not quantized where the list has it that they are, and the other way round."""
+    listed = facts.get("exclude_modules")
+    patterns = [pattern for pattern in listed if isinstance(pattern, str)] if isinstance(listed, list) else []
+    missing: list[str] = []
+    surplus: list[str] = []
+    for name, tensor in tensors.items():
+        match = _LINEAR.fullmatch(name)
+        if match is None:
+            continue
+        quantized, excluded = tensor.dtype.itemsize == 1, any(fnmatchcase(match[1], each) for each in patterns)
+        if quantized == excluded:
+            (surplus if quantized else missing).append(match[1])
+    if missing:
+        yield (
+            f"{len(missing)} layers are in full precision and not among exclude_modules, {missing[0]} among them: "
+            "TensorRT-LLM's loader asks for their scales"
+        )
+    if surplus:
+        yield (
+            f"{len(surplus)} layers are quantized and among exclude_modules, {surplus[0]} among them: TensorRT-LLM's "
+            "loader takes their codes for numbers"
+        )
