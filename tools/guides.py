@@ -23,7 +23,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 _FILE = re.compile(r"(`(examples/\S+)`:\n\n```\w+\n)(.*?)(```\n)", re.DOTALL)
 _SESSION = re.compile(r"(```console\n)(.*?)(```\n)", re.DOTALL)
 _HERE = re.compile(r"<!-- here: (\S+) = (\S+) -->")
-_VARYING = re.compile(r"in [\d.]+ \w+ \([^)]*peak memory[^)]*\)")
+_VARYING = re.compile(r"in [\d.]+ (?:s|min|h)\b(?: \([^)]*peak memory[^)]*\))?")
 
 
 def pages() -> list[Path]:
