@@ -443,6 +443,22 @@ def test_weights_are_quantized_as_modelopt_does(tmp_path: Path, case: str) -> No
         assert not anyckpt.open(output).warnings
 
 
+@pytest.mark.parametrize(("algorithm", "said"), [("int8_wo", "W8A16"), ("int4_wo", "W4A16")])
+def test_weight_only_is_left_to_the_loader(tmp_path: Path, algorithm: str, said: str) -> None:
+    source = fixture_path("quant/src_llama_b/hf")
+    done = anyckpt.convert(source, tmp_path / "out", to="trtllm", dtype="fp16", quantize=algorithm)
+    assert any("5 weights stay numbers" in note for note in done.notes)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"]["quant_algo"] == said
+    anyckpt.convert(source, tmp_path / "plain", to="trtllm", dtype="fp16")
+    names = ("out", "plain")
+    one, other = (rank_tensors(tmp_path / name / "rank0.safetensors") for name in names)
+    assert facts(one) == facts(other)
+    assert anyckpt.verify(tmp_path / "out").sound
+    assert not anyckpt.open(tmp_path / "out").warnings
+    anyckpt.convert(tmp_path / "out", tmp_path / "hf", to="hf", dtype="bf16")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

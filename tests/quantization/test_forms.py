@@ -189,4 +189,14 @@ def test_models_with_outputs_in_columns_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_algorithm_has_a_form() -> None:
-    assert set(ALGORITHMS) == {"fp8", "fp8_per_channel", "fp8_blocks", "int8", "int8_wo", "int4", "nvfp4", "mxfp4"}
+    assert set(ALGORITHMS) == {
+        "fp8",
+        "fp8_per_channel",
+        "fp8_blocks",
+        "int8",
+        "int8_wo",
+        "int4",
+        "int4_wo",
+        "nvfp4",
+        "mxfp4",
+    }

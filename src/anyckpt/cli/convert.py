@@ -99,7 +99,8 @@ def writing_options(command: Command) -> Command:
 @click.option(
     "--quantize",
     metavar="ALGORITHM",
-    help="hf, trtllm: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, nvfp4, mxfp4.",
+    help="hf, trtllm: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, int4_wo, nvfp4, "
+    "mxfp4.",
 )
 @click.option(
     "--quantize-form",

@@ -2,7 +2,8 @@
 
 Weights are those of a layer when it runs: query, key and value in one, so that they have one scale of the whole; the
 two halves of a gated layer share theirs, and experts have one each.  Where its loader asks for what inputs are
-multiplied by, ones are stored, which ModelOpt leaves out where it saw no activations.
+multiplied by, ones are stored, which ModelOpt leaves out where it saw no activations.  Weight-only weights stay
+numbers, as TensorRT-LLM's own ``quantize.py`` has them: an engine is built of integers in an order of its GPU.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ TRTLLM = {
         choose=_choose,
         key="",
     ),
+    "int8_wo": Layout("", {}, _facts("W8A16"), choose=_choose, key=""),
+    "int4_wo": Layout("", {}, _facts("W4A16"), choose=_choose, key=""),
     "int4": Layout(
         "int4",
         _NAMES,

@@ -137,6 +137,13 @@ def quantize(
             expected="stacked experts" if layout.experts else "matrices of linear modules in numbered layers",
             found=", ".join(f"{name} ({why})" for name, why in list(choice.spared.items())[:_SHOWN]) or "none",
         )
+    spared = [module for module, why in choice.spared.items() if why not in ("an embedding", "a normalization")]
+    config = layout.facts(request, _with_head(spared))
+    if not layout.algorithm:
+        note = (
+            f"{len(choice.weights)} weights stay numbers, which are quantized ({request.algorithm}) as they are loaded"
+        )
+        return Written(dict(tensors), config, layout.key, {}, Choice((), choice.spared), {}, "", (note,))
     values = tensors if uncast is None or not layout.unrounded else uncast
     result: dict[str, LazyTensor] = {}
     made: dict[str, tuple[str, ...]] = {}
@@ -155,8 +162,6 @@ def quantize(
             raise UsageError("a tensor has the name of a part of a quantized weight", path=path, tensor=clash)
         made[name] = tuple(parts)
         result.update(parts)
-    spared = [module for module, why in choice.spared.items() if why not in ("an embedding", "a normalization")]
-    config = layout.facts(request, _with_head(spared))
     files = {} if layout.file is None else {MODELOPT_FILE: layout.file(config, request)}
     numbers = _NUMBERS_OF.get(layout.algorithm, layout.algorithm)
     return Written(result, config, layout.key, files, choice, made, numbers, tuple(_notes(choice, layout, request)))

@@ -38,7 +38,7 @@ class Layout:
     """How one form stores what one algorithm makes.
 
     Attributes:
-        algorithm: as ``quantized`` knows it.
+        algorithm: as ``quantized`` knows it; "" if weights stay numbers, which are quantized when they are loaded.
         names: role -> what follows a module's name (of ``quantized``, and ``shape`` of packed codes).
         facts: the ``quantization_config``, of the request and the modules that are not quantized.
         options: of ``quantized``, of the request and the weight's element type.
