@@ -320,3 +320,28 @@ def test_tensors_of_a_path_are_the_file_itself(tmp_path: Path) -> None:
     assert found.untyped_storage().nbytes() == (tmp_path / "m.safetensors").stat().st_size
     found.zero_()
     assert anyckpt.torch.load(tmp_path / "m.safetensors")["w"].sum() == torch.arange(5000.0).sum()
+
+
+def test_an_optimizer_without_state_does_not_lose_what_was_saved(tmp_path: Path) -> None:
+    import torch
+
+    import anyckpt.torch
+    from anyckpt.errors import MappingError
+
+    def made() -> Any:
+        model = torch.nn.Linear(3, 2)
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1)}
+
+    first = made()
+    first["model"](torch.ones(1, 3)).sum().backward()
+    first["optimizer"].step()
+    anyckpt.torch.save(first, tmp_path / "c")
+    fresh = made()
+    with pytest.raises(MappingError, match=r"'optimizer\.state\.0\.\w+': .*does not have yet.*get_state_dict"):
+        anyckpt.torch.load(fresh, tmp_path / "c")
+    fresh["model"](torch.ones(1, 3)).sum().backward()
+    fresh["optimizer"].step()
+    anyckpt.torch.load(fresh, tmp_path / "c")
+    moments = fresh["optimizer"].state[fresh["model"].weight]["exp_avg"]
+    assert torch.equal(moments, first["optimizer"].state[first["model"].weight]["exp_avg"])
+    assert torch.equal(fresh["model"].weight, first["model"].weight)

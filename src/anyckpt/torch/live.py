@@ -117,6 +117,7 @@ class LiveState:
         finish: called when everything is loaded: what has to be put back as a whole (``load_state_dict``).
         replace_all: called when everything is loaded, with the objects of the checkpoint that all ranks have alike and
             the names that it lacks, by who takes all of these; None if objects are asked for by name.
+        owners: keys of what has ``state_dict`` and ``load_state_dict``.
     """
 
     pieces: list[LivePiece] = field(default_factory=list)
@@ -124,6 +125,7 @@ class LiveState:
     paths: dict[str, Path] = field(default_factory=dict)
     finish: list[Callable[[], None]] = field(default_factory=list)
     replace_all: Callable[[Mapping[str, Any], Collection[str]], None] | None = None
+    owners: list[str] = field(default_factory=list)
 
 
 Found = Sequence[LivePiece] | LiveObject
@@ -163,6 +165,7 @@ def described(state: Mapping[str, Any], *, to_fill: bool = False) -> LiveState:
         if not isinstance(value, torch.Tensor) and hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             inner = value.state_dict()
             live.finish.append(_giver(value, inner))
+            live.owners.append(str(key))
             value = inner
         _walk(live, (key,), value, put)
     return live

@@ -220,6 +220,14 @@ class _Load:
             return unexpected, missing
         if unexpected and mode in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
             raise self._refusal("the state asks for what the checkpoint does not have", unexpected, self._find.names())
+        left = [name for name in missing if name.startswith(tuple(f"{key}." for key in self.live.owners) or ("\0",))]
+        if left and mode not in ("log_all", "return_all"):
+            raise self._refusal(
+                "the checkpoint has what the object that is to take it does not have yet",
+                left,
+                (),
+                "give get_state_dict(model, optimizer), which makes an optimizer's state, and set_state_dict it",
+            )
         if missing and mode == "raise_all":
             raise self._refusal("the checkpoint has what no rank's state asks for", missing, unexpected)
         if unexpected and mode in ("log_unexpected", "log_all"):
@@ -228,14 +236,20 @@ class _Load:
             log.warning("%s has what no rank's state asks for: %s", self.checkpoint.path, _list(missing))
         return unexpected, missing
 
-    def _refusal(self, problem: str, names: Sequence[str], others: Iterable[str]) -> MappingError:
+    def _refusal(
+        self,
+        problem: str,
+        names: Sequence[str],
+        others: Iterable[str],
+        remedy: str = "give the state of the model that was saved, or another strictness",
+    ) -> MappingError:
         meant = alike(names[0], others)
         return MappingError(
             problem,
             path=self.checkpoint.path,
             tensor=names[0],
             found=_list(names) + (f"; {names[0]!r} resembles {meant}" if meant else ""),
-            remedy="give the state of the model that was saved, or another strictness",
+            remedy=remedy,
         )
 
     def _fitting(self, piece: LivePiece, tensor: LazyTensor) -> LazyTensor:
