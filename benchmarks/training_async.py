@@ -56,14 +56,18 @@ def parts_of(state: Any) -> list[Any]:
     return [state.to_local().numpy()] if hasattr(state, "to_local") else []
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds of the slowest rank, all of which begin together."""
+Timing = tuple[float, float]
+"""Seconds, and seconds in which the loop's thread computed, which other processes of the machine cannot make more."""
+
+
+def timed(action: Callable[[], Any]) -> Timing:
+    """Of the slowest rank, all of which begin together."""
     dist.barrier()
-    started = time.monotonic()
+    started, computed = time.monotonic(), time.thread_time()
     action()
-    seconds = torch.tensor(time.monotonic() - started)
+    seconds = torch.tensor([time.monotonic() - started, time.thread_time() - computed])
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds)
+    return float(seconds[0]), float(seconds[1])
 
 
 def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
@@ -83,37 +87,40 @@ def rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
         for there, part in zip(room, parts, strict=True):
             np.copyto(there, part)
 
-    times: dict[str, list[float]] = {"memcpy": [], **{name: [] for name in savers}}
+    times: dict[str, list[Timing]] = {"memcpy": [], **{name: [] for name in savers}}
     first, publishing = {}, []
     memcpy()
     for run in range(options.runs + 3):
         for name, saver in savers.items():
             copying = timed(memcpy)
             seconds = timed(lambda saver=saver, run=run: saver.save(state, run))
-            publishing.append(timed(saver.wait))
+            publishing.append(timed(saver.wait)[0])
             if run >= 3:
                 times["memcpy"].append(copying)
                 times[name].append(seconds)
             elif run == 0:
-                first[name] = seconds
+                first[name] = seconds[0]
     for saver in savers.values():
         saver.close()
     if options.peer:
         times["torch.distributed.checkpoint.async_save"] = peer(state, folder, options.runs)
     if rank == 0:
-        base = statistics.median(times["memcpy"])
         print(
             f"{sum(part.nbytes for part in parts) / 1e9:.2f} GB on each of {options.ranks} ranks, {len(parts)} tensors"
         )
-        for name, seconds in times.items():
-            found, spread = statistics.median(seconds), f"from {min(seconds):.3f} to {max(seconds):.3f}"
-            print(f"{name:42} {found:7.3f} s   {found / base:6.2f} x memcpy   ({spread})")
+        base = [statistics.median(one[kind] for one in times["memcpy"]) for kind in (0, 1)]
+        for name, found in times.items():
+            wall, cpu = (statistics.median(one[kind] for one in found) for kind in (0, 1))
+            spread = f"{min(found)[0]:.3f} to {max(found)[0]:.3f} s"
+            print(
+                f"{name:40} {wall:6.3f} s {wall / base[0]:5.2f} x memcpy, computing {cpu / base[1]:5.2f} x ({spread})"
+            )
         print("first save: " + ", ".join(f"{seconds:.2f} s ({name})" for name, seconds in first.items()))
         print(f"until published: {statistics.median(publishing):.2f} s")
     dist.destroy_process_group()
 
 
-def peer(state: dict[str, Any], folder: str, runs: int) -> list[float]:
+def peer(state: dict[str, Any], folder: str, runs: int) -> list[Timing]:
     """What torch's own asynchronous saving blocks for."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType

@@ -160,6 +160,43 @@ def test_a_run_that_saves_a_step_again(tmp_path: Path) -> None:
     assert anyckpt.open(newest)["model.w"].shape == (32, 6)
 
 
+def tensors_of_every_kind(folder: str) -> list[str]:
+    import torch
+
+    from anyckpt.torch import Saver, load
+
+    whole = torch.randn(40, 30)
+    state = {
+        "whole": whole,
+        "rows": whole[3:7],
+        "column": whole[:, 2],
+        "transposed": whole.T,
+        "repeated": torch.randn(1, 5).expand(4, 5),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "narrow": torch.randn(9).to(torch.float8_e4m3fn),
+        "brain": torch.randn(3, 3).bfloat16(),
+        "complex": torch.randn(3, dtype=torch.complex64).conj(),
+    }
+    expected = {name: tensor.clone() for name, tensor in state.items()}
+    with Saver(folder) as saver:
+        path = saver.save(state, 1)
+        whole.fill_(-1)
+    found = load(path)
+    return [
+        name
+        for name, tensor in expected.items()
+        if found[name].dtype != tensor.dtype
+        or found[name].shape != tensor.shape
+        or found[name].reshape(-1).tolist() != tensor.reshape(-1).tolist()
+    ]
+
+
+def test_tensors_of_every_kind_are_copied(tmp_path: Path) -> None:
+    assert on_ranks(1, tensors_of_every_kind, str(tmp_path)) == [[]]
+
+
 def one_by_one(folder: str) -> list[str]:
     from anyckpt.torch import async_save
 

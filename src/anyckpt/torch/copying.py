@@ -1,13 +1,14 @@
 """Copying live tensors into the memory from which another process writes them.
 
-What is in the host's memory is copied as memory is.  What is on a CUDA device goes over a stream of its own, all at
-once, into pages that the device knows (page-locked); the caller waits for that stream and no other.  This part has been
-tried without a device only, with a stand-in for its calls.
+What is in the host's memory is copied by torch, in as many threads as it has.  What is on a CUDA device goes over a
+stream of its own, all at once, into pages that the device knows (page-locked); the caller waits for that stream and no
+other.  This part has been tried without a device only, with a stand-in for its calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,37 +23,41 @@ _cuda: Any = torch.cuda
 
 def copy(pieces: Sequence[Piece]) -> None:
     """Copy pieces, from hosts and devices; when it returns, all are there."""
-    on_device = [piece for piece in pieces if _is_whole_on_device(piece)]
-    streams = _begun(on_device)
-    read([piece for piece in pieces if not _is_whole_on_device(piece)])
-    for stream in streams:
+    streams: dict[torch.device, Any] = {}
+    others = []
+    for piece in sorted(pieces, key=_is_on_host):  # copies from devices go on while those from hosts are made
+        tensor = _whole(piece)
+        if tensor is None:
+            others.append(piece)
+            continue
+        device = tensor.device
+        if device.type == "cuda" and device not in streams:
+            streams[device] = _cuda.Stream(device)
+            streams[device].wait_stream(_cuda.current_stream(device))  # what computes the state comes first
+        with _cuda.stream(streams[device]) if device in streams else nullcontext():
+            out = torch.frombuffer(piece[2], dtype=torch.uint8)
+            if tensor.is_contiguous():
+                out.copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
+            else:
+                out.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+    read(others)
+    for stream in streams.values():
         stream.synchronize()
 
 
-def _is_whole_on_device(piece: Piece) -> bool:
+def _is_on_host(piece: Piece) -> bool:
+    return not isinstance(piece[0], LiveSource) or piece[0].tensor.device.type == "cpu"
+
+
+def _whole(piece: Piece) -> torch.Tensor | None:
+    """The tensor that a piece is, if it is all of one, and torch copies it best."""
     source, start, memory = piece
-    return (
-        isinstance(source, LiveSource)
-        and source.tensor.device.type == "cuda"
-        and start == 0
-        and len(memory) == source.size
-    )
-
-
-def _begun(pieces: Sequence[Piece]) -> list[Any]:
-    """The streams in which copies from devices have begun."""
-    streams: dict[Any, Any] = {}
-    for source, _, memory in pieces:
-        assert isinstance(source, LiveSource)
-        tensor = source.tensor
-        device = tensor.device
-        if device not in streams:
-            streams[device] = _cuda.Stream(device)
-            streams[device].wait_stream(_cuda.current_stream(device))  # what computes the state comes first
-        with _cuda.stream(streams[device]):
-            out = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
-            out.copy_(tensor, non_blocking=True)
-    return list(streams.values())
+    if not isinstance(source, LiveSource) or start or len(memory) != source.size:
+        return None
+    tensor = source.tensor
+    if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and tensor.is_contiguous()):
+        return tensor
+    return None
 
 
 class PageLockedMemory(SharedMemory):
