@@ -1,4 +1,4 @@
-"""CPU seconds and page faults per gigabyte of what computes: casts, means, products, merges, comparisons, statistics.
+"""CPU seconds and page faults per gigabyte of what computes: casts, means, products, quantizing, comparisons, counts.
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/computing.py
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 
+from anyckpt.blockwise import Tiles, keeping
 from anyckpt.dtypes import dtype
 from anyckpt.models.adapters.low_rank import LowRankSum
 from anyckpt.operations.steps.compare import Tolerance, compare
@@ -22,6 +24,7 @@ from anyckpt.operations.steps.statistics import counts, scan
 from anyckpt.operations.steps.weighted_mean import Mean
 from anyckpt.quantization.nodes import Halved, product, scaled
 from anyckpt.quantization.numbers import E2M1, values_of
+from anyckpt.quantization.quantizing import ALGORITHMS, quantized
 from anyckpt.tensor import LazyTensor, Stored, from_array
 
 ELEMENTS = 32 << 20
@@ -35,6 +38,13 @@ def drained(tensor: LazyTensor) -> None:
     buffer = np.empty(step, tensor.dtype.raw)
     for start in range(0, tensor.size, step):
         tensor.read_flat(start, buffer[: min(step, tensor.size - start)])
+
+
+def quantized_and_drained(weight: LazyTensor, algorithm: str) -> None:
+    """Quantize a weight as the engine does, codes first and then the scales that came with them."""
+    with keeping(Tiles(BLOCK_BYTES * 16)):
+        for tensor in quantized(weight, algorithm).values():
+            drained(tensor)
 
 
 def measured(name: str, work: Callable[[], object], nbytes: int) -> None:
@@ -74,6 +84,8 @@ def main() -> None:
     measured("fp8 in blocks of 128 by 128 → bf16, of output", lambda: drained(fp8), fp8.nbytes)
     measured("MXFP4 → bf16, of output", lambda: drained(mxfp4), mxfp4.nbytes)
     measured("NVFP4 → bf16, of output", lambda: drained(nvfp4), nvfp4.nbytes)
+    for algorithm in ALGORITHMS:
+        measured(f"bf16 → {algorithm}, of input", partial(quantized_and_drained, half, algorithm), half.nbytes)
     measured("bf16 with LoRA of rank 16", lambda: drained(LowRankSum(half, up, down, 2.0)), half.nbytes)
     measured("compare, equal, bf16, of one", lambda: compare(half, half, Tolerance()), half.nbytes)
     measured("compare, all different, bf16, of one", lambda: compare(half, second, Tolerance()), half.nbytes)

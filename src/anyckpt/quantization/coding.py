@@ -13,13 +13,15 @@ import numpy as np
 from anyckpt.blockwise import BlockFunction, Output
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import ElementWise, Identity
-from anyckpt.indexing import CACHED_ELEMENTS, Array, Shape, in_cache
+from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.largest import TensorScale, check_finite, magnitudes
 from anyckpt.quantization.numbers import values_of
-from anyckpt.quantization.rounding import FLOAT4, Numbers
+from anyckpt.quantization.rounding import E4M3, FLOAT4, Numbers
 from anyckpt.storage.gather import scratch
 
 _FLOAT32, _BYTE, _E8M0 = dtype("float32"), dtype("uint8"), dtype("float8_e8m0fnu")
+_TINY = np.finfo(np.float32).tiny
+_PART_ELEMENTS = 1 << 18  # in which the few dozen calls that each part takes cost little
 _SHORT_BLOCK = 64  # runs of fewer elements are reduced faster across than along
 
 Packing = Literal["none", "rows", "columns", "words"]
@@ -76,8 +78,8 @@ class BlockCodes(BlockFunction):
         scales = np.empty((*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns)), self.kind.raw)
         if not values.size:
             return codes, scales
-        width = max(1, CACHED_ELEMENTS // (math.lcm(rows, down) * columns)) * columns
-        height = max(1, CACHED_ELEMENTS // (min(width, shape[-1]) * math.lcm(rows, down))) * math.lcm(rows, down)
+        width = max(1, _PART_ELEMENTS // (math.lcm(rows, down) * columns)) * columns
+        height = max(1, _PART_ELEMENTS // (min(width, shape[-1]) * math.lcm(rows, down))) * math.lcm(rows, down)
         for place in np.ndindex(shape[:-2]):
             for top in range(0, shape[-2], height):
                 for left in range(0, shape[-1], width):
@@ -116,9 +118,7 @@ class BlockCodes(BlockFunction):
             np.left_shift(found[1::2], 4, out=out)
             np.bitwise_or(out, found[::2], out=out)
         elif self.packing == "columns":
-            out = codes[: found.shape[0], : found.shape[1] // 2]
-            np.left_shift(found[:, 1::2], 4, out=out)
-            np.bitwise_or(out, found[:, ::2], out=out)
+            _halve(found, codes[: found.shape[0], : found.shape[1] // 2])
         else:
             self._pack_words(found, codes)
 
@@ -135,9 +135,19 @@ class BlockCodes(BlockFunction):
         if each == 1:
             out[:, : found.shape[1]] = found
             return
-        even, odd = found[:, ::2], found[:, 1::2]
-        np.left_shift(odd, 4, out=out[:, : odd.shape[1]])
-        np.bitwise_or(out[:, : even.shape[1]], even, out=out[:, : even.shape[1]])
+        if found.shape[1] % 2:
+            found = np.pad(found, ((0, 0), (0, 1)))
+        _halve(found, out[:, : found.shape[1] // 2])
+
+
+def _halve(codes: Array, out: Array) -> None:
+    """Put two neighbours, each in the lower half of a byte, into one byte, the first in its lower half.
+
+    ``codes`` lie in C order, an even number in a row, and are overwritten.
+    """
+    pairs = codes.view(np.uint16)  # the first is the lower byte
+    np.bitwise_or(pairs, pairs >> 4, out=pairs)
+    np.copyto(out, pairs, casting="unsafe")
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ class Scaled(BlockCodes):
     over: float
 
     def scales(self, largest: Array) -> tuple[Array, Array]:
-        some = np.maximum(largest, np.finfo(np.float32).tiny)
+        some = np.maximum(largest, _TINY)
         found = np.where(largest > 0, some / np.float32(self.over), np.float32(1))
         if self.kind == "float32":
             return found, found
@@ -190,8 +200,9 @@ class NvFp4(BlockCodes):
         common, six = self.common.value(), np.float32(FLOAT4.largest)
         found = largest / six * common if self.common.inverted else largest / (six * common)
         found[found == 0] = 1
-        stored = np.minimum(found, np.float32(448)).astype(self.kind.numpy)
-        numbers = stored.astype(np.float32)
+        stored = np.empty(found.shape, np.uint8)
+        E4M3.encode(found, stored)
+        numbers = np.take(values_of(E4M3.dtype), stored)
         return stored, numbers / common if self.common.inverted else numbers * common
 
 
