@@ -162,7 +162,7 @@ def configs(draw: st.DrawFn, family: str) -> Config:
 
 def _heads(draw: Draw, keys: Mapping[str, str], model: Model) -> Config:
     """Sizes of attention that go together, where keys of their own say them."""
-    of_layers = "block_configs" in model.definition.hugging_face.keys
+    of_layers = "block_configs" in model.definition.hugging_face.handled
     if "num_attention_heads" not in keys or model.config.multi_latent_attention or of_layers:
         return {}
     groups, ratio, width = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.sampled_from([8, 16, 64]))
@@ -179,7 +179,7 @@ def _heads(draw: Draw, keys: Mapping[str, str], model: Model) -> Config:
 def _rope(draw: Draw, definition: Family, model: Model, config: Config) -> Config:
     """Theta and its scaling in either spelling."""
     known = definition.hugging_face
-    if not is_rotary(definition) or model.config.position_embedding_type != "rope" or known.keys & _OWN_ROPE:
+    if not is_rotary(definition) or model.config.position_embedding_type != "rope" or known.handled & _OWN_ROPE:
         return {}
     theta, scaling = draw(st.sampled_from([10000.0, 1e6, 12345.5])), draw(_SCALINGS)
     percent = model.config.rotary_percent

@@ -12,8 +12,9 @@ from tests.models.cases import facts
 import anyckpt.models.families as registry
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.model import ModelConfig
 from anyckpt.errors import MappingError
 from anyckpt.models.families import llama
 from anyckpt.models.families.parts import decoder

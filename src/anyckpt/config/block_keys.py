@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config.fields import Field, render_changed, render_fields
 from anyckpt.config.layer_blocks import decode
-from anyckpt.config.model import Field, ModelConfig, Reader, render_fields, whole
+from anyckpt.config.model import ModelConfig, whole
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError
 
@@ -152,9 +154,7 @@ def render_blocks(config: ModelConfig, experts: str = "num_moe_experts") -> dict
         rendered["is_hybrid_model"] = True
     if config.mtp_num_layers is not None:
         rendered["mtp_num_layers"] = config.mtp_num_layers
-    default = ModelConfig("", 1, 1, 1, 1, 1, 1)
-    changed = [entry for entry in _ATTENTION if getattr(config, entry.hub) != getattr(default, entry.hub)]
-    return rendered | render_fields(changed, config)
+    return rendered | render_changed(_ATTENTION, config)
 
 
 def parse_yarn(reader: Reader, defaults: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ _LARGEST = 1 << 40
 _MOST_EXPERTS = 1_000_000  # of all layers together; names are made for each
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # ``ModelConfig`` has its own
 class BlockConfig:
     """What a model's layers are made of, beyond attention and a dense MLP.
 

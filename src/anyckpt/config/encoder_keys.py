@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.config.model import Field, ModelConfig, Reader, render_fields
+from anyckpt.config.fields import Field, render_changed, render_fields
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.errors import MappingError
 
 RELATIVE = (
@@ -98,11 +100,8 @@ def attention_scalar(reader: Reader) -> float | None:
 
 def render_encoders(config: ModelConfig) -> dict[str, Any]:
     """The same as Megatron-LM's arguments; nothing for a decoder."""
-    blank = ModelConfig("", 1, 1, 1, 1, 1, 1)
     table = [*_BLOCKS, *(RELATIVE if config.relative_attention_num_buckets is not None else ())]
-    rendered = render_fields(
-        [entry for entry in table if getattr(config, entry.hub) != getattr(blank, entry.hub)], config
-    )
+    rendered = render_changed(table, config)
     if any(getattr(config, entry.hub) for entry in HEADS):
         rendered |= render_fields(HEADS, config)
     if config.vision_model_type is not None:

@@ -13,7 +13,7 @@ _LARGEST = 1 << 40
 _MOST_LAYERS = 10_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # ``ModelConfig`` has its own
 class EncoderConfig:
     """What encoders, encoder-decoders and vision transformers have.
 

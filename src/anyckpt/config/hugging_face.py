@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from anyckpt.config.model import PART_OF, Field, ModelConfig, Reader, check, render_fields, vocabulary_divisor
+from anyckpt.config.fields import Field
+from anyckpt.config.model import PART_OF, ModelConfig, check, vocabulary_divisor
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, Spellings
-from anyckpt.config.windows import window_length
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 
@@ -49,7 +50,6 @@ ACTIVATIONS = {
 SPELLED = {hub: name for name, hub in reversed(ACTIVATIONS.items())}
 
 _ATTENTION_BIAS = "attention_bias"
-_LOCAL_BASE = "rope_local_base_freq"
 _HANDLED = {
     "architectures",
     "model_type",
@@ -180,9 +180,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
     known = family.hugging_face
     fields = reader.fields(known.fields, known.class_defaults)
     base, scaling, percent = _rope(reader, known) if is_rotary(family) else (10000.0, None, 1.0)
-    keys = {entry.key for entry in known.fields} | _HANDLED | known.constants.keys() | known.keys
-    keys |= {key for entry in known.fields for key in entry.aliases}
-    keys |= {known.activation_key or "", known.rotary_base_key, known.rotary_percent_key}
+    keys = known.handled | _HANDLED | {known.activation_key or "", known.rotary_base_key, known.rotary_percent_key}
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -205,8 +203,8 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             "rotary_base": base,
             "rotary_percent": percent,
             "rope_scaling": scaling,
-            "window_size": _window(reader, known),
             "dtype": _dtype(config),
+            **reader.fields(known.codecs, known.class_defaults, known=fields),
             **known.read(reader, fields),
             "extra": {
                 "hf": {key: value for key, value in config.items() if key not in keys},
@@ -253,7 +251,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         **({"use_cache": True} if has_vocabulary else {}),
         **config.extra.get("hf", {}),
         **known.constants,
-        **{key: value for key, value in render_fields(known.fields, config).items() if _is_sayable(key, value)},
+        **_render_fields(known.fields, config),
         "architectures": [known.architectures[0]],
         "model_type": known.model_types[0],
     }
@@ -265,11 +263,13 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         rendered["dtype"] = rendered["torch_dtype"] = config.dtype
     if known.attention_bias is not None and ("mlp_bias" in keys or config.add_bias_linear):
         rendered[_ATTENTION_BIAS] = config.add_bias_linear or config.add_qkv_bias
-    _render_window(family, config, rendered, notes)
+    _check_window(family, config)
+    for row in known.codecs:
+        rendered |= row.write(config, notes)
     rendered |= known.write(config, notes)
     if config.eos_token_id is None and "eos_token_id" in keys and "hf" not in config.extra:
         notes.append("which token ends a text is not recorded: set eos_token_id in config.json before generating")
-    if config.hidden_dropout and not any(entry.hub == "hidden_dropout" for entry in known.fields):
+    if config.hidden_dropout and "hidden_dropout" not in known.said:
         notes.append(f"hidden_dropout {config.hidden_dropout} has no place in a {known.model_types[0]} config.json")
     return rendered
 
@@ -287,6 +287,8 @@ def _render_rope(family: Spellings, config: ModelConfig) -> dict[str, Any]:
         known.rotary_base_key: config.rotary_base,
         "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
     }
+    if not config.rope_scaling and known.rope_scaling is not None:  # null would be that
+        rendered["rope_scaling"] = {"rope_type": "default"}
     if config.rotary_percent != 1.0 or known.rotary_percent != 1.0:
         rendered[known.rotary_percent_key] = rope["partial_rotary_factor"] = config.rotary_percent
     return {**rendered, "rope_parameters": rope}
@@ -319,10 +321,13 @@ def _head_width(fields: Mapping[str, Any]) -> int | None:
 def _check_heads(family: Spellings, config: ModelConfig) -> None:
     """A class that has no key for a head's width or for key heads derives them."""
     known = family.hugging_face
-    said = {entry.hub for entry in known.fields}
-    derived = {} if "head_dim" in known.keys else {"kv_channels": config.hidden_size // config.num_attention_heads}
-    if not known.keys & {"multi_query", "num_kv_heads"}:
-        derived["num_query_groups"] = config.num_attention_heads
+    said = known.said
+    if known.keys & {"multi_query", "num_kv_heads"}:
+        said.add("num_query_groups")
+    derived = {
+        "kv_channels": config.hidden_size // config.num_attention_heads,
+        "num_query_groups": config.num_attention_heads,
+    }
     for name, value in derived.items():
         if "num_attention_heads" in said and name not in said and getattr(config, name) != value:
             raise MappingError(
@@ -333,9 +338,14 @@ def _check_heads(family: Spellings, config: ModelConfig) -> None:
             )
 
 
-def _is_sayable(key: str, value: Any) -> bool:
-    """Null is a value for token ids; for any other key it would replace the class's default by nothing."""
-    return value is not None or key.endswith("_token_id")
+def _render_fields(table: Iterable[Field], config: ModelConfig) -> dict[str, Any]:
+    """Null is a value for token ids; for most other keys it would replace the class's default by nothing."""
+    return {
+        key: value
+        for row in table
+        for key, value in row.write(config, []).items()
+        if value is not None or row.null or key.endswith("_token_id")
+    }
 
 
 def surplus(config: ModelConfig) -> list[str]:
@@ -350,7 +360,7 @@ def surplus(config: ModelConfig) -> list[str]:
 def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | None, float]:
     """Base, scaling and rotated fraction of a head, from either spelling; 5.x's is the stronger one."""
     stated = reader.mapping("rope_parameters")
-    if _LOCAL_BASE in known.keys:  # theta of windowed layers, which the family reads itself
+    if "rotary_base_local" in known.said:  # theta of windowed layers, which they read
         stated = Reader(stated, "config.json's rope_parameters").mapping("full_attention")
     parameters = Reader(stated, "config.json's rope_parameters")
     old = reader.mapping("rope_scaling")
@@ -369,45 +379,30 @@ def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | N
             found=", ".join(map(str, scaling)),
         )
     result = None if kind == "default" else {"rope_type": kind, **scaling}
+    if not reader.values.keys() & {"rope_parameters", "rope_scaling"} and known.rope_scaling is not None:
+        result = dict(known.rope_scaling)
     return base, result, percent or known.rotary_percent
 
 
-def _window(reader: Reader, known: HuggingFace) -> tuple[int, int] | None:
-    """Megatron's window: transformers counts the token itself, Megatron does not."""
-    if not known.windowed:
-        return None
-    stated = "sliding_window" in reader.values
-    length = reader.integer("sliding_window") if stated else known.class_defaults.get("sliding_window")
-    if length is None:
-        return None
-    if length < 1:
-        raise MappingError("config.json's sliding_window is not possible", expected="a positive length", found=length)
-    return length - 1, 0
-
-
-def _render_window(family: Spellings, config: ModelConfig, rendered: dict[str, Any], notes: list[str]) -> None:
-    windowed = family.hugging_face.windowed
-    if "sliding_window" in family.hugging_face.keys:
+def _check_window(family: Spellings, config: ModelConfig) -> None:
+    known = family.hugging_face
+    said = known.said
+    if config.window_size is None or "window_attn_skip_freq" in said:
         return
-    if config.window_size is None:
-        if windowed:
-            rendered["sliding_window"] = None
-        return
-    if not windowed:
+    if "window_size" not in said:
         raise MappingError(
-            f"transformers' {family.hugging_face.architectures[0]} has no such attention window",
+            f"transformers' {known.architectures[0]} has no such attention window",
             expected="none",
             found=config.window_size,
             remedy="choose the family with --family",
         )
     if config.window_attn_skip_freq is not None:
         raise MappingError(
-            f"transformers' {family.hugging_face.architectures[0]} has the window in every layer",
+            f"transformers' {known.architectures[0]} has the window in every layer",
             expected="no window_attn_skip_freq",
             found=config.window_attn_skip_freq,
             remedy="choose the family with --family",
         )
-    rendered["sliding_window"] = window_length(config, notes)
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:

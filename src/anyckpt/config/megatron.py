@@ -7,19 +7,10 @@ from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.config.encoder_keys import parse_encoders, render_encoders, stack_sizes
-from anyckpt.config.model import (
-    OPTIONAL,
-    Field,
-    ModelConfig,
-    Reader,
-    check,
-    four_widths,
-    render_fields,
-    render_optional,
-    share_of_a_head,
-    whole,
-)
+from anyckpt.config.fields import OPTIONAL, Field, four_widths, render_changed, render_fields, share_of_a_head
+from anyckpt.config.model import ModelConfig, check, whole
 from anyckpt.config.other_targets import other_targets
+from anyckpt.config.reader import Reader
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError
@@ -141,7 +132,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         )
     arguments: dict[str, Any] = {
         **render_fields((*_SIZES, *_OTHERS), config),
-        **render_optional(config),
+        **render_changed(OPTIONAL, config),
         "padded_vocab_size": config.rows,
         "rotary_base": whole(config.rotary_base),
         "seq_length": config.max_position_embeddings,

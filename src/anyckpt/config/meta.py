@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from anyckpt.config.meta_names import EMBEDDING, HEAD, meta_name
-from anyckpt.config.model import ModelConfig, Reader, check, vocabulary_divisor, whole
+from anyckpt.config.model import ModelConfig, check, vocabulary_divisor, whole
+from anyckpt.config.reader import Reader
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError

@@ -1,14 +1,9 @@
-"""The hub's model configuration, and how its fields are looked up in the spellings of the frameworks.
-
-Field names are Megatron-Core's.  Each framework's spelling is a table of ``Field`` (``hugging_face``, ``nemo1``,
-``megatron``), read one way to parse and the other to render; what is no one-to-one field (rope, activation,
-sliding window, vocabulary) is a function beside the table.
-"""
+"""The hub's model configuration, in Megatron-Core's words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +13,7 @@ from anyckpt.errors import MappingError
 
 Tokens = int | tuple[int, ...] | None
 
-_LARGEST = 1 << 40  # no size in a model is near it; beyond it, arithmetic on a hostile file is the attack
+LARGEST = 1 << 40  # no size in a model is near it; beyond it, arithmetic on a hostile file is the attack
 _MOST_LAYERS = 10_000
 
 
@@ -184,7 +179,7 @@ def check(config: ModelConfig) -> ModelConfig:
         "kv_channels",
     ):
         value = getattr(config, name)
-        if not 0 < value < _LARGEST:
+        if not 0 < value < LARGEST:
             raise MappingError(f"the configuration's {name} is not possible", expected="a positive size", found=value)
     if config.num_layers > _MOST_LAYERS:
         raise MappingError(
@@ -206,7 +201,7 @@ def check(config: ModelConfig) -> ModelConfig:
         )
     for name in ("vocab_size", "padded_vocab_size", "max_position_embeddings"):
         value = getattr(config, name)
-        if value is not None and not 0 < value < _LARGEST:
+        if value is not None and not 0 < value < LARGEST:
             raise MappingError(f"the configuration's {name} is not possible", expected="a positive size", found=value)
     if config.make_vocab_size_divisible_by < 1:
         raise MappingError(
@@ -217,214 +212,6 @@ def check(config: ModelConfig) -> ModelConfig:
     check_blocks(config, config.num_layers)
     check_encoders(config)
     return config
-
-
-# -- looking fields up ---------------------------------------------------------------------------------------
-
-
-class _Required:
-    """Marks a field that a configuration must have."""
-
-
-REQUIRED = _Required()
-
-
-def four_widths(found: Mapping[str, Any]) -> int | None:
-    """Megatron's default of ``ffn_hidden_size``."""
-    hidden: int | None = found["hidden_size"]
-    return None if hidden is None else 4 * hidden
-
-
-def share_of_a_head(found: Mapping[str, Any]) -> int | None:
-    """Megatron's default of ``kv_channels``."""
-    hidden, heads = found["hidden_size"], found["num_attention_heads"]
-    return None if hidden is None or heads is None else hidden // max(1, heads)
-
-
-def as_many_as_heads(found: Mapping[str, Any]) -> int | None:
-    """Megatron's default of ``num_query_groups``."""
-    heads: int | None = found["num_attention_heads"]
-    return heads
-
-
-@dataclass(frozen=True)
-class Field:
-    """A one-to-one correspondence between a hub field and a key of a framework's configuration.
-
-    Attributes:
-        hub: field of ``ModelConfig``.
-        key: the framework's key; written under it.
-        reader: from ``Reader``'s methods: ``integer``, ``number``, ``flag``, ``text`` or ``tokens``.
-        default: what it means that the key is absent or null; ``REQUIRED``, a value, or a function of the fields
-            parsed so far (tables are read in order), of which required ones may be None.
-        aliases: further spellings that are read.
-    """
-
-    hub: str
-    key: str
-    reader: str = "integer"
-    default: Any = REQUIRED
-    aliases: tuple[str, ...] = ()
-
-
-class Reader:
-    """A configuration from a file, looked up with typed and checked methods; every error names the key.
-
-    Args:
-        values: the configuration.
-        what: what to call it in a message.
-    """
-
-    def __init__(self, values: Mapping[str, Any], what: str) -> None:
-        self.values = values
-        self.what = what
-
-    def fields(self, table: Iterable[Field], defaults: Mapping[str, Any], *, complete: bool = True) -> dict[str, Any]:
-        """Hub fields from a table.
-
-        Args:
-            table: the correspondence.
-            defaults: by key, what its absence means in this model's class; stronger than the table's defaults.
-            complete: refuse a configuration without a required key; else its field is None.
-
-        Raises:
-            MappingError: a required key is absent or a value is not of its type.
-        """
-        found: dict[str, Any] = {}
-        for entry in table:
-            value = self.read(entry, defaults)
-            if value is None and entry.default is REQUIRED:
-                if complete:
-                    self.require((entry,), {entry.hub: None})
-            elif value is None:
-                value = entry.default(found) if callable(entry.default) else entry.default
-            found[entry.hub] = value
-        return found
-
-    def require(self, table: Iterable[Field], found: Mapping[str, Any]) -> None:
-        """Raise MappingError if a required field of the table is not among those found."""
-        for entry in table:
-            if entry.default is REQUIRED and found[entry.hub] is None:
-                raise MappingError(
-                    f"the {self.what} has no {entry.key}", remedy="give a complete configuration with --config"
-                )
-
-    def read(self, entry: Field, defaults: Mapping[str, Any]) -> Any:
-        """One field's value, or None if its key is absent or null and the defaults do not have it."""
-        reader: Callable[[str], Any] = getattr(self, entry.reader)
-        for key in (entry.key, *entry.aliases):
-            if self.values.get(key) is not None:
-                return reader(key)
-        if entry.key in self.values and entry.key in defaults and entry.default is None:
-            return None  # an explicit null, where null means something
-        return defaults.get(entry.key)
-
-    def integer(self, key: str) -> int | None:
-        value = self.values.get(key)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if value is None or (type(value) is int and abs(value) < _LARGEST):
-            return value
-        raise self._wrong(key, "a whole number")
-
-    def number(self, key: str) -> float | None:
-        value = self.values.get(key)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text
-            try:
-                value = float(value)
-            except ValueError:
-                raise self._wrong(key, "a number") from None
-        if value is None:
-            return None
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
-            return float(value)
-        raise self._wrong(key, "a finite number")
-
-    def flag(self, key: str) -> bool | None:
-        value = self.values.get(key)
-        if value is None or isinstance(value, bool):
-            return value
-        raise self._wrong(key, "true or false")
-
-    def text(self, key: str) -> str | None:
-        value = self.values.get(key)
-        if value is None or isinstance(value, str):
-            return value
-        raise self._wrong(key, "text")
-
-    def mapping(self, key: str) -> Mapping[str, Any]:
-        value = self.values.get(key)
-        if value is None:
-            return {}
-        if isinstance(value, Mapping):
-            return value
-        raise self._wrong(key, "a mapping")
-
-    def tokens(self, key: str) -> Tokens:
-        value = self.values.get(key)
-        several = value if isinstance(value, (list, tuple)) else [value]
-        if value is None or all(type(token) is int and abs(token) < _LARGEST for token in several):
-            return tuple(value) if isinstance(value, (list, tuple)) else value
-        raise self._wrong(key, "a token id or several")
-
-    def frequency(self, key: str) -> int | tuple[int, ...] | None:
-        value = self.values.get(key)
-        if value is None or (type(value) is int and abs(value) < _LARGEST):
-            return value
-        if isinstance(value, (list, tuple)) and all(type(number) is int and number in (0, 1) for number in value):
-            return tuple(value)
-        raise self._wrong(key, "a whole number, or 0 or 1 for each layer")
-
-    def pair(self, key: str) -> tuple[int, int] | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if (
-            isinstance(value, (list, tuple))
-            and len(value) == 2
-            and all(type(n) is int and abs(n) < _LARGEST for n in value)
-        ):
-            return value[0], value[1]
-        raise self._wrong(key, "two whole numbers")
-
-    def features(self) -> dict[str, Any]:
-        """What of ``FEATURES`` is on."""
-        return {key: self.values[key] for key in FEATURES if self.values.get(key)}
-
-    def _wrong(self, key: str, expected: str) -> MappingError:
-        return MappingError(
-            f"the {self.what}'s {key} is of the wrong type", expected=expected, found=repr(self.values[key])[:80]
-        )
-
-
-OPTIONAL = (
-    Field("window_attn_skip_freq", "window_attn_skip_freq", "frequency", None),
-    Field("rotary_base_local", "rotary_base_local", "number", None),
-    Field("query_pre_attn_scalar", "query_pre_attn_scalar", "number", None),
-    Field("attn_logit_softcapping", "attn_logit_softcapping", "number", None),
-    Field("final_logit_softcapping", "final_logit_softcapping", "number", None),
-    Field("parallel_residual", "parallel_residual", "flag", False),
-    Field("shared_layernorm", "shared_layernorm", "flag", False),
-)
-"""Fields that few families have, which Megatron's arguments and NeMo 1 are told only where they say something.
-
-They are ours there: Megatron-LM and NeMo 1 ignore them, and a family's ``caveats`` say so.
-"""
-
-
-def render_optional(config: ModelConfig) -> dict[str, Any]:
-    """Those of ``OPTIONAL`` that are not at their defaults."""
-    rendered = render_fields(OPTIONAL, config)
-    return {entry.key: rendered[entry.key] for entry in OPTIONAL if getattr(config, entry.hub) != entry.default}
-
-
-def render_fields(table: Iterable[Field], config: ModelConfig) -> dict[str, Any]:
-    """A framework's keys and values from a table; tuples become lists."""
-    rendered: dict[str, Any] = {}
-    for entry in table:
-        value = getattr(config, entry.hub)
-        rendered[entry.key] = list(value) if isinstance(value, tuple) else value
-    return rendered
 
 
 def whole(value: float) -> int | float:

@@ -18,10 +18,12 @@ from anyckpt.config.encoder_keys import (
     stack_sizes,
     with_encoder,
 )
+from anyckpt.config.fields import OPTIONAL, Field, render_changed, render_fields
 from anyckpt.config.megatron import has_own_modules
-from anyckpt.config.model import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, render_optional, whole
+from anyckpt.config.model import ModelConfig, check, whole
 from anyckpt.config.nemo_fields import SHARED, SIZES
 from anyckpt.config.other_targets import other_targets
+from anyckpt.config.reader import Reader
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError
@@ -171,7 +173,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         "override_vocab_size": config.rows,
         "normalization": norms[config.normalization, config.layernorm_zero_centered_gamma],
         "activation": activation,
-        **render_optional(config),
+        **render_changed(OPTIONAL, config),
         "use_scaled_init_method": True,
         "ffn_dropout": 0.0,
         "apply_query_key_layer_scaling": False,

@@ -11,9 +11,11 @@ from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.config.eight_bit import EXTRA, from_nemo2
-from anyckpt.config.model import OPTIONAL, Field, ModelConfig, Reader, check, render_fields, whole
+from anyckpt.config.fields import OPTIONAL, Field, render_fields
+from anyckpt.config.model import ModelConfig, check, whole
 from anyckpt.config.nemo_fields import SHARED, SIZES
 from anyckpt.config.other_targets import other_targets
+from anyckpt.config.reader import Reader
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import NeMo2, Spellings
 from anyckpt.errors import MappingError
@@ -66,11 +68,12 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
     known = family.nemo2 or NeMo2("", "", ("LlamaConfig",), lambda config: "")
     defaults = known.class_defaults(nemo2_class(config) or "")
     table = (*_FIELDS, *OPTIONAL[:1], *known.fields)
-    fields = reader.fields([entry for entry in table if entry.hub not in known.own], defaults)
+    own = known.own.union(*(row.hubs for row in known.codecs))
+    fields = reader.fields([entry for entry in table if entry.hub not in own], defaults)
     fields |= block_sizes(reader, defaults, fields)
     fields |= parse_blocks(reader, defaults, fields)
     yarn = parse_yarn(reader, defaults, fields)
-    window = None if "window_size" in known.own else _window(reader, defaults)
+    window = None if "window_size" in own else _window(reader, defaults)
     factors = {key: reader.number(key) or defaults[key] for key in _LLAMA31 if key in defaults}
     if _CORES_SCALING in defaults:
         stated = reader.flag(_CORES_SCALING)
@@ -87,6 +90,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
                 "rope_scaling": yarn or from_factors(factors, reader.number("seq_len_interpolation_factor")),
                 "dtype": _dtype(reader),
                 "extra": {"features": reader.features(), EXTRA: from_nemo2(reader.values)},
+                **reader.fields(known.codecs, defaults, known=fields),
                 **known.read(reader, defaults),
             }
         )
@@ -147,7 +151,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         notes.append(
             f"NeMo 2 has no field for the true vocabulary of {config.vocab_size}: on the way back the tokenizer says it"
         )
-    rendered |= family.nemo2.write(config)
+    rendered |= {**render_fields(family.nemo2.codecs, config), **family.nemo2.write(config)}
     rendered = {key: value for key, value in rendered.items() if key not in family.nemo2.without}
     return {"_target_": f"{family.nemo2.module}.{family.nemo2.model}", "config": rendered}
 
@@ -159,7 +163,8 @@ def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | No
 
 def _check_has(family: Spellings, config: ModelConfig) -> None:
     """What few families have must be in the family's classes."""
-    known = set() if family.nemo2 is None else {entry.hub for entry in family.nemo2.fields} | family.nemo2.own
+    nemo2 = family.nemo2
+    known = set() if nemo2 is None else nemo2.own.union(*(row.hubs for row in (*nemo2.fields, *nemo2.codecs)))
     for entry in OPTIONAL[1:]:
         value = getattr(config, entry.hub)
         if entry.hub not in known and value != entry.default:

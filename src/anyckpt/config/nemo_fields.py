@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyckpt.config.model import Field, as_many_as_heads, four_widths, share_of_a_head
+from anyckpt.config.fields import Field, as_many_as_heads, four_widths, share_of_a_head
 
 SIZES = (
     Field("num_layers", "num_layers"),

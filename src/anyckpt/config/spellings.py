@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from anyckpt.config.defaults import is_known, of_class
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.meta_names import MetaNames
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,24 @@ class HuggingFace:
         defaults: by key, what the configuration class takes where ``config.json`` has no such key; None for those of
             transformers' class (``class_defaults`` has them).
         defaults_of: the ``model_type`` of that class; None for the first of ``model_types``.
-        fields: the one-to-one keys, ``config_hf.COMMON`` and the family's own.
+        fields: the one-to-one keys, ``hugging_face.COMMON`` and the family's own.
+        codecs: what says fields in other ways: read after ``fields`` and what all families have in common (rope,
+            activation, element type), and stronger than these.
         constants: keys that are written as they are.
         expected: by key, the only value that the family can have; absent and null are it.
         activations: hub activation -> spelling, where it is not the usual one.
-        windowed: every layer's attention has the window that ``sliding_window`` says, if it says one.
         misspelled: spelling -> hub activation, where the family means something else by it.
         rotary_base_key: key of theta in 4.x.
         rotary_base: what it is where no key says.
+        rope_scaling: scaling of rope where no key says; None for none.
         rotary_percent_key: key of the rotated fraction of a head in 4.x.
         rotary_percent: what it is where no key says.
         attention_bias: what ``attention_bias`` is where the key is absent; None if the family has no such key.
         activation_key: key of the MLP's activation; None if it is none of the configuration's.
-        read: hub fields that are no one-to-one keys, from the configuration and the fields parsed so far; stronger
-            than both the table and the traits.
+        read: hub fields that no codec can say, from the configuration and the fields parsed so far; stronger than
+            both tables and the traits.
         write: the keys of ``read``, from the model; notes are appended to the list.
-        keys: names of these keys.
+        keys: names of these keys, and of others that say nothing of the model.
         variants: other spellings under which tensors are stored.
         prefix: what names begin with, but those of the head, where a class has one.
         headless: whether the class written has no head, so that names are written without ``prefix``.
@@ -78,15 +83,16 @@ class HuggingFace:
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
     fields: tuple[Field, ...]
+    codecs: tuple[Codec, ...] = ()
     defaults: Mapping[str, Any] | None = None
     defaults_of: str | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     expected: Mapping[str, Any] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
-    windowed: bool = False
     misspelled: Mapping[str, str] = field(default_factory=dict)
     rotary_base_key: str = "rope_theta"
     rotary_base: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
     rotary_percent_key: str = "partial_rotary_factor"
     rotary_percent: float = 1.0
     attention_bias: bool | None = False
@@ -112,6 +118,16 @@ class HuggingFace:
             return self.defaults
         return of_class("transformers", self.defaults_of or "")
 
+    @cached_property
+    def handled(self) -> set[str]:
+        """Every key that the family's tables and functions look after."""
+        return {key for row in (*self.fields, *self.codecs) for key in row.keys} | self.constants.keys() | self.keys
+
+    @cached_property
+    def said(self) -> set[str]:
+        """Every hub field that its tables read."""
+        return {hub for row in (*self.fields, *self.codecs) for hub in row.hubs}
+
 
 @dataclass(frozen=True)
 class NeMo2:
@@ -125,9 +141,10 @@ class NeMo2:
         implied: by key, what the classes are that have no such fields.
         choose: name of the configuration class to write.
         fields: one-to-one fields of these classes beyond NeMo's common ones.
+        codecs: what says hub fields in other ways; stronger than what all classes have in common.
         own: names of common hub fields that ``read`` gives, because these classes spell them in another way.
-        read: hub fields that are no one-to-one fields, from the configuration and the class's defaults.
-        write: fields that are no one-to-one fields; they replace what is written otherwise.
+        read: hub fields that no codec can say, from the configuration and the class's defaults.
+        write: fields that no codec can say; they replace what is written otherwise.
         without: fields that NeMo 2's other classes have and these have not.
     """
 
@@ -137,6 +154,7 @@ class NeMo2:
     choose: Callable[[ModelConfig], str]
     implied: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
+    codecs: tuple[Codec, ...] = ()
     own: frozenset[str] = frozenset()
     read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, defaults: {})
     write: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})

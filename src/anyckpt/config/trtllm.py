@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.config import hugging_face
-from anyckpt.config.model import ModelConfig, Reader
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import Spellings, TrtLlm
 from anyckpt.errors import MappingError
 

@@ -6,10 +6,13 @@ names every layer; older files have a rule in the family's code instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.config.model import ModelConfig, Reader
+from anyckpt.config.fields import Codec
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.errors import MappingError
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -25,41 +28,151 @@ def windowed_layers(config: ModelConfig) -> list[bool]:
     return [every is None or (layer + 1) % every != 0 for layer in range(config.num_layers)]
 
 
-def read_window(reader: Reader, length: int | None, usual: Sequence[bool]) -> dict[str, Any]:
-    """The hub's ``window_size`` and ``window_attn_skip_freq`` from a ``config.json``.
+class Layers:
+    """Which layers have the window where ``layer_types`` does not say: as the code of a class has it."""
 
-    Args:
-        reader: the configuration.
-        length: its ``sliding_window``, which counts the token itself; None if there is none.
-        usual: for each layer, whether the family gives it the window where ``layer_types`` does not say.
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys that say it, but for those that a ``config.json`` keeps whatever becomes of the window."""
+        return ()
 
-    Raises:
-        MappingError: the length is not positive, or ``layer_types`` is not that of the model.
+    def read(self, reader: Reader, layers: int) -> list[bool] | None:
+        """For each layer whether it has; None if no layer has."""
+        return [True] * layers
+
+    def write(self, config: ModelConfig, layers: Sequence[bool]) -> Mapping[str, Any]:
+        """What says these layers besides ``layer_types``."""
+        return {}
+
+
+@dataclass(eq=False, repr=False, match_args=False)
+class AllBut(Layers):
+    """All layers but every n-th.
+
+    Attributes:
+        every: n, counted from 1.
+        spellings: keys that say another; the first is written where it is another.
     """
-    layers = _layer_types(reader, len(usual)) or list(usual)
-    if length is None or not any(layers):
-        return {"window_size": None, "window_attn_skip_freq": None}
+
+    every: int
+    spellings: tuple[str, ...] = ()
+
+    def read(self, reader: Reader, layers: int) -> list[bool] | None:
+        every = next((number for key in self.spellings if (number := reader.integer(key))), self.every)
+        return [(layer + 1) % every != 0 for layer in range(layers)]
+
+    def write(self, config: ModelConfig, layers: Sequence[bool]) -> Mapping[str, Any]:
+        every = config.window_attn_skip_freq
+        return {self.spellings[0]: every} if self.spellings and isinstance(every, int) and every != self.every else {}
+
+
+@dataclass(eq=False, repr=False, match_args=False)
+class From(Layers):
+    """Layers from one on, if windows are switched on.
+
+    Attributes:
+        key: of the first layer, counted from 0.
+        default: which it is where no key says.
+        switch: key that switches windows on.
+    """
+
+    key: str
+    default: int
+    switch: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.switch,)
+
+    def read(self, reader: Reader, layers: int) -> list[bool] | None:
+        first = reader.integer(self.key)
+        first = self.default if first is None else first
+        return [layer >= first for layer in range(layers)] if reader.flag(self.switch) else None
+
+    def write(self, config: ModelConfig, layers: Sequence[bool]) -> Mapping[str, Any]:
+        on = any(layers)
+        return {self.switch: on, **({self.key: list(layers).index(True)} if on else {})}
+
+
+@dataclass(eq=False, repr=False, match_args=False)
+class Window(Codec):
+    """The window that every layer has, if a model has one.
+
+    Attributes:
+        key: of its length, which counts the token itself.
+        unset: what is written of a model without one; where it is a number, null means what the class's default is.
+    """
+
+    key: str = "sliding_window"
+    unset: int | None = None
+
+    hubs = ("window_size",)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        length = reader.integer(self.key)
+        if length is None and (self.key not in reader.values or self.unset is not None):
+            length = defaults.get(self.key)
+        return {"window_size": None if length is None else _before(length, self.key)}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        return {self.key: self.unset if config.window_size is None else window_length(config, notes)}
+
+
+@dataclass(eq=False, repr=False, match_args=False)
+class LayerWindow(Codec):
+    """The window of some layers: ``sliding_window`` and ``layer_types``.
+
+    Attributes:
+        layers: which layers have it where ``layer_types`` does not say.
+        unset: length to write where no layer has it, for classes that build the window's mask for any model.
+        within: ``model_type`` and class of the models whose ``layer_types`` count, where the family's other models
+            have the window in every layer; None if all count.
+    """
+
+    layers: Layers
+    unset: int | None = None
+    within: tuple[str, str] | None = None
+
+    hubs = ("window_size", "window_attn_skip_freq")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("sliding_window", "layer_types", *self.layers.keys)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        length = reader.integer("sliding_window")
+        if "sliding_window" not in reader.values:
+            length = defaults.get("sliding_window")
+        count = min(max(0, found["num_layers"]), 10_000)
+        usual = self.layers.read(reader, count)
+        counted = self.within is None or reader.values.get("model_type") == self.within[0]
+        layers = (_layer_types(reader, count) if counted else None) or usual or []
+        if length is None or usual is None or not any(layers):
+            return dict.fromkeys(self.hubs)
+        return {"window_size": _before(length, "sliding_window"), "window_attn_skip_freq": _frequency(layers)}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        layers = windowed_layers(config)
+        length: dict[str, Any] = {
+            "sliding_window": self.unset if config.window_size is None else window_length(config, notes)
+        }
+        if self.within is not None:
+            if config.window_size is None or config.window_attn_skip_freq is None:
+                return length
+            length |= {"model_type": self.within[0], "architectures": [self.within[1]]}
+        types = [_SLIDING if layer else _FULL for layer in layers]
+        return {**length, "layer_types": types, **self.layers.write(config, layers)}
+
+
+def _before(length: int, key: str) -> tuple[int, int]:
+    """Megatron's window of a length that counts the token itself."""
     if length < 1:
-        raise MappingError("config.json's sliding_window is not possible", expected="a positive length", found=length)
-    return {"window_size": (length - 1, 0), "window_attn_skip_freq": _frequency(layers)}
-
-
-def write_window(config: ModelConfig, notes: list[str], length: int | None = None) -> dict[str, Any]:
-    """``sliding_window`` and ``layer_types``.
-
-    Args:
-        config: the model.
-        notes: what a user should know is appended.
-        length: what to write where no layer has a window; classes that build the window's mask for any model need one.
-
-    Raises:
-        MappingError: transformers has no such window.
-    """
-    layers = windowed_layers(config)
-    return {
-        "sliding_window": length if config.window_size is None else window_length(config, notes),
-        "layer_types": [_SLIDING if layer else _FULL for layer in layers],
-    }
+        raise MappingError(f"config.json's {key} is not possible", expected="a positive length", found=length)
+    return length - 1, 0
 
 
 def window_length(config: ModelConfig, notes: list[str]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout
-from anyckpt.config.model import Reader
+from anyckpt.config.reader import Reader
 from anyckpt.errors import MappingError
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.geometry import Parallelism

@@ -11,15 +11,15 @@ apart by the vocabulary, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from anyckpt.config.codecs import Present, Written, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families.parts import decoder
-from anyckpt.models.families.parts.apart import remote_code
+from anyckpt.models.families.parts.apart import RemoteCode
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
 from anyckpt.models.language.rules import Rule
@@ -31,7 +31,7 @@ _CLASSES = {
     "AutoConfig": "configuration_baichuan.BaichuanConfig",
     "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
 }
-_LENGTH = "model_max_length"
+_OTHERS = ("num_key_value_heads", "head_dim", "attention_dropout", "max_position_embeddings")
 
 
 def has_unit_head(config: ModelConfig) -> bool:
@@ -44,22 +44,6 @@ def _packed(rule: Rule) -> Rule:
     if rule.hub.endswith("linear_qkv.weight"):
         return replace(rule, source=_PACKED, operation=CONCATENATED_QKV)
     return replace(rule, operation=UnitRows(has_unit_head)) if rule.hub == "output_layer.weight" else rule
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The code of 13B knows no ``max_position_embeddings``, for alibi has no longest sequence."""
-    if found["max_position_embeddings"] is not None:
-        return {"position_embedding_type": "rope"}
-    return {"position_embedding_type": "alibi", "max_position_embeddings": reader.integer(_LENGTH)}
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    written = dict(remote_code(config, notes, "baichuan-inc/Baichuan2-7B-Base (or 13B)", _CLASSES))
-    if config.max_position_embeddings is not None:
-        written[_LENGTH] = config.max_position_embeddings
-    if config.position_embedding_type == "alibi":
-        written["max_position_embeddings"] = None
-    return written
 
 
 FAMILY = Family(
@@ -89,13 +73,17 @@ FAMILY = Family(
             "pad_token_id": 0,
         },
         fields=(
-            *(entry for entry in COMMON if entry.key not in ("num_key_value_heads", "head_dim", "attention_dropout")),
+            *(entry for entry in COMMON if entry.key not in _OTHERS),
+            Field("max_position_embeddings", "max_position_embeddings", default=None, aliases=("model_max_length",)),
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
         ),
         attention_bias=None,
-        read=_read,
-        write=_write,
-        keys=frozenset({_LENGTH}),
+        codecs=(
+            Written({"model_max_length": same_as("max_position_embeddings")}),
+            # the code of 13B knows no max_position_embeddings, for alibi has no longest sequence
+            Present("position_embedding_type", "max_position_embeddings", there="rope", absent="alibi"),
+            RemoteCode("baichuan-inc/Baichuan2-7B-Base (or 13B)", _CLASSES),
+        ),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.baichuan",

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.codecs import Words, same_as
+from anyckpt.config.fields import Field, as_many_as_heads
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
-from anyckpt.models.families.parts.apart import remote_code
+from anyckpt.models.families.parts.apart import RemoteCode
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
 from anyckpt.models.language.rules import Rule
@@ -23,6 +26,7 @@ from anyckpt.models.language.rules import Rule
 _LAYER = "transformer.encoder.layers.*"
 _HUB = "decoder.layers.*"
 _BASE = 10000.0
+_GROUPS = {False: as_many_as_heads, True: same_as("num_query_groups")}
 _SECOND = "chatglm2"
 _EXPECTED = {"rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False}
 _MODEL = "modeling_chatglm.ChatGLMForConditionalGeneration"
@@ -53,7 +57,7 @@ RULES = (
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Query groups and rope."""
+    """Rope."""
     if reader.integer("pre_seq_len") or reader.integer("quantization_bit"):
         raise MappingError(
             "config.json is of a model with a prefix encoder or packed weights", expected="neither pre_seq_len nor "
@@ -61,17 +65,13 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
         )  # fmt: skip
     ratio = reader.number("rope_ratio") or 1.0
     interpolated = _SECOND in (reader.text("_name_or_path") or "").lower() and ratio != 1
-    grouped = reader.flag("multi_query_attention")
     return {
-        "num_query_groups": found["num_query_groups"] if grouped else found["num_attention_heads"],
         "rotary_base": _BASE if interpolated else _BASE * ratio,
         "rope_scaling": {"rope_type": "linear", "factor": ratio} if interpolated else None,
     }
 
 
 def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    written = dict(remote_code(config, notes, "zai-org/chatglm3-6b", _CLASSES))
-    written["multi_query_attention"] = config.num_query_groups != config.num_attention_heads
     scaling = config.rope_scaling
     if scaling is not None and (scaling.get("rope_type") != "linear" or config.rotary_base != _BASE):
         raise MappingError(
@@ -80,8 +80,8 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
         )  # fmt: skip
     if scaling is not None:
         name = config.extra.get("hf", {}).get("_name_or_path") or ""
-        return {**written, "rope_ratio": scaling["factor"], "_name_or_path": name or "zai-org/chatglm2-6b-32k"}
-    return written if config.rotary_base == _BASE else {**written, "rope_ratio": config.rotary_base / _BASE}
+        return {"rope_ratio": scaling["factor"], "_name_or_path": name or "zai-org/chatglm2-6b-32k"}
+    return {} if config.rotary_base == _BASE else {"rope_ratio": config.rotary_base / _BASE}
 
 
 NEMO2_CONFIGS = ("ChatGLMConfig", "ChatGLM2Config6B", "ChatGLM3Config6B")
@@ -134,9 +134,13 @@ FAMILY = Family(
         rotary_percent=0.5,
         attention_bias=None,
         activation_key=None,
+        codecs=(
+            Words("num_query_groups", "multi_query_attention", _GROUPS, False, "flag"),
+            RemoteCode("zai-org/chatglm3-6b", _CLASSES),
+        ),
         read=_read,
         write=_write,
-        keys=frozenset({"multi_query_attention", "rope_ratio", "pre_seq_len", "quantization_bit"}),
+        keys=frozenset({"rope_ratio", "pre_seq_len", "quantization_bit"}),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.chatglm",

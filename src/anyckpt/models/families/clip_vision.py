@@ -8,11 +8,13 @@ transformers 5 only in the class with the projection.  Checked by equal outputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from anyckpt.config.defaults import of_class
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.codecs import Fixed, Implied, Written, class_of
+from anyckpt.config.fields import Codec, Field
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
@@ -105,50 +107,37 @@ FIELDS = (
 )
 
 
-def read_image(reader: Reader, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of an image, of which Megatron-Core's layers take three colours and one class token.
+@dataclass(eq=False, repr=False, match_args=False)
+class Image(Codec):
+    """Sizes of an image.
 
-    Args:
-        reader: ``config.json``.
-        known: transformers' defaults.
-
-    Raises:
-        MappingError: it has other channels, or no size.
-    """
-    channels = reader.integer("num_channels")
-    if channels not in (None, 3):
-        raise MappingError(
-            "config.json's num_channels is not that of Megatron-Core's CLIPViTModel", expected=3, found=channels
-        )
-    size = reader.values.get("image_size")
-    pair = reader.pair("image_size") if isinstance(size, (list, tuple)) else None
-    height, width = pair or (reader.integer("image_size") or known["image_size"],) * 2
-    return {"img_h": height, "img_w": width, "class_token_len": 1}
-
-
-def write_image(config: ModelConfig, square: bool) -> dict[str, Any]:
-    """The keys of ``read_image``.
-
-    Args:
-        config: the model.
+    Attributes:
         square: transformers' class takes no other images.
-
-    Raises:
-        MappingError: transformers' class takes no such images.
     """
-    if config.class_token_len != 1 or (square and config.img_h != config.img_w):
-        raise MappingError(
-            "transformers' class takes no such images", expected=f"{'squares and ' if square else ''}one class token",
-            found=f"{config.img_h} x {config.img_w}, {config.class_token_len} class tokens",
-        )  # fmt: skip
-    same = config.img_h == config.img_w
-    return {"image_size": config.img_h if same else [config.img_h, config.img_w], "num_channels": 3}
+
+    square: bool
+
+    hubs = ("img_h", "img_w", "class_token_len")
+    keys = ("image_size",)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        size = reader.values.get("image_size")
+        pair = reader.pair("image_size") if isinstance(size, (list, tuple)) else None
+        height, width = pair or (reader.integer("image_size") or defaults["image_size"],) * 2
+        return {"img_h": height, "img_w": width, "class_token_len": 1}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        same = config.img_h == config.img_w
+        if config.class_token_len != 1 or (self.square and not same):
+            raise MappingError(
+                "transformers' class takes no such images",
+                expected=f"{'squares and ' if self.square else ''}one class token",
+                found=f"{config.img_h} x {config.img_w}, {config.class_token_len} class tokens",
+            )
+        return {"image_size": config.img_h if same else [config.img_h, config.img_w]}
 
 
-def architecture(reader: Reader) -> str:
-    """The class that a ``config.json`` names, or ""."""
-    names = reader.values.get("architectures")
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+COLOURS = Fixed({"num_channels": 3}, "that of Megatron-Core's CLIPViTModel", "integer")
 
 
 def megatron_keys(config: ModelConfig) -> Mapping[str, Any]:
@@ -157,12 +146,9 @@ def megatron_keys(config: ModelConfig) -> Mapping[str, Any]:
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    projects = architecture(reader).endswith("WithProjection")
+    projects = class_of(reader).endswith("WithProjection")
     width = reader.integer("projection_dim")
     return {
-        **read_image(reader, of_class("transformers", "clip_vision_model")),
-        "vision_model_type": "clip",
-        "add_post_layernorm": True,
         "output_dim": (512 if width is None else width) if projects else None,
     }
 
@@ -176,7 +162,7 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
         )
     width = {} if config.output_dim is None else {"projection_dim": config.output_dim}
     end = "Model" if config.output_dim is None else "ModelWithProjection"
-    return {**write_image(config, square=True), **width, "architectures": [f"CLIPVision{end}"]}
+    return {**width, "architectures": [f"CLIPVision{end}"]}
 
 
 def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
@@ -186,10 +172,6 @@ def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
         add_post_layernorm=config.add_post_layernorm or any(f"post_layernorm.{part}" in shapes for part in PARTS),
         output_dim=projection[0] if config.output_dim is None and projection else config.output_dim,
     )
-
-
-def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"max_position_embeddings": None}
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
@@ -218,9 +200,9 @@ FAMILY = Family(
         architectures=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
         fields=(*FIELDS, Field("attention_dropout", "attention_dropout", "number")),
         attention_bias=None,
+        codecs=(COLOURS, Image(square=True), Implied({"vision_model_type": "clip", "add_post_layernorm": True})),
         read=_read,
         write=_write,
-        keys=frozenset({"image_size", "num_channels"}),
         prefix=_PREFIX,
         headless=lambda config: config.output_dim is None,
     ),
@@ -237,9 +219,10 @@ FAMILY = Family(
             Field("class_token_len", "class_token_len"),
             Field("vision_model_type", "vision_model_type", "text"),
         ),
-        own=frozenset({"add_qkv_bias"}),
-        read=_read_nemo2,
-        write=lambda config: {"add_qkv_bias": True, "add_class_token": True},
+        codecs=(
+            Implied({"max_position_embeddings": None}),
+            Written({"add_qkv_bias": True, "add_class_token": True}, hubs=("add_qkv_bias",)),
+        ),
         without=frozenset({
             "seq_length", "vocab_size", "share_embeddings_and_output_weights", "make_vocab_size_divisible_by",
             "position_embedding_type", "rotary_base", "rotary_percent", "seq_len_interpolation_factor",

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from anyckpt.config.model import ModelConfig, Reader
+from anyckpt.config.fields import Codec
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import deepseek_v3
 from anyckpt.models.families.parts import decoder
@@ -17,17 +19,22 @@ from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    fields = deepseek_v3.read(reader, found, shared=2, dense=0)
-    if (reader.text("topk_method") or "greedy") == "greedy" and (found["moe_router_num_groups"] or 1) > 1:
-        fields |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
-    return fields
+class _Method(Codec):
+    """Groups of experts count where the method of choosing says so."""
+
+    hubs = ("moe_router_num_groups", "moe_router_group_topk")
+    keys = ("topk_method",)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        greedy = (reader.text("topk_method") or "greedy") == "greedy" and (found["moe_router_num_groups"] or 1) > 1
+        return dict.fromkeys(self.hubs) if greedy else {}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        grouped = (config.moe_router_num_groups or 1) > 1
+        return {"topk_method": "group_limited_greedy" if grouped else "greedy"}
 
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    grouped = (config.moe_router_num_groups or 1) > 1
-    method = "group_limited_greedy" if grouped else "greedy"
-    return {**deepseek_v3.write(config), "scoring_func": "softmax", "topk_method": method, "norm_topk_prob": False}
+_EXPECTED = {"scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False}
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
@@ -59,10 +66,9 @@ FAMILY = Family(
         model_types=("deepseek_v2",),
         architectures=("DeepseekV2ForCausalLM",),
         fields=deepseek_v3.FIELDS,
-        constants={"mlp_bias": False},
-        expected={"scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False},
-        read=_read,
-        write=_write,
+        constants=_EXPECTED,
+        expected=_EXPECTED,
+        codecs=(*deepseek_v3.CODECS, _Method()),
         keys=deepseek_v3.KEYS,
         variants=sparse.STACKED,
     ),

@@ -12,8 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.codecs import Implied, Noted, Written, same_as
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
@@ -124,7 +127,7 @@ FEATURES = frozenset({"num_moe_experts", "num_experts", "multi_latent_attention"
 FIELDS = (
     *(entry for entry in COMMON if entry.key != "head_dim"),
     Field("layernorm_epsilon", "rms_norm_eps", "number"),
-    Field("q_lora_rank", "q_lora_rank", default=None),
+    Field("q_lora_rank", "q_lora_rank", default=None, null=True),
     Field("kv_lora_rank", "kv_lora_rank"),
     Field("qk_head_dim", "qk_nope_head_dim"),
     Field("qk_pos_emb_head_dim", "qk_rope_head_dim"),
@@ -132,92 +135,56 @@ FIELDS = (
     Field("num_moe_experts", "n_routed_experts"),
     Field("moe_router_topk", "num_experts_per_tok"),
     Field("moe_ffn_hidden_size", "moe_intermediate_size"),
-    Field("moe_router_num_groups", "n_group", default=None),
-    Field("moe_router_group_topk", "topk_group", default=None),
+    Field("moe_router_num_groups", "n_group", default=None, null=True),
+    Field("moe_router_group_topk", "topk_group", default=None, null=True),
     Field("moe_router_topk_scaling_factor", "routed_scaling_factor", "number"),
 )
 
-KEYS = frozenset({
-    "head_dim", "qk_head_dim", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "norm_topk_prob",
-    "scoring_func", "topk_method", "q_lora_rank", "n_group", "topk_group", "aux_loss_alpha",
-})  # fmt: skip
-"""What ``read`` and ``write`` look after; null means something in three of the one-to-one keys."""
+
+class _Layers(Codec):
+    """Dense layers before those with experts, and experts for every token as one as wide as they are together."""
+
+    hubs = ("moe_layer_freq", "moe_shared_expert_intermediate_size")
+    keys = ("n_shared_experts", "first_k_dense_replace", "moe_layer_freq")
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        count, first = reader.integer("n_shared_experts"), reader.integer("first_k_dense_replace")
+        usual = 0 if "n_shared_experts" in reader.values else defaults["n_shared_experts"]
+        count = usual if count is None else count
+        first = defaults["first_k_dense_replace"] if first is None else first
+        every = reader.integer("moe_layer_freq") or 1
+        layers = range(min(found["num_layers"], 10_000))
+        return {
+            "moe_layer_freq": sparse.pattern(layer >= first and layer % every == 0 for layer in layers),
+            "moe_shared_expert_intermediate_size": count * found["moe_ffn_hidden_size"] or None,
+        }
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        dense = sparse.dense_layers(config)
+        width, each = config.moe_shared_expert_intermediate_size or 0, config.moe_ffn_hidden_size or 1
+        if dense != list(range(len(dense))) or width % each:
+            raise MappingError(
+                "transformers' DeepSeek has no such layers",
+                expected="dense layers first, and a shared expert as wide as so many experts",
+                found=f"dense layers {dense[:8]}, widths {width} and {each}",
+            )
+        return {
+            "n_shared_experts": width // each or None,
+            "first_k_dense_replace": len(dense),
+            "moe_layer_freq": 1,
+        }
 
 
-def read(reader: Reader, found: Mapping[str, Any], *, shared: int, dense: int) -> dict[str, Any]:
-    """What the types have in common.
-
-    Args:
-        reader: ``config.json``.
-        found: hub fields of the table.
-        shared: experts for every token where no key says.
-        dense: dense layers before the others where no key says.
-
-    Raises:
-        MappingError: a number is absurd.
-    """
-    count, first = reader.integer("n_shared_experts"), reader.integer("first_k_dense_replace")
-    count = (0 if "n_shared_experts" in reader.values else shared) if count is None else count
-    first = dense if first is None else first
-    every = reader.integer("moe_layer_freq") or 1
-    layers = range(min(found["num_layers"], 10_000))
-    pattern = tuple(int(layer >= first and layer % every == 0) for layer in layers)
-    return {
-        "kv_channels": found["v_head_dim"],
-        "moe_layer_freq": None if all(pattern) else pattern,
-        "moe_shared_expert_intermediate_size": count * found["moe_ffn_hidden_size"] or None,
-        "moe_aux_loss_coeff": reader.number("aux_loss_alpha") or 0.0,
-        "moe_router_pre_softmax": True,
-    }
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """The keys of ``read``.
-
-    Raises:
-        MappingError: layers with experts are followed by dense ones, or the shared expert is no multiple of an expert.
-    """
-    dense = sparse.dense_layers(config)
-    width, each = config.moe_shared_expert_intermediate_size or 0, config.moe_ffn_hidden_size or 1
-    if dense != list(range(len(dense))) or width % each:
-        raise MappingError(
-            "transformers' DeepSeek has no such layers",
-            expected="dense layers first, and a shared expert as wide as so many experts",
-            found=f"dense layers {dense[:8]}, widths {width} and {each}",
-        )
-    keys = {
-        "head_dim": config.qk_pos_emb_head_dim,
-        "n_shared_experts": width // each or None,
-        "first_k_dense_replace": len(dense),
-        "moe_layer_freq": 1,
-        "q_lora_rank": config.q_lora_rank,
-        "n_group": config.moe_router_num_groups,
-        "topk_group": config.moe_router_group_topk,
-    }
-    return keys | ({"aux_loss_alpha": config.moe_aux_loss_coeff} if config.moe_aux_loss_coeff else {})
-
+CODECS = (
+    Implied({"kv_channels": same_as("v_head_dim"), "moe_router_pre_softmax": True}),
+    Written({"head_dim": same_as("qk_pos_emb_head_dim")}),
+    _Layers(),
+    Field("moe_aux_loss_coeff", "aux_loss_alpha", "number", 0.0, terse=True),
+)
+KEYS = frozenset({"qk_head_dim", "norm_topk_prob", "scoring_func", "topk_method"})
+"""Keys that are fixed, or say nothing."""
 
 _EXPECTED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {
-        **read(reader, found, shared=1, dense=3),
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "mtp_num_layers": reader.integer("num_nextn_predict_layers") or None,
-    }
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    constant: dict[str, Any] = dict(_EXPECTED)
-    if config.mtp_num_layers is not None:
-        constant |= {"num_nextn_predict_layers": config.mtp_num_layers}
-        notes.append(
-            "layers of multi-token prediction are written without their copies of embedding and output layer; "
-            "transformers does not use these layers"
-        )
-    return {**write(config), **constant, "rope_interleave": True}
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
@@ -248,10 +215,19 @@ FAMILY = Family(
         model_types=("deepseek_v3",),
         architectures=("DeepseekV3ForCausalLM",),
         fields=FIELDS,
+        constants={**_EXPECTED, "rope_interleave": True},
         expected=_EXPECTED,
-        read=_read,
-        write=_write,
-        keys=KEYS | {"rope_interleave", "num_nextn_predict_layers"},
+        codecs=(
+            *CODECS,
+            Implied({"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}),
+            Field("mtp_num_layers", "num_nextn_predict_layers", "count", None, terse=True),
+            Noted(
+                lambda config: config.mtp_num_layers is not None,
+                "layers of multi-token prediction are written without their copies of embedding and output layer; "
+                "transformers does not use these layers",
+            ),
+        ),
+        keys=KEYS,
         variants=sparse.STACKED,
     ),
     nemo2=NeMo2(

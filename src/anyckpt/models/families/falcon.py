@@ -14,7 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.codecs import Words
+from anyckpt.config.fields import Field
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder, nemo2
@@ -26,7 +29,6 @@ _LAYER = "transformer.h.*"
 _HUB = "decoder.layers.*"
 _KEYS = frozenset({
     "multi_query", "num_kv_heads", "n_head_kv", "new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn",
-    "alibi",
 })  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def _flag(reader: Reader, key: str, default: bool) -> bool:
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Layout of attention, norms, and positions."""
+    """Layout of attention, and norms."""
     heads = found["num_attention_heads"]
     new = _flag(reader, "new_decoder_architecture", False)
     parallel = _flag(reader, "parallel_attn", True)
@@ -103,7 +105,6 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
         "num_query_groups": groups,
         "parallel_residual": parallel,
         "shared_layernorm": parallel and norms != 2,
-        "position_embedding_type": "alibi" if _flag(reader, "alibi", False) else "rope",
     }
 
 
@@ -123,7 +124,6 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
         "new_decoder_architecture": new,
         "parallel_attn": config.parallel_residual,
         "num_ln_in_parallel_attn": (2 if two_norms else 1) if new else None,
-        "alibi": config.position_embedding_type == "alibi",
     }
 
 
@@ -161,6 +161,7 @@ FAMILY = Family(
         ),
         activation_key="activation",
         attention_bias=None,
+        codecs=(Words("position_embedding_type", "alibi", {False: "rope", True: "alibi"}, False, "flag"),),
         read=_read,
         write=_write,
         keys=_KEYS,

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.fields import OPTIONAL, Codec, Field, render_fields
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader, whole
+from anyckpt.config.model import ModelConfig, whole
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
-from anyckpt.config.windows import read_window, write_window
+from anyckpt.config.windows import AllBut, LayerWindow
 from anyckpt.models.families import gemma
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
@@ -34,31 +36,13 @@ RULES = (
          "decoder.layers.*.mlp.linear_fc2.post_layernorm.weight", ("hidden",)),
 )  # fmt: skip
 
-FIELDS = (
-    Field("layernorm_epsilon", "rms_norm_eps", "number"),
-    Field("query_pre_attn_scalar", "query_pre_attn_scalar", "number", None),
-    Field("attn_logit_softcapping", "attn_logit_softcapping", "number", None),
-    Field("final_logit_softcapping", "final_logit_softcapping", "number", None),
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_SCALAR = "query_pre_attn_scalar"
+SCORES = (
+    Field(_SCALAR, _SCALAR, "number", None, unset=lambda config: config.kv_channels, whole=True),
+    *(Field(key, key, "number", None, null=True) for key in _CAPS),
 )
-
-KEYS = frozenset({"sliding_window", "layer_types", "hidden_act"})
-_WINDOW = 4096
-
-
-def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Window and the layers that have it."""
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else _WINDOW
-    return read_window(reader, length, [layer % 2 == 0 for layer in range(min(found["num_layers"], 10_000))])
-
-
-def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    """The keys of ``read``, and those for which null means something else than their absence."""
-    return {
-        **write_window(config, notes, _WINDOW),
-        "query_pre_attn_scalar": whole(config.query_pre_attn_scalar or config.kv_channels),
-        "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
-    }
+FIELDS = (*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number"), *SCORES)
 
 
 def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -81,30 +65,28 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
         )
 
 
-def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    """NeMo's class has the window in every other layer without saying so."""
-    windowed = reader.pair("window_size") if "window_size" in reader.values else defaults.get("window_size")
-    stated = reader.frequency("window_attn_skip_freq")
-    if isinstance(stated, tuple) and all(stated):
-        return {"window_attn_skip_freq": None}
-    return {"window_attn_skip_freq": 2 if windowed is not None and stated is None else stated}
+class _Alternating(Codec):
+    """NeMo's class has the window in every other layer without saying so; that all have it has to be said."""
 
+    hubs = ("window_attn_skip_freq",)
 
-def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
-    """That all layers have the window, which absence does not say."""
-    everywhere = config.window_size is not None and config.window_attn_skip_freq is None
-    return {"window_attn_skip_freq": [1] * config.num_layers} if everywhere else {}
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        windowed = reader.pair("window_size") if "window_size" in reader.values else defaults.get("window_size")
+        stated = reader.frequency("window_attn_skip_freq")
+        if isinstance(stated, tuple) and all(stated):
+            return {"window_attn_skip_freq": None}
+        return {"window_attn_skip_freq": 2 if windowed is not None and stated is None else stated}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        everywhere = config.window_size is not None and config.window_attn_skip_freq is None
+        return {"window_attn_skip_freq": [1] * config.num_layers} if everywhere else {}
 
 
 def _nemo1(config: ModelConfig) -> Mapping[str, Any]:
     return {
         "name": "megatron_gemma2",
         "apply_embedding_scaling": True,
-        "mcore_customization_config": {
-            "query_pre_attn_scalar": whole(config.query_pre_attn_scalar or config.kv_channels),
-            "attn_logit_softcapping": config.attn_logit_softcapping,
-            "final_logit_softcapping": config.final_logit_softcapping,
-        },
+        "mcore_customization_config": render_fields(SCORES, config),
     }
 
 
@@ -121,21 +103,19 @@ FAMILY = Family(
         model_types=("gemma2",),
         architectures=("Gemma2ForCausalLM",),
         registered=DECODER,
-        fields=(*COMMON, *FIELDS),
+        fields=FIELDS,
         activation_key="hidden_activation",
         expected=decoder.CAUSAL,
-        read=read,
-        write=write,
-        keys=KEYS,
+        codecs=(LayerWindow(AllBut(2), unset=4096),),
+        keys=frozenset({"hidden_act"}),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.gemma2",
         model="Gemma2Model",
         configs=("Gemma2Config*",),
         choose=lambda config: "Gemma2Config",
-        fields=FIELDS[1:],
-        read=_read_nemo2,
-        write=_write_nemo2,
+        fields=tuple(row for row in OPTIONAL if row.hub in (_SCALAR, *_CAPS)),
+        codecs=(_Alternating(),),
     ),
     trtllm=TrtLlm(
         ("Gemma2ForCausalLM",),

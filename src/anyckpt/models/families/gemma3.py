@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import ModelConfig, Reader, whole
+from anyckpt.config.fields import Codec
+from anyckpt.config.model import ModelConfig, whole
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import NeMo2
-from anyckpt.config.windows import read_window, windowed_layers, write_window
+from anyckpt.config.windows import AllBut, LayerWindow, windowed_layers
 from anyckpt.errors import MappingError
 from anyckpt.models.families import gemma2
 from anyckpt.models.families.parts import decoder
@@ -25,38 +26,31 @@ _LOCAL, _GLOBAL = 10_000.0, 1_000_000.0
 _PERIOD = 6
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Window, the layers that have it, and their theta, in either spelling."""
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 4096
-    period = reader.integer("sliding_window_pattern") or reader.integer("_sliding_window_pattern") or _PERIOD
-    nested = Reader(reader.mapping("rope_parameters"), "config.json's rope_parameters").mapping("sliding_attention")
-    local = Reader(nested, "config.json's rope_parameters")
-    if local.values.get("rope_type", "default") != "default":
-        raise MappingError(
-            "config.json scales rope in layers with a window, which Gemma 3 does not",
-            expected="rope_type default", found=repr(local.values["rope_type"])[:80],
-        )  # fmt: skip
-    usual = [(layer + 1) % period != 0 for layer in range(min(found["num_layers"], 10_000))]
-    return {
-        **read_window(reader, length, usual),
-        "rotary_base_local": local.number("rope_theta") or reader.number("rope_local_base_freq") or _LOCAL,
-    }
+class _LocalTheta(Codec):
+    """Theta of layers with a window, in either spelling."""
 
+    hubs = ("rotary_base_local",)
+    keys = ("rope_local_base_freq", "rope_parameters")
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    """The keys of ``_read``, and those for which null means something else than their absence."""
-    local = config.rotary_base_local or _LOCAL
-    period = config.window_attn_skip_freq
-    return {
-        **gemma2.write(config, notes),
-        **write_window(config, notes, 4096),
-        **({"sliding_window_pattern": period} if isinstance(period, int) and period != _PERIOD else {}),
-        "rope_local_base_freq": local,
-        "rope_parameters": {
-            "full_attention": {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})},
-            "sliding_attention": {"rope_theta": local, "rope_type": "default"},
-        },
-    }
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        nested = Reader(reader.mapping("rope_parameters"), "config.json's rope_parameters").mapping("sliding_attention")
+        local = Reader(nested, "config.json's rope_parameters")
+        if local.values.get("rope_type", "default") != "default":
+            raise MappingError(
+                "config.json scales rope in layers with a window, which Gemma 3 does not",
+                expected="rope_type default", found=repr(local.values["rope_type"])[:80],
+            )  # fmt: skip
+        theta = local.number("rope_theta") or reader.number("rope_local_base_freq") or _LOCAL
+        return {"rotary_base_local": theta}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        local = config.rotary_base_local or _LOCAL
+        scaled = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
+        plain = {"rope_theta": local, "rope_type": "default"}
+        return {
+            "rope_local_base_freq": local,
+            "rope_parameters": {"full_attention": scaled, "sliding_attention": plain},
+        }
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -123,11 +117,11 @@ FAMILY = Family(
         model_types=("gemma3_text",),
         defaults_of="gemma3_text",
         architectures=("Gemma3ForCausalLM",),
-        fields=(*COMMON, *gemma2.FIELDS),
         rotary_base=_GLOBAL,
-        read=_read,
-        write=_write,
-        keys=gemma2.KEYS | {"rope_local_base_freq"},
+        codecs=(
+            LayerWindow(AllBut(_PERIOD, ("sliding_window_pattern", "_sliding_window_pattern")), unset=4096),
+            _LocalTheta(),
+        ),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.gemma3",

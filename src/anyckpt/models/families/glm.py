@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import chatglm
 from anyckpt.models.families.parts import decoder, nemo2

@@ -7,10 +7,8 @@ Megatron-Core 0.16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.codecs import Written, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.spellings import HuggingFace, TrtLlm
 from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
@@ -91,10 +89,8 @@ EXPECTED = {**CONSTANTS, "scale_attn_by_inverse_layer_idx": False, "reorder_and_
 """Switches of transformers' classes that Megatron-Core has no layers for, as they usually are."""
 
 
-def write_dropout(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    """Megatron has one rate for embeddings and residuals."""
-    return {} if "embd_pdrop" in config.extra.get("hf", {}) else {"embd_pdrop": config.hidden_dropout}
-
+DROPOUT = Written({"embd_pdrop": same_as("hidden_dropout")}, kept=True)
+"""Megatron has one rate for embeddings and residuals."""
 
 FAMILY = Family(
     name="gpt2",
@@ -112,7 +108,7 @@ FAMILY = Family(
         activation_key="activation_function",
         activations={"gelu_tanh": "gelu_new"},
         attention_bias=None,
-        write=write_dropout,
+        codecs=(DROPOUT,),
     ),
     nemo2=nemo2.general(),
     trtllm=TrtLlm(

@@ -7,29 +7,15 @@ NeMo's classes have the erf GELU and untie the embeddings; the released models h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from anyckpt.config.model import ModelConfig, Reader
+from anyckpt.config.codecs import Words
+from anyckpt.config.fields import as_many_as_heads
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.errors import MappingError
 from anyckpt.models.families import gpt2
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import IDENTITY
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    several = reader.flag("multi_query") is False
-    return {"num_query_groups": found["num_attention_heads"] if several else 1}
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    if config.num_query_groups not in (1, config.num_attention_heads):
-        raise MappingError(
-            "GPTBigCode has one key head, or one for each query head",
-            expected=f"1 or {config.num_attention_heads}", found=config.num_query_groups,
-        )  # fmt: skip
-    return {**gpt2.write_dropout(config, notes), "multi_query": config.num_query_groups == 1}
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -56,9 +42,18 @@ FAMILY = Family(
         expected=gpt2.EXPECTED,
         activation_key="activation_function",
         attention_bias=None,
-        read=_read,
-        write=_write,
-        keys=frozenset({"multi_query", "num_key_value_heads"}),
+        codecs=(
+            gpt2.DROPOUT,
+            Words(
+                "num_query_groups",
+                "multi_query",
+                {True: 1, False: as_many_as_heads},
+                True,
+                "flag",
+                "GPTBigCode has one key head, or one for each query head",
+            ),
+        ),
+        keys=frozenset({"num_key_value_heads"}),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.starcoder",

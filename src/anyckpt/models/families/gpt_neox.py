@@ -7,8 +7,8 @@ the other.
 
 from __future__ import annotations
 
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.language.family import Family

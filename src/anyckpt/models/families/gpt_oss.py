@@ -8,13 +8,14 @@ whether a matrix is transposed: it always is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from anyckpt.config.codecs import Implied, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
-from anyckpt.config.windows import read_window, write_window
+from anyckpt.config.windows import AllBut, LayerWindow
 from anyckpt.indexing import Shape
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
@@ -49,9 +50,6 @@ _ATTENTION = f"{sparse.LAYER}.self_attn"
 _HUB_ATTENTION = f"{sparse.HUB}.self_attention"
 _EXPERTS = f"{sparse.LAYER}.mlp.experts"
 _HUB_EXPERTS = f"{sparse.HUB}.mlp.experts"
-_WINDOW = 128
-_KEYS = frozenset({"sliding_window", "layer_types", "swiglu_alpha", "initial_context_length", "experts_per_token"})
-
 
 _YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -62,28 +60,6 @@ _YARN = {
 
 def _stack(name: str) -> Variant:
     return Variant(f"{_EXPERTS}.{name}", (f"{_EXPERTS}.*.{name}",), written=True)
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else _WINDOW
-    layers = range(min(found["num_layers"], 10_000))
-    usual = {} if reader.values.keys() & {"rope_parameters", "rope_scaling"} else {"rope_scaling": _YARN}
-    return {
-        **usual,
-        **read_window(reader, length, [layer % 2 == 0 for layer in layers]),
-        "moe_ffn_hidden_size": found["ffn_hidden_size"],
-        "add_qkv_bias": True,
-    }
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    plain = {} if config.rope_scaling else {"rope_scaling": {"rope_type": "default"}}  # null would be YaRN
-    return {**write_window(config, notes, _WINDOW), **plain, "swiglu_alpha": 1.702}  # quick GELU
-
-
-def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
-    every = config.window_attn_skip_freq
-    return {"window_attn_skip_freq": list(every) if isinstance(every, tuple) else every}
 
 
 FAMILY = Family(
@@ -133,13 +109,16 @@ FAMILY = Family(
             Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
             Field("activation_func_clamp_value", "swiglu_limit", "number"),
         ),
-        constants={"hidden_act": "silu"},
+        constants={"hidden_act": "silu", "swiglu_alpha": 1.702},
         rotary_base=150_000.0,
+        rope_scaling=_YARN,
         attention_bias=True,
         activation_key=None,
-        read=_read,
-        write=_write,
-        keys=_KEYS,
+        codecs=(
+            LayerWindow(AllBut(2), unset=128),
+            Implied({"moe_ffn_hidden_size": same_as("ffn_hidden_size"), "add_qkv_bias": True}),
+        ),
+        keys=frozenset({"initial_context_length", "experts_per_token"}),
         variants=tuple(
             _stack(name) for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
         ),
@@ -149,6 +128,6 @@ FAMILY = Family(
         model="GPTOSSModel",
         configs=("GPTOSSConfig*",),
         choose=lambda config: "GPTOSSConfig",
-        write=_write_nemo2,
+        codecs=(Field("window_attn_skip_freq", "window_attn_skip_freq", "frequency", None),),
     ),
 )  # fmt: skip

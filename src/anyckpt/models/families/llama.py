@@ -6,9 +6,10 @@ The map and the configuration fields were checked against transformers 5.23, Meg
 
 from __future__ import annotations
 
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LLAMA
-from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family

@@ -12,11 +12,14 @@ drops ``low_freq_factor`` and ``high_freq_factor``, of which Scout's are not Meg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from anyckpt.config.codecs import Implied, same_as
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader, whole
+from anyckpt.config.model import ModelConfig, whole
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
@@ -30,7 +33,6 @@ _EXPERTS = f"{_FEED}.experts"
 _SHARED = f"{_FEED}.shared_expert"
 _HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
-_INTERVAL = 4
 _CHUNK = 8192
 _TUNING = (True, 0.1, 8192)
 """transformers' defaults: whether layers without rotary embedding scale queries, how much, and from which token on."""
@@ -58,11 +60,6 @@ _STACKED = (
     Variant(f"{_EXPERTS}.down_proj", (f"{_EXPERTS}.*.down_proj.weight",), written=True, transposed=True),
 )  # fmt: skip
 
-_KEYS = frozenset({
-    "moe_layers", "interleave_moe_layer_step", "no_rope_layers", "no_rope_layer_interval", "layer_types",
-    "attn_temperature_tuning", "for_llm_compressor",
-})  # fmt: skip
-
 
 def _listed(reader: Reader, key: str) -> tuple[int, ...]:
     """Whole numbers of a list; none if it is absent or empty."""
@@ -72,56 +69,62 @@ def _listed(reader: Reader, key: str) -> tuple[int, ...]:
     raise MappingError(f"config.json's {key} is of the wrong type", expected="a list", found=repr(value)[:80])
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    layers = range(min(max(0, found["num_layers"]), 10_000))
-    step = reader.integer("interleave_moe_layer_step")
-    sparse_layers: Sequence[int] = _listed(reader, "moe_layers")
-    if reader.values.get("moe_layers") is None:
-        sparse_layers = [layer for layer in layers if (layer + 1) % max(1, 1 if step is None else step) == 0]
-    stated = _listed(reader, "no_rope_layers")
-    if stated and len(stated) < len(layers):
-        raise MappingError(
-            "config.json's no_rope_layers is not that of the model", expected=f"{len(layers)} numbers or none",
-            found=f"{len(stated)}",
-        )  # fmt: skip
-    interval = reader.integer("no_rope_layer_interval") or _INTERVAL
-    rotated = [bool(stated[layer]) if stated else (layer + 1) % interval != 0 for layer in layers]
-    kinds = [_CHUNKED if rope else _FULL for rope in rotated]
-    if reader.values.get("layer_types") not in (None, kinds):
-        raise MappingError(
-            "config.json's layer_types is not that of the model",
-            expected=f"{_CHUNKED} in layers with rotary embedding, else {_FULL}",
-            found=repr(reader.values["layer_types"])[:80],
-        )  # fmt: skip
-    pattern = tuple(int(layer in set(sparse_layers)) for layer in layers)
-    tuning = reader.values.get("attn_temperature_tuning")
-    return {
-        "moe_layer_freq": None if all(pattern) else pattern,
-        "moe_shared_expert_intermediate_size": found["moe_ffn_hidden_size"],
-        "no_rope_freq": None if all(rotated) else tuple(int(not rope) for rope in rotated),
-        "attn_temperature_tuning": tuning is None or bool(tuning),  # Scout's is 4
-    }
+class _ListedExperts(Codec):
+    """Layers with experts: in a list, else every so many."""
+
+    hubs = ("moe_layer_freq",)
+    keys = ("moe_layers", "interleave_moe_layer_step")
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        layers = range(min(max(0, found["num_layers"]), 10_000))
+        step = reader.integer("interleave_moe_layer_step")
+        listed = set(_listed(reader, "moe_layers"))
+        if reader.values.get("moe_layers") is None:
+            listed = {layer for layer in layers if (layer + 1) % max(1, 1 if step is None else step) == 0}
+        return {"moe_layer_freq": sparse.pattern(layer in listed for layer in layers)}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        listed = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+        step = listed[0] + 1 if listed else config.num_layers + 1
+        regular = listed == list(range(step - 1, config.num_layers, step))
+        return {"moe_layers": listed, "interleave_moe_layer_step": step if regular else 1}
 
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    if config.moe_shared_expert_intermediate_size != config.moe_ffn_hidden_size:
-        raise MappingError(
-            "transformers' Llama4ForCausalLM has a shared expert as wide as the others",
-            expected=config.moe_ffn_hidden_size, found=config.moe_shared_expert_intermediate_size,
-        )  # fmt: skip
-    sparse_layers = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
-    step = sparse_layers[0] + 1 if sparse_layers else config.num_layers + 1
-    regular = sparse_layers == list(range(step - 1, config.num_layers, step))
-    rotated = _rotated(config)
-    return {
-        "moe_layers": sparse_layers,
-        "interleave_moe_layer_step": step if regular else 1,
-        "no_rope_layers": [int(rope) for rope in rotated],
-        "layer_types": [_CHUNKED if rope else _FULL for rope in rotated],
-        "attention_chunk_size": config.attention_chunk_size or config.max_position_embeddings or _CHUNK,
-        "attn_temperature_tuning": config.attn_temperature_tuning,
-        "floor_scale": whole(config.floor_scale),
-    }
+class _RotatedLayers(Codec):
+    """Layers with rotary embedding, which attend in chunks: in a list, else all but every so many."""
+
+    hubs = ("no_rope_freq",)
+    keys = ("no_rope_layers", "no_rope_layer_interval", "layer_types")
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        layers = range(min(max(0, found["num_layers"]), 10_000))
+        stated = _listed(reader, "no_rope_layers")
+        if stated and len(stated) < len(layers):
+            raise MappingError(
+                "config.json's no_rope_layers is not that of the model", expected=f"{len(layers)} numbers or none",
+                found=f"{len(stated)}",
+            )  # fmt: skip
+        interval = reader.integer("no_rope_layer_interval") or defaults["no_rope_layer_interval"]
+        rotated = [bool(stated[layer]) if stated else (layer + 1) % interval != 0 for layer in layers]
+        kinds = [_CHUNKED if rope else _FULL for rope in rotated]
+        if reader.values.get("layer_types") not in (None, kinds):
+            raise MappingError(
+                "config.json's layer_types is not that of the model",
+                expected=f"{_CHUNKED} in layers with rotary embedding, else {_FULL}",
+                found=repr(reader.values["layer_types"])[:80],
+            )
+        return {"no_rope_freq": None if all(rotated) else tuple(int(not rope) for rope in rotated)}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        rotated = _rotated(config)
+        return {
+            "no_rope_layers": [int(rope) for rope in rotated],
+            "layer_types": [_CHUNKED if rope else _FULL for rope in rotated],
+        }
+
+
+def _chunk(config: ModelConfig) -> int:
+    return config.max_position_embeddings or _CHUNK
 
 
 def _rotated(config: ModelConfig) -> list[bool]:
@@ -170,29 +173,31 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
         )
 
 
-def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    interval = defaults["nope_layer_interval"]
-    if "nope_layer_interval" in reader.values:
-        interval = reader.integer("nope_layer_interval")
-    layers = range(min(max(0, reader.integer("num_layers") or defaults["num_layers"]), 10_000))
-    skipped = tuple(int(bool(interval) and (layer + 1) % interval == 0) for layer in layers)
-    return {"no_rope_freq": skipped if any(skipped) else None, "attn_temperature_tuning": True}
+class _Interval(Codec):
+    """NeMo 2 has no rotary embedding in every so many layers."""
 
+    hubs = ("no_rope_freq",)
+    keys = ("nope_layer_interval",)
 
-def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
-    _check_one_expert(config)
-    rotated = _rotated(config)
-    interval = None if all(rotated) else rotated.index(False) + 1
-    if interval is not None and rotated != [(layer + 1) % interval != 0 for layer in range(len(rotated))]:
-        raise MappingError(
-            "NeMo 2's Llama 4 cannot express which layers have rotary embedding", expected="all, or all but every N-th",
-            found=list(config.no_rope_freq or ()), remedy="convert to megatron-core or megatron-lm",
-        )  # fmt: skip
-    return {
-        "nope_layer_interval": interval,
-        "attention_chunk_size": config.attention_chunk_size or _CHUNK,
-        "qk_l2_norm": config.qk_l2_norm,
-    }
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        interval = defaults["nope_layer_interval"]
+        if "nope_layer_interval" in reader.values:
+            interval = reader.integer("nope_layer_interval")
+        layers = range(min(max(0, found["num_layers"]), 10_000))
+        skipped = tuple(int(bool(interval) and (layer + 1) % interval == 0) for layer in layers)
+        return {"no_rope_freq": skipped if any(skipped) else None}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        _check_one_expert(config)
+        rotated = _rotated(config)
+        interval = None if all(rotated) else rotated.index(False) + 1
+        if interval is not None and rotated != [(layer + 1) % interval != 0 for layer in range(len(rotated))]:
+            raise MappingError(
+                "NeMo 2's Llama 4 cannot express which layers have rotary embedding",
+                expected="all, or all but every N-th", found=list(config.no_rope_freq or ()),
+                remedy="convert to megatron-core or megatron-lm",
+            )  # fmt: skip
+        return {"nope_layer_interval": interval}
 
 
 FAMILY = Family(
@@ -230,14 +235,21 @@ FAMILY = Family(
             Field("moe_router_topk", "num_experts_per_tok"),
             Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
             Field("qk_l2_norm", "use_qk_norm", "flag"),
-            Field("attention_chunk_size", "attention_chunk_size"),
+            Field("attention_chunk_size", "attention_chunk_size", unset=_chunk),
             Field("attn_scale", "attn_scale", "number"),
-            Field("floor_scale", "floor_scale", "number"),
+            Field("floor_scale", "floor_scale", "number", whole=True),
         ),
         rotary_base=500_000.0,
-        read=_read,
-        write=_write,
-        keys=_KEYS,
+        codecs=(
+            _ListedExperts(),
+            _RotatedLayers(),
+            Implied(
+                {"moe_shared_expert_intermediate_size": same_as("moe_ffn_hidden_size")},
+                "transformers' Llama4ForCausalLM has a shared expert as wide as the others",
+            ),
+            Field("attn_temperature_tuning", "attn_temperature_tuning", "truth"),  # Scout's is 4
+        ),
+        keys=frozenset({"for_llm_compressor"}),
         variants=_STACKED,
     ),
     nemo2=NeMo2(
@@ -245,8 +257,12 @@ FAMILY = Family(
         model="LlamaModel",
         configs=("Llama4Config", "Llama4Experts*Config"),
         choose=lambda config: "Llama4Config",
-        read=_read_nemo2,
-        write=_write_nemo2,
+        codecs=(
+            _Interval(),
+            Implied({"attn_temperature_tuning": True}),
+            Field("attention_chunk_size", "attention_chunk_size", default=None, unset=_CHUNK),
+            Field("qk_l2_norm", "qk_l2_norm", "flag", False),
+        ),
         without=frozenset({"no_rope_freq", "attn_temperature_tuning", "attn_scale", "floor_scale"}),
     ),
 )  # fmt: skip

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.layer_blocks import LayerBlock, parse, render
-from anyckpt.config.model import Field, ModelConfig, Reader, whole
+from anyckpt.config.model import ModelConfig, whole
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
-from anyckpt.models.families.parts.apart import remote_code
+from anyckpt.models.families.parts.apart import RemoteCode
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Condition, Rule
 
@@ -82,35 +84,40 @@ def _layer(config: ModelConfig, index: int) -> ModelConfig:
     )
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The layers; of the whole model, query groups are the first attention's and the width is the largest."""
-    heads, hidden = found["num_attention_heads"], found["hidden_size"]
-    if heads < 1 or hidden < 1:
-        raise MappingError("config.json's num_attention_heads and hidden_size are not possible", found=(heads, hidden))
-    if found["add_bias_linear"]:
-        raise MappingError("config.json has biases that no released model of family llama-nemotron has")
-    blocks = parse(reader.values.get("block_configs"), heads, hidden)
-    return {
-        "heterogeneous_blocks": blocks,
-        "num_query_groups": next((b.num_query_groups for b in blocks if b.num_query_groups), heads),
-        "ffn_hidden_size": max((b.ffn_hidden_size or 0 for b in blocks), default=0) or 4 * hidden,
-    }
-
-
 def _block_configs(config: ModelConfig) -> list[dict[str, Any]]:
     return [render(block, config.num_attention_heads, config.hidden_size) for block in _blocks(config)]
 
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    blocks = _block_configs(config)
-    for index, block in enumerate(blocks):
-        if "ffn_hidden_size" in block["ffn"]:
+class _Blocks(Codec):
+    """The layers; of the whole model, query groups are the first attention's and the width is the largest."""
+
+    hubs = ("heterogeneous_blocks", "num_query_groups", "ffn_hidden_size")
+    keys = ("block_configs",)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        heads, hidden = found["num_attention_heads"], found["hidden_size"]
+        if heads < 1 or hidden < 1:
             raise MappingError(
-                f"DeciLM has no word for the width of layer {index}", expected="a multiple of 256",
-                found=block["ffn"]["ffn_hidden_size"],
-            )  # fmt: skip
-    written = {"block_configs": blocks, "intermediate_size": None, "num_key_value_heads": None}
-    return {**written, **remote_code(config, notes, _CODE, _CLASSES)}
+                "config.json's num_attention_heads and hidden_size are not possible", found=(heads, hidden)
+            )
+        if found["add_bias_linear"]:
+            raise MappingError("config.json has biases that no released model of family llama-nemotron has")
+        blocks = parse(reader.values.get("block_configs"), heads, hidden)
+        return {
+            "heterogeneous_blocks": blocks,
+            "num_query_groups": next((b.num_query_groups for b in blocks if b.num_query_groups), heads),
+            "ffn_hidden_size": max((b.ffn_hidden_size or 0 for b in blocks), default=0) or 4 * hidden,
+        }
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        blocks = _block_configs(config)
+        for index, block in enumerate(blocks):
+            if "ffn_hidden_size" in block["ffn"]:
+                raise MappingError(
+                    f"DeciLM has no word for the width of layer {index}", expected="a multiple of 256",
+                    found=block["ffn"]["ffn_hidden_size"],
+                )  # fmt: skip
+        return {"block_configs": blocks, "intermediate_size": None, "num_key_value_heads": None}
 
 
 def _encoded(config: ModelConfig) -> dict[str, Any]:
@@ -128,15 +135,6 @@ def _encoded(config: ModelConfig) -> dict[str, Any]:
         "block_configs": _block_configs(config),
     }
     return {"heterogeneous_block_specs": True, "heterogeneous_layers_config_encoded_json": json.dumps(values)}
-
-
-def _nemo2_write(config: ModelConfig) -> dict[str, Any]:
-    if config.rope_scaling is None or config.rope_scaling.get("rope_type") != "llama3":
-        raise MappingError(
-            "NeMo 2's Llama-Nemotron always scales rope as Llama 3.1", expected="rope_scaling of type llama3",
-            found=config.rope_scaling, remedy="convert to megatron-core",
-        )  # fmt: skip
-    return _encoded(config)
 
 
 def _megatron_keys(config: ModelConfig) -> dict[str, Any]:
@@ -158,13 +156,24 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
         )
 
 
-def _nemo2_read(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not reader.values.get("heterogeneous_layers_config_encoded_json"):
-        raise MappingError(
-            "the NeMo 2 configuration has no heterogeneous_layers_config_encoded_json",
-            remedy="give the model's config.json with --config",
-        )
-    return {}
+class _Encoded(Codec):
+    """NeMo 2's key of Megatron-Core's layers, which all its classes have and read, and these need."""
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not reader.values.get("heterogeneous_layers_config_encoded_json"):
+            raise MappingError(
+                "the NeMo 2 configuration has no heterogeneous_layers_config_encoded_json",
+                remedy="give the model's config.json with --config",
+            )
+        return {}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        if config.rope_scaling is None or config.rope_scaling.get("rope_type") != "llama3":
+            raise MappingError(
+                "NeMo 2's Llama-Nemotron always scales rope as Llama 3.1", expected="rope_scaling of type llama3",
+                found=config.rope_scaling, remedy="convert to megatron-core",
+            )  # fmt: skip
+        return _encoded(config)
 
 
 FAMILY = Family(
@@ -187,9 +196,7 @@ FAMILY = Family(
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
             Field("add_bias_linear", "mlp_bias", "flag", False),
         ),
-        read=_read,
-        write=_write,
-        keys=frozenset({"block_configs"}),
+        codecs=(_Blocks(), RemoteCode(_CODE, _CLASSES)),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.llama_nemotron",
@@ -198,8 +205,7 @@ FAMILY = Family(
         choose=lambda config: (
             "Llama33NemotronSuper49BConfig" if config.num_layers == 80 else "Llama31NemotronUltra253BConfig"
         ),
-        read=_nemo2_read,
-        write=_nemo2_write,
+        codecs=(_Encoded(),),
     ),
     nemo1=False,
     megatron_keys=_megatron_keys,

@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from anyckpt.config.codecs import Fixed, Implied, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader, padded
+from anyckpt.config.model import ModelConfig, padded
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
 from anyckpt.models.families import nemotron_h
@@ -26,7 +29,8 @@ _NOT_MAMBAS = {
 }  # fmt: skip
 
 _FIXED: Mapping[str, Any] = {"conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "hidden_act": "silu"}
-"""What a model must be for Megatron-Core to have its mixers, and transformers' defaults; written as it is."""
+"""What a model must be for Megatron-Core to have its mixers, and transformers' defaults."""
+_OF = "what Megatron-Core's layers are"
 
 _STATE_SPACES: Mapping[str, Any] = {
     "d_conv": 4, "bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None,
@@ -69,18 +73,7 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-_OF_STATE_SPACES: Mapping[str, Any] = {
-    **_STATE_SPACES, "d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True,
-}  # fmt: skip
-
-
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key, expected in {**_FIXED, **_OF_STATE_SPACES}.items():
-        value = reader.values.get(key)
-        if value is not None and value != expected:
-            raise MappingError(
-                f"config.json's {key} is not what Megatron-Core's layers are", expected=expected, found=repr(value)[:80]
-            )
     _check_steps(reader)
     hidden, heads = found["hidden_size"], found["mamba_num_heads"]
     expand = _or(reader.integer("expand"), 2)
@@ -99,9 +92,6 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
     attention = heads if heads > 0 and hidden % heads == 0 else 1
     return {
         **padding,
-        "hybrid_override_pattern": "M" * min(max(0, found["num_layers"]), 10_000),
-        "max_position_embeddings": reader.integer("max_position_embeddings") or _LENGTH,
-        "ffn_hidden_size": hidden,  # no layer has such; Megatron's configuration must have positive sizes
         "num_attention_heads": attention,
         "num_query_groups": attention,
         "kv_channels": max(1, hidden // attention),
@@ -129,11 +119,7 @@ def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
             "transformers' Mamba2ForCausalLM has mixers of a multiple of the model's width",
             expected=f"a multiple of {config.hidden_size}", found=inner,
         )  # fmt: skip
-    length = config.max_position_embeddings
-    return {
-        "expand": inner // config.hidden_size,
-        **({} if length in (None, _LENGTH) else {"max_position_embeddings": length}),
-    }
+    return {"expand": inner // config.hidden_size}
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
@@ -196,13 +182,20 @@ FAMILY = Family(
             Field("mamba_num_groups", "n_groups"),
             Field("mamba_state_dim", "state_size"),
         ),
-        constants=_FIXED,
         attention_bias=None,
         activation_key=None,
+        codecs=(
+            Fixed(_FIXED, _OF),
+            Fixed({**_STATE_SPACES, "d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}, _OF, written=False),
+            Field("max_position_embeddings", "max_position_embeddings", "count", _LENGTH, terse=True),
+            Implied({
+                "hybrid_override_pattern": lambda found: "M" * min(max(0, found["num_layers"]), 10_000),
+                "ffn_hidden_size": same_as("hidden_size"),  # no layer has such; Megatron's must have positive sizes
+            }),
+        ),
         read=_read,
         write=_write,
-        keys=frozenset({"expand", "time_step_limit", "max_position_embeddings", "pad_vocab_size_multiple"})
-        | _OF_STATE_SPACES.keys(),
+        keys=frozenset({"expand", "time_step_limit", "pad_vocab_size_multiple"}),
         variants=(Variant("backbone.embedding.weight", ("backbone.embeddings.weight",)),),
         foreign=_from_state_spaces,
     ),

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.codecs import Implied, OfClass, Words
 from anyckpt.config.encoder_keys import HEADS
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.fields import Field
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.indexing import Shape
 from anyckpt.models.language.family import Family
@@ -128,35 +130,29 @@ TRAITS = {
     "parallel_residual": False,
     "vision_model_type": None,
 }
-FLAGS: dict[str, dict[str, bool]] = {
-    "ForPreTraining": {"add_pooler": True, "add_lm_head": True, "bert_binary_head": True},
-    "ForMaskedLM": {"add_lm_head": True},
-    "LMHeadModel": {"add_lm_head": True},
-    "ForCausalLM": {"add_lm_head": True},
-    "ForNextSentencePrediction": {"add_pooler": True, "bert_binary_head": True},
-    "Model": {"add_pooler": True},
-}
-"""Heads by the end of the class's name; a bare model may lack the pooler."""
-
 CONSTANTS = {"is_decoder": False, "add_cross_attention": False}
 EXPECTED = {**CONSTANTS, "position_embedding_type": "absolute"}
 """Of an encoder with absolute positions."""
 
 
-def read_heads(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Which heads the class has."""
-    names = reader.values.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    return next((flags for end, flags in FLAGS.items() if name.endswith(end)), {})
+def class_with_heads(stem: str) -> OfClass:
+    """Heads by the end of the class's name; a bare model may lack the pooler.
 
-
-def write_heads(prefix: str, config: ModelConfig) -> dict[str, Any]:
-    """The class with these heads, of those whose names begin with ``prefix``."""
-    if config.add_lm_head:
-        end = "ForPreTraining" if config.bert_binary_head else "ForMaskedLM"
-    else:
-        end = "ForNextSentencePrediction" if config.bert_binary_head else "Model"
-    return {"architectures": [prefix + end]}
+    Args:
+        stem: what the names of the classes begin with.
+    """
+    return OfClass(
+        stem,
+        {
+            "ForPreTraining": {"add_pooler": True, "add_lm_head": True, "bert_binary_head": True},
+            "ForMaskedLM": {"add_lm_head": True},
+            "LMHeadModel": {"add_lm_head": True},
+            "ForCausalLM": {"add_lm_head": True},
+            "ForNextSentencePrediction": {"add_pooler": True, "bert_binary_head": True},
+            "Model": {"add_pooler": True},
+        },
+        told_by=("add_lm_head", "bert_binary_head"),
+    )
 
 
 def headless(config: ModelConfig) -> bool:
@@ -214,6 +210,11 @@ def caveats(config: ModelConfig, kind: str) -> Iterable[str]:
         yield "NeMo 1 has token types only in a model with bert_binary_head: set it to true to load them"
 
 
+def _types(found: Mapping[str, Any]) -> int:
+    stated: int | None = found["num_tokentypes"]
+    return (2 if found["bert_binary_head"] else 0) if stated is None else stated
+
+
 def nemo2(bert_type: str, model: str, stem: str) -> NeMo2:
     """NeMo 2.5's classes of a kind of BERT.
 
@@ -223,27 +224,17 @@ def nemo2(bert_type: str, model: str, stem: str) -> NeMo2:
         stem: what the names of configuration classes begin with.
     """
 
-    def read(reader: Reader, known: Mapping[str, Any]) -> Mapping[str, Any]:
-        kind = reader.text("bert_type") or known["bert_type"]
-        flags = {entry.hub: reader.read(entry, known) for entry in HEADS[1:]}
-        types = reader.integer("num_tokentypes")
-        return {
-            **flags,
-            "num_tokentypes": (2 if flags["bert_binary_head"] else 0) if types is None else types,
-            "transformer_block_type": "pre_ln" if kind == "megatron" else "post_ln",
-        }
-
-    def write(config: ModelConfig) -> Mapping[str, Any]:
-        return {"bert_type": bert_type, **{entry.key: getattr(config, entry.hub) for entry in HEADS}}
-
     return NeMo2(
         module="nemo.collections.llm.bert.model.bert",
         model=model,
         configs=(f"{stem}Config", f"{stem}BaseConfig", f"{stem}LargeConfig", "BertConfig"),
         choose=lambda config: f"{stem}Config",
-        own=frozenset({"num_tokentypes", "add_pooler", "add_lm_head", "bert_binary_head"}),
-        read=read,
-        write=write,
+        codecs=(
+            Words("transformer_block_type", "bert_type", {"megatron": "pre_ln", "huggingface": "post_ln"}, bert_type),
+            Field("num_tokentypes", "num_tokentypes", default=None),
+            *(row for row in HEADS if row.hub != "num_tokentypes"),
+            Implied({"num_tokentypes": _types}),
+        ),
         without=frozenset({"vocab_size"}),
     )
 
@@ -267,8 +258,7 @@ FAMILY = Family(
         constants=CONSTANTS,
         expected=EXPECTED,
         attention_bias=None,
-        read=read_heads,
-        write=lambda config, notes: write_heads("MegatronBert", config),
+        codecs=(class_with_heads("MegatronBert"),),
         keys=frozenset({"position_embedding_type"}),
         prefix="bert.",
         headless=headless,

@@ -7,35 +7,16 @@ some layers alone have the window, transformers' class is Ministral's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LLAMA, MetaNames
-from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
-from anyckpt.config.windows import read_window, write_window
+from anyckpt.config.windows import Layers, LayerWindow
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
 _SOME_LAYERS = "ministral"
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Window and the layers that have it; Mistral's own class has it in all, whatever ``layer_types`` says."""
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 4096
-    every = [True] * min(max(0, found["num_layers"]), 10_000)
-    if reader.values.get("model_type") != _SOME_LAYERS:
-        reader = Reader({}, reader.what)
-    return read_window(reader, length, every)
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    rendered = write_window(config, notes)
-    if config.window_size is None or config.window_attn_skip_freq is None:
-        return {"sliding_window": rendered["sliding_window"]}
-    return {**rendered, "architectures": ["MinistralForCausalLM"], "model_type": _SOME_LAYERS}
 
 
 FAMILY = Family(
@@ -50,9 +31,7 @@ FAMILY = Family(
         architectures=("MistralForCausalLM", "MinistralForCausalLM"),
         registered=DECODER,
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
-        read=_read,
-        write=_write,
-        keys=frozenset({"sliding_window", "layer_types"}),
+        codecs=(LayerWindow(Layers(), within=(_SOME_LAYERS, "MinistralForCausalLM")),),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.mistral",

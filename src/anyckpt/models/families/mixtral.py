@@ -7,27 +7,17 @@ logits in Megatron-Core 0.16 with tensor parallel sizes 1 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from anyckpt.config.codecs import Implied, Noted, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import ATTENTION, EXPERTS, MetaNames
-from anyckpt.config.model import Field, ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm, Variant
+from anyckpt.config.windows import Window
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 
 _EXPERT = f"{sparse.LAYER}.block_sparse_moe.experts.*"
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    if config.moe_router_pre_softmax:
-        notes.append(
-            "moe_router_pre_softmax is set, and transformers' Mixtral always normalises over the chosen experts: right "
-            "for weights that NeMo's importer made of a Mixtral, not for a model that was trained so"
-        )
-    return {}
 
 
 FAMILY = Family(
@@ -52,7 +42,6 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("mixtral",),
         architectures=("MixtralForCausalLM",),
-        windowed=True,
         fields=(
             *COMMON,
             Field("layernorm_epsilon", "rms_norm_eps", "number"),
@@ -61,8 +50,15 @@ FAMILY = Family(
             Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
         ),
         rotary_base=1_000_000.0,
-        read=lambda reader, found: {"moe_ffn_hidden_size": found["ffn_hidden_size"]},
-        write=_write,
+        codecs=(
+            Window(),
+            Implied({"moe_ffn_hidden_size": same_as("ffn_hidden_size")}),
+            Noted(
+                lambda config: config.moe_router_pre_softmax,
+                "moe_router_pre_softmax is set, and transformers' Mixtral always normalises over the chosen experts: "
+                "right for weights that NeMo's importer made of a Mixtral, not for a model that was trained so",
+            ),
+        ),
         variants=(
             Variant(f"{sparse.LAYER}.mlp.experts.gate_up_proj", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight")),
             Variant(f"{sparse.LAYER}.mlp.experts.down_proj", (f"{_EXPERT}.w2.weight",)),

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.fields import Field
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder

@@ -6,8 +6,8 @@ Megatron-Core 0.16 and Megatron-Bridge 0.3.1.
 
 from __future__ import annotations
 
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family

@@ -11,8 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.codecs import Fixed
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
@@ -125,7 +128,7 @@ _FIXED: Mapping[str, Any] = {
     "norm_topk_prob": True,
     "moe_latent_size": None,
 }
-"""What a model must be for Megatron-Core to have its layers, and transformers' defaults; written as it is."""
+"""What a model must be for Megatron-Core to have its layers, and transformers' defaults."""
 
 _OF_EXPERTS = (
     Field("num_moe_experts", "n_routed_experts"),
@@ -141,43 +144,38 @@ _OF_EXPERTS = (
 _ACTIVATIONS = ("squared_relu", "gelu")
 
 
-def _pattern(reader: Reader) -> str:
-    words = reader.values.get("layers_block_type")
-    letters = reader.text("hybrid_override_pattern")
-    if letters is None and isinstance(words, list):
-        known = {**_WORDS, **_OLD_WORDS}
-        letters = "".join(known.get(word, "?") if isinstance(word, str) else "?" for word in words)
-    if not letters or len(letters) > 10_000 or set(letters) - _LETTERS.keys():
-        raise MappingError(
-            "config.json does not say what each layer is",
-            expected=f"layers_block_type of {', '.join(_WORDS)}, or hybrid_override_pattern of {' '.join(_LETTERS)}",
-            found=repr(letters if letters else words)[:80],
-        )  # fmt: skip
-    return letters
+class _Pattern(Codec):
+    """What each layer is, in words or in letters, which are as many as layers; and what experts' routers do."""
 
+    hubs = ("num_layers", "hybrid_override_pattern")
+    keys = ("num_hidden_layers", "hybrid_override_pattern", "layers_block_type")
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key, expected in _FIXED.items():
-        value = reader.values.get(key)
-        if value is not None and value != expected:
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        words = reader.values.get("layers_block_type")
+        letters = reader.text("hybrid_override_pattern")
+        if letters is None and isinstance(words, list):
+            known = {**_WORDS, **_OLD_WORDS}
+            letters = "".join(known.get(word, "?") if isinstance(word, str) else "?" for word in words)
+        if not letters or len(letters) > 10_000 or set(letters) - _LETTERS.keys():
             raise MappingError(
-                f"config.json's {key} is not what Megatron-Core's layers are", expected=expected, found=repr(value)[:80]
+                "config.json does not say what each layer is",
+                expected=f"layers_block_type of {', '.join(_WORDS)}, or hybrid_override_pattern of "
+                f"{' '.join(_LETTERS)}",
+                found=repr(letters if letters else words)[:80],
             )
-    letters = _pattern(reader)
-    if "E" in letters:
-        router = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-    else:
-        router = dict.fromkeys((entry.hub for entry in _OF_EXPERTS), None)
-    return {"num_layers": len(letters), "hybrid_override_pattern": letters, **router}
+        if "E" in letters:
+            router = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+        else:
+            router = dict.fromkeys((entry.hub for entry in _OF_EXPERTS), None)
+        return {"num_layers": len(letters), "hybrid_override_pattern": letters, **router}
 
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    letters = config.hybrid_override_pattern or ""
-    return {
-        "num_hidden_layers": config.num_layers,
-        "hybrid_override_pattern": letters,
-        "layers_block_type": [_LETTERS[letter] for letter in letters],
-    }
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        letters = config.hybrid_override_pattern or ""
+        return {
+            "num_hidden_layers": config.num_layers,
+            "hybrid_override_pattern": letters,
+            "layers_block_type": [_LETTERS[letter] for letter in letters],
+        }
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
@@ -220,11 +218,9 @@ FAMILY = Family(
             Field("mamba_state_dim", "ssm_state_size"),
             *_OF_EXPERTS,
         ),
-        constants=_FIXED,
         activation_key="mlp_hidden_act",
-        read=_read,
-        write=_write,
-        keys=frozenset({"num_hidden_layers", "hybrid_override_pattern", "layers_block_type", "mtp_layers_block_type"}),
+        codecs=(Fixed(_FIXED, "what Megatron-Core's layers are"), _Pattern()),
+        keys=frozenset({"mtp_layers_block_type"}),
         variants=_VARIANTS,
     ),
     nemo2=NeMo2(

@@ -6,9 +6,10 @@ and long rope; here the first is kept, and the second is refused where Megatron 
 
 from __future__ import annotations
 
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.windows import Window
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
@@ -31,7 +32,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("phi3",),
         architectures=("Phi3ForCausalLM",),
-        windowed=True,
+        codecs=(Window(),),
         registered=DECODER,
         fields=(
             *(entry for entry in COMMON if entry.key != "head_dim"),

@@ -6,37 +6,15 @@ release has switched on, are in the layers from ``max_window_layers`` on unless 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
-from anyckpt.config.windows import read_window, windowed_layers, write_window
+from anyckpt.config.windows import From, LayerWindow
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
-KEYS = frozenset({"use_sliding_window", "sliding_window", "layer_types"})
-
-
-def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Window and the layers that have it."""
-    length = reader.integer("sliding_window") if "sliding_window" in reader.values else 4096
-    first = reader.integer("max_window_layers")
-    first = 28 if first is None else first
-    usual = [layer >= first for layer in range(min(found["num_layers"], 10_000))]
-    return read_window(reader, length if reader.flag("use_sliding_window") else None, usual)
-
-
-def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    """The keys of ``read``."""
-    layers = windowed_layers(config)
-    rendered = {"use_sliding_window": any(layers), **write_window(config, notes)}
-    if any(layers):
-        rendered["max_window_layers"] = layers.index(True)
-    return rendered
-
+WINDOW = LayerWindow(From("max_window_layers", 28, switch="use_sliding_window"))
 
 FAMILY = Family(
     name="qwen2",
@@ -50,9 +28,7 @@ FAMILY = Family(
         registered=DECODER,
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
         attention_bias=None,
-        read=read,
-        write=write,
-        keys=KEYS,
+        codecs=(WINDOW,),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.qwen2",

@@ -6,11 +6,8 @@ no such models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from anyckpt.config.fields import Field, share_of_a_head
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import qwen3_moe
 from anyckpt.models.families.parts import decoder
@@ -22,21 +19,6 @@ from anyckpt.models.language.rules import Rule
 _ATTENTION = f"{sparse.LAYER}.self_attn"
 _SHARED = f"{sparse.LAYER}.mlp.shared_expert"
 _HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
-
-
-def _head(hidden: int, heads: int) -> int:
-    return hidden // max(1, heads)
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    head = reader.integer("head_dim")
-    default = _head(found["hidden_size"], found["num_attention_heads"])
-    return {**qwen3_moe.read(reader, found), "kv_channels": default if head is None else head}
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    usual = config.kv_channels == _head(config.hidden_size, config.num_attention_heads)
-    return {**qwen3_moe.write(config, notes), **({} if usual else {"head_dim": config.kv_channels})}
 
 
 FAMILY = Family(
@@ -80,9 +62,8 @@ FAMILY = Family(
         ),
         constants={"qkv_bias": True},
         expected={**qwen3_moe.EXPECTED, "qkv_bias": True},
-        read=_read,
-        write=_write,
-        keys=qwen3_moe.KEYS | {"head_dim", "layer_types", "max_window_layers"},
+        codecs=(*qwen3_moe.CODECS, Field("kv_channels", "head_dim", default=share_of_a_head, terse=True)),
+        keys=frozenset({"layer_types", "max_window_layers"}),
         variants=sparse.STACKED,
     ),
 )  # fmt: skip

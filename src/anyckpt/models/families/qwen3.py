@@ -5,9 +5,10 @@ The map was checked against transformers 5.23, Megatron-Core 0.16 and Megatron-B
 
 from __future__ import annotations
 
+from anyckpt.config.codecs import Written, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LAYER, LLAMA, Pair, in_halves
-from anyckpt.config.model import Field
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families import qwen2
 from anyckpt.models.families.parts import decoder
@@ -25,9 +26,7 @@ FAMILY = Family(
         architectures=("Qwen3ForCausalLM",),
         registered=DECODER,
         fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
-        read=qwen2.read,
-        write=qwen2.write,
-        keys=qwen2.KEYS,
+        codecs=(qwen2.WINDOW,),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.qwen3",
@@ -42,7 +41,7 @@ FAMILY = Family(
             "Qwen3Config32B",
         ),
         choose=lambda config: "Qwen3Config",
-        write=lambda config: {"max_position_embeddings": config.max_position_embeddings},
+        codecs=(Written({"max_position_embeddings": same_as("max_position_embeddings")}),),
     ),
     meta=in_halves(
         LLAMA,

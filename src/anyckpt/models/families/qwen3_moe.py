@@ -5,11 +5,9 @@ The map and the fields were checked against transformers 5.23, Megatron-Core 0.1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from anyckpt.config.codecs import Written, negated, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
@@ -18,30 +16,11 @@ from anyckpt.models.language.family import Family
 EXPECTED = {"use_sliding_window": False}
 """Qwen's models with experts are not released with a window."""
 
-KEYS = frozenset({"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "use_sliding_window"})
-
-
-def read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The router's normalisation, and which layers have experts."""
-    return {
-        "moe_router_pre_softmax": not reader.flag("norm_topk_prob"),
-        "moe_layer_freq": sparse.layers_with_experts(reader, min(found["num_layers"], 10_000)),
-    }
-
-
-def write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    """The keys of ``read``."""
-    return {
-        "norm_topk_prob": not config.moe_router_pre_softmax,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": sparse.dense_layers(config),
-        "use_sliding_window": False,
-    }
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    return {**write(config, notes), "num_local_experts": config.num_moe_experts}  # as 4.x and as 5.x names it
-
+CODECS = (
+    negated("moe_router_pre_softmax", "norm_topk_prob", False),
+    sparse.SteppedLayers(),
+    Written(EXPECTED),
+)
 
 FAMILY = Family(
     name="qwen3-moe",
@@ -75,9 +54,7 @@ FAMILY = Family(
             Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
         ),
         expected=EXPECTED,
-        read=read,
-        write=_write,
-        keys=KEYS,
+        codecs=(*CODECS, Written({"num_local_experts": same_as("num_moe_experts")})),  # as 4.x and as 5.x names it
         variants=sparse.STACKED,
     ),
     nemo2=NeMo2(

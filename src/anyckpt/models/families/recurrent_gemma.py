@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config.codecs import Fixed, Multiple, same_as
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace
-from anyckpt.config.windows import window_length
+from anyckpt.config.windows import Window
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
@@ -32,7 +34,7 @@ _HUB_LRU = f"{_RECURRENT}.rg_lru"
 _ATTENTION = f"{_HUB}.self_attention"
 _PERIOD = ("recurrent", "recurrent", "attention")
 _LENGTH = 8192
-_WINDOW = 2048
+_OF = "that of NeMo's Griffin"
 
 
 def _attends(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -77,48 +79,6 @@ RULES = (
     Rule(("model.final_norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    blocks = reader.values.get("block_types", reader.values.get("_block_types"))
-    if blocks is not None and (not isinstance(blocks, (list, tuple)) or tuple(blocks) != _PERIOD):
-        raise MappingError(
-            "config.json's block_types is not that of NeMo's Griffin", expected=", ".join(_PERIOD),
-            found=repr(blocks)[:80],
-        )  # fmt: skip
-    for key, expected in (("conv1d_width", 4), ("attention_bias", False), ("lru_width", found["hidden_size"])):
-        value = reader.values.get(key)
-        if value is not None and value != expected:
-            raise MappingError(
-                f"config.json's {key} is not that of NeMo's Griffin", expected=expected, found=repr(value)[:80]
-            )
-    both = reader.integer("intermediate_size")
-    width = 3 * 2560 if both is None else both
-    if width % 2:
-        raise MappingError("config.json's intermediate_size is not possible", expected="an even number", found=width)
-    window = reader.integer("attention_window_size")
-    length = _WINDOW if window is None else window
-    if length < 1:
-        raise MappingError(
-            "config.json's attention_window_size is not possible", expected="a positive length", found=length
-        )
-    return {
-        "ffn_hidden_size": width // 2,  # transformers' class halves it
-        "window_size": (length - 1, 0),
-        "max_position_embeddings": reader.integer("max_position_embeddings") or _LENGTH,
-    }
-
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    length = config.max_position_embeddings
-    return {
-        "intermediate_size": 2 * config.ffn_hidden_size,
-        "attention_window_size": _LENGTH if config.window_size is None else window_length(config, notes),
-        "lru_width": config.hidden_size,
-        "conv1d_width": 4,
-        "block_types": list(_PERIOD),
-        **({} if length in (None, _LENGTH) else {"max_position_embeddings": length}),
-    }
 
 
 def _nemo1(config: ModelConfig) -> Mapping[str, Any]:
@@ -188,11 +148,13 @@ FAMILY = Family(
         rotary_percent=0.5,
         attention_bias=None,
         activation_key="hidden_activation",
-        read=_read,
-        write=_write,
-        keys=frozenset({
-            "block_types", "_block_types", "conv1d_width", "lru_width", "intermediate_size", "attention_window_size",
-            "sliding_window", "max_position_embeddings",
-        }),
+        codecs=(
+            Fixed({"block_types": list(_PERIOD), "conv1d_width": 4, "lru_width": same_as("hidden_size")}, _OF),
+            Fixed({"_block_types": list(_PERIOD), "attention_bias": False}, _OF, written=False),
+            Multiple("ffn_hidden_size", "intermediate_size", 2, 3 * 2560),  # transformers' class halves it
+            Window("attention_window_size", unset=_LENGTH),
+            Field("max_position_embeddings", "max_position_embeddings", "count", _LENGTH, terse=True),
+        ),
+        keys=frozenset({"sliding_window"}),
     ),
 )  # fmt: skip

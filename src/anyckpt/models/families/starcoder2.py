@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import Field, ModelConfig
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
+from anyckpt.config.windows import Window
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
@@ -44,7 +46,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("starcoder2",),
         architectures=("Starcoder2ForCausalLM",),
-        windowed=True,
+        codecs=(Window(),),
         registered=DECODER,
         fields=(
             *(entry for entry in COMMON if entry.key != "head_dim"),

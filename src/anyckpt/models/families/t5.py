@@ -17,10 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.config.encoder_keys import RELATIVE, attention_scalar
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.codecs import Implied, Noted, Power, Words, Written, same_as
+from anyckpt.config.encoder_keys import RELATIVE
+from anyckpt.config.fields import Field
+from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
-from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.family import Family
@@ -133,6 +134,8 @@ _FIELDS = (
     Field("relative_attention_max_distance", "relative_attention_max_distance"),
     Field("hidden_dropout", "dropout_rate", "number"),
     Field("layernorm_epsilon", "layer_norm_epsilon", "number"),
+    Field("share_embeddings_and_output_weights", "tie_word_embeddings", "flag", True),
+    Field("scale_decoder_outputs", "scale_decoder_outputs", "flag", same_as("share_embeddings_and_output_weights")),
     Field("eos_token_id", "eos_token_id", "tokens", None),
     Field("pad_token_id", "pad_token_id", "tokens", None),
 )
@@ -152,50 +155,39 @@ _POSITIONS = 512
 """Longest sequence in frameworks that have to be told one, as both have it by default; the model has none."""
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    spelled = reader.text("feed_forward_proj") or "relu"
-    if spelled not in _ACTIVATIONS:
-        raise MappingError(
-            "config.json's feed_forward_proj is unknown", expected=f"one of {', '.join(_ACTIVATIONS)}",
-            found=spelled[:80],
-        )  # fmt: skip
-    activation, gated = _ACTIVATIONS[spelled]
-    tied, scaled = reader.flag("tie_word_embeddings") is not False, reader.flag("scale_decoder_outputs")
-    exact = math.frexp(math.sqrt(max(0, found["kv_channels"])))[0] == 0.5
-    return {
-        "activation": activation,
-        "gated_linear_unit": gated,
-        "share_embeddings_and_output_weights": tied,
-        "scale_decoder_outputs": tied if scaled is None else scaled,
-        "attention_dropout": found["hidden_dropout"],
-        "query_pre_attn_scalar": None if exact else 1.0,
-    }
+def _scalar(found: Mapping[str, Any]) -> float | None:
+    """None where Megatron's scale is exact."""
+    return None if math.frexp(math.sqrt(max(0, found["kv_channels"])))[0] == 0.5 else 1.0
 
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    spelled = {meant: name for name, meant in _ACTIVATIONS.items()}
-    activation = config.activation, config.gated_linear_unit
-    if activation not in spelled or config.position_embedding_type != "relative":
-        raise MappingError(
-            "transformers' T5ForConditionalGeneration has no such layers",
-            expected=f"relative positions, and feed_forward_proj one of {', '.join(_ACTIVATIONS)}",
-            found=f"{config.position_embedding_type} positions, {'gated ' if activation[1] else ''}{activation[0]}",
-        )  # fmt: skip
-    tied, scaled = config.share_embeddings_and_output_weights, config.scale_decoder_outputs
-    if tied and not scaled:
-        notes.append(
-            "transformers 4 takes tie_word_embeddings for a scale of logits that the model has not; transformers 5 "
-            "reads scale_decoder_outputs"
-        )
-    kept = config.extra.get("hf", {})
-    return {
-        "feed_forward_proj": spelled[activation],
-        "dense_act_fn": "gelu_new" if spelled[activation] == "gated-gelu" else spelled[activation].split("-")[-1],
-        "is_gated_act": config.gated_linear_unit,
-        "tie_word_embeddings": tied,
-        "scale_decoder_outputs": scaled,
-        **({} if "decoder_start_token_id" in kept else {"decoder_start_token_id": config.pad_token_id or 0}),
-    }
+def _function(fields: Mapping[str, Any]) -> str:
+    """transformers' ``dense_act_fn``."""
+    name = next((name for name, meant in _ACTIVATIONS.items() if meant == _meant(fields)), "")
+    return "gelu_new" if name == "gated-gelu" else name.split("-")[-1]
+
+
+def _meant(fields: Mapping[str, Any]) -> tuple[str, bool]:
+    return fields["activation"], fields["gated_linear_unit"]
+
+
+_CODECS = (
+    Words(
+        ("activation", "gated_linear_unit"),
+        "feed_forward_proj",
+        _ACTIVATIONS,
+        "relu",
+        refusal="transformers' T5ForConditionalGeneration has no such layers",
+    ),
+    Written({"dense_act_fn": _function, "is_gated_act": same_as("gated_linear_unit")}),
+    Written({"decoder_start_token_id": lambda fields: fields["pad_token_id"] or 0}, kept=True),
+    Implied({"position_embedding_type": "relative"}, "transformers' T5ForConditionalGeneration has no such positions"),
+    Implied({"attention_dropout": same_as("hidden_dropout"), "query_pre_attn_scalar": _scalar}),
+    Noted(
+        lambda config: config.share_embeddings_and_output_weights and not config.scale_decoder_outputs,
+        "transformers 4 takes tie_word_embeddings for a scale of logits that the model has not; transformers 5 reads "
+        "scale_decoder_outputs",
+    ),
+)
 
 
 def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
@@ -206,29 +198,31 @@ def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
     return config
 
 
-def _lengths(config: ModelConfig) -> dict[str, Any]:
-    length = config.max_position_embeddings or _POSITIONS
-    return {"seq_length": length, "max_position_embeddings": length}
+def _length(fields: Mapping[str, Any]) -> int:
+    length: int = fields["max_position_embeddings"] or _POSITIONS
+    return length
+
+
+def _lengths(config: ModelConfig, *stacks: str) -> dict[str, Any]:
+    keys = ("seq_length", "max_position_embeddings", *(f"{stack}_seq_length" for stack in stacks))
+    return dict.fromkeys(keys, _length(vars(config)))
 
 
 def _megatron_keys(config: ModelConfig) -> Mapping[str, Any]:
     """Arguments of Megatron-LM's ``pretrain_t5.py``."""
-    lengths = _lengths(config)
-    return {**lengths, "encoder_seq_length": lengths["seq_length"], "decoder_seq_length": lengths["seq_length"]}
+    return _lengths(config, "encoder", "decoder")
 
 
 def _nemo1_keys(config: ModelConfig) -> Mapping[str, Any]:
     """Keys of ``megatron_t5_config.yaml``."""
-    lengths = _lengths(config)
     return {
         "mcore_gpt": False,
         "mcore_t5": True,
-        **lengths,
-        "encoder_seq_length": lengths["seq_length"],
+        **_lengths(config, "encoder"),
         "pipeline_model_parallel_split_rank": 0,
         "embedding_init_method_std": config.init_method_std,
         "embedding_dropout": config.hidden_dropout,
-        "data": {"dataset_type": "t5", "seq_length_dec": lengths["seq_length"]},
+        "data": {"dataset_type": "t5", "seq_length_dec": _length(vars(config))},
         "target": "nemo.collections.nlp.models.language_modeling.megatron_t5_model.MegatronT5Model",
     }
 
@@ -243,15 +237,6 @@ def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
         yield "on the way back from NeMo 2 the scale of original T5's logits stays part of the decoder's last norm"
     if kind == "megatron-args" and config.encoder_num_layers != config.num_layers:
         yield "Megatron-LM builds a T5 whose decoder has as many layers as its encoder: this one's has not"
-
-
-def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"query_pre_attn_scalar": attention_scalar(reader)}
-
-
-def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
-    scale = config.query_pre_attn_scalar
-    return {**_lengths(config), "softmax_scale": None if scale is None else scale**-0.5}
 
 
 FAMILY = Family(
@@ -288,11 +273,7 @@ FAMILY = Family(
         constants={"is_encoder_decoder": True, "is_decoder": False},
         attention_bias=None,
         activation_key=None,
-        read=_read,
-        write=_write,
-        keys=frozenset({
-            "feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs",
-        }),
+        codecs=_CODECS,
         copies=tuple((f"{stack}.embed_tokens.weight", "shared.weight") for stack in ("encoder", "decoder")),
     ),
     nemo2=NeMo2(
@@ -301,9 +282,10 @@ FAMILY = Family(
         configs=("T5Config*",),
         choose=lambda config: "T5Config",
         fields=(Field("encoder_num_layers", "encoder_num_layers"), *RELATIVE),
-        own=frozenset({"query_pre_attn_scalar"}),
-        read=_read_nemo2,
-        write=_write_nemo2,
+        codecs=(
+            Written(dict.fromkeys(("seq_length", "max_position_embeddings"), _length)),
+            Power("query_pre_attn_scalar", "softmax_scale", -0.5),
+        ),
         without=frozenset({"rotary_base"}),
     ),
 )  # fmt: skip

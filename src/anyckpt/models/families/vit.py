@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.config.defaults import of_class
-from anyckpt.config.model import Field, ModelConfig, Reader
+from anyckpt.config.codecs import Implied, class_of
+from anyckpt.config.fields import Field
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.indexing import Shape
 from anyckpt.models.families import clip_vision
@@ -71,13 +73,11 @@ _IN_MEMORY = {
 
 
 def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    kind = clip_vision.architecture(reader)
+    kind = class_of(reader)
     classes = len(reader.mapping("id2label")) or reader.integer("num_labels") or 2
     pooled = kind.endswith("Model")
     width = reader.integer("pooler_output_size") or found["hidden_size"]
     return {
-        **clip_vision.read_image(reader, of_class("transformers", "vit")),
-        "vision_model_type": "internvit",
         "add_pooler": pooled,
         "output_dim": width if pooled else None,
         "num_classes": classes if kind.endswith("ForImageClassification") else None,
@@ -85,9 +85,7 @@ def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    written = {**clip_vision.write_image(config, square=False), "qkv_bias": True}
-    if config.output_dim is not None:
-        written["pooler_output_size"] = config.output_dim
+    written = {} if config.output_dim is None else {"pooler_output_size": config.output_dim}
     if config.num_classes is None:
         return {**written, "architectures": ["ViTModel"]}
     labelled = "id2label" in config.extra.get("hf", {})
@@ -134,11 +132,13 @@ FAMILY = Family(
             Field("attention_dropout", "attention_probs_dropout_prob", "number"),
             Field("hidden_dropout", "hidden_dropout_prob", "number"),
         ),
+        constants={"qkv_bias": True},
         expected={"qkv_bias": True},
         attention_bias=None,
+        codecs=(clip_vision.COLOURS, clip_vision.Image(square=False), Implied({"vision_model_type": "internvit"})),
         read=_read,
         write=_write,
-        keys=frozenset({"image_size", "num_channels", "qkv_bias", "num_labels", "pooler_output_size"}),
+        keys=frozenset({"num_labels", "pooler_output_size"}),
         prefix="vit.",
         headless=lambda config: config.num_classes is None,
         variants=tuple(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from anyckpt.config.model import ModelConfig, Reader
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from anyckpt.config.fields import Codec
+from anyckpt.config.model import ModelConfig
+from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import Variant
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.language.rule_operations import GATE_UP
@@ -66,14 +71,30 @@ STACKED = (
 """transformers 5's layout in memory, and on disk with ``save_original_format=False``."""
 
 
-def layers_with_experts(reader: Reader, layers: int) -> tuple[int, ...] | None:
-    """Megatron's list from Qwen's two keys: every so many layers, and layers that are dense all the same."""
-    step = reader.integer("decoder_sparse_step")
-    step = 1 if step is None else step
-    listed = reader.tokens("mlp_only_layers") or ()  # a list of whole numbers, or one
-    dense = {listed} if isinstance(listed, int) else set(listed)
-    pattern = tuple(int(layer not in dense and step > 0 and (layer + 1) % step == 0) for layer in range(layers))
-    return None if all(pattern) else pattern
+class SteppedLayers(Codec):
+    """Megatron's list in Qwen's two keys: every so many layers have experts, but for those that are dense."""
+
+    hubs = ("moe_layer_freq",)
+    keys = ("decoder_sparse_step", "mlp_only_layers")
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        step = reader.integer("decoder_sparse_step")
+        step = 1 if step is None else step
+        listed = reader.tokens("mlp_only_layers") or ()  # a list of whole numbers, or one
+        dense = {listed} if isinstance(listed, int) else set(listed)
+        layers = range(min(found["num_layers"], 10_000))
+        return {
+            "moe_layer_freq": pattern(layer not in dense and step > 0 and (layer + 1) % step == 0 for layer in layers)
+        }
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense_layers(config)}
+
+
+def pattern(layers: Iterable[bool]) -> tuple[int, ...] | None:
+    """Megatron's list of layers, each with experts or dense; None if all have experts."""
+    listed = tuple(map(int, layers))
+    return None if all(listed) else listed
 
 
 def dense_layers(config: ModelConfig) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyckpt.config.model import Field
+from anyckpt.config.fields import Field
 
 VOCABULARY = Field("vocab_size", "vocab_size")
 TIED_AND_TOKENS = (
