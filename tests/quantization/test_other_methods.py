@@ -197,7 +197,11 @@ def test_states_that_are_not_possible(state: Any) -> None:
 
 @pytest.mark.parametrize(
     "facts",
-    [{"quant_method": "gptq", "bits": 3}, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}],
+    [
+        {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "gptq", "bits": 4.0},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+    ],
 )
 def test_other_forms_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
     write_folder(tmp_path / "in", {"quantization_config": facts}, {"a.qweight": np.ones((8, 8), np.int32)})

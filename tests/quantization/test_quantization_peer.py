@@ -91,6 +91,21 @@ def test_gpt_oss_is_what_transformers_dequantizes(gpt_oss: Path, route: tuple[st
     assert_same_model(theirs, loaded(source, dtype="auto"))
 
 
+@pytest.mark.parametrize(
+    ("model", "algorithm", "form", "config"),
+    [("deepseek", "fp8_blocks", "fp8", "FineGrainedFP8Config"), ("gpt_oss", "mxfp4", "mxfp4", "Mxfp4Config")],
+)
+def test_transformers_dequantizes_what_we_quantize(
+    model: str, algorithm: str, form: str, config: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    plain = request.getfixturevalue(model).parent / "plain"
+    anyckpt.convert(plain, tmp_path / "q", to="hf", quantize=algorithm, quantize_form=form)
+    anyckpt.convert(tmp_path / "q", tmp_path / "back", to="hf", dtype="bf16")
+    how = getattr(transformers, config)(dequantize=True)
+    theirs = loaded(tmp_path / "q", quantization_config=how, dtype="bfloat16")
+    assert_same_model(theirs, loaded(tmp_path / "back", dtype="auto"))
+
+
 def test_a_transposed_expert_would_be_noticed(gpt_oss: Path, tmp_path: Path) -> None:
     anyckpt.convert(gpt_oss, tmp_path / "out", to="hf", dtype="bf16")
     model = loaded(tmp_path / "out", dtype="auto")

@@ -104,6 +104,19 @@ def test_as_modelopt_writes_it(
     assert count >= 10
 
 
+def test_blocks_are_modelopts() -> None:
+    """But for q, k and v of this model, which are a block each, and which it gives one scale."""
+    facts = expected("block_fp8_b", "hf")
+    found = modules("src_llama_b", fused=False)
+    several = {name: weight for name, weight in found.items() if not name.endswith(("q_proj", "k_proj", "v_proj"))}
+    for name, weight in several.items():
+        for role, tensor in quantized(weight, "fp8_blocks").items():
+            fact = facts[f"{name}.{'weight_scale' if role == 'scale' else role}"]
+            if tensor.size > 1 and not (role == "weight" and facts[f"{name}.weight_scale"]["shape"] == []):
+                assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == fact["sha256"], (name, role)
+    assert len(several) == 4
+
+
 # -- the arithmetic, element by element -----------------------------------------------------------------------
 
 
@@ -241,6 +254,7 @@ def test_what_cannot_be_quantized() -> None:
 def test_rows_of_any_numbers(weight: np.ndarray[Any, Any]) -> None:
     made = quantized(from_array(weight), "int8_wo")
     largest = np.abs(weight.astype(np.float64)).max(axis=1, keepdims=True)
+    largest = np.maximum(largest, np.finfo(np.float32).tiny)  # no scale is made of less, as ModelOpt has it
     difference = np.abs(values_of(made, "int8_wo", weight.shape) - weight)
     assert (difference <= largest / 253).all()
 

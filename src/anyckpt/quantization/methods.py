@@ -93,7 +93,7 @@ def _gptq(facts: Facts) -> tuple[Stored, ...]:
     """Of its second version zero points are stored as they are; the first one stores one less."""
     form = facts.get("checkpoint_format", "gptq")
     bits = facts.get("bits")
-    if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
+    if type(bits) is not int or bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
         return ()
     return (gptq(bits, lowered=form == "gptq"),)
 
@@ -159,7 +159,7 @@ def _compressed_tensors(facts: Facts) -> tuple[Stored, ...]:
     bits, kind = first.get("num_bits", 8), first.get("type", "float")
     name = facts.get("format")
     symmetric = first.get("symmetric", True) is True
-    if name == "pack-quantized" and kind == "int" and bits in (2, 4, 8):
+    if name == "pack-quantized" and kind == "int" and type(bits) is int and bits in (2, 4, 8):
         in_words: Numbers = "packed int4" if bits == 4 else "packed int8"
         plain = (Scheme("_packed", "_scale", block, in_words),) if symmetric and bits != 2 else ()
         return (packed(bits, zeros=not symmetric), *plain) if first.get("actorder") or not plain else plain
