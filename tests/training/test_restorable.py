@@ -647,6 +647,22 @@ def test_a_folder_takes_artifacts_along_and_is_written_over(tmp_path: Path) -> N
     assert ToyParent.from_pretrained(tmp_path / "m.nemo").enc.bias.tolist() == [3, 3, 3, 3]
 
 
+def test_the_hub_s_own_mixin_opens_a_folder(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Theirs(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[misc, name-defined]
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.lin = nn.Linear(dim, 2)
+
+    model = Small({"dim": 3})
+    model.save_pretrained(tmp_path / "ours")
+    theirs = Theirs.from_pretrained(str(tmp_path / "ours"), strict=True)
+    assert torch.equal(theirs.lin.weight, model.lin.weight)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(Small.from_pretrained(tmp_path / "theirs").lin.weight, model.lin.weight)
+
+
 class FakeHub:
     """What is asked of huggingface_hub."""
 
