@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from anyckpt.containers.torch_file import shift_parts, tensor_zip_parts
-from anyckpt.containers.torch_file.writer import PAGE
+from anyckpt.containers.torch_file.writer import LARGE, PAGE
 from anyckpt.dtypes import DType
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import Destination, Share
@@ -71,8 +71,8 @@ class RankFiles:
             piece: which chunk it is; empty for the whole.
         """
         self._open(tensor.nbytes)
-        # Archives of equal tensors differ only in their padding, and that only by where in a page they begin.
-        kind = (tensor.dtype, tensor.shape, self._nbytes % PAGE)
+        # Archives of equal tensors differ only in the padding of large ones, and that by where in a page they begin.
+        kind = (tensor.dtype, tensor.shape, self._nbytes % PAGE if tensor.nbytes >= LARGE else 0)
         parts = self._archives.get(kind)
         if parts is None:
             stand_in = Constant(tensor.dtype, tensor.shape)

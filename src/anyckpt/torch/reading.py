@@ -3,21 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from anyckpt.errors import AnyckptError
+from anyckpt.dtypes import DType, dtype
+from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.indexing import Array
 from anyckpt.storage.read_count import ReadCount, counting
+from anyckpt.storage.requests import at_once, holding
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.live import LivePiece
 
 _READ_BYTES = 16 << 20
 
+Task = Callable[[], None]
 
-def filling(piece: LivePiece, tensor: LazyTensor, name: str, count: ReadCount) -> list[Callable[[], None]]:
+
+@dataclass(frozen=True)
+class Target:
+    """A live tensor to be filled.
+
+    Attributes:
+        name: for messages.
+        source: what is read, of the tensor's shape; its elements are cast where the tensor has another type.
+        tensor: what is written.
+    """
+
+    name: str
+    source: LazyTensor
+    tensor: torch.Tensor
+
+
+def fill(targets: Sequence[Target], *, workers: int | None = None) -> None:
+    """Read all sources into their tensors.
+
+    Args:
+        targets: no two of which share memory.
+        workers: threads; as many as processors, up to 8, if None.
+
+    Raises:
+        FormatError: bytes are missing or damaged.
+        UsageError: a target has another shape than its source, or elements cannot be cast to its type.
+    """
+    tasks: list[Task] = []
+    for one in targets:
+        if tuple(one.tensor.shape) != one.source.shape:
+            raise UsageError(
+                "has another shape than what is loaded into it",
+                tensor=one.name,
+                expected=one.source.shape,
+                found=tuple(one.tensor.shape),
+            )
+        tasks += _into(one.tensor, one.source.cast(dtype(one.tensor.dtype)), one.name)
+    at_once(tasks, workers or min(8, max(2, os.cpu_count() or 2)))
+
+
+def filling(piece: LivePiece, tensor: LazyTensor, name: str, count: ReadCount) -> list[Task]:
     """What fills a piece, in parts that threads can share.
 
     Args:
@@ -26,26 +72,50 @@ def filling(piece: LivePiece, tensor: LazyTensor, name: str, count: ReadCount) -
         name: what the checkpoint calls it, for messages.
         count: counts the bytes that are read.
     """
-    return [_counted(task, count) for task in _tasks(piece, tensor, name)]
+    if tensor.shape == piece.shape:
+        tasks = _into(piece.tensor, tensor.box(piece.offset, piece.sizes), name)
+    else:
+        tasks = iter([lambda: _fill_overlap(piece, tensor, name)])
+    return [_counted(task, count) for task in tasks]
 
 
-def _tasks(piece: LivePiece, tensor: LazyTensor, name: str) -> Iterator[Callable[[], None]]:
-    if not piece.tensor.numel():
+def torch_dtype(name: str, kind: DType) -> torch.dtype:
+    """torch's element type.
+
+    Raises:
+        UsageError: it has none.
+    """
+    found = getattr(torch, kind.name, None)
+    if not isinstance(found, torch.dtype):
+        raise UsageError(
+            "torch has no such element type",
+            tensor=name,
+            found=kind.name,
+            remedy="convert the checkpoint to one with types of torch",
+        )
+    return found
+
+
+def _into(target: torch.Tensor, box: LazyTensor, name: str) -> Iterator[Task]:
+    """What fills a tensor with a box of its shape and type."""
+    if not box.size:
         return
-    if tensor.shape != piece.shape:
-        yield lambda: _fill_overlap(piece, tensor, name)
+    if target.device.type != "cpu":
+        yield lambda: _fill_through(target, box, name)
         return
-    box = tensor.box(piece.offset, piece.sizes)
-    step = max(1, _READ_BYTES // piece.dtype.itemsize)
-    if piece.tensor.device.type != "cpu" or not piece.tensor.is_contiguous():
-        yield lambda: _fill_through(piece.tensor, box, name)
+    if not target.is_contiguous():
+        rows = max(1, _READ_BYTES // (box.nbytes // box.shape[0]))
+        for start in range(0, box.shape[0], rows):
+            length = min(rows, box.shape[0] - start)
+            yield _filling_strided(target.narrow(0, start, length), box.narrow(0, start, length), name)
         return
-    out = elements_of(piece.tensor, box)
+    step = max(1, _READ_BYTES // box.dtype.itemsize)
+    out = elements_of(target, box)
     for start in range(0, box.size, step):
         yield _filling(box, start, out[start : start + step], name)
 
 
-def _filling(box: LazyTensor, start: int, out: Array, name: str) -> Callable[[], None]:
+def _filling(box: LazyTensor, start: int, out: Array, name: str) -> Task:
     def task() -> None:
         with _naming(name):
             box.fill(start, out)
@@ -53,8 +123,22 @@ def _filling(box: LazyTensor, start: int, out: Array, name: str) -> Callable[[],
     return task
 
 
+def _filling_strided(target: torch.Tensor, box: LazyTensor, name: str) -> Task:
+    """Fill what does not lie in C order where it is."""
+
+    def task() -> None:
+        storage, itemsize = target.untyped_storage(), box.dtype.itemsize
+        memory = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)).numpy()
+        strides = tuple(step * itemsize for step in target.stride())
+        out: Array = np.ndarray(box.shape, box.dtype.raw, memory, target.storage_offset() * itemsize, strides)
+        with _naming(name), holding(box.needed(0, box.size) if box.is_far else ()):
+            box.read_box((0,) * box.ndim, out)
+
+    return task
+
+
 def _fill_through(target: torch.Tensor, box: LazyTensor, name: str) -> None:
-    """Fill what is on a device, or does not lie in C order, by memory of the host: pinned where that helps."""
+    """Fill what is on a device by memory of the host: pinned where that helps."""
     step = max(1, _READ_BYTES // box.dtype.itemsize)
     staged = torch.empty(min(box.size, step), dtype=target.dtype, pin_memory=target.is_cuda)
     out = elements_of(staged, box)
@@ -82,7 +166,8 @@ def _fill_overlap(piece: LivePiece, tensor: LazyTensor, name: str) -> None:
         inside = piece.tensor
         for axis, length in enumerate(lengths):
             inside = inside.narrow(axis, 0, length)
-        _fill_through(inside, tensor.box(piece.offset, lengths), name)
+        for task in _into(inside, tensor.box(piece.offset, lengths), name):
+            task()
 
 
 def elements_of(tensor: torch.Tensor, like: LazyTensor) -> Array:

@@ -30,8 +30,8 @@ from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor
-from anyckpt.torch.filling import Target, fill, torch_dtype
 from anyckpt.torch.objects import Thawing
+from anyckpt.torch.reading import Target, fill, torch_dtype
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from anyckpt.containers.dcp import DcpContents
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.tensor import LazyTensor
-from anyckpt.torch.filling import Target, fill
 from anyckpt.torch.megatron.entities import is_tensor, name_of, unique_key
 from anyckpt.torch.megatron.state import ABSENT, Parts, WithData, memory_of, pieces_of
 from anyckpt.torch.objects import Thawing
+from anyckpt.torch.reading import Target, fill
 
 _SHOWN = 20
 

@@ -10,7 +10,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from anyckpt.indexing import Shape
 from anyckpt.operations.steps.live import Live
 from anyckpt.torch.live import LiveState
 from anyckpt.torch.rank_files import ItemPlace, RankFiles, write_files
+
+_FIELDS = tuple(field.name for field in fields(ManifestEntry))
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def write_rank(
     except BaseException as error:
         _put(record, {"failed": str(error) or type(error).__name__})
         raise
-    _put(record, {"entries": [asdict(entry) for entry in entries]})
+    _put(record, {"entries": [[getattr(entry, name) for name in _FIELDS] for entry in entries]})
 
 
 def record_path(folder: str, rank: int) -> str:
@@ -137,7 +139,7 @@ def written(folder: str, rank: int) -> tuple[ManifestEntry, ...]:
         ) from None
     if "failed" in record:
         raise OutputError(f"the checkpoint could not be written: {record['failed']}")
-    return tuple(ManifestEntry(**entry) for entry in record["entries"])
+    return tuple(ManifestEntry(*entry) for entry in record["entries"])
 
 
 def _put(path: str, record: dict[str, Any]) -> None:

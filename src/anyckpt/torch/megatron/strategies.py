@@ -41,7 +41,6 @@ from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at
 from anyckpt.torch.collectives import Ranks
-from anyckpt.torch.filling import torch_dtype
 from anyckpt.torch.integrity import ObjectRecord, RankRecord, survey
 from anyckpt.torch.live import LiveState
 from anyckpt.torch.megatron.loading import Found, found_in_folder, values
@@ -49,6 +48,7 @@ from anyckpt.torch.megatron.rank_writing import Layout, files_of, laid_out, writ
 from anyckpt.torch.megatron.state import live_state, parts_of
 from anyckpt.torch.objects import Frozen, Thawing
 from anyckpt.torch.rank_files import ItemPlace
+from anyckpt.torch.reading import torch_dtype
 from anyckpt.torch.shared_folder import SharedFolder, discard_here
 
 _VERSION = "1.0.0"  # torch 2.13 torch/distributed/checkpoint/filesystem.py CURRENT_DCP_VERSION
