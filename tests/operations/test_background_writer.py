@@ -21,6 +21,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.engine.copied import Copies
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
+from anyckpt.engine.shared_run import SharedRun
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.background_writer import BackgroundWriter
@@ -135,6 +136,39 @@ def test_two_writers_of_one_plan_and_the_last_publishes(tmp_path: Path, writer: 
     second.close()
     assert os.readlink(tmp_path / "latest") == "step-5"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["latest", "step-4", "step-5"]
+
+
+def test_what_nobody_published_is_published_when_that_is_seen(tmp_path: Path, writer: BackgroundWriter) -> None:
+    """As where a host sees late what another one has written."""
+    path = str(tmp_path / "step-1")
+    upkeep = Upkeep(Saved("step-1", 1, 0.0), Retention())
+    number = writer.submit(shared_plan(1, 1), path, share=Share(1, 2), key="k", upkeep=upkeep)
+    assert not done(writer, number).published
+    plan = shared_plan(2, 1)
+    SharedRun(plan, path, 2).renewed(plan, path, "k").write(Share(2, 2))
+    outcome = writer.finish(number)
+    assert outcome.error is None and outcome.published
+    assert os.readlink(tmp_path / "latest") == "step-1"
+    assert done(writer, number) == outcome
+
+
+def test_what_cannot_be_published_any_more(tmp_path: Path, writer: BackgroundWriter) -> None:
+    path = str(tmp_path / "step-1")
+    number = writer.submit(shared_plan(1, 1), path, share=Share(1, 2), key="k")
+    assert not done(writer, number).published
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    assert "by SIGKILL" in str(writer.finish(number).error)
+    assert "is written and not published" in str(writer.finish(number).error)
+
+
+def test_what_is_discarded_before_the_end_is_gone(tmp_path: Path) -> None:
+    writer = BackgroundWriter()
+    done(writer, writer.submit(shared_plan(1, 1), str(tmp_path / "step-1"), share=Share(1, 2), key="k"))
+    assert (tmp_path / ".step-1.anyckpt-partial").exists()
+    writer.discard(str(tmp_path / "step-1"))
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_errors_come_back_with_their_cause(writer: BackgroundWriter, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from anyckpt.engine.copied import Copy, put, read
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import OutputError, UsageError
-from anyckpt.operations.writer_process import Discard, Job, Outcome, Upkeep, is_readable, send, take
+from anyckpt.operations.writer_process import Discard, Finish, Job, Outcome, Upkeep, is_readable, send, take
 from anyckpt.storage.shared_memory import SharedMemory
 
 _ENDS_SECONDS = 5.0
@@ -45,6 +45,7 @@ class BackgroundWriter:
         self._used: dict[int, tuple[int, SharedMemory, str]] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._sent: set[int] = set()
+        self._finishing: set[int] = set()
         self._made = 0
         self._number = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -109,6 +110,22 @@ class BackgroundWriter:
         if self._channel is not None:
             self._tell(Discard(destination), [])
 
+    def finish(self, number: int) -> Outcome:
+        """Publish what another process should have published; only the first share can be asked for that.
+
+        Args:
+            number: which, as ``submit`` gave it; its outcome is known, and all shares are written.
+        """
+        self._check_owner()
+        if self._channel is None:
+            self._start()
+        self._outcomes.pop(number, None)
+        self._finishing.add(number)
+        self._tell(Finish(number), [])
+        outcome = self.outcome(number)
+        assert outcome is not None
+        return outcome
+
     def outcome(self, number: int, wait: float | None = None) -> Outcome | None:
         """How a plan went; None if that is not known yet.
 
@@ -164,7 +181,7 @@ class BackgroundWriter:
         self._channel = ours
         self._sent.clear()
 
-    def _tell(self, message: Job | Discard, descriptors: list[int]) -> None:
+    def _tell(self, message: Job | Discard | Finish, descriptors: list[int]) -> None:
         assert self._channel is not None
         try:
             send(self._channel, message, descriptors)
@@ -184,17 +201,20 @@ class BackgroundWriter:
 
     def _note(self, outcome: Outcome) -> None:
         self._outcomes[outcome.number] = outcome
-        number, memory, _ = self._used.pop(outcome.number)
-        self._free.append((number, memory))
+        if outcome.number in self._used:
+            number, memory, _ = self._used.pop(outcome.number)
+            self._free.append((number, memory))
+        self._finishing.discard(outcome.number)
 
     def _died(self) -> None:
         """The process is gone, and with it what it had not written."""
         status = self._end()
         how = f"by {signal.Signals(-status).name}" if status is not None and status < 0 else f"with status {status}"
-        for number, (_, _, destination) in list(self._used.items()):
+        lost = {number: destination for number, (_, _, destination) in self._used.items()}
+        for number in (*lost, *self._finishing):
             failure = OutputError(
                 "is not saved, because the process that wrote it ended",
-                path=destination,
+                path=lost.get(number),
                 found=how,
                 remedy="save again; another process is started",
             )

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -34,6 +34,8 @@ from anyckpt.storage.shared_memory import receive, received
 
 _HEAD = 8
 _LOOK_SECONDS = 1.0
+_LATE_SECONDS = 60.0
+_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,19 @@ class Discard:
     """
 
     destination: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """A job of the first share that nobody published, though all shares are written: to be published now.
+
+    The process that was ready last may not have seen all records, where a file system shows other hosts' files late.
+
+    Attributes:
+        number: of the job.
+    """
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -161,79 +176,102 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     parent = int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the trainer decides what it means
-    jobs: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_work, args=(channel, jobs), daemon=True).start()
-    descriptors: dict[int, int] = {}
+    writer = _Writer(channel)
     while os.getppid() == parent:
         if not is_readable(channel, _LOOK_SECONDS):
             continue
         try:
-            message, received = take(channel)
+            message, descriptors = take(channel)
         except (EOFError, OSError):
             break
-        if received:
-            descriptors[message.memory] = received[0]
-            receive(message.memory, received[0])
-        jobs.put(message)
+        if descriptors:
+            receive(message.memory, descriptors[0])
+        writer.messages.put(message)
+    writer.messages.put(None)
+    while os.getppid() == parent and writer.thread.is_alive():  # it has closed, and waited for all but what it discards
+        writer.thread.join(0.05)
     os._exit(0)
 
 
-def _work(channel: socket.socket, jobs: SimpleQueue[Any]) -> None:
-    while True:
-        message = jobs.get()
-        if isinstance(message, Discard):
+class _Writer:
+    """Does what it is told, one thing after another, in a thread of its own.
+
+    Args:
+        channel: where outcomes go.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._late: dict[int, tuple[SharedRun, Job]] = {}
+        self.messages: SimpleQueue[Job | Discard | Finish | None] = SimpleQueue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while (message := self.messages.get()) is not None:
+            if isinstance(message, Discard):
+                with suppress(OSError):
+                    StagingDirectory(message.destination).remove_abandoned()
+                continue
+            outcome = self._done(message)
             with suppress(OSError):
-                StagingDirectory(message.destination).remove_abandoned()
-            continue
-        outcome = _done(message)
-        with suppress(OSError):
-            send(channel, outcome)
+                send(self._channel, outcome)
 
+    def _done(self, message: Job | Finish) -> Outcome:
+        began = time.monotonic()
+        try:
+            outcome = self._finished(message) if isinstance(message, Finish) else self._written(message)
+        except AnyckptError as error:
+            outcome = Outcome(message.number, error)
+        except BaseException as error:
+            told = traceback.format_exc()
+            print(told, file=sys.stderr, flush=True)
+            found = told.strip().splitlines()[-1] or type(error).__name__
+            outcome = Outcome(message.number, OutputError("cannot be written", found=found))
+        return replace(outcome, seconds=time.monotonic() - began)
 
-def _done(job: Job) -> Outcome:
-    began = time.monotonic()
-    try:
-        return _written(job, began)
-    except AnyckptError as error:
-        return Outcome(job.number, error, seconds=time.monotonic() - began)
-    except BaseException as error:
-        told = traceback.format_exc()
-        print(told, file=sys.stderr, flush=True)
-        last = told.strip().splitlines()[-1]
-        failure = OutputError("cannot be written", path=job.destination, found=last or type(error).__name__)
-        return Outcome(job.number, failure, seconds=time.monotonic() - began)
-
-
-def _written(job: Job, began: float) -> Outcome:
-    plan: Plan = pickle.loads(received(job.memory, *job.plan))
-    if job.share is None:
-        _announce(job)
-        nbytes = execute(plan, job.destination, overwrite=job.overwrite, workers=job.workers).bytes_written
-        is_published = True
-    else:
+    def _written(self, job: Job) -> Outcome:
+        plan: Plan = pickle.loads(received(job.memory, *job.plan))
+        if job.share is None:
+            _announce(job)
+            nbytes = execute(plan, job.destination, overwrite=job.overwrite, workers=job.workers).bytes_written
+            return _followed(job, Outcome(job.number, published=True, bytes_written=nbytes))
         run = SharedRun(plan, job.destination, job.share.of, overwrite=job.overwrite, workers=job.workers)
         run = run.renewed(plan, job.destination, job.key, overwrite=job.overwrite)
-        nbytes = run.write(job.share).bytes_written
-        is_published = False
+        outcome = Outcome(job.number, bytes_written=run.write(job.share).bytes_written)
         if not run.missing():
             _announce(job)
             with suppress(BusyError):  # another process that found all shares there publishes it
                 run.finish()
-                is_published = True
-    deleted: list[str] = []
-    if is_published and job.upkeep is not None:
-        folder = os.path.dirname(job.destination)
-        try:
-            deleted = published(folder, job.upkeep.rules, pointer=job.upkeep.pointer)
-        except (AnyckptError, OSError) as error:
-            failure = OutputError(f"is saved, but what should follow failed: {error}", path=job.destination)
-            return Outcome(job.number, failure, True, (), nbytes, time.monotonic() - began)
-    return Outcome(job.number, None, is_published, tuple(deleted), nbytes, time.monotonic() - began)
+                return _followed(job, replace(outcome, published=True))
+        if job.share.number == 1:
+            self._late = dict([*self._late.items(), (job.number, (run, job))][-_KEPT:])
+        return outcome
+
+    def _finished(self, message: Finish) -> Outcome:
+        if message.number not in self._late:
+            raise OutputError("is written and not published, and the process that wrote it ended", remedy="save again")
+        run, job = self._late.pop(message.number)
+        _announce(job)
+        run.finish(wait=_LATE_SECONDS)
+        return _followed(job, Outcome(job.number, published=True))
 
 
 def _announce(job: Job) -> None:
     if job.upkeep is not None:
         write_note(job.destination, job.upkeep.saved)
+
+
+def _followed(job: Job, outcome: Outcome) -> Outcome:
+    """What follows publication, done."""
+    if job.upkeep is None:
+        return outcome
+    try:
+        deleted = published(os.path.dirname(job.destination), job.upkeep.rules, pointer=job.upkeep.pointer)
+    except (AnyckptError, OSError) as error:
+        failure = OutputError(f"is saved, but what should follow failed: {error}", path=job.destination)
+        return replace(outcome, error=failure)
+    return replace(outcome, deleted=tuple(deleted))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from anyckpt.engine.destination import Share
-from anyckpt.errors import AnyckptError, OutputError
+from anyckpt.errors import AnyckptError
 from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.writer_process import Outcome, Upkeep
 from anyckpt.torch.collectives import Ranks
@@ -112,7 +112,7 @@ class Flights:
             self._flights.remove(flight)
             failed = next(((rank, one.error) for rank, one in enumerate(statuses) if one.error is not None), None)
             if failed is None and not any(status.published for status in statuses):
-                failed = 0, OutputError("is written, but nobody could give it its name", path=flight.path)
+                failed = self._finished(flight)
             if failed is not None:
                 failures.append(failed)
                 if self._ranks.rank == 0:
@@ -123,6 +123,15 @@ class Flights:
             error.problem += f"; {len(failures) - 1} more saves failed" if len(failures) > 1 else ""
             raise error
         return [said for _, said in found]
+
+    def _finished(self, flight: Flight) -> tuple[int, AnyckptError] | None:
+        """Publish what all ranks have written and nobody published; why that failed, if it did."""
+
+        def finish() -> AnyckptError | None:
+            return None if flight.number is None else self._writer.finish(flight.number).error
+
+        error = self._ranks.broadcast(finish, what="to publish a checkpoint")
+        return None if error is None else (0, error)
 
     def _status(self, flight: Flight) -> _Status:
         if flight.number is None:
