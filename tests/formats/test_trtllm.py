@@ -443,6 +443,51 @@ def test_weights_are_quantized_as_modelopt_does(tmp_path: Path, case: str) -> No
         assert not anyckpt.open(output).warnings
 
 
+CARRIED = {
+    ("int4", None): "W4A16_AWQ",
+    ("fp8_per_channel", None): "FP8_PER_CHANNEL_PER_TOKEN",
+    ("fp8_per_channel", "modelopt"): "FP8_PER_CHANNEL_PER_TOKEN",
+}
+
+
+@pytest.mark.parametrize(("algorithm", "form"), CARRIED)
+@pytest.mark.parametrize("source", ["quant/src_llama_a/hf", "families/gemma/hf"])
+def test_codes_of_other_software_are_kept(tmp_path: Path, algorithm: str, form: str | None, source: str) -> None:
+    """Every weight is the same number, and no code is another."""
+    folder, group = tmp_path / "hf", 8 if algorithm == "int4" else None
+    original = fixture_path(source)
+    anyckpt.convert(original, folder, to="hf", quantize=algorithm, quantize_form=form, group_size=group)
+    layout = anyckpt.LayoutRequest(tensor_parallel=2)
+    done = anyckpt.convert(folder, tmp_path / "out", to="trtllm", layout=layout)
+    assert any(f"keep their codes and scales ({'compressed' if form is None else form}" in note for note in done.notes)
+    assert set(done.ignored.values()) <= {"the shape of packed codes, which the weight has itself"}
+    found = anyckpt.open(tmp_path / "out")
+    assert found.quantization is not None
+    assert found.quantization["quant_algo"] == CARRIED[algorithm, form]
+    assert not found.warnings
+    assert anyckpt.verify(tmp_path / "out").sound
+    for name in ("hf", "out"):
+        anyckpt.convert(tmp_path / name, tmp_path / f"{name}-numbers", to="hf", dtype="fp32")
+    one, other = (anyckpt.open(tmp_path / f"{name}-numbers") for name in ("hf", "out"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if "norm" in name:  # gamma of Gemma is rounded to bfloat16 with its 1
+            assert np.allclose(tensor.numpy(), other[name].numpy(), atol=0.01)
+        else:
+            assert np.array_equal(tensor.numpy(), other[name].numpy()), name
+
+
+def test_codes_that_tensorrt_llm_has_no_place_for(tmp_path: Path) -> None:
+    anyckpt.convert(fixture_path("quant/src_llama_a/hf"), tmp_path / "hf", to="hf", quantize="fp8")
+    with pytest.raises(UsageError, match="stored in no way that TensorRT-LLM has .*--dtype bf16, and --quantize"):
+        anyckpt.convert(tmp_path / "hf", tmp_path / "out", to="trtllm")
+    anyckpt.convert(tmp_path / "hf", tmp_path / "out", to="trtllm", dtype="bf16", quantize="fp8")
+    mixture = fixture_path("families/mixtral/hf")
+    anyckpt.convert(mixture, tmp_path / "experts", to="hf", quantize="fp8_per_channel")
+    with pytest.raises(UsageError, match="experts are stored in no known way so"):
+        anyckpt.convert(tmp_path / "experts", tmp_path / "out2", to="trtllm")
+
+
 @pytest.mark.parametrize(("algorithm", "said"), [("int8_wo", "W8A16"), ("int4_wo", "W4A16")])
 def test_weight_only_is_left_to_the_loader(tmp_path: Path, algorithm: str, said: str) -> None:
     source = fixture_path("quant/src_llama_b/hf")

@@ -16,6 +16,7 @@ from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_
 from anyckpt.operations.steps.adapter_inside import holds_adapter, without_adapter
 from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.steps.aim import Aim, aim_at
+from anyckpt.operations.steps.carried_codes import carries, seen_as_numbers, type_beside, with_codes
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_checkpoint
 from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
 from anyckpt.operations.steps.cutting import cut_as_asked
@@ -275,7 +276,11 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         chosen = steps.take(without_state(chosen, steps.ignored, aim.target.name))
     if options.tokenizer is not None:
         chosen = replace(chosen, tokenizer=read_tokenizer(os.fspath(options.tokenizer), options.tokenizer_library))
-    source = steps.take(in_full_precision(chosen, options.cast_to, options.given))
+    keeps_codes = options.quantization is None and carries(chosen, aim.target, options.cast_to)
+    if keeps_codes:
+        source = steps.take(seen_as_numbers(chosen, type_beside(chosen)))
+    else:
+        source = steps.take(in_full_precision(chosen, options.cast_to, options.given))
     if holds_adapter(source):
         cast = ChangedType(options.cast_to, options.keep_in_fp32)
         source = steps.take(without_adapter(source, naming, adapter, cast, keep_state=options.keeps_state))
@@ -283,6 +288,8 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     renamed = _under_target_names(source, naming, adapter, unwanted, options.optimizer)
     uncast = steps.take(renamed)
     ready = steps.take(cast_checkpoint(uncast, options.cast_to, options.kept_in_fp32))
+    if keeps_codes:
+        ready = steps.take(with_codes(ready, renamed.renaming, chosen, source))
     quantized = None
     if options.quantization is not None:
         quantized = quantize_checkpoint(ready, options.quantization, uncast)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
-from anyckpt.indexing import Shape
+from anyckpt.indexing import Array, Shape
 from anyckpt.quantization import trtllm
 from anyckpt.quantization.affine import Unpacked
 from anyckpt.quantization.assembled import Assembled
@@ -167,9 +167,60 @@ def _fits(name: str, codes: LazyTensor, scheme: Scheme, tensors: Mapping[str, La
     return kind == _CODES[scheme.numbers] or (scheme.numbers == "float8" and kind.startswith("float8_e"))
 
 
+@dataclass(frozen=True)
+class Separated:
+    """A weight as codes and scales, before anything is computed.
+
+    Attributes:
+        codes: one in a byte, ``[..., rows, columns]``.
+        scales: as many axes, one for each block, or one in all.
+        block: codes along each axis that one scale is of.
+        table: the number of each code, float32.
+        numbers: what the codes are.
+    """
+
+    codes: LazyTensor
+    scales: LazyTensor
+    block: tuple[int, ...]
+    table: Array
+    numbers: str
+
+
+def separated(tensors: Mapping[str, LazyTensor], facts: Facts, path: str) -> dict[str, Separated]:
+    """The quantized weights that are codes times scales, by the names that the model has them by.
+
+    Args:
+        tensors: weights, codes and scales by name.
+        facts: the configuration's ``quantization_config``.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        MappingError: the method is not understood, or scales do not fit their codes.
+    """
+    schemes = [scheme for scheme in schemes_of(facts) if isinstance(scheme, Scheme) and not scheme.transposed]
+    found: dict[str, Separated] = {}
+    for name, codes in tensors.items():
+        scheme = next((scheme for scheme in schemes if _fits(name, codes, scheme, tensors)), None)
+        if scheme is not None:
+            stem = name.removesuffix(scheme.codes)
+            found[stem] = _separated(name, codes, stem, scheme, tensors, path)
+    return found
+
+
 def _weight(
     name: str, codes: LazyTensor, stem: str, scheme: Scheme, tensors: Mapping[str, LazyTensor], to: str, path: str
 ) -> LazyTensor:
+    found = _separated(name, codes, stem, scheme, tensors, path)
+    whole = scaled(found.codes, found.table, found.scales, found.block, dtype(to))
+    if not scheme.transposed:
+        return whole
+    order = (*range(whole.ndim - 2), whole.ndim - 1, whole.ndim - 2)
+    return whole.permute(order)
+
+
+def _separated(
+    name: str, codes: LazyTensor, stem: str, scheme: Scheme, tensors: Mapping[str, LazyTensor], path: str
+) -> Separated:
     surplus = next((stem + suffix for suffix in _BESIDE if stem + suffix in tensors), None)
     if surplus is not None:
         raise MappingError(
@@ -212,11 +263,7 @@ def _weight(
                 found=f"{common.dtype.name} {common.shape}",
             )
         arranged = (quotient if scheme.divided else product)(arranged, common)
-    whole = scaled(elements, table_of(scheme.numbers, codes.dtype), arranged, sizes, dtype(to))
-    if not scheme.transposed:
-        return whole
-    order = (*range(whole.ndim - 2), whole.ndim - 1, whole.ndim - 2)
-    return whole.permute(order)
+    return Separated(elements, arranged, sizes, table_of(scheme.numbers, codes.dtype), scheme.numbers)
 
 
 def _elements(

@@ -72,6 +72,10 @@ class Renaming:
             for name, new in made.items()
         }
 
+    def anew(self, tensors: Tensors) -> Tensors:
+        """The same done to a whole model's other tensors of these names and shapes, element types being as they are."""
+        return self._rename(tensors)
+
     def after(self, stored: Mapping[str, str], weights: Mapping[str, LazyTensor]) -> Renaming:
         """The renaming of weights that get the names which this one takes.
 
