@@ -763,6 +763,18 @@ def test_names_are_changed_by_their_beginnings() -> None:
         initialise(module, path, rename=lambda name: "one")
 
 
+def test_weights_come_from_any_checkpoint(tmp_path: Path) -> None:
+    model = Small({"dim": 2})
+    for to in ("safetensors", "torch", "dcp"):
+        anyckpt.save(model.state_dict(), tmp_path / to, to=to)
+        fresh = Small({"dim": 2})
+        assert initialise(fresh, tmp_path / to).matched == ("lin.weight", "lin.bias")
+        assert torch.equal(fresh.lin.weight, model.lin.weight)
+    tied = SpeechModel({"perception": {"output_dim": 4}})
+    assert initialise(tied, fixture_path("nemo/speechlm2_v3_0_0/model")).missing == ()
+    assert initialise(Small({"dim": 2}), model.state_dict()).unexpected == ()
+
+
 def test_an_encoder_that_does_not_fit_is_told_and_left_alone() -> None:
     def other(table: dict[str, Any]) -> None:
         name = next(name for name in table if name.startswith("encoder.") and name.endswith("weight"))

@@ -9,9 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.formats import registry
+from anyckpt.operations.steps.joining import check_whole, open_checkpoint
 from anyckpt.torch.archive import open_archive
+from anyckpt.torch.hub import CONFIG, folder_state
 from anyckpt.torch.module_state import Fitted, load_into
 from anyckpt.torch.settings import Settings, settings
 
@@ -96,10 +99,26 @@ def weights_of(path: str) -> Mapping[str, Any]:
 
     Raises:
         FormatError: it is damaged.
+        MappingError: it is one part of a model.
     """
-    if path.endswith(".nemo") or os.path.exists(os.path.join(path, "model_config.yaml")):
-        return open_archive(path).state()
-    return open_checkpoint(path).state_dict("torch")
+    checkpoint = registry.read(path)
+    check_whole(checkpoint)
+    own = weights_as_stored(checkpoint)
+    return open_checkpoint(path).state_dict("torch") if own is None else own
+
+
+def weights_as_stored(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The state dict of one module, with tied weights under all of their names; None where files are of another kind.
+
+    Raises:
+        FormatError: it is damaged.
+        UsageError: it has objects that only executing a pickle would make.
+    """
+    if checkpoint.format == "nemo" and checkpoint.details.get("weights") == "flat":
+        return open_archive(checkpoint.path).state()
+    if checkpoint.format == "hf" and os.path.exists(os.path.join(checkpoint.path, CONFIG)):
+        return folder_state(checkpoint.path)
+    return None
 
 
 def renamed(state: Mapping[str, Any], rename: Renaming, path: str) -> dict[str, Any]:

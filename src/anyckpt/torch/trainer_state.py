@@ -22,10 +22,9 @@ from anyckpt.formats.lightning.keys import (
 from anyckpt.formats.lightning.write import contents
 from anyckpt.operations.convert import prepared
 from anyckpt.operations.options import ConvertOptions
+from anyckpt.operations.steps.joining import check_whole
 from anyckpt.pickling.plain import simplify, to_plain
-from anyckpt.torch.archive import open_archive
-from anyckpt.torch.from_another import Renaming, renamed
-from anyckpt.torch.hub import CONFIG, folder_state
+from anyckpt.torch.from_another import Renaming, renamed, weights_as_stored
 from anyckpt.torch.one_file import write_file
 from anyckpt.torch.tensors import Stored, in_memory, warned
 from anyckpt.views import TorchFiles
@@ -61,13 +60,9 @@ def read_trainer_state(
     """
     place = os.fspath(path)
     checkpoint = registry.read(place)
-    own = names is None and not checkpoint.ranks
-    if own and checkpoint.format == "nemo" and checkpoint.details.get("weights") == "flat":
-        root: dict[str, Any] = _weights_only(open_archive(place).state())
-    elif own and checkpoint.format == "hf" and os.path.exists(os.path.join(place, CONFIG)):
-        root = _weights_only(folder_state(place))
-    else:
-        root = _translated(checkpoint, place, names, family, config)
+    check_whole(checkpoint)
+    state = weights_as_stored(checkpoint) if names is None else None
+    root = _translated(checkpoint, place, names, family, config) if state is None else _weights_only(state)
     if rename is not None:
         root[STATE_DICT] = renamed(root[STATE_DICT], rename, place)
     if "loops" not in root:
