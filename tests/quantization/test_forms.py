@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.places import Log, MemoryPlace, far, files_below, registered
 from tests.support import fixture_path
 
 import anyckpt
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import UsageError
+from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.hf import FORMAT as HF
 from anyckpt.quantization.forms import ALGORITHMS, FORMS
 from anyckpt.tensor import from_array
@@ -200,3 +202,44 @@ def test_every_algorithm_has_a_form() -> None:
         "nvfp4",
         "mxfp4",
     }
+
+
+# -- the same bytes, whoever writes them and wherever they are read --------------------------------------------
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")}
+
+
+@pytest.mark.parametrize("algorithm", ["fp8", "fp8_blocks", "int8_wo", "int4", "nvfp4"])
+def test_threads_shares_and_distance_change_nothing(algorithm: str, tmp_path: Path) -> None:
+    source = fixture_path(SOURCE)
+    options: dict[str, Any] = {"max_shard_size": 60_000}
+    convert(source, tmp_path / "one", algorithm, workers=1, **options)
+    convert(source, tmp_path / "four", algorithm, workers=4, **options)
+    for number in (1, 2, 3):
+        done = convert(source, tmp_path / "shares", algorithm, share=f"{number}/3", **options)
+        assert bool(done.missing_shares) == (number < 3)
+    with registered("far", MemoryPlace("far://model", files_below(source), far(Log()))):
+        convert("far://model", tmp_path / "far", algorithm, **options)
+    expected = bytes_of(tmp_path / "one")
+    assert len(expected) > 5
+    for name in ("four", "shares", "far"):
+        assert bytes_of(tmp_path / name) == expected, name
+
+
+def test_what_is_no_number_is_named_and_nothing_is_published(tmp_path: Path) -> None:
+    shutil.copytree(fixture_path(SOURCE), tmp_path / "in")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = anyckpt.open(tmp_path / "in").weights()[name].region()
+    assert tensor is not None
+    with (tmp_path / "in" / "model.safetensors").open("r+b") as file:
+        file.seek(tensor.offset + 2000)
+        file.write(b"\xc0\x7f")
+    for algorithm in ("fp8", "int8", "nvfp4"):
+        with pytest.raises(
+            FormatError, match=rf"{name}.*the weight holds infinite values or not-a-numbers.*--quantize-exclude"
+        ):
+            convert(tmp_path / "in", tmp_path / "q", algorithm)
+        assert not (tmp_path / "q").exists()
+        convert(tmp_path / "in", tmp_path / algorithm, algorithm, quantize_exclude="*.layers.1.mlp.up_proj")

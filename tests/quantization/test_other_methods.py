@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.places import Log, MemoryPlace, far, files_below, registered
 from tests.quantization.quantized import write_folder
 from tests.support import fixture_path
 
@@ -58,6 +59,16 @@ def test_numbers_are_those_of_the_library(case: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["a.weight"].numpy(), want.numpy())
     assert sum(done.casts.values()) == 1
     assert set(done.ignored.values()) <= {"says how a weight was quantized, which its numbers have"}
+
+
+@pytest.mark.parametrize("case", ["gptq_4_act", "awq", "nf4_nested", "int8"])
+def test_numbers_are_the_same_from_afar(case: str) -> None:
+    with registered("far", MemoryPlace("far://model", files_below(OTHERS / case), far(Log()))):
+        source = dequantize(anyckpt.open("far://model/model.safetensors").weights(), stored(case)[1], "float32", "x")
+        found = np.empty(source.tensors["a.weight"].size, np.uint32)
+        source.tensors["a.weight"].fill(0, found)
+    want = dequantize(stored(case)[0], stored(case)[1], "float32", "x").tensors["a.weight"].numpy()
+    np.testing.assert_array_equal(found.view(np.float32).reshape(want.shape), want)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -40,7 +40,7 @@ def check_finite(largest: object) -> None:
     """Raise FormatError unless what was found is numbers."""
     if not np.isfinite(largest).all():  # type: ignore[call-overload]
         raise FormatError(
-            "holds infinite values or not-a-numbers, of which no scale can be made",
+            "the weight holds infinite values or not-a-numbers, of which no scale can be made",
             expected="numbers",
             found="inf or nan",
             remedy="find them with anyckpt verify --deep, or leave the module as it is with --quantize-exclude",
