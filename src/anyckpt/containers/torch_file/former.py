@@ -11,8 +11,8 @@ from typing import Any
 
 from anyckpt.checkpoint import storage_key
 from anyckpt.containers.torch_file.flatten import Path
-from anyckpt.containers.torch_file.forms import Forms, container_name, differ, usual, waste
-from anyckpt.containers.torch_file.values import FormedTensor, QuantizedTensor, Storage
+from anyckpt.containers.torch_file.forms import Forms, container_name, differ, waste
+from anyckpt.containers.torch_file.values import FormedTensor, QuantizedTensor, Storage, usual
 from anyckpt.tensor import LazyTensor, Stored
 
 _SHOWN = 5

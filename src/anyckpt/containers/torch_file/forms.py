@@ -14,7 +14,7 @@ from anyckpt.checkpoint import ObjectForms
 from anyckpt.containers.torch_file.contents import TorchContents
 from anyckpt.containers.torch_file.flatten import Flat, Path
 from anyckpt.containers.torch_file.modules import module_fields
-from anyckpt.containers.torch_file.values import Storage, TensorFacts
+from anyckpt.containers.torch_file.values import Storage, TensorFacts, usual
 from anyckpt.pickling import DictRecord, Record
 from anyckpt.pickling.torch_objects import ORDERED_DICT, ordered_dict
 from anyckpt.tensor import LazyTensor
@@ -190,14 +190,6 @@ def waste(shown: Mapping[str, Mapping[Any, int]], storages: Mapping[str, Storage
     held = sum(storage.nbytes for storage in storages.values())
     found = sum(max(0, storages[key].nbytes - sum(views.values())) for key, views in shown.items() if key in storages)
     return found if found >= WASTE and found > held // 10 else 0
-
-
-def usual(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of C order, as torch has them: an axis of length zero counts as one."""
-    steps = [1]
-    for n in reversed(shape[1:]):
-        steps.append(steps[-1] * max(n, 1))
-    return tuple(reversed(steps)) if shape else ()
 
 
 def differ(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:

@@ -6,7 +6,7 @@ All are inert: parts stay lazy, and nothing is computed until it is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -333,3 +333,11 @@ class DistributedTensor:
     placements: tuple[str, ...]
     spec: Any
     arguments: tuple[Any, ...] = ()
+
+
+def usual(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of C order, as torch has them: an axis of length zero counts as one."""
+    steps = [1]
+    for n in reversed(shape[1:]):
+        steps.append(steps[-1] * max(n, 1))
+    return tuple(reversed(steps)) if shape else ()

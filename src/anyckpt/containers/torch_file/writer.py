@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from anyckpt.checkpoint import storage_key
-from anyckpt.containers.torch_file.forms import usual
 from anyckpt.containers.torch_file.layout import Record as ZipRecord
 from anyckpt.containers.torch_file.layout import zip_layout
 from anyckpt.containers.torch_file.values import (
@@ -18,6 +17,7 @@ from anyckpt.containers.torch_file.values import (
     SparseTensor,
     Storage,
     spelled,
+    usual,
 )
 from anyckpt.dtypes import BY_NAME, DType
 from anyckpt.engine.plan import Literal, Part, TensorData
