@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import Plan, describe
@@ -28,8 +28,6 @@ from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline
-from anyckpt.operations.steps.quantization_report import report_on, write_report
-from anyckpt.operations.steps.quantizing import Quantized, quantize_checkpoint
 from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import with_state, without_state
@@ -37,6 +35,9 @@ from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.writing import write
 from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from anyckpt.operations.steps.quantizing import Quantized
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ def converted(
     files = tuple(describe(plan)["files"])
     if options.report is not None and made.quantized is not None and not done.missing_shares:
         assert options.quantization is not None
+        from anyckpt.operations.steps.quantization_report import report_on, write_report
+
         measured = report_on(made.quantized, options.quantization, options.workers)
         write_report(measured, options.report)
         done = replace(done, quantization=measured.to_json())
@@ -292,6 +295,8 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         ready = steps.take(with_codes(ready, renamed.renaming, chosen, source))
     quantized = None
     if options.quantization is not None:
+        from anyckpt.operations.steps.quantizing import quantize_checkpoint
+
         quantized = quantize_checkpoint(ready, options.quantization, uncast)
         ready = steps.take(quantized)
     ready = request.built(ready)

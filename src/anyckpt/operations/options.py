@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import DEFAULT_MEMORY
@@ -19,12 +19,13 @@ from anyckpt.operations.steps.full_precision import config_in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
-from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_request
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.writing import parse_share
-from anyckpt.quantization.stored import Request
 from anyckpt.units import parse_bytes
+
+if TYPE_CHECKING:
+    from anyckpt.quantization.stored import Request
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -148,7 +149,10 @@ class ConvertOptions:
             "--quantize-exclude": self.quantize_exclude,
             "--report": self.report,
         }
-        check_request(self.quantization, self.target, only, keeps_state=self.keeps_state)
+        if self.quantize is not None or any(value is not None for value in only.values()):
+            from anyckpt.operations.steps.quantizing import check_request
+
+            check_request(self.quantization, self.target, only, keeps_state=self.keeps_state)
 
     @cached_property
     def target(self) -> registry.Format:
@@ -203,6 +207,9 @@ class ConvertOptions:
         """What is asked of quantizing; None if nothing is quantized."""
         if self.quantize is None:
             return None
+        from anyckpt.operations.steps.quantizing import DEFAULT_GROUP
+        from anyckpt.quantization.stored import Request
+
         return Request(
             self.quantize,
             self.quantize_form or (self.target.quantizes[0] if len(self.target.quantizes) == 1 else None),

@@ -14,7 +14,6 @@ from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.recorded_renaming import Renaming
 from anyckpt.quantization import method_of
 from anyckpt.quantization.carried import parts, spread, way_of
-from anyckpt.quantization.forms import FORMS
 from anyckpt.quantization.stored import Request
 from anyckpt.quantization.weights import separated
 
@@ -60,6 +59,8 @@ def with_codes(ready: Checkpoint, renaming: Renaming, stored: Checkpoint, number
     Raises:
         UsageError: the target's form has no such codes.
     """
+    from anyckpt.quantization.forms import FORMS
+
     assert stored.quantization is not None
     found = separated(stored.weights(), stored.quantization, stored.path)
     way = way_of(found.values(), stored.path)
