@@ -135,10 +135,11 @@ def delete(path: str) -> None:
 def clean(folder: str | os.PathLike[str], *, others_after: float | None = OTHERS_AFTER) -> list[str]:
     """Remove what interrupted work left in a run's folder: nothing that is whole, and nothing that somebody writes.
 
-    That are unpublished saves of anyckpt that no process is at (where locks reach: on one host, and on most network
-    file systems), what was being deleted, notes and manifests of what is not there, and other software's checkpoints
-    that it did not finish: a directory of ``.distcp`` files without ``.metadata``, Megatron's without
-    ``metadata.json``, whatever has NeMo's marker.  A checkpoint that is damaged in another way stays.
+    That are unpublished saves of anyckpt, interrupted conversions among them, that no process is at (where locks reach:
+    on one host, and on most network file systems), what was being deleted, notes and manifests of what is not there,
+    and other software's checkpoints that it did not finish: a directory of ``.distcp`` files without ``.metadata``,
+    Megatron's without ``metadata.json``, whatever has NeMo's marker.  A checkpoint that is damaged in another way
+    stays.
 
     Args:
         folder: which; nothing is done if it does not exist.
