@@ -23,6 +23,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, UsageError
+from anyckpt.quantization.largest import ScaleOfTensor
 from anyckpt.quantization.numbers import E2M1
 from anyckpt.quantization.quantizing import ALGORITHMS, Options, quantized
 from anyckpt.quantization.rounding import E4M3, FLOAT4
@@ -270,6 +271,14 @@ def test_threads_find_the_largest_together() -> None:
     for thread in threads:
         thread.join()
     assert found == [1.0] * 4
+
+
+def test_what_weights_have_together_is_found_once() -> None:
+    weights = tuple(from_array(np.full((2, 16), number, F32)) for number in (1.0, 4.0, 2.0))
+    made = [quantized(weight, "nvfp4", Options(together=weights)) for weight in weights]
+    scales = [one["scale_2"] for one in made]
+    assert len({id(scale.scale.largest) for scale in scales if isinstance(scale, ScaleOfTensor)}) == 1
+    assert {float(scale.numpy()) for scale in scales} == {float(np.float32(4) / np.float32(2688))}
 
 
 def test_words_are_those_of_pack_quantized() -> None:

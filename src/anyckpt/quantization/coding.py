@@ -39,6 +39,7 @@ class BlockCodes(BlockFunction):
         numbers: what codes are.
         packing: how they lie.
         kind: element type of the scales.
+        name: the weight's, for messages, or None.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class BlockCodes(BlockFunction):
     numbers: Numbers
     packing: Packing
     kind: DType
+    name: str | None
 
     def block(self, shape: Shape) -> Shape:
         rows, columns = self._sizes(shape)
@@ -95,7 +97,7 @@ class BlockCodes(BlockFunction):
         padded = (-(-height // rows) * rows, -(-width // columns) * columns)
         with scratch(4 * math.prod(padded)) as buffer, scratch(math.prod(padded)) as bytes_:
             largest = _largest_of_blocks(values, rows, columns)
-            check_finite(largest)
+            check_finite(largest, self.name)
             stored, divisors = self.scales(largest)
             scales[: stored.shape[0], : stored.shape[1]] = stored.view(self.kind.raw)
             numbers = buffer.view(np.float32).reshape(padded)

@@ -181,10 +181,10 @@ def _parts(
     request: Request,
 ) -> dict[str, LazyTensor]:
     """What a weight becomes, by name; its codes are made of what ``values`` has in its place."""
-    options = layout.options(request, weight.dtype)
-    if layout.siblings:
-        together = tuple(values[one] for one in _siblings(name) if one in chosen)
-        options = replace(options, together=together if len(together) > 1 else ())
+    options = replace(layout.options(request, weight.dtype), name=name)
+    siblings = tuple(one for one in _siblings(name) if one in chosen) if layout.siblings else ()
+    if len(siblings) > 1:
+        options = replace(options, together=tuple(values[one] for one in siblings), names_together=siblings)
     matrix = values[name].permute((0, 2, 1)) if layout.experts else values[name]
     if layout.apart and weight.ndim > 2:
         each = [quantized(matrix[number], layout.algorithm, options) for number in range(matrix.shape[0])]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -36,11 +37,12 @@ def largest_of(values: Array) -> float:
     return float(np.array([bits], f"u{width}").view(values.dtype)[0])
 
 
-def check_finite(largest: object) -> None:
-    """Raise FormatError unless what was found is numbers."""
+def check_finite(largest: object, name: str | None) -> None:
+    """Raise FormatError, about the weight of this name if there is one, unless what was found is numbers."""
     if not np.isfinite(largest).all():  # type: ignore[call-overload]
         raise FormatError(
             "the weight holds infinite values or not-a-numbers, of which no scale can be made",
+            tensor=name,
             expected="numbers",
             found="inf or nan",
             remedy="find them with anyckpt verify --deep, or leave the module as it is with --quantize-exclude",
@@ -52,10 +54,12 @@ class Largest:
 
     Args:
         tensors: floating point.
+        names: theirs, for messages, or none.
     """
 
-    def __init__(self, tensors: Sequence[LazyTensor]) -> None:
+    def __init__(self, tensors: Sequence[LazyTensor], names: Sequence[str] = ()) -> None:
         self.tensors = tuple(tensors)
+        self.names = tuple(names)
         self._changed = threading.Condition()
         self._runs = self._all_runs()
         self._at_work = 0
@@ -65,8 +69,8 @@ class Largest:
     def identity(self) -> Identity:
         return self.tensors
 
-    def __reduce__(self) -> tuple[type[Largest], tuple[Sequence[LazyTensor]]]:
-        return Largest, (self.tensors,)
+    def __reduce__(self) -> tuple[type[Largest], tuple[Sequence[LazyTensor], Sequence[str]]]:
+        return Largest, (self.tensors, self.names)
 
     def value(self) -> float:
         """The largest magnitude; 0 if there are no elements.
@@ -86,8 +90,9 @@ class Largest:
                     break
                 self._at_work += 1
             try:
-                found = self._look_at(*run)
-                check_finite(found)
+                number, start, count = run
+                found = self._look_at(self.tensors[number], start, count)
+                check_finite(found, self.names[number] if self.names else None)
             except BaseException:
                 with self._changed:  # the next one to ask begins again, and meets the same
                     self._runs = self._all_runs()
@@ -100,11 +105,11 @@ class Largest:
                 self._changed.notify_all()
         return self._value
 
-    def _all_runs(self) -> Iterator[tuple[LazyTensor, int, int]]:
-        for tensor in self.tensors:
+    def _all_runs(self) -> Iterator[tuple[int, int, int]]:
+        for number, tensor in enumerate(self.tensors):
             step = max(1, SCRATCH_BYTES // tensor.dtype.itemsize)
             for start in range(0, tensor.size, step):
-                yield tensor, start, min(step, tensor.size - start)
+                yield number, start, min(step, tensor.size - start)
 
     @staticmethod
     def _look_at(tensor: LazyTensor, start: int, count: int) -> float:
@@ -112,6 +117,23 @@ class Largest:
             raw = buffer.view(tensor.dtype.raw)
             tensor.fill(start, raw)
             return largest_of(as_numbers(raw, tensor.dtype))
+
+
+_known: WeakValueDictionary[tuple[int, ...], Largest] = WeakValueDictionary()
+
+
+def largest_in(tensors: Sequence[LazyTensor], names: Sequence[str] = ()) -> Largest:
+    """The largest magnitude in some tensors: one for all who ask for that of the same ones, so that it is found once.
+
+    Args:
+        tensors: floating point.
+        names: theirs, for messages, or none.
+    """
+    key = tuple(map(id, tensors))  # of tensors that live as long as what is found holds them
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = Largest(tensors, names)
+    return found
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from anyckpt.blockwise import blockwise
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import UsageError
 from anyckpt.quantization.coding import BlockCodes, NvFp4, Packing, PowersOfTwo, Scaled, TensorCodes
-from anyckpt.quantization.largest import Largest, ScaleOfTensor, TensorScale
+from anyckpt.quantization.largest import ScaleOfTensor, TensorScale, largest_in
 from anyckpt.quantization.rounding import E4M3, FLOAT4, INT4, INT8
 from anyckpt.tensor import LazyTensor, Mapped
 
@@ -64,6 +64,8 @@ class Options:
         inverted: ``nvfp4``: state ``scale_2`` as what codes are divided by, as compressed-tensors does.
         scale_type: of the scales of rows, blocks and groups of ``fp8_per_channel``, ``fp8_blocks``, ``int8_wo`` and
             ``int4``; codes are made with the scale as it is stored.
+        name: the weight's, for messages.
+        names_together: those of ``together``.
     """
 
     group_size: int = 128
@@ -73,6 +75,8 @@ class Options:
     wider: bool = False
     inverted: bool = False
     scale_type: DType = _FLOAT32
+    name: str | None = None
+    names_together: tuple[str, ...] = ()
 
 
 def check_algorithm(name: str) -> None:
@@ -105,7 +109,8 @@ def quantized(weight: LazyTensor, algorithm: str, options: Options | None = None
             found=f"{weight.dtype.name} {weight.shape}",
         )
     if algorithm in ("fp8", "nvfp4"):
-        largest = Largest(chosen.together or (weight,))
+        names = chosen.names_together if chosen.together else (() if chosen.name is None else (chosen.name,))
+        largest = largest_in(chosen.together or (weight,), names)
     if algorithm == "fp8":
         scale = TensorScale(largest, E4M3.largest)
         codes = Mapped((weight,), E4M3.dtype, TensorCodes(scale, E4M3, chosen.rounded))
@@ -113,7 +118,7 @@ def quantized(weight: LazyTensor, algorithm: str, options: Options | None = None
     if algorithm == "nvfp4":
         over = FLOAT4.largest * E4M3.largest
         common = TensorScale(largest, over, chosen.inverted)
-        function: BlockCodes = NvFp4(1, 16, FLOAT4, "columns", E4M3.dtype, common)
+        function: BlockCodes = NvFp4(1, 16, FLOAT4, "columns", E4M3.dtype, chosen.name, common)
         return {**_blocks(weight, function), "scale_2": ScaleOfTensor(common, (1,) if chosen.inverted else ())}
     function = _function(algorithm, chosen)
     made = _blocks(weight, function)
@@ -125,18 +130,20 @@ def quantized(weight: LazyTensor, algorithm: str, options: Options | None = None
 def _function(algorithm: str, options: Options) -> BlockCodes:
     kind = options.scale_type
     if algorithm == "mxfp4":
-        return PowersOfTwo(1, 32, FLOAT4, "columns", dtype("uint8"))
+        return PowersOfTwo(1, 32, FLOAT4, "columns", dtype("uint8"), options.name)
     if algorithm == "fp8_per_channel":
-        return Scaled(1, None, E4M3, "none", kind, E4M3.largest)
+        return Scaled(1, None, E4M3, "none", kind, options.name, E4M3.largest)
     if algorithm == "fp8_blocks":
-        return Scaled(_BLOCK, _BLOCK, E4M3, "none", kind, E4M3.largest)
+        return Scaled(_BLOCK, _BLOCK, E4M3, "none", kind, options.name, E4M3.largest)
     wider = 0.5 if options.wider else 0.0
     if algorithm == "int8_wo":
-        return Scaled(1, None, INT8, "words" if options.packed_words else "none", kind, INT8.largest + wider)
+        return Scaled(
+            1, None, INT8, "words" if options.packed_words else "none", kind, options.name, INT8.largest + wider
+        )
     packing: Packing = "words" if options.packed_words else "rows"
     if options.group_size < 1:
         raise UsageError("a group must have columns", expected="at least 1", found=options.group_size)
-    return Scaled(1, options.group_size, INT4, packing, kind, INT4.largest + wider)
+    return Scaled(1, options.group_size, INT4, packing, kind, options.name, INT4.largest + wider)
 
 
 def _blocks(weight: LazyTensor, function: BlockCodes) -> dict[str, LazyTensor]:
