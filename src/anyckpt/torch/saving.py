@@ -165,8 +165,8 @@ def prepare(
             StagingDirectory(destination, overwrite=options.overwrite).clear()
         kept.append(describe())
         known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0].pieces)
-        record = record_of(kept[0], ranks.rank, check_objects=options.check_objects and not known)
-        record = replace(record, pieces=(), paths={}) if known else record
+        told = LiveState(objects=kept[0].objects) if known else kept[0]
+        record = record_of(told, ranks.rank, check_objects=options.check_objects and not known)
         return _Look(uuid.uuid4().hex, record, _members(options, ranks), known)
 
     found = ranks.gather(look, "to plan a save")

@@ -37,7 +37,7 @@ class LiveSource(ByteSource):
         name: what to call it in a message.
     """
 
-    __slots__ = ("_itemsize", "_lazy", "tensor")
+    __slots__ = ("_itemsize", "_lazy", "_shape", "_where", "tensor")
 
     def __init__(self, tensor: torch.Tensor, name: str) -> None:
         self.name = name
@@ -49,16 +49,19 @@ class LiveSource(ByteSource):
     def bind(self, tensor: torch.Tensor) -> None:
         """Read from this tensor from now on."""
         self.tensor = tensor
+        self._shape = tensor.shape
+        self._where = tensor.data_ptr(), tensor.stride()
         lazy = Live().tensor(tensor)
         assert lazy is not None
         self._lazy = lazy
 
     def follow(self, piece: LivePiece, start: Shape) -> None:
         """Read what a piece has of the same box from now on."""
-        tensor = self.tensor
-        moved = piece.part(start, tensor.shape)
-        if moved.data_ptr() != tensor.data_ptr() or moved.stride() != tensor.stride():
-            self.bind(moved)
+        tensor = piece.tensor
+        if tensor.shape != self._shape:
+            tensor = piece.part(start, self._shape)
+        if (tensor.data_ptr(), tensor.stride()) != self._where:
+            self.bind(tensor)
 
     def identity(self) -> None:
         """None: it is live state."""
