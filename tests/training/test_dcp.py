@@ -319,6 +319,38 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
     assert not Path("executed").exists()
 
 
+def damaged(path: str) -> list[str]:
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    import anyckpt.torch
+
+    told = []
+
+    def loading(found: str) -> None:
+        try:
+            dcp.load({"w": torch.zeros(3)}, storage_reader=anyckpt.torch.dcp.Reader(found))
+        except dcp.api.CheckpointException as error:
+            told.append(str(error))
+
+    dcp.save({"w": torch.ones(3)}, storage_writer=anyckpt.torch.dcp.Writer(path))
+    loading(f"{path}-none")
+    os.unlink(os.path.join(path, "__0_0.distcp"))
+    loading(path)
+    try:
+        dcp.save({"s": torch.ones(3).to_sparse()}, storage_writer=anyckpt.torch.dcp.Writer(path))
+    except dcp.api.CheckpointException as error:
+        told.append(str(error))
+    return told
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    ((nothing, missing, sparse),) = on_ranks(1, damaged, str(tmp_path / "x"))
+    assert "x-none: does not exist" in nothing
+    assert "__0_0.distcp: tensor 'w': a file that the index needs cannot be opened" in missing
+    assert "tensor 's': is of layout torch.sparse_coo" in sparse and "to_dense()" in sparse
+
+
 def test_a_writer_goes_to_another_process(tmp_path: Path) -> None:
     import pickle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def asynchronous(path: str, how: str) -> Any:
     Path(path).mkdir(exist_ok=True)
     barrier()
     request = dist_checkpointing.save(run.state(), path, sharded_strategy=SaveStrategy(), async_sharded_save=True)
+    pickle.dumps((request.async_fn, request.async_fn_args, request.preload_fn))  # for a process that is there already
     queue = AsyncCallsQueue()
     queue.schedule_async_request(request)
     straight = run.train(2)  # changes what is being written
@@ -402,3 +404,40 @@ def test_states_of_megatron_core_are_saved_as_they_are(tmp_path: Path) -> None:
     again = on_ranks(2, gone_on_with_theirs, path, imported=GPT)
     for losses, found in zip(straight, again, strict=True):
         assert found == (losses, 2, {"of": ["the run", (1, 2)]}, ["iteration", "model", "notes", "optimizer"])
+
+
+def strictly(path: str) -> list[tuple[Any, Any]]:
+    """What Megatron-Core makes of each of its words with its strategy, and with ours."""
+    import torch
+    from megatron.core import dist_checkpointing as dist
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy
+
+    def state(*names: str) -> dict[str, Any]:
+        return {name: dist.ShardedTensor.from_rank_offsets(name, torch.zeros(2)) for name in names}
+
+    def outcome(mode: StrictHandling, strategy: Any) -> Any:
+        try:
+            found = dist.load(state("there", "lacking"), path, strategy, strict=mode)
+        except Exception as error:
+            return "refused", "lacking" in str(error)
+        found, missing, unexpected = found if isinstance(found, tuple) else (found, None, None)
+        return {name: value.tolist() for name, value in found.items()}, missing, unexpected
+
+    Path(path).mkdir(exist_ok=True)
+    dist.save(state("there", "left"), path, SaveStrategy())
+    found = []
+    for mode in StrictHandling:
+        if mode is StrictHandling.ASSUME_OK_UNEXPECTED:  # torch's error is none that can be caught as an Exception
+            assert outcome(mode, LoadStrategy()) == ("refused", True)
+        else:
+            found.append((outcome(mode, None), outcome(mode, LoadStrategy())))
+    return found
+
+
+def test_each_strictness_of_megatron_core_does_the_same_with_ours(tmp_path: Path) -> None:
+    (found,) = on_ranks(1, strictly, str(tmp_path / "x"), imported=GPT)
+    assert all(theirs == ours for theirs, ours in found)
+    assert [one for one, _ in found].count(("refused", True)) == 2
+    assert ({"there": [0.0, 0.0]}, {"left"}, {"lacking"}) in [one for one, _ in found]

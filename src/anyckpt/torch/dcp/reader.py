@@ -84,7 +84,8 @@ class Reader(StorageReader):
             self._path = os.fspath(checkpoint_id)
         self._opened = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    # Without torch's keywords, with which it would look a second time, for an index of this rank's own.
+    def read_metadata(self) -> Metadata:
         """What the checkpoint holds; each tensor is one chunk, of which any slice can be read.
 
         Raises:
