@@ -223,7 +223,7 @@ def test_nemo_checkpoints_are_read_without_their_classes() -> None:
     [
         ("nemo/nemo1_basic_v3_0_0/toy.nemo", None),
         ("nemo/speechlm2_v3_0_0/model", None),
-        ("nemo/nemo2_llama_spm", None),
+        ("nemo/nemo2_llama_spm/model", None),
         ("families/llama/hf", None),
         ("nemo/nemo1_dist_tp1", None),
     ],
@@ -255,6 +255,35 @@ def test_training_goes_on_from_weights_of_another_kind(tmp_path: Path) -> None:
         run(tmp_path, 1, resume=str(tmp_path / "w"), plugins=[CheckpointIO()])
     with pytest.raises(anyckpt.FormatError, match="does not exist"):
         run(tmp_path, 1, resume=str(tmp_path / "nowhere"), plugins=[CheckpointIO()])
+
+
+def test_a_model_of_nemo_2_is_trained_as_transformers_has_it(tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+    from transformers import AutoModelForCausalLM
+
+    path = fixture_path("nemo/nemo2_llama_spm/model")
+    anyckpt.convert(path, tmp_path / "hf", to="hf")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModelForCausalLM.from_config(expected.config, dtype=expected.dtype)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.model(batch, labels=batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.ones(1, 4, dtype=torch.int64))
+
+    plugin = CheckpointIO(names="hf", rename={"": "model."})
+    model, made = run(tmp_path, 1, model=Module(), resume=str(path), plugins=[plugin])
+    assert made.global_step == 1
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.model.state_dict()[name], value), name
 
 
 class Evil:

@@ -19,7 +19,7 @@ from anyckpt.formats.lightning.keys import (
     STATE_DICT,
     VERSION,
 )
-from anyckpt.formats.lightning.write import contents
+from anyckpt.formats.lightning.write import Contents, contents
 from anyckpt.operations.convert import prepared
 from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.joining import check_whole
@@ -87,19 +87,21 @@ def _weights_only(state: Mapping[str, Any]) -> dict[str, Any]:
 def _translated(
     checkpoint: Checkpoint, path: str, names: str | None, family: str | None, config: Any
 ) -> dict[str, Any]:
-    def made(optimizer: str) -> Any:
+    def made(optimizer: str) -> tuple[Contents, dict[str, str]]:
         options = ConvertOptions(to="lightning", names=names, family=family, config=config, optimizer=optimizer)
-        return contents(prepared(checkpoint, options).ready, options.writing)
+        ready = prepared(checkpoint, options)
+        found = contents(ready.ready, options.writing)
+        return found, {**ready.steps.ignored, **found.ignored}
 
     try:
-        found = made("keep")
+        found, ignored = made("keep")
     except (MappingError, UsageError) as error:
         if checkpoint.format == "lightning":
             raise
-        found = made("drop")
+        found, ignored = made("drop")
         warnings.warn(f"{path}: its optimizer's state is left out: {error}", stacklevel=4)
-    if found.ignored:
-        warnings.warn(warned(found.ignored, path), stacklevel=4)
+    if ignored:
+        warnings.warn(warned(ignored, path), stacklevel=4)
     stored = checkpoint.training
     root = dict(found.root)
     if "loops" in root and not root[OPTIMIZER_STATES] and not stored.has_optimizer:
