@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -296,6 +298,43 @@ def told_later(folder: str) -> str:
 def test_what_is_there_is_kept_if_that_is_asked(tmp_path: Path) -> None:
     for told in on_ranks(2, told_later, str(tmp_path)):
         assert "already exists" in told
+
+
+def after_a_job_that_is_not_quite_gone(folder: str) -> float:
+    import fcntl
+    import threading
+
+    import torch.distributed as dist
+
+    from anyckpt.torch import Saver
+
+    if dist.get_rank() == 0:
+        partial = Path(folder, ".step-1.anyckpt-partial")
+        partial.mkdir()
+        held = os.open(partial / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(held, fcntl.LOCK_SH)
+        threading.Timer(0.5, os.close, [held]).start()
+    dist.barrier()
+    started = time.monotonic()
+    with Saver(folder) as saver:
+        saver.save(state_of(1), 1)
+        return time.monotonic() - started
+
+
+def test_what_a_killed_job_still_writes_is_waited_for(tmp_path: Path) -> None:
+    assert min(on_ranks(2, after_a_job_that_is_not_quite_gone, str(tmp_path))) > 0.5
+    assert_is(str(tmp_path / "step-1"), 1)
+
+
+def test_a_program_that_ends_without_closing(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from anyckpt.torch import Saver; saver = Saver(sys.argv[1]);"
+        "saver.save({'model': {'w': torch.full((1 << 20,), 3.0)}, 'step': 3}, 3); raise SystemExit(5)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment).returncode == 5
+    assert_is(str(tmp_path / "step-3"), 3)
+    assert os.readlink(tmp_path / "latest") == "step-3"
 
 
 def different_steps(folder: str) -> str:

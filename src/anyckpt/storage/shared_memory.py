@@ -1,6 +1,7 @@
 """Memory that two processes share by a descriptor, so that what one put there the other can write.
 
-It has no name anywhere: when the last process that holds it ends, however that happens, the system takes it back.
+It has no name anywhere: when the last process that holds it ends, however that happens, the system takes it back.  On
+Linux it is no file of ``/dev/shm``, whose size (64 MB in a container, if nobody said otherwise) does not bound it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from anyckpt.engine.destination import BusyError
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.retention import Retention, Saved
@@ -21,7 +22,10 @@ from anyckpt.torch.copying import PageLockedMemory, copy
 from anyckpt.torch.flights import Flights
 from anyckpt.torch.live import described
 from anyckpt.torch.options import Options
-from anyckpt.torch.saving import Plans, asked, prepare
+from anyckpt.torch.saving import Plans, Prepared, asked, prepare
+
+_TRIES = 20
+_TRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Saver:
             )
         path = os.path.join(self.folder, _named(self._name, step))
         saved = Saved(os.path.basename(path), step, said[0].time, said[0].metric)
-        prepared = prepare(lambda: described(state), path, self._options, self._ranks, self._plans)
+        prepared = self._prepared(state, path)
         self._flights.begin(prepared, path, self._options, Upkeep(saved, self._keep, self._pointer))
         return path
 
@@ -183,6 +187,17 @@ class Saver:
             self.close()
         else:
             self._finalizer()
+
+    def _prepared(self, state: Mapping[str, Any], path: str) -> Prepared:
+        """The plan, when the writer of a job that was killed a moment ago is gone: its last write may take long."""
+        for left in range(_TRIES, 0, -1):
+            try:
+                return prepare(lambda: described(state), path, self._options, self._ranks, self._plans)
+            except BusyError:  # on every rank, as whatever fails in planning
+                if left == 1:
+                    raise
+                time.sleep(_TRY_SECONDS)
+        raise AssertionError
 
     def _open(self) -> None:
         if self._ranks.rank == 0:
