@@ -65,7 +65,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
         MappingError: a field is missing, of the wrong type or of an unknown value.
     """
     reader = Reader(_inner(config), "NeMo 2 configuration")
-    known = family.nemo2 or NeMo2("", "", ("LlamaConfig",), lambda config: "")
+    known = family.nemo2 or NeMo2("", "", ("LlamaConfig",))
     defaults = known.class_defaults(nemo2_class(config) or "")
     table = (*_FIELDS, *OPTIONAL[:1], *known.fields)
     own = known.own.union(*(row.hubs for row in known.codecs))
@@ -111,7 +111,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     yarn = render_yarn(family, config, "NeMo 2")
     factors, interpolation = to_factors(config.rope_scaling if yarn is None else None, "NeMo 2", fixed=False)
     _check_has(family, config)
-    name = family.nemo2.choose(config)
+    name = family.nemo2.chosen(config)
     dtype = config.dtype or "float32"
     rendered: dict[str, Any] = {
         "_target_": f"{family.nemo2.module}.{name}",

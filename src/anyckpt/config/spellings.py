@@ -139,7 +139,7 @@ class NeMo2:
         configs: names of the configuration classes that are read, with ``*`` for several of NeMo's own; the first is
             that of the base class, or that and a star.
         implied: by key, what the classes are that have no such fields.
-        choose: name of the configuration class to write.
+        choose: name of the configuration class to write; None for the base class.
         fields: one-to-one fields of these classes beyond NeMo's common ones.
         codecs: what says hub fields in other ways; stronger than what all classes have in common.
         own: names of common hub fields that ``read`` gives, because these classes spell them in another way.
@@ -151,7 +151,7 @@ class NeMo2:
     module: str
     model: str
     configs: tuple[str, ...]
-    choose: Callable[[ModelConfig], str]
+    choose: Callable[[ModelConfig], str] | None = None
     implied: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
     codecs: tuple[Codec, ...] = ()
@@ -165,9 +165,17 @@ class NeMo2:
         matches = any(fnmatchcase(name, pattern) for pattern in self.configs)
         return name in self.configs or (matches and is_known("nemo2", name))
 
+    def chosen(self, config: ModelConfig) -> str:
+        """Name of the configuration class to write."""
+        return self._base if self.choose is None else self.choose(config)
+
+    @property
+    def _base(self) -> str:
+        return self.configs[0].removesuffix("*")
+
     def class_defaults(self, name: str) -> Mapping[str, Any]:
         """By key, what a configuration class takes; of a class that is not known, what the base class takes."""
-        known = name if is_known("nemo2", name) else self.configs[0].removesuffix("*")
+        known = name if is_known("nemo2", name) else self._base
         return {**of_class("nemo2", known), **self.implied}
 
 

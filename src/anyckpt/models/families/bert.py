@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.models.families import megatron_bert
-from anyckpt.models.families.megatron_bert import norms
+from anyckpt.models.families.parts.modules import norm
 from anyckpt.models.language.family import Family
 
 _LAYER = "bert.encoder.layer.*"
@@ -22,10 +22,10 @@ _HUB = "encoder.layers.*"
 
 RULES = (
     *megatron_bert.embeddings(),
-    *norms("bert.embeddings.LayerNorm", "encoder.initial_layernorm."),
+    *norm("bert.embeddings.LayerNorm", "encoder.initial_layernorm."),
     *megatron_bert.matrices(),
-    *norms(f"{_LAYER}.attention.output.LayerNorm", f"{_HUB}.post_att_layernorm."),
-    *norms(f"{_LAYER}.output.LayerNorm", f"{_HUB}.post_mlp_layernorm."),
+    *norm(f"{_LAYER}.attention.output.LayerNorm", f"{_HUB}.post_att_layernorm."),
+    *norm(f"{_LAYER}.output.LayerNorm", f"{_HUB}.post_mlp_layernorm."),
     *megatron_bert.heads(),
 )
 

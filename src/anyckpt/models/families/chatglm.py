@@ -19,6 +19,7 @@ from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.apart import RemoteCode
+from anyckpt.models.families.parts.modules import linear
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
 from anyckpt.models.language.rules import Rule
@@ -38,19 +39,13 @@ RULES = (
     Rule(("transformer.embedding.word_embeddings.weight",), "embedding.word_embeddings.weight",
          ("vocabulary", "hidden")),
     Rule((f"{_LAYER}.input_layernorm.weight",), f"{_HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
-    Rule((f"{_LAYER}.self_attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
-         ("qkv", "hidden"), CONCATENATED_QKV),
-    Rule((f"{_LAYER}.self_attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",),
-         CONCATENATED_QKV, lambda config, indices: config.add_bias_linear or config.add_qkv_bias),
-    Rule((f"{_LAYER}.self_attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
-         ("hidden", "attention")),
-    Rule((f"{_LAYER}.self_attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",),
-         when=decoder.biased),
+    *linear(f"{_LAYER}.self_attention.query_key_value", f"{_HUB}.self_attention.linear_qkv", ("qkv", "hidden"),
+            CONCATENATED_QKV, bias=decoder.biased_qkv),
+    *linear(f"{_LAYER}.self_attention.dense", f"{_HUB}.self_attention.linear_proj", ("hidden", "attention"),
+            bias=decoder.biased),
     Rule((f"{_LAYER}.post_attention_layernorm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=decoder.biased),
-    Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=decoder.biased),
+    *linear(f"{_LAYER}.mlp.dense_h_to_4h", f"{_HUB}.mlp.linear_fc1", ("fc1", "hidden"), bias=decoder.biased),
+    *linear(f"{_LAYER}.mlp.dense_4h_to_h", f"{_HUB}.mlp.linear_fc2", ("hidden", "ffn"), bias=decoder.biased),
     Rule(("transformer.encoder.final_layernorm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("transformer.output_layer.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip

@@ -18,6 +18,8 @@ from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
+from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV, Leading
 from anyckpt.models.language.rules import Rule, has
@@ -35,23 +37,15 @@ def layers(query_key_value: Iterable[str], names: Mapping[str, str]) -> tuple[Ru
         query_key_value: patterns of these modules.
         names: patterns of ``output``, ``fc1``, ``fc2``, and of the norms ``before`` attention and ``after`` it.
     """
-    three, attention, mlp = list(query_key_value), f"{HUB}.self_attention", f"{HUB}.mlp"
+    attention, mlp = f"{HUB}.self_attention", f"{HUB}.mlp"
     return (
-        *(
-            Rule((f"{names[norm]}.{part}",), f"{home}.layer_norm_{part}", ("hidden",))
-            for norm, home in (("before", f"{attention}.linear_qkv"), ("after", f"{mlp}.linear_fc1"))
-            for part in PARTS
-        ),
-        Rule(tuple(f"{name}.weight" for name in three), f"{attention}.linear_qkv.weight", ("qkv", "hidden"),
-             INTERLEAVED_QKV),
-        Rule(tuple(f"{name}.bias" for name in three), f"{attention}.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV),
-        Rule((f"{names['output']}.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention")),
-        Rule((f"{names['output']}.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
-        Rule((f"{names['fc1']}.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden")),
-        Rule((f"{names['fc1']}.bias",), f"{mlp}.linear_fc1.bias", ("fc1",)),
-        Rule((f"{names['fc2']}.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn")),
-        Rule((f"{names['fc2']}.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
-    )  # fmt: skip
+        *norm(names["before"], f"{attention}.linear_qkv.layer_norm_"),
+        *norm(names["after"], f"{mlp}.linear_fc1.layer_norm_"),
+        *linear(tuple(query_key_value), f"{attention}.linear_qkv", ("qkv", "hidden"), INTERLEAVED_QKV),
+        *linear(names["output"], f"{attention}.linear_proj", ("hidden", "attention")),
+        *linear(names["fc1"], f"{mlp}.linear_fc1", ("fc1", "hidden")),
+        *linear(names["fc2"], f"{mlp}.linear_fc2", ("hidden", "ffn")),
+    )
 
 
 _EMBEDDINGS = f"{_PREFIX}embeddings"
@@ -59,7 +53,7 @@ RULES = (
     Rule((f"{_EMBEDDINGS}.class_embedding",), "class_token", ("one", "class-tokens", "hidden"), Leading(2)),
     Rule((f"{_EMBEDDINGS}.patch_embedding.weight",), "conv1.weight", ("hidden", "colours", "patch", "patch")),
     Rule((f"{_EMBEDDINGS}.position_embedding.weight",), "position_embeddings.weight", ("patches", "hidden")),
-    *(Rule((f"{_PREFIX}pre_layrnorm.{part}",), f"ln_pre.{part}", ("hidden",)) for part in PARTS),
+    *norm(f"{_PREFIX}pre_layrnorm", "ln_pre."),
     *layers(
         (f"{_LAYER}.self_attn.{name}_proj" for name in "qkv"),
         {
@@ -70,11 +64,7 @@ RULES = (
             "after": f"{_LAYER}.layer_norm2",
         },
     ),
-    *(
-        Rule((f"{_PREFIX}post_layernorm.{part}",), f"post_layernorm.{part}", ("hidden",),
-             when=has("add_post_layernorm"))
-        for part in PARTS
-    ),
+    *norm(f"{_PREFIX}post_layernorm", "post_layernorm.", has("add_post_layernorm")),
     Rule(("visual_projection.weight",), "visual_projection.weight", ("output", "hidden"), when=has("output_dim")),
 )  # fmt: skip
 
@@ -86,14 +76,7 @@ DIMENSIONS: Mapping[str, Callable[[ModelConfig], int]] = {
     "output": lambda config: config.output_dim or 0,
 }
 TRAITS = {
-    "normalization": "LayerNorm",
-    "layernorm_zero_centered_gamma": False,
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "position_embedding_type": "learned_absolute",
-    "parallel_residual": False,
+    **decoder.LEARNED_TRAITS,
     "transformer_block_type": "pre_ln",
 }
 FIELDS = (

@@ -23,7 +23,7 @@ from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
-from anyckpt.models.language.rules import Condition, Rule
+from anyckpt.models.language.rules import Condition, Rule, has, lacks
 
 _ATTENTION = f"{sparse.LAYER}.self_attn"
 _HUB_ATTENTION = f"{sparse.HUB}.self_attention"
@@ -31,12 +31,7 @@ _SHARED = f"{sparse.LAYER}.mlp.shared_experts"
 _HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
 
 
-def _narrow(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.q_lora_rank is not None
-
-
-def _wide(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.q_lora_rank is None
+_narrow, _wide = has("q_lora_rank"), lacks("q_lora_rank")
 
 
 def _shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -234,6 +229,5 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.deepseek",
         model="DeepSeekModel",
         configs=("DeepSeekV3Config",),
-        choose=lambda config: "DeepSeekV3Config",
     ),
 )  # fmt: skip

@@ -22,18 +22,15 @@ from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
+from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rules import Rule
+from anyckpt.models.language.rules import Rule, lacks
 
 _LAYER = "transformer.h.*"
 _HUB = "decoder.layers.*"
 _KEYS = frozenset({
     "multi_query", "num_kv_heads", "n_head_kv", "new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn",
 })  # fmt: skip
-
-
-def _is_sequential(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return not config.parallel_residual
 
 
 def _has_two_norms(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -47,31 +44,20 @@ def _has_input_norm(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 _NORMS = (
     ("input_layernorm", "self_attention.linear_qkv", _has_input_norm),
     ("ln_attn", "self_attention.linear_qkv", _has_two_norms),
-    ("post_attention_layernorm", "mlp.linear_fc1", _is_sequential),
+    ("post_attention_layernorm", "mlp.linear_fc1", lacks("parallel_residual")),
     ("ln_mlp", "mlp.linear_fc1", _has_two_norms),
 )
 
 RULES = (
     Rule(("transformer.word_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
-    *(
-        Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",), when=when)
-        for norm, home, when in _NORMS
-        for part in ("weight", "bias")
-    ),
-    Rule((f"{_LAYER}.self_attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
-         ("qkv", "hidden")),
-    Rule((f"{_LAYER}.self_attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",),
-         when=decoder.biased),
-    Rule((f"{_LAYER}.self_attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
-         ("hidden", "attention")),
-    Rule((f"{_LAYER}.self_attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",),
-         when=decoder.biased),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
-    Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=decoder.biased),
-    Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-    Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=decoder.biased),
-    Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-    Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
+    *(rule for name, home, when in _NORMS for rule in norm(f"{_LAYER}.{name}", f"{_HUB}.{home}.layer_norm_", when)),
+    *linear(f"{_LAYER}.self_attention.query_key_value", f"{_HUB}.self_attention.linear_qkv", ("qkv", "hidden"),
+            bias=decoder.biased),
+    *linear(f"{_LAYER}.self_attention.dense", f"{_HUB}.self_attention.linear_proj", ("hidden", "attention"),
+            bias=decoder.biased),
+    *linear(f"{_LAYER}.mlp.dense_h_to_4h", f"{_HUB}.mlp.linear_fc1", ("fc1", "hidden"), bias=decoder.biased),
+    *linear(f"{_LAYER}.mlp.dense_4h_to_h", f"{_HUB}.mlp.linear_fc2", ("hidden", "ffn"), bias=decoder.biased),
+    *norm("transformer.ln_f", "decoder.final_layernorm."),
     Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
@@ -132,12 +118,8 @@ FAMILY = Family(
     title="Falcon, Falcon-RW",
     rules=RULES,
     traits={
-        "normalization": "LayerNorm",
-        "layernorm_zero_centered_gamma": False,
+        **decoder.PLAIN_TRAITS,
         "activation": "gelu",
-        "gated_linear_unit": False,
-        "add_qkv_bias": False,
-        "qk_layernorm": False,
         "rotary_interleaved": False,
     },
     recognise=lambda config: config.position_embedding_type in ("rope", "alibi") and config.rotary_percent == 1.0,

@@ -59,7 +59,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.gemma",
         model="GemmaModel",
         configs=("GemmaConfig*", "CodeGemmaConfig*"),
-        choose=lambda config: "GemmaConfig",
     ),
     trtllm=TrtLlm(("GemmaForCausalLM",), "gemma", shares_embedding=True),
 )

@@ -113,7 +113,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.gemma2",
         model="Gemma2Model",
         configs=("Gemma2Config*",),
-        choose=lambda config: "Gemma2Config",
         fields=tuple(row for row in OPTIONAL if row.hub in (_SCALAR, *_CAPS)),
         codecs=(_Alternating(),),
     ),

@@ -127,7 +127,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.gemma3",
         model="Gemma3Model",
         configs=("Gemma3Config*",),
-        choose=lambda config: "Gemma3Config",
         implied={"qk_layernorm": True},
         own=frozenset({
             "rotary_base", "rotary_base_local", "window_size", "window_attn_skip_freq", "query_pre_attn_scalar",

@@ -12,8 +12,15 @@ from anyckpt.config.fields import Field
 from anyckpt.config.spellings import HuggingFace, TrtLlm
 from anyckpt.models.families.parts import decoder, nemo2
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
+from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rule_operations import CONCATENATED_QKV, TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, Operation
+from anyckpt.models.language.rule_operations import (
+    CONCATENATED_QKV,
+    IDENTITY,
+    TRANSPOSED,
+    TRANSPOSED_CONCATENATED_QKV,
+    Operation,
+)
 from anyckpt.models.language.rules import Rule
 
 _LAYER = "transformer.h.*"
@@ -32,21 +39,13 @@ def rules(matrix: Operation, query_key_value: Operation, bias: Operation) -> tup
     return (
         Rule(("transformer.wte.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
         Rule(("transformer.wpe.weight",), "embedding.position_embeddings.weight", ("positions", "hidden")),
-        *(
-            Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",))
-            for norm, home in (("ln_1", "self_attention.linear_qkv"), ("ln_2", "mlp.linear_fc1"))
-            for part in ("weight", "bias")
-        ),
-        Rule((f"{_LAYER}.attn.c_attn.weight",), f"{attention}.linear_qkv.weight", ("qkv", "hidden"), query_key_value),
-        Rule((f"{_LAYER}.attn.c_attn.bias",), f"{attention}.linear_qkv.bias", ("qkv",), bias),
-        Rule((f"{_LAYER}.attn.c_proj.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention"), matrix),
-        Rule((f"{_LAYER}.attn.c_proj.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
-        Rule((f"{_LAYER}.mlp.c_fc.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden"), matrix),
-        Rule((f"{_LAYER}.mlp.c_fc.bias",), f"{mlp}.linear_fc1.bias", ("fc1",)),
-        Rule((f"{_LAYER}.mlp.c_proj.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn"), matrix),
-        Rule((f"{_LAYER}.mlp.c_proj.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
-        Rule(("transformer.ln_f.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-        Rule(("transformer.ln_f.bias",), "decoder.final_layernorm.bias", ("hidden",)),
+        *norm(f"{_LAYER}.ln_1", f"{attention}.linear_qkv.layer_norm_"),
+        *norm(f"{_LAYER}.ln_2", f"{mlp}.linear_fc1.layer_norm_"),
+        *linear(f"{_LAYER}.attn.c_attn", f"{attention}.linear_qkv", ("qkv", "hidden"), query_key_value, of_bias=bias),
+        *linear(f"{_LAYER}.attn.c_proj", f"{attention}.linear_proj", ("hidden", "attention"), matrix, of_bias=IDENTITY),
+        *linear(f"{_LAYER}.mlp.c_fc", f"{mlp}.linear_fc1", ("fc1", "hidden"), matrix, of_bias=IDENTITY),
+        *linear(f"{_LAYER}.mlp.c_proj", f"{mlp}.linear_fc2", ("hidden", "ffn"), matrix, of_bias=IDENTITY),
+        *norm("transformer.ln_f", "decoder.final_layernorm."),
         Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
     )  # fmt: skip
 
@@ -58,16 +57,7 @@ IGNORABLE = tuple(
     (f"{prefix}h.*.attn.{name}", _MASK) for prefix in ("", "transformer.") for name in ("bias", "masked_bias")
 )
 
-TRAITS = {
-    "normalization": "LayerNorm",
-    "layernorm_zero_centered_gamma": False,
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "position_embedding_type": "learned_absolute",
-    "parallel_residual": False,
-}
+TRAITS = decoder.LEARNED_TRAITS
 
 FIELDS = (
     Field("num_layers", "n_layer"),

@@ -59,6 +59,5 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.starcoder",
         model="StarcoderModel",
         configs=("StarcoderConfig*",),
-        choose=lambda config: "StarcoderConfig",
     ),
 )

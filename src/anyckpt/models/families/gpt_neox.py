@@ -11,6 +11,7 @@ from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families.parts import decoder, nemo2
+from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
@@ -24,25 +25,13 @@ FAMILY = Family(
     title="GPT-NeoX, Pythia",
     rules=(
         Rule(("gpt_neox.embed_in.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
-        *(
-            Rule((f"{_LAYER}.{norm}.{part}",), f"{_HUB}.{home}.layer_norm_{part}", ("hidden",))
-            for norm, home in (
-                ("input_layernorm", "self_attention.linear_qkv"), ("post_attention_layernorm", "mlp.linear_fc1"),
-            )
-            for part in ("weight", "bias")
-        ),
-        Rule((f"{_LAYER}.attention.query_key_value.weight",), f"{_HUB}.self_attention.linear_qkv.weight",
-             ("qkv", "hidden")),
-        Rule((f"{_LAYER}.attention.query_key_value.bias",), f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",)),
-        Rule((f"{_LAYER}.attention.dense.weight",), f"{_HUB}.self_attention.linear_proj.weight",
-             ("hidden", "attention")),
-        Rule((f"{_LAYER}.attention.dense.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",)),
-        Rule((f"{_LAYER}.mlp.dense_h_to_4h.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
-        Rule((f"{_LAYER}.mlp.dense_h_to_4h.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",)),
-        Rule((f"{_LAYER}.mlp.dense_4h_to_h.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-        Rule((f"{_LAYER}.mlp.dense_4h_to_h.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",)),
-        Rule(("gpt_neox.final_layer_norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
-        Rule(("gpt_neox.final_layer_norm.bias",), "decoder.final_layernorm.bias", ("hidden",)),
+        *norm(f"{_LAYER}.input_layernorm", f"{_HUB}.self_attention.linear_qkv.layer_norm_"),
+        *norm(f"{_LAYER}.post_attention_layernorm", f"{_HUB}.mlp.linear_fc1.layer_norm_"),
+        *linear(f"{_LAYER}.attention.query_key_value", f"{_HUB}.self_attention.linear_qkv", ("qkv", "hidden")),
+        *linear(f"{_LAYER}.attention.dense", f"{_HUB}.self_attention.linear_proj", ("hidden", "attention")),
+        *linear(f"{_LAYER}.mlp.dense_h_to_4h", f"{_HUB}.mlp.linear_fc1", ("fc1", "hidden")),
+        *linear(f"{_LAYER}.mlp.dense_4h_to_h", f"{_HUB}.mlp.linear_fc2", ("hidden", "ffn")),
+        *norm("gpt_neox.final_layer_norm", "decoder.final_layernorm."),
         Rule(("embed_out.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
     ),
     ignorable=(
@@ -51,14 +40,8 @@ FAMILY = Family(
         (f"{_LAYER}.attention.rotary_emb.inv_freq", f"rope frequencies, {_REST}"),
     ),
     traits={
-        "normalization": "LayerNorm",
-        "layernorm_zero_centered_gamma": False,
-        "gated_linear_unit": False,
+        **decoder.ROTARY_TRAITS,
         "add_bias_linear": True,
-        "add_qkv_bias": False,
-        "qk_layernorm": False,
-        "position_embedding_type": "rope",
-        "rotary_interleaved": False,
         "shared_layernorm": False,
     },
     recognise=lambda config: config.rotary_percent < 1.0 and config.num_query_groups == config.num_attention_heads,

@@ -20,7 +20,7 @@ from anyckpt.indexing import Shape
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rule_operations import IDENTITY, INTERLEAVED_QKV, TRANSPOSED, Operation, Transposed
+from anyckpt.models.language.rule_operations import IDENTITY, TRANSPOSED, Operation, Transposed
 from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor, concatenate
 
@@ -68,8 +68,7 @@ FAMILY = Family(
     rules=(
         *sparse.LEADING,
         *sparse.ATTENTION,
-        Rule((f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
-             f"{_HUB_ATTENTION}.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV),
+        sparse.BIAS_OF_QUERY_KEY_VALUE,
         Rule((f"{_ATTENTION}.o_proj.bias",), f"{_HUB_ATTENTION}.linear_proj.bias", ("hidden",)),
         Rule((f"{_ATTENTION}.sinks",), f"{_HUB_ATTENTION}.core_attention.softmax_offset", ("heads",)),
         Rule((f"{sparse.LAYER}.post_attention_layernorm.weight",), f"{sparse.HUB}.pre_mlp_layernorm.weight",
@@ -127,7 +126,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.gpt_oss",
         model="GPTOSSModel",
         configs=("GPTOSSConfig*",),
-        choose=lambda config: "GPTOSSConfig",
         codecs=(Field("window_attn_skip_freq", "window_attn_skip_freq", "frequency", None),),
     ),
 )  # fmt: skip

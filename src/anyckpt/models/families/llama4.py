@@ -256,7 +256,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.llama",
         model="LlamaModel",
         configs=("Llama4Config", "Llama4Experts*Config"),
-        choose=lambda config: "Llama4Config",
         codecs=(
             _Interval(),
             Implied({"attn_temperature_tuning": True}),

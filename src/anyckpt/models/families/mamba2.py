@@ -203,7 +203,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.ssm",
         model="MambaModel",
         configs=("SSMConfig", "BaseMambaConfig*", "NVIDIAMambaConfig8B"),
-        choose=lambda config: "SSMConfig",
         without=frozenset({"vocab_size"}),
     ),
 )  # fmt: skip

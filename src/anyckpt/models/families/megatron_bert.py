@@ -19,26 +19,19 @@ from anyckpt.config.fields import Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.indexing import Shape
+from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
-from anyckpt.models.language.rules import Rule, has
+from anyckpt.models.language.rules import Rule, has, lacks
 
 _LAYER = "bert.encoder.layer.*"
 _HUB = "encoder.layers.*"
 PARTS = ("weight", "bias")
 
 
-def _no_lm_head(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return not config.add_lm_head
-
-
 def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return config.add_lm_head and not config.share_embeddings_and_output_weights
-
-
-def norms(source: str, hub: str) -> tuple[Rule, ...]:
-    """The rules of a norm: names that end in its module on the left, in what is before ``weight`` on the right."""
-    return tuple(Rule((f"{source}.{part}",), f"{hub}{part}", ("hidden",)) for part in PARTS)
 
 
 def embeddings() -> tuple[Rule, ...]:
@@ -55,19 +48,13 @@ def embeddings() -> tuple[Rule, ...]:
 def matrices() -> tuple[Rule, ...]:
     """A layer's linear maps."""
     own, attention, mlp = f"{_LAYER}.attention", f"{_HUB}.self_attention", f"{_HUB}.mlp"
-    query_key_value = [f"{own}.self.{name}" for name in ("query", "key", "value")]
+    query_key_value = tuple(f"{own}.self.{name}" for name in ("query", "key", "value"))
     return (
-        Rule(tuple(f"{name}.weight" for name in query_key_value), f"{attention}.linear_qkv.weight", ("qkv", "hidden"),
-             INTERLEAVED_QKV),
-        Rule(tuple(f"{name}.bias" for name in query_key_value), f"{attention}.linear_qkv.bias", ("qkv",),
-             INTERLEAVED_QKV),
-        Rule((f"{own}.output.dense.weight",), f"{attention}.linear_proj.weight", ("hidden", "attention")),
-        Rule((f"{own}.output.dense.bias",), f"{attention}.linear_proj.bias", ("hidden",)),
-        Rule((f"{_LAYER}.intermediate.dense.weight",), f"{mlp}.linear_fc1.weight", ("fc1", "hidden")),
-        Rule((f"{_LAYER}.intermediate.dense.bias",), f"{mlp}.linear_fc1.bias", ("fc1",)),
-        Rule((f"{_LAYER}.output.dense.weight",), f"{mlp}.linear_fc2.weight", ("hidden", "ffn")),
-        Rule((f"{_LAYER}.output.dense.bias",), f"{mlp}.linear_fc2.bias", ("hidden",)),
-    )  # fmt: skip
+        *linear(query_key_value, f"{attention}.linear_qkv", ("qkv", "hidden"), INTERLEAVED_QKV),
+        *linear(f"{own}.output.dense", f"{attention}.linear_proj", ("hidden", "attention")),
+        *linear(f"{_LAYER}.intermediate.dense", f"{mlp}.linear_fc1", ("fc1", "hidden")),
+        *linear(f"{_LAYER}.output.dense", f"{mlp}.linear_fc2", ("hidden", "ffn")),
+    )
 
 
 def heads() -> tuple[Rule, ...]:
@@ -75,25 +62,22 @@ def heads() -> tuple[Rule, ...]:
     transform = "cls.predictions.transform"
     lm_head, pooler, binary = has("add_lm_head"), has("add_pooler"), has("bert_binary_head")
     return (
-        Rule(("bert.pooler.dense.weight",), "pooler.dense.weight", ("hidden", "hidden"), when=pooler),
-        Rule(("bert.pooler.dense.bias",), "pooler.dense.bias", ("hidden",), when=pooler),
-        Rule((f"{transform}.dense.weight",), "lm_head.dense.weight", ("hidden", "hidden"), when=lm_head),
-        Rule((f"{transform}.dense.bias",), "lm_head.dense.bias", ("hidden",), when=lm_head),
-        *(replace(rule, when=lm_head) for rule in norms(f"{transform}.LayerNorm", "lm_head.layer_norm.")),
+        *linear("bert.pooler.dense", "pooler.dense", ("hidden", "hidden"), when=pooler),
+        *linear(f"{transform}.dense", "lm_head.dense", ("hidden", "hidden"), when=lm_head),
+        *norm(f"{transform}.LayerNorm", "lm_head.layer_norm.", lm_head),
         Rule(("cls.predictions.decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=_untied),
         Rule(("cls.predictions.bias",), "output_layer.bias", ("vocabulary",), when=lm_head),
-        Rule((), "output_layer.bias", ("vocabulary",), when=_no_lm_head, optional=True),
-        Rule(("cls.seq_relationship.weight",), "binary_head.weight", ("two", "hidden"), when=binary),
-        Rule(("cls.seq_relationship.bias",), "binary_head.bias", ("two",), when=binary),
+        Rule((), "output_layer.bias", ("vocabulary",), when=lacks("add_lm_head"), optional=True),
+        *linear("cls.seq_relationship", "binary_head", ("two", "hidden"), when=binary),
     )  # fmt: skip
 
 
 RULES = (
     *embeddings(),
-    *norms(f"{_LAYER}.attention.ln", f"{_HUB}.self_attention.linear_qkv.layer_norm_"),
-    *norms(f"{_LAYER}.ln", f"{_HUB}.mlp.linear_fc1.layer_norm_"),
+    *norm(f"{_LAYER}.attention.ln", f"{_HUB}.self_attention.linear_qkv.layer_norm_"),
+    *norm(f"{_LAYER}.ln", f"{_HUB}.mlp.linear_fc1.layer_norm_"),
     *matrices(),
-    *norms("bert.encoder.ln", "encoder.final_layernorm."),
+    *norm("bert.encoder.ln", "encoder.final_layernorm."),
     *heads(),
 )
 
@@ -119,15 +103,8 @@ FIELDS = (
     Field("pad_token_id", "pad_token_id", "tokens", None),
 )
 TRAITS = {
-    "normalization": "LayerNorm",
-    "layernorm_zero_centered_gamma": False,
+    **decoder.LEARNED_TRAITS,
     "activation": "gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "position_embedding_type": "learned_absolute",
-    "parallel_residual": False,
     "vision_model_type": None,
 }
 CONSTANTS = {"is_decoder": False, "add_cross_attention": False}
@@ -228,7 +205,6 @@ def nemo2(bert_type: str, model: str, stem: str) -> NeMo2:
         module="nemo.collections.llm.bert.model.bert",
         model=model,
         configs=(f"{stem}Config", f"{stem}BaseConfig", f"{stem}LargeConfig", "BertConfig"),
-        choose=lambda config: f"{stem}Config",
         codecs=(
             Words("transformer_block_type", "bert_type", {"megatron": "pre_ln", "huggingface": "post_ln"}, bert_type),
             Field("num_tokentypes", "num_tokentypes", default=None),

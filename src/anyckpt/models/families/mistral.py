@@ -37,7 +37,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.mistral",
         model="MistralModel",
         configs=("MistralConfig7B", "MistralNeMo*"),
-        choose=lambda config: "MistralConfig7B",
     ),
     meta=MetaNames(LLAMA.pairs, params=("sliding_window", "hidden_dim")),
     trtllm=TrtLlm(("MistralForCausalLM",), "llama"),

@@ -19,14 +19,9 @@ FAMILY = Family(
     rules=(*decoder.WITHOUT_MLP, *decoder.NORM_BIASES, *decoder.plain_mlp("up_proj", "down_proj")),
     ignorable=decoder.IGNORABLE,
     traits={
-        "normalization": "LayerNorm",
+        **decoder.ROTARY_TRAITS,
         "layernorm_zero_centered_gamma": True,
         "activation": "squared_relu",
-        "gated_linear_unit": False,
-        "add_qkv_bias": False,
-        "qk_layernorm": False,
-        "position_embedding_type": "rope",
-        "rotary_interleaved": False,
         "parallel_residual": False,
     },
     hugging_face=HuggingFace(
@@ -44,7 +39,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.nemotron",
         model="NemotronModel",
         configs=("NemotronConfig", "Nemotron3Config*", "Nemotron4Config*"),
-        choose=lambda config: "NemotronConfig",
     ),
     trtllm=TrtLlm(
         ("NemotronForCausalLM", "GPTForCausalLM"),

@@ -44,6 +44,5 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.phi3mini",
         model="Phi3Model",
         configs=("Phi3Config*",),
-        choose=lambda config: "Phi3Config",
     ),
 )

@@ -34,7 +34,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.qwen2",
         model="Qwen2Model",
         configs=("Qwen2Config*", "Qwen25Config*"),
-        choose=lambda config: "Qwen2Config",
     ),
     trtllm=TrtLlm(
         ("Qwen2ForCausalLM", "QWenForCausalLM"),

@@ -13,7 +13,7 @@ from anyckpt.models.families import qwen3_moe
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
+from anyckpt.models.language.rule_operations import GATE_UP
 from anyckpt.models.language.rules import Rule
 
 _ATTENTION = f"{sparse.LAYER}.self_attn"
@@ -27,8 +27,7 @@ FAMILY = Family(
     rules=(
         *sparse.LEADING,
         *sparse.ATTENTION,
-        Rule((f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
-             f"{sparse.HUB}.self_attention.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV),
+        sparse.BIAS_OF_QUERY_KEY_VALUE,
         *sparse.DENSE,
         *sparse.experts(),
         Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",

@@ -40,7 +40,6 @@ FAMILY = Family(
             "Qwen3Config14B",
             "Qwen3Config32B",
         ),
-        choose=lambda config: "Qwen3Config",
         codecs=(Written({"max_position_embeddings": same_as("max_position_embeddings")}),),
     ),
     meta=in_halves(

@@ -61,6 +61,5 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.qwen3",
         model="Qwen3Model",
         configs=("Qwen3MoEConfig", "Qwen3Config*_A*B"),
-        choose=lambda config: "Qwen3MoEConfig",
     ),
 )  # fmt: skip

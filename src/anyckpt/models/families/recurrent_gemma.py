@@ -20,6 +20,7 @@ from anyckpt.config.spellings import HuggingFace
 from anyckpt.config.windows import Window
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.modules import linear
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
 from anyckpt.models.language.rules import Rule
@@ -52,30 +53,21 @@ RULES = (
     Rule((f"{_BLOCK}.q_proj.weight", f"{_BLOCK}.k_proj.weight", f"{_BLOCK}.v_proj.weight"),
          f"{_ATTENTION}.linear_qkv.weight", ("qkv", "hidden"), INTERLEAVED_QKV, _attends),
     Rule((), f"{_ATTENTION}.linear_qkv.bias", ("qkv",), when=_attends),
-    Rule((f"{_BLOCK}.o_proj.weight",), f"{_ATTENTION}.linear_proj.weight", ("hidden", "attention"), when=_attends),
-    Rule((f"{_BLOCK}.o_proj.bias",), f"{_ATTENTION}.linear_proj.bias", ("hidden",), when=_attends),
+    *linear(f"{_BLOCK}.o_proj", f"{_ATTENTION}.linear_proj", ("hidden", "attention"), when=_attends),
     Rule((f"{_LAYER}.temporal_pre_norm.weight",), f"{_RECURRENT}.linear_in.layer_norm_weight", ("hidden",),
          when=_recurs),
-    Rule((f"{_BLOCK}.linear_x.weight", f"{_BLOCK}.linear_y.weight"), f"{_RECURRENT}.linear_in.weight",
-         ("twice", "hidden"), GATE_UP, _recurs),
-    Rule((f"{_BLOCK}.linear_x.bias", f"{_BLOCK}.linear_y.bias"), f"{_RECURRENT}.linear_in.bias", ("twice",), GATE_UP,
-         _recurs),
-    Rule((f"{_BLOCK}.linear_out.weight",), f"{_RECURRENT}.linear_out.weight", ("hidden", "hidden"), when=_recurs),
-    Rule((f"{_BLOCK}.linear_out.bias",), f"{_RECURRENT}.linear_out.bias", ("hidden",), when=_recurs),
-    Rule((f"{_BLOCK}.conv_1d.weight",), f"{_RECURRENT}.conv_1d.conv_1d.weight", ("hidden", "one", "kernel"),
-         when=_recurs),
-    Rule((f"{_BLOCK}.conv_1d.bias",), f"{_RECURRENT}.conv_1d.conv_1d.bias", ("hidden",), when=_recurs),
+    *linear((f"{_BLOCK}.linear_x", f"{_BLOCK}.linear_y"), f"{_RECURRENT}.linear_in", ("twice", "hidden"), GATE_UP,
+            _recurs),
+    *linear(f"{_BLOCK}.linear_out", f"{_RECURRENT}.linear_out", ("hidden", "hidden"), when=_recurs),
+    *linear(f"{_BLOCK}.conv_1d", f"{_RECURRENT}.conv_1d.conv_1d", ("hidden", "one", "kernel"), when=_recurs),
     Rule((f"{_LRU}.recurrent_param",), f"{_HUB_LRU}.a_param", ("hidden",), when=_recurs),
     Rule((f"{_LRU}.input_gate_weight",), f"{_HUB_LRU}.input_gate.w", ("heads", "block", "block"), when=_recurs),
     Rule((f"{_LRU}.input_gate_bias",), f"{_HUB_LRU}.input_gate.b", ("heads", "block"), when=_recurs),
     Rule((f"{_LRU}.recurrent_gate_weight",), f"{_HUB_LRU}.a_gate.w", ("heads", "block", "block"), when=_recurs),
     Rule((f"{_LRU}.recurrent_gate_bias",), f"{_HUB_LRU}.a_gate.b", ("heads", "block"), when=_recurs),
     Rule((f"{_LAYER}.channel_pre_norm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
-    Rule((f"{_MLP}.gate_proj.weight", f"{_MLP}.up_proj.weight"), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"),
-         GATE_UP),
-    Rule((f"{_MLP}.gate_proj.bias", f"{_MLP}.up_proj.bias"), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), GATE_UP),
-    Rule((f"{_MLP}.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-    Rule((f"{_MLP}.down_proj.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",)),
+    *linear((f"{_MLP}.gate_proj", f"{_MLP}.up_proj"), f"{_HUB}.mlp.linear_fc1", ("fc1", "hidden"), GATE_UP),
+    *linear(f"{_MLP}.down_proj", f"{_HUB}.mlp.linear_fc2", ("hidden", "ffn")),
     Rule(("model.final_norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip

@@ -32,13 +32,7 @@ FAMILY = Family(
     rules=(*decoder.WITHOUT_MLP, *decoder.NORM_BIASES, *decoder.plain_mlp("c_fc", "c_proj")),
     ignorable=decoder.IGNORABLE,
     traits={
-        "normalization": "LayerNorm",
-        "layernorm_zero_centered_gamma": False,
-        "gated_linear_unit": False,
-        "add_qkv_bias": False,
-        "qk_layernorm": False,
-        "position_embedding_type": "rope",
-        "rotary_interleaved": False,
+        **decoder.ROTARY_TRAITS,
         "parallel_residual": False,
     },
     recognise=lambda config: config.activation == "gelu_tanh" and config.rotary_percent == 1.0,
@@ -60,7 +54,6 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.starcoder2",
         model="Starcoder2Model",
         configs=("Starcoder2Config*",),
-        choose=lambda config: "Starcoder2Config",
     ),
     trtllm=TrtLlm(
         ("GPTForCausalLM", "Starcoder2ForCausalLM"),

@@ -33,7 +33,7 @@ from anyckpt.models.language.rule_operations import (
     Operation,
     Scaled,
 )
-from anyckpt.models.language.rules import Condition, Rule
+from anyckpt.models.language.rules import Condition, Rule, has, lacks
 
 
 def _softmax(config: ModelConfig) -> float:
@@ -43,18 +43,6 @@ def _softmax(config: ModelConfig) -> float:
 
 def _output(config: ModelConfig) -> float:
     return config.hidden_size**-0.5 if config.scale_decoder_outputs else 1.0
-
-
-def _gated(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.gated_linear_unit
-
-
-def _plain(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return not config.gated_linear_unit
-
-
-def _tied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.share_embeddings_and_output_weights
 
 
 def _stack(stack: str, axes: tuple[str, ...], mlp: int) -> tuple[Rule, ...]:
@@ -85,8 +73,9 @@ def _stack(stack: str, axes: tuple[str, ...], mlp: int) -> tuple[Rule, ...]:
         rule((f"{attention}.o.weight",), "self_attention.linear_proj.weight", ("hidden", "attention"), IDENTITY),
         rule((f"{block}.{mlp}.layer_norm.weight",), "mlp.linear_fc1.layer_norm_weight", ("hidden",)),
         rule((f"{dense}.wi_0.weight", f"{dense}.wi_1.weight"), "mlp.linear_fc1.weight", ("fc1", "hidden"), GATE_UP,
-             when=_gated),
-        rule((f"{dense}.wi.weight",), "mlp.linear_fc1.weight", ("fc1", "hidden"), IDENTITY, when=_plain),
+             when=has("gated_linear_unit")),
+        rule((f"{dense}.wi.weight",), "mlp.linear_fc1.weight", ("fc1", "hidden"),
+             when=lacks("gated_linear_unit")),
         rule((f"{dense}.wo.weight",), "mlp.linear_fc2.weight", ("hidden", "ffn"), IDENTITY),
     )  # fmt: skip
 
@@ -113,7 +102,7 @@ RULES = (
          ("hidden", "attention")),
     Rule(("decoder.final_layer_norm.weight",), "decoder.final_layernorm.weight", ("hidden",),
          Scaled(IDENTITY, _output)),
-    Rule((), "lm_head.output_layer.bias", ("vocabulary",), when=_tied),
+    Rule((), "lm_head.output_layer.bias", ("vocabulary",), when=has("share_embeddings_and_output_weights")),
     Rule(("lm_head.weight",), "lm_head.output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
 
@@ -280,7 +269,6 @@ FAMILY = Family(
         module="nemo.collections.llm.t5.model.t5",
         model="T5Model",
         configs=("T5Config*",),
-        choose=lambda config: "T5Config",
         fields=(Field("encoder_num_layers", "encoder_num_layers"), *RELATIVE),
         codecs=(
             Written(dict.fromkeys(("seq_length", "max_position_embeddings"), _length)),

@@ -20,27 +20,18 @@ from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.indexing import Shape
 from anyckpt.models.families import clip_vision
 from anyckpt.models.families.clip_vision import PARTS
+from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import Leading
-from anyckpt.models.language.rules import Rule
+from anyckpt.models.language.rules import Rule, has
 
 _LAYER = "vit.encoder.layer.*"
 _EMBEDDINGS = "vit.embeddings"
 
 
-def _pooled(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.add_pooler
-
-
-def _classified(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.num_classes is not None
-
-
 RULES = (
     Rule((f"{_EMBEDDINGS}.cls_token",), "class_token", ("one", "class-tokens", "hidden")),
-    Rule((f"{_EMBEDDINGS}.patch_embeddings.projection.weight",), "conv1.weight",
-         ("hidden", "colours", "patch", "patch")),
-    Rule((f"{_EMBEDDINGS}.patch_embeddings.projection.bias",), "conv1.bias", ("hidden",)),
+    *linear(f"{_EMBEDDINGS}.patch_embeddings.projection", "conv1", ("hidden", "colours", "patch", "patch")),
     Rule((f"{_EMBEDDINGS}.position_embeddings",), "position_embeddings.weight", ("patches", "hidden"), Leading(-1)),
     *clip_vision.layers(
         (f"{_LAYER}.attention.attention.{name}" for name in ("query", "key", "value")),
@@ -52,11 +43,9 @@ RULES = (
             "after": f"{_LAYER}.layernorm_after",
         },
     ),
-    *(Rule((f"vit.layernorm.{part}",), f"layernorm.{part}", ("hidden",)) for part in PARTS),
-    Rule(("vit.pooler.dense.weight",), "pooler.dense.weight", ("output", "hidden"), when=_pooled),
-    Rule(("vit.pooler.dense.bias",), "pooler.dense.bias", ("output",), when=_pooled),
-    Rule(("classifier.weight",), "classifier.weight", ("classes", "hidden"), when=_classified),
-    Rule(("classifier.bias",), "classifier.bias", ("classes",), when=_classified),
+    *norm("vit.layernorm", "layernorm."),
+    *linear("vit.pooler.dense", "pooler.dense", ("output", "hidden"), when=has("add_pooler")),
+    *linear("classifier", "classifier", ("classes", "hidden"), when=has("num_classes")),
 )  # fmt: skip
 
 _IN_MEMORY = {

@@ -31,7 +31,17 @@ def has(field: str) -> Condition:
     return condition
 
 
-def _always(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+def lacks(field: str) -> Condition:
+    """The contrary of ``has``."""
+
+    def condition(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+        return not getattr(config, field)
+
+    return condition
+
+
+def always(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """In every layer of every model."""
     return True
 
 
@@ -57,7 +67,7 @@ class Rule:
     hub: str
     shape: tuple[str, ...]
     operation: Operation = IDENTITY
-    when: Condition = _always
+    when: Condition = always
     axes: tuple[str, ...] = ("layer", "expert")
     after: str = ""
     optional: bool = False

@@ -5,44 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anyckpt.config.model import ModelConfig
+from anyckpt.models.families.parts.modules import linear
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
-from anyckpt.models.language.rules import Rule
+from anyckpt.models.language.rules import Rule, has, lacks
 
 _LAYER = "model.layers.*"
 _HUB = "decoder.layers.*"
 _ATTENTION = f"{_LAYER}.self_attn"
 
 
-def biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    """Whether all linear layers have biases."""
-    return config.add_bias_linear
+QUERY_KEY_VALUE = tuple(f"{_ATTENTION}.{which}_proj" for which in "qkv")
+
+biased = has("add_bias_linear")
+"""Whether all linear layers have biases."""
+
+untied = lacks("share_embeddings_and_output_weights")
+"""Whether there is an output layer of its own."""
 
 
-def _biased_qkv(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+def biased_qkv(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """Whether query, key and value have biases."""
     return config.add_bias_linear or config.add_qkv_bias
-
-
-def untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    """Whether there is an output layer of its own."""
-    return not config.share_embeddings_and_output_weights
 
 
 RULES = (
     Rule(("model.embed_tokens.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     Rule((f"{_LAYER}.input_layernorm.weight",), f"{_HUB}.self_attention.linear_qkv.layer_norm_weight", ("hidden",)),
-    Rule((f"{_ATTENTION}.q_proj.weight", f"{_ATTENTION}.k_proj.weight", f"{_ATTENTION}.v_proj.weight"),
-         f"{_HUB}.self_attention.linear_qkv.weight", ("qkv", "hidden"), INTERLEAVED_QKV),
-    Rule((f"{_ATTENTION}.q_proj.bias", f"{_ATTENTION}.k_proj.bias", f"{_ATTENTION}.v_proj.bias"),
-         f"{_HUB}.self_attention.linear_qkv.bias", ("qkv",), INTERLEAVED_QKV, _biased_qkv),
-    Rule((f"{_ATTENTION}.o_proj.weight",), f"{_HUB}.self_attention.linear_proj.weight", ("hidden", "attention")),
-    Rule((f"{_ATTENTION}.o_proj.bias",), f"{_HUB}.self_attention.linear_proj.bias", ("hidden",), when=biased),
+    *linear(QUERY_KEY_VALUE, f"{_HUB}.self_attention.linear_qkv", ("qkv", "hidden"), INTERLEAVED_QKV, bias=biased_qkv),
+    *linear(f"{_ATTENTION}.o_proj", f"{_HUB}.self_attention.linear_proj", ("hidden", "attention"), bias=biased),
     Rule((f"{_LAYER}.post_attention_layernorm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
-    Rule((f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight"), f"{_HUB}.mlp.linear_fc1.weight",
-         ("fc1", "hidden"), GATE_UP),
-    Rule((f"{_LAYER}.mlp.gate_proj.bias", f"{_LAYER}.mlp.up_proj.bias"), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",),
-         GATE_UP, biased),
-    Rule((f"{_LAYER}.mlp.down_proj.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-    Rule((f"{_LAYER}.mlp.down_proj.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=biased),
+    *linear((f"{_LAYER}.mlp.gate_proj", f"{_LAYER}.mlp.up_proj"), f"{_HUB}.mlp.linear_fc1", ("fc1", "hidden"), GATE_UP,
+            bias=biased),
+    *linear(f"{_LAYER}.mlp.down_proj", f"{_HUB}.mlp.linear_fc2", ("hidden", "ffn"), bias=biased),
     Rule(("model.norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=untied),
 )  # fmt: skip
@@ -72,11 +66,9 @@ WITHOUT_MLP = tuple(
 def plain_mlp(up: str, down: str) -> tuple[Rule, ...]:
     """An MLP without gate, by the names of its two layers."""
     return (
-        Rule((f"{_LAYER}.mlp.{up}.weight",), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden")),
-        Rule((f"{_LAYER}.mlp.{up}.bias",), f"{_HUB}.mlp.linear_fc1.bias", ("fc1",), when=biased),
-        Rule((f"{_LAYER}.mlp.{down}.weight",), f"{_HUB}.mlp.linear_fc2.weight", ("hidden", "ffn")),
-        Rule((f"{_LAYER}.mlp.{down}.bias",), f"{_HUB}.mlp.linear_fc2.bias", ("hidden",), when=biased),
-    )  # fmt: skip
+        *linear(f"{_LAYER}.mlp.{up}", f"{_HUB}.mlp.linear_fc1", ("fc1", "hidden"), bias=biased),
+        *linear(f"{_LAYER}.mlp.{down}", f"{_HUB}.mlp.linear_fc2", ("hidden", "ffn"), bias=biased),
+    )
 
 
 IGNORABLE = (
@@ -93,6 +85,24 @@ TRAITS = {
     "qk_layernorm": False,
     "position_embedding_type": "rope",
     "rotary_interleaved": False,
+}
+
+PLAIN_TRAITS = {
+    "normalization": "LayerNorm",
+    "layernorm_zero_centered_gamma": False,
+    "gated_linear_unit": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+}
+"""Of models before Llama: norms with biases and an MLP without gate."""
+
+ROTARY_TRAITS = {**PLAIN_TRAITS, "position_embedding_type": "rope", "rotary_interleaved": False}
+
+LEARNED_TRAITS = {
+    **PLAIN_TRAITS,
+    "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute",
+    "parallel_residual": False,
 }
 
 CAUSAL = {"use_bidirectional_attention": False}

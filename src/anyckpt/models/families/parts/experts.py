@@ -10,7 +10,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import Variant
 from anyckpt.models.families.parts import decoder
-from anyckpt.models.language.rule_operations import GATE_UP
+from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
 from anyckpt.models.language.rules import Rule
 
 LAYER = "model.layers.*"
@@ -31,6 +31,13 @@ ATTENTION = tuple(
     rule for rule in decoder.RULES if rule.hub.startswith(f"{HUB}.self_attention.") and not rule.hub.endswith(".bias")
 )
 """Llama's, without biases."""
+
+BIAS_OF_QUERY_KEY_VALUE = Rule(
+    tuple(f"{name}.bias" for name in decoder.QUERY_KEY_VALUE),
+    f"{HUB}.self_attention.linear_qkv.bias",
+    ("qkv",),
+    INTERLEAVED_QKV,
+)
 
 LEADING = tuple(rule for rule in decoder.RULES if rule.hub.startswith("embedding."))
 TRAILING = tuple(rule for rule in decoder.RULES if rule.hub.startswith(("decoder.final", "output_layer.")))

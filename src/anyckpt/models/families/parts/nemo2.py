@@ -11,5 +11,4 @@ def general() -> NeMo2:
         module="nemo.collections.llm.gpt.model.base",
         model="GPTModel",
         configs=("GPTConfig*",),
-        choose=lambda config: "GPTConfig",
     )
