@@ -11,6 +11,7 @@ from typing import Any
 
 from anyckpt.config.fields import Field
 from anyckpt.config.model import PART_OF, ModelConfig, check, vocabulary_divisor
+from anyckpt.config.own_part import own_part, text_part
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, Spellings
 from anyckpt.dtypes import BY_NAME
@@ -105,70 +106,6 @@ WITHOUT_MEANING = {
 """Keys that say nothing about the model itself."""
 
 
-_OF_THE_WHOLE = (
-    "dtype",
-    "torch_dtype",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "tie_word_embeddings",
-    "quantization_config",
-)
-"""Keys that a model with several parts says once, beside them."""
-
-
-def is_known(family: Spellings, config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json``, or its text part, is of the family."""
-    return _is_own(family, config) or _part(family, config) is not None or _foreign(family, config) is not None
-
-
-def is_part(family: Spellings, config: Mapping[str, Any]) -> bool:
-    """Whether the family's model is the text part of what a ``config.json`` describes."""
-    return not _is_own(family, config) and _part(family, config) is not None
-
-
-def own_part(family: Spellings, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What of a ``config.json`` is the family's, in transformers' keys."""
-    if _is_own(family, config):
-        return config
-    part = _part(family, config)
-    if part is not None:
-        return {**{key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}, **part}
-    return _foreign(family, config) or config
-
-
-def _part(family: Spellings, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The text part of a model that also sees or hears."""
-    part = config.get("text_config")
-    return part if isinstance(part, Mapping) and _is_own(family, part) else None
-
-
-def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """A ``config.json`` with another vocabulary, in its text part and wherever else it says one."""
-    part = config.get("text_config")
-    if not isinstance(part, Mapping):
-        return {**config, "vocab_size": size}
-    outside = {"vocab_size": size} if "vocab_size" in config else {}
-    return {**config, **outside, "text_config": {**part, "vocab_size": size}}
-
-
-def is_foreign(family: Spellings, config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` has the keys of another code than transformers."""
-    return not _is_own(family, config) and _foreign(family, config) is not None
-
-
-def _foreign(family: Spellings, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return None if "model_type" in config else family.hugging_face.foreign(config)
-
-
-def _is_own(family: Spellings, config: Mapping[str, Any]) -> bool:
-    names = config.get("architectures")
-    first = names[0] if isinstance(names, list) and names else None
-    if config.get("model_type") in family.hugging_face.model_types:
-        return True
-    return "model_type" not in config and first in family.hugging_face.architectures
-
-
 def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
     """The hub's configuration from a ``config.json``.
 
@@ -208,7 +145,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             **known.read(reader, fields),
             "extra": {
                 "hf": {key: value for key, value in config.items() if key not in keys},
-                **({PART_OF: str(whole.get("model_type"))} if _part(family, whole) is not None else {}),
+                **({PART_OF: str(whole.get("model_type"))} if text_part(family, whole) is not None else {}),
             },
         }
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.config import hugging_face as config_hf
+from anyckpt.config import own_part
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import some
 from anyckpt.models.dialects.wrappers import BETWEEN, unwrapped, without_between
@@ -71,8 +71,8 @@ def bare_names(checkpoint: Checkpoint) -> Bare | None:
     plain = {name: without_between(name) for name in weights}
     parallel = _PARALLEL if weights and all(name.startswith(_PARALLEL) for name in plain.values()) else ""
     plain = _distinct({name: own.removeprefix(parallel) for name, own in plain.items()}, path)
-    family = next((each for each in each_family() if config and config_hf.is_known(each, config)), None)
-    if family is None or config_hf.is_part(family, config):
+    family = next((each for each in each_family() if config and own_part.is_known(each, config)), None)
+    if family is None or own_part.is_part(family, config):
         outer = _around(plain.values(), path)
     else:
         found = unwrapped({own: weights[name] for name, own in plain.items()}, family.rules, False)

@@ -10,7 +10,7 @@ from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.config import hugging_face as config_hf
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
-from anyckpt.config import meta_names, nemo1, nemo2
+from anyckpt.config import meta_names, nemo1, nemo2, own_part
 from anyckpt.config import trtllm as config_trtllm
 from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
@@ -61,12 +61,12 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
         return "nemo1"
     if {"num_layers", "num_attention_heads"} <= config.keys():
         return "megatron-args"
-    return "hf" if any(config_hf.is_known(family, config) for family in each_family()) else None
+    return "hf" if any(own_part.is_known(family, config) for family in each_family()) else None
 
 
 def is_foreign(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of a family that we know, but has the keys of another code than transformers."""
-    return "model_type" not in config and any(config_hf.is_foreign(family, config) for family in each_family())
+    return "model_type" not in config and any(own_part.is_foreign(family, config) for family in each_family())
 
 
 def identify(
@@ -185,7 +185,7 @@ def _parse(
     kind: str, values: Mapping[str, Any], chosen: Family | None, parts: frozenset[str]
 ) -> tuple[Family, ModelConfig] | None:
     if kind == "hf":
-        family = chosen or next((f for f in each_family() if config_hf.is_known(f, values)), None)
+        family = chosen or next((f for f in each_family() if own_part.is_known(f, values)), None)
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
         name = nemo2.nemo2_class(values) or ""
@@ -278,7 +278,7 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
     dialect = checkpoint.dialect or spellings.detect(weights)
     if dialect == "hf":
         named = unwrapped(weights, model.definition.rules, PART_OF in config.extra).tensors
-        said = kind != "hf" or "tie_word_embeddings" in config_hf.own_part(model.definition, values)
+        said = kind != "hf" or "tie_word_embeddings" in own_part.own_part(model.definition, values)
         tied = config.share_embeddings_and_output_weights
         if not (said or tied) and embedding in named and head not in named:
             config = replace(config, share_embeddings_and_output_weights=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.config.hugging_face import with_vocabulary
 from anyckpt.config.nemo1 import restated
+from anyckpt.config.own_part import with_vocabulary
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import Hub, Model
 from anyckpt.models.complete import some

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.config.hugging_face import with_vocabulary
 from anyckpt.config.model import PART_OF
 from anyckpt.config.nemo1 import restated
+from anyckpt.config.own_part import with_vocabulary
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import Hub, Model, Named
 from anyckpt.models.bare_names import Bare
