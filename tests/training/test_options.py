@@ -215,5 +215,7 @@ def test_names_of_nemos_configurations() -> None:
         Options.of({"dist_ckpt_nothing": 1})
     with pytest.raises(UsageError, match="two names of format"):
         Options.of({"format": "hf", "save_ckpt_format": "torch_dist"})
+    with pytest.raises(UsageError, match="not written so.*one of dcp.*found 'nemo'.*convert what was saved"):
+        Options(format="nemo")
     with pytest.raises(UsageError, match="no such strictness"):
         Options(strictness="very")

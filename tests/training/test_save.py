@@ -130,6 +130,15 @@ def test_whole_tensors_are_written_by_all_ranks(tmp_path: Any) -> None:
     assert (tmp_path / "hf/config.json").read_text().startswith('{\n  "model_type": "gpt2"')
 
 
+def test_one_file_of_torch_is_written_by_all_ranks(tmp_path: Any) -> None:
+    import torch
+
+    (state, first), (_, second) = on_ranks(2, saved_as, str(tmp_path / "state.pt"), {"format": "torch"})
+    assert_same(torch.load(tmp_path / "state.pt", weights_only=True), state)
+    assert first.bytes_total == (tmp_path / "state.pt").stat().st_size
+    assert min(first.bytes_written, second.bytes_written) > 0
+
+
 def large_rows_and_columns(path: str) -> Any:
     """Tensors of several blocks, whose rows and columns several ranks have."""
     import torch

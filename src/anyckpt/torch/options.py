@@ -8,6 +8,9 @@ from typing import Any
 
 from anyckpt.errors import UsageError
 
+FORMATS = ("dcp", "megatron-core", "megatron-core-zarr", "hf", "safetensors", "torch")
+"""What live state is written as; others have a place for one model's weights, or a file per rank of its own kind."""
+
 STRICTNESS = (
     "assume_ok_unexpected",
     "log_unexpected",
@@ -26,8 +29,8 @@ class Options:
     """What may be asked of ``save`` and ``load``; the defaults are what most want.
 
     Attributes:
-        format: ``dcp``, ``megatron-core`` (torch_dist), ``megatron-core-zarr``, or ``hf`` and ``safetensors``, in which
-            tensors are whole.
+        format: ``dcp``, ``megatron-core`` (torch_dist), ``megatron-core-zarr``, or one in which tensors are whole:
+            ``hf``, ``safetensors``, and ``torch``, a file of ``torch.save``.
         parallel_save: ranks that have copies of the same share the writing, evenly by bytes; False: the first has to.
         within: the process group in which copies are shared, as this rank's data-parallel group; all ranks if None.
         workers: threads that write, and that read, on each rank.
@@ -64,6 +67,13 @@ class Options:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(
+                "live state is not written so",
+                expected=f"one of {', '.join(FORMATS)}",
+                found=repr(self.format),
+                remedy="save dcp, and convert what was saved",
+            )
         if self.strictness not in STRICTNESS:
             raise UsageError(
                 "there is no such strictness", expected=f"one of {', '.join(STRICTNESS)}", found=self.strictness

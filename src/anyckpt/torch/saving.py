@@ -235,8 +235,7 @@ class _Laid:
         """The format's own plan."""
         options = self.options
         known = registry.by_name(options.format)
-        if known.plan is None:
-            raise UsageError(f"{options.format} is not written", remedy="choose dcp, megatron-core, hf or safetensors")
+        assert known.plan is not None
         paths, keys = key_paths({name: self.paths[name] for name in (*tensors, *objects) if name in self.paths})
         prefix, state_prefixes = nesting.prefixes(tensors, paths)
         checkpoint = Checkpoint(
