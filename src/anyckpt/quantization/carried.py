@@ -8,6 +8,7 @@ query, key and value become one weight, and their scales differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,11 +16,12 @@ import numpy as np
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import UsageError
-from anyckpt.identity import ElementWise
-from anyckpt.indexing import Array
+from anyckpt.identity import Identity
+from anyckpt.indexing import Array, Shape
 from anyckpt.quantization.nodes import Repeated, numbers_of
 from anyckpt.quantization.weights import Separated
-from anyckpt.tensor import Constant, LazyTensor, Mapped
+from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
+from anyckpt.tensor import Constant, LazyTensor, View
 
 
 @dataclass(frozen=True)
@@ -96,21 +98,79 @@ def parts(codes: LazyTensor, scales: LazyTensor, way: Way, kind: str) -> dict[st
         return {"weight": codes, "per_channel_scale": scales.narrow(1, 0, 1).reshape((rows,))}
     if rows % 2:
         raise UsageError("two rows of 4-bit integers share a byte", expected="an even number of rows", found=rows)
-    pairs = codes.reshape((rows // 2, 2, columns))
-    halves = tuple(pairs.narrow(1, half, 1).reshape((rows // 2, columns)) for half in range(2))
-    groups = scales.reshape((rows, columns // way.group, way.group)).narrow(2, 0, 1)
     ones = np.ones(1, dtype(kind).numpy).tobytes()
     return {
-        "weight": Mapped(halves, dtype("int8"), PackedRows()),
-        "weights_scaling_factor": groups.reshape((rows, columns // way.group)),
+        "weight": PackedRows(codes),
+        "weights_scaling_factor": Sampled(scales, way.group),
         "prequant_scaling_factor": Constant(dtype(kind), (columns,), ones),
     }
 
 
-@dataclass(frozen=True)
-class PackedRows(ElementWise):
-    """Two codes in a byte, of 4 bits that count from -8 on, as two's complement, the first in the low half."""
+class PackedRows(View):
+    """Two rows of 4-bit codes in one of bytes, the even one in the low half.
 
-    def __call__(self, low: Array, high: Array) -> Array:
-        packed: Array = ((low.view("u1") ^ 8) | ((high.view("u1") ^ 8) << 4)).view(np.int8)
-        return packed
+    Args:
+        child: one code in a byte, counted from -8 on, ``[rows, columns]``; here they are two's complement.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, child: LazyTensor) -> None:
+        self.child = child
+        self.dtype = dtype("int8")
+        self.shape = (child.shape[0] // 2, child.shape[1])
+
+    def identity(self) -> Identity:
+        return (self.child,)
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        begin, shape = (2 * start[0], start[1]), (2 * out.shape[0], out.shape[1])
+        if isinstance(out, Hole):
+            self.child.read_box(begin, hole(shape, self.child.dtype.raw))
+            return
+        with scratch(math.prod(shape)) as buffer:
+            codes = buffer.reshape(shape)
+            self.child.read_box(begin, codes)
+            np.bitwise_xor(codes, 8, out=codes)
+            np.left_shift(codes[1::2], 4, out=out)
+            np.bitwise_or(out, codes[::2], out=out)
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return PackedRows(self.child.box((2 * start[0], start[1]), (2 * shape[0], shape[1])))
+
+
+class Sampled(View):
+    """The first of every ``step`` columns, which stands for the others.
+
+    Args:
+        child: ``[rows, columns]``, of which ``step`` columns after one another are equal.
+        step: divides the columns.
+    """
+
+    __slots__ = ("step",)
+
+    def __init__(self, child: LazyTensor, step: int) -> None:
+        self.child = child
+        self.step = step
+        self.dtype = child.dtype
+        self.shape = (child.shape[0], child.shape[1] // step)
+
+    def identity(self) -> Identity:
+        return self.child, self.step
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        first, width = start[1] * self.step, out.shape[1] * self.step
+        if isinstance(out, Hole):
+            self.child.read_box((start[0], first), hole((out.shape[0], width), self.dtype.raw))
+            return
+        rows = max(1, SCRATCH_BYTES // max(1, width * self.dtype.itemsize))
+        for row in range(0, out.shape[0], rows):
+            some = out[row : row + rows]
+            with scratch(some.shape[0] * width * self.dtype.itemsize) as buffer:
+                wide = buffer.view(self.dtype.raw).reshape((some.shape[0], width))
+                self.child.read_box((start[0] + row, first), wide)
+                some[...] = wide[:, :: self.step]
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        child = self.child.box((start[0], start[1] * self.step), (shape[0], shape[1] * self.step))
+        return Sampled(child, self.step)
