@@ -51,3 +51,12 @@ def test_errors_are_one_line(anyckpt: Runner, tmp_path: Path) -> None:
     assert found.code == 2
     assert found.err.startswith("error: unknown algorithm of quantization (expected fp8, fp8_per_channel")
     assert len(found.err.splitlines()) == 1
+
+
+def test_inspect_says_how_a_folder_is_quantized(anyckpt: Runner, tmp_path: Path) -> None:
+    lines = anyckpt("inspect", fixture_path("quant/nvfp4_b/hf")).out.splitlines()
+    assert ["quantization", "modelopt", "NVFP4"] in [line.split() for line in lines]
+    anyckpt("convert", fixture_path(SOURCE), tmp_path / "q", "--to", "hf", "--quantize", "int8_wo")
+    lines = anyckpt("inspect", tmp_path / "q").out.splitlines()
+    assert ["quantization", "compressed-tensors", "pack-quantized"] in [line.split() for line in lines]
+    assert "quantization" not in anyckpt("inspect", fixture_path(SOURCE)).out

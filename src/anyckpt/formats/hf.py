@@ -77,6 +77,11 @@ def _read(location: Location) -> Checkpoint:
     part = None if ranks is None else check_last_ranks(location.path, tensors, config, ranks, warnings)
     tokenizer_files, artifacts = other_files(folder, "config.json")
     artifacts.pop(FILES_OF_NAMES, None)
+    quantized = _quantization(config, artifacts)
+    if quantized is not None:
+        from anyckpt.quantization import method_of
+
+        details["quantization"] = method_of(quantized)
     return Checkpoint(
         location.path,
         "hf",
@@ -90,7 +95,7 @@ def _read(location: Location) -> Checkpoint:
         training=training_state(location, artifacts, warnings),
         warnings=warnings,
         details=details,
-        quantization=_quantization(config, artifacts),
+        quantization=quantized,
         part=part,
         forms=beside.all_forms(),
     )
