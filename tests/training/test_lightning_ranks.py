@@ -84,6 +84,49 @@ def test_sharded_runs_resume_at_other_sizes(
     assert {**first[0], **again[0]} == straight[0]
 
 
+def saved_over(folder: str) -> Any:
+    """A directory saved twice, of which the second save fails on one rank; then plain Lightning resumes from it."""
+    warnings.simplefilter("ignore")
+    from lightning.pytorch.strategies import ModelParallelStrategy as Plain
+    from tests.training.lightning_runs import run, sharded_net
+    from torch.distributed import get_rank
+
+    from anyckpt.torch.dcp import Writer
+
+    path = f"{folder}/a.ckpt"
+    first, made = run(folder, 2, model=sharded_net("fsdp"), **of_ranks("fsdp", True))
+    for _ in range(2):
+        made.save_checkpoint(path)
+    write, told = Writer.write_data, ""
+
+    def broken(self: Any, *rest: Any) -> Any:
+        if get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write(self, *rest)
+
+    Writer.write_data = broken  # type: ignore[method-assign]
+    try:
+        made.save_checkpoint(path)
+    except BaseException as error:
+        told = f"{error!r}"
+    options = of_ranks("fsdp", True)
+    options["strategy"], options["plugins"] = Plain(2, 1, process_group_backend="gloo"), []
+    second, _ = run(folder, DEEP_STEPS, model=sharded_net("fsdp"), resume=path, **options)
+    return {**first.losses, **second.losses}, told, sorted(os.listdir(folder))
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path, whole: dict[int, float]) -> None:
+    import anyckpt
+
+    for losses, told, names in on_ranks(2, saved_over, str(tmp_path), imported=IMPORTED):
+        assert losses == pytest.approx(whole, rel=1e-5)
+        assert "No space left" in told
+        assert names == ["a.ckpt"]
+    assert anyckpt.verify(tmp_path / "a.ckpt").sound
+    assert sorted(os.listdir(tmp_path / "a.ckpt"))[:2] == [".anyckpt-manifest.json", ".metadata"]
+    assert anyckpt.open(tmp_path / "a.ckpt").format == "lightning"
+
+
 def test_one_device_resumes_on_two(tmp_path: Path, whole: dict[int, float]) -> None:
     """A file, a folder of weights alone, and another strategy's directory."""
     from tests.training.lightning_runs import Net, run

@@ -267,12 +267,8 @@ class StagingDirectory(Destination):
             os.rename(self.output, self.destination)
         elif not self.overwrite:
             raise OutputError("has appeared meanwhile", path=self.destination, remedy="choose another path")
-        elif not os.path.isdir(self.output) and not os.path.isdir(self.destination):
-            os.replace(self.output, self.destination)
-        elif not _exchange(self.output, self.destination):
-            old = os.path.join(self._directory, "old")
-            os.rename(self.destination, old)
-            os.rename(self.output, self.destination)
+        else:
+            put_in_place(self.output, self.destination, os.path.join(self._directory, "old"))
 
     def is_published(self, fingerprint: str) -> bool:
         if not os.path.lexists(self.destination):
@@ -334,6 +330,24 @@ class StagingDirectory(Destination):
             elif name != "lock":
                 os.unlink(path)
         self._readers.clear()
+
+
+def put_in_place(new: str, destination: str, aside: str) -> None:
+    """Give a file or directory the name of one that is there, in one step where the system can.
+
+    Args:
+        new: what gets the name.
+        destination: the name.
+        aside: where a directory that had it goes, if not to ``new``; the caller removes both.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    if not os.path.isdir(new) and not os.path.isdir(destination):
+        os.replace(new, destination)
+    elif not _exchange(new, destination):
+        os.rename(destination, aside)
+        os.rename(new, destination)
 
 
 def _exchange(first: str, second: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,63 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy as _Base
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
+from anyckpt.engine.files import sync_directory, write_error
+from anyckpt.engine.manifest import beside
+from anyckpt.engine.staging import put_in_place
 from anyckpt.errors import MappingError
 from anyckpt.formats.lightning.keys import META, OPTIMIZER_STATES, STATE_DICT
+from anyckpt.torch.collectives import Ranks
+from anyckpt.torch.dcp import Writer
 from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
 from anyckpt.torch.module_state import load_into
+from anyckpt.torch.one_file import write_file
+from anyckpt.torch.trainer_state import trainer_plan
+
+_NEW = ".anyckpt-new"
 
 
 class ModelParallelStrategy(_Base):
     """Lightning's, whose ``trainer.fit(model, ckpt_path=X)`` takes whatever ``CheckpointIO`` takes.
 
-    Its own sharded directories are loaded and saved by Lightning, as at any world size.  Of any other checkpoint each
-    rank maps the whole and takes its part.  With ``Trainer(plugins=[CheckpointIO(...)])`` that plugin's options count,
+    Its own sharded directories are loaded by Lightning, at any world size.  Of any other checkpoint each rank maps the
+    whole and takes its part.  A directory that is saved gets its name, or replaces another, when every rank's files are
+    durable; plain Lightning loads it.  With ``Trainer(plugins=[CheckpointIO(...)])`` that plugin's options count,
     and files (``save_distributed_checkpoint=False``) are saved by it.
     """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save as Lightning does, but whole or not at all.
+
+        Raises:
+            AnyckptError: it cannot be written, on every rank.
+        """
+        if not self._save_distributed_checkpoint or storage_options is not None or "://" in os.fspath(filepath):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = os.path.abspath(self.broadcast(os.fspath(filepath)))
+        folder, name = os.path.split(path)
+        new = os.path.join(folder, f".{name}{_NEW}")
+        rest = dict(checkpoint)
+        state = {STATE_DICT: rest.pop(STATE_DICT)}
+        state.update((f"optimizer_{number}", one) for number, one in enumerate(rest.pop(OPTIMIZER_STATES, [])))
+        ranks = Ranks()
+
+        def begin() -> None:
+            _removed(new)
+            write_file(trainer_plan(rest, path), os.path.join(new, META))
+            _removed(beside(os.path.join(new, META)))
+
+        ranks.broadcast(begin, what="to begin a checkpoint")
+        try:
+            save(state, storage_writer=Writer(new))
+            ranks.broadcast(lambda: _publish(new, path), what="to publish a checkpoint")
+        except BaseException:
+            if ranks.rank == 0:
+                _removed(new)
+            raise
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load weights and optimizers, and give the rest of the trainer's state.
@@ -65,3 +108,28 @@ class ModelParallelStrategy(_Base):
             set_optimizer_state_dict(
                 self.model, optimizer, dict(named), options=StateDictOptions(full_state_dict=True, strict=True)
             )
+
+
+def _publish(new: str, path: str) -> None:
+    aside = f"{new}-old"
+    try:
+        sync_directory(new)
+        if os.path.lexists(path):
+            put_in_place(new, path, aside)
+        else:
+            os.rename(new, path)
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        raise write_error(path, error) from error
+    for old in (new, aside, beside(path)):  # of a file that was there, too
+        _removed(old)
+
+
+def _removed(path: str) -> None:
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+    except OSError as error:
+        raise write_error(path, error) from error
