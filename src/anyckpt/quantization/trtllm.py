@@ -18,10 +18,11 @@ import numpy as np
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import MappingError
 from anyckpt.identity import ElementWise
-from anyckpt.indexing import Array, Shape
+from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.methods import Facts, Scheme
 from anyckpt.quantization.nodes import Halved, Repeated, numbers_of, product, scaled
 from anyckpt.quantization.numbers import table_of
+from anyckpt.storage.gather import scratch
 from anyckpt.tensor import LazyTensor, Mapped
 
 METHOD = "trtllm"
@@ -171,21 +172,33 @@ class Quantized:
         """Code times scale in float32, times the input's factor, rounded to ``to``."""
         if self.inputs is None:
             return scaled(self.codes, self.table, self.scales, self.block, dtype(to))
-        wide = scaled(self.codes, self.table, self.scales, self.block, dtype("float32"))
-        over = tuple(n if m == 1 else 1 for n, m in zip(wide.shape, self.inputs.shape, strict=True))
-        return Mapped((wide, Repeated(numbers_of(self.inputs), over, wide.shape)), dtype(to), Rounded(dtype(to)))
+        shape = self.codes.shape
+        over = tuple(n if m == 1 else 1 for n, m in zip(shape, self.inputs.shape, strict=True))
+        scales = Repeated(numbers_of(self.scales), self.block, shape)
+        inputs = Repeated(numbers_of(self.inputs), over, shape)
+        return Mapped((self.codes, scales, inputs), dtype(to), MultiplyTwice(self.table, dtype(to)))
 
 
-@dataclass(frozen=True)
-class Rounded(ElementWise):
-    """The product of two float32 arrays, rounded to ``to``."""
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared as a whole
+class MultiplyTwice(ElementWise):
+    """The number of each code in ``table`` (float32) times a scale, times an input's factor, rounded to ``to``."""
 
+    table: Array
     to: DType
 
-    def __call__(self, one: Array, other: Array) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):
-            result: Array = (one * other).astype(self.to.numpy or np.float32)
+    def __call__(self, codes: Array, scales: Array, inputs: Array) -> Array:
+        result = np.empty(codes.shape, self.to.numpy)
+        self.into(result, codes, scales, inputs)
         return result
+
+    def into(self, out: Array, codes: Array, scales: Array, inputs: Array) -> None:
+        for number, some, several, factors in in_cache(out, codes.view("u1"), scales, inputs):
+            with scratch(4 * some.size) as buffer, np.errstate(over="ignore", invalid="ignore"):
+                numbers = buffer.view(np.float32).reshape(some.shape)
+                np.take(self.table, some, out=numbers, mode="clip")  # any other mode takes a copy of the output
+                np.multiply(numbers, several, out=numbers)
+                np.multiply(numbers, factors, out=numbers)
+                np.copyto(number, numbers, casting="unsafe")
 
 
 def _fits(stored: LazyTensor, stem: str, scheme: Scheme, tensors: Mapping[str, LazyTensor]) -> bool:
