@@ -156,7 +156,7 @@ def write_error(path: str, error: OSError) -> OutputError:
         return OutputError(
             "no space left for the output" if error.errno == errno.ENOSPC else "the disk quota is used up",
             path=path,
-            remedy="free some space and run the same command with --resume",
+            remedy="free some space and do the same again (a command goes on with --resume)",
         )
     return OutputError(f"cannot be written: {error.strerror}", path=path)
 

@@ -45,9 +45,10 @@ class Saver:
 
     - ``save`` returns when this rank's part of the state is copied, and the state may change.  Before that it waits:
       while ``in_flight`` earlier saves are not done, for the oldest; for all ranks to agree on the plan; the first
-      time, and whenever the state has grown, for the system to give the memory.  With ``assume_constant_structure``
-      the plan of the save before is used again if every rank has the same boxes of the same tensors and its objects
-      take as much room; whether objects are alike on all ranks is then looked at only when a plan is made.
+      time that so many are under way, and when the state has grown, for the system to give the memory. With
+      ``assume_constant_structure`` the plan of the save before is used again if every rank has the same boxes of the
+      same tensors and its objects take as much room; whether objects are alike on all ranks is then looked at only when
+      a plan is made.
     - Each rank's part is written by a process of its own, which imports no torch and sees no accelerator.
     - A checkpoint has its name when every rank's part of it is durable, and is whole; until then it does not exist.
       The process that is ready last publishes it, without asking any trainer, makes the link ``latest`` lead to the
