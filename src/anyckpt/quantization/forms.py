@@ -15,56 +15,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from anyckpt.dtypes import DType
-from anyckpt.errors import AnyckptError, UsageError
-from anyckpt.quantization.choosing import Choice, choose_experts
+from anyckpt.errors import UsageError
+from anyckpt.quantization.choosing import choose_experts
 from anyckpt.quantization.engines import TRTLLM
-from anyckpt.quantization.quantizing import Options, quantized
+from anyckpt.quantization.quantizing import Options
 from anyckpt.quantization.stored import Facts, Layout, Request
-from anyckpt.tensor import Constant, LazyTensor, from_array, stack
+from anyckpt.tensor import LazyTensor
 
 _PRODUCER = {"name": "modelopt", "version": "0.40.0"}
 """Whose layout it is: vLLM 0.11 takes a folder for ModelOpt's by this name only."""
-
 MODELOPT_FILE = "hf_quant_config.json"
 """What ModelOpt writes beside ``config.json``."""
-
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("fc", "gate"))
-"""Modules that are one when a model runs, and so have one scale of the whole tensor in NVFP4."""
-
-_NUMBERS_OF = {"int8_wo": "int8"} | dict.fromkeys(("fp8", "fp8_per_channel", "fp8_blocks"), "float8_e4m3fn")
-
-_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Written:
-    """A folder's quantized weights.
-
-    Attributes:
-        tensors: all weights, quantized or not.
-        config: the configuration's ``quantization_config``, or what the format says of it.
-        key: where the configuration has it; "" if the format says it.
-        files: further files of the folder -> their text.
-        choice: which weights are quantized.
-        made: name of a quantized weight -> names of what it became.
-        numbers: what the codes are, for messages.
-        notes: what a user should know.
-    """
-
-    tensors: dict[str, LazyTensor]
-    config: Facts
-    key: str
-    files: dict[str, str]
-    choice: Choice
-    made: dict[str, tuple[str, ...]]
-    numbers: str
-    notes: tuple[str, ...]
 
 
 def layout_of(request: Request) -> Layout:
@@ -113,128 +78,6 @@ def usual_form(algorithm: str) -> str:
 def forms_with(algorithm: str) -> list[str]:
     """The forms that have an algorithm."""
     return [form for form, layouts in FORMS.items() if algorithm in layouts]
-
-
-def quantize(
-    tensors: Mapping[str, LazyTensor], request: Request, path: str, uncast: Mapping[str, LazyTensor] | None = None
-) -> Written:
-    """Weights as they are stored quantized; nothing is read.
-
-    Args:
-        tensors: under the names of the form's software.
-        request: what is asked for.
-        path: of the checkpoint, for messages.
-        uncast: the same before they were cast, if they were; see ``Layout.unrounded``.
-
-    Raises:
-        UsageError: an option is not possible, or a weight cannot be quantized so, which is named.
-    """
-    layout = layout_of(request)
-    choice = layout.choose(tensors, request.exclude)
-    if not choice.weights:
-        raise UsageError(
-            f"{path}: no weight can be quantized",
-            expected="stacked experts" if layout.experts else "matrices of linear modules in numbered layers",
-            found=", ".join(f"{name} ({why})" for name, why in list(choice.spared.items())[:_SHOWN]) or "none",
-        )
-    spared = [module for module, why in choice.spared.items() if why not in ("an embedding", "a normalization")]
-    config = layout.facts(request, _with_head(spared))
-    if not layout.algorithm:
-        note = (
-            f"{len(choice.weights)} weights stay numbers, which are quantized ({request.algorithm}) as they are loaded"
-        )
-        return Written(dict(tensors), config, layout.key, {}, Choice((), choice.spared), {}, "", (note,))
-    values = tensors if uncast is None or not layout.unrounded else uncast
-    result: dict[str, LazyTensor] = {}
-    made: dict[str, tuple[str, ...]] = {}
-    chosen = set(choice.weights)
-    for name, weight in tensors.items():
-        if name not in chosen:
-            result[name] = weight
-            continue
-        try:
-            parts = _parts(name, weight, values, chosen, layout, request)
-        except AnyckptError as error:
-            error.tensor, error.path = name, path
-            raise
-        clash = next((part for part in parts if part != name and part in tensors), None)
-        if clash is not None:
-            raise UsageError("a tensor has the name of a part of a quantized weight", path=path, tensor=clash)
-        made[name] = tuple(parts)
-        result.update(parts)
-    files = {} if layout.file is None else {MODELOPT_FILE: layout.file(config, request)}
-    numbers = _NUMBERS_OF.get(layout.algorithm, layout.algorithm)
-    return Written(result, config, layout.key, files, choice, made, numbers, tuple(_notes(choice, layout, request)))
-
-
-def _with_head(spared: list[str]) -> list[str]:
-    """With the output layer, which is a module also where its weight is the embedding's."""
-    return spared if any(module.endswith("lm_head") for module in spared) else [*spared, "lm_head"]
-
-
-def _parts(
-    name: str,
-    weight: LazyTensor,
-    values: Mapping[str, LazyTensor],
-    chosen: set[str],
-    layout: Layout,
-    request: Request,
-) -> dict[str, LazyTensor]:
-    """What a weight becomes, by name; its codes are made of what ``values`` has in its place."""
-    options = replace(layout.options(request, weight.dtype), name=name)
-    siblings = tuple(one for one in _siblings(name) if one in chosen) if layout.siblings else ()
-    if len(siblings) > 1:
-        options = replace(options, together=tuple(values[one] for one in siblings), names_together=siblings)
-    matrix = values[name].permute((0, 2, 1)) if layout.experts else values[name]
-    if layout.apart and weight.ndim > 2:
-        each = [quantized(matrix[number], layout.algorithm, options) for number in range(matrix.shape[0])]
-        roles = {role: stack([expert[role] for expert in each]) for role in each[0]}
-    else:
-        roles = quantized(matrix, layout.algorithm, options)
-    for role, shape in layout.shapes.items():
-        roles[role] = roles[role].reshape(shape(roles[role]))
-    stem = name if layout.experts else name.removesuffix("weight")
-    parts = {stem + ending: roles[role] for role, ending in layout.names.items() if role in roles}
-    if "shape" in layout.names:
-        parts[stem + layout.names["shape"]] = from_array(np.array(weight.shape, np.int64))
-    if layout.static:
-        scale = 1.0 if request.activation_scale is None else request.activation_scale
-        one = from_array(np.array([scale], np.float32))
-        parts[stem + layout.static] = one.reshape(layout.static_shape)
-    if layout.inputs:
-        columns = (*weight.shape[:-2], weight.shape[-1])
-        parts[stem + layout.inputs] = Constant(weight.dtype, columns, _one(weight.dtype))
-    return parts
-
-
-def _one(kind: DType) -> bytes:
-    return np.ones(1, kind.numpy).tobytes()
-
-
-def _siblings(name: str) -> list[str]:
-    stem, _, module = name.removesuffix(".weight").rpartition(".")
-    group = next((group for group in _SIBLINGS if module in group), (module,))
-    return [f"{stem}.{one}.weight" for one in group]
-
-
-def _notes(choice: Choice, layout: Layout, request: Request) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
-    for module, why in choice.spared.items():
-        by_reason.setdefault(why, []).append(module)
-    told = [
-        f"{', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''} ({why})"
-        for why, found in by_reason.items()
-    ]
-    notes = [f"{len(choice.weights)} weights are quantized ({request.algorithm}); not quantized: {'; '.join(told)}"]
-    if layout.static and request.activation_scale is None:
-        notes.append(
-            f"{layout.static} is 1 everywhere, because no activations have been seen: say what it shall be with "
-            f"--activation-scale, or choose {layout.instead}, which scales them when the model runs"
-        )
-    return notes
-
-
-# -- compressed-tensors ---------------------------------------------------------------------------------------
 
 
 def _compressed(
@@ -341,9 +184,6 @@ _COMPRESSED_TENSORS = {
 }
 
 
-# -- ModelOpt ------------------------------------------------------------------------------------------------
-
-
 def _modelopt(name: str, group: Mapping[str, Any] | None = None) -> Callable[[Request, Sequence[str]], Facts]:
     """Facts that ModelOpt puts into ``config.json``."""
 
@@ -410,9 +250,6 @@ _MODELOPT = {
 }
 
 
-# -- DeepSeek's and GPT-OSS's --------------------------------------------------------------------------------
-
-
 def _deepseek(request: Request, spared: Sequence[str]) -> Facts:
     return {
         "activation_scheme": "dynamic",
@@ -449,8 +286,6 @@ FORMS: Mapping[str, Mapping[str, Layout]] = {
     "trtllm": TRTLLM,
 }
 """Form -> algorithm -> how it is stored."""
-
 _USUAL = {"fp8_blocks": "fp8"}
-
 ALGORITHMS = tuple(dict.fromkeys(name for layouts in FORMS.values() for name in layouts))
 """What may be asked for; ``int8`` has activations in 8 bits, too, when the model runs, and ``int8_wo`` has not."""

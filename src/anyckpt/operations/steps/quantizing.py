@@ -12,8 +12,9 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.registry import Format
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.quantization import method_of
-from anyckpt.quantization.forms import MODELOPT_FILE, Written, layout_of, quantize, usual_form
+from anyckpt.quantization.forms import MODELOPT_FILE, layout_of, usual_form
 from anyckpt.quantization.stored import Request
+from anyckpt.quantization.written import Written, quantize
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import LazyTensor
 
