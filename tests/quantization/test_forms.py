@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats.hf import FORMAT as HF
+from anyckpt.quantization.choosing import choose_linear
 from anyckpt.quantization.forms import ALGORITHMS, FORMS
 from anyckpt.tensor import from_array
 
@@ -141,6 +143,38 @@ def test_routers_stay_and_experts_do_not(tmp_path: Path) -> None:
     assert all(stored[name].dtype.itemsize > 1 for name in gates)
     assert any(t.dtype == "float8_e4m3fn" for name, t in stored.items() if ".experts." in name)
     assert {name.removesuffix(".weight") for name in gates} < set(config_of(tmp_path / "q")["ignore"])
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "left"),
+    [
+        ("nemotron_h", None, {"mixer.gate", "mixer.conv1d", "lm_head"}),
+        ("mixtral", None, {"block_sparse_moe.gate", "lm_head"}),
+        ("qwen2_moe", None, {"mlp.gate", "mlp.shared_expert_gate", "lm_head"}),
+        ("gpt_neox", 4, {"embed_out", "gpt_neox.embed_in"}),
+        ("falcon_seq_mqa", 4, {"lm_head", "transformer.word_embeddings"}),
+        ("phi3", 4, {"lm_head", "model.embed_tokens"}),
+        ("t5_v1_1", None, {"SelfAttention.relative_attention_bias", "shared"}),
+        ("starcoder2", 6, {"model.embed_tokens"}),
+    ],
+)
+def test_what_is_linear(family: str, count: int | None, left: set[str]) -> None:
+    """Every matrix in the layers but routers, gates and embeddings; of what is outside, none."""
+    tensors = anyckpt.open(fixture_path(f"families/{family}/hf")).weights()
+    choice = choose_linear(tensors)
+    found = {re.sub(r".*?\.\d+\.", "", name) for name in choice.weights}
+    assert count is None or len(found) == count
+    for ending in left:
+        assert any(module.endswith(ending) for module in choice.spared), ending
+        assert not any(name.endswith(f"{ending}.weight") for name in choice.weights), ending
+    matrices = {name for name, tensor in tensors.items() if tensor.ndim == 2 and name.endswith(".weight")}
+    assert matrices == {*choice.weights} | ({f"{module}.weight" for module in choice.spared} & matrices)
+
+
+def test_output_layers_have_many_names(tmp_path: Path) -> None:
+    convert(fixture_path("families/gpt_neox/hf"), tmp_path / "q", "int8")
+    assert "embed_out" in config_of(tmp_path / "q")["ignore"]
+    assert "gpt_neox.embed_in" not in config_of(tmp_path / "q")["ignore"]
 
 
 # -- what is refused ------------------------------------------------------------------------------------------
