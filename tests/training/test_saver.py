@@ -228,11 +228,16 @@ def test_single_saves_in_the_background(world: int, tmp_path: Path) -> None:
 # -- what fails ----------------------------------------------------------------------------------------------
 
 
+def out_of_order(pieces: Any) -> None:
+    raise RuntimeError("an accelerator is out of order")
+
+
 def failing_once(folder: str, fault: str) -> list[str]:
     """Saves of which the second fails on the last rank; gives the errors of each call, and what is there."""
     import torch.distributed as dist
 
     from anyckpt.torch import Saver
+    from anyckpt.torch.copying import copy
 
     rank = dist.get_rank() if dist.is_initialized() else 0
     last = rank == (dist.get_world_size() if dist.is_initialized() else 1) - 1
@@ -251,6 +256,8 @@ def failing_once(folder: str, fault: str) -> list[str]:
             state = state_of(step, rows)
             if fault == "state" and step == 2 and last:
                 state["model"]["w"] = "no tensor"
+            if fault == "copy" and last:
+                saver._writer._copy = out_of_order if step == 2 else copy
             saver.save(state, step)
             if fault == "kill" and step == 2 and last:
                 os.kill(pid, signal.SIGKILL)
@@ -268,6 +275,7 @@ def failing_once(folder: str, fault: str) -> list[str]:
         (2, "disk", "File too large"),
         (2, "kill", "by SIGKILL"),
         (2, "state", "'model.w'"),
+        (2, "copy", "out of order"),
     ],
 )
 def test_a_save_that_fails_on_one_rank(world: int, fault: str, words: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from anyckpt.engine.destination import Share
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import AnyckptError, OutputError
 from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.writer_process import Outcome, Upkeep
 from anyckpt.torch.collectives import Ranks
@@ -80,6 +80,10 @@ class Flights:
             )
         except AnyckptError as error:
             flight.failure = error
+        except Exception as error:
+            flight.failure = OutputError(
+                "the state cannot be copied", path=path, found=f"{type(error).__name__}: {error}"
+            )
         self._flights.append(flight)
 
     def are_done(self) -> bool:
