@@ -220,3 +220,26 @@ def test_a_contiguous_part_goes_into_a_wider_array_in_few_reads() -> None:
     parts = [Stored(Counting(array), 0, dtype("uint16"), array.shape) for _ in range(4)]
     assert np.array_equal(lazy.concatenate(parts, 1).numpy(), np.concatenate([array] * 4, axis=1))
     assert Counting.reads == len(parts)
+
+
+class Counted(lazy.LazySequence):
+    """Tensors of one element, which notes which are made."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.made: list[int] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def make(self, index: int) -> LazyTensor:
+        self.made.append(index)
+        return lazy.from_array(np.array([index], np.int32))
+
+
+def test_parts_of_a_sequence_are_made_when_they_are_asked_for() -> None:
+    whole = Counted(10)
+    some = whole[2:9][1::2]
+    assert (len(some), whole.made) == (3, [])
+    assert [int(tensor.numpy()[0]) for tensor in some] == [3, 5, 7] == whole.made
+    assert int(some[-1].numpy()[0]) == 7
