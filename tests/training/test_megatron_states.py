@@ -293,3 +293,53 @@ def test_a_saver_takes_them(tmp_path: Path) -> None:
     for number, found in enumerate(on_ranks(2, saved_in_the_background, str(tmp_path))):
         flat = whole(3, 5).reshape(-1)[number * 7 : 7 + number * 8]
         assert found == [((whole(4) * (1 + k)).tolist(), (flat * (1 + k)).tolist(), k) for k in range(4)]
+
+
+def quantized(path: str) -> Any:
+    """A tensor of another kind that stands for numbers, as Transformer Engine's FP8, and a DTensor."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    import anyckpt.torch
+    from anyckpt.torch.megatron import ShardedTensor
+
+    class Codes(torch.Tensor):
+        """Numbers that are kept as their halves."""
+
+        @staticmethod
+        def __new__(cls, halves: Any) -> Any:
+            return torch.Tensor._make_wrapper_subclass(cls, halves.shape, dtype=torch.float32)
+
+        def __init__(self, halves: Any) -> None:
+            self.halves = halves
+
+        @classmethod
+        def __torch_dispatch__(cls, function: Any, kinds: Any, arguments: Any = (), options: Any = None) -> Any:
+            assert function is torch.ops.aten.detach.default, function
+            return cls(arguments[0].halves)
+
+        def dequantize(self) -> Any:
+            return self.halves * 2
+
+    def state(factor: float) -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (2,))
+        spread = distribute_tensor(whole(4, 2) * factor, mesh, [Shard(0)])
+        local = spread.to_local()
+        row = ShardedTensor("d", local, local.dtype, (2, 2), (4, 2), (2 * rank(), 0))
+        row.data = spread
+        codes = Codes(whole(4) * factor / 2)
+        return {"q": ShardedTensor("q", codes, codes.dtype, (4,), (4,), (0,), replica_id=rank()), "d": row}
+
+    anyckpt.torch.save(state(1.0), path, format="megatron-core")
+    found = state(0.0)
+    anyckpt.torch.load(found, path)
+    return plain(found)
+
+
+def test_tensors_that_stand_for_others_are_these(tmp_path: Path) -> None:
+    import anyckpt
+
+    for number, found in enumerate(on_ranks(2, quantized, str(tmp_path / "x"))):
+        assert found == {"q": whole(4).tolist(), "d": whole(4, 2).tolist()[2 * number : 2 * number + 2]}
+    assert anyckpt.open(tmp_path / "x")["q"].numpy().tolist() == whole(4).tolist()

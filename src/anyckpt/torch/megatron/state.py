@@ -142,7 +142,7 @@ def memory_of(entity: Any) -> torch.Tensor:
     if data is None:
         shape = tuple(entity.local_shape) if run is None else (run.stop - run.start,)
         data = torch.empty(shape, dtype=entity.dtype)
-    data = data.detach()
+    data = _plain(data)
     return data.zero_() if entity.allow_shape_mismatch else data
 
 
@@ -167,7 +167,7 @@ def pieces_of(entity: Any) -> list[LivePiece]:
     name = str(entity.key)
     if data is None:
         raise UsageError("has no elements to save", tensor=name, remedy="give the sharded tensor its data")
-    kind, data = _dtype(name, data), data.detach()
+    kind, data = _dtype(name, data), _plain(data)
     lead, local = (1,) * entity.prepend_axis_num, tuple(entity.local_shape)
     shape, offset = tuple(entity.global_shape), tuple(entity.global_offset)
     if len(shape) != len(lead) + len(local) or len(offset) != len(shape):
@@ -273,6 +273,17 @@ def _loaded(tree: Any, value_of: Callable[[Any], Any]) -> Any:
 def _replica(replica_id: Any) -> int:
     """0 for the copy that counts."""
     return 0 if is_main(replica_id) else 1
+
+
+def _plain(data: torch.Tensor) -> torch.Tensor:
+    """Elements that are in memory: a DTensor's own part, and the numbers that Transformer Engine's FP8 stands for.
+
+    Megatron-Core saves these numbers, too, and loads into such, which the model makes FP8 again.
+    """
+    plain = data.detach()
+    plain = plain.to_local() if hasattr(plain, "to_local") else plain
+    is_other = type(plain).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return plain.dequantize() if is_other else plain
 
 
 def _count(sizes: Shape) -> int:
