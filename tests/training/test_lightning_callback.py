@@ -83,9 +83,12 @@ def test_an_interrupted_save_is_marked_and_removed(tmp_path: Path, monkeypatch: 
     checkpoint = tmp_path / "c" / f"{marker.removesuffix('-unfinished')}.ckpt"
     assert checkpoint.read_bytes() == b"half"
     (tmp_path / "c" / "other.ckpt").write_bytes(b"whole")
+    for left in (".x.ckpt.anyckpt-new", ".x.ckpt.anyckpt-new-old", ".y.ckpt.anyckpt-partial"):
+        (tmp_path / "c" / left).mkdir()
+        (tmp_path / "c" / left / "file").write_bytes(b"half")
     with_callbacks(tmp_path, saver(tmp_path, every_n_train_steps=100), steps=1)
     assert not checkpoint.exists() and (tmp_path / "c" / "other.ckpt").exists()
-    assert not [name for name in shown(tmp_path / "c") if name.endswith("-unfinished")]
+    assert not [name for name in os.listdir(tmp_path / "c") if "unfinished" in name or name.startswith((".x", ".y"))]
 
 
 def test_models_are_exported_at_the_end_and_always(tmp_path: Path) -> None:

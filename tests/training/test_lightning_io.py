@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from tests.training.lightning_runs import STEPS, Net, batch_of, run, trainer  # noqa: E402
 
 import anyckpt  # noqa: E402
+from anyckpt.torch import Settings  # noqa: E402
 from anyckpt.torch.lightning import CheckpointIO  # noqa: E402
 from anyckpt.torch.tensors import Stored  # noqa: E402
 from anyckpt.torch.trainer_state import read_trainer_state, write_trainer_state  # noqa: E402
@@ -115,6 +116,11 @@ def test_objects_of_any_class_are_saved(tmp_path: Path) -> None:
     endless.append(endless)
     with pytest.raises(anyckpt.UsageError, match="nested too deep"):
         Stored().value(endless)
+
+
+def test_configurations_are_plain_data_in_files(tmp_path: Path) -> None:
+    write_trainer_state({"hyper_parameters": {"cfg": Settings({"a": {"b": [1]}})}}, tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True) == {"hyper_parameters": {"cfg": {"a": {"b": [1]}}}}
 
 
 def test_a_failed_save_leaves_the_last_one(tmp_path: Path) -> None:

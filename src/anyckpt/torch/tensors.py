@@ -17,6 +17,7 @@ from anyckpt.operations.steps.live import Live
 from anyckpt.pickling import DictRecord, load
 from anyckpt.pickling.torch_objects import ordered_dict, size
 from anyckpt.tensor import LazyTensor
+from anyckpt.torch.settings import Settings, plain
 from anyckpt.views import TorchFiles
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -98,6 +99,8 @@ class Stored:
             raise UsageError("containers are nested too deep, or hold themselves", expected=f"{_DEEPEST} levels")
         if isinstance(value, (torch.Tensor, np.ndarray, LazyTensor)):
             return self._tensor(value, name)
+        if isinstance(value, Settings):
+            value = plain(value)  # which plain torch loads without this package
         if type(value) in (dict, OrderedDict):
             items = {key: self.value(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
             if type(value) is dict:

@@ -6,6 +6,7 @@ import glob
 import inspect
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,10 +23,11 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.lightning.keys import STATE_DICT
 from anyckpt.formats.shared.unfinished import averaged_from, marker_path
 from anyckpt.operations.retention import Retention, Saved
-from anyckpt.operations.run_upkeep import delete, published, write_note
+from anyckpt.operations.run_upkeep import clean, delete, published, write_note
 from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.lightning.averaging import EMA_SUFFIX, of_trainer, second_path
 from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
+from anyckpt.torch.lightning.strategies import UNPUBLISHED
 
 _CONSUMED = "consumed_samples"
 _IN_NAME = re.compile(rf"{_CONSUMED}=(\d+)")
@@ -298,6 +300,9 @@ def _remove_unfinished(folder: str) -> None:
             if os.path.lexists(path):
                 remover.remove_checkpoint(path)
         os.unlink(marker)
+    for left in glob.glob(f"{glob.escape(folder)}/.*{UNPUBLISHED}*"):
+        shutil.rmtree(left)
+    clean(folder, others_after=None)
 
 
 def _replicas(trainer: pl.Trainer) -> int:

@@ -26,7 +26,8 @@ from anyckpt.torch.module_state import load_into
 from anyckpt.torch.one_file import write_file
 from anyckpt.torch.trainer_state import trainer_plan
 
-_NEW = ".anyckpt-new"
+UNPUBLISHED = ".anyckpt-new"
+"""``.NAME.anyckpt-new`` is what a directory is called until it is whole."""
 
 
 class ModelParallelStrategy(_Base):
@@ -49,7 +50,7 @@ class ModelParallelStrategy(_Base):
             return
         path = os.path.abspath(self.broadcast(os.fspath(filepath)))
         folder, name = os.path.split(path)
-        new = os.path.join(folder, f".{name}{_NEW}")
+        new = os.path.join(folder, f".{name}{UNPUBLISHED}")
         rest = dict(checkpoint)
         state = {STATE_DICT: rest.pop(STATE_DICT)}
         state.update((f"optimizer_{number}", one) for number, one in enumerate(rest.pop(OPTIMIZER_STATES, [])))
