@@ -125,6 +125,36 @@ def test_activations_are_scaled_as_asked(tmp_path: Path) -> None:
     assert any("input_scale is 1 everywhere" in note for note in done.notes)
 
 
+def test_activations_have_scales_of_their_own(tmp_path: Path) -> None:
+    """From JSON, and from a quantized model of the same names, such as the one that a finetuned model began as."""
+    source = fixture_path(SOURCE)
+    modules = [name.removesuffix(".weight") for name in anyckpt.open(source).weights() if name.endswith("_proj.weight")]
+    scales = {module: 2.0**-number for number, module in enumerate(modules)}
+    (tmp_path / "s.json").write_text(json.dumps({**scales, "lm_head": 3}))
+    done = convert(source, tmp_path / "q", "fp8", "modelopt", activation_scales=tmp_path / "s.json")
+    stored = anyckpt.open(tmp_path / "q").weights()
+    assert {module: float(stored[f"{module}.input_scale"].numpy()) for module in modules} == scales
+    assert any("1 scales of activations are of modules that are not quantized: lm_head" in note for note in done.notes)
+    assert not any("is 1 everywhere" in note for note in done.notes)
+    convert(source, tmp_path / "again", "fp8", "modelopt", activation_scales=tmp_path / "q")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "q")
+    few = {modules[0]: 0.5}
+    with pytest.raises(UsageError, match=rf"{modules[1]}.*no scale is given.*among the 1 of --activation-scales"):
+        convert(source, tmp_path / "no", "fp8", "compressed-tensors", activation_scales=few)
+    convert(source, tmp_path / "rest", "fp8", "compressed-tensors", activation_scales=few, activation_scale=0.25)
+    stored = anyckpt.open(tmp_path / "rest").weights()
+    found = [float(stored[f"{module}.input_scale"].numpy()[0]) for module in modules]
+    assert found == [0.5, *[0.25] * (len(modules) - 1)]
+
+
+@pytest.mark.parametrize("given", [{}, {"a": "b"}, {"a": True}, {"a": None}])
+def test_scales_that_are_none(given: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(given))
+    for scales in (given, tmp_path / "s.json", fixture_path(SOURCE)):
+        with pytest.raises(UsageError, match="has no scales of activations"):
+            convert(fixture_path(SOURCE), tmp_path / "q", "fp8", "modelopt", activation_scales=scales)
+
+
 def test_modules_are_left_as_asked(tmp_path: Path) -> None:
     exclude = ["*.down_proj", "model.layers.1.*"]
     done = convert(fixture_path(SOURCE), tmp_path / "q", "int8", quantize_exclude=exclude)
@@ -192,6 +222,9 @@ def test_output_layers_have_many_names(tmp_path: Path) -> None:
         ({"quantize": "int4"}, r"down_proj.*multiple of 128 columns, found 192 columns.*--group-size"),
         ({"quantize": "int8", "activation_scale": 1.0}, "stores no scales of activations"),
         ({"quantize": "fp8", "quantize_form": "modelopt", "activation_scale": 0.0}, "positive number"),
+        ({"quantize": "fp8", "activation_scale": -1.0}, "positive number"),
+        ({"quantize": "fp8", "activation_scales": {"a": float("nan")}}, "positive number"),
+        ({"activation_scales": {"a": 1.0}}, "--activation-scales means nothing without --quantize"),
         ({"quantize": "int8", "optimizer": "keep"}, "training state goes with weights in full precision"),
         ({"quantize_form": "modelopt"}, "--quantize-form means nothing without --quantize"),
         ({"group_size": 64}, "--group-size means nothing without --quantize"),

@@ -109,6 +109,11 @@ def writing_options(command: Command) -> Command:
 )
 @click.option("--group-size", type=int, metavar="N", help="int4: columns with one scale.  [default: 128]")
 @click.option("--activation-scale", type=float, metavar="X", help="Scale of activations, where the form stores it.")
+@click.option(
+    "--activation-scales",
+    metavar="PATH",
+    help="Scales of activations by module: JSON, or a quantized model whose input_scale are taken.",
+)
 @click.option("--quantize-exclude", metavar="GLOB", multiple=True, help="Leave modules that match as they are.")
 @click.option("--report", metavar="FILE", help="Write what quantizing did to every weight, as JSON or .html.")
 @layout_options

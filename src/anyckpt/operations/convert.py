@@ -107,6 +107,7 @@ def convert(
     quantize_form: str | None = None,
     group_size: int | None = None,
     activation_scale: float | None = None,
+    activation_scales: str | os.PathLike[str] | Mapping[str, float] | None = None,
     quantize_exclude: str | Sequence[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32,

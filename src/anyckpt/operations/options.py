@@ -20,7 +20,7 @@ from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
 from anyckpt.operations.steps.threads import Progress
-from anyckpt.operations.steps.user_files import read_config
+from anyckpt.operations.steps.user_files import read_config, read_scales
 from anyckpt.operations.steps.writing import parse_share
 from anyckpt.units import parse_bytes
 
@@ -54,6 +54,8 @@ class ConvertOptions:
         quantize_form: one of ``quantization.forms.FORMS``: how they are stored; the algorithm's usual one if None.
         group_size: ``int4``: columns of a weight with one scale.
         activation_scale: the scale of every quantized activation, where the form stores it.
+        activation_scales: the same by module, under the target's names: a dictionary, a JSON file of one, or a
+            quantized model whose ``input_scale`` are taken; ``activation_scale`` is for the others.
         quantize_exclude: glob or globs of modules that are not quantized, besides the output layer and routers.
         report: a file for what quantizing did to every weight: JSON, or a page if its name ends in ``.html``.
         keep_in_fp32: globs of weights that a cast leaves alone.
@@ -95,6 +97,7 @@ class ConvertOptions:
     quantize_form: str | None = None
     group_size: int | None = None
     activation_scale: float | None = None
+    activation_scales: str | os.PathLike[str] | Mapping[str, float] | None = None
     quantize_exclude: str | Sequence[str] | None = None
     report: str | os.PathLike[str] | None = None
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32
@@ -146,6 +149,7 @@ class ConvertOptions:
             "--quantize-form": self.quantize_form,
             "--group-size": self.group_size,
             "--activation-scale": self.activation_scale,
+            "--activation-scales": self.activation_scales,
             "--quantize-exclude": self.quantize_exclude,
             "--report": self.report,
         }
@@ -216,6 +220,7 @@ class ConvertOptions:
             DEFAULT_GROUP if self.group_size is None else self.group_size,
             self.activation_scale,
             as_patterns(self.quantize_exclude),
+            read_scales(self.activation_scales),
         )
 
     def for_numbers(self) -> ConvertOptions:

@@ -51,7 +51,11 @@ def layout_of(request: Request) -> Layout:
             remedy=f"choose another form with --quantize-form: {', '.join(forms_with(request.algorithm))}",
         )
     layout = FORMS[form][request.algorithm]
-    if request.activation_scale is not None:
+    if request.knows_activations:
+        given = [request.activation_scale, *(request.activation_scales or {}).values()]
+        wrong = next((scale for scale in given if scale is not None and not 0 < scale < float("inf")), None)
+        if wrong is not None:
+            raise UsageError("a scale of activations must be a positive number", found=wrong)
         if form == "compressed-tensors" and request.algorithm == "fp8":
             return replace(layout, static="input_scale")
         if not layout.static:
@@ -60,8 +64,6 @@ def layout_of(request: Request) -> Layout:
                 found="--activation-scale",
                 remedy="leave it out: they are scaled when the model runs, or not quantized",
             )
-        if not 0 < request.activation_scale < float("inf"):
-            raise UsageError("a scale must be a positive number", found=request.activation_scale)
     elif layout.static_needed:
         raise UsageError(
             f"{request.algorithm} in the form {form} has a scale of activations, which only activations tell",
@@ -87,7 +89,7 @@ def _compressed(
 
     def facts(request: Request, spared: Sequence[str]) -> Facts:
         inputs = None if activations is None else {**_NUMBERS, **activations}
-        if request.activation_scale is not None and inputs is not None:
+        if request.knows_activations and inputs is not None:
             inputs = {**inputs, "strategy": "tensor", "dynamic": False}
         stated = {**_NUMBERS, **weights}
         if stated.get("strategy") == "group" and request.algorithm == "int4":

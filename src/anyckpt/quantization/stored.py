@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.dtypes import DType
+from anyckpt.errors import UsageError
 from anyckpt.quantization.choosing import Choice, choose_linear
 from anyckpt.quantization.quantizing import Options
 from anyckpt.tensor import LazyTensor
@@ -24,6 +25,7 @@ class Request:
         group_size: ``int4``: columns with one scale.
         activation_scale: the scale of every quantized activation, where it is stored; see ``Layout.static``.
         exclude: globs of modules that stay as they are.
+        activation_scales: the same of modules by name, which go before the one for all; None if none are given.
     """
 
     algorithm: str
@@ -31,6 +33,27 @@ class Request:
     group_size: int = 128
     activation_scale: float | None = None
     exclude: tuple[str, ...] = ()
+    activation_scales: Mapping[str, float] | None = None
+
+    @property
+    def knows_activations(self) -> bool:
+        """Whether scales of activations are given."""
+        return self.activation_scale is not None or self.activation_scales is not None
+
+    def scale_of(self, module: str) -> float:
+        """The scale of what goes into a module; 1 if nothing is given.
+
+        Raises:
+            UsageError: scales are given, and none is this module's.
+        """
+        found = (self.activation_scales or {}).get(module, self.activation_scale)
+        if found is None and self.activation_scales is not None:
+            raise UsageError(
+                f"no scale is given for what goes into {module}",
+                expected=f"it among the {len(self.activation_scales)} of --activation-scales",
+                remedy="add it, or give one for all others with --activation-scale",
+            )
+        return 1.0 if found is None else found
 
 
 @dataclass(frozen=True)

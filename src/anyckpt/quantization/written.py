@@ -129,7 +129,7 @@ def _parts(
     if "shape" in layout.names:
         parts[stem + layout.names["shape"]] = from_array(np.array(weight.shape, np.int64))
     if layout.static:
-        scale = 1.0 if request.activation_scale is None else request.activation_scale
+        scale = request.scale_of(name.removesuffix(".weight"))
         one = from_array(np.array([scale], np.float32))
         parts[stem + layout.static] = one.reshape(layout.static_shape)
     if layout.inputs:
@@ -157,7 +157,12 @@ def _notes(choice: Choice, layout: Layout, request: Request) -> list[str]:
         for why, found in by_reason.items()
     ]
     notes = [f"{len(choice.weights)} weights are quantized ({request.algorithm}); not quantized: {'; '.join(told)}"]
-    if layout.static and request.activation_scale is None:
+    modules = {name.removesuffix(".weight") for name in choice.weights}
+    unused = [module for module in request.activation_scales or {} if module not in modules]
+    if unused:
+        some = f"{', '.join(unused[:_SHOWN])}{' ...' if len(unused) > _SHOWN else ''}"
+        notes.append(f"{len(unused)} scales of activations are of modules that are not quantized: {some}")
+    if layout.static and not request.knows_activations:
         notes.append(
             f"{layout.static} is 1 everywhere, because no activations have been seen: say what it shall be with "
             f"--activation-scale, or choose {layout.instead}, which scales them when the model runs"

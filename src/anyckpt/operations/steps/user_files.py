@@ -1,4 +1,4 @@
-"""What a user hands in beside a checkpoint: a configuration, a tokenizer, partition rules."""
+"""What a user hands in beside a checkpoint: a configuration, a tokenizer, partition rules, scales of activations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from anyckpt.formats import registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
 from anyckpt.formats.shared import hub_folder
 from anyckpt.storage.location import Location, look_at
+from anyckpt.tensor import held
 
 _CONFIG_LIMIT = 64 << 20
+_SCALE = ".input_scale"  # of ModelOpt's and compressed-tensors' folders
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIG_FILES = ("config.json", "model_config.yaml", "model.yaml", "context/model.yaml", "hparams.yaml", "params.json")
 """Where frameworks keep a model's configuration in its folder."""
@@ -39,6 +41,38 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> di
     if source.read(0, min(64, source.size)).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return hub_folder.read_json(source)
     return load_yaml_mapping(source.read_all(_CONFIG_LIMIT), source.name)
+
+
+def read_scales(given: str | os.PathLike[str] | Mapping[str, float] | None) -> dict[str, float] | None:
+    """Scales of activations by module, from JSON, or those that a quantized model has stored.
+
+    Raises:
+        FormatError: the file is missing or not valid.
+        UsageError: it has no scales, or some that are no numbers.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return _as_scales(given, "activation_scales")
+    location = look_at(given)
+    if location.is_directory or not location.path.endswith(".json"):
+        weights = registry.read(location).weights()
+        ends = {name: name.removesuffix(_SCALE) for name in weights if name.endswith(_SCALE)}
+        with held(weights[name] for name in ends):
+            stored = {module: weights[name].numpy().reshape(-1).tolist() for name, module in ends.items()}
+        return _as_scales({module: found[0] for module, found in stored.items() if len(found) == 1}, location.path)
+    return _as_scales(hub_folder.read_json(location.open()), location.path)
+
+
+def _as_scales(given: Mapping[str, Any], path: str) -> dict[str, float]:
+    wrong = next((name for name, scale in given.items() if type(scale) not in (int, float)), None)
+    if wrong is not None or not given:
+        raise UsageError(
+            f"{path}: has no scales of activations",
+            expected=f"module names and numbers, or tensors that end in {_SCALE}",
+            found="none" if wrong is None else f"{wrong}: {given[wrong]!r}"[:80],
+        )
+    return {str(name): float(scale) for name, scale in given.items()}
 
 
 def _config_of_folder(location: Location) -> dict[str, Any]:
