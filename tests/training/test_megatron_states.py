@@ -343,3 +343,16 @@ def test_tensors_that_stand_for_others_are_these(tmp_path: Path) -> None:
     for number, found in enumerate(on_ranks(2, quantized, str(tmp_path / "x"))):
         assert found == {"q": whole(4).tolist(), "d": whole(4, 2).tolist()[2 * number : 2 * number + 2]}
     assert anyckpt.open(tmp_path / "x")["q"].numpy().tolist() == whole(4).tolist()
+
+
+def test_a_state_that_holds_itself_is_refused() -> None:
+    from anyckpt.errors import UsageError
+    from anyckpt.torch.live import described
+    from anyckpt.torch.megatron import ShardedObject
+
+    state: dict[str, Any] = {"a": 1}
+    state["itself"] = state
+    for more in ({}, {"object": ShardedObject("o", 1, (1,), (0,))}):
+        state.update(more)
+        with pytest.raises(UsageError, match="hold themselves"):
+            described(state)

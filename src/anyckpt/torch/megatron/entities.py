@@ -198,22 +198,29 @@ def name_of(entity: Any) -> str:
     return str(entity.key) if is_tensor(entity) else unique_key(entity)
 
 
-def has_entities(state: Any) -> bool:
-    """Whether a nested state has any of these."""
+def has_entities(state: Any, depth: int = 0) -> bool:
+    """Whether a nested state has any of these, as far down as states go."""
+    if depth > _DEEPEST:
+        return False
     values = state.values() if isinstance(state, Mapping) else state if isinstance(state, list) else ()
     for value in values:
         if isinstance(value, (Mapping, list)):
-            if has_entities(value):
+            if has_entities(value, depth + 1):
                 return True
         elif not isinstance(value, _PLAIN) and is_entity(value):
             return True
     return False
 
 
+def check_depth(depth: int) -> None:
+    """Raise UsageError if containers are nested deeper than states are."""
+    if depth > _DEEPEST:
+        raise UsageError("containers are nested too deep, or hold themselves", expected=f"{_DEEPEST} levels")
+
+
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Whatever is no dictionary and no list, with the keys that lead to it; empty containers among them."""
-    if len(path) > _DEEPEST:
-        raise UsageError("containers are nested too deep, or hold themselves", expected=f"{_DEEPEST} levels")
+    check_depth(len(path))
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from leaves(inner, (*path, key))

@@ -18,6 +18,7 @@ from anyckpt.indexing import Shape, flat_boxes
 from anyckpt.torch.live import LiveObject, LivePiece, LiveState
 from anyckpt.torch.megatron.entities import (
     Path,
+    check_depth,
     is_factory,
     is_local,
     is_main,
@@ -228,12 +229,13 @@ def _conflict(path: Path, found: str) -> UsageError:
 # -- taking apart --------------------------------------------------------------------------------------------
 
 
-def _with_built(value: Any) -> Any:
+def _with_built(value: Any, depth: int = 0) -> Any:
+    check_depth(depth)
     if isinstance(value, Mapping):
-        return {key: _with_built(inner) for key, inner in value.items()}
+        return {key: _with_built(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_with_built(inner) for inner in value]
-    return _Built(value, _with_built(value.build())) if is_factory(value) else value
+        return [_with_built(inner, depth + 1) for inner in value]
+    return _Built(value, _with_built(value.build(), depth + 1)) if is_factory(value) else value
 
 
 def _sharded(tree: Any) -> Iterator[tuple[Path, Any]]:
