@@ -98,7 +98,7 @@ def rank_main(rank, rendezvous):
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(rank_main, (f"{folder}/rendezvous",), nprocs=2)
+        torch.multiprocessing.start_processes(rank_main, (f"{folder}/rendezvous",), nprocs=2, start_method="fork")
 
     model, optimizer, step = resumed("step-5", sharded=False)  # one process, no sharding
     weights = anyckpt.torch.load("gpt.safetensors")  # mapped from the file

@@ -113,6 +113,13 @@ def test_sharded_data_parallelism_over_tensor_parallelism() -> None:
     assert on_ranks(4, strided, 8) == [[(0, 2)], [(4, 2)], [(2, 2)], [(6, 2)]]
 
 
+@pytest.mark.parametrize("rows", [5, 7, 10])
+def test_shards_of_shards_that_are_uneven(rows: int) -> None:
+    found = on_ranks(4, strided, rows)
+    covered = [row for rank in found for start, length in rank for row in range(start, start + length)]
+    assert sorted(covered) == list(range(rows))
+
+
 def sharded_tensors() -> list[Any]:
     from torch.distributed._shard import sharded_tensor
     from torch.distributed._shard.sharding_spec import ChunkShardingSpec
