@@ -225,6 +225,26 @@ def test_single_saves_in_the_background(world: int, tmp_path: Path) -> None:
         assert_is(str(tmp_path / f"step-{step}"), step)
 
 
+def saved_by_the_option(folder: str, option: str) -> list[bool]:
+    from anyckpt.torch import Options, save
+
+    state = state_of(4)
+    options = Options.of({option: True})
+    report = save(state, os.path.join(folder, option), options)
+    changed(state)
+    assert report.handle is not None and report.bytes_total > 0 and report.format == "dcp"
+    path = report.handle.wait()
+    again = save(state_of(4), os.path.join(folder, f"{option}-again"))
+    return [path == report.path, again.handle is None]
+
+
+@pytest.mark.parametrize("option", ["asynchronous", "async_save", "ckpt_async_save"])
+def test_the_option_of_saving_and_its_other_names(option: str, tmp_path: Path) -> None:
+    assert on_ranks(2, saved_by_the_option, str(tmp_path), option) == [[True, True]] * 2
+    assert_is(str(tmp_path / option), 4)
+    assert_is(str(tmp_path / f"{option}-again"), 4)
+
+
 # -- what fails ----------------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,8 @@ from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.copying import PageLockedMemory, copy
 from anyckpt.torch.flights import Flights
-from anyckpt.torch.live import described
 from anyckpt.torch.options import Options
-from anyckpt.torch.saving import asked, prepare
+from anyckpt.torch.saving import Prepared, save
 
 _writers: dict[int, BackgroundWriter] = {}
 """By the process that has it: a fork has none."""
@@ -73,12 +72,20 @@ def async_save(
         RankError: another rank failed otherwise, or did not come.
         UsageError: the state or an option is not possible.
     """
-    chosen = asked(options, settings)
-    ranks = Ranks(group, timeout=chosen.timeout)
+    report = save(state, path, options, group=group, **{**settings, "asynchronous": True})
+    assert report.handle is not None
+    return report.handle
+
+
+def begun(prepared: Prepared, path: str | os.PathLike[str], options: Options, ranks: Ranks) -> SaveHandle:
+    """A save that is planned, given to the process that writes; collective.
+
+    Raises:
+        OutputError: that process cannot be started on some rank.
+    """
     destination = os.path.abspath(path)
-    prepared = prepare(lambda: described(state), destination, chosen, ranks)
     flights = Flights(ranks, ranks.together(_writer))
-    flights.begin(prepared, destination, chosen)
+    flights.begin(prepared, destination, options)
     return SaveHandle(destination, flights)
 
 

@@ -34,6 +34,8 @@ class Options:
         parallel_save: ranks that have copies of the same share the writing, evenly by bytes; False: the first has to.
         within: the process group in which copies are shared, as this rank's data-parallel group; all ranks if None.
         workers: threads that write, and that read, on each rank.
+        asynchronous: ``save`` returns when the state is copied, with a handle in its report (see ``async_save``); a
+            ``Saver`` always saves so.
         assume_constant_structure: plan the first save only; later ones of the same options in which every rank has the
             same boxes of the same tensors take its plan, and ranks are not compared.  A save of other tensors, or whose
             objects take another size, is planned again.
@@ -55,6 +57,7 @@ class Options:
     parallel_save: bool = True
     within: Any = None
     workers: int = 2
+    asynchronous: bool = False
     assume_constant_structure: bool = False
     check_objects: bool = True
     config: Mapping[str, Any] | None = None
@@ -120,6 +123,8 @@ ALIASES = {
     "ckpt_parallel_load": "parallel_load",
     "dist_ckpt_torch_dist_multiproc": "workers",
     "ckpt_torch_dist_multiproc": "workers",
+    "async_save": "asynchronous",
+    "ckpt_async_save": "asynchronous",
     "dist_ckpt_assume_constant_structure": "assume_constant_structure",
     "ckpt_assume_constant_structure": "assume_constant_structure",
     "dist_ckpt_load_strictness": "strictness",

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp.chunks import HeldBox
@@ -34,6 +34,9 @@ from anyckpt.torch.options import Options
 from anyckpt.torch.settling import settled
 from anyckpt.torch.whole import LiveSource, shared_out, whole_of
 
+if TYPE_CHECKING:
+    from anyckpt.torch.async_saving import SaveHandle
+
 
 @dataclass(frozen=True)
 class SaveReport:
@@ -49,6 +52,8 @@ class SaveReport:
         seconds: the whole save.
         ignored: names that the format has no place for, with the reason.
         notes: what a user should know about the output.
+        handle: of a save that is under way (``Options.asynchronous``), of which nothing is known to be written; None
+            of one that is done.
     """
 
     path: str
@@ -60,6 +65,7 @@ class SaveReport:
     seconds: float
     ignored: Mapping[str, str]
     notes: tuple[str, ...]
+    handle: SaveHandle | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,24 @@ def save(
     chosen = asked(options, settings)
     ranks = Ranks(group, timeout=chosen.timeout)
     prepared = prepare(lambda: described(state), path, chosen, ranks)
-    written, report = write(prepared, path, ranks)
     plan = prepared.plan
+    if chosen.asynchronous:
+        from anyckpt.torch.async_saving import begun
+
+        handle = begun(prepared, path, chosen, ranks)
+        return SaveReport(
+            handle.path,
+            plan.format,
+            plan.nbytes,
+            0,
+            prepared.planned,
+            prepared.planning_seconds,
+            time.monotonic() - started,
+            plan.ignored,
+            plan.notes,
+            handle,
+        )
+    written, report = write(prepared, path, ranks)
     return SaveReport(
         report.output,
         report.format,
