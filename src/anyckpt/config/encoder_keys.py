@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config.codecs import Power
 from anyckpt.config.fields import Field, render_changed, render_fields
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
-from anyckpt.errors import MappingError
 
 RELATIVE = (
     Field("relative_attention_num_buckets", "relative_attention_num_buckets", default=32),
     Field("relative_attention_max_distance", "relative_attention_max_distance", default=128),
 )
+SOFTMAX_SCALE = Power("query_pre_attn_scalar", "softmax_scale", -0.5)
 HEADS = (
     Field("num_tokentypes", "num_tokentypes", default=0),
     Field("add_pooler", "add_pooler", "flag", False),
@@ -76,26 +77,12 @@ def parse_encoders(reader: Reader, common: Mapping[str, Any]) -> dict[str, Any]:
     if common["position_embedding_type"] == "relative":
         found |= reader.fields(RELATIVE, {})
         if common["query_pre_attn_scalar"] is None:
-            found["query_pre_attn_scalar"] = attention_scalar(reader)
+            found |= SOFTMAX_SCALE.read(reader, {}, found)
     if reader.values.get("num_tokentypes") is not None:
         found |= reader.fields(HEADS, {})
     if reader.values.get("class_token_len") is not None:
         found |= reader.fields(VISION, {})
     return found
-
-
-def attention_scalar(reader: Reader) -> float | None:
-    """The hub's ``query_pre_attn_scalar`` from Megatron-Core's ``softmax_scale``, None if that is not said.
-
-    Raises:
-        MappingError: it is no factor that attention could have.
-    """
-    scale = reader.number("softmax_scale")
-    if scale is not None and not 1e-9 < scale < 1e9:
-        raise MappingError(
-            f"the {reader.what}'s softmax_scale is not possible", expected="a positive factor", found=scale
-        )
-    return None if scale is None else scale**-2
 
 
 def render_encoders(config: ModelConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
-from anyckpt.config.encoder_keys import parse_encoders, render_encoders, stack_sizes
+from anyckpt.config.encoder_keys import SOFTMAX_SCALE, parse_encoders, render_encoders, stack_sizes
 from anyckpt.config.fields import OPTIONAL, Field, four_widths, render_changed, render_fields, share_of_a_head
 from anyckpt.config.model import ModelConfig, check, whole
 from anyckpt.config.other_targets import other_targets
@@ -165,7 +165,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         **family.megatron_keys(config),
     }
     if config.query_pre_attn_scalar is not None:
-        arguments["softmax_scale"] = config.query_pre_attn_scalar**-0.5
+        arguments |= SOFTMAX_SCALE.write(config, notes)
     if config.gated_linear_unit and not (arguments["swiglu"] or arguments["quick_geglu"]):
         notes.append(
             f"Megatron-LM has no argument for a gated {config.activation}: build the model with gated_linear_unit and "

@@ -11,6 +11,7 @@ from typing import Any
 from anyckpt.config.block_keys import block_sizes, parse_blocks, render_blocks
 from anyckpt.config.eight_bit import EXTRA, from_nemo1, to_nemo1
 from anyckpt.config.encoder_keys import (
+    SOFTMAX_SCALE,
     is_encoder_decoder,
     parse_encoders,
     render_encoders,
@@ -197,7 +198,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     if activation == "geglu" and config.activation == "gelu_tanh":
         rendered["openai_gelu"] = True
     if config.query_pre_attn_scalar is not None:
-        rendered["softmax_scale"] = config.query_pre_attn_scalar**-0.5
+        rendered |= SOFTMAX_SCALE.write(config, notes)
     if config.encoder_num_layers is not None:
         rendered |= sections(rendered, config)
     return {**rendered, **family.nemo1_keys(config)}

@@ -15,11 +15,11 @@ from dataclasses import replace
 
 from anyckpt.config.codecs import Present, Written, same_as
 from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.apart import RemoteCode
+from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
 from anyckpt.models.language.rules import Rule
@@ -31,7 +31,7 @@ _CLASSES = {
     "AutoConfig": "configuration_baichuan.BaichuanConfig",
     "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
 }
-_OTHERS = ("num_key_value_heads", "head_dim", "attention_dropout", "max_position_embeddings")
+_OTHERS = ("num_query_groups", "kv_channels", "attention_dropout", "max_position_embeddings")
 
 
 def has_unit_head(config: ModelConfig) -> bool:
@@ -73,9 +73,8 @@ FAMILY = Family(
             "pad_token_id": 0,
         },
         fields=(
-            *(entry for entry in COMMON if entry.key not in _OTHERS),
+            *llama_fields_without(*_OTHERS),
             Field("max_position_embeddings", "max_position_embeddings", default=None, aliases=("model_max_length",)),
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
         ),
         attention_bias=None,
         codecs=(

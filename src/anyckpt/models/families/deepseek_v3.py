@@ -14,13 +14,13 @@ from typing import Any
 
 from anyckpt.config.codecs import Implied, Noted, Written, same_as
 from anyckpt.config.fields import Codec, Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
 from anyckpt.models.language.rules import Condition, Rule, has, lacks
@@ -120,8 +120,7 @@ TRAITS = {
 FEATURES = frozenset({"num_moe_experts", "num_experts", "multi_latent_attention", "yarn"})
 
 FIELDS = (
-    *(entry for entry in COMMON if entry.key != "head_dim"),
-    Field("layernorm_epsilon", "rms_norm_eps", "number"),
+    *llama_fields_without("kv_channels"),
     Field("q_lora_rank", "q_lora_rank", default=None, null=True),
     Field("kv_lora_rank", "kv_lora_rank"),
     Field("qk_head_dim", "qk_nope_head_dim"),

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -50,7 +49,7 @@ FAMILY = Family(
         model_types=("gemma",),
         architectures=("GemmaForCausalLM",),
         registered=DECODER,
-        fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        fields=LLAMA_FIELDS,
         misspelled={"gelu": "gelu_tanh"},
         expected=decoder.CAUSAL,
         keys=frozenset({"hidden_activation"}),

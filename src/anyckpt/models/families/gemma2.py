@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.fields import OPTIONAL, Codec, Field, render_fields
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig, whole
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.config.windows import AllBut, LayerWindow
 from anyckpt.models.families import gemma
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 from anyckpt.models.language.rules import Rule
@@ -42,7 +42,7 @@ SCORES = (
     Field(_SCALAR, _SCALAR, "number", None, unset=lambda config: config.kv_channels, whole=True),
     *(Field(key, key, "number", None, null=True) for key in _CAPS),
 )
-FIELDS = (*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number"), *SCORES)
+FIELDS = (*LLAMA_FIELDS, *SCORES)
 
 
 def caveats(config: ModelConfig, kind: str) -> Iterator[str]:

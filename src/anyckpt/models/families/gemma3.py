@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from anyckpt.config.encoder_keys import SOFTMAX_SCALE
 from anyckpt.config.fields import Codec
 from anyckpt.config.model import ModelConfig, whole
 from anyckpt.config.reader import Reader
@@ -100,7 +101,7 @@ def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
         "interleaved_attn_pattern": [period - 1, 1],
         "rope_scaling_factor": scaling.get("factor", 1.0),
         "seq_len_interpolation_factor": None,
-        "softmax_scale": None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5,
+        **SOFTMAX_SCALE.write(config, []),
     }
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import chatglm
 from anyckpt.models.families.parts import decoder, nemo2
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
@@ -35,8 +35,7 @@ FAMILY = Family(
         model_types=("glm",),
         architectures=("GlmForCausalLM",),
         fields=(
-            *COMMON,
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            *LLAMA_FIELDS,
             Field("add_qkv_bias", "attention_bias", "flag", True),
         ),
         rotary_percent=0.5,

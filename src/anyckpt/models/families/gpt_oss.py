@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from anyckpt.config.codecs import Implied, same_as
 from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.config.windows import AllBut, LayerWindow
 from anyckpt.indexing import Shape
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import IDENTITY, TRANSPOSED, Operation, Transposed
 from anyckpt.models.language.rules import Rule
@@ -101,11 +101,8 @@ FAMILY = Family(
         model_types=("gpt_oss",),
         architectures=("GptOssForCausalLM",),
         fields=(
-            *COMMON,
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
-            Field("num_moe_experts", "num_local_experts"),
-            Field("moe_router_topk", "num_experts_per_tok"),
-            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+            *LLAMA_FIELDS,
+            *sparse.fields("num_local_experts"),
             Field("activation_func_clamp_value", "swiglu_limit", "number"),
         ),
         constants={"hidden_act": "silu", "swiglu_alpha": 1.702},

@@ -7,11 +7,11 @@ The map and the configuration fields were checked against transformers 5.23, Meg
 from __future__ import annotations
 
 from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LLAMA
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -33,8 +33,7 @@ FAMILY = Family(
         architectures=("LlamaForCausalLM",),
         registered=DECODER,
         fields=(
-            *COMMON,
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            *LLAMA_FIELDS,
             Field("add_bias_linear", "mlp_bias", "flag", False),
         ),
     ),

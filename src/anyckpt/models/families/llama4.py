@@ -17,13 +17,13 @@ from typing import Any
 
 from anyckpt.config.codecs import Implied, same_as
 from anyckpt.config.fields import Codec, Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig, whole
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
 from anyckpt.models.language.rules import Rule
@@ -227,13 +227,10 @@ FAMILY = Family(
         model_types=("llama4_text",),
         architectures=("Llama4ForCausalLM",),
         fields=(
-            *(entry for entry in COMMON if entry.hub != "ffn_hidden_size"),
+            *llama_fields_without("ffn_hidden_size"),
             Field("ffn_hidden_size", "intermediate_size_mlp"),
             Field("moe_ffn_hidden_size", "intermediate_size"),
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
-            Field("num_moe_experts", "num_local_experts"),
-            Field("moe_router_topk", "num_experts_per_tok"),
-            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+            *sparse.fields("num_local_experts"),
             Field("qk_l2_norm", "use_qk_norm", "flag"),
             Field("attention_chunk_size", "attention_chunk_size", unset=_chunk),
             Field("attn_scale", "attn_scale", "number"),

@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.fields import Codec, Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.layer_blocks import LayerBlock, parse, render
 from anyckpt.config.model import ModelConfig, whole
 from anyckpt.config.reader import Reader
@@ -25,6 +24,7 @@ from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.apart import RemoteCode
+from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Condition, Rule
 
@@ -191,9 +191,8 @@ FAMILY = Family(
         architectures=("DeciLMForCausalLM",),
         defaults_of="llama",
         fields=(
-            *(entry for entry in COMMON if entry.key != "intermediate_size"),
+            *llama_fields_without("ffn_hidden_size"),
             Field("ffn_hidden_size", "intermediate_size", default=0),
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
             Field("add_bias_linear", "mlp_bias", "flag", False),
         ),
         codecs=(_Blocks(), RemoteCode(_CODE, _CLASSES)),

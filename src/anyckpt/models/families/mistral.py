@@ -7,12 +7,11 @@ some layers alone have the window, transformers' class is Ministral's.
 
 from __future__ import annotations
 
-from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LLAMA, MetaNames
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.config.windows import Layers, LayerWindow
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -30,7 +29,7 @@ FAMILY = Family(
         model_types=("mistral", _SOME_LAYERS),
         architectures=("MistralForCausalLM", "MinistralForCausalLM"),
         registered=DECODER,
-        fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        fields=LLAMA_FIELDS,
         codecs=(LayerWindow(Layers(), within=(_SOME_LAYERS, "MinistralForCausalLM")),),
     ),
     nemo2=NeMo2(

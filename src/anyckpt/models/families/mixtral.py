@@ -8,13 +8,12 @@ logits in Megatron-Core 0.16 with tensor parallel sizes 1 and 2.
 from __future__ import annotations
 
 from anyckpt.config.codecs import Implied, Noted, same_as
-from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import ATTENTION, EXPERTS, MetaNames
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm, Variant
 from anyckpt.config.windows import Window
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 
 _EXPERT = f"{sparse.LAYER}.block_sparse_moe.experts.*"
@@ -43,11 +42,8 @@ FAMILY = Family(
         model_types=("mixtral",),
         architectures=("MixtralForCausalLM",),
         fields=(
-            *COMMON,
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
-            Field("num_moe_experts", "num_local_experts"),
-            Field("moe_router_topk", "num_experts_per_tok"),
-            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+            *LLAMA_FIELDS,
+            *sparse.fields("num_local_experts"),
         ),
         rotary_base=1_000_000.0,
         codecs=(

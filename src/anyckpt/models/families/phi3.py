@@ -7,10 +7,10 @@ and long rope; here the first is kept, and the second is refused where Megatron 
 from __future__ import annotations
 
 from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.config.windows import Window
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV
@@ -35,8 +35,7 @@ FAMILY = Family(
         codecs=(Window(),),
         registered=DECODER,
         fields=(
-            *(entry for entry in COMMON if entry.key != "head_dim"),
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            *llama_fields_without("kv_channels"),
             Field("hidden_dropout", "resid_pdrop", "number", 0.0),
         ),
     ),

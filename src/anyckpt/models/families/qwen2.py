@@ -6,11 +6,10 @@ release has switched on, are in the layers from ``max_window_layers`` on unless 
 
 from __future__ import annotations
 
-from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.config.windows import From, LayerWindow
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -26,7 +25,7 @@ FAMILY = Family(
         model_types=("qwen2",),
         architectures=("Qwen2ForCausalLM",),
         registered=DECODER,
-        fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        fields=LLAMA_FIELDS,
         attention_bias=None,
         codecs=(WINDOW,),
     ),

@@ -7,11 +7,11 @@ no such models.
 from __future__ import annotations
 
 from anyckpt.config.fields import Field, share_of_a_head
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import qwen3_moe
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
 from anyckpt.models.language.rules import Rule
@@ -51,13 +51,10 @@ FAMILY = Family(
         model_types=("qwen2_moe",),
         architectures=("Qwen2MoeForCausalLM",),
         fields=(
-            *(entry for entry in COMMON if entry.key != "head_dim"),
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
-            Field("num_moe_experts", "num_experts"),
-            Field("moe_router_topk", "num_experts_per_tok"),
+            *llama_fields_without("kv_channels"),
+            *sparse.fields("num_experts"),
             Field("moe_ffn_hidden_size", "moe_intermediate_size"),
             Field("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
-            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
         ),
         constants={"qkv_bias": True},
         expected={**qwen3_moe.EXPECTED, "qkv_bias": True},

@@ -6,12 +6,11 @@ The map was checked against transformers 5.23, Megatron-Core 0.16 and Megatron-B
 from __future__ import annotations
 
 from anyckpt.config.codecs import Written, same_as
-from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.meta_names import LAYER, LLAMA, Pair, in_halves
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families import qwen2
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -25,7 +24,7 @@ FAMILY = Family(
         model_types=("qwen3",),
         architectures=("Qwen3ForCausalLM",),
         registered=DECODER,
-        fields=(*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number")),
+        fields=LLAMA_FIELDS,
         codecs=(qwen2.WINDOW,),
     ),
     nemo2=NeMo2(

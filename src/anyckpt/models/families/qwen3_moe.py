@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from anyckpt.config.codecs import Written, negated, same_as
 from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 
 EXPECTED = {"use_sliding_window": False}
@@ -46,12 +46,9 @@ FAMILY = Family(
         model_types=("qwen3_moe",),
         architectures=("Qwen3MoeForCausalLM",),
         fields=(
-            *COMMON,
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
-            Field("num_moe_experts", "num_experts", aliases=("num_local_experts",)),
-            Field("moe_router_topk", "num_experts_per_tok"),
+            *LLAMA_FIELDS,
+            *sparse.fields("num_experts", "num_local_experts"),
             Field("moe_ffn_hidden_size", "moe_intermediate_size"),
-            Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
         ),
         expected=EXPECTED,
         codecs=(*CODECS, Written({"num_local_experts": same_as("num_moe_experts")})),  # as 4.x and as 5.x names it

@@ -14,12 +14,12 @@ from typing import Any
 
 from anyckpt.config.codecs import Fixed, Multiple, same_as
 from anyckpt.config.fields import Field
-from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.config.windows import Window
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.families.parts.modules import linear
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
@@ -129,12 +129,7 @@ FAMILY = Family(
         model_types=("recurrent_gemma",),
         architectures=("RecurrentGemmaForCausalLM",),
         fields=(
-            *(
-                entry
-                for entry in COMMON
-                if entry.hub not in ("ffn_hidden_size", "kv_channels", "max_position_embeddings", "init_method_std")
-            ),
-            Field("layernorm_epsilon", "rms_norm_eps", "number"),
+            *llama_fields_without("ffn_hidden_size", "kv_channels", "max_position_embeddings", "init_method_std"),
             Field("final_logit_softcapping", "logits_soft_cap", "number"),
         ),
         rotary_percent=0.5,

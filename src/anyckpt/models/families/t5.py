@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from anyckpt.config.codecs import Implied, Noted, Power, Words, Written, same_as
-from anyckpt.config.encoder_keys import RELATIVE
+from anyckpt.config.codecs import Implied, Noted, Words, Written, same_as
+from anyckpt.config.encoder_keys import RELATIVE, SOFTMAX_SCALE
 from anyckpt.config.fields import Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
@@ -272,7 +272,7 @@ FAMILY = Family(
         fields=(Field("encoder_num_layers", "encoder_num_layers"), *RELATIVE),
         codecs=(
             Written(dict.fromkeys(("seq_length", "max_position_embeddings"), _length)),
-            Power("query_pre_attn_scalar", "softmax_scale", -0.5),
+            SOFTMAX_SCALE,
         ),
         without=frozenset({"rotary_base"}),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from anyckpt.config.fields import Codec
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import Variant
@@ -67,6 +67,15 @@ def experts(
         Rule((f"{each}.{down}.weight",), f"{HUB}.mlp.experts.linear_fc2.weight*", ("hidden", "expert-ffn"),
              when=is_sparse),
     )  # fmt: skip
+
+
+def fields(count: str, *aliases: str) -> tuple[Field, ...]:
+    """How many experts there are, by its key, how many a token goes to, and the loss that balances them."""
+    return (
+        Field("num_moe_experts", count, aliases=aliases),
+        Field("moe_router_topk", "num_experts_per_tok"),
+        Field("moe_aux_loss_coeff", "router_aux_loss_coef", "number"),
+    )
 
 
 _EXPERT = f"{LAYER}.mlp.experts.*"

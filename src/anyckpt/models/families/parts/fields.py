@@ -1,8 +1,18 @@
-"""Fields of ``config.json`` that have one name in most families, for those that cannot take all of ``COMMON``."""
+"""Fields of ``config.json`` that have one name in many families."""
 
 from __future__ import annotations
 
 from anyckpt.config.fields import Field
+from anyckpt.config.hugging_face import COMMON
+
+LLAMA_FIELDS = (*COMMON, Field("layernorm_epsilon", "rms_norm_eps", "number"))
+"""Of Llama, and of what was made after it."""
+
+
+def llama_fields_without(*hubs: str) -> tuple[Field, ...]:
+    """``LLAMA_FIELDS`` without some of the hub's fields, which the family has in other ways."""
+    return tuple(row for row in LLAMA_FIELDS if row.hub not in hubs)
+
 
 VOCABULARY = Field("vocab_size", "vocab_size")
 TIED_AND_TOKENS = (
