@@ -219,3 +219,36 @@ def test_names_of_nemos_configurations() -> None:
         Options(format="nemo")
     with pytest.raises(UsageError, match="no such strictness"):
         Options(strictness="very")
+
+
+def some_ranks(folder: str) -> Any:
+    """Two of three ranks save and load by themselves; blocks of both are exchanged."""
+    import torch
+    import torch.distributed as dist
+
+    import anyckpt.torch
+    from anyckpt.dtypes import dtype
+    from anyckpt.torch import saving
+    from anyckpt.torch.collectives import Ranks
+    from anyckpt.torch.live import LivePiece, LiveState
+    from anyckpt.torch.options import Options
+
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return None
+    own = dist.get_rank(group)
+    whole = torch.arange(30.0).reshape(5, 6)
+    piece = LivePiece("w", dtype("float32"), (5, 6), (0, 3 * own), whole[:, 3 * own : 3 * own + 3])
+    path, ranks = os.path.join(folder, "w.safetensors"), Ranks(group, timeout=20)
+    prepared = saving.prepare(lambda: LiveState([piece]), path, Options(format="safetensors"), ranks)
+    saving.write(prepared, path, ranks)
+    state = {"w": torch.zeros(5, 6)}
+    report = anyckpt.torch.load(state, path, group=group, parallel_load=True)
+    assert torch.equal(state["w"], whole)
+    return report.bytes_read
+
+
+def test_a_group_of_ranks_saves_and_loads_by_itself(tmp_path: Path) -> None:
+    found = on_ranks(3, some_ranks, str(tmp_path))
+    assert found[0] is None
+    assert max(found[1], found[2]) - min(found[1], found[2]) == 30 * 4  # one has read what both have

@@ -137,7 +137,7 @@ def fill(
         told = ranks.gather(ready.names, "to compare names")
         unexpected, missing = ready.settle(told)
         share = readers([one.held for one in told], ranks) if options.parallel_load else None
-        ranks.together(lambda: ready.read(count, None if share is None else share.own), "to the end of reading")
+        ranks.together(lambda: ready.read(None if share is None else share.own), "to the end of reading")
         if share is not None:
             pass_on(share, ready.live.pieces, ranks)
         ranks.together(lambda: ready.put_objects(classes), "to the end of a load")
@@ -277,12 +277,12 @@ class _Load:
             remedy="pass cast=True to round its values" if piece.dtype.is_floating else "give a tensor of that type",
         )
 
-    def read(self, count: ReadCount, own: frozenset[tuple[str, Shape]] | None) -> None:
+    def read(self, own: frozenset[tuple[str, Shape]] | None) -> None:
         """Fill the pieces; of those that several ranks have, only this rank's own if these are said."""
         tasks: list[Callable[[], None]] = []
         for piece, tensor, name in self._tensors:
             if own is None or (piece.name, piece.offset) in own:
-                tasks += filling(piece, tensor, name, count)
+                tasks += filling(piece, tensor, name)
         at_once(tasks, self._options.workers)
 
     def put_objects(self, classes: Iterable[Any]) -> None:

@@ -14,7 +14,6 @@ import torch
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.indexing import Array
-from anyckpt.storage.read_count import ReadCount, counting
 from anyckpt.storage.requests import at_once, holding
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.live import LivePiece
@@ -63,20 +62,17 @@ def fill(targets: Sequence[Target], *, workers: int | None = None) -> None:
     at_once(tasks, workers or min(8, max(2, os.cpu_count() or 2)))
 
 
-def filling(piece: LivePiece, tensor: LazyTensor, name: str, count: ReadCount) -> list[Task]:
+def filling(piece: LivePiece, tensor: LazyTensor, name: str) -> list[Task]:
     """What fills a piece, in parts that threads can share.
 
     Args:
         piece: a box of a live tensor.
         tensor: the whole tensor, as the checkpoint has it.
         name: what the checkpoint calls it, for messages.
-        count: counts the bytes that are read.
     """
-    if tensor.shape == piece.shape:
-        tasks = _into(piece.tensor, tensor.box(piece.offset, piece.sizes), name)
-    else:
-        tasks = iter([lambda: _fill_overlap(piece, tensor, name)])
-    return [_counted(task, count) for task in tasks]
+    if tensor.shape != piece.shape:
+        return [lambda: _fill_overlap(piece, tensor, name)]
+    return list(_into(piece.tensor, tensor.box(piece.offset, piece.sizes), name))
 
 
 def torch_dtype(name: str, kind: DType) -> torch.dtype:
@@ -188,11 +184,3 @@ class _naming:  # noqa: N801 - a context manager
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, AnyckptError):
             error.tensor = error.tensor or self._name
-
-
-def _counted(task: Callable[[], None], count: ReadCount) -> Callable[[], None]:
-    def counted() -> None:
-        with counting(count):
-            task()
-
-    return counted
