@@ -35,7 +35,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
         state_prefixes: names that begin with one of these are training state, not weights.
         objects: non-tensor state under dotted names; plain data and inert records, nothing executed.
         config: the model's configuration as stored, as plain data.
-        config_kind: spelling of ``config``: ``hf``, ``nemo1``, ``nemo2``, ``megatron-args`` or None.
+        config_kind: spelling of ``config``: ``hf``, ``nemo1``, ``nemo2``, ``megatron-args``, ``meta``, ``trtllm``; or
+            None.
         tokenizer: the tokenizer that travels with the model, or None.
         artifacts: other files: name -> contents.
         layout: parallel layout of the files.
