@@ -404,7 +404,8 @@ def test_configurations_that_say_anything(tmp_path_factory: pytest.TempPathFacto
     try:
         anyckpt.verify(folder)
         anyckpt.convert(folder, folder / "out", to="hf", dtype="bf16", dry_run=True)
-        anyckpt.convert(folder, folder / "out", to="trtllm", dry_run=True)
+        layout = anyckpt.LayoutRequest(tensor_parallel=data.draw(st.integers(1, 3)))
+        anyckpt.convert(folder, folder / "out", to="trtllm", layout=layout, dry_run=True)
     except AnyckptError as error:
         assert str(error)
 

@@ -63,6 +63,18 @@ class Heads:
             )
 
 
+def heads_of(config: Mapping[str, Any], ranks: int) -> Heads:
+    """The heads that a configuration says; one if it says none that is possible, which the tensors contradict."""
+    queries, keys = (positive(config, key) for key in ("num_attention_heads", "num_key_value_heads"))
+    return Heads(queries or 1, keys or queries or 1, ranks)
+
+
+def positive(config: Mapping[str, Any], key: str) -> int | None:
+    """A size that a configuration says, None if it is not possible."""
+    value = config.get(key)
+    return value if type(value) is int and value > 0 else None
+
+
 @dataclass(frozen=True)
 class Division:
     """How one tensor is divided.

@@ -11,7 +11,16 @@ from anyckpt.errors import AnyckptError, FormatError, MappingError
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.formats.trtllm import tokenizer
 from anyckpt.formats.trtllm.container import CONFIG, LAYERS, RANK, opened, rank_file
-from anyckpt.formats.trtllm.division import Division, Heads, copies, division, join, layer_of
+from anyckpt.formats.trtllm.division import (
+    Division,
+    Heads,
+    copies,
+    division,
+    heads_of,
+    join,
+    layer_of,
+    positive,
+)
 from anyckpt.formats.trtllm.loading import refused
 from anyckpt.formats.trtllm.vocabulary import true_size
 from anyckpt.layout.replicas import SMALL, Replicas, compare
@@ -142,8 +151,7 @@ def _joined(
 ) -> Tensors:
     """Every tensor whole, layers numbered through all stages."""
     count = layout.tensor_parallel
-    queries, keys = (_positive(config, key) for key in ("num_attention_heads", "num_key_value_heads"))
-    heads = Heads(queries or 1, keys or queries or 1, count)
+    heads = heads_of(config, count)
     result: Tensors = {}
     before = 0
     for stage in range(layout.pipeline_parallel):
@@ -157,11 +165,6 @@ def _joined(
             result[key] = _joined_one(name, parts, config, heads, warnings)
         before += 1 + max(layers, default=-1)
     return result
-
-
-def _positive(config: Mapping[str, Any], key: str) -> int | None:
-    value = config.get(key)
-    return value if type(value) is int and value > 0 else None
 
 
 def _global(name: str, before: int) -> str:
@@ -212,7 +215,7 @@ def _replicas(name: str, pieces: Sequence[LazyTensor], how: Division, heads: Hea
 def _without_padding(name: str, tensor: LazyTensor, how: Division, config: Mapping[str, Any], ranks: int) -> LazyTensor:
     """Without the rows after the last that make them divide."""
     key = "max_position_embeddings" if "position" in name else "vocab_size"
-    true = _positive(config, key)
+    true = positive(config, key)
     if how.kind != "padded" or true is None or not true < tensor.shape[0] < true + ranks:
         return tensor
     return tensor.narrow(0, 0, true)

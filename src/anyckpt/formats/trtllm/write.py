@@ -17,7 +17,7 @@ from anyckpt.formats.shared.hub_folder import check_plain_name
 from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.formats.trtllm import tokenizer
 from anyckpt.formats.trtllm.container import CONFIG, LAYERS, RANK, rank_file
-from anyckpt.formats.trtllm.division import Heads, cut, division, is_first, layer_of
+from anyckpt.formats.trtllm.division import cut, division, heads_of, is_first, layer_of
 from anyckpt.formats.trtllm.loading import refused
 from anyckpt.formats.trtllm.vocabulary import with_padding
 from anyckpt.tensor import LazyTensor
@@ -79,8 +79,7 @@ def _ranks(
 ) -> list[dict[str, LazyTensor]]:
     """Every rank's tensors, the ranks of one stage after the other."""
     config = checkpoint.config
-    queries = config.get("num_attention_heads", 1)
-    heads = Heads(queries, config.get("num_key_value_heads") or queries, layout.tensor_parallel)
+    heads = heads_of(config, layout.tensor_parallel)
     layers = 1 + max((found[0] for name in weights if (found := layer_of(name)) is not None), default=-1)
     stages = layout.pipeline_parallel
     if layers % stages:
