@@ -1,7 +1,7 @@
 """Checkpoints of (PyTorch) Lightning: a file, or a directory ``*.ckpt`` of ``meta.pt`` and distributed shards."""
 
 from anyckpt.checkpoint import OptimizerForm
-from anyckpt.formats.lightning.ranks import detect, read
+from anyckpt.formats.lightning.location import detect
 from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
@@ -10,7 +10,7 @@ FORMAT = Format(
     name="lightning",
     title="Lightning checkpoint",
     detect=detect,
-    read=read,
+    read=deferred("anyckpt.formats.lightning.ranks", "read"),
     plan=deferred("anyckpt.formats.lightning.write", "plan"),
     sharded=True,
     optimizer=OptimizerForm("numbered", deferred("anyckpt.optimizer.write_numbered", "write_numbered")),

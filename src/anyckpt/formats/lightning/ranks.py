@@ -7,7 +7,7 @@ opens all of that name; so does opening ``checkpoints/`` if there is only one na
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -20,15 +20,14 @@ from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.errors import FormatError
 from anyckpt.formats.lightning import read as single
 from anyckpt.formats.lightning.keys import LR_SCHEDULERS, OPTIMIZER_STATES, STATE_DICT, TRAINING_STATE
+from anyckpt.formats.lightning.location import names_in, rank_folders
 from anyckpt.formats.shared.rank_files import (
     Chunk,
-    Place,
-    by_place,
     check_places,
-    parse_folder,
     rank_shards,
     with_virtual,
 )
+from anyckpt.formats.shared.rank_folders import Place, by_place, parse_folder
 from anyckpt.formats.shared.unfinished import check_finished, marker_of
 from anyckpt.optimizer.rank_states import read_rank_states
 from anyckpt.pickling.plain import to_plain
@@ -41,13 +40,6 @@ _HYPER_PARAMETERS_FILE = "hparams.yaml"
 _HYPER_PARAMETERS_LIMIT = 64 << 20
 _LAST = "-last"
 _EMA = "-EMA"
-
-
-def detect(location: Location) -> bool:
-    """A Lightning checkpoint, or a directory whose rank folders have them."""
-    if location.is_directory and any(_names_in(location, folder) for folder in _rank_folders(location.names)):
-        return True
-    return single.detect(location)
 
 
 def read(location: Location) -> Checkpoint:
@@ -63,7 +55,7 @@ def read(location: Location) -> Checkpoint:
             checkpoints to choose from.
     """
     if location.is_directory:
-        folders = _rank_folders(location.names)
+        folders = rank_folders(location.names)
         return _read_ranks(location, _only_name(location, folders), location.path) if folders else _marked(location)
     rank = location.place.split(location.parent) if location.parent is not None else (None, "")
     if rank[0] is None or parse_folder(rank[1]) is None:
@@ -84,16 +76,8 @@ def _markers(name: str) -> dict[str, bool]:
     return {"last": stem.removesuffix(_EMA).endswith(_LAST), "averaged_weights": stem.endswith(_EMA)}
 
 
-def _rank_folders(names: Iterable[str]) -> list[str]:
-    return [name for name in names if re.match(r"(mp|tp)_rank_\d", name) and parse_folder(name) is not None]
-
-
-def _names_in(root: Location, folder: str) -> list[str]:
-    return [name for name in root.names_in(folder) if name.endswith(".ckpt")]
-
-
 def _only_name(location: Location, folders: list[str]) -> str:
-    every = sorted({name for folder in folders for name in _names_in(location, folder)})
+    every = sorted({name for folder in folders for name in names_in(location, folder)})
     names = [name for name in every if marker_of(location.place, location.join(name)) is None]
     if len(names) == 1:
         return names[0]
@@ -109,7 +93,7 @@ def _only_name(location: Location, folders: list[str]) -> str:
 
 
 def _read_ranks(root: Location, name: str, path: str) -> Checkpoint:
-    found = by_place(folder for folder in _rank_folders(root.names) if root.is_file(folder, name))
+    found = by_place(folder for folder in rank_folders(root.names) if root.is_file(folder, name))
     files = {place: root.join(folder, name) for place, folder in found.items()}
     first = single.read(look_in(root.place, next(iter(files.values()))))
     config, kind = _configuration(first, root)

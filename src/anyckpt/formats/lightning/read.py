@@ -13,40 +13,15 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.containers.torch_file.forms import forms_of
-from anyckpt.containers.torch_file.legacy_stream import is_stream
-from anyckpt.containers.torch_file.reader import root_folder
 from anyckpt.containers.torch_file.roles import is_filled
-from anyckpt.errors import AnyckptError, FormatError, UnfinishedError
+from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, META, STATE_DICT, TRAINING_STATE, VERSION
 from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.pickling.plain import simplify, to_plain
 from anyckpt.storage.location import Location
-from anyckpt.storage.source import ByteSource
-from anyckpt.storage.zip import read_zip
 
-_HEAD = 64 << 10
 _CONSUMED = re.compile(r"consumed_samples=(\d+)(\.\d+)?")
 _MEGATRON_KEYS = ("num_layers", "hidden_size", "num_attention_heads")
-
-
-def detect(location: Location) -> bool:
-    """A directory with ``meta.pt`` and shards, or a torch file whose pickle begins as Lightning's does."""
-    if location.is_directory:
-        return META in location.names and any(name.endswith((".metadata", ".distcp")) for name in location.names)
-    try:
-        return VERSION.encode() in _pickle_head(location)
-    except AnyckptError:
-        return False  # a damaged file is the torch format's to report
-
-
-def _pickle_head(location: Location) -> bytes:
-    source: ByteSource = location.open()
-    if location.head.startswith(b"PK\x03\x04"):
-        records = read_zip(source)
-        source = records[f"{root_folder(records, location.path)}/data.pkl"].source
-    elif not is_stream(location.head):
-        return b""
-    return source.read(0, min(_HEAD, source.size))
 
 
 def read(location: Location) -> Checkpoint:

@@ -7,7 +7,7 @@ printed.  Megatron-Bridge itself has not been run on what is written here.
 
 from __future__ import annotations
 
-from anyckpt.formats.megatron_bridge.read import detect, read
+from anyckpt.formats.megatron_bridge.location import detect
 from anyckpt.formats.megatron_core import OPTIMIZER
 from anyckpt.formats.registry import Format, deferred
 
@@ -17,7 +17,7 @@ FORMAT = Format(
     name="megatron-bridge",
     title="Megatron-Bridge checkpoint",
     detect=detect,
-    read=read,
+    read=deferred("anyckpt.formats.megatron_bridge.read", "read"),
     plan=deferred("anyckpt.formats.megatron_bridge.write", "plan"),
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",

@@ -10,10 +10,12 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer
 from anyckpt.config.megatron_bridge import arguments_of
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import FormatError, UnfinishedError
-from anyckpt.formats import dcp
+from anyckpt.formats.dcp.read import read as read_dcp
+from anyckpt.formats.megatron_bridge.location import LATEST, RUN_CONFIG, TRAIN_STATE
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
-from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
+from anyckpt.formats.megatron_core_zarr.location import is_zarr
+from anyckpt.formats.megatron_core_zarr.reader import read_zarr
 from anyckpt.formats.shared.megatron_adapters import settings_from
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.plain_yaml import load_yaml_mapping
@@ -21,30 +23,11 @@ from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
-RUN_CONFIG = "run_config.yaml"
-TRAIN_STATE = "train_state.pt"
-LATEST = f"latest_{TRAIN_STATE}"
 _HF = "hf/"
 _HF_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _HF_OTHERS = ("config.json", "generation_config.json")
 _CONFIG_LIMIT = 64 << 20
 _LARGEST = 10**18
-
-
-def detect(location: Location) -> bool:
-    """``run_config.yaml`` beside a payload, or a training root whose trackers lead to one."""
-    if not location.is_directory:
-        return False
-    if RUN_CONFIG in location.names:
-        return any(name in (COMMIT, ".metadata", COMMON) or name.endswith(".distcp") for name in location.names)
-    if LATEST in location.names:
-        return True
-    if TRACKER not in location.names:
-        return False
-    try:
-        return RUN_CONFIG in iteration_folder(location).names
-    except FormatError:
-        return False
 
 
 def read(location: Location) -> Checkpoint:
@@ -158,7 +141,7 @@ def _train_state(file: ByteSource) -> dict[str, int]:
 def _payload(inner: Location, path: str) -> Checkpoint:
     folder = inner.folder()
     if COMMIT not in inner.names and COMMON not in inner.names and ".metadata" in inner.names:
-        found = dcp.FORMAT.read(inner)
+        found = read_dcp(inner)
         return replace(found, details={**found.details, "backend": "fsdp_dtensor"})
     if is_zarr(folder):
         return read_zarr(folder, path=path)

@@ -12,7 +12,7 @@ from anyckpt.config.megatron_bridge import Facts, described, run_config_of
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.formats.megatron_bridge.read import LATEST, RUN_CONFIG, TRAIN_STATE
+from anyckpt.formats.megatron_bridge.location import LATEST, RUN_CONFIG, TRAIN_STATE
 from anyckpt.formats.megatron_core.implementation import implementation_of, spelled
 from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files, torch_dist_files
 from anyckpt.formats.registry import WriteOptions

@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anyckpt.formats.megatron_core import OPTIMIZER
-from anyckpt.formats.megatron_core_zarr.reader import detect, is_zarr, read, read_zarr
+from anyckpt.formats.megatron_core_zarr.location import detect
 from anyckpt.formats.registry import Format, deferred
 
-__all__ = ["FORMAT", "is_zarr", "read_zarr"]
+__all__ = ["FORMAT"]
 
 FORMAT = Format(
     name="megatron-core-zarr",
     title="Megatron-Core distributed checkpoint (zarr)",
     detect=detect,
-    read=read,
+    read=deferred("anyckpt.formats.megatron_core_zarr.reader", "read"),
     plan=deferred("anyckpt.formats.megatron_core_zarr.writer", "plan"),
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",

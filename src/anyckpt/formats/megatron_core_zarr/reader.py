@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +14,8 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.zarr_array import ZARRAY, open_array, read_metadata
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_core.location import COMMIT
 from anyckpt.formats.megatron_core.reader import megatron_checkpoint
-from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
+from anyckpt.formats.megatron_core_zarr.location import checkpoint_folder
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.heads import read_each, whole
 from anyckpt.storage.location import Location
@@ -28,33 +26,6 @@ _LOCKS = ".sync"
 """Ends the name of a directory of lock files, which has files called like an array's, all empty."""
 _OBJECT = re.compile(r"(?P<name>.+/shard_[\d._]+)\.pt", re.ASCII)
 _ATTRIBUTES = (".zattrs", ".zgroup", ".zmetadata")
-_COMMIT_LIMIT = 1 << 20
-
-
-def is_zarr(folder: Folder) -> bool:
-    """Whether ``metadata.json`` names the zarr backend."""
-    try:
-        values = json.loads(folder.open(COMMIT).read_all(_COMMIT_LIMIT))
-    except (FormatError, ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and values.get("sharded_backend") == "zarr"
-
-
-def detect(location: Location) -> bool:
-    """A checkpoint, or a training root whose newest iteration is one."""
-    return location.is_directory and _checkpoint_folder(location) is not None
-
-
-def _checkpoint_folder(location: Location) -> Location | None:
-    if COMMIT in location.names:
-        return location if is_zarr(location.folder()) else None
-    if TRACKER in location.names:
-        try:
-            inner = iteration_folder(location)
-        except FormatError:
-            return None
-        return inner if COMMIT in inner.names and is_zarr(inner.folder()) else None
-    return None
 
 
 def read(location: Location) -> Checkpoint:
@@ -63,7 +34,7 @@ def read(location: Location) -> Checkpoint:
     Raises:
         FormatError: see :func:`read_zarr`.
     """
-    return read_zarr((_checkpoint_folder(location) or location).folder(), path=location.path)
+    return read_zarr((checkpoint_folder(location) or location).folder(), path=location.path)
 
 
 def read_zarr(folder: Folder, *, path: str) -> Checkpoint:

@@ -26,13 +26,12 @@ from anyckpt.formats.nemo.tokenizer import read_tokenizer
 from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON
 from anyckpt.formats.shared.rank_files import (
     Chunk,
-    Place,
-    by_place,
     check_places,
     has_local_norms,
     rank_shards,
     with_virtual,
 )
+from anyckpt.formats.shared.rank_folders import Place, by_place
 from anyckpt.pickling.walk import find_leaves
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.folder import Folder
@@ -290,7 +289,8 @@ def _read_flat(source: ByteSource) -> _Weights:
 def _read_sharded(container: Container, path: str) -> _Weights:
     """A Megatron-Core distributed checkpoint inside the archive."""
     from anyckpt.formats.megatron_core.reader import read_torch_dist
-    from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
+    from anyckpt.formats.megatron_core_zarr.location import is_zarr
+    from anyckpt.formats.megatron_core_zarr.reader import read_zarr
 
     folder = Subfolder(container.folder, SHARDED_WEIGHTS)
     found = read_zarr(folder, path=path) if is_zarr(folder) else read_torch_dist(folder, path=path)

@@ -27,7 +27,7 @@ from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS
 from anyckpt.formats.nemo.tokenizer import has_prefix, write_tokenizer
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.archive import ArchiveWriter
-from anyckpt.formats.shared.rank_files import Place, folder_name
+from anyckpt.formats.shared.rank_folders import Place, folder_name
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import with_extra_states, with_second_names
 from anyckpt.plain_yaml import dump_yaml

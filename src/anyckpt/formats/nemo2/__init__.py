@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyckpt.formats.megatron_core import OPTIMIZER
-from anyckpt.formats.nemo2.read import detect, read
+from anyckpt.formats.nemo2.location import detect
 from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
@@ -12,7 +12,7 @@ FORMAT = Format(
     name="nemo2",
     title="NeMo 2 checkpoint directory",
     detect=detect,
-    read=read,
+    read=deferred("anyckpt.formats.nemo2.read", "read"),
     plan=deferred("anyckpt.formats.nemo2.write", "plan"),
     dialect=lambda options: "nemo2",
     config_kind="nemo2",

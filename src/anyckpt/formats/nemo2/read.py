@@ -9,8 +9,10 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint, TrainingState
 from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.megatron_core.location import check_commit
 from anyckpt.formats.megatron_core.reader import read_torch_dist
-from anyckpt.formats.megatron_core_zarr import is_zarr, read_zarr
+from anyckpt.formats.megatron_core_zarr.location import is_zarr
+from anyckpt.formats.megatron_core_zarr.reader import read_zarr
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
+from anyckpt.formats.nemo2.location import CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS, has_index
 from anyckpt.formats.nemo2.tokenizer import read_tokenizer
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.formats.shared.megatron_adapters import CANONICAL_ROWS, is_canonical, settings_from
@@ -19,29 +21,10 @@ from anyckpt.storage.folder import Folder
 from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 
-CONTEXT = "context"
-WEIGHTS = "weights"
 ADAPTER_METADATA = "adapter_metadata.json"
-IO_JSON = "io.json"
-MODEL_YAML = "model.yaml"
 _UNFINISHED = "-unfinished"
-_INDEX_NAMES = ("metadata.json", ".metadata", "common.pt")
 _YAML_LIMIT = 16 << 20
 _JSON_LIMIT = 16 << 20
-
-
-def detect(location: Location) -> bool:
-    """A directory with ``context/io.json`` and weights below or beside it, or ``weights/`` with an index."""
-    if not location.is_directory:
-        return False
-    has_context = CONTEXT in location.names and location.place.exists(location.join(CONTEXT, IO_JSON))
-    if WEIGHTS in location.names:
-        return has_context or _has_index(location, WEIGHTS)
-    return has_context
-
-
-def _has_index(location: Location, *folder: str) -> bool:
-    return any(location.is_file(*folder, name) for name in _INDEX_NAMES)
 
 
 def read(location: Location) -> Checkpoint:
@@ -53,7 +36,7 @@ def read(location: Location) -> Checkpoint:
     """
     _refuse_unfinished(location)
     inside = (WEIGHTS,) if WEIGHTS in location.names else ()
-    if not _has_index(location, *inside):
+    if not has_index(location, *inside):
         raise FormatError(
             "has no weights",
             path=location.path,

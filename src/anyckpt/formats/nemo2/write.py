@@ -12,7 +12,8 @@ from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.megatron_core_zarr.writer import zarr_files
 from anyckpt.formats.nemo2 import template
 from anyckpt.formats.nemo2.fiddle import encode
-from anyckpt.formats.nemo2.read import ADAPTER_METADATA, CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS, query_groups
+from anyckpt.formats.nemo2.location import CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS
+from anyckpt.formats.nemo2.read import ADAPTER_METADATA, query_groups
 from anyckpt.formats.nemo2.tokenizer import write_tokenizer
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_adapters import CANONICAL_ROWS, call_of, is_canonical

@@ -18,32 +18,16 @@ from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError
 from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON, FREQUENCIES_REASON
+from anyckpt.formats.shared.rank_folders import Place, folder_name
 from anyckpt.models.dialects.projections import grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names
 from anyckpt.tensor import LazyTensor, concatenate
 
-_FOLDER = re.compile(
-    r"(?:mp_rank_(?P<rank>\d{2,5})|tp_rank_(?P<tensor>\d{2,5})_pp_rank_(?P<pipeline>\d{3,5}))", re.ASCII
-)
-_SHARD_OF_FSDP = re.compile(r"(?:.*_)?fsdp_shard_\d+", re.ASCII)
 _WRAPPERS = ("model.", "module.", "enc_dec_model.")
 _UP = re.compile(r"^(?P<module>.*\.(?:dense_h_to_4h))_2\.(?P<kind>weight|bias)$")
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 _VIRTUAL = "virtual_pipeline_model_parallel_size"
 _EXPERT = "expert_model_parallel_size"
-
-
-@dataclass(frozen=True, order=True)
-class Place:
-    """Which rank a file is of.
-
-    Attributes:
-        tensor: tensor-parallel rank.
-        pipeline: pipeline stage.
-    """
-
-    tensor: int
-    pipeline: int
 
 
 @dataclass(frozen=True)
@@ -61,53 +45,6 @@ class Chunk:
     number: int
     state: Mapping[Any, Any]
     source: str
-
-
-def parse_folder(name: str) -> Place | None:
-    """The rank whose folder it is, None if it is not one.
-
-    Raises:
-        FormatError: it is of torch's fully sharded data parallelism, whose shards cut across tensors.
-    """
-    found = _FOLDER.fullmatch(name)
-    if found is not None:
-        return Place(int(found["tensor"] or found["rank"]), int(found["pipeline"] or 0))
-    if _SHARD_OF_FSDP.fullmatch(name):
-        raise FormatError(
-            "is a shard of torch's fully sharded data parallelism, which only the writer's world can join",
-            path=name,
-            remedy="load it in the NeMo that wrote it and save it with a full state dict",
-        )
-    return None
-
-
-def folder_name(place: Place, pipeline_parallel: int) -> str:
-    """The folder of a rank."""
-    if pipeline_parallel > 1:
-        return f"tp_rank_{place.tensor:02d}_pp_rank_{place.pipeline:03d}"
-    return f"mp_rank_{place.tensor:02d}"
-
-
-def by_place(folders: Iterable[str]) -> dict[Place, str]:
-    """Rank -> its folder, sorted by rank; names that are no rank's folder are left out.
-
-    Raises:
-        FormatError: two folders are of one rank, or one is of fully sharded data parallelism.
-    """
-    found: dict[Place, str] = {}
-    for folder in folders:
-        place = parse_folder(folder)
-        if place is None:
-            continue
-        if place in found:
-            raise FormatError(
-                "two folders are of the same rank",
-                path=folder,
-                found=f"{found[place]} and {folder}",
-                remedy="remove the one that is of another save",
-            )
-        found[place] = folder
-    return dict(sorted(found.items()))
 
 
 def check_places(places: Iterable[Place], config: Mapping[str, Any], path: str) -> ParallelLayout:

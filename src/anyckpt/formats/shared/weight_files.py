@@ -1,22 +1,24 @@
-"""Weight files of a folder, each by itself: safetensors, or torch files that hold a state dict."""
+"""Weight files of a folder, each by itself: safetensors, or torch files that hold a state dict.
+
+What reads torch files is imported where there are some: most folders have safetensors only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.containers.safetensors import read_safetensors, safetensors_steps
-from anyckpt.containers.torch_file import parts, read_torch
-from anyckpt.containers.torch_file.flatten import flatten
-from anyckpt.containers.torch_file.forms import Forms, forms_of, joined
-from anyckpt.containers.torch_file.reader import torch_steps
 from anyckpt.errors import FormatError
 from anyckpt.formats.shared.rank_safetensors import part_of
 from anyckpt.storage.heads import read_each
 from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from anyckpt.containers.torch_file.forms import Forms
 
 
 @dataclass
@@ -35,7 +37,11 @@ class Beside:
 
     def all_forms(self) -> Forms | None:
         """The forms of all files, None if none is a torch file."""
-        return joined(self.forms) if self.forms else None
+        if not self.forms:
+            return None
+        from anyckpt.containers.torch_file.forms import joined
+
+        return joined(self.forms)
 
 
 def put_together(
@@ -70,7 +76,11 @@ def read_weight_files(location: Location, names: list[str], beside: Beside) -> l
     Raises:
         FormatError: one is damaged, or holds no state dict.
     """
-    steps = torch_steps if names[0].endswith((".bin", ".pt")) else safetensors_steps
+    steps = safetensors_steps
+    if names[0].endswith((".bin", ".pt")):
+        from anyckpt.containers.torch_file.reader import torch_steps
+
+        steps = torch_steps
     left = iter(names)
     return read_each(lambda source: _tensors(source, next(left), beside), map(location.open, names), steps)
 
@@ -84,23 +94,9 @@ def _tensors(source: ByteSource, name: str, beside: Beside) -> dict[str, LazyTen
         if metadata:
             beside.details.setdefault("metadata", {}).update(metadata)
         return tensors
-    contents = read_torch(source)
-    beside.warnings.extend(contents.warnings)
-    if not isinstance(contents.root, Mapping):
-        raise FormatError(
-            "does not hold a state dict",
-            path=source.name,
-            expected="a dict of tensors",
-            found=type(contents.root).__name__,
-        )
-    flat = flatten(contents.root, source.name)
-    part = parts.part_of(source.name, contents.root, flat)
-    if part is not None:
-        raise FormatError(part.what, path=source.name, remedy=part.remedy)
-    strange = [key for key, value in contents.root.items() if not isinstance(value, LazyTensor)]
-    if strange:
-        beside.warnings.append(
-            f"{source.name}: entries that are not tensors are left out: {', '.join(map(str, strange[:5]))}"
-        )
-    beside.forms[name] = forms_of(contents, flat)
-    return {str(key): value for key, value in contents.root.items() if isinstance(value, LazyTensor)}
+    from anyckpt.formats.shared.torch_weights import state_dict
+
+    found = state_dict(source)
+    beside.warnings.extend(found.warnings)
+    beside.forms[name] = found.forms
+    return found.tensors

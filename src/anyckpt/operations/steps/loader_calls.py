@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import AnyckptError
 from anyckpt.pickling import Calls, load_prefix, recording
 from anyckpt.pickling.plain import view
@@ -147,6 +146,8 @@ def _look_at(name: str, source: ByteSource, calls: Calls) -> None:
     try:
         head = source.read(0, min(512, source.size))
         if head.startswith(b"PK\x03\x04") or not _is_bare(head):
+            from anyckpt.containers.torch_file import read_torch  # few checkpoints have any
+
             read_torch(source)
         elif source.size <= _LARGEST_PICKLE:
             _look_at_pickles(source)
