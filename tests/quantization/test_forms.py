@@ -311,3 +311,13 @@ def test_what_is_no_number_is_named_and_nothing_is_published(tmp_path: Path) -> 
             convert(tmp_path / "in", tmp_path / "q", algorithm)
         assert not (tmp_path / "q").exists()
         convert(tmp_path / "in", tmp_path / algorithm, algorithm, quantize_exclude="*.layers.1.mlp.up_proj")
+
+
+@pytest.mark.parametrize(("family", "algorithm"), [("llama", "fp8_blocks"), ("qwen3_moe", "fp8"), ("gemma2", "int8")])
+def test_from_megatron_as_from_the_hub(family: str, algorithm: str, tmp_path: Path) -> None:
+    """Fused and interleaved weights are quantized apart, as the modules of the target have them."""
+    anyckpt.convert(fixture_path(f"families/{family}/hf"), tmp_path / "megatron", to="megatron-core")
+    anyckpt.convert(tmp_path / "megatron", tmp_path / "hub", to="hf")
+    convert(tmp_path / "megatron", tmp_path / "one", algorithm)
+    convert(tmp_path / "hub", tmp_path / "two", algorithm)
+    assert bytes_of(tmp_path / "one")["model.safetensors"] == bytes_of(tmp_path / "two")["model.safetensors"]
