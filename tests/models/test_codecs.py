@@ -312,3 +312,20 @@ def _check_rows(
             value = getattr(config, hub)
             assert found[hub] == (pytest.approx(value) if isinstance(value, float) else value), (row, hub)
         settled |= found.keys()
+
+
+def test_falcon_has_rope_or_alibi() -> None:
+    """Of learned positions nothing was said, and rope was written."""
+    family = models.known_families()["falcon"]
+    config = hugging_face.parse(family, {"model_type": "falcon"})
+    with pytest.raises(MappingError, match="has no such position embedding") as caught:
+        hugging_face.render(family, replace(config, position_embedding_type="learned_absolute"), [])
+    assert caught.value.expected == "rope or alibi"
+
+
+def test_what_a_window_s_length_may_mean_is_told_once() -> None:
+    family = models.known_families()["gemma3"]
+    config = hugging_face.parse(family, {"model_type": "gemma3_text", "sliding_window": 129})
+    notes: list[str] = []
+    hugging_face.render(family, replace(config, extra={}), notes)
+    assert len([note for note in notes if "window of (128, 0)" in note]) == 1

@@ -143,7 +143,16 @@ FAMILY = Family(
         ),
         activation_key="activation",
         attention_bias=None,
-        codecs=(Words("position_embedding_type", "alibi", {False: "rope", True: "alibi"}, False, "flag"),),
+        codecs=(
+            Words(
+                "position_embedding_type",
+                "alibi",
+                {False: "rope", True: "alibi"},
+                False,
+                "flag",
+                "transformers' FalconForCausalLM has no such position embedding",
+            ),
+        ),
         read=_read,
         write=_write,
         keys=_KEYS,
