@@ -30,7 +30,7 @@ from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline
 from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
-from anyckpt.operations.steps.training_state import with_state, without_state
+from anyckpt.operations.steps.training_state import without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.writing import write
 from anyckpt.storage.location import look_at
@@ -302,6 +302,8 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         ready = steps.take(quantized)
     ready = request.built(ready)
     if options.keeps_state:
+        from anyckpt.operations.steps.carried_state import with_state
+
         ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(unwanted)))
     ready = steps.take(cut_as_asked(ready, aim, request, options.family))
     return Prepared(ready, aim, steps, source, whole, quantized)

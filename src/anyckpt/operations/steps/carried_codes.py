@@ -13,9 +13,6 @@ from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.recorded_renaming import Renaming
 from anyckpt.quantization import method_of
-from anyckpt.quantization.carried import parts, spread, way_of
-from anyckpt.quantization.stored import Request
-from anyckpt.quantization.weights import separated
 
 _FORM = "trtllm"
 _SHAPE = "the shape of packed codes, which the weight has itself"
@@ -59,7 +56,10 @@ def with_codes(ready: Checkpoint, renaming: Renaming, stored: Checkpoint, number
     Raises:
         UsageError: the target's form has no such codes.
     """
+    from anyckpt.quantization.carried import parts, spread, way_of
     from anyckpt.quantization.forms import FORMS
+    from anyckpt.quantization.stored import Request
+    from anyckpt.quantization.weights import separated
 
     assert stored.quantization is not None
     found = separated(stored.weights(), stored.quantization, stored.path)
