@@ -16,6 +16,7 @@ pytestmark = pytest.mark.peer
 from safetensors.torch import load_file  # noqa: E402
 from tests.support import fixture_path, sha256_of, write_plan  # noqa: E402
 
+import anyckpt  # noqa: E402
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
 from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
@@ -73,3 +74,16 @@ def test_tokenizer_loads(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(ours)
     original = transformers.AutoTokenizer.from_pretrained(fixture_path("families/llama/hf"))
     assert tokenizer.get_vocab() == original.get_vocab()
+
+
+def test_transformers_loads_the_tokenizer_of_a_nemo(tmp_path: Path) -> None:
+    """A sentencepiece model of NeMo's becomes a tokenizer of transformers that gives the same ids."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    ours = tmp_path / "llama"
+    anyckpt.convert(fixture_path("nemo/nemo1_dist_tp1/model.nemo"), ours, to="hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ours)
+    original = sentencepiece.SentencePieceProcessor(model_file=str(ours / "tokenizer.model"))
+    assert len(tokenizer) == original.vocab_size()
+    for text in ("hello world", "the cat sat on the mat", "a b c"):
+        assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (original.bos_id(), original.eos_id())

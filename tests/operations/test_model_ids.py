@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,25 @@ def test_the_full_size_is_planned_from_weights_alone(model_id: str, tmp_path: Pa
     assert 2 * elements <= written < 2 * elements * 1.001 + (64 << 20)
 
 
-@pytest.mark.parametrize("model_id", ["meta-llama/Llama-2-70b-hf", "mistralai/Mixtral-8x7B-v0.1", "nemotron4-15b"])
+@pytest.mark.parametrize(
+    "model_id",
+    [
+        "meta-llama/Llama-2-70b-hf",
+        "meta-llama/Meta-Llama-3-8B",
+        "mistralai/Mixtral-8x7B-v0.1",
+        "mistralai/Mistral-7B-v0.1",
+        "nvidia/nemotron-3-8b-base-4k",
+        "nemotron4-15b",
+        "nemotronh8b",
+    ],
+)
 def test_a_shrunken_model_has_the_classes_of_its_name(model_id: str, tmp_path: Path) -> None:
     """The bytes of a small model of the same kind, written with a folder of NeMo 2 in place of the name."""
     model = model_of(model_id)
     small = replace(
         model.config,
-        num_layers=2,
+        num_layers=3,
+        hybrid_override_pattern=None if model.config.hybrid_override_pattern is None else "M-*",
         hidden_size=16,
         ffn_hidden_size=32,
         num_attention_heads=4,
@@ -100,7 +113,7 @@ def test_a_shrunken_model_has_the_classes_of_its_name(model_id: str, tmp_path: P
     anyckpt.convert(weights, out, to="nemo2", model_id=tmp_path / "described")
     written = load_yaml_mapping((out / "context" / "model.yaml").read_bytes(), "model.yaml")
     assert written["_target_"] == configuration_of(model_id)["_target_"]
-    assert written["config"]["num_layers"] == 2
+    assert written["config"]["num_layers"] == 3
     again = models.identify(anyckpt.open(out))
     assert again is not None and again.family == model.family
     assert again.config.num_query_groups == 2
@@ -157,7 +170,8 @@ def test_training_in_eight_bits_goes_along(said: str, tmp_path: Path) -> None:
     assert (back["fp8"], back["fp8_e4m3"], back["fp8_margin"]) == (True, said == "e4m3", 0)
 
 
-def test_tokenizers_by_library(tmp_path: Path) -> None:
+def test_tokenizers_by_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert read_tokenizer("nvidia/some-model", "huggingface").hub_name == "nvidia/some-model"
     with pytest.raises(FormatError):
         read_tokenizer("nvidia/some-model")
@@ -185,3 +199,11 @@ def test_a_tokenizer_of_another_vocabulary_is_told(tmp_path: Path) -> None:
     fitting = anyckpt.convert(other, tmp_path / "fits.nemo", to="nemo")
     again = anyckpt.convert(tmp_path / "fits.nemo", tmp_path / "fits", to="nemo2")
     assert not any("another model's tokenizer" in note for note in (*fitting.notes, *again.notes))
+
+
+def test_a_name_on_the_hub_is_recorded_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    done = anyckpt.convert(NEMO, tmp_path / "out", to="nemo2", tokenizer="org/name", tokenizer_library="huggingface")
+    assert any("install anyckpt[hub]" in note for note in done.notes)
+    tokenizer: Any = anyckpt.open(tmp_path / "out").tokenizer
+    assert tokenizer.hub_name == "org/name" and not tokenizer.files

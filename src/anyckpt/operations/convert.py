@@ -279,7 +279,9 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     if not options.keeps_state:
         chosen = steps.take(without_state(chosen, steps.ignored, aim.target.name))
     if options.tokenizer is not None:
-        chosen = replace(chosen, tokenizer=read_tokenizer(os.fspath(options.tokenizer), options.tokenizer_library))
+        chosen = replace(
+            chosen, tokenizer=read_tokenizer(os.fspath(options.tokenizer), options.tokenizer_library, steps.notes)
+        )
     keeps_codes = options.quantization is None and carries(chosen, aim.target, options.cast_to)
     if keeps_codes:
         source = steps.take(seen_as_numbers(chosen, type_beside(chosen)))

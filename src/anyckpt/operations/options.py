@@ -43,7 +43,8 @@ class ConvertOptions:
             folder of NeMo 2, in place of ``config``; the source's own configuration must say the same.
         tokenizer: a sentencepiece model or a folder of Hugging Face tokenizer files to send along.
         tokenizer_library: ``sentencepiece``, ``huggingface`` or ``tiktoken``: what reads the tokenizer, where its file
-            does not tell; with ``huggingface`` the tokenizer may also be a name on the hub, which is recorded.
+            does not tell; with ``huggingface`` the tokenizer may also be a name on the hub, which is recorded, and
+            fetched where ``anyckpt[hub]`` is installed.
         names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
         adapter_form: of an adapter: ``canonical``, an update per Hugging Face module, or ``fused``, one per fused
             weight of Megatron, at a higher rank; as the source has it if None.

@@ -12,6 +12,7 @@ from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
 from anyckpt.formats.shared import hub_folder
+from anyckpt.operations.steps.hub_tokenizer import hub_tokenizer
 from anyckpt.storage.location import Location, look_at
 from anyckpt.tensor import held
 
@@ -114,13 +115,13 @@ def read_rules(path: str) -> dict[str, str]:
 TOKENIZER_LIBRARIES = ("sentencepiece", "huggingface", "tiktoken")
 
 
-def read_tokenizer(path: str, library: str | None = None) -> Tokenizer:
+def read_tokenizer(path: str, library: str | None = None, notes: list[str] | None = None) -> Tokenizer:
     """A tokenizer from a folder for ``AutoTokenizer``, ``tokenizer.json``, a sentencepiece model or a tiktoken table.
 
     Args:
-        path: where it is; with ``library`` "huggingface" also the name of one on the hub, which is recorded and not
-            fetched.
+        path: where it is; with ``library`` "huggingface" also the name of one on the hub (see ``hub_tokenizer``).
         library: what reads it, where the file does not tell.
+        notes: what a user should know is appended here.
 
     Raises:
         FormatError: the path is missing.
@@ -129,7 +130,10 @@ def read_tokenizer(path: str, library: str | None = None) -> Tokenizer:
     if library not in (None, *TOKENIZER_LIBRARIES):
         raise UsageError("unknown tokenizer library", expected=", ".join(TOKENIZER_LIBRARIES), found=library)
     if library == "huggingface" and _HUB_NAME.fullmatch(path) and not os.path.exists(path):
-        return Tokenizer("huggingface", {}, hub_name=path)
+        found, note = hub_tokenizer(path)
+        if notes is not None and note is not None:
+            notes.append(note)
+        return found
     location = look_at(path)
     found = _in_folder(location) if location.is_directory else _in_file(location, library)
     if library is not None and found.library != library:

@@ -1,0 +1,50 @@
+"""A tokenizer by its name on the hub: fetched where huggingface_hub is installed, recorded otherwise."""
+
+from __future__ import annotations
+
+from anyckpt.checkpoint import Tokenizer
+from anyckpt.errors import UsageError
+from anyckpt.formats.shared import hub_folder
+from anyckpt.storage.location import look_at
+
+_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+NOT_FETCHED = "the tokenizer is recorded by its name, {name}, and its files are not there: {reason}"
+
+
+def hub_tokenizer(name: str) -> tuple[Tokenizer, str | None]:
+    """The tokenizer of this name, and a note where its files are not there.
+
+    Nothing but a tokenizer's files is fetched, into huggingface_hub's own cache, with its own token.
+
+    Args:
+        name: of a repository, ``org/name``.
+
+    Raises:
+        UsageError: there is no such repository, it is gated or private, or it has no tokenizer.
+    """
+    recorded = Tokenizer("huggingface", {}, hub_name=name)
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError:
+        return recorded, NOT_FETCHED.format(name=name, reason="install anyckpt[hub] to fetch them")
+    try:
+        folder = snapshot_download(name, allow_patterns=list(_FILES))
+    except errors.GatedRepoError as error:
+        raise UsageError(
+            "is gated on the hub",
+            path=name,
+            remedy="ask for access on its page and log in with `hf auth login`, or give a folder with the files",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(
+            "is not on the hub, or is private",
+            path=name,
+            remedy="check the name, or log in with `hf auth login`",
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        return recorded, NOT_FETCHED.format(name=name, reason=f"the hub cannot be reached ({reason})")
+    found = hub_folder.read_tokenizer(look_at(folder))
+    if found is None:
+        raise UsageError("has no tokenizer", path=name, remedy="give the repository or folder that AutoTokenizer loads")
+    return Tokenizer("huggingface", found.files, found.model_file, found.settings, name), None
