@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anyckpt.on_demand import on_demand
+from anyckpt.torch.missing import told_of
 
 if TYPE_CHECKING:
     from anyckpt.operations.retention import Retention
@@ -65,4 +66,5 @@ _WHERE: dict[str, str] = {
     "register_class": "torch.classes",
 }
 
-__getattr__, __dir__ = on_demand(__name__, _WHERE)
+_find, __dir__ = on_demand(__name__, _WHERE)
+__getattr__ = told_of(_find, __name__, "torch")

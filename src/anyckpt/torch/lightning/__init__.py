@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anyckpt.on_demand import on_demand
+from anyckpt.torch.missing import told_of
 
 if TYPE_CHECKING:
     from anyckpt.torch.lightning.averaging import EMA
@@ -21,4 +22,5 @@ _WHERE: dict[str, str] = {
     "ModelParallelStrategy": "torch.lightning.strategies",
 }
 
-__getattr__, __dir__ = on_demand(__name__, _WHERE)
+_find, __dir__ = on_demand(__name__, _WHERE)
+__getattr__ = told_of(_find, __name__, "lightning")
