@@ -14,7 +14,7 @@ from tests.support import fixture_path
 from anyckpt.config.interpolation import resolve
 from anyckpt.config.migration import Setting, migrate
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.operations.migrate_config import migrate_config
+from anyckpt.operations.migrate_config import MigratedConfig, calls, migrate_config
 from anyckpt.plain_yaml import load_yaml_mapping
 
 KEYS = fixture_path("nemo1_settings/keys.txt").read_text().split()
@@ -207,6 +207,61 @@ def test_both_forms_say_the_same(tmp_path: Path) -> None:
     assert passed == {"devices": "8", "max_steps": "10", "plugins": "[precision]"}
     assert "strange.key" in done.text("yaml") and done.unknown() == ["strange.key"]
     assert "must be given where the script is started" in done.text("python")
+
+
+def test_interpolations_of_parts() -> None:
+    config = {
+        "sizes": [1, 2, "${..width}"],
+        "width": 8,
+        "first": "${sizes.0}",
+        "second": "${sizes[1]}",
+        "third": "${sizes.2}",
+        "past": "${sizes.3}",
+        "part": {"a": "${width}", "b": ["${.0}", "${..a}"], "c": {"d": "${..a}"}},
+        "copy": "${part.c}",
+        "bad": "${part}",
+    }
+    found, troubles = resolve(config)
+    assert found["sizes"] == [1, 2, 8] and (found["first"], found["second"], found["third"]) == (1, 2, 8)
+    assert found["copy"] == {"d": 8} and "sizes.3" in troubles["past"]
+    assert "itself" in troubles["part.b"] and "itself" in troubles["bad"]
+
+
+def test_interpolations_that_double_end() -> None:
+    mappings = {f"k{level}": {"x": f"${{k{level + 1}}}", "y": f"${{k{level + 1}}}"} for level in range(28)}
+    texts = {f"t{level}": f"${{t{level + 1}}}${{t{level + 1}}}" for level in range(28)}
+    _, troubles = resolve({**mappings, **texts, "k28": 1, "t28": ""})
+    assert "too much" in troubles["k0.x"] and "too much" in troubles["t0"]
+
+
+_TEXT = st.text("ab #:'\"\\\n-[]{}&*!%@`,", max_size=40) | st.sampled_from(["long " * 40, "null", "1", "a\n\n b\n"])
+_VALUES = _TEXT | st.floats(allow_nan=False) | st.integers() | st.lists(_TEXT, max_size=2)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["profiler", "max-steps", "class", "callbacks", "plugins", "1"]), _VALUES, max_size=4
+    ),
+    _VALUES,
+)
+def test_both_forms_can_be_read_whatever_the_values_are(trainer: dict[str, Any], name: Any) -> None:
+    migration = migrate(
+        {"trainer": {"precision": 16, **trainer}, "exp_manager": {"name": name}, "model": {"gc_interval": 3}}
+    )
+    done = MigratedConfig("old.yaml", "nemo2", migration, calls(migration, "nemo2"), ())
+    assert load_yaml_mapping(done.text("yaml").encode(), "new") == done.to_json()["calls"]
+    compile(done.text("python"), "new", "exec")
+
+
+def test_a_setting_with_the_name_of_a_given_call_is_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "trainer: {devices: 2, callbacks: [mine], max_time: .inf}\n"
+        "model: {gc_interval: 3, tensor_model_parallel_size: 2, optim: {overlap_grad_sync: true}}\n"
+    )
+    text = migrate_config(path).text("python")
+    assert "callbacks=[garbage_collection, *['mine']]" in text and "max_time=float('inf')" in text
+    assert "ddp=ddp" in text and text.index("\nddp = ") < text.index("\nstrategy = ")
 
 
 def test_megatron_bridges_checkpoint_section(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def migrate_config(path: str | os.PathLike[str], *, to: Target = "nemo2") -> Mig
         config = {"model": config}
         notes.append("the settings at the top are taken for those of the model")
     migration = migrate(config)
-    sections = (_bridge(migration),) if to == "megatron-bridge" else _calls(migration, to)
+    sections = (_bridge(migration),) if to == "megatron-bridge" else calls(migration, to)
     return MigratedConfig(name, to, migration, sections, tuple(notes))
 
 
@@ -148,7 +148,8 @@ def write_migrated(done: MigratedConfig, path: str | os.PathLike[str], form: For
         raise OutputError(f"cannot be written: {error.strerror or error}", path=str(target)) from error
 
 
-def _calls(migration: Migration, to: Target) -> tuple[Section, ...]:
+def calls(migration: Migration, to: Target) -> tuple[Section, ...]:
+    """The calls of a target other than Megatron-Bridge that take the settings' place."""
     classes = migration.classes if to == "nemo2" else migration.saver_classes
     found: dict[str, dict[str, tuple[Any, str]]] = {name: {} for name in classes}
     for item in migration.settings:

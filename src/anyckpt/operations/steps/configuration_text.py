@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 from anyckpt.escaping import printable
 from anyckpt.plain_yaml import dump_yaml
 
+_CALLBACKS = ("early_stopping", "overlap", "garbage_collection", "profiling")
 _PRECEDES = {
-    "trainer": ("strategy", "precision", "early_stopping", "overlap", "garbage_collection", "profiling"),
+    "strategy": ("ddp",),
+    "trainer": ("strategy", "precision", *_CALLBACKS),
     "logger": ("checkpoint",),
     "saver": ("options", "retention"),
 }
@@ -38,8 +42,13 @@ def yaml_text(sections: Sequence[Section], below: Iterable[str]) -> str:
         lines += [f"{section.name}:", f"  _target_: {section.target}"]
         for name, (value, origin) in section.arguments.items():
             first, *more = dump_yaml({name: value}).rstrip("\n").split("\n")
-            lines.append(f"  {first}  # {printable(origin)}")
-            lines += [f"  {line}" for line in more]
+            if more and isinstance(
+                value, str
+            ):  # a comment within a string of several lines would be part of it, or end it
+                lines += [f"  # {printable(origin)}", f"  {first}"]
+            else:
+                lines.append(f"  {first}  # {printable(origin)}")
+            lines += [f"  {line}" if line else "" for line in more]
     return "\n".join([*lines, *(f"# {line}".rstrip() for line in below)]) + "\n"
 
 
@@ -50,11 +59,14 @@ def python_text(sections: Sequence[Section], below: Iterable[str]) -> str:
     lines = [f"import {module}" for module in sorted(modules)]
     for section in ordered:
         lines += ["", f"{section.name} = {section.target}("]
-        lines += [
-            f"    {name}={_expression(value)},  # {printable(origin)}"
-            for name, (value, origin) in section.arguments.items()
-        ]
-        lines += [f"    {line}" for line in _given(section.name, {other.name for other in ordered})]
+        given = _given(section.name, {other.name for other in ordered})
+        for name, (value, origin) in section.arguments.items():
+            beside = given.pop(name, None)
+            said = (
+                f"[{beside[1:-1]}, *{_expression(value)}]" if beside and isinstance(value, list) else _expression(value)
+            )
+            lines.append(f"    {_argument(name, said)},  # {printable(origin)}")
+        lines += [f"    {name}={said}," for name, said in given.items()]
         lines.append(")")
     return "\n".join([*lines, *(f"# {line}".rstrip() for line in below)]) + "\n"
 
@@ -64,23 +76,28 @@ def _in_order(sections: Sequence[Section]) -> list[Section]:
     return [section for section in sections if section.name not in _PRECEDES] + last
 
 
-def _given(name: str, there: set[str]) -> list[str]:
+def _given(name: str, there: set[str]) -> dict[str, str]:
     """Arguments that are other calls."""
     if name == "logger" and "checkpoint" in there:
-        return ["ckpt=checkpoint,"]
+        return {"ckpt": "checkpoint"}
     if name == "saver":
-        return [
-            f"{argument}={other},"
-            for argument, other in (("options", "options"), ("keep", "retention"))
-            if other in there
-        ]
+        return {
+            argument: other for argument, other in (("options", "options"), ("keep", "retention")) if other in there
+        }
+    if name == "strategy" and "ddp" in there:
+        return {"ddp": "ddp"}
     if name != "trainer":
-        return []
-    lines = ["strategy=strategy,"] if "strategy" in there else []
+        return {}
+    found = {"strategy": "strategy"} if "strategy" in there else {}
     if "precision" in there:
-        lines.append("plugins=[precision],")
-    callbacks = [other for other in _PRECEDES["trainer"][2:] if other in there]
-    return [*lines, f"callbacks=[{', '.join(callbacks)}],"] if callbacks else lines
+        found["plugins"] = "[precision]"
+    callbacks = [other for other in _CALLBACKS if other in there]
+    return {**found, "callbacks": f"[{', '.join(callbacks)}]"} if callbacks else found
+
+
+def _argument(name: str, said: str) -> str:
+    """A keyword argument, also of a name that Python does not take for one."""
+    return f"{name}={said}" if name.isidentifier() and not iskeyword(name) else f"**{{{name!r}: {said}}}"
 
 
 def _targets(section: Section) -> Iterable[str]:
@@ -98,8 +115,10 @@ def _expression(value: Any) -> str:
             return "{" + ", ".join(f"{key!r}: {_expression(item)}" for key, item in value.items()) + "}"
         if value.get("_call_") is False:
             return target
-        inner = ", ".join(f"{key}={_expression(item)}" for key, item in value.items() if key != "_target_")
+        inner = ", ".join(_argument(key, _expression(item)) for key, item in value.items() if key != "_target_")
         return f"{target}({inner})"
     if isinstance(value, list):
         return "[" + ", ".join(map(_expression, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float({str(value)!r})"
     return repr(value)
