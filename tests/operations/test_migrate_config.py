@@ -40,9 +40,9 @@ OTHERS = {
     "data": "paths seq_length micro_batch_size global_batch_size rampup_batch_size num_workers reset_position_ids"
     " reset_attention_mask eod_mask_loss seed split index_mapping_dir num_dataset_builder_threads dataloader_type"
     " mmap_bin_files",
-    "scheduler": "max_steps warmup_steps constant_steps min_lr warmup_ratio",
+    "scheduler": "max_steps warmup_steps constant_steps min_lr",
     "overlap": "tp_comm_overlap tp_comm_overlap_cfg overlap_p2p_comm batch_p2p_comm",
-    "garbage_collection": "gc_interval_train",
+    "garbage_collection": "gc_interval_train gc_interval_val",
     "profiling": "start_step end_step ranks gen_shape",
 }
 
@@ -98,6 +98,18 @@ def test_checkpoint_settings() -> None:
     assert "model.dist_ckpt_format" not in missing
 
 
+def test_a_scheduler_that_takes_other_values_where_it_is_told_nothing() -> None:
+    cosine = migrate(nested({"model.optim.sched.name": "CosineAnnealing", "model.optim.sched.warmup_steps": 5}))
+    missing = {item.argument: (item.was, item.now) for item in cosine.defaults if item.argument[0] == "scheduler"}
+    assert missing == {
+        ("scheduler", "constant_steps"): (0, 80000),
+        ("scheduler", "max_steps"): ("trainer.max_steps", 10),
+        ("scheduler", "min_lr"): (0.0, 6e-5),
+    }
+    none = migrate(nested({"model.num_layers": 2})).defaults
+    assert not [item for item in none if item.argument[0] == "scheduler"]
+
+
 @pytest.mark.parametrize(
     ("pairs", "arguments"),
     [
@@ -121,6 +133,26 @@ def test_checkpoint_settings() -> None:
         ),
         ({"model.fp8_e4m3": True, "model.fp8": True}, {("precision", "fp8"): "e4m3"}),
         ({"model.fp8_hybrid": True, "model.fp8": False}, {}),
+        (
+            {"model.gc_interval": 9},
+            {("garbage_collection", "gc_interval_train"): 9, ("garbage_collection", "gc_interval_val"): 9},
+        ),
+        ({"trainer.gpus": 4}, {("trainer", "devices"): 4}),
+        ({"trainer.amp_backend": "native"}, {}),
+        (
+            {"model.optim.sched.warmup_ratio": 0.01, "model.optim.sched.max_steps": 3000},
+            {("scheduler", "warmup_steps"): 30},
+        ),
+        ({"model.optim.sched.warmup_ratio": 0.01, "trainer.max_steps": -1}, {}),
+        ({"model.optim.sched.constant_steps": 0, "model.optim.sched.name": "PolynomialDecayAnnealing"}, {}),
+        (
+            {"model.optim.sched.warmup_ratio": 0.01, "model.optim.sched.name": "WarmupAnnealing"},
+            {("scheduler", "warmup_ratio"): 0.01},
+        ),
+        (
+            {"model.optim.sched.power": 2, "model.optim.sched.name": "PolynomialDecayAnnealing"},
+            {("scheduler", "power"): 2},
+        ),
         ({"model.bias": False}, {("model", "add_bias_linear"): False}),
         ({"tensor_model_parallel_size": 2, "trainer.devices": 1}, {("strategy", "tensor_model_parallel_size"): 2}),
     ],

@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E40
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from tests.operations.test_migrate_config import KEYS, nested  # noqa: E402
 
-from anyckpt.config.migration import migrate  # noqa: E402
+from anyckpt.config.migration import _table, migrate  # noqa: E402
 from anyckpt.torch import Options, Retention, Saver  # noqa: E402
 
 CLASSES = {
@@ -53,3 +53,5 @@ def test_arguments_exist() -> None:
     assert CLASSES.keys() <= found.keys()
     for section, made in CLASSES.items():
         assert found[section] <= set(inspect.signature(made).parameters), section
+    for section, words in _table()["takes"].items():
+        assert set(words.split()) <= set(inspect.signature(CLASSES[section]).parameters), section

@@ -1,11 +1,12 @@
 """The settings of a NeMo 1 training file under their names in NeMo 2, and what became of those that have none.
 
-The table is ``data/nemo1_settings.yaml``; here are the values that change on the way.
+The table is ``data/nemo1_settings.yaml``; values that change on the way are in ``migration_values``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -14,32 +15,17 @@ from typing import Any, Literal
 
 from anyckpt.config.defaults import of_class
 from anyckpt.config.interpolation import resolve
-from anyckpt.config.nemo1 import ACTIVATIONS, NORMS
-from anyckpt.config.nemo2 import FUNCTIONS
+from anyckpt.config.migration_values import CHANGES
 from anyckpt.plain_yaml import load_yaml_mapping
 
 Outcome = Literal["carried", "unset", "elsewhere", "gone", "not given", "unresolved", "unknown"]
 MISSING = "???"
 """What OmegaConf takes for a value that must be given on the command line."""
 
-_PRECISIONS = {"16": "16-mixed", "fp16": "16-mixed", "bf16": "bf16-mixed", "32": "32", "fp32": "32"}
-_OPTIMIZERS = {
-    "adam": ("adam", False),
-    "adamw": ("adam", False),
-    "fused_adam": ("adam", False),
-    "megatron_fused_adam": ("adam", False),
-    "distributed_fused_adam": ("adam", True),
-    "mcore_distributed_optim": ("adam", True),
-    "sgd": ("sgd", False),
-}
-_SCHEDULERS = """
-    WarmupPolicy WarmupHoldPolicy SquareAnnealing SquareRootAnnealing NoamAnnealing NoamHoldAnnealing WarmupAnnealing
-    InverseSquareRootAnnealing T5InverseSquareRootAnnealing PolynomialDecayAnnealing PolynomialHoldDecayAnnealing
-    CosineAnnealing
-""".split()
+_EACH_SCHEDULER = ("max_steps", "min_lr", "interval", "frequency", "monitor")
+_USUAL_SCHEDULER = "CosineAnnealing"
 _OUR_FORMATS = {"torch_dist": "megatron-core", "zarr": "megatron-core-zarr", "fsdp_dtensor": "dcp"}
 _BRIDGE_FORMATS = ("torch", "torch_dist", "torch_dcp", "fsdp_dtensor")
-_RESTORE = "nemo.lightning.pytorch.strategies.utils.RestoreConfig"
 _ON_TOP = "model.mcore_customization_config."
 _STATE_SPACE = ("hybrid_override_pattern", "mamba_num_groups")
 
@@ -129,18 +115,51 @@ def migrate(config: Mapping[str, Any]) -> Migration:
             settings.append(_migrated(key, value, resolved))
     on_top = [item for item in settings if item.key.startswith(_ON_TOP)]
     settings = [item for item in settings if not item.key.startswith(_ON_TOP)] + on_top
-    scheduler = next((item for item in settings if item.key == "model.optim.sched.name"), None)
-    if scheduler is not None and scheduler.value in _SCHEDULERS:
-        classes["scheduler"] = f"nemo.lightning.pytorch.optim.{scheduler.value}Scheduler"
+    scheduler = _found(resolved, "model.optim.sched.name")
+    if not isinstance(scheduler, str) or scheduler not in table["schedulers"]:
+        scheduler = _USUAL_SCHEDULER
+    classes["scheduler"] = f"nemo.lightning.pytorch.optim.{scheduler}Scheduler"
+    settings = [_for_scheduler(item, scheduler, resolved) for item in settings]
     if any(name in _STATE_SPACE for item in settings for _, name in item.arguments):
         classes["model"] = "nemo.collections.llm.SSMConfig"
     said = {item.key for item in settings}
+    passed = {name for item in settings for name in item.arguments}
+    scheduled = scheduler == _USUAL_SCHEDULER and any(section == "scheduler" for section, _ in passed)
     defaults = [
-        Default(key, tuple(row["to"].split(".", 1)), row["was"], row["now"])
+        Default(key, name, row["was"], row["now"])
         for key, row in table["settings"].items()
         if "now" in row and key not in said
+        for name in [_name(row["to"])]
+        if name not in passed and (scheduled or name[0] != "scheduler")
     ]
     return Migration(tuple(settings), classes, table["saver_classes"], tuple(defaults))
+
+
+def _name(to: str) -> tuple[str, str]:
+    section, _, argument = to.partition(".")
+    return section, argument
+
+
+def _for_scheduler(item: Setting, scheduler: str, config: Mapping[str, Any]) -> Setting:
+    """A setting of a scheduler as its class takes it: a part of all steps in steps, if it must be; or not at all."""
+    takes = (*_EACH_SCHEDULER, *_table()["schedulers"][scheduler].split())
+    for (section, argument), value in item.arguments.items():
+        if section != "scheduler" or argument in takes:
+            continue
+        steps = argument.removesuffix("_ratio") + "_steps"
+        whole = _found(config, "model.optim.sched.max_steps") or _found(config, "trainer.max_steps")
+        if steps in takes and argument != steps and _is_number(value) and _is_number(whole) and whole > 0:
+            count = int(value * whole)
+            warning = f"{scheduler}Scheduler takes {steps}: {value} of {whole} steps are {count}"
+            return replace(item, arguments={(section, steps): count}, warnings=(*item.warnings, warning))
+        remedy = f": give {steps}" if steps in takes else ""
+        note = f"{scheduler}Scheduler takes no {argument}{remedy}"
+        return replace(item, outcome="gone", arguments={}, note=note, warnings=(*item.warnings, note))
+    return item
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def table_keys() -> list[str]:
@@ -202,7 +221,11 @@ def _migrated(key: str, value: Any, config: Mapping[str, Any]) -> Setting:
     section, _, argument = row["to"].partition(".")
     if argument.endswith("*"):
         argument = key.rpartition(".")[2]
-    change = _CHANGES.get(row.get("as", ""))
+    takes = _table()["takes"].get(section)
+    if takes is not None and argument not in takes.split():
+        note = f"{_table()['classes'][section]} has no argument {argument}"
+        return replace(setting, outcome="gone", note=note, warnings=(note,))
+    change = CHANGES.get(row.get("as", ""))
     arguments = {(section, argument): value}
     if change is not None:
         arguments, more = change((section, argument), value, config)
@@ -277,109 +300,3 @@ def _model_arguments() -> dict[str, str]:
 
 def _says_something(value: Any) -> bool:
     return value not in (None, False, "", [])
-
-
-# -- values that change -------------------------------------------------------------------------------------------
-
-_Name = tuple[str, str]
-_Changed = tuple[dict[_Name, Any], list[str]]
-
-
-def _precision(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    spelled = str(value)
-    known = _PRECISIONS.get(spelled.partition("-")[0])
-    if known is None:
-        return {}, [f"MegatronMixedPrecision has no precision {spelled}"]
-    changed = [] if spelled.endswith("-mixed") or known == "32" else [f"{spelled} is spelled {known}"]
-    return {name: known}, changed
-
-
-def _checkpoint_format(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    if value == "zarr":
-        return {name: value}, ["zarr is deprecated: say torch_dist; checkpoints in zarr are still read"]
-    known = ("torch_dist", "fsdp_dtensor")
-    return {name: value}, [] if value in known else [f"NeMo 2 has no checkpoint format {value}"]
-
-
-def _number(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    try:
-        return {name: float(value) if isinstance(value, str) else value}, []
-    except ValueError:
-        return {name: value}, [f"{value} is no number"]
-
-
-def _normalization(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    known = NORMS.get(str(value).lower())
-    if known is None:
-        return {}, [f"Megatron-Core has no norm {value}"]
-    centered = {("model", "layernorm_zero_centered_gamma"): True} if known[1] else {}
-    return {name: known[0], **centered}, []
-
-
-def _activation(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    known = ACTIVATIONS.get(str(value))
-    if known is None:
-        return {}, [f"NeMo 2 has no activation {value}"]
-    gate = {("model", "gated_linear_unit"): True} if known[1] else {}
-    return {name: _reference(FUNCTIONS[known[0]]), **gate}, []
-
-
-def _openai_gelu(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    return ({name: _reference(FUNCTIONS["gelu_tanh"])} if value else {}), []
-
-
-def _fp8(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    """One argument for three switches, said once however many of them are on."""
-    model = config.get("model")
-    asked: Mapping[str, Any] = model if isinstance(model, Mapping) else {}
-    if not value or not asked.get("fp8"):
-        return {}, []
-    if asked.get("fp8_e4m3"):
-        return {name: "e4m3"}, []
-    return {name: "hybrid"}, []
-
-
-def _fsdp(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    return ({name: "pytorch"} if value else {}), []
-
-
-def _interval(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    return ({name: value} if value else {}), []
-
-
-def _betas(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    if not isinstance(value, list) or len(value) != 2:
-        return {}, ["Adam has two rates"]
-    return {name: value[0], ("optimizer", "adam_beta2"): value[1]}, []
-
-
-def _optimizer(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    known = _OPTIMIZERS.get(str(value))
-    if known is None:
-        return {}, [f"Megatron-Core has no optimizer {value}: adam, sgd or muon"]
-    shared = {("optimizer", "use_distributed_optimizer"): True} if known[1] else {}
-    return {name: known[0], **shared}, []
-
-
-def _restore(name: _Name, value: Any, config: Mapping[str, Any]) -> _Changed:
-    return {name: {"_target_": _RESTORE, "path": value}}, []
-
-
-def _reference(target: str) -> dict[str, Any]:
-    return {"_target_": target, "_call_": False}
-
-
-_CHANGES: Mapping[str, Callable[[_Name, Any, Mapping[str, Any]], _Changed]] = {
-    "precision": _precision,
-    "checkpoint_format": _checkpoint_format,
-    "number": _number,
-    "normalization": _normalization,
-    "activation": _activation,
-    "openai_gelu": _openai_gelu,
-    "fp8": _fp8,
-    "fsdp": _fsdp,
-    "interval": _interval,
-    "betas": _betas,
-    "optimizer": _optimizer,
-    "restore": _restore,
-}
