@@ -421,11 +421,24 @@ HF = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_att
         ({"attention_bias": True}, "biases that Megatron-Core has no layers for"),
         ({"quantization_config": {"quant_method": "awq"}}, "the model is quantized.*found awq"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is not possible"),
+        ({"rope_theta": -1.0}, "rotary_base is not possible"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is not possible"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": -256}, "query_pre_attn_scalar is not possible"),
     ],
 )
 def test_impossible_configurations(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(MappingError, match=problem):
         identified({**HF, **change})
+
+
+@pytest.mark.parametrize("factor", [0, -8.0, 10**400, float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_a_scaling_of_positions_by_no_factor_goes_nowhere(kind: str, factor: float) -> None:
+    whole = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    model = identified({**HF, "vocab_size": 64, "rope_scaling": {"type": kind, "factor": factor, **whole}})
+    assert model is not None
+    with pytest.raises(MappingError, match="cannot express this rope scaling"):
+        models.render_config(model, "nemo1")
 
 
 PLAIN = st.recursive(

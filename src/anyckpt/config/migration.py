@@ -65,7 +65,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Default:
-    """A checkpoint setting that the file does not have.
+    """A setting that the file does not have and whose default is worth a look.
 
     Attributes:
         key: its dotted name in NeMo 1.
@@ -88,7 +88,7 @@ class Migration:
         settings: every setting of the file, in its order; what overrides others comes last.
         classes: section -> the class whose arguments it has.
         saver_classes: the same for ``Setting.saver``.
-        defaults: checkpoint settings that the file does not have.
+        defaults: what the file does not say of checkpoints, and of a cosine schedule.
     """
 
     settings: tuple[Setting, ...]

@@ -14,6 +14,7 @@ from anyckpt.errors import MappingError
 Tokens = int | tuple[int, ...] | None
 
 LARGEST = 1 << 40  # no size in a model is near it; beyond it, arithmetic on a hostile file is the attack
+_LARGEST_NUMBER = 1e30
 _MOST_LAYERS = 10_000
 
 
@@ -203,6 +204,12 @@ def check(config: ModelConfig) -> ModelConfig:
         value = getattr(config, name)
         if value is not None and not 0 < value < LARGEST:
             raise MappingError(f"the configuration's {name} is not possible", expected="a positive size", found=value)
+    for name in ("query_pre_attn_scalar", "rotary_base"):
+        number = getattr(config, name)
+        if number is not None and not 0 < number < _LARGEST_NUMBER:
+            raise MappingError(
+                f"the configuration's {name} is not possible", expected="a positive number", found=number
+            )
     if config.make_vocab_size_divisible_by < 1:
         raise MappingError(
             "the configuration's make_vocab_size_divisible_by is not possible",

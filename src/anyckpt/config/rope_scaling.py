@@ -66,4 +66,5 @@ def to_factors(scaling: Mapping[str, Any] | None, target: str, *, fixed: bool) -
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a number that can be a factor or a length."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30
