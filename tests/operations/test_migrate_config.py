@@ -285,6 +285,20 @@ def test_both_forms_can_be_read_whatever_the_values_are(trainer: dict[str, Any],
     compile(done.text("python"), "new", "exec")
 
 
+@pytest.mark.parametrize("keys", [("save_top_k", "save_last"), ("save_last", "save_top_k")])
+def test_our_saver_keeps_all_where_all_were_kept(keys: tuple[str, ...]) -> None:
+    asked = {"save_top_k": -1, "save_last": True}
+    migration = migrate({"exp_manager": {"checkpoint_callback_params": {key: asked[key] for key in keys}}})
+    (retention,) = calls(migration, "anyckpt")
+    assert {name: value for name, (value, _) in retention.arguments.items()} == {"last": None}
+
+
+def test_a_reason_is_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("trainer: {amp_backend: native}\n")
+    assert migrate_config(path).text("yaml").count("has no argument amp_backend") == 1
+
+
 def test_a_setting_with_the_name_of_a_given_call_is_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "old.yaml"
     path.write_text(

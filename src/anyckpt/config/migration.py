@@ -27,6 +27,7 @@ _USUAL_SCHEDULER = "CosineAnnealing"
 _OUR_FORMATS = {"torch_dist": "megatron-core", "zarr": "megatron-core-zarr", "fsdp_dtensor": "dcp"}
 _BRIDGE_FORMATS = ("torch", "torch_dist", "torch_dcp", "fsdp_dtensor")
 _ON_TOP = "model.mcore_customization_config."
+_LAST = ("retention", "last")
 _STATE_SPACE = ("hybrid_override_pattern", "mamba_num_groups")
 
 
@@ -113,6 +114,10 @@ def migrate(config: Mapping[str, Any]) -> Migration:
             settings.append(Setting(key, value, known.get("did", ""), "unresolved", note=troubles[key]))
         else:
             settings.append(_migrated(key, value, resolved))
+    if any(item.saver.get(_LAST, 1) is None for item in settings):  # all are kept: nothing else may say how many
+        settings = [
+            replace(item, saver={k: v for k, v in item.saver.items() if k != _LAST or v is None}) for item in settings
+        ]
     on_top = [item for item in settings if item.key.startswith(_ON_TOP)]
     settings = [item for item in settings if not item.key.startswith(_ON_TOP)] + on_top
     scheduler = _found(resolved, "model.optim.sched.name")
@@ -274,7 +279,7 @@ def _for_saver(where: str, value: Any) -> tuple[dict[tuple[str, str], Any], str]
     if argument == "last":
         return ({(section, argument): 1} if value else {}), ""
     if argument == "best" and isinstance(value, int) and value < 0:
-        return {(section, "last"): None}, ""
+        return {_LAST: None}, ""
     return {(section, argument): value}, ""
 
 

@@ -206,7 +206,7 @@ def _has_argument(item: Setting, to: Target) -> bool:
 
 def _line(item: Setting) -> str:
     told = [item.note] if item.note else []
-    told += [f"look: {warning}" for warning in item.warnings]
+    told += [f"look: {warning}" for warning in item.warnings if warning != item.note]
     did = f" ({item.did})" if item.did else ""
     return f"  {item.key}: {_short(item.value)}{did}" + (f" -> {'; '.join(told)}" if told else "")
 
