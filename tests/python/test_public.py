@@ -86,12 +86,23 @@ assert anyckpt.formats.registry is registry and len(anyckpt.families()) > 30
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("module", ["anyckpt", "anyckpt.extend", "anyckpt.testing"])
-def test_the_page_on_what_is_stable_lists_what_is_there(module: str) -> None:
+def listed_as_stable(module: str) -> list[str]:
     page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
     listed = re.search(rf"(?ms)^`{re.escape(module)}`[^`]*:\n(.*?)\.\n\n", page)
     assert listed is not None
-    names = re.findall(r"`(\w+)`", listed[1])
+    return re.findall(r"`(\w+)`", listed[1])
+
+
+@pytest.mark.parametrize("module", ["", ".dcp", ".lightning", ".megatron"])
+def test_the_page_on_what_is_stable_lists_what_training_jobs_use(module: str) -> None:
+    home = import_module(f"anyckpt.torch{module}")
+    assert listed_as_stable(home.__name__) == list(home.__all__)
+    assert set(home.__all__) <= set(dir(home))
+
+
+@pytest.mark.parametrize("module", ["anyckpt", "anyckpt.extend", "anyckpt.testing"])
+def test_the_page_on_what_is_stable_lists_what_is_there(module: str) -> None:
+    names = listed_as_stable(module)
     home = import_module(module)
     assert names == list(home.__all__)
     assert len(set(names)) == len(names)

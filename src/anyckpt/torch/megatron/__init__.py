@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from anyckpt.on_demand import on_demand
 
+__all__ = [
+    "LoadStrategy",
+    "LocalNonpersistentObject",
+    "SaveStrategy",
+    "ShardedObject",
+    "ShardedTensor",
+    "ShardedTensorFactory",
+]
+
 _WHERE = {
     **dict.fromkeys(
         ("LocalNonpersistentObject", "ShardedObject", "ShardedTensor", "ShardedTensorFactory"),
