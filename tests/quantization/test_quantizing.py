@@ -235,6 +235,24 @@ def test_zeros_have_scales_that_are_no_zeros(algorithm: str) -> None:
     assert algorithm == "mxfp4" or made["scale"].numpy().astype(np.float32).all()
 
 
+@pytest.mark.parametrize("algorithm", ["fp8_per_channel", "int8_wo", "int4"])
+def test_a_scale_too_small_for_its_type_is_the_least_of_it(algorithm: str) -> None:
+    least = np.finfo(np.float16).smallest_subnormal
+    weight = from_array(np.full((2, 128), least, np.float16))
+    made = quantized(weight, algorithm, Options(scale_type=dtype("float16")))
+    assert (made["scale"].numpy() == least).all()
+    codes = made["weight"].numpy()
+    assert (codes == 0x11).all() if algorithm == "int4" else (codes.astype(F32) == 1).all()
+
+
+def test_words_are_whole() -> None:
+    words = Options(group_size=4, packed_words=True)
+    for algorithm, columns, remedy in (("int8_wo", 65, "leave the module"), ("int4", 64, "choose another --group-size")):
+        weight = from_array(np.ones((2, columns), F32))
+        with pytest.raises(UsageError, match=rf"codes share a word.*multiple of \d columns.*{remedy}"):
+            quantized(weight, algorithm, words)
+
+
 def test_what_cannot_be_quantized() -> None:
     odd, wide = from_array(np.ones((3, 128), F32)), from_array(np.ones((2, 100), F32))
     with pytest.raises(UsageError, match=r"unknown algorithm.*fp8, fp8_per_channel.*nvfp4.*found int3"):

@@ -61,9 +61,16 @@ class BlockCodes(BlockFunction):
     def _sizes(self, shape: Shape) -> tuple[int, int]:
         return self.rows, max(1, shape[-1]) if self.columns is None else self.columns
 
+    @property
+    def codes_in_a_word(self) -> int:
+        """How many neighbours of a row share an int32; 1 where codes do not lie so."""
+        if self.packing != "words":
+            return 1
+        return 4 if self.numbers.largest > 7 else 8
+
     def _packed(self) -> tuple[int, int]:
         if self.packing == "words":
-            return 1, 4 if self.numbers.largest > 7 else 8
+            return 1, self.codes_in_a_word
         return {"none": (1, 1), "rows": (2, 1), "columns": (1, 2)}[self.packing]
 
     @abstractmethod
@@ -156,6 +163,8 @@ def _halve(codes: Array, out: Array) -> None:
 class Scaled(BlockCodes):
     """A scale is the largest magnitude over a number; that of a block of zeros is 1.
 
+    One that is too small for its element type is the least that the type has, so that nothing is divided by zero.
+
     Attributes:
         over: what the largest magnitude is divided by; the largest number of the codes, or a little more.
     """
@@ -169,8 +178,9 @@ class Scaled(BlockCodes):
             return found, found
         with np.errstate(over="ignore"):
             stored = found.astype(self.kind.numpy)
-        divisors = stored.astype(np.float32)
-        return stored, np.where(divisors > 0, divisors, np.float32(1))
+        least = np.array(1, self.kind.raw).view(self.kind.numpy)
+        stored = np.where(stored > 0, stored, least)
+        return stored, stored.astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -163,5 +163,15 @@ def _blocks(weight: LazyTensor, function: BlockCodes) -> dict[str, LazyTensor]:
             found=rows,
             remedy="leave the module as it is with --quantize-exclude",
         )
+    each = function.codes_in_a_word
+    unit = columns if function.columns is None else function.columns
+    if unit % each:
+        raise UsageError(
+            f"{each} codes share a word, and the {'rows' if function.columns is None else 'groups'} are of no whole words",
+            expected=f"a multiple of {each} columns",
+            found=f"{unit} columns",
+            remedy=("" if function.columns is None else "choose another --group-size, or ")
+            + "leave the module as it is with --quantize-exclude",
+        )
     codes, scales = blockwise(weight, function)
     return {"weight": codes, "scale": scales}
