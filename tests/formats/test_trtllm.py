@@ -509,7 +509,7 @@ def test_weight_only_is_left_to_the_loader(tmp_path: Path, algorithm: str, said:
     ("options", "message"),
     [
         ({"quantize": "int8"}, "only activations tell; give it with --activation-scale"),
-        ({"quantize": "mxfp4"}, r"trtllm has no mxfp4 \(expected fp8, .*nvfp4"),
+        ({"quantize": "mxfp4"}, r"trtllm does not hold mxfp4 \(expected fp8, .*nvfp4"),
         ({"quantize": "fp8", "quantize_form": "modelopt"}, "does not hold fp8 in the form modelopt"),
         ({"quantize": "int4", "group_size": 48}, "groups do not divide the rows"),
     ],

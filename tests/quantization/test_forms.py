@@ -228,6 +228,9 @@ def test_output_layers_have_many_names(tmp_path: Path) -> None:
         ({"quantize": "int8", "optimizer": "keep"}, "training state goes with weights in full precision"),
         ({"quantize_form": "modelopt"}, "--quantize-form means nothing without --quantize"),
         ({"group_size": 64}, "--group-size means nothing without --quantize"),
+        ({"quantize": "int8", "group_size": 64}, "--group-size means nothing with --quantize int8"),
+        ({"quantize": "int4_wo"}, r"hf does not hold int4_wo.*expected fp8, .*found int4_wo.*with --to"),
+        ({"quantize": "int4", "quantize_form": "modelopt"}, r"--quantize-form: compressed-tensors$"),
         ({"quantize": "fp8", "quantize_exclude": "*"}, r"no weight can be quantized.*--quantize-exclude"),
         ({"quantize": "mxfp4", "quantize_form": "mxfp4"}, r"no weight can be quantized.*stacked experts"),
     ],
@@ -236,6 +239,33 @@ def test_what_is_not_possible(options: dict[str, Any], message: str, tmp_path: P
     with pytest.raises(UsageError, match=message):
         anyckpt.convert(fixture_path(SOURCE), tmp_path / "q", to="hf", **options)
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["fp8_per_channel", "int4_wo"])
+def test_a_group_size_that_nothing_has(algorithm: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--group-size means nothing with --quantize {algorithm}"):
+        anyckpt.convert(fixture_path(SOURCE), tmp_path / "q", to="trtllm", quantize=algorithm, group_size=64)
+
+
+def test_an_algorithm_that_a_format_has_in_no_form(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"trtllm does not hold mxfp4.*expected fp8, .*with --to$"):
+        anyckpt.convert(fixture_path(SOURCE), tmp_path / "q", to="trtllm", quantize="mxfp4")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "to", "example"),
+    [
+        ("int8", "hf", r"model\.layers\.0\.mlp\.down_proj"),
+        ("fp8_per_channel", "trtllm", r"transformer\.layers\.0\."),
+        ("int8_wo", "trtllm", r"transformer\.layers\.0\."),
+    ],
+)
+def test_a_module_to_leave_that_there_is_not_is_told(algorithm: str, to: str, example: str, tmp_path: Path) -> None:
+    exclude = ["*.2.down_project", "*layers.0.*"]
+    source = fixture_path(SOURCE)
+    done = anyckpt.convert(source, tmp_path / "q", to=to, quantize=algorithm, quantize_exclude=exclude, dry_run=True)
+    (note,) = (note for note in done.notes if "matches no module" in note)
+    assert re.match(rf"--quantize-exclude '\*\.2\.down_project' .*named as {example.replace('0', '1')}", note)
 
 
 def test_other_formats_hold_no_quantized_weights(tmp_path: Path) -> None:

@@ -247,7 +247,10 @@ def test_a_scale_too_small_for_its_type_is_the_least_of_it(algorithm: str) -> No
 
 def test_words_are_whole() -> None:
     words = Options(group_size=4, packed_words=True)
-    for algorithm, columns, remedy in (("int8_wo", 65, "leave the module"), ("int4", 64, "choose another --group-size")):
+    for algorithm, columns, remedy in (
+        ("int8_wo", 65, "leave the module"),
+        ("int4", 64, "choose another --group-size"),
+    ):
         weight = from_array(np.ones((2, columns), F32))
         with pytest.raises(UsageError, match=rf"codes share a word.*multiple of \d columns.*{remedy}"):
             quantized(weight, algorithm, words)

@@ -86,7 +86,7 @@ def choose_experts(tensors: Mapping[str, LazyTensor], exclude: Sequence[str] = (
         if tensor.dtype.kind != "float" or tensor.dtype.itemsize < 2 or tensor.ndim < 2:
             continue
         if tensor.ndim == 3 and name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            if _asked(name, name, exclude):
+            if is_asked(name, name, exclude):
                 spared[name] = ASKED
             else:
                 weights.append(name)
@@ -97,7 +97,7 @@ def choose_experts(tensors: Mapping[str, LazyTensor], exclude: Sequence[str] = (
 
 def _reason(name: str, module: str, tensor: LazyTensor, exclude: Sequence[str]) -> str | None:
     """Why a tensor is not quantized."""
-    if _asked(name, module, exclude):
+    if is_asked(name, module, exclude):
         return ASKED
     for pattern, what in NEVER.items():
         if fnmatchcase(module, pattern):
@@ -109,5 +109,6 @@ def _reason(name: str, module: str, tensor: LazyTensor, exclude: Sequence[str]) 
     return None
 
 
-def _asked(name: str, module: str, exclude: Sequence[str]) -> bool:
+def is_asked(name: str, module: str, exclude: Sequence[str]) -> bool:
+    """Whether any of the globs matches a tensor's name or that of its module."""
     return any(fnmatchcase(text, pattern) for pattern in exclude for text in (name, module))

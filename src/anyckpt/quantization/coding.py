@@ -178,7 +178,7 @@ class Scaled(BlockCodes):
             return found, found
         with np.errstate(over="ignore"):
             stored = found.astype(self.kind.numpy)
-        least = np.array(1, self.kind.raw).view(self.kind.numpy)
+        least = np.array(1, self.kind.raw).view(stored.dtype)
         stored = np.where(stored > 0, stored, least)
         return stored, stored.astype(np.float32)
 

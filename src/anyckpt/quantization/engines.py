@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
-from anyckpt.quantization.choosing import ASKED, Choice
+from anyckpt.quantization.choosing import ASKED, Choice, is_asked
 from anyckpt.quantization.quantizing import Options
 from anyckpt.quantization.stored import Facts, Layout, Request
 from anyckpt.tensor import LazyTensor
@@ -34,7 +33,7 @@ def _choose(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice
         if reason is not None:
             spared[module] = reason
         elif _LINEAR.fullmatch(name):
-            if any(fnmatchcase(text, pattern) for pattern in exclude for text in (name, module)):
+            if is_asked(name, module, exclude):
                 spared[module] = ASKED
             else:
                 weights.append(name)

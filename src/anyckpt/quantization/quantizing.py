@@ -167,7 +167,7 @@ def _blocks(weight: LazyTensor, function: BlockCodes) -> dict[str, LazyTensor]:
     unit = columns if function.columns is None else function.columns
     if unit % each:
         raise UsageError(
-            f"{each} codes share a word, and the {'rows' if function.columns is None else 'groups'} are of no whole words",
+            f"{each} codes share a word, and a {'row' if function.columns is None else 'group'} ends within one",
             expected=f"a multiple of {each} columns",
             found=f"{unit} columns",
             remedy=("" if function.columns is None else "choose another --group-size, or ")

@@ -9,7 +9,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import AnyckptError, UsageError
-from anyckpt.quantization.choosing import Choice
+from anyckpt.quantization.choosing import Choice, is_asked
 from anyckpt.quantization.forms import MODELOPT_FILE, layout_of
 from anyckpt.quantization.quantizing import quantized
 from anyckpt.quantization.stored import Facts, Layout, Request
@@ -74,7 +74,8 @@ def quantize(
         note = (
             f"{len(choice.weights)} weights stay numbers, which are quantized ({request.algorithm}) as they are loaded"
         )
-        return Written(dict(tensors), config, layout.key, {}, Choice((), choice.spared), {}, "", (note,))
+        notes = (note, *_of_no_module(request, choice, tensors))
+        return Written(dict(tensors), config, layout.key, {}, Choice((), choice.spared), {}, "", notes)
     values = tensors if uncast is None or not layout.unrounded else uncast
     result: dict[str, LazyTensor] = {}
     made: dict[str, tuple[str, ...]] = {}
@@ -95,7 +96,9 @@ def quantize(
         result.update(parts)
     files = {} if layout.file is None else {MODELOPT_FILE: layout.file(config, request)}
     numbers = _NUMBERS_OF.get(layout.algorithm, layout.algorithm)
-    return Written(result, config, layout.key, files, choice, made, numbers, tuple(_notes(choice, layout, request)))
+    return Written(
+        result, config, layout.key, files, choice, made, numbers, tuple(_notes(choice, layout, request, tensors))
+    )
 
 
 def _with_head(spared: list[str]) -> list[str]:
@@ -148,7 +151,17 @@ def _siblings(name: str) -> list[str]:
     return [f"{stem}.{one}.weight" for one in group]
 
 
-def _notes(choice: Choice, layout: Layout, request: Request) -> list[str]:
+def _of_no_module(request: Request, choice: Choice, tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """A note for each glob of modules to leave as they are that matches none; names are those of the target."""
+    example = choice.weights[0].removesuffix(".weight")
+    return [
+        f"--quantize-exclude {glob!r} matches no module, and leaves out nothing: they are named as {example}"
+        for glob in request.exclude
+        if not any(is_asked(name, name.removesuffix(".weight"), (glob,)) for name in tensors)
+    ]
+
+
+def _notes(choice: Choice, layout: Layout, request: Request, tensors: Mapping[str, LazyTensor]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for module, why in choice.spared.items():
         by_reason.setdefault(why, []).append(module)
@@ -157,6 +170,7 @@ def _notes(choice: Choice, layout: Layout, request: Request) -> list[str]:
         for why, found in by_reason.items()
     ]
     notes = [f"{len(choice.weights)} weights are quantized ({request.algorithm}); not quantized: {'; '.join(told)}"]
+    notes += _of_no_module(request, choice, tensors)
     modules = {name.removesuffix(".weight") for name in choice.weights}
     unused = [module for module in request.activation_scales or {} if module not in modules]
     if unused:

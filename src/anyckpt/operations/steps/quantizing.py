@@ -12,7 +12,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.registry import Format
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.quantization import method_of
-from anyckpt.quantization.forms import MODELOPT_FILE, layout_of, usual_form
+from anyckpt.quantization.forms import ALGORITHMS, FORMS, MODELOPT_FILE, forms_with, layout_of, usual_form
 from anyckpt.quantization.stored import Request
 from anyckpt.quantization.written import Written, quantize
 from anyckpt.storage.source import MemorySource
@@ -58,8 +58,29 @@ def check_request(request: Request | None, target: Format, others: Mapping[str, 
             expected="--to hf or --to trtllm",
             remedy="convert to one of these with --quantize",
         )
-    layout_of(request)
     form = request.form or usual_form(request.algorithm)
+    held = [one for one in forms_with(request.algorithm) if one in target.quantizes]
+    if request.algorithm in ALGORITHMS and not held:
+        raise UsageError(
+            f"{target.name} does not hold {request.algorithm}",
+            expected=", ".join(dict.fromkeys(name for one in target.quantizes for name in FORMS[one])),
+            found=request.algorithm,
+            remedy="choose another algorithm, or another format with --to",
+        )
+    if form in target.quantizes and held and form not in held:
+        raise UsageError(
+            f"{form} has no {request.algorithm}",
+            expected=", ".join(FORMS[form]),
+            found=request.algorithm,
+            remedy=f"choose another form with --quantize-form: {', '.join(held)}",
+        )
+    layout = layout_of(request)
+    if layout.algorithm != "int4" and others.get("--group-size") is not None:
+        raise UsageError(
+            f"--group-size means nothing with --quantize {request.algorithm}, whose scales are of a fixed size",
+            expected="--quantize int4",
+            remedy="leave it out",
+        )
     if form not in target.quantizes:
         raise UsageError(
             f"{target.name} does not hold {request.algorithm} in the form {form}",
