@@ -93,6 +93,7 @@ def listed_as_stable(module: str) -> list[str]:
     return re.findall(r"`(\w+)`", listed[1])
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("module", ["", ".dcp", ".lightning", ".megatron"])
 def test_the_page_on_what_is_stable_lists_what_training_jobs_use(module: str) -> None:
     home = import_module(f"anyckpt.torch{module}")
