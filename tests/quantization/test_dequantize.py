@@ -443,6 +443,29 @@ def test_verify_finds_a_scale_that_is_missing(tmp_path: Path) -> None:
     assert anyckpt.inspect(folder).family is None
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "ending", "bad", "problem"),
+    [
+        ("mxfp4", ".weight_scale", np.uint8(255), "are infinite or no numbers"),
+        ("nvfp4", ".weight_global_scale", np.float32(0), "are zero"),
+    ],
+)
+def test_verify_finds_a_number_that_no_scale_has(
+    algorithm: str, ending: str, bad: Any, problem: str, tmp_path: Path
+) -> None:
+    """An exponent that is not-a-number, and a number that all scales are divided by."""
+    anyckpt.convert(fixture_path(SOURCE), tmp_path / "q", to="hf", quantize=algorithm)
+    tensors = arrays(tmp_path / "q")
+    assert anyckpt.verify(tmp_path / "q").checked.scales
+    name = next(key for key in tensors if key.endswith(ending))
+    changed = tensors[name].copy()
+    changed.reshape(-1)[0] = bad
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    found = anyckpt.verify(write_folder(tmp_path / "bad", config, {**tensors, name: changed}))
+    assert [each.where for each in found.problems] == [name]
+    assert problem in found.problems[0].problem
+
+
 def test_a_method_that_is_not_understood_is_no_damage(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "awq"}, "model_type": "llama"}
     folder = write_folder(tmp_path / "awq", config, {"a.qweight": np.ones((4, 4), np.int32)})

@@ -9,7 +9,7 @@ import numpy as np
 
 from anyckpt.errors import MappingError
 from anyckpt.quantization import trtllm
-from anyckpt.quantization.methods import Facts, schemes_of
+from anyckpt.quantization.methods import Facts, Scheme, schemes_of
 from anyckpt.quantization.numbers import values_of
 from anyckpt.quantization.weights import OF_ACTIVATIONS
 from anyckpt.tensor import LazyTensor
@@ -42,13 +42,17 @@ def scales_checked(tensors: Mapping[str, LazyTensor], facts: Facts) -> Iterator[
     own = facts.get("quant_method") == trtllm.METHOD
     of_inputs = (*trtllm.OF_ACTIVATIONS, trtllm.PREQUANT) if own else OF_ACTIVATIONS
     of_weights = tuple(part for scheme in schemes for part in scheme.of_scales)
+    plain = [scheme for scheme in schemes if isinstance(scheme, Scheme)]
+    exponents = tuple(scheme.scales for scheme in plain if scheme.exponents)
+    divisors = (*of_inputs, *(scheme.common for scheme in plain if scheme.divided))
     for name, tensor in tensors.items():
-        if name.endswith((*of_weights, *of_inputs)) and tensor.dtype.is_floating:
-            yield Scale(name, _problem(tensor, name.endswith(of_inputs)))
+        exponent = name.endswith(exponents) and tensor.dtype.itemsize == 1
+        if name.endswith((*of_weights, *of_inputs)) and (tensor.dtype.is_floating or exponent):
+            yield Scale(name, _problem(tensor, name.endswith(divisors)))
 
 
-def _problem(tensor: LazyTensor, of_inputs: bool) -> str | None:
-    """What is wrong with the numbers; a row of zeros may have the scale 0, by which inputs are not divided."""
+def _problem(tensor: LazyTensor, divides: bool) -> str | None:
+    """What is wrong with the numbers; a row of zeros may have the scale 0, by which nothing is divided."""
     strange = negative = zeros = 0
     for block in tensor.chunks(_BLOCK):
         numbers = values_of(tensor.dtype)[block.view("u1")] if tensor.dtype.itemsize == 1 else block.astype(np.float32)
@@ -60,7 +64,7 @@ def _problem(tensor: LazyTensor, of_inputs: bool) -> str | None:
         for count, what in (
             (strange, "are infinite or no numbers"),
             (negative, "are negative"),
-            (zeros * of_inputs, "are zero"),
+            (zeros * divides, "are zero"),
         )
         if count
     ]
