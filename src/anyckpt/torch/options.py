@@ -37,9 +37,9 @@ class Options:
         asynchronous: ``save`` returns when the state is copied, with a handle in its report (see ``async_save``); a
             ``Saver`` always saves so.
         assume_constant_structure: plan the first save only; later ones of the same options in which every rank has the
-            same boxes of the same tensors take its plan, and ranks are not compared.  A save of other tensors, or whose
-            objects take another size, is planned again.  Names of objects and how the state is nested are taken to be
-            those of the first save; not for ``torch``, whose files hold objects and tensors together.
+            same boxes of the same tensors take its plan, and ranks are not compared.  A save of other tensors, names or
+            nesting, or whose objects take another size, is planned again; with ``torch``, whose files hold objects and
+            tensors together, so is one in which any object changes.
         check_objects: refuse objects that should be alike on all ranks and are not; False: the first rank's is saved.
         config: the model's configuration, for formats that have a place for it (``hf``).
         overwrite: replace what is there, when the new checkpoint is whole.

@@ -67,7 +67,8 @@ class Saver:
 
     Args:
         folder: where checkpoints are kept; made if it is not there.
-        options: as for ``save``; or its fields as keywords, ``overwrite`` being true if it is not given.
+        options: as for ``save``; or its fields as keywords, ``overwrite`` and ``assume_constant_structure`` being true
+            if they are not given.
         name: of a checkpoint, with ``{step}``; ``iter_{step:07d}`` is Megatron's, which then finds the newest.
         keep: which checkpoints stay; all if None.  Only what was saved by a ``Saver`` is deleted.
         in_flight: so many saves may be under way.
@@ -96,7 +97,7 @@ class Saver:
         if _named(name, 1) == _named(name, 2):
             raise UsageError("the name of a checkpoint does not tell its step", expected="{step} in it", found=name)
         self.folder = os.path.abspath(folder)
-        usual = {"overwrite": True} if options is None else {}
+        usual = {"overwrite": True, "assume_constant_structure": True} if options is None else {}
         self._options = asked(options, {**usual, **settings})
         self._plans: Plans = {}
         self._name = name

@@ -186,7 +186,7 @@ def prepare(
         if ranks.rank == 0:
             StagingDirectory(destination, overwrite=options.overwrite).clear()
         kept.append(describe())
-        known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0].pieces)
+        known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0])
         told = LiveState(objects=kept[0].objects) if known else kept[0]
         record = record_of(told, ranks.rank, check_objects=options.check_objects and not known)
         return _Look(uuid.uuid4().hex, record, _members(options, ranks), known)
@@ -219,7 +219,7 @@ def prepare(
     if options.assume_constant_structure:
         only_objects = laid.plan({}, _objects(records))
         plans[_kind(options, ranks)] = _Earlier(
-            laid, plan, only_objects, ready is not plan, run, _read(live.pieces, laid.sources)
+            laid, plan, only_objects, ready is not plan, run, _read(live.pieces, laid.sources), _nesting(live)
         )
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
 
@@ -319,6 +319,15 @@ class _Look:
     known: bool
 
 
+_Nesting = tuple[tuple[Any, ...], ...]
+
+
+def _nesting(live: LiveState) -> _Nesting:
+    """Names with the keys that lead to them and these keys' types, in order, and which of the names are objects'."""
+    names = tuple((name, path, tuple(map(type, path))) for name, path in live.paths.items())
+    return (*names, tuple(one.name for one in live.objects))
+
+
 @dataclass(frozen=True)
 class _Earlier:
     """A save that was planned, whose plan does for the next one if nothing has another length."""
@@ -329,10 +338,12 @@ class _Earlier:
     settled: bool
     run: SharedRun
     pieces: tuple[_PieceRead, ...]
+    nesting: _Nesting
 
-    def is_of(self, pieces: Sequence[LivePiece]) -> bool:
-        """Whether a rank has boxes of the same tensors."""
-        return len(pieces) == len(self.pieces) and all(
+    def is_of(self, live: LiveState) -> bool:
+        """Whether a rank has boxes of the same tensors, in a state of the same names that is nested alike."""
+        pieces = live.pieces
+        same = len(pieces) == len(self.pieces) and all(
             piece.name == was.name
             and piece.tensor.shape == was.sizes
             and piece.offset == was.offset
@@ -340,6 +351,7 @@ class _Earlier:
             and piece.dtype is was.dtype
             for piece, was in zip(pieces, self.pieces, strict=True)
         )
+        return same and _nesting(live) == self.nesting
 
     def plan_of(self, objects: Mapping[str, Frozen]) -> Plan | None:
         """The plan with other objects; None if they take another size."""
@@ -405,9 +417,10 @@ def _objects(records: list[RankRecord]) -> dict[str, Frozen]:
 
 
 def _with_objects(plan: Plan, old: Plan, new: Plan) -> Plan | None:
-    """A plan with other objects; None if their lengths differ.
+    """A plan with other objects; None if it has to be made anew.
 
-    Objects are at the start of their files, or have files of their own.
+    That is so if their lengths differ, and in formats in which objects are not at the start of their files or in files
+    of their own, laid out as if there were nothing else.
 
     Args:
         plan: of tensors and objects.
@@ -423,6 +436,8 @@ def _with_objects(plan: Plan, old: Plan, new: Plan) -> Plan | None:
         parts = after.get(file.path, ())
         if file.stage or parts == before.get(file.path, ()):
             files.append(file)
+        elif file.parts[: len(before[file.path])] != before[file.path]:
+            return None
         elif [part.nbytes for part in parts] == [part.nbytes for part in before[file.path]]:
             files.append(OutputFile(file.path, (*parts, *file.parts[len(parts) :]), file.stage))
         else:
