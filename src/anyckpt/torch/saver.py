@@ -22,7 +22,8 @@ from anyckpt.torch.copying import PageLockedMemory, copy
 from anyckpt.torch.flights import Flights
 from anyckpt.torch.live import described
 from anyckpt.torch.options import Options
-from anyckpt.torch.saving import Plans, Prepared, asked, prepare
+from anyckpt.torch.planned_before import Plans
+from anyckpt.torch.saving import Prepared, asked, prepare
 
 _TRIES = 20
 _TRY_SECONDS = 1.0

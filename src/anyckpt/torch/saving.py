@@ -10,27 +10,23 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from anyckpt.checkpoint import Checkpoint
-from anyckpt.containers.dcp.chunks import HeldBox
-from anyckpt.dtypes import DType
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import Report
-from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.engine.plan import Plan
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import UsageError
-from anyckpt.formats import registry
-from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.integrity import RankRecord, record_of, survey
-from anyckpt.torch.live import Index, LivePiece, LiveState, Path, described
-from anyckpt.torch.objects import Frozen
+from anyckpt.torch.laid_out import Laid
+from anyckpt.torch.live import LiveState, described
 from anyckpt.torch.options import Options
+from anyckpt.torch.planned_before import PLANNED, Earlier, Plans, kind_of, nesting_of, objects_of, pieces_read
 from anyckpt.torch.settling import settled
 from anyckpt.torch.whole import LiveSource, shared_out, whole_of
 
@@ -179,8 +175,8 @@ def prepare(
     """
     destination = os.fspath(path)
     kept: list[LiveState] = []
-    plans = _planned if plans is None else plans
-    earlier = plans.get(_kind(options, ranks)) if options.assume_constant_structure else None
+    plans = PLANNED if plans is None else plans
+    earlier = plans.get(kind_of(options, ranks)) if options.assume_constant_structure else None
 
     def look() -> _Look:
         if ranks.rank == 0:
@@ -196,19 +192,21 @@ def prepare(
     records = [one.record for one in found]
     started = time.monotonic()
     if any(one.known for one in found):
-        again = earlier.plan_of(_objects(records)) if earlier is not None and all(one.known for one in found) else None
+        again = (
+            earlier.plan_of(objects_of(records)) if earlier is not None and all(one.known for one in found) else None
+        )
         if all(ranks.gather(lambda: again is not None)) and earlier is not None and again is not None:
             ready, run = earlier.again(again, live.pieces, destination, key, ranks)
             return Prepared(ready, run, earlier.laid.sources, key, time.monotonic() - started, planned=False)
-        plans.pop(_kind(options, ranks), None)
+        plans.pop(kind_of(options, ranks), None)
         return prepare(lambda: live, path, options, ranks, plans)
     groups = tuple({frozenset(one.members) for one in found if one.members})
 
-    def lay_out() -> tuple[_Laid, Plan]:
+    def lay_out() -> tuple[Laid, Plan]:
         everything = survey(records)
         share = shared_out(everything, parallel=options.parallel_save, together=groups)
         whole = whole_of(everything, share, live, ranks.rank, key)
-        laid = _Laid(options, whole.boxes, dict(everything.paths), whole.sources)
+        laid = Laid(options, whole.boxes, dict(everything.paths), whole.sources)
         return laid, laid.plan(whole.tensors, everything.objects)
 
     laid, plan = ranks.together(lay_out)
@@ -217,9 +215,9 @@ def prepare(
         lambda: SharedRun(ready, destination, ranks.size, overwrite=options.overwrite, workers=options.workers)
     )
     if options.assume_constant_structure:
-        only_objects = laid.plan({}, _objects(records))
-        plans[_kind(options, ranks)] = _Earlier(
-            laid, plan, only_objects, ready is not plan, run, _read(live.pieces, laid.sources), _nesting(live)
+        only_objects = laid.plan({}, objects_of(records))
+        plans[kind_of(options, ranks)] = Earlier(
+            laid, plan, only_objects, ready is not plan, run, pieces_read(live.pieces, laid.sources), nesting_of(live)
         )
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
 
@@ -241,67 +239,6 @@ def write(prepared: Prepared, path: str | os.PathLike[str], ranks: Ranks) -> tup
     return own.bytes_written, report
 
 
-# -- what a plan is made of ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Laid:
-    """What a plan depends on besides tensors and objects."""
-
-    options: Options
-    boxes: Mapping[str, tuple[HeldBox, ...]]
-    paths: Mapping[str, tuple[Any, ...]]
-    sources: dict[tuple[str, Shape], LiveSource]
-
-    def plan(self, tensors: Mapping[str, Any], objects: Mapping[str, Frozen]) -> Plan:
-        """The format's own plan."""
-        options = self.options
-        known = registry.by_name(options.format)
-        assert known.plan is not None
-        paths, keys = key_paths({name: self.paths[name] for name in (*tensors, *objects) if name in self.paths})
-        prefix, state_prefixes = nesting.prefixes(tensors, paths)
-        checkpoint = Checkpoint(
-            "the state of a training job",
-            "dcp",
-            dict(tensors),
-            model_prefix=prefix,
-            state_prefixes=state_prefixes,
-            objects={name: value.inert() for name, value in objects.items()},
-            config=dict(options.config or {}),
-            config_kind="hf" if options.config else None,
-            key_paths=paths,
-            original_keys=keys,
-            common=tuple(objects),
-        )
-        asked = registry.WriteOptions(
-            max_shard_size=options.max_shard_size,
-            held={name: self.boxes[name] for name in tensors},
-        )
-        return known.plan(checkpoint, asked)
-
-
-def key_paths(paths: Mapping[str, Path]) -> tuple[dict[str, tuple[Any, ...]], dict[tuple[Any, ...], Any]]:
-    """Paths as a checkpoint has them, and the keys of dictionaries that are no strings by the path that leads there."""
-    plain: dict[str, tuple[Any, ...]] = {}
-    keys: dict[tuple[Any, ...], Any] = {}
-    for name, path in paths.items():
-        plain[name] = tuple(int(key) if type(key) is Index else str(key) for key in path)
-        for depth, key in enumerate(path, 1):
-            if type(key) is not Index and not isinstance(key, str):
-                keys[plain[name][:depth]] = key
-    return plain, keys
-
-
-def _members(options: Options, ranks: Ranks) -> tuple[int, ...]:
-    """The ranks that share copies with this one, by their numbers among those that save."""
-    if options.within is None or ranks.size == 1:
-        return ()
-    return ranks.numbers_of(options.within)
-
-
-# -- saves after the first one -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Look:
     """What a rank tells the others before a save.
@@ -319,127 +256,8 @@ class _Look:
     known: bool
 
 
-_Nesting = tuple[tuple[Any, ...], ...]
-
-
-def _nesting(live: LiveState) -> _Nesting:
-    """Names with the keys that lead to them and these keys' types, in order, and which of the names are objects'."""
-    names = tuple((name, path, tuple(map(type, path))) for name, path in live.paths.items())
-    return (*names, tuple(one.name for one in live.objects))
-
-
-@dataclass(frozen=True)
-class _Earlier:
-    """A save that was planned, whose plan does for the next one if nothing has another length."""
-
-    laid: _Laid
-    plan: Plan
-    only_objects: Plan
-    settled: bool
-    run: SharedRun
-    pieces: tuple[_PieceRead, ...]
-    nesting: _Nesting
-
-    def is_of(self, live: LiveState) -> bool:
-        """Whether a rank has boxes of the same tensors, in a state of the same names that is nested alike."""
-        pieces = live.pieces
-        same = len(pieces) == len(self.pieces) and all(
-            piece.name == was.name
-            and piece.tensor.shape == was.sizes
-            and piece.offset == was.offset
-            and piece.shape == was.shape
-            and piece.dtype is was.dtype
-            for piece, was in zip(pieces, self.pieces, strict=True)
-        )
-        return same and _nesting(live) == self.nesting
-
-    def plan_of(self, objects: Mapping[str, Frozen]) -> Plan | None:
-        """The plan with other objects; None if they take another size."""
-        return _with_objects(self.plan, self.only_objects, self.laid.plan({}, objects))
-
-    def again(
-        self, plan: Plan, pieces: Sequence[LivePiece], path: str, key: str, ranks: Ranks
-    ) -> tuple[Plan, SharedRun]:
-        """The same with other contents."""
-        for piece, was in zip(pieces, self.pieces, strict=True):
-            for start, source in was.sources:
-                source.follow(piece, start)
-        ready = settled(plan, ranks, key) if self.settled else plan
-        return ready, self.run.renewed(ready, path, key, overwrite=self.laid.options.overwrite)
-
-
-@dataclass(frozen=True)
-class _PieceRead:
-    """A box that a rank had, and what is read of it, by where that begins."""
-
-    name: str
-    dtype: DType
-    offset: Shape
-    shape: Shape
-    sizes: Shape
-    sources: tuple[tuple[Shape, LiveSource], ...]
-
-
-def _read(pieces: Sequence[LivePiece], sources: Mapping[tuple[str, Shape], LiveSource]) -> tuple[_PieceRead, ...]:
-    by_name: dict[str, list[tuple[Shape, LiveSource]]] = {}
-    for (name, start), source in sources.items():
-        by_name.setdefault(name, []).append((start, source))
-    return tuple(
-        _PieceRead(
-            piece.name,
-            piece.dtype,
-            piece.offset,
-            piece.shape,
-            piece.sizes,
-            tuple(one for one in by_name.get(piece.name, ()) if piece.holds(one[0], tuple(one[1].tensor.shape))),
-        )
-        for piece in pieces
-    )
-
-
-Plans = dict[Any, _Earlier]
-"""Plans of earlier saves, by what they were asked for; they hold the tensors that they were made for."""
-
-_planned: Plans = {}
-
-
-def _kind(options: Options, ranks: Ranks) -> Any:
-    return ranks.group, ranks.size, options.format, options.parallel_save, options.max_shard_size
-
-
-def _objects(records: list[RankRecord]) -> dict[str, Frozen]:
-    found: dict[str, Frozen] = {}
-    for record in records:
-        for name, one in record.objects.items():
-            if one.value is not None:
-                found.setdefault(name, one.value)
-    return found
-
-
-def _with_objects(plan: Plan, old: Plan, new: Plan) -> Plan | None:
-    """A plan with other objects; None if it has to be made anew.
-
-    That is so if their lengths differ, and in formats in which objects are not at the start of their files or in files
-    of their own, laid out as if there were nothing else.
-
-    Args:
-        plan: of tensors and objects.
-        old: of the objects alone.
-        new: of the other objects alone.
-    """
-    before = {file.path: file.parts for file in old.files if file.stage == 0}
-    after = {file.path: file.parts for file in new.files if file.stage == 0}
-    if before.keys() != after.keys():
-        return None
-    files = []
-    for file in plan.files:
-        parts = after.get(file.path, ())
-        if file.stage or parts == before.get(file.path, ()):
-            files.append(file)
-        elif file.parts[: len(before[file.path])] != before[file.path]:
-            return None
-        elif [part.nbytes for part in parts] == [part.nbytes for part in before[file.path]]:
-            files.append(OutputFile(file.path, (*parts, *file.parts[len(parts) :]), file.stage))
-        else:
-            return None
-    return replace(plan, files=tuple(files))
+def _members(options: Options, ranks: Ranks) -> tuple[int, ...]:
+    """The ranks that share copies with this one, by their numbers among those that save."""
+    if options.within is None or ranks.size == 1:
+        return ()
+    return ranks.numbers_of(options.within)
