@@ -40,7 +40,7 @@ TRTLLM = "trtllm"
 """That of TensorRT-LLM's ``config.json``, which says what its engine needs, and leaves tokens out."""
 
 _TRANSFORMER = {"num_layers", "hidden_size", "num_attention_heads"}
-"""Without these, arguments or a NeMo 1 configuration are of no transformer (or of a test's stub)."""
+"""Without these, arguments or a NeMo 1 configuration are of no transformer."""
 
 
 def config_kind(config: Mapping[str, Any]) -> str | None:

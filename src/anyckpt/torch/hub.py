@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from abc import abstractmethod
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar, TypeVar, cast
@@ -138,9 +139,9 @@ class Pretrained:
             *(OutputFile(name, (SourceData(source),) if source.size else ()) for name, source in artifacts.items()),
         )
 
+    @abstractmethod
     def _stored_settings(self, named: bool) -> tuple[dict[str, Any], dict[str, ByteSource]]:
-        """As ``Restorable`` has it."""
-        raise NotImplementedError
+        """The configuration and the artifacts that it names; ``Restorable`` knows them."""
 
     @classmethod
     def from_pretrained(
