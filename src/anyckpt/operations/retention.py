@@ -63,7 +63,11 @@ class Retention:
         for name in ("last", "every_steps", "every_seconds", "forever_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise UsageError(f"{name} is not positive", found=value, remedy="give None to do without the rule")
+                raise UsageError(
+                    f"{name} is not positive",
+                    found=value,
+                    remedy="give None to do without the rule" if name != "last" else "give None to keep all",
+                )
         for name in ("best", "most"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -139,8 +139,14 @@ class Thawing:
         """The live object.
 
         Raises:
-            UnsafeError: it is of a class that nobody allowed.
+            UnsafeError: it is of a class that nobody allowed, or nested too deep.
         """
+        try:
+            return self._live(value)
+        except RecursionError:
+            raise UnsafeError("an object is nested too deep", expected="what Python can build") from None
+
+    def _live(self, value: Any) -> Any:
         if isinstance(value, (*_SCALARS, bytes, complex)):
             return value
         if id(value) in self._made:
@@ -157,38 +163,38 @@ class Thawing:
     def _list(self, value: list[Any]) -> list[Any]:
         made: list[Any] = []
         self._made[id(value)] = made
-        made.extend(map(self.object, value))
+        made.extend(map(self._live, value))
         return made
 
     def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
         made: dict[Any, Any] = {}
         self._made[id(value)] = made
-        made.update((self.object(key), self.object(inner)) for key, inner in value.items())
+        made.update((self._live(key), self._live(inner)) for key, inner in value.items())
         return made
 
     def _dict_record(self, value: DictRecord) -> Any:
-        made = self._call(value.type)(*map(self.object, value.args))
+        made = self._call(value.type)(*map(self._live, value.args))
         self._made[id(value)] = made
-        made.update((self.object(key), self.object(inner)) for key, inner in value.items())
+        made.update((self._live(key), self._live(inner)) for key, inner in value.items())
         if value.state:
-            self._set_state(made, self.object(value.state))
+            self._set_state(made, self._live(value.state))
         return made
 
     def _record(self, value: Record) -> Any:
         plain = rebuild(value)
         if plain is not value:
             return plain
-        arguments = tuple(map(self.object, value.args))
+        arguments = tuple(map(self._live, value.args))
         call = self._call(value.type)
-        keywords = self.object(value.kwargs) or {}
+        keywords = self._live(value.kwargs) or {}
         made = call.__new__(call, *arguments, **keywords) if value.new else call(*arguments, **keywords)
         self._made[id(value)] = made
         if value.state is not None:
-            self._set_state(made, self.object(value.state))
+            self._set_state(made, self._live(value.state))
         for item in value.items or ():
-            made.append(self.object(item))
+            made.append(self._live(item))
         for key, inner in value.pairs or ():
-            made[self.object(key)] = self.object(inner)
+            made[self._live(key)] = self._live(inner)
         return made
 
     def _global(self, value: Global) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 import weakref
@@ -93,7 +94,7 @@ class Saver:
         group: Any = None,
         **settings: Any,
     ) -> None:
-        if in_flight < 1:
+        if not isinstance(in_flight, int) or in_flight < 1:
             raise UsageError("no save may be in flight", expected="in_flight of at least 1", found=in_flight)
         if _named(name, 1) == _named(name, 2):
             raise UsageError("the name of a checkpoint does not tell its step", expected="{step} in it", found=name)
@@ -131,9 +132,10 @@ class Saver:
             OutputError: an earlier save failed, and this one is not begun.
             MappingError: ranks do not agree, or elements are missing or there twice.
             RankError: another rank failed otherwise, or did not come.
-            UsageError: the state is not possible, or the saver is closed.
+            UsageError: the state is not possible, ``step`` or ``metric`` is no number, or the saver is closed.
         """
         self._check_open()
+        step, metric = _number(step), None if metric is None else _real(metric)
         if len(self._flights) >= self._in_flight:
             self._flights.wait(1)
         said = self._flights.meet(lambda: _Record(step, metric, time.time()))
@@ -214,8 +216,29 @@ class Saver:
             raise UsageError("the saver is closed", path=self.folder, remedy="make another one")
 
 
+def _number(step: Any) -> int:
+    try:
+        return operator.index(step)
+    except TypeError as error:
+        raise UsageError("a step is no whole number", expected="optimizer steps taken", found=repr(step)) from error
+
+
+def _real(metric: Any) -> float:
+    try:
+        return float(metric)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError("a metric is no number", expected="one number", found=repr(metric)[:80]) from error
+
+
 def _named(name: str, step: int) -> str:
     try:
-        return name.format(step=step)
-    except (LookupError, ValueError) as error:
+        made = name.format(step=step)
+    except (AttributeError, LookupError, ValueError) as error:
         raise UsageError("is no name for checkpoints", expected="text with {step} in it", found=repr(name)) from error
+    if os.path.basename(made) != made or made.startswith("."):
+        raise UsageError(
+            "is no name for checkpoints",
+            expected="one in the folder, not hidden, so that the newest is found",
+            found=repr(name),
+        )
+    return made

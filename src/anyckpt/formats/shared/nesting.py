@@ -32,12 +32,13 @@ def nested(
 
     Args:
         objects: by name.
-        paths: name -> keys that lead to it, a list's indices as whole numbers; a name that is missing is at the root.
+        paths: name -> keys that lead to it, a list's indices as whole numbers; a name that is missing is at the root,
+            and so is what is all that there is.
         original_keys: path -> key, where the key is not the path's last element.
     """
     root = _Node()
     for name, value in objects.items():
-        node, path = root, paths.get(name, (name,))
+        node, path = root, paths.get(name) or (name,)
         for depth, step in enumerate(path[:-1], 1):
             node = node.setdefault(_Step(step, original_keys.get(path[:depth], step)), _Node())
         node[_Step(path[-1], original_keys.get(path, path[-1]))] = value
