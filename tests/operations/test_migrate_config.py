@@ -347,6 +347,18 @@ def test_our_own_savers_options(tmp_path: Path) -> None:
     assert "options=options," in done.text("python") and "keep=retention," in done.text("python")
 
 
+@pytest.mark.parametrize(("said", "best"), [("save_last: true", 3), ("save_last: true, save_top_k: 0", 0)])
+def test_as_many_checkpoints_stay_as_before(said: str, best: int, tmp_path: Path) -> None:
+    """What NeMo 1 keeps where nothing is said counts, too, once there is a rule of ours."""
+    path = tmp_path / "old.yaml"
+    path.write_text(f"exp_manager: {{checkpoint_callback_params: {{{said}}}}}\n")
+    kept = migrate_config(path, to="anyckpt").to_json()["calls"]["retention"]
+    assert (kept["last"], kept["best"]) == (1, best)
+    path.write_text("exp_manager: {checkpoint_callback_params: {save_last: true, save_top_k: -1}}\n")
+    kept = migrate_config(path, to="anyckpt").to_json()["calls"]["retention"]
+    assert kept["last"] is None and "best" not in kept
+
+
 def test_a_models_configuration_alone(tmp_path: Path) -> None:
     path = tmp_path / "model_config.yaml"
     path.write_text("num_layers: 2\nhidden_size: 8\n")

@@ -20,6 +20,7 @@ Form = Literal["yaml", "python"]
 
 _BRIDGE = "megatron.bridge.training.config.CheckpointConfig"
 _LIMIT = 8 << 20
+_TOP_K, _USUAL_TOP_K = "exp_manager.checkpoint_callback_params.save_top_k", 3
 _WHOLE_FILES = {"model", "trainer", "exp_manager"}
 _MODEL_FILES = {"num_layers", "hidden_size", "tensor_model_parallel_size", "micro_batch_size", "enc_num_layers"}
 """Keys that tell a training file from the configuration of a model alone."""
@@ -156,6 +157,9 @@ def calls(migration: Migration, to: Target) -> tuple[Section, ...]:
         for (section, argument), value in (item.arguments if to == "nemo2" else item.saver).items():
             found[section].pop(argument, None)
             found[section][argument] = value, item.key
+    kept = found.get("retention")
+    if kept and "best" not in kept and kept.get("last") != (None, _TOP_K):
+        kept["best"] = _USUAL_TOP_K, f"{_TOP_K}, which NeMo 1 takes where nothing is said"
     return tuple(Section(name, classes[name], arguments) for name, arguments in found.items() if arguments)
 
 
