@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, overload
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError, MappingError, UnsafeError, UsageError, alike
+from anyckpt.errors import AnyckptError, MappingError, UnsafeError, alike
 from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
@@ -29,7 +29,7 @@ from anyckpt.torch.live import LiveObject, LivePiece, LiveState, Path, described
 from anyckpt.torch.objects import Thawing
 from anyckpt.torch.options import Options
 from anyckpt.torch.passing import pass_on, readers
-from anyckpt.torch.reading import filling
+from anyckpt.torch.reading import check_fillable, filling
 from anyckpt.torch.saving import asked
 from anyckpt.views import TorchFiles
 
@@ -145,18 +145,6 @@ def fill(
     return LoadReport(checkpoint.path, checkpoint.format, count.nbytes, unexpected, missing)
 
 
-def _check_fillable(piece: LivePiece) -> None:
-    """Refuse a tensor of which several elements are the same memory, as ``expand`` makes them."""
-    tensor = piece.tensor
-    if any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise UsageError(
-            "cannot be filled: several of its elements are one in memory",
-            tensor=piece.name,
-            found=f"shape {tuple(tensor.shape)}, strides {tuple(tensor.stride())}",
-            remedy="give tensor.contiguous()",
-        )
-
-
 def _check(path: str | os.PathLike[str]) -> None:
     found = verify(path)
     if not found:
@@ -189,7 +177,7 @@ class _Load:
     def __init__(self, live: LiveState, checkpoint: Checkpoint, options: Options) -> None:
         check_whole(checkpoint)
         for piece in live.pieces:
-            _check_fillable(piece)
+            check_fillable(piece)
         self.live = live
         self.checkpoint = checkpoint
         self._options = options

@@ -184,3 +184,15 @@ class _naming:  # noqa: N801 - a context manager
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, AnyckptError):
             error.tensor = error.tensor or self._name
+
+
+def check_fillable(piece: LivePiece) -> None:
+    """Refuse a tensor of which several elements are the same memory, as ``expand`` makes them."""
+    tensor = piece.tensor
+    if any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise UsageError(
+            "cannot be filled: several of its elements are one in memory",
+            tensor=piece.name,
+            found=f"shape {tuple(tensor.shape)}, strides {tuple(tensor.stride())}",
+            remedy="give tensor.contiguous()",
+        )
