@@ -138,6 +138,15 @@ def test_two_writers_of_one_plan_and_the_last_publishes(tmp_path: Path, writer: 
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["latest", "step-4", "step-5"]
 
 
+def test_who_finds_it_published_has_not_published_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "step-1")
+    runs = [SharedRun(shared_plan(rank, 1), path, 2) for rank in (1, 2)]
+    for rank, run in enumerate(runs, 1):
+        run.write(Share(rank, 2))
+    assert [run.missing() for run in runs] == [{}, {}]  # both may publish it
+    assert [run.finish().published for run in runs] == [True, False]
+
+
 def test_what_nobody_published_is_published_when_that_is_seen(tmp_path: Path, writer: BackgroundWriter) -> None:
     """As where a host sees late what another one has written."""
     path = str(tmp_path / "step-1")

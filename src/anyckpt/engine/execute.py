@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anyckpt.engine.blocks import Cut, cut_all
 from anyckpt.engine.destination import Destination
@@ -38,6 +38,7 @@ class Report:
         seconds: wall time from the first byte to the rename.
         peak_rss_bytes: the process's largest resident set so far.
         resumed_bytes: bytes that an earlier, interrupted run had written.
+        published: whether this run gave the output its name; False where it was there, whole, by another one's doing.
     """
 
     output: str
@@ -48,6 +49,7 @@ class Report:
     seconds: float
     peak_rss_bytes: int
     resumed_bytes: int = 0
+    published: bool = True
 
 
 def execute(
@@ -91,7 +93,7 @@ def execute(
             remedy="run without --resume to begin anew",
         )
     if resume and not overwrite and place.is_published(identity.value):
-        return report_of(plan, place, 0, started, plan.nbytes)
+        return replace(report_of(plan, place, 0, started, plan.nbytes), published=False)
     cut = cut_all(plan.files, owned=identity.owned)
     place.begin(plan, identity.value, share=None, resume=resume)
     return carry_out(plan, cut, place, identity, count, memory, progress, started)

@@ -185,7 +185,7 @@ class SharedRun:
             late = time.monotonic() - started >= wait
             missing = self.missing()
             if place.is_published(identity.value):
-                return report_of(plan, place, 0, started, plan.nbytes)
+                return replace(report_of(plan, place, 0, started, plan.nbytes), published=False)
             if not missing:
                 try:
                     place.begin(plan, identity.value, share=None, resume=True)

@@ -241,9 +241,9 @@ class _Writer:
         outcome = Outcome(job.number, bytes_written=run.write(job.share).bytes_written)
         if not run.missing():
             _announce(job)
-            with suppress(BusyError):  # another process that found all shares there publishes it
-                run.finish()
-                return _followed(job, replace(outcome, published=True))
+            with suppress(BusyError):  # another process that found all shares there publishes it, or has
+                if run.finish().published:
+                    return _followed(job, replace(outcome, published=True))
         if job.share.number == 1:
             self._late = dict([*self._late.items(), (job.number, (run, job))][-_KEPT:])
         return outcome

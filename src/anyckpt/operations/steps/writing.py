@@ -64,7 +64,7 @@ def write(
             progress=progress,
             source_paths=source_paths,
         )
-        return asdict(report)
+        return {name: value for name, value in asdict(report).items() if name != "published"}
     run = SharedRun(
         plan, output, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
     )
