@@ -39,7 +39,7 @@ def print_note(text: str) -> None:
 def print_table(
     header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), title: str = ""
 ) -> None:
-    """Aligned columns on standard output; coloured and folded to its width if that is a terminal.
+    """Aligned columns on standard output, fitted to a terminal.
 
     Args:
         header: the columns' names; none for a list of facts.
@@ -47,44 +47,13 @@ def print_table(
         right: numbers of the columns to align right.
         title: a line above.
     """
-    cells = [[printable(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        _print_rich(header, cells, right, title)
-        return
-    lines = [list(header), *cells] if header else cells
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    if title:
-        print(title)
-    for line in lines:
-        placed = enumerate(zip(line, widths, strict=True))
-        aligned = [cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in placed]
-        print("  ".join(aligned).rstrip())
+    from anyckpt.cli import tables
 
-
-def _print_rich(header: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[int], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        box=None,
-        show_header=bool(header),
-        pad_edge=False,
-        title=Text(title) if title else None,
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-    )
-    for number in range(len(header) or max(map(len, cells), default=0)):
-        table.add_column(
-            header[number] if header else "",
-            justify="right" if number in right else "left",
-            style="cyan" if not number and not header else "",
-            overflow="fold",
-        )
-    for row in cells:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    if header:
+        columns = [tables.Column(name, right=number in right) for number, name in enumerate(header)]
+        tables.print_table(columns, rows, title=title)
+    else:
+        tables.print_facts(((name, value) for name, value in rows), title=title)
 
 
 def by_reason(ignored: Mapping[str, str], shown: int = 3) -> list[str]:

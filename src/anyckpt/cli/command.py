@@ -1,0 +1,65 @@
+"""A command whose ``--help`` has its options under titles and ends with examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+class Option(click.Option):
+    """An option that stands under a title.
+
+    Args:
+        title: the title; ``Options`` if empty.
+        others: as ``click.Option`` takes them.
+    """
+
+    def __init__(self, *arguments: Any, title: str = "", **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.title = title
+
+
+def option(*names: str, title: str = "", **others: Any) -> Callable[[Decorated], Decorated]:
+    """As ``click.option``, under a title."""
+    return click.option(*names, cls=Option, title=title, **others)
+
+
+class Command(click.Command):
+    """As ``click.Command``, with titles and examples.
+
+    Args:
+        examples: what each is for, and its command line.
+        others: as ``click.Command`` takes them.
+    """
+
+    def __init__(self, *arguments: Any, examples: Sequence[tuple[str, str]] = (), **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.examples = tuple(examples)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options under their titles, in the order in which titles first come; those without one at the end."""
+        titled: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                titled.setdefault(getattr(parameter, "title", ""), []).append(record)
+        others = titled.pop("", [])
+        for title, records in [*titled.items(), ("Options", others)]:
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, each a line that can be copied."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for number, (purpose, line) in enumerate(self.examples):
+                    if number:
+                        formatter.write_paragraph()
+                    formatter.write_text(f"# {purpose}")
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        super().format_epilog(ctx, formatter)
