@@ -107,9 +107,9 @@ def test_a_long_value_goes_on_below_itself_and_no_word_is_cut(
 
 
 def test_what_is_left_out_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tables, "width", lambda: 40)
+    monkeypatch.setattr(tables, "width", lambda: 60)
     columns = [Column("name"), Column("shards", right=True, optional=1), Column("files", optional=2)]
-    rows = [["a" * 33, "1", "one.safetensors"], ["b" * 33, "1", "two.safetensors"]]
+    rows = [["a" * 53, "1", "one.safetensors"], ["b" * 53, "1", "two.safetensors"]]
     tables.print_table(columns, rows)
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "(no room for shards: 1 in all rows, files)"
