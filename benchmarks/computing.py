@@ -19,8 +19,10 @@ import numpy as np
 from anyckpt.blockwise import Tiles, keeping
 from anyckpt.dtypes import dtype
 from anyckpt.models.adapters.low_rank import LowRankSum
-from anyckpt.operations.steps.compare import Tolerance, compare
+from anyckpt.operations.steps.compare import compare
+from anyckpt.operations.steps.movement import Sums
 from anyckpt.operations.steps.statistics import counts, scan
+from anyckpt.operations.steps.tolerances import Tolerance
 from anyckpt.operations.steps.weighted_mean import Mean
 from anyckpt.quantization.nodes import Halved, product, scaled
 from anyckpt.quantization.numbers import E2M1, values_of
@@ -58,6 +60,10 @@ def measured(name: str, work: Callable[[], object], nbytes: int) -> None:
     print(f"| {name} | {seconds / (nbytes / 1e9):.2f} | {faults / (nbytes / 1e9) / 1000:.1f} |", flush=True)
 
 
+def how_far(a: LazyTensor, b: LazyTensor) -> None:
+    compare(a, b, Tolerance(), sums=Sums())
+
+
 def main() -> None:
     random = np.random.default_rng(0)
     numbers = random.standard_normal(ELEMENTS).astype(np.float32).reshape(-1, COLUMNS)
@@ -89,6 +95,7 @@ def main() -> None:
     measured("bf16 with LoRA of rank 16", lambda: drained(LowRankSum(half, up, down, 2.0)), half.nbytes)
     measured("compare, equal, bf16, of one", lambda: compare(half, half, Tolerance()), half.nbytes)
     measured("compare, all different, bf16, of one", lambda: compare(half, second, Tolerance()), half.nbytes)
+    measured("compare and tell how far, bf16, of one", partial(how_far, half, second), half.nbytes)
     measured("statistics, bf16", lambda: scan(half, statistics=True, digest=False), half.nbytes)
     measured("what verify --deep counts, bf16", lambda: counts(half), half.nbytes)
     measured("SHA-256", lambda: scan(half, statistics=False, digest=True), half.nbytes)

@@ -37,7 +37,7 @@ def test_equal_is_exit_code_0(anyckpt: Runner) -> None:
     assert found.code == 0
     assert found.json == {
         "equal": True, "complete": True, "compared": 15, "only_in_a": [], "only_in_b": [], "different": [],
-        "configuration": [], "state": [], "names": "hub", "notes": [],
+        "configuration": [], "state": [], "names": "hub", "notes": [], "movements": None, "layers": None,
         "not_compared": [
             "files besides weights and configuration: generation_config.json, tokenizer.json, tokenizer_config.json"
         ],
@@ -169,3 +169,56 @@ def test_a_tied_model_is_compared_with_one_that_keeps_its_head(same: bool, anyck
         assert [entry["name"] for entry in found.json["different"]] == ([] if same else ["output_layer.weight"])
         assert not found.json["only_in_a"] + found.json["only_in_b"]
         assert any("tied to its embedding" in note for note in found.json["notes"])
+
+
+def test_which_layers_moved_most(anyckpt: Runner, tmp_path: Path) -> None:
+    one = {f"l.{number}.{name}": np.ones(4) for number in range(3) for name in ("w", "b")}
+    other = {**one, "l.1.w": np.full(4, 5.0), "l.2.b": np.array([1, 1, 1, np.nan]), "l.0.w": np.full(4, 1.5)}
+    a, b = written(tmp_path / "a", **one), written(tmp_path / "b", **other)
+    layers = anyckpt("diff", a, b, "--layers", "--top", "2")
+    assert layers.code == 1
+    lines = layers.out.splitlines()
+    assert lines[0].split() == "layer relative cosine max abs mean abs elements that differ".split()
+    assert [line.split()[:4] for line in lines[1:3]] == [
+        ["l.2", "nan", "nan", "nan"],
+        ["l.1", "2.828", "0.832050", "4"],
+    ]
+    assert lines[3] == "1 more differ less"
+    tensors = anyckpt("diff", a, b, "--sort", "mean").out.splitlines()
+    assert [line.split()[0] for line in tensors[1:4]] == ["l.2.b", "l.1.w", "l.0.w"]
+    shown = anyckpt("diff", a, b, "--stats", "--json").json
+    assert {row["name"]: row["relative"] for row in shown["layers"]} == {
+        "l.0": pytest.approx(0.35355339), "l.1": pytest.approx(2.8284271), "l.2": "NaN"
+    }  # fmt: skip
+    assert len(shown["movements"]) == 6
+    assert [row["name"] for row in anyckpt("diff", a, b, "--top", "1", "--json").json["movements"]] == ["l.2.b"]
+
+
+def test_nan_is_shown_as_nan(anyckpt: Runner, tmp_path: Path) -> None:
+    a = written(tmp_path / "a", x=np.ones(2), y=np.ones(2))
+    b = written(tmp_path / "b", x=np.array([1, np.nan]), y=np.array([1, np.inf]))
+    rows = [line.split() for line in anyckpt("diff", a, b).out.splitlines()[1:3]]
+    assert [(row[0], *row[-2:]) for row in rows] == [("x", "nan", "nan"), ("y", "inf", "inf")]
+    assert [(row["nonfinite"], row["nan"]) for row in anyckpt("diff", a, b, "--json").json["different"]] == [
+        (1, 1),
+        (1, 0),
+    ]
+
+
+def test_tolerances_by_type(anyckpt: Runner, tmp_path: Path) -> None:
+    a = written(tmp_path / "a", x=np.ones(1, "<f2"), y=np.ones(1, "<f4"))
+    b = written(tmp_path / "b", x=np.array([1.01], "<f2"), y=np.array([1.01], "<f4"))
+    assert anyckpt("diff", a, b, "--atol", "fp16=0.1").code == 1
+    assert anyckpt("diff", a, b, "--atol", "fp16=0.1,fp32=0.1").code == 0
+    assert anyckpt("diff", a, b, "--atol", "fp16=0.1", "--atol", "0.1").code == 0
+    assert "bf16=1e-2" in anyckpt("diff", a, b, "--atol", "fp16").error
+    assert "element type" in anyckpt("diff", a, b, "--atol", "fp61=1").error
+    assert "no number" in anyckpt("diff", a, b, "--atol", "=1").error
+
+
+def test_some_tensors_alone(anyckpt: Runner, tmp_path: Path) -> None:
+    a = written(tmp_path / "a", x=np.ones(1), y=np.ones(1))
+    b = written(tmp_path / "b", x=np.ones(1), y=np.zeros(1))
+    assert anyckpt("diff", a, b, "--tensors", "x").code == 0
+    assert anyckpt("diff", a, b, "--tensors", "x", "--tensors", "y").code == 1
+    assert "no tensor matches" in anyckpt("diff", a, b, "--tensors", "z").error

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from anyckpt.operations.steps import compare as module
-from anyckpt.operations.steps.compare import Deviation, Tolerance, compare
+from anyckpt.operations.steps.compare import Deviation, compare
+from anyckpt.operations.steps.tolerances import Tolerance
 from anyckpt.tensor import from_array
 
 EXACT = Tolerance()
@@ -34,7 +35,7 @@ def test_the_same_nan_is_equal_and_another_nan_is_not() -> None:
     a = np.array([0x7FC00000, 0x3F800000], dtype=np.uint32).view(np.float32)
     b = np.array([0x7FC00001, 0x3F800000], dtype=np.uint32).view(np.float32)
     assert deviation(a, a.copy()) is None
-    assert deviation(a, b) == Deviation("values", 0.0, 0.0, 1, 1)
+    assert deviation(a, b) == Deviation("values", 0.0, 0.0, 1, 1, 1)
     assert deviation(a, b, atol=1e-9) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -9,44 +10,108 @@ import click
 from anyckpt.cli.console import print_json, print_line, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from anyckpt.operations.diff import Difference
+    from anyckpt.operations.diff import Difference, TensorDifference
+    from anyckpt.operations.steps.movement import Movement
 
 _SHOWN_NAMES = 20
+_SORTS = ("name", "relative", "max", "mean", "cosine")
+
+
+def _tolerances(_: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, float]:
+    """``1e-3``, ``bf16=1e-2`` or both, with commas between or in several options."""
+    result = {}
+    for text in ",".join(given).split(",") if given else ():
+        name, equals, number = text.rpartition("=")
+        try:
+            result[name.strip()] = float(number if name or not equals else "")
+        except ValueError:
+            raise click.BadParameter(
+                f"{text!r} is no number, nor TYPE=NUMBER such as bf16=1e-2", param=parameter
+            ) from None
+    return result
+
+
+def _tolerance(option: str, word: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    return click.option(
+        option,
+        multiple=True,
+        metavar="[TYPE=]NUMBER",
+        callback=_tolerances,
+        help=f"{word} tolerance, of all types or of one (bf16=1e-2,fp32=1e-6).",
+    )
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--rtol", type=float, default=0.0, show_default=True, help="Relative tolerance.")
-@click.option("--atol", type=float, default=0.0, show_default=True, help="Absolute tolerance.")
+@_tolerance("--rtol", "Relative")
+@_tolerance("--atol", "Absolute")
+@click.option("--tensors", multiple=True, metavar="GLOB", help="Compare these tensors alone, by their common names.")
+@click.option("--stats", is_flag=True, help="Tell how far each tensor moved: relative norm, cosine, largest and mean.")
+@click.option("--layers", is_flag=True, help="Tell it of each layer.")
+@click.option("--sort", type=click.Choice(_SORTS), help="Those that moved most, by this, first.")
+@click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N that moved most alone.")
 @click.option("--raw", is_flag=True, help="Compare all tensors and objects, training state too, as they are stored.")
 @click.option("--weights-only", is_flag=True, help="Leave aside all that is no tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(a: str, b: str, rtol: float, atol: float, raw: bool, weights_only: bool, as_json: bool) -> int:
+def command(
+    a: str,
+    b: str,
+    rtol: dict[str, float],
+    atol: dict[str, float],
+    tensors: tuple[str, ...],
+    stats: bool,
+    layers: bool,
+    sort: str | None,
+    top: int | None,
+    raw: bool,
+    weights_only: bool,
+    as_json: bool,
+) -> int:
     """Compare weights and configuration of checkpoints A and B by value, whatever their formats and layouts.
 
     Two weights are equal if |a - b| <= atol + rtol * |b|; without a tolerance, if type and bits are the same.  What
     only one of the two has is a difference; what is not compared is named.
 
+    How far a tensor moved is its relative norm |A - B| / |A|, the cosine of the angle between both, and the largest and
+    the mean difference of an element.  Which layers moved most: diff A B --layers --top 10.
+
     Exit code: 0 equal, 1 different, 2 cannot compare.
     """
     from anyckpt.operations.diff import diff
 
+    moved = stats or layers or sort is not None or top is not None
     with progress_bar("comparing") as progress:
-        found = diff(a, b, rtol=rtol, atol=atol, raw=raw, weights_only=weights_only, progress=progress)
+        found = diff(
+            a,
+            b,
+            rtol=rtol,
+            atol=atol,
+            tensors=tensors,
+            statistics=moved,
+            raw=raw,
+            weights_only=weights_only,
+            progress=progress,
+        )
     if as_json:
-        print_json(found.to_json())
+        print_json(found.to_json(sort=sort, top=top))
     else:
-        _print(found)
+        _print(found, layers, sort, top)
     return 0 if found.equal else 1
 
 
-def _print(found: Difference) -> None:
-    if found.different:
-        rows = [
-            (d.name, d.reason, d.a, d.b, *("-" if v is None else f"{v:.4g}" for v in (d.max_abs, d.max_rel)))
-            for d in found.different
-        ]
+def _print(found: Difference, layers: bool, sort: str | None, top: int | None) -> None:
+    told = set()
+    if found.movements is not None:
+        chosen = found.most_moved(sort=sort, top=top, layers=layers)
+        _print_movements(chosen, "layer" if layers else "tensor")
+        told = {movement.name for movement in found.movements}
+        all_that_moved = len(found.most_moved(layers=layers))
+        if len(chosen) < all_that_moved:
+            print_line(f"{all_that_moved - len(chosen)} more differ less")
+    others = [tensor for tensor in found.different if tensor.name not in told or tensor.reason == "dtype"]
+    if others:
+        rows = [(d.name, d.reason, d.a, d.b, *_largest(d)) for d in others]
         print_table(("name", "differs in", "a", "b", "max abs", "max rel"), rows, right=(4, 5))
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         for name in names[:_SHOWN_NAMES]:
@@ -63,6 +128,37 @@ def _print(found: Difference) -> None:
         print_note(f"not compared: {text}")
     for note in found.notes:
         print_note(f"note: {note}")
+
+
+def _print_movements(movements: Sequence[Movement], what: str) -> None:
+    if not movements:
+        return
+    rows = [
+        (
+            m.name,
+            _number(m.relative),
+            "-" if m.cosine is None else f"{m.cosine:.6f}",
+            _number(m.max_abs),
+            _number(m.mean_abs),
+            f"{m.differing:,} of {m.elements:,}",
+        )
+        for m in movements
+    ]
+    print_table(
+        (what, "relative", "cosine", "max abs", "mean abs", "elements that differ"), rows, right=(1, 2, 3, 4, 5)
+    )
+
+
+def _largest(tensor: TensorDifference) -> tuple[str, str]:
+    """The largest differences; NaN or infinite where that is what differs."""
+    if tensor.nonfinite:
+        worst = "nan" if tensor.nan else "inf"
+        return worst, worst
+    return _number(tensor.max_abs), _number(tensor.max_rel)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _said(value: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,11 +12,14 @@ from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.steps.adapter_names import adapter_names
 from anyckpt.operations.steps.common_names import CommonNames, common_names
-from anyckpt.operations.steps.compare import Tolerance, compare
+from anyckpt.operations.steps.compare import compare
 from anyckpt.operations.steps.compare_objects import compare_objects
 from anyckpt.operations.steps.configurations import Setting, Settings, compare_configurations
+from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
+from anyckpt.operations.steps.movement import Movement, Sums, by_layer, most_moved
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
+from anyckpt.operations.steps.tolerances import Tolerances
 from anyckpt.tensor import LazyTensor
 
 
@@ -33,6 +36,7 @@ class TensorDifference:
         b: type and shape in the second.
         elements: elements that differ beyond the tolerance, or None if shapes differ.
         nonfinite: how many of these are NaN or infinite on one side at least, or None if shapes differ.
+        nan: how many of these are NaN on one side at least, or None if shapes differ.
     """
 
     name: str
@@ -43,6 +47,7 @@ class TensorDifference:
     b: str
     elements: int | None = None
     nonfinite: int | None = None
+    nan: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Difference:
         state: what of the state besides tensors differs; looked at with ``raw`` alone, or if there are no tensors.
         not_compared: what one of the two has, or both, that was not looked at.
         complete: whether weights and configurations, and with ``raw`` all state, were compared.
+        movements: how far each tensor is from the other, if ``statistics`` asks for it, else None; not of tensors
+            that differ in shape, nor of types that numpy cannot compute with.
     """
 
     compared: int
@@ -72,6 +79,12 @@ class Difference:
     state: tuple[Setting, ...] = ()
     not_compared: tuple[str, ...] = ()
     complete: bool = True
+    movements: tuple[Movement, ...] | None = None
+
+    @property
+    def layers(self) -> list[Movement] | None:
+        """How far each layer is from the other, in the order of the names; None without ``statistics``."""
+        return None if self.movements is None else by_layer(self.movements)
 
     @property
     def equal(self) -> bool:
@@ -81,8 +94,29 @@ class Difference:
     def __bool__(self) -> bool:
         return not self.equal
 
-    def to_json(self) -> dict[str, Any]:
-        """As ``diff --json`` prints it."""
+    def most_moved(self, *, sort: str | None = None, top: int | None = None, layers: bool = False) -> list[Movement]:
+        """The tensors or layers that differ, those that moved most first.
+
+        Args:
+            sort: ``relative``, ``max``, ``mean``, ``cosine`` (the smallest first) or ``name``; if None, ``relative``
+                with ``top`` and else their order in the checkpoint.  What is NaN comes before all.
+            top: how many; all of them if None.
+            layers: layers in place of tensors.
+
+        Raises:
+            UsageError: there are no statistics, or there is no such way to sort.
+        """
+        movements = self.layers if layers else self.movements
+        if movements is None:
+            raise UsageError("how far tensors moved is not known", remedy="call diff with statistics=True")
+        return most_moved(movements, sort or ("relative" if top is not None else None), top)
+
+    def to_json(self, *, sort: str | None = None, top: int | None = None) -> dict[str, Any]:
+        """As ``diff --json`` prints it; ``sort`` and ``top`` as of ``most_moved``."""
+        told: list[Sequence[Movement] | None] = [self.movements, self.layers]
+        if self.movements is not None and (sort is not None or top is not None):
+            told = [self.most_moved(sort=sort, top=top, layers=layers) for layers in (False, True)]
+        movements, layers = (None if some is None else [movement.to_json() for movement in some] for some in told)
         return {
             "equal": self.equal,
             "complete": self.complete,
@@ -95,6 +129,8 @@ class Difference:
             "not_compared": list(self.not_compared),
             "names": self.names,
             "notes": list(self.notes),
+            "movements": movements,
+            "layers": layers,
         }
 
 
@@ -102,8 +138,10 @@ def diff(
     a: str | os.PathLike[str] | Checkpoint,
     b: str | os.PathLike[str] | Checkpoint,
     *,
-    rtol: float = 0.0,
-    atol: float = 0.0,
+    rtol: float | Mapping[str, float] = 0.0,
+    atol: float | Mapping[str, float] = 0.0,
+    tensors: str | Sequence[str] | None = None,
+    statistics: bool = False,
     raw: bool = False,
     weights_only: bool = False,
     workers: int | None = None,
@@ -119,8 +157,12 @@ def diff(
         a: a path, or a checkpoint that is open.
         b: another.
         rtol: relative tolerance: ``|a - b| <= atol + rtol * |b|`` is equal.  With both zero only the same type and
-            the same bits are; with a tolerance types may differ and NaN equals NaN.
-        atol: absolute tolerance.
+            the same bits are; with a tolerance types may differ and NaN equals NaN.  One number, or one for each
+            element type (``{"bfloat16": 1e-2, "float32": 1e-6}``; ``""`` for all others): of tensors of two types,
+            the larger one.
+        atol: absolute tolerance, likewise.
+        tensors: glob or globs of the names that are compared; all that is no tensor is left aside then.
+        statistics: tell how far each tensor moved, those that are equal too (``Difference.movements``).
         raw: compare all tensors, training state included, under their stored names, objects, and the configuration's
             keys as they are.
         weights_only: leave aside all that is no tensor.
@@ -130,10 +172,12 @@ def diff(
     Raises:
         FormatError: a checkpoint is damaged.
         MappingError: one is a part of a model, and ``raw`` is not asked for.
-        UsageError: a tolerance is negative, or no tensor of the one has a name that the other has.
+        UsageError: a tolerance is negative or of no element type, a glob matches nothing, or no tensor of the one has
+            a name that the other has.
     """
-    if not (rtol >= 0 and atol >= 0):
-        raise UsageError("a tolerance cannot be negative", found=f"rtol {rtol}, atol {atol}")
+    tolerances = Tolerances.of(rtol, atol)
+    globs = as_patterns(tensors)
+    weights_only = weights_only or bool(globs)
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
     if not raw:
@@ -144,6 +188,8 @@ def diff(
     left_out: list[str] = []
     if raw:
         names = _with_optimizers(names, first, second, left_out)
+    if globs:
+        names = _chosen(names, globs)
     shared = [name for name in names.a if name in names.b]
     only_in_a = [name for name in names.a if name not in names.b]
     only_in_b = [name for name in names.b if name not in names.a]
@@ -154,7 +200,7 @@ def diff(
             found=next(iter(names.b)),
         )
     pairs = [(name, names.a[name], names.b[name]) for name in shared]
-    different = _compare_all(pairs, Tolerance(rtol, atol), workers, progress)
+    different, movements = _compare_all(pairs, tolerances, statistics, workers, progress)
     settings = Settings() if weights_only else compare_configurations(first, second, names.models, raw=raw)
     if settings.obstacle is not None:
         left_out.append(f"the configurations: {settings.obstacle}")
@@ -176,6 +222,7 @@ def diff(
         state,
         tuple(left_out),
         not obstacles and not weights_only,
+        tuple(movements) if statistics else None,
     )
 
 
@@ -234,28 +281,44 @@ def _with_tied_heads(names: CommonNames, a: str, b: str) -> Iterator[str]:
             yield f"the output layer of {path} is tied to its embedding, which is compared with the other's"
 
 
+def _chosen(names: CommonNames, globs: Sequence[str]) -> CommonNames:
+    """The tensors whose common names match."""
+    kept = [{name: side[name] for name in matching(side, globs)} for side in (names.a, names.b)]
+    if not any(kept):
+        raise UsageError(
+            f"no tensor matches {', '.join(globs)}",
+            expected=f"a glob of the {names.kind} names that are compared, such as {next(iter(names.a), '*')}",
+        )
+    return replace(names, a=kept[0], b=kept[1])
+
+
 def _compare_all(
     pairs: list[tuple[str, LazyTensor, LazyTensor]],
-    tolerance: Tolerance,
+    tolerances: Tolerances,
+    statistics: bool,
     workers: int | None,
     progress: Progress | None,
-) -> list[TensorDifference]:
+) -> tuple[list[TensorDifference], list[Movement]]:
     meter = Meter(sum(b.nbytes for _, a, b in pairs if a.shape == b.shape), progress)
 
-    def one(pair: tuple[str, LazyTensor, LazyTensor], advance: Advance) -> TensorDifference | None:
+    def one(
+        pair: tuple[str, LazyTensor, LazyTensor], advance: Advance
+    ) -> tuple[TensorDifference | None, Movement | None]:
         name, a, b = pair
         facts = (f"{a.dtype.name} {list(a.shape)}", f"{b.dtype.name} {list(b.shape)}")
         if a.shape != b.shape:
-            return TensorDifference(name, "shape", None, None, *facts)
+            return TensorDifference(name, "shape", None, None, *facts), None
+        sums = Sums() if statistics and a.dtype.numpy is not None and b.dtype.numpy is not None else None
         try:
-            found = compare(a, b, tolerance, advance)
+            found = compare(a, b, tolerances.for_types(a.dtype, b.dtype), advance, sums=sums)
         except AnyckptError as error:
             error.tensor = error.tensor or name
             raise
+        moved = None if sums is None else sums.movement(name)
         if found is None:
-            return None
-        return TensorDifference(
-            name, found.reason, found.max_abs, found.max_rel, *facts, found.elements, found.nonfinite
-        )
+            return None, moved
+        counts = (found.elements, found.nonfinite, found.nan)
+        return TensorDifference(name, found.reason, found.max_abs, found.max_rel, *facts, *counts), moved
 
-    return [result for result in each(one, pairs, meter, workers) if result is not None]
+    results = each(one, pairs, meter, workers)
+    return [found for found, _ in results if found is not None], [moved for _, moved in results if moved is not None]

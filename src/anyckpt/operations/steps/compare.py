@@ -9,24 +9,14 @@ from typing import Any
 import numpy as np
 
 from anyckpt.indexing import CACHED_ELEMENTS
+from anyckpt.operations.steps.movement import Sums
 from anyckpt.operations.steps.threads import Advance
+from anyckpt.operations.steps.tolerances import Tolerance
 from anyckpt.tensor import LazyTensor, as_numbers
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK_ELEMENTS = 1 << 18
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """``|a - b| <= absolute + relative * |b|`` counts as equal; with both zero only equal bits do."""
-
-    relative: float = 0.0
-    absolute: float = 0.0
-
-    @property
-    def exact(self) -> bool:
-        return not self.relative and not self.absolute
 
 
 @dataclass(frozen=True)
@@ -41,6 +31,7 @@ class Deviation:
             there are none.
         elements: how many elements differ beyond the tolerance.
         nonfinite: how many of these are NaN or infinite on one side at least.
+        nan: how many of these are NaN on one side at least.
     """
 
     reason: str
@@ -48,6 +39,7 @@ class Deviation:
     max_rel: float | None
     elements: int
     nonfinite: int
+    nan: int = 0
 
 
 class _Worst:
@@ -56,6 +48,7 @@ class _Worst:
         self.max_rel: float | None = None
         self.elements = 0
         self.nonfinite = 0
+        self.nan = 0
         self._gap, self._size = (np.empty(min(most, CACHED_ELEMENTS), np.float64) for _ in range(2))
 
     def add(self, a: Array, b: Array, tolerance: Tolerance, same_bits: Array | None) -> None:
@@ -108,6 +101,7 @@ class _Worst:
             equal |= finite & (gap <= tolerance.absolute + tolerance.relative * np.abs(b))
         self.elements += len(a) - int(np.count_nonzero(equal))
         self.nonfinite += int(np.count_nonzero(~equal & ~finite))
+        self.nan += int(np.count_nonzero(~equal & (np.isnan(a) | np.isnan(b))))
         if finite.any():
             self.max_abs = max(self.max_abs or 0.0, float(gap[finite].max()))
         nonzero = finite & (b != 0)
@@ -115,7 +109,14 @@ class _Worst:
             self.max_rel = max(self.max_rel or 0.0, float((gap[nonzero] / np.abs(b[nonzero])).max()))
 
 
-def compare(a: LazyTensor, b: LazyTensor, tolerance: Tolerance, advance: Advance | None = None) -> Deviation | None:
+def compare(
+    a: LazyTensor,
+    b: LazyTensor,
+    tolerance: Tolerance,
+    advance: Advance | None = None,
+    *,
+    sums: Sums | None = None,
+) -> Deviation | None:
     """How ``a`` differs from ``b``, or None if it does not.
 
     Without a tolerance two tensors are equal if their types and all their bits are, so NaN equals the same NaN and
@@ -126,6 +127,7 @@ def compare(a: LazyTensor, b: LazyTensor, tolerance: Tolerance, advance: Advance
         b: one of the same shape.
         tolerance: what counts as equal.
         advance: called with the bytes of ``b`` in each chunk.
+        sums: takes what a movement is computed of, if numpy can compute with both types.
 
     Raises:
         FormatError: bytes are missing from a file.
@@ -144,12 +146,17 @@ def compare(a: LazyTensor, b: LazyTensor, tolerance: Tolerance, advance: Advance
             if advance is not None:
                 advance(y.nbytes)
             same_bits = _same_bits(x, y) if same_type else None
-            if same_bits is not None and same_bits.all():
+            same = same_bits is not None and bool(same_bits.all())
+            if sums is not None and numbers:
+                sums.add(as_numbers(x, a.dtype), as_numbers(y, b.dtype), same=same)
+            if same:
                 continue
             if numbers:
                 worst.add(as_numbers(x, a.dtype), as_numbers(y, b.dtype), tolerance, same_bits)
             elif same_bits is not None:
                 worst.elements += count - int(np.count_nonzero(same_bits))
+    if sums is not None:
+        sums.differing += worst.elements
     if tolerance.exact and not same_type:
         return _deviation("dtype", worst)
     if worst.elements or not (same_type or numbers):
@@ -164,7 +171,7 @@ def _same_bits(x: Array, y: Array) -> Array:
 
 
 def _deviation(reason: str, worst: _Worst) -> Deviation:
-    return Deviation(reason, _finite(worst.max_abs), _finite(worst.max_rel), worst.elements, worst.nonfinite)
+    return Deviation(reason, _finite(worst.max_abs), _finite(worst.max_rel), worst.elements, worst.nonfinite, worst.nan)
 
 
 def _finite(value: float | None) -> float | None:
