@@ -120,6 +120,14 @@ def test_choices_that_leave_nothing_are_errors(anyckpt: Runner, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_matches_nothing_to_exclude_is_told(anyckpt: Runner, tmp_path: Path) -> None:
+    words = (fixture_path(LLAMA), tmp_path / "out", "--exclude", "*.mpl.*", "--exclude", "lm_head.*")
+    told = "--exclude '*.mpl.*' matches no tensor and leaves out nothing: names are such as model."
+    assert anyckpt("convert", *words, "--to", "safetensors").err.count(told) == 1
+    mean = ("average", fixture_path(LLAMA), fixture_path(LLAMA), "-o", tmp_path / "mean", *words[2:])
+    assert anyckpt(*mean).err.count(told) == 1
+
+
 def test_a_part_of_a_model_is_no_model_of_its_family(anyckpt: Runner, tmp_path: Path) -> None:
     words = ("convert", fixture_path(LLAMA), tmp_path / "out", "--to", "megatron-core", "--exclude", "*.layers.1.*")
     assert "layer 1 is missing" in anyckpt(*words).error
@@ -180,7 +188,7 @@ def test_configuration_tokenizer_and_family_can_be_handed_in(anyckpt: Runner, tm
         ("--config", "nothing.json", "nothing.json"),
         ("--tokenizer", "nothing", "does not exist"),
         ("--memory", "1 parsec", "--memory"),
-        ("--memory", "1kB", "memory"),
+        ("--memory", "4MB", "give --memory 16MiB"),
         ("--family", "nonsense", "unknown model family"),
         ("--tokenizer", str(fixture_path(LLAMA) / "config.json"), "is not a tokenizer"),
     ],

@@ -522,6 +522,14 @@ def test_what_cannot_be_quantized_so(tmp_path: Path, options: dict[str, Any], me
 # -- what is wrong -------------------------------------------------------------------------------------------
 
 
+def test_groups_that_ranks_would_have_a_part_of(tmp_path: Path) -> None:
+    source, layout = fixture_path("quant/src_llama_a/hf"), anyckpt.LayoutRequest(tensor_parallel=4)
+    options: dict[str, Any] = {"to": "trtllm", "quantize": "int4", "layout": layout}
+    with pytest.raises(UsageError, match=r"attention\.dense\.weights_scaling_factor.*--group-size 32"):
+        anyckpt.convert(source, tmp_path / "q", group_size=64, quantize_exclude="*mlp*", **options)
+    anyckpt.convert(source, tmp_path / "q", group_size=32, quantize_exclude="*mlp*", **options)
+
+
 def changed(tmp_path: Path, case: str, change: Callable[[dict[str, LazyTensor], dict[str, Any]], None]) -> Path:
     """A copy of a case of one rank, changed."""
     source, output = fixture_path(f"quant/{case}/trtllm_tp1pp1"), tmp_path / "changed"

@@ -393,11 +393,27 @@ def test_modules_that_are_not_quantized(pattern: str, spared: bool, tmp_path: Pa
     facts = {"quant_method": "fp8", "modules_to_not_convert": [pattern]}
     folder = write_folder(tmp_path / "in", {"quantization_config": facts}, {"model.b.weight": CODES})
     if not spared:
-        refused(folder, {"quantization_config": facts}, {"model.b.weight": CODES}, "without scales")
+        refused(folder, {"quantization_config": facts}, {"model.b.weight": CODES}, "without scales.*modules_to_not")
         return
     anyckpt.convert(folder, tmp_path / "out.safetensors", to="safetensors", dtype="bf16")
     found = read_safetensors(LocalFile(tmp_path / "out.safetensors"))[0]["model.b.weight"].numpy()
     np.testing.assert_array_equal(found.astype(np.float32), CODES.astype(np.float32))
+
+
+def test_eight_bit_floats_that_no_scales_belong_to(tmp_path: Path) -> None:
+    """What the note says of them is what makes them numbers."""
+    source, name = fixture_path("families/llama/hf"), "model.layers.0.mlp.down_proj.weight"
+    tensors = {key: tensor.numpy() for key, tensor in anyckpt.open(source).weights().items()}
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    config = json.loads((source / "config.json").read_text())
+    folder = write_folder(tmp_path / "in", config, tensors)
+    done = anyckpt.convert(folder, tmp_path / "x.safetensors", to="safetensors", dtype="bf16")
+    (note,) = (note for note in done.notes if "are not cast" in note)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **json.loads(f"{{{note.rpartition('in it ')[2]}}}")}))
+    anyckpt.convert(folder, tmp_path / "o", to="megatron-core", dtype="bf16", config=tmp_path / "config.json")
+    anyckpt.convert(tmp_path / "o", tmp_path / "h", to="hf")
+    found = anyckpt.open(tmp_path / "h").weights()[name].numpy()
+    np.testing.assert_array_equal(found.astype(np.float32), tensors[name].astype(np.float32))
 
 
 def test_a_configuration_that_is_given_tells_too(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import threading
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,26 @@ def test_a_scale_too_small_for_its_type_is_the_least_of_it(algorithm: str) -> No
     assert (made["scale"].numpy() == least).all()
     codes = made["weight"].numpy()
     assert (codes == 0x11).all() if algorithm == "int4" else (codes.astype(F32) == 1).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    [
+        *product(("fp8_per_channel", "fp8_blocks", "int8_wo", "int4"), (BF16, F32, F16)),
+        *product(["mxfp4"], (BF16, F32)),  # whose powers of two go farther than float16
+    ],
+)
+def test_the_largest_numbers_stay_finite(algorithm: str, kind: np.dtype[Any], sign: int) -> None:
+    """Of the weight's type and of a scale of that type: what is too large for the codes becomes the largest."""
+    weight = np.full((2, 128), ml_dtypes.finfo(kind).max, kind) * np.array(sign, kind)
+    scales = ({"scale_type": dtype(kind.name), "wider": True}, {}) if algorithm != "mxfp4" else ({},)
+    for options in scales:
+        made = quantized(from_array(weight), algorithm, Options(**options))
+        with np.errstate(over="ignore"):
+            found = values_of(made, algorithm, weight.shape).astype(kind).astype(np.float64)
+        assert np.isfinite(found).all()
+        assert (np.abs(found / weight.astype(np.float64) - 1) < 0.26).all()
 
 
 def test_words_are_whole() -> None:

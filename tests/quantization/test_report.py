@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from tests.quantization.quantized import write_folder
@@ -75,6 +76,19 @@ def test_what_is_beyond_the_codes_is_counted(tmp_path: Path) -> None:
     found = done.quantization["total"]["saturated"]
     scale = float(anyckpt.open(tmp_path / "q").weights()["model.layers.0.mlp.down_proj.weight_scale"].numpy()[0, 0])
     assert found == (4 if 7.59375 / scale > 7.5 else 0)
+
+
+def test_what_is_beyond_mxfp4_is_counted(tmp_path: Path) -> None:
+    """6 times the largest power of two is infinite in bfloat16, so that 1.5 times that power is the largest number."""
+    weight = np.tile(np.array([3.3e38, *[1e38] * 31], np.float32), (4, 1)).astype(ml_dtypes.bfloat16)
+    write_folder(tmp_path / "in", {"model_type": "llama"}, {"model.layers.0.mlp.down_proj.weight": weight})
+    done = anyckpt.convert(tmp_path / "in", tmp_path / "q", to="hf", quantize="mxfp4", report=tmp_path / "r.json")
+    assert done.quantization is not None
+    assert done.quantization["total"]["saturated"] == 4
+    assert 0 < done.quantization["total"]["sqnr_db"] < 100
+    anyckpt.convert(tmp_path / "q", tmp_path / "back", to="hf", dtype="bf16")
+    back = anyckpt.open(tmp_path / "back").weights()["model.layers.0.mlp.down_proj.weight"].numpy()
+    np.testing.assert_allclose(back.astype(np.float64)[:, 0], 1.5 * 2.0**127)
 
 
 def test_it_can_be_looked_at_before_anything_is_written(tmp_path: Path) -> None:

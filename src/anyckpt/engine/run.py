@@ -292,7 +292,12 @@ def worker_count(workers: int | None, memory: int, plan: Plan) -> int:
     """
     affordable = memory // _MEMORY_PER_WORKER
     if affordable < 1:
-        raise UsageError("too little memory for one thread", expected=f"at least {_MEMORY_PER_WORKER}", found=memory)
+        raise UsageError(
+            "too little memory for one thread",
+            expected=f"at least {_MEMORY_PER_WORKER:,} bytes",
+            found=f"{memory:,} bytes",
+            remedy=f"give --memory {_MEMORY_PER_WORKER >> 20}MiB or more, or leave it out",
+        )
     if workers is not None and workers < 1:
         raise UsageError("at least one worker is needed", found=workers)
     usual = _FAR_WORKERS if is_far(plan) else min(8, max(2, os.cpu_count() or 2))

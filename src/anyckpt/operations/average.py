@@ -113,6 +113,7 @@ def average(
     if any(share < 0 for share in shares):
         rule += f" and divided by {math.fsum(shares):g}: some are subtracted"
     told = dict.fromkeys(text for step in plain for text in (*step.notes, *step.checkpoint.warnings))
+    told |= dict.fromkeys(made_of[0].warnings)
     merged = replace(mean.checkpoint, optimizer=None, warnings=[rule, *mean.notes, *told])
     return converted(merged, destination, options.for_numbers(), sources=origins, made_of=made_of)
 

@@ -6,7 +6,8 @@ import math
 import threading
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -163,7 +164,8 @@ def _halve(codes: Array, out: Array) -> None:
 class Scaled(BlockCodes):
     """A scale is the largest magnitude over a number; that of a block of zeros is 1.
 
-    One that is too small for its element type is the least that the type has, so that nothing is divided by zero.
+    One that is too small for its element type is the least that the type has, so that nothing is divided by zero; one
+    with which the outermost code would be infinite in that type is the largest with which it is not.
 
     Attributes:
         over: what the largest magnitude is divided by; the largest number of the codes, or a little more.
@@ -174,6 +176,7 @@ class Scaled(BlockCodes):
     def scales(self, largest: Array) -> tuple[Array, Array]:
         some = np.maximum(largest, _TINY)
         found = np.where(largest > 0, some / np.float32(self.over), np.float32(1))
+        np.minimum(found, _largest_scale(self.kind, round(self.over)), out=found)
         if self.kind == "float32":
             return found, found
         with np.errstate(over="ignore"):
@@ -183,18 +186,43 @@ class Scaled(BlockCodes):
         return stored, stored.astype(np.float32)
 
 
+@lru_cache(maxsize=32)
+def _largest_scale(kind: DType, reach: int) -> Any:
+    """The largest scale of an element type that times ``reach`` is a finite number of it, as float32."""
+
+    def fits(scale: Any) -> bool:
+        return bool(np.isfinite((scale.astype(np.float32) * np.float32(reach)).astype(kind.numpy)))
+
+    with np.errstate(over="ignore"):
+        scale = (np.array([_largest_number(kind)]) / reach).astype(kind.numpy)
+        bits = scale.view(kind.raw)
+        while not fits(scale):
+            bits -= 1
+        while fits((bits + 1).astype(kind.raw).view(scale.dtype)):
+            bits += 1
+    return scale.astype(np.float32)[0]
+
+
+def _largest_number(kind: DType) -> float:
+    """The largest finite number of a type of floats that has infinity."""
+    infinity = np.array([np.inf], kind.numpy)
+    return float((infinity.view(kind.raw) - 1).astype(kind.raw).view(infinity.dtype)[0])
+
+
 @dataclass(frozen=True)
 class PowersOfTwo(BlockCodes):
     """MXFP4: a scale is a power of two, chosen so that the largest magnitude is at most 7, which is rounded to 6.
 
-    As compressed-tensors 0.20 chooses it (``generate_mx_scales``).
+    As compressed-tensors 0.20 chooses it (``generate_mx_scales``), but that 6 times a scale is never infinite in
+    float32 and bfloat16: from 1.75 times the largest power of two on, numbers become 1.5 times that one.
     """
 
     _HALF: ClassVar[int] = 1 << 21  # of the last of the one bit that e2m1 has after the point
+    _MOST: ClassVar[int] = 252  # 2 ** 125
 
     def scales(self, largest: Array) -> tuple[Array, Array]:
         exponents = ((largest.view(np.uint32) + np.uint32(self._HALF)) >> np.uint32(23)).astype(np.int32) - 2
-        stored = np.clip(exponents, 0, 254).astype(np.uint8)
+        stored = np.clip(exponents, 0, self._MOST).astype(np.uint8)
         return stored, values_of(_E8M0)[stored]
 
 

@@ -355,6 +355,8 @@ def _checked(
             tensor=name,
             expected="scales beside it, or its module among those that are not quantized",
             found=tensor.dtype.name,
+            remedy="copy the file with its scales from the model's origin; if there never were any, name its module "
+            "under modules_to_not_convert of the quantization_config, and its numbers are taken as they are",
         )
     return tensor.cast(to) if tensor.dtype.is_floating else tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
@@ -17,7 +18,7 @@ from anyckpt.formats.shared.hub_folder import check_plain_name
 from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.formats.trtllm import tokenizer
 from anyckpt.formats.trtllm.container import CONFIG, LAYERS, RANK, rank_file
-from anyckpt.formats.trtllm.division import cut, division, heads_of, is_first, layer_of
+from anyckpt.formats.trtllm.division import cut, division, heads_of, is_first, layer_of, positive
 from anyckpt.formats.trtllm.loading import refused
 from anyckpt.formats.trtllm.vocabulary import with_padding
 from anyckpt.tensor import LazyTensor
@@ -30,6 +31,8 @@ _ORDER = (
 ).split()
 """Keys of ``config.json`` as ModelOpt 0.40 has them; others follow."""
 
+_ANY_GROUP = ("W4A16", "W4A16_AWQ", "W4A8_AWQ")
+"""Algorithms of which a user chooses how many columns share a scale."""
 _OWN = ("quant_method", "quantized_layers")
 """Keys of our ``quantization`` that TensorRT-LLM's class has not, and which it refuses."""
 
@@ -103,6 +106,8 @@ def _ranks(
                 ranks[stage * layout.tensor_parallel + rank][own] = part
         except AnyckptError as error:
             error.tensor, error.path = error.tensor or name, error.path or checkpoint.path
+            if own.endswith(".weights_scaling_factor"):
+                error.remedy = _another_division(tensor, layout.tensor_parallel, checkpoint)
             if type(error) is AnyckptError:
                 raise UsageError(
                     error.problem,
@@ -114,6 +119,16 @@ def _ranks(
                 ) from None
             raise
     return ranks
+
+
+def _another_division(scales: LazyTensor, ranks: int, checkpoint: Checkpoint) -> str:
+    """What helps where a rank would have a part of a group of columns that share a scale."""
+    facts = checkpoint.quantization or {}
+    size = positive(facts, "group_size") or 0
+    columns = scales.shape[-1] * size if scales.ndim else 0
+    if facts.get("quant_algo") not in _ANY_GROUP or columns % ranks or not columns:
+        return "choose another --tp, or leave the module as it is with --quantize-exclude"
+    return f"choose another --tp, or quantize with --group-size {gcd(size, columns // ranks)}"
 
 
 def _config(checkpoint: Checkpoint, layout: ParallelLayout) -> dict[str, Any]:

@@ -199,7 +199,8 @@ def chosen(checkpoint: Checkpoint, first: Checkpoint, choice: Choice) -> Checkpo
     if checkpoint is not first and checkpoint.weights().keys() != first.weights().keys():
         return checkpoint
     kept = choose(checkpoint, choice.include, choice.exclude)
-    return replace(kept.checkpoint, ignored={**kept.checkpoint.ignored, **kept.ignored})
+    told = [*kept.checkpoint.warnings, *(kept.notes if checkpoint is first else ())]
+    return replace(kept.checkpoint, ignored={**kept.checkpoint.ignored, **kept.ignored}, warnings=told)
 
 
 def _same_shapes(a: Tensors, b: Tensors) -> bool:

@@ -111,7 +111,11 @@ def cast_weights(tensors: dict[str, LazyTensor], to: str | None, keep: Sequence[
     if target.name == "float16" and casts:
         notes.append("float16 ends at 65,504: larger values become infinite, which anyckpt verify --deep finds")
     if eight_bit:
-        notes.append(f"{eight_bit} tensors of 8-bit floats are quantized values and are not cast")
+        notes.append(
+            f"{eight_bit} tensors of 8-bit floats are quantized values and are not cast; if no scales belong to them, "
+            'give the model\'s config.json with --config, in it "quantization_config": {"quant_method": "fp8", '
+            '"modules_to_not_convert": ["*"]}'
+        )
     return Cast(result, dict(casts), tuple(notes))
 
 

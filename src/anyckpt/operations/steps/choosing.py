@@ -65,13 +65,22 @@ def choose(
                 path=checkpoint.path,
                 remedy="list the names with anyckpt inspect --tensors '*'",
             )
-    chosen = (chosen_by(include) if include else own) - chosen_by(exclude)
+    chosen = chosen_by(include) if include else own
+    notes = []
+    for glob in exclude:
+        unwanted = chosen_by((glob,))
+        if not unwanted:
+            notes.append(
+                f"--exclude {glob!r} matches no tensor and leaves out nothing: names are such as {next(iter(own), '')}"
+            )
+        chosen = chosen - unwanted
     if not chosen:
         raise UsageError("--include and --exclude leave no weight", path=checkpoint.path)
     beside = [name for name in others if name in chosen]
     if not beside:
         left_out = {name: _UNWANTED for name in weights if name not in chosen}
-        return Stepped(replace(checkpoint, tensors=_without(checkpoint.tensors, left_out)), left_out)
+        some_left = replace(checkpoint, tensors=_without(checkpoint.tensors, left_out))
+        return Stepped(some_left, left_out, notes=tuple(notes))
     if keep_state:
         raise UsageError(
             "--include chooses training state to be written as weights, which then has no state of its own",
@@ -93,7 +102,7 @@ def choose(
         training=state,
         warnings=[*checkpoint.warnings, told],
     )
-    return Stepped(chosen_ones, left_out)
+    return Stepped(chosen_ones, left_out, notes=tuple(notes))
 
 
 def _without(tensors: Mapping[str, LazyTensor], names: Mapping[str, str]) -> dict[str, LazyTensor]:

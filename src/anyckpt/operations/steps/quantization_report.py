@@ -14,6 +14,7 @@ import numpy as np
 
 from anyckpt.blockwise import Tiles, keeping
 from anyckpt.errors import OutputError
+from anyckpt.indexing import Array
 from anyckpt.operations.steps.quantizing import Quantized
 from anyckpt.operations.steps.report_page import page
 from anyckpt.operations.steps.threads import Advance, Meter, each
@@ -198,14 +199,20 @@ def _compare(
         was = as_numbers(parts[0], before.dtype).astype(np.float32)
         gap = was - parts[1].view(np.float32)
         np.abs(gap, out=gap)
-        one.signal += float(np.dot(was, was))
-        one.noise += float(np.dot(gap, gap))
+        one.signal += _sum_of_squares(was)
+        one.noise += _sum_of_squares(gap)
         one.max_error = max(one.max_error, float(gap.max()))
         largest = parts[2].view(np.float32)
         one.saturated += int(np.count_nonzero(was > beyond[0] * largest))
         one.saturated += int(np.count_nonzero(was < -beyond[1] * largest))
         one.elements += count
         advance(count * before.dtype.itemsize)
+
+
+def _sum_of_squares(values: Array) -> float:
+    with np.errstate(over="ignore"):
+        found = float(np.dot(values, values))
+    return found if math.isfinite(found) else float(np.dot(wide := values.astype(np.float64), wide))
 
 
 def _together(name: str, several: Iterable[Measured] | Sequence[Measured]) -> Measured:
