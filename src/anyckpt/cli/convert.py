@@ -97,6 +97,13 @@ def writing_options(command: Command) -> Command:
 )
 @click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out weights whose source names match.")
 @click.option(
+    "--rename",
+    metavar="PATTERN=REPLACEMENT",
+    multiple=True,
+    help="Rename weights of SRC before anything else looks at names: a glob ('module.*=*'), or after re: a regular "
+    "expression.",
+)
+@click.option(
     "--quantize",
     metavar="ALGORITHM",
     help="hf, trtllm: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, int4_wo, nvfp4, "

@@ -32,6 +32,7 @@ from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
+from anyckpt.operations.steps.user_names import called, new_name
 from anyckpt.operations.steps.writing import write
 from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor
@@ -113,6 +114,7 @@ def convert(
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    rename: str | Sequence[str] | None = None,
     max_shard_size: int | str | None = None,
     sharded: bool = False,
     optimizer: str = "drop",
@@ -291,7 +293,10 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         cast = ChangedType(options.cast_to, options.keep_in_fp32)
         source = steps.take(without_adapter(source, naming, adapter, cast, keep_state=options.keeps_state))
         adapter = replace(adapter, alpha=None)
-    renamed = _under_target_names(source, naming, adapter, unwanted, options.optimizer)
+    if options.renames:
+        source, renamed = _called_as_asked(source, naming, adapter, unwanted, options)
+    else:
+        renamed = _under_target_names(source, naming, adapter, unwanted, options.optimizer)
     uncast = steps.take(renamed)
     ready = steps.take(cast_checkpoint(uncast, options.cast_to, options.kept_in_fp32))
     if keeps_codes:
@@ -309,6 +314,23 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(unwanted)))
     ready = steps.take(cut_as_asked(ready, aim, request, options.family))
     return Prepared(ready, aim, steps, source, whole, quantized)
+
+
+def _called_as_asked(
+    source: Checkpoint,
+    naming: Naming,
+    request: AdapterRequest,
+    unwanted: Mapping[str, LazyTensor],
+    options: ConvertOptions,
+) -> tuple[Checkpoint, Renamed]:
+    """What the user's names are given to, then the target's; and the source, with the names by which its state goes."""
+    given = called(source, options.renames)
+    others = {new_name(name, source.model_prefix, options.renames): tensor for name, tensor in unwanted.items()}
+    renamed = _under_target_names(given.checkpoint, naming, request, others, options.optimizer)
+    form = naming.target.optimizer
+    if options.keeps_state and (form is None or form.write is None) and given.keeps_state(source):
+        return given.checkpoint, replace(renamed, notes=(*given.notes, *renamed.notes))
+    return source, given.told(renamed, source)
 
 
 def _under_target_names(

@@ -21,6 +21,7 @@ from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_scales
+from anyckpt.operations.steps.user_names import Rename, parse_renames
 from anyckpt.operations.steps.writing import parse_share
 from anyckpt.units import parse_bytes
 
@@ -63,6 +64,9 @@ class ConvertOptions:
         include: glob or globs of the source's weight names; others are left out.  A glob that matches no weight chooses
             what is stored beside them, such as an averaged copy, to be written as the weights.
         exclude: glob or globs of weight names to leave out.
+        rename: one or several ``PATTERN=REPLACEMENT`` for the source's weight names, applied in order before the names
+            are looked at.  A pattern is a glob of whole names, and a ``*`` of the replacement stands for what the
+            pattern's next one matched; after ``re:`` a regular expression that is searched for.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
         backend: ``nemo2``: ``torch_dist`` or ``zarr``, the kind of distributed checkpoint inside.
@@ -104,6 +108,7 @@ class ConvertOptions:
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
+    rename: str | Sequence[str] | None = None
     max_shard_size: int | str | None = None
     sharded: bool = False
     optimizer: str = "drop"
@@ -145,7 +150,7 @@ class ConvertOptions:
             raise UsageError("--config and --model-id both say what the model is", remedy="give one of them")
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
-        _ = self.writing, self.part, self.budget
+        _ = self.writing, self.part, self.budget, self.renames
         only = {
             "--quantize-form": self.quantize_form,
             "--group-size": self.group_size,
@@ -186,6 +191,11 @@ class ConvertOptions:
     def part(self) -> Share | None:
         """Which share of the writing is this process's, None for all of it."""
         return parse_share(self.share)
+
+    @cached_property
+    def renames(self) -> tuple[Rename, ...]:
+        """Patterns of names and what they become."""
+        return parse_renames(self.rename)
 
     @cached_property
     def budget(self) -> int:

@@ -1,0 +1,231 @@
+"""Weights under names that a user gives them by patterns, before anything is concluded from names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint, CompositeTensor
+from anyckpt.errors import UsageError
+from anyckpt.models.complete import some
+from anyckpt.operations.steps.renaming import Renamed
+
+_REGEX = "re:"
+_HOW = "'PATTERN=REPLACEMENT', such as 'module.*=*' or 're:^h[.](\\d+)=layers.\\1'"
+
+
+@dataclass(frozen=True)
+class Rename:
+    """A pattern and what names that match it become.
+
+    Attributes:
+        said: as the user wrote it.
+        pattern: what is looked for; a glob matches whole names.
+        replacement: in the words of ``re``.
+    """
+
+    said: str
+    pattern: re.Pattern[str]
+    replacement: str
+
+    def __call__(self, name: str) -> str | None:
+        """The new name, None if the pattern does not match."""
+        new, count = self.pattern.subn(self.replacement, name)
+        return new if count else None
+
+
+def parse_renames(said: str | Sequence[str] | None) -> tuple[Rename, ...]:
+    """The renames that a user asks for, in their order.
+
+    A pattern is a glob of a whole name, and each ``*`` or ``?`` of the replacement stands for what the pattern's
+    next wildcard matched; after ``re:`` it is a regular expression that is looked for anywhere in a name.
+
+    Raises:
+        UsageError: one cannot be understood.
+    """
+    return tuple(_parsed(text) for text in ([said] if isinstance(said, str) else said or ()))
+
+
+def _parsed(text: str) -> Rename:
+    pattern, equals, replacement = text.rpartition("=")
+    if not equals or not pattern.removeprefix(_REGEX):
+        raise UsageError("--rename cannot be understood", expected=_HOW, found=text)
+    if not pattern.startswith(_REGEX):
+        pattern, replacement = _of_glob(text, pattern, replacement)
+    try:
+        found = re.compile(pattern.removeprefix(_REGEX))
+        re.compile(found.pattern + "|").sub(replacement, "")  # what it refers to is there
+    except (re.error, IndexError) as error:
+        raise UsageError(f"--rename has no regular expression: {error}", expected=_HOW, found=text) from None
+    return Rename(text, found, replacement)
+
+
+def _of_glob(text: str, pattern: str, replacement: str) -> tuple[str, str]:
+    """A glob and its replacement as a regular expression and its."""
+    made, count = [], 0
+    for literal, wildcard in re.findall(r"([^*?\[]+|\[(?![^\]]+\]))|(\*|\?|\[[^\]]+\])", pattern):
+        made.append(re.escape(literal) if literal else "(" + _WILDCARDS.get(wildcard, _class(wildcard)) + ")")
+        count += not literal
+    numbers = iter(range(1, count + 1))
+    try:
+        parts = [
+            f"\\g<{next(numbers)}>" if part in ("*", "?") else part.replace("\\", r"\\")
+            for part in re.split(r"([*?])", replacement)
+        ]
+    except StopIteration:
+        raise UsageError(
+            "the replacement has more wildcards than the pattern", expected=f"at most {count}", found=text
+        ) from None
+    return r"\A" + "".join(made) + r"\Z", "".join(parts)
+
+
+_WILDCARDS = {"*": ".*", "?": "."}
+
+
+def _class(wildcard: str) -> str:
+    inner = wildcard[1:-1].replace("\\", r"\\")
+    return f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
+
+
+@dataclass(frozen=True)
+class Called:
+    """A checkpoint whose weights have the names that a user gives them.
+
+    Attributes:
+        checkpoint: it, with all that is beside the weights as it was.
+        stored: own name of every weight -> the one that it had.
+        notes: what a user should know.
+    """
+
+    checkpoint: Checkpoint
+    stored: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def told(self, renamed: Renamed, source: Checkpoint) -> Renamed:
+        """What was then made of it, told of the checkpoint as it was."""
+        old, prefix = self.stored, source.model_prefix
+        shown = {prefix + new: prefix + name for new, name in old.items()} | dict(old)
+        return replace(
+            renamed,
+            ignored={shown.get(name, name): reason for name, reason in renamed.ignored.items()},
+            notes=(*self.notes, *renamed.notes),
+            renaming=renamed.renaming.after(old, source.weights()),
+        )
+
+    def keeps_state(self, source: Checkpoint) -> bool:
+        """Whether what is stored beside the weights stays true, because it names none that has another name now."""
+        changed = {name for new, name in self.stored.items() if new != name}
+        own = {source.model_prefix + name for name in source.weights()}
+        beside = (name for name in (*source.tensors, *source.objects) if name not in own)
+        return not any(part in changed for name in beside for part in _parts(name))
+
+
+def _parts(name: str) -> Iterator[str]:
+    """Every run of the steps of a dotted name."""
+    steps = name.split(".")
+    for first in range(len(steps)):
+        for last in range(first + 1, len(steps) + 1):
+            yield ".".join(steps[first:last])
+
+
+def new_name(name: str, prefix: str, renames: Sequence[Rename]) -> str:
+    """What a weight's own name becomes by all renames together."""
+    for rename in renames:
+        new = _once(rename, name, prefix)
+        name = name if new is None else new
+    return name
+
+
+def _once(rename: Rename, name: str, prefix: str) -> str | None:
+    new = rename(name)
+    if new is None and prefix:
+        new = rename(prefix + name)
+        return None if new is None else new.removeprefix(prefix)
+    return new
+
+
+def called(checkpoint: Checkpoint, renames: Sequence[Rename]) -> Called:
+    """The checkpoint with its weights renamed, each rename applied to what those before it gave.
+
+    A pattern meets a weight's own name, or else its stored name, with the prefix that all weights have.
+
+    Raises:
+        UsageError: two weights would have one name, or one would have none.
+    """
+    prefix, weights = checkpoint.model_prefix, checkpoint.weights()
+    names = {name: name for name in weights}
+    notes = []
+    for rename in renames:
+        changes = {}
+        for old, name in names.items():
+            new = _once(rename, name, prefix)
+            if new is not None:
+                changes[old] = new
+        notes.append(_note(rename, {names[old]: new for old, new in changes.items()}))
+        names.update(changes)
+    _check(names, checkpoint)
+    new_names = {prefix + old: prefix + new for old, new in names.items()}
+    objects = {
+        new_names.get(name, _renamed_part(name, names, prefix)) if isinstance(value, CompositeTensor) else name: value
+        for name, value in checkpoint.objects.items()
+    }
+    paths = {
+        new_names.get(name, name): _path(path, name, new_names, prefix) for name, path in checkpoint.key_paths.items()
+    }
+    return Called(
+        replace(
+            checkpoint,
+            tensors={new_names.get(name, name): tensor for name, tensor in checkpoint.tensors.items()},
+            objects=objects,
+            key_paths=paths,
+            dialect=None if checkpoint.config_kind is None else checkpoint.dialect,
+        ),
+        {new: old for old, new in names.items()},
+        tuple(notes),
+    )
+
+
+def _note(rename: Rename, changes: Mapping[str, str]) -> str:
+    changed = [(old, new) for old, new in changes.items() if old != new]
+    if not changed:
+        return f"--rename {rename.said!r} " + ("matches no weight" if not changes else "changes no name")
+    old, new = changed[0]
+    return f"--rename {rename.said!r} renames {len(changed)} weights, such as {old} to {new}"
+
+
+def _check(names: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    """Raise UsageError unless every weight has a name of its own."""
+    holders: dict[str, list[str]] = {}
+    for old, new in names.items():
+        holders.setdefault(new, []).append(old)
+    if "" in holders:
+        raise UsageError(
+            "--rename leaves no name", path=checkpoint.path, tensor=holders[""][0], remedy="give it a replacement"
+        )
+    clash = next(((new, olds) for new, olds in holders.items() if len(olds) > 1), None)
+    if clash is not None:
+        raise UsageError(
+            f"--rename gives {len(clash[1])} weights the same name",
+            path=checkpoint.path,
+            tensor=clash[0],
+            expected="a name for each",
+            found=some(clash[1]),
+            remedy="make the pattern match fewer names, or leave the others out with --exclude",
+        )
+
+
+def _renamed_part(name: str, names: Mapping[str, str], prefix: str) -> str:
+    own = name.removeprefix(prefix)
+    return prefix + names[own] if own in names else name
+
+
+def _path(path: tuple[Any, ...], name: str, new_names: Mapping[str, str], prefix: str) -> tuple[Any, ...]:
+    """Where a renamed weight lies: in what held it, under its own new name."""
+    new = new_names.get(name)
+    if new is None or new == name:
+        return path
+    holder = [step for step in prefix.split(".") if step]
+    inside = len(holder) if [*path[: len(holder)]] == holder else 0
+    return (*path[:inside], new.removeprefix(prefix) if inside else new)
