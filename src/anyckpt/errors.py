@@ -7,12 +7,13 @@ found, and what to do next.  The command line prints it without a traceback and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 
 _COMPARED = 5000
 _SHOWN = 3
+_FEWEST_LETTERS = 4
 
 
 class AnyckptError(Exception):
@@ -112,6 +113,28 @@ def alike(name: str, names: Iterable[str]) -> str:
     found = [known for known in some if known.endswith(f".{name}") or (known and name.endswith(f".{known}"))]
     found += [known for known in get_close_matches(name, some, _SHOWN) if known not in found]
     return " or ".join(map(repr, found[:_SHOWN]))
+
+
+def did_you_mean(name: str, titles: Mapping[str, str]) -> str | None:
+    """A question that names what may have been meant by a name that is not known; None if nothing resembles it.
+
+    Args:
+        name: what somebody wrote.
+        titles: what there is -> its title, which a name may be taken from (``huggingface`` for a Hugging Face folder).
+    """
+    from difflib import get_close_matches
+
+    wanted = _letters(name)
+    spelled = {_letters(known): known for known in titles}
+    found = [spelled[known] for known in get_close_matches(wanted, spelled, _SHOWN)]
+    if len(wanted) >= _FEWEST_LETTERS:
+        found += [known for known, title in titles.items() if wanted in _letters(title) or wanted in _letters(known)]
+    few = list(dict.fromkeys(found))[:_SHOWN]
+    return f"did you mean {' or '.join(few)}?" if few else None
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.lower()))
 
 
 @contextmanager

@@ -1,4 +1,18 @@
-"""What other packages build families, formats and dialects from; ``docs/extending.md`` shows how.
+"""What other packages build families, formats and dialects from.
+
+A package names what it brings as entry points in its ``pyproject.toml``::
+
+    [project.entry-points."anyckpt.families"]
+    my-family = "my_package.family:FAMILY"     # a Family: rules of names, shapes, and the configuration's fields
+
+    [project.entry-points."anyckpt.formats"]
+    my-format = "my_package.format:FORMAT"     # a Format: detect, read and plan
+
+    [project.entry-points."anyckpt.dialects"]
+    my-names = "my_package.names:DIALECT"      # a table of names
+
+Once it is installed, ``--family``, ``--to`` and ``--names`` take them.  ``anyckpt.testing`` has the checks of our own
+families and formats, which a package's tests can put to its own.
 
 These names stay where they are whatever moves inside the package.  Each is imported when it is first used.
 """

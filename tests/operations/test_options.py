@@ -19,9 +19,11 @@ OWN = {
 }
 OTHERWISE = {
     ("average", "to"): "str | None",
+    ("convert", "to"): "str | None",
     ("merge_lora", "to"): "str | None",
     ("reshard", "layout"): "LayoutRequest",
     ("save", "optimizer"): "str | None",
+    ("save", "to"): "str | None",
 }
 """What an operation decides itself where the user does not, or cannot do without."""
 

@@ -49,6 +49,17 @@ class _LazyGroup(click.Group):
         command: click.Command = import_module(f"anyckpt.cli.{cmd_name.replace('-', '_')}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not ctx.resilient_parsing:
+            from anyckpt.errors import did_you_mean
+
+            question = did_you_mean(name, _COMMANDS)
+            ctx.fail(f"No such command {name!r}" + ("" if question is None else f"; {question}"))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))

@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import progress_bar
-from anyckpt.cli.convert import show, writing_options
+from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_option, writing_options
 from anyckpt.cli.layout import layout_options, layout_request
 
 
@@ -20,18 +22,52 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
         raise click.BadParameter("expected numbers with commas between, such as 1,1,2", ctx, parameter) from None
 
 
-@click.command()
-@click.argument("sources", nargs=-1, required=True, metavar="SRC...")
-@click.option("-o", "--output", "destination", required=True, metavar="DST", help="What to write.")
-@click.option("--weights", callback=_numbers, metavar="W1,W2,...", help="A weight per SRC; all equal if not given.")
-@click.option("--to", metavar="FORMAT", help="Format to write; that of the first SRC if not given.")
-@click.option("--family", metavar="NAME", help="Model family, where the checkpoints do not tell.")
-@click.option("--config", metavar="FILE", help="Model configuration, where the checkpoints have none.")
-@click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
-@click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
-@click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
-@click.option("--include", metavar="GLOB", multiple=True, help="Take only weights whose names in SRC match.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out weights whose names in SRC match.")
+@click.command(
+    cls=Command,
+    examples=(
+        ("the mean of two", "anyckpt average step-1000 step-2000 -o mean"),
+        ("weighted, and written for vLLM", "anyckpt average a.nemo b.nemo -o mean --weights 1,3 --to hf"),
+        ("add to A what B has learned over C", "anyckpt average A B C -o sum --weights 1,1,-1"),
+    ),
+)
+@click.argument("sources", nargs=-1, required=True, metavar="SRC...", shell_complete=completion.paths)
+@option(
+    "-o",
+    "--output",
+    "destination",
+    title=OUTPUT,
+    required=True,
+    metavar="DST",
+    shell_complete=completion.paths,
+    help="What to write.",
+)
+@option(
+    "--weights",
+    title=OUTPUT,
+    callback=_numbers,
+    metavar="W1,W2,...",
+    help="A weight per SRC; all equal if not given.",
+)
+@option(
+    "--to",
+    title=OUTPUT,
+    metavar="FORMAT",
+    shell_complete=completion.formats,
+    help="Format to write; that of the first SRC if not given.",
+)
+@option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
+@option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
+@option("--include", title=OUTPUT, metavar="GLOB", multiple=True, help="Take only weights whose names in SRC match.")
+@option("--exclude", title=OUTPUT, metavar="GLOB", multiple=True, help="Leave out weights whose names in SRC match.")
+@family_option
+@option(
+    "--config",
+    title=MODEL,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="Model configuration, where the checkpoints have none.",
+)
+@tokenizer_option
 @layout_options
 @writing_options
 def command(sources: tuple[str, ...], destination: str, as_json: bool, **options: Any) -> None:

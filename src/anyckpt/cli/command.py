@@ -44,7 +44,7 @@ class Command(click.Command):
         """Options under their titles, in the order in which titles first come; those without one at the end."""
         titled: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 titled.setdefault(getattr(parameter, "title", ""), []).append(record)
         others = titled.pop("", [])

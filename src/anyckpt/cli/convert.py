@@ -7,126 +7,230 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from anyckpt.cli.console import by_reason, print_json, print_line, print_note, print_table, progress_bar
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command, option
+from anyckpt.cli.console import by_reason, print_json, print_line, print_note, progress_bar
 from anyckpt.cli.layout import layout_options, layout_request
+from anyckpt.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _SHOWN_FILES = 20
 _SHOWN_SHARES = 8
 _SHOWN_LAYERS = 12
 
 
+OUTPUT = "What to write"
+MODEL = "What the model is"
+_QUANTIZED = "Quantizing"
+_RUN = "How to do it"
 _WRITING = (
-    click.option(
+    option(
         "--dtype",
-        type=click.Choice(["bf16", "fp16", "fp32"]),
-        help="Cast floating-point weights, and dequantize quantized ones.",
+        title=OUTPUT,
+        type=click.Choice(["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]),
+        metavar="TYPE",
+        help="Cast floating-point weights, and dequantize quantized ones: bf16, fp16 or fp32 (or bfloat16, float16, "
+        "float32).",
     ),
-    click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads."),
-    click.option("--memory", metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
-    click.option("--force", is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
-    click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint, at the end."),
-    click.option("--resume", is_flag=True, help="Continue what an interrupted run left."),
-    click.option("--share", metavar="I/N", help="Do the I-th of N parts; the last of N processes publishes DST."),
-    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    option("--dry-run", title=_RUN, is_flag=True, help="Print the plan and write nothing."),
+    option("--overwrite", title=_RUN, is_flag=True, help="Replace an existing checkpoint, at the end."),
+    option("--resume", title=_RUN, is_flag=True, help="Continue what an interrupted run left."),
+    option("--force", title=_RUN, is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
+    option("--workers", title=_RUN, type=click.IntRange(min=1), metavar="N", help="Threads."),
+    option("--memory", title=_RUN, metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
+    option(
+        "--share",
+        title=_RUN,
+        metavar="I/N",
+        help="Do the I-th of N parts; the last of N processes publishes DST.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
 )
 
 
-def writing_options(command: Command) -> Command:
+def writing_options(command: Decorated) -> Decorated:
     """Options of every command that writes a checkpoint."""
-    for option in reversed(_WRITING):
-        command = option(command)
+    for add in reversed(_WRITING):
+        command = add(command)
     return command
 
 
-@click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
-@click.option("--to", required=True, metavar="FORMAT", help="Format to write, such as hf, nemo, nemo2, megatron-core.")
-@click.option("--family", metavar="NAME", help="Model family, where the checkpoint does not tell.")
-@click.option("--config", metavar="PATH", help="Model configuration, or a model that has it, where SRC has none.")
-@click.option(
-    "--model-id",
-    metavar="ID",
-    help="In place of --config: a model by name, such as meta-llama/Meta-Llama-3-8B, or a folder of NeMo 2; SRC must "
-    "agree with it.",
+family_option = option(
+    "--family",
+    title=MODEL,
+    metavar="NAME",
+    shell_complete=completion.families,
+    help="Model family, where the checkpoint does not tell.",
 )
-@click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
-@click.option(
-    "--tokenizer-library",
-    type=click.Choice(["sentencepiece", "huggingface", "tiktoken"]),
-    help="What reads --tokenizer, where its file does not tell; with huggingface it may be a name on the hub.",
+tokenizer_option = option(
+    "--tokenizer",
+    title=MODEL,
+    metavar="PATH",
+    shell_complete=completion.paths,
+    help="Sentencepiece model or folder of tokenizer files to send along.",
 )
-@click.option(
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("to Hugging Face, for vLLM and transformers", "anyckpt convert run/model.nemo llama-hf --to hf"),
+        ("the name of a file tells its format", "anyckpt convert llama-hf llama.nemo"),
+        (
+            "to files of 8 tensor-parallel ranks for Megatron-LM",
+            "anyckpt convert llama-hf ranks --to megatron-lm --tp 8",
+        ),
+        (
+            "in another type, and see first what would be written",
+            "anyckpt convert a b --to hf --dtype bfloat16 --dry-run",
+        ),
+        ("quantized for serving", "anyckpt convert llama-hf llama-fp8 --to hf --quantize fp8"),
+        ("go on after an interruption", "anyckpt convert llama-hf llama.nemo --resume"),
+    ),
+)
+@click.argument("source", metavar="SRC", shell_complete=completion.paths)
+@click.argument("destination", metavar="DST", shell_complete=completion.paths)
+@option(
+    "--to",
+    title=OUTPUT,
+    metavar="FORMAT",
+    shell_complete=completion.formats,
+    help="Format to write, such as hf, nemo, nemo2, megatron-core.  If not given, what DST's name tells: .nemo, .ckpt, "
+    ".pt, .safetensors, .qnemo.",
+)
+@option(
     "--names",
+    title=OUTPUT,
     metavar="DIALECT",
+    shell_complete=completion.dialects,
     help="lightning, dcp, torch, safetensors: how to name weights (hf, hub, megatron-core, nemo-flat, nemo-sharded, "
     "nemo2, or another package's); as the source does if not given.",
 )
-@click.option(
-    "--adapter-form",
-    type=click.Choice(["canonical", "fused"]),
-    help="LoRA: an update per Hugging Face module, or one per fused weight of Megatron, at a higher rank.",
-)
-@click.option("--alpha", type=float, metavar="X", help="LoRA: alpha, where the adapter does not say it.")
-@click.option(
-    "--optimizer",
-    type=click.Choice(["keep", "drop"]),
-    default="drop",
-    show_default=True,
-    help="Carry training state, where the target can hold it.",
-)
-@click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
-@click.option(
-    "--backend",
-    type=click.Choice(["torch_dist", "zarr"]),
-    help="nemo2: kind of distributed checkpoint inside; torch_dist if not given.",
-)
-@click.option("--compress/--no-compress", default=False, help="trtllm: one archive (.qnemo), not a directory.")
-@click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
-@click.option(
+@option(
     "--include",
+    title=OUTPUT,
     metavar="GLOB",
     multiple=True,
     help="Take only weights whose source names match, or what else matches none of them (an EMA copy).",
 )
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out weights whose source names match.")
-@click.option(
+@option("--exclude", title=OUTPUT, metavar="GLOB", multiple=True, help="Leave out weights whose source names match.")
+@option(
     "--rename",
+    title=OUTPUT,
     metavar="PATTERN=REPLACEMENT",
     multiple=True,
     help="Rename weights of SRC before anything else looks at names: a glob ('module.*=*'), or after re: a regular "
     "expression.",
 )
-@click.option(
+@option(
+    "--optimizer",
+    title=OUTPUT,
+    type=click.Choice(["keep", "drop"]),
+    default="drop",
+    show_default=True,
+    help="Carry training state, where the target can hold it.",
+)
+@option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
+@option(
+    "--backend",
+    title=OUTPUT,
+    type=click.Choice(["torch_dist", "zarr"]),
+    help="nemo2: kind of distributed checkpoint inside; torch_dist if not given.",
+)
+@option(
+    "--compress/--no-compress",
+    title=OUTPUT,
+    default=False,
+    help="trtllm: one archive (.qnemo), not a directory.",
+)
+@option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
+@family_option
+@option(
+    "--config",
+    title=MODEL,
+    metavar="PATH",
+    shell_complete=completion.paths,
+    help="Model configuration, or a model that has it, where SRC has none.",
+)
+@option(
+    "--model-id",
+    title=MODEL,
+    metavar="ID",
+    help="In place of --config: a model by name, such as meta-llama/Meta-Llama-3-8B, or a folder of NeMo 2; SRC must "
+    "agree with it.",
+)
+@tokenizer_option
+@option(
+    "--tokenizer-library",
+    title=MODEL,
+    type=click.Choice(["sentencepiece", "huggingface", "tiktoken"]),
+    help="What reads --tokenizer, where its file does not tell; with huggingface it may be a name on the hub.",
+)
+@option(
+    "--adapter-form",
+    title="Adapters",
+    type=click.Choice(["canonical", "fused"]),
+    help="LoRA: an update per Hugging Face module, or one per fused weight of Megatron, at a higher rank.",
+)
+@option("--alpha", title="Adapters", type=float, metavar="X", help="LoRA: alpha, where the adapter does not say it.")
+@option(
     "--quantize",
+    title=_QUANTIZED,
     metavar="ALGORITHM",
+    shell_complete=completion.algorithms,
     help="hf, trtllm: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, int4_wo, nvfp4, "
     "mxfp4.",
 )
-@click.option(
+@option(
     "--quantize-form",
+    title=_QUANTIZED,
     metavar="FORM",
+    shell_complete=completion.forms,
     help="How quantized weights are stored: compressed-tensors, modelopt, fp8 (DeepSeek's), mxfp4 (GPT-OSS's).",
 )
-@click.option("--group-size", type=int, metavar="N", help="int4: columns with one scale.  [default: 128]")
-@click.option("--activation-scale", type=float, metavar="X", help="Scale of activations, where the form stores it.")
-@click.option(
+@option(
+    "--group-size",
+    title=_QUANTIZED,
+    type=int,
+    metavar="N",
+    help="int4: columns with one scale.  [default: 128]",
+)
+@option(
+    "--activation-scale",
+    title=_QUANTIZED,
+    type=float,
+    metavar="X",
+    help="Scale of activations, where the form stores it.",
+)
+@option(
     "--activation-scales",
+    title=_QUANTIZED,
     metavar="PATH",
+    shell_complete=completion.paths,
     help="Scales of activations by module: JSON, or a quantized model whose input_scale are taken.",
 )
-@click.option("--quantize-exclude", metavar="GLOB", multiple=True, help="Leave modules that match as they are.")
-@click.option("--report", metavar="FILE", help="Write what quantizing did to every weight, as JSON or .html.")
+@option(
+    "--quantize-exclude",
+    title=_QUANTIZED,
+    metavar="GLOB",
+    multiple=True,
+    help="Leave modules that match as they are.",
+)
+@option(
+    "--report",
+    title=_QUANTIZED,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="Write what quantizing did to every weight, as JSON or .html.",
+)
 @layout_options
 @writing_options
 def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
-    """Convert the checkpoint at SRC, whatever its format, to FORMAT at DST.
+    """Convert the checkpoint at SRC, whatever its format, to another one at DST.
 
     Values stay bit for bit the same unless --dtype asks for a cast.  DST appears only when it is whole.
     """
@@ -158,8 +262,9 @@ def _print_quantization(report: dict[str, Any]) -> None:
         lossy = [layer for layer in layers if layer["sqnr_db"] is not None]
         worst = sorted(lossy, key=lambda layer: float(layer["sqnr_db"]))[:_SHOWN_LAYERS]
         rows, title = [row(layer) for layer in worst], f"the {_SHOWN_LAYERS} of {len(layers)} layers that lost most:"
-    header = ("layer", "SQNR", "largest error", "saturated", "before", "after")
-    print_table(header, [*rows, row(report["total"])], right=(1, 2, 3, 4, 5), title=title)
+    numbers = ("SQNR", "largest error", "saturated", "before", "after")
+    columns = [Column("layer"), *(Column(name, right=True) for name in numbers)]
+    print_table(columns, [*rows, row(report["total"])], title=title)
     print_line()
 
 
@@ -172,7 +277,7 @@ def _print(done: Conversion) -> None:
         if len(done.files) > len(shown):
             rest = done.files[_SHOWN_FILES:]
             rows.append((f"... {len(rest)} more", format_bytes(sum(f["bytes"] for f in rest)), ""))
-        print_table(("file", "size", "tensors"), rows, right=(1, 2))
+        print_table([Column("file"), Column("size", right=True), Column("tensors", right=True)], rows)
         print_line()
     if done.quantization is not None:
         _print_quantization(done.quantization)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_json, print_line, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -41,9 +43,20 @@ def _tolerance(option: str, word: str) -> Callable[[Callable[..., int]], Callabl
     )
 
 
-@click.command()
-@click.argument("a")
-@click.argument("b")
+@click.command(
+    cls=Command,
+    examples=(
+        ("whether a conversion lost anything", "anyckpt diff llama-hf llama.nemo"),
+        (
+            "what a fine-tuning changed, the most changed layers first",
+            "anyckpt diff base tuned --layers --sort relative",
+        ),
+        ("everything in two checkpoints of one run", "anyckpt diff step-1000 step-2000 --raw"),
+        ("up to rounding", "anyckpt diff a b --rtol 1e-3,bf16=1e-2 --atol 1e-6"),
+    ),
+)
+@click.argument("a", shell_complete=completion.paths)
+@click.argument("b", shell_complete=completion.paths)
 @_tolerance("--rtol", "Relative")
 @_tolerance("--atol", "Absolute")
 @click.option("--tensors", multiple=True, metavar="GLOB", help="Compare these tensors alone, by their common names.")

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_archive, progress_bar
 
 
-@click.command()
-@click.argument("archive")
+@click.command(
+    cls=Command,
+    examples=(
+        ("a setting, in place", "anyckpt edit model.nemo --set trainer.devices=1"),
+        (
+            "another tokenizer, in another archive",
+            "anyckpt edit model.nemo --replace-artifact tokenizer.model=new.model -o other.nemo",
+        ),
+    ),
+)
+@click.argument("archive", shell_complete=completion.paths)
 @click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Configuration key (a.b.c) and YAML value.")
 @click.option(
     "--replace-artifact",
@@ -17,7 +28,13 @@ from anyckpt.cli.console import print_archive, progress_bar
     multiple=True,
     help="Artifact, by name or by the configuration key that refers to it, and the file with its new contents.",
 )
-@click.option("-o", "--output", metavar="PATH", help="Write another archive; ARCHIVE itself is replaced otherwise.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="PATH",
+    shell_complete=completion.paths,
+    help="Write another archive; ARCHIVE itself is replaced otherwise.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(

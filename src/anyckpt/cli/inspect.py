@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command
 from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, print_note, print_table, progress_bar
 from anyckpt.cli.model_line import model_line
 
@@ -16,8 +18,11 @@ _SHOWN_CONFIG = 40
 _LONGEST_VALUE = 100
 
 
-@click.command()
-@click.argument("path")
+@click.command(
+    cls=Command,
+    examples=(("what it is", "anyckpt inspect model.nemo"),),
+)
+@click.argument("path", shell_complete=completion.paths)
 @click.option(
     "--tensors", metavar="GLOB", help="List the tensors whose names match, with shape, type, shards and files."
 )

@@ -7,67 +7,118 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import option
+
 if TYPE_CHECKING:
     from anyckpt.operations.steps.layout_request import LayoutRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SIZE = click.IntRange(min=1)
+_PARALLEL = "Parallel layout"
+_VOCABULARY = "Vocabulary"
+_MEGATRON = "Megatron's formats"
 _OPTIONS = (
-    click.option(
+    option(
         "--tp",
         "tensor_parallel",
+        title=_PARALLEL,
         type=_SIZE,
         metavar="N",
         help="Tensor parallel size, where a file per rank is written.",
     ),
-    click.option("--pp", "pipeline_parallel", type=_SIZE, metavar="N", help="Pipeline parallel size."),
-    click.option("--vpp", "virtual_pipeline", type=_SIZE, metavar="N", help="Virtual pipeline: chunks per stage."),
-    click.option("--ep", "expert_parallel", type=_SIZE, metavar="N", help="Expert parallel size."),
-    click.option(
+    option("--pp", "pipeline_parallel", title=_PARALLEL, type=_SIZE, metavar="N", help="Pipeline parallel size."),
+    option(
+        "--vpp",
+        "virtual_pipeline",
+        title=_PARALLEL,
+        type=_SIZE,
+        metavar="N",
+        help="Virtual pipeline: chunks per stage.",
+    ),
+    option("--ep", "expert_parallel", title=_PARALLEL, type=_SIZE, metavar="N", help="Expert parallel size."),
+    option(
         "--etp",
         "expert_tensor_parallel",
+        title=_PARALLEL,
         type=_SIZE,
         metavar="N",
         help="Expert tensor parallel size; as --tp if not given.",
     ),
-    click.option("--first-stage-layers", type=_SIZE, metavar="N", help="Layers of the first pipeline stage."),
-    click.option("--last-stage-layers", type=_SIZE, metavar="N", help="Layers of the last pipeline stage."),
-    click.option("--account-for-embedding", is_flag=True, help="The embedding takes a layer's place in its stage."),
-    click.option("--account-for-loss", is_flag=True, help="The output layer takes a layer's place in its stage."),
-    click.option("--pipeline-layout", metavar="TEXT", help="Stages in Megatron's notation, such as 'Et|tt|t|tL'."),
-    click.option("--vocab-size", type=_SIZE, metavar="N", help="True vocabulary, without padding rows."),
-    click.option("--make-vocab-size-divisible-by", type=_SIZE, metavar="N", help="Pad to a multiple of N x --tp."),
-    click.option(
+    option(
+        "--first-stage-layers",
+        title=_PARALLEL,
+        type=_SIZE,
+        metavar="N",
+        help="Layers of the first pipeline stage.",
+    ),
+    option("--last-stage-layers", title=_PARALLEL, type=_SIZE, metavar="N", help="Layers of the last pipeline stage."),
+    option(
+        "--account-for-embedding",
+        title=_PARALLEL,
+        is_flag=True,
+        help="The embedding takes a layer's place in its stage.",
+    ),
+    option(
+        "--account-for-loss",
+        title=_PARALLEL,
+        is_flag=True,
+        help="The output layer takes a layer's place in its stage.",
+    ),
+    option(
+        "--pipeline-layout",
+        title=_PARALLEL,
+        metavar="TEXT",
+        help="Stages in Megatron's notation, such as 'Et|tt|t|tL'.",
+    ),
+    option(
+        "--partition-rules",
+        title=_PARALLEL,
+        metavar="FILE",
+        shell_complete=completion.paths,
+        help="YAML of name pattern: kind, for names without a rule.",
+    ),
+    option("--vocab-size", title=_VOCABULARY, type=_SIZE, metavar="N", help="True vocabulary, without padding rows."),
+    option(
+        "--make-vocab-size-divisible-by",
+        title=_VOCABULARY,
+        type=_SIZE,
+        metavar="N",
+        help="Pad to a multiple of N x --tp.",
+    ),
+    option(
         "--vocab-padding",
         "padding",
+        title=_VOCABULARY,
         type=click.Choice(["zeros", "repeat-last-row"]),
         default="zeros",
         show_default=True,
         help="What fills new padding rows of the vocabulary.",
     ),
-    click.option(
+    option(
         "--transformer-impl",
+        title=_MEGATRON,
         type=click.Choice(["local", "transformer_engine"]),
-        help="Megatron's formats: what the model that loads it is built of; by default, what the source tells.",
+        help="What the model that loads it is built of; by default, what the source tells.",
     ),
-    click.option("--keep-extra-state", is_flag=True, help="Megatron's formats: keep FP8 states of the layers."),
-    click.option(
+    option("--keep-extra-state", title=_MEGATRON, is_flag=True, help="Keep FP8 states of the layers."),
+    option(
         "--no-megatron-args",
         "megatron_args",
+        title=_MEGATRON,
         flag_value=False,
         default=True,
         help="megatron-core: leave out args, checkpoint_version and iteration, which Megatron-LM reads and a bare "
         "model's load_state_dict refuses.",
     ),
-    click.option("--partition-rules", metavar="FILE", help="YAML of name pattern: kind, for names without a rule."),
 )
 
 
 def layout_options(command: Command) -> Command:
     """The options, in the order in which ``--help`` shows them."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
+    for add in reversed(_OPTIONS):
+        command = add(command)
     return command
 
 

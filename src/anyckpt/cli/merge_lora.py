@@ -6,25 +6,55 @@ from typing import Any
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import progress_bar
-from anyckpt.cli.convert import show, writing_options
+from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_option, writing_options
 from anyckpt.cli.layout import layout_options, layout_request
 
+_ADAPTER = "The adapter"
 
-@click.command()
-@click.argument("base", metavar="BASE")
-@click.argument("adapter", metavar="ADAPTER")
-@click.argument("destination", metavar="DST")
-@click.option("--to", metavar="FORMAT", help="Format to write; that of BASE if not given.")
-@click.option("--scale", type=float, default=1.0, show_default=True, metavar="X", help="Multiply the adapter by X.")
-@click.option("--alpha", type=float, metavar="X", help="The adapter's alpha, where it does not say it.")
-@click.option("--family", metavar="NAME", help="Model family, where BASE does not tell.")
-@click.option("--config", metavar="PATH", help="Configuration of BASE, or a model that has it, where it has none.")
-@click.option("--tokenizer", metavar="PATH", help="Sentencepiece model or folder of tokenizer files to send along.")
-@click.option("--sharded", is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
-@click.option("--max-shard-size", metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
-@click.option("--include", metavar="GLOB", multiple=True, help="Take only tensors of ADAPTER whose names match.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out tensors of ADAPTER whose names match.")
+
+@click.command(
+    cls=Command,
+    examples=(
+        ("a model with its adapter in it, in the model's format", "anyckpt merge-lora llama-hf adapter merged"),
+        ("the same, less strongly, for NeMo", "anyckpt merge-lora llama-hf adapter merged.nemo --to nemo --scale 0.7"),
+    ),
+)
+@click.argument("base", metavar="BASE", shell_complete=completion.paths)
+@click.argument("adapter", metavar="ADAPTER", shell_complete=completion.paths)
+@click.argument("destination", metavar="DST", shell_complete=completion.paths)
+@option(
+    "--scale",
+    title=_ADAPTER,
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="Multiply the adapter by X.",
+)
+@option("--alpha", title=_ADAPTER, type=float, metavar="X", help="Its alpha, where it does not say it.")
+@option("--include", title=_ADAPTER, metavar="GLOB", multiple=True, help="Take only tensors of it whose names match.")
+@option("--exclude", title=_ADAPTER, metavar="GLOB", multiple=True, help="Leave out tensors of it whose names match.")
+@option(
+    "--to",
+    title=OUTPUT,
+    metavar="FORMAT",
+    shell_complete=completion.formats,
+    help="Format to write; that of BASE if not given.",
+)
+@option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
+@option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
+@family_option
+@option(
+    "--config",
+    title=MODEL,
+    metavar="PATH",
+    shell_complete=completion.paths,
+    help="Configuration of BASE, or a model that has it, where it has none.",
+)
+@tokenizer_option
 @layout_options
 @writing_options
 def command(base: str, adapter: str, destination: str, as_json: bool, **options: Any) -> None:

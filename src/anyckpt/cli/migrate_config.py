@@ -7,12 +7,26 @@ from typing import Any, Literal
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_json, print_note
 
 
-@click.command()
-@click.argument("source", metavar="OLD.yaml")
-@click.option("-o", "--output", metavar="NEW", help="Write to this file (.py: Python) instead of to the terminal.")
+@click.command(
+    cls=Command,
+    examples=(
+        ("Python for NeMo 2", "anyckpt migrate-config megatron_gpt_config.yaml -o train.py"),
+        ("the checkpoint section of Megatron-Bridge", "anyckpt migrate-config old.yaml --to megatron-bridge"),
+    ),
+)
+@click.argument("source", metavar="OLD.yaml", shell_complete=completion.paths)
+@click.option(
+    "-o",
+    "--output",
+    metavar="NEW",
+    shell_complete=completion.paths,
+    help="Write to this file (.py: Python) instead of to the terminal.",
+)
 @click.option(
     "--to",
     type=click.Choice(["nemo2", "megatron-bridge", "anyckpt"]),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_archive, progress_bar
 
 
-@click.command()
-@click.argument("directory", metavar="DIR")
-@click.argument("archive")
+@click.command(
+    cls=Command,
+    examples=(("an archive of what has been unpacked and changed", "anyckpt pack unpacked model.nemo"),),
+)
+@click.argument("directory", metavar="DIR", shell_complete=completion.folders)
+@click.argument("archive", shell_complete=completion.paths)
 @click.option("--overwrite", is_flag=True, help="Replace an archive, at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(directory: str, archive: str, overwrite: bool, as_json: bool) -> None:

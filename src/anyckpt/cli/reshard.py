@@ -6,16 +6,29 @@ from typing import Any
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import progress_bar
-from anyckpt.cli.convert import show, writing_options
+from anyckpt.cli.convert import OUTPUT, show, writing_options
 from anyckpt.cli.layout import layout_options, layout_request
 
 
-@click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
-@click.option(
+@click.command(
+    cls=Command,
+    examples=(
+        (
+            "from whatever it has to tensor parallel 4, pipeline parallel 2",
+            "anyckpt reshard run run-tp4pp2 --tp 4 --pp 2",
+        ),
+        ("with fewer layers beside the output layer", "anyckpt reshard run out --pp 4 --last-stage-layers 6"),
+        ("weights alone", "anyckpt reshard run out --tp 1 --pp 1 --optimizer drop"),
+    ),
+)
+@click.argument("source", metavar="SRC", shell_complete=completion.paths)
+@click.argument("destination", metavar="DST", shell_complete=completion.paths)
+@option(
     "--optimizer",
+    title=OUTPUT,
     type=click.Choice(["keep", "drop"]),
     default="keep",
     show_default=True,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_archive, progress_bar
 
 
-@click.command()
-@click.argument("archive")
-@click.argument("directory", metavar="DIR")
+@click.command(
+    cls=Command, examples=(("the files of an archive, to look at or to change", "anyckpt unpack model.nemo unpacked"),)
+)
+@click.argument("archive", shell_complete=completion.paths)
+@click.argument("directory", metavar="DIR", shell_complete=completion.paths)
 @click.option("--overwrite", is_flag=True, help="Replace an unpacked checkpoint, at the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(archive: str, directory: str, overwrite: bool, as_json: bool) -> None:

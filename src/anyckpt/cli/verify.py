@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import click
 
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command
 from anyckpt.cli.console import calls_line, print_json, print_line, print_note, progress_bar
 
 
-@click.command()
-@click.argument("path")
+@click.command(
+    cls=Command,
+    examples=(
+        ("is every byte there, and the model complete", "anyckpt verify llama.nemo"),
+        ("read all values, too", "anyckpt verify run/iter_0001000 --deep"),
+    ),
+)
+@click.argument("path", shell_complete=completion.paths)
 @click.option("--deep", is_flag=True, help="Also read every weight: NaN, infinities, denormal numbers.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: str, deep: bool, as_json: bool) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from anyckpt.checkpoint import Checkpoint, OptimizerForm, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.entry_points import loaded, registered
-from anyckpt.errors import AnyckptError, FormatError, UsageError
+from anyckpt.errors import AnyckptError, FormatError, UsageError, did_you_mean
 from anyckpt.formats.foreign import refusal
 from anyckpt.formats.shared.unfinished import check_finished
 from anyckpt.pickling import load_prefix
@@ -87,6 +87,8 @@ class Format:
         divides: sizes of ``WriteOptions.layout`` by which ``plan`` itself divides whole tensors into files; none if it
             does not.
         archives: whether ``plan`` can pack its files in one archive, as ``WriteOptions.compress`` asks.
+        suffixes: how the names of its files and folders end, where that tells the format; the usual one first.
+        archive_suffixes: the same of its archives.
         backends: what kinds of distributed checkpoint ``plan`` can put inside, the usual one first; none if it has no
             choice.
         in_fp32: globs of weights that its software has in float32 whatever the others are cast to.
@@ -109,6 +111,8 @@ class Format:
     adapters: str | None = None
     divides: tuple[str, ...] = ()
     archives: bool = False
+    suffixes: tuple[str, ...] = ()
+    archive_suffixes: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()
     in_fp32: tuple[str, ...] = ()
     leaves_out_arguments: bool = False
@@ -223,8 +227,24 @@ def by_name(name: str) -> Format:
         UsageError: there is none.
     """
     if name not in _BUILT_IN and name not in _registered():
-        raise UsageError(f"unknown format {name!r}", expected=f"one of {', '.join(_names())}")
+        raise UsageError(
+            f"unknown format {name!r}",
+            expected=f"one of {', '.join(_names())}",
+            remedy=did_you_mean(name, {known: _load(known).title for known in _names()}),
+        )
     return _load(name)
+
+
+def suffixes() -> dict[str, tuple[Format, bool]]:
+    """How the names of files of each format that can be written end -> the format, and whether that is an archive."""
+    found: dict[str, tuple[Format, bool]] = {}
+    for known in formats().values():
+        if known.plan is not None:
+            for suffix in known.suffixes:
+                found.setdefault(suffix, (known, False))
+            for suffix in known.archive_suffixes:
+                found.setdefault(suffix, (known, True))
+    return found
 
 
 def detect(location: Location) -> Format:

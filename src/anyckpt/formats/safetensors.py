@@ -43,4 +43,5 @@ FORMAT = Format(
     detect=_detect,
     read=_read,
     plan=_plan,
+    suffixes=(".safetensors",),
 )

@@ -268,4 +268,5 @@ FORMAT = Format(
     detect=detect,
     read=read,
     plan=plan,
+    suffixes=(".pt", ".pth"),
 )

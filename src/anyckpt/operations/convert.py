@@ -20,7 +20,7 @@ from anyckpt.operations.steps.carried_codes import carries, seen_as_numbers, typ
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_checkpoint
 from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
 from anyckpt.operations.steps.cutting import cut_as_asked
-from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.destination import check_destination, told_by_name
 from anyckpt.operations.steps.extra_states import choose_states
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
@@ -94,7 +94,7 @@ def convert(
     source: str | os.PathLike[str] | Checkpoint,
     destination: str | os.PathLike[str],
     *,
-    to: str,
+    to: str | None = None,
     family: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     model_id: str | os.PathLike[str] | None = None,
@@ -140,6 +140,8 @@ def convert(
     Args:
         source: what to read; its format is detected.  Or a checkpoint that is open.
         destination: what to write; it appears only when it is whole.
+        to: name of the target format, such as ``hf`` or ``nemo``; if None, what the end of the destination's name
+            tells, such as ``.nemo`` or ``.safetensors``.
         sources: every path that an open checkpoint reads, if that is more than its own.
 
     Raises:
@@ -148,7 +150,8 @@ def convert(
         OutputError: the destination exists or cannot be written.
         UsageError: the options contradict each other, or no rule leads from this source to this target.
     """
-    return converted(source, destination, asked(locals()), sources=sources)
+    told = told_by_name(destination) if to is None else {}
+    return converted(source, destination, asked(locals(), **told), sources=sources)
 
 
 def converted(

@@ -15,6 +15,7 @@ from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
+from anyckpt.operations.steps.destination import told_by_name
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.live import Live
 from anyckpt.operations.steps.threads import Progress
@@ -28,7 +29,7 @@ def save(
     tensors: Mapping[str, Any],
     destination: str | os.PathLike[str],
     *,
-    to: str,
+    to: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     family: str | None = None,
@@ -59,7 +60,8 @@ def save(
         tensors: arrays of numpy (or of whatever has ``__array__``), tensors of torch, and lazy tensors, by name; or
             nested as ``torch.save`` is given them: ``{"model": ..., "optimizer": ..., "step": 3}``.
         destination: what to write; it appears only when it is whole.
-        to: name of the target format, such as ``safetensors`` or ``hf``.
+        to: name of the target format, such as ``safetensors`` or ``hf``; if None, what the end of the destination's
+            name tells.
         config: the model's configuration, as a file, the folder of a model that has it, or a dictionary.
         family: the model family, where the configuration does not tell.
         dtype: ``bf16``, ``fp16`` or ``fp32``: cast floating-point weights while they are written.
@@ -84,7 +86,8 @@ def save(
         bare = len(checkpoint.weights()) == len(checkpoint.tensors) and not checkpoint.objects
         optimizer = "drop" if bare and checkpoint.optimizer is None else "keep"
     files = None if checkpoint is tensors else _files(checkpoint)
-    return converted(checkpoint, destination, asked(locals()), sources=files)
+    told = told_by_name(destination) if to is None else {}
+    return converted(checkpoint, destination, asked(locals(), **told), sources=files)
 
 
 def _in_memory(tensors: Mapping[str, Any]) -> Checkpoint:

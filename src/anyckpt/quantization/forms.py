@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.dtypes import DType
-from anyckpt.errors import UsageError
+from anyckpt.errors import UsageError, did_you_mean
 from anyckpt.quantization.choosing import choose_experts
 from anyckpt.quantization.engines import TRTLLM
 from anyckpt.quantization.quantizing import Options
@@ -39,10 +39,20 @@ def layout_of(request: Request) -> Layout:
         UsageError: there is no such algorithm or form, or the form has not this algorithm.
     """
     if request.algorithm not in ALGORITHMS:
-        raise UsageError("unknown algorithm of quantization", expected=", ".join(ALGORITHMS), found=request.algorithm)
+        raise UsageError(
+            "unknown algorithm of quantization",
+            expected=", ".join(ALGORITHMS),
+            found=request.algorithm,
+            remedy=did_you_mean(request.algorithm, dict.fromkeys(ALGORITHMS, "")),
+        )
     form = request.form or usual_form(request.algorithm)
     if form not in FORMS:
-        raise UsageError("unknown form of quantized weights", expected=", ".join(FORMS), found=form)
+        raise UsageError(
+            "unknown form of quantized weights",
+            expected=", ".join(FORMS),
+            found=form,
+            remedy=did_you_mean(form, dict.fromkeys(FORMS, "")),
+        )
     if request.algorithm not in FORMS[form]:
         raise UsageError(
             f"{form} has no {request.algorithm}",

@@ -13,5 +13,6 @@ FORMAT = Format(
     read=deferred("anyckpt.formats.lightning.ranks", "read"),
     plan=deferred("anyckpt.formats.lightning.write", "plan"),
     sharded=True,
+    suffixes=(".ckpt",),
     optimizer=OptimizerForm("numbered", deferred("anyckpt.optimizer.write_numbered", "write_numbered")),
 )

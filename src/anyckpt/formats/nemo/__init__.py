@@ -19,4 +19,5 @@ FORMAT = Format(
     unknown_names=True,
     sharded=True,
     adapters="nemo1",
+    suffixes=(".nemo",),
 )

@@ -17,6 +17,7 @@ FORMAT = Format(
     config_kind="trtllm",
     divides=("tensor_parallel", "pipeline_parallel"),
     archives=True,
+    archive_suffixes=(".qnemo",),
     quantizes=("trtllm",),
     in_fp32=("*.mlp.router.weight",),
 )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from anyckpt.config import meta_names
-from anyckpt.errors import MappingError, UsageError
+from anyckpt.errors import MappingError, UsageError, did_you_mean
 from anyckpt.models.dialects import trtllm
 from anyckpt.models.dialects.before_core import EVIDENCE, core_names
 from anyckpt.models.dialects.external import other_dialects, spelled_as
@@ -230,9 +230,11 @@ def by_name(name: str) -> Dialect:
         UsageError: there is none.
     """
     if name not in DIALECTS:
+        known = ("hf", *meta_names.SPELLINGS, *DIALECTS, *other_dialects())
         raise UsageError(
             f"unknown dialect {name!r}",
-            expected=f"one of {', '.join(('hf', *meta_names.SPELLINGS, *DIALECTS, *other_dialects()))}",
+            expected=f"one of {', '.join(known)}",
+            remedy=did_you_mean(name, dict.fromkeys(known, "")),
         )
     return DIALECTS[name]
 

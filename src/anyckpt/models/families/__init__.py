@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from anyckpt.entry_points import loaded, registered
-from anyckpt.errors import UsageError
+from anyckpt.errors import UsageError, did_you_mean
 from anyckpt.models.language.family import Family
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def known_families() -> dict[str, Family]:
 
 
 def facts() -> dict[str, FamilyFacts]:
-    """Every model family whose weights can be renamed, by name; ``docs/families.md`` has what proves each.
+    """Every model family whose weights can be renamed, by name.
 
     Raises:
         UsageError: a package that is installed registers one that cannot be loaded.
@@ -85,8 +85,11 @@ def by_name(name: str) -> Family:
     for family in each_family():
         if family.name == name:
             return family
+    known = known_families()
+    question = did_you_mean(name, {family: known[family].title for family in sorted(known)})
     raise UsageError(
         f"unknown model family {name!r}",
-        expected=f"one of {', '.join(sorted(known_families()))}",
-        remedy="leave --family out to convert names unchanged, or register the family (docs/extending.md)",
+        expected=f"one of {', '.join(sorted(known))}",
+        remedy=question
+        or "leave --family out to convert names unchanged, or write the family down (python -m pydoc anyckpt.extend)",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from anyckpt.engine.manifest import beside
 from anyckpt.engine.plan import MANIFEST_NAME
@@ -12,7 +13,31 @@ from anyckpt.formats import registry
 from anyckpt.storage.location import file_of, look_at
 from anyckpt.storage.place import scheme_of
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
+_OTHER_SUFFIXES = (".bin",)
+"""Of checkpoints too, but of several formats."""
+
+
+def told_by_name(destination: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the end of a destination's name tells of what is to be written, as options.
+
+    Returns:
+        ``to`` and, where the name is that of an archive, ``compress``.
+
+    Raises:
+        UsageError: it tells nothing.
+    """
+    known = registry.suffixes()
+    _, suffix = os.path.splitext(os.fspath(destination))
+    if suffix.lower() not in known:
+        raise UsageError(
+            "the name does not tell in which format to write",
+            path=destination,
+            expected=f"--to, or a name that ends in {', '.join(known)}",
+            remedy="add --to with a format: "
+            + ", ".join(name for name, format in registry.formats().items() if format.plan is not None),
+        )
+    target, archive = known[suffix.lower()]
+    return {"to": target.name, **({"compress": True} if archive else {})}
 
 
 def check_destination(destination: str, sources: Sequence[str], *, overwrite: bool, resume: bool = False) -> None:
@@ -57,6 +82,10 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
         )
 
 
+def _is_named_so(path: str) -> bool:
+    return path.lower().endswith((*registry.suffixes(), *_OTHER_SUFFIXES))
+
+
 def _replaceable(path: str) -> bool:
     """Whether a checkpoint is there, a damaged one included if its name or its manifest tells; never a device."""
     if os.path.isdir(path):
@@ -65,7 +94,7 @@ def _replaceable(path: str) -> bool:
             return True
     elif not os.path.isfile(path):
         return False
-    elif not os.path.getsize(path) or os.path.lexists(beside(path)) or path.lower().endswith(_SUFFIXES):
+    elif not os.path.getsize(path) or os.path.lexists(beside(path)) or _is_named_so(path):
         return True
     else:
         location = look_at(path)

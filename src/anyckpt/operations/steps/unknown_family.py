@@ -7,7 +7,7 @@ from anyckpt.errors import UsageError
 from anyckpt.models.recognise import resemblance
 
 _SHOWN = 8
-_WRITE = "write the family down (docs/extending.md says how)"
+_WRITE = "write the family down (python -m pydoc anyckpt.extend says how)"
 _KEEP = "convert to safetensors, torch or dcp, which keep names"
 
 
