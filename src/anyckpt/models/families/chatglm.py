@@ -85,7 +85,7 @@ FAMILY = Family(
     name="chatglm",
     title="ChatGLM 2 and 3",
     rules=RULES,
-    ignorable=(("transformer.rotary_pos_emb.inv_freq", "rope frequencies, which follow from the configuration"),),
+    ignorable=(("transformer.rotary_pos_emb.inv_freq", decoder.FREQUENCIES),),
     traits={
         **{name: value for name, value in decoder.TRAITS.items() if name != "add_qkv_bias"},
         "rotary_interleaved": True,

@@ -6,7 +6,7 @@ which breaks it); V2 itself was read from the sources.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.fields import Codec
@@ -14,7 +14,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import deepseek_v3
-from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import caveats, decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.language.family import Family
 
@@ -37,15 +37,6 @@ class _Method(Codec):
 _EXPECTED = {"scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False}
 
 
-def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
-    groups, topk = config.moe_router_group_topk, config.moe_router_topk
-    if kind != "hf" and (config.moe_router_num_groups or 1) > 1 and groups and topk != groups:
-        yield (
-            f"Megatron-Core ranks groups of experts by the best {(topk or 0) // groups} of each, transformers by the "
-            "best one: the model will choose other experts"
-        )
-
-
 FAMILY = Family(
     name="deepseek-v2",
     title="DeepSeek-V2, V2-Lite",
@@ -59,7 +50,7 @@ FAMILY = Family(
     },
     features=deepseek_v3.FEATURES,
     recognise=lambda config: config.num_moe_experts is not None,
-    caveats=_caveats,
+    caveats=caveats.best_of_each_group(1),
     nemo1=False,
     dimensions=deepseek_v3.DIMENSIONS,
     hugging_face=HuggingFace(

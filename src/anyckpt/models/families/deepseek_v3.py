@@ -8,7 +8,7 @@ sigmoids in every model of the type.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
-from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import caveats, decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
@@ -181,15 +181,6 @@ KEYS = frozenset({"qk_head_dim", "norm_topk_prob", "scoring_func", "topk_method"
 _EXPECTED = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 
 
-def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
-    groups, topk = config.moe_router_group_topk, config.moe_router_topk
-    if kind != "hf" and (config.moe_router_num_groups or 1) > 1 and groups and topk != 2 * groups:
-        yield (
-            f"Megatron-Core ranks groups of experts by the best {(topk or 0) // groups} of each, transformers by the "
-            "best 2: the model will choose other experts"
-        )
-
-
 FAMILY = Family(
     name="deepseek-v3",
     title="DeepSeek-V3, R1",
@@ -202,7 +193,7 @@ FAMILY = Family(
     traits={**TRAITS, "moe_router_score_function": "sigmoid"},
     features=FEATURES | {"mtp_num_layers"},
     recognise=lambda config: config.num_moe_experts is not None,
-    caveats=_caveats,
+    caveats=caveats.best_of_each_group(2),
     nemo1=False,
     dimensions=DIMENSIONS,
     hugging_face=HuggingFace(

@@ -20,7 +20,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.errors import MappingError
-from anyckpt.models.families.parts import decoder, nemo2
+from anyckpt.models.families.parts import caveats, decoder, nemo2
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS, VOCABULARY
 from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
@@ -123,7 +123,7 @@ FAMILY = Family(
         "rotary_interleaved": False,
     },
     recognise=lambda config: config.position_embedding_type in ("rope", "alibi") and config.rotary_percent == 1.0,
-    caveats=decoder.one_residual_after_the_other,
+    caveats=caveats.one_residual_after_the_other,
     hugging_face=HuggingFace(
         model_types=("falcon", "RefinedWebModel", "RefinedWeb"),
         architectures=("FalconForCausalLM", "RWForCausalLM"),

@@ -9,11 +9,8 @@ multiplied by the square root of the width in the model, not in the weights.  Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
-from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import caveats, decoder
 from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
@@ -25,15 +22,11 @@ TRAITS = {
     "add_bias_linear": False,
 }
 
-
-def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
-    """Megatron-LM has no argument for the embedding's factor."""
-    if kind == "megatron-args":
-        yield (
-            "Gemma multiplies embeddings by the square root of hidden_size, for which Megatron-LM has no argument: do "
-            "it in the model, as Megatron-Bridge's provider does"
-        )
-
+CAVEATS = caveats.of_kind(
+    "megatron-args",
+    "Gemma multiplies embeddings by the square root of hidden_size, for which Megatron-LM has no argument: do it in "
+    "the model, as Megatron-Bridge's provider does",
+)
 
 FAMILY = Family(
     name="gemma",
@@ -42,7 +35,7 @@ FAMILY = Family(
     ignorable=decoder.IGNORABLE,
     traits=TRAITS,
     recognise=lambda config: config.window_size is None and config.query_pre_attn_scalar is None,
-    caveats=caveats,
+    caveats=CAVEATS,
     whole_norms={"nemo1": "apply_embedding_scaling"},
     nemo1_keys=lambda config: {"apply_embedding_scaling": True},
     hugging_face=HuggingFace(

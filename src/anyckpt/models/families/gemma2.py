@@ -47,7 +47,7 @@ FIELDS = (*LLAMA_FIELDS, *SCORES)
 
 def caveats(config: ModelConfig, kind: str) -> Iterator[str]:
     """What Megatron-LM lacks."""
-    yield from gemma.caveats(config, kind)
+    yield from gemma.CAVEATS(config, kind)
     if kind == "megatron-args":
         yield (
             "Megatron-LM has no arguments for norms after attention and MLP, and for soft caps: build the model with "

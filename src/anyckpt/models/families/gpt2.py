@@ -52,9 +52,8 @@ def rules(matrix: Operation, query_key_value: Operation, bias: Operation) -> tup
 
 RULES = rules(TRANSPOSED, TRANSPOSED_CONCATENATED_QKV, CONCATENATED_QKV)
 
-_MASK = "a mask, which follows from the configuration"
 IGNORABLE = tuple(
-    (f"{prefix}h.*.attn.{name}", _MASK) for prefix in ("", "transformer.") for name in ("bias", "masked_bias")
+    (f"{prefix}h.*.attn.{name}", decoder.MASK) for prefix in ("", "transformer.") for name in ("bias", "masked_bias")
 )
 
 TRAITS = decoder.LEARNED_TRAITS

@@ -7,24 +7,13 @@ NeMo's classes have the erf GELU and untie the embeddings; the released models h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from anyckpt.config.codecs import Words
 from anyckpt.config.fields import as_many_as_heads
-from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.models.families import gpt2
+from anyckpt.models.families.parts import caveats
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import IDENTITY
-
-
-def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
-    if kind == "hf" and config.activation == "gelu" and "hf" not in config.extra:
-        yield (
-            "NeMo's StarCoder classes have the erf GELU, the released models the tanh one: if this is a released "
-            "model, set activation_function to gelu_pytorch_tanh in config.json"
-        )
-
 
 FAMILY = Family(
     name="gpt_bigcode",
@@ -33,7 +22,7 @@ FAMILY = Family(
     ignorable=gpt2.IGNORABLE,
     traits=gpt2.TRAITS,
     recognise=lambda config: config.num_query_groups == 1 < config.num_attention_heads,
-    caveats=_caveats,
+    caveats=caveats.erf_gelu("StarCoder", "activation_function"),
     hugging_face=HuggingFace(
         model_types=("gpt_bigcode",),
         architectures=("GPTBigCodeForCausalLM",),

@@ -10,14 +10,13 @@ from __future__ import annotations
 from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace
-from anyckpt.models.families.parts import decoder, nemo2
+from anyckpt.models.families.parts import caveats, decoder, nemo2
 from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
 _LAYER = "gpt_neox.layers.*"
 _HUB = "decoder.layers.*"
-_REST = "which follows from the configuration"
 
 
 FAMILY = Family(
@@ -35,17 +34,13 @@ FAMILY = Family(
         Rule(("embed_out.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
     ),
     ignorable=(
-        (f"{_LAYER}.attention.bias", f"a mask, {_REST}"),
-        (f"{_LAYER}.attention.masked_bias", f"a mask, {_REST}"),
-        (f"{_LAYER}.attention.rotary_emb.inv_freq", f"rope frequencies, {_REST}"),
+        (f"{_LAYER}.attention.bias", decoder.MASK),
+        (f"{_LAYER}.attention.masked_bias", decoder.MASK),
+        (f"{_LAYER}.attention.rotary_emb.inv_freq", decoder.FREQUENCIES),
     ),
-    traits={
-        **decoder.ROTARY_TRAITS,
-        "add_bias_linear": True,
-        "shared_layernorm": False,
-    },
+    traits={**decoder.ROTARY_TRAITS, "add_bias_linear": True, "shared_layernorm": False},
     recognise=lambda config: config.rotary_percent < 1.0 and config.num_query_groups == config.num_attention_heads,
-    caveats=decoder.one_residual_after_the_other,
+    caveats=caveats.one_residual_after_the_other,
     hugging_face=HuggingFace(
         model_types=("gpt_neox",),
         architectures=("GPTNeoXForCausalLM",),

@@ -6,12 +6,11 @@ The map and the configuration fields were checked against transformers 5.23, Meg
 
 from __future__ import annotations
 
-from anyckpt.config.fields import Field
 from anyckpt.config.meta_names import LLAMA
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
-from anyckpt.models.families.parts.fields import LLAMA_FIELDS
+from anyckpt.models.families.parts.fields import BIAS_OF_ALL, LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -32,10 +31,7 @@ FAMILY = Family(
         model_types=("llama",),
         architectures=("LlamaForCausalLM",),
         registered=DECODER,
-        fields=(
-            *LLAMA_FIELDS,
-            Field("add_bias_linear", "mlp_bias", "flag", False),
-        ),
+        fields=(*LLAMA_FIELDS, BIAS_OF_ALL),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.llama",

@@ -24,7 +24,7 @@ from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.apart import RemoteCode
-from anyckpt.models.families.parts.fields import llama_fields_without
+from anyckpt.models.families.parts.fields import BIAS_OF_ALL, llama_fields_without
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Condition, Rule
 
@@ -193,7 +193,7 @@ FAMILY = Family(
         fields=(
             *llama_fields_without("ffn_hidden_size"),
             Field("ffn_hidden_size", "intermediate_size", default=0),
-            Field("add_bias_linear", "mlp_bias", "flag", False),
+            BIAS_OF_ALL,
         ),
         codecs=(_Blocks(), RemoteCode(_CODE, _CLASSES)),
     ),

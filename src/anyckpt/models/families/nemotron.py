@@ -10,6 +10,7 @@ from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.fields import BIAS_OF_ALL
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
 
@@ -31,7 +32,7 @@ FAMILY = Family(
         fields=(
             *COMMON,
             Field("layernorm_epsilon", "norm_eps", "number"),
-            Field("add_bias_linear", "mlp_bias", "flag", False),
+            BIAS_OF_ALL,
         ),
         rotary_percent=0.5,
     ),

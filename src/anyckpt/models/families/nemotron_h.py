@@ -7,7 +7,7 @@ transformers 5 as a list of words; both are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
-from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import caveats, decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
 from anyckpt.models.language.rules import Condition, Rule
@@ -178,11 +178,6 @@ class _Pattern(Codec):
         }
 
 
-def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
-    if kind == "nemo2" and "E" in (config.hybrid_override_pattern or ""):
-        yield "NeMo 2's MambaModel has no layers with experts: build the model with a layer specification that has them"
-
-
 FAMILY = Family(
     name="nemotron-h",
     title="Nemotron-H, Nemotron 3 Nano",
@@ -202,7 +197,11 @@ FAMILY = Family(
         "hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model", "num_moe_experts", "num_experts",
     }),
     recognise=lambda config: config.hybrid_override_pattern is not None and config.activation in _ACTIVATIONS,
-    caveats=_caveats,
+    caveats=caveats.of_kind(
+        "nemo2",
+        "NeMo 2's MambaModel has no layers with experts: build the model with a layer specification that has them",
+        lambda config: "E" in (config.hybrid_override_pattern or ""),
+    ),
     nemo1=False,
     dimensions=DIMENSIONS,
     hugging_face=HuggingFace(

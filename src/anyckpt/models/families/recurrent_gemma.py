@@ -102,7 +102,7 @@ FAMILY = Family(
     title="RecurrentGemma (Griffin)",
     rules=RULES,
     ignorable=(
-        (f"{_BLOCK}.rotary_emb.inv_freq", "rope frequencies, which follow from the configuration"),
+        (f"{_BLOCK}.rotary_emb.inv_freq", decoder.FREQUENCIES),
         ("model.normalizer", "the square root of hidden_size"),
     ),
     traits={

@@ -6,37 +6,22 @@ embeddings; the released models have the tanh GELU, and 3B and 7B are tied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.config.windows import Window
-from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import caveats, decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.parameter_order import DECODER
-
-
-def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
-    if kind == "hf" and config.activation == "gelu" and "hf" not in config.extra:
-        yield (
-            "NeMo's StarCoder2 classes have the erf GELU, the released models the tanh one: if this is a released "
-            "model, set hidden_act to gelu_pytorch_tanh in config.json"
-        )
-
 
 FAMILY = Family(
     name="starcoder2",
     title="StarCoder2",
     rules=(*decoder.WITHOUT_MLP, *decoder.NORM_BIASES, *decoder.plain_mlp("c_fc", "c_proj")),
     ignorable=decoder.IGNORABLE,
-    traits={
-        **decoder.ROTARY_TRAITS,
-        "parallel_residual": False,
-    },
+    traits={**decoder.ROTARY_TRAITS, "parallel_residual": False},
     recognise=lambda config: config.activation == "gelu_tanh" and config.rotary_percent == 1.0,
-    caveats=_caveats,
+    caveats=caveats.erf_gelu("StarCoder2", "hidden_act"),
     hugging_face=HuggingFace(
         model_types=("starcoder2",),
         architectures=("Starcoder2ForCausalLM",),

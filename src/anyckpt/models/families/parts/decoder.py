@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from anyckpt.config.model import ModelConfig
 from anyckpt.models.families.parts.modules import linear
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV
@@ -71,9 +69,11 @@ def plain_mlp(up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
+FREQUENCIES = "rope frequencies, which follow from the configuration"
+MASK = "a mask, which follows from the configuration"
 IGNORABLE = (
-    ("model.layers.*.self_attn.rotary_emb.inv_freq", "rope frequencies, which follow from the configuration"),
-    ("model.rotary_emb.inv_freq", "rope frequencies, which follow from the configuration"),
+    ("model.layers.*.self_attn.rotary_emb.inv_freq", FREQUENCIES),
+    ("model.rotary_emb.inv_freq", FREQUENCIES),
 )
 
 TRAITS = {
@@ -107,12 +107,3 @@ LEARNED_TRAITS = {
 
 CAUSAL = {"use_bidirectional_attention": False}
 """Embedding models of the same classes see the whole text, which is no key of Megatron's."""
-
-
-def one_residual_after_the_other(config: ModelConfig, kind: str) -> Iterator[str]:
-    """Megatron's layers have one residual after the other."""
-    if kind != "hf" and config.parallel_residual:
-        yield (
-            "attention and MLP of a layer run in parallel here, for which Megatron-Core has no layer: the weights are "
-            "right, but a stock model of this configuration computes something else"
-        )

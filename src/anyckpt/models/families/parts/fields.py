@@ -22,3 +22,6 @@ TIED_AND_TOKENS = (
     Field("pad_token_id", "pad_token_id", "tokens", None),
 )
 """Whether the embedding is the output layer, too, as it is by default; and the tokens of special meaning."""
+
+BIAS_OF_ALL = Field("add_bias_linear", "mlp_bias", "flag", False)
+"""Of families that have biases in all linear layers or in none."""
