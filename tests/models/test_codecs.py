@@ -24,6 +24,7 @@ from anyckpt.config.codecs import (
     OfClass,
     Power,
     Present,
+    Times,
     Words,
     Written,
     negated,
@@ -153,6 +154,17 @@ def test_multiple(value: int, factor: int) -> None:
     assert read(row, {}) == {"ffn_hidden_size": 1}
     with pytest.raises(MappingError, match="both is not possible"):
         read(row, {"both": factor * value + 1})
+
+
+@given(times=st.integers(1, 1 << 20), rest=st.integers(1, 63))
+def test_times(times: int, rest: int) -> None:
+    row = Times("ffn_hidden_size", "expansion", "hidden_size", default=4)
+    assert check_both_ways(row, replace(CONFIG, ffn_hidden_size=64 * times)) == {"expansion": times}
+    assert read(row, {}) == read(row, {"expansion": None}) == {"ffn_hidden_size": 256}
+    with pytest.raises(MappingError, match="expansion is of the wrong type"):
+        read(row, {"expansion": 1.5})
+    with pytest.raises(MappingError, match="no expansion says the model's ffn_hidden_size .expected a multiple of 64"):
+        row.write(replace(CONFIG, ffn_hidden_size=64 * times + rest), [])
 
 
 @given(stated=st.none() | st.integers(0, 6) | st.text(max_size=3) | st.lists(st.integers(), max_size=2))

@@ -250,6 +250,35 @@ class Multiple(OneKey):
 
 
 @dataclass(eq=False, repr=False, match_args=False)
+class Times(OneKey):
+    """A field that is another one times what a key says.
+
+    Attributes:
+        hub: field of ``ModelConfig``, a whole number.
+        key: the framework's key, a whole number.
+        unit: the other field, one of those before.
+        default: what it means that the key is absent or null.
+    """
+
+    hub: str
+    key: str
+    unit: str
+    default: int
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        stated = reader.integer(self.key)
+        return {self.hub: found[self.unit] * (self.default if stated is None else stated)}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        value, unit = getattr(config, self.hub), getattr(config, self.unit)
+        if value % unit:
+            raise MappingError(
+                f"no {self.key} says the model's {self.hub}", expected=f"a multiple of {unit}", found=value
+            )
+        return {self.key: value // unit}
+
+
+@dataclass(eq=False, repr=False, match_args=False)
 class Noted(Codec):
     """What a user should know of some models that are written.
 

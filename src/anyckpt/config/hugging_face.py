@@ -259,8 +259,6 @@ def _check_heads(family: Spellings, config: ModelConfig) -> None:
     """A class that has no key for a head's width or for key heads derives them."""
     known = family.hugging_face
     said = known.said
-    if known.keys & {"multi_query", "num_kv_heads"}:
-        said.add("num_query_groups")
     derived = {
         "kv_channels": config.hidden_size // config.num_attention_heads,
         "num_query_groups": config.num_attention_heads,

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.config.codecs import Words, same_as
-from anyckpt.config.fields import Field, as_many_as_heads
+from anyckpt.config.codecs import Fixed, Words, same_as
+from anyckpt.config.fields import Codec, Field, as_many_as_heads
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
@@ -29,6 +29,7 @@ _HUB = "decoder.layers.*"
 _BASE = 10000.0
 _GROUPS = {False: as_many_as_heads, True: same_as("num_query_groups")}
 _SECOND = "chatglm2"
+_PLAIN = "that of a model without prefix encoder or packed weights, which is the one to convert"
 _EXPECTED = {"rmsnorm": True, "post_layer_norm": True, "apply_residual_connection_post_layernorm": False}
 _MODEL = "modeling_chatglm.ChatGLMForConditionalGeneration"
 _CLASSES = {
@@ -51,32 +52,31 @@ RULES = (
 )  # fmt: skip
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rope."""
-    if reader.integer("pre_seq_len") or reader.integer("quantization_bit"):
-        raise MappingError(
-            "config.json is of a model with a prefix encoder or packed weights", expected="neither pre_seq_len nor "
-            "quantization_bit", remedy="convert the plain model",
-        )  # fmt: skip
-    ratio = reader.number("rope_ratio") or 1.0
-    interpolated = _SECOND in (reader.text("_name_or_path") or "").lower() and ratio != 1
-    return {
-        "rotary_base": _BASE if interpolated else _BASE * ratio,
-        "rope_scaling": {"rope_type": "linear", "factor": ratio} if interpolated else None,
-    }
+class _Ratio(Codec):
+    """``rope_ratio``: of positions in the second generation, of theta since."""
 
+    hubs = ("rotary_base", "rope_scaling")
+    keys = ("rope_ratio",)
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    scaling = config.rope_scaling
-    if scaling is not None and (scaling.get("rope_type") != "linear" or config.rotary_base != _BASE):
-        raise MappingError(
-            "ChatGLM has no such rope", expected="rope_scaling of type linear with theta 10000, or none",
-            found=dict(scaling),
-        )  # fmt: skip
-    if scaling is not None:
-        name = config.extra.get("hf", {}).get("_name_or_path") or ""
-        return {"rope_ratio": scaling["factor"], "_name_or_path": name or "zai-org/chatglm2-6b-32k"}
-    return {} if config.rotary_base == _BASE else {"rope_ratio": config.rotary_base / _BASE}
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        ratio = reader.number("rope_ratio") or 1.0
+        interpolated = _SECOND in (reader.text("_name_or_path") or "").lower() and ratio != 1
+        return {
+            "rotary_base": _BASE if interpolated else _BASE * ratio,
+            "rope_scaling": {"rope_type": "linear", "factor": ratio} if interpolated else None,
+        }
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        scaling = config.rope_scaling
+        if scaling is None:
+            return {} if config.rotary_base == _BASE else {"rope_ratio": config.rotary_base / _BASE}
+        if scaling.get("rope_type") != "linear" or config.rotary_base != _BASE:
+            raise MappingError(
+                "ChatGLM has no such rope", expected="rope_scaling of type linear with theta 10000, or none",
+                found=dict(scaling),
+            )  # fmt: skip
+        name = config.extra.get("hf", {}).get("_name_or_path") or "zai-org/chatglm2-6b-32k"
+        return {"rope_ratio": scaling["factor"], "_name_or_path": name}
 
 
 NEMO2_CONFIGS = ("ChatGLMConfig", "ChatGLM2Config6B", "ChatGLM3Config6B")
@@ -132,10 +132,9 @@ FAMILY = Family(
         codecs=(
             Words("num_query_groups", "multi_query_attention", _GROUPS, False, "flag"),
             RemoteCode("zai-org/chatglm3-6b", _CLASSES),
+            _Ratio(),
+            Fixed({"pre_seq_len": 0, "quantization_bit": 0}, _PLAIN, "integer", written=False),
         ),
-        read=_read,
-        write=_write,
-        keys=frozenset({"rope_ratio", "pre_seq_len", "quantization_bit"}),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.chatglm",

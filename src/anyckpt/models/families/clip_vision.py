@@ -128,24 +128,28 @@ def megatron_keys(config: ModelConfig) -> Mapping[str, Any]:
     return {"seq_length": config.patches, "max_position_embeddings": config.patches}
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    projects = class_of(reader).endswith("WithProjection")
-    width = reader.integer("projection_dim")
-    return {
-        "output_dim": (512 if width is None else width) if projects else None,
-    }
+class _Projection(Codec):
+    """The projection of the class that has one, and the norm behind the layers, which both have."""
 
+    hubs = ("output_dim",)
+    keys = ("projection_dim",)
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    if not config.add_post_layernorm:
-        raise MappingError(
-            "transformers' CLIPVisionModel has a norm behind its layers, which Megatron-Core's CLIPViTModel has not",
-            expected="post_layernorm.weight and post_layernorm.bias among the tensors",
-            remedy="convert the whole model that it is a part of, or to another of Megatron's or NeMo's formats",
-        )
-    width = {} if config.output_dim is None else {"projection_dim": config.output_dim}
-    end = "Model" if config.output_dim is None else "ModelWithProjection"
-    return {**width, "architectures": [f"CLIPVision{end}"]}
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        width = reader.integer("projection_dim")
+        projects = class_of(reader).endswith("WithProjection")
+        return {"output_dim": (512 if width is None else width) if projects else None}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        if not config.add_post_layernorm:
+            raise MappingError(
+                "transformers' CLIPVisionModel has a norm behind its layers, which Megatron-Core's CLIPViTModel has "
+                "not",
+                expected="post_layernorm.weight and post_layernorm.bias among the tensors",
+                remedy="convert the whole model that it is a part of, or to another of Megatron's or NeMo's formats",
+            )
+        if config.output_dim is None:
+            return {"architectures": ["CLIPVisionModel"]}
+        return {"projection_dim": config.output_dim, "architectures": ["CLIPVisionModelWithProjection"]}
 
 
 def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
@@ -183,9 +187,12 @@ FAMILY = Family(
         architectures=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
         fields=(*FIELDS, Field("attention_dropout", "attention_dropout", "number")),
         attention_bias=None,
-        codecs=(COLOURS, Image(square=True), Implied({"vision_model_type": "clip", "add_post_layernorm": True})),
-        read=_read,
-        write=_write,
+        codecs=(
+            COLOURS,
+            Image(square=True),
+            Implied({"vision_model_type": "clip", "add_post_layernorm": True}),
+            _Projection(),
+        ),
         prefix=_PREFIX,
         headless=lambda config: config.output_dim is None,
     ),

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.codecs import Words
-from anyckpt.config.fields import Field
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
@@ -28,9 +28,6 @@ from anyckpt.models.language.rules import Rule, lacks
 
 _LAYER = "transformer.h.*"
 _HUB = "decoder.layers.*"
-_KEYS = frozenset({
-    "multi_query", "num_kv_heads", "n_head_kv", "new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn",
-})  # fmt: skip
 
 
 def _has_two_norms(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -62,55 +59,56 @@ RULES = (
 )  # fmt: skip
 
 
-def _flag(reader: Reader, key: str, default: bool) -> bool:
-    found = reader.flag(key)
-    return default if found is None else found
-
-
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+class _Layout(Codec):
     """Layout of attention, and norms."""
-    heads = found["num_attention_heads"]
-    new = _flag(reader, "new_decoder_architecture", False)
-    parallel = _flag(reader, "parallel_attn", True)
-    norms = reader.integer("num_ln_in_parallel_attn")
-    norms = 2 if norms is None and new else norms
-    if new and not parallel:
-        raise MappingError(
-            "config.json's new_decoder_architecture runs attention and MLP in parallel", expected="parallel_attn true",
-            found="false",
-        )  # fmt: skip
-    if norms == 2 and not new:
-        raise MappingError(
-            "config.json has two norms before a layer of the old architecture, of which transformers uses none",
-            expected="num_ln_in_parallel_attn null", found=norms,
-        )  # fmt: skip
-    groups = reader.integer("num_kv_heads") or reader.integer("n_head_kv") or heads
-    if not new:
-        groups = 1 if _flag(reader, "multi_query", True) else heads
-    return {
-        "num_query_groups": groups,
-        "parallel_residual": parallel,
-        "shared_layernorm": parallel and norms != 2,
-    }
 
+    hubs = ("num_query_groups", "parallel_residual", "shared_layernorm")
+    keys = (
+        "multi_query", "num_kv_heads", "n_head_kv", "new_decoder_architecture", "parallel_attn",
+        "num_ln_in_parallel_attn",
+    )  # fmt: skip
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    """The keys of ``_read``."""
-    heads, groups = config.num_attention_heads, config.num_query_groups
-    two_norms = config.parallel_residual and not config.shared_layernorm
-    new = two_norms or groups not in (1, heads)
-    if new and not config.parallel_residual:
-        raise MappingError(
-            "Falcon's layers with groups of heads run attention and MLP in parallel",
-            expected=f"num_query_groups 1 or {heads}", found=groups,
-        )  # fmt: skip
-    return {
-        "multi_query": groups == 1 or new,
-        "num_kv_heads": groups if new else heads,
-        "new_decoder_architecture": new,
-        "parallel_attn": config.parallel_residual,
-        "num_ln_in_parallel_attn": (2 if two_norms else 1) if new else None,
-    }
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        heads = found["num_attention_heads"]
+        new = reader.flag("new_decoder_architecture") or False
+        parallel = reader.flag("parallel_attn") is not False
+        norms = reader.integer("num_ln_in_parallel_attn")
+        norms = 2 if norms is None and new else norms
+        if new and not parallel:
+            raise MappingError(
+                "config.json's new_decoder_architecture runs attention and MLP in parallel",
+                expected="parallel_attn true", found="false",
+            )  # fmt: skip
+        if norms == 2 and not new:
+            raise MappingError(
+                "config.json has two norms before a layer of the old architecture, of which transformers uses none",
+                expected="num_ln_in_parallel_attn null", found=norms,
+            )  # fmt: skip
+        groups = reader.integer("num_kv_heads") or reader.integer("n_head_kv") or heads
+        if not new:
+            groups = heads if reader.flag("multi_query") is False else 1
+        return {
+            "num_query_groups": groups,
+            "parallel_residual": parallel,
+            "shared_layernorm": parallel and norms != 2,
+        }
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        heads, groups = config.num_attention_heads, config.num_query_groups
+        two_norms = _has_two_norms(config, ())
+        new = two_norms or groups not in (1, heads)
+        if new and not config.parallel_residual:
+            raise MappingError(
+                "Falcon's layers with groups of heads run attention and MLP in parallel",
+                expected=f"num_query_groups 1 or {heads}", found=groups,
+            )  # fmt: skip
+        return {
+            "multi_query": groups == 1 or new,
+            "num_kv_heads": groups if new else heads,
+            "new_decoder_architecture": new,
+            "parallel_attn": config.parallel_residual,
+            "num_ln_in_parallel_attn": (2 if two_norms else 1) if new else None,
+        }
 
 
 FAMILY = Family(
@@ -152,10 +150,8 @@ FAMILY = Family(
                 "flag",
                 "transformers' FalconForCausalLM has no such position embedding",
             ),
+            _Layout(),
         ),
-        read=_read,
-        write=_write,
-        keys=_KEYS,
     ),
     nemo2=nemo2.general(),
 )

@@ -62,47 +62,54 @@ def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
         yield "Megatron-LM has one theta, and scales rope in all layers: set rotary_base_local up in the model"
 
 
-def _read_nemo2(reader: Reader, defaults: Mapping[str, Any]) -> Mapping[str, Any]:
-    bases = reader.pair("rotary_base") if "rotary_base" in reader.values else (int(_LOCAL), int(_GLOBAL))
-    length = reader.integer("window_size") if "window_size" in reader.values else defaults.get("window_size", 512)
-    pattern = reader.pair("interleaved_attn_pattern") or (_PERIOD - 1, 1)
-    factor = reader.number("rope_scaling_factor") or defaults.get("rope_scaling_factor", 1.0)
-    scale = reader.number("softmax_scale") or defaults.get("softmax_scale")
-    if pattern[0] < 1 or pattern[1] != 1 or length is None or length < 0:
-        raise MappingError(
-            "NeMo 2's interleaved_attn_pattern is not possible", expected="layers with a window, then 1", found=pattern
-        )
-    layers = reader.integer("num_layers") or defaults.get("num_layers", 0)
-    local, everywhere = bases or (int(_LOCAL), int(_GLOBAL))
-    return {
-        "rotary_base": float(everywhere),
-        "rotary_base_local": float(local),
-        "window_size": (length, 0),
-        "window_attn_skip_freq": None if sum(pattern) > layers else sum(pattern),
-        "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
-        "query_pre_attn_scalar": None if not scale or scale < 0 else whole(round(scale**-2, 6)),
-    }
+class _OfNeMo2(Codec):
+    """Windows, both thetas and the scores' scale in NeMo 2's words, which has two fields for a window of its own."""
 
+    hubs = (
+        "rotary_base", "rotary_base_local", "window_size", "window_attn_skip_freq", "rope_scaling",
+        "query_pre_attn_scalar",
+    )  # fmt: skip
 
-def _write_nemo2(config: ModelConfig) -> Mapping[str, Any]:
-    layers = windowed_layers(config)
-    period = config.window_attn_skip_freq
-    period = len(layers) + 1 if period is None and all(layers) else period
-    bases = [whole(config.rotary_base_local or _LOCAL), whole(config.rotary_base)]
-    if not isinstance(period, int) or period < 2 or not all(isinstance(base, int) for base in bases):
-        raise MappingError(
-            "NeMo 2's Gemma 3 cannot express these layers", expected="a window in all but every N-th, whole thetas",
-            found=f"{config.window_attn_skip_freq}, {bases}", remedy="convert to megatron-core or megatron-lm",
-        )  # fmt: skip
-    scaling = config.rope_scaling or {}
-    return {
-        "rotary_base": bases,
-        "window_size": config.window_size[0] if config.window_size else None,
-        "interleaved_attn_pattern": [period - 1, 1],
-        "rope_scaling_factor": scaling.get("factor", 1.0),
-        "seq_len_interpolation_factor": None,
-        **SOFTMAX_SCALE.write(config, []),
-    }
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        bases = reader.pair("rotary_base") if "rotary_base" in reader.values else (int(_LOCAL), int(_GLOBAL))
+        length = reader.integer("window_size") if "window_size" in reader.values else defaults.get("window_size", 512)
+        pattern = reader.pair("interleaved_attn_pattern") or (_PERIOD - 1, 1)
+        factor = reader.number("rope_scaling_factor") or defaults.get("rope_scaling_factor", 1.0)
+        scale = reader.number("softmax_scale") or defaults.get("softmax_scale")
+        if pattern[0] < 1 or pattern[1] != 1 or length is None or length < 0:
+            raise MappingError(
+                "NeMo 2's interleaved_attn_pattern is not possible", expected="layers with a window, then 1",
+                found=pattern,
+            )  # fmt: skip
+        local, everywhere = bases or (int(_LOCAL), int(_GLOBAL))
+        return {
+            "rotary_base": float(everywhere),
+            "rotary_base_local": float(local),
+            "window_size": (length, 0),
+            "window_attn_skip_freq": None if sum(pattern) > found["num_layers"] else sum(pattern),
+            "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
+            "query_pre_attn_scalar": None if not scale or scale < 0 else whole(round(scale**-2, 6)),
+        }
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        layers = windowed_layers(config)
+        period = config.window_attn_skip_freq
+        period = len(layers) + 1 if period is None and all(layers) else period
+        bases = [whole(config.rotary_base_local or _LOCAL), whole(config.rotary_base)]
+        if not isinstance(period, int) or period < 2 or not all(isinstance(base, int) for base in bases):
+            raise MappingError(
+                "NeMo 2's Gemma 3 cannot express these layers",
+                expected="a window in all but every N-th, whole thetas",
+                found=f"{config.window_attn_skip_freq}, {bases}", remedy="convert to megatron-core or megatron-lm",
+            )  # fmt: skip
+        return {
+            "rotary_base": bases,
+            "window_size": config.window_size[0] if config.window_size else None,
+            "interleaved_attn_pattern": [period - 1, 1],
+            "rope_scaling_factor": (config.rope_scaling or {}).get("factor", 1.0),
+            "seq_len_interpolation_factor": None,
+            **SOFTMAX_SCALE.write(config, notes),
+        }
 
 
 FAMILY = Family(
@@ -129,11 +136,6 @@ FAMILY = Family(
         model="Gemma3Model",
         configs=("Gemma3Config*",),
         implied={"qk_layernorm": True},
-        own=frozenset({
-            "rotary_base", "rotary_base_local", "window_size", "window_attn_skip_freq", "query_pre_attn_scalar",
-            "rope_scaling",
-        }),
-        read=_read_nemo2,
-        write=_write_nemo2,
+        codecs=(_OfNeMo2(),),
     ),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from anyckpt.config.codecs import Fixed, Implied, same_as
-from anyckpt.config.fields import Field
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig, padded
 from anyckpt.config.reader import Reader
@@ -73,53 +73,66 @@ def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    _check_steps(reader)
-    hidden, heads = found["hidden_size"], found["mamba_num_heads"]
-    expand = _or(reader.integer("expand"), 2)
-    if expand * hidden != heads * found["mamba_head_dim"]:
-        raise MappingError(
-            "config.json's expand does not fit its heads", expected=f"{heads} heads of {found['mamba_head_dim']}",
-            found=f"{expand} times {hidden}",
-        )  # fmt: skip
-    multiple = reader.integer("pad_vocab_size_multiple")
-    padding = {}
-    if multiple:
-        padding = {
-            "make_vocab_size_divisible_by": multiple,
-            "padded_vocab_size": padded(found["vocab_size"], max(1, multiple)),
-        }
-    attention = heads if heads > 0 and hidden % heads == 0 else 1
-    return {
-        **padding,
-        "num_attention_heads": attention,
-        "num_query_groups": attention,
-        "kv_channels": max(1, hidden // attention),
-    }
+class _Expand(Codec):
+    """``expand``: how many times as wide as the model its mixers are, which their heads say, too."""
+
+    keys = ("expand",)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        expand, hidden = _or(reader.integer("expand"), 2), found["hidden_size"]
+        heads, width = found["mamba_num_heads"], found["mamba_head_dim"]
+        if expand * hidden != heads * width:
+            raise MappingError(
+                "config.json's expand does not fit its heads", expected=f"{heads} heads of {width}",
+                found=f"{expand} times {hidden}",
+            )  # fmt: skip
+        return {}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        inner = (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
+        if inner % config.hidden_size:
+            raise MappingError(
+                "transformers' Mamba2ForCausalLM has mixers of a multiple of the model's width",
+                expected=f"a multiple of {config.hidden_size}", found=inner,
+            )  # fmt: skip
+        return {"expand": inner // config.hidden_size}
 
 
-def _check_steps(reader: Reader) -> None:
+class _Padding(Codec):
+    """Rows of the embedding, where a model of state-spaces says what they are a multiple of."""
+
+    keys = ("pad_vocab_size_multiple",)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        multiple = reader.integer("pad_vocab_size_multiple")
+        if not multiple:
+            return {}
+        rows = padded(found["vocab_size"], max(1, multiple))
+        return {"make_vocab_size_divisible_by": multiple, "padded_vocab_size": rows}
+
+
+class _Steps(Codec):
     """Megatron-Core has no limits of time steps."""
-    limits = reader.values.get("time_step_limit")
-    if limits is None:
-        return
-    ends = limits if isinstance(limits, (list, tuple)) else []
-    spelled = [end.get("__float__") if isinstance(end, Mapping) else end for end in ends]
-    if len(spelled) != 2 or spelled[0] != 0 or str(spelled[1]).lower() not in ("inf", "infinity"):
-        raise MappingError(
-            "config.json's time_step_limit is not what Megatron-Core's layers are",
-            expected="from 0 to infinity", found=repr(limits)[:80],
-        )  # fmt: skip
+
+    keys = ("time_step_limit",)
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        limits = reader.values.get("time_step_limit")
+        ends = limits if isinstance(limits, (list, tuple)) else []
+        spelled = [end.get("__float__") if isinstance(end, Mapping) else end for end in ends]
+        unlimited = len(spelled) == 2 and spelled[0] == 0 and str(spelled[1]).lower() in ("inf", "infinity")
+        if limits is not None and not unlimited:
+            raise MappingError(
+                "config.json's time_step_limit is not what Megatron-Core's layers are",
+                expected="from 0 to infinity", found=repr(limits)[:80],
+            )  # fmt: skip
+        return {}
 
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    inner = (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
-    if inner % config.hidden_size:
-        raise MappingError(
-            "transformers' Mamba2ForCausalLM has mixers of a multiple of the model's width",
-            expected=f"a multiple of {config.hidden_size}", found=inner,
-        )  # fmt: skip
-    return {"expand": inner // config.hidden_size}
+def _heads(found: Mapping[str, Any]) -> int:
+    """As many heads of attention, which no layer has, as mixers have, if they divide the model's width."""
+    heads: int = found["mamba_num_heads"]
+    return heads if heads > 0 and found["hidden_size"] % heads == 0 else 1
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterable[str]:
@@ -191,11 +204,14 @@ FAMILY = Family(
             Implied({
                 "hybrid_override_pattern": lambda found: "M" * min(max(0, found["num_layers"]), 10_000),
                 "ffn_hidden_size": same_as("hidden_size"),  # no layer has such; Megatron's must have positive sizes
+                "num_attention_heads": _heads,
+                "num_query_groups": _heads,
+                "kv_channels": lambda found: max(1, found["hidden_size"] // _heads(found)),
             }),
+            _Expand(),
+            _Padding(),
+            _Steps(),
         ),
-        read=_read,
-        write=_write,
-        keys=frozenset({"expand", "time_step_limit", "pad_vocab_size_multiple"}),
         variants=(Variant("backbone.embedding.weight", ("backbone.embeddings.weight",)),),
         foreign=_from_state_spaces,
     ),

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anyckpt.config.fields import Field
+from anyckpt.config.codecs import Times, Words
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
@@ -23,9 +24,9 @@ from anyckpt.models.language.rules import Rule
 
 _LAYER = "transformer.blocks.*"
 _HUB = "decoder.layers.*"
-_ATTENTION = {"attn_type": "multihead_attention", "qk_ln": False, "prefix_lm": False, "softmax_scale": None}
+_USUAL = {"attn_type": "multihead_attention", "qk_ln": False, "prefix_lm": False, "softmax_scale": None}
 _MODEL = {"no_bias": True, "logit_scale": None}
-_NORMS = ("low_precision_layernorm", "layernorm")
+_NORMS = {"low_precision_layernorm": "LayerNorm", "layernorm": "LayerNorm"}
 _UNSAID = {"clip_qkv": None, "alibi_bias_max": 8}
 
 RULES = (
@@ -45,33 +46,28 @@ RULES = (
 )  # fmt: skip
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Width of the MLP, once nothing says that layers are others than transformers'."""
-    attention = Reader(reader.mapping("attn_config"), "config.json's attn_config")
-    if attention.flag("alibi") is False:
-        raise MappingError("config.json's attn_config is not that of the family", expected="alibi", found="none")
-    for part, usual in ((attention, _ATTENTION), (reader, _MODEL)):
-        for key, value in usual.items():
-            if part.values.get(key, value) != value:
+class _Attention(Codec):
+    """``attn_config`` of alibi; of the rest, what is nothing of the hub's is kept as the source says it."""
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        stated = Reader(reader.mapping("attn_config"), "config.json's attn_config")
+        for key, usual in _USUAL.items():
+            if stated.values.get(key, usual) != usual:
                 raise MappingError(
-                    f"config.json's {key} is not that of the family", expected=value, found=repr(part.values[key])[:80]
-                )
-    norm = reader.text("norm_type")
-    if norm not in (None, *_NORMS):
-        raise MappingError("config.json's norm_type is not that of the family", expected=_NORMS[0], found=norm)
-    ratio = reader.integer("expansion_ratio")
-    return {"ffn_hidden_size": found["hidden_size"] * (4 if ratio is None else ratio)}
+                    f"config.json's {key} is not that of the family", expected=usual,
+                    found=repr(stated.values[key])[:80],
+                )  # fmt: skip
+        if stated.flag("alibi") is False:
+            raise MappingError("config.json's attn_config is not that of the family", expected="alibi", found="none")
+        return {}
 
-
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    ratio, rest = divmod(config.ffn_hidden_size, config.hidden_size)
-    if rest or config.position_embedding_type != "alibi":
-        raise MappingError(
-            "transformers' MptForCausalLM cannot be such a model",
-            expected="a multiple of hidden_size for ffn_hidden_size, and alibi",
-            found=f"{config.ffn_hidden_size} and {config.position_embedding_type}",
-        )
-    return {"expansion_ratio": ratio, "attn_config": {"alibi": True, **_attention(config)}}
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        if config.position_embedding_type != "alibi":
+            raise MappingError(
+                "transformers' MptForCausalLM has no such position embedding", expected="alibi",
+                found=config.position_embedding_type,
+            )  # fmt: skip
+        return {"attn_config": {"alibi": True, **_attention(config)}}
 
 
 def _attention(config: ModelConfig) -> Mapping[str, Any]:
@@ -113,12 +109,15 @@ FAMILY = Family(
             Field("hidden_dropout", "resid_pdrop", "number", 0.0),
             *TIED_AND_TOKENS,
         ),
-        constants={**_MODEL, "norm_type": _NORMS[0]},
+        constants=_MODEL,
+        expected=_MODEL,
         attention_bias=None,
         activation_key=None,
-        read=_read,
-        write=_write,
-        keys=frozenset({"expansion_ratio"}),
+        codecs=(
+            Words("normalization", "norm_type", _NORMS, "low_precision_layernorm"),
+            Times("ffn_hidden_size", "expansion_ratio", "hidden_size", default=4),
+            _Attention(),
+        ),
     ),
     caveats=_caveats,
 )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.codecs import Implied, class_of
-from anyckpt.config.fields import Field
+from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, Variant
@@ -61,25 +61,30 @@ _IN_MEMORY = {
 """Transformers 5's names in a layer, and those on disk."""
 
 
-def _read(reader: Reader, found: Mapping[str, Any]) -> Mapping[str, Any]:
-    kind = class_of(reader)
-    classes = len(reader.mapping("id2label")) or reader.integer("num_labels") or 2
-    pooled = kind.endswith("Model")
-    width = reader.integer("pooler_output_size") or found["hidden_size"]
-    return {
-        "add_pooler": pooled,
-        "output_dim": width if pooled else None,
-        "num_classes": classes if kind.endswith("ForImageClassification") else None,
-    }
+class _Heads(Codec):
+    """Pooler and classifier, by the class."""
 
+    hubs = ("add_pooler", "output_dim", "num_classes")
+    keys = ("num_labels", "pooler_output_size")
 
-def _write(config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-    written = {} if config.output_dim is None else {"pooler_output_size": config.output_dim}
-    if config.num_classes is None:
-        return {**written, "architectures": ["ViTModel"]}
-    labelled = "id2label" in config.extra.get("hf", {})
-    labels = {} if labelled else {"num_labels": config.num_classes}
-    return {**written, **labels, "architectures": ["ViTForImageClassification"]}
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        kind = class_of(reader)
+        classes = len(reader.mapping("id2label")) or reader.integer("num_labels") or 2
+        pooled = kind.endswith("Model")
+        width = reader.integer("pooler_output_size") or found["hidden_size"]
+        return {
+            "add_pooler": pooled,
+            "output_dim": width if pooled else None,
+            "num_classes": classes if kind.endswith("ForImageClassification") else None,
+        }
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        written = {} if config.output_dim is None else {"pooler_output_size": config.output_dim}
+        if config.num_classes is None:
+            return {**written, "architectures": ["ViTModel"]}
+        labelled = "id2label" in config.extra.get("hf", {})
+        labels = {} if labelled else {"num_labels": config.num_classes}
+        return {**written, **labels, "architectures": ["ViTForImageClassification"]}
 
 
 def _refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
@@ -124,10 +129,12 @@ FAMILY = Family(
         constants={"qkv_bias": True},
         expected={"qkv_bias": True},
         attention_bias=None,
-        codecs=(clip_vision.COLOURS, clip_vision.Image(square=False), Implied({"vision_model_type": "internvit"})),
-        read=_read,
-        write=_write,
-        keys=frozenset({"num_labels", "pooler_output_size"}),
+        codecs=(
+            clip_vision.COLOURS,
+            clip_vision.Image(square=False),
+            Implied({"vision_model_type": "internvit"}),
+            _Heads(),
+        ),
         prefix="vit.",
         headless=lambda config: config.num_classes is None,
         variants=tuple(
