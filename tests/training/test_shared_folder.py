@@ -52,7 +52,7 @@ def test_what_is_replaced_is_whole_until_the_index_is(tmp_path: Path, monkeypatc
     assert (path / ".metadata").read_bytes() == b"{'__0_0.distcp': '__0_1.distcp', '__1_0.distcp': '__1_1.distcp'}"
     assert sorted(os.listdir(path)) == [".anyckpt-manifest.json", ".metadata", "__0_1.distcp", "__1_1.distcp"]
     manifest = read_manifest(str(path))
-    assert manifest is not None and set(manifest.files) == {"__0_1.distcp", "__1_1.distcp"}
+    assert manifest is not None and set(manifest.files) == {".metadata", "__0_1.distcp", "__1_1.distcp"}
     assert os.listdir(tmp_path) == ["x"]
 
 

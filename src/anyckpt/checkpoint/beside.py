@@ -116,6 +116,14 @@ class ObjectForms(ABC):
         """
 
     @abstractmethod
+    def tuples(self) -> frozenset[tuple[str | int, ...]]:
+        """Paths (see ``Checkpoint.key_paths``) of the tuples that hold tensors, which paths cannot tell from lists."""
+
+    @abstractmethod
+    def whole(self, path: tuple[str | int, ...]) -> Any:
+        """The tuple, or an object's record, that holds tensors at a path, as it was read; None if none is there."""
+
+    @abstractmethod
     def holds(self, container: str, tensors: Iterable[str]) -> bool:
         """Whether a container, by its name among the particulars, holds one of these tensors."""
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from anyckpt.errors import AnyckptError
 from anyckpt.indexing import Array
+from anyckpt.torch.memory import bytes_of
 
 T = TypeVar("T")
 
@@ -182,7 +183,7 @@ class Ranks:
                 plain = tensor.contiguous()
                 if self.rank != source and plain.data_ptr() != tensor.data_ptr():
                     filled.append((tensor, plain))
-                data = plain.view(-1).view(torch.uint8)
+                data = bytes_of(plain)
                 if len(targets) == self.size - 1:
                     waiting.append(dist.broadcast(data, dist.get_global_rank(group, source), group, async_op=True))
                 elif self.rank == source:

@@ -16,6 +16,7 @@ import torch
 
 from anyckpt.engine.copied import Piece, read
 from anyckpt.storage.shared_memory import SharedMemory
+from anyckpt.torch.memory import bytes_of
 from anyckpt.torch.whole import LiveSource
 
 _cuda: Any = torch.cuda
@@ -37,7 +38,7 @@ def copy(pieces: Sequence[Piece]) -> None:
         with _cuda.stream(streams[device]) if device in streams else nullcontext():
             out = torch.frombuffer(piece[2], dtype=torch.uint8)
             if tensor.is_contiguous():
-                out.copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
+                out.copy_(bytes_of(tensor), non_blocking=True)
             else:
                 out.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
     read(others)

@@ -66,8 +66,13 @@ def key_paths(paths: Mapping[str, Path]) -> tuple[dict[str, tuple[Any, ...]], di
     plain: dict[str, tuple[Any, ...]] = {}
     keys: dict[tuple[Any, ...], Any] = {}
     for name, path in paths.items():
-        plain[name] = tuple(int(key) if type(key) is Index else str(key) for key in path)
+        plain[name] = spelled(path)
         for depth, key in enumerate(path, 1):
             if type(key) is not Index and not isinstance(key, str):
                 keys[plain[name][:depth]] = key
     return plain, keys
+
+
+def spelled(path: Path) -> tuple[str | int, ...]:
+    """A path as a checkpoint has it: positions in lists are numbers, and keys of dictionaries text."""
+    return tuple(int(key) if type(key) is Index else str(key) for key in path)

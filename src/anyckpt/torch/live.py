@@ -25,6 +25,7 @@ import torch
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.indexing import Shape
+from anyckpt.operations.steps.live import obstacle
 from anyckpt.torch.megatron.entities import has_entities
 
 Path = tuple[Any, ...]
@@ -350,25 +351,12 @@ def _elements(name: str, tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         UsageError: they are not, or are more than numbers.
     """
+    problem = obstacle(torch, tensor)
+    if problem is not None:
+        problem.tensor = name
+        raise problem
     plain = tensor.detach()
-    if type(plain) is torch.nn.Parameter:
-        plain = plain.data
-    problem, remedy = _obstacle(plain)
-    if problem:
-        raise UsageError(problem, tensor=name, remedy=remedy)
-    return plain.resolve_conj().resolve_neg()
-
-
-def _obstacle(tensor: torch.Tensor) -> tuple[str, str]:
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"is a {type(tensor).__name__}, whose elements only it can tell", "give a plain tensor of its contents"
-    if tensor.device.type == "meta":
-        return "is of the meta device and has no elements", "give it memory first: module.to_empty(device=...)"
-    if tensor.is_quantized:
-        return "is quantized: numbers and their scale", "give int_repr() and q_scale(), or dequantize()"
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return f"is of layout {tensor.layout}", "give to_dense(), or its parts"
-    return "", ""
+    return plain.data if type(plain) is torch.nn.Parameter else plain
 
 
 def _dtype(name: str, tensor: torch.Tensor) -> DType:

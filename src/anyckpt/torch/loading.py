@@ -10,12 +10,10 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, overload
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UnsafeError, alike
-from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
@@ -25,7 +23,8 @@ from anyckpt.storage.read_count import ReadCount, counting
 from anyckpt.storage.requests import at_once
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.collectives import Ranks
-from anyckpt.torch.live import LiveObject, LivePiece, LiveState, Path, described
+from anyckpt.torch.finding import Finder
+from anyckpt.torch.live import LiveObject, LivePiece, LiveState, described
 from anyckpt.torch.objects import Thawing
 from anyckpt.torch.options import Options
 from anyckpt.torch.passing import pass_on, readers
@@ -177,11 +176,11 @@ class _Load:
     def __init__(self, live: LiveState, checkpoint: Checkpoint, options: Options) -> None:
         check_whole(checkpoint)
         for piece in live.pieces:
-            check_fillable(piece)
+            check_fillable(piece.name, piece.tensor)
         self.live = live
         self.checkpoint = checkpoint
         self._options = options
-        self._find = _Finder(checkpoint)
+        self._find = Finder(checkpoint)
         self._tensors: list[tuple[LivePiece, LazyTensor, str]] = []
         self._objects: list[tuple[LiveObject, Any]] = []
         self._unexpected: list[str] = []
@@ -200,8 +199,9 @@ class _Load:
                 if not _is_empty(one.value):
                     self._unexpected.append(one.name)
             else:
-                self._used.add(known[0])
-                self._objects.append((one, known[1]))
+                names, value = known
+                self._used.update(names)
+                self._objects.append((one, value))
 
     def names(self) -> _Names:
         held = tuple((piece.name, piece.offset, piece.sizes, piece.nbytes) for piece, _, _ in self._tensors)
@@ -303,68 +303,6 @@ class _Load:
             self.live.replace_all(common, self._unexpected)
 
 
-class _Finder:
-    """Finds a name of a state among a checkpoint's: as it is, or with another root before the model's own name."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._prefix = checkpoint.model_prefix
-
-    @cached_property
-    def _states(self) -> Mapping[str, Any]:
-        """States of modules, which are read when one is asked for."""
-        find = self._checkpoint.extra_states
-        return {} if find is None else find()
-
-    def names(self) -> list[str]:
-        return [*self._checkpoint.tensors, *self._checkpoint.objects]
-
-    def tensor(self, name: str) -> tuple[str, LazyTensor] | None:
-        tensors = self._checkpoint.tensors
-        root, _, rest = name.partition(".")
-        plain = [name, *([rest] if root in nesting.MODELS else [])]
-        for candidate in (name, *(self._prefix + inner for inner in plain)):
-            if candidate in tensors:
-                return candidate, tensors[candidate]
-        return None
-
-    def common(self) -> list[str]:
-        """Names of the objects that all ranks have alike; of all but cells of grids if the checkpoint does not say."""
-        said = self._checkpoint.common
-        if said is None:
-            return [name for name in self._checkpoint.objects if "/shard_" not in name]
-        return [name for name in self._checkpoint.objects if name in said]
-
-    def object(self, name: str, path: Path) -> tuple[str, Any] | None:
-        """The object called so, a module's state, or at the end of the path in one that holds others."""
-        objects = self._checkpoint.objects
-        if name in objects:
-            return name, objects[name]
-        module_state = hub_state_name(name)
-        if module_state is not None and name.rpartition("/")[0] in self._checkpoint.ignored:
-            return name, self._states.get(module_state)
-        first = str(path[0])
-        if first not in objects:
-            return None
-        value = objects[first]
-        for key in path[1:]:
-            inner = _inside(value, key)
-            if inner is None:
-                return None
-            value = inner[0]
-        return first, value
-
-
-def _inside(value: Any, key: Any) -> tuple[Any] | None:
-    if isinstance(value, (list, tuple)) and isinstance(key, int) and key < len(value):
-        return (value[key],)
-    if isinstance(value, Mapping):
-        for spelled in (key, str(key)):
-            if spelled in value:
-                return (value[spelled],)
-    return None
-
-
 def _is_empty(value: Any) -> bool:
     """Whether it is a dictionary that holds nothing: other software saves nothing of it."""
     return isinstance(value, Mapping) and not value
@@ -393,7 +331,8 @@ def _whole(checkpoint: Checkpoint, classes: Iterable[Any]) -> dict[str, Any]:
             inert.append(f"{name} ({error.found})")
     if inert:
         log.warning("objects of classes that are not built unasked stay records: %s", _list(inert))
-    return nesting.nested(values, checkpoint.key_paths, checkpoint.original_keys)
+    tuples = () if checkpoint.forms is None else checkpoint.forms.tuples()
+    return nesting.nested(values, checkpoint.key_paths, checkpoint.original_keys, tuples)
 
 
 def _list(names: Sequence[str]) -> str:

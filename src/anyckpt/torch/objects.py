@@ -21,10 +21,12 @@ import xxhash
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, UnsafeError, UsageError
+from anyckpt.operations.steps.live import obstacle
 from anyckpt.pickling import DictRecord, Global, Record, dumps, load
 from anyckpt.pickling.numpy_values import rebuild
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import LazyTensor, Stored
+from anyckpt.torch.memory import bytes_of
 from anyckpt.views import TorchFiles
 
 _SCALARS = (int, float, str, bool, type(None))
@@ -93,15 +95,18 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, torch.Tensor):
             return None
         if id(value) not in self._numbers:
-            if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+            if hasattr(value, "device_mesh"):
                 raise UsageError(
                     f"an object holds a {type(value).__name__} that only dictionaries and lists may hold",
                     remedy="put it into a dictionary of the state",
                 )
+            problem = obstacle(torch, value)
+            if problem is not None:
+                raise problem
             self._numbers[id(value)] = (_TENSOR, len(self.tensors))
             self._kept.append(value)
-            plain = value.detach().cpu().contiguous()
-            data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+            plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+            data = bytes_of(plain).numpy().tobytes() if plain.numel() else b""
             self.tensors.append((dtype(plain.dtype).name, tuple(plain.shape), data))
         return self._numbers[id(value)]
 

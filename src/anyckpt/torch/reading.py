@@ -17,6 +17,7 @@ from anyckpt.indexing import Array
 from anyckpt.storage.requests import at_once, holding
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.live import LivePiece
+from anyckpt.torch.memory import bytes_of, in_order
 
 _READ_BYTES = 16 << 20
 
@@ -47,7 +48,8 @@ def fill(targets: Sequence[Target], *, workers: int | None = None) -> None:
 
     Raises:
         FormatError: bytes are missing or damaged.
-        UsageError: a target has another shape than its source, or elements cannot be cast to its type.
+        UsageError: a target has another shape than its source or no memory of its own, or elements cannot be cast to
+            its type.
     """
     tasks: list[Task] = []
     for one in targets:
@@ -58,6 +60,7 @@ def fill(targets: Sequence[Target], *, workers: int | None = None) -> None:
                 expected=one.source.shape,
                 found=tuple(one.tensor.shape),
             )
+        check_fillable(one.name, one.tensor)
         tasks += _into(one.tensor, one.source.cast(dtype(one.tensor.dtype)), one.name)
     at_once(tasks, workers or min(8, max(2, os.cpu_count() or 2)))
 
@@ -139,7 +142,7 @@ def _fill_through(target: torch.Tensor, box: LazyTensor, name: str) -> None:
     staged = torch.empty(min(box.size, step), dtype=target.dtype, pin_memory=target.is_cuda)
     out = elements_of(staged, box)
     flat = (
-        target.view(-1) if target.is_contiguous() else torch.empty(box.size, dtype=target.dtype, device=target.device)
+        in_order(target) if target.is_contiguous() else torch.empty(box.size, dtype=target.dtype, device=target.device)
     )
     with _naming(name):
         for start in range(0, box.size, step):
@@ -168,7 +171,7 @@ def _fill_overlap(piece: LivePiece, tensor: LazyTensor, name: str) -> None:
 
 def elements_of(tensor: torch.Tensor, like: LazyTensor) -> Array:
     """The elements of a tensor in C order as one axis of raw numbers, in its own memory."""
-    array: Array = tensor.detach().view(-1).view(torch.uint8).numpy().view(like.dtype.raw)
+    array: Array = bytes_of(tensor.detach()).numpy().view(like.dtype.raw)
     return array
 
 
@@ -186,13 +189,22 @@ class _naming:  # noqa: N801 - a context manager
             error.tensor = error.tensor or self._name
 
 
-def check_fillable(piece: LivePiece) -> None:
-    """Refuse a tensor of which several elements are the same memory, as ``expand`` makes them."""
-    tensor = piece.tensor
+def check_fillable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose elements have no memory of their own, as ``expand`` and a lazy conjugate have none.
+
+    Raises:
+        UsageError: it is one.
+    """
     if any(step == 0 and length > 1 for step, length in zip(tensor.stride(), tensor.shape, strict=True)):
         raise UsageError(
             "cannot be filled: several of its elements are one in memory",
-            tensor=piece.name,
+            tensor=name,
             found=f"shape {tuple(tensor.shape)}, strides {tuple(tensor.stride())}",
             remedy="give tensor.contiguous()",
+        )
+    if tensor.is_conj() or tensor.is_neg():
+        raise UsageError(
+            "cannot be filled: it is a lazy conjugate or negative of what is in memory",
+            tensor=name,
+            remedy="give tensor.resolve_conj().resolve_neg()",
         )

@@ -20,7 +20,10 @@ from anyckpt.engine.plan import Plan
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import UsageError
+from anyckpt.formats.lightning.keys import META
+from anyckpt.formats.megatron_core.location import COMMIT
 from anyckpt.indexing import Shape
+from anyckpt.operations.steps.destination import check_destination
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.integrity import RankRecord, record_of, survey
 from anyckpt.torch.laid_out import Laid
@@ -32,6 +35,9 @@ from anyckpt.torch.whole import LiveSource, shared_out, whole_of
 
 if TYPE_CHECKING:
     from anyckpt.torch.async_saving import SaveHandle
+
+_AFTERWARDS = (COMMIT, META)
+"""Files that Megatron-Core and Lightning put into a directory that a strategy of ours wrote."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,7 @@ def prepare(
 
     def look() -> _Look:
         if ranks.rank == 0:
+            check_destination(destination, (), overwrite=options.overwrite, known=_AFTERWARDS)
             StagingDirectory(destination, overwrite=options.overwrite).clear()
         kept.append(describe())
         known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0])

@@ -100,8 +100,9 @@ class SharedFolder:
         try:
             replaced = os.path.isdir(self.path)
             names = _free_names(files, os.listdir(self.path) if replaced else ())
-            manifest = _manifest(names, sizes, entries, self._there(beside)).to_bytes()
             _write(os.path.join(self.folder, METADATA), index(names))
+            whole = [*_described(self.folder, (METADATA,)), *_described(self.path, beside)]
+            manifest = _manifest(names, sizes, entries, whole).to_bytes()
             if replaced:
                 self._move_in(names, manifest)
             else:
@@ -113,15 +114,6 @@ class SharedFolder:
             self.discard()
             raise
         self._is_open = False
-
-    def _there(self, names: Collection[str]) -> list[ManifestEntry]:
-        found = []
-        for name in names:
-            path = os.path.join(self.path, name)
-            if os.path.isfile(path):
-                source = LocalFile(path)
-                found.append(ManifestEntry("", "", name, 0, source.size, digest_of(source.read, source.size)))
-        return found
 
     def _move_in(self, names: Mapping[str, str], manifest: bytes) -> None:
         before = set(os.listdir(self.path))
@@ -186,6 +178,17 @@ def _manifest(
         ManifestEntry(one.name, one.piece, names[one.file], one.offset, one.nbytes, one.digest) for one in entries
     )
     return Manifest("dcp", "", files, (*renamed, *there))
+
+
+def _described(folder: str, names: Collection[str]) -> list[ManifestEntry]:
+    """What the manifest says of files as wholes; nothing of those that are not there."""
+    found = []
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            source = LocalFile(path)
+            found.append(ManifestEntry("", "", name, 0, source.size, digest_of(source.read, source.size)))
+    return found
 
 
 def _write(path: str, data: bytes) -> None:

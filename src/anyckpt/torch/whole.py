@@ -48,10 +48,11 @@ class LiveSource(ByteSource):
 
     def bind(self, tensor: torch.Tensor) -> None:
         """Read from this tensor from now on."""
-        self.tensor = tensor
+        self.tensor = tensor.resolve_conj().resolve_neg()
         self._shape = tensor.shape
-        self._where = tensor.data_ptr(), tensor.stride()
-        lazy = Live().tensor(tensor)
+        # Where nobody is sure to find the same elements again, there is no place: what is resolved is a copy.
+        self._where = (tensor.data_ptr(), tensor.stride()) if self.tensor is tensor else None
+        lazy = Live().tensor(self.tensor)
         assert lazy is not None
         self._lazy = lazy
 

@@ -81,6 +81,15 @@ class Forms(ObjectForms):
                 found[container_name(path)] = ((kind, ""),)
         return found
 
+    def tuples(self) -> frozenset[Path]:
+        """As the base says."""
+        return frozenset(path for path, container in self.containers.items() if isinstance(container, tuple))
+
+    def whole(self, path: Path) -> Any:
+        """As the base says."""
+        container = self.containers.get(path)
+        return container if isinstance(container, (tuple, Record)) else None
+
     def holds(self, container: str, tensors: Iterable[str]) -> bool:
         """As the base says."""
         holder = container.removesuffix(CONTAINER)

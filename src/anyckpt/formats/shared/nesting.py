@@ -24,7 +24,10 @@ def prefixes(tensors: Collection[str], paths: Mapping[str, tuple[Any, ...]]) -> 
 
 
 def nested(
-    objects: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]], original_keys: Mapping[tuple[Any, ...], Any]
+    objects: Mapping[str, Any],
+    paths: Mapping[str, tuple[Any, ...]],
+    original_keys: Mapping[tuple[Any, ...], Any],
+    tuples: Collection[tuple[Any, ...]] = (),
 ) -> dict[str, Any]:
     """Objects by name in the dictionaries and lists that they were in.
 
@@ -35,6 +38,7 @@ def nested(
         paths: name -> keys that lead to it, a list's indices as whole numbers; a name that is missing is at the root,
             and so is what is all that there is.
         original_keys: path -> key, where the key is not the path's last element.
+        tuples: paths of what is a tuple and no list.
     """
     root = _Node()
     for name, value in objects.items():
@@ -42,7 +46,7 @@ def nested(
         for depth, step in enumerate(path[:-1], 1):
             node = node.setdefault(_Step(step, original_keys.get(path[:depth], step)), _Node())
         node[_Step(path[-1], original_keys.get(path, path[-1]))] = value
-    built: dict[str, Any] = _built(root)
+    built: dict[str, Any] = _built(root, (), tuples)
     return built
 
 
@@ -59,8 +63,13 @@ class _Node(dict[_Step, Any]):
     """A container, by steps."""
 
 
-def _built(node: _Node) -> Any:
-    made = {key: _built(inner) if isinstance(inner, _Node) else inner for (_, key), inner in node.items()}
+def _built(node: _Node, path: tuple[Any, ...], tuples: Collection[tuple[Any, ...]]) -> Any:
+    made = {
+        key: _built(inner, (*path, step), tuples) if isinstance(inner, _Node) else inner
+        for (step, key), inner in node.items()
+    }
     steps = [step for step, _ in node]
-    is_list = all(type(step) is int for step in steps) and sorted(steps) == list(range(len(steps)))
-    return [made[index] for index in range(len(steps))] if is_list and steps else made
+    if not steps or not all(type(step) is int for step in steps) or sorted(steps) != list(range(len(steps))):
+        return made
+    items = [made[index] for index in range(len(steps))]
+    return tuple(items) if path in tuples else items

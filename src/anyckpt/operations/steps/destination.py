@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from anyckpt.engine.manifest import beside
+from anyckpt.engine.manifest import beside, read_manifest
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
@@ -15,6 +15,8 @@ from anyckpt.storage.place import scheme_of
 
 _OTHER_SUFFIXES = (".bin",)
 """Of checkpoints too, but of several formats."""
+
+_SHOWN = 5
 
 
 def told_by_name(destination: str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,7 +42,14 @@ def told_by_name(destination: str | os.PathLike[str]) -> dict[str, Any]:
     return {"to": target.name, **({"compress": True} if archive else {})}
 
 
-def check_destination(destination: str, sources: Sequence[str], *, overwrite: bool, resume: bool = False) -> None:
+def check_destination(
+    destination: str,
+    sources: Sequence[str],
+    *,
+    overwrite: bool,
+    resume: bool = False,
+    known: Collection[str] = (),
+) -> None:
     """Raise unless ``destination`` can be written without touching a source or replacing what is no checkpoint.
 
     Args:
@@ -48,6 +57,8 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
         sources: paths that are read.
         overwrite: whether an existing checkpoint may be replaced.
         resume: whether the destination may be there because the same work is done already, which the engine tells.
+
+        known: files of a checkpoint there that its manifest does not list.
 
     Raises:
         UsageError: the destination is a source, lies inside one, or holds one.
@@ -80,6 +91,36 @@ def check_destination(destination: str, sources: Sequence[str], *, overwrite: bo
             path=destination,
             remedy="choose another path or remove it yourself",
         )
+    strange = _others_files(destination, known) if overwrite else []
+    if strange:
+        raise OutputError(
+            "holds files beside the checkpoint, which would go with it",
+            path=destination,
+            found=", ".join(strange[:_SHOWN]) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else ""),
+            remedy="move them elsewhere, or choose another path",
+        )
+
+
+def _others_files(directory: str, known: Collection[str]) -> list[str]:
+    """The files in a directory that anyckpt wrote which its manifest does not list; none where that does not tell."""
+    try:
+        manifest = read_manifest(directory) if os.path.isdir(directory) else None
+    except FormatError:
+        return []
+    if manifest is None:
+        return []
+    found = []
+    for folder, _, names in os.walk(directory):
+        inside = "" if folder == directory else os.path.relpath(folder, directory).replace(os.sep, "/") + "/"
+        found += [
+            f"{inside}{name}"
+            for name in names
+            if f"{inside}{name}" not in manifest.files
+            and f"{inside}{name}" not in known
+            and name != MANIFEST_NAME
+            and not os.path.islink(os.path.join(folder, name))
+        ]
+    return sorted(found)
 
 
 def _is_named_so(path: str) -> bool:

@@ -94,9 +94,9 @@ class Live:
         return Stored(self._sources[key], 0, kind, array.shape, strides)
 
     def _of_torch(self, torch: Any, tensor: Any) -> LazyTensor:
-        obstacle = _obstacle(torch, tensor)
-        if obstacle is not None:
-            raise obstacle
+        problem = obstacle(torch, tensor)
+        if problem is not None:
+            raise problem
         kind = dtype(tensor.dtype)
         if not tensor.numel():
             return Constant(kind, tuple(tensor.shape))
@@ -136,20 +136,30 @@ class _DeviceSource(ByteSource):
         self._torch.frombuffer(buffer, dtype=self._torch.uint8).copy_(part)
 
 
-def _obstacle(torch: Any, tensor: Any) -> UsageError | None:
+def obstacle(torch: Any, tensor: Any) -> UsageError | None:
     """Why a tensor is more than elements in memory, and what to give in its place; None if it is not."""
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        return UsageError("has no shape yet", remedy="call the module once, so that its parameters are made")
+    if tensor.is_nested:
+        return UsageError(
+            "is a nested tensor, of rows of several lengths",
+            remedy="give its rows, unbind(), or values() and offsets()",
+        )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return UsageError(
             f"is a {type(tensor).__name__}, whose elements only it can tell",
             remedy="give a plain tensor: full_tensor() of a DTensor, dequantize() of a quantized one",
         )
     if tensor.device.type == "meta":
-        return UsageError("is of the meta device and has no elements", remedy="give the tensor that was loaded")
+        return UsageError(
+            "is of the meta device and has no elements",
+            remedy="give it memory first, as module.to_empty(device=...), or the tensor that was loaded",
+        )
     if tensor.is_quantized:
         return UsageError(
             "is quantized: numbers and their scale", remedy="give int_repr() and q_scale(), or dequantize()"
         )
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if tensor.layout is not torch.strided:
         return UsageError(
             f"is of layout {tensor.layout}", expected="torch.strided", remedy="give to_dense(), or its parts"
         )

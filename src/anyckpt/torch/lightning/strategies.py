@@ -19,6 +19,7 @@ from anyckpt.engine.manifest import beside
 from anyckpt.engine.staging import put_in_place
 from anyckpt.errors import MappingError
 from anyckpt.formats.lightning.keys import META, OPTIMIZER_STATES, STATE_DICT
+from anyckpt.operations.steps.destination import check_destination
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.dcp import Writer
 from anyckpt.torch.lightning.checkpoint_io import CheckpointIO
@@ -57,6 +58,7 @@ class ModelParallelStrategy(_Base):
         ranks = Ranks()
 
         def begin() -> None:
+            _check_may_go(path)
             _removed(new)
             write_file(trainer_plan(rest, path), os.path.join(new, META))
             _removed(beside(os.path.join(new, META)))
@@ -109,6 +111,12 @@ class ModelParallelStrategy(_Base):
             set_optimizer_state_dict(
                 self.model, optimizer, dict(named), options=StateDictOptions(full_state_dict=True, strict=True)
             )
+
+
+def _check_may_go(path: str) -> None:
+    """Raise OutputError if what a new checkpoint replaces is none, or holds somebody's files."""
+    if os.path.lexists(path):
+        check_destination(path, (), overwrite=True, known=(META,))
 
 
 def _publish(new: str, path: str) -> None:
