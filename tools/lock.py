@@ -17,7 +17,7 @@ from pathlib import Path
 from environment import LOCKS, ROOT
 
 _HEAD = "# Made by python3 tools/lock.py: exact versions for Python 3.10 to 3.13.\n"
-_ENVIRONMENTS = {"core.txt": ("test-core",), "test.txt": ("test", "dev")}
+_ENVIRONMENTS = {"core.txt": ("test-core",), "test.txt": ("test", "dev"), "docs.txt": ("docs",)}
 
 
 def main() -> None:

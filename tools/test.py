@@ -1,8 +1,9 @@
 """Everything that a change must pass: ``python3 tools/test.py``.
 
-Makes two environments of locked releases in the project's folder.  In ``.venv-core``, which has no torch, the tests of
-the core run; in ``.venv-test`` the linters, the type checker, the import contract, and the tests that load our output
-with the real torch, Megatron-Core, transformers and Lightning.  Arguments are passed on to pytest.
+Makes environments of locked releases in the project's folder.  In ``.venv-core``, which has no torch, the tests of the
+core run; in ``.venv-test`` the linters, the type checker, the import contract, and the tests that load our output with
+the real torch, Megatron-Core, transformers and Lightning; in ``.venv-docs`` the documentation is built.  Arguments are
+passed on to pytest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM
 def main() -> None:
     core = prepare(".venv-core", lock=LOCKS / "core.txt", extras="test-core")
     full = prepare(".venv-test", lock=LOCKS / "test.txt", first=["torch"], extras="test,dev")
-    sys.exit(0 if passes([*checks(core, full), *tests(core, full, sys.argv[1:])]) else 1)
+    site = prepare(".venv-docs", lock=LOCKS / "docs.txt", extras="docs")
+    steps = [*checks(core, full), ("documentation", documentation(site)), *tests(core, full, sys.argv[1:])]
+    sys.exit(0 if passes(steps) else 1)
 
 
 Step = tuple[str, list[str]]
@@ -38,6 +41,11 @@ def checks(core: Path, full: Path) -> list[Step]:
         ("import contract", [str(scripts / "lint-imports")]),
         ("table of families", [str(core), str(ROOT / "tools" / "family_table.py"), "--check"]),
     ]
+
+
+def documentation(python: Path) -> list[str]:
+    """Builds the site into ``site/``; a link, an anchor or a name that leads nowhere fails it."""
+    return [str(python.parent / "zensical"), "build", "--clean", "--strict", "--config-file", "mkdocs.yml"]
 
 
 def tests(core: Path, full: Path, arguments: Sequence[str]) -> list[Step]:

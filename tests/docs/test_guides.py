@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import guides  # noqa: E402
 
+import anyckpt  # noqa: E402
+
 PAGES = {str(page.relative_to(ROOT)): page for page in guides.pages()}
 
 
@@ -56,3 +58,12 @@ def test_links_lead_somewhere() -> None:
                 heads = re.findall(r"(?m)^#+ (.+)$", there.read_text(encoding="utf-8"))
                 slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
                 assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+
+
+def test_every_format_has_a_page() -> None:
+    pages = {path.stem for path in (ROOT / "docs" / "formats").iterdir()}
+    assert pages == {name for name, facts in anyckpt.formats().items() if facts.own} | {"quantized"}
+    table = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert all(f"](formats/{name}.md)" in table for name in pages)
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f": formats/{name}.md\n" in site for name in pages)

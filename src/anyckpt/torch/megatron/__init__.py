@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from anyckpt.on_demand import on_demand
+
+if TYPE_CHECKING:
+    from anyckpt.torch.megatron.entities import (
+        LocalNonpersistentObject,
+        ShardedObject,
+        ShardedTensor,
+        ShardedTensorFactory,
+    )
+    from anyckpt.torch.megatron.strategies import LoadStrategy, SaveStrategy
 
 __all__ = [
     "LoadStrategy",
