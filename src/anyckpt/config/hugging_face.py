@@ -142,7 +142,6 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             "rope_scaling": scaling,
             "dtype": _dtype(config),
             **reader.fields(known.codecs, known.class_defaults, known=fields),
-            **known.read(reader, fields),
             "extra": {
                 "hf": {key: value for key, value in config.items() if key not in keys},
                 **({PART_OF: str(whole.get("model_type"))} if text_part(family, whole) is not None else {}),
@@ -203,7 +202,6 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     _check_window(family, config)
     for row in known.codecs:
         rendered |= row.write(config, notes)
-    rendered |= known.write(config, notes)
     if config.eos_token_id is None and "eos_token_id" in keys and "hf" not in config.extra:
         notes.append("which token ends a text is not recorded: set eos_token_id in config.json before generating")
     if config.hidden_dropout and "hidden_dropout" not in known.said:

@@ -68,7 +68,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
     known = family.nemo2 or NeMo2("", "", ("LlamaConfig",))
     defaults = known.class_defaults(nemo2_class(config) or "")
     table = (*_FIELDS, *OPTIONAL[:1], *known.fields)
-    own = known.own.union(*(row.hubs for row in known.codecs))
+    own = {hub for row in known.codecs for hub in row.hubs}
     fields = reader.fields([entry for entry in table if entry.hub not in own], defaults)
     fields |= block_sizes(reader, defaults, fields)
     fields |= parse_blocks(reader, defaults, fields)
@@ -91,7 +91,6 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
                 "dtype": _dtype(reader),
                 "extra": {"features": reader.features(), EXTRA: from_nemo2(reader.values)},
                 **reader.fields(known.codecs, defaults, known=fields),
-                **known.read(reader, defaults),
             }
         )
     )
@@ -151,7 +150,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         notes.append(
             f"NeMo 2 has no field for the true vocabulary of {config.vocab_size}: on the way back the tokenizer says it"
         )
-    rendered |= {**render_fields(family.nemo2.codecs, config), **family.nemo2.write(config)}
+    rendered |= render_fields(family.nemo2.codecs, config)
     rendered = {key: value for key, value in rendered.items() if key not in family.nemo2.without}
     return {"_target_": f"{family.nemo2.module}.{family.nemo2.model}", "config": rendered}
 
@@ -163,8 +162,7 @@ def _window(reader: Reader, defaults: Mapping[str, Any]) -> tuple[int, int] | No
 
 def _check_has(family: Spellings, config: ModelConfig) -> None:
     """What few families have must be in the family's classes."""
-    nemo2 = family.nemo2
-    known = set() if nemo2 is None else nemo2.own.union(*(row.hubs for row in (*nemo2.fields, *nemo2.codecs)))
+    known = set() if family.nemo2 is None else family.nemo2.said
     for entry in OPTIONAL[1:]:
         value = getattr(config, entry.hub)
         if entry.hub not in known and value != entry.default:

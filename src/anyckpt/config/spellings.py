@@ -12,7 +12,6 @@ from anyckpt.config.defaults import is_known, of_class
 from anyckpt.config.fields import Codec, Field
 from anyckpt.config.meta_names import MetaNames
 from anyckpt.config.model import ModelConfig
-from anyckpt.config.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,7 @@ class HuggingFace:
         rotary_percent: what it is where no key says.
         attention_bias: what ``attention_bias`` is where the key is absent; None if the family has no such key.
         activation_key: key of the MLP's activation; None if it is none of the configuration's.
-        read: hub fields that no codec can say, from the configuration and the fields parsed so far; stronger than
-            both tables and the traits.
-        write: the keys of ``read``, from the model; notes are appended to the list.
-        keys: names of these keys, and of others that say nothing of the model.
+        keys: names of keys that say nothing of the model.
         variants: other spellings under which tensors are stored.
         prefix: what names begin with, but those of the head, where a class has one.
         headless: whether the class written has no head, so that names are written without ``prefix``.
@@ -97,8 +93,6 @@ class HuggingFace:
     rotary_percent: float = 1.0
     attention_bias: bool | None = False
     activation_key: str | None = "hidden_act"
-    read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, found: {})
-    write: Callable[[ModelConfig, list[str]], Mapping[str, Any]] = field(default=lambda config, notes: {})
     keys: frozenset[str] = frozenset()
     variants: tuple[Variant, ...] = ()
     prefix: str = ""
@@ -120,7 +114,7 @@ class HuggingFace:
 
     @cached_property
     def handled(self) -> set[str]:
-        """Every key that the family's tables and functions look after."""
+        """Every key that the family's tables look after."""
         return {key for row in (*self.fields, *self.codecs) for key in row.keys} | self.constants.keys() | self.keys
 
     @cached_property
@@ -142,9 +136,6 @@ class NeMo2:
         choose: name of the configuration class to write; None for the base class.
         fields: one-to-one fields of these classes beyond NeMo's common ones.
         codecs: what says hub fields in other ways; stronger than what all classes have in common.
-        own: names of common hub fields that ``read`` gives, because these classes spell them in another way.
-        read: hub fields that no codec can say, from the configuration and the class's defaults.
-        write: fields that no codec can say; they replace what is written otherwise.
         without: fields that NeMo 2's other classes have and these have not.
     """
 
@@ -155,9 +146,6 @@ class NeMo2:
     implied: Mapping[str, Any] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
     codecs: tuple[Codec, ...] = ()
-    own: frozenset[str] = frozenset()
-    read: Callable[[Reader, Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda reader, defaults: {})
-    write: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
     without: frozenset[str] = frozenset()
 
     def reads(self, name: str) -> bool:
@@ -168,6 +156,11 @@ class NeMo2:
     def chosen(self, config: ModelConfig) -> str:
         """Name of the configuration class to write."""
         return self._base if self.choose is None else self.choose(config)
+
+    @cached_property
+    def said(self) -> set[str]:
+        """Every hub field that its tables read."""
+        return {hub for row in (*self.fields, *self.codecs) for hub in row.hubs}
 
     @property
     def _base(self) -> str:
