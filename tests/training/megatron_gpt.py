@@ -108,3 +108,12 @@ class Trained:
         for moments in state["optimizer"]["state"].values():
             moments["step"] = torch.tensor(float(self.step))
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def persistent_loop(*arguments: Any) -> None:
+    """What ``PersistentAsyncCaller`` runs in its process, where there is no device to choose."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.device_count = lambda: 1
+    PersistentAsyncCaller.async_loop(*arguments)

@@ -170,6 +170,50 @@ def test_what_becomes_of_a_process_that_writes_is_told_to_all_ranks(how: str, pr
         assert beside == ["x"]
 
 
+def in_persistent_process(folder: str) -> list[Any]:
+    """Three saves through one process that stays, which cannot write during the second."""
+    import resource
+
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import async_utils
+    from tests.training.megatron_gpt import Trained, persistent_loop
+
+    from anyckpt.errors import OutputError
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy
+
+    async_utils.PersistentAsyncCaller.async_loop = staticmethod(persistent_loop)
+    queue = async_utils.AsyncCallsQueue(persistent=True)
+    run, found = Trained(), []
+    for step in range(3):
+        run.train(1)
+        path = os.path.join(folder, str(step))
+        os.mkdir(path)
+        if step:
+            limit = (1 << 12 if step == 1 else resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.prlimit(queue.persistent_caller.process.pid, resource.RLIMIT_FSIZE, limit)
+        request = dist_checkpointing.save(run.state(), path, sharded_strategy=SaveStrategy(), async_sharded_save=True)
+        queue.schedule_async_request(request)
+        straight = run.train(1)  # changes what is being written
+        try:
+            queue.maybe_finalize_async_calls(blocking=True)
+        except OutputError as error:
+            found.append((str(error), os.listdir(path), sorted(os.listdir(folder))))
+            continue
+        other = Trained(seed=1)
+        other.put(dist_checkpointing.load(other.state(), path, sharded_strategy=LoadStrategy()))
+        found.append(other.train(1) == straight)
+    queue.close()
+    return found
+
+
+def test_a_process_that_stays_saves_again_after_it_could_not_write(tmp_path: Path) -> None:
+    (found,) = on_ranks(1, in_persistent_process, str(tmp_path), imported=GPT)
+    assert found[0] is True and found[2] is True
+    problem, left, beside = found[1]
+    assert "the checkpoint could not be written" in problem and "File too large" in problem
+    assert left == ["common.pt"] and beside == ["0", "1"]
+
+
 def failing_save(path: str) -> tuple[str, list[str]]:
     from megatron.core import dist_checkpointing
     from tests.training.megatron_gpt import Trained

@@ -12,6 +12,7 @@ What is saved is an ordinary ``torch_dist`` checkpoint, and any is loaded.  The 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import weakref
@@ -50,6 +51,8 @@ from anyckpt.torch.objects import Frozen, Thawing
 from anyckpt.torch.rank_files import ItemPlace
 from anyckpt.torch.reading import torch_dtype
 from anyckpt.torch.shared_folder import SharedFolder, discard_here
+
+log = logging.getLogger("anyckpt.torch")
 
 _VERSION = "1.0.0"  # torch 2.13 torch/distributed/checkpoint/filesystem.py CURRENT_DCP_VERSION
 
@@ -142,7 +145,14 @@ def _staged(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 def _write_staged(
     layout: Layout, tensors: list[torch.Tensor], folder: str, *, workers: int | None, memory: int
 ) -> None:
-    write_rank(layout, tensors, folder, workers, memory)
+    """Write; what goes wrong is in the record, which those that finalize read.
+
+    It is not raised: Megatron-Core's persistent process would end, and its trainers wait for it for ever.
+    """
+    try:
+        write_rank(layout, tensors, folder, workers, memory)
+    except Exception:
+        log.exception("rank %d could not write its part of a checkpoint", layout.rank)
 
 
 def _prepared(state: Mapping[str, Any], folder: str | os.PathLike[str]) -> _Save:
