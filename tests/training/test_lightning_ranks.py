@@ -145,3 +145,77 @@ def test_one_device_resumes_on_two(tmp_path: Path, whole: dict[int, float]) -> N
     anyckpt.save(fresh.state_dict(), tmp_path / "w.safetensors", to="safetensors")
     found = on_ranks(2, trained, str(tmp_path), "fsdp", 1, str(tmp_path / "w.safetensors"), None, imported=IMPORTED)
     assert found[0] == pytest.approx({0: whole[0]}, rel=1e-5)
+
+
+def saved_beside(folder: str) -> Any:
+    """A run whose directories are written by processes beside the ranks; plain Lightning goes on from the last."""
+    warnings.simplefilter("ignore")
+    from lightning.pytorch.strategies import ModelParallelStrategy as Plain
+    from tests.training.lightning_runs import run, sharded_net
+
+    from anyckpt.torch.lightning import EMA, CheckpointIO, ModelCheckpoint
+
+    callback = ModelCheckpoint(f"{folder}/c", monitor="loss", every_n_train_steps=1, save_top_k=1, save_last=True)
+    options = of_ranks("fsdp", True)
+    options["plugins"] = [CheckpointIO(in_flight=2)]
+    first, _ = run(
+        folder, 3, model=sharded_net("fsdp"), callbacks=[callback, EMA(0.5)], enable_checkpointing=True, **options
+    )
+    names = sorted(os.listdir(f"{folder}/c"))
+    options = of_ranks("fsdp", True)
+    options["strategy"], options["plugins"] = Plain(2, 1, process_group_backend="gloo"), []
+    second, _ = run(folder, DEEP_STEPS, model=sharded_net("fsdp"), resume=f"{folder}/c/last.ckpt", **options)
+    return {**first.losses, **second.losses}, names
+
+
+def test_directories_are_saved_beside_the_run(tmp_path: Path, whole: dict[int, float]) -> None:
+    import anyckpt
+
+    for losses, names in on_ranks(2, saved_beside, str(tmp_path), imported=IMPORTED):
+        assert losses == pytest.approx(whole, rel=1e-5)
+        best = names[1].removesuffix(".ckpt")
+        assert best.startswith("epoch")
+        assert names == [f"{best}-EMA.ckpt", f"{best}.ckpt", "last-EMA.ckpt", "last.ckpt"]
+    for name in names:
+        assert anyckpt.verify(tmp_path / "c" / name).sound
+        assert anyckpt.open(tmp_path / "c" / name).format == "lightning"
+
+
+def lost_beside(folder: str) -> Any:
+    """A save whose writer is killed on one rank, and another one after it."""
+    warnings.simplefilter("ignore")
+    import signal
+
+    from tests.training.lightning_runs import run, sharded_net
+    from torch.distributed import get_rank
+
+    from anyckpt.errors import OutputError
+    from anyckpt.torch.lightning import CheckpointIO
+
+    plugin = CheckpointIO(in_flight=1)
+    _, made = run(folder, 1, model=sharded_net("fsdp"), **{**of_ranks("fsdp", True), "plugins": [plugin]})
+    made.save_checkpoint(f"{folder}/a.ckpt")
+    plugin.wait()
+    writer = plugin.together()._writer.pid or 0
+    if get_rank() == 1:
+        os.kill(writer, signal.SIGSTOP)
+    made.save_checkpoint(f"{folder}/b.ckpt")
+    if get_rank() == 1:
+        os.kill(writer, signal.SIGKILL)
+    made.strategy.remove_checkpoint(f"{folder}/a.ckpt")
+    try:
+        made.save_checkpoint(f"{folder}/c.ckpt")
+    except OutputError as error:
+        told = str(error)
+    made.save_checkpoint(f"{folder}/c.ckpt")
+    kept = os.path.exists(f"{folder}/a.ckpt")
+    made.strategy.remove_checkpoint(f"{folder}/a.ckpt")
+    plugin.teardown()
+    return told, kept
+
+
+def test_a_directory_that_was_not_saved_is_told_and_nothing_is_removed(tmp_path: Path) -> None:
+    for told, kept in on_ranks(2, lost_beside, str(tmp_path), imported=IMPORTED):
+        assert kept
+        assert "b.ckpt" in told and "SIGKILL" in told and "(on rank 1)" in told
+    assert os.listdir(tmp_path) == ["c.ckpt"]

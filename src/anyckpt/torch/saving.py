@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import Report
-from anyckpt.engine.plan import Plan
+from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import UsageError
@@ -165,7 +165,13 @@ def asked(options: Options | None, settings: Mapping[str, Any]) -> Options:
 
 
 def prepare(
-    describe: Any, path: str | os.PathLike[str], options: Options, ranks: Ranks, plans: Plans | None = None
+    describe: Any,
+    path: str | os.PathLike[str],
+    options: Options,
+    ranks: Ranks,
+    plans: Plans | None = None,
+    *,
+    beside: Callable[[str], Sequence[OutputFile]] | None = None,
 ) -> Prepared:
     """Plan a save together.
 
@@ -175,6 +181,8 @@ def prepare(
         options: the same on all ranks.
         ranks: who saves.
         plans: of earlier saves with ``assume_constant_structure``; those of this process if None.
+        beside: gives more files of the checkpoint, alike on all ranks, by the key of the save; collective.  Such a save
+            is planned anew.
 
     Raises:
         AnyckptError: as ``save``.
@@ -182,7 +190,8 @@ def prepare(
     destination = os.fspath(path)
     kept: list[LiveState] = []
     plans = PLANNED if plans is None else plans
-    earlier = plans.get(kind_of(options, ranks)) if options.assume_constant_structure else None
+    constant = options.assume_constant_structure and beside is None
+    earlier = plans.get(kind_of(options, ranks)) if constant else None
 
     def look() -> _Look:
         if ranks.rank == 0:
@@ -217,11 +226,13 @@ def prepare(
         return laid, laid.plan(whole.tensors, everything.objects)
 
     laid, plan = ranks.together(lay_out)
+    if beside is not None:
+        plan = replace(plan, files=(*plan.files, *beside(key)))
     ready = settled(plan, ranks, key)
     run = ranks.together(
         lambda: SharedRun(ready, destination, ranks.size, overwrite=options.overwrite, workers=options.workers)
     )
-    if options.assume_constant_structure:
+    if constant:
         only_objects = laid.plan({}, objects_of(records))
         plans[kind_of(options, ranks)] = Earlier(
             laid, plan, only_objects, ready is not plan, run, pieces_read(live.pieces, laid.sources), nesting_of(live)

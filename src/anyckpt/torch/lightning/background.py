@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -31,6 +32,7 @@ class Background:
             raise UsageError("so many saves cannot be under way", expected="in_flight of 0 or more", found=in_flight)
         self.in_flight = in_flight
         self._writer: BackgroundWriter | None = None
+        self._end: weakref.finalize[..., Background] | None = None
         self._saves: list[tuple[int, str]] = []
         self._removals: list[tuple[int, str]] = []
 
@@ -57,6 +59,7 @@ class Background:
         check_no_folder(place)
         if self._writer is None:
             self._writer = BackgroundWriter(memory=PageLockedMemory, copy=copy)
+            self._end = weakref.finalize(self, self._writer.close)  # a program that ends by itself waits
         number = self._writer.submit(plan, place, overwrite=True, upkeep=upkeep)
         self._saves.append((number, place))
         self._removals = [removal for removal in self._removals if removal[1] != place]
@@ -87,9 +90,9 @@ class Background:
         try:
             self.wait()
         finally:
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                writer.close()
+            self._writer = None
+            if self._end is not None:
+                self._end()
 
     def _settle(self, most: int, *, tell: bool = True) -> None:
         """Wait until no more than so many saves are under way, and remove what may go."""

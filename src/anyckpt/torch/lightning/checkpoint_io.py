@@ -13,6 +13,7 @@ from anyckpt.errors import FormatError
 from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.from_another import Renaming
 from anyckpt.torch.lightning.background import Background
+from anyckpt.torch.lightning.together import SavesTogether
 from anyckpt.torch.trainer_state import read_trainer_state, write_trainer_state
 
 
@@ -33,6 +34,7 @@ class CheckpointIO(_Base):
         in_flight: so many saves may be under way while training goes on: a save returns when the state is copied, and a
             process beside this one writes it.  0 writes before going on.  A save that failed raises at the next one, or
             when the run ends; what Lightning asks to remove meanwhile goes when the saves before that are whole.
+            Directories of our ``ModelParallelStrategy`` are saved so, too, by a process beside each rank.
 
     Raises:
         UsageError: ``in_flight`` is negative.
@@ -53,6 +55,7 @@ class CheckpointIO(_Base):
         self.rename = rename
         self._remote = TorchCheckpointIO()
         self._background = Background(in_flight)
+        self._together: SavesTogether | None = None
         self.upkeep: Upkeep | None = None
         """What follows the next save when it is whole, if that is written while training goes on."""
 
@@ -110,7 +113,8 @@ class CheckpointIO(_Base):
         if _is_remote(path):
             self._remote.remove_checkpoint(path)
             return
-        self._background.remove(os.path.abspath(path))
+        removes = self._together if self._together is not None and self._together.pending else self._background
+        removes.remove(os.path.abspath(path))
 
     @property
     def in_flight(self) -> int:
@@ -120,23 +124,39 @@ class CheckpointIO(_Base):
     @property
     def pending(self) -> tuple[str, ...]:
         """Paths of the saves that are under way."""
-        return self._background.pending
+        return (*self._background.pending, *(() if self._together is None else self._together.pending))
+
+    def together(self) -> SavesTogether:
+        """The saves of directories, which all ranks take part in; making it is collective."""
+        if self._together is None:
+            self._together = SavesTogether(self.in_flight)
+        return self._together
 
     def wait(self) -> None:
-        """Wait until every save is whole.
+        """Wait until every save is whole; collective where directories are under way.
 
         Raises:
             OutputError: one failed.
         """
         self._background.wait()
+        if self._together is not None:
+            self._together.wait()
 
-    def teardown(self) -> None:
+    def teardown(self, *, alone: bool = False) -> None:
         """Wait until every save is whole, and end the process that writes; the trainer calls it when a run ends.
+
+        Args:
+            alone: of directories wait for this rank's own part only, for other ranks may not come.
 
         Raises:
             OutputError: one failed.
         """
-        self._background.close()
+        together, self._together = self._together, None
+        try:
+            self._background.close()
+        finally:
+            if together is not None:
+                together.close(alone=alone)
 
 
 def _is_remote(path: Any) -> bool:

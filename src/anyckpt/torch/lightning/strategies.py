@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy as _Base
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
@@ -41,7 +41,7 @@ class ModelParallelStrategy(_Base):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Save as Lightning does, but whole or not at all.
+        """Save as Lightning does, but whole or not at all; with ``CheckpointIO(in_flight=N)``, while training goes on.
 
         Raises:
             AnyckptError: it cannot be written, on every rank.
@@ -55,6 +55,11 @@ class ModelParallelStrategy(_Base):
         rest = dict(checkpoint)
         state = {STATE_DICT: rest.pop(STATE_DICT)}
         state.update((f"optimizer_{number}", one) for number, one in enumerate(rest.pop(OPTIMIZER_STATES, [])))
+        plugin = self.checkpoint_io
+        if isinstance(plugin, CheckpointIO) and plugin.in_flight:
+            upkeep, plugin.upkeep = plugin.upkeep, None
+            plugin.together().save(state, rest, path, upkeep)
+            return
         ranks = Ranks()
 
         def begin() -> None:
@@ -80,6 +85,8 @@ class ModelParallelStrategy(_Base):
             MappingError: weights do not fit, or there are other optimizers.
         """
         path = Path(self.broadcast(os.fspath(checkpoint_path)))
+        if isinstance(self.checkpoint_io, CheckpointIO):
+            self.checkpoint_io.wait()
         if (path / META).is_file():
             return super().load_checkpoint(path, weights_only=weights_only)
         plugin = self.checkpoint_io if isinstance(self.checkpoint_io, CheckpointIO) else CheckpointIO()
@@ -91,6 +98,14 @@ class ModelParallelStrategy(_Base):
         if states and module.trainer.state.fn == TrainerFn.FITTING:
             self._load_optimizers(states, str(path))
         return found
+
+    def teardown(self) -> None:
+        """As Lightning's; of saves that are under way every rank waits for all, or for its own after an exception."""
+        plugin, module = self.checkpoint_io, self.lightning_module
+        if isinstance(plugin, CheckpointIO):
+            stopped = module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
+            plugin.teardown(alone=stopped)
+        super().teardown()
 
     def _load_optimizers(self, states: list[Any], path: str) -> None:
         if len(states) != len(self.optimizers):
