@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.places import Log, MemoryPlace, far, files_below, registered
+from tests.quantization.quantized import write_folder
 from tests.support import fixture_path
 
 import anyckpt
@@ -24,6 +25,9 @@ from anyckpt.tensor import from_array
 SOURCE = "quant/src_llama_a/hf"
 GROUP = {"int4": 32}
 PAIRS = [(form, algorithm) for form in HF.quantizes for algorithm in FORMS[form] if form != "mxfp4"]
+
+
+UNREAD = ("fp8_blocks", "int8", "nvfp4")
 
 
 def convert(source: Any, out: Path, algorithm: str, form: str | None = None, **options: Any) -> Any:
@@ -173,6 +177,18 @@ def test_routers_stay_and_experts_do_not(tmp_path: Path) -> None:
     assert all(stored[name].dtype.itemsize > 1 for name in gates)
     assert any(t.dtype == "float8_e4m3fn" for name, t in stored.items() if ".experts." in name)
     assert {name.removesuffix(".weight") for name in gates} < set(config_of(tmp_path / "q")["ignore"])
+
+
+@pytest.mark.parametrize("algorithm", FORMS["compressed-tensors"])
+def test_experts_that_transformers_does_not_read_are_told(algorithm: str, tmp_path: Path) -> None:
+    """Which these are, the peer test of the same name finds out."""
+    told = []
+    for module in ("mlp.experts.0.down_proj", "mlp.down_proj"):
+        weight = np.ones((32, 32), np.float32)
+        source = write_folder(tmp_path / module, {"model_type": "mine"}, {f"model.layers.0.{module}.weight": weight})
+        notes = convert(source, tmp_path / f"{module}.q", algorithm, "compressed-tensors").notes
+        told.append(any("1 of them are experts, which vLLM loads so" in note for note in notes))
+    assert told == [algorithm in UNREAD, False]
 
 
 @pytest.mark.parametrize(

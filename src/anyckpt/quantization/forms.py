@@ -143,6 +143,7 @@ def _column(scale: LazyTensor) -> tuple[int, ...]:
     return (*scale.shape, 1)
 
 
+# What transformers 5.24 reads of experts is what its ``CompressedTensorsDequantize`` takes apart; vLLM has more.
 _COMPRESSED_TENSORS = {
     "fp8": Layout("fp8", _PLAIN, _compressed("float-quantized", {"strategy": "tensor"}, _TOKENS)),
     "fp8_per_channel": Layout(
@@ -161,6 +162,7 @@ _COMPRESSED_TENSORS = {
             {"strategy": "group", "group_size": 128, "dynamic": True},
         ),
         _own_type,
+        experts_unread="which refuses blocks with a scale each, and reads those of --quantize-form fp8",
     ),
     "int8": Layout(
         "int8_wo",
@@ -168,6 +170,7 @@ _COMPRESSED_TENSORS = {
         _compressed("int-quantized", {"type": "int", "strategy": "channel"}, {"type": "int", **_TOKENS}),
         _own_type,
         {"scale": _column},
+        experts_unread="which refuses integers that are not packed, and reads those of --quantize int8_wo",
     ),
     "int8_wo": Layout(
         "int8_wo", _PACKED, _compressed("pack-quantized", {"type": "int", "strategy": "channel"}), _words
@@ -184,6 +187,8 @@ _COMPRESSED_TENSORS = {
         ),
         lambda request, kind: Options(inverted=True),
         siblings=True,
+        experts_unread="which leaves out weight_global_scale and so runs another model, and reads those of "
+        "--quantize mxfp4",
     ),
     "mxfp4": Layout(
         "mxfp4",

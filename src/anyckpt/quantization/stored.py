@@ -77,6 +77,8 @@ class Layout:
         instead: what scales activations when the model runs, where ``static`` is stored.
         siblings: modules that are one when a model runs have one scale of the whole tensor.
         experts: it is stacked experts that are quantized, and they lie ``[experts, inputs, outputs]``.
+        experts_unread: what transformers makes of experts that are stored so, where it is not the model, and what to
+            choose for it; "" if it reads them.
         file: the text of ModelOpt's own file, of the facts, or None.
     """
 
@@ -96,4 +98,5 @@ class Layout:
     siblings: bool = False
     instead: str = "--quantize-form compressed-tensors"
     experts: bool = False
+    experts_unread: str = ""
     file: Callable[[Facts, Request], str] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from anyckpt.tensor import Constant, LazyTensor, from_array, stack
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("fc", "gate"))
 """Modules that are one when a model runs, and so have one scale of the whole tensor in NVFP4."""
 _NUMBERS_OF = {"int8_wo": "int8"} | dict.fromkeys(("fp8", "fp8_per_channel", "fp8_blocks"), "float8_e4m3fn")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _SHOWN = 3
 
 
@@ -176,6 +178,11 @@ def _notes(choice: Choice, layout: Layout, request: Request, tensors: Mapping[st
     if unused:
         some = f"{', '.join(unused[:_SHOWN])}{' ...' if len(unused) > _SHOWN else ''}"
         notes.append(f"{len(unused)} scales of activations are of modules that are not quantized: {some}")
+    experts = [name for name in choice.weights if _EXPERT.search(name)]
+    if layout.experts_unread and experts:
+        notes.append(
+            f"{len(experts)} of them are experts, which vLLM loads so, but not transformers 5, {layout.experts_unread}"
+        )
     if layout.static and not request.knows_activations:
         notes.append(
             f"{layout.static} is 1 everywhere, because no activations have been seen: say what it shall be with "
