@@ -24,8 +24,9 @@ from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats.trtllm.division import Division, Heads, cut, join
 from anyckpt.models.families import each_family
 from anyckpt.operations.archive import edit, pack, unpack
+from anyckpt.quantization.quantizing import quantized
 from anyckpt.storage import LocalFile
-from anyckpt.tensor import LazyTensor, from_array
+from anyckpt.tensor import LazyTensor, concatenate, from_array
 
 CASES = {
     "fp8_a": "src_llama_a",
@@ -227,6 +228,96 @@ def test_families_come_back_as_they_were(tmp_path: Path, case: str, sizes: tuple
         assert tied == "lm_head.weight"
         del found[tied]
     assert found == facts(source.tensors)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)])
+def test_experts_come_back_as_they_were(tmp_path: Path, case: str, sizes: tuple[int, int]) -> None:
+    source = open_case(case).checkpoint
+    layout = anyckpt.LayoutRequest(tensor_parallel=sizes[0], pipeline_parallel=sizes[1])
+    anyckpt.convert(source.path, tmp_path / "out", to="trtllm", layout=layout)
+    assert anyckpt.verify(tmp_path / "out").sound
+    anyckpt.convert(tmp_path / "out", tmp_path / "hf", to="hf", dtype="bf16")
+    back = anyckpt.open(tmp_path / "hf")
+    assert facts(back.tensors) == facts(source.tensors)
+    keys = ("intermediate_size", "moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok")
+    for key in (*keys, "shared_expert_intermediate_size"):
+        assert back.config.get(key) == source.config.get(key), key
+
+
+@pytest.mark.parametrize(
+    ("case", "sums_to_one", "mode"),
+    [("qwen2_moe", False, 0), ("qwen2_moe", True, 1), ("qwen3_moe", False, 0), ("qwen3_moe", True, 1)],
+)
+def test_experts_of_qwen_have_tensorrt_llms_names(tmp_path: Path, case: str, sums_to_one: bool, mode: int) -> None:
+    """Those of its ``SharedMoE``, whose first layer is ``[up; gate]`` in one tensor."""
+    source = open_case(case).checkpoint
+    config = {**source.config, "norm_topk_prob": sums_to_one}
+    layout = anyckpt.LayoutRequest(tensor_parallel=2)
+    anyckpt.convert(source.path, tmp_path / "out", to="trtllm", config=config, layout=layout)
+    first, stem = rank_tensors(tmp_path / "out" / "rank0.safetensors"), "transformer.layers.0.mlp"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["moe"] == {"num_experts": 4, "top_k": 2, "normalization_mode": mode}
+    assert (written["qwen_type"], written["hidden_act"]) == (case, "swiglu")
+    assert first[f"{stem}.router.weight"].dtype.name == "float32"
+    shared = {name.removeprefix(f"{stem}.") for name in first if name.startswith(f"{stem}.shared")}
+    if case == "qwen3_moe":
+        assert not shared
+        return
+    assert shared == {"shared_expert.fc.weight", "shared_expert.proj.weight", "shared_expert_gate.weight"}
+    own = "model.layers.0.mlp.shared_expert"
+    up, gate = (source[f"{own}.{name}_proj.weight"].cast("float32").numpy() for name in ("up", "gate"))
+    half = up.shape[0] // 2
+    found = first[f"{stem}.shared_expert.fc.weight"].cast("float32").numpy()
+    assert np.array_equal(found, np.concatenate([up[:half], gate[:half]]))
+
+
+def test_layers_without_experts_beside_others_are_refused(tmp_path: Path) -> None:
+    source = open_case("deepseek_v3").checkpoint
+    with pytest.raises(MappingError, match="how TensorRT-LLM names models of family deepseek-v3"):
+        anyckpt.convert(source.path, tmp_path / "out", to="trtllm")
+    config = {**open_case("qwen3_moe").checkpoint.config, "mlp_only_layers": [1]}
+    tensors = {name: tensor for name, tensor in open_case("qwen3_moe").checkpoint.items() if "layers.1.mlp" not in name}
+    for name, shape in (("gate", (80, 48)), ("up", (80, 48)), ("down", (48, 80))):
+        tensors[f"model.layers.1.mlp.{name}_proj.weight"] = from_array(np.ones(shape, np.float32)).cast("bfloat16")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_plan(Plan("", (OutputFile("model.safetensors", safetensors_parts(tensors)),)), folder)
+    with pytest.raises(MappingError, match="none in 1 of 2, layer 1 among them"):
+        anyckpt.convert(folder, tmp_path / "out", to="trtllm")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_in_four_bit_floats_have_a_scale_each(tmp_path: Path, ranks: int) -> None:
+    """As ModelOpt 0.40 stacks what it makes of each expert; of ``[up; gate]`` there is one scale of the whole."""
+    source = open_case("mixtral").checkpoint
+    layout = anyckpt.LayoutRequest(tensor_parallel=ranks)
+    options: dict[str, Any] = {"quantize": "nvfp4", "layout": layout, "activation_scale": 0.5}
+    if ranks > 1:  # 48 columns are 3 blocks
+        options["quantize_exclude"] = "*.mlp.proj"
+    done = anyckpt.convert(source.path, tmp_path / "out", to="trtllm", **options)
+    assert any("fails on those of" in note for note in done.notes)
+    stem = "transformer.layers.0.mlp.fc"
+    found = anyckpt.open(tmp_path / "out").weights()
+    alone = "model.layers.0.block_sparse_moe.experts.2"
+    pair = concatenate([source[f"{alone}.w3.weight"], source[f"{alone}.w1.weight"]], 0)
+    expected = quantized(pair, "nvfp4")
+    assert found[f"{stem}.weights_scaling_factor_2"].shape == (4,)
+    assert found[f"{stem}.activation_scaling_factor"].shape == (1,)
+    for role, name in (
+        ("weight", "weight"),
+        ("scale", "weights_scaling_factor"),
+        ("scale_2", "weights_scaling_factor_2"),
+    ):
+        one = found[f"{stem}.{name}"][2]
+        assert one.numpy().tobytes() == expected[role].numpy().tobytes(), role
+    assert anyckpt.verify(tmp_path / "out").sound
+    anyckpt.convert(tmp_path / "out", tmp_path / "hf", to="hf", dtype="bf16")
+    back = anyckpt.open(tmp_path / "hf")
+    for name in (f"{alone}.w1.weight", f"{alone}.w2.weight"):
+        one, other = (tensors[name].cast("float32").numpy() for tensors in (source, back))
+        assert np.linalg.norm(one - other) < 0.12 * np.linalg.norm(one)
 
 
 @pytest.mark.parametrize("case", CENTRED)

@@ -13,10 +13,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.peer
 
+from tests.quantization.test_forms import UNREAD  # noqa: E402
+
 import anyckpt  # noqa: E402
 from anyckpt.quantization.forms import FORMS  # noqa: E402
-
-from tests.quantization.test_forms import UNREAD  # noqa: E402
 
 SOURCE = "quant/src_llama_a/hf"
 

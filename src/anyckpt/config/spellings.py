@@ -183,6 +183,9 @@ class TrtLlm:
         activation: ``hidden_act`` where it is not transformers' word.
         shares_embedding: a tied model is written without an output layer; else with a copy of the embedding as it.
         windows: the class has the windows of the family's attention by itself.
+        normalises: the shares of the experts that a token goes to sum to one in every model of the family; else
+            ``moe_router_pre_softmax`` says so, or not.
+        told: keys of transformers' that a file tells by others, of the file.
         keys: keys of ``config.json`` beyond the common ones.
     """
 
@@ -192,6 +195,8 @@ class TrtLlm:
     activation: str | None = None
     shares_embedding: bool = False
     windows: bool = False
+    normalises: bool = True
+    told: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda config: {})
     keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
 
 

@@ -28,6 +28,8 @@ _ACTIVATIONS = {
 }
 """TensorRT-LLM's name -> transformers'; the others are the same."""
 _POSITIONS = {"rope_gpt_neox": "rope", "learned_absolute": "learned_absolute"}
+_OF_EXPERTS = "moe_intermediate_size"
+"""The width of experts, of classes that have one beside ``intermediate_size``."""
 _HALF_PRECISION = ("float16", "bfloat16")
 
 
@@ -81,6 +83,7 @@ def parse(family: Spellings, config: Mapping[str, Any], notes: list[str]) -> Mod
             said[known.rotary_percent_key] = stated["rotary_percent"]
     if known.attention_bias is not None and stated["add_bias_linear"]:
         said["attention_bias"] = True
+    said |= {} if family.trtllm is None else family.trtllm.told(config)
     model = hugging_face.parse(family, said)
     notes.append(
         "TensorRT-LLM's config.json does not say which tokens begin and end a text"
@@ -119,6 +122,8 @@ def _stated(reader: Reader) -> dict[str, Any]:
         "query_pre_attn_scalar": reader.number("query_pre_attn_scalar"),
         "attn_logit_softcapping": reader.number("attn_logit_softcapping"),
         "final_logit_softcapping": reader.number("final_logit_softcapping"),
+        "moe_ffn_hidden_size": reader.integer(_OF_EXPERTS) or None,
+        "moe_shared_expert_intermediate_size": reader.integer("moe_shared_expert_intermediate_size") or None,
         "num_moe_experts": count or None,
         "moe_router_topk": experts.integer("top_k") if count else None,
         "activation": reader.text("hidden_act") or "gelu",
@@ -156,7 +161,15 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
             f"attention sees {config.window_size[0] + 1} tokens back, for which the file has no key: set "
             "max_attention_window_size when the engine runs"
         )
-    rotary = config.position_embedding_type == "rope"
+    dense = [layer for layer in range(config.num_layers) if config.num_moe_experts and not config.is_sparse(layer)]
+    if dense:
+        raise MappingError(
+            "some layers have no experts, and in TensorRT-LLM's class all have",
+            expected="experts in every layer",
+            found=f"none in {len(dense)} of {config.num_layers}, layer {dense[0]} among them",
+            remedy="convert to hf, and serve that with TensorRT-LLM's PyTorch backend or with vLLM",
+        )
+    rotary, keys = config.position_embedding_type == "rope", known.keys(config)
     rendered: dict[str, Any] = {
         "architecture": known.architectures[0],
         "dtype": config.dtype,
@@ -172,7 +185,9 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
         "head_size": config.kv_channels,
-        "intermediate_size": config.moe_ffn_hidden_size if config.num_moe_experts else config.ffn_hidden_size,
+        "intermediate_size": config.ffn_hidden_size
+        if _OF_EXPERTS in keys or not config.num_moe_experts
+        else config.moe_ffn_hidden_size,
         "position_embedding_type": position,
         "share_embedding_table": config.share_embeddings_and_output_weights and known.shares_embedding,
         "residual_mlp": False,
@@ -183,12 +198,12 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         "lm_head_bias": False,
         **({"rotary_base": float(config.rotary_base)} if rotary else {}),
         **({"rotary_scaling": dict(config.rope_scaling)} if rotary and config.rope_scaling else {}),
-        **known.keys(config),
+        **keys,
     }
     if config.num_moe_experts:
         rendered["moe"] = {
             "num_experts": config.num_moe_experts,
             "top_k": config.moe_router_topk,
-            "normalization_mode": 1,
+            "normalization_mode": int(known.normalises or not config.moe_router_pre_softmax),
         }
     return rendered

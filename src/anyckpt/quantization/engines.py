@@ -16,8 +16,14 @@ from anyckpt.quantization.quantizing import Options
 from anyckpt.quantization.stored import Facts, Layout, Request
 from anyckpt.tensor import LazyTensor
 
-_LINEAR = re.compile(r"transformer\.layers\.\d+\.(?:attention\.(?:qkv|dense)|mlp\.(?:fc|gate|proj))\.weight")
-_BESIDE = {"lm_head.weight": "the output layer", ".mlp.router.weight": "a router"}
+_LINEAR = re.compile(
+    r"transformer\.layers\.\d+\.(?:attention\.(?:qkv|dense)|mlp\.(?:shared_expert\.)?(?:fc|gate|proj))\.weight"
+)
+_BESIDE = {
+    "lm_head.weight": "the output layer",
+    ".mlp.router.weight": "a router",
+    ".mlp.shared_expert_gate.weight": "a gate",
+}
 _NAMES = {"weight": "weight", "scale": "weights_scaling_factor", "scale_2": "weights_scaling_factor_2"}
 _STATIC, _INPUTS = "activation_scaling_factor", "prequant_scaling_factor"
 _PER_TOKEN = "--quantize fp8_per_channel"
@@ -38,14 +44,6 @@ def _choose(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice
             else:
                 weights.append(name)
     return Choice(tuple(weights), spared)
-
-
-def _choose_dense(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice:
-    """Without experts, of which it is not known how they are stored so."""
-    found = _choose(tensors, exclude)
-    experts = {name.removesuffix(".weight"): "experts" for name in found.weights if tensors[name].ndim > 2}
-    dense = tuple(name for name in found.weights if tensors[name].ndim == 2)
-    return Choice(dense, {**found.spared, **experts})
 
 
 def _facts(algorithm: str) -> Callable[[Request, Sequence[str]], Facts]:
@@ -115,8 +113,9 @@ TRTLLM = {
         static_shape=(),
         instead=_PER_TOKEN,
         siblings=True,
+        apart=True,
         unrounded=True,
-        choose=_choose_dense,
+        choose=_choose,
         key="",
     ),
 }

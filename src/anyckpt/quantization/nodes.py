@@ -162,7 +162,7 @@ def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
 
 
 def product(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
-    """Scales times one number (a tensor of one element), in float32."""
+    """Scales times one number (a tensor of one element), or one for each along the first axis, in float32."""
     return Mapped((numbers_of(scales), _everywhere(common, scales.shape)), _FLOAT32, np.multiply)
 
 
@@ -172,7 +172,9 @@ def quotient(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
 
 
 def _everywhere(number: LazyTensor, shape: Shape) -> LazyTensor:
-    return Repeated(numbers_of(number).reshape((1,) * len(shape)), shape, shape)
+    each = number.size if number.ndim else 1
+    block = shape if each == 1 else (1, *shape[1:])
+    return Repeated(numbers_of(number).reshape((each, *(1 for _ in shape[1:]))), block, shape)
 
 
 def numbers_of(scales: LazyTensor) -> LazyTensor:

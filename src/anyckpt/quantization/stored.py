@@ -67,7 +67,7 @@ class Layout:
         options: of ``quantized``, of the request and the weight's element type.
         shapes: role -> shape of the scale, where it is not that which ``quantized`` gives.
         static: name of the scale of activations, which is stored; "" if they are scaled when the model runs.
-        static_shape: of that scale.
+        static_shape: of that scale; stacked experts have one in all, ``(1,)``.
         static_needed: 1 is no such scale for any model, so that one must be said.
         inputs: name of what the layer's inputs are multiplied by, which is stored as ones; "" if it is not.
         unrounded: codes are made of the weights before they are cast to the type of those that are not quantized.

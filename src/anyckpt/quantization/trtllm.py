@@ -8,6 +8,7 @@ multiplied by ``m.prequant_scaling_factor``, the weight was divided by it.  Olde
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class Quantized:
             )
         parts = {stem + suffix for suffix in (scheme.scales, scheme.common) if suffix}
         if scheme.common:
-            arranged = product(arranged, _one(stem + scheme.common, tensors, path))
+            arranged = product(arranged, _common(stem + scheme.common, tensors, codes.shape, path))
         elif f"{stem}.weights_scaling_factor_2" in tensors:
             parts.add(f"{stem}.weights_scaling_factor_2")  # of W4A8, by which only the engine divides the others
         inputs = tensors.get(stem + PREQUANT)
@@ -253,14 +254,15 @@ def _expected(shape: Shape, scheme: Scheme, stated: Any) -> str:
     return f"one for each block of a row of {shape[-1]} columns"
 
 
-def _one(name: str, tensors: Mapping[str, LazyTensor], path: str) -> LazyTensor:
-    common = tensors[name]
-    if common.size != 1 or not common.dtype.is_floating:
+def _common(name: str, tensors: Mapping[str, LazyTensor], shape: Shape, path: str) -> LazyTensor:
+    """The scale of the whole weight, or of each of stacked experts."""
+    common, each = tensors[name], shape[:-2] if len(shape) > 2 else ()
+    if (common.size != 1 and common.shape != each) or not common.dtype.is_floating:
         raise MappingError(
-            "is not one number",
+            "is not one number" + (" for each expert" if each else ""),
             path=path,
             tensor=name,
-            expected="one float",
+            expected=f"{math.prod(each)} floats" if each else "one float",
             found=f"{common.dtype.name} {common.shape}",
         )
     return common

@@ -136,7 +136,7 @@ def _parts(
     if layout.static:
         scale = request.scale_of(name.removesuffix(".weight"))
         one = from_array(np.array([scale], np.float32))
-        parts[stem + layout.static] = one.reshape(layout.static_shape)
+        parts[stem + layout.static] = one.reshape(layout.static_shape if weight.ndim == 2 else (1,))
     if layout.inputs:
         columns = (*weight.shape[:-2], weight.shape[-1])
         parts[stem + layout.inputs] = Constant(weight.dtype, columns, _one(weight.dtype))

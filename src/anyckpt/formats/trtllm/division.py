@@ -165,7 +165,8 @@ def _of_column(module: str, kind: str, tensor: LazyTensor, matrix: int, config: 
         return WHOLE  # one scale of the whole weight, or of each expert's
     if module == "attention.qkv":
         return Division(axis, "qkv")
-    if matrix == 3 and module == "mlp.fc" and config.get("hidden_act") in ("swiglu", "fast-swiglu", "geglu"):
+    fused = module == "mlp.shared_expert.fc" or (matrix == 3 and module == "mlp.fc")
+    if fused and config.get("hidden_act") in ("swiglu", "fast-swiglu", "geglu"):
         return Division(axis, "halves")
     return Division(axis)
 

@@ -3,7 +3,8 @@
 Facts: TensorRT-LLM's ``Linear`` classes.  For W8A16 and W4A16 they take numbers, which they quantize themselves, or
 integers in the order of a GPU's kernels beside ``per_channel_scale``; ModelOpt writes integers row by row beside
 ``weights_scaling_factor``.  Those of AWQ and SmoothQuant have a ``prequant_scaling_factor`` that must be there.  Which
-layers are quantized is what ``exclude_modules`` leaves, globs of whole names.
+layers are quantized is what ``exclude_modules`` leaves, globs of whole names.  Block scales of NVFP4 are unpacked as
+two axes (``preprocess_weights`` in release 1.0).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from anyckpt.tensor import LazyTensor
 _WEIGHT = ".weight"
 _SCALE = ".weights_scaling_factor"
 _PREQUANT = ".prequant_scaling_factor"
-_LINEAR = re.compile(r"(transformer\.layers\.\d+\.(?:attention\.(?:qkv|dense)|mlp\.(?:fc|gate|proj)))\.weight")
+_LINEAR = re.compile(
+    r"(transformer\.layers\.\d+\.(?:attention\.(?:qkv|dense)|mlp\.(?:shared_expert\.)?(?:fc|gate|proj)))\.weight"
+)
 _MIXED = "MIXED_PRECISION"
 _WEIGHT_ONLY = ("W8A16", "W4A16")
 _WITH_PREQUANT = ("W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
@@ -41,6 +44,14 @@ def refused(tensors: Mapping[str, LazyTensor], facts: Mapping[str, Any] | None) 
                 f"TensorRT-LLM cannot load these {algorithm} weights: its loader asks for {_PREQUANT[1:]}, which "
                 f"{len(without)} of {len(quantized)} quantized weights lack, {without[0]} among them; they were "
                 "quantized without looking at activations"
+            )
+    if algorithm == "NVFP4":
+        stacked = [stem for stem in quantized if tensors[stem + _SCALE].ndim > 2]
+        if stacked:
+            yield (
+                f"TensorRT-LLM's loader of checkpoints takes rows and columns of NVFP4's scales, and fails on those of "
+                f"{len(stacked)} stacks of experts, {stacked[0]} among them, which ModelOpt writes so: serve a folder "
+                "that is written with --to hf --quantize nvfp4 --quantize-form modelopt"
             )
     if algorithm not in (None, _MIXED, *_WEIGHT_ONLY):
         yield from _against_the_list(tensors, facts or {})

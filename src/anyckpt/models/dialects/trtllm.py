@@ -2,7 +2,8 @@
 
 Facts: NVIDIA ModelOpt 0.40's export and TensorRT-LLM's model classes.  Query, key and value rows lie one after the
 other, not interleaved by group.  ``fc`` is the branch that is activated (transformers' ``gate_proj``) and ``gate`` the
-other one; stacked experts have them the other way round, ``[up; gate]``, in one tensor.  Norms are stored as gamma
+other one; stacked experts, and the one for every token, have them the other way round, ``[up; gate]``, in one tensor.
+Norms are stored as gamma
 where the family's are gamma - 1.
 """
 
@@ -40,7 +41,10 @@ _MODULES = {
     "self_attention.k_layernorm": "attention.k_layernorm",
     "mlp.linear_fc2": "mlp.proj",
     "mlp.router": "mlp.router",
+    "mlp.shared_experts.linear_fc2": "mlp.shared_expert.proj",
 }
+_SHARED_FC = ("mlp.shared_experts.linear_fc1.weight", "mlp.shared_expert.fc.weight")
+_SHARED_GATE = ("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight")
 _NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "post_layernorm.",
@@ -102,6 +106,10 @@ def _of_layer(
     module, _, kind = name.rpartition(".")
     if module == "self_attention.linear_qkv" and kind in ("weight", "bias"):
         return [(f"attention.qkv.{kind}", concatenate(list(INTERLEAVED_QKV.from_hub(tensor, config)), 0))]
+    if name == _SHARED_FC[0]:
+        return [(_SHARED_FC[1], _upside_down(tensor))]
+    if name == _SHARED_GATE[0]:
+        return [(_SHARED_GATE[1], tensor)]
     if module == "mlp.linear_fc1" and kind in ("weight", "bias"):
         if not config.gated_linear_unit:
             return [(f"mlp.fc.{kind}", tensor)]
@@ -191,6 +199,10 @@ def _of_own_layer(
         return [(f"mlp.linear_fc1.{kind}", concatenate([tensor, gate], 0))]
     if module == "mlp.gate":
         return []
+    if name == _SHARED_FC[1]:
+        return [(_SHARED_FC[0], _upside_down(tensor))]
+    if name == _SHARED_GATE[1]:
+        return [(_SHARED_GATE[0], tensor)]
     if module == "mlp.proj" and kind == "weight" and tensor.ndim == 3:
         return [(f"mlp.experts.linear_fc2.weight{n}", tensor[n]) for n in range(tensor.shape[0])]
     outer = f"{layer}post_feedforward_layernorm.weight" in tensors

@@ -7,7 +7,7 @@ no such models.
 from __future__ import annotations
 
 from anyckpt.config.fields import Field, share_of_a_head
-from anyckpt.config.spellings import HuggingFace
+from anyckpt.config.spellings import HuggingFace, TrtLlm
 from anyckpt.models.families import qwen3_moe
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
@@ -61,5 +61,20 @@ FAMILY = Family(
         codecs=(*qwen3_moe.CODECS, Field("kv_channels", "head_dim", default=share_of_a_head, terse=True)),
         keys=frozenset({"layer_types", "max_window_layers"}),
         variants=sparse.STACKED,
+    ),
+    trtllm=TrtLlm(
+        ("Qwen2MoeForCausalLM", "QWenForCausalLM"),
+        "qwen",
+        activation="swiglu",
+        fits=lambda config: config.get("qwen_type") == "qwen2_moe",
+        normalises=False,
+        told=qwen3_moe.in_every_layer,
+        keys=lambda config: {
+            "qwen_type": "qwen2_moe",
+            "attn_bias": True,
+            "mlp_bias": False,
+            "moe_intermediate_size": config.moe_ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
+        },
     ),
 )  # fmt: skip

@@ -5,9 +5,12 @@ The map and the fields were checked against transformers 5.23, Megatron-Core 0.1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from anyckpt.config.codecs import Written, negated, same_as
 from anyckpt.config.fields import Field
-from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.config.spellings import HuggingFace, NeMo2, TrtLlm
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.families.parts.fields import LLAMA_FIELDS
@@ -21,6 +24,14 @@ CODECS = (
     sparse.SteppedLayers(),
     Written(EXPECTED),
 )
+
+
+def in_every_layer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What TensorRT-LLM's ``config.json`` tells of experts: every layer has them, and whether shares sum to 1."""
+    moe = config.get("moe")
+    mode = moe.get("normalization_mode") if isinstance(moe, Mapping) else config.get("moe_normalization_mode")
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": mode == 1}
+
 
 FAMILY = Family(
     name="qwen3-moe",
@@ -58,5 +69,20 @@ FAMILY = Family(
         module="nemo.collections.llm.gpt.model.qwen3",
         model="Qwen3Model",
         configs=("Qwen3MoEConfig", "Qwen3Config*_A*B"),
+    ),
+    trtllm=TrtLlm(
+        ("Qwen3MoeForCausalLM", "QWenForCausalLM"),
+        "qwen",
+        activation="swiglu",
+        fits=lambda config: config.get("qwen_type") == "qwen3_moe",
+        normalises=False,
+        told=in_every_layer,
+        keys=lambda config: {
+            "qwen_type": "qwen3_moe",
+            "attn_bias": False,
+            "mlp_bias": False,
+            "qk_layernorm": True,
+            "moe_intermediate_size": config.moe_ffn_hidden_size,
+        },
     ),
 )  # fmt: skip
