@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import inspect
     from anyckpt.operations.inspection import Inspection
+    from anyckpt.operations.merge import merge
     from anyckpt.operations.merge_lora import merge_lora
     from anyckpt.operations.migrate_config import MigratedConfig, migrate_config
     from anyckpt.operations.reshard import reshard
@@ -77,6 +78,7 @@ __all__ = [
     "families",
     "formats",
     "inspect",
+    "merge",
     "merge_lora",
     "migrate_config",
     "open",
@@ -101,6 +103,7 @@ _WHERE = {
     "formats": "formats:",  # a package that can be called
     "Inspection": "operations.inspection",
     "inspect": "operations.inspect",
+    "merge": "operations.merge",
     "merge_lora": "operations.merge_lora",
     **dict.fromkeys(("MigratedConfig", "migrate_config"), "operations.migrate_config"),
     "open": "operations.steps.joining:open_checkpoint",

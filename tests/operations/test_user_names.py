@@ -106,11 +106,19 @@ def test_a_family_is_known_by_the_new_names(tmp_path: Path) -> None:
 def test_only_chosen_weights_under_other_names(tmp_path: Path) -> None:
     """What is left out is named as the source names it."""
     anyckpt.convert(LLAMA, tmp_path / "own", to="safetensors", rename="*=net.*")
-    done = anyckpt.convert(tmp_path / "own", tmp_path / "x", to="safetensors", rename="net.*=*", names="hub",
-                           config=LLAMA, include="net.model.layers.0.mlp.*")  # fmt: skip
+    done = anyckpt.convert(
+        tmp_path / "own",
+        tmp_path / "x",
+        to="safetensors",
+        rename="net.*=*",
+        names="hub",
+        config=LLAMA,
+        include="net.model.layers.0.mlp.*",
+    )
     assert set(read(tmp_path / "x").tensors) == {
-        "decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.linear_fc2.weight"
-    }  # fmt: skip
+        "decoder.layers.0.mlp.linear_fc1.weight",
+        "decoder.layers.0.mlp.linear_fc2.weight",
+    }
     assert all(name.startswith("net.") for name in done.ignored if "layers" in name)
 
 

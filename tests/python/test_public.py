@@ -33,7 +33,7 @@ def test_a_signature_says_what_it_takes_and_the_docstring_what_it_is(name: str) 
     assert "Raises:" in text
 
 
-@pytest.mark.parametrize("name", ["convert", "reshard", "average", "merge_lora"])
+@pytest.mark.parametrize("name", ["convert", "reshard", "average", "merge", "merge_lora"])
 def test_the_command_offers_nothing_that_the_function_does_not_take(name: str) -> None:
     command = import_module(f"anyckpt.cli.{name}").command
     layout = set(anyckpt.LayoutRequest.__dataclass_fields__) | {
@@ -45,7 +45,7 @@ def test_the_command_offers_nothing_that_the_function_does_not_take(name: str) -
 
 
 def test_a_word_that_is_no_option_is_an_error_at_once() -> None:
-    for function in (anyckpt.reshard, anyckpt.average, anyckpt.merge_lora, anyckpt.save):
+    for function in (anyckpt.reshard, anyckpt.average, anyckpt.merge, anyckpt.merge_lora, anyckpt.save):
         with pytest.raises(TypeError, match="unexpected keyword argument 'overwritee'"):
             function("a", "b", overwritee=True)  # type: ignore[call-arg]
 

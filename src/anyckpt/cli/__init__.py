@@ -20,6 +20,7 @@ _COMMANDS = {
     "convert": "Convert a checkpoint to another format.",
     "reshard": "Change the parallel layout of a checkpoint and keep its format.",
     "average": "Average checkpoints of one model.",
+    "merge": "Merge models: task arithmetic, SLERP, TIES, DARE, or a recipe of mergekit.",
     "merge-lora": "Add a LoRA adapter to its base model.",
     "diff": "Compare two checkpoints by value.",
     "verify": "Check a checkpoint for damage.",

@@ -13,7 +13,8 @@ from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_op
 from anyckpt.cli.layout import layout_options, layout_request
 
 
-def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+def numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    """Numbers with commas between."""
     if value is None:
         return None
     try:
@@ -44,7 +45,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 @option(
     "--weights",
     title=OUTPUT,
-    callback=_numbers,
+    callback=numbers,
     metavar="W1,W2,...",
     help="A weight per SRC; all equal if not given.",
 )

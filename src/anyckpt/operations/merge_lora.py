@@ -114,13 +114,49 @@ def merge_lora(
         in_full_precision(join_ranks(stored, rules=rules, family=family), options.cast_to, options.given)
     )
     found = steps.take(choose(join_ranks(registry.read(adapter, force=force), rules=rules), include, exclude))
+    cast = ChangedType(options.cast_to, keep_in_fp32)
+    added = with_adapter(whole, found, scale=scale, alpha=alpha, family=family, config=given, cast=cast)
+    notes = (*added.notes, *steps.notes, *whole.warnings, *found.warnings)
+    ready = replace(
+        added.checkpoint,
+        optimizer=None,
+        ignored={**added.checkpoint.ignored, **added.ignored, **steps.ignored},
+        warnings=[*dict.fromkeys(notes)],
+    )
+    return converted(ready, destination, options.for_numbers(), sources=origins, made_of=[whole])
+
+
+def with_adapter(
+    whole: Checkpoint,
+    found: Checkpoint,
+    *,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    family: str | None = None,
+    config: dict[str, Any] | None = None,
+    cast: ChangedType,
+) -> Stepped:
+    """The base with an adapter in its weights, under its own names; views, nothing is computed before it is read.
+
+    Args:
+        whole: the base, with the tensors of all ranks.
+        found: the adapter.
+        scale: every update is multiplied by it.
+        alpha: in place of what the adapter says.
+        family: the base's model family, where it does not tell.
+        config: the base's configuration, where it has none.
+        cast: element type that a changed weight gets.
+
+    Raises:
+        MappingError: the adapter is of another model.
+        UsageError: one of the two is not what it should be, or the scale is not known.
+    """
     settings = opened_adapter(found, AdapterRequest(alpha=alpha))
     _check_roles(whole, found, settings)
     assert settings is not None
     check_kind(found, settings)
-    model, unfit = _model(whole, family, given)
-    tied = is_tied(whole.config if given is None else given, model)
-    cast = ChangedType(options.cast_to, keep_in_fp32)
+    model, unfit = _model(whole, family, config)
+    tied = is_tied(whole.config if config is None else config, model)
     by_name, missing = place_by_name(found, settings, whole.weights(), tied=tied)
     with about(found.path):
         if by_name is not None:
@@ -136,17 +172,8 @@ def merge_lora(
         *([_TIED] if tied and _changes_embedding(updates, whole) else []),
         *changed.notes,
         *_idle(found, settings, updates),
-        *steps.notes,
-        *whole.warnings,
-        *found.warnings,
     )
-    ready = replace(
-        changed.checkpoint,
-        optimizer=None,
-        ignored={**changed.checkpoint.ignored, **changed.ignored, **steps.ignored},
-        warnings=[*dict.fromkeys(notes)],
-    )
-    return converted(ready, destination, options.for_numbers(), sources=origins, made_of=[whole])
+    return replace(changed, notes=notes)
 
 
 def _check_roles(base: Checkpoint, adapter: Checkpoint, settings: AdapterSettings | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,8 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import FormatError
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import SCRATCH_BYTES, Hole, scratch
-from anyckpt.tensor import LazyTensor, Stored, as_numbers
+from anyckpt.storage.gather import Hole
+from anyckpt.tensor import LazyTensor, Reduction, Stored
 
 _FLOAT32 = dtype("float32")
 _TINY = np.finfo(np.float32).tiny
@@ -49,8 +48,8 @@ def check_finite(largest: object, name: str | None) -> None:
         )
 
 
-class Largest:
-    """The largest magnitude in some tensors together; threads that need it find it together.
+class Largest(Reduction[float]):
+    """The largest magnitude in some tensors together.
 
     Args:
         tensors: floating point.
@@ -58,13 +57,9 @@ class Largest:
     """
 
     def __init__(self, tensors: Sequence[LazyTensor], names: Sequence[str] = ()) -> None:
+        super().__init__([(tensor,) for tensor in tensors])
         self.tensors = tuple(tensors)
         self.names = tuple(names)
-        self._changed = threading.Condition()
-        self._runs = self._all_runs()
-        self._at_work = 0
-        self._found = 0.0
-        self._value: float | None = None
 
     def identity(self) -> Identity:
         return self.tensors
@@ -72,51 +67,20 @@ class Largest:
     def __reduce__(self) -> tuple[type[Largest], tuple[Sequence[LazyTensor], Sequence[str]]]:
         return Largest, (self.tensors, self.names)
 
-    def value(self) -> float:
-        """The largest magnitude; 0 if there are no elements.
+    def nothing(self) -> float:
+        return 0.0
 
-        Raises:
-            FormatError: bytes are missing from a file, or elements are infinite or no numbers.
+    def look_at(self, arrays: Sequence[Array], group: int, start: int) -> float:
         """
-        while self._value is None:
-            with self._changed:
-                run = next(self._runs, None)
-                if run is None:
-                    if self._at_work:
-                        self._changed.wait()
-                        continue
-                    if self._value is None:
-                        self._value = self._found
-                    break
-                self._at_work += 1
-            try:
-                number, start, count = run
-                found = self._look_at(self.tensors[number], start, count)
-                check_finite(found, self.names[number] if self.names else None)
-            except BaseException:
-                with self._changed:  # the next one to ask begins again, and meets the same
-                    self._runs = self._all_runs()
-                    self._at_work -= 1
-                    self._changed.notify_all()
-                raise
-            with self._changed:
-                self._found = max(self._found, found)
-                self._at_work -= 1
-                self._changed.notify_all()
-        return self._value
+        Raises:
+            FormatError: elements are infinite or no numbers.
+        """
+        found = largest_of(arrays[0])
+        check_finite(found, self.names[group] if self.names else None)
+        return found
 
-    def _all_runs(self) -> Iterator[tuple[int, int, int]]:
-        for number, tensor in enumerate(self.tensors):
-            step = max(1, SCRATCH_BYTES // tensor.dtype.itemsize)
-            for start in range(0, tensor.size, step):
-                yield number, start, min(step, tensor.size - start)
-
-    @staticmethod
-    def _look_at(tensor: LazyTensor, start: int, count: int) -> float:
-        with scratch(count * tensor.dtype.itemsize) as buffer:
-            raw = buffer.view(tensor.dtype.raw)
-            tensor.fill(start, raw)
-            return largest_of(as_numbers(raw, tensor.dtype))
+    def join(self, first: float, second: float) -> float:
+        return max(first, second)
 
 
 _known: WeakValueDictionary[tuple[int, ...], Largest] = WeakValueDictionary()

@@ -11,6 +11,7 @@ see ``dtypes``), so that joining two QKV shards and joining two fp8 scales are t
 from anyckpt.tensor.lazy import LazyTensor, as_numbers
 from anyckpt.tensor.making import concatenate, from_array, held, mosaic, stack
 from anyckpt.tensor.nodes import Constant, LazySequence, Mosaic, Stored
+from anyckpt.tensor.reduction import Reduction
 from anyckpt.tensor.views import Boxed, Cast, Mapped, Permuted, Reshaped, View
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Mapped",
     "Mosaic",
     "Permuted",
+    "Reduction",
     "Reshaped",
     "Stored",
     "View",

@@ -20,6 +20,7 @@ from anyckpt.operations.steps.configurations import compare_configurations
 from anyckpt.operations.steps.naming import Vocabulary
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.weighted_mean import Tensors, check_shares, is_averaged, means
+from anyckpt.tensor import LazyTensor
 
 _SHOWN = 5
 _STATE = "training state, of which no mean is made"
@@ -35,6 +36,7 @@ class Choice:
         family: the model family, where the sources do not tell.
         config: the model's configuration, where they have none.
         vocab_size: the true vocabulary of all of them.
+        types_may_differ: tensors of one name may be of several floating-point types.
     """
 
     include: tuple[str, ...] = ()
@@ -42,6 +44,7 @@ class Choice:
     family: str | None = None
     config: dict[str, Any] | None = None
     vocab_size: int | None = None
+    types_may_differ: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def align(opened: Sequence[Checkpoint], choice: Choice) -> Aligned:
     sources = [chosen(checkpoint, opened[0], choice) for checkpoint in opened]
     first = sources[0]
     own = [checkpoint.weights() for checkpoint in sources]
-    alike = all(_same_shapes(own[0], other) for other in own[1:])
+    mixed = choice.types_may_differ
+    alike = all(_same_shapes(own[0], other, mixed) for other in own[1:])
     known = [checkpoint.dialect or spellings.detect(weights) for checkpoint, weights in zip(sources, own, strict=True)]
     found = _said(sources, choice) if alike else _models(sources, choice)
     if found is not None and choice.vocab_size is None:
@@ -155,21 +159,21 @@ def align(opened: Sequence[Checkpoint], choice: Choice) -> Aligned:
             if first.config_kind == "hf":
                 sources[0] = replace(first, config=with_vocabulary(first.config, choice.vocab_size))
         for hub, checkpoint in zip(hubs[1:], sources[1:], strict=True):
-            check_same(hubs[0].tensors, hub.tensors, first.path, checkpoint.path)
+            check_same(hubs[0].tensors, hub.tensors, first.path, checkpoint.path, mixed)
         return Aligned(sources, [hub.tensors for hub in hubs], hubs, known[0], tuple(notes))
     if not alike and all(map(spellings.is_megatron, known)) and len(set(known)) > 1:
         named = [spellings.to_hub_names(weights)[0] for weights in own]
         for tensors, checkpoint in zip(named[1:], sources[1:], strict=True):
-            check_same(named[0], tensors, first.path, checkpoint.path)
+            check_same(named[0], tensors, first.path, checkpoint.path, mixed)
         note = "the model family is unknown: weights meet under Megatron's names"
         return Aligned(sources, named, (), known[0], (note,))
     for weights, checkpoint in zip(own[1:], sources[1:], strict=True):
-        check_same(own[0], weights, first.path, checkpoint.path)
+        check_same(own[0], weights, first.path, checkpoint.path, mixed)
     return Aligned(sources, own, notes=tuple(_unlike(sources, found)))
 
 
-def check_same(a: Tensors, b: Tensors, first: str, second: str) -> None:
-    """Raise MappingError unless both have the same names, shapes and types."""
+def check_same(a: Tensors, b: Tensors, first: str, second: str, types_may_differ: bool = False) -> None:
+    """Raise MappingError unless both have the same names, shapes and types, of which floating-point ones may differ."""
     missing = [name for name in a if name not in b]
     surplus = [name for name in b if name not in a]
     if missing or surplus:
@@ -183,7 +187,7 @@ def check_same(a: Tensors, b: Tensors, first: str, second: str) -> None:
         )
     for name, tensor in a.items():
         other = b[name]
-        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+        if not _same(tensor, other, types_may_differ):
             raise MappingError(
                 "the checkpoints are not of one model",
                 path=second,
@@ -203,8 +207,12 @@ def chosen(checkpoint: Checkpoint, first: Checkpoint, choice: Choice) -> Checkpo
     return replace(kept.checkpoint, ignored={**kept.checkpoint.ignored, **kept.ignored}, warnings=told)
 
 
-def _same_shapes(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and a[name].dtype == b[name].dtype for name in a)
+def _same(a: LazyTensor, b: LazyTensor, types_may_differ: bool) -> bool:
+    return a.shape == b.shape and (a.dtype == b.dtype or (types_may_differ and is_averaged(a) and is_averaged(b)))
+
+
+def _same_shapes(a: Tensors, b: Tensors, types_may_differ: bool) -> bool:
+    return a.keys() == b.keys() and all(_same(tensor, b[name], types_may_differ) for name, tensor in a.items())
 
 
 def _models(opened: Sequence[Checkpoint], choice: Choice) -> list[Model] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,28 @@ def means(sources: Sequence[Tensors], shares: Sequence[float], paths: Sequence[s
     Raises:
         MappingError: tensors that are not averaged differ.
     """
+
+    def mean(name: str, children: tuple[LazyTensor, ...]) -> LazyTensor:
+        return Mean(children, tuple(shares))
+
+    return made_one(sources, mean, paths)
+
+
+def made_one(
+    sources: Sequence[Tensors],
+    make: Callable[[str, tuple[LazyTensor, ...]], LazyTensor],
+    paths: Sequence[str],
+) -> tuple[Tensors, list[str]]:
+    """What is made of tensors of a name, by name, and notes; those that are one tensor in every source stay one.
+
+    Args:
+        sources: tensors by name, of the same names.
+        make: of a name and the tensors of that name, which are numbers that can be computed with.
+        paths: of the sources, for messages.
+
+    Raises:
+        MappingError: tensors of other types, of which the first source's are taken, differ.
+    """
     made: dict[Any, LazyTensor] = {}
     found: Tensors = {}
     counters: list[str] = []
@@ -80,12 +102,12 @@ def means(sources: Sequence[Tensors], shares: Sequence[float], paths: Sequence[s
                 counters.append(name)
             continue
         keys = tuple(storage_key(child) for child in children)
-        mean = None if None in keys else made.get(keys)
-        if mean is None:
-            mean = Mean(children, tuple(shares))
+        one = None if None in keys else made.get(keys)
+        if one is None:
+            one = make(name, children)
             if None not in keys:
-                made[keys] = mean
-        found[name] = mean
+                made[keys] = one
+        found[name] = one
     if not counters:
         return found, []
     more = f" and {len(counters) - 1} more" if len(counters) > 1 else ""

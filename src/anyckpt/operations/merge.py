@@ -1,0 +1,206 @@
+"""Merging models: sums, task arithmetic, SLERP, TIES and DARE, computed block by block while they are written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import UsageError
+from anyckpt.formats import registry
+from anyckpt.operations.convert import Conversion, converted
+from anyckpt.operations.merged_models import Opener, merged
+from anyckpt.operations.options import asked, documented
+from anyckpt.operations.steps.casts import KEEP_IN_FP32
+from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.globs import as_patterns
+from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.operations.steps.merge_recipe import read_recipe
+from anyckpt.operations.steps.merge_request import OVER_BASE, MergeRequest, ModelSource, Settings, Stretch
+from anyckpt.operations.steps.threads import Progress
+from anyckpt.operations.steps.user_files import read_config
+
+
+@documented
+def merge(
+    sources: Sequence[str | os.PathLike[str]],
+    destination: str | os.PathLike[str],
+    *,
+    method: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    weights: Sequence[float] | None = None,
+    density: float | Sequence[float] | None = None,
+    t: float | None = None,
+    scale: float | None = None,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    seed: int = 0,
+    recipe: str | os.PathLike[str] | None = None,
+    to: str | None = None,
+    family: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    layout: LayoutRequest | None = None,
+    force: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
+    names: str | None = None,
+    dtype: str | None = None,
+    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
+    max_shard_size: int | str | None = None,
+    sharded: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    share: str | None = None,
+    workers: int | None = None,
+    memory: int | str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write what a way of merging makes of several models of one architecture, of any formats and layouts.
+
+    Models meet under Hugging Face's names where their family is known, so that results do not depend on formats.
+    Numbers of 16 bits are computed with in float32 and others in float64, and rounded once, to the type of the base or
+    first model; other tensors must be equal in all of them.  Training state is left out; configuration and tokenizer
+    are those of the base, or of the first model.
+
+    Args:
+        sources: the models, or adapters (LoRA, DoRA) for ``base``; their formats are detected.
+        destination: what to write; it appears only when it is whole.
+        method: ``linear``, ``task_arithmetic``, ``slerp``, ``ties``, ``dare_linear`` or ``dare_ties``; ``linear`` if
+            None.
+        base: what the models were trained from, and what adapters are added to; the first of the two for ``slerp``.
+        weights: one number per source, of any sign; 1 for each if None.
+        density: ``ties``, ``dare_*``: the share of each update that is left; one number, or one per source.
+        t: ``slerp``: 0 for the first model, 1 for the second; one half if None.
+        scale: the sum of updates is multiplied by it (mergekit's ``lambda``).
+        normalize: whether sums are divided by that of the weights; ``linear`` and ``ties`` do if None.
+        rescale: whether what is left of an update is scaled to make up for what is not; ``dare_*`` do if None.
+        seed: ``dare_*``: of what is left; the same seed gives the same bytes, whatever the formats and threads.
+        recipe: a YAML file of mergekit in place of ``sources`` and all of the above.
+        to: name of the target format; the leading model's, in its parallel layout, if None.
+        family: the model family, where checkpoints do not tell.
+        config: the model's configuration, where checkpoints have none.
+        include: glob or globs of weight names as the models have them in common; others are left out.
+        exclude: glob or globs of weight names to leave out.
+
+    Raises:
+        FormatError: a source is damaged.
+        MappingError: the models are not of one architecture: names or shapes differ, or tensors that cannot be
+            computed with are not equal.
+        OutputError: the destination exists or cannot be written.
+        UsageError: the numbers do not fit the method, or a recipe has a key that is not done here.
+    """
+    notes: list[str] = []
+    if recipe is None:
+        request = _request(sources, method, base, weights, density, t, scale, normalize, rescale, seed)
+    else:
+        _check_alone(sources, method, base, weights, density, t, scale, normalize, rescale)
+        request, notes = read_recipe(os.fspath(recipe), seed)
+    if to is not None:
+        registry.by_name(to)
+    opener = Opener(force, None if layout is None else layout.rules, family)
+    paths = [path for model in request.models for path in (model.path, model.adapter) if path is not None]
+    origins = [*dict.fromkeys(paths if request.adapted is None else [*paths, request.adapted])]
+    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
+    request = opener.with_bases(request)
+    leading = opener.read(request.models[request.leading].path)
+    options = asked(
+        locals(),
+        to=leading.format if to is None else to,
+        config=read_config(config),
+        keep_layout=to is None and bool(leading.ranks),
+        dtype=request.dtype if dtype is None else dtype,
+        include=None,
+        exclude=None,
+        force=False,
+    )
+    made = merged(request, opener, options, as_patterns(include), as_patterns(exclude))
+    if options.names is None and made.naming is not None and options.target.dialect(options.writing) is None:
+        options = replace(options, names=made.naming)
+    ready: Checkpoint = replace(made.checkpoint, warnings=[*made.notes, *notes])
+    return converted(ready, destination, options.for_numbers(), sources=origins, made_of=made.made_of)
+
+
+def _request(
+    sources: Sequence[str | os.PathLike[str]],
+    method: str | None,
+    base: str | os.PathLike[str] | None,
+    weights: Sequence[float] | None,
+    density: float | Sequence[float] | None,
+    t: float | None,
+    scale: float | None,
+    normalize: bool | None,
+    rescale: bool | None,
+    seed: int,
+) -> MergeRequest:
+    """What the options ask for.
+
+    Raises:
+        UsageError: they do not fit one another.
+    """
+    method = method or "linear"
+    paths, count = [os.fspath(path) for path in sources], len(sources)
+    over_base = method in OVER_BASE
+    given = {"--weights": weights, "--density": density, "--t": t, "--scale": scale, "--rescale": rescale}
+    given["--normalize"] = normalize
+    _check_known(method, given)
+    shares = _each(weights, count, "--weights")
+    densities = _each([density] * count if isinstance(density, (int, float)) else density, count, "--density")
+    if any(not 0 <= value <= 1 for value in densities or ()):
+        raise UsageError("--density is a share", expected="numbers from 0 to 1", found=densities)
+    own: list[Settings] = [
+        {
+            **({} if shares is None else {"weight": shares[number]}),
+            **({} if densities is None else {"density": densities[number]}),
+        }
+        for number in range(count)
+    ]
+    models = [ModelSource(path) for path in paths]
+    beside = None if base is None or (os.fspath(base) in paths and not over_base) else os.fspath(base)
+    if over_base and beside is not None:
+        models, own = [ModelSource(beside), *models], [{}, *own]
+    elif base is not None and beside is None and method == "slerp" and paths.index(os.fspath(base)):
+        models, own = models[::-1], own[::-1]  # it goes from the base on
+    shared = {"t": t, "lambda": scale, "normalize": normalize, "rescale": rescale}
+    stretch = Stretch(tuple(range(len(models))), None, tuple(own))
+    said = {key: value for key, value in shared.items() if value is not None}
+    number = 0 if over_base and beside is not None else None
+    return MergeRequest(tuple(models), method, (stretch,), said, number, beside, seed=seed)
+
+
+_OF_UPDATES = {"--weights", "--scale", "--normalize"}
+_READ = {
+    "linear": {"--weights", "--normalize"},
+    "slerp": {"--t"},
+    "passthrough": set[str](),
+    "task_arithmetic": _OF_UPDATES,
+}
+
+
+def _check_known(method: str, given: Mapping[str, Any]) -> None:
+    """Raise UsageError for an option that a method does not read."""
+    known = _READ.get(method, {*_OF_UPDATES, "--density", "--rescale"})
+    surplus = next((name for name, value in given.items() if value is not None and name not in known), None)
+    if surplus is not None:
+        raise UsageError(
+            f"{surplus} means nothing to {method}", expected=", ".join(sorted(known)), remedy="leave it out"
+        )
+
+
+def _check_alone(sources: Sequence[Any], *others: Any) -> None:
+    """Raise UsageError unless a recipe says all by itself."""
+    if sources or any(other is not None for other in others):
+        raise UsageError(
+            "a recipe says itself which models are merged and how", remedy="give it with no sources and no numbers"
+        )
+
+
+def _each(values: Sequence[float] | None, count: int, option: str) -> list[float] | None:
+    if values is None:
+        return None
+    if len(values) != count:
+        raise UsageError(f"{option} has not a number for each source", expected=f"{count}", found=len(values))
+    return [float(value) for value in values]

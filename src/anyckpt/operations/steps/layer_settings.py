@@ -1,0 +1,186 @@
+"""A configuration of other layers: how many there are, and whatever is said of each.
+
+Keys are those of transformers 5 (``layer_types``, ``no_rope_layers``, ``mlp_only_layers``, ...), of NVIDIA's models
+(``block_configs``, ``hybrid_override_pattern``), and of Megatron-Core's, NeMo's and Bridge's configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from anyckpt.errors import UsageError
+
+_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_num_layers",
+    "num_encoder_layers",
+    "depth",
+)
+_OF_EACH = (
+    "layer_types",
+    "no_rope_layers",
+    "moe_layer_freq",
+    "window_attn_skip_freq",
+    "no_rope_freq",
+    "block_configs",
+    "layers_block_type",
+    "mlp_layer_types",
+    "activation_sparsity_pattern",
+    "attention_layers",
+    "block_types",
+    "num_key_value_heads",
+    "num_query_heads",
+    "num_kv_heads",
+    "ffn_multipliers",
+    "intermediate_size",
+    "hybrid_pattern",
+    "linear_attention_pattern",
+    "attn_type_list",
+)
+"""Lists of something for each layer."""
+_PATTERNS = ("hybrid_override_pattern", "hybrid_layer_pattern")
+"""Texts of a letter for each layer; ``/`` before the layers of further predictions, ``|`` between pipeline stages."""
+_INDICES = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
+"""Lists of layers."""
+_LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "moe_layer_start_index")
+"""How many layers from the first on are of a kind."""
+_PERIODS = (
+    "decoder_sparse_step",
+    "interleave_moe_layer_step",
+    "moe_layer_freq",
+    "window_attn_skip_freq",
+    "no_rope_freq",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "full_attention_interval",
+    "no_rope_layer_interval",
+    "attn_layer_period",
+    "expert_layer_period",
+    "global_attn_every_n_layers",
+    "moe_every_n_layers",
+    "cross_attention_interval",
+    "layer_group_size",
+)
+"""Every so many layers one is of another kind."""
+_INSTEAD = {
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "interleave_moe_layer_step": "moe_layers",
+}
+"""Lists that say the same and are looked at first."""
+_CYCLES = ("block_types", "_block_types")
+"""Lists that are repeated along the layers."""
+_STAGES = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "virtual_pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+)
+"""How layers lie in pipeline stages, which other layers do not."""
+_MADE: dict[str, Callable[[int, int], Any]] = {
+    "moe_layer_freq": lambda layer, every: int(layer % every == 0),
+    "window_attn_skip_freq": lambda layer, every: int((layer + 1) % every != 0),
+    "no_rope_freq": lambda layer, every: int((layer + 1) % every == 0),
+}
+"""What a period of Megatron-Core's says of a layer, where a list of that may stand in its place."""
+_WINDOWS = {"sliding_window_pattern", "_sliding_window_pattern"}
+
+
+def layers_of(config: Mapping[str, Any]) -> int | None:
+    """How many layers a configuration says there are; None if it does not say."""
+    for part in _parts(config):
+        for key in _COUNTS:
+            if type(part.get(key)) is int:
+                return int(part[key])
+    return None
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configuration and what in it is one of a text model."""
+    inner = [config[key] for key in ("text_config", "llm_config", "language_config", "config") if key in config]
+    return [config, *(part for part in inner if isinstance(part, Mapping))]
+
+
+def with_layers(config: Mapping[str, Any], kept: Sequence[int], path: str) -> tuple[dict[str, Any], list[str]]:
+    """A configuration of these layers of the model alone, and what to say of it.
+
+    Raises:
+        UsageError: it says by a rule what layers are, which does not hold for these; the key is named.
+    """
+    count = layers_of(config)
+    if count is None:
+        return dict(config), []
+    notes: list[str] = []
+    result = _changed(config, kept, count, path, notes)
+    for key in ("text_config", "llm_config", "language_config", "config"):
+        part = result.get(key)
+        if isinstance(part, Mapping) and layers_of(part) == count:
+            result[key] = _changed(part, kept, count, path, notes)
+    return result, notes
+
+
+def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: str, notes: list[str]) -> dict[str, Any]:
+    result = dict(config)
+    place = {layer: number for number, layer in enumerate(kept)}
+    for key, value in config.items():
+        if key in _COUNTS and value == count and type(value) is int:
+            result[key] = len(kept)
+        elif key in _OF_EACH and isinstance(value, (list, tuple)) and len(value) == count:
+            result[key] = [value[layer] for layer in kept]
+        elif key in _CYCLES and isinstance(value, list) and value and len(value) < count:
+            result[key] = _cycle(value, kept)
+        elif key in _PATTERNS and isinstance(value, str):
+            result[key] = _pattern(value, kept, count)
+        elif key in _INDICES and isinstance(value, list):
+            result[key] = [place[layer] for layer in value if layer in place]
+        elif key in _LEADING and type(value) is int:
+            result[key] = sum(layer < value for layer in kept)
+        elif key in _PERIODS and type(value) is int and value > 1:
+            _period(result, key, value, kept, path)
+        elif key in _STAGES and value is not None:
+            result[key] = None
+            notes.append(f"{key} of the configuration is taken out: it is of the layers that were there")
+    return result
+
+
+def _pattern(value: str, kept: Sequence[int], count: int) -> str:
+    body, slash, further = value.partition("/")
+    letters = body.replace("|", "")
+    return "".join(letters[layer] for layer in kept) + slash + further if len(letters) == count else value
+
+
+def _cycle(value: list[Any], kept: Sequence[int]) -> list[Any]:
+    wanted = [value[layer % len(value)] for layer in kept]
+    return value if all(kind == value[n % len(value)] for n, kind in enumerate(wanted)) else wanted
+
+
+def _period(result: dict[str, Any], key: str, every: int, kept: Sequence[int], path: str) -> None:
+    """Leave a period where it holds for the layers that are kept, or say the same of each, or raise UsageError."""
+    if all(layer % every == number % every for number, layer in enumerate(kept)):
+        return
+    if isinstance(result.get(_INSTEAD.get(key, "")), list):
+        return
+    if key in _MADE:
+        result[key] = [_MADE[key](layer, every) for layer in kept]
+    elif key in _WINDOWS:
+        kinds = ("sliding_attention", "full_attention")
+        result["layer_types"] = [kinds[(layer + 1) % every == 0] for layer in kept]
+    else:
+        raise UsageError(
+            f"the configuration's {key} says that every {every} layers one is of another kind, which these layers are "
+            "not",
+            path=path,
+            expected=f"each kept layer at the same place in its {every}",
+            remedy=f"leave out {every} layers together, such as {every}-{2 * every - 1}",
+        )

@@ -1,0 +1,124 @@
+"""Which of a model's names are of its layers, and the same tensors with other layers in their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from anyckpt.errors import UsageError
+from anyckpt.models.complete import some
+from anyckpt.tensor import LazyTensor, concatenate
+
+_NUMBERED = re.compile(r"(.*?)\.(\d{1,7})\.")
+_STACKED = re.compile(r"(.*?\.layers|layers)\.(?!\d)")
+_OTHER_PARTS = re.compile(r"vision|visual|audio|speech|image|tower|sam\b|perception|projector")
+"""Names of what a larger model has besides its text."""
+
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of a model by their names.
+
+    Attributes:
+        name: what precedes the number, or the rest of the name where all layers are in one tensor.
+        count: layers.
+        stacked: all layers are in one tensor, along its first axis.
+    """
+
+    name: str
+    count: int
+    stacked: bool = False
+
+    def layer(self, name: str) -> int | None:
+        """The number in a name of one of the layers; None of any other."""
+        match = None if self.stacked else _NUMBERED.match(name)
+        return int(match[2]) if match is not None and match[1] == self.name else None
+
+    def at(self, name: str, layer: int) -> str:
+        """A layer's name with another number."""
+        match = _NUMBERED.match(name)
+        assert match is not None
+        return f"{match[1]}.{layer}.{name[match.end() :]}"
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor has a row for each layer."""
+        match = _STACKED.match(name) if self.stacked else None
+        return match is not None and match[1] == self.name
+
+    def chosen(self, tensors: Tensors, kept: Sequence[int]) -> dict[str, LazyTensor]:
+        """The tensors with these layers alone, numbered anew; layers behind the last follow those that are kept."""
+        place = {layer: number for number, layer in enumerate(kept)}
+        result: dict[str, LazyTensor] = {}
+        for name, tensor in tensors.items():
+            layer = self.layer(name)
+            if self.holds(name):
+                result[name] = _rows(tensor, kept)
+            elif layer is None:
+                result[name] = tensor
+            elif layer >= self.count:
+                result[self.at(name, layer - self.count + len(kept))] = tensor
+            elif layer in place:
+                result[self.at(name, place[layer])] = tensor
+        return result
+
+
+def _rows(tensor: LazyTensor, kept: Sequence[int]) -> LazyTensor:
+    """Some rows, neighbours together."""
+    runs: list[list[int]] = []
+    for row in kept:
+        if runs and row == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([row, row + 1])
+    return concatenate([tensor.narrow(0, start, stop - start) for start, stop in runs], 0)
+
+
+def find_stack(tensors: Tensors, count: int | None, path: str) -> Stack:
+    """The layers of a model's text, or of all of it.
+
+    Args:
+        tensors: the weights by name.
+        count: layers, as the configuration has it; None if it does not say.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UsageError: there are no layers of that number, or several kinds of them.
+    """
+    numbers: dict[str, set[int]] = {}
+    rows: dict[str, set[int]] = {}
+    for name, tensor in tensors.items():
+        if match := _NUMBERED.match(name):
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+        elif (match := _STACKED.match(name)) and tensor.ndim:
+            rows.setdefault(match[1], set()).add(tensor.shape[0])
+    whole = {name: found for name, found in numbers.items() if found == {*range(len(found))}}
+    fits = _fitting(whole, lambda found: count is None or len(found) == count)
+    fits = fits or _fitting(whole, lambda found: count is not None and len(found) > count)
+    stacked = [name for name in rows if rows[name] == {count}] if count is not None else []
+    if not fits and len(stacked) == 1 and count is not None:
+        return Stack(stacked[0], count, stacked=True)
+    if len(fits) == 1:
+        return Stack(fits[0], len(whole[fits[0]]) if count is None else count)
+    if not fits and not stacked:
+        raise UsageError(
+            "no layers are found by their names",
+            path=path,
+            expected="names such as layers.0." if count is None else f"names such as layers.0. to layers.{count - 1}.",
+            found=some([*whole, *rows]) or some(list(tensors)),
+            remedy="give the model's configuration with --config, or rename its layers with --rename",
+        )
+    raise UsageError(
+        "has several stacks of layers, and which are meant is not clear",
+        path=path,
+        found=some([f"{name} (0 to {len(whole[name]) - 1})" for name in fits] or stacked),
+        remedy="leave layers out by name with --exclude, or convert one part alone with --include",
+    )
+
+
+def _fitting(stacks: Mapping[str, Collection[int]], fits: Callable[[Collection[int]], bool]) -> list[str]:
+    found = [name for name, layers in stacks.items() if len(layers) and fits(layers)]
+    own = [name for name in found if not _OTHER_PARTS.search(name)]
+    return own or found

@@ -1,0 +1,328 @@
+"""Merging models: mergekit's results, the same ones from any format, and bounded blocks that do not show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.models.cases import facts
+from tests.operations.test_average import saved
+from tests.support import fixture_path
+
+import anyckpt
+from anyckpt.dtypes import dtype
+from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.formats.registry import read
+from anyckpt.operations.steps import thinning
+from anyckpt.operations.steps.merge_rules import Linear, Updates, slerp
+from anyckpt.operations.steps.merged_tensor import Merged
+from anyckpt.operations.steps.thinning import ByChance, Whole, chance, largest
+from anyckpt.tensor import from_array, reduction
+
+MERGEKIT = fixture_path("mergekit")
+CASES = sorted(path.stem for path in MERGEKIT.glob("*.yaml"))
+LLAMA = fixture_path("families/llama/hf")
+LORA = fixture_path("families/lora_llama/hf_adapter")
+NUMBERS: dict[str, Any] = {"weights": [0.7, 1.1], "density": [0.3, 0.6]}
+FLOAT32 = dtype("float32")
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(MERGEKIT)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("models")
+def test_a_recipe_gives_what_mergekit_gives(case: str, tmp_path: Path) -> None:
+    """To the last bit but one of float32: mergekit adds in float32, in another order."""
+    anyckpt.merge([], tmp_path / "out", recipe=f"{case}.yaml")
+    found, expected = read(tmp_path / "out"), read(MERGEKIT / f"{case}.safetensors").tensors
+    assert found.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        array = tensor.numpy()
+        np.testing.assert_allclose(found[name].numpy(), array, rtol=3e-7, atol=3e-7 * np.abs(array).max(), err_msg=name)
+    stated = MERGEKIT / f"{case}.config.json"
+    if stated.exists():
+        layers = json.loads(stated.read_text())["num_hidden_layers"]
+        assert found.config["num_hidden_layers"] == layers
+    assert anyckpt.verify(tmp_path / "out").sound
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [
+        ("task_arithmetic", {"weights": [0.7, -1.1]}),
+        ("ties", NUMBERS),
+        ("dare_ties", {**NUMBERS, "seed": 3}),
+        ("dare_linear", {**NUMBERS, "seed": 3}),
+    ],
+)
+@pytest.mark.usefixtures("models")
+def test_formats_and_layouts_change_nothing(method: str, numbers: dict[str, Any], tmp_path: Path) -> None:
+    """Not what is left of an update either, though the hub has query, key and value in one tensor."""
+    anyckpt.convert("a", tmp_path / "a", to="megatron-lm", layout=anyckpt.LayoutRequest(tensor_parallel=2))
+    anyckpt.convert("base", tmp_path / "base.nemo", to="nemo")
+    anyckpt.merge(["a", "b"], tmp_path / "one", base="base", method=method, **numbers)
+    anyckpt.merge([tmp_path / "a", "b"], tmp_path / "two.nemo", base=tmp_path / "base.nemo", method=method, **numbers)
+    assert read(tmp_path / "two.nemo").format == "nemo"
+    assert anyckpt.diff(tmp_path / "one", tmp_path / "two.nemo").equal
+
+
+@pytest.mark.usefixtures("models")
+def test_names_and_layout_are_those_of_the_leading_model(tmp_path: Path) -> None:
+    layout = anyckpt.LayoutRequest(tensor_parallel=2, pipeline_parallel=2)
+    anyckpt.convert("a", tmp_path / "ranks", to="megatron-lm", layout=layout)
+    anyckpt.merge([tmp_path / "ranks", "b"], tmp_path / "out", method="slerp")
+    assert read(tmp_path / "out").layout == read(tmp_path / "ranks").layout
+    anyckpt.convert("a", tmp_path / "dcp", to="dcp", names="megatron-core")
+    anyckpt.merge([tmp_path / "dcp", "b"], tmp_path / "again", method="slerp", config="a")
+    assert read(tmp_path / "again").tensors.keys() == read(tmp_path / "dcp").tensors.keys()
+
+
+@pytest.mark.usefixtures("models")
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    numbers: dict[str, Any] = {"base": "base", "method": "dare_linear", "density": 0.4}
+    anyckpt.merge(["a", "b"], tmp_path / "one", **numbers, workers=1)
+    anyckpt.merge(["a", "b"], tmp_path / "two", **numbers, workers=3)
+    anyckpt.merge(["a", "b"], tmp_path / "other", **numbers, seed=1)
+    assert facts(read(tmp_path / "one").tensors) == facts(read(tmp_path / "two").tensors)
+    other = facts(read(tmp_path / "other").tensors)
+    assert all(other[name] != fact for name, fact in facts(read(tmp_path / "one").tensors).items())
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+def test_several_adapters(method: str, tmp_path: Path) -> None:
+    """Twice half an adapter is the adapter, also where the base has 16 bits and each would be rounded."""
+    anyckpt.convert(LLAMA, tmp_path / "base", to="hf", dtype="bf16")
+    done = anyckpt.merge([LORA, LORA], tmp_path / "out", base=tmp_path / "base", method=method, weights=[0.5, 0.5])
+    anyckpt.merge_lora(tmp_path / "base", LORA, tmp_path / "expected")
+    assert anyckpt.diff(tmp_path / "out", tmp_path / "expected").equal
+    assert any("LoRA adapter" in note for note in done.notes)
+
+
+def test_training_state_is_left_out_and_told(tmp_path: Path) -> None:
+    path = next(fixture_path("nemo/ptl_ckpt_nemo3_0_0").glob("*.ckpt"))
+    done = anyckpt.merge([path, path], tmp_path / "out.ckpt", base=path, method="ties", density=0.5)
+    assert anyckpt.diff(path, tmp_path / "out.ckpt", weights_only=True).equal
+    assert any("optimizer_states" in name for name in done.ignored)
+
+
+def test_what_is_no_number_is_equal_or_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        saved(tmp_path / f"{number}.pt", w=np.full(3, number, np.float32), steps=np.arange(number))
+    with pytest.raises(MappingError, match="not of one model"):
+        anyckpt.merge([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "out.pt")
+    done = anyckpt.merge([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "out.pt", weights=[3, -1], exclude="steps")
+    assert read(tmp_path / "out.pt")["w"].numpy().tolist() == [0.5] * 3
+    assert done.notes[0].endswith("configuration and files are those of the first; weight 3, -1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ties"}, "give the base with --base"),
+        ({"method": "task_arithmetic", "base": "base", "density": 0.5}, "--density means nothing to task_arithmetic"),
+        ({"method": "slerp", "weights": [1, 2]}, "--weights means nothing to slerp"),
+        ({"method": "model_stock"}, "no such way to merge"),
+        ({"weights": [1]}, "not a number for each source"),
+        ({"weights": [1, -1]}, "give no mean"),
+        ({"method": "ties", "base": "base", "density": 1.5}, "--density is a share"),
+        ({"base": "base"}, "linear has no base"),
+        ({"recipe": "ties.yaml"}, "a recipe says itself"),
+        ({"names": "nix"}, "nix"),
+    ],
+)
+@pytest.mark.usefixtures("models")
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(AnyckptError, match=message):
+        anyckpt.merge(["a", "b"], tmp_path / "out", to="torch" if "names" in options else None, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_a_base(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give its model with --base"):
+        anyckpt.merge([LLAMA, LORA], tmp_path / "out")
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def boxes(shape: tuple[int, ...]) -> Any:
+    return st.tuples(
+        *(st.integers(0, n).flatmap(lambda a, n=n: st.tuples(st.just(a), st.integers(a, n))) for n in shape)
+    )
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_chance_does_not_depend_on_blocks(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    rule = chance(0, "w", 1, 0.5, rescaled=False)
+    assert isinstance(rule, ByChance)
+    whole = np.ones(shape, np.float32)
+    rule(whole, (0,) * len(shape), shape)
+    box = data.draw(boxes(shape))
+    part = np.ones([b - a for a, b in box], np.float32)
+    if part.size:
+        rule(part, tuple(a for a, _ in box), shape)
+    assert np.array_equal(part, whole[tuple(slice(a, b) for a, b in box)])
+
+
+def test_chance_leaves_its_share_and_makes_up_for_the_rest() -> None:
+    values = np.ones(200_000, np.float32)
+    chance(5, "w", 1, 0.3, rescaled=True)(values, (0,), values.shape)
+    assert abs(np.count_nonzero(values) / values.size - 0.3) < 0.01
+    assert np.allclose(values[values != 0], 1 / 0.3)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0, -3.0, 1e-30, float("inf"), 0.1]), min_size=1, max_size=40),
+    st.floats(0.01, 0.99),
+    st.integers(1, 7),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_largest_are_exactly_as_many_as_asked_for(values: list[float], density: float, step: int) -> None:
+    """Of equal ones the first; whichever runs they are found in, and whichever blocks they are asked for in."""
+    update = np.array(values, np.float32)
+    base = from_array(np.zeros_like(update))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "SCRATCH_BYTES", 4 * step)
+        rule = largest(from_array(update), base, density, rescaled=False)
+        found = np.concatenate(
+            [_thinned(rule, update[at : at + step], at, update.shape) for at in range(0, len(update), step)]
+        )
+    count = max(1, int(density * len(values)))
+    order = sorted(range(len(values)), key=lambda i: (-abs(float(update[i])), i))[:count]
+    expected = np.where(np.isin(np.arange(len(values)), order), update, 0)
+    assert np.array_equal(found, expected)
+
+
+def _thinned(rule: thinning.Sparsity, values: np.ndarray[Any, Any], at: int, whole: tuple[int, ...]) -> Any:
+    part = values.copy()
+    rule(part, (at,), whole)
+    return part
+
+
+def test_a_merged_tensor_is_the_same_in_any_boxes() -> None:
+    random = np.random.default_rng(0)
+    arrays = [random.normal(size=(40, 30)).astype(np.float32) for _ in range(3)]
+    children = tuple(map(from_array, arrays))
+    thinned = (largest(children[1], children[0], 0.4, rescaled=True), chance(1, "w", 2, 0.5, rescaled=True))
+    merged = Merged(children, Updates((0.5, -2.0), thinned, elected=True, normalized=True, scale=0.7), FLOAT32)
+    whole = merged.numpy()
+    assert np.array_equal(merged.T.numpy(), whole.T)
+    assert np.array_equal(merged[3:17, 5:].numpy(), whole[3:17, 5:])
+    assert np.array_equal(merged.reshape((20, 60))[1:].numpy(), whole.reshape(20, 60)[1:])
+
+
+def test_rules_against_their_formulas() -> None:
+    random = np.random.default_rng(1)
+    a, b = (random.normal(size=500).astype(np.float32) for _ in range(2))
+    children = (from_array(a), from_array(b))
+    assert np.allclose(Merged(children, Linear((2.0, -1.0)), FLOAT32).numpy(), 2 * a - b)
+    theta = np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    expected = (np.sin(0.7 * theta) * a + np.sin(0.3 * theta) * b) / np.sin(theta)
+    assert np.allclose(Merged(children, slerp(0.3, *children), FLOAT32).numpy(), expected, atol=1e-6)
+    parallel = (children[0], from_array(3 * a))
+    assert np.allclose(Merged(parallel, slerp(0.5, *parallel), FLOAT32).numpy(), 2 * a, atol=1e-6)
+    update = Merged(children, Updates((0.5,), (Whole(),), scale=2.0), FLOAT32).numpy()
+    assert np.allclose(update, b, atol=1e-6)
+
+
+def test_a_reduction_begins_again_after_a_file_could_not_be_read() -> None:
+    calls = []
+
+    class Counted(reduction.Reduction[int]):
+        def nothing(self) -> int:
+            return 0
+
+        def look_at(self, arrays: Any, group: int, start: int) -> int:
+            calls.append(start)
+            if len(calls) == 2:
+                raise OSError
+            return len(arrays[0])
+
+        def join(self, first: int, second: int) -> int:
+            return first + second
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "SCRATCH_BYTES", 8)
+        counted = Counted([(from_array(np.zeros(7, np.float32)),)])
+        with pytest.raises(OSError):
+            counted.value()
+        assert counted.value() == 7
+        assert counted.value() == 7 and len(calls) == 6
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge_method": "model_stock"}, "merge_method model_stock"),
+        ({"chat_template": "auto"}, "chat_template"),
+        ({"modules": {"a": 1}}, "modules"),
+        ({"strange": 1}, "the key strange"),
+        ({"parameters": {"gamma": 0.1}}, "the parameter gamma"),
+        ({"parameters": {"density": "much"}}, "density is not possible"),
+        ({"parameters": {"normalize": 1}}, "normalize is not possible"),
+        ({"dtype": "float8"}, "dtype float8"),
+        ({"tokenizer": {"source": "base", "tokens": {}}}, "tokenizer with more than a source"),
+        ({"tokenizer_source": "elsewhere"}, "tokenizer_source elsewhere"),
+        ({"models": [{"model": "a"}, {"model": "b"}]}, "needs the parameter 'weight'"),
+        ({"models": [{"model": "a"}, {"model": "a"}]}, "names a model twice"),
+        ({"models": [{"model": "a", "layers": 3}]}, "the key layers of models"),
+        ({"models": []}, "no list of entries"),
+        ({"slices": []}, "models or slices"),
+        ({"base_model": None}, "give the base"),
+    ],
+)
+@pytest.mark.usefixtures("models")
+def test_keys_that_are_not_done_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    recipe = {**yaml.safe_load((MERGEKIT / "ties.yaml").read_text()), **changes}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UsageError, match=message):
+        anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"residual_weight": 1.0}, "residual_weight"),
+        ({"base_model": "b"}, "base_model"),
+        ({"sources": [{"model": "a", "layer_range": [0, 9]}]}, "not so many layers"),
+        ({"sources": [{"model": "a"}]}, "no layer_range"),
+        ({"sources": [{"model": "a", "layer_range": [3, 3]}]}, "empty layer_range"),
+        ({"sources": [{"model": n, "layer_range": [0, 2]} for n in "ab"]}, "different numbers of sources|so many"),
+    ],
+)
+@pytest.mark.usefixtures("models")
+def test_slices_that_are_not_done_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((MERGEKIT / "passthrough.yaml").read_text())
+    recipe["slices"][1].update(changes)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UsageError, match=message):
+        anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_with_an_adapter_and_types(tmp_path: Path) -> None:
+    recipe = {
+        "models": [{"model": f"{LLAMA}+{LORA}", "parameters": {"weight": 1.0}}],
+        "merge_method": "task_arithmetic",
+        "base_model": str(LLAMA),
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+        "tokenizer_source": "union",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
+    anyckpt.merge_lora(LLAMA, LORA, tmp_path / "expected", dtype="bf16")
+    assert anyckpt.diff(tmp_path / "out", tmp_path / "expected").equal
