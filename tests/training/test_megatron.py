@@ -170,6 +170,61 @@ def test_what_becomes_of_a_process_that_writes_is_told_to_all_ranks(how: str, pr
         assert beside == ["x"]
 
 
+def of_one_structure(folder: str) -> list[Any]:
+    """Saves that differ in contents, in an object's size, and in a tensor's shape; how each was planned and loaded."""
+    import torch
+    from megatron.core import dist_checkpointing as dist
+    from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+
+    from anyckpt.torch.megatron import LoadStrategy, SaveStrategy, strategies
+
+    def state(value: float, width: int = 3, text: str = "ab") -> Any:
+        rank = torch_rank()
+        tensor = torch.full((2, width), value + rank)
+        return {
+            "w": ShardedTensor.from_rank_offsets("w", tensor, (0, rank, 2)),
+            "o": ShardedObject("o", text, (2,), (rank,)),
+        }
+
+    plan, planned, found = strategies.files_of, [0], []
+
+    def counted(*arguments: Any) -> Any:
+        planned[0] += 1
+        return plan(*arguments)
+
+    strategies.files_of = counted
+    strategy = SaveStrategy(use_cached_ckpt_structure=True)
+    changes: list[Any] = [
+        (1.0,),
+        (2.0,),
+        (3.0, 3, "cd"),
+        (4.0, 3, "long" * 99),
+        (5.0, 4, "long" * 99),
+        (6.0, 4, "tall" * 99),
+    ]
+    for number, change in enumerate(changes):
+        planned[0] = 0
+        path = f"{folder}/{number}"
+        Path(path).mkdir(exist_ok=True)
+        barrier()
+        dist.save(state(*change), path, strategy)
+        loaded = dist.load(state(0.0, *change[1:]), path, LoadStrategy())
+        theirs = dist.load(state(0.0, *change[1:]), path)
+        assert torch.equal(loaded["w"], theirs["w"]) and loaded["o"] == theirs["o"]
+        found.append((planned[0], loaded["w"][0].tolist(), loaded["o"]))
+    return found
+
+
+def test_a_constant_structure_is_planned_once(tmp_path: Path) -> None:
+    for rank, found in enumerate(on_ranks(2, of_one_structure, str(tmp_path), imported=GPT)):
+        assert [planned for planned, _, _ in found] == [1, 0, 0, 1, 1, 0]
+        assert [values[0] - rank for _, values, _ in found] == [1, 2, 3, 4, 5, 6]
+        assert [text for _, _, text in found] == ["ab", "ab", "cd", "long" * 99, "long" * 99, "tall" * 99]
+    import anyckpt
+
+    assert all(anyckpt.verify(tmp_path / str(number)).sound for number in range(6))
+
+
 def in_persistent_process(folder: str) -> list[Any]:
     """Three saves through one process that stays, which cannot write during the second."""
     import resource

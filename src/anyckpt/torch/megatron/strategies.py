@@ -42,7 +42,7 @@ from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at
 from anyckpt.torch.collectives import Ranks
-from anyckpt.torch.integrity import ObjectRecord, RankRecord, survey
+from anyckpt.torch.integrity import ObjectRecord, PieceRecord, RankRecord, survey
 from anyckpt.torch.live import LiveState
 from anyckpt.torch.megatron.loading import Found, found_in_folder, values
 from anyckpt.torch.megatron.rank_writing import Layout, files_of, laid_out, write_rank, written
@@ -78,6 +78,19 @@ class _Save:
     placed: list[_Placed]
 
 
+@dataclass(frozen=True)
+class _Before:
+    """An earlier save, whose places do for the next one of the same structure.
+
+    Attributes:
+        structure: what this rank had, but for contents.
+        placed: of all ranks.
+    """
+
+    structure: Any
+    placed: list[_Placed]
+
+
 class SaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
     """Writes what is sharded as ``torch_dist``: each rank its own, past the page cache, into a hidden directory beside.
 
@@ -87,12 +100,19 @@ class SaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
     Args:
         workers: threads of each rank; as many as processors, up to 8, if None.
         memory: bytes that each rank uses for blocks in flight.
+        use_cached_ckpt_structure: plan the first save only; later ones in which every rank has the same shards, and
+            objects of the same size, take its plan, and ranks are not compared.  Others are planned again.  An
+            attribute, too, as Megatron-Core's own strategy has it.
     """
 
-    def __init__(self, *, workers: int | None = None, memory: int = DEFAULT_MEMORY) -> None:
+    def __init__(
+        self, *, workers: int | None = None, memory: int = DEFAULT_MEMORY, use_cached_ckpt_structure: bool = False
+    ) -> None:
         super().__init__("torch_dist", 1)
         self._workers = workers
         self._memory = memory
+        self._before: _Before | None = None
+        self.use_cached_ckpt_structure = use_cached_ckpt_structure
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -104,7 +124,7 @@ class SaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
         Raises:
             AnyckptError: on every rank, whichever rank it happened on.
         """
-        save = _prepared(sharded_state_dict, checkpoint_dir)
+        save = self._prepared(sharded_state_dict, checkpoint_dir)
         try:
             save.ranks.together(
                 lambda: write_rank(save.layout, save.tensors, save.shared.folder, self._workers, self._memory),
@@ -124,7 +144,7 @@ class SaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
         Raises:
             AnyckptError: on every rank, whichever rank it happened on.
         """
-        save = _prepared(sharded_state_dict, checkpoint_dir)
+        save = self._prepared(sharded_state_dict, checkpoint_dir)
         write = partial(_write_staged, workers=self._workers, memory=self._memory)
         return AsyncRequest(
             write,
@@ -132,6 +152,57 @@ class SaveStrategy(AsyncSaveShardedStrategy):  # type: ignore[misc]
             [partial(_finish, save)],
             preload_fn=partial(_staged, save.tensors),
         )
+
+    def _prepared(self, state: Mapping[str, Any], folder: str | os.PathLike[str]) -> _Save:
+        ranks = Ranks()
+        shared = SharedFolder(folder)
+        before = self._before if self.use_cached_ckpt_structure else None
+        kept: list[tuple[LiveState, Layout, list[torch.Tensor], Any]] = []
+
+        def look() -> bool:
+            if ranks.rank == 0:
+                shared.begin()
+            live = live_state(state)
+            live.objects = [one for one in live.objects if one.cell is not None]
+            layout, tensors = laid_out(live, ranks.rank)
+            structure = _structure(live, layout)
+            kept.append((live, layout, tensors, structure))
+            return before is not None and before.structure == structure
+
+        try:
+            known = all(ranks.gather(look, "to plan a save"))
+            live, layout, tensors, structure = kept[0]
+            if known and before is not None:
+                placed = before.placed
+            else:
+                placed = ranks.gather(lambda: _placed(live, layout, tensors), "to plan a save")
+                ranks.broadcast(lambda: _check([one.record for one in placed]), what="to check what is saved")
+                self._before = _Before(structure, placed) if self.use_cached_ckpt_structure else None
+        except BaseException:
+            shared.discard()
+            raise
+        save = _Save(ranks, shared, layout, tensors, placed)
+        weakref.finalize(save, discard_here, shared, os.getpid())
+        return save
+
+
+def _structure(live: LiveState, layout: Layout) -> Any:
+    """All that a plan depends on."""
+    return (
+        _rows(live),
+        tuple((one.name, one.replica) for one in live.objects),
+        [len(data) for _, data in layout.objects],
+    )
+
+
+def _placed(live: LiveState, layout: Layout, tensors: list[torch.Tensor]) -> _Placed:
+    _, objects, chunks = files_of(layout, tensors)
+    return _Placed(
+        _record(live),
+        {chunk.name: tensor.dtype for chunk, tensor in zip(layout.chunks, tensors, strict=True)},
+        tuple(zip(layout.chunks, chunks, strict=True)),
+        tuple(zip((name for name, _ in layout.objects), objects, strict=True)),
+    )
 
 
 def _staged(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -155,42 +226,14 @@ def _write_staged(
         log.exception("rank %d could not write its part of a checkpoint", layout.rank)
 
 
-def _prepared(state: Mapping[str, Any], folder: str | os.PathLike[str]) -> _Save:
-    ranks = Ranks()
-    shared = SharedFolder(folder)
-    kept: list[tuple[Layout, list[torch.Tensor]]] = []
-
-    def plan() -> _Placed:
-        if ranks.rank == 0:
-            shared.begin()
-        live = live_state(state)
-        live.objects = [one for one in live.objects if one.cell is not None]
-        layout, tensors = laid_out(live, ranks.rank)
-        kept.append((layout, tensors))
-        _, objects, chunks = files_of(layout, tensors)
-        return _Placed(
-            _record(live),
-            {chunk.name: tensor.dtype for chunk, tensor in zip(layout.chunks, tensors, strict=True)},
-            tuple(zip(layout.chunks, chunks, strict=True)),
-            tuple(zip((name for name, _ in layout.objects), objects, strict=True)),
-        )
-
-    try:
-        placed = ranks.gather(plan, "to plan a save")
-        ranks.broadcast(lambda: _check([one.record for one in placed]), what="to check what is saved")
-    except BaseException:
-        shared.discard()
-        raise
-    save = _Save(ranks, shared, *kept[0], placed)
-    weakref.finalize(save, discard_here, shared, os.getpid())
-    return save
-
-
 def _record(live: LiveState) -> RankRecord:
     """What a rank tells of its state, without what its objects are; whether grids of them are whole is Megatron's."""
-    pieces = tuple((one.name, one.dtype, one.shape, one.offset, one.sizes, one.replica) for one in live.pieces)
     objects = {one.name: ObjectRecord(None if one.replica else Frozen(b""), None, one.replica) for one in live.objects}
-    return RankRecord(pieces, objects, {})
+    return RankRecord(_rows(live), objects, {})
+
+
+def _rows(live: LiveState) -> tuple[PieceRecord, ...]:
+    return tuple((one.name, one.dtype, one.shape, one.offset, one.sizes, one.replica) for one in live.pieces)
 
 
 def _check(records: Sequence[RankRecord]) -> None:
