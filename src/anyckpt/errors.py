@@ -137,6 +137,13 @@ def _letters(text: str) -> str:
     return "".join(filter(str.isalnum, text.lower()))
 
 
+def few(names: Iterable[object], most: int = 8) -> str:
+    """The first of many names, and how many more there are, for a message."""
+    listed = list(map(str, names))
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
 @contextmanager
 def about(path: str) -> Iterator[None]:
     """Within, an error that names no file names this one."""

@@ -23,6 +23,7 @@ from anyckpt.containers.torch_file.values import MetaTensor
 from anyckpt.containers.torch_file.weights_only import refused
 from anyckpt.containers.torch_file.writer import dotted, zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.errors import few
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.pickling import DictRecord, torch_objects
 from anyckpt.storage.location import Location
@@ -106,10 +107,9 @@ def _kind(contents: TorchContents, flat: Flat, told: Roles) -> list[str]:
     kind, left = ("TorchScript", "program is") if is_program else ("pickled", "settings and hooks are")
     for path, classes in flat.modules.items():
         names = list(dict.fromkeys(map(readable, classes)))
-        inside = f" with modules of class {', '.join(names[1:6])}" if len(names) > 1 else ""
-        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        inside = f" with modules of class {few(names[1:], 5)}" if len(names) > 1 else ""
         found.append(
-            f"{'.'.join(map(str, path)) or 'the file'} is a {kind} module of class {names[0]}{inside}{more}: its"
+            f"{'.'.join(map(str, path)) or 'the file'} is a {kind} module of class {names[0]}{inside}: its"
             f" tensors are named as its state_dict() names them, and its {left} left out"
         )
     for name in told.averaged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from anyckpt.errors import IncompleteError
+from anyckpt.errors import IncompleteError, few
 from anyckpt.tensor import LazyTensor
 
 SHOWN = 8
@@ -78,8 +78,7 @@ def _by_layer(names: Iterable[str]) -> dict[int | None, list[str]]:
 def some(names: Iterable[str]) -> str:
     """The first names, for a message."""
     listed = sorted(names, key=natural)
-    more = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more
+    return few(listed, SHOWN)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

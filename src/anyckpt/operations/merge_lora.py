@@ -12,7 +12,7 @@ from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.nemo1 import restated
-from anyckpt.errors import MappingError, UsageError, about
+from anyckpt.errors import MappingError, UsageError, about, few
 from anyckpt.formats import registry
 from anyckpt.models import Model
 from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name, read_adapter
@@ -207,8 +207,8 @@ def _unknown(base: Checkpoint, missing: list[str]) -> UsageError:
         return UsageError(
             f"{len(missing)} modules of the adapter are none of the base's by name, and its family is not known",
             path=base.path,
-            expected=f"names such as {_some(list(base.weights()))}",
-            found=_some(missing),
+            expected=f"names such as {few(base.weights(), _SHOWN)}",
+            found=few(missing, _SHOWN),
             remedy="give the base model that it was trained on, name the family with --family and --config, or leave "
             "their tensors out with --exclude",
         )
@@ -259,13 +259,8 @@ def _idle(adapter: Checkpoint, settings: AdapterSettings, updates: Adapter) -> l
     notes = []
     unused = unused_targets(adapter, settings)
     if unused:
-        notes.append(f"the adapter's settings name modules that it has no tensors for: {_some(unused)}")
+        notes.append(f"the adapter's settings name modules that it has no tensors for: {few(unused, _SHOWN)}")
     names = [str(target) for target in idle(updates)]
     if names:
-        notes.append(f"{len(names)} updates are all zeros and change nothing: {_some(names)}")
+        notes.append(f"{len(names)} updates are all zeros and change nothing: {few(names, _SHOWN)}")
     return notes
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -10,7 +10,7 @@ import numpy as np
 
 from anyckpt.checkpoint import OptimizerState
 from anyckpt.dtypes import dtype
-from anyckpt.errors import MappingError
+from anyckpt.errors import MappingError, few
 from anyckpt.indexing import Shape
 from anyckpt.tensor import Constant, LazyTensor, from_array
 
@@ -124,8 +124,7 @@ def left_out(names: Iterable[str]) -> tuple[str, ...]:
     known = list(names)
     if not known:
         return ()
-    more = f" and {len(known) - 3} more" if known[3:] else ""
-    return (f"{', '.join(known[:3])}{more} of the optimizer is left out: only parameters' state and groups travel",)
+    return (f"{few(known, 3)} of the optimizer is left out: only parameters' state and groups travel",)
 
 
 def sorted_out(

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.errors import few
 from anyckpt.pickling.callees import KINDS, kind_of
 from anyckpt.pickling.reach import GETATTR, HANDED_ON, applied, applies, handed_on, may_hold, path_of
 from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
@@ -171,8 +172,7 @@ def danger(code: list[Callee]) -> str:
 
 
 def _some(callees: list[Callee]) -> str:
-    more = f" and {len(callees) - 3} more" if len(callees) > 3 else ""
-    return ", ".join(callee.shown for callee in callees[:3]) + more
+    return few((callee.shown for callee in callees), 3)
 
 
 _current: ContextVar[Calls | None] = ContextVar("anyckpt_calls", default=None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from anyckpt.containers.dcp.coverage import is_grid
 from anyckpt.dtypes import DType
-from anyckpt.errors import MappingError
+from anyckpt.errors import MappingError, few
 from anyckpt.indexing import Shape
 from anyckpt.tensor.nodes import corners
 from anyckpt.torch.live import LiveState
@@ -194,9 +194,9 @@ def _check_cover(name: str, shape: Shape, boxes: Sequence[Box]) -> None:
         return
     told = []
     if missing:
-        told.append(f"missing {_list(missing)}")
+        told.append(f"missing {few(missing, _SHOWN)}")
     if doubled:
-        told.append("twice " + _list([f"{cell} (from {_ranks(ranks)})" for cell, ranks in doubled]))
+        told.append("twice " + few([f"{cell} (from {_ranks(ranks)})" for cell, ranks in doubled], _SHOWN))
     raise MappingError(
         "is not written exactly once by the ranks together",
         tensor=name,
@@ -290,7 +290,7 @@ def _check_grids(records: Sequence[RankRecord]) -> None:
                 "objects of a grid are missing",
                 tensor=name,
                 expected=f"one for each cell of {list(shape)}",
-                found=f"missing {_list([str(cell) for cell in missing])}",
+                found=f"missing {few(missing, _SHOWN)}",
                 remedy="all ranks must save",
             )
 
@@ -309,11 +309,4 @@ def _text(value: Any) -> str:
 
 def _ranks(numbers: Sequence[int]) -> str:
     ranks = list(dict.fromkeys(numbers))
-    shown = ", ".join(map(str, ranks[:_SHOWN]))
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"
-
-
-def _list(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
+    return f"rank{'s' * (len(ranks) > 1)} {few(ranks, _SHOWN)}"

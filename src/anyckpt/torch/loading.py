@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError, MappingError, UnsafeError, alike
+from anyckpt.errors import AnyckptError, MappingError, UnsafeError, alike, few
 from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
@@ -31,8 +31,6 @@ from anyckpt.torch.passing import pass_on, readers
 from anyckpt.torch.reading import check_fillable, filling
 from anyckpt.torch.saving import asked
 from anyckpt.views import TorchFiles
-
-_SHOWN = 8
 
 log = logging.getLogger("anyckpt.torch")
 
@@ -233,9 +231,9 @@ class _Load:
         if missing and mode == "raise_all":
             raise self._refusal("the checkpoint has what no rank's state asks for", missing, unexpected)
         if unexpected and mode in ("log_unexpected", "log_all"):
-            log.warning("%s lacks %s", self.checkpoint.path, _list(unexpected))
+            log.warning("%s lacks %s", self.checkpoint.path, few(unexpected))
         if missing and mode == "log_all":
-            log.warning("%s has what no rank's state asks for: %s", self.checkpoint.path, _list(missing))
+            log.warning("%s has what no rank's state asks for: %s", self.checkpoint.path, few(missing))
         return unexpected, missing
 
     def _refusal(
@@ -250,7 +248,7 @@ class _Load:
             problem,
             path=self.checkpoint.path,
             tensor=names[0],
-            found=_list(names) + (f"; {names[0]!r} resembles {meant}" if meant else ""),
+            found=few(names) + (f"; {names[0]!r} resembles {meant}" if meant else ""),
             remedy=remedy,
         )
 
@@ -330,11 +328,6 @@ def _whole(checkpoint: Checkpoint, classes: Iterable[Any]) -> dict[str, Any]:
             values[name] = value
             inert.append(f"{name} ({error.found})")
     if inert:
-        log.warning("objects of classes that are not built unasked stay records: %s", _list(inert))
+        log.warning("objects of classes that are not built unasked stay records: %s", few(inert))
     tuples = () if checkpoint.forms is None else checkpoint.forms.tuples()
     return nesting.nested(values, checkpoint.key_paths, checkpoint.original_keys, tuples)
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

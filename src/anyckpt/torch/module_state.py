@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anyckpt.errors import MappingError, alike
+from anyckpt.errors import MappingError, alike, few
 
 _SHOWN = 20
 
@@ -36,12 +36,12 @@ class Fitted:
     def __str__(self) -> str:
         told = [f"{len(self.matched)} matched"]
         if self.missing:
-            told.append(f"{len(self.missing)} missing: {_listed(self.missing)}")
+            told.append(f"{len(self.missing)} missing: {few(self.missing, _SHOWN)}")
         if self.unexpected:
-            told.append(f"{len(self.unexpected)} unexpected: {_listed(self.unexpected)}")
+            told.append(f"{len(self.unexpected)} unexpected: {few(self.unexpected, _SHOWN)}")
         if self.misshaped:
             shapes = [f"{name} {list(found)} for {list(own)}" for name, (found, own) in self.misshaped.items()]
-            told.append(f"{len(self.misshaped)} of another shape: {_listed(shapes)}")
+            told.append(f"{len(self.misshaped)} of another shape: {few(shapes, _SHOWN)}")
         return "; ".join(told)
 
 
@@ -185,7 +185,7 @@ def _check_made(module: nn.Module, path: str) -> None:
         raise MappingError(
             f"after loading, {len(left)} tensors of the module are still of the meta device",
             path=path,
-            found=_listed(left),
+            found=few(left, _SHOWN),
             remedy="build the module on a real device, or give it what they are",
         )
 
@@ -219,8 +219,3 @@ def _is_distributed(value: Any) -> bool:
 
 def _type(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _listed(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:_SHOWN]) + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from anyckpt.containers.torch_file.values import FormedTensor
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import AnyckptError, UsageError, few
 from anyckpt.operations.steps.live import Live
 from anyckpt.pickling import DictRecord, load
 from anyckpt.pickling.torch_objects import ordered_dict, size
@@ -148,6 +148,4 @@ class Stored:
 
 def warned(ignored: Mapping[str, str], path: str) -> str:
     """A sentence about what is left out."""
-    shown = [f"{name} ({reason})" for name, reason in list(ignored.items())[:5]]
-    more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
-    return f"{path}: left out: {', '.join(shown)}{more}"
+    return f"{path}: left out: {few((f'{name} ({reason})' for name, reason in ignored.items()), 5)}"

@@ -13,6 +13,7 @@ from anyckpt.checkpoint import storage_key
 from anyckpt.containers.torch_file.flatten import Path
 from anyckpt.containers.torch_file.forms import Forms, container_name, differ, waste
 from anyckpt.containers.torch_file.values import FormedTensor, QuantizedTensor, Storage, usual
+from anyckpt.errors import few
 from anyckpt.tensor import LazyTensor, Stored
 
 _SHOWN = 5
@@ -116,8 +117,7 @@ def _sharing(tensors: Mapping[str, LazyTensor], forms: Forms) -> frozenset[str]:
 
 
 def _note(text: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}: {text}"
+    return f"{few(names, _SHOWN)}: {text}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor
-from anyckpt.errors import UsageError
+from anyckpt.errors import UsageError, few
 from anyckpt.tensor import LazyTensor
 
 
@@ -73,8 +73,7 @@ def told_of_parts(checkpoint: Checkpoint) -> tuple[str, ...]:
     names = list(companions_of(checkpoint))
     if not names:
         return ()
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{', '.join(names[:3])}{more}: tensors of several parts (quantized, sparse, nested) are written as their"
+        f"{few(names, 3)}: tensors of several parts (quantized, sparse, nested) are written as their"
         " parts, with scale, zero_point, axis and shape as tensors beside them; software has to put them together",
     )

@@ -7,17 +7,15 @@ them (the canonical form): ``q``, ``k``, ``v`` of a fused QKV, ``gate`` and ``up
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from anyckpt.dtypes import DType
-from anyckpt.errors import MappingError
+from anyckpt.errors import MappingError, few
 from anyckpt.tensor import LazyTensor, concatenate
-
-_SHOWN = 8
 
 
 class Target(NamedTuple):
@@ -140,7 +138,7 @@ def by_weight(adapter: Adapter) -> dict[str, dict[str, LowRank]]:
             raise MappingError(
                 "adapts a weight as a whole and in parts",
                 tensor=(parts[""].names or ("",))[0],
-                found=some(name for part in parts if part for name in parts[part].names),
+                found=few(name for part in parts if part for name in parts[part].names),
             )
     return grouped
 
@@ -180,10 +178,3 @@ def check_factors(update: LowRank, name: str) -> None:
             tensor=name,
             found=f"{down.dtype.name} and {up.dtype.name}",
         )
-
-
-def some(names: Iterable[str]) -> str:
-    """A few of many names."""
-    listed = list(names)
-    more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more

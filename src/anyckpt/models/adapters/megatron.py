@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from anyckpt.errors import MappingError, UsageError
-from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, check_factors, some
+from anyckpt.errors import MappingError, UsageError, few
+from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, check_factors
 from anyckpt.models.adapters.saved_rows import SECTIONS, in_true_order
 from anyckpt.models.dialects import spellings
 from anyckpt.tensor import LazyTensor, stack
@@ -122,7 +122,7 @@ def from_megatron(
                 own[found.field] = (stored, value)
     if strange:
         raise MappingError(
-            f"{len(strange)} tensors are not of an adapter: {some(strange)}",
+            f"{len(strange)} tensors are not of an adapter: {few(strange)}",
             tensor=strange[0],
             expected="names such as ...linear_qkv.adapter.linear_in.weight",
             remedy="leave them out with --exclude",

@@ -7,7 +7,7 @@ from functools import partial
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal, some
+from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal
 from anyckpt.models.adapters.layers import Layers, check_update
 from anyckpt.models.adapters.parameters import expert_updates
 from anyckpt.models.adapters.peft_names import StoredModule, by_module, rows_of, update_of
@@ -140,7 +140,7 @@ def _place(module: str, places: Places, layers: Layers, name: str) -> tuple[Inst
     raise MappingError(
         f"no rule of family {layers.model.family} has a module that this adapts",
         tensor=name,
-        expected=f"a module such as {some(list(places)[1:3])}",
+        expected=f"a module such as {', '.join(list(places)[1:3])}",
         found=module,
         remedy="give the base model that it was trained on, with --config or --family",
     )

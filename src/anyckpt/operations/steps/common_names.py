@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import MappingError
+from anyckpt.errors import MappingError, few
 from anyckpt.models import Hub, Model
 from anyckpt.models.dialects import spellings as dialects
 from anyckpt.operations.steps.full_precision import obstacle, seen_in_full_precision
@@ -82,8 +82,7 @@ def _hub_names(a: Hub, b: Hub) -> CommonNames:
     without = {name: reason for hub in (a, b) for name, reason in hub.ignored.items() if name not in _stored_parts(hub)}
     for reason in dict.fromkeys(without.values()):
         names = [name for name in without if without[name] == reason]
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        notes.append(f"not compared: {names[0]}{more} ({reason})")
+        notes.append(f"not compared: {few(names, 1)} ({reason})")
     sizes = {v for v in (a.model.config.vocab_size, b.model.config.vocab_size) if v is not None}
     size = sizes.pop() if len(sizes) == 1 else None
     if sizes:

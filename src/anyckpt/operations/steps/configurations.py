@@ -12,7 +12,7 @@ from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hugging_face import WITHOUT_MEANING
 from anyckpt.config.model import PART_OF
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import AnyckptError, few
 from anyckpt.models import Model, ModelConfig
 from anyckpt.models.adapters import KINDS, settings_of, spelling_of
 
@@ -81,9 +81,8 @@ class Settings:
         alone = [setting for setting in self.different if setting.a is None or setting.b is None]
         if not alone:
             return self
-        more = f" and {len(alone) - _SHOWN} more" if alone[_SHOWN:] else ""
-        names = ", ".join(setting.name for setting in alone[:_SHOWN])
-        return Settings(tuple(s for s in self.different if s not in alone), f"only one of them says {names}{more}")
+        names = few((setting.name for setting in alone), _SHOWN)
+        return Settings(tuple(s for s in self.different if s not in alone), f"only one of them says {names}")
 
 
 def compare_configurations(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import AnyckptError, few
 from anyckpt.operations.steps.statistics import Statistics, counts, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
@@ -77,9 +76,9 @@ def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
             elif found.denormals > _MOST_TINY * (tensor.size - found.zeros):
                 tiny.append(f"{name} ({found.denormals:,} of {tensor.size:,})")
     if strays:
-        values.warnings.append(f"denormal numbers, as a stray write leaves them, in {_told(strays)}")
+        values.warnings.append(f"denormal numbers, as a stray write leaves them, in {few(strays, _SHOWN)}")
     if tiny:
-        values.warnings.append(f"numbers too small for float16 to hold more than a few bits of in {_told(tiny)}")
+        values.warnings.append(f"numbers too small for float16 to hold more than a few bits of in {few(tiny, _SHOWN)}")
     return values
 
 
@@ -102,9 +101,3 @@ def _is_mask(name: str, tensor: LazyTensor, found: Statistics) -> bool:
     if found.inf != found.negative_inf or tensor.ndim < 2:
         return False
     return bool(_MASK.search(name)) or (found.min is not None and found.min == found.max)
-
-
-def _told(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
-    return f"{', '.join(listed[:_SHOWN])}{more}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import UsageError
+from anyckpt.errors import UsageError, few
 from anyckpt.models.recognise import resemblance
 
 _SHOWN = 8
@@ -30,10 +30,9 @@ def unknown_family(checkpoint: Checkpoint, target: str, wanted: str, known: str 
     if nearest is None:
         remedy = f"name it with --family and --config, {_WRITE}, or {_KEEP}"
     elif nearest.strange:
-        more = f", and {len(nearest.strange) - _SHOWN} more" if len(nearest.strange) > _SHOWN else ""
         problem += (
             f"; by names it is nearest to {nearest.text}, of whose rules none covers {len(nearest.strange)} tensors: "
-            f"{', '.join(nearest.strange[:_SHOWN])}{more}"
+            f"{few(nearest.strange, _SHOWN)}"
         )
         remedy = f"{_WRITE}, or {_KEEP}"
     elif checkpoint.config_kind is None or not checkpoint.config:

@@ -10,7 +10,7 @@ import numpy as np
 
 from anyckpt.checkpoint import storage_key
 from anyckpt.dtypes import DType
-from anyckpt.errors import MappingError, UsageError
+from anyckpt.errors import MappingError, UsageError, few
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.storage.gather import Hole, scratch
@@ -110,8 +110,7 @@ def made_one(
         found[name] = one
     if not counters:
         return found, []
-    more = f" and {len(counters) - 1} more" if len(counters) > 1 else ""
-    return found, [f"counters of batches are added up and not averaged: {counters[0]}{more}"]
+    return found, [f"counters of batches are added up and not averaged: {few(counters, 1)}"]
 
 
 def _check_equal(name: str, children: Sequence[LazyTensor], paths: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from anyckpt.containers.dcp import DcpContents
-from anyckpt.errors import AnyckptError, MappingError
+from anyckpt.errors import AnyckptError, MappingError, few
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.megatron.entities import is_tensor, name_of, unique_key
 from anyckpt.torch.megatron.state import ABSENT, Parts, WithData, memory_of, pieces_of
@@ -101,11 +101,11 @@ def _check(wanted: Iterable[Any], found: Found, cast: bool) -> None:
             types.append(f"{name}: {tensor.dtype.name} in the checkpoint, {_name(entity.dtype)} in the state")
     told = []
     if absent:
-        told.append(f"{len(set(absent))} that the checkpoint has not: {_list(absent)}")
+        told.append(f"{len(set(absent))} that the checkpoint has not: {few(sorted(set(absent)), _SHOWN)}")
     if shapes:
-        told.append(f"{len(set(shapes))} of another shape: {_list(shapes)}")
+        told.append(f"{len(set(shapes))} of another shape: {few(sorted(set(shapes)), _SHOWN)}")
     if types:
-        told.append(f"{len(set(types))} of another type: {_list(types)}")
+        told.append(f"{len(set(types))} of another type: {few(sorted(set(types)), _SHOWN)}")
     if told:
         raise MappingError(
             "the checkpoint has not what the state asks for",
@@ -143,9 +143,3 @@ def _object(thawing: Thawing, value: Any, name: str, path: str) -> Any:
 
 def _name(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
-
-
-def _list(names: Iterable[str]) -> str:
-    shown = sorted(set(names))
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more
