@@ -129,11 +129,13 @@ def test_rows_that_pad_the_vocabulary_are_not_compared(anyckpt: Runner, tmp_path
     assert any("105" in note and "padding" in note for note in found.json["notes"])
 
 
-def test_training_state_is_compared_with_raw_only(anyckpt: Runner) -> None:
+def test_training_state_is_compared_unless_weights_only_are_asked_for(anyckpt: Runner) -> None:
     path = fixture_path("mcore/gpt_opt_plain/ckpt")
-    weights = anyckpt("diff", path, path, "--json").json["compared"]
-    everything = anyckpt("diff", path, path, "--raw", "--json").json["compared"]
-    assert 0 < weights < everything
+    everything = anyckpt("diff", path, path, "--json").json
+    weights = anyckpt("diff", path, path, "--weights-only", "--json").json
+    assert 0 < weights["compared"] < everything["compared"]
+    assert (weights["complete"], everything["complete"]) == (False, True)
+    assert "the weights are equal" in anyckpt("diff", path, path, "--weights-only").out
 
 
 def test_vocabularies_of_two_sizes_differ_though_all_shared_rows_are_equal(anyckpt: Runner, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from anyckpt.cli.console import print_json, print_line, print_note, print_table,
 
 if TYPE_CHECKING:
     from anyckpt.operations.diff import Difference, TensorDifference
+    from anyckpt.operations.steps.configurations import Setting
     from anyckpt.operations.steps.movement import Movement
 
 _SHOWN_NAMES = 20
@@ -64,8 +66,8 @@ def _tolerance(option: str, word: str) -> Callable[[Callable[..., int]], Callabl
 @click.option("--layers", is_flag=True, help="Tell it of each layer.")
 @click.option("--sort", type=click.Choice(_SORTS), help="Those that moved most, by this, first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N that moved most alone.")
-@click.option("--raw", is_flag=True, help="Compare all tensors and objects, training state too, as they are stored.")
-@click.option("--weights-only", is_flag=True, help="Leave aside all that is no tensor.")
+@click.option("--raw", is_flag=True, help="Compare all tensors and objects as they are stored, under stored names.")
+@click.option("--weights-only", is_flag=True, help="Leave aside configuration and training state.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     a: str,
@@ -81,10 +83,10 @@ def command(
     weights_only: bool,
     as_json: bool,
 ) -> int:
-    """Compare weights and configuration of checkpoints A and B by value, whatever their formats and layouts.
+    """Compare weights, configuration and training state of checkpoints A and B by value, whatever their formats.
 
-    Two weights are equal if |a - b| <= atol + rtol * |b|; without a tolerance, if type and bits are the same.  What
-    only one of the two has is a difference; what is not compared is named.
+    Optimizers' state meets by parameter.  Two tensors are equal if |a - b| <= atol + rtol * |b|; without a tolerance,
+    if type and bits are the same.  What only one of the two has is a difference; what is not compared is named.
 
     How far a tensor moved is its relative norm |A - B| / |A|, the cosine of the angle between both, and the largest and
     the mean difference of an element.  Which layers moved most: diff A B --layers --top 10.
@@ -122,7 +124,10 @@ def _print(found: Difference, layers: bool, sort: str | None, top: int | None) -
         all_that_moved = len(found.most_moved(layers=layers))
         if len(chosen) < all_that_moved:
             print_line(f"{all_that_moved - len(chosen)} more differ less")
-    others = [tensor for tensor in found.different if tensor.name not in told or tensor.reason == "dtype"]
+    others = [tensor for tensor in found.different if tensor.name not in told]
+    types = Counter((d.a.split()[0], d.b.split()[0]) for d in found.different if d.name in told and d.reason == "dtype")
+    for (one, other), count in types.items():
+        print_line(f"{_counted(count, 'tensor')} of another type: {one} in A, {other} in B")
     if others:
         rows = [(d.name, d.reason, d.a, d.b, *_largest(d)) for d in others]
         print_table(("name", "differs in", "a", "b", "max abs", "max rel"), rows, right=(4, 5))
@@ -131,9 +136,9 @@ def _print(found: Difference, layers: bool, sort: str | None, top: int | None) -
             print_line(f"only in {side}: {name}")
         if len(names) > _SHOWN_NAMES:
             print_line(f"only in {side}: {len(names) - _SHOWN_NAMES} more")
-    for settings, what in ((found.configuration, "configuration"), (found.state, "state")):
+    for settings, what in ((found.configuration, "configuration"), (found.state, "training state")):
         for setting in settings[:_SHOWN_NAMES]:
-            print_line(f"{what} {setting.name}: {_said(setting.a)} in A, {_said(setting.b)} in B")
+            print_line(f"{what}{f' {setting.name}' * (setting.name != what)}: {_said(setting)}")
         if len(settings) > _SHOWN_NAMES:
             print_line(f"{what}: {len(settings) - _SHOWN_NAMES} more differences")
     print_line(_verdict(found))
@@ -174,8 +179,15 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _said(value: str | None) -> str:
-    return "not said" if value is None else value
+def _said(setting: Setting) -> str:
+    if setting.a is not None and setting.b is not None:
+        return f"{setting.a} in A, {setting.b} in B"
+    side, value = ("A", setting.a) if setting.b is None else ("B", setting.b)
+    return f"only in {side}" + ("" if value in (None, "there") else f" ({value})")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def _verdict(found: Difference) -> str:
@@ -183,10 +195,12 @@ def _verdict(found: Difference) -> str:
     counts = f"{same} of {found.compared} tensors compared under {found.names} names are the same"
     if found.equal:
         return f"equal: {counts}" if found.complete else f"the weights are equal: {counts}"
-    others = (
-        (found.only_in_a, "only in A"),
-        (found.only_in_b, "only in B"),
-        (found.configuration, "differences of configuration"),
-        (found.state, "differences of state"),
-    )
-    return "; ".join([f"different: {counts}", *(f"{len(names)} {what}" for names, what in others if names)])
+    sides = [
+        f"{len(names)} only in {side}" for side, names in (("A", found.only_in_a), ("B", found.only_in_b)) if names
+    ]
+    settings = [
+        f"{_counted(len(those), 'difference')} of {what}"
+        for those, what in ((found.configuration, "configuration"), (found.state, "training state"))
+        if those
+    ]
+    return "; ".join([f"different: {counts}", *sides, *settings])

@@ -18,8 +18,10 @@ from anyckpt.operations.steps.configurations import Setting, Settings, compare_c
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
 from anyckpt.operations.steps.movement import Movement, Sums, by_layer, most_moved
+from anyckpt.operations.steps.state_tensors import state_tensors
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.operations.steps.tolerances import Tolerances
+from anyckpt.operations.steps.training_objects import compare_training_objects, positions
 from anyckpt.tensor import LazyTensor
 
 
@@ -62,9 +64,11 @@ class Difference:
         names: ``hub``, ``weights`` (stored names without their common prefix) or ``stored``.
         notes: what a user should know about the comparison.
         configuration: what the configurations say differently.
-        state: what of the state besides tensors differs; looked at with ``raw`` alone, or if there are no tensors.
+        state: what of the training state differs that is no tensor both have: where training stood, objects,
+            hyperparameters of optimizers, an optimizer or random states that one alone has.
         not_compared: what one of the two has, or both, that was not looked at.
-        complete: whether weights and configurations, and with ``raw`` all state, were compared.
+        complete: whether weights, configurations and training state were compared, but for what formats and layouts
+            keep each in its own way.
         movements: how far each tensor is from the other, if ``statistics`` asks for it, else None; not of tensors
             that differ in shape, nor of types that numpy cannot compute with.
     """
@@ -147,11 +151,13 @@ def diff(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Difference:
-    """Compare every weight of two checkpoints, and their configurations.
+    """Compare two checkpoints: every weight, what the configurations say, and the training state.
 
     Weights meet under their Megatron-Core names where the model family of both is known, so formats, shards, fused
     tensors and the padding of the vocabulary do not matter; else under their stored names.  Parts of a larger model
     that no rule knows meet under their own.  Configurations are compared by what they mean where that is known.
+    Optimizers' state meets by parameter, whatever form it is kept in (``optimizer.exp_avg.<weight's name>``), and what
+    only one of the two has is a difference.
 
     Args:
         a: a path, or a checkpoint that is open.
@@ -163,9 +169,8 @@ def diff(
         atol: absolute tolerance, likewise.
         tensors: glob or globs of the names that are compared; all that is no tensor is left aside then.
         statistics: tell how far each tensor moved, those that are equal too (``Difference.movements``).
-        raw: compare all tensors, training state included, under their stored names, objects, and the configuration's
-            keys as they are.
-        weights_only: leave aside all that is no tensor.
+        raw: compare all tensors and objects under their stored names, and the configuration's keys as they are.
+        weights_only: leave aside configurations and training state.
         workers: threads; as many as processors, up to 4, if None.
         progress: called with (bytes done, bytes to do) of the second checkpoint, from any thread.
 
@@ -177,7 +182,6 @@ def diff(
     """
     tolerances = Tolerances.of(rtol, atol)
     globs = as_patterns(tensors)
-    weights_only = weights_only or bool(globs)
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
     if not raw:
@@ -186,8 +190,17 @@ def diff(
     names = (None if raw else adapter_names(first, second)) or common_names(first, second, raw=raw)
     notes = [*names.notes, *(_with_tied_heads(names, first.path, second.path) if names.kind == "hub" else ())]
     left_out: list[str] = []
+    state: list[Setting] = []
+    complete = not (weights_only or globs)
+    by_parameter = True
     if raw:
         names = _with_optimizers(names, first, second, left_out)
+    elif not weights_only:
+        training = state_tensors(first, second, names)
+        names = replace(names, a={**names.a, **training.a}, b={**names.b, **training.b})
+        by_parameter, complete = training.by_parameter, complete and training.complete
+        state += () if globs else training.different
+        left_out += training.not_compared
     if globs:
         names = _chosen(names, globs)
     shared = [name for name in names.a if name in names.b]
@@ -201,15 +214,25 @@ def diff(
         )
     pairs = [(name, names.a[name], names.b[name]) for name in shared]
     different, movements = _compare_all(pairs, tolerances, statistics, workers, progress)
-    settings = Settings() if weights_only else compare_configurations(first, second, names.models, raw=raw)
-    if settings.obstacle is not None:
-        left_out.append(f"the configurations: {settings.obstacle}")
-    obstacles = bool(left_out)
-    state: tuple[Setting, ...] = ()
-    if not weights_only and (raw or not (names.a or names.b)):
-        state = (*_positions(first, second), *_objects(first, second, with_tensors=obstacles))
-    else:
+    settings = Settings()
+    if weights_only or globs:
         left_out += _state_aside(first, second)
+    else:
+        settings = compare_configurations(first, second, names.models, raw=raw)
+        if settings.obstacle is not None and bool(first.config) != bool(second.config):
+            there = ["there" if checkpoint.config else None for checkpoint in (first, second)]
+            settings = Settings((*settings.different, Setting("configuration", there[0], there[1])))
+        if settings.obstacle is not None:
+            left_out.append(f"the configurations: {settings.obstacle}")
+        if raw:
+            state += (*positions(first, second), *_objects(first, second, with_tensors=bool(left_out)))
+            complete = complete and not left_out
+        else:
+            configured = settings.obstacle is None and bool(first.config and second.config)
+            objects = compare_training_objects(first, second, by_parameter=by_parameter, configured=configured)
+            state += objects.different
+            left_out += objects.not_compared
+            complete = complete and settings.obstacle is None
     left_out += _files_aside(first, second)
     return Difference(
         len(shared),
@@ -219,9 +242,9 @@ def diff(
         names.kind,
         tuple(notes),
         settings.different,
-        state,
+        tuple(state),
         tuple(left_out),
-        not obstacles and not weights_only,
+        complete,
         tuple(movements) if statistics else None,
     )
 
@@ -229,7 +252,7 @@ def diff(
 def _with_optimizers(names: CommonNames, a: Checkpoint, b: Checkpoint, left_out: list[str]) -> CommonNames:
     """With the moments of optimizers that are no tensors of their checkpoint, because its files are of ranks."""
     found = []
-    for checkpoint, tensors in ((a, names.a), (b, names.b)):
+    for checkpoint in (a, b):
         slots: dict[str, LazyTensor] = {}
         if checkpoint.optimizer is not None and len(checkpoint.weights()) == len(checkpoint.tensors):
             try:
@@ -237,16 +260,10 @@ def _with_optimizers(names: CommonNames, a: Checkpoint, b: Checkpoint, left_out:
                     slots.update({f"optimizer.{slot}.{name}": tensor for name, tensor in own.items()})
             except AnyckptError as error:
                 left_out.append(f"the optimizer's state of {checkpoint.path} by parameter: {error}")
-        found.append({**tensors, **slots})
-    return replace(names, a=found[0], b=found[1])
-
-
-def _positions(a: Checkpoint, b: Checkpoint) -> Iterator[Setting]:
-    """Where training stood."""
-    for field in ("step", "epoch", "consumed_samples"):
-        one, other = getattr(a.training, field), getattr(b.training, field)
-        if one != other:
-            yield Setting(field, *(None if value is None else str(value) for value in (one, other)))
+        found.append(slots)
+    if left_out:
+        return names
+    return replace(names, a={**names.a, **found[0]}, b={**names.b, **found[1]})
 
 
 def _objects(a: Checkpoint, b: Checkpoint, *, with_tensors: bool) -> Iterator[Setting]:
@@ -258,10 +275,11 @@ def _objects(a: Checkpoint, b: Checkpoint, *, with_tensors: bool) -> Iterator[Se
 
 
 def _state_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """What is training state, or objects, of either side."""
-    held = any(c.objects or c.optimizer is not None or len(c.weights()) < len(c.tensors) for c in (a, b))
-    if held:
-        yield "state besides the weights, which --raw compares"
+    """What is no tensor, or no weight, and was not asked for."""
+    if any(c.config for c in (a, b)):
+        yield "the configurations, as asked"
+    if any(c.objects or c.optimizer is not None or len(c.weights()) < len(c.tensors) for c in (a, b)):
+        yield "training state, as asked"
 
 
 def _files_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:

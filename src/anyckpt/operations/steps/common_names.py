@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
@@ -12,6 +12,7 @@ from anyckpt.models import Hub, Model
 from anyckpt.models.dialects import spellings as dialects
 from anyckpt.operations.steps.full_precision import obstacle, seen_in_full_precision
 from anyckpt.operations.steps.naming import identify
+from anyckpt.operations.steps.recorded_renaming import Renaming
 from anyckpt.tensor import LazyTensor
 
 
@@ -25,6 +26,9 @@ class CommonNames:
         kind: ``hub``, ``weights`` or ``stored``.
         notes: what a user should know.
         models: what both are, if that is known.
+        renamings: what brings each one's weights under these names, and other tensors of weights' shapes likewise;
+            None if they keep their names.
+        rows: common name -> rows of it that are not padding, where there is padding.
     """
 
     a: dict[str, LazyTensor]
@@ -32,6 +36,13 @@ class CommonNames:
     kind: str
     notes: tuple[str, ...] = ()
     models: tuple[Model, Model] | None = None
+    renamings: tuple[Renaming, Renaming] | None = None
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def trimmed(self, name: str, tensor: LazyTensor) -> LazyTensor:
+        """What a weight has beside it (a moment, a master) without the rows that only pad the vocabulary."""
+        rows = self.rows.get(name)
+        return tensor if rows is None or tensor.shape[0] <= rows else tensor.narrow(0, 0, rows)
 
 
 def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
@@ -53,7 +64,9 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
     try:
         models_of = _identify_both(a, b)
         if models_of is not None:
-            return _hub_names(models.to_hub(a, models_of[0]), models.to_hub(b, models_of[1]))
+            renamings = _by_hub(a, models_of[0]), _by_hub(b, models_of[1])
+            found = _hub_names(models.to_hub(a, models_of[0]), models.to_hub(b, models_of[1]))
+            return replace(found, renamings=renamings)
         why = "the model family of one side is unknown"
     except MappingError as error:
         if a.quantization is not None and b.quantization is not None:
@@ -62,9 +75,23 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
             why = f"they do not fit the model family: {obstacle(a) or obstacle(b) or error}"
     kinds = [c.dialect or dialects.detect(c.weights()) for c in (a, b)]
     first, second = a.weights(), b.weights()
+    note = f"compared under stored names, because {why}"
     if kinds[0] != kinds[1] and all(map(dialects.is_megatron, kinds)):
-        first, second = dialects.to_hub_names(first)[0], dialects.to_hub_names(second)[0]
-    return CommonNames(first, second, "weights", (f"compared under stored names, because {why}",))
+        renamings = Renaming(_by_dialect, first, whole=False), Renaming(_by_dialect, second, whole=False)
+        return CommonNames(_by_dialect(first), _by_dialect(second), "weights", (note,), renamings=renamings)
+    return CommonNames(first, second, "weights", (note,))
+
+
+def _by_dialect(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    return dialects.to_hub_names(tensors)[0]
+
+
+def _by_hub(checkpoint: Checkpoint, model: Model) -> Renaming:
+    def rename(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        hub = models.to_hub(checkpoint.with_weights(tensors), model)
+        return {**hub.tensors, **_parts(hub)}
+
+    return Renaming(rename, checkpoint.weights(), whole=False)
 
 
 def _identify_both(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
@@ -88,6 +115,7 @@ def _hub_names(a: Hub, b: Hub) -> CommonNames:
     if sizes:
         notes.append(f"the vocabularies differ: {' and '.join(map(str, sorted(sizes)))} tokens, padding aside")
     padding = 0
+    kept = {}
     for rule in a.model.definition.rules:
         name = rule.hub
         if size is None or not rule.of_vocabulary or name not in first or name not in second:
@@ -96,9 +124,10 @@ def _hub_names(a: Hub, b: Hub) -> CommonNames:
         if min(rows) >= size:
             first[name], second[name] = (side[name].narrow(0, 0, size) for side in (first, second))
             padding = max(padding, max(rows) - size)
+            kept[name] = size
     if padding:
         notes.append(f"rows beyond the vocabulary of {size} tokens, up to {padding}, are padding and not compared")
-    return CommonNames(first, second, "hub", tuple(notes), (a.model, b.model))
+    return CommonNames(first, second, "hub", tuple(notes), (a.model, b.model), rows=kept)
 
 
 def _parts(hub: Hub) -> dict[str, LazyTensor]:

@@ -22,7 +22,9 @@ _CHUNK_BYTES = 1 << 20
 _NONE = object()
 
 
-def compare_objects(a: Mapping[str, Any], b: Mapping[str, Any], *, tensors: bool) -> Iterator[Setting]:
+def compare_objects(
+    a: Mapping[str, Any], b: Mapping[str, Any], *, tensors: bool, sequences_alike: bool = False
+) -> Iterator[Setting]:
     """Where the objects of two checkpoints differ, at most a thousand places.
 
     Nothing is executed: objects of classes are the same if they are built in the same way.
@@ -31,18 +33,19 @@ def compare_objects(a: Mapping[str, Any], b: Mapping[str, Any], *, tensors: bool
         a: name -> object.
         b: likewise.
         tensors: compare tensors inside them, too; otherwise they are compared by type and shape alone.
+        sequences_alike: a list is the same as a tuple of the same elements, as between formats.
     """
-    return islice(_walk(a, b, tensors), _MOST)
+    return islice(_walk(a, b, tensors, sequences_alike), _MOST)
 
 
-def _walk(a: Mapping[str, Any], b: Mapping[str, Any], tensors: bool) -> Iterator[Setting]:
+def _walk(a: Mapping[str, Any], b: Mapping[str, Any], tensors: bool, sequences_alike: bool) -> Iterator[Setting]:
     seen: set[tuple[int, int]] = set()
     todo: list[tuple[str, Any, Any]] = [
         (name, a.get(name, _NONE), b.get(name, _NONE)) for name in reversed(dict.fromkeys((*a, *b)))
     ]
     while todo:
         name, one, other = todo.pop()
-        if one is _NONE or other is _NONE or _kind(one) != _kind(other):
+        if one is _NONE or other is _NONE or _kind(one, sequences_alike) != _kind(other, sequences_alike):
             yield Setting(name, _text(one), _text(other))
             continue
         parts = _parts(one)
@@ -63,7 +66,9 @@ def _aligned(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> list[tuple[s
     return [(key, first.get(key, _NONE), second.get(key, _NONE)) for key in dict.fromkeys((*first, *second))]
 
 
-def _kind(obj: Any) -> str:
+def _kind(obj: Any, sequences_alike: bool) -> str:
+    if sequences_alike and isinstance(obj, tuple):
+        return "list"
     if isinstance(obj, (Record, DictRecord)):
         return obj.path if isinstance(obj, Record) else obj.type.path
     return type(obj).__name__
