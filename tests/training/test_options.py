@@ -204,6 +204,17 @@ def test_names_of_nemos_configurations() -> None:
         format="megatron-core", parallel_save=False, parallel_load=True, workers=4, assume_constant_structure=True
     )
     assert Options.of(nemo1) == wanted
+    assert Options.of({"dist_ckpt_parallel_dist_opt": False, "exchange_algo": "gather_rounds"}) == Options(
+        parallel_optimizer=False, exchange="round-robin"
+    )
+    optimizer = {"ckpt_parallel_save_optim": True, "ckpt_save_optimizer": False, "ckpt_load_optimizer": False}
+    assert Options.of({**optimizer, "ckpt_load_main_params": False, "exchange_algo": "gather_object"}) == Options(
+        save_optimizer=False, load_optimizer=False, exchange="all-gather"
+    )
+    with pytest.raises(UsageError, match="ckpt_load_main_params.*copy its main parameters"):
+        Options.of({"ckpt_load_main_params": True})
+    with pytest.raises(UsageError, match="exchange so.*one of broadcast, all-gather, round-robin.*'gossip'"):
+        Options(exchange="gossip")
     nemo2 = {"save_ckpt_format": "zarr", "ckpt_load_strictness": Strict(), "ckpt_parallel_save_within_dp": True}
     assert Options.of(nemo2, data_parallel_group="group") == Options(
         format="megatron-core-zarr", strictness="raise_all", within="group"
@@ -252,3 +263,127 @@ def test_a_group_of_ranks_saves_and_loads_by_itself(tmp_path: Path) -> None:
     found = on_ranks(3, some_ranks, str(tmp_path))
     assert found[0] is None
     assert max(found[1], found[2]) - min(found[1], found[2]) == 30 * 4  # one has read what both have
+
+
+def exchanged(path: str, exchange: str) -> Any:
+    """What all ranks load alike, and what two of three do, in any order of memory; which collectives passed it on."""
+    import torch
+    import torch.distributed as dist
+
+    import anyckpt.torch
+    from anyckpt.torch import passing
+
+    passing._ROUND_BYTES = 1 << 15
+    rank, calls = dist.get_rank(), []
+
+    def counting(name: str, call: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return call(*arguments, **options)
+
+        return counted
+
+    for name in ("broadcast", "all_gather", "isend"):
+        setattr(dist, name, counting(name, getattr(dist, name)))
+    wanted: dict[str, Any] = {f"small{n}": torch.zeros(5, dtype=torch.bfloat16) for n in range(20)}
+    wanted |= {"large": torch.zeros(3000), "turned": torch.zeros(7, 40).t(), "scalar": torch.zeros(())}
+    wanted |= {"two": torch.zeros(11)} if rank else {}
+    report = anyckpt.torch.load(wanted, path, parallel_load=True, exchange=exchange)
+    stored = anyckpt.torch.load(path)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in wanted.items())
+    return report.bytes_read, calls
+
+
+def test_what_one_rank_read_is_exchanged_in_the_way_that_is_asked_for(tmp_path: Path) -> None:
+    import torch
+
+    import anyckpt.torch
+
+    state: dict[str, Any] = {f"small{n}": torch.full((5,), float(n + 1), dtype=torch.bfloat16) for n in range(20)}
+    state |= {"large": torch.arange(3000.0), "turned": torch.arange(280.0).reshape(40, 7), "scalar": torch.tensor(4.0)}
+    anyckpt.torch.save({**state, "two": torch.arange(11.0)}, tmp_path / "x.safetensors", format="safetensors")
+    path = str(tmp_path / "x.safetensors")
+    found = {way: on_ranks(3, exchanged, path, way) for way in anyckpt.torch.options.EXCHANGES}
+    sizes = {way: sum(nbytes for nbytes, _ in ranks) for way, ranks in found.items()}
+    assert len(set(sizes.values())) == 1  # each byte is read by one
+    assert {name for _, calls in found["broadcast"] for name in calls} == {"broadcast", "isend"}
+    for way in ("all-gather", "round-robin"):
+        assert {name for _, calls in found[way] for name in calls} == {"all_gather"}
+        assert len({len(calls) for _, calls in found[way]}) == 1
+    rounds = {way: len(ranks[0][1]) for way, ranks in found.items()}
+    assert rounds["all-gather"] < rounds["round-robin"]
+
+
+def optimizer_saved(path: str, settings: dict[str, Any]) -> int:
+    import torch
+
+    import anyckpt.torch
+
+    state = {
+        "model": {f"w{n}": torch.ones(MIB // 4) for n in range(2)},
+        "optimizer": {"state": {n: {"exp_avg": torch.ones(MIB // 4)} for n in range(2)}, "step": 3},
+    }
+    return anyckpt.torch.save(state, path, **settings).bytes_written
+
+
+def test_copies_of_an_optimizers_state_are_shared_out_or_left_to_the_first(tmp_path: Path) -> None:
+    shared = on_ranks(2, optimizer_saved, str(tmp_path / "shared"), {})
+    assert all(2 * MIB < nbytes < 2.2 * MIB for nbytes in shared)
+    first, second = on_ranks(2, optimizer_saved, str(tmp_path / "first"), {"parallel_optimizer": False})
+    assert 2 * MIB <= first < 2.2 * MIB  # the optimizer's, so that the other writes the weights
+    assert 2 * MIB <= second < 2.2 * MIB
+    from anyckpt.engine.manifest import read_manifest
+
+    manifest = read_manifest(str(tmp_path / "first"))
+    assert manifest is not None
+    assert {one.file for one in manifest.entries if "exp_avg" in one.name} == {"__0_0.distcp"}
+
+
+def test_an_optimizers_state_is_left_out_or_left_alone(tmp_path: Path) -> None:
+    import torch
+
+    import anyckpt
+    import anyckpt.torch
+
+    def made() -> Any:
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return {"model": model, "opt": optimizer, "optim": {"x": torch.ones(2), "n": 1}, "step": 4}
+
+    first = made()
+    anyckpt.torch.save(first, tmp_path / "all")
+    anyckpt.torch.save(first, tmp_path / "weights", save_optimizer=False)
+    assert set(anyckpt.open(tmp_path / "weights")) == {"model.weight", "model.bias"}
+    assert set(anyckpt.torch.load(tmp_path / "weights")) == {"model", "step"}
+    for path in ("all", "weights"):
+        other = made()
+        moments = other["opt"].state_dict()["state"][0]["exp_avg"].clone()
+        other["optim"]["x"].fill_(7)
+        other["step"] = 0
+        report = anyckpt.torch.load(other, tmp_path / path, load_optimizer=False, strictness="raise_all")
+        assert not report.missing and not report.unexpected
+        assert torch.equal(other["model"].weight, first["model"].weight) and other["step"] == 4
+        assert torch.equal(other["opt"].state_dict()["state"][0]["exp_avg"], moments)
+        assert other["optim"]["x"].tolist() == [7, 7]
+
+
+def test_tensors_go_to_the_device_that_is_asked_for(tmp_path: Path) -> None:
+    import torch
+
+    import anyckpt.torch
+    from anyckpt.torch.megatron import ShardedTensor
+    from anyckpt.torch.megatron.state import memory_of
+
+    anyckpt.torch.save({"w": torch.arange(6.0), "n": {"e": torch.empty(0, 2)}}, tmp_path / "x")
+    mapped, own = anyckpt.torch.load(tmp_path / "x"), anyckpt.torch.load(tmp_path / "x", device="cpu", workers=1)
+    assert torch.equal(mapped["w"], own["w"]) and own["n"]["e"].shape == (0, 2)
+    file = next((tmp_path / "x").glob("*.distcp"))
+    file.write_bytes(bytes(file.stat().st_size))
+    assert own["w"].tolist() == [0, 1, 2, 3, 4, 5]  # not the file's pages
+    entity = ShardedTensor("w", None, torch.float32, (6,), (6,), (0,), (1,))
+    assert memory_of(entity, "meta").device.type == "meta"  # where there is an accelerator, its memory
+    assert anyckpt.torch.Options.of({"dist_ckpt_load_on_device": False}).device is None
+    expected = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else None
+    assert anyckpt.torch.Options.of({"ckpt_load_directly_on_device": True}).device == expected

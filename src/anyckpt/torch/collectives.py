@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from anyckpt.errors import AnyckptError
 from anyckpt.indexing import Array
-from anyckpt.torch.memory import bytes_of
 
 T = TypeVar("T")
 
@@ -165,25 +164,21 @@ class Ranks:
         return arrived
 
     def distribute(self, tensors: Sequence[tuple[int, Sequence[int], torch.Tensor | None]]) -> None:
-        """Tensors handed on by those that have them; all ranks call it, with the same ranks in the same order.
+        """Bytes in the host's memory handed on by those that have them; all ranks call it, in the same order.
 
         Args:
-            tensors: for each, who has it, who gets it, and on these ranks the tensor itself, which is filled in place.
+            tensors: for each, who has it, who gets it, and on these ranks its bytes, one axis, which are filled in
+                place.
 
         Raises:
             RankError: a rank did not come.
         """
         group: Any = self.group or dist.group.WORLD
         waiting: list[Any] = []
-        filled: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            for source, targets, tensor in tensors:
-                if tensor is None or (self.rank != source and self.rank not in targets):
+            for source, targets, data in tensors:
+                if data is None or (self.rank != source and self.rank not in targets):
                     continue
-                plain = tensor.contiguous()
-                if self.rank != source and plain.data_ptr() != tensor.data_ptr():
-                    filled.append((tensor, plain))
-                data = bytes_of(plain)
                 if len(targets) == self.size - 1:
                     waiting.append(dist.broadcast(data, dist.get_global_rank(group, source), group, async_op=True))
                 elif self.rank == source:
@@ -193,13 +188,31 @@ class Ranks:
             for one in waiting:
                 one.wait()
         except RuntimeError as failure:
-            raise RankError(
-                "a rank did not pass on or take what it shares with others, and this one stops",
-                found=str(failure).splitlines()[0][:200],
-                remedy="look at the other ranks' output: one of them failed or is gone",
-            ) from failure
-        for tensor, plain in filled:
-            tensor.copy_(plain)
+            raise _not_passed_on(failure) from failure
+
+    def all_gather(self, data: torch.Tensor) -> list[torch.Tensor]:
+        """The bytes of every rank on all of them, in the order of the ranks.
+
+        Args:
+            data: in the host's memory, one axis, of one length on all ranks.
+
+        Raises:
+            RankError: a rank did not come.
+        """
+        arrived = [torch.empty_like(data) for _ in range(self.size)]
+        try:
+            dist.all_gather(arrived, data, group=self.group or dist.group.WORLD)
+        except RuntimeError as failure:
+            raise _not_passed_on(failure) from failure
+        return arrived
+
+
+def _not_passed_on(failure: RuntimeError) -> RankError:
+    return RankError(
+        "a rank did not pass on or take what it shares with others, and this one stops",
+        found=str(failure).splitlines()[0][:200],
+        remedy="look at the other ranks' output: one of them failed or is gone",
+    )
 
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:

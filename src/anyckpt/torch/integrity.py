@@ -19,7 +19,7 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, few
 from anyckpt.indexing import Shape
 from anyckpt.tensor.nodes import corners
-from anyckpt.torch.live import LiveState
+from anyckpt.torch.live import LiveState, is_of_optimizer
 from anyckpt.torch.objects import Frozen, frozen
 
 _SHOWN = 6
@@ -53,6 +53,7 @@ class RankRecord:
     pieces: tuple[PieceRecord, ...]
     objects: Mapping[str, ObjectRecord]
     paths: Mapping[str, tuple[Any, ...]]
+    optimizers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,17 @@ class Survey:
         tensors: name -> element type, shape and boxes, which cover the tensor once, in rising order.
         objects: name -> the object.
         paths: name -> keys that lead to it in the nested state.
+        optimizers: keys at the top under which there is an optimizer's state.
     """
 
     tensors: dict[str, tuple[DType, Shape, list[Box]]] = field(default_factory=dict)
     objects: dict[str, Frozen] = field(default_factory=dict)
     paths: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    optimizers: set[str] = field(default_factory=set)
+
+    def is_of_optimizer(self, name: str) -> bool:
+        """Whether a tensor is of an optimizer's state."""
+        return is_of_optimizer(name, self.paths, self.optimizers)
 
 
 def record_of(live: LiveState, rank: int, *, check_objects: bool = True) -> RankRecord:
@@ -101,7 +108,7 @@ def record_of(live: LiveState, rank: int, *, check_objects: bool = True) -> Rank
             value = frozen(one.name, one.value)
             digest = value.digest() if check_objects and one.replica is None else None
             objects[one.name] = ObjectRecord(value, digest, one.replica, one.cell)
-    return RankRecord(pieces, objects, live.paths)
+    return RankRecord(pieces, objects, live.paths, frozenset(live.optimizers))
 
 
 def survey(records: Sequence[RankRecord]) -> Survey:
@@ -113,6 +120,7 @@ def survey(records: Sequence[RankRecord]) -> Survey:
     """
     found = Survey()
     for record in records:
+        found.optimizers |= record.optimizers
         for name, path in record.paths.items():
             found.paths.setdefault(name, path)
     by_name: dict[str, list[tuple[int, PieceRecord]]] = {}

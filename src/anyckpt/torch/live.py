@@ -24,6 +24,7 @@ import torch
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import FormatError, UsageError
+from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.live import obstacle
 from anyckpt.torch.megatron.entities import has_entities
@@ -34,6 +35,8 @@ Path = tuple[Any, ...]
 Put = Callable[[Any], None]
 
 _DEEPEST = 100
+_CHAINED = ("chained_",)
+"""How names of several optimizers' states begin in Megatron-Core."""
 
 
 class Index(int):
@@ -118,7 +121,9 @@ class LiveState:
         finish: called when everything is loaded: what has to be put back as a whole (``load_state_dict``).
         replace_all: called when everything is loaded, with the objects of the checkpoint that all ranks have alike and
             the names that it lacks, by who takes all of these; None if objects are asked for by name.
-        owners: keys of what has ``state_dict`` and ``load_state_dict``.
+        owners: keys of what has ``state_dict`` and ``load_state_dict``, each with what ``finish`` calls for it.
+        optimizers: keys at the top under which there is an optimizer's state.
+        left_out: names that the state has and that nobody wants.
     """
 
     pieces: list[LivePiece] = field(default_factory=list)
@@ -127,6 +132,37 @@ class LiveState:
     finish: list[Callable[[], None]] = field(default_factory=list)
     replace_all: Callable[[Mapping[str, Any], Collection[str]], None] | None = None
     owners: list[str] = field(default_factory=list)
+    optimizers: set[str] = field(default_factory=set)
+    left_out: list[str] = field(default_factory=list)
+
+    def is_of_optimizer(self, name: str) -> bool:
+        """Whether a name is of an optimizer's state."""
+        return is_of_optimizer(name, self.paths, self.optimizers)
+
+    def leave_out_optimizer(self) -> None:
+        """Take no part of an optimizer's state."""
+        every = (*(piece.name for piece in self.pieces), *(one.name for one in self.objects))
+        self.left_out = list(dict.fromkeys(name for name in every if self.is_of_optimizer(name)))
+        out = set(self.left_out)
+        self.pieces = [piece for piece in self.pieces if piece.name not in out]
+        self.objects = [one for one in self.objects if one.name not in out]
+        self.paths = {name: path for name, path in self.paths.items() if name not in out}
+        kept = [number for number, key in enumerate(self.owners) if key not in self.optimizers]
+        self.finish = [self.finish[number] for number in kept]
+        self.owners = [self.owners[number] for number in kept]
+
+
+def is_of_optimizer(name: str, paths: Mapping[str, Path], optimizers: Collection[str]) -> bool:
+    """Whether a name is of an optimizer's state.
+
+    Args:
+        name: of a tensor or an object.
+        paths: name -> keys that lead to it, where it is nested.
+        optimizers: keys at the top under which there is an optimizer's state, besides the usual ones.
+    """
+    path = paths.get(name, (name,))
+    root = str(path[0]) if len(path) > 1 else name.partition(".")[0]
+    return root in optimizers or root in nesting.OPTIMIZERS or name.startswith(_CHAINED)
 
 
 Found = Sequence[LivePiece] | LiveObject
@@ -134,7 +170,7 @@ Kind = Callable[[str, Any, Put], Found | None]
 """What a leaf is, from its name by path, its value and what replaces it; None if it is of another kind."""
 
 
-def described(state: Mapping[str, Any], *, to_fill: bool = False) -> LiveState:
+def described(state: Mapping[str, Any], *, to_fill: bool = False, device: Any = None) -> LiveState:
     """What this rank has of a nested state dict.
 
     What has ``state_dict`` and ``load_state_dict`` at the top (a module, an optimizer) is taken by the first and, when
@@ -144,6 +180,7 @@ def described(state: Mapping[str, Any], *, to_fill: bool = False) -> LiveState:
     Args:
         state: nested dictionaries and lists of tensors and objects.
         to_fill: it is loaded into, not saved.
+        device: where memory is made for what is loaded and has none; the host's if None.
 
     Raises:
         UsageError: it is no mapping, two leaves have one name, or a tensor has no elements in memory that can be
@@ -159,7 +196,7 @@ def described(state: Mapping[str, Any], *, to_fill: bool = False) -> LiveState:
     if has_entities(state):
         from anyckpt.torch.megatron import state as megatron  # which is built of this module
 
-        return megatron.state_to_fill(state) if to_fill else megatron.live_state(state)
+        return megatron.state_to_fill(state, device) if to_fill else megatron.live_state(state)
     live = LiveState()
     for key, value in state.items():
         put = _setter(state, key)
@@ -167,6 +204,8 @@ def described(state: Mapping[str, Any], *, to_fill: bool = False) -> LiveState:
             inner = value.state_dict()
             live.finish.append(_giver(value, inner))
             live.owners.append(str(key))
+            if isinstance(value, torch.optim.Optimizer) or key in nesting.OPTIMIZERS:
+                live.optimizers.add(str(key))
             value = inner
         _walk(live, (key,), value, put)
     return live

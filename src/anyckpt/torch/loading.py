@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
+import torch
+
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, MappingError, UnsafeError, alike, few
 from anyckpt.formats.shared import nesting
@@ -24,11 +26,12 @@ from anyckpt.storage.requests import at_once
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.finding import Finder
-from anyckpt.torch.live import LiveObject, LivePiece, LiveState, described
+from anyckpt.torch.live import LiveObject, LivePiece, LiveState, described, is_of_optimizer
 from anyckpt.torch.objects import Thawing
 from anyckpt.torch.options import Options
 from anyckpt.torch.passing import pass_on, readers
-from anyckpt.torch.reading import check_fillable, filling
+from anyckpt.torch.reading import Target, check_fillable, filling, torch_dtype
+from anyckpt.torch.reading import fill as fill_targets
 from anyckpt.torch.saving import asked
 from anyckpt.views import TorchFiles
 
@@ -111,9 +114,17 @@ def load(
     """
     chosen = asked(options, settings)
     if path is None:
-        return _whole(open_checkpoint(state), classes)
+        if chosen.verify:
+            _check(state)
+        return _whole(open_checkpoint(state), classes, chosen)
     try:
-        return fill(lambda: described(state, to_fill=True), path, chosen, Ranks(group, timeout=chosen.timeout), classes)
+        return fill(
+            lambda: described(state, to_fill=True, device=chosen.device),
+            path,
+            chosen,
+            Ranks(group, timeout=chosen.timeout),
+            classes,
+        )
     finally:
         close_open_files()  # training goes on for long, and the checkpoint may be deleted meanwhile
 
@@ -136,7 +147,7 @@ def fill(
         share = readers([one.held for one in told], ranks) if options.parallel_load else None
         ranks.together(lambda: ready.read(None if share is None else share.own), "to the end of reading")
         if share is not None:
-            pass_on(share, ready.live.pieces, ranks)
+            pass_on(share, ready.live.pieces, ranks, options.exchange)
         ranks.together(lambda: ready.put_objects(classes), "to the end of a load")
     checkpoint = ready.checkpoint
     return LoadReport(checkpoint.path, checkpoint.format, count.nbytes, unexpected, missing)
@@ -173,6 +184,8 @@ class _Load:
 
     def __init__(self, live: LiveState, checkpoint: Checkpoint, options: Options) -> None:
         check_whole(checkpoint)
+        if not options.load_optimizer:
+            live.leave_out_optimizer()
         for piece in live.pieces:
             check_fillable(piece.name, piece.tensor)
         self.live = live
@@ -215,7 +228,7 @@ class _Load:
         unexpected = tuple(dict.fromkeys(name for one in told for name in one.unexpected))
         used = frozenset().union(*(one.wanted for one in told))
         taken = used if self.live.replace_all is None else {*used, *self._find.common()}
-        missing = tuple(name for name in self._find.names() if name not in taken)
+        missing = tuple(name for name in self._find.names() if name not in taken and not self._is_left(name))
         if mode == "ignore_all":
             return unexpected, missing
         if unexpected and mode in ("assume_ok_unexpected", "raise_unexpected", "raise_all"):
@@ -297,8 +310,15 @@ class _Load:
         for finish in self.live.finish:
             finish()
         if self.live.replace_all is not None:
-            common = {name: thawing.object(self.checkpoint.objects[name]) for name in self._find.common()}
-            self.live.replace_all(common, self._unexpected)
+            names = (name for name in self._find.common() if not self._is_left(name))
+            common = {name: thawing.object(self.checkpoint.objects[name]) for name in names}
+            self.live.replace_all(common, {*self._unexpected, *self.live.left_out})
+
+    def _is_left(self, name: str) -> bool:
+        """Whether it is of an optimizer whose state nobody wants."""
+        if self._options.load_optimizer:
+            return False
+        return is_of_optimizer(name, self.checkpoint.key_paths, self.live.optimizers)
 
 
 def _is_empty(value: Any) -> bool:
@@ -309,18 +329,25 @@ def _is_empty(value: Any) -> bool:
 # -- everything ----------------------------------------------------------------------------------------------
 
 
-def _whole(checkpoint: Checkpoint, classes: Iterable[Any]) -> dict[str, Any]:
+def _whole(checkpoint: Checkpoint, classes: Iterable[Any], options: Options) -> dict[str, Any]:
     """All that a checkpoint holds, nested as it was."""
     check_whole(checkpoint)
     files, thawing = TorchFiles(), Thawing(classes)
     values: dict[str, Any] = {}
     inert: list[str] = []
+    targets: list[Target] = []
     for name, tensor in checkpoint.tensors.items():
         try:
-            values[name] = files.tensor(tensor)
+            if options.device is None:
+                values[name] = files.tensor(tensor)
+                continue
+            kind = torch_dtype(name, tensor.dtype)
+            values[name] = torch.empty(tensor.shape, dtype=kind, device=options.device)
+            targets.append(Target(name, tensor, values[name]))
         except AnyckptError as error:
             error.path, error.tensor = error.path or checkpoint.path, error.tensor or name
             raise
+    fill_targets(targets, workers=options.workers)
     for name, value in checkpoint.objects.items():
         try:
             values[name] = thawing.object(value)

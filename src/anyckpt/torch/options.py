@@ -23,6 +23,9 @@ STRICTNESS = (
 )
 """Megatron-Core's words: *unexpected* is what the state has and the checkpoint lacks, *missing* the other way round."""
 
+EXCHANGES = ("broadcast", "all-gather", "round-robin")
+"""How ranks pass on what one of them has read: see ``passing.pass_on``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -32,6 +35,9 @@ class Options:
         format: ``dcp``, ``megatron-core`` (torch_dist), ``megatron-core-zarr``, or one in which tensors are whole:
             ``hf``, ``safetensors``, and ``torch``, a file of ``torch.save``.
         parallel_save: ranks that have copies of the same share the writing, evenly by bytes; False: the first has to.
+        parallel_optimizer: the same of an optimizer's state by itself; False: the first has to write all copies of it.
+        save_optimizer: write the optimizer's state (what is under ``optimizer``, ``optim`` and the like, or is an
+            optimizer of torch's); False: leave it out.
         within: the process group in which copies are shared, as this rank's data-parallel group; all ranks if None.
         workers: threads that write, and that read, on each rank.
         asynchronous: ``save`` returns when the state is copied, with a handle in its report (see ``async_save``); a
@@ -45,6 +51,12 @@ class Options:
         overwrite: replace what is there, when the new checkpoint is whole.
         max_shard_size: bytes per file where the format divides by size; None for its own default.
         parallel_load: every byte is read once by one rank, and passed to those that want it.
+        exchange: how, one of ``EXCHANGES``: ``broadcast`` gives each box to those that load it, one box after another;
+            ``all-gather`` gives everything to all, many boxes at a time; ``round-robin`` likewise, one box of each
+            rank at a time.
+        load_optimizer: fill the optimizer's state, as above; False: leave it as it is.
+        device: where tensors go that the load makes: all of ``load(path)``, which are copied there as they are read,
+            and those of sharded tensors without data; None for the files' own pages and the host's memory.
         strictness: what becomes of names that only the state or only the checkpoint has; one of ``STRICTNESS``.
         cast: take elements of another floating-point type, rounded; refused otherwise.
         verify: compare the checkpoint with its digests before anything is loaded.
@@ -56,6 +68,8 @@ class Options:
 
     format: str = "dcp"
     parallel_save: bool = True
+    parallel_optimizer: bool = True
+    save_optimizer: bool = True
     within: Any = None
     workers: int = 2
     asynchronous: bool = False
@@ -65,6 +79,9 @@ class Options:
     overwrite: bool = False
     max_shard_size: int | None = None
     parallel_load: bool = False
+    exchange: str = "broadcast"
+    load_optimizer: bool = True
+    device: Any = None
     strictness: str = "assume_ok_unexpected"
     cast: bool = False
     verify: bool = False
@@ -81,6 +98,10 @@ class Options:
         if self.strictness not in STRICTNESS:
             raise UsageError(
                 "there is no such strictness", expected=f"one of {', '.join(STRICTNESS)}", found=self.strictness
+            )
+        if self.exchange not in EXCHANGES:
+            raise UsageError(
+                "ranks do not exchange so", expected=f"one of {', '.join(EXCHANGES)}", found=repr(self.exchange)
             )
         if self.workers < 1:
             raise UsageError("at least one worker is needed", found=self.workers)
@@ -99,7 +120,14 @@ class Options:
         known = {field.name for field in fields(cls)}
         found: dict[str, Any] = {}
         for name, value in settings.items():
+            if name == _MAIN_PARAMS and not value:
+                continue
             own = ALIASES.get(name, name)
+            if name == _MAIN_PARAMS:
+                raise UsageError(
+                    f"{name} asks the optimizer of Megatron-Core for another state than is loaded here",
+                    remedy="load the optimizer's state, and copy its main parameters into the model",
+                )
             if own not in known:
                 raise UsageError(
                     f"unknown option {name!r}",
@@ -128,12 +156,21 @@ ALIASES = {
     "ckpt_async_save": "asynchronous",
     "dist_ckpt_assume_constant_structure": "assume_constant_structure",
     "ckpt_assume_constant_structure": "assume_constant_structure",
+    "dist_ckpt_parallel_dist_opt": "parallel_optimizer",
+    "ckpt_parallel_save_optim": "parallel_optimizer",
+    "ckpt_save_optimizer": "save_optimizer",
+    "ckpt_load_optimizer": "load_optimizer",
+    "dist_ckpt_load_on_device": "device",
+    "ckpt_load_directly_on_device": "device",
+    "exchange_algo": "exchange",
     "dist_ckpt_load_strictness": "strictness",
     "ckpt_load_strictness": "strictness",
 }
-"""NeMo 1's names (``dist_ckpt_*``) and NeMo 2's (``ckpt_*``) -> ours."""
+"""NeMo 1's names (``dist_ckpt_*``), NeMo 2's (``ckpt_*``) and Megatron-Core's (``exchange_algo``) -> ours."""
 
 _FORMATS = {"torch_dist": "megatron-core", "zarr": "megatron-core-zarr", "fsdp_dtensor": "dcp"}
+_EXCHANGES = {"gather_object": "all-gather", "gather_rounds": "round-robin"}
+_MAIN_PARAMS = "ckpt_load_main_params"
 
 
 def _translated(own: str, value: Any, data_parallel_group: Any) -> Any:
@@ -142,6 +179,10 @@ def _translated(own: str, value: Any, data_parallel_group: Any) -> Any:
     if own == "strictness":
         # NeMo 2 takes StrictHandling's members, and False for "say what differs and go on".
         return "log_all" if value is False else str(getattr(value, "value", value))
+    if own == "exchange":
+        return _EXCHANGES.get(value, value)
+    if own == "device" and isinstance(value, bool):
+        return _accelerator() if value else None
     if own == "within" and isinstance(value, bool):
         if value and data_parallel_group is None:
             raise UsageError(
@@ -149,3 +190,10 @@ def _translated(own: str, value: Any, data_parallel_group: Any) -> Any:
             )
         return data_parallel_group if value else None
     return value
+
+
+def _accelerator() -> str | None:
+    """The device of this process that computes, None if that is the host."""
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else None

@@ -198,6 +198,8 @@ def prepare(
             check_destination(destination, (), overwrite=options.overwrite, known=_AFTERWARDS)
             StagingDirectory(destination, overwrite=options.overwrite).clear()
         kept.append(describe())
+        if not options.save_optimizer:
+            kept[0].leave_out_optimizer()
         known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0])
         told = LiveState(objects=kept[0].objects) if known else kept[0]
         record = record_of(told, ranks.rank, check_objects=options.check_objects and not known)
@@ -220,7 +222,8 @@ def prepare(
 
     def lay_out() -> tuple[Laid, Plan]:
         everything = survey(records)
-        share = shared_out(everything, parallel=options.parallel_save, together=groups)
+        alone = None if options.parallel_optimizer else everything.is_of_optimizer
+        share = shared_out(everything, parallel=options.parallel_save, together=groups, alone=alone)
         whole = whole_of(everything, share, live, ranks.rank, key)
         laid = Laid(options, whole.boxes, dict(everything.paths), whole.sources)
         return laid, laid.plan(whole.tensors, everything.objects)

@@ -6,7 +6,7 @@ Of the copies of a box one rank's is written; which, ``shared_out`` decides even
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,20 +92,28 @@ class Whole:
     sources: dict[tuple[str, Shape], LiveSource]
 
 
-def shared_out(survey: Survey, *, parallel: bool = True, together: Sequence[frozenset[int]] = ()) -> Share:
+def shared_out(
+    survey: Survey,
+    *,
+    parallel: bool = True,
+    together: Sequence[frozenset[int]] = (),
+    alone: Callable[[str], bool] | None = None,
+) -> Share:
     """Which rank writes which boxes: of several that have a copy, the one that has least to write so far.
 
     Args:
         survey: what all ranks have.
         parallel: False for the rank whose copy counts, and nobody else.
         together: groups of ranks that share the writing of their copies; all ranks if there are none.
+        alone: says of a tensor's name that of its copies the one that counts is written, whatever ``parallel`` says.
     """
     load: dict[int, int] = {}
     taken: dict[str, list[HeldBox]] = {name: [] for name in survey.tensors}
     shared: list[tuple[int, str, HeldBox, tuple[int, ...]]] = []
     for name, (dtype, _, boxes) in survey.tensors.items():
+        is_shared = parallel and (alone is None or not alone(name))
         for box in boxes:
-            ranks = _candidates(box, parallel, together)
+            ranks = _candidates(box, is_shared, together)
             if len(ranks) == 1:
                 load[ranks[0]] = load.get(ranks[0], 0) + math.prod(box.sizes) * dtype.itemsize
                 taken[name].append(HeldBox(box.offset, box.sizes, ranks[0]))

@@ -104,9 +104,13 @@ def live_state(state: Mapping[str, Any]) -> LiveState:
     return live
 
 
-def state_to_fill(state: Mapping[str, Any]) -> LiveState:
+def state_to_fill(state: Mapping[str, Any], device: Any = None) -> LiveState:
     """The same for loading.  At the end the state becomes what ``dist_checkpointing.load`` gives: what was loaded in
     place of entities, and the checkpoint's common state in place of the rest; what the checkpoint lacks is left out.
+
+    Args:
+        state: with entities, of which some may have no elements.
+        device: where memory is made for these.
 
     Raises:
         UsageError: the state is no dictionary that can be changed, or an entity's description does not fit its tensor.
@@ -117,7 +121,7 @@ def state_to_fill(state: Mapping[str, Any]) -> LiveState:
     live = LiveState()
     loaded: dict[int, Any] = {}
     for entity in parts.tensors():
-        loaded[id(entity)] = memory_of(entity)
+        loaded[id(entity)] = memory_of(entity, device)
         live.pieces += pieces_of(WithData(entity, loaded[id(entity)]))
         live.paths[entity.key] = (entity.key,)
     for entity in parts.objects():
@@ -136,13 +140,13 @@ def state_to_fill(state: Mapping[str, Any]) -> LiveState:
     return live
 
 
-def memory_of(entity: Any) -> torch.Tensor:
+def memory_of(entity: Any, device: Any = None) -> torch.Tensor:
     """The elements that are loaded into, made if there are none; zero where the checkpoint may have fewer."""
     run = getattr(entity, "flattened_range", None)
     data: torch.Tensor | None = entity.data
     if data is None:
         shape = tuple(entity.local_shape) if run is None else (run.stop - run.start,)
-        data = torch.empty(shape, dtype=entity.dtype)
+        data = torch.empty(shape, dtype=entity.dtype, device=device)
     data = _plain(data)
     return data.zero_() if entity.allow_shape_mismatch else data
 
