@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.merge import merge
     from anyckpt.operations.merge_lora import merge_lora
     from anyckpt.operations.migrate_config import MigratedConfig, migrate_config
+    from anyckpt.operations.quantize import quantize
     from anyckpt.operations.reshard import reshard
     from anyckpt.operations.save import save
     from anyckpt.operations.steps.joining import open_checkpoint as open
@@ -83,6 +84,7 @@ __all__ = [
     "migrate_config",
     "open",
     "pack",
+    "quantize",
     "reshard",
     "save",
     "unpack",
@@ -107,6 +109,7 @@ _WHERE = {
     "merge_lora": "operations.merge_lora",
     **dict.fromkeys(("MigratedConfig", "migrate_config"), "operations.migrate_config"),
     "open": "operations.steps.joining:open_checkpoint",
+    "quantize": "operations.quantize",
     "reshard": "operations.reshard",
     "save": "operations.save",
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),

@@ -18,6 +18,7 @@ import click
 _COMMANDS = {
     "inspect": "Say what is in a checkpoint.",
     "convert": "Convert a checkpoint to another format.",
+    "quantize": "Quantize a model, with calibration where it helps.",
     "reshard": "Change the parallel layout of a checkpoint and keep its format.",
     "average": "Average checkpoints of one model.",
     "merge": "Merge models: task arithmetic, SLERP, TIES, DARE, or a recipe of mergekit.",

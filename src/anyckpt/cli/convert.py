@@ -25,8 +25,8 @@ _SHOWN_LAYERS = 12
 
 OUTPUT = "What to write"
 MODEL = "What the model is"
-_QUANTIZED = "Quantizing"
-_RUN = "How to do it"
+QUANTIZED = "Quantizing"
+RUN = "How to do it"
 _WRITING = (
     option(
         "--dtype",
@@ -36,15 +36,15 @@ _WRITING = (
         help="Cast floating-point weights, and dequantize quantized ones: bf16, fp16 or fp32 (or bfloat16, float16, "
         "float32).",
     ),
-    option("--dry-run", title=_RUN, is_flag=True, help="Print the plan and write nothing."),
-    option("--overwrite", title=_RUN, is_flag=True, help="Replace an existing checkpoint, at the end."),
-    option("--resume", title=_RUN, is_flag=True, help="Continue what an interrupted run left."),
-    option("--force", title=_RUN, is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
-    option("--workers", title=_RUN, type=click.IntRange(min=1), metavar="N", help="Threads."),
-    option("--memory", title=_RUN, metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
+    option("--dry-run", title=RUN, is_flag=True, help="Print the plan and write nothing."),
+    option("--overwrite", title=RUN, is_flag=True, help="Replace an existing checkpoint, at the end."),
+    option("--resume", title=RUN, is_flag=True, help="Continue what an interrupted run left."),
+    option("--force", title=RUN, is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
+    option("--workers", title=RUN, type=click.IntRange(min=1), metavar="N", help="Threads."),
+    option("--memory", title=RUN, metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
     option(
         "--share",
-        title=_RUN,
+        title=RUN,
         metavar="I/N",
         help="Do the I-th of N parts; the last of N processes publishes DST.",
     ),
@@ -179,50 +179,77 @@ tokenizer_option = option(
 @option("--alpha", title="Adapters", type=float, metavar="X", help="LoRA: alpha, where the adapter does not say it.")
 @option(
     "--quantize",
-    title=_QUANTIZED,
+    title=QUANTIZED,
     metavar="ALGORITHM",
     shell_complete=completion.algorithms,
     help="hf, trtllm: quantize linear weights: fp8, fp8_per_channel, fp8_blocks, int8, int8_wo, int4, int4_wo, nvfp4, "
-    "mxfp4.",
+    "mxfp4; with --stats int8_sq, int4_awq, w4a8_awq.",
 )
 @option(
     "--quantize-form",
-    title=_QUANTIZED,
+    title=QUANTIZED,
     metavar="FORM",
     shell_complete=completion.forms,
     help="How quantized weights are stored: compressed-tensors, modelopt, fp8 (DeepSeek's), mxfp4 (GPT-OSS's).",
 )
 @option(
     "--group-size",
-    title=_QUANTIZED,
+    title=QUANTIZED,
     type=int,
     metavar="N",
-    help="int4: columns with one scale.  [default: 128]",
+    help="int4 and AWQ: columns with one scale.  [default: 128]",
 )
 @option(
     "--activation-scale",
-    title=_QUANTIZED,
+    title=QUANTIZED,
     type=float,
     metavar="X",
     help="Scale of activations, where the form stores it.",
 )
 @option(
     "--activation-scales",
-    title=_QUANTIZED,
+    title=QUANTIZED,
     metavar="PATH",
     shell_complete=completion.paths,
     help="Scales of activations by module: JSON, or a quantized model whose input_scale are taken.",
 )
 @option(
+    "--stats",
+    "statistics",
+    title=QUANTIZED,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="What calibration saw, as anyckpt quantize saves it; int8_sq, int4_awq and w4a8_awq need it.",
+)
+@option(
+    "--sq-alpha",
+    title=QUANTIZED,
+    type=float,
+    metavar="X",
+    help="int8_sq: how much moves into weights.  [default: 1.0]",
+)
+@option(
+    "--enable-kv-cache/--no-enable-kv-cache",
+    title=QUANTIZED,
+    default=None,
+    help="With --stats: scales of keys and values in 8 bits; by default as NeMo decides.",
+)
+@option(
+    "--decoder-type",
+    title=QUANTIZED,
+    metavar="NAME",
+    help="With --stats: NeMo's word for the family, such as llama or gpt.",
+)
+@option(
     "--quantize-exclude",
-    title=_QUANTIZED,
+    title=QUANTIZED,
     metavar="GLOB",
     multiple=True,
     help="Leave modules that match as they are.",
 )
 @option(
     "--report",
-    title=_QUANTIZED,
+    title=QUANTIZED,
     metavar="FILE",
     shell_complete=completion.paths,
     help="Write what quantizing did to every weight, as JSON or .html.",

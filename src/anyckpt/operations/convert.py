@@ -39,6 +39,7 @@ from anyckpt.tensor import LazyTensor
 
 if TYPE_CHECKING:
     from anyckpt.operations.steps.quantizing import Quantized
+    from anyckpt.quantization.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ def convert(
     group_size: int | None = None,
     activation_scale: float | None = None,
     activation_scales: str | os.PathLike[str] | Mapping[str, float] | None = None,
+    statistics: str | os.PathLike[str] | Statistics | None = None,
+    sq_alpha: float | None = None,
+    enable_kv_cache: bool | None = None,
+    decoder_type: str | None = None,
     quantize_exclude: str | Sequence[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
@@ -308,7 +313,13 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     if options.quantization is not None:
         from anyckpt.operations.steps.quantizing import quantize_checkpoint
 
-        quantized = quantize_checkpoint(ready, options.quantization, uncast)
+        calibration = None
+        if options.quantization.statistics is not None:
+            from anyckpt.operations.steps.calibrating import calibration_of
+
+            hub = under_hub_names(opened, options)
+            calibration = calibration_of(hub, ready, naming, options.quantization)
+        quantized = quantize_checkpoint(ready, options.quantization, uncast, calibration)
         ready = steps.take(quantized)
     ready = request.built(ready)
     if options.keeps_state:
@@ -334,6 +345,16 @@ def _called_as_asked(
     if options.keeps_state and (form is None or form.write is None) and given.keeps_state(source):
         return given.checkpoint, replace(renamed, notes=(*given.notes, *renamed.notes))
     return source, given.told(renamed, source)
+
+
+def under_hub_names(opened: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """The model under Hugging Face's names, in the types of the source, as calibration sees it.
+
+    Args:
+        opened: the source, as it is stored.
+        options: what the user asks of writing it elsewhere.
+    """
+    return prepared(opened, options.for_hub(quantized=opened.quantization is not None)).ready
 
 
 def _under_target_names(

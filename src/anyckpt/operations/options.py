@@ -20,12 +20,13 @@ from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
 from anyckpt.operations.steps.threads import Progress
-from anyckpt.operations.steps.user_files import read_config, read_scales
+from anyckpt.operations.steps.user_files import read_config, read_scales, read_statistics
 from anyckpt.operations.steps.user_names import Rename, parse_renames
 from anyckpt.operations.steps.writing import parse_share
 from anyckpt.units import parse_bytes
 
 if TYPE_CHECKING:
+    from anyckpt.quantization.statistics import Statistics
     from anyckpt.quantization.stored import Request
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,10 +55,16 @@ class ConvertOptions:
         quantize: one of ``quantization.forms.ALGORITHMS``: quantize the matrices of linear modules, where the target is
             ``hf`` or ``trtllm``.
         quantize_form: one of ``quantization.forms.FORMS``: how they are stored; the algorithm's usual one if None.
-        group_size: ``int4``: columns of a weight with one scale.
+        group_size: ``int4``, ``int4_awq``, ``w4a8_awq``: columns of a weight with one scale.
         activation_scale: the scale of every quantized activation, where the form stores it.
         activation_scales: the same by module, under the target's names: a dictionary, a JSON file of one, or a
             quantized model whose ``input_scale`` are taken; ``activation_scale`` is for the others.
+        statistics: what calibration saw of the model's activations: the file that ``anyckpt quantize`` saves, or its
+            contents; ``int8_sq``, ``int4_awq`` and ``w4a8_awq`` need them, others take scales of activations from them.
+        sq_alpha: ``int8_sq``: how much of activations' range moves into weights, from 0 to 1; 1 if None, as NeMo's.
+        enable_kv_cache: with statistics: store scales of keys and values in 8 bits; NeMo's choice if None.
+        decoder_type: with statistics: NeMo's word for the family; for ``gpt`` the cache stays as it is, and no scale of
+            activations is less than 0.01.
         quantize_exclude: glob or globs of modules that are not quantized, besides the output layer and routers.
         report: a file for what quantizing did to every weight: JSON, or a page if its name ends in ``.html``.
         keep_in_fp32: globs of weights that a cast leaves alone.
@@ -103,6 +110,10 @@ class ConvertOptions:
     group_size: int | None = None
     activation_scale: float | None = None
     activation_scales: str | os.PathLike[str] | Mapping[str, float] | None = None
+    statistics: str | os.PathLike[str] | Statistics | None = None
+    sq_alpha: float | None = None
+    enable_kv_cache: bool | None = None
+    decoder_type: str | None = None
     quantize_exclude: str | Sequence[str] | None = None
     report: str | os.PathLike[str] | None = None
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32
@@ -156,6 +167,10 @@ class ConvertOptions:
             "--group-size": self.group_size,
             "--activation-scale": self.activation_scale,
             "--activation-scales": self.activation_scales,
+            "--stats": self.statistics,
+            "--sq-alpha": self.sq_alpha,
+            "--enable-kv-cache": self.enable_kv_cache,
+            "--decoder-type": self.decoder_type,
             "--quantize-exclude": self.quantize_exclude,
             "--report": self.report,
         }
@@ -223,15 +238,39 @@ class ConvertOptions:
         if self.quantize is None:
             return None
         from anyckpt.operations.steps.quantizing import DEFAULT_GROUP
+        from anyckpt.quantization.forms import with_usual_cache
         from anyckpt.quantization.stored import Request
 
-        return Request(
+        asked = Request(
             self.quantize,
             self.quantize_form or (self.target.quantizes[0] if len(self.target.quantizes) == 1 else None),
             DEFAULT_GROUP if self.group_size is None else self.group_size,
             self.activation_scale,
             as_patterns(self.quantize_exclude),
             read_scales(self.activation_scales),
+            read_statistics(self.statistics),
+            1.0 if self.sq_alpha is None else self.sq_alpha,
+            self.enable_kv_cache,
+            self.decoder_type or "",
+        )
+        return with_usual_cache(asked)
+
+    def for_hub(self, *, quantized: bool) -> ConvertOptions:
+        """What is asked of the model where it is seen under Hugging Face's names, before anything is cast.
+
+        Args:
+            quantized: the source is, so that it has numbers in the type that is asked for only.
+        """
+        return ConvertOptions(
+            to="hf",
+            family=self.family,
+            config=self.config,
+            model_id=self.model_id,
+            include=self.include,
+            exclude=self.exclude,
+            dtype=self.dtype if quantized else None,
+            layout=LayoutRequest(vocab_size=self.request.vocab_size, rules=self.request.rules),
+            force=self.force,
         )
 
     def for_numbers(self) -> ConvertOptions:

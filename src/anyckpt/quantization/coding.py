@@ -25,9 +25,9 @@ _TINY = np.finfo(np.float32).tiny
 _PART_ELEMENTS = 1 << 18  # in which the few dozen calls that each part takes cost little
 _SHORT_BLOCK = 64  # runs of fewer elements are reduced faster across than along
 
-Packing = Literal["none", "rows", "columns", "words"]
-"""How codes lie: one in a byte; those of two rows or of two columns in one, the first in the low half; eight (or four
-of 8 bits) neighbours of a row in an int32, from its least bits on, with the least number as 0."""
+Packing = Literal["none", "rows", "unsigned rows", "columns", "words"]
+"""How codes lie: one in a byte; those of two rows (int8, or uint8) or of two columns in one, the first in the low half;
+eight (or four of 8 bits) neighbours of a row in an int32, from its least bits on, with the least number as 0."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class BlockCodes(BlockFunction):
 
     def outputs(self, shape: Shape) -> tuple[Output, ...]:
         ones = tuple(1 for _ in shape[:-2])
-        kind = {"none": self.numbers.dtype, "rows": dtype("int8"), "columns": _BYTE, "words": dtype("int32")}
-        return Output(kind[self.packing], (*ones, *self._packed())), Output(self.kind, (*ones, *self._sizes(shape)))
+        kind = {"none": self.numbers.dtype, "rows": dtype("int8"), "words": dtype("int32")}
+        return Output(kind.get(self.packing, _BYTE), (*ones, *self._packed())), Output(
+            self.kind, (*ones, *self._sizes(shape))
+        )
 
     def _sizes(self, shape: Shape) -> tuple[int, int]:
         return self.rows, max(1, shape[-1]) if self.columns is None else self.columns
@@ -72,7 +74,11 @@ class BlockCodes(BlockFunction):
     def _packed(self) -> tuple[int, int]:
         if self.packing == "words":
             return 1, self.codes_in_a_word
-        return {"none": (1, 1), "rows": (2, 1), "columns": (1, 2)}[self.packing]
+        return {"none": (1, 1), "columns": (1, 2)}.get(self.packing, (2, 1))
+
+    def elements(self, values: Array) -> Array:
+        """What is divided by the scales."""
+        return values
 
     @abstractmethod
     def scales(self, largest: Array) -> tuple[Array, Array]:
@@ -111,7 +117,7 @@ class BlockCodes(BlockFunction):
             numbers = buffer.view(np.float32).reshape(padded)
             if padded != values.shape:
                 numbers[...] = 0
-            np.copyto(numbers[:height, :width], values, casting="same_kind")
+            np.copyto(numbers[:height, :width], self.elements(values), casting="same_kind")
             blocks = numbers.reshape(padded[0] // rows, rows, padded[1] // columns, columns)
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 np.divide(blocks, divisors[:, None, :, None], out=blocks)
@@ -122,7 +128,7 @@ class BlockCodes(BlockFunction):
     def _pack(self, found: Array, codes: Array) -> None:
         if self.packing == "none":
             codes[: found.shape[0], : found.shape[1]] = found
-        elif self.packing == "rows":
+        elif self.packing in ("rows", "unsigned rows"):
             np.bitwise_and(found, 15, out=found)
             out = codes[: found.shape[0] // 2, : found.shape[1]]
             np.left_shift(found[1::2], 4, out=out)
@@ -169,9 +175,11 @@ class Scaled(BlockCodes):
 
     Attributes:
         over: what the largest magnitude is divided by; the largest number of the codes, or a little more.
+        first: a type to which elements are rounded before they are divided; scales are made of them as they are.
     """
 
     over: float
+    first: DType | None = None
 
     def scales(self, largest: Array) -> tuple[Array, Array]:
         some = np.maximum(largest, _TINY)
@@ -184,6 +192,9 @@ class Scaled(BlockCodes):
         least = np.array(1, self.kind.raw).view(stored.dtype)
         stored = np.where(stored > 0, stored, least)
         return stored, stored.astype(np.float32)
+
+    def elements(self, values: Array) -> Array:
+        return values if self.first is None else values.astype(self.first.numpy)
 
 
 @lru_cache(maxsize=32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from anyckpt.dtypes import DType
 from anyckpt.quantization.choosing import ASKED, Choice, is_asked
 from anyckpt.quantization.quantizing import Options
 from anyckpt.quantization.stored import Facts, Layout, Request
@@ -27,6 +28,12 @@ _BESIDE = {
 _NAMES = {"weight": "weight", "scale": "weights_scaling_factor", "scale_2": "weights_scaling_factor_2"}
 _STATIC, _INPUTS = "activation_scaling_factor", "prequant_scaling_factor"
 _PER_TOKEN = "--quantize fp8_per_channel"
+_CACHES = {f"{what}_cache_scaling_factor": what for what in ("k", "v", "kv")}
+_NVFP4_OVER = 6 * 448.0
+
+
+def _groups(request: Request, kind: DType) -> Options:
+    return Options(request.group_size)
 
 
 def _choose(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice:
@@ -46,12 +53,24 @@ def _choose(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice
     return Choice(tuple(weights), spared)
 
 
+def _choose_without_experts(tensors: Mapping[str, LazyTensor], exclude: Sequence[str]) -> Choice:
+    """Experts stay as they are: it is not known how TensorRT-LLM has them so."""
+    found = _choose(tensors, exclude)
+    experts = {name.removesuffix(".weight"): "experts" for name in found.weights if tensors[name].ndim > 2}
+    dense = tuple(name for name in found.weights if tensors[name].ndim == 2)
+    return Choice(dense, {**found.spared, **experts})
+
+
 def _facts(algorithm: str) -> Callable[[Request, Sequence[str]], Facts]:
     """What ``config.json`` says, in ModelOpt's order."""
 
     def facts(request: Request, spared: Sequence[str]) -> Facts:
-        stated: Facts = {"quant_method": "trtllm", "quant_algo": algorithm, "kv_cache_quant_algo": None}
-        if algorithm == "W4A16_AWQ":
+        stated: Facts = {
+            "quant_method": "trtllm",
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": request.cache_kind,
+        }
+        if algorithm in ("W4A16_AWQ", "W4A8_AWQ"):
             stated |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
         if algorithm == "NVFP4":
             stated["group_size"] = 16
@@ -72,6 +91,7 @@ TRTLLM = {
         unrounded=True,
         choose=_choose,
         key="",
+        caches=_CACHES,
     ),
     "fp8_per_channel": Layout(
         "fp8_per_channel",
@@ -89,9 +109,24 @@ TRTLLM = {
         static_needed=True,
         instead=_PER_TOKEN,
         inputs=_INPUTS,
+        over=127,
         unrounded=True,
         choose=_choose,
         key="",
+        caches=_CACHES,
+    ),
+    "int8_sq": Layout(
+        "int8_wo",
+        _NAMES,
+        _facts("W8A8_SQ_PER_CHANNEL"),
+        static=_STATIC,
+        inputs=_INPUTS,
+        smoothing="smoothquant",
+        over=127,
+        unrounded=True,
+        choose=_choose_without_experts,
+        key="",
+        caches=_CACHES,
     ),
     "int8_wo": Layout("", {}, _facts("W8A16"), choose=_choose, key=""),
     "int4_wo": Layout("", {}, _facts("W4A16"), choose=_choose, key=""),
@@ -99,11 +134,37 @@ TRTLLM = {
         "int4",
         _NAMES,
         _facts("W4A16_AWQ"),
-        lambda request, kind: Options(request.group_size),
+        _groups,
         inputs=_INPUTS,
         unrounded=True,
         choose=_choose,
         key="",
+    ),
+    "int4_awq": Layout(
+        "int4",
+        _NAMES,
+        _facts("W4A16_AWQ"),
+        _groups,
+        inputs=_INPUTS,
+        smoothing="awq",
+        unrounded=True,
+        choose=_choose,
+        key="",
+        caches=_CACHES,
+    ),
+    "w4a8_awq": Layout(
+        "int4",
+        _NAMES,
+        _facts("W4A8_AWQ"),
+        _groups,
+        static=_STATIC,
+        inputs=_INPUTS,
+        smoothing="awq",
+        second=_NAMES["scale_2"],
+        unrounded=True,
+        choose=_choose_without_experts,
+        key="",
+        caches=_CACHES,
     ),
     "nvfp4": Layout(
         "nvfp4",
@@ -114,9 +175,11 @@ TRTLLM = {
         instead=_PER_TOKEN,
         siblings=True,
         apart=True,
+        over=_NVFP4_OVER,
         unrounded=True,
         choose=_choose,
         key="",
+        caches=_CACHES,
     ),
 }
 """Algorithm -> how it is stored."""

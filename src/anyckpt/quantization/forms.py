@@ -28,6 +28,8 @@ from anyckpt.tensor import LazyTensor
 
 _PRODUCER = {"name": "modelopt", "version": "0.40.0"}
 """Whose layout it is: vLLM 0.11 takes a folder for ModelOpt's by this name only."""
+GPT = ("gpt", "gptnext")
+"""NeMo's words for decoders whose activations it treats otherwise."""
 MODELOPT_FILE = "hf_quant_config.json"
 """What ModelOpt writes beside ``config.json``."""
 
@@ -61,6 +63,7 @@ def layout_of(request: Request) -> Layout:
             remedy=f"choose another form with --quantize-form: {', '.join(forms_with(request.algorithm))}",
         )
     layout = FORMS[form][request.algorithm]
+    _check_calibrated(request, layout, form)
     if request.knows_activations:
         given = [request.activation_scale, *(request.activation_scales or {}).values()]
         wrong = next((scale for scale in given if scale is not None and not 0 < scale < float("inf")), None)
@@ -68,7 +71,7 @@ def layout_of(request: Request) -> Layout:
             raise UsageError("a scale of activations must be a positive number", found=wrong)
         if form == "compressed-tensors" and request.algorithm == "fp8":
             return replace(layout, static="input_scale")
-        if not layout.static:
+        if not layout.static and request.scales_given:
             raise UsageError(
                 f"{form} stores no scales of activations for {request.algorithm}",
                 found="--activation-scale",
@@ -80,6 +83,58 @@ def layout_of(request: Request) -> Layout:
             remedy=f"give it with --activation-scale (their largest magnitude over 127), or choose {layout.instead}",
         )
     return layout
+
+
+def _check_calibrated(request: Request, layout: Layout, form: str) -> None:
+    """Raise UsageError where statistics are needed and not given, or mean nothing, or have not what is needed."""
+    statistics = request.statistics
+    if statistics is None:
+        if layout.smoothing:
+            raise UsageError(
+                f"{request.algorithm} depends on activations, and none have been seen",
+                expected="statistics of calibration",
+                remedy="run anyckpt quantize with a text to calibrate with, or give what it saved with --stats",
+            )
+        return
+    if request.scales_given:
+        raise UsageError(
+            "scales of activations are given twice",
+            found="--stats with --activation-scale or --activation-scales",
+            remedy="leave one of them out",
+        )
+    if not (layout.static or layout.smoothing):
+        raise UsageError(
+            f"{request.algorithm} in the form {form} has nothing that activations decide",
+            found="calibration",
+            remedy="leave out --stats, or choose fp8, nvfp4, int8_sq, int4_awq or w4a8_awq",
+        )
+    if layout.smoothing == "awq" and statistics.group_size != request.group_size:
+        found = statistics.group_size
+        raise UsageError(
+            "the statistics have nothing of AWQ's search for groups of this size",
+            expected=f"--group-size {found}" if found else "statistics made for int4_awq or w4a8_awq",
+            found=request.group_size if found else "statistics without the search",
+            remedy="calibrate for this algorithm and group size",
+        )
+    if request.cache_kind == "INT8" and form != "trtllm":
+        raise UsageError(
+            f"{form} keeps no keys and values in 8-bit integers",
+            remedy="leave out --enable-kv-cache, or write --to trtllm",
+        )
+
+
+def with_usual_cache(request: Request) -> Request:
+    """The request with what NeMo 1 decides about keys and values where nothing is said.
+
+    From ``Quantizer`` of NeMo 2.0: 8 bits, but not for INT8 weights, nor for the decoders that it calls ``gpt``; nor,
+    of course, where the form or the model has none.
+    """
+    statistics = request.statistics
+    if request.cache is not None or statistics is None:
+        return request
+    layout = FORMS.get(request.form or usual_form(request.algorithm), {}).get(request.algorithm)
+    usual = "int8" not in request.algorithm and request.decoder not in GPT
+    return replace(request, cache=usual and bool(statistics.caches) and layout is not None and bool(layout.caches))
 
 
 def usual_form(algorithm: str) -> str:
@@ -209,10 +264,12 @@ def _modelopt(name: str, group: Mapping[str, Any] | None = None) -> Callable[[Re
         if group is not None:
             each = {"dynamic": False, **group}
             stated["config_groups"] = {"group_0": {"input_activations": each, "weights": each, "targets": ["Linear"]}}
+        kept = {} if request.cache_kind is None else {"kv_cache_scheme": {"dynamic": False, **_EIGHT_BIT_FLOATS}}
         return {
             **stated,
             "ignore": list(spared),
             "quant_algo": name,
+            **kept,
             "producer": _PRODUCER,
             "quant_method": "modelopt",
         }
@@ -221,13 +278,17 @@ def _modelopt(name: str, group: Mapping[str, Any] | None = None) -> Callable[[Re
 
 
 def _modelopt_file(facts: Facts, request: Request) -> str:
-    stated: Facts = {"quant_algo": facts["quant_algo"], "kv_cache_quant_algo": None}
+    stated: Facts = {"quant_algo": facts["quant_algo"], "kv_cache_quant_algo": request.cache_kind}
     if request.algorithm == "nvfp4":
         stated["group_size"] = 16
-    if request.algorithm == "int4":
-        stated |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": False}
+    if request.algorithm in _AWQ:
+        stated |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
     document = {"producer": _PRODUCER, "quantization": {**stated, "exclude_modules": facts["ignore"]}}
     return json.dumps(document, indent=4)
+
+
+def _smoothed(request: Request, kind: DType) -> Options:
+    return Options(request.group_size, first=kind, unsigned=True)
 
 
 def _single(scale: LazyTensor) -> tuple[int, ...]:
@@ -239,15 +300,21 @@ def _four_axes(scale: LazyTensor) -> tuple[int, ...]:
     return () if scale.size == 1 else (scale.shape[0], 1, scale.shape[1], 1)
 
 
+_AWQ = ("int4_awq", "w4a8_awq")
+_EIGHT_BIT_FLOATS = {"num_bits": 8, "type": "float"}
+_MODELOPT_CACHES = {"k_proj.k_scale": "k", "v_proj.v_scale": "v"}
+
 _MODELOPT = {
     "fp8": Layout(
         "fp8",
         _PLAIN,
-        _modelopt("FP8", {"num_bits": 8, "type": "float"}),
+        _modelopt("FP8", _EIGHT_BIT_FLOATS),
         lambda request, kind: Options(rounded=None if kind == "float32" else kind),
         {"scale": _single},
         static="input_scale",
         static_shape=(),
+        caches=_MODELOPT_CACHES,
+        cache_shape=(),
         file=_modelopt_file,
     ),
     "fp8_per_channel": Layout("fp8_per_channel", _PLAIN, _modelopt("FP8_PER_CHANNEL_PER_TOKEN"), file=_modelopt_file),
@@ -255,6 +322,49 @@ _MODELOPT = {
         "fp8_blocks", _PLAIN, _modelopt("fp8_pb_wo"), shapes={"scale": _four_axes}, file=_modelopt_file
     ),
     "int8_wo": Layout("int8_wo", _PLAIN, _modelopt("W8A16"), file=_modelopt_file),
+    "int8_sq": Layout(
+        "int8_wo",
+        _PLAIN,
+        _modelopt("W8A8_SQ_PER_CHANNEL"),
+        _smoothed,
+        static="input_scale",
+        static_shape=(),
+        inputs="pre_quant_scale",
+        smoothing="smoothquant",
+        over=127,
+        unrounded=True,
+        file=_modelopt_file,
+    ),
+    "int4_awq": Layout(
+        "int4",
+        _PLAIN,
+        _modelopt("W4A16_AWQ"),
+        _smoothed,
+        inputs="pre_quant_scale",
+        smoothing="awq",
+        folded=True,
+        unrounded=True,
+        caches=_MODELOPT_CACHES,
+        cache_shape=(),
+        file=_modelopt_file,
+    ),
+    "w4a8_awq": Layout(
+        "int4",
+        _PLAIN,
+        _modelopt("W4A8_AWQ"),
+        _smoothed,
+        static="input_scale",
+        static_shape=(),
+        inputs="pre_quant_scale",
+        smoothing="awq",
+        second="weight_scale_2",
+        folded=True,
+        siblings=True,
+        unrounded=True,
+        caches=_MODELOPT_CACHES,
+        cache_shape=(),
+        file=_modelopt_file,
+    ),
     "nvfp4": Layout(
         "nvfp4",
         {**_PLAIN, "scale_2": "weight_scale_2"},
@@ -262,6 +372,9 @@ _MODELOPT = {
         static="input_scale",
         static_shape=(),
         siblings=True,
+        over=6 * 448.0,
+        caches=_MODELOPT_CACHES,
+        cache_shape=(),
         file=_modelopt_file,
     ),
 }
@@ -303,6 +416,6 @@ FORMS: Mapping[str, Mapping[str, Layout]] = {
     "trtllm": TRTLLM,
 }
 """Form -> algorithm -> how it is stored."""
-_USUAL = {"fp8_blocks": "fp8"}
+_USUAL = {"fp8_blocks": "fp8"} | dict.fromkeys(("int8_sq", "int4_awq", "w4a8_awq"), "modelopt")
 ALGORITHMS = tuple(dict.fromkeys(name for layouts in FORMS.values() for name in layouts))
 """What may be asked for; ``int8`` has activations in 8 bits, too, when the model runs, and ``int8_wo`` has not."""

@@ -57,6 +57,9 @@ class Options:
         group_size: ``int4``: columns with one scale.
         together: ``fp8``, ``nvfp4``: weights, this one among them, that get one scale of the whole; itself alone if
             there are none.
+        first: ``int8_wo``, ``int4``: a type to which a weight is rounded before it is coded; scales are made of it as
+            it is.  ModelOpt's export to Hugging Face does so where it smoothed a weight.
+        unsigned: ``int4``: bytes are uint8, as ModelOpt has them for Hugging Face.
         rounded: ``fp8``: a type to which the weight over its scale is rounded before it is coded.  ModelOpt's export
             to Hugging Face divides in the weight's own type; its export to TensorRT-LLM does not (None).
         packed_words: ``int8_wo``, ``int4``: lay codes as compressed-tensors' ``pack-quantized`` does.
@@ -70,6 +73,8 @@ class Options:
 
     group_size: int = 128
     together: tuple[LazyTensor, ...] = ()
+    first: DType | None = None
+    unsigned: bool = False
     rounded: DType | None = None
     packed_words: bool = False
     wider: bool = False
@@ -138,12 +143,19 @@ def _function(algorithm: str, options: Options) -> BlockCodes:
     wider = 0.5 if options.wider else 0.0
     if algorithm == "int8_wo":
         return Scaled(
-            1, None, INT8, "words" if options.packed_words else "none", kind, options.name, INT8.largest + wider
+            1,
+            None,
+            INT8,
+            "words" if options.packed_words else "none",
+            kind,
+            options.name,
+            INT8.largest + wider,
+            options.first,
         )
-    packing: Packing = "words" if options.packed_words else "rows"
+    packing: Packing = "words" if options.packed_words else "unsigned rows" if options.unsigned else "rows"
     if options.group_size < 1:
         raise UsageError("a group must have columns", expected="at least 1", found=options.group_size)
-    return Scaled(1, options.group_size, INT4, packing, kind, options.name, INT4.largest + wider)
+    return Scaled(1, options.group_size, INT4, packing, kind, options.name, INT4.largest + wider, options.first)
 
 
 def _blocks(weight: LazyTensor, function: BlockCodes) -> dict[str, LazyTensor]:
@@ -156,7 +168,7 @@ def _blocks(weight: LazyTensor, function: BlockCodes) -> dict[str, LazyTensor]:
             remedy=("choose another --group-size, or " if function.numbers == INT4 else "")
             + "leave the module as it is with --quantize-exclude",
         )
-    if function.packing == "rows" and rows % 2:
+    if function.packing in ("rows", "unsigned rows") and rows % 2:
         raise UsageError(
             "two rows of 4-bit integers share a byte, and the last row is alone",
             expected="an even number of rows",

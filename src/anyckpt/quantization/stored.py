@@ -8,8 +8,10 @@ from typing import Any
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError
+from anyckpt.quantization.calibrated import Smoothing
 from anyckpt.quantization.choosing import Choice, choose_linear
 from anyckpt.quantization.quantizing import Options
+from anyckpt.quantization.statistics import Statistics
 from anyckpt.tensor import LazyTensor
 
 Facts = dict[str, Any]
@@ -26,6 +28,10 @@ class Request:
         activation_scale: the scale of every quantized activation, where it is stored; see ``Layout.static``.
         exclude: globs of modules that stay as they are.
         activation_scales: the same of modules by name, which go before the one for all; None if none are given.
+        statistics: what calibration saw of the model's activations; None if it was not calibrated.
+        alpha: of SmoothQuant.
+        cache: keep keys and values in 8 bits; None for what ``forms.with_usual_cache`` says.
+        decoder: NeMo's word for the family; "" if nobody said.
     """
 
     algorithm: str
@@ -34,11 +40,27 @@ class Request:
     activation_scale: float | None = None
     exclude: tuple[str, ...] = ()
     activation_scales: Mapping[str, float] | None = None
+    statistics: Statistics | None = None
+    alpha: float = 1.0
+    cache: bool | None = None
+    decoder: str = ""
 
     @property
     def knows_activations(self) -> bool:
         """Whether scales of activations are given."""
+        return self.scales_given or self.statistics is not None
+
+    @property
+    def scales_given(self) -> bool:
+        """Whether the user says them."""
         return self.activation_scale is not None or self.activation_scales is not None
+
+    @property
+    def cache_kind(self) -> str | None:
+        """How keys and values are kept, ``FP8`` or ``INT8``; None if it is as they are."""
+        if self.statistics is None or not self.cache:
+            return None
+        return "INT8" if self.algorithm in ("int8", "int8_sq") else "FP8"
 
     def scale_of(self, module: str) -> float:
         """The scale of what goes into a module; 1 if nothing is given.
@@ -70,6 +92,13 @@ class Layout:
         static_shape: of that scale; stacked experts have one in all, ``(1,)``.
         static_needed: 1 is no such scale for any model, so that one must be said.
         inputs: name of what the layer's inputs are multiplied by, which is stored as ones; "" if it is not.
+        smoothing: what moves from activations into weights before they are coded.
+        over: the largest code of activations, where ``static`` is stored: what their largest magnitude is divided by.
+        second: name of the scale of the whole weight in 8-bit floats, which W4A8 has beside its groups'; "".
+        folded: factors of inputs go into the normalization before, where others share it.
+        caches: what follows the name of an attention's module in that of a scale of its cache -> ``k``, ``v`` or
+            ``kv``, whose scale it is.
+        cache_shape: of these.
         unrounded: codes are made of the weights before they are cast to the type of those that are not quantized.
         apart: experts that lie in one tensor have a scale each where others have one of the whole tensor.
         choose: which weights are quantized, of the tensors and globs of modules to leave as they are.
@@ -91,6 +120,12 @@ class Layout:
     static_shape: tuple[int, ...] = (1,)
     static_needed: bool = False
     inputs: str = ""
+    smoothing: Smoothing = ""
+    over: float = 448.0
+    second: str = ""
+    folded: bool = False
+    caches: Mapping[str, str] = field(default_factory=dict)
+    cache_shape: tuple[int, ...] = (1,)
     unrounded: bool = False
     apart: bool = False
     choose: Callable[[Mapping[str, LazyTensor], Sequence[str]], Choice] = choose_linear

@@ -10,9 +10,12 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.quantization.calibrated import Calibration, scale
 from anyckpt.quantization.choosing import Choice, is_asked
-from anyckpt.quantization.forms import MODELOPT_FILE, layout_of
+from anyckpt.quantization.forms import GPT, MODELOPT_FILE, layout_of
+from anyckpt.quantization.largest import ScaleOfTensor, TensorScale, largest_in
 from anyckpt.quantization.quantizing import quantized
+from anyckpt.quantization.rounding import E4M3, INT8
 from anyckpt.quantization.stored import Facts, Layout, Request
 from anyckpt.tensor import Constant, LazyTensor, from_array, stack
 
@@ -49,7 +52,11 @@ class Written:
 
 
 def quantize(
-    tensors: Mapping[str, LazyTensor], request: Request, path: str, uncast: Mapping[str, LazyTensor] | None = None
+    tensors: Mapping[str, LazyTensor],
+    request: Request,
+    path: str,
+    uncast: Mapping[str, LazyTensor] | None = None,
+    calibration: Calibration | None = None,
 ) -> Written:
     """Weights as they are stored quantized; nothing is read.
 
@@ -58,6 +65,7 @@ def quantize(
         request: what is asked for.
         path: of the checkpoint, for messages.
         uncast: the same before they were cast, if they were; see ``Layout.unrounded``.
+        calibration: what was found by it, under the same names; None if the request has no statistics.
 
     Raises:
         UsageError: an option is not possible, or a weight cannot be quantized so, which is named.
@@ -79,15 +87,17 @@ def quantize(
         notes = (note, *_of_no_module(request, choice, tensors))
         return Written(dict(tensors), config, layout.key, {}, Choice((), choice.spared), {}, "", notes)
     values = tensors if uncast is None or not layout.unrounded else uncast
+    found = Calibration() if calibration is None else calibration
+    values = {**values, **found.values}
     result: dict[str, LazyTensor] = {}
     made: dict[str, tuple[str, ...]] = {}
     chosen = set(choice.weights)
     for name, weight in tensors.items():
         if name not in chosen:
-            result[name] = weight
+            result[name] = found.norms[name].cast(weight.dtype) if name in found.norms else weight
             continue
         try:
-            parts = _parts(name, weight, values, chosen, layout, request)
+            parts = _parts(name, weight, values, chosen, layout, request, found)
         except AnyckptError as error:
             error.tensor, error.path = name, path
             raise
@@ -96,6 +106,7 @@ def quantize(
             raise UsageError("a tensor has the name of a part of a quantized weight", path=path, tensor=clash)
         made[name] = tuple(parts)
         result.update(parts)
+    result.update(_caches(layout, request, found, tensors))
     files = {} if layout.file is None else {MODELOPT_FILE: layout.file(config, request)}
     numbers = _NUMBERS_OF.get(layout.algorithm, layout.algorithm)
     return Written(
@@ -115,6 +126,7 @@ def _parts(
     chosen: set[str],
     layout: Layout,
     request: Request,
+    calibration: Calibration,
 ) -> dict[str, LazyTensor]:
     """What a weight becomes, by name; its codes are made of what ``values`` has in its place."""
     options = replace(layout.options(request, weight.dtype), name=name)
@@ -133,14 +145,54 @@ def _parts(
     parts = {stem + ending: roles[role] for role, ending in layout.names.items() if role in roles}
     if "shape" in layout.names:
         parts[stem + layout.names["shape"]] = from_array(np.array(weight.shape, np.int64))
+    if layout.second:
+        largest = largest_in(options.together or (values[name],), options.names_together or (name,))
+        parts[stem + layout.second] = ScaleOfTensor(TensorScale(largest, E4M3.largest), layout.static_shape)
+    module = name.removesuffix(".weight")
     if layout.static:
-        scale = request.scale_of(name.removesuffix(".weight"))
-        one = from_array(np.array([scale], np.float32))
-        parts[stem + layout.static] = one.reshape(layout.static_shape if weight.ndim == 2 else (1,))
+        if request.statistics is None:
+            static = request.scale_of(module)
+        else:
+            least = request.decoder in GPT and request.algorithm in ("fp8", "int8_sq")
+            static = calibration.scale_of(module, layout.over, least)
+        parts[stem + layout.static] = _number(static, layout.static_shape if weight.ndim == 2 else (1,))
     if layout.inputs:
+        factors = calibration.factors_of(module, weight.dtype)
         columns = (*weight.shape[:-2], weight.shape[-1])
-        parts[stem + layout.inputs] = Constant(weight.dtype, columns, _one(weight.dtype))
+        if factors is not None:
+            spread = factors if weight.ndim == 2 else stack([factors] * weight.shape[0])
+            parts[stem + layout.inputs] = spread
+        elif module not in calibration.folded:
+            parts[stem + layout.inputs] = Constant(weight.dtype, columns, _one(weight.dtype))
     return parts
+
+
+def _number(value: float, shape: tuple[int, ...]) -> LazyTensor:
+    return from_array(np.array([value], np.float32)).reshape(shape)
+
+
+def _caches(
+    layout: Layout, request: Request, calibration: Calibration, tensors: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """The scales of keys and values that are kept in 8 bits: of floats at least 1, as ModelOpt has them."""
+    kind = request.cache_kind
+    if kind is None:
+        return {}
+    if not layout.caches or not calibration.caches:
+        raise UsageError(
+            "keys and values are not kept in 8 bits so",
+            expected="a form that stores their scales, and a model whose attention keeps them",
+            remedy="say --no-enable-kv-cache",
+        )
+    made: dict[str, LazyTensor] = {}
+    for module, (keys, values) in calibration.caches.items():
+        largest = {"k": keys, "v": values, "kv": max(keys, values)}
+        for end, what in layout.caches.items():
+            if "." in end and f"{module}.{end.rpartition('.')[0]}.weight" not in tensors:
+                end = end.rpartition(".")[2]  # of an attention whose keys have no module of their own
+            found = scale(largest[what], INT8.largest if kind == "INT8" else E4M3.largest)
+            made[f"{module}.{end}"] = _number(found if kind == "INT8" else max(found, 1.0), layout.cache_shape)
+    return made
 
 
 def _one(kind: DType) -> bytes:

@@ -12,6 +12,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.registry import Format
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.quantization import method_of
+from anyckpt.quantization.calibrated import Calibration
 from anyckpt.quantization.forms import ALGORITHMS, FORMS, MODELOPT_FILE, forms_with, layout_of, usual_form
 from anyckpt.quantization.stored import Request
 from anyckpt.quantization.written import Written, quantize
@@ -32,10 +33,12 @@ class Quantized(Stepped):
     Attributes:
         before: the weights that were quantized, by name.
         written: what became of them.
+        calibration: what calibration said of them, if there was one.
     """
 
     before: Mapping[str, LazyTensor] = field(default_factory=dict)
     written: Written | None = None
+    calibration: Calibration | None = None
 
 
 def check_request(request: Request | None, target: Format, others: Mapping[str, Any], *, keeps_state: bool) -> None:
@@ -78,7 +81,7 @@ def check_request(request: Request | None, target: Format, others: Mapping[str, 
     if layout.algorithm != "int4" and others.get("--group-size") is not None:
         raise UsageError(
             f"--group-size means nothing with --quantize {request.algorithm}, whose scales are of a fixed size",
-            expected="--quantize int4",
+            expected="--quantize int4, int4_awq or w4a8_awq",
             remedy="leave it out",
         )
     if form not in target.quantizes:
@@ -96,13 +99,16 @@ def check_request(request: Request | None, target: Format, others: Mapping[str, 
         )
 
 
-def quantize_checkpoint(checkpoint: Checkpoint, request: Request, uncast: Checkpoint) -> Quantized:
+def quantize_checkpoint(
+    checkpoint: Checkpoint, request: Request, uncast: Checkpoint, calibration: Calibration | None = None
+) -> Quantized:
     """The checkpoint with its linear weights quantized, and its configuration saying so.
 
     Args:
         checkpoint: under its target's names, cast as the user asks.
         request: what is asked of quantizing.
         uncast: the same before the cast.
+        calibration: what the request's statistics say of it, if it has some.
 
     Raises:
         UsageError: it is quantized already, is no model of this kind, or a weight cannot be quantized so.
@@ -120,7 +126,7 @@ def quantize_checkpoint(checkpoint: Checkpoint, request: Request, uncast: Checkp
             remedy="leave out --quantize",
         )
     weights = checkpoint.weights()
-    written = quantize(weights, request, checkpoint.path, uncast.weights())
+    written = quantize(weights, request, checkpoint.path, uncast.weights(), calibration)
     prefix = checkpoint.model_prefix
     others = {name: tensor for name, tensor in checkpoint.tensors.items() if name.removeprefix(prefix) not in weights}
     config = {**checkpoint.config, written.key: written.config} if written.key else checkpoint.config
@@ -135,8 +141,11 @@ def quantize_checkpoint(checkpoint: Checkpoint, request: Request, uncast: Checkp
         quantization=written.config,
     )
     before = {name: weights[name] for name in written.choice.weights}
-    casts = Counter(f"{tensor.dtype.name} -> {written.numbers}" for tensor in before.values())
+    if calibration is not None:  # what a normalization has taken in is no loss
+        folded = [f"{module}.weight" for module in calibration.folded]
+        before |= {name: calibration.values[name] for name in folded if name in before}
+    casts = Counter(f"{weights[name].dtype.name} -> {written.numbers}" for name in before)
     notes = written.notes
     if not config:
         notes = (*notes, f"without a configuration nothing says how: its quantization_config is {written.config}")
-    return Quantized(changed, notes=notes, casts=casts, before=before, written=written)
+    return Quantized(changed, notes=notes, casts=casts, before=before, written=written, calibration=calibration)

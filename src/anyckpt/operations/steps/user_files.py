@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Tokenizer
 from anyckpt.errors import FormatError, UsageError
@@ -15,6 +15,9 @@ from anyckpt.formats.shared import hub_folder
 from anyckpt.operations.steps.hub_tokenizer import hub_tokenizer
 from anyckpt.storage.location import Location, look_at
 from anyckpt.tensor import held
+
+if TYPE_CHECKING:
+    from anyckpt.quantization.statistics import Statistics
 
 _CONFIG_LIMIT = 64 << 20
 _SCALE = ".input_scale"  # of ModelOpt's and compressed-tensors' folders
@@ -63,6 +66,19 @@ def read_scales(given: str | os.PathLike[str] | Mapping[str, float] | None) -> d
             stored = {module: weights[name].numpy().reshape(-1).tolist() for name, module in ends.items()}
         return _as_scales({module: found[0] for module, found in stored.items() if len(found) == 1}, location.path)
     return _as_scales(hub_folder.read_json(location.open()), location.path)
+
+
+def read_statistics(given: str | os.PathLike[str] | Statistics | None) -> Statistics | None:
+    """What calibration saw, from its file.
+
+    Raises:
+        FormatError: it is missing, damaged or another file.
+    """
+    if given is None or not isinstance(given, (str, os.PathLike)):
+        return given
+    from anyckpt.quantization.statistics import load
+
+    return load(given)
 
 
 def _as_scales(given: Mapping[str, Any], path: str) -> dict[str, float]:

@@ -1,0 +1,193 @@
+"""``anyckpt quantize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from anyckpt.cli import completion
+from anyckpt.cli.command import Command, option
+from anyckpt.cli.console import progress_bar
+from anyckpt.cli.convert import MODEL, OUTPUT, QUANTIZED, RUN, family_option, show, tokenizer_option
+
+_SIZE = click.IntRange(min=1)
+_CALIBRATION = "What to calibrate with"
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        (
+            "AWQ for TensorRT-LLM",
+            "anyckpt quantize llama-hf llama.qnemo --algorithm int4_awq --calib-dataset texts.jsonl",
+        ),
+        (
+            "FP8 for vLLM, of a .nemo",
+            "anyckpt quantize llama.nemo llama-fp8 --algorithm fp8 --to hf --calib-dataset texts.jsonl",
+        ),
+        (
+            "as NeMo's own file says",
+            "anyckpt quantize llama.nemo llama.qnemo --config megatron_gpt_ptq.yaml --calib-dataset texts.jsonl",
+        ),
+        ("for other GPUs, without torch", "anyckpt quantize llama-hf tp4 --algorithm int4_awq --stats seen --tp 4"),
+    ),
+)
+@click.argument("source", metavar="SRC", shell_complete=completion.paths)
+@click.argument("destination", metavar="DST", shell_complete=completion.paths)
+@option(
+    "--algorithm",
+    title=QUANTIZED,
+    metavar="NAME",
+    shell_complete=completion.algorithms,
+    help="fp8, int8, int8_sq, int4_awq, w4a8_awq, nvfp4; or one that needs no calibration, as for convert --quantize; "
+    "null for none.  [default: fp8]",
+)
+@option(
+    "--config",
+    title=QUANTIZED,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="NeMo's PTQ settings in YAML (megatron_gpt_ptq.yaml, or NeMo 2's); options go before them.",
+)
+@option(
+    "--awq-block-size",
+    title=QUANTIZED,
+    type=_SIZE,
+    metavar="N",
+    help="int4 and AWQ: columns with one scale.  [default: 128]",
+)
+@option(
+    "--sq-alpha",
+    title=QUANTIZED,
+    type=float,
+    metavar="X",
+    help="int8_sq: how much moves into weights.  [default: 1.0]",
+)
+@option(
+    "--enable-kv-cache/--no-enable-kv-cache",
+    title=QUANTIZED,
+    default=None,
+    help="Scales of keys and values in 8 bits; by default as NeMo decides.",
+)
+@option("--decoder-type", title=QUANTIZED, metavar="NAME", help="NeMo's word for the family, such as llama or gpt.")
+@option(
+    "--quantize-exclude",
+    title=QUANTIZED,
+    metavar="GLOB",
+    multiple=True,
+    help="Leave modules that match as they are.",
+)
+@option(
+    "--report",
+    title=QUANTIZED,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="Write what quantizing did to every weight, as JSON or .html.",
+)
+@option(
+    "--calib-dataset",
+    title=_CALIBRATION,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="A text, JSON lines with a field text, or token ids (.npy, or lists in JSON lines).",
+)
+@option("--calib-field", title=_CALIBRATION, metavar="NAME", help="The field with the text.  [default: text, article]")
+@option(
+    "--num-calib-size",
+    title=_CALIBRATION,
+    type=_SIZE,
+    metavar="N",
+    help="Samples to use.  [default: 512, or what there is]",
+)
+@option("--calib-batch-size", title=_CALIBRATION, type=_SIZE, metavar="N", help="Sequences at a time.  [default: 64]")
+@option(
+    "--calib-sequence-length", title=_CALIBRATION, type=_SIZE, metavar="N", help="Tokens of a sample.  [default: 512]"
+)
+@option(
+    "--calib-dtype",
+    title=_CALIBRATION,
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Type in which the model runs; its own if not given.",
+)
+@option(
+    "--stats",
+    "statistics",
+    title=_CALIBRATION,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="What an earlier calibration saw, in place of a text.",
+)
+@option(
+    "--save-stats",
+    "save_statistics",
+    title=_CALIBRATION,
+    metavar="FILE",
+    shell_complete=completion.paths,
+    help="Keep what this calibration sees.",
+)
+@option("--to", title=OUTPUT, metavar="FORMAT", help="trtllm (a .qnemo) or hf.  [default: trtllm]")
+@option(
+    "--quantize-form",
+    title=OUTPUT,
+    metavar="FORM",
+    shell_complete=completion.forms,
+    help="hf: how quantized weights are stored, compressed-tensors or modelopt.",
+)
+@option(
+    "--inference-tensor-parallel",
+    "--tp",
+    "inference_tensor_parallel",
+    title=OUTPUT,
+    type=_SIZE,
+    metavar="N",
+    help="Ranks to divide tensors for.",
+)
+@option(
+    "--inference-pipeline-parallel",
+    "--pp",
+    "inference_pipeline_parallel",
+    title=OUTPUT,
+    type=_SIZE,
+    metavar="N",
+    help="Stages to divide layers for.",
+)
+@option(
+    "--dtype",
+    title=OUTPUT,
+    type=click.Choice(["16", "fp16", "bf16", "fp32"]),
+    help="Of what is not quantized; its own if not given.",
+)
+@option(
+    "--compress/--no-compress",
+    title=OUTPUT,
+    default=None,
+    help="trtllm: one archive (.qnemo), not a directory.",
+)
+@family_option
+@option(
+    "--model-config",
+    title=MODEL,
+    metavar="PATH",
+    shell_complete=completion.paths,
+    help="Model configuration, or a model that has it, where SRC has none.",
+)
+@tokenizer_option
+@option("--dry-run", title=RUN, is_flag=True, help="Calibrate, print the plan and write no checkpoint.")
+@option("--overwrite", title=RUN, is_flag=True, help="Replace an existing checkpoint, at the end.")
+@option("--resume", title=RUN, is_flag=True, help="Continue what an interrupted run left.")
+@option("--force", title=RUN, is_flag=True, help="Read a checkpoint that is marked as unfinished, too.")
+@option("--workers", title=RUN, type=_SIZE, metavar="N", help="Threads.")
+@option("--memory", title=RUN, metavar="SIZE", help="Bytes for blocks in flight, such as 512MB.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
+    """Quantize the model at SRC, whatever its format, to DST, as NeMo's post-training quantization does.
+
+    Where the algorithm asks for activations, transformers runs the model over --calib-dataset, one layer at a time.
+    """
+    from anyckpt.operations.quantize import quantize
+
+    options["quantize_exclude"] = options["quantize_exclude"] or None
+    with progress_bar("quantizing") as progress:
+        done = quantize(source, destination, progress=progress, **options)
+    show(done, as_json)
