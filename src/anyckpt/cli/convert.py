@@ -127,6 +127,13 @@ tokenizer_option = option(
     "expression.",
 )
 @option(
+    "--drop-layers",
+    title=OUTPUT,
+    metavar="LAYERS",
+    help="Leave out layers, such as 10-20,31 (from 0 on), and number those behind them anew.",
+)
+@option("--keep-layers", title=OUTPUT, metavar="LAYERS", help="Keep these layers alone.")
+@option(
     "--optimizer",
     title=OUTPUT,
     type=click.Choice(["keep", "drop"]),

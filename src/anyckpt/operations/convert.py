@@ -24,6 +24,7 @@ from anyckpt.operations.steps.destination import check_destination, told_by_name
 from anyckpt.operations.steps.extra_states import choose_states
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
+from anyckpt.operations.steps.layer_choice import choose_layers
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
@@ -120,6 +121,8 @@ def convert(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     rename: str | Sequence[str] | None = None,
+    drop_layers: str | Sequence[int] | None = None,
+    keep_layers: str | Sequence[int] | None = None,
     max_shard_size: int | str | None = None,
     sharded: bool = False,
     optimizer: str = "drop",
@@ -268,6 +271,20 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     aim = aim_at(stored, options.target, options.writing, request, options.keep_layout)
     steps.notes += aim.notes
     whole = join_ranks(stored, rules=request.rules, family=options.family)
+    adapter = AdapterRequest(options.adapter_form, options.alpha)
+
+    chosen = steps.take(choose(whole, options.include, options.exclude, keep_state=options.keeps_state))
+    unwanted = {name: t for name, t in whole.weights().items() if whole.model_prefix + name in steps.ignored}
+    if not options.keeps_state:
+        if not chosen.weights():
+            raise nothing_to_write(whole)
+        if options.layers is None:
+            chosen = steps.take(renumbered(chosen, unwanted, options.given))
+    if options.layers is not None:
+        fewer = choose_layers(chosen, options.layers, options.given, options.family)
+        chosen, unwanted = steps.take(fewer), dict(fewer.others(unwanted))
+        if fewer.given is not None:
+            options = replace(options, config=fewer.given, model_id=None)
     naming = Naming(
         aim.target,
         aim.options,
@@ -277,14 +294,6 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         options.names,
         request.vocabulary,
     )
-    adapter = AdapterRequest(options.adapter_form, options.alpha)
-
-    chosen = steps.take(choose(whole, options.include, options.exclude, keep_state=options.keeps_state))
-    unwanted = {name: t for name, t in whole.weights().items() if whole.model_prefix + name in steps.ignored}
-    if not options.keeps_state:
-        if not chosen.weights():
-            raise nothing_to_write(whole)
-        chosen = steps.take(renumbered(chosen, unwanted, options.given))
     chosen = steps.take(choose_states(chosen, keep=request.keep_extra_state))
     if not options.keeps_state:
         chosen = steps.take(without_state(chosen, steps.ignored, aim.target.name))

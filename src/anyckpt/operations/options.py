@@ -17,6 +17,7 @@ from anyckpt.formats import registry
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.steps.full_precision import config_in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
+from anyckpt.operations.steps.layer_choice import LayerRequest, parse_layers
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
 from anyckpt.operations.steps.threads import Progress
@@ -74,6 +75,9 @@ class ConvertOptions:
         rename: one or several ``PATTERN=REPLACEMENT`` for the source's weight names, applied in order before the names
             are looked at.  A pattern is a glob of whole names, and a ``*`` of the replacement stands for what the
             pattern's next one matched; after ``re:`` a regular expression that is searched for.
+        drop_layers: layers to leave out, such as ``10-20,31`` (from 0 on, both ends included) or a sequence of numbers;
+            those behind them are numbered anew, and the configuration and an optimizer's state follow.
+        keep_layers: the layers to keep alone, in place of ``drop_layers``.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
         backend: ``nemo2``: ``torch_dist`` or ``zarr``, the kind of distributed checkpoint inside.
@@ -120,6 +124,8 @@ class ConvertOptions:
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     rename: str | Sequence[str] | None = None
+    drop_layers: str | Sequence[int] | None = None
+    keep_layers: str | Sequence[int] | None = None
     max_shard_size: int | str | None = None
     sharded: bool = False
     optimizer: str = "drop"
@@ -162,6 +168,10 @@ class ConvertOptions:
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
         _ = self.writing, self.part, self.budget, self.renames
+        if self.drop_layers is not None and self.keep_layers is not None:
+            raise UsageError("--drop-layers and --keep-layers both say which layers stay", remedy="give one of them")
+        if self.layers is not None and self.request.keep_extra_state:
+            raise UsageError("--keep-extra-state is of all layers", remedy="leave it out where layers are left out")
         only = {
             "--quantize-form": self.quantize_form,
             "--group-size": self.group_size,
@@ -211,6 +221,12 @@ class ConvertOptions:
     def renames(self) -> tuple[Rename, ...]:
         """Patterns of names and what they become."""
         return parse_renames(self.rename)
+
+    @cached_property
+    def layers(self) -> LayerRequest | None:
+        """The layers to keep or to leave out; None for all."""
+        drop = parse_layers(self.drop_layers, drop=True)
+        return parse_layers(self.keep_layers, drop=False) if drop is None else drop
 
     @cached_property
     def budget(self) -> int:

@@ -94,7 +94,6 @@ _MADE: dict[str, Callable[[int, int], Any]] = {
     "no_rope_freq": lambda layer, every: int((layer + 1) % every == 0),
 }
 """What a period of Megatron-Core's says of a layer, where a list of that may stand in its place."""
-_WINDOWS = {"sliding_window_pattern", "_sliding_window_pattern"}
 
 
 def layers_of(config: Mapping[str, Any]) -> int | None:
@@ -103,7 +102,32 @@ def layers_of(config: Mapping[str, Any]) -> int | None:
         for key in _COUNTS:
             if type(part.get(key)) is int:
                 return int(part[key])
+    for part in _parts(config):
+        for key in _PATTERNS:
+            if isinstance(part.get(key), str):
+                return len(_letters(part[key]))
+        for key in ("layers_block_type", "layer_types", "block_configs"):
+            if isinstance(part.get(key), (list, tuple)):
+                return len(part[key])
     return None
+
+
+def inside_with_layers(value: Any, kept: Sequence[int], count: int, path: str) -> Any:
+    """What a format keeps of a run besides, with these layers wherever a mapping in it has as many as the model.
+
+    Raises:
+        UsageError: as ``with_layers``.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    inner = {key: inside_with_layers(item, kept, count, path) for key, item in value.items()}
+    if any(type(inner.get(key)) is int and inner[key] == count for key in _COUNTS):
+        return _changed(inner, kept, count, path, [])
+    return inner if any(inner[key] is not value[key] for key in inner) else value
+
+
+def _letters(pattern: str) -> str:
+    return pattern.partition("/")[0].replace("|", "")
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -133,7 +157,7 @@ def with_layers(config: Mapping[str, Any], kept: Sequence[int], path: str) -> tu
 def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: str, notes: list[str]) -> dict[str, Any]:
     result = dict(config)
     place = {layer: number for number, layer in enumerate(kept)}
-    for key, value in config.items():
+    for key, value in sorted(config.items(), key=lambda item: item[0] in _PERIODS):  # lists before what they replace
         if key in _COUNTS and value == count and type(value) is int:
             result[key] = len(kept)
         elif key in _OF_EACH and isinstance(value, (list, tuple)) and len(value) == count:
@@ -155,8 +179,8 @@ def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: s
 
 
 def _pattern(value: str, kept: Sequence[int], count: int) -> str:
-    body, slash, further = value.partition("/")
-    letters = body.replace("|", "")
+    _, slash, further = value.partition("/")
+    letters = _letters(value)
     return "".join(letters[layer] for layer in kept) + slash + further if len(letters) == count else value
 
 
@@ -169,18 +193,33 @@ def _period(result: dict[str, Any], key: str, every: int, kept: Sequence[int], p
     """Leave a period where it holds for the layers that are kept, or say the same of each, or raise UsageError."""
     if all(layer % every == number % every for number, layer in enumerate(kept)):
         return
-    if isinstance(result.get(_INSTEAD.get(key, "")), list):
+    if isinstance(result.get(_INSTEAD.get(key, "")), (list, tuple)):
         return
+    others = [(layer + 1) % every == 0 for layer in kept]
     if key in _MADE:
         result[key] = [_MADE[key](layer, every) for layer in kept]
-    elif key in _WINDOWS:
-        kinds = ("sliding_attention", "full_attention")
-        result["layer_types"] = [kinds[(layer + 1) % every == 0] for layer in kept]
+    elif key in _KINDS:
+        result["layer_types"] = [_KINDS[key] if not other else "full_attention" for other in others]
+    elif key == "decoder_sparse_step":
+        dense = {number for number, sparse in enumerate(others) if not sparse}
+        result[key] = 1
+        result["mlp_only_layers"] = sorted(dense | {*result.get("mlp_only_layers", ())})
+    elif key == "interleave_moe_layer_step":
+        result["moe_layers"] = [number for number, sparse in enumerate(others) if sparse]
+    elif key == "no_rope_layer_interval":
+        result["no_rope_layers"] = [int(not without) for without in others]
     else:
         raise UsageError(
-            f"the configuration's {key} says that every {every} layers one is of another kind, which these layers are "
-            "not",
+            f"the configuration's {key} says that one in {every} layers is of another kind, which is not so of these",
             path=path,
             expected=f"each kept layer at the same place in its {every}",
             remedy=f"leave out {every} layers together, such as {every}-{2 * every - 1}",
         )
+
+
+_KINDS = {
+    "sliding_window_pattern": "sliding_attention",
+    "_sliding_window_pattern": "sliding_attention",
+    "full_attention_interval": "linear_attention",
+}
+"""What transformers calls the layers between those of full attention."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from anyckpt.errors import UsageError
@@ -50,18 +50,21 @@ class Stack:
 
     def chosen(self, tensors: Tensors, kept: Sequence[int]) -> dict[str, LazyTensor]:
         """The tensors with these layers alone, numbered anew; layers behind the last follow those that are kept."""
+        names = self.renumbered(tensors, kept)
+        return {new: _rows(tensors[old], kept) if self.holds(old) else tensors[old] for old, new in names.items()}
+
+    def renumbered(self, names: Iterable[str], kept: Sequence[int]) -> dict[str, str]:
+        """What names become; those of layers that are left out are not among them."""
         place = {layer: number for number, layer in enumerate(kept)}
-        result: dict[str, LazyTensor] = {}
-        for name, tensor in tensors.items():
+        result: dict[str, str] = {}
+        for name in names:
             layer = self.layer(name)
-            if self.holds(name):
-                result[name] = _rows(tensor, kept)
-            elif layer is None:
-                result[name] = tensor
+            if layer is None:
+                result[name] = name
             elif layer >= self.count:
-                result[self.at(name, layer - self.count + len(kept))] = tensor
+                result[name] = self.at(name, layer - self.count + len(kept))
             elif layer in place:
-                result[self.at(name, place[layer])] = tensor
+                result[name] = self.at(name, place[layer])
         return result
 
 
@@ -108,7 +111,7 @@ def find_stack(tensors: Tensors, count: int | None, path: str) -> Stack:
             path=path,
             expected="names such as layers.0." if count is None else f"names such as layers.0. to layers.{count - 1}.",
             found=some([*whole, *rows]) or some(list(tensors)),
-            remedy="give the model's configuration with --config, or rename its layers with --rename",
+            remedy="give the model's configuration with --config",
         )
     raise UsageError(
         "has several stacks of layers, and which are meant is not clear",

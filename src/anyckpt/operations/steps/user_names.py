@@ -190,9 +190,9 @@ def called(checkpoint: Checkpoint, renames: Sequence[Rename]) -> Called:
 def _note(rename: Rename, changes: Mapping[str, str]) -> str:
     changed = [(old, new) for old, new in changes.items() if old != new]
     if not changed:
-        return f"--rename {rename.said!r} " + ("matches no weight" if not changes else "changes no name")
+        return f"--rename '{rename.said}' " + ("matches no weight" if not changes else "changes no name")
     old, new = changed[0]
-    return f"--rename {rename.said!r} renames {len(changed)} weights, such as {old} to {new}"
+    return f"--rename '{rename.said}' renames {len(changed)} weights, such as {old} to {new}"
 
 
 def _check(names: Mapping[str, str], checkpoint: Checkpoint) -> None:

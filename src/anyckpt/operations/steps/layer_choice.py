@@ -1,0 +1,275 @@
+"""A model without some of its layers: numbered anew, with the configuration and the optimizer's state of those kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from anyckpt import models
+from anyckpt.checkpoint import Checkpoint, CompositeTensor, OptimizerState
+from anyckpt.config.model import ModelConfig
+from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers
+from anyckpt.operations.steps.layer_stack import Stack, find_stack
+from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.optimizer.read import with_optimizer
+from anyckpt.optimizer.state import DROP
+from anyckpt.tensor import LazyTensor
+
+_LEFT_OUT = "of a layer that is left out"
+_RANGE = re.compile(r"(\d{1,7})(?:-(\d{1,7}))?")
+_MOST = 1 << 20
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """Layers that a user names.
+
+    Attributes:
+        said: as the user wrote it.
+        layers: their numbers, from 0 on.
+        drop: they are left out; else they alone are kept.
+    """
+
+    said: str
+    layers: frozenset[int]
+    drop: bool
+
+    def kept(self, count: int, path: str) -> list[int]:
+        """The layers that stay, of so many.
+
+        Raises:
+            UsageError: there are none of these numbers, or none or all are left.
+        """
+        option = "--drop-layers" if self.drop else "--keep-layers"
+        beyond = [layer for layer in sorted(self.layers) if layer >= count]
+        if beyond:
+            raise UsageError(
+                f"{option} {self.said} names layers that the model has not",
+                path=path,
+                expected=f"0 to {count - 1}",
+                found=", ".join(map(str, beyond[:5])),
+            )
+        kept = [layer for layer in range(count) if (layer in self.layers) != self.drop]
+        if not kept:
+            raise UsageError(f"{option} {self.said} leaves no layer", path=path, expected=f"some of 0 to {count - 1}")
+        return kept
+
+
+def parse_layers(said: str | Sequence[int] | None, *, drop: bool) -> LayerRequest | None:
+    """Layers by their numbers from 0 on: ``10-20,31`` (both ends included), or a sequence of them.
+
+    Raises:
+        UsageError: it is no such list.
+    """
+    if said is None:
+        return None
+    option = "--drop-layers" if drop else "--keep-layers"
+    text = said if isinstance(said, str) else ",".join(map(str, said))
+    layers: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        match = _RANGE.fullmatch(part)
+        if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or match[1]) > _MOST:
+            raise UsageError(f"{option} is no list of layers", expected="such as 10-20,31, from 0 on", found=text)
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return LayerRequest(text, frozenset(layers), drop)
+
+
+@dataclass(frozen=True)
+class WithLayers(Stepped):
+    """A model without some layers.
+
+    Attributes:
+        given: the configuration that the user gave, of the layers that are left; None if none was given.
+        others: the same done to the weights that are not wanted.
+    """
+
+    given: dict[str, Any] | None = None
+    others: Callable[[Mapping[str, LazyTensor]], Mapping[str, LazyTensor]] = dict
+
+
+def choose_layers(
+    checkpoint: Checkpoint, request: LayerRequest, given: Mapping[str, Any] | None, family: str | None
+) -> WithLayers:
+    """The model with the layers that a user wants, its configuration, and its optimizer's state.
+
+    Args:
+        checkpoint: whole.
+        request: the layers.
+        given: the configuration of the whole model, where the user gives one.
+        family: the model family, where the checkpoint does not tell.
+
+    Raises:
+        UsageError: there are no such layers, or what is left is no model of the family.
+    """
+    path, weights, prefix = checkpoint.path, checkpoint.weights(), checkpoint.model_prefix
+    config = checkpoint.config if given is None else given
+    stack = find_stack(weights, layers_of(config), path)
+    kept = request.kept(stack.count, path)
+    if len(kept) == stack.count:
+        return WithLayers(checkpoint, given=None if given is None else dict(given))
+    _check_codes(checkpoint)
+    names = stack.renumbered(weights, kept)
+    own = {prefix + name for name in weights}
+    tensors = {prefix + name: tensor for name, tensor in stack.chosen(weights, kept).items()}
+    changed, notes = with_layers(config, kept, path)
+    state = with_optimizer(checkpoint).optimizer
+    after = replace(
+        checkpoint,
+        tensors={**tensors, **{name: tensor for name, tensor in checkpoint.tensors.items() if name not in own}},
+        objects=_objects(checkpoint, stack, kept),
+        config=changed if given is None else checkpoint.config,
+        details=dict(inside_with_layers(checkpoint.details, kept, stack.count, path)),
+        trainer=inside_with_layers(checkpoint.trainer, kept, stack.count, path),
+        optimizer=None if state is None else partial(_state, checkpoint, stack, tuple(kept)),
+        extra_states=None,
+    )
+    before = checkpoint if given is None else _described(checkpoint, given)
+    told, changed = _checked(before, _described(after, changed) if config else after, kept, changed, family)
+    if given is None:
+        after = replace(after, config=changed)
+    lost = {prefix + name: _LEFT_OUT for name in weights if name not in names}
+    first = f"{stack.count - len(kept)} of {stack.count} layers are left out, and {len(kept)} numbered from 0 on"
+    unsaid = () if config else ("no configuration says how many layers there are: change yours",)
+    return WithLayers(
+        after,
+        lost,
+        (first, *notes, *told, *unsaid),
+        given=None if given is None else changed,
+        others=partial(stack.chosen, kept=kept),
+    )
+
+
+def _described(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    kind = models.config_kind(config) if config is not checkpoint.config else checkpoint.config_kind
+    return replace(checkpoint, config=dict(config), config_kind=checkpoint.config_kind or kind)
+
+
+def _objects(checkpoint: Checkpoint, stack: Stack, kept: Sequence[int]) -> dict[str, Any]:
+    """Objects that are not of layers left out; parts of weights under the weights' new names."""
+    prefix = checkpoint.model_prefix
+    composite = {
+        name.removeprefix(prefix): name
+        for name, value in checkpoint.objects.items()
+        if isinstance(value, CompositeTensor)
+    }
+    names = stack.renumbered(composite, kept)
+    called = {stored: prefix + names[own] if own in names else None for own, stored in composite.items()}
+    objects = {called.get(name, name): value for name, value in checkpoint.objects.items()}
+    return {name: value for name, value in objects.items() if name is not None}
+
+
+def _state(checkpoint: Checkpoint, stack: Stack, kept: Sequence[int]) -> OptimizerState:
+    """The optimizer's state of the layers that are kept.
+
+    Raises:
+        UsageError: it has values for all layers together that have not the weights' shape.
+    """
+    find = with_optimizer(checkpoint).optimizer
+    assert find is not None
+    state = find()
+    odd = next((name for own in state.others.values() for name in own if stack.holds(name)), None)
+    if odd is not None or state.ranks:
+        raise UsageError(
+            "the optimizer's state is not told apart by layer", path=checkpoint.path, tensor=odd, remedy=DROP
+        )
+
+    def of(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {new: values[old] for old, new in stack.renumbered(values, kept).items()}
+
+    order = stack.renumbered(state.order, kept).values()
+    return replace(
+        state,
+        slots={slot: stack.chosen(tensors, kept) for slot, tensors in state.slots.items()},
+        others={slot: of(values) for slot, values in state.others.items()},
+        group_of=of(state.group_of),
+        order=tuple(order) if any(stack.layer(name) is not None for name in state.order) else (),
+    )
+
+
+def _check_codes(checkpoint: Checkpoint) -> None:
+    """Raise UsageError for a quantized model that names layers in what it says of its codes."""
+    if checkpoint.quantization is not None and re.search(r"layers\\?\.\d", repr(dict(checkpoint.quantization))):
+        raise UsageError(
+            "is quantized in a way that names layers by their numbers",
+            path=checkpoint.path,
+            remedy="make it numbers first with --dtype bf16, leave layers out of that, and quantize it again",
+        )
+
+
+def _checked(
+    before: Checkpoint, after: Checkpoint, kept: Sequence[int], config: dict[str, Any], family: str | None
+) -> tuple[list[str], dict[str, Any]]:
+    """Notes, and the configuration, which says of the layers what code says of them by their number.
+
+    Raises:
+        UsageError: what is left is no model of its family.
+    """
+    try:
+        old = models.identify(before, family=family)
+        if old is None:
+            return [], config
+        models.to_hub(before, old)
+    except AnyckptError:
+        return [], config  # not even the whole was one: whoever needs to know says so
+    wanted = [_kind(old.config, layer) for layer in kept]
+    stated = config
+    if after.config_kind == "hf" and wanted != _kinds(after, family):
+        windows = [window for window, _, _ in wanted]
+        ropes = [rope for _, rope, _ in wanted]
+        more: dict[str, Any] = {}
+        if any(windows) and not all(windows):
+            more["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+        if not all(ropes):
+            more["no_rope_layers"] = [int(rope) for rope in ropes]
+        stated = _with(config, more)
+        after = replace(after, config=stated)
+    try:
+        new = models.identify(after, family=family)
+        fits = new is not None and [_kind(new.config, layer) for layer in range(len(kept))] == wanted
+        if new is not None and fits:
+            models.to_hub(after, new)
+    except MappingError as error:
+        raise UsageError(
+            f"the layers that are left make no model of family {old.family}: {error}", path=before.path
+        ) from None
+    if not fits:
+        raise UsageError(
+            f"the layers that are left would be of other kinds than they were, which a configuration of {old.family} "
+            "cannot say",
+            path=before.path,
+            remedy="leave out layers so that each kind stays at its place",
+        )
+    said = [key for key in ("layer_types", "no_rope_layers") if stated is not config and key in stated]
+    return ([f"{', '.join(said)} of the configuration says of each layer what its number said"] if said else []), stated
+
+
+def _with(config: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    part = config.get("text_config")
+    if layers_of({**config, "text_config": None}) is None and isinstance(part, Mapping):
+        return {**config, "text_config": {**part, **more}}
+    return {**config, **more}
+
+
+def _kinds(checkpoint: Checkpoint, family: str | None) -> list[tuple[bool, bool, bool]] | None:
+    try:
+        model = models.identify(checkpoint, family=family)
+    except AnyckptError:
+        return None
+    return None if model is None else [_kind(model.config, layer) for layer in range(model.config.num_layers)]
+
+
+def _kind(config: ModelConfig, layer: int) -> tuple[bool, bool, bool]:
+    """Whether a layer has a window, a rotary embedding, and experts."""
+    skipped = config.window_attn_skip_freq
+    if config.window_size is None:
+        window = False
+    elif skipped is None:
+        window = True
+    else:
+        window = bool((layer + 1) % skipped) if isinstance(skipped, int) else bool(skipped[layer])
+    rope = config.no_rope_freq is None or not config.no_rope_freq[layer]
+    return window, rope, config.is_sparse(layer)

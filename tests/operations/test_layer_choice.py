@@ -1,0 +1,184 @@
+"""Layers left out of a model: names, configuration and optimizer state of those that stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.models.cases import facts, open_case
+from tests.support import fixture_path, sha256_of
+
+import anyckpt
+from anyckpt import models
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import UsageError
+from anyckpt.formats.registry import read
+from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layer_choice import parse_layers
+from anyckpt.operations.steps.layer_settings import with_layers
+from anyckpt.operations.steps.layer_stack import find_stack
+from anyckpt.optimizer.read import with_optimizer
+from anyckpt.tensor import from_array
+
+LLAMA = fixture_path("families/llama/hf")
+CASES = [
+    ("llama", "0"), ("gpt2", "1"), ("gemma3", "2,4"), ("deepseek_v3", "0"), ("deepseek_v3", "1"), ("nemotron_h", "0"),
+    ("nemotron_h", "2-3"), ("qwen2_moe", "1"), ("gpt_oss", "0"), ("clip_vision", "1"),
+]  # fmt: skip
+
+
+def layers_of(checkpoint: Checkpoint, kept: list[int]) -> dict[str, str]:
+    """Digests of the hub's tensors with these layers, as they are to be called."""
+    model = models.identify(checkpoint)
+    assert model is not None
+    hub = models.to_hub(checkpoint, model).tensors
+    stack = find_stack(hub, model.config.num_layers, "")
+    return {name: sha256_of(tensor) for name, tensor in stack.chosen(hub, kept).items()}
+
+
+@pytest.mark.parametrize(("family", "dropped"), CASES)
+def test_what_is_left_is_a_model(family: str, dropped: str, tmp_path: Path) -> None:
+    """Dense layers first, windows and hybrids by pattern, buffers: all that is said of layers is of those kept."""
+    source = fixture_path(f"families/{family}/hf")
+    anyckpt.convert(source, tmp_path / "out", to="hf", drop_layers=dropped)
+    before, after = open_case(family).checkpoint, read(tmp_path / "out")
+    whole, model = models.identify(before), models.identify(after)
+    assert whole is not None and model is not None
+    request = parse_layers(dropped, drop=True)
+    assert request is not None
+    kept = request.kept(whole.config.num_layers, "")
+    assert model.config.num_layers == len(kept)
+    assert layers_of(before, kept) == {n: sha256_of(t) for n, t in models.to_hub(after, model).tensors.items()}
+    assert [model.config.is_sparse(n) for n in range(len(kept))] == [whole.config.is_sparse(layer) for layer in kept]
+    assert anyckpt.verify(tmp_path / "out").sound
+
+
+@pytest.mark.parametrize("target", ["nemo", "megatron-core", "nemo2", "megatron-bridge", "meta", "torch"])
+def test_any_format_on_the_way(target: str, tmp_path: Path) -> None:
+    """Whether layers are numbered or lie in one tensor."""
+    anyckpt.convert(LLAMA, tmp_path / "expected", to="hf", keep_layers=[1])
+    anyckpt.convert(LLAMA, tmp_path / "whole", to=target)
+    config = LLAMA if target == "torch" else None
+    anyckpt.convert(tmp_path / "whole", tmp_path / "less", to=target, drop_layers="0")
+    anyckpt.convert(tmp_path / "whole", tmp_path / "out", to="hf", drop_layers="0", config=config)
+    assert anyckpt.diff(tmp_path / "expected", tmp_path / "out", weights_only=True).equal
+    if config is None:
+        assert anyckpt.diff(tmp_path / "expected", tmp_path / "less", weights_only=True).equal
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("legacy/megatron_gpt_fp32_optim_tp2", "megatron-lm"),
+        ("legacy/megatron_distopt_tp2_dp2", "megatron-core"),
+        ("legacy/megatron_distopt_tp2_dp2", "dcp"),
+    ],
+)
+def test_the_optimizer_goes_with_the_layers_that_stay(source: str, target: str, tmp_path: Path) -> None:
+    path = fixture_path(source)
+    anyckpt.convert(path, tmp_path / "whole", to=target, optimizer="keep")
+    anyckpt.convert(path, tmp_path / "less", to=target, optimizer="keep", drop_layers="0")
+    before, after = (with_optimizer(open_checkpoint(tmp_path / name)) for name in ("whole", "less"))
+    assert before.optimizer is not None and after.optimizer is not None
+    old, new = before.optimizer(), after.optimizer()
+    stack = find_stack(before.weights(), 2, "")
+    assert new.slots.keys() == old.slots.keys() and new.step == old.step
+    for slot, tensors in old.slots.items():
+        assert facts(new.slots[slot]) == facts(stack.chosen(tensors, [1])), slot
+
+
+def test_uneven_stages_are_no_longer_said(tmp_path: Path) -> None:
+    path = fixture_path("legacy/megatron_gpt_pp3_uneven")
+    done = anyckpt.convert(path, tmp_path / "out", to="megatron-core", keep_layers="0-1,5")
+    assert sum("is taken out: it is of the layers that were there" in note for note in done.notes) == 2
+    assert read(tmp_path / "out").config["num_layers"] == 3
+
+
+def test_what_is_said_of_a_choice_is_said_by_stored_names(tmp_path: Path) -> None:
+    done = anyckpt.convert(LLAMA, tmp_path / "out.pt", to="torch", drop_layers="0", exclude="lm_head.weight")
+    assert done.ignored["model.layers.0.mlp.up_proj.weight"] == "of a layer that is left out"
+    assert "lm_head.weight" in done.ignored and "model.norm.weight" not in done.ignored
+    assert done.notes[0] == "1 of 2 layers are left out, and 1 numbered from 0 on"
+    source = read(LLAMA).tensors["model.layers.1.mlp.up_proj.weight"]
+    assert sha256_of(read(tmp_path / "out.pt")["model.layers.0.mlp.up_proj.weight"]) == sha256_of(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_layers": "2"}, "layers that the model has not .expected 0 to 1, found 2"),
+        ({"drop_layers": "0-1"}, "leaves no layer"),
+        ({"drop_layers": "1-0"}, "no list of layers"),
+        ({"drop_layers": "a"}, "no list of layers"),
+        ({"keep_layers": "0,"}, "no list of layers"),
+        ({"drop_layers": "0", "keep_layers": "1"}, "both say"),
+        ({"drop_layers": "0", "layout": anyckpt.LayoutRequest(keep_extra_state=True)}, "--keep-extra-state"),
+    ],
+)
+def test_what_cannot_be_done(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        anyckpt.convert(LLAMA, tmp_path / "out", to="hf", **options)
+
+
+def test_two_stacks_are_not_guessed_between(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"several stacks.*decoder.block .0 to 1., encoder.block"):
+        anyckpt.convert(fixture_path("families/t5_v1_1/hf"), tmp_path / "out", to="hf", drop_layers="0")
+
+
+def test_a_tower_beside_the_text_is_left_alone() -> None:
+    shapes = {"model.vision_tower.layers": 2, "model.language_model.layers": 2, "visual.blocks": 4}
+    tensors = {f"{name}.{n}.w": from_array(np.zeros(1)) for name, count in shapes.items() for n in range(count)}
+    assert find_stack(tensors, 2, "").name == "model.language_model.layers"
+
+
+@given(st.integers(1, 6), st.integers(0, 2), st.data())
+@settings(max_examples=60, deadline=None)
+def test_renumbering(count: int, behind: int, data: st.DataObject) -> None:
+    """In order, without gaps, and layers for further predictions stay behind the last."""
+    kept = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
+    tensors = {f"h.{n}.w": from_array(np.array([n], np.int64)) for n in range(count + behind)}
+    stack = find_stack({**tensors, "norm": from_array(np.zeros(1))}, count, "")
+    found = {name: int(tensor.numpy()[0]) for name, tensor in stack.chosen(tensors, kept).items()}
+    numbers = [*kept, *range(count, count + behind)]
+    assert found == {f"h.{place}.w": layer for place, layer in enumerate(numbers)}
+    stacked = {"layers.w": from_array(np.arange(count))}
+    assert find_stack(stacked, count, "").chosen(stacked, kept)["layers.w"].numpy().tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"first_k_dense_replace": 2}, {"first_k_dense_replace": 1}),
+        ({"layer_types": ["a", "b", "c", "d"]}, {"layer_types": ["a", "c", "d"]}),
+        ({"mlp_only_layers": [1, 3]}, {"mlp_only_layers": [2]}),
+        ({"hybrid_override_pattern": "M*|-E/M"}, {"hybrid_override_pattern": "M-E/M"}),
+        ({"moe_layer_freq": 2}, {"moe_layer_freq": [1, 1, 0]}),
+        ({"window_attn_skip_freq": 2}, {"window_attn_skip_freq": [1, 1, 0]}),
+        ({"sliding_window_pattern": 2, "layer_types": list("abcd")}, {"layer_types": list("acd")}),
+        ({"_sliding_window_pattern": 4}, {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
+        ({"decoder_sparse_step": 2}, {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}),
+        ({"interleave_moe_layer_step": 2}, {"moe_layers": [2]}),
+        ({"no_rope_layer_interval": 4}, {"no_rope_layers": [1, 1, 0]}),
+        ({"eos_token_id": [1, 2, 3, 4]}, {"eos_token_id": [1, 2, 3, 4]}),
+        ({"pipeline_model_parallel_layout": "Et|ttt|L"}, {"pipeline_model_parallel_layout": None}),
+        ({"text_config": {"n_layers": 4, "layer_types": list("abcd")}}, {}),
+    ],
+)
+def test_settings_of_each_layer(said: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Of four layers the second is left out."""
+    found, _ = with_layers({"num_hidden_layers": 4, **said}, [0, 2, 3], "")
+    assert found["num_hidden_layers"] == 3
+    assert expected.items() <= found.items()
+    if "text_config" in said:
+        assert found["text_config"] == {"n_layers": 3, "layer_types": list("acd")}
+
+
+def test_a_period_that_holds_stays_and_one_that_does_not_is_named() -> None:
+    config = {"num_hidden_layers": 8, "attn_layer_period": 2}
+    assert with_layers(config, [0, 1, 4, 5], "")[0]["attn_layer_period"] == 2
+    with pytest.raises(UsageError, match=r"attn_layer_period.*leave out 2 layers together"):
+        with_layers(config, [0, 2, 3], "")
