@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any, TypeVar
+
+Told = TypeVar("Told", bound="AnyckptError")
 
 _COMPARED = 5000
 _SHOWN = 3
@@ -59,6 +62,17 @@ class AnyckptError(Exception):
         if self.remedy is not None:
             text += f"; {self.remedy}"
         return text.replace("\n", " ")
+
+    def told_as(self, kind: type[Told], problem: str | None = None, **instead: Any) -> Told:
+        """The same in an error of another kind.
+
+        Args:
+            kind: of the error.
+            problem: what is wrong, in place of what this one says.
+            instead: of the other arguments, those that differ from this one's.
+        """
+        facts = {name: getattr(self, name) for name in ("path", "tensor", "expected", "found", "remedy")}
+        return kind(self.problem if problem is None else problem, **{**facts, **instead})
 
 
 class FormatError(AnyckptError):

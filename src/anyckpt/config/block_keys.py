@@ -12,6 +12,7 @@ from typing import Any
 from anyckpt.config.fields import Field, render_changed, render_fields
 from anyckpt.config.layer_blocks import decode
 from anyckpt.config.model import ModelConfig, whole
+from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import Spellings
 from anyckpt.errors import MappingError
@@ -247,7 +248,7 @@ def _without_rope(reader: Reader, value: int | tuple[int, ...] | None, layers: i
         raise MappingError(
             f"the {reader.what}'s no_rope_freq is not possible", expected=f"up to {layers} layers", found=value
         )
-    return tuple(int((layer + 1) % value == 0) for layer in range(min(layers, 10_000))) if value else None
+    return tuple(int((layer + 1) % value == 0) for layer in layers_of(layers)) if value else None
 
 
 def _layer_pattern(reader: Reader, defaults: Mapping[str, Any], layers: int) -> tuple[int, ...] | None:
@@ -255,7 +256,7 @@ def _layer_pattern(reader: Reader, defaults: Mapping[str, Any], layers: int) -> 
     value = reader.values.get("moe_layer_freq")
     value = defaults.get("moe_layer_freq", 1) if value is None else value
     if type(value) is int and 0 < value <= layers:
-        pattern = tuple(int(layer % value == 0) for layer in range(min(layers, 10_000)))
+        pattern = tuple(int(layer % value == 0) for layer in layers_of(layers))
     elif isinstance(value, (list, tuple)) and all(type(one) is int and one in (0, 1) for one in value):
         pattern = tuple(value)
     else:

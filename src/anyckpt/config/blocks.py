@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyckpt.config.layer_blocks import LayerBlock
+from anyckpt.config.possible import check_sizes
 from anyckpt.errors import MappingError
 
-_LARGEST = 1 << 40
 _MOST_EXPERTS = 1_000_000  # of all layers together; names are made for each
 
 
@@ -125,10 +125,7 @@ def check_blocks(config: BlockConfig, num_layers: int) -> None:
     Raises:
         MappingError: sizes that are missing, not positive or absurd, or lists that are not of the layers' length.
     """
-    for name in _SIZES:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < _LARGEST:
-            raise MappingError(f"the configuration's {name} is not possible", expected="a positive size", found=value)
+    check_sizes(config, _SIZES)
     needed = [name for on, names in _needed(config) if on for name in names if getattr(config, name) is None]
     if needed:
         raise MappingError(

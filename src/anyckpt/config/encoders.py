@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anyckpt.config.possible import LARGEST, check_layers, check_sizes, impossible
 from anyckpt.errors import MappingError
-
-_LARGEST = 1 << 40
-_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # ``ModelConfig`` has its own
@@ -79,20 +77,10 @@ def check_encoders(config: EncoderConfig) -> None:
     Raises:
         MappingError: sizes that are not positive or absurd, images that patches do not cover, or an unknown type.
     """
-    for name in _SIZES:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < _LARGEST:
-            raise MappingError(f"the configuration's {name} is not possible", expected="a positive size", found=value)
-    if (config.encoder_num_layers or 0) > _MOST_LAYERS:
-        raise MappingError(
-            "the configuration has too many layers",
-            expected=f"at most {_MOST_LAYERS}",
-            found=config.encoder_num_layers,
-        )
-    if not 0 <= config.num_tokentypes < _LARGEST:
-        raise MappingError(
-            "the configuration's num_tokentypes is not possible", expected="0 or more", found=config.num_tokentypes
-        )
+    check_sizes(config, _SIZES)
+    check_layers(config.encoder_num_layers or 0)
+    if not 0 <= config.num_tokentypes < LARGEST:
+        raise impossible("num_tokentypes", "0 or more", config.num_tokentypes)
     for name in ("img_h", "img_w"):
         pixels = getattr(config, name)
         if pixels is not None and config.patch_dim is not None and pixels % config.patch_dim:

@@ -9,13 +9,12 @@ from typing import Any
 
 from anyckpt.config.blocks import BlockConfig, check_blocks
 from anyckpt.config.encoders import EncoderConfig, check_encoders
+from anyckpt.config.possible import check_layers, check_sizes, impossible
 from anyckpt.errors import MappingError
 
 Tokens = int | tuple[int, ...] | None
 
-LARGEST = 1 << 40  # no size in a model is near it; beyond it, arithmetic on a hostile file is the attack
 _LARGEST_NUMBER = 1e30
-_MOST_LAYERS = 10_000
 
 
 FEATURES = (
@@ -165,27 +164,22 @@ def vocabulary_divisor(vocab_size: int) -> int:
     return math.gcd(vocab_size, 128)
 
 
+_SIZES = tuple(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size
+    padded_vocab_size max_position_embeddings make_vocab_size_divisible_by
+    """.split()
+)
+
+
 def check(config: ModelConfig) -> ModelConfig:
     """The configuration itself, if a model of it can exist.
 
     Raises:
         MappingError: sizes that are not positive, absurd, or do not divide one another.
     """
-    for name in (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-    ):
-        value = getattr(config, name)
-        if not 0 < value < LARGEST:
-            raise MappingError(f"the configuration's {name} is not possible", expected="a positive size", found=value)
-    if config.num_layers > _MOST_LAYERS:
-        raise MappingError(
-            "the configuration has too many layers", expected=f"at most {_MOST_LAYERS}", found=config.num_layers
-        )
+    check_sizes(config, _SIZES)
+    check_layers(config.num_layers)
     if config.num_attention_heads % config.num_query_groups:
         raise MappingError(
             "the configuration's attention heads do not divide into its query groups",
@@ -195,27 +189,11 @@ def check(config: ModelConfig) -> ModelConfig:
     layers = config.window_attn_skip_freq
     possible = layers is None or (layers > 0 if isinstance(layers, int) else len(layers) == config.num_layers)
     if not possible:
-        raise MappingError(
-            "the configuration's window_attn_skip_freq is not possible",
-            expected=f"a positive number or {config.num_layers} of them",
-            found=layers,
-        )
-    for name in ("vocab_size", "padded_vocab_size", "max_position_embeddings"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < LARGEST:
-            raise MappingError(f"the configuration's {name} is not possible", expected="a positive size", found=value)
+        raise impossible("window_attn_skip_freq", f"a positive number or {config.num_layers} of them", layers)
     for name in ("query_pre_attn_scalar", "rotary_base"):
         number = getattr(config, name)
         if number is not None and not 0 < number < _LARGEST_NUMBER:
-            raise MappingError(
-                f"the configuration's {name} is not possible", expected="a positive number", found=number
-            )
-    if config.make_vocab_size_divisible_by < 1:
-        raise MappingError(
-            "the configuration's make_vocab_size_divisible_by is not possible",
-            expected="a positive size",
-            found=config.make_vocab_size_divisible_by,
-        )
+            raise impossible(name, "a positive number", number)
     check_blocks(config, config.num_layers)
     check_encoders(config)
     return config

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from anyckpt.config import megatron, nemo1
+from anyckpt.config.possible import impossible
 from anyckpt.errors import FormatError, MappingError
 
 _SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
@@ -41,7 +42,7 @@ def sizes(config: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
     found = _SIZES[kind or "megatron-args"](config)
     for name, value in found.items():
         if type(value) is int and value < 0:
-            raise MappingError(f"the configuration's {name} is not possible", expected="a size", found=value)
+            raise impossible(name, "a size", value)
     return found
 
 
@@ -62,9 +63,7 @@ def heads_on_a_rank(config: Mapping[str, Any], kind: str, ways: int, path: str, 
     try:
         heads = sizes(config, kind)["num_attention_heads"]
     except MappingError as error:
-        raise FormatError(
-            f"{problem}: {error.problem}", path=path, expected=error.expected, found=error.found
-        ) from None
+        raise error.told_as(FormatError, f"{problem}: {error.problem}", path=path, remedy=None) from None
     if not heads or heads % ways:
         raise FormatError(
             problem, path=path, expected=f"a multiple of the tensor-parallel size {ways}", found=heads or "none"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from anyckpt.config.model import FEATURES, LARGEST, Tokens
+from anyckpt.config.model import FEATURES, Tokens
+from anyckpt.config.possible import LARGEST
 from anyckpt.errors import MappingError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any
 
 from anyckpt.config.fields import Codec
 from anyckpt.config.model import ModelConfig
+from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
 from anyckpt.errors import MappingError
 
@@ -147,7 +148,7 @@ class LayerWindow(Codec):
         length = reader.integer("sliding_window")
         if "sliding_window" not in reader.values:
             length = defaults.get("sliding_window")
-        count = min(max(0, found["num_layers"]), 10_000)
+        count = len(layers_of(found["num_layers"]))
         usual = self.layers.read(reader, count)
         counted = self.within is None or reader.values.get("model_type") == self.within[0]
         layers = (_layer_types(reader, count) if counted else None) or usual or []

@@ -23,7 +23,7 @@ from anyckpt.containers.torch_file.values import DistributedTensor, brief
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats.registry import Format
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
-from anyckpt.formats.shared.one_save import apart
+from anyckpt.formats.shared.one_save import GATHER, apart
 from anyckpt.indexing import Shape
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, mosaic
@@ -249,13 +249,8 @@ class _Joined:
             pieces = [piece.tensor for piece in own]
             return mosaic(pieces[0].dtype, whole.shape, [piece.start for piece in own], pieces)
         except AnyckptError as error:
-            raise apart(
-                f"the ranks' parts do not make up the tensor: {error.problem}",
-                path=self._path,
-                tensor=name,
-                expected=error.expected,
-                found=error.found,
-            ) from error
+            problem = f"the ranks' parts do not make up the tensor: {error.problem}"
+            raise error.told_as(FormatError, problem, path=self._path, tensor=name, remedy=GATHER) from error
 
 
 def _beginning(tensor: LazyTensor) -> bytes:

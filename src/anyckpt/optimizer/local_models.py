@@ -27,7 +27,7 @@ from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import registered_order
 from anyckpt.optimizer.parameters import trained
-from anyckpt.optimizer.state import tag, tagged, unproved
+from anyckpt.optimizer.state import DROP, tag, tagged, unproved
 from anyckpt.tensor import LazyTensor, stack
 
 
@@ -142,13 +142,8 @@ class LocalModels:
             try:
                 shards = cut(self._hub, self.parallelism, self.geometry, family=self._partitions, spelling=spelling)
             except (MappingError, UsageError) as error:
-                raise unproved(
-                    f"the model cannot be cut as the run cut it: {error.problem}",
-                    path=self._path,
-                    tensor=error.tensor,
-                    expected=error.expected,
-                    found=error.found,
-                ) from None
+                problem = f"the model cannot be cut as the run cut it: {error.problem}"
+                raise error.told_as(MappingError, problem, path=self._path, remedy=DROP) from None
             for shard in shards:
                 found.setdefault(Rank(shard.tensor_rank, shard.pipeline_rank, shard.expert_rank), []).append(shard)
             self._cut[spelling] = found

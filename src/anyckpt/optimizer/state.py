@@ -218,13 +218,8 @@ def _applied(rename: Rename, tensors: Mapping[str, LazyTensor], what: str) -> di
     try:
         return dict(rename(dict(tensors)))
     except MappingError as error:
-        raise unproved(
-            f"the optimizer's {what} does not fit the model: {error.problem}",
-            path=error.path,
-            tensor=error.tensor,
-            expected=error.expected,
-            found=error.found,
-        ) from None
+        problem = f"the optimizer's {what} does not fit the model: {error.problem}"
+        raise error.told_as(MappingError, problem, remedy=DROP) from None
 
 
 def tag(shape: Shape, number: int) -> LazyTensor:

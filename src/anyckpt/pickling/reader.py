@@ -190,10 +190,5 @@ def _located(buffer: BufferedPickle, problem: FormatError) -> FormatError:
     remedy = "the file is damaged or was made by hand; compare it with its source"
     if isinstance(problem, UnsafeError):
         remedy = "do not open this file with other software before finding out where it came from"
-    return type(problem)(
-        f"pickle, byte {buffer.base + buffer.opcode}: {problem.problem}",
-        path=buffer.name,
-        expected=problem.expected,
-        found=problem.found,
-        remedy=remedy,
-    )
+    where = f"pickle, byte {buffer.base + buffer.opcode}"
+    return problem.told_as(type(problem), f"{where}: {problem.problem}", path=buffer.name, tensor=None, remedy=remedy)

@@ -94,14 +94,8 @@ def read_dcp(folder: Folder) -> DcpContents:
     except UnsafeError:
         raise
     except AnyckptError as problem:
-        raise FormatError(
-            problem.problem,
-            path=problem.path or metadata_name,
-            tensor=problem.tensor,
-            expected=problem.expected,
-            found=problem.found,
-            remedy=problem.remedy or _AGAIN,
-        ) from problem
+        path, remedy = problem.path or metadata_name, problem.remedy or _AGAIN
+        raise problem.told_as(FormatError, path=path, remedy=remedy) from problem
 
 
 def _read_index(folder: Folder, names: set[str]) -> tuple[Index, str]:

@@ -12,10 +12,8 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.dcp.read import read as read_dcp
 from anyckpt.formats.megatron_bridge.location import LATEST, RUN_CONFIG, TRAIN_STATE
-from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit
-from anyckpt.formats.megatron_core.reader import read_torch_dist
-from anyckpt.formats.megatron_core_zarr.location import is_zarr
-from anyckpt.formats.megatron_core_zarr.reader import read_zarr
+from anyckpt.formats.megatron_core.location import COMMIT, COMMON
+from anyckpt.formats.megatron_core_zarr.reader import read_payload
 from anyckpt.formats.shared.megatron_adapters import settings_from
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
 from anyckpt.plain_yaml import load_yaml_mapping
@@ -139,15 +137,10 @@ def _train_state(file: ByteSource) -> dict[str, int]:
 
 
 def _payload(inner: Location, path: str) -> Checkpoint:
-    folder = inner.folder()
     if COMMIT not in inner.names and COMMON not in inner.names and ".metadata" in inner.names:
         found = read_dcp(inner)
         return replace(found, details={**found.details, "backend": "fsdp_dtensor"})
-    if is_zarr(folder):
-        return read_zarr(folder, path=path)
-    warnings = check_commit(folder)
-    found = read_torch_dist(folder, path=path, warnings=warnings)
-    return replace(found, unloadable=warnings, unfinished=bool(warnings))
+    return read_payload(inner.folder(), path=path)
 
 
 def _layout(arguments: Mapping[str, Any], stored: ParallelLayout) -> ParallelLayout:

@@ -54,9 +54,17 @@ def read(location: Location) -> Checkpoint:
                 expected="metadata.json and .metadata",
                 found=", ".join(inner.names[:3]),
             )
-    folder = inner.folder()
+    return read_committed(inner.folder(), path=location.path)
+
+
+def read_committed(folder: Folder, *, path: str) -> Checkpoint:
+    """The same, with what its last file says: whether it is there, and of which backend.
+
+    Raises:
+        FormatError: see :func:`read_torch_dist`; or it is of an unknown backend.
+    """
     warnings = check_commit(folder)
-    found = read_torch_dist(folder, path=location.path, warnings=warnings)
+    found = read_torch_dist(folder, path=path, warnings=warnings)
     return replace(found, unloadable=warnings, unfinished=bool(warnings))
 
 

@@ -29,7 +29,7 @@ from anyckpt.pickling import Record
 from anyckpt.pickling.torch_objects import NAMESPACE, namespace
 from anyckpt.tensor import LazyTensor
 
-_BACKENDS = {
+BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -84,7 +84,7 @@ def torch_dist_files(
     return [
         OutputFile(f"{folder}common.pt", tuple(common_parts)),
         *shards,
-        small_file(f"{folder}metadata.json", json.dumps(_BACKENDS), stage=2),
+        small_file(f"{folder}metadata.json", json.dumps(BACKENDS), stage=2),
     ]
 
 

@@ -14,8 +14,8 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.zarr_array import ZARRAY, open_array, read_metadata
 from anyckpt.errors import FormatError
-from anyckpt.formats.megatron_core.reader import megatron_checkpoint
-from anyckpt.formats.megatron_core_zarr.location import checkpoint_folder
+from anyckpt.formats.megatron_core.reader import megatron_checkpoint, read_committed
+from anyckpt.formats.megatron_core_zarr.location import checkpoint_folder, is_zarr
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.heads import read_each, whole
 from anyckpt.storage.location import Location
@@ -35,6 +35,19 @@ def read(location: Location) -> Checkpoint:
         FormatError: see :func:`read_zarr`.
     """
     return read_zarr((checkpoint_folder(location) or location).folder(), path=location.path)
+
+
+def read_payload(folder: Folder, *, path: str) -> Checkpoint:
+    """The checkpoint of either backend in ``folder``; of ``torch_dist`` with what says that it was not finished.
+
+    Args:
+        folder: where the files are.
+        path: what the user opened.
+
+    Raises:
+        FormatError: see :func:`read_zarr` and :func:`~anyckpt.formats.megatron_core.reader.read_torch_dist`.
+    """
+    return read_zarr(folder, path=path) if is_zarr(folder) else read_committed(folder, path=path)
 
 
 def read_zarr(folder: Folder, *, path: str) -> Checkpoint:

@@ -17,19 +17,13 @@ from anyckpt.errors import UsageError
 from anyckpt.escaping import is_text
 from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON
-from anyckpt.formats.megatron_core.writer import common_and_sharded, state_objects, tokenizer_files
+from anyckpt.formats.megatron_core.writer import BACKENDS, common_and_sharded, state_objects, tokenizer_files
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.nesting import nested
 from anyckpt.indexing import Shape
 from anyckpt.models.dialects.registration import with_second_names
 from anyckpt.tensor import LazyTensor
 
-_BACKENDS = {
-    "sharded_backend": "zarr",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 _CHUNK_BYTES = 256 << 20  # a loader reads whole chunks to take its slice of them
 
 
@@ -74,7 +68,7 @@ def _files(
     for name, tensor in tensors.items():
         files += _array_files(name, tensor, None if held is None else held[name])
     files += [_object_file(name, value) for name, value in objects.items()]
-    return [*files, small_file(COMMIT, json.dumps(_BACKENDS), stage=2)]
+    return [*files, small_file(COMMIT, json.dumps({**BACKENDS, "sharded_backend": "zarr"}), stage=2)]
 
 
 def _array_files(name: str, tensor: LazyTensor, held: Sequence[HeldBox] | None) -> Iterator[OutputFile]:

@@ -7,10 +7,7 @@ from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, TrainingState
 from anyckpt.errors import FormatError, UnfinishedError
-from anyckpt.formats.megatron_core.location import check_commit
-from anyckpt.formats.megatron_core.reader import read_torch_dist
-from anyckpt.formats.megatron_core_zarr.location import is_zarr
-from anyckpt.formats.megatron_core_zarr.reader import read_zarr
+from anyckpt.formats.megatron_core_zarr.reader import read_payload
 from anyckpt.formats.nemo2.fiddle import decode, to_plain
 from anyckpt.formats.nemo2.location import CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS, has_index
 from anyckpt.formats.nemo2.tokenizer import read_tokenizer
@@ -45,19 +42,11 @@ def read(location: Location) -> Checkpoint:
             remedy="copy it again from its origin",
         )
     folder = location.folder(*inside)
-    zarr = is_zarr(folder)
-    unloadable = [] if zarr else check_commit(folder)
-    unfinished = bool(unloadable)
-    weights = (
-        read_zarr(folder, path=location.path)
-        if zarr
-        else read_torch_dist(folder, path=location.path, warnings=unloadable)
-    )
+    weights = read_payload(folder, path=location.path)
     warnings = list(weights.warnings)
     missing: list[str] = []
     context, calls, config = _read_context(location, missing)
     warnings += missing
-    unloadable = [*unloadable, *missing]
     tokenizer = read_tokenizer(_model(calls).get("tokenizer", config.get("tokenizer")), context)
     if tokenizer is not None and tokenizer.library == "sentencepiece" and tokenizer.model_file is None:
         warnings.append("the tokenizer's sentencepiece model is not in context/, where the configuration has it")
@@ -77,8 +66,7 @@ def read(location: Location) -> Checkpoint:
         },
         training=_training(weights),
         warnings=warnings,
-        unloadable=unloadable,
-        unfinished=unfinished,
+        unloadable=[*weights.unloadable, *missing],
         details={
             **weights.details,
             "model_class": _class(config),

@@ -28,6 +28,7 @@ FILES_OF_NAMES = "fqn_to_file_index_mapping.json"
 
 _OF_DCP = (SHARDING, "DCP_VERSION")
 _NAME = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<file>\d{5})-of-(?P<files>\d{5})\.safetensors", re.ASCII)
+_GATHER = "copy the files of all ranks of one save here"
 _FOLDER = "open the folder that holds the files of all ranks"
 
 
@@ -187,13 +188,8 @@ def _whole(folder: str, name: str, parts: Sequence[tuple[Shape, LazyTensor]], fi
     try:
         return mosaic(parts[0][1].dtype, shape, [start for start, _ in parts], [tensor for _, tensor in parts])
     except AnyckptError as error:
-        raise _incomplete(
-            f"the ranks' parts do not make up the tensor: {error.problem}",
-            path=folder,
-            tensor=name,
-            expected=error.expected,
-            found=error.found,
-        ) from error
+        problem = f"the ranks' parts do not make up the tensor: {error.problem}"
+        raise error.told_as(FormatError, problem, path=folder, tensor=name, remedy=_GATHER) from error
 
 
 def _check_listed(location: Location, tensors: Mapping[str, LazyTensor]) -> None:
@@ -209,4 +205,4 @@ def _check_listed(location: Location, tensors: Mapping[str, LazyTensor]) -> None
 
 
 def _incomplete(problem: str, **facts: Any) -> FormatError:
-    return FormatError(problem, remedy="copy the files of all ranks of one save here", **facts)
+    return FormatError(problem, remedy=_GATHER, **facts)

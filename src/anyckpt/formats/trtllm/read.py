@@ -195,13 +195,7 @@ def _joined_one(
         warnings += compare(_replicas(name, pieces, how, heads))
     except AnyckptError as error:
         error.tensor = error.tensor or name
-        raise (
-            error
-            if isinstance(error, MappingError)
-            else MappingError(
-                error.problem, tensor=error.tensor, expected=error.expected, found=error.found, remedy=error.remedy
-            )
-        ) from None
+        raise error.told_as(MappingError) from None
     return _without_padding(name, whole, how, config, heads.ranks)
 
 

@@ -109,14 +109,7 @@ def _ranks(
             if own.endswith(".weights_scaling_factor"):
                 error.remedy = _another_division(tensor, layout.tensor_parallel, checkpoint)
             if type(error) is AnyckptError:
-                raise UsageError(
-                    error.problem,
-                    path=error.path,
-                    tensor=error.tensor,
-                    expected=error.expected,
-                    found=error.found,
-                    remedy=error.remedy,
-                ) from None
+                raise error.told_as(UsageError) from None
             raise
     return ranks
 

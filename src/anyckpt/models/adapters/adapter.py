@@ -124,6 +124,18 @@ class Adapter:
     notes: list[str] = field(default_factory=list)
 
 
+def put(updates: dict[Target, LowRank], target: Target, update: LowRank) -> None:
+    """Add an update.
+
+    Raises:
+        MappingError: there is one of the same rows.
+    """
+    if target in updates:
+        other = updates[target].names[0]
+        raise MappingError("adapts a weight that another tensor adapts", tensor=update.names[0], found=other)
+    updates[target] = update
+
+
 def by_weight(adapter: Adapter) -> dict[str, dict[str, LowRank]]:
     """Updates by the weight that they change, and by its part.
 
@@ -156,6 +168,16 @@ def all_equal(tensors: Sequence[LazyTensor]) -> bool:
 def is_zero(tensor: LazyTensor) -> bool:
     """Whether all elements are; reads up to the first that is not."""
     return all(not np.count_nonzero(chunk) for chunk in tensor.chunks())
+
+
+def check_vectors(update: LowRank, name: str) -> None:
+    """Raise MappingError unless lengths of rows and a bias are of as many rows as the update."""
+    rows = update.up.shape[0]
+    for vector in (update.magnitude, update.bias):
+        if vector is not None and vector.shape != (rows,):
+            raise MappingError(
+                "has another length than the weight has rows", tensor=name, expected=(rows,), found=vector.shape
+            )
 
 
 def check_factors(update: LowRank, name: str) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from anyckpt.checkpoint import AdapterSettings, storage_key
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal
+from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal, check_vectors, put
 from anyckpt.models.adapters.low_rank import LowRankSum
-from anyckpt.models.adapters.merge import Plus, check_computed
+from anyckpt.models.adapters.merge import Plus, check_computed, no_bias
 from anyckpt.models.adapters.peft_names import StoredAdapter, rows_of, update_of
 from anyckpt.tensor import LazyTensor, Mapped
 
@@ -143,13 +143,7 @@ def placed(
     current = {**base, **{name: values[0] for name, values in adapter.replaced.items()}}
     for module, own in stored.modules.items():
         weight = known(f"{module}.weight")
-        if Target(weight) in adapter.updates:
-            raise MappingError(
-                "adapts a weight that another tensor adapts",
-                tensor=own.names[0],
-                found=adapter.updates[Target(weight)].names[0],
-            )
-        adapter.updates[Target(weight)] = update_of(module, own, scale)
+        put(adapter.updates, Target(weight), update_of(module, own, scale))
     orientation = _Orientation(current, adapter, settings)
     for target_of, update in adapter.updates.items():
         embeds = any("lora_embedding_" in name for name in update.names)
@@ -203,14 +197,7 @@ class _Orientation:
                 found=f"one of shape {(rows, columns)}",
                 remedy=_RESIZE if outer else "give the base model that it was trained on",
             )
-        for vector in (update.magnitude, update.bias):
-            if vector is not None and vector.shape != (rows,):
-                raise MappingError(
-                    "has another length than the weight has rows",
-                    tensor=update.names[0],
-                    expected=(rows,),
-                    found=vector.shape,
-                )
+        check_vectors(update, update.names[0])
         if not (fits and turned):
             return turned
         seen = self._seen.get(block_of(name), set())
@@ -354,13 +341,8 @@ def _add_bias(
     cast: Callable[[str, LazyTensor], DType],
 ) -> None:
     bias = weight.removesuffix("weight") + "bias"
-    if bias not in tensors or tensors[bias].shape != update.bias.shape:  # type: ignore[union-attr]
-        raise MappingError(
-            "the adapter has a bias for a module without one",
-            tensor=update.names[0],
-            expected=bias,
-            found="no such tensor in the base model",
-        )
     assert update.bias is not None
+    if bias not in tensors or tensors[bias].shape != update.bias.shape:
+        raise no_bias(update, bias)
     own = cast(bias, tensors[bias])
     tensors[bias] = Mapped((tensors[bias], update.bias), own, Plus(update.scale * scale, own))

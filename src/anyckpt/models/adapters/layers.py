@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import LowRank, Target, check_factors
+from anyckpt.models.adapters.adapter import LowRank, Target, check_factors, check_vectors
 from anyckpt.models.hub import Model
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV, Operation
 from anyckpt.models.language.rules import Instance
@@ -107,8 +107,4 @@ def check_update(target: Target, update: LowRank, layers: Layers) -> None:
             found=f"one of shape {(rows, columns)}",
             remedy="give the base model that it was trained on, or its configuration with --config",
         )
-    for vector in (update.magnitude, update.bias):
-        if vector is not None and vector.shape != (rows,):
-            raise MappingError(
-                "has another length than the weight has rows", tensor=name, expected=(rows,), found=vector.shape
-            )
+    check_vectors(update, name)

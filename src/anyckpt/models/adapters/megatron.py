@@ -185,37 +185,35 @@ def to_megatron(adapter: Adapter, spelling: str, experts: int | None = None) -> 
         )
     tensors: dict[str, LazyTensor] = {}
     for target, update in adapter.updates.items():
-        if update.bias is not None or target.weight.startswith("embedding."):
-            raise UsageError(
-                "Megatron's adapters have no bias" if update.bias is not None else "Megatron adapts no embeddings",
-                tensor=(update.names or (str(target),))[0],
-                remedy="merge it into the base with anyckpt merge-lora",
-            )
-        if target.part and _EXPERT_WEIGHT.fullmatch(target.weight):
-            raise UsageError(
-                "Megatron adapts gate and up projection of an expert as one",
-                tensor=(update.names or (str(target),))[0],
-                remedy="choose --adapter-form fused",
-            )
-        if update.magnitude is not None and (target.part or spelling == "nemo1"):
-            raise UsageError(
-                "NeMo 1 has no DoRA" if spelling == "nemo1" else "Megatron's DoRA adapts fused weights as one",
-                tensor=(update.names or (str(target),))[0],
-                remedy=None if spelling == "nemo1" else "choose --adapter-form fused",
-            )
-        if not target.weight.rpartition(".")[2].startswith("weight"):
-            raise UsageError(
-                "Megatron has no module for this weight that could be adapted",
-                tensor=(update.names or (str(target),))[0],
-                found=target.weight,
-                remedy="merge it into the base with anyckpt merge-lora",
-            )
+        obstacle = _obstacle(target, update, spelling)
+        if obstacle is not None:
+            problem, remedy = obstacle
+            name = (update.names or (str(target),))[0]
+            raise UsageError(problem, tensor=name, found=target.weight, remedy=remedy)
         stem = _module_stem(target) if spelling == "megatron" else _around_stem(target)
         tensors[f"{stem}.linear_in.weight"] = update.down
         tensors[f"{stem}.linear_out.weight"] = update.up
         if update.magnitude is not None:
             tensors[f"{stem}.weight_magnitude"] = update.magnitude
     return tensors if experts is None else _with_stacked_experts(tensors, experts)
+
+
+def _obstacle(target: Target, update: LowRank, spelling: str) -> tuple[str, str | None] | None:
+    """What of an update these adapters have no place for, and what to do; None if they have one for all of it."""
+    merge, fuse = "merge it into the base with anyckpt merge-lora", "choose --adapter-form fused"
+    if update.bias is not None:
+        return "Megatron's adapters have no bias", merge
+    if target.weight.startswith("embedding."):
+        return "Megatron adapts no embeddings", merge
+    if target.part and _EXPERT_WEIGHT.fullmatch(target.weight):
+        return "Megatron adapts gate and up projection of an expert as one", fuse
+    if update.magnitude is not None and spelling == "nemo1":
+        return "NeMo 1 has no DoRA", None
+    if update.magnitude is not None and target.part:
+        return "Megatron's DoRA adapts fused weights as one", fuse
+    if not target.weight.rpartition(".")[2].startswith("weight"):
+        return "Megatron has no module for this weight that could be adapted", merge
+    return None
 
 
 def _with_stacked_experts(tensors: Mapping[str, LazyTensor], experts: int) -> dict[str, LazyTensor]:

@@ -65,7 +65,6 @@ def _add(
 ) -> None:
     """Change a weight, and its bias if the adapter has one."""
     base = tensors[weight]
-    name = next(iter(parts.values())).names[0]
     check_computed(weight, base)
     target = base.dtype if cast is None else cast(weight, base)
     tensors[weight] = _changed(
@@ -75,12 +74,7 @@ def _add(
         return
     bias = weight.removesuffix("weight") + "bias"
     if bias not in tensors:
-        raise MappingError(
-            "the adapter has a bias for a module without one",
-            tensor=name,
-            expected=bias,
-            found="no such tensor in the base model",
-        )
+        raise no_bias(next(iter(parts.values())), bias)
     own = tensors[bias].dtype if cast is None else cast(bias, tensors[bias])
 
     def add(part: LazyTensor, update: LowRank) -> LazyTensor:
@@ -130,6 +124,16 @@ def check_computed(name: str, weight: LazyTensor) -> None:
             found=weight.dtype.name,
             remedy="dequantize the base model first",
         )
+
+
+def no_bias(update: LowRank, bias: str) -> MappingError:
+    """The error for a bias of an update whose weight has none, which would be called ``bias``."""
+    return MappingError(
+        "the adapter has a bias for a module without one",
+        tensor=update.names[0],
+        expected=bias,
+        found="no such tensor in the base model",
+    )
 
 
 @dataclass(frozen=True)

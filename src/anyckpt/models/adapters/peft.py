@@ -7,7 +7,7 @@ from functools import partial
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
-from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal
+from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal, put
 from anyckpt.models.adapters.layers import Layers, check_update
 from anyckpt.models.adapters.parameters import expert_updates
 from anyckpt.models.adapters.peft_names import StoredModule, by_module, rows_of, update_of
@@ -63,11 +63,7 @@ def from_peft(
         own_rows = operation if len(item.sources) == 1 else operation.of_part(number)
         update = rearranged(update, partial(to_hub, own_rows, item))
         target = Target(item.hub, operation.parts[number] if len(item.sources) > 1 else "")
-        if target in updates:
-            raise MappingError(
-                "adapts a weight that another tensor adapts", tensor=name, found=updates[target].names[0]
-            )
-        updates[target] = update
+        put(updates, target, update)
     adapter = Adapter(updates)
     adapter.replaced.update(_replaced(stored.saved, layers, tensors))
     for module, name in stored.tokens.items():

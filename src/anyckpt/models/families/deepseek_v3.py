@@ -15,6 +15,7 @@ from typing import Any
 from anyckpt.config.codecs import Implied, Noted, Written, same_as
 from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
+from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
 from anyckpt.errors import MappingError
@@ -147,7 +148,7 @@ class _Layers(Codec):
         count = usual if count is None else count
         first = defaults["first_k_dense_replace"] if first is None else first
         every = reader.integer("moe_layer_freq") or 1
-        layers = range(min(found["num_layers"], 10_000))
+        layers = layers_of(found["num_layers"])
         return {
             "moe_layer_freq": sparse.pattern(layer >= first and layer % every == 0 for layer in layers),
             "moe_shared_expert_intermediate_size": count * found["moe_ffn_hidden_size"] or None,

@@ -18,6 +18,7 @@ from typing import Any
 from anyckpt.config.codecs import Implied, same_as
 from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig, whole
+from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
@@ -76,7 +77,7 @@ class _ListedExperts(Codec):
     keys = ("moe_layers", "interleave_moe_layer_step")
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        layers = range(min(max(0, found["num_layers"]), 10_000))
+        layers = layers_of(found["num_layers"])
         step = reader.integer("interleave_moe_layer_step")
         listed = set(_listed(reader, "moe_layers"))
         if reader.values.get("moe_layers") is None:
@@ -97,7 +98,7 @@ class _RotatedLayers(Codec):
     keys = ("no_rope_layers", "no_rope_layer_interval", "layer_types")
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        layers = range(min(max(0, found["num_layers"]), 10_000))
+        layers = layers_of(found["num_layers"])
         stated = _listed(reader, "no_rope_layers")
         if stated and len(stated) < len(layers):
             raise MappingError(
@@ -183,7 +184,7 @@ class _Interval(Codec):
         interval = defaults["nope_layer_interval"]
         if "nope_layer_interval" in reader.values:
             interval = reader.integer("nope_layer_interval")
-        layers = range(min(max(0, found["num_layers"]), 10_000))
+        layers = layers_of(found["num_layers"])
         skipped = tuple(int(bool(interval) and (layer + 1) % interval == 0) for layer in layers)
         return {"no_rope_freq": skipped if any(skipped) else None}
 

@@ -15,6 +15,7 @@ from anyckpt.config.codecs import Fixed, Implied, same_as
 from anyckpt.config.fields import Codec, Field
 from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig, padded
+from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
@@ -154,7 +155,7 @@ def _nemo1(config: ModelConfig) -> Mapping[str, Any]:
 
 
 _NEMO1 = {
-    "hybrid_override_pattern": lambda values: "M" * max(0, min(10_000, _count(values.get("num_layers")))),
+    "hybrid_override_pattern": lambda values: "M" * len(layers_of(_count(values.get("num_layers")))),
     "add_bias_linear": False,
     "share_embeddings_and_output_weights": False,
 }
@@ -202,7 +203,7 @@ FAMILY = Family(
             Fixed({**_STATE_SPACES, "d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}, _OF, written=False),
             Field("max_position_embeddings", "max_position_embeddings", "count", _LENGTH, terse=True),
             Implied({
-                "hybrid_override_pattern": lambda found: "M" * min(max(0, found["num_layers"]), 10_000),
+                "hybrid_override_pattern": lambda found: "M" * len(layers_of(found["num_layers"])),
                 "ffn_hidden_size": same_as("hidden_size"),  # no layer has such; Megatron's must have positive sizes
                 "num_attention_heads": _heads,
                 "num_query_groups": _heads,

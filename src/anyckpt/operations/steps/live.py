@@ -53,9 +53,7 @@ class Live:
         try:
             found = self.tensor(value)
         except (FormatError, UsageError) as error:
-            raise UsageError(
-                error.problem, tensor=name, expected=error.expected, found=error.found, remedy=error.remedy
-            ) from None
+            raise error.told_as(UsageError, path=None, tensor=name) from None
         return value if found is None else found
 
     def tensor(self, value: Any) -> LazyTensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
+from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import Variant
 from anyckpt.models.families.parts import decoder
@@ -98,7 +99,7 @@ class SteppedLayers(Codec):
         step = 1 if step is None else step
         listed = reader.tokens("mlp_only_layers") or ()  # a list of whole numbers, or one
         dense = {listed} if isinstance(listed, int) else set(listed)
-        layers = range(min(found["num_layers"], 10_000))
+        layers = layers_of(found["num_layers"])
         return {
             "moe_layer_freq": pattern(layer not in dense and step > 0 and (layer + 1) % step == 0 for layer in layers)
         }
