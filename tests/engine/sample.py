@@ -14,9 +14,9 @@ import numpy as np
 from anyckpt import tensor as lazy
 from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, checksum, execute, files, run
-from anyckpt.engine.destination import Share
+from anyckpt.engine.destination import Destination, Share
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, Plan, SourceData, TensorData, small_file
-from anyckpt.engine.shared_run import run_share
+from anyckpt.engine.shared_run import SharedRun, ShareReport
 from anyckpt.storage import LocalFile, MemorySource
 from anyckpt.tensor import Stored
 
@@ -50,6 +50,11 @@ def sample_plan(source: Path, *, directory: bool = True) -> Plan:
         return Plan("sample", (OutputFile("", outputs[0].parts),))
     marker = small_file("metadata.json", "{}", stage=2)
     return Plan("sample", (marker, *outputs, small_file("config.yaml", "a: 1\n")), links={"last": "data"})
+
+
+def run_share(plan: Plan, destination: str | Destination, share: Share, **options: Any) -> ShareReport:
+    """Write one share of a plan; options are those of ``SharedRun``."""
+    return SharedRun(plan, destination, share.of, **options).write(share)
 
 
 def shrink_blocks(nbytes: int, sync_every: int = 1 << 30) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.sample import shrink_blocks
+from tests.engine.sample import run_share, shrink_blocks
 from tests.engine.test_execute import restored_block_sizes  # noqa: F401
 from tests.support import file_bytes
 
@@ -24,7 +24,7 @@ from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import Report, execute
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
-from anyckpt.engine.shared_run import finish, run_share
+from anyckpt.engine.shared_run import finish
 from anyckpt.errors import UsageError
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import LazyTensor, Stored, concatenate

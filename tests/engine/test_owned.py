@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.engine.memory_destination import MemoryDestination, ObjectStore
-from tests.engine.sample import shrink_blocks
+from tests.engine.sample import run_share, shrink_blocks
 from tests.engine.test_execute import restored_block_sizes  # noqa: F401
 
 from anyckpt.dtypes import dtype
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, Plan, SourceData, TensorData, small_file
-from anyckpt.engine.shared_run import finish, run_share
+from anyckpt.engine.shared_run import finish
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.owned import OwnedSource
 from anyckpt.storage.source import MemorySource

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.memory_destination import MemoryDestination, ObjectStore
-from tests.engine.sample import make_source, sample_plan, shrink_blocks
+from tests.engine.sample import make_source, run_share, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
 from anyckpt.dtypes import dtype
@@ -27,7 +27,7 @@ from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, read_manifest
 from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
 from anyckpt.engine.share import Division, divided
-from anyckpt.engine.shared_run import SharedRun, finish, run_share
+from anyckpt.engine.shared_run import SharedRun, finish
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.storage import LocalFile, MemorySource

@@ -167,11 +167,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def table_keys() -> list[str]:
-    """The names and patterns of the table."""
-    return list(_table()["settings"])
-
-
 @cache
 def _table() -> dict[str, Any]:
     path = Path(__file__).parent / "data" / "nemo1_settings.yaml"

@@ -217,24 +217,6 @@ class SharedRun:
         )
 
 
-def run_share(
-    plan: Plan,
-    destination: str | Destination,
-    share: Share,
-    *,
-    overwrite: bool = False,
-    workers: int | None = None,
-    memory: int = DEFAULT_MEMORY,
-    progress: Progress | None = None,
-    source_paths: Sequence[str] = (),
-) -> ShareReport:
-    """Write one share of a plan; see ``SharedRun``."""
-    run = SharedRun(
-        plan, destination, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
-    )
-    return run.write(share, progress)
-
-
 def finish(
     plan: Plan,
     destination: str | Destination,

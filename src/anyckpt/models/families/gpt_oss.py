@@ -15,21 +15,17 @@ from anyckpt.config.fields import Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.config.windows import AllBut, LayerWindow
-from anyckpt.indexing import Shape
 from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rule_operations import IDENTITY, TRANSPOSED, Operation, Transposed
+from anyckpt.models.language.rule_operations import IDENTITY, TRANSPOSED, RowWise, Transposed
 from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor, concatenate
 
 
-class GateUpInTurn(Operation):
+class GateUpInTurn(RowWise):
     """One tensor whose even rows are the gate and whose odd rows are up, as two halves."""
-
-    def on_rows(self) -> Operation | None:
-        return self
 
     def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
         rows, rest = sources[0].shape[0] // 2, sources[0].shape[1:]
@@ -40,9 +36,6 @@ class GateUpInTurn(Operation):
         rows, rest = tensor.shape[0] // 2, tensor.shape[1:]
         halves = [tensor.narrow(0, half * rows, rows).reshape((rows, 1, *rest)) for half in range(2)]
         return [concatenate(halves, 1).reshape(tensor.shape)]
-
-    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
-        return [shape]
 
 
 _IN_TURN = GateUpInTurn()

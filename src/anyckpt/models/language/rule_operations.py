@@ -31,9 +31,9 @@ class Operation(ABC):
     def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
         """The source tensors, in the order of the rule's patterns."""
 
-    @abstractmethod
     def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
-        """Shapes of the source tensors of a hub tensor of this shape."""
+        """Shapes of the source tensors of a hub tensor of this shape: its own, if nothing else is said."""
+        return [shape]
 
     parts: tuple[str, ...] = ()
     """How Megatron calls each of several sources where it knows them apart, as in adapters."""
@@ -74,9 +74,6 @@ class Identity(RowWise):
 
     def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
         return [tensor]
-
-    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
-        return [shape]
 
 
 class Interleaved(RowWise):
@@ -151,9 +148,6 @@ class ConcatenatedQueryKeyValue(RowWise):
 
     def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
         return [concatenate(self._separate.from_hub(tensor, config), 0)]
-
-    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
-        return [shape]
 
 
 class Transposed(Operation):

@@ -89,9 +89,6 @@ class UnitRows(Operation):
     def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
         return [tensor]
 
-    def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
-        return [shape]
-
     def remark(self, config: ModelConfig) -> str | None:
         if not self._when(config):
             return None
