@@ -111,7 +111,7 @@ def test_a_configuration_of_an_unknown_type(tmp_path: Path) -> None:
     assert "nearest to gemma, mistral or llama, of whose rules none covers 9 tensors: model.layers.0." in str(
         caught.value
     )
-    assert "layers.7.self_attn.gate.weight, and 1 more" in str(caught.value)
+    assert "layers.7.self_attn.gate.weight and 1 more" in str(caught.value)
     assert "python -m pydoc anyckpt.extend" in str(caught.value)
     nothing = folder({"a.b": zeros()}, config, tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"'orion' is of none \(expected megatron-core names.*pydoc anyckpt"):
