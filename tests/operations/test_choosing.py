@@ -16,6 +16,8 @@ from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.errors import AnyckptError, IncompleteError, UsageError
 from anyckpt.formats.registry import read
 from anyckpt.operations.steps.choosing import choose
+from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = fixture_path("families/llama/hf")
@@ -172,3 +174,56 @@ def test_layers_keep_their_numbers_where_no_configuration_counts_them(tmp_path: 
     config = {**open_case("llama").checkpoint.config, "num_hidden_layers": 1}
     with pytest.raises(AnyckptError):
         anyckpt.convert(LLAMA, tmp_path / "x", to="hf", exclude="model.layers.0.mlp.*", config=config)
+
+
+def with_state(target: str, folder: Path) -> tuple[Path, Path]:
+    """A trained model of a known family in a format, and its configuration."""
+    source = fixture_path("legacy/megatron_distopt_tp2_dp2")
+    anyckpt.convert(source, folder / "trained", to=target, optimizer="keep")
+    anyckpt.convert(source, folder / "hf", to="hf")
+    return folder / "trained", folder / "hf"
+
+
+@pytest.mark.parametrize(
+    ("target", "glob"),
+    [
+        ("megatron-core", "optimizer.state.exp_avg.*"),
+        ("dcp", "optim.state.*.exp_avg"),
+        ("lightning", "optimizer_states.*.exp_avg"),
+    ],
+)
+def test_slots_get_the_names_of_their_weights(target: str, glob: str, tmp_path: Path) -> None:
+    """Whether a container keeps them by name or by number; a part of them, too."""
+    trained, config = with_state(target, tmp_path)
+    anyckpt.convert(trained, tmp_path / "x", to="safetensors", include=glob, names="hf", config=config)
+    found = read(tmp_path / "x").tensors
+    assert found.keys() == read(config).tensors.keys()
+    optimizer = with_optimizer(open_checkpoint(trained)).optimizer
+    assert optimizer is not None
+    norm = next(t for name, t in optimizer().slots["exp_avg"].items() if name.endswith("final_layernorm.weight"))
+    assert sha256_of(found["model.norm.weight"]) == sha256_of(norm)
+
+
+def test_a_part_of_the_slots_and_of_a_copy(tmp_path: Path) -> None:
+    trained_model, _ = with_state("megatron-core", tmp_path)
+    done = anyckpt.convert(trained_model, tmp_path / "x", to="safetensors", include="*.exp_avg.*mlp*", names="hf")
+    names = set(read(tmp_path / "x").tensors)
+    assert {name for name in names if ".mlp." in name} == {
+        f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("gate", "up", "down")
+    }
+    assert any(
+        note.startswith(f"a part of the model, as --include and --exclude say: {len(names)} of") for note in done.notes
+    )
+    source, averaged = trained("ema_state_dict.")
+    config = open_case("llama").checkpoint.config
+    anyckpt.convert(source, tmp_path / "y", to="safetensors", include="ema*.layers.0.mlp*", names="hub", config=config)
+    mlp = read(tmp_path / "y").tensors["decoder.layers.0.mlp.linear_fc2.weight"]
+    assert sha256_of(mlp) == sha256_of(averaged["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_two_slots_cannot_have_one_name(tmp_path: Path) -> None:
+    trained_model, _ = with_state("megatron-core", tmp_path)
+    with pytest.raises(UsageError, match="2 tensors of one weight"):
+        anyckpt.convert(trained_model, tmp_path / "x", to="safetensors", include="*.exp_avg*", names="hf")
+    anyckpt.convert(trained_model, tmp_path / "x", to="safetensors", include="*.exp_avg*")
+    assert all("exp_avg" in name for name in read(tmp_path / "x").tensors)

@@ -273,8 +273,15 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     whole = join_ranks(stored, rules=request.rules, family=options.family)
     adapter = AdapterRequest(options.adapter_form, options.alpha)
 
-    chosen = steps.take(choose(whole, options.include, options.exclude, keep_state=options.keeps_state))
-    unwanted = {name: t for name, t in whole.weights().items() if whole.model_prefix + name in steps.ignored}
+    names_given = options.names is not None or aim.target.dialect(aim.options) is not None
+    keeps = options.keeps_state
+    chosen = steps.take(choose(whole, options.include, options.exclude, keep_state=keeps, as_weights=names_given))
+    own = chosen.weights()
+    unwanted = {
+        name: tensor
+        for name, tensor in whole.weights().items()
+        if whole.model_prefix + name in steps.ignored and name not in own
+    }
     if not options.keeps_state:
         if not chosen.weights():
             raise nothing_to_write(whole)

@@ -10,6 +10,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import IncompleteError, UsageError
 from anyckpt.models.complete import some
+from anyckpt.operations.steps.beside_weights import weights_beside
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Stepped
@@ -27,6 +28,7 @@ def choose(
     exclude: str | Sequence[str] | None,
     *,
     keep_state: bool = False,
+    as_weights: bool = False,
 ) -> Stepped:
     """The checkpoint with the tensors that the user wants as its weights; those that are left out are ignored.
 
@@ -39,9 +41,11 @@ def choose(
         include: glob or globs; all weights if none.
         exclude: glob or globs of what is left out of these.
         keep_state: the training state goes along with the weights.
+        as_weights: what is beside the weights gets the names of the weights that it is of, because it gets others next.
 
     Raises:
-        UsageError: a glob to include matches nothing, nothing is left, or state is chosen and to be kept as state.
+        UsageError: a glob to include matches nothing, nothing is left, state is chosen and to be kept as state, or
+            several tensors are chosen that are of one weight and are to have its name.
     """
     include, exclude = as_patterns(include), as_patterns(exclude)
     if not include and not exclude:
@@ -92,12 +96,18 @@ def choose(
     holder = _holder(checkpoint, chosen)
     told = f"--include chooses {len(beside)} tensors that are stored beside the weights, such as {beside[0]}"
     state = replace(checkpoint.training, has_optimizer=False, has_scheduler=False, has_rng=False)
+    tensors = _without(checkpoint.tensors, left_out)
+    dialect = None
+    if as_weights:
+        named = weights_beside(checkpoint, tensors)
+        if named is not None:
+            tensors, holder, dialect = named, "", checkpoint.dialect
     chosen_ones = replace(
         checkpoint,
-        tensors=_without(checkpoint.tensors, left_out),
+        tensors=tensors,
         model_prefix=holder,
         state_prefixes=(),
-        dialect=None,
+        dialect=dialect,
         optimizer=None,
         training=state,
         warnings=[*checkpoint.warnings, told],

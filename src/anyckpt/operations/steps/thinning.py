@@ -73,7 +73,7 @@ class ByChance(Sparsity):
     def __call__(self, update: Array, start: Shape, whole: Shape) -> None:
         below = np.uint32(min(_RANGE - 1, round(self.density * _RANGE)))
         dropped = self._numbers(start, update.shape, whole) >= below
-        update[dropped] = 0
+        np.copyto(update, 0, where=dropped)
         if self.rescaled:
             np.divide(update, self.density, out=update)
 
@@ -289,7 +289,7 @@ class Largest(Sparsity):
             equal = sizes == bits
             if equal.any():
                 dropped |= equal & (_places(start, update.shape, whole) >= end)
-        update[dropped] = 0
+        np.copyto(update, 0, where=dropped)
         if self.rescaled:
             np.multiply(update, self.top.times(), out=update)
 
