@@ -6,6 +6,7 @@ import hashlib
 import re
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def prepare(name: str, *, lock: Path, first: Sequence[str] = (), extras: str = "
     wanted = _digest(lock, extras, sys.version)
     if stamp.exists() and stamp.read_text() == wanted and interpreter.exists():
         return interpreter
-    print(f"making {name} ...", flush=True)
+    started = time.monotonic()
+    print(f"making {name}: the environment, with pip", flush=True)
     venv.EnvBuilder(with_pip=True, clear=True).create(folder)
     pip = [
         str(interpreter),
@@ -49,12 +51,15 @@ def prepare(name: str, *, lock: Path, first: Sequence[str] = (), extras: str = "
         str(lock),
     ]
     # the build back end comes from the lock, too: a build environment of pip's own would take its newest release
+    print(f"making {name}: {', '.join(['hatchling', *first])}, which it is built with", flush=True)
     subprocess.run([*pip, "hatchling", *first], check=True, cwd=ROOT)
     project = f".[{extras}]" if extras else "."
+    print(f"making {name}: anyckpt and what it needs", flush=True)
     subprocess.run([*pip, "--no-build-isolation", "--editable", project], check=True, cwd=ROOT)
     _check_locked(interpreter, lock)
     subprocess.run([str(interpreter), "-m", "compileall", "-q", "src"], check=True, cwd=ROOT)
     stamp.write_text(wanted)
+    print(f"making {name}: done in {time.monotonic() - started:.0f} s", flush=True)
     return interpreter
 
 

@@ -20,7 +20,7 @@ def documented(command: str) -> set[str]:
 
 
 def test_inspect(anyckpt: Runner) -> None:
-    found = anyckpt("inspect", fixture_path("families/llama/hf"), "--stats", "--json").json
+    found = anyckpt("inspect", fixture_path("families/llama/hf"), "--stats", "--tree", "--json").json
     assert set(found) == documented("inspect")
     for key in found["model"]:
         assert f"`{key}`" in DOCUMENT

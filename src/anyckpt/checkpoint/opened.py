@@ -59,6 +59,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             counts or shapes in the files do not prove which parameter a state is of.
         extra_states: finds the states that modules have beside their weights (FP8 scaling) by the hub's name, None if
             there are none or they are in ``ranks``.
+        holds_states: whether such states that are only read when asked for, of which ``ignored`` has the names, hold
+            anything; None if the reasons there say it.
         calls: which names the pickles in its files ask for and call; pickles that are read later are added.
         place: where ``path`` is.
         attached: names of objects that are parts of a weight or of what holds weights (the class of a tensor, what
@@ -100,6 +102,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     optimizer: Callable[[], OptimizerState] | None = field(default=None, repr=False)
     adapter: AdapterSettings | None = None
     extra_states: Callable[[], Mapping[str, Any]] | None = field(default=None, repr=False)
+    holds_states: Callable[[], bool] | None = field(default=None, repr=False)
     attached: frozenset[str] = frozenset()
     written_back: frozenset[str] = frozenset()
     forms: ObjectForms | None = field(default=None, repr=False)

@@ -103,6 +103,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code.
     """
+    from anyckpt.cli.console import StoppedError
     from anyckpt.errors import AnyckptError
 
     try:
@@ -119,6 +120,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message().removesuffix("."), _usage_hint(error))
     except AnyckptError as error:
         return _fail(str(error))
+    except StoppedError as request:
+        return _fail(str(request), code=130)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", code=130)
     except BrokenPipeError:

@@ -8,7 +8,7 @@ import click
 
 from anyckpt.cli import completion
 from anyckpt.cli.command import Command, option
-from anyckpt.cli.console import progress_bar
+from anyckpt.cli.console import writing
 from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_option, writing_options
 from anyckpt.cli.layout import layout_options, layout_request
 
@@ -82,6 +82,6 @@ def command(sources: tuple[str, ...], destination: str, as_json: bool, **options
     from anyckpt.operations.average import average
 
     layout = layout_request(options)
-    with progress_bar("averaging") as progress:
+    with writing("averaging", destination) as progress:
         done = average(sources, destination, layout=layout, progress=progress, **options)
     show(done, as_json)

@@ -9,7 +9,7 @@ import click
 
 from anyckpt.cli import completion
 from anyckpt.cli.command import Command, option
-from anyckpt.cli.console import by_reason, print_json, print_line, print_note, progress_bar
+from anyckpt.cli.console import by_reason, print_json, print_line, print_note, writing
 from anyckpt.cli.layout import layout_options, layout_request
 from anyckpt.cli.tables import Column, print_table
 
@@ -272,7 +272,7 @@ def command(source: str, destination: str, as_json: bool, **options: Any) -> Non
 
     options["quantize_exclude"] = options["quantize_exclude"] or None
     layout = layout_request(options)
-    with progress_bar("converting") as progress:
+    with writing("converting", destination) as progress:
         done = convert(source, destination, layout=layout, progress=progress, **options)
     show(done, as_json)
 
@@ -317,7 +317,7 @@ def _print(done: Conversion) -> None:
         _print_quantization(done.quantization)
     for cast, count in done.casts.items():
         print_line(f"cast {cast}: {count} tensors")
-    for line in by_reason(done.ignored):
+    for line in by_reason(done.lost()):
         print_line(f"left out: {line}")
     for note in done.notes:
         print_note(f"note: {note}")

@@ -8,7 +8,7 @@ import click
 
 from anyckpt.cli import completion
 from anyckpt.cli.command import Command, option
-from anyckpt.cli.console import progress_bar
+from anyckpt.cli.console import writing
 from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_option, writing_options
 from anyckpt.cli.layout import layout_options, layout_request
 
@@ -66,6 +66,6 @@ def command(base: str, adapter: str, destination: str, as_json: bool, **options:
     from anyckpt.operations.merge_lora import merge_lora
 
     layout = layout_request(options)
-    with progress_bar("merging") as progress:
+    with writing("merging", destination) as progress:
         done = merge_lora(base, adapter, destination, layout=layout, progress=progress, **options)
     show(done, as_json)

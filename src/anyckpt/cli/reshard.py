@@ -8,7 +8,7 @@ import click
 
 from anyckpt.cli import completion
 from anyckpt.cli.command import Command, option
-from anyckpt.cli.console import progress_bar
+from anyckpt.cli.console import writing
 from anyckpt.cli.convert import OUTPUT, show, writing_options
 from anyckpt.cli.layout import layout_options, layout_request
 
@@ -44,6 +44,6 @@ def command(source: str, destination: str, as_json: bool, **options: Any) -> Non
     from anyckpt.operations.reshard import reshard
 
     layout = layout_request(options)
-    with progress_bar("resharding") as progress:
+    with writing("resharding", destination) as progress:
         done = reshard(source, destination, layout=layout, progress=progress, **options)
     show(done, as_json)

@@ -23,7 +23,6 @@ _BELOW = "    "
 _NARROWEST = 40
 _NARROWEST_VALUE = 24
 _SHORT_VALUE = 40
-_TIMES = "\N{MULTIPLICATION SIGN}"
 _FEW_TOO_LONG = 1 / 3
 
 
@@ -65,13 +64,18 @@ def width() -> int | None:
 
 
 def times() -> str:
-    """The sign for "that many": ``×``, or ``x`` where the locale or the encoding has none."""
+    """The sign for "that many"."""
+    return sign("\N{MULTIPLICATION SIGN}", "x")
+
+
+def sign(wanted: str, plain: str) -> str:
+    """A sign that is not ASCII, or one that is where the locale or the encoding has no other."""
     locale = next(filter(None, (os.environ.get(name) for name in ("LC_ALL", "LC_CTYPE", "LANG"))), "")
     try:
-        _TIMES.encode(sys.stdout.encoding or "ascii")
+        wanted.encode(sys.stdout.encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
-        return "x"
-    return "x" if locale in ("C", "POSIX") else _TIMES
+        return plain
+    return plain if locale in ("C", "POSIX") else wanted
 
 
 def print_table(columns: Sequence[Column | str], rows: Iterable[Sequence[str]], *, title: str = "") -> None:
@@ -147,7 +151,7 @@ def fitted(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int 
         lines = _beside([columns[i] for i in kept], [[row[i] for i in kept] for row in cells], room)
         if lines:
             return Fitted(lines[:1], lines[1:], tuple(left_out))
-    return _stacked(columns, cells, room or 0)
+    return _stacked(columns, cells, room or 0, expendable)
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> list[int]:
@@ -179,21 +183,27 @@ def _beside(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int
     return lines
 
 
-def _stacked(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> Fitted:
-    """Each name on a line of its own, all else below it in as many lines as it takes."""
+def _stacked(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int, expendable: Sequence[int]) -> Fitted:
+    """Each name on a line of its own, all else below it in as few lines as it takes without what is expendable."""
     widths = _widths(columns, cells)
-    below = _lines_of_columns(columns, widths, room)
+    ways = [tuple(sorted(expendable[:count])) for count in range(len(expendable) + 1)]
+    left_out = min(ways, key=lambda way: (len(_lines_of_columns(columns, widths, room, way)), len(way)))
+    below = _lines_of_columns(columns, widths, room, left_out)
 
     def lines(row: Sequence[str]) -> list[str]:
         placed = [([columns[i] for i in group], [row[i] for i in group], [widths[i] for i in group]) for group in below]
         return [row[0], *(line for parts in placed if (line := _BELOW + _aligned(*parts).rstrip()).strip())]
 
-    return Fitted(lines([column.title for column in columns]), [line for row in cells for line in lines(row)])
+    heading = lines([column.title for column in columns])
+    return Fitted(heading, [line for row in cells for line in lines(row)], left_out)
 
 
-def _lines_of_columns(columns: Sequence[Column], widths: Sequence[int], room: int) -> list[list[int]]:
+def _lines_of_columns(
+    columns: Sequence[Column], widths: Sequence[int], room: int, left_out: Sequence[int]
+) -> list[list[int]]:
     """Numbers of the columns that share a line below a name."""
-    parts = [list(numbers) for _, numbers in groupby(range(1, len(columns)), lambda number: columns[number].part)]
+    kept = [number for number in range(1, len(columns)) if number not in left_out]
+    parts = [list(numbers) for _, numbers in groupby(kept, lambda number: columns[number].part)]
     lines: list[list[int]] = []
 
     def taken(numbers: Sequence[int]) -> int:

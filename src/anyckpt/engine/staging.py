@@ -35,6 +35,11 @@ def destination_of(directory: str) -> str | None:
     return os.path.join(parent, inner) if name.startswith(".") and name.endswith(_PARTIAL) and inner else None
 
 
+def is_begun(destination: str) -> bool:
+    """Whether interrupted work on an output has left blocks, which going on with it would not write again."""
+    return bool(StagingDirectory(destination)._known())
+
+
 class StagingDirectory(Destination):
     """The hidden directory in which an output is prepared.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_check
 from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
 from anyckpt.operations.steps.cutting import cut_as_asked
 from anyckpt.operations.steps.destination import check_destination, told_by_name
-from anyckpt.operations.steps.extra_states import choose_states
+from anyckpt.operations.steps.extra_states import choose_states, lost
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layer_choice import choose_layers
@@ -64,6 +64,7 @@ class Conversion:
         share: ``I/N`` if this was the work of one process among several, whose bytes and seconds these are; or None.
         missing_shares: those that are not written yet, so that the output is not there.
         quantization: what quantizing did to every weight, as ``--report`` writes it; None if no report was asked for.
+        holds_states: see ``Checkpoint.holds_states`` of the source.
     """
 
     output: str
@@ -82,12 +83,23 @@ class Conversion:
     share: str | None = None
     missing_shares: tuple[str, ...] = ()
     quantization: dict[str, Any] | None = None
+    holds_states: Callable[[], bool] | None = field(default=None, repr=False, compare=False)
+
+    def lost(self) -> dict[str, str]:
+        """What of ``ignored`` holds something; with a placeholder of the source nothing is lost.
+
+        Where only the source's files tell which are placeholders, some are read.
+
+        Raises:
+            FormatError: one is damaged.
+        """
+        return lost(self.ignored, self.holds_states)
 
     def to_json(self) -> dict[str, Any]:
         """As ``convert --json`` prints it; a dry run lists the files."""
         told = {"ignored": [{"name": name, "reason": reason} for name, reason in self.ignored.items()]}
         facts = {**vars(self), **told, "notes": list(self.notes), "missing_shares": list(self.missing_shares)}
-        files = facts.pop("files")
+        files, _ = facts.pop("files"), facts.pop("holds_states")
         return {**facts, "files": list(files)} if self.dry_run else facts
 
 
@@ -211,7 +223,14 @@ def converted(
         measured = report_on(made.quantized, options.quantization, options.workers)
         write_report(measured, options.report)
         done = replace(done, quantization=measured.to_json())
-    return replace(done, ignored=dict(plan.ignored), casts=dict(plan.casts), notes=plan.notes, files=files)
+    return replace(
+        done,
+        ignored=dict(plan.ignored),
+        casts=dict(plan.casts),
+        notes=plan.notes,
+        files=files,
+        holds_states=opened.holds_states,
+    )
 
 
 def _path(source: str | os.PathLike[str] | Checkpoint) -> str | os.PathLike[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +13,16 @@ from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.layout.pipeline import Chunk
 from anyckpt.operations.inspection import Inspection, TensorFacts
+from anyckpt.operations.steps.extra_states import why_ignored
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.loader_calls import asked_of_loaders
+from anyckpt.operations.steps.module_tree import Leaf, module_tree
+from anyckpt.operations.steps.stages import stages_of
 from anyckpt.operations.steps.statistics import Scan, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
+from anyckpt.operations.steps.training_facts import learning_rates, loss_scale
 from anyckpt.pickling.plain import to_plain
 from anyckpt.storage.location import file_of
 from anyckpt.tensor import LazyTensor
@@ -42,6 +48,7 @@ def inspect(
     stats: bool = False,
     digest: bool = False,
     names: str = "stored",
+    tree: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
     """Say what is in a checkpoint; no tensor data is read unless ``stats`` or ``digest`` ask for it.
@@ -53,6 +60,7 @@ def inspect(
         stats: compute statistics of the listed tensors.
         digest: compute the SHA-256 of the listed tensors.
         names: ``stored``, or ``hub`` for Megatron-Core names with shards joined and layers un-stacked.
+        tree: tell what each module of the listed tensors takes, of all if ``tensors`` is None.
         progress: called with (bytes done, bytes to do) while tensors are read.
 
     Raises:
@@ -62,12 +70,13 @@ def inspect(
     """
     if names not in ("stored", "hub"):
         raise UsageError("unknown kind of names", expected="stored or hub", found=names)
-    checkpoint = _joined(source if isinstance(source, Checkpoint) else registry.read(source))
+    stored = source if isinstance(source, Checkpoint) else registry.read(source)
+    checkpoint = _joined(stored)
     numbers = _as_numbers(checkpoint)
     model, warning = _identify(numbers)
     listed = None
     globs = as_patterns(tensors)
-    if globs or stats or digest or names == "hub":
+    if globs or stats or digest or tree or names == "hub":
         chosen = _hub_names(numbers, model, warning) if names == "hub" else checkpoint.tensors
         listed = _list(checkpoint.path, chosen, globs, stats, digest, progress)
     parameters = numbers.parameters
@@ -100,7 +109,7 @@ def inspect(
         tokenizer=_tokenizer_facts(checkpoint.tokenizer),
         config=to_plain(checkpoint.config),
         config_kind=checkpoint.config_kind,
-        ignored=dict(checkpoint.ignored),
+        ignored=why_ignored(checkpoint.ignored, checkpoint.holds_states),
         objects=list(checkpoint.objects),
         values=to_plain(checkpoint.objects),
         details=to_plain(checkpoint.details),
@@ -110,7 +119,29 @@ def inspect(
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
         calls=tuple(calls),
+        learning_rates=learning_rates(checkpoint.objects),
+        loss_scale=loss_scale(checkpoint.objects),
+        stages=[_stage(chunk) for chunk in stages_of(stored)] or None,
+        tree=module_tree(map(_leaf, listed)) if tree and listed is not None else None,
     )
+
+
+def _stage(chunk: Chunk) -> dict[str, Any]:
+    return {
+        "pipeline_rank": chunk.pipeline_rank,
+        "virtual_rank": chunk.virtual_rank,
+        "layers": {stack: list(layers) for stack, layers in chunk.layers.items() if layers},
+        "embedding": chunk.embedding,
+        "output": chunk.output,
+    }
+
+
+def _leaf(tensor: TensorFacts) -> Leaf:
+    """A tensor of a tree; one that is another's counts nothing."""
+    look = f"{tensor.dtype} {list(tensor.shape)}"
+    if tensor.same_as is not None:
+        return Leaf(tensor.name, f"{look} (as {tensor.same_as})", 0, 0)
+    return Leaf(tensor.name, look, math.prod(tensor.shape), tensor.nbytes)
 
 
 def _part(checkpoint: Checkpoint) -> list[str]:
@@ -216,8 +247,14 @@ def _list(
             path=path,
             remedy="list all with --tensors '*'",
         )
+    first: dict[Any, str] = {}
+    same = {}
+    for name in names:
+        key = storage_key(tensors[name])
+        if key is not None and first.setdefault(key, name) != name:
+            same[name] = first[key]
     if not stats and not digest:
-        return [_facts(path, name, tensors[name], Scan(None, None)) for name in names]
+        return [_facts(path, name, tensors[name], Scan(None, None), same.get(name)) for name in names]
 
     def one(name: str, advance: Advance) -> TensorFacts:
         try:
@@ -225,15 +262,15 @@ def _list(
         except AnyckptError as error:
             error.tensor = error.tensor or name
             raise
-        return _facts(path, name, tensors[name], found)
+        return _facts(path, name, tensors[name], found, same.get(name))
 
     return each(one, names, Meter(sum(tensors[name].nbytes for name in names), progress))
 
 
-def _facts(path: str, name: str, tensor: LazyTensor, found: Scan) -> TensorFacts:
+def _facts(path: str, name: str, tensor: LazyTensor, found: Scan, same_as: str | None) -> TensorFacts:
     shards, files = _where(path, tensor)
     return TensorFacts(
-        name, tensor.dtype.name, tensor.shape, tensor.nbytes, shards, files, found.sha256, found.statistics
+        name, tensor.dtype.name, tensor.shape, tensor.nbytes, shards, files, found.sha256, found.statistics, same_as
     )
 
 

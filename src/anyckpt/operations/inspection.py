@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.checkpoint.grouping import grouped
+from anyckpt.errors import UsageError
 from anyckpt.escaping import html_table
+from anyckpt.operations.steps.extra_states import lost
+from anyckpt.operations.steps.globs import as_patterns, matching
+from anyckpt.operations.steps.module_tree import Module
 from anyckpt.operations.steps.statistics import Statistics
 from anyckpt.pickling import Callee
 from anyckpt.units import format_bytes
@@ -14,10 +20,12 @@ _IN_JSON = tuple(
     """
     path format format_version family parameters bytes tensor_count dtypes layout step has_optimizer artifacts
     config warnings dialect dtype_bytes size model epoch consumed_samples states tokenizer config_kind ignored
-    objects values details adapter notes
+    objects values details adapter notes learning_rates loss_scale
     """.split()
 )
 """Attributes of an inspection that are in ``--json`` as they are, in its order."""
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class TensorFacts:
         nbytes: bytes of the elements.
         shards: stored pieces that the tensor is made of.
         files: files that hold them, relative to the checkpoint where they lie inside it.
+        same_as: the tensor before it that has the same bytes in the file, as tied weights may; or None.
         sha256: digest of the little-endian bytes in C order, if asked for.
         statistics: if asked for; None also where numpy cannot compute with the type.
     """
@@ -43,16 +52,47 @@ class TensorFacts:
     files: tuple[str, ...]
     sha256: str | None = None
     statistics: Statistics | None = None
+    same_as: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As in ``inspect --json``: ``sha256`` and ``stats`` are there only if computed."""
+        """As in ``inspect --json``: ``sha256``, ``stats`` and ``same_as`` are there only if known."""
         facts = {**vars(self), "shape": list(self.shape), "files": list(self.files)}
-        del facts["sha256"], facts["statistics"]
+        del facts["sha256"], facts["statistics"], facts["same_as"]
+        if self.same_as is not None:
+            facts["same_as"] = self.same_as
         if self.sha256 is not None:
             facts["sha256"] = self.sha256
         if self.statistics is not None:
             facts["stats"] = self.statistics.to_json()
         return facts
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors of one type and shape whose names differ in numbers only.
+
+    Attributes:
+        name: one name for all: ``model.layers.{0-31}.mlp.up_proj.weight``.
+        tensors: they.
+    """
+
+    name: str
+    tensors: tuple[TensorFacts, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def shards(self) -> int:
+        """Stored pieces of all."""
+        return sum(tensor.shards for tensor in self.tensors)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that hold them."""
+        return tuple(dict.fromkeys(file for tensor in self.tensors for file in tensor.files))
 
 
 @dataclass(frozen=True)
@@ -92,6 +132,11 @@ class Inspection:
         tensors: the tensors asked for, or None if none were.
         calls: names that the pickles in it ask for, those that run code first.
         likely_families: where the family is unknown, those that name all tensors as they are named here.
+        learning_rates: those of the optimizers' parameter groups, each once; else what schedulers gave last.
+        loss_scale: of fp16 training, or None.
+        stages: of a pipeline, its chunks in the order in which data flows through them: ``pipeline_rank``,
+            ``virtual_rank``, ``layers`` (stack -> indices), ``embedding`` and ``output``; None if there is no pipeline.
+        tree: what each module takes, if asked for.
     """
 
     path: str
@@ -125,6 +170,10 @@ class Inspection:
     tensors: list[TensorFacts] | None = None
     likely_families: tuple[str, ...] = ()
     calls: tuple[Callee, ...] = ()
+    learning_rates: list[float] = field(default_factory=list)
+    loss_scale: float | None = None
+    stages: list[dict[str, Any]] | None = None
+    tree: Module | None = None
 
     @property
     def has_optimizer(self) -> bool:
@@ -135,9 +184,41 @@ class Inspection:
         facts = {name: getattr(self, name) for name in _IN_JSON}
         facts["likely_families"] = list(self.likely_families)
         facts["calls"] = [callee.to_json() for callee in self.calls]
+        facts["stages"] = self.stages
+        if self.tree is not None:
+            facts["tree"] = self.tree.to_json()
         if self.tensors is not None:
             facts["tensors"] = [tensor.to_json() for tensor in self.tensors]
         return facts
+
+    def lost(self) -> dict[str, str]:
+        """What of ``ignored`` holds something; with a placeholder nothing is lost."""
+        return lost(self.ignored)
+
+    def groups(self) -> list[TensorGroup]:
+        """The listed tensors, those of alike layers together; none if none are listed."""
+        listed = {tensor.name: tensor for tensor in self.tensors or ()}
+        looks = {name: (tensor.dtype, tensor.shape, tensor.same_as is None) for name, tensor in listed.items()}
+        return [TensorGroup(group.name, tuple(listed[name] for name in group)) for group in grouped(looks)]
+
+    def state(self, globs: str | Sequence[str]) -> dict[str, Any]:
+        """State besides tensors, as in ``values``: what has a name, or a dotted path in it, that a glob matches.
+
+        Raises:
+            UsageError: nothing is called so.
+        """
+        patterns = as_patterns(globs)
+        found = {name: self.values[name] for name in matching(self.values, patterns)}
+        if not found:
+            found = {path: value for path, value in _paths(self.values) if matching([path], patterns)}
+        if not found:
+            raise UsageError(
+                f"no state besides tensors matches {' or '.join(map(repr, patterns))}",
+                path=self.path,
+                expected=", ".join(list(self.values)[:_SHOWN]) or "nothing: there is none",
+                remedy="list all with --objects '*'" if self.values else None,
+            )
+        return found
 
     def _repr_html_(self) -> str:
         rows = [
@@ -150,3 +231,21 @@ class Inspection:
             *(("warning", text) for text in self.warnings),
         ]
         return html_table(self.path, (), rows)
+
+
+def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every part of plain data by its dotted path, a whole before its parts."""
+    todo = [iter(values.items())]
+    while todo:
+        item = next(todo[-1], None)
+        if item is None:
+            todo.pop()
+            continue
+        path, value = item
+        yield path, value
+        inside: Sequence[tuple[Any, Any]] = ()
+        if isinstance(value, dict):
+            inside = list(value.items())
+        elif isinstance(value, list):
+            inside = list(enumerate(value))
+        todo.append(iter([(f"{path}.{key}", part) for key, part in inside]))

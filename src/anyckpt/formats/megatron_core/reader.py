@@ -22,7 +22,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint
 from anyckpt.formats.shared.megatron_adapters import ADAPTER, settings_from
-from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON
+from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON, some_hold_something
 from anyckpt.formats.shared.tracker import iteration_folder
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import simplify, to_plain
@@ -134,9 +134,14 @@ def megatron_checkpoint(
         key_paths=contents.paths or {},
         common=tuple(common),
         extra_states=partial(_states, contents.objects) if ignored else None,
+        holds_states=partial(_hold_something, contents.objects) if ignored else None,
         checksums=lambda: _checksums(folder, contents),
         adapter=settings_from(call, path) if isinstance(call := to_plain(common.get(ADAPTER)), dict) else None,
     )
+
+
+def _hold_something(objects: Mapping[str, Any]) -> bool:
+    return some_hold_something(objects, filter(_EXTRA_STATE.match, objects))
 
 
 def _states(objects: Mapping[str, Any]) -> dict[str, Any]:

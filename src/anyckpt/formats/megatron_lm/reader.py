@@ -21,7 +21,7 @@ from anyckpt.formats.megatron_lm.location import (
 )
 from anyckpt.formats.megatron_lm.ranks import Place, RankFile, agreed_sizes, open_ranks, place_ranks
 from anyckpt.formats.shared.megatron_arguments import plain_arguments
-from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON, FREQUENCIES_REASON
+from anyckpt.formats.shared.no_weights import FREQUENCIES_REASON, note_extra_state
 from anyckpt.models.dialects.projections import GROUPED_SINCE, grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names, strip_wrappers
 from anyckpt.optimizer.by_rank import RankState, read_optimizer
@@ -144,7 +144,7 @@ def _weights(rank: RankFile, key: str, ignored: dict[str, str]) -> tuple[dict[st
     for stored, value in flat.items():
         name = stored[cut:]
         if name.endswith("_extra_state"):
-            ignored[name] = EXTRA_STATE_REASON
+            note_extra_state(ignored, name, value)
             if value is not None:
                 states[name] = value
         elif name.endswith("rotary_pos_emb.inv_freq"):

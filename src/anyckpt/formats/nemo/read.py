@@ -23,7 +23,7 @@ from anyckpt.formats.nemo.container import (
     open_container,
 )
 from anyckpt.formats.nemo.tokenizer import read_tokenizer
-from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON
+from anyckpt.formats.shared.no_weights import extra_state_reason
 from anyckpt.formats.shared.rank_files import (
     Chunk,
     check_places,
@@ -60,6 +60,7 @@ class _Weights:
     ranks: tuple[RankShard, ...] = ()
     key_paths: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     common: tuple[str, ...] | None = None
+    holds_states: Callable[[], bool] | None = None
 
 
 def read(location: Location) -> Checkpoint:
@@ -109,6 +110,7 @@ def read(location: Location) -> Checkpoint:
         common=weights.common,
         checksums=weights.checksums,
         ranks=weights.ranks,
+        holds_states=weights.holds_states,
         adapter=_adapter(weights, config, location.path),
     )
 
@@ -280,7 +282,7 @@ def _read_flat(source: ByteSource) -> _Weights:
         "nemo-flat" if is_megatron else None,
         objects,
         warnings=list(contents.warnings),
-        ignored={name: EXTRA_STATE_REASON for name in objects if _EXTRA_STATE.search(name)},
+        ignored={name: extra_state_reason(state) for name, state in objects.items() if _EXTRA_STATE.search(name)},
         details={"torch_generation": contents.generation},
         checksums=lambda: stored_checksums(contents),
     )
@@ -306,6 +308,7 @@ def _read_sharded(container: Container, path: str) -> _Weights:
         found.checksums,
         key_paths=found.key_paths,
         common=found.common,
+        holds_states=found.holds_states,
     )
 
 

@@ -17,7 +17,7 @@ from anyckpt.checkpoint import ParallelLayout, RankShard
 from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file.values import brief
 from anyckpt.errors import FormatError
-from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON, FREQUENCIES_REASON
+from anyckpt.formats.shared.no_weights import FREQUENCIES_REASON, note_extra_state
 from anyckpt.formats.shared.rank_folders import Place, folder_name
 from anyckpt.models.dialects.projections import grouped
 from anyckpt.models.dialects.rank_names import flattened, hub_names
@@ -159,7 +159,7 @@ def _weights(chunk: Chunk, ignored: dict[str, str]) -> dict[str, LazyTensor]:
     for name, value in flat.items():
         short = name[cut:].replace("._orig_mod", "")
         if "_extra_state" in short.rpartition(".")[2]:
-            ignored[short] = EXTRA_STATE_REASON
+            note_extra_state(ignored, short, value)
         elif short.endswith("rotary_pos_emb.inv_freq"):
             ignored[short] = FREQUENCIES_REASON
         elif not isinstance(value, LazyTensor):
