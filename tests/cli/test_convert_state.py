@@ -34,7 +34,7 @@ def test_names_are_chosen(anyckpt: Runner, tmp_path: Path) -> None:
     ranks, file = tmp_path / "ranks", tmp_path / "out.safetensors"
     assert anyckpt("convert", fixture_path("families/llama/hf"), ranks, "--to", "megatron-lm", "--tp", "2").code == 0
     assert anyckpt("convert", ranks, file, "--to", "safetensors", "--names", "hf").code == 0
-    shown = anyckpt("inspect", file, "--tensors", "*").out
+    shown = anyckpt("inspect", file, "--all").out
     assert "model.layers.0.self_attn.q_proj.weight" in shown and "linear_qkv" not in shown
     found = anyckpt("convert", ranks, tmp_path / "x", "--to", "hf", "--names", "hub")
     assert "hf has names of its own" in found.error

@@ -169,6 +169,14 @@ def test_rows_with_tabs_are_numbers_as_they_are(anyckpt: Runner) -> None:
         assert told["shape"] == str(tensor["shape"])
 
 
+def test_a_file_without_tensors_has_none_to_list(anyckpt: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "empty.safetensors"
+    path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    for words in (("--tensors", "*"), ("--tree",), ("--all",), ("--stats",)):
+        assert anyckpt("inspect", path, *words).code == 0
+    assert anyckpt("inspect", path, "--tsv").out == "name\tdtype\tshape\tnbytes\tshards\tfiles\n"
+
+
 def test_a_tree_says_what_each_module_takes(anyckpt: Runner) -> None:
     found = anyckpt("inspect", LLAMA, "--tree", "--json").json
     tree = found["tree"]

@@ -101,6 +101,10 @@ def test_a_long_value_goes_on_below_itself_and_no_word_is_cut(
     )
 
 
+def test_a_size_stays_with_its_unit() -> None:
+    assert tables.wrap_words("5 float32 (284 B), 1 float16 (4 B)", 33) == ["5 float32 (284 B), 1 float16", "(4 B)"]
+
+
 def test_what_is_left_out_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tables, "width", lambda: 60)
     columns = [Column("name"), Column("shards", right=True, optional=1), Column("files", optional=2)]

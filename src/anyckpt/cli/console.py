@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from anyckpt.escaping import printable
 
@@ -28,13 +28,22 @@ def print_json(value: Any) -> None:
 
 
 def print_line(text: str = "") -> None:
-    """A line for people on standard output, control characters escaped."""
-    print(printable(text))
+    """A line for people on standard output, control characters escaped; wrapped if that is a terminal."""
+    _print(text, sys.stdout)
 
 
 def print_note(text: str) -> None:
     """A line on standard error: a warning, a log entry."""
-    print(printable(text), file=sys.stderr)
+    _print(text, sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    from anyckpt.cli.tables import width, wrap_words
+
+    line, room = printable(text), width(stream)
+    if room is not None and len(line) > room:
+        line = "\n".join(wrap_words(line, room, "  "))
+    print(line, file=stream)
 
 
 def print_table(

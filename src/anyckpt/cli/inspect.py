@@ -21,6 +21,7 @@ _SHOWN_RATES = 4
 _SHOWN_STAGES = 64
 _TENSORS = "Tensors"
 _REST = "What is no tensor"
+_QUANTIZATION = "quantization"
 
 
 @click.command(
@@ -127,7 +128,7 @@ def _print_yaml(found: Inspection, config: bool, objects: str | None) -> None:
 def _print_tensors(found: Inspection, each: bool, depth: int | None, tsv: bool) -> None:
     from anyckpt.cli import tensor_tables
 
-    if found.tensors is None:
+    if found.tensors is None or not (found.tensors or tsv):
         return
     if not tsv:
         print_line()
@@ -167,6 +168,7 @@ def _print_summary(found: Inspection) -> None:
         ("parameters", f"{found.parameters:,}" + (f" ({found.size})" if found.parameters >= 1000 else "")),
         ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),
         ("types", ", ".join(types)),
+        (_QUANTIZATION, _text(found.details.get(_QUANTIZATION) or "")),
         ("training", _training_line(found)),
         ("states", ", ".join(name for name, there in found.states.items() if there)),
         ("parallel", ", ".join(parallel) or "whole tensors"),
@@ -176,14 +178,14 @@ def _print_summary(found: Inspection) -> None:
         ("pickles name", calls_line(found.calls)),
         ("configuration", _config_line(found)),
         ("other state", _objects_line(found)),
-        ("details", _details_line(found.details)),
+        ("details", _details_line({name: value for name, value in found.details.items() if name != _QUANTIZATION})),
     ]
     tables.print_facts([(name, value) for name, value in rows if value])
     if picture:
         print_line()
-        print_line("pipeline ranks and their layers")
+        tables.print_heading("pipeline ranks and their layers")
         for line in picture[:_SHOWN_STAGES]:
-            print_line(line)
+            print(line)
         if picture[_SHOWN_STAGES:]:
             print_line(f"... {len(picture) - _SHOWN_STAGES} more, all of them with --json")
 

@@ -7,12 +7,14 @@ about it, or moves below it.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from shutil import get_terminal_size
 from textwrap import wrap
+from typing import TextIO
 
 import click
 
@@ -23,6 +25,8 @@ _BELOW = "    "
 _NARROWEST = 40
 _NARROWEST_VALUE = 24
 _SHORT_VALUE = 40
+_SIZE = re.compile(r"(?<=[0-9]) (?=[kMGTPE]?B\b)")
+_UNBREAKABLE = "\N{NO-BREAK SPACE}"
 _FEW_TOO_LONG = 1 / 3
 
 
@@ -58,9 +62,13 @@ class Fitted:
     left_out: tuple[int, ...] = ()
 
 
-def width() -> int | None:
-    """Columns of the terminal that standard output is; None if it is a file, a pipe or another program."""
-    return max(get_terminal_size().columns, _NARROWEST) if sys.stdout.isatty() else None
+def width(stream: TextIO | None = None) -> int | None:
+    """Columns of the terminal that a stream is; None if it is a file, a pipe or another program.
+
+    Args:
+        stream: standard output if None.
+    """
+    return max(get_terminal_size().columns, _NARROWEST) if (stream or sys.stdout).isatty() else None
 
 
 def times() -> str:
@@ -131,9 +139,17 @@ def print_facts(facts: Iterable[tuple[str, str]], *, title: str = "") -> None:
             print(indent + line)
 
 
-def wrap_words(text: str, room: int) -> list[str]:
-    """Text in lines of at most so many characters; words are never cut."""
-    return wrap(text, max(room, 1), break_long_words=False, break_on_hyphens=False)
+def wrap_words(text: str, room: int, indent: str = "") -> list[str]:
+    """Printable text in lines of at most so many characters; words are never cut, nor sizes from their units.
+
+    Args:
+        text: what to wrap.
+        room: characters in a line.
+        indent: before all lines but the first.
+    """
+    together = _SIZE.sub(_UNBREAKABLE, text)
+    lines = wrap(together, max(room, 1), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(_UNBREAKABLE, " ") for line in lines]
 
 
 def fitted(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int | None) -> Fitted:
@@ -216,6 +232,11 @@ def _lines_of_columns(
             else:
                 lines.append(numbers)
     return lines
+
+
+def print_heading(text: str) -> None:
+    """A line that stands above others."""
+    _put(printable(text), bold=True)
 
 
 def _put(text: str, *, bold: bool = False, cyan: int = 0) -> None:

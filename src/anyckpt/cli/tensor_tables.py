@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from anyckpt.cli.tables import Column, print_table, print_tsv, times, width
+from anyckpt.cli.tables import Column, print_heading, print_table, print_tsv, times, width
 from anyckpt.escaping import printable
 from anyckpt.units import format_bytes, size_label
 
@@ -88,12 +88,14 @@ def print_tree(tree: Module, path: str, depth: int | None) -> None:
     titles = ("size", "parameters", "tensors")
     widths = [max(len(title), *(len(row[i]) for row in sizes)) for i, title in enumerate(titles)]
     room = width()
-    for cells, name, look in [
-        (titles, "module", ""),
-        *((row, name, module.look) for row, (module, name) in zip(sizes, rows, strict=True)),
-    ]:
-        start = "  ".join(cell.rjust(size) for cell, size in zip(cells, widths, strict=True)) + "  " + printable(name)
-        line = f"{start}  {printable(look)}" if look else start
+
+    def beginning(cells: Sequence[str], name: str) -> str:
+        return "  ".join(cell.rjust(size) for cell, size in zip(cells, widths, strict=True)) + "  " + printable(name)
+
+    print_heading(beginning(titles, "module"))
+    for cells, (module, name) in zip(sizes, rows, strict=True):
+        start = beginning(cells, name)
+        line = f"{start}  {printable(module.look)}" if module.look else start
         print(line if room is None or len(line) <= room else start)
 
 

@@ -241,7 +241,7 @@ def _list(
     progress: Progress | None,
 ) -> list[TensorFacts]:
     names = matching(tensors, globs) if globs else list(tensors)
-    if globs and not names:
+    if globs and tensors and not names:
         raise UsageError(
             f"no tensor matches {' or '.join(map(repr, globs))}",
             path=path,
