@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import writing
-from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_option, writing_options
+from anyckpt.cli.convert import show
 from anyckpt.cli.layout import layout_options, layout_request
+from anyckpt.cli.shared import OUTPUT
 
 
 def numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
@@ -32,16 +33,7 @@ def numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     ),
 )
 @click.argument("sources", nargs=-1, required=True, metavar="SRC...", shell_complete=completion.paths)
-@option(
-    "-o",
-    "--output",
-    "destination",
-    title=OUTPUT,
-    required=True,
-    metavar="DST",
-    shell_complete=completion.paths,
-    help="What to write.",
-)
+@shared.output
 @option(
     "--weights",
     title=OUTPUT,
@@ -49,28 +41,16 @@ def numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     metavar="W1,W2,...",
     help="A weight per SRC; all equal if not given.",
 )
-@option(
-    "--to",
-    title=OUTPUT,
-    metavar="FORMAT",
-    shell_complete=completion.formats,
-    help="Format to write; that of the first SRC if not given.",
-)
-@option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
-@option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
+@shared.to("Format to write; that of the first SRC if not given.")
+@shared.sharded
+@shared.shard_size
 @option("--include", title=OUTPUT, metavar="GLOB", multiple=True, help="Take only weights whose names in SRC match.")
 @option("--exclude", title=OUTPUT, metavar="GLOB", multiple=True, help="Leave out weights whose names in SRC match.")
-@family_option
-@option(
-    "--config",
-    title=MODEL,
-    metavar="FILE",
-    shell_complete=completion.paths,
-    help="Model configuration, where the checkpoints have none.",
-)
-@tokenizer_option
+@shared.family
+@shared.config("Model configuration, where the checkpoints have none.", metavar="FILE")
+@shared.tokenizer
 @layout_options
-@writing_options
+@shared.writing
 def command(sources: tuple[str, ...], destination: str, as_json: bool, **options: Any) -> None:
     """Write the mean of the weights of two or more checkpoints of one model.
 

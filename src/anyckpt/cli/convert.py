@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import by_reason, print_json, print_line, print_note, writing
 from anyckpt.cli.layout import layout_options, layout_request
+from anyckpt.cli.shared import MODEL, OUTPUT, QUANTIZED
 from anyckpt.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
 _SHOWN_FILES = 20
 _SHOWN_SHARES = 8
 _SHOWN_LAYERS = 12
-
-
-OUTPUT = "What to write"
-MODEL = "What the model is"
-QUANTIZED = "Quantizing"
-RUN = "How to do it"
-_WRITING = (
-    option(
-        "--dtype",
-        title=OUTPUT,
-        type=click.Choice(["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"]),
-        metavar="TYPE",
-        help="Cast floating-point weights, and dequantize quantized ones: bf16, fp16 or fp32 (or bfloat16, float16, "
-        "float32).",
-    ),
-    option("--dry-run", title=RUN, is_flag=True, help="Print the plan and write nothing."),
-    option("--overwrite", title=RUN, is_flag=True, help="Replace an existing checkpoint, at the end."),
-    option("--resume", title=RUN, is_flag=True, help="Continue what an interrupted run left."),
-    option("--force", title=RUN, is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
-    option("--workers", title=RUN, type=click.IntRange(min=1), metavar="N", help="Threads."),
-    option("--memory", title=RUN, metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
-    option(
-        "--share",
-        title=RUN,
-        metavar="I/N",
-        help="Do the I-th of N parts; the last of N processes publishes DST.",
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-)
-
-
-def writing_options(command: Decorated) -> Decorated:
-    """Options of every command that writes a checkpoint."""
-    for add in reversed(_WRITING):
-        command = add(command)
-    return command
-
-
-family_option = option(
-    "--family",
-    title=MODEL,
-    metavar="NAME",
-    shell_complete=completion.families,
-    help="Model family, where the checkpoint does not tell.",
-)
-tokenizer_option = option(
-    "--tokenizer",
-    title=MODEL,
-    metavar="PATH",
-    shell_complete=completion.paths,
-    help="Sentencepiece model or folder of tokenizer files to send along.",
-)
 
 
 @click.command(
@@ -94,13 +40,9 @@ tokenizer_option = option(
 )
 @click.argument("source", metavar="SRC", shell_complete=completion.paths)
 @click.argument("destination", metavar="DST", shell_complete=completion.paths)
-@option(
-    "--to",
-    title=OUTPUT,
-    metavar="FORMAT",
-    shell_complete=completion.formats,
-    help="Format to write, such as hf, nemo, nemo2, megatron-core.  If not given, what DST's name tells: .nemo, .ckpt, "
-    ".pt, .safetensors, .qnemo.",
+@shared.to(
+    "Format to write, such as hf, nemo, nemo2, megatron-core.  If not given, what DST's name tells: .nemo, .ckpt, .pt, "
+    ".safetensors, .qnemo."
 )
 @option(
     "--names",
@@ -141,7 +83,7 @@ tokenizer_option = option(
     show_default=True,
     help="Carry training state, where the target can hold it.",
 )
-@option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
+@shared.sharded
 @option(
     "--backend",
     title=OUTPUT,
@@ -154,15 +96,9 @@ tokenizer_option = option(
     default=False,
     help="trtllm: one archive (.qnemo), not a directory.",
 )
-@option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
-@family_option
-@option(
-    "--config",
-    title=MODEL,
-    metavar="PATH",
-    shell_complete=completion.paths,
-    help="Model configuration, or a model that has it, where SRC has none.",
-)
+@shared.shard_size
+@shared.family
+@shared.config("Model configuration, or a model that has it, where SRC has none.")
 @option(
     "--model-id",
     title=MODEL,
@@ -170,7 +106,7 @@ tokenizer_option = option(
     help="In place of --config: a model by name, such as meta-llama/Meta-Llama-3-8B, or a folder of NeMo 2; SRC must "
     "agree with it.",
 )
-@tokenizer_option
+@shared.tokenizer
 @option(
     "--tokenizer-library",
     title=MODEL,
@@ -228,41 +164,9 @@ tokenizer_option = option(
     shell_complete=completion.paths,
     help="What calibration saw, as anyckpt quantize saves it; int8_sq, int4_awq and w4a8_awq need it.",
 )
-@option(
-    "--sq-alpha",
-    title=QUANTIZED,
-    type=float,
-    metavar="X",
-    help="int8_sq: how much moves into weights.  [default: 1.0]",
-)
-@option(
-    "--enable-kv-cache/--no-enable-kv-cache",
-    title=QUANTIZED,
-    default=None,
-    help="With --stats: scales of keys and values in 8 bits; by default as NeMo decides.",
-)
-@option(
-    "--decoder-type",
-    title=QUANTIZED,
-    metavar="NAME",
-    help="With --stats: NeMo's word for the family, such as llama or gpt.",
-)
-@option(
-    "--quantize-exclude",
-    title=QUANTIZED,
-    metavar="GLOB",
-    multiple=True,
-    help="Leave modules that match as they are.",
-)
-@option(
-    "--report",
-    title=QUANTIZED,
-    metavar="FILE",
-    shell_complete=completion.paths,
-    help="Write what quantizing did to every weight, as JSON or .html.",
-)
+@shared.calibrated("With --stats: ")
 @layout_options
-@writing_options
+@shared.writing
 def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """Convert the checkpoint at SRC, whatever its format, to another one at DST.
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from anyckpt.cli import completion
 from anyckpt.cli.command import option
+from anyckpt.cli.shared import together
 
 if TYPE_CHECKING:
     from anyckpt.operations.steps.layout_request import LayoutRequest
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SIZE = click.IntRange(min=1)
 _PARALLEL = "Parallel layout"
 _VOCABULARY = "Vocabulary"
 _MEGATRON = "Megatron's formats"
-_OPTIONS = (
+layout_options = together(
     option(
         "--tp",
         "tensor_parallel",
@@ -113,13 +111,7 @@ _OPTIONS = (
         "model's load_state_dict refuses.",
     ),
 )
-
-
-def layout_options(command: Command) -> Command:
-    """The options, in the order in which ``--help`` shows them."""
-    for add in reversed(_OPTIONS):
-        command = add(command)
-    return command
+"""In the order in which ``--help`` shows them."""
 
 
 def layout_request(options: dict[str, Any]) -> LayoutRequest:

@@ -6,12 +6,13 @@ from typing import Any
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.average import numbers
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import progress_bar
-from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_option, writing_options
+from anyckpt.cli.convert import show
 from anyckpt.cli.layout import layout_options, layout_request
+from anyckpt.cli.shared import OUTPUT
 
 
 def _one_or_each(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | list[float] | None:
@@ -90,39 +91,18 @@ _HOW = "How to merge"
     shell_complete=completion.paths,
     help="A YAML file of mergekit in place of SRC and all of the above.",
 )
-@option(
-    "-o",
-    "--output",
-    "destination",
-    title=OUTPUT,
-    required=True,
-    metavar="DST",
-    shell_complete=completion.paths,
-    help="What to write.",
-)
-@option(
-    "--to",
-    title=OUTPUT,
-    metavar="FORMAT",
-    shell_complete=completion.formats,
-    help="Format to write; that of the base or first SRC if not given.",
-)
+@shared.output
+@shared.to("Format to write; that of the base or first SRC if not given.")
 @option("--names", title=OUTPUT, metavar="DIALECT", help="lightning, dcp, torch, safetensors: how to name weights.")
-@option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
-@option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
+@shared.sharded
+@shared.shard_size
 @option("--include", title=OUTPUT, metavar="GLOB", multiple=True, help="Take only weights whose names match.")
 @option("--exclude", title=OUTPUT, metavar="GLOB", multiple=True, help="Leave out weights whose names match.")
-@family_option
-@option(
-    "--config",
-    title=MODEL,
-    metavar="FILE",
-    shell_complete=completion.paths,
-    help="Model configuration, where the checkpoints have none.",
-)
-@tokenizer_option
+@shared.family
+@shared.config("Model configuration, where the checkpoints have none.", metavar="FILE")
+@shared.tokenizer
 @layout_options
-@writing_options
+@shared.writing
 def command(sources: tuple[str, ...], destination: str, as_json: bool, **options: Any) -> None:
     """Merge models of one architecture, of any formats and layouts, or adapters into their base.
 

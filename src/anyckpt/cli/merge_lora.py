@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import writing
-from anyckpt.cli.convert import MODEL, OUTPUT, family_option, show, tokenizer_option, writing_options
+from anyckpt.cli.convert import show
 from anyckpt.cli.layout import layout_options, layout_request
 
 _ADAPTER = "The adapter"
@@ -37,26 +37,14 @@ _ADAPTER = "The adapter"
 @option("--alpha", title=_ADAPTER, type=float, metavar="X", help="Its alpha, where it does not say it.")
 @option("--include", title=_ADAPTER, metavar="GLOB", multiple=True, help="Take only tensors of it whose names match.")
 @option("--exclude", title=_ADAPTER, metavar="GLOB", multiple=True, help="Leave out tensors of it whose names match.")
-@option(
-    "--to",
-    title=OUTPUT,
-    metavar="FORMAT",
-    shell_complete=completion.formats,
-    help="Format to write; that of BASE if not given.",
-)
-@option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
-@option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
-@family_option
-@option(
-    "--config",
-    title=MODEL,
-    metavar="PATH",
-    shell_complete=completion.paths,
-    help="Configuration of BASE, or a model that has it, where it has none.",
-)
-@tokenizer_option
+@shared.to("Format to write; that of BASE if not given.")
+@shared.sharded
+@shared.shard_size
+@shared.family
+@shared.config("Configuration of BASE, or a model that has it, where it has none.")
+@shared.tokenizer
 @layout_options
-@writing_options
+@shared.writing
 def command(base: str, adapter: str, destination: str, as_json: bool, **options: Any) -> None:
     """Write the model BASE with the LoRA or DoRA ADAPTER in its weights to DST.
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import progress_bar
-from anyckpt.cli.convert import MODEL, OUTPUT, QUANTIZED, RUN, family_option, show, tokenizer_option
+from anyckpt.cli.convert import show
+from anyckpt.cli.shared import OUTPUT, QUANTIZED, RUN
 
 _SIZE = click.IntRange(min=1)
 _CALIBRATION = "What to calibrate with"
@@ -57,34 +58,7 @@ _CALIBRATION = "What to calibrate with"
     metavar="N",
     help="int4 and AWQ: columns with one scale.  [default: 128]",
 )
-@option(
-    "--sq-alpha",
-    title=QUANTIZED,
-    type=float,
-    metavar="X",
-    help="int8_sq: how much moves into weights.  [default: 1.0]",
-)
-@option(
-    "--enable-kv-cache/--no-enable-kv-cache",
-    title=QUANTIZED,
-    default=None,
-    help="Scales of keys and values in 8 bits; by default as NeMo decides.",
-)
-@option("--decoder-type", title=QUANTIZED, metavar="NAME", help="NeMo's word for the family, such as llama or gpt.")
-@option(
-    "--quantize-exclude",
-    title=QUANTIZED,
-    metavar="GLOB",
-    multiple=True,
-    help="Leave modules that match as they are.",
-)
-@option(
-    "--report",
-    title=QUANTIZED,
-    metavar="FILE",
-    shell_complete=completion.paths,
-    help="Write what quantizing did to every weight, as JSON or .html.",
-)
+@shared.calibrated()
 @option(
     "--calib-dataset",
     title=_CALIBRATION,
@@ -164,22 +138,12 @@ _CALIBRATION = "What to calibrate with"
     default=None,
     help="trtllm: one archive (.qnemo), not a directory.",
 )
-@family_option
-@option(
-    "--model-config",
-    title=MODEL,
-    metavar="PATH",
-    shell_complete=completion.paths,
-    help="Model configuration, or a model that has it, where SRC has none.",
-)
-@tokenizer_option
+@shared.family
+@shared.config("Model configuration, or a model that has it, where SRC has none.", "--model-config")
+@shared.tokenizer
 @option("--dry-run", title=RUN, is_flag=True, help="Calibrate, print the plan and write no checkpoint.")
-@option("--overwrite", title=RUN, is_flag=True, help="Replace an existing checkpoint, at the end.")
-@option("--resume", title=RUN, is_flag=True, help="Continue what an interrupted run left.")
-@option("--force", title=RUN, is_flag=True, help="Read a checkpoint that is marked as unfinished, too.")
-@option("--workers", title=RUN, type=_SIZE, metavar="N", help="Threads.")
-@option("--memory", title=RUN, metavar="SIZE", help="Bytes for blocks in flight, such as 512MB.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.running
+@shared.as_json
 def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """Quantize the model at SRC, whatever its format, to DST, as NeMo's post-training quantization does.
 

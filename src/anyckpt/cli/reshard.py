@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import writing
-from anyckpt.cli.convert import OUTPUT, show, writing_options
+from anyckpt.cli.convert import show
 from anyckpt.cli.layout import layout_options, layout_request
+from anyckpt.cli.shared import OUTPUT
 
 
 @click.command(
@@ -35,7 +36,7 @@ from anyckpt.cli.layout import layout_options, layout_request
     help="Carry training state through the same rules.",
 )
 @layout_options
-@writing_options
+@shared.writing
 def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """Change the parallel layout of the checkpoint at SRC and keep its format.
 
