@@ -142,6 +142,23 @@ def test_a_format_that_is_said_goes_before_the_name(anyckpt: Runner, tmp_path: P
     assert anyckpt("convert", LLAMA, tmp_path / "m.pt", "--to", "safetensors", "--json").json["format"] == "safetensors"
 
 
+def test_what_has_a_format_itself_is_written_in_that_of_the_outputs_name(anyckpt: Runner, tmp_path: Path) -> None:
+    """A folder called ``mean.nemo`` is nothing that anybody opens."""
+    made = anyckpt("average", LLAMA, LLAMA, "-o", tmp_path / "mean.nemo", "--json").json
+    assert made["format"] == "nemo" and (tmp_path / "mean.nemo").is_file()
+    assert anyckpt("average", LLAMA, LLAMA, "-o", tmp_path / "mean", "--json").json["format"] == "hf"
+    adapter = fixture_path("families/lora_llama/hf_adapter")
+    assert anyckpt("merge-lora", LLAMA, adapter, tmp_path / "m.safetensors", "--json").json["format"] == "safetensors"
+    assert anyckpt("merge-lora", LLAMA, adapter, tmp_path / "m.pt", "--to", "hf", "--json").json["format"] == "hf"
+
+
+def test_a_name_like_the_sources_means_the_sources_format(anyckpt: Runner, tmp_path: Path) -> None:
+    """Files of torch are called ``.ckpt``, too."""
+    assert anyckpt("convert", LLAMA, tmp_path / "a.ckpt", "--to", "torch").code == 0
+    words = ("average", tmp_path / "a.ckpt", tmp_path / "a.ckpt", "-o", tmp_path / "mean.ckpt", "--json")
+    assert anyckpt(*words).json["format"] == "torch"
+
+
 def test_a_name_that_tells_nothing_is_an_error_with_the_formats(anyckpt: Runner, tmp_path: Path) -> None:
     error = anyckpt("convert", LLAMA, tmp_path / "out").error
     assert "add --to with a format: nemo, nemo2, lightning" in error and ".safetensors" in error

@@ -41,7 +41,7 @@ def numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -
     metavar="W1,W2,...",
     help="A weight per SRC; all equal if not given.",
 )
-@shared.to("Format to write; that of the first SRC if not given.")
+@shared.to("Format to write; what DST's name tells, else that of the first SRC if not given.")
 @shared.sharded
 @shared.shard_size
 @option("--include", title=OUTPUT, metavar="GLOB", multiple=True, help="Take only weights whose names in SRC match.")

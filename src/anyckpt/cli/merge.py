@@ -9,7 +9,7 @@ import click
 from anyckpt.cli import completion, shared
 from anyckpt.cli.average import numbers
 from anyckpt.cli.command import Command, option
-from anyckpt.cli.console import progress_bar
+from anyckpt.cli.console import writing
 from anyckpt.cli.convert import show
 from anyckpt.cli.layout import layout_options, layout_request
 from anyckpt.cli.shared import OUTPUT
@@ -92,7 +92,7 @@ _HOW = "How to merge"
     help="A YAML file of mergekit in place of SRC and all of the above.",
 )
 @shared.output
-@shared.to("Format to write; that of the base or first SRC if not given.")
+@shared.to("Format to write; what DST's name tells, else that of the base or first SRC if not given.")
 @option("--names", title=OUTPUT, metavar="DIALECT", help="lightning, dcp, torch, safetensors: how to name weights.")
 @shared.sharded
 @shared.shard_size
@@ -114,6 +114,6 @@ def command(sources: tuple[str, ...], destination: str, as_json: bool, **options
     from anyckpt.operations.merge import merge
 
     layout = layout_request(options)
-    with progress_bar("merging") as progress:
+    with writing("merging", destination) as progress:
         done = merge(sources, destination, layout=layout, progress=progress, **options)
     show(done, as_json)

@@ -37,7 +37,7 @@ _ADAPTER = "The adapter"
 @option("--alpha", title=_ADAPTER, type=float, metavar="X", help="Its alpha, where it does not say it.")
 @option("--include", title=_ADAPTER, metavar="GLOB", multiple=True, help="Take only tensors of it whose names match.")
 @option("--exclude", title=_ADAPTER, metavar="GLOB", multiple=True, help="Leave out tensors of it whose names match.")
-@shared.to("Format to write; that of BASE if not given.")
+@shared.to("Format to write; what DST's name tells, else that of BASE if not given.")
 @shared.sharded
 @shared.shard_size
 @shared.family

@@ -8,7 +8,7 @@ import click
 
 from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command, option
-from anyckpt.cli.console import progress_bar
+from anyckpt.cli.console import writing
 from anyckpt.cli.convert import show
 from anyckpt.cli.shared import OUTPUT, QUANTIZED, RUN
 
@@ -152,6 +152,6 @@ def command(source: str, destination: str, as_json: bool, **options: Any) -> Non
     from anyckpt.operations.quantize import quantize
 
     options["quantize_exclude"] = options["quantize_exclude"] or None
-    with progress_bar("quantizing") as progress:
+    with writing("quantizing", destination) as progress:
         done = quantize(source, destination, progress=progress, **options)
     show(done, as_json)

@@ -15,7 +15,7 @@ from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.aligned_models import Choice, align, chosen
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
-from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.destination import aimed_at, check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
@@ -64,7 +64,8 @@ def average(
     Args:
         sources: two or more; their formats are detected.
         destination: what to write; it appears only when it is whole.
-        to: name of the target format; the first source's, in its parallel layout, if None.
+        to: name of the target format; if None, what the destination's name tells (``.nemo``), else
+            the first source's, in its parallel layout.
         weights: one number per source; the sum is divided by theirs, so that 1, 1, -1 is what two sources have both
             learned over the third.  All equal if None.
         family: the model family, where checkpoints do not tell.
@@ -87,9 +88,8 @@ def average(
     stored = [registry.read(path, force=force) for path in sources]
     options = asked(
         locals(),
-        to=stored[0].format if to is None else to,
+        **aimed_at(destination, to, stored[0]),
         config=read_config(config),
-        keep_layout=to is None and bool(stored[0].ranks),
         include=None,
         exclude=None,
         force=False,

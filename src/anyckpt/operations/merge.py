@@ -14,7 +14,7 @@ from anyckpt.operations.convert import Conversion, converted
 from anyckpt.operations.merged_models import Opener, merged
 from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
-from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.destination import aimed_at, check_destination
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.merge_recipe import read_recipe
@@ -80,7 +80,8 @@ def merge(
         rescale: whether what is left of an update is scaled to make up for what is not; ``dare_*`` do if None.
         seed: ``dare_*``: of what is left; the same seed gives the same bytes, whatever the formats and threads.
         recipe: a YAML file of mergekit in place of ``sources`` and all of the above.
-        to: name of the target format; the leading model's, in its parallel layout, if None.
+        to: name of the target format; if None, what the destination's name tells (``.nemo``), else
+            the leading model's, in its parallel layout.
         family: the model family, where checkpoints do not tell.
         config: the model's configuration, where checkpoints have none.
         include: glob or globs of weight names as the models have them in common; others are left out.
@@ -109,9 +110,8 @@ def merge(
     leading = opener.read(request.models[request.leading].path)
     options = asked(
         locals(),
-        to=leading.format if to is None else to,
+        **aimed_at(destination, to, leading),
         config=read_config(config),
-        keep_layout=to is None and bool(leading.ranks),
         dtype=request.dtype if dtype is None else dtype,
         include=None,
         exclude=None,

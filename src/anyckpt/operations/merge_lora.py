@@ -24,7 +24,7 @@ from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType
 from anyckpt.operations.steps.choosing import choose
-from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.destination import aimed_at, check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layout_request import LayoutRequest
@@ -76,7 +76,8 @@ def merge_lora(
         base: the model that the adapter was trained on; its format is detected.
         adapter: PEFT's folder, a NeMo or Megatron-Bridge adapter, or a file of such tensors.
         destination: what to write; it appears only when it is whole.
-        to: name of the target format; the base's, in its parallel layout, if None.
+        to: name of the target format; if None, what the destination's name tells (``.nemo``), else
+            the base's, in its parallel layout.
         scale: every update is multiplied by it, besides its own scale; 0.5 for half of the adapter's strength.
         alpha: in place of what the adapter says.
         family: the base's model family, where it does not tell.
@@ -101,9 +102,8 @@ def merge_lora(
     stored = registry.read(base, force=force)
     options = asked(
         locals(),
-        to=stored.format if to is None else to,
+        **aimed_at(destination, to, stored),
         config=read_config(config),
-        keep_layout=to is None and bool(stored.ranks),
         alpha=None,
         include=None,
         exclude=None,

@@ -1,4 +1,4 @@
-"""Refusing destinations that would destroy something, before any work is done."""
+"""What destinations tell by their names, and refusing those that would destroy something, before any work is done."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.manifest import beside, read_manifest
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
@@ -29,8 +30,8 @@ def told_by_name(destination: str | os.PathLike[str]) -> dict[str, Any]:
         UsageError: it tells nothing.
     """
     known = registry.suffixes()
-    _, suffix = os.path.splitext(os.fspath(destination))
-    if suffix.lower() not in known:
+    suffix = _suffix(destination)
+    if suffix not in known:
         raise UsageError(
             "the name does not tell in which format to write",
             path=destination,
@@ -38,8 +39,32 @@ def told_by_name(destination: str | os.PathLike[str]) -> dict[str, Any]:
             remedy="add --to with a format: "
             + ", ".join(name for name, format in registry.formats().items() if format.plan is not None),
         )
-    target, archive = known[suffix.lower()]
+    target, archive = known[suffix]
     return {"to": target.name, **({"compress": True} if archive else {})}
+
+
+def aimed_at(destination: str | os.PathLike[str], to: str | None, source: Checkpoint) -> dict[str, Any]:
+    """What is to be written of what has a format itself, as options.
+
+    Args:
+        destination: where the output goes.
+        to: the format that is asked for; if None, what the destination's name tells, unless the source's name ends so,
+            too; else the source's format, in its parallel layout.
+        source: the checkpoint that the output is made from first of all.
+
+    Returns:
+        ``to``, ``keep_layout`` and, where the destination's name is that of an archive, ``compress``.
+    """
+    if to is not None:
+        return {"to": to, "keep_layout": False}
+    suffix = _suffix(destination)
+    told = told_by_name(destination) if suffix in registry.suffixes() and suffix != _suffix(source.path) else {}
+    target = told.get("to", source.format)
+    return {"keep_layout": target == source.format and bool(source.ranks), **told, "to": target}
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    return os.path.splitext(os.fspath(path).rstrip(os.sep))[1].lower()
 
 
 def check_destination(
