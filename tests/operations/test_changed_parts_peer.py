@@ -62,3 +62,15 @@ def test_a_merged_model(tmp_path: Path) -> None:
     for own, x, y, z in zip(*(m.parameters() for m in (found, first, second, under)), strict=True):
         assert torch.allclose(own, z + 0.5 * (x - z) - 0.25 * (y - z), atol=1e-6)
     assert torch.isfinite(logits(found)).all()
+
+
+def test_a_grown_vocabulary(tmp_path: Path) -> None:
+    """Old tokens have the logits that they had; new ones get the mean of these."""
+    import torch
+
+    source = fixture_path("families/llama/hf")
+    layout = anyckpt.LayoutRequest(vocab_size=160, new_rows="mean")
+    anyckpt.convert(source, tmp_path / "out", to="hf", layout=layout)
+    found, before = logits(loaded(tmp_path / "out")), logits(loaded(source))
+    assert found.shape[-1] == 160 and torch.allclose(found[..., :151], before, atol=1e-6)
+    assert torch.allclose(found[..., 151:], before.mean(-1, keepdim=True).expand(-1, -1, 9), atol=1e-5)

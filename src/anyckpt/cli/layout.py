@@ -79,6 +79,12 @@ layout_options = together(
     ),
     option("--vocab-size", title=_VOCABULARY, type=_SIZE, metavar="N", help="True vocabulary, without padding rows."),
     option(
+        "--new-rows",
+        title=_VOCABULARY,
+        type=click.Choice(["mean", "zeros"]),
+        help="Let the vocabulary grow to --vocab-size, with rows that are the mean of the others, or zeros.",
+    ),
+    option(
         "--make-vocab-size-divisible-by",
         title=_VOCABULARY,
         type=_SIZE,

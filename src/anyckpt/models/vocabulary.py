@@ -51,7 +51,7 @@ def resized(
             tensor=name,
             expected=f"at least {true}",
             found=stored,
-            remedy="give the right size with --vocab-size",
+            remedy="give the right size with --vocab-size, or let the vocabulary grow with --new-rows mean",
         )
     if stored > rows:
         notes.append(f"{name}: {stored - rows} padding rows of the vocabulary are cut off")

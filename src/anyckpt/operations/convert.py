@@ -23,6 +23,7 @@ from anyckpt.operations.steps.cutting import cut_as_asked
 from anyckpt.operations.steps.destination import check_destination, told_by_name
 from anyckpt.operations.steps.extra_states import choose_states, lost
 from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.grown_vocabulary import grow_vocabulary
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layer_choice import choose_layers
 from anyckpt.operations.steps.layout_request import LayoutRequest
@@ -311,6 +312,11 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         chosen, unwanted = steps.take(fewer), dict(fewer.others(unwanted))
         if fewer.given is not None:
             options = replace(options, config=fewer.given, model_id=None)
+    if request.new_rows is not None and request.vocab_size is not None:
+        grown = grow_vocabulary(chosen, request.vocab_size, request.new_rows, options.given, options.family)
+        chosen = steps.take(grown)
+        if grown.given is not None:
+            options = replace(options, config=grown.given, model_id=None)
     naming = Naming(
         aim.target,
         aim.options,

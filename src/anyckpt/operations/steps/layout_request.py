@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.layout import Parallelism, parse_layout
 from anyckpt.layout.division import Padding
 from anyckpt.operations.steps.naming import Vocabulary
+
+NewRows = Literal["mean", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class LayoutRequest:
         vocab_size: ``--vocab-size``, without padding rows.
         make_vocab_size_divisible_by: rows are padded to a multiple of this times the tensor-parallel size.
         padding: what fills new padding rows.
+        new_rows: ``--new-rows``: ``mean`` or ``zeros``, what fills the rows of tokens that the model has not yet; None
+            where ``vocab_size`` is that of the model.
         rules: pattern -> partition kind, for names that the built-in table does not have.
         transformer_impl: ``--transformer-impl``: ``local`` or ``transformer_engine``, what the model that will load
             the output is built of.
@@ -52,10 +56,17 @@ class LayoutRequest:
     vocab_size: int | None = None
     make_vocab_size_divisible_by: int | None = None
     padding: Padding = "zeros"
+    new_rows: NewRows | None = None
     rules: Mapping[str, str] | None = None
     transformer_impl: str | None = None
     keep_extra_state: bool = False
     megatron_args: bool = True
+
+    def __post_init__(self) -> None:
+        if self.new_rows not in (None, "mean", "zeros"):
+            raise UsageError("no such rows for new tokens", expected="mean or zeros", found=self.new_rows)
+        if self.new_rows is not None and self.vocab_size is None:
+            raise UsageError("--new-rows needs to know how many tokens there are to be", remedy="say --vocab-size")
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -142,7 +153,9 @@ class LayoutRequest:
 
     def described(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with the vocabulary that the user says in its configuration, where that is of ranks."""
-        if checkpoint.config_kind in (None, "hf"):  # None: none, or the hyper-parameters of training code
+        if (
+            checkpoint.config_kind in (None, "hf") or self.new_rows is not None
+        ):  # None: none, or the hyper-parameters of training code
             return checkpoint
         said = {"vocab_size": self.vocab_size, "make_vocab_size_divisible_by": self.make_vocab_size_divisible_by}
         config = {**checkpoint.config, **{name: value for name, value in said.items() if value is not None}}
