@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError
-from anyckpt.identity import Identity
+from anyckpt.identity import Identity, OfFields
 from anyckpt.indexing import Array, Shape
 from anyckpt.storage.gather import LONG_RUN, Hole, hole
 from anyckpt.tensor import LazyTensor, Mosaic, Stored, View, as_numbers
@@ -47,7 +47,7 @@ class Output:
     per: Shape
 
 
-class BlockFunction(ABC):
+class BlockFunction(OfFields, ABC):
     """What is computed of blocks: a frozen dataclass, all of it in its fields."""
 
     @abstractmethod
@@ -68,9 +68,6 @@ class BlockFunction(ABC):
         Returns:
             an array of each output's numpy type (raw where it has none), with one element for each ``per``.
         """
-
-    def identity(self) -> Identity:
-        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
 class Computation:

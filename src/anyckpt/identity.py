@@ -16,7 +16,14 @@ from typing import Any
 Identity = tuple[Any, ...]
 
 
-class ElementWise(ABC):
+class OfFields:
+    """What is a frozen dataclass, all of it in its fields."""
+
+    def identity(self) -> Identity:
+        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+
+class ElementWise(OfFields, ABC):
     """An element-wise function of arrays that says what it computes: a frozen dataclass, all of it in its fields."""
 
     @abstractmethod
@@ -26,9 +33,6 @@ class ElementWise(ABC):
     def into(self, out: Any, *arrays: Any) -> None:
         """The same, put into ``out``, an array of the result's numpy type that none of the operands shares."""
         out[...] = self(*arrays)
-
-    def identity(self) -> Identity:
-        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
 def identity_of(value: Any) -> Identity | None:

@@ -12,17 +12,19 @@ from anyckpt.tensor.lazy import LazyTensor, as_numbers
 from anyckpt.tensor.making import concatenate, from_array, held, mosaic, stack
 from anyckpt.tensor.nodes import Constant, LazySequence, Mosaic, Stored
 from anyckpt.tensor.reduction import Reduction
-from anyckpt.tensor.views import Boxed, Cast, Mapped, Permuted, Reshaped, View
+from anyckpt.tensor.views import Boxed, Cast, Combined, Mapped, Permuted, Pointwise, Reshaped, View
 
 __all__ = [
     "Boxed",
     "Cast",
+    "Combined",
     "Constant",
     "LazySequence",
     "LazyTensor",
     "Mapped",
     "Mosaic",
     "Permuted",
+    "Pointwise",
     "Reduction",
     "Reshaped",
     "Stored",

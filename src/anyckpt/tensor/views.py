@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -127,7 +128,62 @@ class Reshaped(View):
         return self.child.reshape(shape)
 
 
-class Mapped(LazyTensor):
+class Combined(LazyTensor):
+    """A tensor whose every element follows from those in the same place of others, all of one shape."""
+
+    __slots__ = ("children",)
+    children: tuple[LazyTensor, ...]
+
+    def _most(self) -> int:
+        """How many elements are computed at a time."""
+        return SCRATCH_BYTES // max(child.dtype.itemsize for child in self.children)
+
+    @abstractmethod
+    def _compute(self, start: Shape, out: Array) -> None:
+        """Fill ``out``, not empty and of no more elements than that, with the box from ``start`` on."""
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if out.size == 0:
+            return
+        if isinstance(out, Hole):
+            for child in self.children:
+                child.read_box(start, hole(out.shape, child.dtype.raw))
+            return
+        most = self._most()
+        if out.size <= most or not out.ndim:
+            self._compute(start, out)
+            return
+        axis = next(a for a, n in enumerate(out.shape) if n > 1)
+        step = max(1, out.shape[axis] * most // out.size)
+        for at in range(0, out.shape[axis], step):
+            where = (slice(None),) * axis + (slice(at, at + step),)
+            self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
+
+    def pieces(self) -> Iterator[Stored]:
+        for child in self.children:
+            yield from child.pieces()
+
+
+class Pointwise(Combined):
+    """The same where elements do not depend on the place, so that a view of it is made of views of the others."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def _of(self, children: Iterator[LazyTensor]) -> LazyTensor:
+        """The same of other tensors."""
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return self._of(child.box(start, shape) for child in self.children)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return self._of(child.reshape(shape) for child in self.children)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return self._of(child.permute(axes) for child in self.children)
+
+
+class Mapped(Pointwise):
     """An element-wise function of tensors of one shape.
 
     Args:
@@ -137,7 +193,7 @@ class Mapped(LazyTensor):
             ``ElementWise``, or a function that can be imported by its name; with any other the work cannot be resumed.
     """
 
-    __slots__ = ("children", "function")
+    __slots__ = ("function",)
 
     def __init__(self, children: tuple[LazyTensor, ...], dtype: DType, function: Callable[..., Array]) -> None:
         self.children = children
@@ -148,48 +204,25 @@ class Mapped(LazyTensor):
     def identity(self) -> Identity:
         return self.children, self.dtype, self.function
 
-    def read_box(self, start: Shape, out: Array) -> None:
-        if out.size == 0:
-            return
-        if isinstance(out, Hole):
-            for child in self.children:
-                child.read_box(start, hole(out.shape, child.dtype.raw))
-            return
-        widest = max(child.dtype.itemsize for child in self.children)
-        if out.size * widest > SCRATCH_BYTES and out.ndim:
-            axis = next(a for a, n in enumerate(out.shape) if n > 1)
-            step = max(1, out.shape[axis] * SCRATCH_BYTES // (out.size * widest))
-            for at in range(0, out.shape[axis], step):
-                where = (slice(None),) * axis + (slice(at, at + step),)
-                self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
-            return
-        self._compute(start, out, 0, ())
+    def _of(self, children: Iterator[LazyTensor]) -> LazyTensor:
+        return Mapped(tuple(children), self.dtype, self.function)
 
-    def _compute(self, start: Shape, out: Array, number: int, operands: tuple[Array, ...]) -> None:
-        if number == len(self.children):
+    def _compute(self, start: Shape, out: Array) -> None:
+        self._apply(start, out, ())
+
+    def _apply(self, start: Shape, out: Array, operands: tuple[Array, ...]) -> None:
+        """The function of the operands that have been read and of the others."""
+        if len(operands) == len(self.children):
             if isinstance(self.function, ElementWise) and self.dtype.numpy is not None:
                 self.function.into(out.view(self.dtype.numpy), *operands)
             else:
                 out[...] = self.function(*operands).view(self.dtype.raw)
             return
-        child = self.children[number]
+        child = self.children[len(operands)]
         with scratch(out.size * child.dtype.itemsize) as buffer:
             raw = buffer.view(child.dtype.raw).reshape(out.shape)
             child.read_box(start, raw)
-            self._compute(start, out, number + 1, (*operands, as_numbers(raw, child.dtype)))
-
-    def pieces(self) -> Iterator[Stored]:
-        for child in self.children:
-            yield from child.pieces()
-
-    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
-        return Mapped(tuple(c.box(start, shape) for c in self.children), self.dtype, self.function)
-
-    def _reshape(self, shape: Shape) -> LazyTensor:
-        return Mapped(tuple(c.reshape(shape) for c in self.children), self.dtype, self.function)
-
-    def _permute(self, axes: Shape) -> LazyTensor:
-        return Mapped(tuple(c.permute(axes) for c in self.children), self.dtype, self.function)
+            self._apply(start, out, (*operands, as_numbers(raw, child.dtype)))
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
-from anyckpt.identity import Identity
+from anyckpt.identity import OfFields
 from anyckpt.indexing import Array, Shape
 from anyckpt.operations.steps.thinning import Sparsity
 from anyckpt.tensor import LazyTensor, Reduction
@@ -25,7 +25,7 @@ _NO_LENGTH = 1e-8
 _NO_SUM = 1e-8
 
 
-class Rule(ABC):
+class Rule(OfFields, ABC):
     """What elements become: a frozen dataclass, all of it in its fields."""
 
     @abstractmethod
@@ -37,9 +37,6 @@ class Rule(ABC):
             start: its first index along each axis.
             whole: shape of the tensor that it is of.
         """
-
-    def identity(self) -> Identity:
-        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import numpy as np
@@ -11,13 +10,13 @@ from anyckpt.dtypes import DType
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.operations.steps.merge_rules import Rule
-from anyckpt.storage.gather import Hole, hole, scratch
-from anyckpt.tensor import LazyTensor, Stored, as_numbers
+from anyckpt.storage.gather import scratch
+from anyckpt.tensor import Combined, LazyTensor, as_numbers
 
 _BLOCK_ELEMENTS = 1 << 17  # what is computed stays in the processor's cache
 
 
-class Merged(LazyTensor):
+class Merged(Combined):
     """What a rule makes of tensors of one shape, rounded once.
 
     Numbers of 16 bits are computed with in float32, and others, also where there are only some, in float64.
@@ -28,7 +27,7 @@ class Merged(LazyTensor):
         dtype: the type that is rounded to.
     """
 
-    __slots__ = ("_wide", "children", "rule")
+    __slots__ = ("_wide", "rule")
 
     def __init__(self, children: tuple[LazyTensor, ...], rule: Rule, dtype: DType) -> None:
         self.children = children
@@ -40,24 +39,10 @@ class Merged(LazyTensor):
     def identity(self) -> Identity:
         return self.children, self.rule, self.dtype
 
-    def pieces(self) -> Iterator[Stored]:
-        for child in self.children:
-            yield from child.pieces()
+    def _most(self) -> int:
+        return _BLOCK_ELEMENTS
 
-    def read_box(self, start: Shape, out: Array) -> None:
-        if out.size == 0:
-            return
-        if isinstance(out, Hole):
-            for child in self.children:
-                child.read_box(start, hole(out.shape, child.dtype.raw))
-            return
-        if out.size > _BLOCK_ELEMENTS and out.ndim:
-            axis = next(a for a, n in enumerate(out.shape) if n > 1)
-            step = max(1, out.shape[axis] * _BLOCK_ELEMENTS // out.size)
-            for at in range(0, out.shape[axis], step):
-                where = (slice(None),) * axis + (slice(at, at + step),)
-                self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
-            return
+    def _compute(self, start: Shape, out: Array) -> None:
         assert self.dtype.numpy is not None
         with ExitStack() as buffers, np.errstate(all="ignore"):
             arrays = [self._numbers(child, start, out.shape, buffers) for child in self.children]

@@ -7,12 +7,12 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from anyckpt.dtypes import dtype
-from anyckpt.identity import ElementWise, Identity
+from anyckpt.identity import ElementWise, Identity, OfFields
 from anyckpt.indexing import Array, Shape
 from anyckpt.tensor import LazyTensor, Mapped, Reduction
 
@@ -21,7 +21,7 @@ _WORDS = 8  # numbers of 32 bits that one step of the generator's counter gives
 _RANGE = 1 << 32
 
 
-class Sparsity(ABC):
+class Sparsity(OfFields, ABC):
     """What is left of an update: a frozen dataclass, all of it in its fields."""
 
     @abstractmethod
@@ -33,9 +33,6 @@ class Sparsity(ABC):
             start: its first index along each axis.
             whole: shape of the tensor that it is of.
         """
-
-    def identity(self) -> Identity:
-        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError, few
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import Hole, scratch
-from anyckpt.tensor import LazyTensor, Stored, as_numbers, from_array
+from anyckpt.storage.gather import scratch
+from anyckpt.tensor import LazyTensor, Pointwise, as_numbers, from_array
 
 _EQUAL_BYTES = 1 << 20
 _BLOCK_ELEMENTS = 1 << 17  # the sum and an operand stay in the processor's cache
@@ -127,7 +127,7 @@ def _check_equal(name: str, children: Sequence[LazyTensor], paths: Sequence[str]
             )
 
 
-class Mean(LazyTensor):
+class Mean(Pointwise):
     """The weighted mean of tensors of one shape and type, rounded once; holds one operand at a time.
 
     Args:
@@ -135,7 +135,7 @@ class Mean(LazyTensor):
         shares: a weight per operand; the sum is divided by theirs.
     """
 
-    __slots__ = ("_accumulator", "_shares", "children")
+    __slots__ = ("_accumulator", "_shares")
 
     def __init__(self, children: tuple[LazyTensor, ...], shares: tuple[float, ...]) -> None:
         self.children = children
@@ -147,20 +147,10 @@ class Mean(LazyTensor):
     def identity(self) -> Identity:
         return self.children, self._shares
 
-    def read_box(self, start: Shape, out: Array) -> None:
-        if out.size == 0:
-            return
-        if isinstance(out, Hole):
-            for child in self.children:
-                child.read_box(start, out)
-            return
-        if out.size > _BLOCK_ELEMENTS and out.ndim:
-            axis = next(a for a, n in enumerate(out.shape) if n > 1)
-            step = max(1, out.shape[axis] * _BLOCK_ELEMENTS // out.size)
-            for at in range(0, out.shape[axis], step):
-                where = (slice(None),) * axis + (slice(at, at + step),)
-                self.read_box((*start[:axis], start[axis] + at, *start[axis + 1 :]), out[where])
-            return
+    def _most(self) -> int:
+        return _BLOCK_ELEMENTS
+
+    def _compute(self, start: Shape, out: Array) -> None:
         assert self.dtype.numpy is not None
         wide = out.size * self._accumulator.itemsize
         with scratch(out.size * self.dtype.itemsize) as first, scratch(wide) as second, scratch(wide) as third:
@@ -177,18 +167,5 @@ class Mean(LazyTensor):
                 np.divide(total, math.fsum(self._shares), out=total)
                 np.copyto(out.view(self.dtype.numpy), total, casting="unsafe")
 
-    def pieces(self) -> Iterator[Stored]:
-        for child in self.children:
-            yield from child.pieces()
-
-    def _each(self, children: Iterator[LazyTensor]) -> LazyTensor:
+    def _of(self, children: Iterator[LazyTensor]) -> LazyTensor:
         return Mean(tuple(children), self._shares)
-
-    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
-        return self._each(child.box(start, shape) for child in self.children)
-
-    def _reshape(self, shape: Shape) -> LazyTensor:
-        return self._each(child.reshape(shape) for child in self.children)
-
-    def _permute(self, axes: Shape) -> LazyTensor:
-        return self._each(child.permute(axes) for child in self.children)
