@@ -107,3 +107,23 @@ def test_one_process_needs_no_group() -> None:
     assert ranks.gather(lambda: 3) == [3]
     with pytest.raises(ZeroDivisionError):
         ranks.together(lambda: 1 / 0)
+
+
+def of_any_length(lengths: list[list[int]]) -> list[list[int]]:
+    """Records of random bytes, which do not shrink; how long each rank got every rank's."""
+    from anyckpt.torch.collectives import Ranks
+
+    ranks = Ranks()
+    found = []
+    for row in lengths:
+        data = os.urandom(row[ranks.rank])
+        arrived = ranks.gather(lambda data=data: data)
+        assert arrived[ranks.rank] == data
+        assert len({bytes(one) for one in ranks.gather(lambda arrived=arrived: b"".join(arrived))}) == 1
+        found.append([len(one) for one in arrived])
+    return found
+
+
+def test_records_of_any_length_arrive_whole() -> None:
+    lengths = [[0, 0], [0, 5], [2000, 2030], [2031, 2040], [2048, 1], [1, 5000], [40000, 3], [70000, 90000]]
+    assert on_ranks(2, of_any_length, lengths) == [lengths, lengths]

@@ -26,6 +26,9 @@ from anyckpt.indexing import Array
 T = TypeVar("T")
 
 _SMALL = 16 << 10
+_FIRST = 2048
+"""Bytes that are exchanged at first: the length of a record, and as much of it as there is room for."""
+_LENGTH = 8
 _hosts: dict[tuple[Any, float | None], Any] = {}
 """Groups that were made, by the group whose ranks they have and the time-out."""
 
@@ -72,9 +75,8 @@ class Ranks:
         if self.size == 1:
             return [make()]
         value, error = _tried(make)
-        arrived: list[bytes] = [b""] * self.size
         try:
-            dist.all_gather_object(arrived, _packed(value, error), group=self.group)
+            arrived = self._exchanged(_packed(value, error))
         except (RuntimeError, ValueError) as failure:
             if error is not None:
                 raise error from None
@@ -90,6 +92,37 @@ class Ranks:
                 raise error
             raise _of_rank(failed, found[failed][1]) from error
         return [one for one, _ in found]
+
+    def _exchanged(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank; of short ones, as most are, it takes one exchange, which is what costs time.
+
+        Raises:
+            RuntimeError: a rank did not come.
+        """
+        first = np.zeros(_FIRST, dtype=np.uint8)
+        first[:_LENGTH] = np.frombuffer(len(data).to_bytes(_LENGTH, "little"), dtype=np.uint8)
+        begin = np.frombuffer(data[: _FIRST - _LENGTH], dtype=np.uint8)
+        first[_LENGTH : _LENGTH + begin.size] = begin
+        arrived = [one.tobytes() for one in self._gathered(first)]
+        lengths = [int.from_bytes(one[:_LENGTH], "little") for one in arrived]
+        found = [one[_LENGTH : _LENGTH + length] for one, length in zip(arrived, lengths, strict=True)]
+        longest = max(lengths) - (_FIRST - _LENGTH)
+        if longest > 0:
+            rest = np.zeros(longest, dtype=np.uint8)
+            end = np.frombuffer(data[_FIRST - _LENGTH :], dtype=np.uint8)
+            rest[: end.size] = end
+            more = self._gathered(rest)
+            found = [
+                one + other[: length - len(one)].tobytes()
+                for one, other, length in zip(found, more, lengths, strict=True)
+            ]
+        return found
+
+    def _gathered(self, data: Array) -> list[Array]:
+        arrived = [np.empty_like(data) for _ in range(self.size)]
+        group: Any = self.group or dist.group.WORLD
+        dist.all_gather([torch.from_numpy(one) for one in arrived], torch.from_numpy(data), group=group)
+        return arrived
 
     def together(self, action: Callable[[], T], what: str = "") -> T:
         """Do something on every rank, of which each keeps its own result; it is done when it is done on all.

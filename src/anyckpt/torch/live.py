@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -170,6 +171,7 @@ Kind = Callable[[str, Any, Put], Found | None]
 """What a leaf is, from its name by path, its value and what replaces it; None if it is of another kind."""
 
 
+@torch.no_grad()
 def described(state: Mapping[str, Any], *, to_fill: bool = False, device: Any = None) -> LiveState:
     """What this rank has of a nested state dict.
 
@@ -301,27 +303,31 @@ def of_dtensor(name: str, leaf: Any, put: Put) -> Found | None:
     mesh, coordinate = dtensor.device_mesh, dtensor.device_mesh.get_coordinate()
     if coordinate is None:
         return []
-    shape = tuple(dtensor.shape)
-    runs = [[(0, length)] for length in shape]
-    for axis, placement in enumerate(dtensor.placements):
-        count, index = mesh.size(axis), coordinate[axis]
+    ways = []
+    for placement in dtensor.placements:
         if placement.is_partial():
             raise UsageError(
                 "is a DTensor with partial sums, of which no rank has the elements",
                 tensor=name,
                 remedy="redistribute it to Shard or Replicate",
             )
-        along = getattr(placement, "dim", None)
-        if along is not None:
-            runs[along] = shard_runs(runs[along], count, index, getattr(placement, "split_factor", 1))
+        ways.append((getattr(placement, "dim", None), getattr(placement, "split_factor", 1)))
     shard = dtensor.to_local()
     if hasattr(shard, "trigger_wait"):  # of a collective that may not have ended
         shard = shard.trigger_wait()
     local = _elements(name, shard)
-    kind = _dtype(name, local)
-    return [LivePiece(name, kind, shape, offset, part) for offset, part in _boxes(local, runs) if part.numel()] or (
-        [LivePiece(name, kind, shape, (0,) * len(shape), local)] if 0 in shape else []
-    )
+    kind, shape = _dtype(name, local), tuple(dtensor.shape)
+    boxes = _shard_boxes(shape, tuple(ways), tuple(coordinate), tuple(mesh.shape))
+    if len(boxes) == 1 and boxes[0][2] == local.shape and 0 not in local.shape:
+        return [LivePiece(name, kind, shape, boxes[0][0], local)]
+    found = []
+    for offset, start, sizes in boxes:
+        part = local
+        for axis, (begin, length) in enumerate(zip(start, sizes, strict=True)):
+            part = part.narrow(axis, begin, length)
+        if part.numel():
+            found.append(LivePiece(name, kind, shape, offset, part))
+    return found or ([LivePiece(name, kind, shape, (0,) * len(shape), local)] if 0 in shape else [])
 
 
 def of_sharded_tensor(name: str, leaf: Any, put: Put) -> Found | None:
@@ -375,13 +381,32 @@ def _between(runs: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator
         before += length
 
 
-def _boxes(local: torch.Tensor, runs: Sequence[Sequence[tuple[int, int]]]) -> Iterator[tuple[Shape, torch.Tensor]]:
-    """Where in the whole each box of a local tensor begins, and its elements; runs follow one another in the tensor."""
-    for chosen in product(*(range(len(axis)) for axis in runs)):
-        part = local
-        for axis, number in enumerate(chosen):
-            part = part.narrow(axis, sum(length for _, length in runs[axis][:number]), runs[axis][number][1])
-        yield tuple(runs[axis][number][0] for axis, number in enumerate(chosen)), part
+@lru_cache(maxsize=1 << 14)
+def _shard_boxes(
+    shape: Shape, ways: tuple[tuple[int | None, int], ...], coordinate: Shape, mesh: Shape
+) -> tuple[tuple[Shape, Shape, Shape], ...]:
+    """The boxes of a whole tensor that one rank has: where each begins in the whole, and in its local tensor; lengths.
+
+    Args:
+        shape: the whole's.
+        ways: for each axis of the mesh the axis of the tensor that is divided along it, None if none is, and how often
+            that is divided before (see ``shard_runs``).
+        coordinate: the rank's.
+        mesh: its lengths.
+    """
+    runs = [[(0, length)] for length in shape]
+    for (along, split), index, count in zip(ways, coordinate, mesh, strict=True):
+        if along is not None:
+            runs[along] = shard_runs(runs[along], count, index, split)
+    before = [[sum(length for _, length in axis[:number]) for number in range(len(axis))] for axis in runs]
+    return tuple(
+        (
+            tuple(runs[axis][number][0] for axis, number in enumerate(chosen)),
+            tuple(before[axis][number] for axis, number in enumerate(chosen)),
+            tuple(runs[axis][number][1] for axis, number in enumerate(chosen)),
+        )
+        for chosen in product(*(range(len(axis)) for axis in runs))
+    )
 
 
 def _elements(name: str, tensor: torch.Tensor) -> torch.Tensor:

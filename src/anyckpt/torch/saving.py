@@ -210,10 +210,9 @@ def prepare(
     records = [one.record for one in found]
     started = time.monotonic()
     if any(one.known for one in found):
-        again = (
-            earlier.plan_of(objects_of(records)) if earlier is not None and all(one.known for one in found) else None
-        )
-        if all(ranks.gather(lambda: again is not None)) and earlier is not None and again is not None:
+        same = earlier is not None and all(one.known for one in found)
+        again = earlier.plan_of(objects_of(records)) if same and earlier is not None else None  # alike on all ranks
+        if again is not None and earlier is not None:
             ready, run = earlier.again(again, live.pieces, destination, key, ranks)
             return Prepared(ready, run, earlier.laid.sources, key, time.monotonic() - started, planned=False)
         plans.pop(kind_of(options, ranks), None)
