@@ -15,13 +15,13 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from anyckpt import pickling
 from anyckpt.checkpoint import Checkpoint, OptimizerForm, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import AnyckptError, FormatError, UsageError, did_you_mean
 from anyckpt.formats.foreign import refusal
 from anyckpt.formats.shared.unfinished import check_finished
-from anyckpt.pickling import load_prefix
 from anyckpt.pickling.calls import danger, recording
 from anyckpt.storage.location import Location, look_at, look_in, small_files
 from anyckpt.storage.members import NotArchiveError, is_archive, is_gzip
@@ -412,4 +412,4 @@ def _look_for_names(location: Location) -> None:
     """Record what a file that is of no format asks for if it begins as a pickle does: an attack may be no more."""
     if location.head[:1] in (b"\x80", b"c", b"(", b"]", b"}"):
         with suppress(AnyckptError):
-            load_prefix(location.open(), 0, persistent_load=lambda _: None, name=location.path)
+            pickling.load_prefix(location.open(), 0, persistent_load=lambda _: None, name=location.path)

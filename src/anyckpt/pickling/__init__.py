@@ -1,9 +1,16 @@
 """Pickles without executing them: a reader that gives inert records, and a writer that takes them."""
 
-from anyckpt.pickling.calls import Callee, Calls, recording
-from anyckpt.pickling.reader import load, load_prefix
-from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
-from anyckpt.pickling.writer import dumps
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from anyckpt.on_demand import on_demand
+
+if TYPE_CHECKING:
+    from anyckpt.pickling.calls import Callee, Calls, recording
+    from anyckpt.pickling.reader import load, load_prefix
+    from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
+    from anyckpt.pickling.writer import dumps
 
 __all__ = [
     "Callee",
@@ -17,3 +24,13 @@ __all__ = [
     "load_prefix",
     "recording",
 ]
+
+__getattr__, __dir__ = on_demand(
+    __name__,
+    {
+        **dict.fromkeys(("Callee", "Calls", "recording"), "pickling.calls"),
+        **dict.fromkeys(("load", "load_prefix"), "pickling.reader"),
+        **dict.fromkeys(("DictRecord", "Global", "PersistentId", "Record"), "pickling.records"),
+        "dumps": "pickling.writer",
+    },
+)

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from anyckpt import pickling
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError
-from anyckpt.pickling import Calls, load_prefix, recording
+from anyckpt.pickling.calls import Calls, recording
 from anyckpt.pickling.plain import view
 from anyckpt.storage.place import LOCAL
 from anyckpt.storage.source import ByteSource, MemorySource
@@ -137,7 +138,7 @@ def _look_at_array(name: str, source: ByteSource, calls: Calls) -> None:
     wide = head[6:7] != b"\x01"
     start = (12 if wide else 10) + int.from_bytes(head[8 : 12 if wide else 10], "little")
     try:
-        load_prefix(source, start, persistent_load=_nothing, name=source.name)
+        pickling.load_prefix(source, start, persistent_load=_nothing, name=source.name)
     except AnyckptError as error:
         calls.unread[name] = str(error)
 
@@ -161,7 +162,7 @@ def _look_at_pickles(source: ByteSource) -> None:
     """A pickle, and those that follow it, as repeated calls of ``pickle.dump`` leave them."""
     at = 0
     for _ in range(_MOST_PICKLES):
-        _, at = load_prefix(source, at, persistent_load=_nothing, name=source.name)
+        _, at = pickling.load_prefix(source, at, persistent_load=_nothing, name=source.name)
         if at >= source.size or not _begins_a_pickle(source.read(at, min(4, source.size - at))):
             return
 

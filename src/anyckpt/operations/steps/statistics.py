@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -123,6 +122,12 @@ class _Moments:
         )
 
 
+def _sha256() -> Any:
+    import hashlib  # which loads a library of its own, and is seldom asked for
+
+    return hashlib.sha256()
+
+
 @dataclass(frozen=True)
 class Scan:
     """What one pass found.
@@ -150,7 +155,7 @@ def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance
         UnsafeError: a few stored bytes are repeated so often that reading them all is a denial of service.
     """
     _check_expansion(tensor)
-    sha = hashlib.sha256() if digest else None
+    sha = _sha256() if digest else None
     most = min(_CHUNK_ELEMENTS, tensor.size)
     moments = _Moments(_smallest_normal(tensor), most) if statistics and _is_number(tensor) else None
     with np.errstate(all="ignore"):
