@@ -162,8 +162,8 @@ def test_no_colour_and_no_bar_where_there_is_no_terminal(anyckpt: Runner) -> Non
 def test_columns_are_aligned_and_rich_is_not_imported_where_there_is_no_terminal() -> None:
     code = """
 import sys
-from anyckpt.cli.console import print_table
-print_table(("name", "n"), [("a", "10"), ("long", "9")], right=(1,), title="Title")
+from anyckpt.cli.tables import Column, print_table
+print_table(("name", Column("n", right=True)), [("a", "10"), ("long", "9")], title="Title")
 print("rich" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyckpt.cli import tables
+from anyckpt.cli import console, tables
 from anyckpt.cli.tables import Column, fitted
 
 COLUMNS = [
@@ -99,6 +99,17 @@ def test_a_long_value_goes_on_below_itself_and_no_word_is_cut(
     assert capsys.readouterr().out == (
         f"path   {path}\nmodel  2 layers of width 64, MLP 80, 4\n       heads of 16 in 2 groups\n"
     )
+
+
+def test_notes_and_errors_are_wrapped_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "error: run: 12 tensors are missing; copy the missing files"
+    console.print_note(text)
+    monkeypatch.setattr(tables, "width", lambda stream: 40)
+    console.print_note(text)
+    wrapped = "error: run: 12 tensors are missing; copy\n  the missing files\n"
+    assert capsys.readouterr().err == f"{text}\n{wrapped}"
 
 
 def test_a_size_stays_with_its_unit() -> None:

@@ -154,11 +154,10 @@ def _usage_hint(error: click.ClickException) -> str:
 
 
 def _fail(message: str, hint: str = "", code: int = 2) -> int:
-    from anyckpt.escaping import printable
+    from anyckpt.cli.console import print_note
 
-    line = printable(" ".join(message.splitlines())) + hint
     try:
-        print(f"error: {line}", file=sys.stderr)
+        print_note("error: " + " ".join(message.splitlines()) + hint)
     except BrokenPipeError:
         return code
     return code

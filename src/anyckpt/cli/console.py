@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -44,26 +44,6 @@ def _print(text: str, stream: TextIO) -> None:
     if room is not None and len(line) > room:
         line = "\n".join(wrap_words(line, room, "  "))
     print(line, file=stream)
-
-
-def print_table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), title: str = ""
-) -> None:
-    """Aligned columns on standard output, fitted to a terminal.
-
-    Args:
-        header: the columns' names; none for a list of facts.
-        rows: cells as text.
-        right: numbers of the columns to align right.
-        title: a line above.
-    """
-    from anyckpt.cli import tables
-
-    if header:
-        columns = [tables.Column(name, right=number in right) for number, name in enumerate(header)]
-        tables.print_table(columns, rows, title=title)
-    else:
-        tables.print_facts(((name, value) for name, value in rows), title=title)
 
 
 def by_reason(ignored: Mapping[str, str], shown: int = 3) -> list[str]:

@@ -10,7 +10,8 @@ import click
 
 from anyckpt.cli import completion
 from anyckpt.cli.command import Command
-from anyckpt.cli.console import print_json, print_line, print_note, print_table, progress_bar
+from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
+from anyckpt.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
     from anyckpt.operations.diff import Difference, TensorDifference
@@ -130,7 +131,9 @@ def _print(found: Difference, layers: bool, sort: str | None, top: int | None) -
         print_line(f"{_counted(count, 'tensor')} of another type: {one} in A, {other} in B")
     if others:
         rows = [(d.name, d.reason, d.a, d.b, *_largest(d)) for d in others]
-        print_table(("name", "differs in", "a", "b", "max abs", "max rel"), rows, right=(4, 5))
+        print_table(
+            ["name", "differs in", "a", "b", Column("max abs", right=True), Column("max rel", right=True)], rows
+        )
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         for name in names[:_SHOWN_NAMES]:
             print_line(f"only in {side}: {name}")
@@ -162,9 +165,14 @@ def _print_movements(movements: Sequence[Movement], what: str) -> None:
         )
         for m in movements
     ]
-    print_table(
-        (what, "relative", "cosine", "max abs", "mean abs", "elements that differ"), rows, right=(1, 2, 3, 4, 5)
+    numbers = (
+        Column("relative", right=True),
+        Column("cosine", right=True, optional=1),
+        Column("max abs", right=True),
+        Column("mean abs", right=True, optional=2),
+        Column("elements that differ", right=True, optional=3),
     )
+    print_table([Column(what), *numbers], rows)
 
 
 def _largest(tensor: TensorDifference) -> tuple[str, str]:
