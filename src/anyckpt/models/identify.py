@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +103,14 @@ def identify(
             remedy="give one with --config",
         )
     notes: list[str] = []
+    found: tuple[Family, ModelConfig] | None
     if kind == META:
-        found = _parse_meta(values, chosen, checkpoint.weights(), notes)
+        weights = checkpoint.weights()
+        meta = chosen or _first(lambda family: config_meta.is_of(family, values))
+        found = None if meta is None else (meta, config_meta.parse(meta, values, weights, notes))
     elif kind == TRTLLM:
-        found = _parse_trtllm(values, chosen, notes)
+        known = chosen or _first(lambda family: config_trtllm.is_of(family, values))
+        found = None if known is None else (known, config_trtllm.parse(known, values, notes))
     else:
         found = _parse(kind, values, chosen, frozenset() if kind == "hf" else _parts(checkpoint.weights()))
     if found is None:
@@ -142,18 +146,9 @@ def partitions(checkpoint: Checkpoint, *, family: str | None = None) -> Mapping[
     return {} if found is None else found[0].partitions
 
 
-def _parse_meta(
-    values: Mapping[str, Any], chosen: Family | None, weights: Mapping[str, LazyTensor], notes: list[str]
-) -> tuple[Family, ModelConfig] | None:
-    family = chosen or next((f for f in each_family() if config_meta.is_of(f, values)), None)
-    return None if family is None else (family, config_meta.parse(family, values, weights, notes))
-
-
-def _parse_trtllm(
-    values: Mapping[str, Any], chosen: Family | None, notes: list[str]
-) -> tuple[Family, ModelConfig] | None:
-    family = chosen or next((f for f in each_family() if config_trtllm.is_of(f, values)), None)
-    return None if family is None else (family, config_trtllm.parse(family, values, notes))
+def _first(is_of: Callable[[Family], bool]) -> Family | None:
+    """The first family that a configuration is of."""
+    return next(filter(is_of, each_family()), None)
 
 
 _STACKS = ("encoder.layers.", "decoder.layers.")
@@ -185,7 +180,7 @@ def _parse(
     kind: str, values: Mapping[str, Any], chosen: Family | None, parts: frozenset[str]
 ) -> tuple[Family, ModelConfig] | None:
     if kind == "hf":
-        family = chosen or next((f for f in each_family() if own_part.is_known(f, values)), None)
+        family = chosen or _first(lambda family: own_part.is_known(family, values))
         return None if family is None else (family, config_hf.parse(family, values))
     if kind == "nemo2":
         name = nemo2.nemo2_class(values) or ""

@@ -144,7 +144,7 @@ def sorted_out(
     others: dict[str, dict[str, Any]] = {}
     steps: list[Any] = []
     for slot, values in held.items():
-        if slot == STEP and len({_whole(value) for value in values.values()} - {None}) <= 1:
+        if slot == STEP and len({whole_number(value) for value in values.values()} - {None}) <= 1:
             steps += values.values()
         elif slot in SLOTS or all(
             isinstance(value, LazyTensor) and (name not in weights or value.shape == weights[name].shape)
@@ -197,7 +197,7 @@ def same_step(steps: Iterable[Any], path: str | None) -> int | None:
         FormatError: bytes are missing from a file.
         MappingError: they differ.
     """
-    found = {number for step in steps if (number := _whole(step)) is not None}
+    found = {number for step in steps if (number := whole_number(step)) is not None}
     if len(found) > 1:
         listed = ", ".join(map(str, sorted(found)[:5]))
         raise unproved("parameters have taken different numbers of optimizer steps", path=path, found=listed)
@@ -234,7 +234,8 @@ def tagged(tensor: LazyTensor) -> int:
     return int(value.reshape(-1)[0])
 
 
-def _whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
+    """A number, or a tensor of one, as an integer; None of what is neither, or too large to be exact."""
     if isinstance(value, LazyTensor):
         numeric = value.size == 1 and value.dtype.kind in ("float", "integer") and value.dtype.numpy is not None
         value = value.numpy().reshape(-1)[0].item() if numeric else None

@@ -21,6 +21,7 @@ from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_
 from anyckpt.formats.shared.hub_folder import training_state as trainer_state
 from anyckpt.formats.shared.one_save import GATHER, apart
 from anyckpt.indexing import Shape
+from anyckpt.optimizer.state import whole_number
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, concatenate
 
@@ -244,7 +245,7 @@ def _read_moments(
     if not slots:
         opened.warnings.append("the files hold no state of the optimizer besides the float32 weights")
         return
-    steps = {_number(group.get("step")) for own in by_group for group in own} | {_number(step)}
+    steps = {whole_number(group.get("step")) for own in by_group for group in own} | {whole_number(step)}
     steps.discard(None)
     if len(steps) > 1:
         raise apart(
@@ -285,12 +286,6 @@ def _by_group(state: Any) -> list[Mapping[str, Any]]:
 
 def _is_flat(value: Any) -> bool:
     return isinstance(value, LazyTensor) and value.ndim == 1
-
-
-def _number(value: Any) -> int | None:
-    if isinstance(value, LazyTensor):
-        value = float(value.reshape((1,)).numpy()[0]) if value.size == 1 and value.dtype.numpy is not None else None
-    return int(value) if type(value) in (int, float) and value == value and abs(value) < 1 << 53 else None
 
 
 def _read_groups(layout: Layout, state: Any, step: int | None, optimizer: _Optimizer) -> None:

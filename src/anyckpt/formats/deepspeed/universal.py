@@ -11,6 +11,7 @@ from typing import Any
 
 from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.errors import FormatError
+from anyckpt.optimizer.state import whole_number
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor
 
@@ -49,7 +50,7 @@ def read_parameters(
         for slot, file in own.items():
             value = _value(contents[slot])
             if slot == _STEP:
-                number = _number(value)
+                number = whole_number(value)
                 steps.update(() if number is None else (number,))
             elif not isinstance(value, LazyTensor):
                 raise FormatError(
@@ -86,9 +87,3 @@ def read_parameters(
 
 def _value(contents: TorchContents) -> Any:
     return contents.root.get("param") if isinstance(contents.root, dict) else contents.root
-
-
-def _number(value: Any) -> int | None:
-    if isinstance(value, LazyTensor):
-        value = float(value.reshape((1,)).numpy()[0]) if value.size == 1 and value.dtype.numpy is not None else None
-    return int(value) if type(value) in (int, float) and value == value and abs(value) < 1 << 53 else None
