@@ -210,6 +210,22 @@ def test_a_known_family_keeps_its_configuration_and_gets_the_tokenizer(tmp_path:
     assert not anyckpt.diff(tmp_path / "back", tmp_path / "out")
 
 
+@pytest.mark.parametrize(("container", "target"), [("nemo", "nemo"), ("megatron-lm", "hf"), ("megatron-core", "hf")])
+def test_a_base_of_other_names_grows_for_an_adapter(container: str, target: str, tmp_path: Path) -> None:
+    """The adapter's own rows are what its base model's vocabulary grows by."""
+    base = fixture_path("families/llama/hf")
+    rows, width = anyckpt.open(base).tensors["lm_head.weight"].shape
+    adapter = {**saved("model.embed_tokens", random(rows + 8, width)), **saved("lm_head", random(rows + 8, width))}
+    folder = adapter_of(tmp_path / "a", adapter)
+    anyckpt.merge_lora(base, folder, tmp_path / "expected")
+    anyckpt.convert(base, tmp_path / "base", to=container)
+    with pytest.raises(MappingError, match="of another shape.*let the base's vocabulary grow"):
+        anyckpt.merge_lora(tmp_path / "base", folder, tmp_path / "out", to=target)
+    layout = anyckpt.LayoutRequest(vocab_size=rows + 8, new_rows="zeros")
+    anyckpt.merge_lora(tmp_path / "base", folder, tmp_path / "out", to=target, layout=layout)
+    assert anyckpt.diff(tmp_path / "expected", tmp_path / "out", weights_only=True).equal
+
+
 TIED = {**UNKNOWN, "tie_word_embeddings": True}
 
 

@@ -26,6 +26,7 @@ from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType
 from anyckpt.operations.steps.choosing import choose
 from anyckpt.operations.steps.destination import aimed_at, check_destination
 from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.grown_vocabulary import grow_vocabulary
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.naming import identify
@@ -113,6 +114,14 @@ def merge_lora(
     whole = steps.take(
         in_full_precision(join_ranks(stored, rules=rules, family=family), options.cast_to, options.given)
     )
+    request = options.request
+    if request.new_rows is not None and request.vocab_size is not None:  # before the adapter, which may bring its own
+        grown = grow_vocabulary(whole, request.vocab_size, request.new_rows, options.given, family)
+        whole = steps.take(grown)
+        options = replace(options, layout=replace(request, new_rows=None))
+        if grown.given is not None:
+            options = replace(options, config=grown.given)
+        given = options.plain_config
     found = steps.take(choose(join_ranks(registry.read(adapter, force=force), rules=rules), include, exclude))
     cast = ChangedType(options.cast_to, keep_in_fp32)
     added = with_adapter(whole, found, scale=scale, alpha=alpha, family=family, config=given, cast=cast)

@@ -196,14 +196,16 @@ def _replaced(
         item, number = by_source[source]
         shape = item.rule.operation.source_shapes(item.shape, item.config)[number]
         value = tensors[stored]
+        if item.rule.of_vocabulary and value.shape == (model.config.vocab_size, *shape[1:]) and value.shape < shape:
+            value = value.pad(0, shape[0])  # rows that only pad the vocabulary
         if value.shape != shape:
             raise MappingError(
                 "the adapter replaces a weight by one of another shape",
                 tensor=stored,
                 expected=shape,
                 found=value.shape,
-                remedy="convert the base model to hf and merge there, where the vocabulary gets the "
-                "adapter's rows; or resize it as it was resized for training",
+                remedy="let the base's vocabulary grow first, with --vocab-size and --new-rows mean, if the adapter "
+                "was trained with more tokens",
             )
         result.setdefault(item.hub, {})[number] = value
     return result

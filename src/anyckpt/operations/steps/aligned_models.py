@@ -280,7 +280,7 @@ def _check_vocabularies(found: Sequence[Model], sources: Sequence[Checkpoint]) -
             path=b,
             expected=f"{first} tokens, as {a} has",
             found=f"{second} tokens",
-            remedy="say with --vocab-size how many rows to average: others are left out",
+            remedy="say with --vocab-size how many rows to take: others are left out",
         )
 
 
@@ -296,5 +296,5 @@ def _trim(hubs: Sequence[Hub], said: int | None) -> list[str]:
             continue
         for hub in hubs:
             hub.tensors[rule.hub] = hub.tensors[rule.hub].narrow(0, 0, size)
-        notes.append(f"{rule.hub}: rows beyond the vocabulary of {size} tokens are padding and not averaged")
+        notes.append(f"{rule.hub}: rows beyond the vocabulary of {size} tokens are padding and left out")
     return notes
