@@ -234,6 +234,7 @@ def test_what_people_ask_first_is_said_first(anyckpt: Runner) -> None:
     megatron = anyckpt("inspect", DISTRIBUTED).out
     assert "training       step 10, learning rate 0.001\n" in megatron
     assert "num_layers" not in megatron
+    assert "model          1 layer, width 8, MLP 32, by its configuration\n" in megatron
 
 
 def test_the_whole_configuration_is_yaml(anyckpt: Runner) -> None:

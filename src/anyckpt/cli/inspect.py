@@ -11,7 +11,7 @@ import click
 from anyckpt.cli import completion, tables
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, print_note, progress_bar
-from anyckpt.cli.model_line import model_line
+from anyckpt.cli.model_line import model_line, sizes_line
 
 if TYPE_CHECKING:
     from anyckpt.operations.inspection import Inspection
@@ -163,7 +163,7 @@ def _print_summary(found: Inspection) -> None:
         ("path", found.path),
         ("format", " ".join(filter(None, (found.format, found.format_version)))),
         ("family", _family_line(found)),
-        ("model", "" if found.model is None else model_line(found.model)),
+        ("model", sizes_line(found.sizes or {}) if found.model is None else model_line(found.model)),
         ("adapter", _adapter_line(found.adapter)),
         ("parameters", f"{found.parameters:,}" + (f" ({found.size})" if found.parameters >= 1000 else "")),
         ("tensors", f"{found.tensor_count:,}, {format_bytes(found.bytes)}"),

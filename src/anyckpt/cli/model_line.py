@@ -28,6 +28,32 @@ def model_line(model: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, facts))
 
 
+def sizes_line(sizes: Mapping[str, int]) -> str:
+    """What a configuration says of a model whose family is unknown, as far as it says it.
+
+    Args:
+        sizes: ``Inspection.sizes``.
+    """
+    words = {
+        "num_layers": "layer",
+        "num_attention_heads": "head",
+        "num_query_groups": "query group",
+        "num_moe_experts": "expert",
+        "padded_vocab_size": "vocabulary row",
+    }
+    counts = {
+        name: f"{sizes[name]:,} {word}{'s' * (sizes[name] != 1)}" for name, word in words.items() if name in sizes
+    }
+    widths = {"hidden_size": "width", "ffn_hidden_size": "MLP"}
+    told = {**counts, **{name: f"{word} {sizes[name]:,}" for name, word in widths.items() if name in sizes}}
+    order = ("num_layers", *widths, *words)
+    return (
+        f"{', '.join(told[name] for name in dict.fromkeys(order) if name in told)}, by its configuration"
+        if told
+        else ""
+    )
+
+
 def _layers(model: Mapping[str, Any]) -> str:
     count, pattern = model["num_layers"], model["hybrid_override_pattern"]
     if model["encoder_num_layers"] is not None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
+from anyckpt.config import of_ranks
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
@@ -119,11 +120,23 @@ def inspect(
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
         calls=tuple(calls),
+        sizes=_sizes(stored) if model is None else None,
         learning_rates=learning_rates(checkpoint.objects),
         loss_scale=loss_scale(checkpoint.objects),
         stages=[_stage(chunk) for chunk in stages_of(stored)] or None,
         tree=module_tree(map(_leaf, listed)) if tree and listed is not None else None,
     )
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """What a configuration says of a model of whatever family; None if its kind does not say so."""
+    if checkpoint.config_kind not in of_ranks.KINDS:
+        return None
+    try:
+        told = of_ranks.sizes(checkpoint.config, checkpoint.config_kind)
+    except AnyckptError:  # what is not possible in it is told elsewhere
+        return None
+    return {name: told[name] for name in _MODEL_FIELDS if type(told.get(name)) is int}
 
 
 def _stage(chunk: Chunk) -> dict[str, Any]:

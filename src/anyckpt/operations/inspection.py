@@ -21,6 +21,7 @@ _IN_JSON = tuple(
     path format format_version family parameters bytes tensor_count dtypes layout step has_optimizer artifacts
     config warnings dialect dtype_bytes size model epoch consumed_samples states tokenizer config_kind ignored
     objects values details adapter notes learning_rates loss_scale
+    sizes
     """.split()
 )
 """Attributes of an inspection that are in ``--json`` as they are, in its order."""
@@ -132,6 +133,7 @@ class Inspection:
         tensors: the tensors asked for, or None if none were.
         calls: names that the pickles in it ask for, those that run code first.
         likely_families: where the family is unknown, those that name all tensors as they are named here.
+        sizes: where the family is unknown, what the configuration of Megatron or NeMo says of ``model`` all the same.
         learning_rates: those of the optimizers' parameter groups, each once; else what schedulers gave last.
         loss_scale: of fp16 training, or None.
         stages: of a pipeline, its chunks in the order in which data flows through them: ``pipeline_rank``,
@@ -170,6 +172,7 @@ class Inspection:
     tensors: list[TensorFacts] | None = None
     likely_families: tuple[str, ...] = ()
     calls: tuple[Callee, ...] = ()
+    sizes: dict[str, int] | None = None
     learning_rates: list[float] = field(default_factory=list)
     loss_scale: float | None = None
     stages: list[dict[str, Any]] | None = None
