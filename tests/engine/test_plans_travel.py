@@ -91,6 +91,7 @@ def test_conversions_to_every_format(source: str, planned: Callable[..., Plan | 
 def test_other_operations(planned: Callable[..., Plan | None], tmp_path: Path) -> None:
     llama, adapter = fixture_path("families/llama/hf"), fixture_path("families/lora_llama/hf_adapter")
     layout = anyckpt.LayoutRequest(tensor_parallel=2)
+    grown = anyckpt.LayoutRequest(vocab_size=160, new_rows="mean")
     ranks = fixture_path("legacy/megatron_gpt_tp2_pp2")
     archive = fixture_path("nemo/nemo1_basic_v2_5_3/toy.nemo")
     for found in (
@@ -99,6 +100,10 @@ def test_other_operations(planned: Callable[..., Plan | None], tmp_path: Path) -
         planned(anyckpt.unpack, archive, tmp_path / "never"),
         planned(anyckpt.edit, archive, set={"new": 1}, output=tmp_path / "never.nemo"),
         planned(anyckpt.merge_lora, llama, adapter, tmp_path / "never", to="hf"),
+        planned(anyckpt.merge, [adapter], tmp_path / "never", base=llama, method="ties", density=0.3, rescale=True),
+        planned(anyckpt.merge, [adapter], tmp_path / "never", base=llama, method="dare_ties", density=0.3),
+        planned(anyckpt.merge, [llama, llama], tmp_path / "never", method="slerp"),
+        planned(anyckpt.convert, llama, tmp_path / "never", to="nemo", layout=grown, drop_layers="0", rename="x=y"),
     ):
         assert found is not None
         assert_travels(found)

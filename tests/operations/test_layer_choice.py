@@ -26,9 +26,17 @@ from anyckpt.tensor import from_array
 
 LLAMA = fixture_path("families/llama/hf")
 CASES = [
-    ("llama", "0"), ("gpt2", "1"), ("gemma3", "2,4"), ("deepseek_v3", "0"), ("deepseek_v3", "1"), ("nemotron_h", "0"),
-    ("nemotron_h", "2-3"), ("qwen2_moe", "1"), ("gpt_oss", "0"), ("clip_vision", "1"),
-]  # fmt: skip
+    ("llama", "0"),
+    ("gpt2", "1"),
+    ("gemma3", "2,4"),
+    ("deepseek_v3", "0"),
+    ("deepseek_v3", "1"),
+    ("nemotron_h", "0"),
+    ("nemotron_h", "2-3"),
+    ("qwen2_moe", "1"),
+    ("gpt_oss", "0"),
+    ("clip_vision", "1"),
+]
 
 
 def layers_of(checkpoint: Checkpoint, kept: list[int]) -> dict[str, str]:

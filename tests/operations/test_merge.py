@@ -124,6 +124,34 @@ def test_what_is_no_number_is_equal_or_refused(tmp_path: Path) -> None:
     assert done.notes[0].endswith("configuration and files are those of the first; weight 3, -1")
 
 
+def test_models_of_an_unknown_family_meet_under_megatrons_names(tmp_path: Path) -> None:
+    source = fixture_path("mcore/gpt_opt_plain/ckpt")
+    anyckpt.convert(source, tmp_path / "flat", to="dcp", names="nemo-flat")
+    anyckpt.merge([tmp_path / "flat", source], tmp_path / "out", weights=[2, -1])
+    assert facts(read(tmp_path / "out").tensors) == facts(read(tmp_path / "flat").tensors)
+
+
+def test_kinds_of_elements(tmp_path: Path) -> None:
+    """Scalars, nothing at all, and complex numbers, of which there is a sum and no order."""
+    for number in (1, 2):
+        scalar = {"layer.one": np.array(number, np.float32), "layer.two": np.ones(3, np.float32)}
+        spins = np.array([number * 1j, 2], np.complex64)
+        saved(tmp_path / f"{number}.pt", **scalar, none=np.zeros((0, 3), np.float32), spins=spins)
+    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
+    anyckpt.merge(paths, tmp_path / "sum.pt", weights=[3, 1])
+    found = read(tmp_path / "sum.pt").tensors
+    assert found["layer.one"].numpy() == 1.25 and found["none"].shape == (0, 3)
+    assert found["spins"].numpy().tolist() == [1.25j, 2]
+    for method in ("ties", "dare_ties"):
+        with pytest.raises(UsageError, match=f"complex numbers, which {method} has no rule for"):
+            anyckpt.merge(paths[1:], tmp_path / "x.pt", base=paths[0], method=method, density=0.9)
+        out = tmp_path / f"{method}.pt"
+        anyckpt.merge(paths[1:], out, base=paths[0], method=method, density=0.9, exclude="spins")
+        assert read(out)["layer.one"].numpy() >= 1
+    anyckpt.merge(paths, tmp_path / "slerp.pt", method="slerp", exclude="spins")
+    assert read(tmp_path / "slerp.pt")["layer.one"].numpy() == 1.5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -176,6 +176,8 @@ def merged(
     shared, notes = _shared(tensors, aligned.sources)
     weights, more = made_one(shared, rules.make, [source.path for source in aligned.sources])
     weights = {name: weights.get(name, tensor) for name, tensor in tensors[0].items()}
+    if not aligned.hubs and aligned.dialect is not None:  # of a family that is not known, under Megatron's own names
+        weights = spellings.rename(weights, "hub", aligned.dialect)[0]
     respelled = own.dialect is not None
     checkpoint = replace(
         aligned.sources[0].with_weights(weights, objects={}, optimizer=None),

@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError
 from anyckpt.operations.steps.merge_rules import Linear, Rule, Updates, slerp
-from anyckpt.operations.steps.merged_tensor import Merged
+from anyckpt.operations.steps.merged_tensor import Merged, is_complex
 from anyckpt.operations.steps.thinning import Sparsity, Whole, chance, largest
 from anyckpt.tensor import LazyTensor
 
@@ -20,6 +20,8 @@ METHODS = ("linear", "task_arithmetic", "slerp", "ties", "dare_linear", "dare_ti
 
 OVER_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 """Those that add what models have learned over a base."""
+
+_OF_COMPLEX = ("linear", "task_arithmetic", "passthrough")
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")
 _SWITCHES = ("normalize", "rescale")
@@ -152,7 +154,17 @@ class Rules:
                 self._stacks[match[1]] = max(self._stacks.get(match[1], 0), int(match[2]) + 1)
 
     def make(self, name: str, children: tuple[LazyTensor, ...]) -> LazyTensor:
-        """What a weight becomes, rounded once."""
+        """What a weight becomes, rounded once.
+
+        Raises:
+            UsageError: a number is missing, or the elements are of a kind that the method has no rule for.
+        """
+        if self._request.method not in _OF_COMPLEX and any(is_complex(child.dtype) for child in children):
+            raise UsageError(
+                f"holds complex numbers, which {self._request.method} has no rule for",
+                tensor=name,
+                remedy="leave it out with --exclude",
+            )
         rule = self._rule(name, children)
         return children[0] if rule is None else Merged(children, rule, self._target(name, children[0]))
 

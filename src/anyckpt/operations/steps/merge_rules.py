@@ -16,7 +16,7 @@ import numpy as np
 
 from anyckpt.identity import OfFields
 from anyckpt.indexing import Array, Shape
-from anyckpt.operations.steps.thinning import Sparsity
+from anyckpt.operations.steps.thinning import Sparsity, keep
 from anyckpt.tensor import LazyTensor, Reduction
 
 _NEARLY_PARALLEL = 0.9995
@@ -70,6 +70,8 @@ def _weighted(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
 class Angle(Reduction[dict[int, tuple[float, float, float]]]):
     """Squared lengths and the product of two tensors as vectors, by the first element of each run of them."""
 
+    _found_cosine: float | None = None
+
     def nothing(self) -> dict[int, tuple[float, float, float]]:
         return {}
 
@@ -84,9 +86,11 @@ class Angle(Reduction[dict[int, tuple[float, float, float]]]):
 
     def cosine(self) -> float:
         """Of the angle between the two; of one without a length the length is taken to be 1."""
-        a, b, product = (math.fsum(column) for column in zip(*self.value().values(), strict=True))
-        lengths = [length if (length := math.sqrt(square)) > _NO_LENGTH else 1.0 for square in (a, b)]
-        return min(1.0, max(-1.0, product / lengths[0] / lengths[1]))
+        if self._found_cosine is None:
+            a, b, product = (math.fsum(column) for column in zip(*self.value().values(), strict=True))
+            lengths = [length if (length := math.sqrt(square)) > _NO_LENGTH else 1.0 for square in (a, b)]
+            self._found_cosine = min(1.0, max(-1.0, product / lengths[0] / lengths[1]))
+        return self._found_cosine
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,10 @@ class Updates(Rule):
         """The sum of those elements that have the sign of the sum, and that of their weights."""
         total, divisor = np.zeros_like(updates[0]), np.zeros_like(updates[0])
         for update, weight in zip(updates, self.weights, strict=True):
-            taken = np.where(positive, update > 0, update < 0)
-            np.add(total, update, out=total, where=taken)
-            np.add(divisor, weight, out=divisor, where=taken)
+            taken = (positive & (update > 0)) | (~positive & (update < 0))
+            keep(update, taken)
+            np.add(total, update, out=total)
+            np.add(divisor, np.multiply(taken, weight, dtype=divisor.dtype), out=divisor)
         return total, divisor
 
 

@@ -16,10 +16,16 @@ from anyckpt.tensor import Combined, LazyTensor, as_numbers
 _BLOCK_ELEMENTS = 1 << 17  # what is computed stays in the processor's cache
 
 
+def is_complex(dtype: DType) -> bool:
+    """Whether elements are complex numbers."""
+    return dtype.name.startswith("complex")
+
+
 class Merged(Combined):
     """What a rule makes of tensors of one shape, rounded once.
 
-    Numbers of 16 bits are computed with in float32, and others, also where there are only some, in float64.
+    Numbers of 16 bits are computed with in float32, and others, also where there are only some, in float64 or
+    complex128.
 
     Args:
         children: floating-point tensors, one for each model.
@@ -34,7 +40,9 @@ class Merged(Combined):
         self.rule = rule
         self.dtype = dtype
         self.shape = children[0].shape
-        self._wide = np.dtype(np.float32 if all(child.dtype.itemsize == 2 for child in children) else np.float64)
+        narrow = all(child.dtype.itemsize == 2 for child in children)
+        complex_ones = any(is_complex(child.dtype) for child in children)
+        self._wide = np.dtype(np.complex128 if complex_ones else np.float32 if narrow else np.float64)
 
     def identity(self) -> Identity:
         return self.children, self.rule, self.dtype
