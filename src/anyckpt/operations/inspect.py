@@ -84,6 +84,8 @@ def inspect(
     calls = asked_of_loaders(checkpoint)
     counts, sizes = _by_dtype(checkpoint.tensors)
     training = checkpoint.training
+    weights = {checkpoint.model_prefix + name for name in checkpoint.weights()}
+    state = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in weights}
     return Inspection(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -121,8 +123,8 @@ def inspect(
         likely_families=_likely(checkpoint) if model is None else (),
         calls=tuple(calls),
         sizes=_sizes(stored) if model is None else None,
-        learning_rates=learning_rates(checkpoint.objects),
-        loss_scale=loss_scale(checkpoint.objects),
+        learning_rates=learning_rates(checkpoint.objects, state),
+        loss_scale=loss_scale(checkpoint.objects, state),
         stages=[_stage(chunk) for chunk in stages_of(stored)] or None,
         tree=module_tree(map(_leaf, listed)) if tree and listed is not None else None,
     )

@@ -28,11 +28,12 @@ _SCALES = {
 """Key of a loss scale -> what stands beside it, one of these at least, if there are any."""
 
 
-def learning_rates(objects: Mapping[str, Any]) -> list[float]:
+def learning_rates(objects: Mapping[str, Any], tensors: Mapping[str, LazyTensor] | None = None) -> list[float]:
     """The learning rates of the optimizers' parameter groups, each once; else those that schedulers gave last.
 
     Args:
         objects: state that is no tensor, by name.
+        tensors: of training state, by name; a rate may be one.
     """
     found: list[float] = []
     last: list[float] = []
@@ -41,14 +42,18 @@ def learning_rates(objects: Mapping[str, Any]) -> list[float]:
             found += _numbers(value)
         elif path.endswith("._last_lr") and isinstance(value, (list, tuple)):
             last += [number for each in value for number in _numbers(each)]
+    for name, tensor in (tensors or {}).items():
+        if name.endswith(".lr") and _RATE.search(name):
+            found += _numbers(tensor)
     return list(dict.fromkeys(found or last))
 
 
-def loss_scale(objects: Mapping[str, Any]) -> float | None:
+def loss_scale(objects: Mapping[str, Any], tensors: Mapping[str, LazyTensor] | None = None) -> float | None:
     """The loss scale, None if there is none.
 
     Args:
         objects: state that is no tensor, by name.
+        tensors: of training state, by name; the scale may be one.
     """
     for _, value in _parts(objects):
         fields = value.fields() if isinstance(value, Record) else value
@@ -58,6 +63,14 @@ def loss_scale(objects: Mapping[str, Any]) -> float | None:
             if key in fields and (not beside or any(name in fields for name in beside)):
                 for number in _numbers(fields[key]):
                     return number
+    known = tensors or {}
+    for name, tensor in known.items():
+        holder, _, key = name.rpartition(".")
+        if key in _SCALES and (
+            holder.endswith("scaler") or any(f"{holder}.{other}" in known for other in _SCALES[key])
+        ):
+            for number in _numbers(tensor):
+                return number
     return None
 
 
