@@ -41,6 +41,12 @@ def test_every_help_ends_with_examples_that_the_command_takes(anyckpt: Runner, n
         known.make_context(name, words).close()
 
 
+def test_help_of_all_ends_with_examples(anyckpt: Runner) -> None:
+    text = anyckpt("--help").out
+    assert text.index("\nExamples:\n") > text.index("\nCommands:\n")
+    assert text.endswith('  eval "$(_ANYCKPT_COMPLETE=bash_source anyckpt)"\n')
+
+
 def test_options_of_convert_stand_under_titles_in_their_order(anyckpt: Runner) -> None:
     lines = anyckpt("convert", "--help").out.splitlines()
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]

@@ -15,6 +15,8 @@ from importlib import import_module
 
 import click
 
+from anyckpt.cli.command import write_examples
+
 _COMMANDS = {
     "inspect": "Say what is in a checkpoint.",
     "convert": "Convert a checkpoint to another format.",
@@ -31,6 +33,15 @@ _COMMANDS = {
     "migrate-config": "Translate a NeMo 1 training file to NeMo 2 or Megatron-Bridge.",
 }
 """Name -> one line of help, so that ``anyckpt --help`` imports no command."""
+
+_EXAMPLES = (
+    ("what is in it", "anyckpt inspect model.nemo"),
+    ("to another format; COMMAND --help has more", "anyckpt convert model.nemo llama-hf --to hf"),
+    (
+        "let bash complete words (zsh: zsh_source, fish: fish_source)",
+        'eval "$(_ANYCKPT_COMPLETE=bash_source anyckpt)"',
+    ),
+)
 
 _RARELY = (200_000, 20, 100)
 """When to look for cycles: among a hundred thousand tensors, all alive, it took a fifth of the time of planning.
@@ -65,6 +76,9 @@ class _LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_examples(formatter, _EXAMPLES)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

@@ -54,12 +54,17 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The examples, each a line that can be copied."""
-        if self.examples:
-            with formatter.section("Examples"):
-                for number, (purpose, line) in enumerate(self.examples):
-                    if number:
-                        formatter.write_paragraph()
-                    formatter.write_text(f"# {purpose}")
-                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        write_examples(formatter, self.examples)
         super().format_epilog(ctx, formatter)
+
+
+def write_examples(formatter: click.HelpFormatter, examples: Sequence[tuple[str, str]]) -> None:
+    """What each is for and its command line, which can be copied; nothing if there are none."""
+    if not examples:
+        return
+    with formatter.section("Examples"):
+        for number, (purpose, line) in enumerate(examples):
+            if number:
+                formatter.write_paragraph()
+            formatter.write_text(f"# {purpose}")
+            formatter.write(f"{'':{formatter.current_indent}}{line}\n")
