@@ -2,8 +2,8 @@
 
 Makes environments of locked releases in the project's folder.  In ``.venv-core``, which has no torch, the tests of the
 core run; in ``.venv-test`` the linters, the type checker, the import contract, and the tests that load our output with
-the real torch, Megatron-Core, transformers and Lightning; in ``.venv-docs`` the documentation is built.  Arguments are
-passed on to pytest.
+the real torch, Megatron-Core, transformers and Lightning, and open our pages in a real browser, installed where there
+is none; in ``.venv-docs`` the documentation is built.  Arguments are passed on to pytest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from chromium import prepare_browser
 from environment import LOCKS, ROOT, prepare
 
 _QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -23,6 +24,7 @@ _QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM
 def main() -> None:
     core = prepare(".venv-core", lock=LOCKS / "core.txt", extras="test-core")
     full = prepare(".venv-test", lock=LOCKS / "test.txt", first=["torch"], extras="test,dev")
+    prepare_browser()
     site = prepare(".venv-docs", lock=LOCKS / "docs.txt", extras="docs")
     steps = [*checks(core, full), ("documentation", documentation(site)), *tests(core, full, sys.argv[1:])]
     sys.exit(0 if passes(steps) else 1)
@@ -62,7 +64,8 @@ def tests(core: Path, full: Path, arguments: Sequence[str]) -> list[Step]:
     shared = ["-n", str(min(4, os.cpu_count() or 1)), *arguments]
     return [
         ("tests of the core, without torch", [str(core), "-m", "pytest", "-m", "not peer", *shared]),
-        ("tests against the real libraries", [str(full), "-m", "pytest", "-m", "peer", *shared]),
+        ("tests against the real libraries", [str(full), "-m", "pytest", "-m", "peer and not browser", *shared]),
+        ("pages in a real browser", [str(full), "-m", "pytest", "-m", "peer and browser", "-n", "0", *arguments]),
     ]
 
 
@@ -72,7 +75,8 @@ def passes(steps: Sequence[Step]) -> bool:
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     for title, command in steps:
         print(f"\n== {title}", flush=True)
-        environment = {**inherited, **_QUIET, "ANYCKPT_NO_SKIPS": "1" if "peer" in command else "0"}
+        with_peers = any(word.startswith("peer") for word in command)
+        environment = {**inherited, **_QUIET, "ANYCKPT_NO_SKIPS": str(int(with_peers))}
         started = time.monotonic()
         if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
             failed.append(title)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from chromium import prepare_browser
 from environment import prepare
 from lock import resolve
 from test import passes, tests
@@ -37,6 +38,7 @@ def main() -> None:
             prepare(f".venv-{which}-core", lock=core, extras="test-core"),
             prepare(f".venv-{which}-test", lock=full, first=["torch"], extras="test"),
         )
+    prepare_browser()
     sys.exit(0 if passes(tests(*interpreters, arguments)) else 1)
 
 

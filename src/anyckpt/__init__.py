@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.merge_lora import merge_lora
     from anyckpt.operations.migrate_config import MigratedConfig, migrate_config
     from anyckpt.operations.quantize import quantize
+    from anyckpt.operations.report import Report, report
     from anyckpt.operations.reshard import reshard
     from anyckpt.operations.save import save
     from anyckpt.operations.steps.joining import open_checkpoint as open
@@ -65,6 +66,7 @@ __all__ = [
     "MissingLibraryError",
     "OutputError",
     "ParallelLayout",
+    "Report",
     "Tokenizer",
     "TrainingState",
     "UnknownTensorError",
@@ -85,6 +87,7 @@ __all__ = [
     "open",
     "pack",
     "quantize",
+    "report",
     "reshard",
     "save",
     "unpack",
@@ -110,6 +113,7 @@ _WHERE = {
     **dict.fromkeys(("MigratedConfig", "migrate_config"), "operations.migrate_config"),
     "open": "operations.steps.joining:open_checkpoint",
     "quantize": "operations.quantize",
+    **dict.fromkeys(("Report", "report"), "operations.report"),
     "reshard": "operations.reshard",
     "save": "operations.save",
     **dict.fromkeys(("Verification", "verify"), "operations.verify"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 
 def printable(text: str) -> str:
     """``text`` with control characters, lone surrogates and invisible formatting escaped: safe for a terminal."""
@@ -19,17 +17,3 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for a notebook; every cell is escaped."""
-    from html import escape
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag} style="text-align:left">{escape(c)}</{tag}>' for c in cells) + "</tr>"
-
-    head = f"<thead>{line(header, 'th')}</thead>" if header else ""
-    body = "".join(line(row, "td") for row in rows)
-    return (
-        f'<table><caption style="text-align:left"><b>{escape(caption)}</b></caption>{head}<tbody>{body}</tbody></table>'
-    )

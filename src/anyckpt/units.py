@@ -36,16 +36,21 @@ def parse_bytes(text: str | int, option: str = "a size") -> int:
     return value
 
 
-def format_bytes(count: float) -> str:
-    """``16.1 GB``: three digits and a decimal unit."""
-    if count < 999.5:
-        return f"{count:,.0f} B"
+def byte_unit(count: float) -> tuple[float, str]:
+    """The decimal unit in which people say such a number of bytes: how many bytes it has, and its name."""
     power = 0
     while count >= 999.5 and power < len(_UNITS):
         count /= 1000
         power += 1
-    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
-    return f"{count:,.{digits}f} {_UNITS[power - 1]}"
+    return 1000.0**power, _UNITS[power - 1] if power else "B"
+
+
+def format_bytes(count: float) -> str:
+    """``16.1 GB``: three digits and a decimal unit."""
+    unit, name = byte_unit(count)
+    count /= unit
+    digits = 0 if unit == 1 or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:,.{digits}f} {name}"
 
 
 def format_seconds(seconds: float) -> str:

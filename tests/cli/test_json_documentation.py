@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 from tests.cli.runner import Runner
 from tests.support import fixture_path
+
+from anyckpt.operations.report import Report
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/json.md").read_text()
 
@@ -43,3 +46,9 @@ def test_verify(anyckpt: Runner) -> None:
     found = anyckpt("verify", fixture_path("families/llama/hf"), "--json").json
     assert set(found) == documented("verify")
     assert all(f"`{key}`" in DOCUMENT for key in found["checked"])
+
+
+def test_report() -> None:
+    facts = {field.name for field in dataclasses.fields(Report)}
+    assert facts == documented("report")
+    assert set(Report("a", 1, 1, ()).to_json()) == facts

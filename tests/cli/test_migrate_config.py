@@ -24,7 +24,7 @@ def test_writes_a_file_and_leaves_what_is_there(anyckpt: Runner, tmp_path: Path)
     new = tmp_path / "new.py"
     words = ("migrate-config", tmp_path / "old.yaml", "-o", new)
     assert anyckpt(*words).out == "" and new.read_text().startswith("import nemo")
-    assert "exists already" in anyckpt(*words).error
+    assert "already exists" in anyckpt(*words).error
     assert anyckpt(*words, "--overwrite").code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.py", "old.yaml"]
 

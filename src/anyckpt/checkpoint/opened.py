@@ -191,7 +191,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         )
 
     def _repr_html_(self) -> str:
-        from anyckpt.escaping import html_table
+        from anyckpt.markup import notebook, table
 
         shown = list(self.tensors.items())[:_SHOWN_TENSORS]
         rows = [
@@ -199,7 +199,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         ]
         if len(self.tensors) > len(shown):
             rows.append((f"... {len(self.tensors) - len(shown):,} more", "", "", ""))
-        return html_table(repr(self), ("name", "type", "shape", "size"), rows)
+        return notebook(table(repr(self), ("name", "type", "shape", "size"), rows, numbers=(3,)))
 
 
 def storage_key(tensor: LazyTensor) -> Any:

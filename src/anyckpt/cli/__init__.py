@@ -26,6 +26,7 @@ _COMMANDS = {
     "merge": "Merge models: task arithmetic, SLERP, TIES, DARE, or a recipe of mergekit.",
     "merge-lora": "Add a LoRA adapter to its base model.",
     "diff": "Compare two checkpoints by value.",
+    "report": "Write a page about a checkpoint for a browser.",
     "verify": "Check a checkpoint for damage.",
     "unpack": "Unpack a .nemo archive into a directory.",
     "pack": "Pack a directory into a .nemo archive.",

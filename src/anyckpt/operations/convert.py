@@ -103,6 +103,11 @@ class Conversion:
         files, _ = facts.pop("files"), facts.pop("holds_states")
         return {**facts, "files": list(files)} if self.dry_run else facts
 
+    def _repr_html_(self) -> str:
+        from anyckpt.operations.explorer.notebook import of_conversion
+
+        return of_conversion(self)
+
 
 @documented
 def convert(

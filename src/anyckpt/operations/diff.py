@@ -137,6 +137,11 @@ class Difference:
             "layers": layers,
         }
 
+    def _repr_html_(self) -> str:
+        from anyckpt.operations.explorer.notebook import of_difference
+
+        return of_difference(self)
+
 
 def diff(
     a: str | os.PathLike[str] | Checkpoint,

@@ -50,6 +50,7 @@ def inspect(
     digest: bool = False,
     names: str = "stored",
     tree: bool = False,
+    magnitudes: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
     """Say what is in a checkpoint; no tensor data is read unless ``stats`` or ``digest`` ask for it.
@@ -62,6 +63,7 @@ def inspect(
         digest: compute the SHA-256 of the listed tensors.
         names: ``stored``, or ``hub`` for Megatron-Core names with shards joined and layers un-stacked.
         tree: tell what each module of the listed tensors takes, of all if ``tensors`` is None.
+        magnitudes: with ``stats``, also count the listed tensors' elements by magnitude.
         progress: called with (bytes done, bytes to do) while tensors are read.
 
     Raises:
@@ -79,7 +81,7 @@ def inspect(
     globs = as_patterns(tensors)
     if globs or stats or digest or tree or names == "hub":
         chosen = _hub_names(numbers, model, warning) if names == "hub" else checkpoint.tensors
-        listed = _list(checkpoint.path, chosen, globs, stats, digest, progress)
+        listed = _list(checkpoint.path, chosen, globs, stats, digest, magnitudes, progress)
     parameters = numbers.parameters
     calls = asked_of_loaders(checkpoint)
     counts, sizes = _by_dtype(checkpoint.tensors)
@@ -253,6 +255,7 @@ def _list(
     globs: tuple[str, ...],
     stats: bool,
     digest: bool,
+    magnitudes: bool,
     progress: Progress | None,
 ) -> list[TensorFacts]:
     names = matching(tensors, globs) if globs else list(tensors)
@@ -273,7 +276,7 @@ def _list(
 
     def one(name: str, advance: Advance) -> TensorFacts:
         try:
-            found = scan(tensors[name], statistics=stats, digest=digest, advance=advance)
+            found = scan(tensors[name], statistics=stats, digest=digest, magnitudes=magnitudes, advance=advance)
         except AnyckptError as error:
             error.tensor = error.tensor or name
             raise
@@ -285,13 +288,23 @@ def _list(
 def _facts(path: str, name: str, tensor: LazyTensor, found: Scan, same_as: str | None) -> TensorFacts:
     shards, files = _where(path, tensor)
     return TensorFacts(
-        name, tensor.dtype.name, tensor.shape, tensor.nbytes, shards, files, found.sha256, found.statistics, same_as
+        name,
+        tensor.dtype.name,
+        tensor.shape,
+        tensor.nbytes,
+        shards,
+        tuple(files),
+        found.sha256,
+        found.statistics,
+        same_as,
+        found.magnitudes,
+        tuple(files.values()),
     )
 
 
-def _where(path: str, tensor: LazyTensor) -> tuple[int, tuple[str, ...]]:
-    """Number of stored pieces, and the files that hold them."""
-    files: dict[str, None] = {}
+def _where(path: str, tensor: LazyTensor) -> tuple[int, dict[str, int]]:
+    """Number of stored pieces, and the files that hold them, each with its bytes of these."""
+    files: dict[str, int] = {}
     count = 0
     root = os.path.abspath(file_of(path))
     for piece in tensor.pieces():
@@ -303,8 +316,8 @@ def _where(path: str, tensor: LazyTensor) -> tuple[int, tuple[str, ...]]:
             name = os.path.basename(file)
         else:
             name = os.path.relpath(file, root) if file.startswith(root + os.sep) else file
-        files[name] = None
-    return count, tuple(files)
+        files[name] = files.get(name, 0) + piece.nbytes
+    return count, files
 
 
 def _by_dtype(tensors: dict[str, LazyTensor]) -> tuple[dict[str, int], dict[str, int]]:

@@ -8,13 +8,11 @@ from typing import Any
 
 from anyckpt.checkpoint.grouping import grouped
 from anyckpt.errors import UsageError
-from anyckpt.escaping import html_table
 from anyckpt.operations.steps.extra_states import lost
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.module_tree import Module
-from anyckpt.operations.steps.statistics import Statistics
+from anyckpt.operations.steps.statistics import Magnitudes, Statistics
 from anyckpt.pickling import Callee
-from anyckpt.units import format_bytes
 
 _IN_JSON = tuple(
     """
@@ -43,6 +41,8 @@ class TensorFacts:
         same_as: the tensor before it that has the same bytes in the file, as tied weights may; or None.
         sha256: digest of the little-endian bytes in C order, if asked for.
         statistics: if asked for; None also where numpy cannot compute with the type.
+        magnitudes: how many elements have which, if asked for; None also where there are no statistics.
+        file_bytes: stored bytes of the tensor in each of ``files``.
     """
 
     name: str
@@ -54,11 +54,14 @@ class TensorFacts:
     sha256: str | None = None
     statistics: Statistics | None = None
     same_as: str | None = None
+    magnitudes: Magnitudes | None = None
+    file_bytes: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As in ``inspect --json``: ``sha256``, ``stats`` and ``same_as`` are there only if known."""
         facts = {**vars(self), "shape": list(self.shape), "files": list(self.files)}
-        del facts["sha256"], facts["statistics"], facts["same_as"]
+        for name in ("sha256", "statistics", "same_as", "magnitudes", "file_bytes"):
+            del facts[name]
         if self.same_as is not None:
             facts["same_as"] = self.same_as
         if self.sha256 is not None:
@@ -224,16 +227,9 @@ class Inspection:
         return found
 
     def _repr_html_(self) -> str:
-        rows = [
-            ("format", " ".join(filter(None, (self.format, self.format_version)))),
-            ("family", self.family or "unknown"),
-            ("parameters", f"{self.parameters:,} ({self.size})"),
-            ("bytes", format_bytes(self.bytes)),
-            ("tensors", f"{self.tensor_count:,}"),
-            ("types", ", ".join(f"{name}: {count}" for name, count in self.dtypes.items())),
-            *(("warning", text) for text in self.warnings),
-        ]
-        return html_table(self.path, (), rows)
+        from anyckpt.operations.explorer.notebook import of_inspection
+
+        return of_inspection(self)
 
 
 def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from anyckpt.config.migration import Migration, Setting, migrate
-from anyckpt.errors import OutputError, UsageError
+from anyckpt.errors import UsageError
 from anyckpt.escaping import printable
 from anyckpt.operations.steps.configuration_text import Section, python_text, yaml_text
+from anyckpt.operations.steps.text_file import write_text
 from anyckpt.plain_yaml import load_yaml, load_yaml_mapping
 
 Target = Literal["nemo2", "megatron-bridge", "anyckpt"]
@@ -137,16 +138,7 @@ def write_migrated(done: MigratedConfig, path: str | os.PathLike[str], form: For
     Raises:
         OutputError: the file exists, or cannot be written.
     """
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise OutputError("exists already", path=str(target), remedy="choose another name, or pass --overwrite")
-    partial = target.with_name(f".{target.name}.anyckpt-partial")
-    try:
-        partial.write_text(done.text(form), "utf-8")
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot be written: {error.strerror or error}", path=str(target)) from error
+    write_text(os.fspath(path), done.text(form), overwrite=overwrite)
 
 
 def calls(migration: Migration, to: Target) -> tuple[Section, ...]:

@@ -117,6 +117,11 @@ class Verification:
             "calls": [callee.to_json() for callee in self.calls],
         }
 
+    def _repr_html_(self) -> str:
+        from anyckpt.operations.explorer.notebook import of_verification
+
+        return of_verification(self)
+
 
 def verify(
     source: str | os.PathLike[str] | Checkpoint, *, deep: bool = False, progress: Progress | None = None

@@ -164,10 +164,10 @@ class LazyTensor(ABC):
         return f"LazyTensor({self.dtype.name}, shape={self.shape}, {self.nbytes:,} bytes)"
 
     def _repr_html_(self) -> str:
-        from anyckpt.escaping import html_table
+        from anyckpt.markup import notebook, table
 
         row = (self.dtype.name, str(list(self.shape)), f"{self.nbytes:,} bytes")
-        return html_table(type(self).__name__, ("type", "shape", "size"), [row])
+        return notebook(table(type(self).__name__, ("type", "shape", "size"), [row]))
 
     # -- arrays of other libraries ---------------------------------------------------------------------------
 

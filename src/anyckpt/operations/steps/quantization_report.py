@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from anyckpt.blockwise import Tiles, keeping
-from anyckpt.errors import OutputError
 from anyckpt.indexing import Array
 from anyckpt.operations.steps.quantizing import Quantized
 from anyckpt.operations.steps.report_page import page
+from anyckpt.operations.steps.text_file import write_text
 from anyckpt.operations.steps.threads import Advance, Meter, each
 from anyckpt.quantization import dequantize
 from anyckpt.quantization.stored import Request
@@ -160,7 +160,7 @@ def report_on(done: Quantized, request: Request, workers: int | None = None) -> 
 
 
 def write_report(report: Report, file: str | os.PathLike[str]) -> None:
-    """Write JSON, or a page of HTML if the name ends so.
+    """Write JSON, or a page of HTML if the name ends so, whole or not at all.
 
     Raises:
         OutputError: the file cannot be written.
@@ -168,11 +168,7 @@ def write_report(report: Report, file: str | os.PathLike[str]) -> None:
     path = os.fspath(file)
     document = report.to_json()
     text = page(document) if path.lower().endswith((".html", ".htm")) else json.dumps(document, indent=2) + "\n"
-    try:
-        with open(path, "w", encoding="utf-8") as stream:
-            stream.write(text)
-    except OSError as error:
-        raise OutputError(f"cannot write the report: {error.strerror}", path=path) from error
+    write_text(path, text, overwrite=True)
 
 
 def _top(codes: LazyTensor, numbers: str) -> LazyTensor:

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from anyckpt.escaping import html_table, printable
+from anyckpt.escaping import printable
+from anyckpt.markup import Cell, Row, paragraphs, table
+from anyckpt.operations.explorer.page import Section
+from anyckpt.operations.explorer.page import page as page_of
 from anyckpt.units import format_bytes
 
 _WIDTH, _HEIGHT, _MARGIN = 900, 320, 45
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f")
 _NUMBER = re.compile(r"\.(\d+)\.(.*)")
 
-_STYLE = """body{font:14px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse;margin:1.5em 0}
-td,th{padding:.2em .8em;border-bottom:1px solid #ddd}svg text{font:11px sans-serif}"""
+_EXACT = 1e9  # decibels, where exact weights are sorted
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -28,17 +30,26 @@ def page(report: Mapping[str, Any]) -> str:
         f"overall, largest error {total['max_error']:.3g}, {total['saturated']:,} saturated."
     )
     header = ("", "SQNR", "largest error", "saturated", "before", "after")
-    worst = sorted(report["weights"], key=lambda one: one["sqnr_db"] if one["sqnr_db"] is not None else 1e9)
-    tables = (
-        html_table("Layers", header, map(row, report["layers"])),
-        html_table("Weights, the worst first", header, map(row, worst)),
-        html_table("Not quantized", ("module", "reason"), _pairs(report["not_quantized"])),
+    worst = sorted(report["weights"], key=_ratio)
+    tables: Sequence[tuple[str, str, Sequence[str], Sequence[Row]]] = (
+        ("layers", "Layers", header, [_cells(one) for one in report["layers"]]),
+        ("weights", "Weights, the worst first", header, [_cells(one) for one in worst]),
     )
-    body = f"<h1>Quantization</h1><p>{escape(summary)}</p>{_plot(report['weights'])}{''.join(tables)}"
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Quantization</title>'
-        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
-    )
+    spared = table("", ("module", "reason"), _pairs(report["not_quantized"]), explore="modules")
+    sections = [
+        Section(
+            what,
+            title,
+            f'<div class="names">{table("", names, rows, numbers=range(1, len(names)), explore=what)}</div>',
+        )
+        for what, title, names, rows in tables
+        if rows
+    ]
+    if report["not_quantized"]:
+        sections.append(Section("spared", "Not quantized", f'<div class="names">{spared}</div>'))
+    plot = _plot(report["weights"])
+    shown = [Section("plot", "SQNR of each weight by layer", plot), *sections] if plot else sections
+    return page_of("Quantization", paragraphs([summary]), shown)
 
 
 def row(one: Mapping[str, Any]) -> tuple[str, ...]:
@@ -51,6 +62,16 @@ def row(one: Mapping[str, Any]) -> tuple[str, ...]:
         format_bytes(one["bytes_before"]),
         format_bytes(one["bytes_after"]),
     )
+
+
+def _cells(one: Mapping[str, Any]) -> list[Cell]:
+    """The same with what it is sorted by."""
+    keys = (None, _ratio(one), one["max_error"], one["saturated"], one["bytes_before"], one["bytes_after"])
+    return [Cell(told, key) for told, key in zip(row(one), keys, strict=True)]
+
+
+def _ratio(one: Mapping[str, Any]) -> float:
+    return _EXACT if one["sqnr_db"] is None else float(one["sqnr_db"])
 
 
 def decibels(value: float | None) -> str:
@@ -91,4 +112,5 @@ def _plot(weights: Sequence[Mapping[str, Any]]) -> str:
         drawn.append(f'<text x="2" y="{place(0, value)[1]}">{value:.1f} dB</text>')
     for layer in sorted({0, last // 2, last}):
         drawn.append(f'<text x="{place(layer, low)[0]}" y="{_HEIGHT - 15}">layer {layer}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(drawn)}</svg>'
+    told = "The ratio of signal to quantization noise of each weight, by its layer; the tables have the numbers."
+    return f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{told}">{"".join(drawn)}</svg>'

@@ -17,6 +17,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK_ELEMENTS = 1 << 16  # their float64 copy stays in the processor's cache
 
+_POWERS, _BIAS = 1 << 11, 1023
+"""Of float64's exponents: how many there are, and which of them is that of one."""
+
 _LARGE = 1 << 30
 _REPETITIONS = 1 << 16
 
@@ -58,10 +61,32 @@ class Statistics:
         }
 
 
+@dataclass(frozen=True)
+class Magnitudes:
+    """How many elements have which magnitude, by powers of two.
+
+    Attributes:
+        lowest: the smallest power that any element reaches.
+        counts: element ``i`` is the number of finite elements with ``2**(lowest + i) <= |x| < 2**(lowest + i + 1)``;
+            zeros are in none.
+    """
+
+    lowest: int
+    counts: tuple[int, ...]
+
+    def __add__(self, other: Magnitudes) -> Magnitudes:
+        lowest = min(self.lowest, other.lowest)
+        top = max(one.lowest + len(one.counts) for one in (self, other))
+        counts = np.zeros(top - lowest, np.int64)
+        for one in (self, other):
+            counts[one.lowest - lowest :][: len(one.counts)] += one.counts
+        return Magnitudes(lowest, tuple(counts.tolist()))
+
+
 class _Moments:
     """Count, mean and squared deviations, merged chunk by chunk (Chan, Golub and LeVeque) so that nothing cancels."""
 
-    def __init__(self, smallest_normal: float, most: int) -> None:
+    def __init__(self, smallest_normal: float, most: int, magnitudes: bool) -> None:
         self.count = 0
         self.mean = self.squares = 0.0
         self.low: float | None = None
@@ -70,6 +95,7 @@ class _Moments:
         self.smallest_normal = smallest_normal
         self._values, self._deviation = (np.empty(most, np.float64) for _ in range(2))
         self._some = np.empty(most, np.bool_)
+        self._powers = np.zeros(_POWERS, np.int64) if magnitudes else None
 
     def add(self, chunk: Array) -> None:
         values = self._values[: len(chunk)]
@@ -88,6 +114,8 @@ class _Moments:
             total = float(values.sum())
         if not len(values):
             return
+        if self._powers is not None:
+            self._powers += np.bincount((values.view(np.int64) >> 52) & (_POWERS - 1), minlength=_POWERS)
         exact = chunk if chunk.dtype.kind in "iu" else values  # ml_dtypes compares a hundred times slower than numpy
         low, high = exact.min().item(), exact.max().item()
         self.low = low if self.low is None else min(self.low, low)
@@ -121,6 +149,14 @@ class _Moments:
             self.negative_inf,
         )
 
+    def magnitudes(self) -> Magnitudes | None:
+        """None if they were not asked for, or if there is nothing but zeros."""
+        found = np.zeros(0, np.int64) if self._powers is None else np.flatnonzero(self._powers[1:])
+        if self._powers is None or not len(found):
+            return None
+        low, high = int(found[0]) + 1, int(found[-1]) + 2
+        return Magnitudes(low - _BIAS, tuple(self._powers[low:high].tolist()))
+
 
 def _sha256() -> Any:
     import hashlib  # which loads a library of its own, and is seldom asked for
@@ -135,19 +171,29 @@ class Scan:
     Attributes:
         statistics: None if not asked for, or if numpy cannot compute with the type (packed sub-byte types).
         sha256: hexadecimal digest of the little-endian bytes in C order, or None if not asked for.
+        magnitudes: None if not asked for, or as ``statistics``.
     """
 
     statistics: Statistics | None
     sha256: str | None
+    magnitudes: Magnitudes | None = None
 
 
-def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance | None = None) -> Scan:
+def scan(
+    tensor: LazyTensor,
+    *,
+    statistics: bool,
+    digest: bool,
+    magnitudes: bool = False,
+    advance: Advance | None = None,
+) -> Scan:
     """Read a tensor once.
 
     Args:
         tensor: what to read.
         statistics: whether to compute them.
         digest: whether to compute the SHA-256.
+        magnitudes: whether to count them with the statistics.
         advance: called with the number of bytes of each chunk read.
 
     Raises:
@@ -157,7 +203,7 @@ def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance
     _check_expansion(tensor)
     sha = _sha256() if digest else None
     most = min(_CHUNK_ELEMENTS, tensor.size)
-    moments = _Moments(_smallest_normal(tensor), most) if statistics and _is_number(tensor) else None
+    moments = _Moments(_smallest_normal(tensor), most, magnitudes) if statistics and _is_number(tensor) else None
     with np.errstate(all="ignore"):
         for chunk in tensor.chunks(_CHUNK_ELEMENTS * tensor.dtype.itemsize):
             if sha is not None:
@@ -166,7 +212,8 @@ def scan(tensor: LazyTensor, *, statistics: bool, digest: bool, advance: Advance
                 moments.add(_real(chunk, tensor.dtype.name))
             if advance is not None:
                 advance(chunk.nbytes)
-    return Scan(None if moments is None else moments.result(), None if sha is None else sha.hexdigest())
+    told = None if sha is None else sha.hexdigest()
+    return Scan(None, told) if moments is None else Scan(moments.result(), told, moments.magnitudes())
 
 
 _PATTERNS = {
