@@ -29,7 +29,7 @@ DISTRIBUTED = fixture_path("mcore/gpt_opt_plain/ckpt")
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def on_a_terminal(columns: int, *words: str | Path, **environment: str) -> list[str]:
+def on_a_terminal(columns: int, *words: str | Path, cwd: Path | None = None, **environment: str) -> list[str]:
     """The lines that a terminal of so many columns gets, without colours."""
     parent, child = pty.openpty()
     known = {name: value for name, value in os.environ.items() if name not in ("LC_ALL", "LC_CTYPE", "LANG")}
@@ -38,6 +38,7 @@ def on_a_terminal(columns: int, *words: str | Path, **environment: str) -> list[
         [sys.executable, "-m", "anyckpt", *map(str, words)],
         stdout=child,
         stderr=subprocess.DEVNULL,
+        cwd=cwd,
         env={**known, **told},
     )
     os.close(child)
@@ -113,6 +114,45 @@ def test_tensors_at_the_widths_that_people_have(columns: int, words: tuple[str, 
     assert expected.replace("] x 2", f"] {TIMES} 2") in "\n".join(lines)
     digest = 64 + 4
     assert all(len(line) <= max(columns, digest) for line in lines if not line.startswith("path "))
+
+
+SUMMARY_AT_60 = """\
+path           .
+format         megatron-lm checkpoint_version 3
+family         qwen2 (hub names)
+model          6 layers of width 8, MLP 12, 4 heads of 4 in
+               2 groups, 61 tokens padded to 64 rows, tied
+               embeddings
+parameters     4,840 (4.8K)
+tensors        44, 19.4 kB
+types          44 float32 (19.4 kB)
+training       step 7, consumed samples 56
+parallel       pipeline 3
+configuration  megatron-args, 70 settings (--config prints
+               them)
+other state    args, checkpoint_version, iteration,
+               num_floating_point_operations_so_far
+               (--objects GLOB prints them)"""
+
+SUMMARY_AT_100 = """\
+path           .
+format         megatron-lm checkpoint_version 3
+family         qwen2 (hub names)
+model          6 layers of width 8, MLP 12, 4 heads of 4 in 2 groups, 61 tokens padded to 64 rows,
+               tied embeddings
+parameters     4,840 (4.8K)
+tensors        44, 19.4 kB
+types          44 float32 (19.4 kB)
+training       step 7, consumed samples 56
+parallel       pipeline 3
+configuration  megatron-args, 70 settings (--config prints them)
+other state    args, checkpoint_version, iteration, num_floating_point_operations_so_far (--objects GLOB
+               prints them)"""
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(60, SUMMARY_AT_60), (100, SUMMARY_AT_100)])
+def test_a_summary_is_wrapped_at_words(columns: int, expected: str) -> None:
+    assert "\n".join(on_a_terminal(columns, "inspect", ".", cwd=UNEVEN)).startswith(expected)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100, 200])
