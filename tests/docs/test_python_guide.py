@@ -1,4 +1,4 @@
-"""The sessions of docs/python.md, run as they stand."""
+"""The sessions of Python in the documentation, run as they stand."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from tests.support import FIXTURES
 
-PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "python.md"
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
+PAGE = DOCS / "python.md"
 OPTIONS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 
 
 def failures(text: str, languages: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for wanted, fixture in re.findall(r"<!-- here: (\S+) = (\S+) -->", text):
-        shutil.copytree(FIXTURES / fixture, folder / wanted)
+        copy = shutil.copytree if (FIXTURES / fixture).is_dir() else shutil.copy
+        copy(FIXTURES / fixture, folder / wanted)
     monkeypatch.chdir(folder)
     blocks = re.findall(r"```(pycon[ \w]*)\n(.*?)```", text, re.DOTALL)
     session = "\n".join(code for language, code in blocks if language in languages)
@@ -31,6 +33,12 @@ def test_the_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert set(re.findall(r"```(\w[\w ]*)", text)) == {"pycon", "pycon torch"}
     assert not failures(text, ("pycon",), tmp_path, monkeypatch)
+
+
+def test_every_page_with_sessions_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {path for path in DOCS.rglob("*.md") if "```pycon" in path.read_text(encoding="utf-8")}
+    assert pages == {PAGE, DOCS / "recipes.md"}
+    assert not failures((DOCS / "recipes.md").read_text(encoding="utf-8"), ("pycon",), tmp_path, monkeypatch)
 
 
 @pytest.mark.peer
