@@ -23,6 +23,7 @@ from anyckpt.operations.steps.ptq_settings import read_ptq_settings
 from anyckpt.operations.steps.quantizing import DEFAULT_GROUP
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_statistics, read_tokenizer
+from anyckpt.quantization.calibrated import groups_do_not_divide
 
 if TYPE_CHECKING:
     from anyckpt.quantization.statistics import Statistics
@@ -148,6 +149,8 @@ def quantize(
         own = {key: value for key, value in own.items() if key not in ("quantize_form", "quantize_exclude", "report")}
         return _noted(converted(opened, output, ConvertOptions(**own), sources=origins), notes)
     group = said.get("awq_block_size")
+    if quantize_form is None and own["to"] != "trtllm":
+        own["quantize_form"] = _form_with_activations(name)
     own |= {"quantize": name, "decoder_type": None, **_of_algorithm(name, said, notes, group)}
     seen = read_statistics(statistics)
     if seen is None and _sees_activations(name, own):
@@ -157,7 +160,9 @@ def quantize(
             seen.save(save_statistics)
         own |= {"statistics": seen, "enable_kv_cache": said.get("enable_kv_cache")}
         own["decoder_type"] = said.get("decoder_type")
-    elif save_statistics is not None:
+    elif calib_dataset is not None:
+        notes.append(f"calib_dataset has no effect: nothing of {name}, written so, depends on activations")
+    if seen is None and save_statistics is not None:
         raise UsageError(
             f"{name} needs no calibration, so that there is nothing to save", remedy="leave out --save-stats"
         )
@@ -206,6 +211,14 @@ def _of_algorithm(name: str, said: Mapping[str, Any], notes: list[str], group: i
     elif said.get("sq_alpha") is not None:
         notes.append(f"sq_alpha has no effect: it is SmoothQuant's, and {name} has none")
     return found
+
+
+def _form_with_activations(name: str) -> str | None:
+    """The form of a Hugging Face folder that stores what calibration finds, which is the one that NeMo writes."""
+    from anyckpt.quantization.forms import FORMS
+
+    layout = FORMS["modelopt"].get(name)
+    return "modelopt" if layout is not None and (layout.static or layout.smoothing) else None
 
 
 def _sees_activations(name: str, own: Mapping[str, Any]) -> bool:
@@ -265,6 +278,10 @@ def _calibrated(
     batches = _batches(calibration, samples, hub, own.get("tokenizer"), said, length, notes)
     weights = linear_weights(hub)
     group = own.get("group_size") or DEFAULT_GROUP
+    if own["quantize"] in _SEARCHED and not own["quantize_exclude"]:
+        for name, weight in weights.items():
+            if weight.shape[-1] % group:
+                raise groups_do_not_divide(name, weight.shape[-1], group)
     facts = {
         "dataset": os.path.basename(samples.path),
         "samples": sum(len(ids) for ids in batches),

@@ -16,7 +16,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import MappingError
-from anyckpt.indexing import Shape
+from anyckpt.indexing import Array, Shape
 from anyckpt.quantization.affine import Affine, Columns, Gathered, Numbers, OfTable, Raised, Shares, Unpacked
 from anyckpt.quantization.nodes import Halved, Repeated, numbers_of, scaled
 from anyckpt.tensor import Constant, LazyTensor, Mapped
@@ -32,6 +32,9 @@ _INT8_STEP = float(np.float32(7.874015718698502e-3))
 
 _SIGNED = np.array([*range(8), *range(-8, 0)], np.float32)
 """The number of each of sixteen codes in two's complement."""
+
+_BYTES = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
+"""The same of each of 256."""
 
 _SCALES = ("scales", "weight_scale", "weight.absmax", "weight.nested_absmax", "SCB")
 
@@ -218,16 +221,35 @@ def modelopt_int4(group: int) -> Assembled:
             raise _fault("weight", "a matrix", pairs.shape)
         rows, columns = 2 * pairs.shape[0], pairs.shape[1]
         _check("weight_scale", scales, (rows, -(-columns // group)))
-        codes, inputs = Halved(pairs, 0), parts.get("pre_quant_scale")
-        if inputs is None:
-            return scaled(codes, _SIGNED, scales, (1, group), to)
-        whole = scaled(codes, _SIGNED, scales, (1, group), _FLOAT32)
-        _check("pre_quant_scale", inputs, (columns,))
-        spread = Repeated(numbers_of(inputs).reshape((1, columns)), (rows, 1), codes.shape)
-        return Mapped((whole, spread), _FLOAT32, np.multiply).cast(to)
+        return _smoothed(Halved(pairs, 0), _SIGNED, scales, (1, group), parts, to)
 
     others = ("pre_quant_scale", "weight_scale_2")
     return Assembled("weight", ("weight_scale",), others, "uint8", make, "int4")
+
+
+def modelopt_int8() -> Assembled:
+    """ModelOpt's INT8 of SmoothQuant: a scale for each row; inputs may be multiplied by numbers, as for INT4."""
+
+    def make(parts: Parts, to: DType) -> LazyTensor:
+        codes, scales = parts["weight"], parts["weight_scale"]
+        if codes.ndim != 2 or not codes.size:
+            raise _fault("weight", "a matrix", codes.shape)
+        column = _check("weight_scale", scales, (codes.shape[0],)).reshape((codes.shape[0], 1))
+        return _smoothed(codes, _BYTES, column, (1, codes.shape[1]), parts, to)
+
+    return Assembled("weight", ("weight_scale",), ("pre_quant_scale",), "int8", make, "int8")
+
+
+def _smoothed(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape, parts: Parts, to: DType) -> LazyTensor:
+    """Codes times scales, and times what the module's inputs are multiplied by, if they are."""
+    inputs = parts.get("pre_quant_scale")
+    if inputs is None:
+        return scaled(codes, table, scales, block, to)
+    rows, columns = codes.shape
+    whole = scaled(codes, table, scales, block, _FLOAT32)
+    _check("pre_quant_scale", inputs, (columns,))
+    spread = Repeated(numbers_of(inputs).reshape((1, columns)), (rows, 1), codes.shape)
+    return Mapped((whole, spread), _FLOAT32, np.multiply).cast(to)
 
 
 def nf4() -> Assembled:

@@ -114,6 +114,8 @@ def calibrate_weights(
     exact: dict[str, Array] = {}
     for name in modules:
         seen = statistics.modules[name]
+        if smoothing == "awq" and statistics.group_size and weights[f"{name}.weight"].shape[-1] % statistics.group_size:
+            raise groups_do_not_divide(f"{name}.weight", weights[f"{name}.weight"].shape[-1], statistics.group_size)
         exact[name] = smooth_factors(seen, alpha) if smoothing == "smoothquant" else awq_factors(seen, name)
     factors = {name: rounded(found, kind) for name, found in exact.items()}
     for name in modules:
@@ -137,6 +139,17 @@ def calibrate_weights(
         norms,
         dict(statistics.caches),
         alphas if smoothing == "awq" else {},
+    )
+
+
+def groups_do_not_divide(name: str, columns: int, group: int) -> UsageError:
+    """What is said where AWQ's groups do not divide a weight."""
+    return UsageError(
+        "groups do not divide the rows of a weight",
+        tensor=name,
+        expected=f"a multiple of {group} columns",
+        found=f"{columns} columns",
+        remedy="choose another --awq-block-size, or leave the module as it is with --quantize-exclude",
     )
 
 

@@ -63,14 +63,14 @@ def layout_of(request: Request) -> Layout:
             remedy=f"choose another form with --quantize-form: {', '.join(forms_with(request.algorithm))}",
         )
     layout = FORMS[form][request.algorithm]
+    if form == "compressed-tensors" and request.algorithm == "fp8" and request.knows_activations:
+        layout = replace(layout, static="input_scale")
     _check_calibrated(request, layout, form)
     if request.knows_activations:
         given = [request.activation_scale, *(request.activation_scales or {}).values()]
         wrong = next((scale for scale in given if scale is not None and not 0 < scale < float("inf")), None)
         if wrong is not None:
             raise UsageError("a scale of activations must be a positive number", found=wrong)
-        if form == "compressed-tensors" and request.algorithm == "fp8":
-            return replace(layout, static="input_scale")
         if not layout.static and request.scales_given:
             raise UsageError(
                 f"{form} stores no scales of activations for {request.algorithm}",
@@ -103,10 +103,13 @@ def _check_calibrated(request: Request, layout: Layout, form: str) -> None:
             remedy="leave one of them out",
         )
     if not (layout.static or layout.smoothing):
+        known = {one: FORMS[one].get(request.algorithm) for one in FORMS}
+        others = [one for one, other in known.items() if other is not None and (other.static or other.smoothing)]
         raise UsageError(
             f"{request.algorithm} in the form {form} has nothing that activations decide",
             found="calibration",
-            remedy="leave out --stats, or choose fp8, nvfp4, int8_sq, int4_awq or w4a8_awq",
+            remedy="leave out --stats, or choose "
+            + (" or ".join(f"--quantize-form {one}" for one in others) or "fp8, int8_sq, int4_awq, w4a8_awq or nvfp4"),
         )
     if layout.smoothing == "awq" and statistics.group_size != request.group_size:
         found = statistics.group_size

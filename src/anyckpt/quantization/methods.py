@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from anyckpt.errors import MappingError
-from anyckpt.quantization.assembled import Assembled, awq, gptq, int8_rows, modelopt_int4, nf4, packed
+from anyckpt.quantization.assembled import Assembled, awq, gptq, int8_rows, modelopt_int4, modelopt_int8, nf4, packed
 
 Facts = Mapping[str, Any]
 """A configuration's ``quantization_config``."""
@@ -79,6 +79,8 @@ def _modelopt(facts: Facts) -> tuple[Stored, ...]:
     algorithm = str(facts.get("quant_algo")).upper()
     if algorithm in ("W4A16_AWQ", "W4A8_AWQ"):
         return (modelopt_int4(_number(facts.get("group_size", _MODELOPT_GROUP), "group_size")),)
+    if algorithm == "W8A8_SQ_PER_CHANNEL":
+        return (modelopt_int8(),)
     if algorithm == "W8A16":
         return (Scheme("", "_scale", None, "int8"),)
     if algorithm not in ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"):
@@ -212,7 +214,9 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "fp8": Method(_fp8, "fp8"),
     "mxfp4": Method(_mxfp4, "mxfp4"),
-    "modelopt": Method(_modelopt, "modelopt FP8, NVFP4, W8A16, W4A16_AWQ and W4A8_AWQ", "quant_algo"),
+    "modelopt": Method(
+        _modelopt, "modelopt FP8, NVFP4, W8A16, W8A8_SQ_PER_CHANNEL, W4A16_AWQ and W4A8_AWQ", "quant_algo"
+    ),
     "compressed-tensors": Method(
         _compressed_tensors, "compressed-tensors of 4- and 8-bit floats and of integers", "format"
     ),

@@ -89,12 +89,14 @@ class Report:
         form: as asked for, None for the usual one.
         weights: each that was quantized.
         spared: modules that were not -> reason.
+        calibration: what it saw, by module, and how; None without one.
     """
 
     algorithm: str
     form: str | None
     weights: tuple[Measured, ...]
     spared: Mapping[str, str]
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def layers(self) -> list[Measured]:
@@ -112,6 +114,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As ``--report`` writes it."""
+        seen = {} if self.calibration is None else {"calibration": dict(self.calibration)}
         return {
             "algorithm": self.algorithm,
             "form": self.form,
@@ -119,6 +122,7 @@ class Report:
             "layers": [one.to_json() for one in self.layers],
             "weights": [one.to_json() for one in self.weights],
             "not_quantized": [{"name": name, "reason": why} for name, why in self.spared.items()],
+            **seen,
         }
 
 
@@ -156,7 +160,28 @@ def report_on(done: Quantized, request: Request, workers: int | None = None) -> 
         request.form,
         tuple(each(measure, done.before, Meter(0, None), workers)),
         written.choice.spared,
+        _calibration(done, request),
     )
+
+
+def _calibration(done: Quantized, request: Request) -> dict[str, Any] | None:
+    """What calibration saw, of the modules that were quantized."""
+    found, statistics = done.calibration, request.statistics
+    if found is None or statistics is None:
+        return None
+    modules = [name.removesuffix(".weight") for name in done.before]
+    return {
+        **statistics.facts,
+        "computed_in": statistics.computed_in,
+        "modules": [
+            {"name": name, "largest_input": found.largest.get(name), "alphas": list(found.alphas.get(name, ()))}
+            for name in modules
+        ],
+        "caches": [
+            {"name": name, "largest_key": keys, "largest_value": values}
+            for name, (keys, values) in found.caches.items()
+        ],
+    }
 
 
 def write_report(report: Report, file: str | os.PathLike[str]) -> None:

@@ -47,6 +47,8 @@ def page(report: Mapping[str, Any]) -> str:
     ]
     if report["not_quantized"]:
         sections.append(Section("spared", "Not quantized", f'<div class="names">{spared}</div>'))
+    if "calibration" in report:
+        sections.append(_calibration(report["calibration"]))
     plot = _plot(report["weights"])
     shown = [Section("plot", "SQNR of each weight by layer", plot), *sections] if plot else sections
     return page_of("Quantization", paragraphs([summary]), shown)
@@ -81,6 +83,21 @@ def decibels(value: float | None) -> str:
 
 def _pairs(listed: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     return [(printable(one["name"]), one["reason"]) for one in listed]
+
+
+def _calibration(seen: Mapping[str, Any]) -> Section:
+    """What calibration saw, by module."""
+    rows: list[Row] = [
+        (
+            printable(one["name"]),
+            "" if one["largest_input"] is None else f"{one['largest_input']:.4g}",
+            ", ".join(f"{alpha:.1f}" for alpha in dict.fromkeys(one["alphas"])),
+        )
+        for one in seen["modules"]
+    ]
+    listed = table("", ("module", "largest input", "AWQ's exponents"), rows, numbers=(1,), explore="modules")
+    title = f"Calibration: {seen.get('samples', 0):,} samples, {seen.get('tokens', 0):,} tokens"
+    return Section("calibration", title, f'<div class="names">{listed}</div>')
 
 
 def _plot(weights: Sequence[Mapping[str, Any]]) -> str:

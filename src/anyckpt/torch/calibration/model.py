@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import mmap
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -183,12 +186,28 @@ class LazyModel:
         return {full: found[0] if isinstance(found, list) else found for full, found in made.items()}
 
     def _read(self, name: str) -> torch.Tensor:
+        """In memory of its own, which the system gets back at once; malloc would keep most of it between layers."""
+        tensor = self._weights[name]
+        kind: torch.dtype = getattr(torch, tensor.dtype.name)
         try:
-            found: torch.Tensor = self._weights[name].torch(copy=True)
-            return found
+            if not tensor.size:
+                return torch.empty(tensor.shape, dtype=kind)
+            memory = mmap.mmap(-1, tensor.nbytes)
+            tensor.fill(0, np.frombuffer(memory, tensor.dtype.raw))
+            return torch.frombuffer(memory, dtype=kind).reshape(tensor.shape)
         except AnyckptError as error:
             error.path, error.tensor = error.path or self.path, error.tensor or name
             raise
+
+
+def give_back() -> None:
+    """Let the system have what malloc keeps; where the C library is not glibc, it decides by itself.
+
+    What is noted of a layer lies between what was freed of it, so that without this a layer's temporary matrices would
+    stay for each layer.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _made(hub: Checkpoint, kind: torch.dtype) -> Any:

@@ -18,7 +18,7 @@ from anyckpt.quantization.statistics import ALPHAS, Seen, Shared, Statistics, di
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.calibration import awq
 from anyckpt.torch.calibration.lockstep import Pass, run_in_step
-from anyckpt.torch.calibration.model import LazyModel, Rows
+from anyckpt.torch.calibration.model import LazyModel, Rows, give_back
 from anyckpt.torch.calibration.seeing import (
     KeysAndValues,
     Linears,
@@ -133,6 +133,7 @@ class _Run:
             self._attentions[number] = self._attention(name, layer, number)
         self.shared += looked.shared()
         self.model.free(layer)
+        give_back()
         self._done += self._sizes[name]
         if self._progress is not None:
             self._progress(self._done, sum(self._sizes.values()))
