@@ -146,8 +146,8 @@ types          44 float32 (19.4 kB)
 training       step 7, consumed samples 56
 parallel       pipeline 3
 configuration  megatron-args, 70 settings (--config prints them)
-other state    args, checkpoint_version, iteration, num_floating_point_operations_so_far (--objects GLOB
-               prints them)"""
+other state    args, checkpoint_version, iteration, num_floating_point_operations_so_far (--objects
+               GLOB prints them)"""
 
 
 @pytest.mark.parametrize(("columns", "expected"), [(60, SUMMARY_AT_60), (100, SUMMARY_AT_100)])
