@@ -308,6 +308,7 @@ def test_a_reduction_begins_again_after_a_file_could_not_be_read() -> None:
         ({"models": [{"model": "a"}, {"model": "b"}]}, "needs the parameter 'weight'"),
         ({"models": [{"model": "a"}, {"model": "a"}]}, "names a model twice"),
         ({"models": [{"model": "a", "layers": 3}]}, "the key layers of models"),
+        ({"models": [{"model": "who/knows"}]}, "who/knows, which is not here.*hf download"),
         ({"models": []}, "no list of entries"),
         ({"slices": []}, "models or slices"),
         ({"base_model": None}, "give the base"),

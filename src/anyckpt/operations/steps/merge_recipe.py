@@ -5,6 +5,8 @@ Source of the keys and of what they mean: mergekit 0.1.5, ``config.py``, ``plan.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,6 +163,13 @@ class _Reader:
             parts = [self._path(said.get("model")), None if said.get("lora") is None else self._path(said["lora"])]
         else:
             parts = [*str(said).split("+", 1), None][:2]
+        for path in parts:
+            if path is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.exists(path):
+                raise UsageError(
+                    f"the recipe names the model {path}, which is not here",
+                    path=self.path,
+                    remedy="download it (hf download), and give its folder in the recipe",
+                )
         model = ModelSource(str(parts[0]), parts[1])
         if model not in self.models:
             self.models.append(model)

@@ -6,8 +6,9 @@ import hashlib
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -191,6 +192,9 @@ def _magnitude(values: Array) -> Array:
     return bits
 
 
+Pass = TypeVar("Pass", bound=Reduction[Any])
+
+
 class Top:
     """Which magnitude the k-th largest element of an update has, and which of its equals are among the k.
 
@@ -205,10 +209,7 @@ class Top:
         self.update = update
         self.count = count
         self._lock = threading.Lock()
-        self._high = _Counts([(update,)])
-        self._low: _Counts | None = None
-        self._equal: _Equal | None = None
-        self._sums: _Sums | None = None
+        self._passes: dict[str, Any] = {}  # those that threads are at; gone when what they give is known
         self._found: tuple[int, int, int] | None = None
         self._times: float | None = None
 
@@ -226,20 +227,27 @@ class Top:
             FormatError: bytes are missing from a file.
         """
         if self._found is None:
-            high, above = _reached(self._high.value(), self.count)
-            with self._lock:
-                counts = self._low = self._low or _Counts([(self.update,)], high)
-            found = counts.value()
-            low, more = _reached(found, self.count - above)
+            high, above = _reached(self._pass("high", _Counts).value(), self.count)
+            counts = self._pass("low", _Counts, high).value()
+            low, more = _reached(counts, self.count - above)
             bits, equal = high << 16 | low, self.count - above - more
-            end = self._end(bits, equal) if bits and equal < found[low] else self.update.size
-            self._found = bits, equal, end
+            ties = bool(bits) and equal < counts[low] and self._found is None
+            end = self._end(bits, equal) if ties else self.update.size
+            with self._lock:
+                if self._found is None:
+                    self._found = bits, equal, end
+                    self._passes.clear()
         return self._found
 
-    def _end(self, bits: int, left: int) -> int:
+    def _pass(self, name: str, kind: Callable[..., Pass], *arguments: int) -> Pass:
+        """The pass of a name, one for all threads."""
         with self._lock:
-            places = self._equal = self._equal or _Equal([(self.update,)], bits)
-        counts = sorted(places.value().items())
+            made: Pass = self._passes.get(name) or kind([(self.update,)], *arguments)
+            self._passes[name] = made
+            return made
+
+    def _end(self, bits: int, left: int) -> int:
+        counts = sorted(self._pass("equal", _Equal, bits).value().items())
         for number, (start, count) in enumerate(counts):
             if left <= count:
                 stop = counts[number + 1][0] if number + 1 < len(counts) else self.update.size
@@ -256,9 +264,7 @@ class Top:
         """
         if self._times is None:
             bits, equal, _ = self.found()
-            with self._lock:
-                sums = self._sums = self._sums or _Sums([(self.update,)], bits)
-            runs = [found for _, found in sorted(sums.value().items())]
+            runs = [found for _, found in sorted(self._pass("sums", _Sums, bits).value().items())]
             size = float(np.array([bits], np.uint32).view(np.float32)[0])
             whole, left = math.fsum(a for a, _ in runs), math.fsum(b for _, b in runs) + equal * size
             self._times = whole / left if min(whole, left) >= _NOTHING else 1.0
