@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from anyckpt.operations.save import save
     from anyckpt.operations.steps.joining import open_checkpoint as open
     from anyckpt.operations.steps.layout_request import LayoutRequest
-    from anyckpt.operations.verify import Verification, verify
+    from anyckpt.operations.verification import Verification
+    from anyckpt.operations.verify import verify
     from anyckpt.tensor import LazyTensor
 
     __version__: str
@@ -116,7 +117,8 @@ _WHERE = {
     **dict.fromkeys(("Report", "report"), "operations.report"),
     "reshard": "operations.reshard",
     "save": "operations.save",
-    **dict.fromkeys(("Verification", "verify"), "operations.verify"),
+    "Verification": "operations.verification",
+    "verify": "operations.verify",
 }
 
 _find, __dir__ = on_demand(__name__, {**_WHERE, "__version__": ""})

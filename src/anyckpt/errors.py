@@ -79,6 +79,10 @@ class FormatError(AnyckptError):
     """A file or directory is missing, truncated, damaged, or not of the format that it claims."""
 
 
+class UnknownFormatError(FormatError):
+    """What is there is no checkpoint of any format that is read here."""
+
+
 class UnfinishedError(FormatError):
     """A checkpoint that was being saved, or deleted, when that was interrupted, or still is."""
 

@@ -69,10 +69,14 @@ def test_a_call_whose_result_is_lost_is_told(anyckpt: Runner, tmp_path: Path, wh
 def test_a_call_before_the_damage_is_told(anyckpt: Runner, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(archive(None, pickle=b"\x80\x02" + CALL + b"\xfe"))
-    for command in ("inspect", "verify"):
-        assert TOLD in anyckpt(command, path).error
-    path.write_bytes(archive(None, pickle=b"\x80\x02]]Ns" + CALL + b"."))
-    assert TOLD in anyckpt("verify", path).error
+    assert TOLD in anyckpt("inspect", path).error
+    for pickle in (b"\x80\x02" + CALL + b"\xfe", b"\x80\x02]]Ns" + CALL + b"."):
+        path.write_bytes(archive(None, pickle=pickle))
+        found = anyckpt("verify", path)
+        assert found.code == 1
+        assert TOLD in found.out
+        assert "damaged (1 problem) and unsafe to load with other software" in found.out
+        assert anyckpt("verify", path, "--json").json["safe"] is False
 
 
 def test_a_bare_pickle_that_calls_is_told(anyckpt: Runner, tmp_path: Path) -> None:

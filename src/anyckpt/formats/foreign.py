@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import UnknownFormatError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ _KINDS = (
 )
 
 
-def refusal(head: bytes, path: str) -> FormatError | None:
+def refusal(head: bytes, path: str) -> UnknownFormatError | None:
     """The error for a file that begins with ``head`` and is of no format here; None if nothing tells what it is."""
     kind = next((kind for kind in _KINDS if head[kind.offset :].startswith(kind.magic)), None)
-    return None if kind is None else FormatError(f"is {kind.title}, which is not read", path=path, remedy=kind.remedy)
+    if kind is None:
+        return None
+    return UnknownFormatError(f"is {kind.title}, which is not read", path=path, remedy=kind.remedy)

@@ -19,10 +19,10 @@ from anyckpt import pickling
 from anyckpt.checkpoint import Checkpoint, OptimizerForm, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.entry_points import loaded, registered
-from anyckpt.errors import AnyckptError, FormatError, UsageError, did_you_mean
+from anyckpt.errors import AnyckptError, FormatError, UnknownFormatError, UsageError, did_you_mean
 from anyckpt.formats.foreign import refusal
 from anyckpt.formats.shared.unfinished import check_finished
-from anyckpt.pickling.calls import danger, recording
+from anyckpt.pickling.calls import Calls, danger, recording
 from anyckpt.storage.location import Location, look_at, look_in, small_files
 from anyckpt.storage.members import NotArchiveError, is_archive, is_gzip
 from anyckpt.storage.place import Place
@@ -263,7 +263,7 @@ def detect(location: Location) -> Format:
     foreign = refusal(location.head, location.path)
     if foreign is not None:
         raise foreign
-    raise FormatError(
+    raise UnknownFormatError(
         "is not a checkpoint of any known format",
         path=location.path,
         expected=f"one of {', '.join(_names())}",
@@ -354,7 +354,7 @@ def without_configuration(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ("the output has no place for the model's configuration: to convert it again, give the source's --config",)
 
 
-def read(path: str | os.PathLike[str] | Location, *, force: bool = False) -> Checkpoint:
+def read(path: str | os.PathLike[str] | Location, *, force: bool = False, met: Calls | None = None) -> Checkpoint:
     """Open whatever is at ``path``.
 
     In a trainer's folder of one checkpoint of weights and training state beside it, that is the weights.
@@ -362,6 +362,7 @@ def read(path: str | os.PathLike[str] | Location, *, force: bool = False) -> Che
     Args:
         path: a file or directory, or a location in any place.
         force: open a checkpoint that NeMo marked as unfinished, too.
+        met: takes what pickles ask for, also where the checkpoint cannot be opened.
 
     Raises:
         FormatError: it is not a checkpoint, a damaged one, or an unfinished one.
@@ -369,7 +370,7 @@ def read(path: str | os.PathLike[str] | Location, *, force: bool = False) -> Che
     location = look_at(path)
     if not force:
         check_finished(location)
-    with recording() as calls, small_files(location):
+    with recording(met) as calls, small_files(location):
         try:
             checkpoint = _read_there(location, force)
         except AnyckptError as error:

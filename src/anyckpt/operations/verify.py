@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint, StoredChecksum
 from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
-from anyckpt.errors import AnyckptError, MappingError
+from anyckpt.errors import AnyckptError, FormatError, MappingError, UnknownFormatError
 from anyckpt.formats import registry
 from anyckpt.models import Model, adapters
 from anyckpt.models.complete import some
@@ -20,132 +19,72 @@ from anyckpt.operations.steps.impossible_numbers import check_values
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.loader_calls import asked_of_loaders
 from anyckpt.operations.steps.naming import identify
+from anyckpt.operations.steps.proof import Proof
+from anyckpt.operations.steps.published import (
+    GIT,
+    HUB,
+    files_of,
+    known_to_hub,
+    listed_in,
+    path_of,
+    said_by_user,
+)
+from anyckpt.operations.steps.published import check as check_published
 from anyckpt.operations.steps.threads import Advance, Meter, Progress
-from anyckpt.pickling import Callee, recording
-from anyckpt.pickling.calls import danger
+from anyckpt.operations.verification import Problem, Verification
+from anyckpt.pickling import recording
+from anyckpt.pickling.calls import Calls, danger
+from anyckpt.storage.location import Location, look_at
+from anyckpt.storage.place import Place
 from anyckpt.storage.requests import holding, in_batches
 from anyckpt.storage.source import ByteSource
 
 _BLOCK = 4 << 20
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong.
-
-    Attributes:
-        where: a file or a tensor.
-        problem: what is wrong, in one line.
-    """
-
-    where: str
-    problem: str
-
-
-@dataclass
-class Checked:
-    """How much was looked at.
-
-    Attributes:
-        tensors: tensors whose pieces were found inside their files.
-        pieces: stored pieces of these.
-        digests: runs of bytes that agree with the manifest.
-        checksums: CRCs of the container that agree with its bytes.
-        model: whether layers and weights were found complete for the model family.
-        text: whether these of the text part of a larger model were, of which no more is known.
-        scales: of quantized weights and activations, whose numbers were read and looked at.
-        values: tensors whose elements were read and looked at.
-        pickles: pickles that were looked at for what they call, those within pickles included.
-    """
-
-    tensors: int = 0
-    pieces: int = 0
-    digests: int = 0
-    checksums: int = 0
-    model: bool = False
-    text: bool = False
-    scales: int = 0
-    values: int = 0
-    pickles: int = 0
-
-
-@dataclass
-class Verification:
-    """The outcome; true if the checkpoint is sound.
-
-    Attributes:
-        path: what was checked.
-        format: its format.
-        problems: what is wrong; none if the checkpoint is sound.
-        warnings: what is odd and may be right.
-        checked: how much was looked at.
-        unchecked: what was not looked at, and why, one line each.
-        calls: names that the pickles in it ask for, those that run code first.
-    """
-
-    path: str
-    format: str
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    checked: Checked = field(default_factory=Checked)
-    unchecked: list[str] = field(default_factory=list)
-    calls: tuple[Callee, ...] = ()
-
-    @property
-    def sound(self) -> bool:
-        return not self.problems
-
-    @property
-    def safe(self) -> bool:
-        """Whether no pickle names what runs code when other software loads it."""
-        return not any(callee.kind == "code" for callee in self.calls)
-
-    def __bool__(self) -> bool:
-        return self.sound
-
-    def to_json(self) -> dict[str, Any]:
-        """As ``verify --json`` prints it."""
-        return {
-            "path": self.path,
-            "format": self.format,
-            "sound": self.sound,
-            "safe": self.safe,
-            "problems": [asdict(problem) for problem in self.problems],
-            "warnings": self.warnings,
-            "checked": asdict(self.checked),
-            "unchecked": self.unchecked,
-            "calls": [callee.to_json() for callee in self.calls],
-        }
-
-    def _repr_html_(self) -> str:
-        from anyckpt.operations.explorer.notebook import of_verification
-
-        return of_verification(self)
+_NAMES = (".nemo", ".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".qnemo", ".distcp")
+"""How names of checkpoints' files end, whatever is in them."""
 
 
 def verify(
-    source: str | os.PathLike[str] | Checkpoint, *, deep: bool = False, progress: Progress | None = None
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    deep: bool = False,
+    checksum: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    expect: str | Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Verification:
-    """Check structure, byte ranges, the manifest's digests, the container's CRCs and the model's completeness.
+    """Check structure, byte ranges, digests and checksums, the model's completeness, and what pickles call.
 
     The manifest answers for every byte that anyckpt wrote, so CRCs are read only where there is no manifest, or where
-    it found damage.
+    it found damage.  What huggingface_hub noted of the files that it downloaded is compared, too.  Damage that keeps a
+    checkpoint from being opened is a problem as any other.
 
     Args:
         source: a path, or a checkpoint that is open.
         deep: also read every tensor (see ``check_values``).
+        checksum: lists of digests of files, as ``sha256sum`` writes them, or the Hub's JSON (see
+            ``published.listed_in``).
+        expect: digests that files must have: ``sha256:HEX``, in a directory ``FILE=sha256:HEX``.
         progress: called with (bytes done, bytes to do) of each pass over the data.
 
     Raises:
-        FormatError: it cannot be opened at all.
+        FormatError: there is nothing, or no checkpoint, at the path.
+        UsageError: a digest is none, or of no file of the checkpoint.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else registry.read(source)
-    result = Verification(checkpoint.path, checkpoint.format, warnings=list(checkpoint.warnings))
-    result.problems += [Problem(checkpoint.path, text) for text in checkpoint.unloadable]
-    result.warnings = [text for text in result.warnings if text not in checkpoint.unloadable]
+    path = source.path if isinstance(source, Checkpoint) else source
+    lists = (checksum,) if isinstance(checksum, (str, os.PathLike)) else tuple(checksum)
+    asked = (expect,) if isinstance(expect, str) else tuple(expect)
+    location = _location(path, needed=bool(lists or asked) or not isinstance(source, Checkpoint))
+    result, checkpoint = _opened(source, location)
+    proof = Proof()
+    if location is not None:
+        _check_published(location, lists, asked, result, proof, progress)
+    place = checkpoint.place if checkpoint is not None else None if location is None else location.place
+    proved = place is not None and _check_digests(os.fspath(path), place, result, progress)
+    if checkpoint is None:
+        return result
     _check_pieces(checkpoint, result)
-    if not _check_digests(checkpoint, result, progress):
-        _check_checksums(checkpoint, result, progress)
+    if not proved:
+        _check_checksums(checkpoint, result, proof, progress)
     _check_model(checkpoint, result)
     _check_names(checkpoint, result)
     if deep:
@@ -155,8 +94,109 @@ def verify(
         result.warnings += values.warnings
         if values.unread:
             result.unchecked.append(f"the numbers of {len(values.unread):,} packed tensors: {some(values.unread)}")
+    _tell_unproved(checkpoint, result, None if proved else proof, deep)
     _check_calls(checkpoint, result)
     return result
+
+
+def _location(path: str | os.PathLike[str], *, needed: bool) -> Location | None:
+    """What is at the path; None if nothing is, for a checkpoint that was made in memory."""
+    try:
+        return look_at(path)
+    except FormatError:
+        if needed:
+            raise
+        return None
+
+
+def _opened(
+    source: str | os.PathLike[str] | Checkpoint, location: Location | None
+) -> tuple[Verification, Checkpoint | None]:
+    """The checkpoint, or what keeps it from being opened as a problem.
+
+    Raises:
+        FormatError: it is no checkpoint, and its name does not say that it should be one.
+    """
+    if isinstance(source, Checkpoint):
+        checkpoint = source
+    else:
+        assert location is not None
+        met = Calls()
+        try:
+            checkpoint = registry.read(location, met=met)
+        except UnknownFormatError:
+            if location.is_directory or not location.path.endswith(tuple(_NAMES)):
+                raise
+            text = (
+                "by its name it is a checkpoint, and its contents are of no known format: it may be cut or overwritten"
+            )
+            return Verification(location.path, "", [Problem(location.path, text)], opened=False), None
+        except (FormatError, MappingError) as error:
+            problem = _problem_of(error, location.path)
+            return Verification(location.path, _format_of(location), [problem], calls=tuple(met), opened=False), None
+    result = Verification(checkpoint.path, checkpoint.format, warnings=list(checkpoint.warnings))
+    result.problems += [Problem(checkpoint.path, text) for text in checkpoint.unloadable]
+    result.warnings = [text for text in result.warnings if text not in checkpoint.unloadable]
+    return result, checkpoint
+
+
+def _format_of(location: Location) -> str:
+    try:
+        return registry.detect(location).name
+    except AnyckptError:
+        return ""
+
+
+def _problem_of(error: AnyckptError, path: str) -> Problem:
+    where = error.path or path
+    error.path = None
+    return Problem(where, str(error))
+
+
+def _check_published(
+    location: Location,
+    lists: Sequence[str | os.PathLike[str]],
+    asked: Sequence[str],
+    result: Verification,
+    proof: Proof,
+    progress: Progress | None,
+) -> None:
+    """Digests that users and publishers give of whole files."""
+    published = said_by_user(location, asked)
+    for file in lists:
+        found, missing = listed_in(location, os.fspath(file))
+        published += found
+        result.problems += [Problem(name, f"is not there, though {os.fspath(file)} lists it") for name in missing]
+    if lists:
+        listed = {digest.file for digest in published}
+        others = [name for name in files_of(location) if name not in listed and not name.startswith(".")]
+        if others:
+            result.unchecked.append(f"{len(others)} files that no list names: {some(others)}")
+    published += known_to_hub(location)
+    good: dict[str, bool] = {}
+    for digest, problem in check_published(location, published, progress):
+        where = digest.file or location.path
+        good[digest.file] = good.get(digest.file, True) and not problem
+        if problem and digest.algorithm == GIT and digest.origin == HUB:  # a text file, which users change on purpose
+            result.warnings.append(f"{where}: {problem}: it was changed after it was downloaded")
+        elif problem:
+            result.problems.append(Problem(where, problem))
+    for file, agrees in good.items():
+        result.checked.published += agrees
+        if location.place.is_file(path_of(location, file)):
+            proof.add(location.place.open(path_of(location, file)), holds=agrees)
+
+
+def _tell_unproved(checkpoint: Checkpoint, result: Verification, proof: Proof | None, deep: bool) -> None:
+    """Of whose contents nothing says what they should be; without a proof, the manifest has answered for all."""
+    proved, unknown = (len(checkpoint.tensors), 0) if proof is None else proof.told(checkpoint.tensors.values())
+    result.checked.proved = proved
+    if unknown:
+        how = "were read, not proved" if deep else "were not read"
+        result.unchecked.append(
+            f"the contents of {unknown:,} tensor{'s' * (unknown > 1)} {how}: no digest or checksum says what they "
+            "should be (--checksum and --expect take a published one)"
+        )
 
 
 def _check_calls(checkpoint: Checkpoint, result: Verification) -> None:
@@ -185,9 +225,8 @@ def _check_pieces(checkpoint: Checkpoint, result: Verification) -> None:
             result.checked.tensors += 1
 
 
-def _check_digests(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> bool:
+def _check_digests(path: str, place: Place, result: Verification, progress: Progress | None) -> bool:
     """Whether there is a manifest and every byte agrees with it."""
-    path, place = checkpoint.path, checkpoint.place
     try:
         manifest = read_manifest(path, place)
     except AnyckptError as error:
@@ -213,21 +252,22 @@ def _check_digests(checkpoint: Checkpoint, result: Verification, progress: Progr
     return good
 
 
-def _check_checksums(checkpoint: Checkpoint, result: Verification, progress: Progress | None) -> None:
+def _check_checksums(checkpoint: Checkpoint, result: Verification, proof: Proof, progress: Progress | None) -> None:
     meter = Meter(sum(tensor.nbytes for tensor in checkpoint.tensors.values()), progress)
     with recording() as met:
         try:
             for batch in in_batches(checkpoint.checksums(), lambda item: (item.source, 0, item.source.size)):
                 with holding((item.source, 0, item.source.size) for item in batch if len(batch) > 1):
                     for item in batch:
-                        _check_checksum(item, result, meter)
+                        _check_checksum(item, result, proof, meter)
         except AnyckptError as error:
             result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
     checkpoint.calls.take(met)
 
 
-def _check_checksum(item: StoredChecksum, result: Verification, meter: Meter) -> None:
+def _check_checksum(item: StoredChecksum, result: Verification, proof: Proof, meter: Meter) -> None:
     found = _crc32(item.source, meter.advance)
+    proof.add(item.source, holds=found == item.crc32)
     if found == item.crc32:
         result.checked.checksums += 1
     else:
@@ -263,7 +303,7 @@ def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
         if model is None:
             return
         _check_hub(_check_complete(whole, model, result), result)
-    except MappingError as error:
+    except (FormatError, MappingError) as error:
         if error.path == checkpoint.path:
             error.path = None
         result.problems.append(Problem(checkpoint.path, str(error)))

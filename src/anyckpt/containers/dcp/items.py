@@ -136,6 +136,10 @@ class ItemTable:
         return payload, head if b"/data.pkl" in head else b""
 
 
+ELEMENTS = "elements"
+"""Stands in the place of a chunk after where its archive begins: only reading tells which member of it that is."""
+
+
 class ChunkSource(ByteSource):
     """The elements of one chunk in C order, found in its archive when first read."""
 
@@ -179,7 +183,8 @@ class ChunkSource(ByteSource):
         buffer[:] = elements.view(np.uint8)[skip : skip + len(buffer)].data
 
     def place(self) -> tuple[Hashable, int]:
-        return (id(self._table), self._row), 0
+        where, start = self._table.source(self._row).place()
+        return (where, start + int(self._table.offset[self._row]), ELEMENTS), 0
 
     def locate(self) -> tuple[str | None, int]:
         """As for any source; opens the chunk's archive to find out."""

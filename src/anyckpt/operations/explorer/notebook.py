@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion
     from anyckpt.operations.diff import Difference
     from anyckpt.operations.inspection import Inspection
-    from anyckpt.operations.verify import Verification
+    from anyckpt.operations.verification import Verification
 
 _MOST_ROWS = 100
 

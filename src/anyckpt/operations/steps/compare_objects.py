@@ -95,6 +95,24 @@ def _parts(obj: Any) -> list[tuple[str, Any]] | None:
     return None
 
 
+def tensors_within(objects: Mapping[str, Any]) -> Iterator[tuple[str, LazyTensor]]:
+    """The tensors inside objects, by name and keys with dots; one that is in several places comes once."""
+    seen: dict[int, Any] = {}  # the objects too, so that no other gets the number of one that is gone
+    todo: list[tuple[str, Any]] = [(name, objects[name]) for name in reversed(list(objects))]
+    while todo:
+        name, obj = todo.pop()
+        if id(obj) in seen:
+            continue
+        if isinstance(obj, LazyTensor):
+            seen[id(obj)] = obj
+            yield name, obj
+            continue
+        parts = _parts(obj)
+        if parts is not None:
+            seen[id(obj)] = obj
+            todo += reversed([(f"{name}.{key}", value) for key, value in parts])
+
+
 def _key(key: Any) -> str:
     if isinstance(key, Record):
         return key.path

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, few
+from anyckpt.operations.steps.compare_objects import tensors_within
 from anyckpt.operations.steps.statistics import Statistics, counts, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
@@ -37,7 +38,7 @@ class Values:
 
 
 def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
-    """Read every floating-point tensor of a checkpoint, training state included.
+    """Read every floating-point tensor of a checkpoint, training state included, wherever it keeps it.
 
     NaN is a problem wherever it is, and so is infinity, but for masks of attention and what starts as infinity.
     Denormal numbers are told where no training leaves them: in types of float32's range a few of them are what a stray
@@ -45,7 +46,10 @@ def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
     """
     prefix = checkpoint.model_prefix
     own = {prefix + name for name in checkpoint.weights()}
-    tensors = {name: t for name, t in checkpoint.tensors.items() if t.dtype.is_floating or t.dtype.kind == "complex"}
+    listed = {id(tensor) for tensor in checkpoint.tensors.values()}
+    inside = {name: t for name, t in tensors_within(checkpoint.objects) if id(t) not in listed}
+    every = {**inside, **checkpoint.tensors}
+    tensors = {name: t for name, t in every.items() if t.dtype.is_floating or t.dtype.kind == "complex"}
 
     def one(name: str, advance: Advance) -> Statistics | AnyckptError | None:
         try:
