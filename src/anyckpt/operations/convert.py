@@ -11,6 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import Plan, describe
 from anyckpt.errors import AnyckptError, IncompleteError, MappingError
 from anyckpt.formats import registry
+from anyckpt.operations.chosen_parts import chosen_parts
 from anyckpt.operations.options import ConvertOptions, asked, documented
 from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_write
 from anyckpt.operations.steps.adapter_inside import holds_adapter, without_adapter
@@ -18,14 +19,12 @@ from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, re
 from anyckpt.operations.steps.aim import Aim, aim_at
 from anyckpt.operations.steps.carried_codes import carries, seen_as_numbers, type_beside, with_codes
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_checkpoint
-from anyckpt.operations.steps.choosing import choose, renamed_choice, renumbered
+from anyckpt.operations.steps.choosing import renamed_choice
 from anyckpt.operations.steps.cutting import cut_as_asked
 from anyckpt.operations.steps.destination import check_destination, told_by_name
 from anyckpt.operations.steps.extra_states import choose_states, lost
 from anyckpt.operations.steps.full_precision import in_full_precision
-from anyckpt.operations.steps.grown_vocabulary import grow_vocabulary
 from anyckpt.operations.steps.joining import join_ranks
-from anyckpt.operations.steps.layer_choice import choose_layers
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
@@ -297,31 +296,8 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     steps.notes += aim.notes
     whole = join_ranks(stored, rules=request.rules, family=options.family)
     adapter = AdapterRequest(options.adapter_form, options.alpha)
-
-    names_given = options.names is not None or aim.target.dialect(aim.options) is not None
-    keeps = options.keeps_state
-    chosen = steps.take(choose(whole, options.include, options.exclude, keep_state=keeps, as_weights=names_given))
-    own = chosen.weights()
-    unwanted = {
-        name: tensor
-        for name, tensor in whole.weights().items()
-        if whole.model_prefix + name in steps.ignored and name not in own
-    }
-    if not options.keeps_state:
-        if not chosen.weights():
-            raise nothing_to_write(whole)
-        if options.layers is None:
-            chosen = steps.take(renumbered(chosen, unwanted, options.given))
-    if options.layers is not None:
-        fewer = choose_layers(chosen, options.layers, options.given, options.family)
-        chosen, unwanted = steps.take(fewer), dict(fewer.others(unwanted))
-        if fewer.given is not None:
-            options = replace(options, config=fewer.given, model_id=None)
-    if request.new_rows is not None and request.vocab_size is not None:
-        grown = grow_vocabulary(chosen, request.vocab_size, request.new_rows, options.given, options.family)
-        chosen = steps.take(grown)
-        if grown.given is not None:
-            options = replace(options, config=grown.given, model_id=None)
+    parts = chosen_parts(whole, options, aim, steps)
+    chosen, options = parts.checkpoint, parts.options
     naming = Naming(
         aim.target,
         aim.options,
@@ -348,9 +324,9 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         source = steps.take(without_adapter(source, naming, adapter, cast, keep_state=options.keeps_state))
         adapter = replace(adapter, alpha=None)
     if options.renames:
-        source, renamed = _called_as_asked(source, naming, adapter, unwanted, options)
+        source, renamed = _called_as_asked(source, naming, adapter, parts.unwanted, options)
     else:
-        renamed = _under_target_names(source, naming, adapter, unwanted, options.optimizer)
+        renamed = _under_target_names(source, naming, adapter, parts.unwanted, options.optimizer)
     uncast = steps.take(renamed)
     ready = steps.take(cast_checkpoint(uncast, options.cast_to, options.kept_in_fp32))
     if keeps_codes:
@@ -371,7 +347,7 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     if options.keeps_state:
         from anyckpt.operations.steps.carried_state import with_state
 
-        ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(unwanted)))
+        ready = steps.take(with_state(source, ready, renamed.renaming, aim, request, len(parts.unwanted)))
     ready = steps.take(cut_as_asked(ready, aim, request, options.family))
     return Prepared(ready, aim, steps, source, whole, quantized)
 
