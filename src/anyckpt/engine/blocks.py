@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from anyckpt.engine.plan import Computed, OutputFile, Part, SourceData, TensorData
 from anyckpt.errors import UsageError
 from anyckpt.indexing import flat_boxes
+from anyckpt.tensor import Stored
 
 CHUNK_BYTES = 4 << 20
 """Bytes per chunk; on a 2-core machine 4 MiB moved faster than 1, 16 or 64 (docs/performance.md)."""
@@ -94,6 +95,8 @@ def owner_of(part: Part, piece: Piece) -> int | None:
     if not isinstance(part, TensorData):
         return None
     tensor, itemsize = part.tensor, part.tensor.dtype.itemsize
+    if isinstance(tensor, Stored):
+        return tensor.source.owner()
     boxes = flat_boxes(tensor.shape, piece.start // itemsize, (piece.stop - piece.start) // itemsize)
     found = {stored.source.owner() for start, shape in boxes for stored in tensor.box(start, shape).pieces()} - {None}
     if len(found) > 1:

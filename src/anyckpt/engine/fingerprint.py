@@ -67,14 +67,19 @@ def fingerprint(plan: Plan, source_paths: Sequence[str]) -> Fingerprint:
         for path in _files_under(root):
             status = os.stat(path)
             describer.add(path, status.st_size, status.st_mtime_ns)
-    return Fingerprint(describer.digest.hexdigest(), None, describer.sources(), describer.owned)
+    return Fingerprint(describer.hexdigest(), None, describer.sources(), describer.owned)
+
+
+_TEXTS = 1024
+"""So many pieces of text go into the digest at once."""
 
 
 class _Describer:
     """Puts values into a digest, each shared one once."""
 
     def __init__(self) -> None:
-        self.digest = hashlib.sha256()
+        self._digest = hashlib.sha256()
+        self._texts: list[bytes] = []
         self._seen: dict[int, int] = {}
         self.owned = False
         self._kept: list[Any] = []  # so that no other value gets the identity of one that was seen
@@ -101,16 +106,23 @@ class _Describer:
             self._add(value)
 
     def _add(self, value: Any) -> None:
-        if isinstance(value, DType):
+        kind = type(value)
+        if kind is int or kind is str or value is None:
+            self._text(repr(value))
+        elif kind is tuple:
+            self._text(f"sequence {len(value)}")
+            for inner in value:
+                self._add(inner)
+        elif isinstance(value, DType):
             self._text(value.name)
         elif value is None or isinstance(value, bool | int | float | str | np.generic | np.dtype):
             self._text(repr(value))
         elif isinstance(value, bytes | memoryview):
             self._text(f"bytes {len(value)}")
-            self.digest.update(value)
+            self._bytes(value)
         elif isinstance(value, np.ndarray):
             self._text(f"array {value.dtype} {value.shape}")
-            self.digest.update(value.tobytes())
+            self._bytes(value.tobytes())
         elif isinstance(value, tuple | list):
             self._text(f"sequence {len(value)}")
             self.add(*value)
@@ -129,7 +141,19 @@ class _Describer:
             self.add(*said)
 
     def _text(self, text: str) -> None:
-        self.digest.update(b"\0" + text.encode("utf-8", "surrogatepass"))
+        self._texts.append(b"\0" + text.encode("utf-8", "surrogatepass"))
+        if len(self._texts) >= _TEXTS:
+            self._bytes(b"")
+
+    def _bytes(self, data: bytes | memoryview) -> None:
+        self._digest.update(b"".join(self._texts))
+        self._texts.clear()
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        """The digest of all that was added."""
+        self._bytes(b"")
+        return self._digest.hexdigest()
 
 
 def _files_under(root: str) -> Iterator[str]:

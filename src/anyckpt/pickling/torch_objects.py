@@ -11,6 +11,7 @@ from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
 
 ORDERED_DICT = Global("collections", "OrderedDict")
 NAMESPACE = Global("argparse", "Namespace")
+_SIZE = Global("torch", "Size")
 UNTYPED_STORAGE = Global("torch.storage", "UntypedStorage")
 
 
@@ -29,7 +30,7 @@ def dtype_global(dtype: DType) -> Global:
 
 def size(shape: Sequence[int]) -> Record:
     """A ``torch.Size``."""
-    return Record(Global("torch", "Size"), (tuple(shape),))
+    return Record(_SIZE, (tuple(shape),))
 
 
 def ordered_dict(items: Mapping[Any, Any], *, metadata: object = None) -> DictRecord:

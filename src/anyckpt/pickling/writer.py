@@ -17,6 +17,7 @@ from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
 
 _PYTHON2_NAMES = {"builtins": "__builtin__", "copyreg": "copy_reg"}
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
+_MOST_FIELDS = 16
 _BATCH = 1000  # as Python's pickler: a reader never has to hold a whole dictionary on its stack
 
 
@@ -98,6 +99,9 @@ class _Writer:
         known = self._memo.get(id(obj))
         if known is not None:
             self._get(known)
+            return
+        if type(obj) is Record and _is_short(obj):
+            self._short(obj)
             return
         save = _SAVERS.get(type(obj))
         if save is None and self._stand_in is not None:
@@ -296,6 +300,44 @@ class _Writer:
         for part in reversed(parts):
             self._later(self._save, part)
 
+    def _short(self, obj: Record) -> None:
+        """Write a short record at once, byte for byte as ``_begin`` has it written."""
+        known = self._memo.get(id(obj))
+        if known is not None:
+            self._get(known)
+            return
+        self._global(obj.type)
+        self._short_tuple(obj.args)
+        self._out += b"\x81" if obj.new else b"R"
+        self._memoize(obj)
+        if obj.state is None:
+            return
+        known = self._memo.get(id(obj.state))
+        if known is not None:
+            self._get(known)
+        else:
+            self._out += b"}"
+            self._memoize(obj.state)
+            self._out += b"(" if len(obj.state) > 1 else b""
+            for key, value in obj.state.items():
+                self._str(key)
+                self._short(value) if type(value) is Record else _LEAVES[type(value)](self, value)
+            self._out += b"u" if len(obj.state) > 1 else b"s"
+        self._out += b"b"
+
+    def _short_tuple(self, parts: tuple[Any, ...]) -> None:
+        known = self._memo.get(id(parts))
+        if known is not None:
+            self._get(known)
+        elif not parts:
+            self._out += b")"
+        else:
+            self._out += b"(" if len(parts) > 3 else b""
+            for part in parts:
+                self._short_tuple(part) if type(part) is tuple else _LEAVES[type(part)](self, part)
+            self._out += _TUPLES.get(len(parts), b"t")
+            self._memoize(parts)
+
     def _made(self, obj: Record | DictRecord, opcode: bytes) -> None:
         self._out += opcode
         self._open.discard(id(obj))
@@ -342,3 +384,25 @@ _SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
 
 _LEAVES = {kind: _SAVERS[kind] for kind in (type(None), bool, int, float, str, Global)}
 """Those that never put anything on the stack."""
+
+
+def _is_short(obj: Record) -> bool:
+    """Whether a record is a call with leaves, and its state some leaves and such calls by name: most of an index is."""
+    state = obj.state
+    if obj.kwargs or obj.items or obj.pairs or type(obj.type) is not Global:
+        return False
+    for part in obj.args:
+        if type(part) not in _LEAVES and (type(part) is not tuple or any(type(one) not in _LEAVES for one in part)):
+            return False
+    if state is None:
+        return True
+    if type(state) is not dict or not 0 < len(state) <= _MOST_FIELDS:
+        return False
+    for key, value in state.items():
+        if type(key) is not str:
+            return False
+        if type(value) not in _LEAVES and (
+            type(value) is not Record or value.state is not None or not _is_short(value)
+        ):
+            return False
+    return True

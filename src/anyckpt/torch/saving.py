@@ -7,10 +7,12 @@ all, and leaves nothing.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -227,19 +229,32 @@ def prepare(
         laid = Laid(options, whole.boxes, dict(everything.paths), whole.sources)
         return laid, laid.plan(whole.tensors, everything.objects)
 
-    laid, plan = ranks.together(lay_out)
-    if beside is not None:
-        plan = replace(plan, files=(*plan.files, *beside(key)))
-    ready = settled(plan, ranks, key)
-    run = ranks.together(
-        lambda: SharedRun(ready, destination, ranks.size, overwrite=options.overwrite, workers=options.workers)
-    )
+    with _no_collecting():
+        laid, plan = ranks.together(lay_out)
+        if beside is not None:
+            plan = replace(plan, files=(*plan.files, *beside(key)))
+        ready = settled(plan, ranks, key)
+        run = ranks.together(
+            lambda: SharedRun(ready, destination, ranks.size, overwrite=options.overwrite, workers=options.workers)
+        )
     if constant:
         only_objects = laid.plan({}, objects_of(records))
         plans[kind_of(options, ranks)] = Earlier(
             laid, plan, only_objects, ready is not plan, run, pieces_read(live.pieces, laid.sources), nesting_of(live)
         )
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Let Python not look for garbage meanwhile: thousands of parts of a plan are none, and it looks at all, often."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def write(prepared: Prepared, path: str | os.PathLike[str], ranks: Ranks) -> tuple[int, Report]:

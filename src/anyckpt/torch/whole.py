@@ -58,10 +58,10 @@ class LiveSource(ByteSource):
 
     def follow(self, piece: LivePiece, start: Shape) -> None:
         """Read what a piece has of the same box from now on."""
-        tensor = piece.tensor
+        tensor, where = piece.tensor, self._where
         if tensor.shape != self._shape:
             tensor = piece.part(start, self._shape)
-        if (tensor.data_ptr(), tensor.stride()) != self._where:
+        if where is None or tensor.data_ptr() != where[0] or tensor.stride() != where[1]:
             self.bind(tensor)
 
     def identity(self) -> None:

@@ -6,7 +6,7 @@ file, by padding that torch's reader skips, so that they can be written past the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from anyckpt.indexing import Shape
 from anyckpt.pickling import Global, Record, dumps
 from anyckpt.pickling.torch_objects import dtype_global, size
 from anyckpt.tensor import Constant, LazyTensor
+from anyckpt.tensor.nodes import Mosaic
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILE_BYTES = 4 << 30
@@ -93,7 +94,8 @@ def dcp_files(
         boxes = (
             _spread(name, tensor, megatron, chunk_bytes) if held is None else _as_held(tensor, held[name], chunk_bytes)
         )
-        tensor_items[name] = [layout.add_chunk(name, tensor, box) for box in boxes]
+        find = _finder(tensor)
+        tensor_items[name] = [layout.add_chunk(name, tensor, box, find) for box in boxes]
     keys = None if megatron else {name: (paths or {}).get(name, (name,)) for name in (*objects, *tensors)}
     index = _metadata(tensors, tensor_items, object_items, keys, numbered=not megatron)
     folder = f"{prefix}/" if prefix else ""
@@ -115,6 +117,25 @@ def _as_held(tensor: LazyTensor, boxes: Sequence[HeldBox], limit: int) -> Iterat
     for box in boxes:
         for start, shape in cut(box.shape, tensor.dtype.itemsize, limit=limit):
             yield HeldBox(tuple(a + b for a, b in zip(box.start, start, strict=True)), shape, box.rank)
+
+
+_Find = Callable[[Shape, Shape], LazyTensor]
+
+
+def _finder(tensor: LazyTensor) -> _Find:
+    """Gives boxes of a tensor; those that are its tiles without a search, which takes longer the more there are."""
+    if not isinstance(tensor, Mosaic):
+        return tensor.box
+    tiles = {
+        (tuple(start), tuple(b - a for a, b in zip(start, stop, strict=True))): number
+        for number, (start, stop) in enumerate(zip(tensor.starts.tolist(), tensor.stops.tolist(), strict=True))
+    }
+
+    def find(start: Shape, shape: Shape) -> LazyTensor:
+        number = tiles.get((start, shape))
+        return tensor.box(start, shape) if number is None else tensor.tiles[number]
+
+    return find
 
 
 class _Layout:
@@ -143,9 +164,9 @@ class _Layout:
     def _archive_of(self, name: str, value: object, offset: int) -> tuple[Part, ...]:
         return zip_parts(value, file_offset=offset, tensor_name=lambda path: ".".join([name, *map(str, path)]))
 
-    def add_chunk(self, name: str, tensor: LazyTensor, chunk: HeldBox) -> _Item:
+    def add_chunk(self, name: str, tensor: LazyTensor, chunk: HeldBox, find: _Find) -> _Item:
         start, shape = chunk.start, chunk.shape
-        box = tensor.box(start, shape)
+        box = find(start, shape)
         file = self._file(box.nbytes, chunk.rank)
         offset = file.nbytes
         # Archives of equal tensors differ only in the padding of large ones, and that by where in a page they begin.
@@ -210,7 +231,7 @@ def _metadata(
 
 
 def _record(name: str, fields: dict[str, Any]) -> Record:
-    return Record(Global(_METADATA, name), (), True, state=fields)
+    return Record(_CLASSES[name], (), True, state=fields)
 
 
 def _properties(dtype: DType) -> Record:
@@ -230,4 +251,11 @@ def _key(name: str, offsets: Shape | None, number: int | None) -> Record:
 
 def _place(item: _Item) -> Record:
     fields = {"relative_path": item.file, "offset": item.offset, "length": item.length}
-    return Record(Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"), (), True, state=fields)
+    return Record(_STORAGE_INFO, (), True, state=fields)
+
+
+_CLASSES = {
+    name: Global(_METADATA, name)
+    for name in ("ChunkStorageMetadata", "TensorStorageMetadata", "Metadata", "StorageMeta", "MetadataIndex")
+}
+_STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
