@@ -13,25 +13,19 @@ form                   read by
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError, did_you_mean
 from anyckpt.quantization.choosing import choose_experts
+from anyckpt.quantization.compressed_tensors import COMPRESSED_TENSORS
 from anyckpt.quantization.engines import TRTLLM
-from anyckpt.quantization.quantizing import Options
+from anyckpt.quantization.modelopt import MODELOPT
 from anyckpt.quantization.stored import Facts, Layout, Request
 from anyckpt.tensor import LazyTensor
 
-_PRODUCER = {"name": "modelopt", "version": "0.40.0"}
-"""Whose layout it is: vLLM 0.11 takes a folder for ModelOpt's by this name only."""
 GPT = ("gpt", "gptnext")
 """NeMo's words for decoders whose activations it treats otherwise."""
-MODELOPT_FILE = "hf_quant_config.json"
-"""What ModelOpt writes beside ``config.json``."""
 
 
 def layout_of(request: Request) -> Layout:
@@ -150,239 +144,6 @@ def forms_with(algorithm: str) -> list[str]:
     return [form for form, layouts in FORMS.items() if algorithm in layouts]
 
 
-def _compressed(
-    name: str, weights: Mapping[str, Any], activations: Mapping[str, Any] | None = None
-) -> Callable[[Request, Sequence[str]], Facts]:
-    """Facts of a format of compressed-tensors."""
-
-    def facts(request: Request, spared: Sequence[str]) -> Facts:
-        inputs = None if activations is None else {**_NUMBERS, **activations}
-        if request.knows_activations and inputs is not None:
-            inputs = {**inputs, "strategy": "tensor", "dynamic": False}
-        stated = {**_NUMBERS, **weights}
-        if stated.get("strategy") == "group" and request.algorithm == "int4":
-            stated["group_size"] = request.group_size
-        group = {
-            "targets": ["Linear"],
-            "weights": stated,
-            "input_activations": inputs,
-            "output_activations": None,
-            "format": name,
-        }
-        return {
-            "config_groups": {"group_0": group},
-            "format": name,
-            "global_compression_ratio": None,
-            "ignore": list(spared),
-            "kv_cache_scheme": None,
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-        }
-
-    return facts
-
-
-_NUMBERS = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "dynamic": False}
-_TOKENS = {"strategy": "token", "dynamic": True}
-_PACKED = {"weight": "weight_packed", "scale": "weight_scale", "shape": "weight_shape"}
-_PLAIN = {"weight": "weight", "scale": "weight_scale"}
-
-
-def _own_type(request: Request, kind: DType) -> Options:
-    """Scales of the weight's element type, as compressed-tensors has them."""
-    return Options(request.group_size, wider=True, scale_type=kind)
-
-
-def _words(request: Request, kind: DType) -> Options:
-    return replace(_own_type(request, kind), packed_words=True)
-
-
-def _column(scale: LazyTensor) -> tuple[int, ...]:
-    return (*scale.shape, 1)
-
-
-# What transformers 5.24 reads of experts is what its ``CompressedTensorsDequantize`` takes apart; vLLM has more.
-_COMPRESSED_TENSORS = {
-    "fp8": Layout("fp8", _PLAIN, _compressed("float-quantized", {"strategy": "tensor"}, _TOKENS)),
-    "fp8_per_channel": Layout(
-        "fp8_per_channel",
-        _PLAIN,
-        _compressed("float-quantized", {"strategy": "channel"}, _TOKENS),
-        _own_type,
-        {"scale": _column},
-    ),
-    "fp8_blocks": Layout(
-        "fp8_blocks",
-        _PLAIN,
-        _compressed(
-            "float-quantized",
-            {"strategy": "block", "block_structure": [128, 128]},
-            {"strategy": "group", "group_size": 128, "dynamic": True},
-        ),
-        _own_type,
-        experts_unread="which refuses blocks with a scale each, and reads those of --quantize-form fp8",
-    ),
-    "int8": Layout(
-        "int8_wo",
-        _PLAIN,
-        _compressed("int-quantized", {"type": "int", "strategy": "channel"}, {"type": "int", **_TOKENS}),
-        _own_type,
-        {"scale": _column},
-        experts_unread="which refuses integers that are not packed, and reads those of --quantize int8_wo",
-    ),
-    "int8_wo": Layout(
-        "int8_wo", _PACKED, _compressed("pack-quantized", {"type": "int", "strategy": "channel"}), _words
-    ),
-    "int4": Layout(
-        "int4", _PACKED, _compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group"}), _words
-    ),
-    "nvfp4": Layout(
-        "nvfp4",
-        {"weight": "weight_packed", "scale": "weight_scale", "scale_2": "weight_global_scale"},
-        _compressed(
-            "nvfp4-pack-quantized",
-            {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"},
-        ),
-        lambda request, kind: Options(inverted=True),
-        siblings=True,
-        experts_unread="which leaves out weight_global_scale and so runs another model, and reads those of "
-        "--quantize mxfp4",
-    ),
-    "mxfp4": Layout(
-        "mxfp4",
-        {"weight": "weight_packed", "scale": "weight_scale"},
-        _compressed(
-            "mxfp4-pack-quantized",
-            {"num_bits": 4, "group_size": 32, "strategy": "group", "scale_dtype": "torch.uint8"},
-        ),
-    ),
-}
-
-
-def _modelopt(name: str, group: Mapping[str, Any] | None = None) -> Callable[[Request, Sequence[str]], Facts]:
-    """Facts that ModelOpt puts into ``config.json``."""
-
-    def facts(request: Request, spared: Sequence[str]) -> Facts:
-        stated: Facts = {}
-        if group is not None:
-            each = {"dynamic": False, **group}
-            stated["config_groups"] = {"group_0": {"input_activations": each, "weights": each, "targets": ["Linear"]}}
-        kept = {} if request.cache_kind is None else {"kv_cache_scheme": {"dynamic": False, **_EIGHT_BIT_FLOATS}}
-        return {
-            **stated,
-            "ignore": list(spared),
-            "quant_algo": name,
-            **kept,
-            "producer": _PRODUCER,
-            "quant_method": "modelopt",
-        }
-
-    return facts
-
-
-def _modelopt_file(facts: Facts, request: Request) -> str:
-    stated: Facts = {"quant_algo": facts["quant_algo"], "kv_cache_quant_algo": request.cache_kind}
-    if request.algorithm == "nvfp4":
-        stated["group_size"] = 16
-    if request.algorithm in _AWQ:
-        stated |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
-    document = {"producer": _PRODUCER, "quantization": {**stated, "exclude_modules": facts["ignore"]}}
-    return json.dumps(document, indent=4)
-
-
-def _smoothed(request: Request, kind: DType) -> Options:
-    return Options(request.group_size, first=kind, unsigned=True)
-
-
-def _single(scale: LazyTensor) -> tuple[int, ...]:
-    return ()
-
-
-def _four_axes(scale: LazyTensor) -> tuple[int, ...]:
-    """As ModelOpt writes blocks: none where there is one block in all."""
-    return () if scale.size == 1 else (scale.shape[0], 1, scale.shape[1], 1)
-
-
-_AWQ = ("int4_awq", "w4a8_awq")
-_EIGHT_BIT_FLOATS = {"num_bits": 8, "type": "float"}
-_MODELOPT_CACHES = {"k_proj.k_scale": "k", "v_proj.v_scale": "v"}
-
-_MODELOPT = {
-    "fp8": Layout(
-        "fp8",
-        _PLAIN,
-        _modelopt("FP8", _EIGHT_BIT_FLOATS),
-        lambda request, kind: Options(rounded=None if kind == "float32" else kind),
-        {"scale": _single},
-        static="input_scale",
-        static_shape=(),
-        caches=_MODELOPT_CACHES,
-        cache_shape=(),
-        file=_modelopt_file,
-    ),
-    "fp8_per_channel": Layout("fp8_per_channel", _PLAIN, _modelopt("FP8_PER_CHANNEL_PER_TOKEN"), file=_modelopt_file),
-    "fp8_blocks": Layout(
-        "fp8_blocks", _PLAIN, _modelopt("fp8_pb_wo"), shapes={"scale": _four_axes}, file=_modelopt_file
-    ),
-    "int8_wo": Layout("int8_wo", _PLAIN, _modelopt("W8A16"), file=_modelopt_file),
-    "int8_sq": Layout(
-        "int8_wo",
-        _PLAIN,
-        _modelopt("W8A8_SQ_PER_CHANNEL"),
-        _smoothed,
-        static="input_scale",
-        static_shape=(),
-        inputs="pre_quant_scale",
-        smoothing="smoothquant",
-        over=127,
-        unrounded=True,
-        file=_modelopt_file,
-    ),
-    "int4_awq": Layout(
-        "int4",
-        _PLAIN,
-        _modelopt("W4A16_AWQ"),
-        _smoothed,
-        inputs="pre_quant_scale",
-        smoothing="awq",
-        folded=True,
-        unrounded=True,
-        caches=_MODELOPT_CACHES,
-        cache_shape=(),
-        file=_modelopt_file,
-    ),
-    "w4a8_awq": Layout(
-        "int4",
-        _PLAIN,
-        _modelopt("W4A8_AWQ"),
-        _smoothed,
-        static="input_scale",
-        static_shape=(),
-        inputs="pre_quant_scale",
-        smoothing="awq",
-        second="weight_scale_2",
-        folded=True,
-        siblings=True,
-        unrounded=True,
-        caches=_MODELOPT_CACHES,
-        cache_shape=(),
-        file=_modelopt_file,
-    ),
-    "nvfp4": Layout(
-        "nvfp4",
-        {**_PLAIN, "scale_2": "weight_scale_2"},
-        _modelopt("NVFP4", {"num_bits": 4, "type": "float", "group_size": 16}),
-        static="input_scale",
-        static_shape=(),
-        siblings=True,
-        over=6 * 448.0,
-        caches=_MODELOPT_CACHES,
-        cache_shape=(),
-        file=_modelopt_file,
-    ),
-}
-
-
 def _deepseek(request: Request, spared: Sequence[str]) -> Facts:
     return {
         "activation_scheme": "dynamic",
@@ -403,8 +164,8 @@ def _block_axis(tensor: LazyTensor) -> tuple[int, ...]:
 
 
 FORMS: Mapping[str, Mapping[str, Layout]] = {
-    "compressed-tensors": _COMPRESSED_TENSORS,
-    "modelopt": _MODELOPT,
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "modelopt": MODELOPT,
     "fp8": {"fp8_blocks": Layout("fp8_blocks", {"weight": "weight", "scale": "weight_scale_inv"}, _deepseek)},
     "mxfp4": {
         "mxfp4": Layout(

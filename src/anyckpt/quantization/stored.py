@@ -16,6 +16,9 @@ from anyckpt.tensor import LazyTensor
 
 Facts = dict[str, Any]
 
+PLAIN = {"weight": "weight", "scale": "weight_scale"}
+"""Names of a weight and its scale in most forms; see ``Layout.names``."""
+
 
 @dataclass(frozen=True)
 class Request:

@@ -12,8 +12,9 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.quantization.calibrated import Calibration, scale
 from anyckpt.quantization.choosing import Choice, is_asked
-from anyckpt.quantization.forms import GPT, MODELOPT_FILE, layout_of
+from anyckpt.quantization.forms import GPT, layout_of
 from anyckpt.quantization.largest import ScaleOfTensor, TensorScale, largest_in
+from anyckpt.quantization.modelopt import MODELOPT_FILE
 from anyckpt.quantization.quantizing import quantized
 from anyckpt.quantization.rounding import E4M3, INT8
 from anyckpt.quantization.stored import Facts, Layout, Request

@@ -13,7 +13,8 @@ from anyckpt.formats.registry import Format
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.quantization import method_of
 from anyckpt.quantization.calibrated import Calibration
-from anyckpt.quantization.forms import ALGORITHMS, FORMS, MODELOPT_FILE, forms_with, layout_of, usual_form
+from anyckpt.quantization.forms import ALGORITHMS, FORMS, forms_with, layout_of, usual_form
+from anyckpt.quantization.modelopt import MODELOPT_FILE
 from anyckpt.quantization.stored import Request
 from anyckpt.quantization.written import Written, quantize
 from anyckpt.storage.source import MemorySource
