@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +150,22 @@ def test_an_adapter(tmp_path: Path) -> None:
     back = "lora.*=base_model.model.*"
     anyckpt.convert(tmp_path / "own", tmp_path / "peft", to="peft", rename=back, config=LLAMA, alpha=16)
     assert facts(read(tmp_path / "peft").tensors) == facts(source.tensors)
+
+
+def test_what_an_adapter_says_of_its_modules_follows(tmp_path: Path) -> None:
+    """Also where another rank is said by a pattern: updates keep their scales."""
+    folder = tmp_path / "lora"
+    shutil.copytree(LORA, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    ranks = {"alpha_pattern": {r"layers\.0\..*q_proj": 24, "v_proj": 6}, "rank_pattern": {"v_proj": 4}}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **ranks}))
+    renames = [r"re:q_proj=wq", r"re:model\.layers=lm.blocks"]
+    anyckpt.convert(folder, tmp_path / "out", to="peft", rename=renames)
+    found = read(tmp_path / "out")
+    assert set(found.config["target_modules"]) == {*config["target_modules"], "wq"} - {"q_proj"}
+    assert found.config["alpha_pattern"]["lm.blocks.0.self_attn.wq"] == 24
+    back = [r"re:\.wq=.q_proj", r"re:lm\.blocks=model.layers"]
+    anyckpt.convert(tmp_path / "out", tmp_path / "back", to="peft", rename=back)
+    anyckpt.merge_lora(LLAMA, folder, tmp_path / "a")
+    anyckpt.merge_lora(LLAMA, tmp_path / "back", tmp_path / "b")
+    assert anyckpt.diff(tmp_path / "a", tmp_path / "b").equal

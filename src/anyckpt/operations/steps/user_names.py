@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor
 from anyckpt.errors import UsageError
 from anyckpt.models.complete import some
 from anyckpt.operations.steps.renaming import Renamed
+
+Value = TypeVar("Value")
 
 _REGEX = "re:"
 _HOW = "'PATTERN=REPLACEMENT', such as 'module.*=*' or 're:^h[.](\\d+)=layers.\\1'"
@@ -176,15 +178,62 @@ def called(checkpoint: Checkpoint, renames: Sequence[Rename]) -> Called:
     }
     return Called(
         replace(
-            checkpoint,
+            _of_adapter(checkpoint, names),
             tensors={new_names.get(name, name): tensor for name, tensor in checkpoint.tensors.items()},
             objects=objects,
             key_paths=paths,
-            dialect=None if checkpoint.config_kind is None else checkpoint.dialect,
+            dialect=checkpoint.dialect
+            if checkpoint.config_kind is not None or checkpoint.adapter is not None
+            else None,
         ),
         {new: old for old, new in names.items()},
         tuple(notes),
     )
+
+
+def _of_adapter(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """An adapter that names the modules it adapts as its tensors do; a model as it is."""
+    settings = checkpoint.adapter
+    if settings is None:
+        return checkpoint
+    modules = {_FACTOR.split(old)[0]: _FACTOR.split(new)[0] for old, new in names.items()}
+
+    def called_now(said: str) -> list[str]:
+        steps = said.count(".") + 1
+        hits = [new for old, new in modules.items() if f".{old}".endswith(f".{said}")]
+        return list(dict.fromkeys(".".join(new.split(".")[-steps:]) for new in hits)) or [said]
+
+    config = dict(checkpoint.config)
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            said = [name for entry in config[key] for name in called_now(str(entry))]
+            config[key] = list(dict.fromkeys(said))
+    for key in ("rank_pattern", "alpha_pattern"):
+        if isinstance(config.get(key), Mapping):
+            config[key] = _patterns(config[key], modules)
+    settings = replace(
+        settings,
+        ranks=_patterns(settings.ranks, modules),
+        alphas=_patterns(settings.alphas, modules),
+        token_indices=_patterns(settings.token_indices, modules),
+        targets=tuple(dict.fromkeys(name for entry in settings.targets for name in called_now(entry))),
+    )
+    return replace(checkpoint, config=config, adapter=settings)
+
+
+def _patterns(said: Mapping[str, Value], modules: Mapping[str, str]) -> dict[str, Value]:
+    """What is said of modules by patterns of the ends of their names, said of those with other names by these."""
+    result: dict[str, Value] = {}
+    for pattern, value in said.items():
+        hits = {old: new for old, new in modules.items() if pattern and re.fullmatch(rf"(?:.*\.)?(?:{pattern})", old)}
+        moved = any(old != new for old, new in hits.items())
+        for name in [new.removeprefix(_WRAPPER) for new in hits.values()] if moved else [pattern]:
+            result.setdefault(name, value)
+    return result
+
+
+_WRAPPER = "base_model.model."
+_FACTOR = re.compile(r"\.(?:lora_|modules_to_save|base_layer|original_module)")
 
 
 def _note(rename: Rename, changes: Mapping[str, str]) -> str:
