@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UsageError
-from anyckpt.pickling import DictRecord, Global, PersistentId, Record, dumps, load
+from anyckpt.pickling import DictRecord, Global, PersistentId, Record, dumps, load, writer
 from anyckpt.pickling import torch_objects as make
 
 _ZOO = pathlib.Path(__file__).parents[1] / "fixtures" / "legacy" / "zoo_objects"
@@ -64,6 +64,47 @@ def test_python_and_we_read_what_we_write(value: Any, protocol: int) -> None:
     assert load(raw, name="t") == value
     if protocol == 2:
         assert {opcode.name for opcode, _, _ in pickletools.genops(raw)} <= set(_TORCH_OPCODES.split())
+
+
+_OBJECTS = st.recursive(
+    _ATOMS | st.builds(Global, st.sampled_from(["m", "n"]), st.text("ab", min_size=1, max_size=2)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=5),
+        st.lists(inner, max_size=5).map(tuple),
+        st.dictionaries(st.text(max_size=3), inner, max_size=4),
+        st.builds(PersistentId, inner),
+        st.builds(
+            Record,
+            st.just(Global("m", "Class")),
+            st.lists(inner, max_size=4).map(tuple),
+            st.booleans(),
+            state=inner,
+            items=st.none() | st.lists(inner, max_size=3),
+            pairs=st.none() | st.lists(st.tuples(st.text(max_size=2), inner), max_size=3),
+            kwargs=st.none() | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+        ),
+        inner.map(lambda value: [value, value, (value, {"again": value})]),
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(value=_OBJECTS, protocol=st.sampled_from([2, 4]), levels=st.integers(0, 3))
+def test_recursion_writes_what_the_stack_writes(value: Any, protocol: int, levels: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "_LEVELS", levels)
+        some = dumps(value, protocol=protocol)
+        patch.setattr(writer, "_RECURSIVE", set())
+        none = dumps(value, protocol=protocol)
+    assert dumps(value, protocol=protocol) == some == none
+
+
+def test_no_nesting_is_too_deep() -> None:
+    value: Any = None
+    for number in range(30_000):
+        value = ([value], (value,), {"in": value}, Record(Global("m", "n"), (value,)))[number % 4]
+    assert dumps(value).endswith(b".")
 
 
 def _read(value: Any, protocol: int) -> Any:
