@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,22 @@ def test_uneven_stages_are_no_longer_said(tmp_path: Path) -> None:
     done = anyckpt.convert(path, tmp_path / "out", to="megatron-core", keep_layers="0-1,5")
     assert sum("is taken out: it is of the layers that were there" in note for note in done.notes) == 2
     assert read(tmp_path / "out").config["num_layers"] == 3
+
+
+def test_an_adapter_of_fewer_layers(tmp_path: Path) -> None:
+    """It is that of the model without them, with its own scales."""
+    folder = tmp_path / "lora"
+    shutil.copytree(fixture_path("families/lora_llama/hf_adapter"), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    said = {"alpha_pattern": {r"layers\.1\..*q_proj": 24}, "layers_to_transform": [0, 1]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **said}))
+    anyckpt.convert(folder, tmp_path / "less", to="peft", drop_layers="0")
+    assert read(tmp_path / "less").config["layers_to_transform"] == [0]
+    anyckpt.convert(LLAMA, tmp_path / "base", to="hf", drop_layers="0")
+    anyckpt.merge_lora(tmp_path / "base", tmp_path / "less", tmp_path / "a")
+    anyckpt.merge_lora(LLAMA, folder, tmp_path / "whole")
+    anyckpt.convert(tmp_path / "whole", tmp_path / "b", to="hf", drop_layers="0")
+    assert anyckpt.diff(tmp_path / "a", tmp_path / "b").equal
 
 
 def test_what_is_said_of_a_choice_is_said_by_stored_names(tmp_path: Path) -> None:

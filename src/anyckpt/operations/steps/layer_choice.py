@@ -15,6 +15,7 @@ from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers
 from anyckpt.operations.steps.layer_stack import Stack, find_stack
 from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.operations.steps.user_names import with_modules
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.optimizer.state import DROP
 from anyckpt.tensor import LazyTensor
@@ -127,13 +128,18 @@ def choose_layers(
         optimizer=None if state is None else partial(_state, checkpoint, stack, tuple(kept)),
         extra_states=None,
     )
+    after = _adapter_of(after, names, kept)
     before = checkpoint if given is None else _described(checkpoint, given)
     told, changed = _checked(before, _described(after, changed) if config else after, kept, changed, family)
-    if given is None:
+    if given is None and checkpoint.adapter is None:
         after = replace(after, config=changed)
     lost = {prefix + name: _LEFT_OUT for name in weights if name not in names}
     first = f"{stack.count - len(kept)} of {stack.count} layers are left out, and {len(kept)} numbered from 0 on"
-    unsaid = () if config else ("no configuration says how many layers there are: change yours",)
+    unsaid = (
+        ()
+        if config or checkpoint.adapter is not None
+        else ("no configuration says how many layers there are: change yours",)
+    )
     return WithLayers(
         after,
         lost,
@@ -141,6 +147,18 @@ def choose_layers(
         given=None if given is None else changed,
         others=partial(stack.chosen, kept=kept),
     )
+
+
+def _adapter_of(checkpoint: Checkpoint, names: Mapping[str, str], kept: Sequence[int]) -> Checkpoint:
+    """An adapter that speaks of these layers; a model as it is."""
+    if checkpoint.adapter is None:
+        return checkpoint
+    named = with_modules(checkpoint, names)
+    layers = named.config.get("layers_to_transform")
+    if isinstance(layers, list):
+        place = {layer: number for number, layer in enumerate(kept)}
+        named = replace(named, config={**named.config, "layers_to_transform": [place[n] for n in layers if n in place]})
+    return named
 
 
 def _described(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:

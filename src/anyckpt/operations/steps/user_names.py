@@ -178,7 +178,7 @@ def called(checkpoint: Checkpoint, renames: Sequence[Rename]) -> Called:
     }
     return Called(
         replace(
-            _of_adapter(checkpoint, names),
+            with_modules(checkpoint, names),
             tensors={new_names.get(name, name): tensor for name, tensor in checkpoint.tensors.items()},
             objects=objects,
             key_paths=paths,
@@ -191,8 +191,13 @@ def called(checkpoint: Checkpoint, renames: Sequence[Rename]) -> Called:
     )
 
 
-def _of_adapter(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
-    """An adapter that names the modules it adapts as its tensors do; a model as it is."""
+def with_modules(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """An adapter that names the modules that it adapts as its tensors are called now; a model as it is.
+
+    Args:
+        checkpoint: with what was said before.
+        names: own name of a weight -> its new one.
+    """
     settings = checkpoint.adapter
     if settings is None:
         return checkpoint
