@@ -18,10 +18,8 @@ from anyckpt.operations.steps.configurations import Setting, Settings, compare_c
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
 from anyckpt.operations.steps.movement import Movement, Sums, by_layer, most_moved
-from anyckpt.operations.steps.state_tensors import state_tensors
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.operations.steps.tolerances import Tolerances
-from anyckpt.operations.steps.training_objects import compare_training_objects, positions
 from anyckpt.tensor import LazyTensor
 
 
@@ -200,7 +198,9 @@ def diff(
     by_parameter = True
     if raw:
         names = _with_optimizers(names, first, second, left_out)
-    elif not weights_only:
+    elif not weights_only and (_has_state(first) or _has_state(second)):
+        from anyckpt.operations.steps.state_tensors import state_tensors
+
         training = state_tensors(first, second, names)
         names = replace(names, a={**names.a, **training.a}, b={**names.b, **training.b})
         by_parameter, complete = training.by_parameter, complete and training.complete
@@ -229,15 +229,18 @@ def diff(
             settings = Settings((*settings.different, Setting("configuration", there[0], there[1])))
         if settings.obstacle is not None:
             left_out.append(f"the configurations: {settings.obstacle}")
+        state += _positions(first, second)
         if raw:
-            state += (*positions(first, second), *_objects(first, second, with_tensors=bool(left_out)))
+            state += _objects(first, second, with_tensors=bool(left_out))
             complete = complete and not left_out
-        else:
+        elif _has_state(first) or _has_state(second):
+            from anyckpt.operations.steps.training_objects import compare_training_objects
+
             configured = settings.obstacle is None and bool(first.config and second.config)
             objects = compare_training_objects(first, second, by_parameter=by_parameter, configured=configured)
             state += objects.different
             left_out += objects.not_compared
-            complete = complete and settings.obstacle is None
+        complete = complete and settings.obstacle is None
     left_out += _files_aside(first, second)
     return Difference(
         len(shared),
@@ -269,6 +272,20 @@ def _with_optimizers(names: CommonNames, a: Checkpoint, b: Checkpoint, left_out:
     if left_out:
         return names
     return replace(names, a={**names.a, **found[0]}, b={**names.b, **found[1]})
+
+
+def _has_state(checkpoint: Checkpoint) -> bool:
+    """Whether there is anything that may be training state; if not, what knows such need not be imported."""
+    beside = len(checkpoint.weights()) < len(checkpoint.tensors)
+    return beside or bool(checkpoint.objects) or checkpoint.optimizer is not None or checkpoint.extra_states is not None
+
+
+def _positions(a: Checkpoint, b: Checkpoint) -> Iterator[Setting]:
+    """Where training stood, if that is not the same; nowhere is the same as at zero."""
+    for name in ("step", "epoch", "consumed_samples"):
+        one, other = getattr(a.training, name), getattr(b.training, name)
+        if (one or 0) != (other or 0):
+            yield Setting(name, *(None if value is None else str(value) for value in (one, other)))
 
 
 def _objects(a: Checkpoint, b: Checkpoint, *, with_tensors: bool) -> Iterator[Setting]:

@@ -1,4 +1,4 @@
-"""Training state that is no tensor: where two checkpoints' training stood, and what of their objects differs."""
+"""Training state that is no tensor: what of two checkpoints' objects differs, by what they mean."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from anyckpt.operations.steps.compare_objects import compare_objects
 from anyckpt.operations.steps.configurations import Setting
 from anyckpt.optimizer.read import holds_optimizer
 
-_POSITIONS = ("step", "epoch", "consumed_samples")
 _COUNTERS = frozenset({"iteration", "global_step", "epoch"})
 """Objects that readers take positions from."""
 _OF_WRITER = frozenset({"checkpoint_version", "pytorch-lightning_version", "content_metadata"})
@@ -42,14 +41,6 @@ class TrainingObjects:
     not_compared: list[str] = field(default_factory=list)
 
 
-def positions(a: Checkpoint, b: Checkpoint) -> Iterator[Setting]:
-    """Where training stood, if that is not the same; nowhere is the same as at zero."""
-    for name in _POSITIONS:
-        one, other = getattr(a.training, name), getattr(b.training, name)
-        if (one or 0) != (other or 0):
-            yield Setting(name, *(None if value is None else str(value) for value in (one, other)))
-
-
 def compare_training_objects(a: Checkpoint, b: Checkpoint, *, by_parameter: bool, configured: bool) -> TrainingObjects:
     """What differs of the objects by what they mean; with ``diff --raw`` they are compared as they are stored.
 
@@ -62,7 +53,7 @@ def compare_training_objects(a: Checkpoint, b: Checkpoint, *, by_parameter: bool
         by_parameter: the optimizers' state was compared by parameter, or one has none.
         configured: the configurations were compared by what they mean.
     """
-    result = TrainingObjects(list(positions(a, b)))
+    result = TrainingObjects()
     random = [random_states(checkpoint.objects, checkpoint.layout) for checkpoint in (a, b)]
     _compare_random(a, b, random, result)
     aside = {name for c in (a, b) for name in c.objects if _is_of_run(name, configured)}
