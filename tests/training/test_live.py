@@ -30,7 +30,7 @@ def boxes_of(mesh_shape: tuple[int, ...], cases: list[tuple[tuple[int, ...], lis
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
 
     mesh = init_device_mesh("cpu", mesh_shape)
     found = []
@@ -76,7 +76,7 @@ def gathered() -> list[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
 
     sharded = distribute_tensor(whole((4, 2)), init_device_mesh("cpu", (2,)), [Shard(0)])
     live = described({"w": sharded.redistribute(placements=[Replicate()], async_op=True)})
@@ -94,7 +94,7 @@ def strided(rows: int) -> list[Any]:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = torch.nn.Sequential(torch.nn.Linear(2, rows, bias=False))
@@ -124,7 +124,7 @@ def sharded_tensors() -> list[Any]:
     from torch.distributed._shard import sharded_tensor
     from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
 
     spec = ChunkShardingSpec(dim=0, placements=["rank:0/cpu", "rank:1/cpu"])
     live = described({"w": sharded_tensor.ones(spec, 5, 2)})
@@ -139,7 +139,7 @@ def test_sharded_tensors_of_the_first_generation() -> None:
     lengths=st.integers(0, 40), dp=st.integers(1, 5), tp=st.integers(1, 5), order=st.sampled_from(["strided", "plain"])
 )
 def test_shards_of_an_axis_cover_it_once(lengths: int, dp: int, tp: int, order: str) -> None:
-    from anyckpt.torch.live import shard_runs
+    from anyckpt.torch.tensor_kinds import shard_runs
 
     seen = []
     for first in range(dp):
@@ -154,7 +154,7 @@ def test_names_objects_and_the_way_back() -> None:
     import torch
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
 
     state = {
         "model": {"w": torch.zeros(2, 3)},
@@ -183,7 +183,7 @@ def test_names_objects_and_the_way_back() -> None:
 def test_modules_and_optimizers_are_taken_by_their_state() -> None:
     import torch
 
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
 
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -199,7 +199,7 @@ def test_what_has_no_elements_is_refused_by_name() -> None:
     import torch
 
     from anyckpt.errors import UsageError
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
 
     with pytest.raises(UsageError, match=r"'a\.w': is of the meta device"):
         described({"a": {"w": torch.empty(2, device="meta")}})

@@ -347,7 +347,7 @@ def test_tensors_that_stand_for_others_are_these(tmp_path: Path) -> None:
 
 def test_a_state_that_holds_itself_is_refused() -> None:
     from anyckpt.errors import UsageError
-    from anyckpt.torch.live import described
+    from anyckpt.torch.describing import described
     from anyckpt.torch.megatron import ShardedObject
 
     state: dict[str, Any] = {"a": 1}

@@ -25,8 +25,9 @@ from anyckpt.storage.read_count import ReadCount, counting
 from anyckpt.storage.requests import at_once
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.collectives import Ranks
+from anyckpt.torch.describing import described
 from anyckpt.torch.finding import Finder
-from anyckpt.torch.live import LiveObject, LivePiece, LiveState, described, is_of_optimizer
+from anyckpt.torch.live import LiveObject, LivePiece, LiveState, is_of_optimizer
 from anyckpt.torch.objects import Thawing
 from anyckpt.torch.options import Options
 from anyckpt.torch.passing import pass_on, readers

@@ -20,8 +20,8 @@ from anyckpt.operations.run_upkeep import clean
 from anyckpt.operations.writer_process import Upkeep
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.copying import PageLockedMemory, copy
+from anyckpt.torch.describing import described
 from anyckpt.torch.flights import Flights
-from anyckpt.torch.live import described
 from anyckpt.torch.options import Options
 from anyckpt.torch.planned_before import Plans
 from anyckpt.torch.saving import Prepared, asked, prepare

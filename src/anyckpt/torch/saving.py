@@ -27,9 +27,10 @@ from anyckpt.formats.megatron_core.location import COMMIT
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.torch.collectives import Ranks
+from anyckpt.torch.describing import described
 from anyckpt.torch.integrity import RankRecord, record_of, survey
 from anyckpt.torch.laid_out import Laid
-from anyckpt.torch.live import LiveState, described
+from anyckpt.torch.live import LiveState
 from anyckpt.torch.options import Options
 from anyckpt.torch.planned_before import PLANNED, Earlier, Plans, kind_of, nesting_of, objects_of, pieces_read
 from anyckpt.torch.settling import settled

@@ -20,8 +20,8 @@ from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import LazyTensor, Stored
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.copying import PageLockedMemory, copy
+from anyckpt.torch.describing import described
 from anyckpt.torch.flights import Flights
-from anyckpt.torch.live import described
 from anyckpt.torch.options import Options
 from anyckpt.torch.saving import prepare
 from anyckpt.torch.trainer_state import trainer_plan
