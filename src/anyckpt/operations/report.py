@@ -76,7 +76,8 @@ def report(
         output: the page, ``.html``.
         stats: read the tensors, and show their statistics, magnitudes and outliers over depth.
         against: another checkpoint of the same model, to show how far each tensor is from it.
-        tensors: glob or globs of tensors that the page is about; all of them if None.
+        tensors: glob or globs of tensors that the page is about; all of them if None.  ``against`` compares those of
+            these hub names, and all where names are as stored, since two checkpoints may store others.
         names: ``stored``, or ``hub`` for Megatron-Core names with shards joined and layers un-stacked.
         overwrite: replace a file that is there.
         progress: called with (bytes done, bytes to do) while tensors are read.

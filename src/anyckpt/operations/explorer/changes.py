@@ -69,7 +69,10 @@ def parts(found: Difference, most: int, *, explore: bool) -> list[str]:
         rows: list[Row] = [
             (
                 one.name,
-                *(number(value) for value in (one.relative, one.cosine, one.max_abs, one.mean_abs)),
+                number(one.relative),
+                "" if one.cosine is None else f"{one.cosine:.6f}",
+                number(one.max_abs),
+                number(one.mean_abs),
                 Cell(f"{one.differing:,}", one.differing, one.differing / max(1, one.elements)),
             )
             for one in moved[:most]

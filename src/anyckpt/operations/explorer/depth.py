@@ -51,7 +51,9 @@ def places(
     files = file_rows(tensors, told)
     listed = files_table(files, ranks)
     picture = _map_of_files(files, ranks, [stack.name for stack in stacks[:_MOST_STACKS]], drawings)
-    html = ("" if picture is None else picture.html) + listed
+    undrawn = "The files hold too many layers for a picture; the table tells what is in each."
+    without = paragraphs([undrawn][: picture is None and len(files) > 1 and bool(stacks)])
+    html = (without if picture is None else picture.html) + listed
     return Section("places", "What lies where", html), [] if picture is None else [picture]
 
 
@@ -100,6 +102,7 @@ def heat_of_stacks(
             made.append(Cells((), x, y, values, words))
     if not made:
         return None
+    told += _left_out(max(len(kinds) for _, kinds in stacks) - _MOST_KINDS, "kinds of tensors")
     return drawings.heat_map(told, made, across="layer", rows=rows, logarithmic=True, colour=colour)
 
 
@@ -155,6 +158,7 @@ def _lines(stacks: Sequence[Stack], drawings: Drawings) -> Picture | None:
     if not made:
         return None
     told = "Each kind of tensor over the layers. Choose what is drawn; the names below switch lines on and off."
+    told += _left_out(max(len(stack.cells) for stack in stacks) - _MOST_KINDS, "kinds of tensors")
     names = list(dict.fromkeys(line.choice[0] for line in made))
     return drawings.lines(told, made, choices={"Stack": names, "Drawn": list(_CURVES)})
 
@@ -180,6 +184,7 @@ def _peaks(stacks: Sequence[Stack], drawings: Drawings) -> Picture | None:
 
 def _histograms(stacks: Sequence[Stack], drawings: Drawings) -> Picture | None:
     found: list[tuple[str, dict[int, tuple[Magnitudes, int]]]] = []
+    left_out = 0
     for stack in stacks:
         for kind, cells in sorted(stack.cells.items(), key=lambda item: -sum(one.nbytes for one in item[1].values())):
             columns = {
@@ -187,12 +192,14 @@ def _histograms(stacks: Sequence[Stack], drawings: Drawings) -> Picture | None:
             }
             if columns and len(found) < _MOST_HISTOGRAMS:
                 found.append((kind, columns))
+            elif columns:
+                left_out += 1
     if not found:
         return None
     told = (
         "How many elements are of which magnitude, by powers of two, in each layer: "
         "a layer that differs from its neighbours stands out."
-    )
+    ) + _left_out(left_out, "smaller kinds of tensors")
     return drawings.histograms(told, found)
 
 
@@ -220,6 +227,10 @@ def _odd(tensors: Sequence[Tensors]) -> str:
         explore="tensors",
     )
     return f'<div class="names">{listed}</div>{_more(len(rows) - _MOST_ODD, "such tensors")}'
+
+
+def _left_out(count: int, what: str) -> str:
+    return f" {count:,} more {what} are not drawn." if count > 0 else ""
 
 
 def _more(count: int, what: str) -> str:

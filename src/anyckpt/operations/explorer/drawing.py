@@ -183,7 +183,9 @@ class Drawings:
             f'style="--own:{colour}">{text(label)}</button>'
             for (stack, label), colour in series.items()
         )
-        return self._picture(figure, told, choices, 380, f'<div class="legend" role="group">{legend}</div>')
+        return self._picture(
+            figure, told, choices, 380, f'<div class="legend" role="group" aria-label="lines">{legend}</div>'
+        )
 
     def stacked(self, told: str, layers: Sequence[int], series: Mapping[str, Sequence[float]], across: str) -> Picture:
         """A bar for each layer, of parts that add up.
@@ -218,7 +220,9 @@ class Drawings:
                 f"{text(label)}</button>"
             )
         figure.add_tools(HoverTool(tooltips=[("layer", "@x"), ("", "@s"), ("", "@n")]))
-        return self._picture(figure, told, {}, 340, f'<div class="legend" role="group">{"".join(legend)}</div>')
+        return self._picture(
+            figure, told, {}, 340, f'<div class="legend" role="group" aria-label="parts">{"".join(legend)}</div>'
+        )
 
     def histograms(self, told: str, kinds: Sequence[tuple[str, Mapping[int, tuple[Magnitudes, int]]]]) -> Picture:
         """Shares of magnitudes by layer, of one kind of tensor at a time.
