@@ -152,6 +152,16 @@ def test_kinds_of_elements(tmp_path: Path) -> None:
     assert read(tmp_path / "slerp.pt")["layer.one"].numpy() == 1.5
 
 
+def test_what_is_complex_in_one_model_alone_is_refused(tmp_path: Path) -> None:
+    """Rather than written without its imaginary parts."""
+    saved(tmp_path / "1.pt", one=np.ones(2, np.float32))
+    saved(tmp_path / "2.pt", one=np.array([1j, 2], np.complex64))
+    with pytest.raises(UsageError, match="tensor 'one': holds complex numbers in some of the models only"):
+        anyckpt.merge([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "out.pt")
+    anyckpt.merge([tmp_path / "2.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
+    assert read(tmp_path / "out.pt")["one"].numpy().tolist() == [0.5 + 0.5j, 1.5]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,7 +171,13 @@ def test_kinds_of_elements(tmp_path: Path) -> None:
         ({"method": "model_stock"}, "no such way to merge"),
         ({"weights": [1]}, "not a number for each source"),
         ({"weights": [1, -1]}, "give no mean"),
-        ({"method": "ties", "base": "base", "density": 1.5}, "--density is a share"),
+        ({"method": "ties", "base": "base", "density": 1.5}, "density is not possible .expected numbers from 0 to 1"),
+        ({"method": "ties", "base": "base", "density": [0.5, "b"]}, "density is not possible"),
+        ({"method": "task_arithmetic", "base": "base", "weights": [float("nan"), 1]}, "weight is not possible"),
+        ({"method": "task_arithmetic", "base": "base", "weights": [1e308, 1e308]}, "numbers that float32 can hold"),
+        ({"weights": [1e308, 1e308]}, "weight is not possible"),
+        ({"method": "slerp", "t": float("inf")}, "t is not possible"),
+        ({"method": "ties", "base": "base", "scale": "x"}, "lambda is not possible"),
         ({"base": "base"}, "linear has no base"),
         ({"recipe": "ties.yaml"}, "a recipe says itself"),
         ({"names": "nix"}, "nix"),
@@ -301,6 +317,7 @@ def test_a_reduction_begins_again_after_a_file_could_not_be_read() -> None:
         ({"strange": 1}, "the key strange"),
         ({"parameters": {"gamma": 0.1}}, "the parameter gamma"),
         ({"parameters": {"density": "much"}}, "density is not possible"),
+        ({"parameters": {"density": [0.5, 2]}}, "density is not possible .expected numbers from 0 to 1"),
         ({"parameters": {"normalize": 1}}, "normalize is not possible"),
         ({"dtype": "float8"}, "dtype float8"),
         ({"tokenizer": {"source": "base", "tokens": {}}}, "tokenizer with more than a source"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.models.cases import facts
 from tests.support import fixture_path, sha256_of
@@ -66,6 +68,19 @@ def test_a_prefix_goes_on_and_comes_off(names: list[str], prefix: str) -> None:
     assert list(there.weights()) == [prefix + name for name in names]
     back = called(there, parse_renames(f"{prefix}*=*")).checkpoint
     assert list(back.weights()) == names
+
+
+@example("[^a]", "^").via("a circumflex is no negation")
+@example("[!]]", "a").via("a bracket first in a class")
+@given(st.text("ab]![^-\\*?", max_size=6), st.text("ab]![^-\\", max_size=4))
+@settings(max_examples=400, deadline=None)
+def test_a_glob_matches_as_the_others_of_the_command_line_do(pattern: str, name: str) -> None:
+    try:
+        expected = re.fullmatch(fnmatch.translate(pattern), name) is not None
+    except re.error:
+        return  # a range that is none
+    if pattern and "-" not in pattern:
+        assert (parse_renames(f"{pattern}=x")[0](name) == "x") == expected
 
 
 @pytest.mark.parametrize(

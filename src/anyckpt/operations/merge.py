@@ -18,7 +18,14 @@ from anyckpt.operations.steps.destination import aimed_at, check_destination
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.merge_recipe import read_recipe
-from anyckpt.operations.steps.merge_request import OVER_BASE, MergeRequest, ModelSource, Settings, Stretch
+from anyckpt.operations.steps.merge_request import (
+    OVER_BASE,
+    MergeRequest,
+    ModelSource,
+    Settings,
+    Stretch,
+    check_setting,
+)
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 
@@ -149,8 +156,9 @@ def _request(
     _check_known(method, given)
     shares = _each(weights, count, "--weights")
     densities = _each([density] * count if isinstance(density, (int, float)) else density, count, "--density")
-    if any(not 0 <= value <= 1 for value in densities or ()):
-        raise UsageError("--density is a share", expected="numbers from 0 to 1", found=densities)
+    for key, value in (("weight", shares), ("density", densities), ("t", _plain(t)), ("lambda", _plain(scale))):
+        if value not in (None, []):
+            check_setting(key, value, method)
     own: list[Settings] = [
         {
             **({} if shares is None else {"weight": shares[number]}),
@@ -203,4 +211,9 @@ def _each(values: Sequence[float] | None, count: int, option: str) -> list[float
         return None
     if len(values) != count:
         raise UsageError(f"{option} has not a number for each source", expected=f"{count}", found=len(values))
-    return [float(value) for value in values]
+    return [_plain(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's."""
+    return value.item() if hasattr(value, "item") else value

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError
 from anyckpt.operations.steps.merge_rules import Linear, Rule, Updates, slerp
@@ -25,6 +27,9 @@ _OF_COMPLEX = ("linear", "task_arithmetic", "passthrough")
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")
 _SWITCHES = ("normalize", "rescale")
+_LARGEST = float(np.finfo(np.float32).max)
+"""Beyond it a number makes infinities of all weights of 16 bits."""
+_BOUNDS = {"density": (0.0, 1.0, "numbers from 0 to 1")}
 
 Settings = Mapping[str, Any]
 
@@ -165,8 +170,16 @@ class Rules:
                 tensor=name,
                 remedy="leave it out with --exclude",
             )
-        rule = self._rule(name, children)
-        return children[0] if rule is None else Merged(children, rule, self._target(name, children[0]))
+        rule, target = self._rule(name, children), self._target(name, children[0])
+        if rule is not None and not is_complex(target) and any(is_complex(child.dtype) for child in children):
+            raise UsageError(
+                "holds complex numbers in some of the models only, and not in the one whose types are written",
+                tensor=name,
+                expected=target.name,
+                found=", ".join(child.dtype.name for child in children),
+                remedy="leave it out with --exclude",
+            )
+        return children[0] if rule is None else Merged(children, rule, target)
 
     def _rule(self, name: str, children: tuple[LazyTensor, ...]) -> Rule | None:
         """None for the first model's own elements."""
@@ -295,5 +308,7 @@ def check_setting(key: str, setting: Any, where: str) -> None:
     if not values or not all(isinstance(v, kinds) and (key in _SWITCHES or not isinstance(v, bool)) for v in values):
         kind = "true or false" if key in _SWITCHES else "a number"
         raise UsageError(f"{where}: {key} is not possible", expected=f"{kind}, or a list of them", found=setting)
-    if key not in _SWITCHES and not all(math.isfinite(value) for value in values):
-        raise UsageError(f"{where}: {key} is not possible", expected="numbers", found=setting)
+    if key not in _SWITCHES:
+        least, most, told = _BOUNDS.get(key, (-_LARGEST, _LARGEST, "numbers that float32 can hold"))
+        if not all(least <= value <= most for value in values):  # NaN is not, either
+            raise UsageError(f"{where}: {key} is not possible", expected=told, found=setting)

@@ -67,7 +67,7 @@ def _parsed(text: str) -> Rename:
 def _of_glob(text: str, pattern: str, replacement: str) -> tuple[str, str]:
     """A glob and its replacement as a regular expression and its."""
     made, count = [], 0
-    for literal, wildcard in re.findall(r"([^*?\[]+|\[(?![^\]]+\]))|(\*|\?|\[[^\]]+\])", pattern):
+    for literal, wildcard in _GLOB.findall(pattern):
         made.append(re.escape(literal) if literal else "(" + _WILDCARDS.get(wildcard, _class(wildcard)) + ")")
         count += not literal
     numbers = iter(range(1, count + 1))
@@ -83,12 +83,20 @@ def _of_glob(text: str, pattern: str, replacement: str) -> tuple[str, str]:
     return r"\A" + "".join(made) + r"\Z", "".join(parts)
 
 
+_IN_CLASS = r"(?:\][^\]]*|[^\]]+)"
+_CLASS = rf"\[(?:!{_IN_CLASS}|(?!!){_IN_CLASS})\]"
+_GLOB = re.compile(rf"([^*?\[]+|(?!{_CLASS})\[)|(\*|\?|{_CLASS})")
+"""As ``fnmatch`` has it: a bracket first in a class is of it, and one that nothing closes is itself."""
 _WILDCARDS = {"*": ".*", "?": "."}
 
 
 def _class(wildcard: str) -> str:
-    inner = wildcard[1:-1].replace("\\", r"\\")
-    return f"[^{inner[1:]}]" if inner.startswith("!") else f"[{inner}]"
+    inner = wildcard[1:-1]
+    negated = inner.startswith("!")
+    return f"[{'^' * negated}{re.sub(r'([^-0-9A-Za-z_])', _ESCAPED, inner[negated:])}]"
+
+
+_ESCAPED = r"\\\1"
 
 
 @dataclass(frozen=True)
