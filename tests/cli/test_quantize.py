@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 from tests.cli.runner import Runner
+from tests.quantization.modelopt_cases import statistics_of
 from tests.quantization.quantized import write_folder
 from tests.support import fixture_path
 
@@ -60,3 +62,28 @@ def test_inspect_says_how_a_folder_is_quantized(anyckpt: Runner, tmp_path: Path)
     lines = anyckpt("inspect", tmp_path / "q").out.splitlines()
     assert ["quantization", "compressed-tensors", "pack-quantized"] in [line.split() for line in lines]
     assert "quantization" not in anyckpt("inspect", fixture_path(SOURCE)).out
+
+
+def test_the_command_quantizes_with_what_an_earlier_calibration_saw(anyckpt: Runner, tmp_path: Path) -> None:
+    seen, out = tmp_path / "seen", tmp_path / "out"
+    statistics_of("int4_awq_b").save(seen)
+    source = fixture_path("quant/src_llama_b/hf")
+    options = ("--stats", seen, "--report", tmp_path / "report.json")
+    found = anyckpt("quantize", source, out, "--algorithm", "int4_awq", "--dtype", "16", *options)
+    assert found.code == 0, found.err
+    assert "cast float16 -> int4: 5 tensors" in found.out
+    assert json.loads((out / "config.json").read_text())["quantization"]["quant_algo"] == "W4A16_AWQ"
+    assert json.loads((tmp_path / "report.json").read_text())["calibration"]["modules"][0]["alphas"]
+    found = anyckpt("convert", source, tmp_path / "hf", "--to", "hf", "--quantize", "int4_awq", "--stats", seen)
+    assert found.code == 0, found.err
+    assert (tmp_path / "hf" / "hf_quant_config.json").exists()
+
+
+def test_the_command_says_what_is_missing(anyckpt: Runner, tmp_path: Path) -> None:
+    source = fixture_path("quant/src_llama_b/hf")
+    found = anyckpt("quantize", source, tmp_path / "out", "--algorithm", "int4_awq")
+    assert found.code == 2
+    assert "there is nothing to calibrate with" in found.err and "--calib-dataset" in found.err
+    found = anyckpt("convert", source, tmp_path / "out", "--to", "hf", "--quantize", "int4_awq")
+    assert found.code == 2
+    assert "run anyckpt quantize with a text" in found.err

@@ -226,6 +226,16 @@ def test_what_cannot_be_calibrated_so_is_said(
     assert not Path("out").exists()
 
 
+def test_what_is_quantized_already_is_not_calibrated(tmp_path: Path) -> None:
+    anyckpt.convert(FIXTURES / "src_llama_b" / "hf", tmp_path / "q", to="hf", quantize="fp8")
+    (tmp_path / "ids.jsonl").write_text("[1, 2, 3]\n")
+    arguments: dict[str, Any] = {"algorithm": "int8_sq", "calib_dataset": tmp_path / "ids.jsonl"}
+    with pytest.raises(UsageError, match="the model is quantized already"):
+        anyckpt.quantize(tmp_path / "q", tmp_path / "out", **arguments)
+    anyckpt.quantize(tmp_path / "q", tmp_path / "out", dtype="bf16", **arguments)
+    assert (tmp_path / "out" / "rank0.safetensors").exists()
+
+
 def test_texts_go_through_the_models_tokenizer(tmp_path: Path) -> None:
     """That of a .qnemo, which is sentencepiece's."""
     archive = FIXTURES / "qnemo_b"

@@ -20,7 +20,7 @@ from anyckpt.operations.steps.calibration_data import Samples, batches_of, cut, 
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.ptq_settings import read_ptq_settings
-from anyckpt.operations.steps.quantizing import DEFAULT_GROUP
+from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_quantizable
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_statistics, read_tokenizer
 from anyckpt.quantization.calibrated import groups_do_not_divide
@@ -264,6 +264,7 @@ def _calibrated(
     calibration = _calibration()
     plain = ConvertOptions(**{key: own[key] for key in ("to", "family", "config", "dtype", "force")})
     hub = under_hub_names(opened, plain)
+    check_quantizable(hub)
     length = said.get("calib_sequence_length")
     positions = hub.config.get("max_position_embeddings")
     if length is None:

@@ -100,6 +100,26 @@ def check_request(request: Request | None, target: Format, others: Mapping[str, 
         )
 
 
+def check_quantizable(checkpoint: Checkpoint) -> None:
+    """Raise UsageError if a model is quantized already, or has its linear modules in a form of their own.
+
+    Args:
+        checkpoint: under its target's names.
+    """
+    if checkpoint.quantization is not None:
+        raise UsageError(
+            f"{checkpoint.path}: the model is quantized already ({method_of(checkpoint.quantization)})",
+            expected="weights in full precision",
+            remedy="quantize the model that it was made from, or add --dtype bf16 to quantize what it dequantizes to",
+        )
+    kind = checkpoint.config.get("model_type")
+    if kind in _TRANSPOSED:
+        raise UsageError(
+            f"{checkpoint.path}: linear modules of {kind} have their outputs in columns, and are not loaded quantized",
+            remedy="leave out --quantize",
+        )
+
+
 def quantize_checkpoint(
     checkpoint: Checkpoint, request: Request, uncast: Checkpoint, calibration: Calibration | None = None
 ) -> Quantized:
@@ -114,18 +134,7 @@ def quantize_checkpoint(
     Raises:
         UsageError: it is quantized already, is no model of this kind, or a weight cannot be quantized so.
     """
-    if checkpoint.quantization is not None:
-        raise UsageError(
-            f"{checkpoint.path}: the model is quantized already ({method_of(checkpoint.quantization)})",
-            expected="weights in full precision",
-            remedy="quantize the model that it was made from, or add --dtype bf16 to quantize what it dequantizes to",
-        )
-    kind = checkpoint.config.get("model_type")
-    if kind in _TRANSPOSED:
-        raise UsageError(
-            f"{checkpoint.path}: linear modules of {kind} have their outputs in columns, and are not loaded quantized",
-            remedy="leave out --quantize",
-        )
+    check_quantizable(checkpoint)
     weights = checkpoint.weights()
     written = quantize(weights, request, checkpoint.path, uncast.weights(), calibration)
     prefix = checkpoint.model_prefix

@@ -7,6 +7,7 @@ import torch
 from anyckpt.quantization.statistics import ALPHAS
 
 _LARGEST, _LEAST = 7.0, -8.0
+_PART = 1 << 18  # elements of a weight that are quantized at a time, which stay in a processor's cache
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -35,14 +36,16 @@ def losses(
         within: see ``within_groups``.
         group: columns with one scale.
     """
-    actual = torch.nn.functional.linear(inputs, weight)
-    found: list[float] = []
-    for alpha in ALPHAS:
-        factors = scales(mean, within, alpha)
-        coded = _rounded(weight * factors.to(weight.dtype), group)
-        output = torch.nn.functional.linear(inputs * (1 / factors).to(weight.dtype), coded)
-        found.append(float((actual - output).float().pow(2).mean()))
-    return found
+    found = [0.0] * len(ALPHAS)
+    factors = [scales(mean, within, alpha) for alpha in ALPHAS]
+    parts = torch.split(weight, max(1, _PART // weight.shape[1]))
+    actual = [torch.nn.functional.linear(inputs, part) for part in parts]
+    for number, own in enumerate(factors):
+        multiplied, divided = own.to(weight.dtype), inputs * (1 / own).to(weight.dtype)
+        for part, expected in zip(parts, actual, strict=True):
+            output = torch.nn.functional.linear(divided, _rounded(part * multiplied, group))
+            found[number] += float((expected - output).float().pow_(2).sum(dtype=torch.float64))
+    return [loss / (inputs.shape[0] * weight.shape[0]) for loss in found]
 
 
 def _rounded(weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -51,4 +54,4 @@ def _rounded(weight: torch.Tensor, group: int) -> torch.Tensor:
     largest = blocks.abs().amax(dim=1, keepdim=True)
     steps = _LARGEST / torch.where(largest > 0, largest, torch.full_like(largest, _LARGEST))
     codes = (blocks * steps).round_().clamp_(_LEAST, _LARGEST)
-    return (codes / steps).to(weight.dtype).view(weight.shape)
+    return codes.div_(steps).to(weight.dtype).view(weight.shape)
