@@ -180,7 +180,7 @@ def test_which_layers_moved_most(anyckpt: Runner, tmp_path: Path) -> None:
     layers = anyckpt("diff", a, b, "--layers", "--top", "2")
     assert layers.code == 1
     lines = layers.out.splitlines()
-    assert lines[0].split() == "layer relative cosine max abs mean abs elements that differ".split()
+    assert lines[0].split() == "layer relative cosine max abs mean abs differ".split()
     assert [line.split()[:4] for line in lines[1:3]] == [
         ["l.2", "nan", "nan", "nan"],
         ["l.1", "2.828", "0.832050", "4"],

@@ -170,7 +170,7 @@ def _print_movements(movements: Sequence[Movement], what: str) -> None:
         Column("cosine", right=True, optional=1),
         Column("max abs", right=True),
         Column("mean abs", right=True, optional=2),
-        Column("elements that differ", right=True, optional=3),
+        Column("differ", right=True, optional=3),
     )
     print_table([Column(what), *numbers], rows)
 
