@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.peer
 
 import anyckpt.torch  # noqa: E402
-from anyckpt.errors import AnyckptError, OutputError, UsageError  # noqa: E402
+from anyckpt.errors import AnyckptError, MappingError, OutputError, UsageError  # noqa: E402
 
 
 def test_a_file_of_one_tensor(tmp_path: Path) -> None:
@@ -174,3 +174,34 @@ def test_what_is_replaced_is_a_checkpoint_and_nothing_else(tmp_path: Path) -> No
 def test_places_that_are_no_file_system_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="only folders and files on a disk"):
         anyckpt.torch.save({"w": torch.ones(1)}, "s3://bucket/step-1")
+
+
+@pytest.mark.parametrize("key", ["", 0, None, (1, 2), "a.b", "../x", "new\nline", "x" * 300])
+@pytest.mark.parametrize("form", ["dcp", "torch", "megatron-core", "safetensors"])
+def test_keys_of_any_kind_find_their_tensors_again(key: Any, form: str, tmp_path: Path) -> None:
+    anyckpt.torch.save(
+        {"in": {key: torch.ones(2), "other": torch.zeros(3)}, key: torch.ones(3)}, tmp_path / "x", format=form
+    )
+    state = {"in": {key: torch.zeros(2)}, key: torch.zeros(3)}
+    anyckpt.torch.load(state, tmp_path / "x")
+    assert state["in"][key].tolist() == [1, 1] and state[key].tolist() == [1, 1, 1]
+
+
+def test_a_name_that_is_no_directory_is_refused_where_names_are_directories(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of a zarr array's directory"):
+        anyckpt.torch.save({"": torch.ones(2)}, tmp_path / "x", format="megatron-core-zarr")
+
+
+def test_a_list_that_holds_itself(tmp_path: Path) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(UsageError, match="hold themselves"):
+        anyckpt.torch.save({"f": endless}, tmp_path / "x")
+
+
+def test_a_tensor_where_the_other_side_has_an_object_is_called_so(tmp_path: Path) -> None:
+    anyckpt.torch.save({"w": torch.ones(2), "n": 1}, tmp_path / "x")
+    with pytest.raises(MappingError, match="'n' is an object there and a tensor in the state"):
+        anyckpt.torch.load({"n": torch.zeros(1)}, tmp_path / "x")
+    with pytest.raises(MappingError, match="'w' is a tensor there and none in the state"):
+        anyckpt.torch.load({"w": 5}, tmp_path / "x")

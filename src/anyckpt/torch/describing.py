@@ -103,10 +103,12 @@ def _leaves(path: Path, value: Any, put: Put) -> Iterator[tuple[Path, Any, Put]]
         yield path, value, put
 
 
-def _is_descended(values: list[Any]) -> bool:
+def _is_descended(values: list[Any], depth: int = 0) -> bool:
     """Whether torch's own traversal goes into a list rather than take it as a leaf."""
+    if depth > _DEEPEST:
+        raise UsageError("containers are nested too deep, or hold themselves", expected=f"{_DEEPEST} levels")
     return any(
-        isinstance(inner, (Mapping, torch.Tensor)) or (isinstance(inner, list) and _is_descended(inner))
+        isinstance(inner, (Mapping, torch.Tensor)) or (isinstance(inner, list) and _is_descended(inner, depth + 1))
         for inner in values
     )
 

@@ -31,15 +31,27 @@ class Finder:
         """All that the checkpoint has."""
         return [*self._checkpoint.tensors, *self._checkpoint.objects]
 
-    def tensor(self, name: str) -> tuple[str, LazyTensor] | None:
-        """The tensor called so, or so but for the root before the model's own name; with its name there."""
+    @cached_property
+    def _by_keys(self) -> Mapping[Path, str]:
+        """Names of tensors by the keys that lead to them, as they were."""
+        found = self._checkpoint
+        return {
+            tuple(found.original_keys.get(path[:depth], step) for depth, step in enumerate(path, 1)): name
+            for name, path in found.key_paths.items()
+            if name in found.tensors
+        }
+
+    def tensor(self, name: str, path: Path | None = None) -> tuple[str, LazyTensor] | None:
+        """The tensor called so, or so but for the root before the model's own name, or at the end of the path; with its
+        name there."""
         tensors = self._checkpoint.tensors
         root, _, rest = name.partition(".")
         plain = [name, *([rest] if root in nesting.MODELS else [])]
         for candidate in (name, *(self._prefix + inner for inner in plain)):
             if candidate in tensors:
                 return candidate, tensors[candidate]
-        return None
+        found = None if path is None else self._by_keys.get(path)
+        return None if found is None else (found, tensors[found])
 
     def common(self) -> list[str]:
         """Names of the objects that all ranks have alike; of all but cells of grids if the checkpoint does not say."""

@@ -198,7 +198,7 @@ class _Load:
         self._unexpected: list[str] = []
         self._used: set[str] = set()
         for piece in live.pieces:
-            found = self._find.tensor(piece.name)
+            found = self._find.tensor(piece.name, live.paths.get(piece.name))
             if found is None:
                 self._unexpected.append(piece.name)
             else:
@@ -257,14 +257,24 @@ class _Load:
         others: Iterable[str],
         remedy: str = "give the state of the model that was saved, or another strictness",
     ) -> MappingError:
-        meant = alike(names[0], others)
+        meant = alike(names[0], (name for name in others if name != names[0]))
+        kinds = self._kinds(names[0])
         return MappingError(
             problem,
             path=self.checkpoint.path,
             tensor=names[0],
-            found=few(names) + (f"; {names[0]!r} resembles {meant}" if meant else ""),
+            found=few(names) + (kinds or (f"; {names[0]!r} resembles {meant}" if meant else "")),
             remedy=remedy,
         )
+
+    def _kinds(self, name: str) -> str:
+        """What is said of a name that both have, one as a tensor and the other as an object."""
+        checkpoint, in_state = self.checkpoint, {piece.name for piece in self.live.pieces}
+        if name in checkpoint.objects and name in in_state:
+            return f"; {name!r} is an object there and a tensor in the state"
+        if name in checkpoint.tensors and name not in in_state:
+            return f"; {name!r} is a tensor there and none in the state"
+        return ""
 
     def _fitting(self, piece: LivePiece, tensor: LazyTensor) -> LazyTensor:
         """The tensor of the piece's shape and type, if it can be had."""

@@ -79,7 +79,7 @@ def _array_files(name: str, tensor: LazyTensor, held: Sequence[HeldBox] | None) 
             found=tensor.dtype.name,
             remedy="write megatron-core (torch_dist), or cast it with --dtype",
         )
-    special = "/" in name or "\0" in name or name.startswith(".") or name.endswith(".sync")
+    special = not name or "/" in name or "\0" in name or name.startswith(".") or name.endswith(".sync")
     if special or not is_text(name) or len(name.encode()) > 255:
         raise UsageError("cannot be the name of a zarr array's directory", tensor=name)
     chunks = _chunks(name, tensor) if not held or not tensor.size else _largest(held)
