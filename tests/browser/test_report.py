@@ -248,6 +248,21 @@ def test_ranks_and_stages(browser: Chromium, tmp_path: Path) -> None:
     quiet(browser, page)
 
 
+def test_experts_of_ranks(browser: Chromium, tmp_path: Path) -> None:
+    layout = anyckpt.LayoutRequest(1, 2, expert_parallel=2)
+    anyckpt.convert(fixture_path("families/mixtral/hf"), tmp_path / "ranks", to="megatron-lm", layout=layout)
+    page = tmp_path / "page.html"
+    anyckpt.report(tmp_path / "ranks", page)
+    browser.open(page)
+    rows = browser.run(
+        "[...document.querySelectorAll('#places tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
+    assert [(row[1], row[3]) for row in rows] == [
+        (f"stage {stage}, expert {rank}", ["0-1", "2-3"][rank]) for stage in range(2) for rank in range(2)
+    ]
+    quiet(browser, page)
+
+
 def test_a_notebook_shows_the_page(browser: Chromium, pages: tuple[Path, Report], tmp_path: Path) -> None:
     page = tmp_path / "notebook.html"
     shown = pages[1]._repr_html_() + anyckpt.inspect(pages[0].parent / "first", stats=True)._repr_html_()

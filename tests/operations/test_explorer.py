@@ -58,6 +58,11 @@ def test_layers_are_told_from_other_numbers() -> None:
     assert found["one.7.weight"] == Standing("", None, "one.7.weight")
     assert expert_of(names[2]) == 2 and expert_of("norm.weight") is None
     assert short("model.layers.*.mlp.experts.*.up.weight") == "mlp.experts.up"
+    grouped = "decoder.layers.0.mlp.experts.linear_fc1.weight11"
+    assert expert_of(grouped) == 11 and expert_of("mlp.linear_fc1.weight1") is None
+    assert standings([grouped, grouped.replace("0", "1")])[grouped] == Standing(
+        "decoder.layers", 0, "decoder.layers.*.mlp.experts.linear_fc1.weight*"
+    )
     outside = standings(["experts.0.up", "experts.1.up"])
     assert {one.kind for one in outside.values()} == {"experts.*.up"}
 
@@ -199,6 +204,15 @@ def test_rows_are_of_one_tensor() -> None:
         row = row_of(facts)
         assert sum(row.files.values()) == row.nbytes == facts.nbytes
         assert row.peak is None
+
+
+def test_bytes_that_two_tensors_share_count_once() -> None:
+    one = anyckpt.open(fixture_path(LLAMA)).tensors["lm_head.weight"]
+    found = anyckpt.inspect(anyckpt.Checkpoint("tied", "torch", {"embed": one, "head": one}), tensors="*")
+    rows = [row_of(facts) for facts in found.tensors or ()]
+    assert [row.nbytes for row in rows] == [one.nbytes, 0]
+    assert together("both", rows).nbytes == sum(together("both", rows).files.values()) == found.bytes
+    assert "shared" in found._repr_html_()
 
 
 def test_without_the_extra_an_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
-_EXPERT = re.compile(r"experts\.(\d{1,9})(?![^.])")
+_EXPERT = re.compile(r"experts\.(?:(?=\d)|.*\.(?:weight|bias)(?=\d))(\d{1,9})(?![^.])")
 _FEWEST_LAYERS = 2
 
 
@@ -42,7 +42,7 @@ def standings(names: Iterable[str]) -> dict[str, Standing]:
 
 
 def expert_of(name: str) -> int | None:
-    """The number of the expert that a tensor is of."""
+    """The number of the expert that a tensor is of: ``experts.7.up_proj.weight``, ``experts.linear_fc1.weight7``."""
     found = _EXPERT.search(name)
     return None if found is None else int(found[1])
 
@@ -63,4 +63,5 @@ def _standing(name: str) -> Standing:
 
 
 def _without_experts(name: str) -> str:
-    return _EXPERT.sub("experts.*", name)
+    found = _EXPERT.search(name)
+    return name if found is None else f"{name[: found.start(1)]}*{name[found.end(1) :]}"

@@ -186,7 +186,7 @@ def tensor_rows(rows: Sequence[Tensors]) -> tuple[list[str], list[int], list[lis
             one.dtype,
             "several" if one.shape is None else str(list(one.shape)),
             Cell(size_label(one.elements), one.elements),
-            Cell(format_bytes(one.nbytes), one.nbytes),
+            Cell("shared" if one.elements and not one.nbytes else format_bytes(one.nbytes), one.nbytes),
             f"{one.shards:,}",
             _files(one.files),
         ]

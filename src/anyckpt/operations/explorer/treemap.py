@@ -93,7 +93,7 @@ def _coloured(root: Node, size: Callable[[Node], int]) -> list[Node]:
 
 
 def _is_stack(node: Node) -> bool:
-    return node.name.endswith("*") and not node.name.endswith("experts.*")
+    return node.name.endswith(".*") and not node.name.endswith("experts.*")
 
 
 def _boxes(
