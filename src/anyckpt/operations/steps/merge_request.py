@@ -117,7 +117,7 @@ class MergeRequest:
         least, most = {"slerp": (2, 2), "passthrough": (1, 1), "linear": (1, math.inf)}.get(self.method, (2, math.inf))
         if not least <= count <= most:
             wanted = f"{least}" if least == most else f"{least} or more"
-            raise UsageError(f"{self.method} does not take so many models", expected=wanted, found=count)
+            raise UsageError(f"{self.method} takes another number of models", expected=wanted, found=count)
 
     @property
     def leading(self) -> int:
