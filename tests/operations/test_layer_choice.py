@@ -191,6 +191,24 @@ def test_renumbering(count: int, behind: int, data: st.DataObject) -> None:
         ({"no_rope_layer_interval": 4}, {"no_rope_layers": [1, 1, 0]}),
         ({"eos_token_id": [1, 2, 3, 4]}, {"eos_token_id": [1, 2, 3, 4]}),
         ({"pipeline_model_parallel_layout": "Et|ttt|L"}, {"pipeline_model_parallel_layout": None}),
+        ({"num_kv_shared_layers": 3}, {"num_kv_shared_layers": 2}),
+        (
+            {"moe_layer_end_index": 2, "moe_layer_start_index": 1},
+            {"moe_layer_end_index": 1, "moe_layer_start_index": 1},
+        ),
+        ({"moe_layer_end_index": -1}, {"moe_layer_end_index": -1}),
+        (
+            {"moe_topk": [1, 2, 3, 4], "layer_rope_theta": [5, 6, 7, 8]},
+            {"moe_topk": [1, 3, 4], "layer_rope_theta": [5, 7, 8]},
+        ),
+        (
+            {"linear_attn_config": {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "num_heads": 4}},
+            {"linear_attn_config": {"full_attn_layers": [3], "kda_layers": [1, 2], "num_heads": 4}},
+        ),
+        (
+            {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
+            {"attention_types": [[["global"], 1], [["global"], 1], [["local"], 1]]},
+        ),
         ({"text_config": {"n_layers": 4, "layer_types": list("abcd")}}, {}),
     ],
 )
@@ -201,6 +219,29 @@ def test_settings_of_each_layer(said: dict[str, Any], expected: dict[str, Any]) 
     assert expected.items() <= found.items()
     if "text_config" in said:
         assert found["text_config"] == {"n_layers": 3, "layer_types": list("acd")}
+
+
+@pytest.mark.parametrize(
+    ("said", "noted"),
+    [
+        ({"unheard_of": ["a", "b", "c", "d"]}, True),
+        ({"unheard_of_layers": [1, 3]}, True),
+        ({"unheard_of_layer_interval": 2}, True),
+        ({"sliding_window_pattern": "LLLG"}, True),
+        ({"moe_layer_freq": "([0]*1+[1]*3)"}, True),
+        ({"eos_token_id": [1, 2, 3, 4], "architectures": ["X"], "hidden_size": 4, "layer_norm_eps": 1e-5}, False),
+        ({"layer_types": list("abcd"), "sliding_window_pattern": "LLLG"}, False),
+    ],
+)
+def test_what_may_be_of_layers_and_is_not_known_is_told(said: dict[str, Any], noted: bool) -> None:
+    found, notes = with_layers({"num_hidden_layers": 4, **said}, [0, 2, 3], "")
+    assert bool(notes) == noted
+    assert not noted or (found.items() >= said.items() and next(iter(said)) in notes[0])
+
+
+def test_columns_of_all_layers_in_one_tensor_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"hidden_size_per_layer_input.*side by side"):
+        with_layers({"num_hidden_layers": 4, "hidden_size_per_layer_input": 256}, [0, 1], "")
 
 
 def test_a_period_that_holds_stays_and_one_that_does_not_is_named() -> None:

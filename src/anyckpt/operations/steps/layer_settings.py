@@ -6,6 +6,7 @@ Keys are those of transformers 5 (``layer_types``, ``no_rope_layers``, ``mlp_onl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,17 +41,46 @@ _OF_EACH = (
     "hybrid_pattern",
     "linear_attention_pattern",
     "attn_type_list",
+    "attn_layers",
+    "attention_window",
+    "indexer_types",
+    "layer_rope_theta",
+    "moe_intermediate_size",
+    "moe_topk",
+    "num_attention_heads",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+    "num_shared_expert",
+    "swiglu_limits",
+    "swiglu_limits_shared",
 )
 """Lists of something for each layer."""
 _PATTERNS = ("hybrid_override_pattern", "hybrid_layer_pattern")
 """Texts of a letter for each layer; ``/`` before the layers of further predictions, ``|`` between pipeline stages."""
-_INDICES = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs")
-"""Lists of layers."""
+_INDICES = {
+    "mlp_only_layers": 0,
+    "moe_layers": 0,
+    "cross_attention_layers": 0,
+    "attn_layer_indices": 0,
+    "full_attn_idxs": 0,
+    "local_layer_ids": 0,
+    "rope_scaling_layers": 0,
+    "slstm_at": 0,
+    "full_attn_layers": 1,
+    "kda_layers": 1,
+}
+"""Lists of layers, and the number that they have for the first layer; those of Kimi Linear begin with 1."""
 _LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers", "moe_layer_start_index")
 """How many layers from the first on are of a kind."""
+_TRAILING = ("num_kv_shared_layers",)
+"""How many of the last layers are of a kind."""
+_LAST = ("moe_layer_end_index",)
+"""The last layer of a kind."""
 _PERIODS = (
     "decoder_sparse_step",
     "interleave_moe_layer_step",
+    "moe_layer_interval",
+    "cross_layer_interval",
     "moe_layer_freq",
     "window_attn_skip_freq",
     "no_rope_freq",
@@ -88,6 +118,11 @@ _STAGES = (
     "num_virtual_stages_per_pipeline_rank",
 )
 """How layers lie in pipeline stages, which other layers do not."""
+_SIDE_BY_SIDE = ("hidden_size_per_layer_input",)
+"""Where they are not 0, some tensors have so many columns for each layer, as Gemma 3n's ``embed_tokens_per_layer``."""
+_NOT_OF_LAYERS = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "mlp_multipliers", "ssm_multipliers")
+_OF_NUMBERED = re.compile(r"layer\w*_(?:index|idx|id|interval|period|freq|pattern|start|end)|every_n_layers")
+"""What keys are called that say of layers by their numbers."""
 _MADE: dict[str, Callable[[int, int], Any]] = {
     "moe_layer_freq": lambda layer, every: int(layer % every == 0),
     "window_attn_skip_freq": lambda layer, every: int((layer + 1) % every != 0),
@@ -167,15 +202,47 @@ def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: s
         elif key in _PATTERNS and isinstance(value, str):
             result[key] = _pattern(value, kept, count)
         elif key in _INDICES and isinstance(value, list):
-            result[key] = [place[layer] for layer in value if layer in place]
+            first = _INDICES[key]
+            result[key] = [place[layer - first] + first for layer in value if layer - first in place]
         elif key in _LEADING and type(value) is int:
             result[key] = sum(layer < value for layer in kept)
+        elif key in _TRAILING and type(value) is int:
+            result[key] = sum(layer >= count - value for layer in kept)
+        elif key in _LAST and type(value) is int and value >= 0:
+            result[key] = sum(layer <= value for layer in kept) - 1
+        elif key == "attention_types" and isinstance(value, list) and isinstance(config.get("attention_layers"), list):
+            result[key] = [[[kind], 1] for kind in _of_kept(config["attention_layers"], kept, count)]
+        elif key == "linear_attn_config" and isinstance(value, Mapping):
+            result[key] = _changed(value, kept, count, path, notes)
         elif key in _PERIODS and type(value) is int and value > 1:
             _period(result, key, value, kept, path)
         elif key in _STAGES and value is not None:
             result[key] = None
             notes.append(f"{key} of the configuration is taken out: it is of the layers that were there")
+        elif key in _SIDE_BY_SIDE and value:
+            raise UsageError(
+                f"the configuration's {key} says that tensors hold columns of all layers side by side, which are not "
+                "told apart",
+                path=path,
+                remedy="leave layers out where the model was made",
+            )
+        elif not isinstance(config.get(_INSTEAD.get(key, "")), (list, tuple)) and _may_be_of_layers(key, value, count):
+            notes.append(f"{key} of the configuration is left as it is, and may be of the layers that were there")
     return result
+
+
+def _of_kept(values: list[Any], kept: Sequence[int], count: int) -> list[Any]:
+    return [values[layer] for layer in kept] if len(values) == count else values
+
+
+def _may_be_of_layers(key: str, value: Any, count: int) -> bool:
+    """Whether a setting that is not known is of each layer, or of some by their numbers, as far as one can see."""
+    if key in {*_COUNTS, *_OF_EACH, *_PATTERNS, *_INDICES, *_LEADING, *_PERIODS, *_CYCLES}:
+        return isinstance(value, str) and key not in _PATTERNS and bool(value)
+    if isinstance(value, (list, tuple)):
+        listed = len(value) == count > 2 and key not in _NOT_OF_LAYERS
+        return listed or (bool(value) and "layer" in key and all(type(item) is int for item in value))
+    return type(value) is int and value > 1 and _OF_NUMBERED.search(key) is not None
 
 
 def _pattern(value: str, kept: Sequence[int], count: int) -> str:
