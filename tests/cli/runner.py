@@ -37,6 +37,14 @@ class Result:
         assert "Traceback" not in self.err
         return self.err.removeprefix("error: ").rstrip("\n")
 
+    @property
+    def damage(self) -> str:
+        """What ``verify`` says is wrong with a checkpoint that keeps it from being opened."""
+        assert self.code == 1, (self.code, self.err)
+        *problems, verdict = self.out.splitlines()
+        assert verdict.endswith("damaged (1 problem)"), self.out
+        return "\n".join(problems)
+
 
 class Runner:
     """Call it with the words of a command line."""

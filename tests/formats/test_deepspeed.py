@@ -206,7 +206,7 @@ def states(root: Path, rank: int, kind: str = "optim") -> Path:
 def test_missing_ranks(stage: int, tmp_path: Path, anyckpt: Runner) -> None:
     root = model(tmp_path, stage, 3)
     states(root, 2).unlink()
-    assert "the optimizer's files are not those of all ranks" in anyckpt("verify", root).error
+    assert "the optimizer's files are not those of all ranks" in anyckpt("verify", root).damage
     states(root, 0).unlink()
     error = anyckpt("convert", root, tmp_path / "o", "--to", "torch").error
     assert "the file of rank 0 is missing" in error
@@ -215,21 +215,21 @@ def test_missing_ranks(stage: int, tmp_path: Path, anyckpt: Runner) -> None:
 def test_a_missing_model_state_of_stage_three(tmp_path: Path, anyckpt: Runner) -> None:
     root = model(tmp_path, 3)
     states(root, 1, "model").unlink()
-    assert "another number of ranks than the optimizer's" in anyckpt("verify", root).error
+    assert "another number of ranks than the optimizer's" in anyckpt("verify", root).damage
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_another_world_size(stage: int, tmp_path: Path, anyckpt: Runner) -> None:
     root, other = model(tmp_path / "a", stage, 2), model(tmp_path / "b", stage, 3)
     shutil.copy(states(other, 1), states(root, 1))
-    assert "not of one save" in anyckpt("verify", root).error or "do not hold" in anyckpt("verify", root).error
+    assert "not of one save" in anyckpt("verify", root).damage or "do not hold" in anyckpt("verify", root).damage
 
 
 def test_a_rank_of_another_model(tmp_path: Path, anyckpt: Runner) -> None:
     root = model(tmp_path, 3)
     path = states(root, 1, "model")
     save(path, {"module": {}, "param_shapes": [{"other.weight": (2, 2)}], "ds_version": "0.16.0"})
-    error = anyckpt("verify", root).error
+    error = anyckpt("verify", root).damage
     assert "tensor 'other.weight': its parameters are not those of rank 0" in error
 
 
@@ -266,7 +266,7 @@ def test_a_universal_checkpoint(tmp_path: Path, anyckpt: Runner) -> None:
     assert found().step == 3
     assert found().slots["exp_avg"]["up.bias"].numpy().tolist() == MEANS["up.bias"].tolist()
     (root / "global_step3/zero/up.bias/fp32.pt").unlink()
-    assert "tensor 'up.bias': has no weight" in anyckpt("verify", root).error
+    assert "tensor 'up.bias': has no weight" in anyckpt("verify", root).damage
 
 
 def test_experts_cut_over_fewer_ranks_are_refused(tmp_path: Path, anyckpt: Runner) -> None:
@@ -274,7 +274,7 @@ def test_experts_cut_over_fewer_ranks_are_refused(tmp_path: Path, anyckpt: Runne
     for count, problem in (([2, 1], "different numbers of ranks, as those of experts"), ([[], {}], "not those of all")):
         state = {"zero_stage": 2, "partition_count": count, "single_partition_of_fp32_groups": []}
         save(states(root, 0), {"optimizer_state_dict": state})
-        assert problem in anyckpt("verify", root).error
+        assert problem in anyckpt("verify", root).damage
 
 
 def test_a_hugging_face_folder_says_what_it_leaves_to_deepspeed(tmp_path: Path) -> None:

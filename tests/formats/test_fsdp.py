@@ -91,25 +91,27 @@ def test_one_rank_in_a_hugging_face_folder_is_no_model(tmp_path: Path, anyckpt: 
 def test_a_missing_rank(tmp_path: Path, anyckpt: Runner) -> None:
     folder = ranks("hsdp_4", tmp_path)
     rank_file(folder, 2).unlink()
-    for words in (("inspect", folder), ("verify", folder), ("convert", folder, tmp_path / "o", "--to", "torch")):
-        assert "1 of 4 rank files are missing, such as model_world_size_4_rank_2.pt" in anyckpt(*words).error
+    told = "1 of 4 rank files are missing, such as model_world_size_4_rank_2.pt"
+    for words in (("inspect", folder), ("convert", folder, tmp_path / "o", "--to", "torch")):
+        assert told in anyckpt(*words).error
+    assert told in anyckpt("verify", folder).damage
 
 
 def test_another_world_size(tmp_path: Path, anyckpt: Runner) -> None:
     folder = ranks("fsdp_2", tmp_path)
     shutil.copy(rank_file(fixture_path("fsdp/hsdp_4"), 1), folder)
     assert (
-        "saves by different numbers of ranks (expected one world size, found 2, 4)" in anyckpt("verify", folder).error
+        "saves by different numbers of ranks (expected one world size, found 2, 4)" in anyckpt("verify", folder).damage
     )
     (folder / "model_world_size_4_rank_1.pt").unlink()
     (folder / "fsdp_config.json").write_text(json.dumps({"world_size": 4}))
-    assert "another number of ranks than their settings" in anyckpt("verify", folder).error
+    assert "another number of ranks than their settings" in anyckpt("verify", folder).damage
 
 
 def test_a_file_of_another_world_under_this_ones_name(tmp_path: Path, anyckpt: Runner) -> None:
     folder = ranks("fsdp_2", tmp_path)
     shutil.copy(rank_file(fixture_path("fsdp/hsdp_4"), 1), rank_file(folder, 1))
-    error = anyckpt("verify", folder).error
+    error = anyckpt("verify", folder).damage
     assert "a mesh of all 2 ranks" in error
     assert "ddp 2 x fsdp 2" in error
 
@@ -124,7 +126,7 @@ def test_one_rank_twice(tmp_path: Path, anyckpt: Runner) -> None:
 def test_a_rank_of_another_model(tmp_path: Path, anyckpt: Runner) -> None:
     folder = ranks("fsdp_2", tmp_path)
     shutil.copy(rank_file(fixture_path("fsdp/fsdp1_2"), 1), rank_file(folder, 1))
-    assert "tensors of different names" in anyckpt("verify", folder).error
+    assert "tensors of different names" in anyckpt("verify", folder).damage
 
 
 def test_tensor_parallelism_that_cuts_unevenly_is_refused_by_name(tmp_path: Path, anyckpt: Runner) -> None:

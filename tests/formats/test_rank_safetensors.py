@@ -125,7 +125,7 @@ def test_one_file_under_a_whole_models_name(tmp_path: Path, anyckpt: Runner) -> 
 def test_a_missing_rank(tmp_path: Path, anyckpt: Runner) -> None:
     folder = model(tmp_path, 3)
     (folder / shard(2)).unlink()
-    assert "1 of 3 ranks are missing, such as shard-00002-model-*-of-00001" in anyckpt("verify", folder).error
+    assert "1 of 3 ranks are missing, such as shard-00002-model-*-of-00001" in anyckpt("verify", folder).damage
 
 
 def test_missing_last_ranks_show_against_the_vocabulary(tmp_path: Path, anyckpt: Runner) -> None:
@@ -145,7 +145,7 @@ def test_parts_that_overlap_or_leave_gaps(tmp_path: Path, anyckpt: Runner) -> No
     array = WHOLE["model.embed_tokens.weight"]
     for start, problem in (((3, 0), "pieces overlap"), ((5, 0), "pieces are missing")):
         write(folder / shard(2), {"model.embed_tokens.weight": (start, array[3:])})
-        error = anyckpt("verify", folder).error
+        error = anyckpt("verify", folder).damage
         assert "tensor 'model.embed_tokens.weight': the ranks' parts do not make up the tensor" in error
         assert problem in error
 
@@ -153,7 +153,7 @@ def test_parts_that_overlap_or_leave_gaps(tmp_path: Path, anyckpt: Runner) -> No
 def test_a_rank_of_another_save(tmp_path: Path, anyckpt: Runner) -> None:
     folder = model(tmp_path)
     (folder / shard(2)).rename(folder / shard(2, 2))
-    assert "rank files of several saves" in anyckpt("verify", folder).error
+    assert "rank files of several saves" in anyckpt("verify", folder).damage
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_parts_are_joined(tmp_path: Path, anyckpt: Runner) -> None:
 def test_a_missing_part(tmp_path: Path, anyckpt: Runner) -> None:
     folder = model(tmp_path)
     (folder / "hf_model_0002_0.pt").unlink()
-    assert "1 of at least 3 weight files are missing, such as hf_model_0002_0.pt" in anyckpt("verify", folder).error
+    assert "1 of at least 3 weight files are missing, such as hf_model_0002_0.pt" in anyckpt("verify", folder).damage
 
 
 def test_several_epochs(tmp_path: Path, anyckpt: Runner) -> None:
@@ -62,4 +62,4 @@ def test_several_epochs(tmp_path: Path, anyckpt: Runner) -> None:
 def test_one_tensor_in_two_parts(tmp_path: Path, anyckpt: Runner) -> None:
     folder = model(tmp_path)
     (folder / "hf_model_0002_0.pt").write_bytes((folder / "hf_model_0001_0.pt").read_bytes())
-    assert "tensor 'model.layers.0.weight': is in two weight files" in anyckpt("verify", folder).error
+    assert "tensor 'model.layers.0.weight': is in two weight files" in anyckpt("verify", folder).damage
