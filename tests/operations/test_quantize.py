@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_settings_decide_what_is_written_and_options_go_before_them(tmp_path: Pa
     }
     arguments: dict[str, Any] = {"config": settings, "statistics": statistics_of("int8_sq05_b")}
     done = anyckpt.quantize(SOURCE, tmp_path / "a.qnemo", inference_tensor_parallel=1, **arguments)
-    assert any("export.save_path has no effect" in note for note in done.notes)
+    assert any("no effect has export.save_path" in note for note in done.notes)
     found = anyckpt.inspect(tmp_path / "a.qnemo").to_json()
     assert found["format"] == "trtllm"
     anyckpt.quantize(SOURCE, tmp_path / "b", compress=False, **arguments)
@@ -241,6 +242,19 @@ def test_a_module_that_nothing_went_into_is_named(tmp_path: Path) -> None:
         enable_kv_cache=False,
         quantize_exclude="*attention.dense",
     )
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_groups_of_any_size_come_back(group: int, tmp_path: Path) -> None:
+    """ModelOpt's configuration does not say how large they are."""
+    statistics = replace(statistics_of("int4_awq_b"), group_size=group)
+    for number, form in enumerate(("hf", "trtllm")):
+        out = tmp_path / f"q{number}"
+        options: dict[str, Any] = {"statistics": statistics, "awq_block_size": group, "to": form}
+        anyckpt.quantize(SOURCE, out, algorithm="int4_awq", report=tmp_path / "report.json", **options)
+        assert json.loads((tmp_path / "report.json").read_text())["total"]["sqnr_db"] > 15
+        assert not anyckpt.verify(out).problems
+        anyckpt.convert(out, tmp_path / f"back{number}", to="hf", dtype="bf16")
 
 
 @pytest.mark.parametrize("algorithm", ["fp8", "int8_sq"])

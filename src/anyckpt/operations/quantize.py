@@ -141,7 +141,7 @@ def quantize(
     output = os.fspath(destination)
     origins = [source.path if isinstance(source, Checkpoint) else os.fspath(source)]
     check_destination(output, origins, overwrite=overwrite, resume=resume)
-    notes = [f"{key} has no effect: it {reason}" for key, reason in _together(settings.unused).items()]
+    notes = [f"no effect has {key}: {reason}" for key, reason in _together(settings.unused).items()]
     name = said.get("algorithm", None if "algorithm" in said else "fp8")
     name = None if name is None or str(name).lower() in _NOTHING else str(name)
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=force)

@@ -39,6 +39,7 @@ _BYTES = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
 _SCALES = ("scales", "weight_scale", "weight.absmax", "weight.nested_absmax", "SCB")
 
 _JSON_LIMIT = 1 << 16
+_USUAL_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,13 @@ def packed(bits: int, *, zeros: bool) -> Assembled:
     return Assembled("weight_packed", needed, ("weight_zero_point", "weight_g_idx"), "int32", make, f"int{bits}")
 
 
-def modelopt_int4(group: int) -> Assembled:
+def modelopt_int4(stated: int | None) -> Assembled:
     """ModelOpt's INT4 of AWQ: two rows in a byte; inputs may be multiplied by numbers that are taken into the weight.
 
     Of W4A8, the second scale is one that only kernels need.
+
+    Args:
+        stated: columns with one scale; None where the configuration leaves it to the scales, as ModelOpt's does.
     """
 
     def make(parts: Parts, to: DType) -> LazyTensor:
@@ -220,11 +224,18 @@ def modelopt_int4(group: int) -> Assembled:
         if pairs.ndim != 2 or not pairs.size:
             raise _fault("weight", "a matrix", pairs.shape)
         rows, columns = 2 * pairs.shape[0], pairs.shape[1]
+        group = stated or _group_of(columns, scales)
         _check("weight_scale", scales, (rows, -(-columns // group)))
         return _smoothed(Halved(pairs, 0), _SIGNED, scales, (1, group), parts, to)
 
     others = ("pre_quant_scale", "weight_scale_2")
     return Assembled("weight", ("weight_scale",), others, "uint8", make, "int4")
+
+
+def _group_of(columns: int, scales: LazyTensor) -> int:
+    """Columns with one scale, where there are so many scales in a row."""
+    count = scales.shape[-1] if scales.ndim == 2 else 0
+    return columns // count if count and columns % count == 0 else _USUAL_GROUP
 
 
 def modelopt_int8() -> Assembled:

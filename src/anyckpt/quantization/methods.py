@@ -19,8 +19,6 @@ Facts = Mapping[str, Any]
 
 Size = tuple[int, int] | None
 
-_MODELOPT_GROUP = 128
-
 Numbers = Literal["float8", "float4_e2m1", "int8", "packed int4", "packed int8"]
 """What codes are: 8-bit floats; e2m1, two in a byte; integers, as they are or from their least one on in int32."""
 
@@ -78,7 +76,8 @@ def _fbgemm(facts: Facts) -> tuple[Stored, ...]:
 def _modelopt(facts: Facts) -> tuple[Stored, ...]:
     algorithm = str(facts.get("quant_algo")).upper()
     if algorithm in ("W4A16_AWQ", "W4A8_AWQ"):
-        return (modelopt_int4(_number(facts.get("group_size", _MODELOPT_GROUP), "group_size")),)
+        stated = facts.get("group_size")
+        return (modelopt_int4(None if stated is None else _number(stated, "group_size")),)
     if algorithm == "W8A8_SQ_PER_CHANNEL":
         return (modelopt_int8(),)
     if algorithm == "W8A16":

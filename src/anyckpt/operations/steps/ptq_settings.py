@@ -49,9 +49,9 @@ _USED = {
 }
 """A key, with its section where another has it too -> the option that it is here."""
 
-_SAMPLING = "is of the text that NeMo generates afterwards; nothing is generated here"
+_SAMPLING = "NeMo generates a text with it afterwards, and nothing is generated here"
 _PLACE = "the model is read from SRC and written to DST"
-_RUNNING = "says how NeMo runs the model; here it runs a layer at a time, in one process"
+_RUNNING = "NeMo runs the model so; here it runs a layer at a time, in one process"
 _NO_EFFECT = {
     "inference.*": _SAMPLING,
     "sample_output": _SAMPLING,
@@ -79,7 +79,7 @@ _NO_EFFECT = {
     "quantize_bmm1": "NeMo reads it nowhere",
     "hydra.*": _RUNNING,
     "defaults": _RUNNING,
-    "name": "names nothing that is written",
+    "name": "nothing that is written has a name",
 }
 """A key, or a section -> why it does nothing here."""
 

@@ -156,6 +156,12 @@ def quantize_checkpoint(
         before |= {name: calibration.values[name] for name in folded if name in before}
     casts = Counter(f"{weights[name].dtype.name} -> {written.numbers}" for name in before)
     notes = written.notes
+    if calibration is not None and calibration.norms:
+        count = len(calibration.norms)
+        notes = (
+            *notes,
+            f"{count} tensors of normalizations are multiplied by what AWQ takes out of weights after them",
+        )
     if not config:
         notes = (*notes, f"without a configuration nothing says how: its quantization_config is {written.config}")
     return Quantized(changed, notes=notes, casts=casts, before=before, written=written, calibration=calibration)
