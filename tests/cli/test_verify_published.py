@@ -227,3 +227,17 @@ def test_the_python_interface(tmp_path: Path) -> None:
     assert (found.sound, found.opened, found.checked.published) == (True, True, 1)
     (tmp_path / "list").write_text(f"{'0' * 64}  toy.nemo")
     assert [problem.where for problem in api.verify(path, checksum=tmp_path / "list").problems] == [str(path)]
+
+
+def test_notes_of_downloads_lie_in_the_folder_of_the_whole_repository(anyckpt: Runner, tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    (folder / "original").mkdir()
+    inner = folder / "original/model.safetensors"
+    shutil.copy(folder / "model.safetensors", inner)
+    notes = folder / ".cache/huggingface/download/original"
+    notes.mkdir(parents=True)
+    (notes / "model.safetensors.metadata").write_text(f"{'a' * 40}\n{digest(inner)}\n1712656091.123\n")
+    for path in (folder, folder / "original", inner):
+        assert anyckpt("verify", path, "--json").json["checked"]["published"] == 1, path
+    flip(inner)
+    assert anyckpt("verify", inner).code == 1

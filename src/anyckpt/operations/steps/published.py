@@ -32,6 +32,8 @@ _LINE = re.compile(r"\\?(?P<value>[0-9a-fA-F]{32,128})[ \t]+[ *]?(?P<name>\S.*)"
 _TAGGED = re.compile(r"\\?(?P<algorithm>[A-Za-z0-9-]+) ?\((?P<name>.+)\) ?= ?(?P<value>[0-9a-fA-F]{32,128})")
 _ALONE = re.compile(r"(?:(?P<algorithm>[A-Za-z0-9-]+):)?(?P<value>[0-9a-fA-F]{32,128})")
 _POINTER = re.compile(r"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*?oid sha256:([0-9a-f]{64})\n")
+_ETAG = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
+_SNAPSHOTS = "/snapshots/"
 _DOWNLOADS = (".cache", "huggingface", "download")
 _LEVELS = 4
 
@@ -126,34 +128,37 @@ def listed_in(location: Location, path: str) -> tuple[list[Published], list[str]
 def known_to_hub(location: Location) -> list[Published]:
     """What huggingface_hub noted of the files when it downloaded them, beside them or in its cache; mostly nothing."""
     place, found = location.place, []
-    for file in files_of(location):
-        path = path_of(location, file)
-        etag, origin = _noted(location, path, file), HUB
-        if etag is None:
+    root, above = _download_folder(location)
+    in_cache = any(_SNAPSHOTS in f"/{path}/".replace("\\", "/") for path in (location.path, place.real(location.path)))
+    for file in files_of(location) if root is not None or in_cache else ():
+        path, etag, origin = path_of(location, file), None, HUB
+        noted = None if root is None else place.join(root, *f"{above}{file}.metadata".removeprefix("/").split("/"))
+        if noted is not None and place.is_file(noted):
+            lines = place.open(noted).read_all(1 << 16).decode("utf-8", "replace").split()
+            etag = lines[1] if len(lines) > 1 else None
+        elif in_cache:
             folder, name = place.split(place.real(path))
             if folder is not None and place.split(folder)[1] == "blobs":
                 etag, origin = name, "the name in the Hub's cache"
-        if etag is not None and re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", etag):
+        if etag is not None and _ETAG.fullmatch(etag):
             found.append(Published(file, "sha256" if len(etag) == 64 else GIT, etag, origin))
     return found
 
 
-def _noted(location: Location, path: str, file: str) -> str | None:
-    """The etag in a file of the folder into which the Hub's files were downloaded, which may be one above."""
+def _download_folder(location: Location) -> tuple[str | None, str]:
+    """Where notes of downloads lie, of the checkpoint's folder or one above; and what they put before files' names."""
     place = location.place
-    folder, rest = (location.path, file) if file else place.split(path)
+    folder: str | None = location.path
+    above = ""
     for _ in range(_LEVELS):
         if folder is None:
-            return None
-        noted = place.join(folder, *_DOWNLOADS, *f"{rest}.metadata".split("/"))
-        if place.is_folder(place.join(folder, *_DOWNLOADS)):
-            lines = (
-                place.open(noted).read_all(1 << 16).decode("utf-8", "replace").split() if place.is_file(noted) else []
-            )
-            return lines[1] if len(lines) > 1 else None
+            break
+        notes = place.join(folder, *_DOWNLOADS)
+        if place.is_folder(notes):
+            return notes, above
         folder, name = place.split(folder)
-        rest = f"{name}/{rest}"
-    return None
+        above = f"{name}/{above}" if above or location.is_directory else name
+    return None, ""
 
 
 def path_of(location: Location, file: str) -> str:
