@@ -170,3 +170,39 @@ def existing(path: str) -> str:
 def test_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     assert all("already exists" in told for told in on_ranks(2, existing, str(tmp_path / "x")))
+
+
+def asked_otherwise(folder: str) -> list[str]:
+    """What a rank is told if the two are asked for different things; nothing is left, and none waits."""
+    import torch
+    import torch.distributed as dist
+
+    import anyckpt.torch
+    from anyckpt.errors import UsageError
+
+    rank, told = dist.get_rank(), []
+    state = {"w": torch.ones(2)}
+    anyckpt.torch.save(state, os.path.join(folder, "whole"))
+    save, load = anyckpt.torch.save, anyckpt.torch.load
+    for call in (
+        lambda: save(state, os.path.join(folder, f"x{rank}")),
+        lambda: save(state, os.path.join(folder, "y"), format="dcp" if rank else "torch"),
+        lambda: save(state, os.path.join(folder, "z"), asynchronous=bool(rank)),
+        lambda: load(state, os.path.join(folder, "whole" if rank else "other")),
+        lambda: load(
+            state, os.path.join(folder, "whole"), parallel_load=True, exchange=("all-gather", "broadcast")[rank]
+        ),
+        lambda: load(state, os.path.join(folder, "whole"), verify=bool(rank)),
+    ):
+        try:
+            call()
+        except UsageError as error:
+            told.append(error.problem.rpartition(": ")[2])
+    return told
+
+
+def test_ranks_that_are_asked_for_different_things_are_told(tmp_path: Path) -> None:
+    told = on_ranks(2, asked_otherwise, str(tmp_path))
+    name = "name of the checkpoint"
+    assert told == [[name, "format", "asynchronous", name, "exchange", "verify"]] * 2
+    assert os.listdir(tmp_path) == ["whole"]

@@ -29,7 +29,7 @@ from anyckpt.torch.describing import described
 from anyckpt.torch.finding import Finder
 from anyckpt.torch.live import LiveObject, LivePiece, LiveState, is_of_optimizer
 from anyckpt.torch.objects import Thawing
-from anyckpt.torch.options import Options
+from anyckpt.torch.options import Options, check_agreed
 from anyckpt.torch.passing import pass_on, readers
 from anyckpt.torch.reading import Target, check_fillable, filling, torch_dtype
 from anyckpt.torch.reading import fill as fill_targets
@@ -37,6 +37,8 @@ from anyckpt.torch.saving import asked
 from anyckpt.views import TorchFiles
 
 log = logging.getLogger("anyckpt.torch")
+
+_AGREED = ("verify", "parallel_load", "exchange", "strictness", "load_optimizer")
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def fill(
     """Load into what ``describe`` gives; otherwise as ``load``."""
     count = ReadCount()
     with counting(count):
+        if ranks.size > 1:
+            check_agreed(ranks.gather(lambda: options.to_agree_on(_AGREED, path), "to begin a load"))
         if options.verify:
             ranks.broadcast(lambda: _check(path), what="to the comparison of a checkpoint with its digests")
         ready = ranks.together(lambda: _Load(describe(), open_checkpoint(path), options), "to open a checkpoint")

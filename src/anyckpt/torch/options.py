@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -139,6 +140,33 @@ class Options:
             if found.setdefault(own, value) != value:
                 raise UsageError(f"two names of {own} have different values", found=f"{found[own]} and {value}")
         return cls(**found)
+
+    def to_agree_on(self, names: Sequence[str], path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What all ranks must be asked for alike: some options, and how the checkpoint is called.
+
+        Where it lies each rank may spell otherwise: hosts mount one file system in different places.
+        """
+        name = os.path.basename(os.path.abspath(path))
+        return {"name of the checkpoint": name, **{one: getattr(self, one) for one in names}}
+
+
+def check_agreed(asked: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse ranks that are asked for different things.
+
+    Args:
+        asked: of each rank, as ``to_agree_on`` gives it.
+
+    Raises:
+        UsageError: they are.
+    """
+    for name, first in asked[0].items():
+        other = next((rank for rank, one in enumerate(asked) if one[name] != first), None)
+        if other is not None:
+            raise UsageError(
+                f"ranks are asked for different things: {name}",
+                found=f"{first} on rank 0, {asked[other][name]} on rank {other}",
+                remedy="give all ranks the same path and options",
+            )
 
 
 ALIASES = {

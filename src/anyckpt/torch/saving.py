@@ -31,7 +31,7 @@ from anyckpt.torch.describing import described
 from anyckpt.torch.integrity import RankRecord, record_of, survey
 from anyckpt.torch.laid_out import Laid
 from anyckpt.torch.live import LiveState
-from anyckpt.torch.options import Options
+from anyckpt.torch.options import Options, check_agreed
 from anyckpt.torch.planned_before import PLANNED, Earlier, Plans, kind_of, nesting_of, objects_of, pieces_read
 from anyckpt.torch.settling import settled
 from anyckpt.torch.whole import LiveSource, shared_out, whole_of
@@ -41,6 +41,18 @@ if TYPE_CHECKING:
 
 _AFTERWARDS = (COMMIT, META)
 """Files that Megatron-Core and Lightning put into a directory that a strategy of ours wrote."""
+
+_AGREED = (
+    "format",
+    "parallel_save",
+    "parallel_optimizer",
+    "save_optimizer",
+    "asynchronous",
+    "assume_constant_structure",
+    "overwrite",
+    "max_shard_size",
+)
+"""Options that ranks must have alike; with others they would write different checkpoints, or wait for one another."""
 
 
 @dataclass(frozen=True)
@@ -206,9 +218,12 @@ def prepare(
         known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0])
         told = LiveState(objects=kept[0].objects) if known else kept[0]
         record = record_of(told, ranks.rank, check_objects=options.check_objects and not known)
-        return _Look(uuid.uuid4().hex, record, _members(options, ranks), known)
+        return _Look(
+            uuid.uuid4().hex, record, _members(options, ranks), known, options.to_agree_on(_AGREED, destination)
+        )
 
     found = ranks.gather(look, "to plan a save")
+    check_agreed([one.asked for one in found])
     live, key = kept[0], found[0].key
     records = [one.record for one in found]
     started = time.monotonic()
@@ -284,12 +299,14 @@ class _Look:
         record: what it has; of tensors nothing if it is as it was.
         members: the ranks that it shares copies with, none if these are all.
         known: everything is as it was at the earlier save.
+        asked: what all ranks must be asked for alike.
     """
 
     key: str
     record: RankRecord
     members: tuple[int, ...]
     known: bool
+    asked: Mapping[str, Any]
 
 
 def _members(options: Options, ranks: Ranks) -> tuple[int, ...]:
