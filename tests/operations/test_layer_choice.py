@@ -239,6 +239,16 @@ def test_what_may_be_of_layers_and_is_not_known_is_told(said: dict[str, Any], no
     assert not noted or (found.items() >= said.items() and next(iter(said)) in notes[0])
 
 
+def test_layers_that_come_twice() -> None:
+    said = {"mlp_only_layers": [1], "max_window_layers": 2, "first_k_dense_replace": 1, "num_kv_shared_layers": 1}
+    found, _ = with_layers({"num_hidden_layers": 4, **said}, [0, 1, 1, 2, 1, 3, 3], "")
+    expected = {"mlp_only_layers": [1, 2, 4], "first_k_dense_replace": 1, "num_kv_shared_layers": 2}
+    assert expected.items() <= found.items()
+    for key in ("first_k_dense_replace", "num_kv_shared_layers", "moe_layer_end_index"):
+        with pytest.raises(UsageError, match=f"{key}.*at an end of the model"):
+            with_layers({"num_hidden_layers": 4, key: 1}, [0, 3, 0, 1], "")
+
+
 def test_columns_of_all_layers_in_one_tensor_are_refused() -> None:
     with pytest.raises(UsageError, match=r"hidden_size_per_layer_input.*side by side"):
         with_layers({"num_hidden_layers": 4, "hidden_size_per_layer_input": 256}, [0, 1], "")

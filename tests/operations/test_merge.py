@@ -152,6 +152,33 @@ def test_kinds_of_elements(tmp_path: Path) -> None:
     assert read(tmp_path / "slerp.pt")["layer.one"].numpy() == 1.5
 
 
+def recipe_of_layers(path: Path, model: Path, *stretches: list[int]) -> Path:
+    slices = [{"sources": [{"model": str(model), "layer_range": stretch}]} for stretch in stretches]
+    path.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    return path
+
+
+@pytest.mark.parametrize("target", ["hf", "nemo", "nemo2", "megatron-core", "megatron-bridge", "megatron-lm"])
+def test_layers_put_together_are_a_model_in_any_format(target: str, tmp_path: Path) -> None:
+    """Whatever a format says of layers besides, it says of those that are there."""
+    anyckpt.convert(LLAMA, tmp_path / "source", to=target)
+    for name, source in (("expected", LLAMA), ("found", tmp_path / "source")):
+        recipe = recipe_of_layers(tmp_path / "recipe.yaml", source, [0, 2], [1, 2])
+        anyckpt.merge([], tmp_path / name, recipe=recipe)
+    assert anyckpt.diff(tmp_path / "expected", tmp_path / "found", weights_only=True).equal
+    anyckpt.convert(tmp_path / "found", tmp_path / "back", to="hf")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_layers_that_a_configuration_cannot_tell_apart_are_not_put_together(tmp_path: Path) -> None:
+    """A dense first layer behind one of experts, of which the configuration counts those at the beginning."""
+    source = fixture_path("families/deepseek_v3/hf")
+    with pytest.raises(UsageError, match=r"first_k_dense_replace.*layers at an end"):
+        anyckpt.merge([], tmp_path / "out", recipe=recipe_of_layers(tmp_path / "a.yaml", source, [0, 2], [0, 2]))
+    anyckpt.merge([], tmp_path / "out", recipe=recipe_of_layers(tmp_path / "b.yaml", source, [0, 1], [0, 2]))
+    assert read(tmp_path / "out").config["first_k_dense_replace"] == 2
+
+
 def test_what_is_complex_in_one_model_alone_is_refused(tmp_path: Path) -> None:
     """Rather than written without its imaginary parts."""
     saved(tmp_path / "1.pt", one=np.ones(2, np.float32))

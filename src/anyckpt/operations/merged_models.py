@@ -164,7 +164,7 @@ def merged(
         include, exclude, options.family, options.plain_config, options.request.vocab_size, types_may_differ=True
     )
     numbers = request.stretches[0].models
-    named = _roles(request, lambda number: _named(found.model(request.models[number]), choice))
+    named = _roles(request, lambda number: _named(found.model(request.models[number]), choice), found.notes)
     leading = found.whole(request.models[request.leading].path)
     own = named[0] if request.models[numbers[0]].adapter is None else _named(leading, choice)
     aligned = align([one.checkpoint for one in named], choice)
@@ -221,8 +221,13 @@ def _named(checkpoint: Checkpoint, choice: Choice) -> _Named:
     return _Named(renamed, model, dialect)
 
 
-def _roles(request: MergeRequest, model: Callable[[int], _Named]) -> list[_Named]:
+def _roles(request: MergeRequest, model: Callable[[int], _Named], notes: dict[str, None]) -> list[_Named]:
     """What each place in the lists of models is, over all stretches of layers: a model, or one put together of several.
+
+    Args:
+        request: the merge.
+        model: of a number.
+        notes: get what a user should know.
 
     Raises:
         UsageError: a model has not the layers, or its layers are not found.
@@ -238,7 +243,9 @@ def _roles(request: MergeRequest, model: Callable[[int], _Named]) -> list[_Named
             for stretch in request.stretches
             if stretch.layers is not None
         ]
-        result.append(replace(opened[number], checkpoint=put_together(parts)))
+        checkpoint, told = put_together(parts)
+        notes.update(dict.fromkeys(told))
+        result.append(replace(opened[number], checkpoint=checkpoint))
     return result
 
 

@@ -103,6 +103,7 @@ _INSTEAD = {
     "global_attn_every_n_layers": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
+    "max_window_layers": "layer_types",
 }
 """Lists that say the same and are looked at first."""
 _CYCLES = ("block_types", "_block_types")
@@ -191,7 +192,6 @@ def with_layers(config: Mapping[str, Any], kept: Sequence[int], path: str) -> tu
 
 def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: str, notes: list[str]) -> dict[str, Any]:
     result = dict(config)
-    place = {layer: number for number, layer in enumerate(kept)}
     for key, value in sorted(config.items(), key=lambda item: item[0] in _PERIODS):  # lists before what they replace
         if key in _COUNTS and value == count and type(value) is int:
             result[key] = len(kept)
@@ -203,13 +203,13 @@ def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: s
             result[key] = _pattern(value, kept, count)
         elif key in _INDICES and isinstance(value, list):
             first = _INDICES[key]
-            result[key] = [place[layer - first] + first for layer in value if layer - first in place]
+            result[key] = [number + first for number, layer in enumerate(kept) if layer + first in value]
         elif key in _LEADING and type(value) is int:
-            result[key] = sum(layer < value for layer in kept)
+            result[key] = _first_ones(config, key, [layer < value for layer in kept], path)
         elif key in _TRAILING and type(value) is int:
-            result[key] = sum(layer >= count - value for layer in kept)
+            result[key] = _first_ones(config, key, [layer >= count - value for layer in reversed(kept)], path)
         elif key in _LAST and type(value) is int and value >= 0:
-            result[key] = sum(layer <= value for layer in kept) - 1
+            result[key] = _first_ones(config, key, [layer <= value for layer in kept], path) - 1
         elif key == "attention_types" and isinstance(value, list) and isinstance(config.get("attention_layers"), list):
             result[key] = [[[kind], 1] for kind in _of_kept(config["attention_layers"], kept, count)]
         elif key == "linear_attn_config" and isinstance(value, Mapping):
@@ -229,6 +229,25 @@ def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: s
         elif not isinstance(config.get(_INSTEAD.get(key, "")), (list, tuple)) and _may_be_of_layers(key, value, count):
             notes.append(f"{key} of the configuration is left as it is, and may be of the layers that were there")
     return result
+
+
+def _first_ones(config: Mapping[str, Any], key: str, ones: Sequence[bool], path: str) -> int:
+    """How many layers at an end of the model are of a kind.
+
+    Raises:
+        UsageError: some are not at the end, as where a model's first layers are put behind others.
+    """
+    count = sum(ones)
+    said = isinstance(config.get(_INSTEAD.get(key, "")), (list, tuple))
+    if any(ones[count:]) and not said and not (key == "max_window_layers" and not config.get("use_sliding_window")):
+        raise UsageError(
+            f"the configuration's {key} says of layers at an end of the model that they are of another kind, which is "
+            "not so of these",
+            path=path,
+            expected="such layers next to one another at that end",
+            remedy="choose layers so that they are",
+        )
+    return count
 
 
 def _of_kept(values: list[Any], kept: Sequence[int], count: int) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.operations.steps.layer_settings import layers_of, with_layers
+from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers
 from anyckpt.operations.steps.layer_stack import Stack, find_stack
 from anyckpt.tensor import LazyTensor
 
@@ -19,8 +19,8 @@ def is_before_layers(name: str) -> bool:
     return any(part in f".{name}" for part in _BEFORE)
 
 
-def put_together(parts: Sequence[tuple[Checkpoint, range]]) -> Checkpoint:
-    """The first model with layers of all of them, one stretch after the other.
+def put_together(parts: Sequence[tuple[Checkpoint, range]]) -> tuple[Checkpoint, list[str]]:
+    """The first model with layers of all of them, one stretch after the other, and what to say of its configuration.
 
     What comes before the layers is the first model's, what comes behind them the last one's, as mergekit has it.
 
@@ -56,8 +56,15 @@ def put_together(parts: Sequence[tuple[Checkpoint, range]]) -> Checkpoint:
         for name, tensor in first.weights().items()
         if stack.layer(name) is None
     }
-    config, _ = with_layers(first.config, [layer for _, layers in parts for layer in layers], first.path)
-    return replace(first.with_weights({**around, **tensors}), config=config)
+    taken = [layer for _, layers in parts for layer in layers]
+    config, notes = with_layers(first.config, taken, first.path)
+    made = replace(
+        first.with_weights({**around, **tensors}),
+        config=config,
+        details=dict(inside_with_layers(first.details, taken, stack.count, first.path)),
+        trainer=inside_with_layers(first.trainer, taken, stack.count, first.path),
+    )
+    return made, notes
 
 
 def _stack(checkpoint: Checkpoint) -> Stack:
