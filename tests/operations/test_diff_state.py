@@ -291,3 +291,19 @@ def test_what_the_configuration_does_not_say_is_told_or_compared(tmp_path: Path)
     assert [setting.name for setting in anyckpt.diff(first, second).state] == ["hyper_parameters.lr"]
     checkpoint = open_checkpoint(fixture_path(MEGATRON))
     assert any("args" in text and "--raw" in text for text in anyckpt.diff(checkpoint, checkpoint).not_compared)
+
+
+@pytest.mark.parametrize("name", [MEGATRON, "legacy/megatron_gpt_tp2_pp2", "legacy/megatron_moe_tp2_ep2"])
+def test_another_rotary_base_in_the_files_of_ranks(name: str, tmp_path: Path) -> None:
+    source = fixture_path(name)
+    copy = tmp_path / "run"
+    shutil.copytree(source, copy)
+    for file in copy.rglob("*.pt"):
+        data = file.read_bytes()
+        at = data.index(b"M\x10\x27", data.index(b"rotary_base"))
+        file.write_bytes(data[:at] + b"M\x20\x4e" + data[at + 3 :])
+    found = anyckpt.diff(source, copy)
+    assert [(s.name, float(s.a or 0), float(s.b or 0)) for s in found.configuration] == [("rotary_base", 10000, 20000)]
+    assert not found.equal
+    assert not anyckpt.diff(source, copy, raw=True).equal
+    assert anyckpt.diff(source, copy, weights_only=True).equal
