@@ -226,6 +226,20 @@ def test_what_cannot_be_calibrated_so_is_said(
     assert not Path("out").exists()
 
 
+def test_a_model_that_does_not_run_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    transformers.AutoModelForCausalLM.from_config(MODELS["llama"]()).save_pretrained(tmp_path / "model")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel\nand more")
+
+    for part in ("LlamaMLP", "LlamaRotaryEmbedding"):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(transformers.models.llama.modeling_llama, part), "forward", broken)
+            with pytest.raises(UsageError, match=r"LlamaForCausalLM does not run here.*RuntimeError: no kernel\)"):
+                statistics_of(tmp_path / "model")
+
+
 def test_what_is_quantized_already_is_not_calibrated(tmp_path: Path) -> None:
     anyckpt.convert(FIXTURES / "src_llama_b" / "hf", tmp_path / "q", to="hf", quantize="fp8")
     (tmp_path / "ids.jsonl").write_text("[1, 2, 3]\n")

@@ -31,6 +31,9 @@ from anyckpt.torch.calibration.seeing import (
 
 Advance = Callable[[int, int], None]
 
+_FROM_MODELS = (RuntimeError, NotImplementedError, ImportError, ValueError)
+"""What models raise for a kernel that is not there, memory that is not, or a configuration that they do not go with."""
+
 
 def calibrate(
     hub: Checkpoint,
@@ -96,7 +99,14 @@ class _Run:
         for name, module in self._outside.items():
             module.register_forward_pre_hook(partial(self._before, name))
         forwards = [partial(self._forward, torch.from_numpy(np.ascontiguousarray(ids))) for ids in batches]
-        run_in_step(forwards, self.layers, self._through)
+        try:
+            run_in_step(forwards, self.layers, self._through)
+        except _FROM_MODELS as error:
+            raise UsageError(
+                f"{self.model.path}: transformers' {type(self.model.whole).__name__} does not run here",
+                found=f"{type(error).__name__}: {error}".splitlines()[0][:160],
+                remedy="look at what it says, or choose an algorithm that needs no activations",
+            ) from error
 
     def caches(self) -> dict[str, tuple[float, float]]:
         """Largest magnitudes of keys and values by the attention's module in the checkpoint."""
