@@ -91,6 +91,12 @@ def test_what_cannot_be_done(layout: dict[str, Any], message: str, tmp_path: Pat
         anyckpt.convert(LLAMA, tmp_path / "out", to="hf", layout=LayoutRequest(**layout))
 
 
+def test_a_model_without_tokens_has_no_vocabulary_to_grow(tmp_path: Path) -> None:
+    """Rather than a configuration that speaks of one."""
+    with pytest.raises(UsageError, match="family vit has no tensor with a row for each"):
+        anyckpt.convert(fixture_path("families/vit/hf"), tmp_path / "out", to="hf", layout=grown(100, "mean"))
+
+
 def test_of_an_unknown_family_rows_are_not_known(tmp_path: Path) -> None:
     anyckpt.convert(LLAMA, tmp_path / "x.pt", to="torch")
     with pytest.raises(UsageError, match="not known without the model's family"):

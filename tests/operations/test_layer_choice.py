@@ -175,6 +175,12 @@ def test_renumbering(count: int, behind: int, data: st.DataObject) -> None:
     assert find_stack(stacked, count, "").chosen(stacked, kept)["layers.w"].numpy().tolist() == kept
 
 
+def test_numbers_with_zeros_before_them_are_other_names() -> None:
+    tensors = {f"layers.{n}.w": from_array(np.zeros(1)) for n in ("0", "1", "00", "01")}
+    stack = find_stack(tensors, 2, "")
+    assert [*stack.chosen(tensors, [1])] == ["layers.0.w", "layers.00.w", "layers.01.w"]
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [

@@ -64,6 +64,12 @@ def grow_vocabulary(
         )
     weights, prefix = checkpoint.weights(), checkpoint.model_prefix
     names, stored = _of_vocabulary(checkpoint, model)
+    if not names:
+        raise UsageError(
+            f"--new-rows fills rows of new tokens, and family {model.family} has no tensor with a row for each",
+            path=checkpoint.path,
+            remedy="leave --new-rows and --vocab-size out",
+        )
     true = min(model.config.vocab_size or stored, stored)
     if size <= true:
         raise UsageError(

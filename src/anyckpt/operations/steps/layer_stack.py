@@ -10,7 +10,7 @@ from anyckpt.errors import UsageError
 from anyckpt.models.complete import some
 from anyckpt.tensor import LazyTensor, concatenate
 
-_NUMBERED = re.compile(r"(.*?)\.(\d{1,7})\.")
+_NUMBERED = re.compile(r"(.*?)\.(0|[1-9]\d{0,6})\.")  # 00 is another name than 0
 _STACKED = re.compile(r"(.*?\.layers|layers)\.(?!\d)")
 _OTHER_PARTS = re.compile(r"vision|visual|audio|speech|image|tower|sam\b|perception|projector")
 """Names of what a larger model has besides its text."""
