@@ -28,9 +28,9 @@ class BlockBuffer:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE)
-        self.whole: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(self._memory, dtype=np.uint8)
+        self.whole: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
 
-    def at(self, offset: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def at(self, offset: int, nbytes: int) -> Bytes:
         """Memory for bytes ``[offset, offset + nbytes)`` of a file, aligned in memory as they are in the file."""
         lead = offset % PAGE
         return self.whole[lead : lead + nbytes]
@@ -67,7 +67,7 @@ class BlockFile:
         if nbytes >= _DIRECT_MINIMUM:
             self._direct = _open_direct(path)
 
-    def write(self, offset: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def write(self, offset: int, data: Bytes) -> None:
         """Write a block that lies in memory as ``BlockBuffer.at`` gave it.
 
         Raises:
@@ -89,7 +89,7 @@ class BlockFile:
         except OSError as error:
             raise write_error(self.path, error) from error
 
-    def _share(self, offset: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def _share(self, offset: int, data: Bytes) -> None:
         """Put a block's part of a page with the others' parts; write the page when it is full."""
         number = offset // PAGE
         with self._lock:
@@ -142,10 +142,10 @@ class _SharedPage:
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, PAGE)
-        self.whole: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(self.memory, dtype=np.uint8)
+        self.whole: Bytes = np.frombuffer(self.memory, dtype=np.uint8)
         self.filled = 0
 
-    def fill(self, start: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def fill(self, start: int, data: Bytes) -> None:
         self.whole[start : start + len(data)] = data
         self.filled += len(data)
 
@@ -173,7 +173,7 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, data: np.ndarray[Any, np.dtype[np.uint8]], offset: int) -> None:
+def _write_all(descriptor: int, data: Bytes, offset: int) -> None:
     view = data.data
     while len(view):
         count = os.pwrite(descriptor, view, offset)

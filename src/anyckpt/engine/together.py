@@ -11,19 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from anyckpt.blockwise import Computation, outputs_in
 from anyckpt.engine.blocks import Block
 from anyckpt.engine.plan import OutputFile, TensorData
-from anyckpt.indexing import c_strides
+from anyckpt.indexing import Array, c_strides
 from anyckpt.storage.gather import LONG_RUN, SCRATCH_BYTES, read_ahead
 from anyckpt.tensor import Stored
 
 MOST_TOGETHER = 8
 """Blocks that one thread fills together, where memory allows; each takes a buffer."""
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

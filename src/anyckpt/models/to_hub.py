@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.model import WHOLE_NORMS
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
-from anyckpt.indexing import Shape
+from anyckpt.indexing import Array, Shape
 from anyckpt.models.hub import Hub, Model, remarks
 from anyckpt.models.language.rules import Instance
 from anyckpt.models.peel import Peeled, peel
@@ -76,7 +75,7 @@ def _with_centred_norms(hub: Hub) -> Hub:
     return Hub(model, tensors, hub.ignored, [*hub.notes, note], {"layernorm_zero_centered_gamma": True})
 
 
-def _less_one(gamma: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+def _less_one(gamma: Array) -> Array:
     wide = gamma.astype(np.float64 if gamma.dtype.itemsize == 8 else np.float32)
     return (wide - 1).astype(gamma.dtype)
 

@@ -14,6 +14,7 @@ from anyckpt.identity import ElementWise, Identity
 from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.storage.gather import Hole, hole, scratch
 from anyckpt.tensor import LazyTensor, View
+from anyckpt.tensor.views import ElementWiseInto
 
 _BYTE = dtype("uint8")
 
@@ -149,19 +150,10 @@ class Gathered(View):
 
 
 @dataclass(frozen=True)
-class Affine(ElementWise):
-    """A code minus its zero point, times its scale, computed in float32 and rounded to ``to``.
-
-    Attributes:
-        to: element type of the result.
-    """
+class Affine(ElementWiseInto):
+    """A code minus its zero point, times its scale, computed in float32 and rounded to ``to``."""
 
     to: DType
-
-    def __call__(self, codes: Array, zeros: Array, scales: Array) -> Array:
-        result = np.empty(codes.shape, self.to.numpy)
-        self.into(result, codes, zeros, scales)
-        return result
 
     def into(self, out: Array, codes: Array, zeros: Array, scales: Array) -> None:
         for number, some, zero, scale in in_cache(out, codes, zeros, scales):
@@ -184,16 +176,11 @@ class Raised(ElementWise):
 
 
 @dataclass(frozen=True)
-class Shares(ElementWise):
+class Shares(ElementWiseInto):
     """A code times its scale times a step, in float32 and in this order, rounded to ``to``."""
 
     to: DType
     step: float
-
-    def __call__(self, codes: Array, scales: Array) -> Array:
-        result = np.empty(codes.shape, self.to.numpy)
-        self.into(result, codes, scales)
-        return result
 
     def into(self, out: Array, codes: Array, scales: Array) -> None:
         for number, some, scale in in_cache(out, codes, scales):

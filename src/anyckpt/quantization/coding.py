@@ -13,12 +13,13 @@ import numpy as np
 
 from anyckpt.blockwise import BlockFunction, Output
 from anyckpt.dtypes import DType, dtype
-from anyckpt.identity import ElementWise, Identity
+from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.largest import TensorScale, check_finite, magnitudes
 from anyckpt.quantization.numbers import values_of
 from anyckpt.quantization.rounding import E4M3, FLOAT4, Numbers
 from anyckpt.storage.gather import scratch
+from anyckpt.tensor.views import ElementWiseInto
 
 _FLOAT32, _BYTE, _E8M0 = dtype("float32"), dtype("uint8"), dtype("float8_e8m0fnu")
 _TINY = np.finfo(np.float32).tiny
@@ -257,7 +258,7 @@ class NvFp4(BlockCodes):
         return stored, numbers / common if self.common.inverted else numbers * common
 
 
-class TensorCodes(ElementWise):
+class TensorCodes(ElementWiseInto):
     """Codes with one scale for the whole tensor.
 
     Args:
@@ -269,6 +270,7 @@ class TensorCodes(ElementWise):
     def __init__(self, scale: TensorScale, numbers: Numbers, rounded: DType | None = None) -> None:
         self.scale = scale
         self.numbers = numbers
+        self.to = numbers.dtype
         self.rounded = rounded
         self._made = threading.Lock()
         self._table: Array | None = None
@@ -278,11 +280,6 @@ class TensorCodes(ElementWise):
 
     def __reduce__(self) -> tuple[type[TensorCodes], tuple[TensorScale, Numbers, DType | None]]:
         return TensorCodes, (self.scale, self.numbers, self.rounded)
-
-    def __call__(self, values: Array) -> Array:
-        result = np.empty(values.shape, self.numbers.dtype.numpy)
-        self.into(result, values)
-        return result
 
     def into(self, out: Array, values: Array) -> None:
         if values.dtype.itemsize == 2:

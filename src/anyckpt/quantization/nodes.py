@@ -14,6 +14,7 @@ from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.numbers import values_of
 from anyckpt.storage.gather import Hole, hole, scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored, View
+from anyckpt.tensor.views import ElementWiseInto
 
 _BYTE, _FLOAT32 = dtype("uint8"), dtype("float32")
 
@@ -195,16 +196,11 @@ class Decode(ElementWise):
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared as a whole
-class Multiply(ElementWise):
+class Multiply(ElementWiseInto):
     """The number of each code in ``table`` (float32) times a scale, rounded to ``to``."""
 
     table: Array
     to: DType
-
-    def __call__(self, codes: Array, scales: Array) -> Array:
-        result = np.empty(codes.shape, self.to.numpy)
-        self.into(result, codes, scales)
-        return result
 
     def into(self, out: Array, codes: Array, scales: Array) -> None:
         for number, some, several in in_cache(out, codes.view("u1"), scales):

@@ -18,13 +18,13 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import MappingError
-from anyckpt.identity import ElementWise
 from anyckpt.indexing import Array, Shape, in_cache
 from anyckpt.quantization.methods import Facts, Scheme
 from anyckpt.quantization.nodes import Halved, Repeated, numbers_of, product, scaled
 from anyckpt.quantization.numbers import table_of
 from anyckpt.storage.gather import scratch
 from anyckpt.tensor import LazyTensor, Mapped
+from anyckpt.tensor.views import ElementWiseInto
 
 METHOD = "trtllm"
 """As ``quant_method`` says it."""
@@ -181,16 +181,11 @@ class Quantized:
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared as a whole
-class MultiplyTwice(ElementWise):
+class MultiplyTwice(ElementWiseInto):
     """The number of each code in ``table`` (float32) times a scale, times an input's factor, rounded to ``to``."""
 
     table: Array
     to: DType
-
-    def __call__(self, codes: Array, scales: Array, inputs: Array) -> Array:
-        result = np.empty(codes.shape, self.to.numpy)
-        self.into(result, codes, scales, inputs)
-        return result
 
     def into(self, out: Array, codes: Array, scales: Array, inputs: Array) -> None:
         for number, some, several, factors in in_cache(out, codes.view("u1"), scales, inputs):

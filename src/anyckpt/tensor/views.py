@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -225,16 +225,29 @@ class Mapped(Pointwise):
             self._apply(start, out, (*operands, as_numbers(raw, child.dtype)))
 
 
+class ElementWiseInto(ElementWise):
+    """An element-wise function that is computed where its result is wanted.
+
+    Attributes:
+        to: element type of the result.
+    """
+
+    to: DType
+
+    def __call__(self, *arrays: Array) -> Array:
+        result = np.empty(arrays[0].shape, self.to.numpy)
+        self.into(result, *arrays)
+        return result
+
+    @abstractmethod
+    def into(self, out: Array, *arrays: Any) -> None: ...
+
+
 @dataclass(frozen=True)
-class Cast(ElementWise):
+class Cast(ElementWiseInto):
     """Rounding to another element type, to nearest, ties to even."""
 
-    target: DType
-
-    def __call__(self, array: Array) -> Array:
-        result = np.empty(array.shape, self.target.numpy)
-        self.into(result, array)
-        return result
+    to: DType
 
     def into(self, out: Array, array: Array) -> None:
         with np.errstate(over="ignore", invalid="ignore"):

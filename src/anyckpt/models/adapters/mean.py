@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import UsageError
+from anyckpt.indexing import Array
 from anyckpt.models.adapters.adapter import LowRank
 from anyckpt.tensor import LazyTensor, Mapped, concatenate
 
@@ -73,10 +73,10 @@ def _scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
 
 
 @lru_cache
-def _sum(factors: tuple[float, ...]) -> Callable[..., np.ndarray[Any, np.dtype[Any]]]:
-    def add(*arrays: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+def _sum(factors: tuple[float, ...]) -> Callable[..., Array]:
+    def add(*arrays: Array) -> Array:
         products = (array.astype(np.float64) * factor for array, factor in zip(arrays, factors, strict=True))
-        total: np.ndarray[Any, np.dtype[Any]] = sum(products, np.zeros((), np.float64))
+        total: Array = sum(products, np.zeros((), np.float64))
         return total.astype(arrays[0].dtype)
 
     return add

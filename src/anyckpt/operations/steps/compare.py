@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from anyckpt.indexing import CACHED_ELEMENTS
+from anyckpt.indexing import CACHED_ELEMENTS, Array
 from anyckpt.operations.steps.movement import Sums
 from anyckpt.operations.steps.threads import Advance
 from anyckpt.operations.steps.tolerances import Tolerance
 from anyckpt.tensor import LazyTensor, as_numbers
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK_ELEMENTS = 1 << 18
 

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 
 from anyckpt.errors import UsageError
-from anyckpt.indexing import CACHED_ELEMENTS
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from anyckpt.indexing import CACHED_ELEMENTS, Array
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 _SUFFIXES = re.compile(r"\.[^.]*\Z")

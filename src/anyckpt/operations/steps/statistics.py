@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from anyckpt.errors import UnsafeError
+from anyckpt.indexing import Array
 from anyckpt.operations.steps.threads import Advance
 from anyckpt.tensor import LazyTensor
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK_ELEMENTS = 1 << 16  # their float64 copy stays in the processor's cache
 
