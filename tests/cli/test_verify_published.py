@@ -87,7 +87,7 @@ def test_lists_of_digests(form: Callable[[Path], str], inside: bool, anyckpt: Ru
     assert found.code == 0, found.json["problems"]
     assert found.json["checked"]["published"] == files
     assert found.json["checked"]["proved"] == found.json["checked"]["tensors"] == 21
-    assert [text for text in found.json["unchecked"] if "contents" in text] == []
+    assert found.json["unchecked"] == []
     assert f"{files} files as published" in anyckpt("verify", folder, "--checksum", listed).out
     flip(folder / "model.safetensors")
     damaged = anyckpt("verify", folder, "--checksum", listed, "--json")

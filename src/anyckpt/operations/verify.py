@@ -169,9 +169,11 @@ def _check_published(
         result.problems += [Problem(name, f"is not there, though {os.fspath(file)} lists it") for name in missing]
     if lists:
         listed = {digest.file for digest in published}
+        own = {location.place.real(os.fspath(file)) for file in lists}
+        listed |= {name for name in files_of(location) if location.place.real(path_of(location, name)) in own}
         others = [name for name in files_of(location) if name not in listed and not name.startswith(".")]
         if others:
-            result.unchecked.append(f"{len(others)} files that no list names: {some(others)}")
+            result.unchecked.append(f"{len(others)} file{'s' * (len(others) > 1)} that no list names: {some(others)}")
     published += known_to_hub(location)
     good: dict[str, bool] = {}
     for digest, problem in check_published(location, published, progress):

@@ -67,7 +67,9 @@ def said_by_user(location: Location, expect: Iterable[str]) -> list[Published]:
         found = _ALONE.fullmatch(digest.strip())
         if found is None:
             raise UsageError(
-                "is no digest", expected="[FILE=]sha256:HEX, as sha256sum and the Hub print it", found=repr(text)
+                "--expect is no digest",
+                expected="[FILE=]sha256:HEX, as sha256sum and the Hub print it",
+                found=repr(text),
             )
         algorithm = _algorithm(found["algorithm"], found["value"], text)
         if location.is_directory and not name:
