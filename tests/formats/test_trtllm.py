@@ -720,6 +720,19 @@ def test_numbers_that_no_scale_has_are_damage(tmp_path: Path, name: str, value: 
     ]
 
 
+def test_eight_bit_weights_that_nothing_is_said_of_are_told(tmp_path: Path) -> None:
+    source = open_case("llama").checkpoint
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = {**dict(source.items()), name: source[name].cast("float8_e4m3fn")}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(source.config))
+    write_plan(Plan("", (OutputFile("model.safetensors", safetensors_parts(tensors)),)), folder)
+    done = anyckpt.convert(folder, tmp_path / "out", to="trtllm")
+    told = "1 weights are 8-bit numbers, transformer.layers.0.mlp.proj.weight among them"
+    assert any(note.startswith(told) for note in done.notes)
+
+
 def test_what_tensorrt_llm_does_not_load_is_told(tmp_path: Path) -> None:
     def as_weight_only(tensors: dict[str, LazyTensor], config: dict[str, Any]) -> None:
         for name in [

@@ -31,6 +31,12 @@ def refused(tensors: Mapping[str, LazyTensor], facts: Mapping[str, Any] | None) 
     """What a user should know before building an engine, one line each."""
     algorithm = None if facts is None else facts.get("quant_algo")
     quantized = [name.removesuffix(_SCALE) for name in tensors if name.endswith(_SCALE)]
+    codes = [name for name, tensor in tensors.items() if tensor.dtype.itemsize == 1 and _LINEAR.fullmatch(name)]
+    if facts is None and codes:
+        yield (
+            f"{len(codes)} weights are 8-bit numbers, {codes[0]} among them, and nothing says how they are quantized: "
+            "TensorRT-LLM's loader takes the model's own type; write numbers with --dtype"
+        )
     if algorithm in _WEIGHT_ONLY and quantized:
         yield (
             f"TensorRT-LLM cannot load these {algorithm} weights: {len(quantized)} have integers row by row and "
