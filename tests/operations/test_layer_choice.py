@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.models.cases import facts, open_case
+from tests.operations.test_average import saved
 from tests.support import fixture_path, sha256_of
 
 import anyckpt
@@ -99,6 +100,33 @@ def test_the_optimizer_goes_with_the_layers_that_stay(source: str, target: str, 
     assert new.slots.keys() == old.slots.keys() and new.step == old.step
     for slot, tensors in old.slots.items():
         assert facts(new.slots[slot]) == facts(stack.chosen(tensors, [1])), slot
+
+
+@pytest.mark.parametrize("optimizer", ["keep", "drop"])
+@pytest.mark.parametrize("ending", ["pt", "ckpt"])
+def test_objects_among_the_weights_go_with_their_layers(ending: str, optimizer: Any, tmp_path: Path) -> None:
+    """Under the numbers that their layers have now, and what says how many layers there are says it of those."""
+    sizes = {"num_layers": 3}
+    state: dict[str, Any] = {"net.norm": from_array(np.ones(2, np.float32))}
+    for layer in range(3):
+        state[f"net.layers.{layer}.w"] = from_array(np.full(2, layer, np.float32))
+        state[f"net.layers.{layer}._extra_state"] = {"scale": layer, "amax": from_array(np.full(1, layer, np.float32))}
+        state[f"net.layers.{layer}.version"] = layer
+    lightning = {"state_dict": state, "pytorch-lightning_version": "2.0.0", "hyper_parameters": sizes}
+    saved(tmp_path / f"whole.{ending}", **(lightning if ending == "ckpt" else state))
+    done = anyckpt.convert(
+        tmp_path / f"whole.{ending}", tmp_path / f"less.{ending}", drop_layers="0", optimizer=optimizer
+    )
+    found = read(tmp_path / f"less.{ending}")
+    prefix = "state_dict." if ending == "ckpt" else ""
+    for place, layer in enumerate((1, 2)):
+        assert found.objects[f"{prefix}net.layers.{place}.version"] == layer
+        if optimizer == "keep":
+            assert found.objects[f"{prefix}net.layers.{place}._extra_state.scale"] == layer
+        assert found.tensors[f"{prefix}net.layers.{place}._extra_state.amax"].numpy() == layer
+    assert f"{prefix}net.layers.2.version" not in found.objects
+    assert done.ignored[f"{prefix}net.layers.0.version"] == "of a layer that is left out"
+    assert found.objects.get("hyper_parameters", {"num_layers": 2}) == {"num_layers": 2}
 
 
 def test_uneven_stages_are_no_longer_said(tmp_path: Path) -> None:

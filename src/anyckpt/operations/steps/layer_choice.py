@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from anyckpt import models
-from anyckpt.checkpoint import Checkpoint, CompositeTensor, OptimizerState
+from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.config.model import ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers
@@ -118,10 +118,11 @@ def choose_layers(
     tensors = {prefix + name: tensor for name, tensor in stack.chosen(weights, kept).items()}
     changed, notes = with_layers(config, kept, path)
     state = with_optimizer(checkpoint).optimizer
+    objects, gone = _objects(checkpoint, stack, kept)
     after = replace(
         checkpoint,
         tensors={**tensors, **{name: tensor for name, tensor in checkpoint.tensors.items() if name not in own}},
-        objects=_objects(checkpoint, stack, kept),
+        objects=objects,
         config=changed if given is None else checkpoint.config,
         details=dict(inside_with_layers(checkpoint.details, kept, stack.count, path)),
         trainer=inside_with_layers(checkpoint.trainer, kept, stack.count, path),
@@ -133,7 +134,7 @@ def choose_layers(
     told, changed = _checked(before, _described(after, changed) if config else after, kept, changed, family)
     if given is None and checkpoint.adapter is None:
         after = replace(after, config=changed)
-    lost = {prefix + name: _LEFT_OUT for name in weights if name not in names}
+    lost = dict.fromkeys([*(prefix + name for name in weights if name not in names), *gone], _LEFT_OUT)
     first = f"{stack.count - len(kept)} of {stack.count} layers are left out, and {len(kept)} numbered from 0 on"
     unsaid = (
         ()
@@ -166,18 +167,27 @@ def _described(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     return replace(checkpoint, config=dict(config), config_kind=checkpoint.config_kind or kind)
 
 
-def _objects(checkpoint: Checkpoint, stack: Stack, kept: Sequence[int]) -> dict[str, Any]:
-    """Objects that are not of layers left out; parts of weights under the weights' new names."""
+def _objects(checkpoint: Checkpoint, stack: Stack, kept: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+    """Objects as they are of the layers that stay, and names of those that are of others.
+
+    What lies among the weights, as a module's extra state, is numbered as they are; mappings beside them that say how
+    many layers there are, as Lightning's ``hyper_parameters`` do, are cut as the configuration is.
+    """
     prefix = checkpoint.model_prefix
-    composite = {
-        name.removeprefix(prefix): name
+    among = {name.removeprefix(prefix): name for name in checkpoint.objects if name.startswith(prefix)}
+    of_layers = {own: name for own, name in among.items() if stack.layer(own) is not None}
+    names = stack.renumbered(of_layers, kept)
+    called = {stored: prefix + names[own] if own in names else None for own, stored in of_layers.items()}
+    objects = {
+        called.get(name, name): value
+        if name in called
+        else inside_with_layers(value, kept, stack.count, checkpoint.path)
         for name, value in checkpoint.objects.items()
-        if isinstance(value, CompositeTensor)
     }
-    names = stack.renumbered(composite, kept)
-    called = {stored: prefix + names[own] if own in names else None for own, stored in composite.items()}
-    objects = {called.get(name, name): value for name, value in checkpoint.objects.items()}
-    return {name: value for name, value in objects.items() if name is not None}
+    return (
+        {name: value for name, value in objects.items() if name is not None},
+        [name for name, new in called.items() if new is None],
+    )
 
 
 def _state(checkpoint: Checkpoint, stack: Stack, kept: Sequence[int]) -> OptimizerState:
