@@ -108,3 +108,38 @@ def test_a_rank_that_is_killed_in_mid_save(tmp_path: Path) -> None:
     on_ranks(2, saved, str(path))  # by the job that is started again
     assert anyckpt.open(path)["w"].shape == (8, 3)
     assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_checkpoint_that_is_deleted_during_a_load_is_loaded_whole_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    import torch
+
+    import anyckpt.torch
+    from anyckpt.errors import AnyckptError
+    from anyckpt.torch import reading
+
+    state = {f"w{n}": torch.full((1000,), float(n)) for n in range(8)}
+    anyckpt.torch.save(state, tmp_path / "x")
+    fill, done = reading._filling, []
+
+    def deleting(*arguments: Any) -> Any:
+        task = fill(*arguments)
+
+        def filling() -> None:
+            done.append(1)
+            if len(done) == 4:
+                shutil.rmtree(tmp_path / "x")
+            task()
+
+        return filling
+
+    monkeypatch.setattr(reading, "_filling", deleting)
+    other = {name: torch.zeros(1000) for name in state}
+    try:
+        anyckpt.torch.load(other, tmp_path / "x", workers=1)
+    except AnyckptError:
+        return
+    assert all(torch.equal(other[name], tensor) for name, tensor in state.items())
