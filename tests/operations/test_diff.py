@@ -118,6 +118,22 @@ def test_what_only_one_says_is_told(tmp_path: Path) -> None:
     assert [setting.name for setting in other.configuration] == ["embedding_multiplier"]
 
 
+def test_settings_that_are_not_of_the_model_are_named(tmp_path: Path) -> None:
+    """No field of a model has the size of a batch, and yet two archives with another one are not alike."""
+    anyckpt.convert(LLAMA, tmp_path / "a.nemo", to="nemo")
+    anyckpt.edit(tmp_path / "a.nemo", set={"micro_batch_size": 9, "optim": {"lr": 0.5}}, output=tmp_path / "b.nemo")
+    found = anyckpt.diff(tmp_path / "a.nemo", tmp_path / "b.nemo")
+    assert found.equal
+    assert not found.complete
+    [told] = [text for text in found.not_compared if "of the model" in text]
+    assert "micro_batch_size (1 in A, 9 in B)" in told
+    assert "optim (not said in A, {'lr': 0.5} in B)" in told
+    anyckpt.edit(tmp_path / "a.nemo", set={"rotary_base": 9}, output=tmp_path / "c.nemo")
+    found = anyckpt.diff(tmp_path / "a.nemo", tmp_path / "c.nemo")
+    assert [setting.name for setting in found.configuration] == ["rotary_base"]
+    assert not [text for text in found.not_compared if "of the model" in text]
+
+
 def test_a_configuration_that_only_one_has_is_a_difference(tmp_path: Path) -> None:
     anyckpt.convert(LLAMA, tmp_path / "x.safetensors", to="safetensors")
     found = anyckpt.diff(LLAMA, tmp_path / "x.safetensors")

@@ -229,6 +229,7 @@ def diff(
             settings = Settings((*settings.different, Setting("configuration", there[0], there[1])))
         if settings.obstacle is not None:
             left_out.append(f"the configurations: {settings.obstacle}")
+        left_out += settings.beyond_the_model()
         state += _positions(first, second)
         if raw:
             state += _objects(first, second, with_tensors=bool(left_out))
@@ -240,7 +241,7 @@ def diff(
             objects = compare_training_objects(first, second, by_parameter=by_parameter, configured=configured)
             state += objects.different
             left_out += objects.not_compared
-        complete = complete and settings.obstacle is None
+        complete = complete and settings.obstacle is None and not settings.beyond
     left_out += _files_aside(first, second)
     return Difference(
         len(shared),

@@ -70,10 +70,13 @@ class Settings:
     Attributes:
         different: what is said differently.
         obstacle: why they are not compared, or not all; None if they are.
+        beyond: what two configurations of one framework say differently and no field of the model has: batches,
+            paths, and words that mean the same.
     """
 
     different: tuple[Setting, ...] = ()
     obstacle: str | None = None
+    beyond: tuple[Setting, ...] = ()
 
     def known_to_both(self) -> Settings:
         """Without what only one of the two says, which is an obstacle: conversions lose words for which the target
@@ -82,7 +85,14 @@ class Settings:
         if not alone:
             return self
         names = few((setting.name for setting in alone), _SHOWN)
-        return Settings(tuple(s for s in self.different if s not in alone), f"only one of them says {names}")
+        left = tuple(s for s in self.different if s not in alone)
+        return replace(self, different=left, obstacle=f"only one of them says {names}")
+
+    def beyond_the_model(self) -> Iterator[str]:
+        """A line on what is beyond the model, if anything is."""
+        if self.beyond:
+            said = few((f"{s.name} ({_side(s.a)} in A, {_side(s.b)} in B)" for s in self.beyond), _SHOWN)
+            yield f"settings that are not of the model: {said}; --raw compares them"
 
 
 def compare_configurations(
@@ -117,7 +127,8 @@ def compare_configurations(
         different = [*_of_models(known[0], known[1], a.config_kind, b.config_kind)]
         if a.config_kind == b.config_kind == "hf":
             different += _outside_text(a.config, b.config, known)
-        return Settings(tuple(different)).known_to_both()
+        beyond = () if a.config_kind == "hf" else tuple(_beyond(a, b, known[0].family))
+        return Settings(tuple(different), beyond=beyond).known_to_both()
     if a.config_kind != b.config_kind:
         return Settings(obstacle="the model's family is not known, and the configurations are of different frameworks")
     return Settings(tuple(_of_keys(a.config, b.config, _ASIDE)))
@@ -199,11 +210,33 @@ def _respelled(model: Model, kind: str | None) -> ModelConfig | None:
     """What is left of a model's configuration in another framework's spelling; None if that cannot say it."""
     try:
         config = models.render_config(model, kind or "")
-        bare = Checkpoint("", "", {}, config=config, config_kind=kind)
-        again = models.identify(bare, family=model.family)
     except AnyckptError:
         return None
+    again = _identified(config, kind, model.family)
     return None if again is None else again.config
+
+
+def _identified(config: Mapping[str, Any], kind: str | None, family: str) -> Model | None:
+    """The model that a configuration alone tells of; None if none."""
+    try:
+        return models.identify(Checkpoint("", "", {}, config=dict(config), config_kind=kind), family=family)
+    except AnyckptError:
+        return None
+
+
+def _beyond(a: Checkpoint, b: Checkpoint, family: str) -> Iterator[Setting]:
+    """What two configurations of one kind say differently without which the first one's model would be the same."""
+    if a.config_kind != b.config_kind:
+        return
+    told: dict[str, list[Setting]] = {}
+    for setting in _of_keys(a.config, b.config, _ASIDE):
+        told.setdefault(setting.name.partition(".")[0], []).append(setting)
+    before = _identified(a.config, a.config_kind, family) if told else None
+    for key, settings in told.items():
+        config = {name: value for name, value in a.config.items() if name != key}
+        after = _identified({**config, key: b.config[key]} if key in b.config else config, a.config_kind, family)
+        if before is None or (after is not None and not _unlike(before, before.config, after.config)):
+            yield from settings
 
 
 def _outside_text(a: Mapping[str, Any], b: Mapping[str, Any], known: tuple[Model, Model]) -> Iterator[Setting]:
@@ -234,6 +267,10 @@ def _of_keys(a: Mapping[str, Any], b: Mapping[str, Any], without: Container[str]
 
 def _is_nothing(value: Any) -> bool:
     return any(value is nothing or (value == nothing and type(value) is type(nothing)) for nothing in _NOTHING)
+
+
+def _side(said: str | None) -> str:
+    return "not said" if said is None else said
 
 
 def _text(value: Any) -> str:
