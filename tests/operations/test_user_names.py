@@ -7,12 +7,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.models.cases import facts
+from tests.operations.test_average import saved
 from tests.support import fixture_path, sha256_of
 
 import anyckpt
@@ -156,6 +158,22 @@ def test_state_that_names_no_weight_stays_as_it_is_stored(tmp_path: Path) -> Non
     state = {name: fact for name, fact in facts(source.tensors).items() if name.startswith("optimizer_states")}
     assert state and state.items() <= facts(found.tensors).items()
     assert {f"state_dict.net.{name}" for name in source.weights()} <= found.tensors.keys()
+
+
+@pytest.mark.parametrize("optimizer", ["keep", "drop"])
+@pytest.mark.parametrize("ending", ["pt", "ckpt"])
+def test_objects_among_the_weights_are_renamed_as_these_are(ending: str, optimizer: Any, tmp_path: Path) -> None:
+    """An extra state of a scale and a tensor stays one, in the module that it is of."""
+    extra = {"scale": 3, "amax": from_array(np.ones(1, np.float32))}
+    state = {"m.h.w": from_array(np.ones(2, np.float32)), "m.h._extra_state": extra, "m.h.version": 7}
+    root = {"state_dict": state, "pytorch-lightning_version": "2.0.0", "epoch": 1, "global_step": 1}
+    saved(tmp_path / f"a.{ending}", **(root if ending == "ckpt" else state))
+    anyckpt.convert(tmp_path / f"a.{ending}", tmp_path / f"b.{ending}", rename="m.h.*=net.*", optimizer=optimizer)
+    found, prefix = read(tmp_path / f"b.{ending}"), "state_dict." if ending == "ckpt" else ""
+    assert found.objects[f"{prefix}net.version"] == 7
+    assert found.key_paths[f"{prefix}net._extra_state.amax"][-2:] == ("net._extra_state", "amax")
+    assert optimizer == "drop" or found.objects[f"{prefix}net._extra_state.scale"] == 3
+    assert not [name for name in (*found.tensors, *found.objects) if "m.h" in name]
 
 
 def test_an_adapter(tmp_path: Path) -> None:

@@ -177,13 +177,12 @@ def called(checkpoint: Checkpoint, renames: Sequence[Rename]) -> Called:
         names.update(changes)
     _check(names, checkpoint)
     new_names = {prefix + old: prefix + new for old, new in names.items()}
+    new_names |= _beside(checkpoint, new_names, renames)
     objects = {
-        new_names.get(name, _renamed_part(name, names, prefix)) if isinstance(value, CompositeTensor) else name: value
+        new_names.get(name, _renamed_part(name, names, prefix) if isinstance(value, CompositeTensor) else name): value
         for name, value in checkpoint.objects.items()
     }
-    paths = {
-        new_names.get(name, name): _path(path, name, new_names, prefix) for name, path in checkpoint.key_paths.items()
-    }
+    paths = dict(_new_path(checkpoint, name, new_names) for name in checkpoint.key_paths)
     return Called(
         replace(
             with_modules(checkpoint, names),
@@ -249,6 +248,24 @@ _WRAPPER = "base_model.model."
 _FACTOR = re.compile(r"\.(?:lora_|modules_to_save|base_layer|original_module)")
 
 
+def _beside(checkpoint: Checkpoint, new_names: Mapping[str, str], renames: Sequence[Rename]) -> dict[str, str]:
+    """New names of objects in the modules that weights are in, such as an extra state, by the same patterns.
+
+    One whose name a weight would get keeps its own.
+    """
+    prefix = checkpoint.model_prefix
+    modules = {name[:end] for name in new_names for end, sign in enumerate(name) if sign == "."}
+    taken, found = {*new_names.values()}, {}
+    for name, value in checkpoint.objects.items():
+        if isinstance(value, CompositeTensor) or not name.startswith(prefix) or name.rpartition(".")[0] not in modules:
+            continue
+        new = prefix + new_name(name.removeprefix(prefix), prefix, renames)
+        if new not in taken and new != prefix:
+            found[name] = new
+            taken.add(new)
+    return found
+
+
 def _note(rename: Rename, changes: Mapping[str, str]) -> str:
     changed = [(old, new) for old, new in changes.items() if old != new]
     if not changed:
@@ -283,11 +300,21 @@ def _renamed_part(name: str, names: Mapping[str, str], prefix: str) -> str:
     return prefix + names[own] if own in names else name
 
 
-def _path(path: tuple[Any, ...], name: str, new_names: Mapping[str, str], prefix: str) -> tuple[Any, ...]:
-    """Where a renamed weight lies: in what held it, under its own new name."""
-    new = new_names.get(name)
-    if new is None or new == name:
-        return path
+def _new_path(checkpoint: Checkpoint, name: str, new_names: Mapping[str, str]) -> tuple[str, tuple[Any, ...]]:
+    """A stored name as it is now, and where it lies: in what held it, under its own new name.
+
+    Where the weights alone are left of a file, its names still have before them what held the weights.
+    """
+    path, prefix = checkpoint.key_paths[name], checkpoint.model_prefix
+    gone = name not in new_names and name not in checkpoint.tensors and name not in checkpoint.objects
+    above = f"{path[0]}." if gone and len(path) > 1 and name.startswith(f"{path[0]}.") else ""
+    new = new_names.get(name.removeprefix(above))
+    if new is None or above + new == name:
+        return name, path
+    new, prefix = above + new, above or prefix
     holder = [step for step in prefix.split(".") if step]
     inside = len(holder) if [*path[: len(holder)]] == holder else 0
-    return (*path[:inside], new.removeprefix(prefix) if inside else new)
+    own = new.removeprefix(prefix) if inside else new
+    below = "".join(f".{step}" for step in path[inside + 1 :])  # in a mapping that is one of the entries
+    head = own.removesuffix(below) if below else own
+    return new, (*path[:inside], own) if not head or head == own else (*path[:inside], head, *path[inside + 1 :])
