@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,24 @@ def test_settings_that_are_not_of_the_model_are_named(tmp_path: Path) -> None:
     found = anyckpt.diff(tmp_path / "a.nemo", tmp_path / "c.nemo")
     assert [setting.name for setting in found.configuration] == ["rotary_base"]
     assert not [text for text in found.not_compared if "of the model" in text]
+
+
+def test_files_of_one_name_with_other_bytes_are_named(tmp_path: Path) -> None:
+    """A tokenizer that counts otherwise is another model, though every weight is the same."""
+    copy = tmp_path / "copy"
+    shutil.copytree(LLAMA, copy)
+    assert anyckpt.diff(LLAMA, copy).complete
+    for name in ("tokenizer.json", "generation_config.json"):
+        text = (copy / name).read_text()
+        (copy / name).write_text(text.replace("1", "2", 1))
+        assert (copy / name).read_text() != text
+    for raw in (False, True):
+        found = anyckpt.diff(LLAMA, copy, raw=raw)
+        assert not found.complete
+        assert any("generation_config.json, tokenizer.json (the bytes differ)" in text for text in found.not_compared)
+    anyckpt.convert(copy, tmp_path / "copy.nemo", to="nemo")
+    across = anyckpt.diff(LLAMA, tmp_path / "copy.nemo")
+    assert any("of which each has its own: tokenizer.json (the bytes" in text for text in across.not_compared)
 
 
 def test_a_configuration_that_only_one_has_is_a_difference(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.hub_names import EMBEDDING, HEAD
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import AnyckptError, UsageError, few
 from anyckpt.operations.steps.adapter_names import adapter_names
 from anyckpt.operations.steps.common_names import CommonNames, common_names
 from anyckpt.operations.steps.compare import compare
@@ -20,7 +20,10 @@ from anyckpt.operations.steps.joining import check_whole, open_checkpoint
 from anyckpt.operations.steps.movement import Movement, Sums, by_layer, most_moved
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.operations.steps.tolerances import Tolerances
+from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
+
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,10 @@ def diff(
             left_out += objects.not_compared
         complete = complete and settings.obstacle is None and not settings.beyond
     left_out += _files_aside(first, second)
+    if not (weights_only or globs):
+        unlike = [*_unlike_files(first, second)]
+        left_out += unlike
+        complete = complete and not unlike
     return Difference(
         len(shared),
         only_in_a,
@@ -306,12 +313,37 @@ def _state_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
 
 
 def _files_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    files = {name for c in (a, b) for name in (*c.artifacts, *(c.tokenizer.files if c.tokenizer is not None else ()))}
+    files = {name for c in (a, b) for name in _files(c)}
     if files:
         shown = sorted(files)
         yield f"files besides weights and configuration: {', '.join(shown[:3])}" + (
             f" and {len(shown) - 3} more" if shown[3:] else ""
         )
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, ByteSource]:
+    return {**checkpoint.artifacts, **(checkpoint.tokenizer.files if checkpoint.tokenizer is not None else {})}
+
+
+def _unlike_files(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
+    """Files that both have under one name and not with the same bytes; whether they mean the same is not known."""
+    first, second = _files(a), _files(b)
+    unlike = []
+    for name in sorted(first.keys() & second.keys()):
+        try:
+            if not _same_bytes(first[name], second[name]):
+                unlike.append(name)
+        except AnyckptError as error:
+            yield f"{name}: {error}"
+    if unlike:
+        yield f"what is in files of which each has its own: {few(unlike, 5)} (the bytes differ)"
+
+
+def _same_bytes(a: ByteSource, b: ByteSource) -> bool:
+    starts = range(0, a.size, _BLOCK)
+    return a.size == b.size and all(
+        a.read(start, min(_BLOCK, a.size - start)) == b.read(start, min(_BLOCK, a.size - start)) for start in starts
+    )
 
 
 def _with_tied_heads(names: CommonNames, a: str, b: str) -> Iterator[str]:
