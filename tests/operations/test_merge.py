@@ -152,6 +152,14 @@ def test_kinds_of_elements(tmp_path: Path) -> None:
     assert read(tmp_path / "slerp.pt")["layer.one"].numpy() == 1.5
 
 
+def test_what_is_no_tensor_is_told_of(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        saved(tmp_path / name, **{"net.h.w": np.ones(2, np.float32), "net.h.version": 3, "epoch": 1})
+    done = anyckpt.merge([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "out.pt")
+    assert "no tensor" in done.ignored["net.h.version"]
+    assert not read(tmp_path / "out.pt").objects
+
+
 def recipe_of_layers(path: Path, model: Path, *stretches: list[int]) -> Path:
     slices = [{"sources": [{"model": str(model), "layer_range": stretch}]} for stretch in stretches]
     path.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))

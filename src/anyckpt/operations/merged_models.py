@@ -20,6 +20,7 @@ from anyckpt.models.hub import head_and_embedding
 from anyckpt.operations.merge_lora import with_adapter
 from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.aligned_models import Aligned, Choice, align
+from anyckpt.operations.steps.beside_weights import objects_in_modules
 from anyckpt.operations.steps.casts import ChangedType
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
@@ -30,6 +31,7 @@ from anyckpt.operations.steps.weighted_mean import Tensors, is_averaged, made_on
 from anyckpt.tensor import LazyTensor
 
 _STATE = "training state, of which none is that of a merged model"
+_OBJECT = "no tensor, and of one of the models: there is none of a merged model"
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,8 @@ def _ignored(aligned: Aligned, found: _Models, weights: Tensors) -> dict[str, st
     for hub in aligned.hubs:
         for name, reason in hub.ignored.items():
             ignored.setdefault(name, reason)
+    for whole in found.opened():
+        ignored |= dict.fromkeys(objects_in_modules(whole), _OBJECT)
     return {name: reason for name, reason in ignored.items() if name not in weights}
 
 

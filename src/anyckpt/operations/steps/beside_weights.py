@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from anyckpt.checkpoint import Checkpoint, storage_key
+from anyckpt.checkpoint import Checkpoint, CompositeTensor, storage_key
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.models.complete import some
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import LazyTensor
+
+
+def objects_in_modules(checkpoint: Checkpoint) -> list[str]:
+    """Stored names of objects in the modules that weights are in, such as an extra state; none that hold weights."""
+    prefix = checkpoint.model_prefix
+    found = [
+        name
+        for name, value in checkpoint.objects.items()
+        if name.startswith(prefix) and not isinstance(value, CompositeTensor)
+    ]
+    if not found:
+        return []
+    stored = [prefix + name for name in checkpoint.weights()]
+    modules = {name[:end] for name in stored for end, sign in enumerate(name) if sign == "."}
+    return [name for name in found if name.rpartition(".")[0] in modules]
 
 
 def weights_beside(checkpoint: Checkpoint, chosen: Mapping[str, LazyTensor]) -> dict[str, LazyTensor] | None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from anyckpt.checkpoint import Checkpoint, CompositeTensor
 from anyckpt.errors import UsageError
 from anyckpt.models.complete import some
+from anyckpt.operations.steps.beside_weights import objects_in_modules
 from anyckpt.operations.steps.renaming import Renamed
 
 Value = TypeVar("Value")
@@ -254,11 +255,8 @@ def _beside(checkpoint: Checkpoint, new_names: Mapping[str, str], renames: Seque
     One whose name a weight would get keeps its own.
     """
     prefix = checkpoint.model_prefix
-    modules = {name[:end] for name in new_names for end, sign in enumerate(name) if sign == "."}
     taken, found = {*new_names.values()}, {}
-    for name, value in checkpoint.objects.items():
-        if isinstance(value, CompositeTensor) or not name.startswith(prefix) or name.rpartition(".")[0] not in modules:
-            continue
+    for name in objects_in_modules(checkpoint):
         new = prefix + new_name(name.removeprefix(prefix), prefix, renames)
         if new not in taken and new != prefix:
             found[name] = new
