@@ -93,6 +93,19 @@ def test_integers_are_compared_bit_by_bit_and_not_as_floats() -> None:
     assert deviation(np.array([2**62], dtype=np.int64), np.array([2**62 + 1], dtype=np.int64)) is not None
 
 
+@pytest.mark.parametrize("kind", ["int64", "uint64"])
+def test_neighbours_that_float64_takes_for_one_differ_under_a_tolerance(kind: str) -> None:
+    a, b = (np.array([5, number], kind) for number in (2**60, 2**60 + 1))
+    for found in (deviation(a, b, atol=0.5), deviation(b, a, atol=0.5)):
+        assert found is not None
+        assert (found.elements, found.max_abs) == (1, 1.0)
+    assert deviation(a, b, atol=1.0) is None
+    low, high = (np.array([number], "int64") for number in (-(2**63), 2**63 - 1))
+    found = deviation(low, high, atol=1.0)
+    assert found is not None
+    assert found.max_abs == 2.0**64
+
+
 def test_scalars_and_empty_tensors() -> None:
     assert deviation(np.array(3.0), np.array(3.0)) is None
     assert deviation(np.zeros((0, 4)), np.zeros((0, 4))) is None
