@@ -246,6 +246,18 @@ def test_objects_are_compared(tmp_path: Path) -> None:
     assert anyckpt.diff(first, first, raw=True).equal
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [(0.0, -0.0), ({1: 2}, {"1": 2}), ({1: 2, "1": 3, "a": 0}, {"1": 2, "a": 0})]
+)
+def test_objects_that_look_alike_and_are_not(one: Any, other: Any) -> None:
+    weights = {"w": from_array(np.ones(2, "<f4"))}
+    first, second = (Checkpoint("", "torch", weights, objects={"o": {"x": held}}) for held in (one, other))
+    for raw in (False, True):
+        assert anyckpt.diff(first, first, raw=raw).equal
+        assert [s.name.startswith("o.x") for s in anyckpt.diff(first, second, raw=raw).state]
+        assert not anyckpt.diff(first, second, raw=raw).equal
+
+
 def test_tensors_of_several_parts_are_compared_part_by_part(tmp_path: Path) -> None:
     """torch's sparse, quantized and nested tensors."""
     path = fixture_path("legacy/zoo_kinds/zip.pt")

@@ -56,7 +56,19 @@ def _walk(a: Mapping[str, Any], b: Mapping[str, Any], tensors: bool, sequences_a
         if (id(one), id(other)) in seen:
             continue
         seen.add((id(one), id(other)))
+        if not sequences_alike and isinstance(one, Mapping):
+            kinds = [sorted((_key(key), type(key).__name__) for key in side) for side in (one, other)]
+            yield from _of_keys(name, kinds[0], kinds[1])
         todo += reversed([(f"{name}.{key}", x, y) for key, x, y in _aligned(parts, _parts(other) or [])])
+
+
+def _of_keys(name: str, a: list[tuple[str, str]], b: list[tuple[str, str]]) -> Iterator[Setting]:
+    """Keys of one text that are a number in the one and a string in the other, which no lookup takes for the same."""
+    if a != b:
+        first, second = dict(a), dict(b)
+        for text in first.keys() & second.keys():
+            if first[text] != second[text]:
+                yield Setting(f"{name}.{text}", f"under a key of type {first[text]}", f"of type {second[text]}")
 
 
 def _aligned(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> list[tuple[str, Any, Any]]:
@@ -130,7 +142,7 @@ def _same_leaf(a: Any, b: Any, tensors: bool) -> bool:
     if isinstance(a, np.ndarray):
         return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     if isinstance(a, float):
-        return a == b or (math.isnan(a) and math.isnan(b))
+        return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (math.isnan(a) and math.isnan(b))
     return a is b or bool(a == b)
 
 
