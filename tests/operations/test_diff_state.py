@@ -231,6 +231,19 @@ def test_hyperparameters_of_groups_and_the_loss_scale() -> None:
     assert ("optimizer.groups.0.lr", str(lr), "0.5") in changed(groups=one)
 
 
+@pytest.mark.parametrize("name", [MEGATRON, "legacy/megatron_distopt_tp2_dp2"])
+def test_hyperparameters_that_one_rank_alone_has_otherwise(name: str) -> None:
+    """The state by parameter has the first rank's; a framework loads each rank's own."""
+    one, other = (open_checkpoint(fixture_path(name)) for _ in range(2))
+    assert anyckpt.diff(one, other).equal
+    held = other.objects["mp_rank_01/optimizer"]
+    groups = held.get("optimizer", held)["param_groups"]
+    groups[0]["lr"] = 0.5
+    [found] = anyckpt.diff(one, other).state
+    assert found.name.startswith("mp_rank_01/optimizer.")
+    assert (found.name.endswith("param_groups.0.lr"), found.b) == (True, "0.5")
+
+
 def test_slots_that_only_one_has() -> None:
     checkpoint = open_checkpoint(fixture_path(MEGATRON))
     state = state_of(checkpoint)

@@ -25,6 +25,8 @@ _TOLD_BY_PARAMETER = re.compile(
     r"(?:.*[./])?(?:param_groups|grad_scaler|step|state|param_state|param_state_sharding_type)(?:\..*)?"
 )
 """What is compared by parameter, and which form it is kept in."""
+_NUMBERS = re.compile(r".*[./](?:param_groups\.\d+\.(?!params\b)|grad_scaler\b|step\b).*")
+"""Of what is told by parameter, what every rank has alike."""
 _SCHEDULERS = frozenset({"opt_param_scheduler", "lr_scheduler", "lr_schedulers"})
 
 
@@ -158,6 +160,18 @@ def _compare(held: list[dict[str, Any]], by_parameter: bool, *, sequences_alike:
     for of_optimizers in (False, True):
         chosen = [{name: obj for name, obj in own.items() if holds_optimizer(name) == of_optimizers} for own in held]
         told = of_optimizers and by_parameter
+        first = next((name.partition("/")[0] for name in chosen[0] if _is_of_rank(name)), None)
         for setting in compare_objects(chosen[0], chosen[1], tensors=not told, sequences_alike=sequences_alike):
-            if not (told and _TOLD_BY_PARAMETER.fullmatch(setting.name)):
+            if not (told and _TOLD_BY_PARAMETER.fullmatch(setting.name)) or _is_of_another_rank(setting, first):
                 yield setting
+
+
+def _is_of_another_rank(setting: Setting, first: str | None) -> bool:
+    """Whether it is a number that a rank keeps of an optimizer whose state by parameter has the first rank's."""
+    both = setting.a is not None and setting.b is not None
+    return (
+        both
+        and _is_of_rank(setting.name)
+        and setting.name.partition("/")[0] != first
+        and (_NUMBERS.fullmatch(setting.name) is not None)
+    )
