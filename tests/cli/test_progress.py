@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import struct
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,25 @@ def large(path: Path) -> Path:
     return path
 
 
-def interrupting(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
-    def update(self: console._Log, done: int, total: int) -> None:
-        if when(done):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)  # the main thread takes the signal meanwhile
+@contextmanager
+def interrupting(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> Iterator[None]:
+    taken = threading.Event()
 
+    def take(*_: object) -> None:
+        taken.set()
+        raise KeyboardInterrupt
+
+    def update(self: console._Log, done: int, total: int) -> None:
+        if when(done) and not taken.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert taken.wait(60)  # however busy the machine, the main thread takes the signal before this one goes on
+
+    before = signal.signal(signal.SIGINT, take)
     monkeypatch.setattr(console._Log, "update", update)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_log_gets_lines_with_bytes_rate_and_time_left(
@@ -65,8 +78,7 @@ def test_lines_come_every_half_minute(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_who_interrupts_is_told_how_to_go_on(anyckpt: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, output = large(tmp_path / "large.safetensors"), tmp_path / "out.pt"
-    with monkeypatch.context() as patch:
-        interrupting(patch, lambda done: done > _SIZE // 2)
+    with monkeypatch.context() as patch, interrupting(patch, lambda done: done > _SIZE // 2):
         done = anyckpt("convert", path, output, "--workers", "1")
     assert done.code == 130
     assert (
