@@ -135,6 +135,17 @@ def test_settings_that_are_not_of_the_model_are_named(tmp_path: Path) -> None:
     assert not [text for text in found.not_compared if "of the model" in text]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("tie_word_embeddings", True), ("model_type", "llama-of-ours"), ("rope_interleave", True)]
+)
+def test_settings_that_no_field_tells_are_named(key: str, value: Any, tmp_path: Path) -> None:
+    first = llama(tmp_path / "first", rope_interleave=False)
+    found = anyckpt.diff(first, llama(tmp_path / "second", **{"rope_interleave": False, key: value}))
+    named = [setting.name for setting in found.configuration]
+    assert key in named or any(f"{key} (" in text for text in found.not_compared)
+    assert not (found.equal and found.complete)
+
+
 def test_files_of_one_name_with_other_bytes_are_named(tmp_path: Path) -> None:
     """A tokenizer that counts otherwise is another model, though every weight is the same."""
     copy = tmp_path / "copy"

@@ -127,7 +127,7 @@ def compare_configurations(
         different = [*_of_models(known[0], known[1], a.config_kind, b.config_kind)]
         if a.config_kind == b.config_kind == "hf":
             different += _outside_text(a.config, b.config, known)
-        beyond = () if a.config_kind == "hf" else tuple(_beyond(a, b, known[0].family))
+        beyond = tuple(_beyond(a, b, known[0].family, {setting.name for setting in different}))
         return Settings(tuple(different), beyond=beyond).known_to_both()
     if a.config_kind != b.config_kind:
         return Settings(obstacle="the model's family is not known, and the configurations are of different frameworks")
@@ -224,18 +224,24 @@ def _identified(config: Mapping[str, Any], kind: str | None, family: str) -> Mod
         return None
 
 
-def _beyond(a: Checkpoint, b: Checkpoint, family: str) -> Iterator[Setting]:
-    """What two configurations of one kind say differently without which the first one's model would be the same."""
+def _beyond(a: Checkpoint, b: Checkpoint, family: str, told: set[str]) -> Iterator[Setting]:
+    """What two configurations of one kind say differently and no difference that is told comes of.
+
+    Of keys that tensors overrule this is so, too: whether embeddings are tied, what normalizes.  What only one of two
+    ``config.json`` has is mostly a default that another release writes.
+    """
     if a.config_kind != b.config_kind:
         return
-    told: dict[str, list[Setting]] = {}
+    by_key: dict[str, list[Setting]] = {}
     for setting in _of_keys(a.config, b.config, _ASIDE):
-        told.setdefault(setting.name.partition(".")[0], []).append(setting)
-    before = _identified(a.config, a.config_kind, family) if told else None
-    for key, settings in told.items():
+        both = setting.a is not None and setting.b is not None
+        if setting.name not in told and (both or a.config_kind != "hf"):
+            by_key.setdefault(setting.name.partition(".")[0], []).append(setting)
+    before = _identified(a.config, a.config_kind, family) if by_key else None
+    for key, settings in by_key.items():
         config = {name: value for name, value in a.config.items() if name != key}
         after = _identified({**config, key: b.config[key]} if key in b.config else config, a.config_kind, family)
-        if before is None or (after is not None and not _unlike(before, before.config, after.config)):
+        if before is None or after is None or told.isdisjoint(_unlike(before, before.config, after.config)):
             yield from settings
 
 
