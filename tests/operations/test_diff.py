@@ -146,6 +146,23 @@ def test_settings_that_no_field_tells_are_named(key: str, value: Any, tmp_path: 
     assert not (found.equal and found.complete)
 
 
+def test_settings_of_adapters_that_scale_nothing_are_named(tmp_path: Path) -> None:
+    source = fixture_path("families/lora_llama/hf_adapter")
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    file = copy / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_modules": config["target_modules"][::-1], "peft_version": "0"}))
+    assert anyckpt.diff(source, copy).complete
+    changes = {"base_model_name_or_path": "another", "lora_bias": True, "r": config["r"] * 2}
+    file.write_text(json.dumps({**config, **changes}))
+    for raw in (False, True):
+        found = anyckpt.diff(source, copy, raw=raw)
+        assert [setting.name for setting in found.configuration] == ["rank"]
+        [told] = [text for text in found.not_compared if "another in B" in text]
+        assert "lora_bias (False in A, True in B)" in told
+
+
 def test_files_of_one_name_with_other_bytes_are_named(tmp_path: Path) -> None:
     """A tokenizer that counts otherwise is another model, though every weight is the same."""
     copy = tmp_path / "copy"

@@ -92,7 +92,7 @@ class Settings:
         """A line on what is beyond the model, if anything is."""
         if self.beyond:
             said = few((f"{s.name} ({_side(s.a)} in A, {_side(s.b)} in B)" for s in self.beyond), _SHOWN)
-            yield f"settings that are not of the model: {said}; --raw compares them"
+            yield f"settings that are not of the model: {said}"
 
 
 def compare_configurations(
@@ -117,7 +117,8 @@ def compare_configurations(
         if spelling_of(a) != spelling_of(b):
             return Settings(tuple(_of_translated(first, second)), None if understood else alone)
         said = (*_of_adapters(first, second), *_of_other_kinds(a, b, first, second))
-        return Settings(said, None if understood else alone)
+        rest = tuple(_rest_of_adapters(a, b, {setting.name for setting in said}))
+        return Settings(said, None if understood else alone, rest)
     if lacking:
         return Settings(obstacle=alone)
     if raw and a.config_kind == b.config_kind:
@@ -164,6 +165,18 @@ def _of_other_kinds(a: Checkpoint, b: Checkpoint, first: AdapterSettings, second
         for setting in _of_keys(a.config, b.config, ()):
             if not _OF_ADAPTERS_TRAINING.fullmatch(setting.name) and _FIELDS.get(setting.name) not in known:
                 yield setting
+
+
+def _rest_of_adapters(a: Checkpoint, b: Checkpoint, told: set[str]) -> Iterator[Setting]:
+    """Keys that no setting tells, such as the base and what was trained beside; PEFT writes sets in any order."""
+    if a.config_kind != b.config_kind or not (a.config and b.config):
+        return
+    for setting in _of_keys(a.config, b.config, ("peft_version",)):
+        values = [c.config.get(setting.name) for c in (a, b)]
+        lists = [sorted(map(str, value)) for value in values if isinstance(value, list)]
+        same_set = len(lists) == 2 and lists[0] == lists[1]
+        if not same_set and told.isdisjoint((setting.name, _FIELDS.get(setting.name))):
+            yield setting
 
 
 def _of_translated(a: AdapterSettings, b: AdapterSettings) -> Iterator[Setting]:
