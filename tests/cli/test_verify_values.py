@@ -11,6 +11,8 @@ from tests.cli.test_diff import written
 from tests.formats.torch_archives import small_file
 from tests.support import file_bytes, fixture_path
 
+from anyckpt import verify
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.tensor import from_array
@@ -90,6 +92,16 @@ def test_training_state_is_looked_at_too(anyckpt: Runner, tmp_path: Path) -> Non
     (problem,) = found["problems"]
     assert "exp_avg" in problem["where"]
     assert "1 NaN of 3 elements" in problem["problem"]
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f8", "<c8", "<f2"])
+def test_arrays_of_numpy_are_looked_at_too(kind: str) -> None:
+    weights = {"w": from_array(np.ones(3, np.float32))}
+    for bad in (False, True):
+        values = np.array([0.5, np.nan if bad else 2, 1]).astype(kind)
+        state = {"state": {0: {"exp_avg": values}}, "names": np.array(["a"]), "steps": np.arange(3)}
+        found = verify(Checkpoint("", "torch", weights, objects={"optimizer": state}), deep=True)
+        assert [problem.problem for problem in found.problems] == ["training state: 1 NaN of 3 elements"] * bad
 
 
 def test_a_callback_that_has_no_score_yet_is_no_damage(anyckpt: Runner) -> None:

@@ -14,11 +14,12 @@ from anyckpt.checkpoint import CompositeTensor
 from anyckpt.operations.steps.configurations import Setting
 from anyckpt.pickling.plain import record_parts, to_plain
 from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
-from anyckpt.tensor import LazyTensor
+from anyckpt.tensor import LazyTensor, from_array
 
 _MOST = 1000
 _LONGEST = 80
 _CHUNK_BYTES = 1 << 20
+_FRACTIONS = ("float16", "float32", "float64", "complex64", "complex128")
 _NONE = object()
 
 
@@ -108,7 +109,8 @@ def _parts(obj: Any) -> list[tuple[str, Any]] | None:
 
 
 def tensors_within(objects: Mapping[str, Any]) -> Iterator[tuple[str, LazyTensor]]:
-    """The tensors inside objects, by name and keys with dots; one that is in several places comes once."""
+    """The tensors inside objects, and numpy's arrays of fractions, by name and keys with dots; one that is in several
+    places comes once."""
     seen: dict[int, Any] = {}  # the objects too, so that no other gets the number of one that is gone
     todo: list[tuple[str, Any]] = [(name, objects[name]) for name in reversed(list(objects))]
     while todo:
@@ -118,6 +120,10 @@ def tensors_within(objects: Mapping[str, Any]) -> Iterator[tuple[str, LazyTensor
         if isinstance(obj, LazyTensor):
             seen[id(obj)] = obj
             yield name, obj
+            continue
+        if isinstance(obj, np.ndarray) and obj.dtype.name in _FRACTIONS:
+            seen[id(obj)] = obj
+            yield name, from_array(obj.astype(obj.dtype.newbyteorder("<"), copy=False))
             continue
         parts = _parts(obj)
         if parts is not None:
