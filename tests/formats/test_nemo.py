@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tests.support import assert_tensors_equal_expected, expected_of, fixture_path
 
+from anyckpt import verify
 from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.formats.nemo import FORMAT
@@ -177,11 +178,16 @@ def test_damaged_contents(damage: str, container: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_artifact_is_a_warning(tmp_path: Path) -> None:
+def test_missing_artifact_is_damage(tmp_path: Path) -> None:
     members = {n: d for n, d in members_of("nemo1_basic_v3_0_0").items() if "child_vocab" not in n}
     checkpoint = opened(packed(members, tmp_path / "m.nemo"))
     (warning,) = checkpoint.warnings
     assert "child.vocab_file" in warning and "child_vocab.txt" in warning
+    found = verify(tmp_path / "m.nemo")
+    assert not found.sound and [problem.problem for problem in found.problems] == [warning]
+    assert warning not in found.warnings
+    members[f"{warning.split(chr(39))[1]}/part"] = b"x"
+    assert verify(packed(members, tmp_path / "folder.nemo")).sound  # the reference is to a folder, which is there
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,8 @@ def replaced(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def missing_artifacts(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Dotted key -> member, for each ``nemo:`` reference to a member that the archive lacks."""
-    known = set(names)
+    """Dotted key -> member, for each ``nemo:`` reference to a file or folder that the archive lacks."""
+    known = {"/".join(parts[:end]) for name in names for parts in [name.split("/")] for end in range(1, len(parts) + 1)}
     return {
         ".".join(map(str, path)): text[len(ARTIFACT_SCHEME) :]
         for path, text in texts(config)

@@ -79,7 +79,10 @@ def read(location: Location) -> Checkpoint:
     weights = _read_weights(container, files, config, location.path)
     others = _others(container, files)
     tokenizer = read_tokenizer(config, others)
-    missing = missing_artifacts(config, others)
+    missing = [
+        f"{CONFIG}: {key} refers to {name!r}, which the archive lacks"
+        for key, name in missing_artifacts(config, others).items()
+    ]
     used = set() if tokenizer is None else {id(source) for source in tokenizer.files.values()}
     return Checkpoint(
         path=location.path,
@@ -93,10 +96,8 @@ def read(location: Location) -> Checkpoint:
         tokenizer=tokenizer,
         artifacts={name: source for name, source in others.items() if id(source) not in used},
         layout=weights.layout,
-        warnings=[
-            *weights.warnings,
-            *(f"{key} refers to {name!r}, which the archive lacks" for key, name in missing.items()),
-        ],
+        warnings=[*weights.warnings, *missing],
+        unloadable=missing,
         ignored=weights.ignored,
         details={
             **weights.details,
