@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,39 @@ def test_a_callback_that_has_no_score_yet_is_no_damage(anyckpt: Runner) -> None:
 def test_a_whole_file_is_sound(anyckpt: Runner, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(small_file())
     assert "the values of 2 tensors" in anyckpt("verify", tmp_path / "x.pt", "--deep").out
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), from_array(np.array(np.nan, dtype=np.float32))])
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        (
+            lambda number: {"optimizer": {"param_groups": [{"lr": number, "params": [0]}]}},
+            "optimizer.param_groups.0.lr",
+        ),
+        (
+            lambda number: {"optimizer": {"param_groups": [{"betas": (0.9, number)}]}},
+            "optimizer.param_groups.0.betas.1",
+        ),
+        (lambda number: {"scheduler": {"_last_lr": [number]}}, "scheduler._last_lr.0"),
+        (lambda number: {"scaler": {"scale": number, "growth_factor": 2.0}}, "scaler.scale"),
+    ],
+)
+def test_numbers_that_the_next_step_is_computed_with_are_finite(
+    anyckpt: Runner, tmp_path: Path, state: Callable[[object], dict[str, object]], name: str, number: object
+) -> None:
+    """Whether they are numbers of Python or tensors."""
+    weights = {"model": {"w": from_array(np.ones(3, np.float32))}}
+    assert anyckpt("verify", torch_file(tmp_path / "good.pt", {**weights, **state(1.0)}), "--deep").code == 0
+    bad = torch_file(tmp_path / "bad.pt", {**weights, **state(number)})
+    assert anyckpt("verify", bad).code == 0
+    found = anyckpt("verify", bad, "--deep")
+    assert found.code == 1 and f"{name}: training state: " in found.out
+
+
+def test_other_numbers_of_training_state_may_be_nan(anyckpt: Runner, tmp_path: Path) -> None:
+    weights = {"model": {"w": from_array(np.ones(3, np.float32))}}
+    state = {"callback": {"best": float("inf"), "val_loss": float("nan")}, "max_norm": float("inf")}
+    found = anyckpt("verify", torch_file(tmp_path / "x.pt", {**weights, **state}), "--deep")
+    assert found.code == 0 and "callback.val_loss: training state: NaN" in found.err
+    assert "best" not in found.err and "max_norm" not in found.err

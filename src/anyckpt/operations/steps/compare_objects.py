@@ -108,27 +108,29 @@ def _parts(obj: Any) -> list[tuple[str, Any]] | None:
     return None
 
 
-def tensors_within(objects: Mapping[str, Any]) -> Iterator[tuple[str, LazyTensor]]:
-    """The tensors inside objects, and numpy's arrays of fractions, by name and keys with dots; one that is in several
-    places comes once."""
+def leaves_within(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is inside objects and holds nothing else, by name and keys with dots.
+
+    A tensor or an array that is in several places comes once; numpy's arrays of fractions come as tensors.
+    """
     seen: dict[int, Any] = {}  # the objects too, so that no other gets the number of one that is gone
     todo: list[tuple[str, Any]] = [(name, objects[name]) for name in reversed(list(objects))]
     while todo:
         name, obj = todo.pop()
         if id(obj) in seen:
             continue
-        if isinstance(obj, LazyTensor):
-            seen[id(obj)] = obj
-            yield name, obj
-            continue
-        if isinstance(obj, np.ndarray) and obj.dtype.name in _FRACTIONS:
-            seen[id(obj)] = obj
-            yield name, from_array(obj.astype(obj.dtype.newbyteorder("<"), copy=False))
-            continue
         parts = _parts(obj)
         if parts is not None:
             seen[id(obj)] = obj
             todo += reversed([(f"{name}.{key}", value) for key, value in parts])
+        elif isinstance(obj, np.ndarray):
+            seen[id(obj)] = obj
+            fractions = obj.dtype.name in _FRACTIONS
+            yield name, from_array(obj.astype(obj.dtype.newbyteorder("<"), copy=False)) if fractions else obj
+        else:
+            if isinstance(obj, LazyTensor):
+                seen[id(obj)] = obj
+            yield name, obj
 
 
 def _key(key: Any) -> str:

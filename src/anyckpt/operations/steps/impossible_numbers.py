@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, few
-from anyckpt.operations.steps.compare_objects import tensors_within
+from anyckpt.operations.steps.compare_objects import leaves_within
 from anyckpt.operations.steps.statistics import Statistics, counts, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.tensor import LazyTensor
@@ -15,6 +20,12 @@ from anyckpt.tensor import LazyTensor
 _MASK = re.compile(r"(^|[._])(masks?|\w*_masks?|masked_bias|alibi\w*)\Z")
 _EXTREMES = re.compile(r"(^|[._])((min|max)_vals?|best(_\w+)?(_score|_value|_loss|_metric))\Z")
 """What is infinite until something smaller or larger was seen, as observers of quantization and callbacks are."""
+
+_STEERING = re.compile(
+    r"(^|[._])(lrs?|learning_rate|weight_decay|wd|momentum|dampening|betas?|alpha|eps|epsilon|rho|trust_coefficient"
+    r"|loss_scale|grad_scale|cur_scale|init_scale|_?scale|growth_factor|backoff_factor|scale_factor)(\.\d+)*\Z"
+)
+"""Numbers that the next step of training is computed with, so that none of it is finite if they are not."""
 
 _MOST_TINY = 0.5
 _SHOWN = 3
@@ -40,14 +51,19 @@ class Values:
 def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
     """Read every floating-point tensor of a checkpoint, training state included, wherever it keeps it.
 
-    NaN is a problem wherever it is, and so is infinity, but for masks of attention and what starts as infinity.
+    NaN is a problem wherever it is, and so is infinity, but for masks of attention and what starts as infinity.  Single
+    numbers of training state, whether tensors or not, are problems if the next step is computed with them, such as
+    learning rates and loss scales; of others NaN is told, which the best loss of a run may be that has none yet.
     Denormal numbers are told where no training leaves them: in types of float32's range a few of them are what a stray
     write makes of integers; float16 has them all the time, so there only a tensor of nearly nothing else is told.
     """
     prefix = checkpoint.model_prefix
     own = {prefix + name for name in checkpoint.weights()}
     listed = {id(tensor) for tensor in checkpoint.tensors.values()}
-    inside = {name: t for name, t in tensors_within(checkpoint.objects) if id(t) not in listed}
+    leaves = [
+        leaf for leaf in leaves_within(checkpoint.objects) if isinstance(leaf[1], (LazyTensor, float, np.floating))
+    ]
+    inside = {name: t for name, t in leaves if isinstance(t, LazyTensor) and id(t) not in listed}
     every = {**inside, **checkpoint.tensors}
     tensors = {name: t for name, t in every.items() if t.dtype.is_floating or t.dtype.kind == "complex"}
 
@@ -62,6 +78,7 @@ def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
             return error
 
     values = Values()
+    _judge_numbers(leaves, values)
     meter = Meter(sum(tensor.nbytes for tensor in tensors.values()), progress)
     strays: list[str] = []
     tiny: list[str] = []
@@ -88,16 +105,29 @@ def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
 
 def _judge(name: str, tensor: LazyTensor, found: Statistics, where: str, values: Values) -> None:
     infinite = found.inf
-    if infinite and (_is_mask(name, tensor, found) or _EXTREMES.search(name) or (where and not tensor.ndim)):
+    steering = bool(where) and _STEERING.search(name) is not None
+    single = bool(where) and not tensor.ndim and not steering
+    if infinite and (_is_mask(name, tensor, found) or _EXTREMES.search(name) or single):
         infinite = 0
     if not found.nan and not infinite:
         return
     counts = [f"{n:,} {what}" for n, what in ((found.nan, "NaN"), (infinite, "infinite")) if n]
     text = f"{where}{' and '.join(counts)} of {tensor.size:,} elements"
-    if where and not tensor.ndim:  # the best loss of a run that has none yet
+    if single:  # the best loss of a run that has none yet
         values.warnings.append(f"{name}: {text}")
     else:
         values.problems.append((name, text))
+
+
+def _judge_numbers(leaves: Sequence[tuple[str, Any]], values: Values) -> None:
+    for name, number in leaves:
+        if isinstance(number, LazyTensor) or math.isfinite(number):
+            continue
+        text = f"training state: {'NaN' if math.isnan(number) else 'infinite'}"
+        if _STEERING.search(name):
+            values.problems.append((name, text))
+        elif math.isnan(number):
+            values.warnings.append(f"{name}: {text}")
 
 
 def _is_mask(name: str, tensor: LazyTensor, found: Statistics) -> bool:
