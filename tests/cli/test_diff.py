@@ -37,7 +37,7 @@ def test_equal_is_exit_code_0(anyckpt: Runner) -> None:
     assert found.code == 0
     assert found.json == {
         "equal": True, "complete": True, "compared": 15, "only_in_a": [], "only_in_b": [], "different": [],
-        "configuration": [], "state": [], "names": "hub", "notes": [], "movements": None, "layers": None,
+        "configuration": [], "state": [], "files": [], "names": "hub", "notes": [], "movements": None, "layers": None,
         "not_compared": [
             "files besides weights and configuration: generation_config.json, tokenizer.json, tokenizer_config.json"
         ],

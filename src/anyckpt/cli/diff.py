@@ -67,7 +67,11 @@ def _tolerance(option: str, word: str) -> Callable[[Callable[..., int]], Callabl
 @click.option("--layers", is_flag=True, help="Tell it of each layer.")
 @click.option("--sort", type=click.Choice(_SORTS), help="Those that moved most, by this, first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N that moved most alone.")
-@click.option("--raw", is_flag=True, help="Compare all tensors and objects as they are stored, under stored names.")
+@click.option(
+    "--raw",
+    is_flag=True,
+    help="Compare all tensors, objects and files of one name as they are stored, under stored names.",
+)
 @click.option("--weights-only", is_flag=True, help="Leave aside configuration and training state.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -139,7 +143,7 @@ def _print(found: Difference, layers: bool, sort: str | None, top: int | None) -
             print_line(f"only in {side}: {name}")
         if len(names) > _SHOWN_NAMES:
             print_line(f"only in {side}: {len(names) - _SHOWN_NAMES} more")
-    for settings, what in ((found.configuration, "configuration"), (found.state, "training state")):
+    for settings, what in _beside(found):
         for setting in settings[:_SHOWN_NAMES]:
             print_line(f"{what}{f' {setting.name}' * (setting.name != what)}: {_said(setting)}")
         if len(settings) > _SHOWN_NAMES:
@@ -149,6 +153,10 @@ def _print(found: Difference, layers: bool, sort: str | None, top: int | None) -
         print_note(f"not compared: {text}")
     for note in found.notes:
         print_note(f"note: {note}")
+
+
+def _beside(found: Difference) -> Sequence[tuple[Sequence[Setting], str]]:
+    return (found.configuration, "configuration"), (found.state, "training state"), (found.files, "files")
 
 
 def _print_movements(movements: Sequence[Movement], what: str) -> None:
@@ -206,9 +214,5 @@ def _verdict(found: Difference) -> str:
     sides = [
         f"{len(names)} only in {side}" for side, names in (("A", found.only_in_a), ("B", found.only_in_b)) if names
     ]
-    settings = [
-        f"{_counted(len(those), 'difference')} of {what}"
-        for those, what in ((found.configuration, "configuration"), (found.state, "training state"))
-        if those
-    ]
+    settings = [f"{_counted(len(those), 'difference')} of {what}" for those, what in _beside(found) if those]
     return "; ".join([f"different: {counts}", *sides, *settings])

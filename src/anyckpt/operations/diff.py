@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -70,6 +71,7 @@ class Difference:
         not_compared: what one of the two has, or both, that was not looked at.
         complete: whether weights, configurations and training state were compared, but for what formats and layouts
             keep each in its own way.
+        files: with ``raw``, files of one name besides weights and configuration whose bytes differ.
         movements: how far each tensor is from the other, if ``statistics`` asks for it, else None; not of tensors
             that differ in shape, nor of types that numpy cannot compute with.
     """
@@ -85,6 +87,7 @@ class Difference:
     not_compared: tuple[str, ...] = ()
     complete: bool = True
     movements: tuple[Movement, ...] | None = None
+    files: tuple[Setting, ...] = ()
 
     @property
     def layers(self) -> list[Movement] | None:
@@ -94,7 +97,8 @@ class Difference:
     @property
     def equal(self) -> bool:
         """Whether nothing that was compared differs; with ``complete``, that is all that was asked for."""
-        return not (self.only_in_a or self.only_in_b or self.different or self.configuration or self.state)
+        beside = self.configuration or self.state or self.files
+        return not (self.only_in_a or self.only_in_b or self.different or beside)
 
     def __bool__(self) -> bool:
         return not self.equal
@@ -131,6 +135,7 @@ class Difference:
             "different": [asdict(tensor) for tensor in self.different],
             "configuration": [asdict(setting) for setting in self.configuration],
             "state": [asdict(setting) for setting in self.state],
+            "files": [asdict(setting) for setting in self.files],
             "not_compared": list(self.not_compared),
             "names": self.names,
             "notes": list(self.notes),
@@ -175,7 +180,8 @@ def diff(
         atol: absolute tolerance, likewise.
         tensors: glob or globs of the names that are compared; all that is no tensor is left aside then.
         statistics: tell how far each tensor moved, those that are equal too (``Difference.movements``).
-        raw: compare all tensors and objects under their stored names, and the configuration's keys as they are.
+        raw: compare all tensors and objects under their stored names, the configuration's keys as they are, and the
+            bytes of files of one name.
         weights_only: leave aside configurations and training state.
         workers: threads; as many as processors, up to 4, if None.
         progress: called with (bytes done, bytes to do) of the second checkpoint, from any thread.
@@ -245,11 +251,11 @@ def diff(
             state += objects.different
             left_out += objects.not_compared
         complete = complete and settings.obstacle is None and not settings.beyond
-    left_out += _files_aside(first, second)
-    if not (weights_only or globs):
-        unlike = [*_unlike_files(first, second)]
-        left_out += unlike
-        complete = complete and not unlike
+    unlike = _UnlikeFiles() if weights_only or globs else _unlike_files(first, second)
+    left_out += [*_files_aside(first, second, () if not raw else unlike.looked_at), *unlike.unread]
+    if unlike.different and not raw:
+        left_out.append(f"what is in files of which each has its own: {few([*unlike.different], 5)} (the bytes differ)")
+    complete = complete and not unlike.unread and (raw or not unlike.different)
     return Difference(
         len(shared),
         only_in_a,
@@ -262,6 +268,7 @@ def diff(
         tuple(left_out),
         complete,
         tuple(movements) if statistics else None,
+        tuple(Setting(name, *sides) for name, sides in unlike.different.items()) if raw else (),
     )
 
 
@@ -312,8 +319,8 @@ def _state_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
         yield "training state, as asked"
 
 
-def _files_aside(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    files = {name for c in (a, b) for name in _files(c)}
+def _files_aside(a: Checkpoint, b: Checkpoint, looked_at: Collection[str]) -> Iterator[str]:
+    files = {name for c in (a, b) for name in _files(c) if name not in looked_at}
     if files:
         shown = sorted(files)
         yield f"files besides weights and configuration: {', '.join(shown[:3])}" + (
@@ -325,25 +332,42 @@ def _files(checkpoint: Checkpoint) -> dict[str, ByteSource]:
     return {**checkpoint.artifacts, **(checkpoint.tokenizer.files if checkpoint.tokenizer is not None else {})}
 
 
-def _unlike_files(a: Checkpoint, b: Checkpoint) -> Iterator[str]:
-    """Files that both have under one name and not with the same bytes; whether they mean the same is not known."""
+@dataclass
+class _UnlikeFiles:
+    """Files that both have under one name and not with the same bytes; whether they mean the same is not known.
+
+    Attributes:
+        different: name -> what each is.
+        looked_at: names of those that were read.
+        unread: which could not be, and why.
+    """
+
+    different: dict[str, tuple[str, str]] = field(default_factory=dict)
+    looked_at: set[str] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
+
+
+def _unlike_files(a: Checkpoint, b: Checkpoint) -> _UnlikeFiles:
     first, second = _files(a), _files(b)
-    unlike = []
+    found = _UnlikeFiles()
     for name in sorted(first.keys() & second.keys()):
         try:
-            if not _same_bytes(first[name], second[name]):
-                unlike.append(name)
+            sides = _contents(first[name]), _contents(second[name])
         except AnyckptError as error:
-            yield f"{name}: {error}"
-    if unlike:
-        yield f"what is in files of which each has its own: {few(unlike, 5)} (the bytes differ)"
+            found.unread.append(f"{name}: {error}")
+        else:
+            found.looked_at.add(name)
+            if sides[0] != sides[1]:
+                found.different[name] = sides
+    return found
 
 
-def _same_bytes(a: ByteSource, b: ByteSource) -> bool:
-    starts = range(0, a.size, _BLOCK)
-    return a.size == b.size and all(
-        a.read(start, min(_BLOCK, a.size - start)) == b.read(start, min(_BLOCK, a.size - start)) for start in starts
-    )
+def _contents(source: ByteSource) -> str:
+    """A file's size and its whole digest, which tell it from any other."""
+    digest = hashlib.sha256()
+    for start in range(0, source.size, _BLOCK):
+        digest.update(source.read(start, min(_BLOCK, source.size - start)))
+    return f"{source.size:,} bytes, sha256:{digest.hexdigest()}"
 
 
 def _with_tied_heads(names: CommonNames, a: str, b: str) -> Iterator[str]:

@@ -91,11 +91,11 @@ def parts(found: Difference, most: int, *, explore: bool) -> list[str]:
     for side, names in (("the first", found.only_in_a), ("the second", found.only_in_b)):
         if names:
             made.append(table("", (f"only in {side}",), [(name,) for name in names[:most]], explore=kinds[0]))
-    for what, settings in (("configuration", found.configuration), ("state", found.state)):
+    for what, settings in (("configuration", found.configuration), ("state", found.state), ("file", found.files)):
         if settings:
             lines = [(one.name, one.a or "not said", one.b or "not said") for one in settings[:most]]
             made.append(table("", (what, "first", "second"), lines, explore=kinds[1]))
-    left = _left((moved, others, found.only_in_a, found.only_in_b, found.configuration, found.state), most)
+    left = _left((moved, others, found.only_in_a, found.only_in_b, found.configuration, found.state, found.files), most)
     made.append(paragraphs([*([f"{left:,} more are not listed."] if left else []), *found.notes]))
     made.append(paragraphs(found.not_compared, "not compared"))
     return made
