@@ -291,7 +291,8 @@ def _crc32(source: ByteSource, advance: Advance) -> int:
 def _check_model(checkpoint: Checkpoint, result: Verification) -> None:
     try:
         whole = join_ranks(checkpoint)
-        result.warnings += [text for text in whole.warnings if text not in result.warnings]
+        told = {*result.warnings, *checkpoint.unloadable}
+        result.warnings += [text for text in whole.warnings if text not in told]
         if adapters.settings_of(whole) is not None:
             _check_adapter(whole, result)
             return
