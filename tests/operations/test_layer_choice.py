@@ -22,7 +22,7 @@ from anyckpt.errors import UsageError
 from anyckpt.formats.registry import read
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.operations.steps.layer_choice import parse_layers
-from anyckpt.operations.steps.layer_settings import with_layers
+from anyckpt.operations.steps.layer_settings import with_layers, with_stack_layers
 from anyckpt.operations.steps.layer_stack import find_stack
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import from_array
@@ -178,6 +178,55 @@ def test_what_cannot_be_done(options: dict[str, Any], message: str, tmp_path: Pa
         anyckpt.convert(LLAMA, tmp_path / "out", to="hf", **options)
 
 
+T5 = fixture_path("families/t5_v1_1/hf")
+BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "encoder", "decoder"),
+    [
+        ({"drop_layers": "encoder:0"}, [1], [0, 1]),
+        ({"drop_layers": "encoder:1,decoder:0"}, [0], [1]),
+        ({"keep_layers": "decoder:1"}, [0, 1], [1]),
+    ],
+)
+def test_layers_of_two_stacks(options: Any, encoder: list[int], decoder: list[int], tmp_path: Path) -> None:
+    """Each is numbered by itself, and relative positions stay with the first layer."""
+    done = anyckpt.convert(T5, tmp_path / "out", to="hf", **options)
+    before, after = read(T5), read(tmp_path / "out")
+    assert (after.config["num_layers"], after.config["num_decoder_layers"]) == (len(encoder), len(decoder))
+    expected = {n: t for n, t in before.tensors.items() if ".block." not in n or n.endswith(f".0.{BIAS}")}
+    for stack, kept in (("encoder", encoder), ("decoder", decoder)):
+        for place, layer in enumerate(kept):
+            start = f"{stack}.block.{layer}."
+            own = {n.removeprefix(start): t for n, t in before.tensors.items() if n.startswith(start)}
+            expected |= {f"{stack}.block.{place}.{end}": tensor for end, tensor in own.items()}
+    assert facts(after.tensors) == facts(expected)
+    assert anyckpt.verify(tmp_path / "out").sound
+    assert any("relative positions" in note for note in done.notes) == (bool(encoder[0]) or bool(decoder[0]))
+
+
+def test_a_decoder_whose_layers_the_encoder_counts(tmp_path: Path) -> None:
+    """T5's ``num_decoder_layers`` may be left out."""
+    config = {key: value for key, value in read(T5).config.items() if key != "num_decoder_layers"}
+    anyckpt.convert(T5, tmp_path / "out", to="hf", drop_layers="encoder:0", config=config)
+    assert (read(tmp_path / "out").config["num_layers"], read(tmp_path / "out").config["num_decoder_layers"]) == (1, 2)
+
+
+@pytest.mark.parametrize("said", ["tower:0", "encoder:0,encoder:1", "0,encoder:1", "encoder:"])
+def test_what_is_no_stack(said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="names no stack|no list of layers"):
+        anyckpt.convert(T5, tmp_path / "out", to="hf", drop_layers=said)
+    with pytest.raises(UsageError, match="without two numbered stacks"):
+        anyckpt.convert(LLAMA, tmp_path / "out", to="hf", drop_layers="encoder:0")
+
+
+def test_numbers_alone_mean_no_stack_of_two_even_of_different_lengths(tmp_path: Path) -> None:
+    anyckpt.convert(T5, tmp_path / "uneven", to="hf", drop_layers="encoder:0")
+    with pytest.raises(UsageError, match=r"several stacks.*--drop-layers encoder:0"):
+        anyckpt.convert(tmp_path / "uneven", tmp_path / "out", to="hf", drop_layers="0")
+
+
 def test_two_stacks_are_not_guessed_between(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"several stacks.*decoder.block .0 to 1., encoder.block"):
         anyckpt.convert(fixture_path("families/t5_v1_1/hf"), tmp_path / "out", to="hf", drop_layers="0")
@@ -293,3 +342,14 @@ def test_a_period_that_holds_stays_and_one_that_does_not_is_named() -> None:
     assert with_layers(config, [0, 1, 4, 5], "")[0]["attn_layer_period"] == 2
     with pytest.raises(UsageError, match=r"attn_layer_period.*leave out 2 layers together"):
         with_layers(config, [0, 2, 3], "")
+
+
+def test_what_bart_says_of_its_stacks() -> None:
+    said = {"encoder_layers": 4, "decoder_layers": 2, "num_hidden_layers": 4, "d_model": 4}
+    found, notes = with_stack_layers(said, "encoder", [0, 2], 4, "")
+    assert found == {**said, "encoder_layers": 2, "num_hidden_layers": 2} and not notes
+    assert with_stack_layers(said, "decoder", [1], 2, "")[0] == {**said, "decoder_layers": 1}
+    with pytest.raises(UsageError, match=r"decoder has 3 layers .expected decoder_layers 3, found 2"):
+        with_stack_layers(said, "decoder", [1], 3, "")
+    with pytest.raises(UsageError, match=r"encoder_sparse_step says by a rule"):
+        with_stack_layers({**said, "encoder_sparse_step": 2}, "encoder", [1], 4, "")

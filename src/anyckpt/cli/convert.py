@@ -72,7 +72,8 @@ _SHOWN_LAYERS = 12
     "--drop-layers",
     title=OUTPUT,
     metavar="LAYERS",
-    help="Leave out layers, such as 10-20,31 (from 0 on), and number those behind them anew.",
+    help="Leave out layers, such as 10-20,31 (from 0 on), and number those behind them anew; of an encoder-decoder, "
+    "encoder:2-3,decoder:5.",
 )
 @option("--keep-layers", title=OUTPUT, metavar="LAYERS", help="Keep these layers alone.")
 @option(

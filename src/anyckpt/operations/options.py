@@ -76,7 +76,8 @@ class ConvertOptions:
             are looked at.  A pattern is a glob of whole names, and a ``*`` of the replacement stands for what the
             pattern's next one matched; after ``re:`` a regular expression that is searched for.
         drop_layers: layers to leave out, such as ``10-20,31`` (from 0 on, both ends included) or a sequence of numbers;
-            those behind them are numbered anew, and the configuration and an optimizer's state follow.
+            those behind them are numbered anew, and the configuration and an optimizer's state follow.  Of an
+            encoder-decoder, by stack: ``encoder:2-3,decoder:5``.
         keep_layers: the layers to keep alone, in place of ``drop_layers``.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
         sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.

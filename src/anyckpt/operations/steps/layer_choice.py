@@ -12,8 +12,8 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.config.model import ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
-from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers
-from anyckpt.operations.steps.layer_stack import Stack, find_stack
+from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers, with_stack_layers
+from anyckpt.operations.steps.layer_stack import Stack, find_stack, two_stacks
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.user_names import with_modules
 from anyckpt.optimizer.read import with_optimizer
@@ -23,6 +23,7 @@ from anyckpt.tensor import LazyTensor
 _LEFT_OUT = "of a layer that is left out"
 _RANGE = re.compile(r"(\d{1,7})(?:-(\d{1,7}))?")
 _MOST = 1 << 20
+_STACKS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,15 @@ class LayerRequest:
         said: as the user wrote it.
         layers: their numbers, from 0 on.
         drop: they are left out; else they alone are kept.
+        stack: whose they are, ``encoder`` or ``decoder``; None in a model of one stack.
+        others: the same of the other stack.
     """
 
     said: str
     layers: frozenset[int]
     drop: bool
+    stack: str | None = None
+    others: tuple[LayerRequest, ...] = ()
 
     def kept(self, count: int, path: str) -> list[int]:
         """The layers that stay, of so many.
@@ -63,6 +68,8 @@ class LayerRequest:
 def parse_layers(said: str | Sequence[int] | None, *, drop: bool) -> LayerRequest | None:
     """Layers by their numbers from 0 on: ``10-20,31`` (both ends included), or a sequence of them.
 
+    Of an encoder-decoder, by stack: ``encoder:2-3,decoder:0,5``; one that is not named stays whole.
+
     Raises:
         UsageError: it is no such list.
     """
@@ -70,13 +77,20 @@ def parse_layers(said: str | Sequence[int] | None, *, drop: bool) -> LayerReques
         return None
     option = "--drop-layers" if drop else "--keep-layers"
     text = said if isinstance(said, str) else ",".join(map(str, said))
-    layers: set[int] = set()
-    for part in text.replace(" ", "").split(","):
+    of: dict[str | None, set[int]] = {}
+    stack = None
+    for said_part in text.replace(" ", "").split(","):
+        name, colon, part = said_part.rpartition(":")
+        if colon and (name not in _STACKS or name in of or None in of):
+            raise UsageError(f"{option} names no stack", expected="encoder: or decoder:, each once", found=said_part)
+        stack = name if colon else stack
+        layers = of.setdefault(stack, set())
         match = _RANGE.fullmatch(part)
         if match is None or int(match[2] or match[1]) < int(match[1]) or int(match[2] or match[1]) > _MOST:
             raise UsageError(f"{option} is no list of layers", expected="such as 10-20,31, from 0 on", found=text)
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return LayerRequest(text, frozenset(layers), drop)
+    first, *others = (LayerRequest(text, frozenset(own), drop, name) for name, own in of.items())
+    return replace(first, others=tuple(others))
 
 
 @dataclass(frozen=True)
@@ -106,9 +120,59 @@ def choose_layers(
     Raises:
         UsageError: there are no such layers, or what is left is no model of the family.
     """
+    done = _of_stack(checkpoint, request, given, family)
+    for other in request.others:
+        before, done = done, _of_stack(done.checkpoint, other, done.given, family)
+        done = replace(
+            done,
+            ignored={**before.ignored, **done.ignored},
+            notes=(*before.notes, *done.notes),
+            others=partial(_one_after_the_other, before.others, done.others),
+        )
+    return done
+
+
+def _one_after_the_other(
+    first: Callable[[Mapping[str, LazyTensor]], Mapping[str, LazyTensor]],
+    second: Callable[[Mapping[str, LazyTensor]], Mapping[str, LazyTensor]],
+    tensors: Mapping[str, LazyTensor],
+) -> Mapping[str, LazyTensor]:
+    return second(first(tensors))
+
+
+def _stack_of(checkpoint: Checkpoint, request: LayerRequest, config: Mapping[str, Any]) -> Stack:
+    """The layers that a request is about.
+
+    Raises:
+        UsageError: the model has two stacks and the request names none, or the other way round.
+    """
+    weights = checkpoint.weights()
+    two = two_stacks(weights)
+    option = "--drop-layers" if request.drop else "--keep-layers"
+    if request.stack is None and two:
+        raise UsageError(
+            "has several stacks of layers, and which are meant is not clear",
+            path=checkpoint.path,
+            found=", ".join(sorted(f"{stack.name} (0 to {stack.count - 1})" for stack in two.values())),
+            remedy=f"say of which with {option} encoder:{request.said}, decoder:{request.said}, or both with a comma",
+        )
+    if request.stack is None:
+        return find_stack(weights, layers_of(config), checkpoint.path)
+    if request.stack not in two:
+        raise UsageError(
+            f"{option} {request.said} names the {request.stack} of a model without two numbered stacks",
+            path=checkpoint.path,
+            remedy="give the numbers alone, or convert an encoder-decoder to hf first",
+        )
+    return two[request.stack]
+
+
+def _of_stack(
+    checkpoint: Checkpoint, request: LayerRequest, given: Mapping[str, Any] | None, family: str | None
+) -> WithLayers:
     path, weights, prefix = checkpoint.path, checkpoint.weights(), checkpoint.model_prefix
     config = checkpoint.config if given is None else given
-    stack = find_stack(weights, layers_of(config), path)
+    stack = _stack_of(checkpoint, request, config)
     kept = request.kept(stack.count, path)
     if len(kept) == stack.count:
         return WithLayers(checkpoint, given=None if given is None else dict(given))
@@ -116,16 +180,21 @@ def choose_layers(
     names = stack.renumbered(weights, kept)
     own = {prefix + name for name in weights}
     tensors = {prefix + name: tensor for name, tensor in stack.chosen(weights, kept).items()}
-    changed, notes = with_layers(config, kept, path)
+    alone = request.stack is None
+    changed, notes = (
+        with_layers(config, kept, path)
+        if request.stack is None
+        else with_stack_layers(config, request.stack, kept, stack.count, path)
+    )
     state = with_optimizer(checkpoint).optimizer
-    objects, gone = _objects(checkpoint, stack, kept)
+    objects, gone = _objects(checkpoint, stack, kept, alone)
     after = replace(
         checkpoint,
         tensors={**tensors, **{name: tensor for name, tensor in checkpoint.tensors.items() if name not in own}},
         objects=objects,
         config=changed if given is None else checkpoint.config,
-        details=dict(inside_with_layers(checkpoint.details, kept, stack.count, path)),
-        trainer=inside_with_layers(checkpoint.trainer, kept, stack.count, path),
+        details=dict(inside_with_layers(checkpoint.details, kept, stack.count, path) if alone else checkpoint.details),
+        trainer=inside_with_layers(checkpoint.trainer, kept, stack.count, path) if alone else checkpoint.trainer,
         optimizer=None if state is None else partial(_state, checkpoint, stack, tuple(kept)),
         extra_states=None,
     )
@@ -135,7 +204,13 @@ def choose_layers(
     if given is None and checkpoint.adapter is None:
         after = replace(after, config=changed)
     lost = dict.fromkeys([*(prefix + name for name in weights if name not in names), *gone], _LEFT_OUT)
-    first = f"{stack.count - len(kept)} of {stack.count} layers are left out, and {len(kept)} numbered from 0 on"
+    of = "" if request.stack is None else f" of the {request.stack}"
+    if stack.of_first and kept[0]:
+        notes = [
+            f"the relative positions that the first layer{of} keeps for all go to the one that is first now",
+            *notes,
+        ]
+    first = f"{stack.count - len(kept)} of {stack.count} layers{of} are left out, and {len(kept)} numbered from 0 on"
     unsaid = (
         ()
         if config or checkpoint.adapter is not None
@@ -167,7 +242,9 @@ def _described(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     return replace(checkpoint, config=dict(config), config_kind=checkpoint.config_kind or kind)
 
 
-def _objects(checkpoint: Checkpoint, stack: Stack, kept: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+def _objects(
+    checkpoint: Checkpoint, stack: Stack, kept: Sequence[int], alone: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Objects as they are of the layers that stay, and names of those that are of others.
 
     What lies among the weights, as a module's extra state, is numbered as they are; mappings beside them that say how
@@ -180,7 +257,7 @@ def _objects(checkpoint: Checkpoint, stack: Stack, kept: Sequence[int]) -> tuple
     called = {stored: prefix + names[own] if own in names else None for own, stored in of_layers.items()}
     objects = {
         called.get(name, name): value
-        if name in called
+        if name in called or not alone
         else inside_with_layers(value, kept, stack.count, checkpoint.path)
         for name, value in checkpoint.objects.items()
     }

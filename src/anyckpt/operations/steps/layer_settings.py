@@ -190,6 +190,56 @@ def with_layers(config: Mapping[str, Any], kept: Sequence[int], path: str) -> tu
     return result, notes
 
 
+def with_stack_layers(
+    config: Mapping[str, Any], stack: str, kept: Sequence[int], count: int, path: str
+) -> tuple[dict[str, Any], list[str]]:
+    """An encoder-decoder's configuration in transformers' keys, with these layers of a stack, and what to say of it.
+
+    T5's ``num_decoder_layers`` is as many as ``num_layers`` where it is not said; BART's ``num_hidden_layers`` repeats
+    ``encoder_layers``.
+
+    Args:
+        config: of the model.
+        stack: ``encoder`` or ``decoder``.
+        kept: the layers that stay.
+        count: the layers that there are.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        UsageError: it does not say how many layers the stack has, or says of layers what cannot be said of these.
+    """
+    bart = type(config.get("encoder_layers")) is int and type(config.get("decoder_layers")) is int
+    keys = {"encoder": "encoder_layers", "decoder": "decoder_layers"} if bart else _T5
+    result = dict(config)
+    if not bart and type(config.get("num_layers")) is int and result.get("num_decoder_layers") is None:
+        result["num_decoder_layers"] = config["num_layers"]
+    if result.get(keys[stack]) != count:
+        raise UsageError(
+            f"the configuration does not say that the {stack} has {count} layers",
+            path=path,
+            expected=f"{keys[stack]} {count}",
+            found=str(result.get(keys[stack])),
+            remedy="convert it to hf first, or give the configuration of transformers with --config",
+        )
+    rule = next((key for key, value in config.items() if "sparse" in key and value), None)
+    if rule is not None:
+        raise UsageError(
+            f"the configuration's {rule} says by a rule which layers have experts, which is not so of others", path=path
+        )
+    result[keys[stack]] = len(kept)
+    if bart and stack == "encoder" and config.get("num_hidden_layers") == count:
+        result["num_hidden_layers"] = len(kept)
+    unknown = [
+        key for key, value in config.items() if key not in keys.values() and _may_be_of_layers(key, value, count)
+    ]
+    return result, [
+        f"{key} of the configuration is left as it is, and may be of the layers that were there" for key in unknown
+    ]
+
+
+_T5 = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
+
+
 def _changed(config: Mapping[str, Any], kept: Sequence[int], count: int, path: str, notes: list[str]) -> dict[str, Any]:
     result = dict(config)
     for key, value in sorted(config.items(), key=lambda item: item[0] in _PERIODS):  # lists before what they replace

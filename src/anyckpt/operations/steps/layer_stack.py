@@ -12,6 +12,7 @@ from anyckpt.tensor import LazyTensor, concatenate
 
 _NUMBERED = re.compile(r"(.*?)\.(0|[1-9]\d{0,6})\.")  # 00 is another name than 0
 _STACKED = re.compile(r"(.*?\.layers|layers)\.(?!\d)")
+_OF_TWO = re.compile(r"(.*\.)?(encoder|decoder)\.(?:block|layers?)")
 _OTHER_PARTS = re.compile(r"vision|visual|audio|speech|image|tower|sam\b|perception|projector")
 """Names of what a larger model has besides its text."""
 
@@ -26,11 +27,13 @@ class Stack:
         name: what precedes the number, or the rest of the name where all layers are in one tensor.
         count: layers.
         stacked: all layers are in one tensor, along its first axis.
+        of_first: ends of names that the first layer has for all, and which go to the one that is first then.
     """
 
     name: str
     count: int
     stacked: bool = False
+    of_first: frozenset[str] = frozenset()
 
     def layer(self, name: str) -> int | None:
         """The number in a name of one of the layers; None of any other."""
@@ -65,7 +68,28 @@ class Stack:
                 result[name] = self.at(name, layer - self.count + len(kept))
             elif layer in place:
                 result[name] = self.at(name, place[layer])
+            elif layer == 0 and name.removeprefix(f"{self.name}.0.") in self.of_first:
+                result[name] = name
         return result
+
+
+def two_stacks(tensors: Iterable[str]) -> dict[str, Stack]:
+    """``encoder`` and ``decoder`` of a model that has both; nothing of any other."""
+    numbers: dict[str, set[int]] = {}
+    ends: dict[tuple[str, int], set[str]] = {}
+    for name in tensors:
+        if (match := _NUMBERED.match(name)) and _OF_TWO.fullmatch(match[1]) and not _OTHER_PARTS.search(match[1]):
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+            ends.setdefault((match[1], int(match[2])), set()).add(name[match.end() :])
+    found: dict[str, dict[str, Stack]] = {}
+    for name, layers in numbers.items():
+        match = _OF_TWO.fullmatch(name)
+        if match is None or layers != {*range(len(layers))}:
+            continue
+        others = set().union(*(ends[name, layer] for layer in layers if layer))
+        alone = {end for end in ends[name, 0] if "relative_attention_bias" in end and end not in others}
+        found.setdefault(match[1] or "", {})[match[2]] = Stack(name, len(layers), of_first=frozenset(alone))
+    return next((stacks for stacks in found.values() if len(stacks) > 1), {})
 
 
 def _rows(tensor: LazyTensor, kept: Sequence[int]) -> LazyTensor:
