@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support import fixture_path
 
@@ -117,6 +117,8 @@ def test_magnitudes_are_counted_by_powers_of_two() -> None:
 
 
 @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=14), st.floats(0.1, 10))
+@example([1, 41_377_501_072], 1.0)
+@example([1, 1, 10**12], 0.1)
 def test_boxes_fill_the_square_and_do_not_overlap(sizes: list[int], aspect: float) -> None:
     sizes.sort(reverse=True)
     boxes = squarified(sizes, aspect)

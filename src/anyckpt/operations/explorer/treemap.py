@@ -156,10 +156,11 @@ def squarified(sizes: Sequence[float], aspect: float) -> list[tuple[float, float
         end = start + 1
         while end < len(areas) and _worst(areas[start : end + 1], short) <= _worst(areas[start:end], short):
             end += 1
-        strip = sum(areas[start:end]) / short if short else 0.0
+        filled = sum(areas[start:end])
+        strip = min(filled / short, max(width, height)) if short else 0.0  # never beyond what is left, however rounded
         offset = 0.0
         for area in areas[start:end]:
-            length = area / strip if strip else 0.0
+            length = short * area / filled if filled else 0.0
             box = (x, y + offset, strip, length) if width >= height else (x + offset, y, length, strip)
             made.append(box)
             offset += length
