@@ -122,7 +122,7 @@ def test_choices_that_leave_nothing_are_errors(anyckpt: Runner, tmp_path: Path) 
 
 def test_what_matches_nothing_to_exclude_is_told(anyckpt: Runner, tmp_path: Path) -> None:
     words = (fixture_path(LLAMA), tmp_path / "out", "--exclude", "*.mpl.*", "--exclude", "lm_head.*")
-    told = "--exclude '*.mpl.*' matches no tensor and leaves out nothing: names are such as model."
+    told = "--exclude '*.mpl.*' matches no tensor and leaves out nothing: names are such as lm_head.weight\n"
     assert anyckpt("convert", *words, "--to", "safetensors").err.count(told) == 1
     mean = ("average", fixture_path(LLAMA), fixture_path(LLAMA), "-o", tmp_path / "mean", *words[2:])
     assert anyckpt(*mean).err.count(told) == 1

@@ -74,9 +74,8 @@ def choose(
     for glob in exclude:
         unwanted = chosen_by((glob,))
         if not unwanted:
-            notes.append(
-                f"--exclude {glob!r} matches no tensor and leaves out nothing: names are such as {next(iter(own), '')}"
-            )
+            such = next(iter(weights), "")
+            notes.append(f"--exclude {glob!r} matches no tensor and leaves out nothing: names are such as {such}")
         chosen = chosen - unwanted
     if not chosen:
         raise UsageError("--include and --exclude leave no weight", path=checkpoint.path)
