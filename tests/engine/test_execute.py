@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,25 @@ def test_a_small_file_system_is_refused_before_writing(source: Path, tmp_path: P
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_room_is_asked_for_before_writing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, on every machine: here the system's answer is made up."""
+    plan, folder, real = sample_plan(source), tmp_path / "disk", os.statvfs
+    folder.mkdir()
+
+    def with_free(nbytes: int) -> Callable[[str], os.statvfs_result]:
+        values = list(real(folder))
+        values[1], values[4] = 1, nbytes  # f_frsize, f_bavail
+        return lambda _: os.statvfs_result(values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", with_free(plan.nbytes // 2))
+        with pytest.raises(OutputError, match="not enough space"):
+            execute.execute(plan, str(folder / "out"))
+        assert list(folder.iterdir()) == []
+        patch.setattr(os, "statvfs", with_free(plan.nbytes))
+        execute.execute(plan, str(folder / "out"))
 
 
 def test_work_of_another_plan_or_a_changed_source_is_not_resumed(
