@@ -107,6 +107,45 @@ def test_several_adapters(method: str, tmp_path: Path) -> None:
     assert any("LoRA adapter" in note for note in done.notes)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.usefixtures("models")
+def test_a_base_among_the_sources_has_learned_nothing(method: str, tmp_path: Path) -> None:
+    """Nor does its weight count in the divisor: ``group.non_base`` of mergekit 0.1.5's generalized_task_arithmetic."""
+    numbers: dict[str, Any] = {"base": "base", "method": method, "normalize": True}
+    expected = anyckpt.merge(["a", "b"], tmp_path / "expected", weights=[0.5, 2], **numbers)
+    done = anyckpt.merge(["a", "base/", "b"], tmp_path / "out", weights=[0.5, 3, 2], **numbers)
+    assert facts(read(tmp_path / "out").tensors) == facts(read(tmp_path / "expected").tensors)
+    assert done.notes[: len(expected.notes)] == expected.notes
+    assert any("learned nothing over itself" in note for note in done.notes)
+    alone = anyckpt.merge(["base"], tmp_path / "alone", **numbers)
+    assert alone.notes[0].startswith(f"{method} of nothing over base")
+    assert facts(read(tmp_path / "alone").tensors) == facts(read("base").tensors)
+    recipe = {"models": [{"model": "base"}], "merge_method": method, "base_model": "base"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    anyckpt.merge([], tmp_path / "of_recipe", recipe=tmp_path / "recipe.yaml")
+    assert facts(read(tmp_path / "of_recipe").tensors) == facts(read("base").tensors)
+
+
+@pytest.mark.usefixtures("models")
+def test_slerp_goes_from_the_base_on_however_its_path_is_said(tmp_path: Path) -> None:
+    anyckpt.merge(["b", "a"], tmp_path / "out", base="./a/", method="slerp", t=0.2)
+    anyckpt.merge(["a", "b"], tmp_path / "expected", method="slerp", t=0.2)
+    assert facts(read(tmp_path / "out").tensors) == facts(read(tmp_path / "expected").tensors)
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_a_base_and_an_adapter_of_it_are_two_models(method: str, tmp_path: Path) -> None:
+    anyckpt.merge_lora(LLAMA, LORA, tmp_path / "with")
+    anyckpt.merge([LLAMA, LORA], tmp_path / "out", base=LLAMA, method=method)
+    anyckpt.merge([LLAMA, tmp_path / "with"], tmp_path / "expected", method=method)
+    assert anyckpt.diff(tmp_path / "out", tmp_path / "expected", rtol=1e-5, atol=1e-6).equal
+
+
+def test_nothing_to_merge_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is nothing to merge"):
+        anyckpt.merge([], tmp_path / "out", base=LLAMA, method="ties")
+
+
 def test_training_state_is_left_out_and_told(tmp_path: Path) -> None:
     path = next(fixture_path("nemo/ptl_ckpt_nemo3_0_0").glob("*.ckpt"))
     done = anyckpt.merge([path, path], tmp_path / "out.ckpt", base=path, method="ties", density=0.5)
@@ -214,6 +253,7 @@ def test_what_is_complex_in_one_model_alone_is_refused(tmp_path: Path) -> None:
         ({"method": "slerp", "t": float("inf")}, "t is not possible"),
         ({"method": "ties", "base": "base", "scale": "x"}, "lambda is not possible"),
         ({"base": "base"}, "linear has no base"),
+        ({"base": "a"}, "linear has no base"),
         ({"recipe": "ties.yaml"}, "a recipe says itself"),
         ({"names": "nix"}, "nix"),
     ],

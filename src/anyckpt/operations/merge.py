@@ -101,9 +101,8 @@ def merge(
         OutputError: the destination exists or cannot be written.
         UsageError: the numbers do not fit the method, or a recipe has a key that is not done here.
     """
-    notes: list[str] = []
     if recipe is None:
-        request = _request(sources, method, base, weights, density, t, scale, normalize, rescale, seed)
+        request, notes = _request(sources, method, base, weights, density, t, scale, normalize, rescale, seed)
     else:
         _check_alone(sources, method, base, weights, density, t, scale, normalize, rescale)
         request, notes = read_recipe(os.fspath(recipe), seed)
@@ -142,15 +141,16 @@ def _request(
     normalize: bool | None,
     rescale: bool | None,
     seed: int,
-) -> MergeRequest:
-    """What the options ask for.
+) -> tuple[MergeRequest, list[str]]:
+    """What the options ask for, and notes.
 
     Raises:
         UsageError: they do not fit one another.
     """
     method = method or "linear"
+    if not sources:
+        raise UsageError("there is nothing to merge", expected="models, or adapters of --base", found="no source")
     paths, count = [os.fspath(path) for path in sources], len(sources)
-    over_base = method in OVER_BASE
     given = {"--weights": weights, "--density": density, "--t": t, "--scale": scale, "--rescale": rescale}
     given["--normalize"] = normalize
     _check_known(method, given)
@@ -166,17 +166,35 @@ def _request(
         }
         for number in range(count)
     ]
-    models = [ModelSource(path) for path in paths]
-    beside = None if base is None or (os.fspath(base) in paths and not over_base) else os.fspath(base)
-    if over_base and beside is not None:
-        models, own = [ModelSource(beside), *models], [{}, *own]
-    elif base is not None and beside is None and method == "slerp" and paths.index(os.fspath(base)):
-        models, own = models[::-1], own[::-1]  # it goes from the base on
+    adapted = None if base is None else os.fspath(base)
+    models, each, leads = _base_first(method, adapted, paths, own)
     shared = {"t": t, "lambda": scale, "normalize": normalize, "rescale": rescale}
-    stretch = Stretch(tuple(range(len(models))), None, tuple(own))
+    stretch = Stretch(tuple(range(len(models))), None, tuple(each))
     said = {key: value for key, value in shared.items() if value is not None}
-    number = 0 if over_base and beside is not None else None
-    return MergeRequest(tuple(models), method, (stretch,), said, number, beside, seed=seed)
+    taking_part, leading = tuple(map(ModelSource, models)), 0 if leads else None
+    notes = [_LEARNED_NOTHING] if method in OVER_BASE and len(models) <= count else []
+    return MergeRequest(taking_part, method, (stretch,), said, leading, adapted, seed=seed), notes
+
+
+_LEARNED_NOTHING = "the base is among the sources: it has learned nothing over itself, and its numbers do not count"
+
+
+def _base_first(
+    method: str, base: str | None, paths: list[str], own: list[Settings]
+) -> tuple[list[str], list[Settings], bool]:
+    """The models with the numbers of each, and whether the first is the base, from which the method goes on.
+
+    A base that is also a source has learned nothing over itself, and its weight does not count, as mergekit has it.
+    """
+    if base is None:
+        return paths, own, False
+    real = os.path.realpath(base)
+    of_base = [number for number, path in enumerate(paths) if os.path.realpath(path) == real]
+    others = [number for number in range(len(paths)) if number not in of_base]
+    if method in OVER_BASE:
+        return [base, *(paths[n] for n in others)], [{}, *(own[n] for n in others)], True
+    order = [*of_base, *others] if method == "slerp" else range(len(paths))
+    return [paths[n] for n in order], [own[n] for n in order], method == "slerp" and bool(of_base)
 
 
 _OF_UPDATES = {"--weights", "--scale", "--normalize"}

@@ -323,7 +323,7 @@ def _summary(request: MergeRequest) -> str:
     called = [str(request.models[number]) for number in numbers]
     said = "" if request.required else _numbers(request)
     if request.method in OVER_BASE:
-        own, others = called[0], ", ".join(called[1:])
+        own, others = called[0], ", ".join(called[1:]) or "nothing"
         return f"{request.method} of {others} over {own}, whose configuration and files go along{said}"
     return f"{request.method} of {', '.join(called)}; configuration and files are those of the first{said}"
 

@@ -114,7 +114,7 @@ class MergeRequest:
             self._check(len(stretch.models))
 
     def _check(self, count: int) -> None:
-        least, most = {"slerp": (2, 2), "passthrough": (1, 1), "linear": (1, math.inf)}.get(self.method, (2, math.inf))
+        least, most = {"slerp": (2, 2), "passthrough": (1, 1)}.get(self.method, (1, math.inf))
         if not least <= count <= most:
             wanted = f"{least}" if least == most else f"{least} or more"
             raise UsageError(f"{self.method} takes another number of models", expected=wanted, found=count)
@@ -200,6 +200,8 @@ class Rules:
             return default if said is None else bool(said)
 
         count, method = len(children), request.method
+        if method in OVER_BASE and count == 1:
+            return None  # as mergekit has it: nothing is learned over the base
         if method == "passthrough":
             scale = number("scale", 0, 1.0)
             return None if scale == 1 else Linear((scale,))
