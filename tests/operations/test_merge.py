@@ -191,6 +191,28 @@ def test_kinds_of_elements(tmp_path: Path) -> None:
     assert read(tmp_path / "slerp.pt")["layer.one"].numpy() == 1.5
 
 
+@pytest.mark.parametrize("operation", [anyckpt.merge, anyckpt.average])
+@pytest.mark.parametrize("others", [("nf4", "fp4"), ("gptq_4", "gptq_4_act"), ("gptq_4", "awq")])
+def test_models_that_are_quantized_otherwise_meet_as_numbers(operation: Any, others: Any, tmp_path: Path) -> None:
+    sources = [fixture_path(f"quant/others/{name}") for name in others]
+    with pytest.raises(MappingError, match=r"whose numbers may fit: ask for those with --dtype bf16$"):
+        operation(sources, tmp_path / "out")
+    operation(sources, tmp_path / "out", dtype="bf16")
+
+
+@pytest.mark.parametrize("operation", [anyckpt.merge, anyckpt.average])
+def test_a_quantized_model_and_one_that_is_not_meet_as_numbers(operation: Any, tmp_path: Path) -> None:
+    anyckpt.convert(LLAMA, tmp_path / "codes", to="hf", quantize="fp8")
+    for sources in ([LLAMA, tmp_path / "codes"], [tmp_path / "codes", LLAMA]):
+        with pytest.raises(MappingError, match=r"--dtype bf16$"):
+            operation(sources, tmp_path / "out")
+    operation(sources, tmp_path / "out", dtype="fp32")
+    gpt2 = fixture_path("families/gpt2/hf")
+    with pytest.raises(MappingError) as error:
+        operation([tmp_path / "codes", gpt2], tmp_path / "none", dtype="fp32")
+    assert "--dtype" not in str(error.value)
+
+
 def test_what_is_no_tensor_is_told_of(tmp_path: Path) -> None:
     for name in ("a.pt", "b.pt"):
         saved(tmp_path / name, **{"net.h.w": np.ones(2, np.float32), "net.h.version": 3, "epoch": 1})

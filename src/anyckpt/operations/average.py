@@ -16,7 +16,7 @@ from anyckpt.operations.options import asked, documented
 from anyckpt.operations.steps.aligned_models import Choice, align, chosen
 from anyckpt.operations.steps.casts import KEEP_IN_FP32
 from anyckpt.operations.steps.destination import aimed_at, check_destination
-from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.full_precision import codes_side_by_side, in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layout_request import LayoutRequest
@@ -107,8 +107,9 @@ def average(
         made_of = [chosen(checkpoint, opened[0], choice) for checkpoint in opened]
         mean = mean_of_adapters(made_of, shares)
     else:
-        aligned = align(opened, choice)
-        mean, made_of = aligned.mean(shares), aligned.averaged()
+        with codes_side_by_side(opened):
+            aligned = align(opened, choice)
+            mean, made_of = aligned.mean(shares), aligned.averaged()
     rule = f"mean of {len(opened)} checkpoints" + ("" if weights is None else f", weighted {shown(shares)}")
     if any(share < 0 for share in shares):
         rule += f" and divided by {math.fsum(shares):g}: some are subtracted"

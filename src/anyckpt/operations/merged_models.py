@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.aligned_models import Aligned, Choice, align
 from anyckpt.operations.steps.beside_weights import objects_in_modules
 from anyckpt.operations.steps.casts import ChangedType
-from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.full_precision import codes_side_by_side, in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layers_of_several import is_before_layers, put_together
 from anyckpt.operations.steps.merge_request import OVER_BASE, MergeRequest, ModelSource, Rules
@@ -114,6 +114,11 @@ class _Models:
         self._whole: dict[str, Checkpoint] = {}
         self.notes: dict[str, None] = {}
 
+    @property
+    def wholes(self) -> Collection[Checkpoint]:
+        """Those that are opened, now and later."""
+        return self._whole.values()
+
     def whole(self, path: str) -> Checkpoint:
         if path not in self._whole:
             step = in_full_precision(self._opener.joined(path), self._options.cast_to, self._options.given)
@@ -141,7 +146,7 @@ class _Models:
         """Every checkpoint that was opened, with the numbers that results are computed from."""
         return tuple(
             replace(whole, tensors={name: tensor for name, tensor in whole.tensors.items() if is_averaged(tensor)})
-            for whole in self._whole.values()
+            for whole in self.wholes
         )
 
 
@@ -162,6 +167,13 @@ def merged(
         UsageError: numbers do not fit the weights, or an adapter has no base.
     """
     found = _Models(opener, options)
+    with codes_side_by_side(found.wholes):
+        return _made_one(request, found, include, exclude, options)
+
+
+def _made_one(
+    request: MergeRequest, found: _Models, include: tuple[str, ...], exclude: tuple[str, ...], options: ConvertOptions
+) -> Made:
     choice = Choice(
         include, exclude, options.family, options.plain_config, options.request.vocab_size, types_may_differ=True
     )

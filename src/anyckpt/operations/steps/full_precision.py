@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,28 @@ def in_full_precision(checkpoint: Checkpoint, to: str | None, config: Mapping[st
     if to == "float16":
         notes.append(_OVERFLOW)
     return Stepped(plain, done.ignored, tuple(notes), done.casts)
+
+
+@contextmanager
+def codes_side_by_side(checkpoints: Collection[Checkpoint]) -> Iterator[None]:
+    """While tensors of several checkpoints are brought together: where codes do not fit, numbers may.
+
+    Args:
+        checkpoints: as they are when something does not fit.
+
+    Raises:
+        MappingError: as it came; of quantized checkpoints, it says how their weights become numbers.
+    """
+    try:
+        yield
+    except MappingError as error:
+        quantized = any(checkpoint.quantization is not None for checkpoint in checkpoints)
+        if not quantized or (error.tensor is None and error.remedy is None):  # the models are of several families
+            raise
+        raise error.told_as(MappingError, remedy=_NUMBERS) from None
+
+
+_NUMBERS = "quantized weights are codes, whose numbers may fit: ask for those with --dtype bf16"
 
 
 def config_in_full_precision(config: dict[str, Any] | None, to: str | None) -> dict[str, Any] | None:
