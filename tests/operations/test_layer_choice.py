@@ -227,6 +227,16 @@ def test_numbers_alone_mean_no_stack_of_two_even_of_different_lengths(tmp_path: 
         anyckpt.convert(tmp_path / "uneven", tmp_path / "out", to="hf", drop_layers="0")
 
 
+@pytest.mark.parametrize("said", ["0", "encoder:0"])
+@pytest.mark.parametrize("layers", [None, "decoder:0"])
+def test_two_stacks_of_one_tensor_each_are_not_guessed_between(layers: str | None, said: str, tmp_path: Path) -> None:
+    """The configuration's number of layers is the encoder's, which says nothing of whose layer is meant."""
+    anyckpt.convert(T5, tmp_path / "hf", to="hf", drop_layers=layers)
+    anyckpt.convert(tmp_path / "hf", tmp_path / "stacked", to="megatron-core")
+    with pytest.raises(UsageError, match=r"decoder\.layers, encoder\.layers\); convert it to hf first"):
+        anyckpt.convert(tmp_path / "stacked", tmp_path / "out", to="hf", drop_layers=said)
+
+
 def test_two_stacks_are_not_guessed_between(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"several stacks.*decoder.block .0 to 1., encoder.block"):
         anyckpt.convert(fixture_path("families/t5_v1_1/hf"), tmp_path / "out", to="hf", drop_layers="0")

@@ -248,6 +248,13 @@ def test_layers_that_a_configuration_cannot_tell_apart_are_not_put_together(tmp_
     assert read(tmp_path / "out").config["first_k_dense_replace"] == 2
 
 
+def test_layers_of_two_stacks_are_not_put_together(tmp_path: Path) -> None:
+    """Whichever of them has as many as the configuration says."""
+    anyckpt.convert(fixture_path("families/t5_v1_1/hf"), tmp_path / "source", to="hf", drop_layers="decoder:0")
+    with pytest.raises(UsageError, match=r"decoder\.block, encoder\.block"):
+        anyckpt.merge([], tmp_path / "out", recipe=recipe_of_layers(tmp_path / "a.yaml", tmp_path / "source", [0, 2]))
+
+
 def test_what_is_complex_in_one_model_alone_is_refused(tmp_path: Path) -> None:
     """Rather than written without its imaginary parts."""
     saved(tmp_path / "1.pt", one=np.ones(2, np.float32))

@@ -13,7 +13,7 @@ from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.config.model import ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers, with_stack_layers
-from anyckpt.operations.steps.layer_stack import Stack, find_stack, two_stacks
+from anyckpt.operations.steps.layer_stack import Stack, find_stack, two_stacked, two_stacks
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.user_names import with_modules
 from anyckpt.optimizer.read import with_optimizer
@@ -144,10 +144,11 @@ def _stack_of(checkpoint: Checkpoint, request: LayerRequest, config: Mapping[str
     """The layers that a request is about.
 
     Raises:
-        UsageError: the model has two stacks and the request names none, or the other way round.
+        UsageError: the model has two stacks and the request names none, or the other way round, or their layers are
+            in one tensor each.
     """
     weights = checkpoint.weights()
-    two = two_stacks(weights)
+    two, together = two_stacks(weights), two_stacked(weights)
     option = "--drop-layers" if request.drop else "--keep-layers"
     if request.stack is None and two:
         raise UsageError(
@@ -156,13 +157,20 @@ def _stack_of(checkpoint: Checkpoint, request: LayerRequest, config: Mapping[str
             found=", ".join(sorted(f"{stack.name} (0 to {stack.count - 1})" for stack in two.values())),
             remedy=f"say of which with {option} encoder:{request.said}, decoder:{request.said}, or both with a comma",
         )
+    if together:
+        raise UsageError(
+            "has two stacks, with all layers of each in one tensor",
+            path=checkpoint.path,
+            found=", ".join(together),
+            remedy="convert it to hf first, and choose layers of that",
+        )
     if request.stack is None:
         return find_stack(weights, layers_of(config), checkpoint.path)
     if request.stack not in two:
         raise UsageError(
             f"{option} {request.said} names the {request.stack} of a model without two numbered stacks",
             path=checkpoint.path,
-            remedy="give the numbers alone, or convert an encoder-decoder to hf first",
+            remedy="give the numbers alone",
         )
     return two[request.stack]
 

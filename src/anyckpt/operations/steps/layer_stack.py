@@ -92,6 +92,16 @@ def two_stacks(tensors: Iterable[str]) -> dict[str, Stack]:
     return next((stacks for stacks in found.values() if len(stacks) > 1), {})
 
 
+def two_stacked(tensors: Iterable[str]) -> list[str]:
+    """``encoder`` and ``decoder`` of a model that has all layers of each in one tensor; nothing of any other."""
+    found: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        match = _STACKED.match(name)
+        if match is not None and (own := _OF_TWO.fullmatch(match[1])) and not _OTHER_PARTS.search(match[1]):
+            found.setdefault(own[1] or "", {})[own[2]] = match[1]
+    return next((sorted(stacks.values()) for stacks in found.values() if len(stacks) > 1), [])
+
+
 def _rows(tensor: LazyTensor, kept: Sequence[int]) -> LazyTensor:
     """Some rows, neighbours together."""
     runs: list[list[int]] = []

@@ -8,7 +8,7 @@ from dataclasses import replace
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers
-from anyckpt.operations.steps.layer_stack import Stack, find_stack
+from anyckpt.operations.steps.layer_stack import Stack, find_stack, two_stacks
 from anyckpt.tensor import LazyTensor
 
 _BEFORE = ("embed", ".wte.", ".wpe.")
@@ -29,7 +29,7 @@ def put_together(parts: Sequence[tuple[Checkpoint, range]]) -> tuple[Checkpoint,
 
     Raises:
         MappingError: the models are not of one architecture.
-        UsageError: a model has not these layers, or its configuration does not fit others.
+        UsageError: a model has not these layers, or has two stacks, or its configuration does not fit others.
     """
     first, last = parts[0][0], parts[-1][0]
     stack = _stack(first)
@@ -68,4 +68,12 @@ def put_together(parts: Sequence[tuple[Checkpoint, range]]) -> tuple[Checkpoint,
 
 
 def _stack(checkpoint: Checkpoint) -> Stack:
+    two = two_stacks(checkpoint.weights())
+    if two:
+        raise UsageError(
+            "has several stacks of layers, and a layer_range says of none which it is",
+            path=checkpoint.path,
+            found=", ".join(sorted(stack.name for stack in two.values())),
+            remedy="leave layers out with anyckpt convert --keep-layers encoder:0-3,decoder:0-3",
+        )
     return find_stack(checkpoint.weights(), layers_of(checkpoint.config), checkpoint.path)
