@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats.registry import read
 from anyckpt.operations.steps import thinning
+from anyckpt.operations.steps.mean_rows import RowSum
 from anyckpt.operations.steps.merge_rules import Linear, Updates, slerp
 from anyckpt.operations.steps.merged_tensor import Merged
 from anyckpt.operations.steps.thinning import ByChance, Whole, chance, largest
@@ -407,6 +410,49 @@ def test_a_reduction_begins_again_after_a_file_could_not_be_read() -> None:
             counted.value()
         assert counted.value() == 7
         assert counted.value() == 7 and len(calls) == 6
+
+
+class Listed(reduction.Reduction[list[int]]):
+    """The starts of runs in the order in which they were joined; the first of all is read last."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__([(from_array(np.zeros(size, np.float32)),)])
+        self.others = threading.Event()
+        self.looked_at: list[int] = []
+
+    def nothing(self) -> list[int]:
+        return []
+
+    def look_at(self, arrays: Any, group: int, start: int) -> list[int]:
+        if not start:
+            self.others.wait(10)
+        self.looked_at.append(start)
+        if len(self.looked_at) == 3:
+            self.others.set()
+        return [start]
+
+    def join(self, first: list[int], second: list[int]) -> list[int]:
+        return first + second
+
+
+def test_a_reduction_joins_runs_in_order_and_holds_few_that_wait() -> None:
+    """However slow the thread with the first one is: sums of rounded numbers depend on their order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "SCRATCH_BYTES", 4)
+        patch.setattr(reduction, "_MOST_EARLY", 3)
+        listed = Listed(40)
+        with ThreadPoolExecutor(3) as pool:
+            found = [each.result() for each in [pool.submit(listed.value) for _ in range(3)]]
+        assert found == [[*range(40)]] * 3
+        assert listed.looked_at.index(0) == 3
+
+
+def test_of_one_sum_of_rows_no_more_is_held_than_a_row() -> None:
+    values = np.arange(60, dtype=np.float32).reshape(20, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "SCRATCH_BYTES", 8)
+        total = RowSum([(from_array(values),)])
+        assert total.value().tolist() == values.sum(axis=0).tolist()
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------

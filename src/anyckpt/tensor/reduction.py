@@ -17,6 +17,9 @@ from anyckpt.tensor.lazy import LazyTensor, as_numbers
 
 Value = TypeVar("Value")
 
+_MOST_EARLY = 64
+"""Runs that are held because one before them is still read."""
+
 
 class Reduction(ABC, Generic[Value]):
     """What all elements come to; threads that need it find it together, in blocks of bounded memory.
@@ -28,10 +31,9 @@ class Reduction(ABC, Generic[Value]):
     def __init__(self, operands: Sequence[Sequence[LazyTensor]]) -> None:
         self.operands = tuple(tuple(group) for group in operands)
         self._changed = threading.Condition()
-        self._runs = self._all_runs()
         self._at_work = 0
         self._round = 0
-        self._found: Value | None = None
+        self._begin()
         self._value: tuple[Value] | None = None
 
     def identity(self) -> Identity:
@@ -56,7 +58,17 @@ class Reduction(ABC, Generic[Value]):
 
     @abstractmethod
     def join(self, first: Value, second: Value) -> Value:
-        """What two runs come to together, whichever comes first."""
+        """What all elements up to a run come to with that run, and may be changed for it.
+
+        Runs are joined in the order of their elements, whichever thread has read them, so that sums of rounded numbers
+        are always the same.
+        """
+
+    def _begin(self) -> None:
+        self._runs = enumerate(self._all_runs())
+        self._found: Value | None = None
+        self._joined = 0
+        self._early: dict[int, Value] = {}  # runs that wait for those before them
 
     def value(self) -> Value:
         """What all elements come to.
@@ -66,6 +78,9 @@ class Reduction(ABC, Generic[Value]):
         """
         while self._value is None:
             with self._changed:
+                if len(self._early) >= _MOST_EARLY:  # the thread that has the one before them is slow
+                    self._changed.wait()
+                    continue
                 run = next(self._runs, None)
                 if run is None:
                     if self._at_work:
@@ -73,23 +88,33 @@ class Reduction(ABC, Generic[Value]):
                         continue
                     if self._value is None:
                         self._value = (self.nothing() if self._found is None else self._found,)
+                        self._found = None
                     break
                 self._at_work += 1
                 begun = self._round
+            number, place = run
             try:
-                found = self._read(*run)
+                found = self._read(*place)
             except BaseException:
                 with self._changed:  # the next one to ask begins again, and meets the same
-                    self._runs, self._found, self._round = self._all_runs(), None, self._round + 1
+                    self._begin()
+                    self._round += 1
                     self._at_work -= 1
                     self._changed.notify_all()
                 raise
             with self._changed:
                 if begun == self._round:
-                    self._found = found if self._found is None else self.join(self._found, found)
+                    self._early[number] = found
+                    self._join_those_in_order()
                 self._at_work -= 1
                 self._changed.notify_all()
         return self._value[0]
+
+    def _join_those_in_order(self) -> None:
+        while self._joined in self._early:
+            run = self._early.pop(self._joined)
+            self._found = run if self._found is None else self.join(self._found, run)
+            self._joined += 1
 
     def _all_runs(self) -> Iterator[tuple[int, int, int]]:
         for number, group in enumerate(self.operands):

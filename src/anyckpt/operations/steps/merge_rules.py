@@ -67,27 +67,28 @@ def _weighted(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
     return total
 
 
-class Angle(Reduction[dict[int, tuple[float, float, float]]]):
-    """Squared lengths and the product of two tensors as vectors, by the first element of each run of them."""
+class Angle(Reduction[list[tuple[float, float, float]]]):
+    """Squared lengths and the product of two tensors as vectors, of each run of their elements."""
 
     _found_cosine: float | None = None
 
-    def nothing(self) -> dict[int, tuple[float, float, float]]:
-        return {}
+    def nothing(self) -> list[tuple[float, float, float]]:
+        return []
 
-    def look_at(self, arrays: Sequence[Array], group: int, start: int) -> dict[int, tuple[float, float, float]]:
+    def look_at(self, arrays: Sequence[Array], group: int, start: int) -> list[tuple[float, float, float]]:
         a, b = (array.astype(np.float64) for array in arrays)
-        return {start: (float(a @ a), float(b @ b), float(a @ b))}
+        return [(float(a @ a), float(b @ b), float(a @ b))]
 
     def join(
-        self, first: dict[int, tuple[float, float, float]], second: dict[int, tuple[float, float, float]]
-    ) -> dict[int, tuple[float, float, float]]:
-        return {**first, **second}
+        self, first: list[tuple[float, float, float]], second: list[tuple[float, float, float]]
+    ) -> list[tuple[float, float, float]]:
+        first += second
+        return first
 
     def cosine(self) -> float:
         """Of the angle between the two; of one without a length the length is taken to be 1."""
         if self._found_cosine is None:
-            a, b, product = (math.fsum(column) for column in zip(*self.value().values(), strict=True))
+            a, b, product = (math.fsum(column) for column in zip(*self.value(), strict=True))
             lengths = [length if (length := math.sqrt(square)) > _NO_LENGTH else 1.0 for square in (a, b)]
             self._found_cosine = min(1.0, max(-1.0, product / lengths[0] / lengths[1]))
         return self._found_cosine

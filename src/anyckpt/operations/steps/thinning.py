@@ -144,46 +144,46 @@ class _Counts(Reduction[Array]):
         return np.bincount(bits[bits >> 16 == self.high] & (_HALF - 1), minlength=_HALF)
 
     def join(self, first: Array, second: Array) -> Array:
-        total: Array = first + second
-        return total
+        first += second
+        return first
 
 
-class _Equal(Reduction[dict[int, int]]):
-    """How many elements of each run are of one magnitude."""
+class _Equal(Reduction[list[tuple[int, int]]]):
+    """The first element of each run, and how many of its elements are of one magnitude."""
 
     def __init__(self, operands: Sequence[Sequence[LazyTensor]], bits: int) -> None:
         super().__init__(operands)
         self.bits = bits
 
-    def nothing(self) -> dict[int, int]:
-        return {}
+    def nothing(self) -> list[tuple[int, int]]:
+        return []
 
-    def look_at(self, arrays: Sequence[Array], group: int, start: int) -> dict[int, int]:
-        return {start: int(np.count_nonzero(_magnitude(arrays[0]) == self.bits))}
+    def look_at(self, arrays: Sequence[Array], group: int, start: int) -> list[tuple[int, int]]:
+        return [(start, int(np.count_nonzero(_magnitude(arrays[0]) == self.bits)))]
 
-    def join(self, first: dict[int, int], second: dict[int, int]) -> dict[int, int]:
-        return {**first, **second}
+    def join(self, first: list[tuple[int, int]], second: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        first += second
+        return first
 
 
-class _Sums(Reduction[dict[int, tuple[float, float]]]):
+class _Sums(Reduction[list[tuple[float, float]]]):
     """The sum of all magnitudes in each run, and of those above one."""
 
     def __init__(self, operands: Sequence[Sequence[LazyTensor]], bits: int) -> None:
         super().__init__(operands)
         self.bits = bits
 
-    def nothing(self) -> dict[int, tuple[float, float]]:
-        return {}
+    def nothing(self) -> list[tuple[float, float]]:
+        return []
 
-    def look_at(self, arrays: Sequence[Array], group: int, start: int) -> dict[int, tuple[float, float]]:
+    def look_at(self, arrays: Sequence[Array], group: int, start: int) -> list[tuple[float, float]]:
         sizes = np.abs(arrays[0])
         above = sizes[_magnitude(arrays[0]) > self.bits]
-        return {start: (float(sizes.sum(dtype=np.float64)), float(above.sum(dtype=np.float64)))}
+        return [(float(sizes.sum(dtype=np.float64)), float(above.sum(dtype=np.float64)))]
 
-    def join(
-        self, first: dict[int, tuple[float, float]], second: dict[int, tuple[float, float]]
-    ) -> dict[int, tuple[float, float]]:
-        return {**first, **second}
+    def join(self, first: list[tuple[float, float]], second: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        first += second
+        return first
 
 
 def _magnitude(values: Array) -> Array:
@@ -247,7 +247,7 @@ class Top:
             return made
 
     def _end(self, bits: int, left: int) -> int:
-        counts = sorted(self._pass("equal", _Equal, bits).value().items())
+        counts = self._pass("equal", _Equal, bits).value()
         for number, (start, count) in enumerate(counts):
             if left <= count:
                 stop = counts[number + 1][0] if number + 1 < len(counts) else self.update.size
@@ -264,7 +264,7 @@ class Top:
         """
         if self._times is None:
             bits, equal, _ = self.found()
-            runs = [found for _, found in sorted(self._pass("sums", _Sums, bits).value().items())]
+            runs = self._pass("sums", _Sums, bits).value()
             size = float(np.array([bits], np.uint32).view(np.float32)[0])
             whole, left = math.fsum(a for a, _ in runs), math.fsum(b for _, b in runs) + equal * size
             self._times = whole / left if min(whole, left) >= _NOTHING else 1.0
