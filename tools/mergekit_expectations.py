@@ -42,6 +42,14 @@ def _slices(method: str, *slices: list[tuple[str, int, int]], **more: Any) -> di
     return {"slices": made, "merge_method": method, "dtype": "float32", **more}
 
 
+def _three(start: int, stop: int, shared: dict[str, Any], *own: dict[str, Any]) -> dict[str, Any]:
+    """A slice of a base and two others."""
+    sources = [{"model": name, "layer_range": [start, stop]} for name in ("base", "a", "b")]
+    for source, numbers in zip(sources[1:], own, strict=False):
+        source["parameters"] = numbers
+    return {"sources": sources, "parameters": shared}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "linear": {
         "models": [{"model": "a", "parameters": {"weight": 0.3}}, {"model": "b", "parameters": {"weight": 0.9}}],
@@ -71,6 +79,30 @@ CASES: dict[str, dict[str, Any]] = {
         rescale=True,
         int8_mask=True,
     ),
+    "ties_of_slices": {
+        "slices": [
+            _three(0, 1, {"weight": [0.4, 0.8]}, {"weight": [{"filter": "mlp", "value": [0.3, 0.6]}]}),
+            _three(1, 3, {"density": 0.4, "weight": 1.5}, {"weight": 0.7}),
+            _three(3, 4, {"weight": [{"filter": "lm_head", "value": 0.2}, {"filter": "*", "value": 0.9}]}),
+        ],
+        "merge_method": "ties",
+        "base_model": "base",
+        "parameters": {"density": 0.7, "weight": 5.0},
+        "dtype": "float32",
+    },
+    "switches_along_layers": _over_base(
+        "ties", [{"weight": 0.5}, {"weight": 0.8}], density=0.6, normalize=[True, False], rescale=[False, False, True]
+    ),
+    "base_among_models": {
+        "models": [
+            {"model": name, "parameters": {"weight": weight}}
+            for name, weight in (("a", 0.5), ("base", 3.0), ("b", 2.0))
+        ],
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "parameters": {"normalize": True},
+        "dtype": "float32",
+    },
     "dare_whole": _over_base("dare_ties", [{"weight": 0.5}, {"weight": 0.4}], density=1.0),
     "slerp": _slices("slerp", [("a", 0, 4), ("b", 0, 4)], base_model="a", parameters={"t": _GRADIENT}),
     "slerp_from_second": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,8 +103,12 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_several_adapters(method: str, tmp_path: Path) -> None:
-    """Twice half an adapter is the adapter, also where the base has 16 bits and each would be rounded."""
+    """Twice half an adapter is the adapter, and half of it is half of it before anything is rounded to 16 bits."""
     anyckpt.convert(LLAMA, tmp_path / "base", to="hf", dtype="bf16")
+    anyckpt.merge_lora(tmp_path / "base", LORA, tmp_path / "half", scale=0.5)
+    half = [tmp_path / "base", LORA] if method == "linear" else [LORA]
+    anyckpt.merge(half, tmp_path / "out_half", base=tmp_path / "base", method=method, weights=[0.5] * len(half))
+    assert anyckpt.diff(tmp_path / "out_half", tmp_path / "half").equal
     done = anyckpt.merge([LORA, LORA], tmp_path / "out", base=tmp_path / "base", method=method, weights=[0.5, 0.5])
     anyckpt.merge_lora(tmp_path / "base", LORA, tmp_path / "expected")
     assert anyckpt.diff(tmp_path / "out", tmp_path / "expected").equal
@@ -276,7 +281,8 @@ def test_what_is_complex_in_one_model_alone_is_refused(tmp_path: Path) -> None:
         ({"method": "slerp", "weights": [1, 2]}, "--weights means nothing to slerp"),
         ({"method": "model_stock"}, "no such way to merge"),
         ({"weights": [1]}, "not a number for each source"),
-        ({"weights": [1, -1]}, "give no mean"),
+        ({"weights": [1, -1]}, r"tensor '.*': these weights give no mean.*--no-normalize"),
+        ({"weights": [1, -1 + 1e-12]}, "give no mean"),
         ({"method": "ties", "base": "base", "density": 1.5}, "density is not possible .expected numbers from 0 to 1"),
         ({"method": "ties", "base": "base", "density": [0.5, "b"]}, "density is not possible"),
         ({"method": "task_arithmetic", "base": "base", "weights": [float("nan"), 1]}, "weight is not possible"),
@@ -383,8 +389,43 @@ def test_rules_against_their_formulas() -> None:
     assert np.allclose(Merged(children, slerp(0.3, *children), FLOAT32).numpy(), expected, atol=1e-6)
     parallel = (children[0], from_array(3 * a))
     assert np.allclose(Merged(parallel, slerp(0.5, *parallel), FLOAT32).numpy(), 2 * a, atol=1e-6)
+    opposite = (children[0], from_array(-3 * a))
+    assert np.allclose(Merged(opposite, slerp(0.25, *opposite), FLOAT32).numpy(), 0 * a, atol=1e-6)
+    nothing = (from_array(0 * a), children[1])
+    quarter = np.sin(np.pi / 8)  # as mergekit 0.1.5 has it: nothing is at a right angle to all
+    assert np.allclose(Merged(nothing, slerp(0.25, *nothing), FLOAT32).numpy(), quarter * b, atol=1e-6)
     update = Merged(children, Updates((0.5,), (Whole(),), scale=2.0), FLOAT32).numpy()
     assert np.allclose(update, b, atol=1e-6)
+
+
+def test_numbers_of_which_some_are_wider_are_computed_in_64_bits() -> None:
+    random = np.random.default_rng(2)
+    a, b = random.normal(size=500).astype(np.float32), random.normal(size=500).astype(np.float16)
+    found = Merged((from_array(a), from_array(b)), Linear((0.3, 1.7), 2.0), FLOAT32).numpy()
+    assert np.array_equal(found, ((0.3 * a.astype(np.float64) + 1.7 * b.astype(np.float64)) / 2).astype(np.float32))
+
+
+def test_where_signs_are_even_the_positive_ones_are_elected() -> None:
+    """``sign_weight >= 0`` of mergekit's ``get_mask``."""
+    children = tuple(from_array(np.array([value], np.float32)) for value in (1, 2, 0))
+    assert Merged(children, Updates((1, 1), (Whole(), Whole()), elected=True), FLOAT32).numpy() == 2
+
+
+def test_what_is_left_at_the_ends() -> None:
+    """All but of a share that rounds to all; of nothing at all nothing, however it is scaled; of differences in
+    float64 the largest, though they are none in float32; and each model has chances of its own."""
+    values = np.ones(100, np.float32)
+    chance(0, "w", 1, 1 - 1e-12, rescaled=False)(values, (0,), values.shape)
+    assert values.all()
+    zeros = from_array(np.zeros(8, np.float32))
+    assert not _thinned(largest(zeros, zeros, 0.5, rescaled=True), np.zeros(8, np.float32), 0, (8,)).any()
+    base, more = np.ones(3), np.array([1e-12, 3e-12, 2e-12])
+    rule = largest(from_array(base + more), from_array(base), 0.4, rescaled=False)
+    assert np.flatnonzero(_thinned(rule, (base + more) - base, 0, (3,))).tolist() == [1]
+    first, second = (
+        _thinned(chance(0, "w", model, 0.5, rescaled=False), np.ones(100, np.float32), 0, (100,)) for model in (1, 2)
+    )
+    assert not np.array_equal(first, second)
 
 
 def test_a_reduction_begins_again_after_a_file_could_not_be_read() -> None:
@@ -525,3 +566,38 @@ def test_a_recipe_with_an_adapter_and_types(tmp_path: Path) -> None:
     anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
     anyckpt.merge_lora(LLAMA, LORA, tmp_path / "expected", dtype="bf16")
     assert anyckpt.diff(tmp_path / "out", tmp_path / "expected").equal
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [(None, "base"), ("base", "base"), ("a", "a"), ("union", None)],
+)
+def test_the_tokenizer_that_a_recipe_asks_for(said: str | None, expected: str | None, tmp_path: Path) -> None:
+    for name in ("base", "a"):
+        shutil.copytree(LLAMA, tmp_path / name)
+        tokens = tmp_path / name / "tokenizer.json"
+        tokens.write_text(tokens.read_text() + " " * len(name))
+    base, model = str(tmp_path / "base"), str(tmp_path / "a")
+    recipe = {
+        "models": [{"model": model, "parameters": {"weight": 1}}],
+        "merge_method": "task_arithmetic",
+        "base_model": base,
+        "tokenizer_source": model if said == "a" else said,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if expected is None:
+        with pytest.raises(UsageError, match="the tokenizers differ"):
+            anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
+        return
+    anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / expected / "tokenizer.json").read_bytes()
+
+
+def test_models_that_call_their_layers_otherwise_are_not_put_together(tmp_path: Path) -> None:
+    slices = [
+        {"sources": [{"model": str(fixture_path(f"families/{family}/hf")), "layer_range": [0, 1]}]}
+        for family in ("llama", "gpt2")
+    ]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    with pytest.raises(MappingError, match="name their layers differently .expected model.layers, found "):
+        anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")

@@ -15,6 +15,7 @@ from anyckpt.errors import UsageError
 from anyckpt.operations.steps.merge_rules import Linear, Rule, Updates, slerp
 from anyckpt.operations.steps.merged_tensor import Merged, is_complex
 from anyckpt.operations.steps.thinning import Sparsity, Whole, chance, largest
+from anyckpt.operations.steps.weighted_mean import check_shares
 from anyckpt.tensor import LazyTensor
 
 METHODS = ("linear", "task_arithmetic", "slerp", "ties", "dare_linear", "dare_ties", "passthrough")
@@ -212,15 +213,13 @@ class Rules:
             return slerp(t, children[0], children[1])
         if method == "linear":
             weights = tuple(number("weight", model, 1.0) for model in range(count))
-            divisor = math.fsum(weights) if switch("normalize", True) else 1.0
-            if not math.isfinite(divisor) or abs(divisor) <= 1e-9 * sum(map(abs, weights)):
-                raise UsageError(
-                    "these weights give no mean",
-                    tensor=name,
-                    expected="numbers whose sum is not 0, or --no-normalize",
-                    found=", ".join(f"{weight:g}" for weight in weights),
-                )
-            return Linear(weights, divisor)
+            if not switch("normalize", True):
+                return Linear(weights)
+            try:
+                check_shares(weights)
+            except UsageError as error:
+                raise error.told_as(UsageError, tensor=name, remedy="or add them up with --no-normalize") from None
+            return Linear(weights, math.fsum(weights))
         weights = tuple(number("weight", model, 1.0) for model in range(1, count))
         densities = tuple(number("density", model, 1.0) for model in range(1, count))
         thinned = self._thinned(name, children, densities, rescaled=switch("rescale", method.startswith("dare")))
