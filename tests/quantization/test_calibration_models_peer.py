@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.peer
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.quantization.modelopt_cases import FIXTURES  # noqa: E402
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
 import anyckpt  # noqa: E402
 from anyckpt.errors import AnyckptError, FormatError, UsageError  # noqa: E402
@@ -25,6 +27,8 @@ from anyckpt.operations.options import ConvertOptions  # noqa: E402
 from anyckpt.operations.steps.calibrating import linear_weights  # noqa: E402
 from anyckpt.quantization.statistics import Statistics  # noqa: E402
 from anyckpt.torch.calibration import calibrate  # noqa: E402
+from anyckpt.torch.calibration.model import Rows  # noqa: E402
+from anyckpt.torch.calibration.seeing import Sharing  # noqa: E402
 
 SIZES = {
     "vocab_size": 96,
@@ -226,18 +230,102 @@ def test_what_cannot_be_calibrated_so_is_said(
     assert not Path("out").exists()
 
 
-def test_a_model_that_does_not_run_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "model"
     torch.manual_seed(3)
-    transformers.AutoModelForCausalLM.from_config(MODELS["llama"]()).save_pretrained(tmp_path / "model")
+    transformers.AutoModelForCausalLM.from_config(MODELS["llama"]()).save_pretrained(folder)
+    return folder
 
+
+@pytest.mark.parametrize("part", ["LlamaMLP", "LlamaRotaryEmbedding"])
+@pytest.mark.parametrize("kind", [RuntimeError, ZeroDivisionError])
+def test_a_model_that_does_not_run_is_told_in_its_own_words(
+    part: str, kind: type[Exception], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no kernel\nand more")
+        raise kind("no kernel\nand more")
 
-    for part in ("LlamaMLP", "LlamaRotaryEmbedding"):
-        with monkeypatch.context() as patch:
-            patch.setattr(getattr(transformers.models.llama.modeling_llama, part), "forward", broken)
-            with pytest.raises(UsageError, match=r"LlamaForCausalLM does not run here.*RuntimeError: no kernel\)"):
-                statistics_of(tmp_path / "model")
+    threads = threading.active_count()
+    monkeypatch.setattr(getattr(transformers.models.llama.modeling_llama, part), "forward", broken)
+    with pytest.raises(UsageError, match=rf"LlamaForCausalLM does not run here.*{kind.__name__}: no kernel\)"):
+        statistics_of(llama)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    "part", ["run.note_inputs", "awq.losses", "awq.scales", "model.LazyModel.load", "model.LazyModel.free"]
+)
+def test_a_defect_of_ours_is_not_told_as_the_models(part: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: Any, **__: Any) -> None:
+        raise ValueError("ours")
+
+    threads = threading.active_count()
+    monkeypatch.setattr(f"anyckpt.torch.calibration.{part}", defect)
+    with pytest.raises(ValueError, match="^ours$"):
+        statistics_of(llama, group_size=32)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    "part", ["transformers.models.llama.modeling_llama.LlamaMLP.forward", "anyckpt.torch.calibration.awq.losses"]
+)
+def test_too_little_memory_is_told_with_what_takes_less(
+    part: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(*_: Any, **__: Any) -> None:
+        torch.empty(1 << 45)
+
+    monkeypatch.setattr(part, large)
+    with pytest.raises(UsageError, match="not enough memory .* lower --calib-batch-size"):
+        statistics_of(llama, group_size=32)
+
+
+def test_too_many_batches_are_told(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def few(self: threading.Thread) -> None:
+        started.append(self)
+        if len(started) > 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    with pytest.raises(UsageError, match="more batches .* raise --calib-batch-size"):
+        statistics_of(llama)
+    assert not any(one.is_alive() for one in started)
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": "x"}, {"pad_token_id": 1000}, {"rope_scaling": {"rope_type": 3}}])
+def test_a_configuration_that_makes_no_model_is_told(change: dict[str, Any], llama: Path) -> None:
+    hub = under_hub_names(anyckpt.open(llama), ConvertOptions(to="hf"))
+    other = replace(hub, config={**hub.config, **change})
+    with pytest.raises(UsageError, match="transformers makes no causal language model"):
+        calibrate(other, linear_weights(hub), batches(), computed_in="float32")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_a_configuration_names_no_code_to_run(key: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers fetches the kernels, and the classes, that a configuration names; here it is never asked to."""
+    asked: list[str] = []
+
+    def note(name: str) -> Callable[..., Any]:
+        def noted(*_: Any, **__: Any) -> Any:
+            asked.append(name)
+            raise ValueError("code is asked for")
+
+        return noted
+
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", note("kernel"))
+    monkeypatch.setattr("builtins.input", note("a question whether to run code"))
+    monkeypatch.setattr("transformers.models.auto.auto_factory.get_class_from_dynamic_module", note("class"))
+    hub = under_hub_names(anyckpt.open(llama), ConvertOptions(to="hf"))
+    hostile = {**hub.config, key: "kernels-community/attention", "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+    calibrate(replace(hub, config=hostile), linear_weights(hub), batches(), computed_in="float32")
+    unknown = replace(hub, config={**hostile, "model_type": "clip_text_model"})
+    with pytest.raises(UsageError, match="transformers makes no causal language model"):
+        calibrate(unknown, linear_weights(hub), batches(), computed_in="float32")
+    assert not asked
 
 
 def test_what_is_quantized_already_is_not_calibrated(tmp_path: Path) -> None:
@@ -269,3 +357,35 @@ def test_texts_go_through_the_models_tokenizer(tmp_path: Path) -> None:
         num_calib_size=4,
     )
     assert any("calibrated with 4 samples" in note and "64 tokens" in note for note in done.notes)
+
+
+def test_what_experts_see_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of transformers' experts are as large as tokens times experts times experts of a token."""
+    torch.manual_seed(3)
+    transformers.AutoModelForCausalLM.from_config(MODELS["qwen3_moe"]()).save_pretrained(tmp_path / "model")
+    masks: list[int] = []
+    one_hot = torch.nn.functional.one_hot
+
+    def counted(*args: Any, **options: Any) -> Any:
+        masks.append(one_hot(*args, **options).numel())
+        return one_hot(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "one_hot", counted)
+    statistics_of(tmp_path / "model")
+    tokens, experts, of_a_token = 40, 4, 2
+    assert 0 < max(masks) <= tokens * (experts + 1) * of_a_token
+
+
+def test_shared_inputs_are_told_apart_without_being_held() -> None:
+    sharing = Sharing()
+    addresses = set()
+    for number in range(4):
+        inputs = torch.zeros(64, 64)
+        memory = StorageWeakRef(inputs.untyped_storage())
+        addresses.add(inputs.data_ptr())
+        for name in ("gate", "up"):
+            sharing.note([Rows(f"{number}.{name}", 0, 1)], inputs.reshape(-1, 64))
+        del inputs
+        assert memory.expired()
+    assert len(addresses) < 4, "memory that was given back is not used again, so that nothing is tried"
+    assert list(sharing.groups.values()) == [[f"{number}.gate", f"{number}.up"] for number in range(4)]

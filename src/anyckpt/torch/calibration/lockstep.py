@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from anyckpt.errors import UsageError
+
 Call = Callable[[], Any]
 
 
@@ -38,8 +40,19 @@ class Pass:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        """Run as far as the first layer."""
-        self._thread.start()
+        """Run as far as the first layer.
+
+        Raises:
+            UsageError: the system lets no more threads be.
+        """
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise UsageError(
+                "more batches are calibrated with than can stand before a layer together",
+                found=str(error),
+                remedy="raise --calib-batch-size, or lower --num-calib-size",
+            ) from error
         self._wait()
 
     def go_on(self, output: Any) -> None:
@@ -102,7 +115,6 @@ def run_in_step(
         layers: modules by name, in which the passes stop.
         through: is called with a layer's name and all passes, each of which has the layer's ``call``.
     """
-    originals = {name: module.forward for name, module in layers.items()}
     passes = [Pass(forward) for forward in forwards]
     try:
         for name, module in layers.items():
@@ -114,9 +126,8 @@ def run_in_step(
     finally:
         for one in passes:
             one.give_up()
-        for name, module in layers.items():
-            if module.__dict__.get("forward") is not originals[name]:
-                del module.forward
+        for module in layers.values():
+            module.__dict__.pop("forward", None)
 
 
 def _stopping(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:

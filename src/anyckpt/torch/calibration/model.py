@@ -23,6 +23,12 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.tensor import LazyTensor
 
+_CODE = {
+    *("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal", "quantization_config"),
+}
+"""Settings of a configuration that name code, which transformers would fetch from the hub and run, or other weights."""
+
 _NUMBER = re.compile(r"(?:.*?\.)?(\d+)(?:\.|$)")
 
 
@@ -212,19 +218,31 @@ def give_back() -> None:
 
 def _made(hub: Checkpoint, kind: torch.dtype) -> Any:
     name = str(hub.config.get("model_type"))
-    stated = {key: value for key, value in hub.config.items() if key not in ("model_type", "quantization_config")}
+    stated = _without_code({key: value for key, value in hub.config.items() if key != "model_type"})
     try:
         config = AutoConfig.for_model(name, **stated)
         config._experts_implementation = "eager"  # others put experts' products together, so that none is seen
         with _no_memory():
-            return AutoModelForCausalLM.from_config(config, dtype=kind).eval()  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            made = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=kind, trust_remote_code=False
+            )
+        return made.eval()
+    except Exception as error:  # nothing but transformers' classes, which check values each in its own way
         raise UsageError(
             f"{hub.path}: transformers makes no causal language model of this configuration",
             expected="a model_type that AutoModelForCausalLM knows",
             found=f"{name}: {error}".splitlines()[0][:120],
             remedy="choose an algorithm that needs no activations, or give statistics with --stats",
         ) from error
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what makes transformers look for code elsewhere, or for another way to keep weights."""
+    return {
+        key: _without_code(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _CODE
+    }
 
 
 @contextmanager

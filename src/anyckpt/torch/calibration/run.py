@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,6 @@ from anyckpt.torch.calibration.seeing import (
 )
 
 Advance = Callable[[int, int], None]
-
-_FROM_MODELS = (RuntimeError, NotImplementedError, ImportError, ValueError)
-"""What models raise for a kernel that is not there, memory that is not, or a configuration that they do not go with."""
 
 
 def calibrate(
@@ -94,18 +91,21 @@ class _Run:
         self._attentions: dict[int, str] = {}
         self._sizes = {name: model.bytes_of(name) for name in layers}
         self._done = 0
+        self._fault: Exception | None = None
 
     def go(self, batches: Sequence[Array]) -> None:
         for name, module in self._outside.items():
-            module.register_forward_pre_hook(partial(self._before, name))
+            module.register_forward_pre_hook(self._ours(partial(self._before, name)))
         forwards = [partial(self._forward, torch.from_numpy(np.ascontiguousarray(ids))) for ids in batches]
         try:
             run_in_step(forwards, self.layers, self._through)
-        except _FROM_MODELS as error:
+        except RuntimeError as error:
+            if not _is_of_memory(error):
+                raise
             raise UsageError(
-                f"{self.model.path}: transformers' {type(self.model.whole).__name__} does not run here",
-                found=f"{type(error).__name__}: {error}".splitlines()[0][:160],
-                remedy="look at what it says, or choose an algorithm that needs no activations",
+                f"{self.model.path}: there is not enough memory to run a batch through a layer",
+                found=f"{max(ids.size for ids in batches):,} tokens in a batch",
+                remedy="lower --calib-batch-size",
             ) from error
 
     def caches(self) -> dict[str, tuple[float, float]]:
@@ -114,7 +114,34 @@ class _Run:
 
     def _forward(self, ids: torch.Tensor) -> None:
         cache = KeysAndValues(self._kept)
-        self.model.module(input_ids=ids, use_cache=True, **{self.model.cache_argument: cache})
+        with self._told_of_model():
+            self.model.module(input_ids=ids, use_cache=True, **{self.model.cache_argument: cache})
+
+    @contextmanager
+    def _told_of_model(self) -> Iterator[None]:
+        """Whatever the model's own code raises, which may be anything, is told as the model's; not what is ours."""
+        try:
+            yield
+        except Exception as error:
+            if error is self._fault or _is_of_memory(error):
+                raise
+            raise UsageError(
+                f"{self.model.path}: transformers' {type(self.model.whole).__name__} does not run here",
+                found=f"{type(error).__name__}: {error}".splitlines()[0][:160],
+                remedy="look at what it says, or choose an algorithm that needs no activations",
+            ) from error
+
+    def _ours(self, call: Callable[..., None]) -> Callable[..., None]:
+        """What the model calls of ours: its errors are no fault of the model."""
+
+        def ours(*args: Any) -> None:
+            try:
+                call(*args)
+            except Exception as error:
+                self._fault = error
+                raise
+
+        return ours
 
     def _before(self, name: str, module: nn.Module, inputs: Any) -> None:
         if any(one.is_meta for one in module.parameters(recurse=False)):
@@ -130,7 +157,7 @@ class _Run:
         kept = set(self._kept)
         with torch.no_grad():
             for number, one in enumerate(passes):
-                with looked.first(self.model, layer, name, skip=bool(number)):
+                with nullcontext() if number else looked.sharing(self.model, layer, name):
                     output = self._run(one, name, looked.look)
                 if self._group is None:
                     one.go_on(output)
@@ -141,7 +168,7 @@ class _Run:
                 self.found[module] = looked.result(module, self._group)
         for number in self._kept.keys() - kept:
             self._attentions[number] = self._attention(name, layer, number)
-        self.shared += looked.shared()
+        self.shared += looked.shared
         self.model.free(layer)
         give_back()
         self._done += self._sizes[name]
@@ -150,7 +177,7 @@ class _Run:
 
     def _run(self, one: Pass, name: str, seen: Observer) -> Any:
         layer = self.layers[name]
-        with every_expert(layer), Linears(self.model, layer, name, seen):
+        with every_expert(layer), Linears(self.model, layer, name, self._ours(seen)), self._told_of_model():
             return one.call()
 
     def _search(self, name: str, passes: list[Pass], looked: _Looked) -> None:
@@ -191,9 +218,9 @@ class _Looked:
     def __init__(self, path: str) -> None:
         self.noted: dict[str, Noted] = {}
         self.matrices: dict[str, torch.Tensor] = {}
+        self.shared: list[Shared] = []
         self._path = path
         self._sharing: Sharing | None = None
-        self._shared: list[Shared] = []
 
     def look(self, rows: list[Rows], inputs: torch.Tensor, weight: torch.Tensor) -> None:
         if self._sharing is not None:
@@ -202,20 +229,14 @@ class _Looked:
         self.matrices.update({one.module: weight[one.start : one.start + one.count] for one in rows})
 
     @contextmanager
-    def first(self, model: LazyModel, layer: nn.Module, name: str, *, skip: bool) -> Iterator[None]:
-        """While it lasts, the first batch goes through: which modules share their input is noted, too."""
-        if skip:
-            yield
-            return
+    def sharing(self, model: LazyModel, layer: nn.Module, name: str) -> Iterator[None]:
+        """While it lasts, which modules share their input is noted, too; one batch tells."""
         self._sharing = Sharing()
         with self._sharing.watching(model, layer, name):
             yield
         groups = {tuple(group): self._sharing.norms.get(key, "") for key, group in self._sharing.groups.items()}
-        self._shared = [Shared(modules, norm) for modules, norm in groups.items()]
+        self.shared = [Shared(modules, norm) for modules, norm in groups.items()]
         self._sharing = None
-
-    def shared(self) -> list[Shared]:
-        return self._shared
 
     def result(self, module: str, group: int | None) -> Seen:
         noted, weight = self.noted[module], self.matrices[module]
@@ -227,6 +248,11 @@ class _Looked:
             scales = found.numpy().copy()
         columns = weight.abs().amax(0).float().numpy().copy()
         return Seen(noted.inputs.numpy().copy(), columns, noted.tokens, losses, scales)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether it is what torch raises, which has no type for it, where a processor's memory does not suffice."""
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _outside(model: LazyModel, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

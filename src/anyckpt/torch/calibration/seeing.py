@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
@@ -96,23 +97,31 @@ class KeysAndValues(DynamicCache):
         return key_states, value_states
 
 
+Which = tuple[StorageWeakRef, int, int]
+"""Which tensor: its memory, where it begins there, and its elements."""
+
+
+def _which(tensor: torch.Tensor) -> Which:
+    """The same for views of the same elements, and for no other tensor even when its memory is given back."""
+    memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return memory, int(tensor.storage_offset()), tensor.numel()
+
+
 @dataclass
 class Sharing:
     """Which linear modules get one and the same tensor, and whose output it is; found in one pass of one batch.
 
     Attributes:
-        groups: where the tensor lies and its size -> modules.
+        groups: which tensor -> modules.
         norms: the same -> name of the normalization whose output it is.
     """
 
-    groups: dict[tuple[int, int], list[str]] = field(default_factory=dict)
-    norms: dict[tuple[int, int], str] = field(default_factory=dict)
-    _held: list[torch.Tensor] = field(default_factory=list)
+    groups: dict[Which, list[str]] = field(default_factory=dict)
+    norms: dict[Which, str] = field(default_factory=dict)
 
     def note(self, rows: list[Rows], inputs: torch.Tensor) -> None:
         """A product with the matrix of these modules."""
-        self._held.append(inputs)  # so that no other tensor gets its memory meanwhile
-        group = self.groups.setdefault((inputs.data_ptr(), inputs.numel()), [])
+        group = self.groups.setdefault(_which(inputs), [])
         group += [one.module for one in rows if one.module not in group]
 
     @contextmanager
@@ -133,8 +142,7 @@ class Sharing:
     def _hook(self, source: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                self._held.append(output)
-                self.norms[output.data_ptr(), output.numel()] = source
+                self.norms[_which(output)] = source
 
         return hook
 
@@ -171,10 +179,9 @@ def every_expert(layer: nn.Module) -> Iterator[None]:
 
 def _all_of(forward: Callable[..., Any], experts: int) -> Callable[..., Any]:
     def all_then_some(hidden_states: torch.Tensor, top_k_index: Any, top_k_weights: Any, *args: Any) -> Any:
-        count = hidden_states.shape[0]
-        index = torch.arange(experts, device=hidden_states.device).expand(count, experts)
-        weights = torch.full((count, experts), 1 / experts, dtype=top_k_weights.dtype)
-        forward(hidden_states, index, weights, *args)
+        weights = torch.ones((hidden_states.shape[0], 1), dtype=top_k_weights.dtype)
+        for expert in range(experts):  # one at a time, since masks are as large as tokens times experts at a time
+            forward(hidden_states, torch.full(weights.shape, expert), weights, *args)
         return forward(hidden_states, top_k_index, top_k_weights, *args)
 
     return all_then_some
