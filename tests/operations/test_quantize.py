@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.quantization.modelopt_cases import FIXTURES, statistics_of
 
 import anyckpt
-from anyckpt.errors import AnyckptError, FormatError, MissingLibraryError, UsageError
+from anyckpt.errors import AnyckptError, FormatError, MissingLibraryError, OutputError, UsageError
 from anyckpt.operations.steps.calibration_data import batches_of, cut, read_samples
 from anyckpt.operations.steps.ptq_settings import read_ptq_settings
 from anyckpt.quantization.statistics import Seen, Statistics, load
@@ -192,6 +192,62 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "nan")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scales": np.ones(3, np.float32)},
+        {"scales": np.zeros(128, np.float32)},
+        {"scales": np.ones(128)},
+        {"columns": np.ones(5, np.float32)},
+        {"inputs": -np.ones(128, np.float32)},
+        {"losses": np.arange(40.0)},
+        {"losses": np.zeros(0)},
+    ],
+)
+def test_numbers_that_no_calibration_gives_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    made = statistics_of("w4a8_awq_b")
+    first = next(name for name in made.modules if "q_proj" in name)
+    replace(made, modules={**made.modules, first: replace(made.modules[first], **change)}).save(tmp_path / "seen")
+    with pytest.raises(FormatError, match="is no file of calibration statistics"):
+        load(tmp_path / "seen")
+
+
+def test_a_cache_without_a_magnitude_is_refused(tmp_path: Path) -> None:
+    made = statistics_of("fp8_kv8_bf16_b")
+    for pair in ((-1.0, 1.0), (1.0, float("nan")), (float("inf"), 1.0)):
+        replace(made, caches=dict.fromkeys(made.caches, pair)).save(tmp_path / "seen")
+        with pytest.raises(FormatError, match="is no file of calibration statistics"):
+            load(tmp_path / "seen")
+
+
+def test_statistics_are_saved_in_the_place_of_nothing_else(tmp_path: Path) -> None:
+    """It is told before anything runs, and what is there stays."""
+    folder, file = tmp_path / "folder", tmp_path / "config.json"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    file.write_text("mine")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((SOURCE / "model.safetensors").read_bytes())
+    statistics = statistics_of("fp8_kv8_bf16_b")
+    for path, said in ((folder, "is a directory"), (file, "something else"), (weights, "something else")):
+        for save in (
+            lambda path=path: anyckpt.quantize(SOURCE, tmp_path / "out", calib_dataset="none", save_statistics=path),
+            lambda path=path: statistics.save(path),
+        ):
+            with pytest.raises(OutputError, match=said):
+                save()
+    assert (folder / "mine.txt").read_text() == file.read_text() == "mine"
+    assert weights.read_bytes() == (SOURCE / "model.safetensors").read_bytes()
+    for path in (tmp_path / "out", tmp_path / "out" / "seen"):
+        with pytest.raises(UsageError, match="cannot be saved where the model is written"):
+            anyckpt.quantize(SOURCE, tmp_path / "out", calib_dataset="none", save_statistics=path)
+    for _ in range(2):
+        anyckpt.quantize(
+            SOURCE, tmp_path / "out", statistics=statistics, save_statistics=tmp_path / "seen", overwrite=True
+        )
+    assert load(tmp_path / "seen").model == statistics.model
+
+
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the statistics are of another model"):
         anyckpt.quantize(
@@ -333,6 +389,17 @@ def test_what_is_no_sample_is_told(name: str, content: bytes | None, said: str, 
         path.write_bytes(content)
     with pytest.raises(AnyckptError, match=said):
         read_samples(path if name != "cnn_dailymail" else name)
+
+
+@pytest.mark.parametrize("count", [10**12, 10**24, 4, -3])
+def test_an_array_without_its_numbers_is_told(count: int, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(3))
+    whole = (tmp_path / "a.npy").read_bytes()
+    stated = f"({count},), }}".encode()
+    begin, end = whole.index(b"(3,), }"), whole.index(b"\n")
+    (tmp_path / "a.npy").write_bytes(whole[:begin] + stated.ljust(end - begin) + whole[end:])
+    with pytest.raises(FormatError, match="is no array of numpy"):
+        read_samples(tmp_path / "a.npy")
 
 
 def test_a_row_of_floats_is_no_row_of_ids(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_quantizable
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_statistics, read_tokenizer
 from anyckpt.quantization.calibrated import groups_do_not_divide
+from anyckpt.quantization.statistics import check_replaceable
 
 if TYPE_CHECKING:
     from anyckpt.quantization.statistics import Statistics
@@ -141,6 +142,8 @@ def quantize(
     output = os.fspath(destination)
     origins = [source.path if isinstance(source, Checkpoint) else os.fspath(source)]
     check_destination(output, origins, overwrite=overwrite, resume=resume)
+    if save_statistics is not None:
+        _check_saved(os.fspath(save_statistics), output)
     notes = [f"no effect has {key}: {reason}" for key, reason in _together(settings.unused).items()]
     name = said.get("algorithm", None if "algorithm" in said else "fp8")
     name = None if name is None or str(name).lower() in _NOTHING else str(name)
@@ -173,6 +176,15 @@ _FROM_FILE = (
     "algorithm to calib_dataset num_calib_size calib_batch_size calib_sequence_length awq_block_size sq_alpha "
     "enable_kv_cache decoder_type inference_tensor_parallel inference_pipeline_parallel dtype compress tokenizer"
 ).split()
+
+
+def _check_saved(path: str, output: str) -> None:
+    """Raise unless statistics may be written there, before hours are spent to find them."""
+    check_replaceable(path)
+    if f"{os.path.realpath(path)}{os.sep}".startswith(f"{os.path.realpath(output)}{os.sep}"):
+        raise UsageError(
+            "statistics cannot be saved where the model is written", path=path, remedy="choose another path for them"
+        )
 
 
 def _noted(done: Conversion, notes: Sequence[str]) -> Conversion:

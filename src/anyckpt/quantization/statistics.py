@@ -7,6 +7,7 @@ NVIDIA ModelOpt 0.40 finds by calibration is computed again, so that a second ex
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.errors import FormatError, UsageError
+from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.indexing import Array
 from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor, from_array
@@ -95,11 +96,12 @@ class Statistics:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file, whole or not at all; one that is there is replaced.
+        """Write a file, whole or not at all; statistics that are there are replaced.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: it cannot be written, or something else is there.
         """
+        check_replaceable(path)
         tensors: dict[str, LazyTensor] = {}
         for name, seen in self.modules.items():
             for part in _PARTS:
@@ -121,6 +123,24 @@ class Statistics:
         execute(Plan("safetensors", (file,)), os.fspath(path), overwrite=True)
 
 
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError if something is there that is no file of statistics, which is never replaced."""
+    if os.path.isdir(path):
+        raise OutputError("is a directory", path=path, remedy="choose the name of a file for the statistics")
+    if not os.path.lexists(path) or (os.path.isfile(path) and not os.path.getsize(path)):
+        return
+    try:
+        _, metadata = read_safetensors(look_at(path).open())
+    except FormatError:
+        metadata = None
+    if _KEY not in (metadata or {}):
+        raise OutputError(
+            "is a file of something else than statistics, which is not replaced by them",
+            path=path,
+            remedy="choose another path or remove it yourself",
+        )
+
+
 def load(path: str | os.PathLike[str]) -> Statistics:
     """Statistics from the file that ``Statistics.save`` wrote.
 
@@ -136,14 +156,14 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         modules = {}
         for name, tokens in stated["tokens"].items():
             parts = {part: _array(tensors[f"{name}.{part}"]) for part in _PARTS if f"{name}.{part}" in tensors}
-            modules[name] = Seen(tokens=int(tokens), **parts)
+            modules[name] = _checked(Seen(tokens=int(tokens), **parts))
         size = stated["group_size"]
         return Statistics(
             str(stated["model"]),
             stated["computed_in"],
             modules,
             tuple(Shared(tuple(map(str, one[:-1])), str(one[-1])) for one in stated["shared"]),
-            {str(name): (float(keys), float(values)) for name, (keys, values) in stated["caches"].items()},
+            {str(name): (_magnitude(keys), _magnitude(values)) for name, (keys, values) in stated["caches"].items()},
             None if size is None else int(size),
             dict(stated["facts"]),
         )
@@ -162,6 +182,24 @@ def _array(tensor: LazyTensor) -> Array:
     found = np.array(tensor.numpy())
     if not np.isfinite(found).all():
         raise ValueError("infinite values or not-a-numbers")
+    return found
+
+
+def _checked(seen: Seen) -> Seen:
+    alike = [one for one in (seen.inputs, seen.columns, seen.scales) if one is not None]
+    if any(one.dtype != np.float32 or one.shape != seen.inputs.shape or (one < 0).any() for one in alike):
+        raise ValueError("other than a magnitude of each input")
+    if seen.scales is not None and not seen.scales.all():
+        raise ValueError("scales of zero")
+    if seen.losses is not None and seen.losses.size != len(ALPHAS):
+        raise ValueError(f"{seen.losses.size} exponents")
+    return seen
+
+
+def _magnitude(value: Any) -> float:
+    found = float(value)
+    if not 0 <= found < math.inf:
+        raise ValueError(f"{found} is no magnitude")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,11 +106,11 @@ def cut(ids: Sequence[int] | Array, length: int) -> Iterator[Sequence[int] | Arr
 
 
 def _array(location: Location) -> Samples:
-    source = location.open()
+    data = location.open().read_all(_LIMIT)
     try:
-        found = np.lib.format.read_array(_stream(location), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FormatError("is no array of numpy", path=source.name, found=str(error)[:80]) from error
+        found = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OverflowError, MemoryError) as error:  # the last two for a shape that is not there
+        raise FormatError("is no array of numpy", path=location.path, found=str(error)[:80]) from error
     if found.ndim not in (1, 2) or found.dtype.kind not in "iu":
         raise FormatError(
             "is no array of token ids",
@@ -120,13 +121,6 @@ def _array(location: Location) -> Samples:
     if not found.size:
         return Samples(location.path)
     return Samples(location.path, ids=tuple(found) if found.ndim == 2 else (found,), stream=found.ndim == 1)
-
-
-def _stream(location: Location) -> Any:
-    import io
-
-    source = location.open()
-    return io.BytesIO(source.read_all(_LIMIT))
 
 
 def _text(location: Location) -> str:
