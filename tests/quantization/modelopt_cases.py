@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,24 @@ from anyckpt.quantization.statistics import ALPHAS, Seen, Shared, Statistics, di
 from anyckpt.tensor import LazyTensor
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quant"
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("fp8_a", "fp8", {"enable_kv_cache": False}),
+    ("fp8_kv8_bf16_b", "fp8", {}),
+    ("fp8_moe_c", "fp8", {"enable_kv_cache": False}),
+    ("int8_a", "int8", {}),
+    ("int8_sq_a", "int8_sq", {}),
+    ("int8_sq05_b", "int8_sq", {"sq_alpha": 0.5, "enable_kv_cache": True}),
+    ("int4_awq_a", "int4_awq", {"group_size": 32, "enable_kv_cache": False}),
+    ("int4_awq_b", "int4_awq", {"enable_kv_cache": False}),
+    ("int4_awq_moe_c", "int4_awq", {"group_size": 32, "enable_kv_cache": False}),
+    ("int4_awq_bf16_b", "int4_awq", {"enable_kv_cache": False}),
+    ("w4a8_awq_b", "w4a8_awq", {"enable_kv_cache": False}),
+    ("nvfp4_b", "nvfp4", {"enable_kv_cache": False}),
+]
+"""Where ModelOpt's tensors are, the algorithm, and options of ``anyckpt.convert`` for the same."""
+_NOT_OURS = (("int8_sq05_b", "hf"), ("int8_a", "hf"))
+"""Variants of ModelOpt's that have no form of ours: caches in 8-bit integers, INT8 without SmoothQuant."""
+_TYPES = {"float16": "fp16", "bfloat16": "bf16"}
 _OF_NORMS = (
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     (("self_attn.o_proj",), ""),
@@ -35,6 +54,42 @@ def tensors_of(case: str, variant: str, rank: int | None = None) -> dict[str, di
         if file.endswith("safetensors") and rank in (None, int("".join(filter(str.isdigit, file)) or 0)):
             found |= facts["tensors"]
     return found
+
+
+def exports() -> list[tuple[str, str, dict[str, Any], str]]:
+    """Each case with each of its variants."""
+    every = [(*case, variant) for case in CASES for variant in facts_of(case[0])["variants"]]
+    return [one for one in every if (one[0], one[3]) not in _NOT_OURS]
+
+
+def export(
+    case: str, algorithm: str, options: dict[str, Any], variant: str, statistics: Statistics, out: Path
+) -> list[Path]:
+    """Write a variant as ModelOpt does: the files of its ranks."""
+    facts = facts_of(case)
+    arguments: dict[str, Any] = {"to": "hf", "quantize_form": "modelopt"}
+    if variant != "hf":
+        tp, pp = (int(size[2:]) for size in (variant[-6:-3], variant[-3:]))
+        arguments = {"to": "trtllm", "layout": anyckpt.LayoutRequest(tensor_parallel=tp, pipeline_parallel=pp)}
+    anyckpt.convert(
+        FIXTURES / facts["source"] / "hf",
+        out,
+        dtype=_TYPES[facts["export_dtype"]],
+        quantize=algorithm,
+        statistics=statistics,
+        **arguments,
+        **options,
+    )
+    return sorted(out.glob("*.safetensors"))
+
+
+def ones(found: Mapping[str, LazyTensor]) -> set[str]:
+    """Factors of inputs that TensorRT-LLM's loader asks for, and ModelOpt leaves out where it smoothed nothing."""
+    return {
+        name
+        for name, tensor in found.items()
+        if name.endswith("prequant_scaling_factor") and bool((tensor.numpy() == 1).all())
+    }
 
 
 def sha256(tensor: LazyTensor) -> str:
