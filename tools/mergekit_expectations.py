@@ -87,7 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
         ],
         "merge_method": "ties",
         "base_model": "base",
-        "parameters": {"density": 0.7, "weight": 5.0},
+        "parameters": {"density": 0.7, "weight": 5.0, "normalize": False},
         "dtype": "float32",
     },
     "switches_along_layers": _over_base(

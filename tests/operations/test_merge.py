@@ -568,29 +568,34 @@ def test_a_recipe_with_an_adapter_and_types(tmp_path: Path) -> None:
     assert anyckpt.diff(tmp_path / "out", tmp_path / "expected").equal
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
 @pytest.mark.parametrize(
     ("said", "expected"),
-    [(None, "base"), ("base", "base"), ("a", "a"), ("union", None)],
+    [(None, None), ("base", "base"), ("a", "a"), ("union", "the tokenizers differ")],
 )
-def test_the_tokenizer_that_a_recipe_asks_for(said: str | None, expected: str | None, tmp_path: Path) -> None:
-    for name in ("base", "a"):
-        shutil.copytree(LLAMA, tmp_path / name)
-        tokens = tmp_path / name / "tokenizer.json"
+def test_the_tokenizer_that_a_recipe_asks_for(
+    method: str, said: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    """That of the leading model, which is the first one for linear, where nothing is said."""
+    paths = {name: str(tmp_path / name) for name in ("a", "base")}
+    for name, path in paths.items():
+        shutil.copytree(LLAMA, path)
+        tokens = Path(path, "tokenizer.json")
         tokens.write_text(tokens.read_text() + " " * len(name))
-    base, model = str(tmp_path / "base"), str(tmp_path / "a")
     recipe = {
-        "models": [{"model": model, "parameters": {"weight": 1}}],
-        "merge_method": "task_arithmetic",
-        "base_model": base,
-        "tokenizer_source": model if said == "a" else said,
+        "models": [{"model": path, "parameters": {"weight": 1}} for path in paths.values()],
+        "merge_method": method,
+        "base_model": paths["base"],
+        "tokenizer_source": paths["a"] if said == "a" else said,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    if expected is None:
-        with pytest.raises(UsageError, match="the tokenizers differ"):
+    if said == "union":
+        with pytest.raises(UsageError, match=expected):
             anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
         return
     anyckpt.merge([], tmp_path / "out", recipe=tmp_path / "recipe.yaml")
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (tmp_path / expected / "tokenizer.json").read_bytes()
+    owner = paths[expected or ("a" if method == "linear" else "base")]
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == Path(owner, "tokenizer.json").read_bytes()
 
 
 def test_models_that_call_their_layers_otherwise_are_not_put_together(tmp_path: Path) -> None:
