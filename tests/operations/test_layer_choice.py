@@ -178,6 +178,29 @@ def test_what_cannot_be_done(options: dict[str, Any], message: str, tmp_path: Pa
         anyckpt.convert(LLAMA, tmp_path / "out", to="hf", **options)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_codes_that_are_told_of_by_layer_become_numbers_before_layers_get_others(own: bool, tmp_path: Path) -> None:
+    anyckpt.convert(LLAMA, tmp_path / "codes", to="hf", quantize="fp8", quantize_exclude="*layers.0*")
+    with pytest.raises(UsageError, match=r"names layers by their numbers; make it numbers with --dtype bf16"):
+        anyckpt.convert(tmp_path / "codes", tmp_path / "out", to="hf", drop_layers="0")
+    config = tmp_path / "codes" if own else None
+    anyckpt.convert(tmp_path / "codes", tmp_path / "out", to="hf", drop_layers="0", dtype="bf16", config=config)
+    anyckpt.convert(tmp_path / "codes", tmp_path / "numbers", to="hf", dtype="bf16")
+    anyckpt.convert(tmp_path / "numbers", tmp_path / "expected", to="hf", drop_layers="0")
+    assert facts(read(tmp_path / "out").tensors) == facts(read(tmp_path / "expected").tensors)
+    assert read(tmp_path / "out").config == read(tmp_path / "expected").config
+
+
+def test_codes_of_which_nothing_is_told_by_layer_stay(tmp_path: Path) -> None:
+    anyckpt.convert(LLAMA, tmp_path / "codes", to="hf", quantize="fp8")
+    anyckpt.convert(tmp_path / "codes", tmp_path / "out", to="hf", drop_layers="0")
+    before, after = read(tmp_path / "codes").tensors, read(tmp_path / "out").tensors
+    assert after["model.layers.0.mlp.up_proj.weight"].dtype.name == "float8_e4m3fn"
+    assert sha256_of(after["model.layers.0.mlp.up_proj.weight"]) == sha256_of(
+        before["model.layers.1.mlp.up_proj.weight"]
+    )
+
+
 T5 = fixture_path("families/t5_v1_1/hf")
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 

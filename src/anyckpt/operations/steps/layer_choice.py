@@ -309,7 +309,7 @@ def _check_codes(checkpoint: Checkpoint) -> None:
         raise UsageError(
             "is quantized in a way that names layers by their numbers",
             path=checkpoint.path,
-            remedy="make it numbers first with --dtype bf16, leave layers out of that, and quantize it again",
+            remedy="make it numbers with --dtype bf16, and quantize it again with --quantize",
         )
 
 
