@@ -15,7 +15,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.errors import AnyckptError, IncompleteError, UsageError
 from anyckpt.formats.registry import read
-from anyckpt.operations.steps.choosing import choose
+from anyckpt.operations.steps.choosing import choose, renumbered
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import LazyTensor, from_array
@@ -166,6 +166,21 @@ def test_layers_in_the_middle_are_dropped_and_the_rest_is_numbered_anew(name: st
     found = facts(read(tmp_path / "back").tensors)
     assert found == {n: fact for n, fact in facts(shifted).items() if n in found}
     assert {n for n in shifted if n.startswith(stack)} <= set(found)
+
+
+def test_layers_that_have_their_places_or_only_parts_are_not_numbered_anew() -> None:
+    source = open_case("llama").checkpoint
+    own = source.weights()
+    last = [name for name in own if name.startswith("model.layers.1.")]
+
+    def without(names: list[str]) -> Checkpoint:
+        return source.with_weights({name: tensor for name, tensor in own.items() if name not in names})
+
+    one = {**source.config, "num_hidden_layers": 1}
+    assert not renumbered(without(last), last, one).notes
+    first = [name for name in own if name.startswith("model.layers.0.")]
+    assert renumbered(without(first), first, one).notes
+    assert not renumbered(without([*first, last[0]]), [*first, last[0]], one).notes
 
 
 def test_layers_keep_their_numbers_where_no_configuration_counts_them(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import anyckpt
 from anyckpt import LayoutRequest
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats.registry import read
+from anyckpt.operations.steps.grown_vocabulary import grow_vocabulary
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.operations.steps.mean_rows import mean_rows
 from anyckpt.optimizer.read import with_optimizer
@@ -75,6 +76,10 @@ def test_tied_weights_stay_one(tmp_path: Path) -> None:
     anyckpt.convert(source, tmp_path / "nemo2", to="nemo2", layout=grown(128, "mean"))
     anyckpt.convert(tmp_path / "nemo2", tmp_path / "out", to="hf")
     assert "lm_head.weight" not in read(tmp_path / "out") and read(tmp_path / "out").config["vocab_size"] == 128
+    own = read(source)
+    both = own.with_weights({**own.tensors, "lm_head.weight": own["model.embed_tokens.weight"]})
+    found = grow_vocabulary(both, 128, "mean", None, None).checkpoint.tensors
+    assert found["lm_head.weight"] is found["model.embed_tokens.weight"]
 
 
 @pytest.mark.parametrize(

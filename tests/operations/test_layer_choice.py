@@ -201,6 +201,24 @@ def test_codes_of_which_nothing_is_told_by_layer_stay(tmp_path: Path) -> None:
     )
 
 
+def test_a_part_of_fewer_layers_under_other_names(tmp_path: Path) -> None:
+    """What is not wanted has fewer layers, too: names are found for the whole model."""
+    anyckpt.convert(LLAMA, tmp_path / "less", to="torch", names="hub", drop_layers="0")
+    anyckpt.convert(LLAMA, tmp_path / "part", to="torch", names="hub", drop_layers="0", include="*mlp*")
+    whole, part = read(tmp_path / "less").tensors, read(tmp_path / "part").tensors
+    assert facts(part) == {name: fact for name, fact in facts(whole).items() if name in part}
+    assert part.keys() == {name for name in whole if ".mlp." in name and "norm" not in name}
+
+
+def test_a_part_of_two_stacks_with_fewer_layers_under_other_names(tmp_path: Path) -> None:
+    said = "encoder:0,decoder:1"
+    anyckpt.convert(T5, tmp_path / "less", to="torch", names="hub", drop_layers=said)
+    anyckpt.convert(T5, tmp_path / "part", to="torch", names="hub", drop_layers=said, include="*DenseReluDense*")
+    whole, part = read(tmp_path / "less").tensors, read(tmp_path / "part").tensors
+    assert facts(part) == {name: fact for name, fact in facts(whole).items() if name in part}
+    assert {name.split(".")[0] for name in part} == {"encoder", "decoder"}
+
+
 T5 = fixture_path("families/t5_v1_1/hf")
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 

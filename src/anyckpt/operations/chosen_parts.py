@@ -50,13 +50,14 @@ def chosen_parts(whole: Checkpoint, options: ConvertOptions, aim: Aim, steps: Pi
     if not keeps and not own:
         raise nothing_to_write(whole)
     given = None
-    if options.layers is not None:
+    layers = options.layers
+    if layers is not None:
         from anyckpt.operations.steps.layer_choice import choose_layers
 
         if options.cast_to is not None:  # while what says which weights are codes has the layers' old numbers
             chosen = steps.take(in_full_precision(chosen, options.cast_to, options.given))
             options = options.for_numbers()
-        fewer = choose_layers(chosen, options.layers, options.given, options.family)
+        fewer = choose_layers(chosen, layers, options.given, options.family, unwanted)
         chosen, unwanted, given = steps.take(fewer), dict(fewer.others(unwanted)), fewer.given
     elif not keeps:
         chosen = steps.take(renumbered(chosen, unwanted, options.given))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -107,7 +107,11 @@ class WithLayers(Stepped):
 
 
 def choose_layers(
-    checkpoint: Checkpoint, request: LayerRequest, given: Mapping[str, Any] | None, family: str | None
+    checkpoint: Checkpoint,
+    request: LayerRequest,
+    given: Mapping[str, Any] | None,
+    family: str | None,
+    unwanted: Collection[str] = (),
 ) -> WithLayers:
     """The model with the layers that a user wants, its configuration, and its optimizer's state.
 
@@ -116,13 +120,14 @@ def choose_layers(
         request: the layers.
         given: the configuration of the whole model, where the user gives one.
         family: the model family, where the checkpoint does not tell.
+        unwanted: own names of the weights that are not wanted, which tell of the layers, too.
 
     Raises:
         UsageError: there are no such layers, or what is left is no model of the family.
     """
-    done = _of_stack(checkpoint, request, given, family)
+    done = _of_stack(checkpoint, request, given, family, unwanted)
     for other in request.others:
-        before, done = done, _of_stack(done.checkpoint, other, done.given, family)
+        before, done = done, _of_stack(done.checkpoint, other, done.given, family, unwanted)
         done = replace(
             done,
             ignored={**before.ignored, **done.ignored},
@@ -140,7 +145,9 @@ def _one_after_the_other(
     return second(first(tensors))
 
 
-def _stack_of(checkpoint: Checkpoint, request: LayerRequest, config: Mapping[str, Any]) -> Stack:
+def _stack_of(
+    checkpoint: Checkpoint, request: LayerRequest, config: Mapping[str, Any], unwanted: Collection[str]
+) -> Stack:
     """The layers that a request is about.
 
     Raises:
@@ -172,15 +179,21 @@ def _stack_of(checkpoint: Checkpoint, request: LayerRequest, config: Mapping[str
             path=checkpoint.path,
             remedy="give the numbers alone",
         )
-    return two[request.stack]
+    stack = two[request.stack]
+    whole = two_stacks([*weights, *unwanted]).get(request.stack, stack)
+    return replace(stack, of_first=whole.of_first)
 
 
 def _of_stack(
-    checkpoint: Checkpoint, request: LayerRequest, given: Mapping[str, Any] | None, family: str | None
+    checkpoint: Checkpoint,
+    request: LayerRequest,
+    given: Mapping[str, Any] | None,
+    family: str | None,
+    unwanted: Collection[str],
 ) -> WithLayers:
     path, weights, prefix = checkpoint.path, checkpoint.weights(), checkpoint.model_prefix
     config = checkpoint.config if given is None else given
-    stack = _stack_of(checkpoint, request, config)
+    stack = _stack_of(checkpoint, request, config, unwanted)
     kept = request.kept(stack.count, path)
     if len(kept) == stack.count:
         return WithLayers(checkpoint, given=None if given is None else dict(given))
