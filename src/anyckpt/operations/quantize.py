@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MissingLibraryError, UsageError
@@ -16,7 +16,7 @@ from anyckpt.indexing import Array
 from anyckpt.operations.convert import Conversion, converted, under_hub_names
 from anyckpt.operations.options import ConvertOptions, documented
 from anyckpt.operations.steps.calibrating import linear_weights
-from anyckpt.operations.steps.calibration_data import Samples, batches_of, cut, read_samples
+from anyckpt.operations.steps.calibration_data import Samples, batches_of, check_positions, cut, read_samples
 from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.ptq_settings import read_ptq_settings
@@ -24,17 +24,14 @@ from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_quantizable
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_statistics, read_tokenizer
 from anyckpt.quantization.calibrated import groups_do_not_divide
-from anyckpt.quantization.statistics import check_replaceable
-
-if TYPE_CHECKING:
-    from anyckpt.quantization.statistics import Statistics
+from anyckpt.quantization.forms import layout_of, layouts_of
+from anyckpt.quantization.statistics import Statistics, check_replaceable
 
 _SIZE, _BATCH, _LENGTH = 512, 64, 512
 """Samples, sequences of a batch, and tokens of a sequence where nothing is said, as in NeMo 1."""
 
 _DTYPES = {"16": "fp16", "fp16": "fp16", "bf16": "bf16", "32": "fp32", "fp32": "fp32"}
 _TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_SEARCHED = ("int4_awq", "w4a8_awq")
 _NOTHING = ("null", "none", "no_quant")
 
 
@@ -214,11 +211,12 @@ def _dtype(stated: Any) -> str | None:
 def _of_algorithm(name: str, said: Mapping[str, Any], notes: list[str], group: int | None) -> dict[str, Any]:
     """What is said of groups and of SmoothQuant, where the algorithm has it."""
     found: dict[str, Any] = {}
-    if name in ("int4", *_SEARCHED):
+    layouts = layouts_of(name).values()
+    if any(layout.algorithm == "int4" for layout in layouts):
         found["group_size"] = group
     elif group is not None:
         notes.append(f"awq_block_size has no effect: {name} has no groups of columns to choose")
-    if name == "int8_sq":
+    if any(layout.smoothing == "smoothquant" for layout in layouts):
         found["sq_alpha"] = said.get("sq_alpha")
     elif said.get("sq_alpha") is not None:
         notes.append(f"sq_alpha has no effect: it is SmoothQuant's, and {name} has none")
@@ -227,10 +225,8 @@ def _of_algorithm(name: str, said: Mapping[str, Any], notes: list[str], group: i
 
 def _form_with_activations(name: str) -> str | None:
     """The form of a Hugging Face folder that stores what calibration finds, which is the one that NeMo writes."""
-    from anyckpt.quantization.forms import FORMS
-
-    layout = FORMS["modelopt"].get(name)
-    return "modelopt" if layout is not None and (layout.static or layout.smoothing) else None
+    layout = layouts_of(name).get("modelopt")
+    return "modelopt" if layout is not None and layout.sees_activations else None
 
 
 def _sees_activations(name: str, own: Mapping[str, Any]) -> bool:
@@ -239,20 +235,15 @@ def _sees_activations(name: str, own: Mapping[str, Any]) -> bool:
     Raises:
         UsageError: the options are not possible, whatever calibration finds.
     """
-    from anyckpt.quantization.forms import FORMS, layout_of
-    from anyckpt.quantization.statistics import Statistics
-
     asked = {**own, "statistics": None}
     form = own.get("quantize_form") or ("trtllm" if own["to"] == "trtllm" else None)
-    known = [layouts[name] for key, layouts in FORMS.items() if name in layouts and form in (None, key)]
-    if not any(layout.static or layout.smoothing for layout in known):
+    if not any(layout.sees_activations for key, layout in layouts_of(name).items() if form in (None, key)):
         ConvertOptions(**asked)
         return False
     group = own.get("group_size") or DEFAULT_GROUP
     request = ConvertOptions(**{**asked, "statistics": Statistics("", "float32", {}, group_size=group)}).quantization
     assert request is not None
-    layout = layout_of(request)
-    return bool(layout.static or layout.smoothing)
+    return layout_of(request).sees_activations
 
 
 def _calibrated(
@@ -281,17 +272,13 @@ def _calibrated(
     positions = hub.config.get("max_position_embeddings")
     if length is None:
         length = min(_LENGTH, positions) if isinstance(positions, int) and positions > 0 else _LENGTH
-    elif isinstance(positions, int) and length > positions:
-        raise UsageError(
-            f"{opened.path}: sequences are longer than the model's positions",
-            expected=f"at most {positions} tokens",
-            found=length,
-            remedy=f"say --calib-sequence-length {positions}",
-        )
+    else:
+        check_positions(opened.path, positions, length)
     batches = _batches(calibration, samples, hub, own.get("tokenizer"), said, length, notes)
     weights = linear_weights(hub)
     group = own.get("group_size") or DEFAULT_GROUP
-    if own["quantize"] in _SEARCHED and not own["quantize_exclude"]:
+    searched = any(layout.smoothing == "awq" for layout in layouts_of(own["quantize"]).values())
+    if searched and not own["quantize_exclude"]:
         for name, weight in weights.items():
             if weight.shape[-1] % group:
                 raise groups_do_not_divide(name, weight.shape[-1], group)
@@ -306,7 +293,7 @@ def _calibrated(
         hub,
         weights,
         batches,
-        group_size=group if own["quantize"] in _SEARCHED else None,
+        group_size=group if searched else None,
         computed_in=kind or _own_type(weights),
         facts=facts,
         progress=progress,

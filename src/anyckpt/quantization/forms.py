@@ -54,7 +54,7 @@ def layout_of(request: Request) -> Layout:
             f"{form} has no {request.algorithm}",
             expected=", ".join(FORMS[form]),
             found=request.algorithm,
-            remedy=f"choose another form with --quantize-form: {', '.join(forms_with(request.algorithm))}",
+            remedy=f"choose another form with --quantize-form: {', '.join(layouts_of(request.algorithm))}",
         )
     layout = FORMS[form][request.algorithm]
     if form == "compressed-tensors" and request.algorithm == "fp8" and request.knows_activations:
@@ -96,9 +96,8 @@ def _check_calibrated(request: Request, layout: Layout, form: str) -> None:
             found="--stats with --activation-scale or --activation-scales",
             remedy="leave one of them out",
         )
-    if not (layout.static or layout.smoothing):
-        known = {one: FORMS[one].get(request.algorithm) for one in FORMS}
-        others = [one for one, other in known.items() if other is not None and (other.static or other.smoothing)]
+    if not layout.sees_activations:
+        others = [one for one, other in layouts_of(request.algorithm).items() if other.sees_activations]
         raise UsageError(
             f"{request.algorithm} in the form {form} has nothing that activations decide",
             found="calibration",
@@ -139,9 +138,9 @@ def usual_form(algorithm: str) -> str:
     return _USUAL.get(algorithm, "compressed-tensors")
 
 
-def forms_with(algorithm: str) -> list[str]:
-    """The forms that have an algorithm."""
-    return [form for form, layouts in FORMS.items() if algorithm in layouts]
+def layouts_of(algorithm: str) -> dict[str, Layout]:
+    """How each form that has an algorithm stores it."""
+    return {form: layouts[algorithm] for form, layouts in FORMS.items() if algorithm in layouts}
 
 
 def _deepseek(request: Request, spared: Sequence[str]) -> Facts:
@@ -180,6 +179,6 @@ FORMS: Mapping[str, Mapping[str, Layout]] = {
     "trtllm": TRTLLM,
 }
 """Form -> algorithm -> how it is stored."""
-_USUAL = {"fp8_blocks": "fp8"} | dict.fromkeys(("int8_sq", "int4_awq", "w4a8_awq"), "modelopt")
+_USUAL = {"fp8_blocks": "fp8"} | {name: "modelopt" for name, layout in MODELOPT.items() if layout.smoothing}
 ALGORITHMS = tuple(dict.fromkeys(name for layouts in FORMS.values() for name in layouts))
 """What may be asked for; ``int8`` has activations in 8 bits, too, when the model runs, and ``int8_wo`` has not."""

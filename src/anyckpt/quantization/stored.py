@@ -138,3 +138,8 @@ class Layout:
     experts: bool = False
     experts_unread: str = ""
     file: Callable[[Facts, Request], str] | None = None
+
+    @property
+    def sees_activations(self) -> bool:
+        """Whether activations decide anything of what is stored."""
+        return bool(self.static or self.smoothing)

@@ -98,6 +98,23 @@ def batches_of(sequences: Iterable[Sequence[int] | Array], length: int, size: in
     return batches + [np.stack(waiting) for waiting in by_length.values()]
 
 
+def check_positions(path: str, positions: object, length: int) -> None:
+    """Raise UsageError if sequences are longer than a model's positions.
+
+    Args:
+        path: the model's, for messages.
+        positions: as its configuration says; nothing is known unless it is a number.
+        length: tokens of the longest sequence.
+    """
+    if isinstance(positions, int) and positions < length:
+        raise UsageError(
+            f"{path}: sequences are longer than the model's positions",
+            expected=f"at most {positions} tokens",
+            found=length,
+            remedy=f"say --calib-sequence-length {positions}",
+        )
+
+
 def cut(ids: Sequence[int] | Array, length: int) -> Iterator[Sequence[int] | Array]:
     """A row of ids as samples; what is left over at the end is one if it is alone."""
     whole = len(ids) // length * length

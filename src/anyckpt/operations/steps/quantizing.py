@@ -13,7 +13,7 @@ from anyckpt.formats.registry import Format
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.quantization import method_of
 from anyckpt.quantization.calibrated import Calibration
-from anyckpt.quantization.forms import ALGORITHMS, FORMS, forms_with, layout_of, usual_form
+from anyckpt.quantization.forms import ALGORITHMS, FORMS, layout_of, layouts_of, usual_form
 from anyckpt.quantization.modelopt import MODELOPT_FILE
 from anyckpt.quantization.stored import Request
 from anyckpt.quantization.written import Written, quantize
@@ -63,7 +63,7 @@ def check_request(request: Request | None, target: Format, others: Mapping[str, 
             remedy="convert to one of these with --quantize",
         )
     form = request.form or usual_form(request.algorithm)
-    held = [one for one in forms_with(request.algorithm) if one in target.quantizes]
+    held = [one for one in layouts_of(request.algorithm) if one in target.quantizes]
     if request.algorithm in ALGORITHMS and not held:
         raise UsageError(
             f"{target.name} does not hold {request.algorithm}",

@@ -14,6 +14,7 @@ from torch import nn
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.indexing import Array
+from anyckpt.operations.steps.calibration_data import check_positions
 from anyckpt.quantization.statistics import ALPHAS, Seen, Shared, Statistics, digest_of
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.calibration import awq
@@ -273,14 +274,8 @@ def _check_fit(model: LazyModel, batches: Sequence[Array]) -> None:
     rows, positions = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
     if not batches or not all(ids.size for ids in batches):
         raise UsageError("there is nothing to calibrate with", expected="at least one token")
-    longest, largest = max(ids.shape[1] for ids in batches), max(int(ids.max()) for ids in batches)
-    if isinstance(positions, int) and positions < longest:
-        raise UsageError(
-            f"{model.path}: sequences are longer than the model's positions",
-            expected=f"at most {positions} tokens",
-            found=longest,
-            remedy=f"say --calib-sequence-length {positions}",
-        )
+    check_positions(model.path, positions, max(ids.shape[1] for ids in batches))
+    largest = max(int(ids.max()) for ids in batches)
     if min(int(ids.min()) for ids in batches) < 0 or (isinstance(rows, int) and largest >= rows):
         raise UsageError(
             f"{model.path}: token ids are not of the model's vocabulary",
