@@ -10,6 +10,7 @@ from anyckpt.operations.steps.account import nothing_to_write
 from anyckpt.operations.steps.aim import Aim
 from anyckpt.operations.steps.choosing import choose, renumbered
 from anyckpt.operations.steps.full_precision import in_full_precision
+from anyckpt.operations.steps.layer_choice import choose_layers
 from anyckpt.operations.steps.pipeline import Pipeline
 from anyckpt.tensor import LazyTensor
 
@@ -52,8 +53,6 @@ def chosen_parts(whole: Checkpoint, options: ConvertOptions, aim: Aim, steps: Pi
     given = None
     layers = options.layers
     if layers is not None:
-        from anyckpt.operations.steps.layer_choice import choose_layers
-
         if options.cast_to is not None:  # while what says which weights are codes has the layers' old numbers
             chosen = steps.take(in_full_precision(chosen, options.cast_to, options.given))
             options = options.for_numbers()

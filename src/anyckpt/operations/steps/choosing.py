@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,13 +11,13 @@ from anyckpt.errors import IncompleteError, UsageError
 from anyckpt.models.complete import some
 from anyckpt.operations.steps.beside_weights import weights_beside
 from anyckpt.operations.steps.globs import as_patterns, matching
+from anyckpt.operations.steps.layer_settings import layers_of
+from anyckpt.operations.steps.layer_stack import NUMBERED
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.tensor import LazyTensor
 
-_LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")
-_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _UNWANTED = "not asked for by --include and --exclude"
 
 
@@ -137,16 +136,16 @@ def renumbered(checkpoint: Checkpoint, unwanted: Iterable[str], config: Mapping[
         unwanted: names of the weights that are not wanted.
         config: the one that is given with the choice; without one nothing is numbered anew.
     """
-    layers = {config[key] for key in _LAYER_COUNTS if type(config.get(key)) is int} if config else set()
-    places = {name: match for name in checkpoint.weights() if (match := _LAYER.match(name))}
-    gone = {(match[1], int(match[2])) for name in unwanted if (match := _LAYER.match(name))}
+    count = layers_of(config) if config else None
+    places = {name: match for name in checkpoint.weights() if (match := NUMBERED.match(name))}
+    gone = {(match[1], int(match[2])) for name in unwanted if (match := NUMBERED.match(name))}
     stacks: dict[str, set[int]] = {}
     for match in places.values():
         stacks.setdefault(match[1], set()).add(int(match[2]))
     order = {
         stack: {number: place for place, number in enumerate(sorted(numbers))}
         for stack, numbers in stacks.items()
-        if len(numbers) in layers
+        if len(numbers) == count
         and max(numbers) >= len(numbers)
         and {number for other, number in gone if other == stack} >= {*range(max(numbers))} - numbers
         and not any((stack, number) in gone for number in numbers)

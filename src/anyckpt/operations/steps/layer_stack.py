@@ -10,7 +10,8 @@ from anyckpt.errors import UsageError
 from anyckpt.models.complete import some
 from anyckpt.tensor import LazyTensor, concatenate
 
-_NUMBERED = re.compile(r"(.*?)\.(0|[1-9]\d{0,6})\.")  # 00 is another name than 0
+NUMBERED = re.compile(r"(.*?)\.(0|[1-9]\d{0,6})\.")
+"""What a name of a layer begins with: what it is a layer of, and its number; 00 is another name than 0."""
 _STACKED = re.compile(r"(.*?\.layers|layers)\.(?!\d)")
 _OF_TWO = re.compile(r"(.*\.)?(encoder|decoder)\.(?:block|layers?)")
 _OTHER_PARTS = re.compile(r"vision|visual|audio|speech|image|tower|sam\b|perception|projector")
@@ -37,12 +38,12 @@ class Stack:
 
     def layer(self, name: str) -> int | None:
         """The number in a name of one of the layers; None of any other."""
-        match = None if self.stacked else _NUMBERED.match(name)
+        match = None if self.stacked else NUMBERED.match(name)
         return int(match[2]) if match is not None and match[1] == self.name else None
 
     def at(self, name: str, layer: int) -> str:
         """A layer's name with another number."""
-        match = _NUMBERED.match(name)
+        match = NUMBERED.match(name)
         assert match is not None
         return f"{match[1]}.{layer}.{name[match.end() :]}"
 
@@ -78,7 +79,7 @@ def two_stacks(tensors: Iterable[str]) -> dict[str, Stack]:
     numbers: dict[str, set[int]] = {}
     ends: dict[tuple[str, int], set[str]] = {}
     for name in tensors:
-        if (match := _NUMBERED.match(name)) and _OF_TWO.fullmatch(match[1]) and not _OTHER_PARTS.search(match[1]):
+        if (match := NUMBERED.match(name)) and _OF_TWO.fullmatch(match[1]) and not _OTHER_PARTS.search(match[1]):
             numbers.setdefault(match[1], set()).add(int(match[2]))
             ends.setdefault((match[1], int(match[2])), set()).add(name[match.end() :])
     found: dict[str, dict[str, Stack]] = {}
@@ -127,7 +128,7 @@ def find_stack(tensors: Tensors, count: int | None, path: str) -> Stack:
     numbers: dict[str, set[int]] = {}
     rows: dict[str, set[int]] = {}
     for name, tensor in tensors.items():
-        if match := _NUMBERED.match(name):
+        if match := NUMBERED.match(name):
             numbers.setdefault(match[1], set()).add(int(match[2]))
         elif (match := _STACKED.match(name)) and tensor.ndim:
             rows.setdefault(match[1], set()).add(tensor.shape[0])

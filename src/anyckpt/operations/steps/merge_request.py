@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError
+from anyckpt.operations.steps.layer_stack import NUMBERED
 from anyckpt.operations.steps.merge_rules import Linear, Rule, Updates, slerp
 from anyckpt.operations.steps.merged_tensor import Merged, is_complex
 from anyckpt.operations.steps.thinning import Sparsity, Whole, chance, largest
@@ -26,7 +26,6 @@ OVER_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 
 _OF_COMPLEX = ("linear", "task_arithmetic", "passthrough")
 
-_LAYER = re.compile(r"(.*?)\.(\d{1,7})\.")
 _SWITCHES = ("normalize", "rescale")
 _LARGEST = float(np.finfo(np.float32).max)
 """Beyond it a number makes infinities of all weights of 16 bits."""
@@ -156,7 +155,7 @@ class Rules:
         self._before = frozenset(embedding)
         self._stacks: dict[str, int] = {}
         for name in names:
-            if match := _LAYER.match(name):
+            if match := NUMBERED.match(name):
                 self._stacks[match[1]] = max(self._stacks.get(match[1], 0), int(match[2]) + 1)
 
     def make(self, name: str, children: tuple[LazyTensor, ...]) -> LazyTensor:
@@ -247,7 +246,7 @@ class Rules:
 
     def _place(self, name: str) -> _Place:
         stretches = self._request.stretches
-        match = _LAYER.match(name)
+        match = NUMBERED.match(name)
         if match is None:
             return _Place(0 if name in self._before else len(stretches) - 1, 0.0)
         layer = int(match[2])
