@@ -13,13 +13,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.models.cases import facts
 from tests.quantization.modelopt_cases import FIXTURES, statistics_of
 
 import anyckpt
 from anyckpt.errors import AnyckptError, FormatError, MissingLibraryError, OutputError, UsageError
 from anyckpt.operations.steps.calibration_data import batches_of, cut, read_samples
 from anyckpt.operations.steps.ptq_settings import read_ptq_settings
-from anyckpt.quantization.statistics import Seen, Statistics, load
+from anyckpt.quantization.statistics import Seen, Statistics, digest_of, load
 
 SOURCE = FIXTURES / "src_llama_b" / "hf"
 NEMO1 = """
@@ -284,8 +285,6 @@ def test_a_module_that_nothing_went_into_is_named(tmp_path: Path) -> None:
     whole = statistics_of("fp8_kv8_bf16_b")
     some = {name: seen for name, seen in whole.modules.items() if "o_proj" not in name}
     weights = anyckpt.open(SOURCE).weights()
-    from anyckpt.quantization.statistics import digest_of
-
     model = digest_of({f"{name}.weight": weights[f"{name}.weight"] for name in some})
     statistics = Statistics(model, whole.computed_in, some, whole.shared)
     with pytest.raises(UsageError, match=r"nothing went into model\.layers\.0\.self_attn\.o_proj"):
@@ -429,3 +428,34 @@ def test_a_row_is_cut_into_whole_samples(ids: list[int], length: int) -> None:
     whole = len(ids) // length * length
     assert [one for part in parts for one in part] == ids[: whole or len(ids)]
     assert len(parts) == 1 or all(len(part) == length for part in parts)
+
+
+def test_statistics_are_of_the_layers_that_are_left(tmp_path: Path) -> None:
+    """Layers that get other numbers have not the scales of those that had these before."""
+    source, whole = FIXTURES / "src_llama_a" / "hf", statistics_of("fp8_a")
+    how: dict[str, Any] = {"to": "hf", "quantize": "fp8"}
+    with pytest.raises(UsageError, match="the statistics are of another model"):
+        anyckpt.convert(source, tmp_path / "out", statistics=whole, drop_layers="0", **how)
+    anyckpt.convert(source, tmp_path / "less", to="hf", drop_layers="0")
+    seen = {name.replace(".1.", ".0."): own for name, own in whole.modules.items() if ".0." not in name}
+    weights = anyckpt.open(tmp_path / "less").weights()
+    model = digest_of({f"{name}.weight": weights[f"{name}.weight"] for name in seen})
+    statistics = Statistics(model, whole.computed_in, seen, ())
+    anyckpt.convert(tmp_path / "less", tmp_path / "expected", statistics=statistics, **how)
+    anyckpt.convert(source, tmp_path / "out", statistics=statistics, drop_layers="0", **how)
+    assert facts(anyckpt.open(tmp_path / "out").tensors) == facts(anyckpt.open(tmp_path / "expected").tensors)
+
+
+def test_statistics_are_of_names_and_rows_as_the_user_gives_them(tmp_path: Path) -> None:
+    source, statistics = FIXTURES / "src_llama_a" / "hf", statistics_of("fp8_a")
+    how: dict[str, Any] = {"to": "hf", "quantize": "fp8", "statistics": statistics}
+    anyckpt.convert(source, tmp_path / "names.safetensors", to="safetensors", rename="model.*=net.*")
+    names = {"config": source / "config.json", "rename": "net.*=model.*"}
+    anyckpt.convert(tmp_path / "names.safetensors", tmp_path / "named", **names, **how)
+    anyckpt.convert(source, tmp_path / "expected", **how)
+    expected = facts(anyckpt.open(tmp_path / "expected").tensors)
+    assert facts(anyckpt.open(tmp_path / "named").tensors) == expected
+    rows = anyckpt.LayoutRequest(vocab_size=anyckpt.open(source).config["vocab_size"] + 5, new_rows="mean")
+    anyckpt.convert(source, tmp_path / "rows", layout=rows, **how)
+    found = facts(anyckpt.open(tmp_path / "rows").tensors)
+    assert {name for name in found if found[name] != expected[name]} == {"lm_head.weight", "model.embed_tokens.weight"}

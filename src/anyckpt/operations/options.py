@@ -285,8 +285,13 @@ class ConvertOptions:
             model_id=self.model_id,
             include=self.include,
             exclude=self.exclude,
+            rename=self.rename,
+            drop_layers=self.drop_layers,
+            keep_layers=self.keep_layers,
             dtype=self.dtype if quantized else None,
-            layout=LayoutRequest(vocab_size=self.request.vocab_size, rules=self.request.rules),
+            layout=LayoutRequest(
+                vocab_size=self.request.vocab_size, new_rows=self.request.new_rows, rules=self.request.rules
+            ),
             force=self.force,
         )
 
