@@ -426,7 +426,9 @@ def test_a_configuration_that_is_given_tells_too(tmp_path: Path) -> None:
 
 
 def test_methods_have_names() -> None:
-    known = {"fp8", "mxfp4", "modelopt", "compressed-tensors", "fbgemm_fp8", "trtllm", "gptq", "awq", "bitsandbytes"}
+    known = {
+        "fp8", "mxfp4", "modelopt", "compressed-tensors", "fbgemm_fp8", "trtllm", "gptq", "awq", "bitsandbytes", "mlx"
+    }  # fmt: skip
     assert known == METHODS.keys()
 
 

@@ -46,6 +46,8 @@ FACTS = st.fixed_dictionaries(
         "w_bit": st.sampled_from([4]) | PLAIN,
         "group_size": st.sampled_from([16, 32, 0]) | PLAIN,
         "zero_point": st.booleans() | PLAIN,
+        "mode": st.sampled_from(["affine", "mxfp4", "nvfp4"]) | PLAIN,
+        "a": st.fixed_dictionaries({}, optional={"bits": st.sampled_from([3, 6]) | PLAIN, "mode": PLAIN}) | PLAIN,
         "version": st.sampled_from(["gemm", "gemv"]) | PLAIN,
         "checkpoint_format": st.sampled_from(["gptq", "gptq_v2"]) | PLAIN,
         "config_groups": st.dictionaries(st.text(max_size=2), st.just({}) | PLAIN, max_size=2)
@@ -54,7 +56,7 @@ FACTS = st.fixed_dictionaries(
         "ignore": st.lists(st.text(alphabet="a.*\\re:", max_size=8), max_size=3) | PLAIN,
     },
 )
-KINDS = ("u1", "i1", "<i4", "<f4", "<i8", ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16)
+KINDS = ("u1", "i1", "<i4", "<u4", "<f4", "<i8", ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16)
 NAMES = (
     "a.weight", "a.weight_scale", "a.weight_scale_inv", "a.weight_scale_2", "a.weight_packed", "a.weight_shape",
     "a.weight_blocks", "a.weight_scales", "a.weight_zero_point", "a.input_scale", "b", "a.weight_global_scale",
@@ -68,13 +70,15 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
     ("a.weight_packed", "a.weight_scale", "a.weight_shape", "a.weight_zero_point"),
     ("a.weight_packed", "a.weight_scale", "a.weight_global_scale"),
     ("a.weight", "a.weight.absmax", "a.weight.quant_map", "a.weight.quant_state.bitsandbytes__nf4"),
+    ("a.weight", "a.scales", "a.biases"), ("a.weight", "a.scales"),
 )  # fmt: skip
 SHAPES = ((3, 32), (3, 16), (3, 4), (3, 1), (1, 1), (2,), (1,), (), (2, 3, 1, 16), (2, 3, 1))
 USUAL: dict[str, tuple[Any, ...]] = {
-    "a.weight": (ml_dtypes.float8_e4m3fn, "u1", "i1"), "a.weight_packed": ("<i4",), "a.weight_scale": ("<f4",),
+    "a.weight": (ml_dtypes.float8_e4m3fn, "u1", "i1", "<u4"), "a.weight_packed": ("<i4",), "a.weight_scale": ("<f4",),
     "a.weight_scale_inv": ("<f4",), "a.weight_scale_2": ("<f4",), "a.weight_shape": ("<i8",),
     "a.weight_blocks": ("u1",), "a.weight_scales": ("u1",), "a.input_scale": ("<f4",), "b": ("<f4",),
     "a.qweight": ("<i4",), "a.qzeros": ("<i4",), "a.scales": ("<f4",), "a.g_idx": ("<i4",), "a.SCB": ("<f4",),
+    "a.biases": ("<f4",),
     "a.weight_zero_point": ("<i4",), "a.weight_global_scale": ("<f4",), "a.weight.absmax": ("<f4",),
     "a.weight.quant_map": ("<f4",), "a.weight.quant_state.bitsandbytes__nf4": ("u1",),
 }  # fmt: skip

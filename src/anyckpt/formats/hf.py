@@ -107,8 +107,11 @@ def _version(config: Mapping[str, Any]) -> str | None:
 
 
 def _quantization(config: Mapping[str, Any], artifacts: Mapping[str, ByteSource]) -> Mapping[str, Any] | None:
-    """What ``config.json`` says of it, or the file that a quantizing library writes beside it."""
+    """What ``config.json`` says of it, MLX under a key of its own, or the file that a quantizing library writes."""
     stated = config.get("quantization_config")
+    own = config.get("quantization")
+    if isinstance(own, Mapping) and "group_size" in own:
+        return {"quant_method": "mlx", **own}
     if stated is not None:
         return stated if isinstance(stated, Mapping) else {}
     for name, facts_of in _FACTS_BESIDE.items():

@@ -76,6 +76,57 @@ class Unpacked(View):
         return Unpacked(self.child.permute(axes), axes.index(self.axis), self.bits, self.order)
 
 
+class RunningBits(View):
+    """The codes of bytes in which they follow one another bit by bit, the least bits first; one code a byte.
+
+    Args:
+        child: uint8, ``[..., bytes]``; a row's codes fill its bytes.
+        bits: of a code, fewer than 8: eight codes lie in so many bytes.
+    """
+
+    __slots__ = ("bits",)
+
+    def __init__(self, child: LazyTensor, bits: int) -> None:
+        self.child = child
+        self.bits = bits
+        self.dtype = _BYTE
+        self.shape = (*child.shape[:-1], child.shape[-1] * 8 // bits)
+
+    def identity(self) -> Identity:
+        return self.child, self.bits
+
+    def read_box(self, start: Shape, out: Array) -> None:
+        if not out.size:
+            return
+        low, high = start[-1], start[-1] + out.shape[-1]
+        first, last = low // 8, -(-high // 8)
+        shape = (*out.shape[:-1], (last - first) * self.bits)
+        corner = (*start[:-1], first * self.bits)
+        if isinstance(out, Hole):
+            self.child.read_box(corner, hole(shape, self.child.dtype.raw))
+            return
+        with scratch(math.prod(shape)) as buffer:
+            stored = buffer.reshape(shape)
+            self.child.read_box(corner, stored)
+            for number in range(8):
+                begin = (number - low) % 8
+                some = out[..., begin::8]
+                if not some.size:
+                    continue
+                skipped = (low + begin) // 8 - first
+                at, shift = divmod(number * self.bits, 8)
+                part = stored[..., skipped * self.bits + at :: self.bits][..., : some.shape[-1]] >> shift
+                if shift + self.bits > 8:
+                    rest = stored[..., skipped * self.bits + at + 1 :: self.bits][..., : some.shape[-1]]
+                    part |= rest << 8 - shift
+                np.bitwise_and(part, (1 << self.bits) - 1, out=some)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        if axes[-1] == len(axes) - 1:
+            return RunningBits(self.child.permute(axes), self.bits)
+        return super()._permute(axes)
+
+
 class Columns:
     """Which column of a tensor each column of another takes; the numbers are read when they are first needed.
 
@@ -162,6 +213,22 @@ class Affine(ElementWiseInto):
                 np.subtract(some, zero, out=numbers, dtype=np.float32)
                 np.multiply(numbers, scale, out=numbers, dtype=np.float32)
                 np.copyto(number, numbers, casting="unsafe")
+
+
+@dataclass(frozen=True)
+class Offset(ElementWiseInto):
+    """A code times its scale, plus a number: each rounded to ``numbers``, and the sum to ``to``, as MLX computes it."""
+
+    numbers: DType
+    to: DType
+
+    def into(self, out: Array, codes: Array, scales: Array, offsets: Array) -> None:
+        kind = self.numbers.numpy
+        for number, some, scale, offset in in_cache(out, codes, scales, offsets):
+            with np.errstate(over="ignore", invalid="ignore"):
+                share = np.multiply(some, scale, dtype=np.float32).astype(kind)
+                total = np.add(share, offset, dtype=np.float32).astype(kind)
+                np.copyto(number, total, casting="unsafe")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 From AutoAWQ 0.2.9 (``WQLinear_GEMM``), GPTQModel 7.7 (``TorchLinear.dequantize_weight``), bitsandbytes 0.50
 (``Linear4bit``, ``Linear8bitLt``), compressed-tensors 0.20 (``PackedQuantizationCompressor``) and NVIDIA ModelOpt 0.40.
+MLX's are in ``mlx``.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Assembled:
         make: the weight in numbers of a type, of its parts by what follows the module's name.
         numbers: what the codes are, for messages.
         weight: what follows the module's name in that of the weight.
+        of: whether a module's weight is stored so, by its name.
     """
 
     codes: str
@@ -63,6 +65,7 @@ class Assembled:
     make: Callable[[Parts, DType], LazyTensor]
     numbers: str
     weight: str = "weight"
+    of: Callable[[str], bool] = lambda module: True
 
     @property
     def of_scales(self) -> tuple[str, ...]:
@@ -73,6 +76,8 @@ class Assembled:
         """A weight's parts, if ``name`` is that of its codes and none is missing."""
         stem = name.removesuffix(self.codes)
         if stem == name or tensors[name].dtype.name != self.kind or not stem.endswith("."):
+            return None
+        if not self.of(stem[:-1]):
             return None
         found = {self.codes: tensors[name]}
         for part in self.needed:
@@ -87,7 +92,7 @@ class Assembled:
         return found | {part: tensors[stem + part] for part in self.optional if stem + part in tensors}
 
 
-def _fault(part: str, expected: object, found: object) -> MappingError:
+def fault(part: str, expected: object, found: object) -> MappingError:
     return MappingError(
         f"{part} does not fit the weight's codes",
         expected=expected,
@@ -96,9 +101,9 @@ def _fault(part: str, expected: object, found: object) -> MappingError:
     )
 
 
-def _check(part: str, tensor: LazyTensor, shape: Shape) -> LazyTensor:
+def check_shape(part: str, tensor: LazyTensor, shape: Shape) -> LazyTensor:
     if tensor.shape != shape:
-        raise _fault(part, shape, tensor.shape)
+        raise fault(part, shape, tensor.shape)
     return tensor
 
 
@@ -126,8 +131,8 @@ def _order(stored: LazyTensor | None, columns: int, count: int) -> Columns | Non
     if stored is None:
         return None
     if stored.dtype.kind != "integer":
-        raise _fault("g_idx", "whole numbers", stored.dtype.name)
-    return Columns(_check("g_idx", stored, (columns,)), count)
+        raise fault("g_idx", "whole numbers", stored.dtype.name)
+    return Columns(check_shape("g_idx", stored, (columns,)), count)
 
 
 def gptq(bits: int, *, lowered: bool) -> Assembled:
@@ -142,10 +147,10 @@ def gptq(bits: int, *, lowered: bool) -> Assembled:
     def make(parts: Parts, to: DType) -> LazyTensor:
         words, scales, zeros = parts["qweight"], parts["scales"], parts["qzeros"]
         if words.ndim != 2 or scales.ndim != 2 or not scales.shape[0]:
-            raise _fault("scales", "matrices", f"{words.shape} and {scales.shape}")
+            raise fault("scales", "matrices", f"{words.shape} and {scales.shape}")
         each, columns = 32 // bits, words.shape[0] * 32 // bits
-        groups, rows = _check("scales", scales, (scales.shape[0], words.shape[1])).shape
-        _check("qzeros", zeros, (groups, -(-rows // each)))
+        groups, rows = check_shape("scales", scales, (scales.shape[0], words.shape[1])).shape
+        check_shape("qzeros", zeros, (groups, -(-rows // each)))
         codes = Unpacked(words, 0, bits).permute((1, 0))
         if lowered:
             zeros = Mapped((zeros,), zeros.dtype, Raised(sum(1 << bits * place for place in range(each))))
@@ -166,13 +171,13 @@ def awq(*, zeros: bool) -> Assembled:
     def make(parts: Parts, to: DType) -> LazyTensor:
         words, scales = parts["qweight"], parts["scales"]
         if words.ndim != 2 or scales.ndim != 2 or not scales.shape[0]:
-            raise _fault("scales", "matrices", f"{words.shape} and {scales.shape}")
+            raise fault("scales", "matrices", f"{words.shape} and {scales.shape}")
         rows = 8 * words.shape[1]
-        _check("scales", scales, (scales.shape[0], rows))
+        check_shape("scales", scales, (scales.shape[0], rows))
         codes = Unpacked(words, 1, 4, _AWQ_ORDER).permute((1, 0))
         zero: LazyTensor | int = 8
         if "qzeros" in parts:
-            stored = _check("qzeros", parts["qzeros"], (scales.shape[0], words.shape[1]))
+            stored = check_shape("qzeros", parts["qzeros"], (scales.shape[0], words.shape[1]))
             zero = Unpacked(stored, 1, 4, _AWQ_ORDER).permute((1, 0))
         return _product(codes, zero, scales.permute((1, 0)), None, to)
 
@@ -192,16 +197,18 @@ def packed(bits: int, *, zeros: bool) -> Assembled:
         words, scales = parts["weight_packed"], parts["weight_scale"]
         stored = parts["weight_shape"]
         if stored.dtype.kind != "integer" or stored.shape != (2,) or words.ndim != 2:
-            raise _fault("weight_shape", "rows and columns", f"{stored.dtype.name} {stored.shape}")
+            raise fault("weight_shape", "rows and columns", f"{stored.dtype.name} {stored.shape}")
         rows, columns = (int(n) for n in stored.numpy())
         each = 32 // bits
-        _check("weight_packed", words, (rows, -(-columns // each)))
+        check_shape("weight_packed", words, (rows, -(-columns // each)))
         if scales.ndim != 2 or not scales.size or scales.shape[0] != rows:
-            raise _fault("weight_scale", f"{rows} rows", scales.shape)
+            raise fault("weight_scale", f"{rows} rows", scales.shape)
         codes = Unpacked(words, 1, bits).narrow(1, 0, columns)
         zero: LazyTensor | int = 1 << bits - 1
         if "weight_zero_point" in parts:
-            packed_zeros = _check("weight_zero_point", parts["weight_zero_point"], (-(-rows // each), scales.shape[1]))
+            packed_zeros = check_shape(
+                "weight_zero_point", parts["weight_zero_point"], (-(-rows // each), scales.shape[1])
+            )
             zero = Unpacked(packed_zeros, 0, bits).narrow(0, 0, rows)
         order = _order(parts.get("weight_g_idx"), columns, scales.shape[1])
         return _product(codes, zero, scales, order, to)
@@ -222,10 +229,10 @@ def modelopt_int4(stated: int | None) -> Assembled:
     def make(parts: Parts, to: DType) -> LazyTensor:
         pairs, scales = parts["weight"], parts["weight_scale"]
         if pairs.ndim != 2 or not pairs.size:
-            raise _fault("weight", "a matrix", pairs.shape)
+            raise fault("weight", "a matrix", pairs.shape)
         rows, columns = 2 * pairs.shape[0], pairs.shape[1]
         group = stated or _group_of(columns, scales)
-        _check("weight_scale", scales, (rows, -(-columns // group)))
+        check_shape("weight_scale", scales, (rows, -(-columns // group)))
         return _smoothed(Halved(pairs, 0), _SIGNED, scales, (1, group), parts, to)
 
     others = ("pre_quant_scale", "weight_scale_2")
@@ -244,8 +251,8 @@ def modelopt_int8() -> Assembled:
     def make(parts: Parts, to: DType) -> LazyTensor:
         codes, scales = parts["weight"], parts["weight_scale"]
         if codes.ndim != 2 or not codes.size:
-            raise _fault("weight", "a matrix", codes.shape)
-        column = _check("weight_scale", scales, (codes.shape[0],)).reshape((codes.shape[0], 1))
+            raise fault("weight", "a matrix", codes.shape)
+        column = check_shape("weight_scale", scales, (codes.shape[0],)).reshape((codes.shape[0], 1))
         return _smoothed(codes, _BYTES, column, (1, codes.shape[1]), parts, to)
 
     return Assembled("weight", ("weight_scale",), ("pre_quant_scale",), "int8", make, "int8")
@@ -258,7 +265,7 @@ def _smoothed(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape,
         return scaled(codes, table, scales, block, to)
     rows, columns = codes.shape
     whole = scaled(codes, table, scales, block, _FLOAT32)
-    _check("pre_quant_scale", inputs, (columns,))
+    check_shape("pre_quant_scale", inputs, (columns,))
     spread = Repeated(numbers_of(inputs).reshape((1, columns)), (rows, 1), codes.shape)
     return Mapped((whole, spread), _FLOAT32, np.multiply).cast(to)
 
@@ -272,10 +279,10 @@ def nf4() -> Assembled:
         shape, block = tuple(state["shape"]), state["blocksize"]
         size = math.prod(shape)
         if stored.size != -(-size // 2):
-            raise _fault("weight", f"{-(-size // 2)} bytes of {shape}", stored.shape)
+            raise fault("weight", f"{-(-size // 2)} bytes of {shape}", stored.shape)
         count = -(-size // block)
-        _check("weight.absmax", scales, (count,))
-        _check("weight.quant_map", table, (16,))
+        check_shape("weight.absmax", scales, (count,))
+        check_shape("weight.quant_map", table, (16,))
         flat = Unpacked(stored.reshape((stored.size,)), 0, 4, (1, 0)).narrow(0, 0, size)
         if "weight.nested_absmax" in parts:
             scales = _nested(scales, parts, state)
@@ -294,11 +301,11 @@ def int8_rows() -> Assembled:
     def make(parts: Parts, to: DType) -> LazyTensor:
         codes, scales = parts["weight"], parts["SCB"]
         if codes.ndim != 2:
-            raise _fault("weight", "a matrix", codes.shape)
-        _check("SCB", scales, (codes.shape[0],))
+            raise fault("weight", "a matrix", codes.shape)
+        check_shape("SCB", scales, (codes.shape[0],))
         form = parts.get("weight_format")
         if form is not None and int(form.numpy().reshape(-1)[0]):
-            raise _fault("weight_format", "0: rows as they are", form.numpy().tolist())
+            raise fault("weight_format", "0: rows as they are", form.numpy().tolist())
         spread = Repeated(numbers_of(scales).reshape((codes.shape[0], 1)), (1, max(1, codes.shape[1])), codes.shape)
         return Mapped((codes, spread), to, Shares(to, _INT8_STEP))
 
@@ -310,9 +317,9 @@ def _nested(codes: LazyTensor, parts: Parts, state: Mapping[str, Any]) -> LazyTe
     size, block = codes.size, state["nested_blocksize"]
     scales, table = parts["weight.nested_absmax"], parts.get("weight.nested_quant_map")
     if table is None or codes.dtype.name != "uint8":
-        raise _fault("weight.nested_quant_map", "256 numbers, and codes in uint8", codes.dtype.name)
-    _check("weight.nested_absmax", scales, (-(-size // block),))
-    _check("weight.nested_quant_map", table, (256,))
+        raise fault("weight.nested_quant_map", "256 numbers, and codes in uint8", codes.dtype.name)
+    check_shape("weight.nested_absmax", scales, (-(-size // block),))
+    check_shape("weight.nested_quant_map", table, (256,))
     spread = Repeated(numbers_of(scales), (block,), (size,))
     return Mapped((codes, spread), _FLOAT32, OfTable(Numbers(table), state["nested_offset"]))
 
@@ -335,5 +342,5 @@ def _state(parts: Parts) -> dict[str, Any]:
         if not all(type(n) is int and 0 < n < 1 << 40 for n in numbers) or not math.isfinite(state["nested_offset"]):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UnicodeDecodeError):
-        raise _fault(name, "JSON with shape and blocksize", f"{tensor.nbytes} bytes") from None
+        raise fault(name, "JSON with shape and blocksize", f"{tensor.nbytes} bytes") from None
     return state

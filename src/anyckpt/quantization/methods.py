@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from anyckpt.errors import MappingError
+from anyckpt.quantization import mlx
 from anyckpt.quantization.assembled import Assembled, awq, gptq, int8_rows, modelopt_int4, modelopt_int8, nf4, packed
 
 Facts = Mapping[str, Any]
@@ -177,6 +178,31 @@ def _compressed_tensors(facts: Facts) -> tuple[Stored, ...]:
     return ()
 
 
+def _mlx(facts: Facts) -> tuple[Stored, ...]:
+    """The whole model's way, and those of single modules by name."""
+    own = {name: said for name, said in facts.items() if isinstance(said, Mapping)}
+    ways: dict[mlx.Way, set[str]] = {}
+    for module, said in own.items():
+        ways.setdefault(_way_of_mlx(said), set()).add(module)
+    apart = tuple(mlx.stored(way, frozenset(modules).__contains__) for way, modules in ways.items())
+    return (*apart, mlx.stored(_way_of_mlx(facts), lambda module: module not in own))
+
+
+def _way_of_mlx(facts: Facts) -> mlx.Way:
+    """What is not said is what is usual for the mode."""
+    mode = str(facts.get("mode", mlx.AFFINE))
+    usual = next((way for way in mlx.FLOATS if way.mode == mode), mlx.USUAL)
+    way = mlx.Way(
+        mode,
+        _number(facts.get("bits", usual.bits), "bits"),
+        _number(facts.get("group_size", usual.group), "group_size"),
+    )
+    if way not in mlx.FLOATS and (mode != mlx.AFFINE or way.bits not in mlx.BITS):
+        found = f"mode {mode} of {way.bits} bits in {way.group}"
+        raise MappingError("MLX does not quantize so", expected=mlx.KNOWN, found=found[:80])
+    return way
+
+
 def _number(value: Any, key: str) -> int:
     if type(value) is int and 0 < value < 1 << 31:
         return value
@@ -223,6 +249,7 @@ METHODS: Mapping[str, Method] = {
     "gptq": Method(_gptq, "gptq of 2, 4 and 8 bits", "checkpoint_format"),
     "awq": Method(_awq, "awq gemm", "version"),
     "bitsandbytes": Method(_bitsandbytes, "bitsandbytes"),
+    mlx.METHOD: Method(_mlx, f"MLX's {mlx.KNOWN}", "mode"),
     "trtllm": Method(_trtllm, f"TensorRT-LLM's {', '.join(_TRTLLM)}", "quant_algo"),
 }
 """Those that are understood, by ``quant_method``."""

@@ -335,7 +335,8 @@ def _checked(
     """A tensor of the result, if it is none of the parts of a quantized weight; unquantized 8-bit floats are cast."""
     for scheme in schemes:
         if isinstance(scheme, Assembled):
-            ends = tuple(f".{part}" for part in (scheme.codes, *scheme.needed) if part != scheme.weight)
+            codes = scheme.codes if tensor.dtype.name == scheme.kind and tensor.dtype.itemsize > 1 else ""
+            ends = tuple(f".{part}" for part in (codes, *scheme.needed) if part and (part != scheme.weight or codes))
         else:
             suffixes = filter(None, (scheme.scales, scheme.common, scheme.codes))
             ends = tuple(end + suffix for suffix in suffixes for end in _ENDS)

@@ -58,6 +58,7 @@ FAMILY = Family(
         variants=(
             Variant(f"{sparse.LAYER}.mlp.experts.gate_up_proj", (f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight")),
             Variant(f"{sparse.LAYER}.mlp.experts.down_proj", (f"{_EXPERT}.w2.weight",)),
+            *sparse.of_mlx("block_sparse_moe", "w1", "w3", "w2"),
             Variant(
                 f"{sparse.LAYER}.mlp.gate.weight", (f"{sparse.LAYER}.block_sparse_moe.gate.weight",), in_memory=True
             ),

@@ -15,6 +15,8 @@ from anyckpt.operations.steps.casts import TARGETS
 from anyckpt.operations.steps.pipeline import Stepped
 
 _KEY = "quantization_config"
+_KEYS = (_KEY, "quantization")
+"""Where a configuration says how weights are quantized; MLX says it under both."""
 _OVERFLOW = "float16 ends at 65,504: larger values become infinite, which anyckpt verify --deep finds"
 
 
@@ -41,7 +43,7 @@ def in_full_precision(checkpoint: Checkpoint, to: str | None, config: Mapping[st
     plain = replace(
         checkpoint,
         tensors={**{prefix + name: tensor for name, tensor in done.tensors.items()}, **others},
-        config={key: value for key, value in checkpoint.config.items() if key != _KEY},
+        config={key: value for key, value in checkpoint.config.items() if key not in _KEYS},
         quantization=None,
     )
     count = sum(done.casts.values())
@@ -77,7 +79,7 @@ def config_in_full_precision(config: dict[str, Any] | None, to: str | None) -> d
     """A configuration that the user gave, without what it says of quantization where weights become numbers."""
     if config is None or to is None or not isinstance(config.get(_KEY), Mapping):
         return config
-    return {key: value for key, value in config.items() if key != _KEY}
+    return {key: value for key, value in config.items() if key not in _KEYS}
 
 
 def seen_in_full_precision(checkpoint: Checkpoint, like: Checkpoint | None = None) -> Checkpoint:

@@ -81,11 +81,29 @@ def fields(count: str, *aliases: str) -> tuple[Field, ...]:
 
 _EXPERT = f"{LAYER}.mlp.experts.*"
 
+
+def of_mlx(
+    block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Variant, ...]:
+    """mlx-lm's names of experts, which it stacks.
+
+    Args:
+        block: what of a layer has the experts.
+        gate, up, down: what the family calls an expert's weights.
+    """
+    own = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return tuple(
+        Variant(f"{LAYER}.{block}.switch_mlp.{name}.weight", (f"{LAYER}.{block}.experts.*.{part}.weight",))
+        for name, part in own.items()
+    )
+
+
 STACKED = (
     Variant(f"{LAYER}.mlp.experts.gate_up_proj", (f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight")),
     Variant(f"{LAYER}.mlp.experts.down_proj", (f"{_EXPERT}.down_proj.weight",)),
+    *of_mlx(),
 )
-"""transformers 5's layout in memory, and on disk with ``save_original_format=False``."""
+"""transformers 5's layout in memory, and on disk with ``save_original_format=False``; and mlx-lm's."""
 
 
 class SteppedLayers(Codec):
