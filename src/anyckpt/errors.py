@@ -41,13 +41,13 @@ class AnyckptError(Exception):
         found: object = None,
         remedy: str | None = None,
     ) -> None:
+        super().__init__(problem)  # first, as an ImportError has a path of its own, which it clears
         self.problem = problem
         self.path = None if path is None else os.fspath(path)
         self.tensor = tensor
         self.expected = expected
         self.found = found
         self.remedy = remedy
-        super().__init__(problem)
 
     def __str__(self) -> str:
         where = [] if self.path is None else [self.path]
