@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from anyckpt.config.decisive import check_decisive
 from anyckpt.config.fields import Field
 from anyckpt.config.model import PART_OF, ModelConfig, check, vocabulary_divisor
 from anyckpt.config.own_part import own_part, text_part
@@ -128,6 +129,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             remedy="convert the unquantized model, or convert the files with --to safetensors",
         )
     check_expected(family, config)
+    check_decisive(family.name, config, known.handled | known.expected.keys())
     result = ModelConfig(
         **{
             **{name: value for name, value in family.traits.items() if name not in fields},

@@ -24,6 +24,11 @@ def is_known(family: Spellings, config: Mapping[str, Any]) -> bool:
     return _is_own(family, config) or text_part(family, config) is not None or _foreign(family, config) is not None
 
 
+def is_class(family: Spellings, config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` names a class of the family's, whatever its ``model_type``."""
+    return first_class(config) in family.hugging_face.architectures
+
+
 def is_part(family: Spellings, config: Mapping[str, Any]) -> bool:
     """Whether the family's model is the text part of what a ``config.json`` describes."""
     return not _is_own(family, config) and text_part(family, config) is not None
@@ -63,9 +68,14 @@ def _foreign(family: Spellings, config: Mapping[str, Any]) -> Mapping[str, Any] 
     return None if "model_type" in config else family.hugging_face.foreign(config)
 
 
-def _is_own(family: Spellings, config: Mapping[str, Any]) -> bool:
+def first_class(config: Mapping[str, Any]) -> str | None:
+    """The class that a ``config.json`` names, if it does."""
     names = config.get("architectures")
     first = names[0] if isinstance(names, list) and names else None
+    return first if isinstance(first, str) else None
+
+
+def _is_own(family: Spellings, config: Mapping[str, Any]) -> bool:
     if config.get("model_type") in family.hugging_face.model_types:
         return True
-    return "model_type" not in config and first in family.hugging_face.architectures
+    return "model_type" not in config and is_class(family, config)

@@ -111,8 +111,12 @@ def identify(
     elif kind == TRTLLM:
         known = chosen or _first(lambda family: config_trtllm.is_of(family, values))
         found = None if known is None else (known, config_trtllm.parse(known, values, notes))
+    elif kind == "hf":
+        of = chosen or _of_hugging_face(values)
+        notes.extend([] if of is None else _taken_as(of, values))
+        found = None if of is None else (of, config_hf.parse(of, values))
     else:
-        found = _parse(kind, values, chosen, frozenset() if kind == "hf" else _parts(checkpoint.weights()))
+        found = _parse(kind, values, chosen, _parts(checkpoint.weights()))
     if found is None:
         return None
     definition, parsed = found
@@ -138,6 +142,9 @@ def partitions(checkpoint: Checkpoint, *, family: str | None = None) -> Mapping[
         return by_name(family).partitions
     if checkpoint.config_kind not in KINDS or not any(each.partitions for each in each_family()):
         return {}
+    if checkpoint.config_kind == "hf":
+        known = _of_hugging_face(checkpoint.config)
+        return {} if known is None else known.partitions
     weights = {name: tensor for shard in checkpoint.ranks for name, tensor in shard.tensors.items()}
     try:
         found = _parse(checkpoint.config_kind, checkpoint.config, None, _parts(weights or checkpoint.weights()))
@@ -149,6 +156,41 @@ def partitions(checkpoint: Checkpoint, *, family: str | None = None) -> Mapping[
 def _first(is_of: Callable[[Family], bool]) -> Family | None:
     """The first family that a configuration is of."""
     return next(filter(is_of, each_family()), None)
+
+
+def _of_hugging_face(values: Mapping[str, Any]) -> Family | None:
+    """The family that ``model_type`` says, or that the class says whose type is of no family."""
+    known = _first(lambda family: own_part.is_known(family, values))
+    return known or _first(lambda family: own_part.is_class(family, values))
+
+
+def _taken_as(family: Family, values: Mapping[str, Any]) -> list[str]:
+    """What to say where a ``config.json`` is not by its type of the family that it is taken for.
+
+    Raises:
+        MappingError: its models compute something else.
+    """
+    if own_part.is_known(family, values):
+        return []
+    told, known = values.get("model_type"), _first(lambda other: own_part.is_known(other, values))
+    if known is not None:
+        differing = {k: v for k, v in family.traits.items() if k in known.traits and known.traits[k] != v}
+        if differing:
+            key, value = next(iter(differing.items()))
+            raise MappingError(
+                f"config.json's model_type {told!r} is of family {known.name}, whose models compute something else "
+                f"than those of {family.name}",
+                expected=f"{key} {value}",
+                found=f"{key} {known.traits[key]}",
+                remedy="leave --family out",
+            )
+        return [f"config.json's model_type {told!r} is of family {known.name}: taken as {family.name} as you say"]
+    if own_part.is_class(family, values):
+        return [f"config.json's model_type {told!r} is of no family: taken as {family.name}, whose class it names"]
+    return [
+        f"config.json's model_type {str(told)[:80]!r} is of no family: names and shapes fit {family.name}, but only "
+        "you know that it computes the same"
+    ]
 
 
 _STACKS = ("encoder.layers.", "decoder.layers.")
@@ -179,9 +221,7 @@ def _has_parts(family: Family, parts: frozenset[str]) -> bool:
 def _parse(
     kind: str, values: Mapping[str, Any], chosen: Family | None, parts: frozenset[str]
 ) -> tuple[Family, ModelConfig] | None:
-    if kind == "hf":
-        family = chosen or _first(lambda family: own_part.is_known(family, values))
-        return None if family is None else (family, config_hf.parse(family, values))
+    """The family and the configuration of a Megatron or NeMo model."""
     if kind == "nemo2":
         name = nemo2.nemo2_class(values) or ""
         named = [chosen] if chosen else [f for f in each_family() if f.nemo2 is not None and f.nemo2.reads(name)]

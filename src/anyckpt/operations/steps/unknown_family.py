@@ -39,8 +39,8 @@ def unknown_family(checkpoint: Checkpoint, target: str, wanted: str, known: str 
         problem += f"; by names it looks like {nearest.text}"
         remedy = f"give its configuration with --config: names do not tell the number of heads; or {_KEEP}"
     else:
-        problem += f"; by names it looks like {nearest.text}"
-        remedy = f"if it is, say so with --family; else {_WRITE}, or {_KEEP}"
+        problem += f"; by names it looks like {nearest.text}, which does not say that it computes the same"
+        remedy = f"if its code does, say so with --family; else {_WRITE}, or {_KEEP}"
     return UsageError(
         problem, path=checkpoint.path, expected=f"{wanted} names", found=f"{known or 'unknown'} names", remedy=remedy
     )
