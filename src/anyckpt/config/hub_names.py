@@ -15,3 +15,6 @@ FINAL_NORM = "decoder.final_layernorm.weight"
 FINAL_NORM_OF_HYBRIDS = "decoder.final_norm.weight"
 """As Megatron-Core names it in a model with Mamba layers."""
 FINAL_NORM_OF_ENCODER = "encoder.final_layernorm.weight"
+
+LANGUAGE = "language_model."
+"""What the text part's names begin with in Megatron's multimodal models."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from anyckpt.config.decisive import check_decisive
 from anyckpt.config.fields import Field
-from anyckpt.config.model import PART_OF, ModelConfig, check, vocabulary_divisor
-from anyckpt.config.own_part import own_part, text_part
+from anyckpt.config.model import PART_OF, WHOLE, ModelConfig, check, vocabulary_divisor
+from anyckpt.config.own_part import is_part, own_part, with_text
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, Spellings
 from anyckpt.dtypes import BY_NAME
@@ -105,6 +105,7 @@ WITHOUT_MEANING = {
     "verbose",
 }
 """Keys that say nothing about the model itself."""
+_ABSENT = object()
 
 
 def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
@@ -146,7 +147,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             **reader.fields(known.codecs, known.class_defaults, known=fields),
             "extra": {
                 "hf": {key: value for key, value in config.items() if key not in keys},
-                **({PART_OF: str(whole.get("model_type"))} if text_part(family, whole) is not None else {}),
+                **({PART_OF: str(whole.get("model_type")), WHOLE: whole} if is_part(family, whole) else {}),
             },
         }
     )
@@ -209,6 +210,20 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     if config.hidden_dropout and "hidden_dropout" not in known.said:
         notes.append(f"hidden_dropout {config.hidden_dropout} has no place in a {known.model_types[0]} config.json")
     return rendered
+
+
+def render_whole(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str, Any]:
+    """The ``config.json`` of the larger model whose text part a model is, as it was but for what is of this model.
+
+    What the model does not say, such as a token, is as it was, too.
+
+    Raises:
+        MappingError: transformers' class of the family cannot express the configuration.
+    """
+    whole: Mapping[str, Any] = config.extra[WHOLE]
+    before, after = render(family, parse(family, whole), []), render(family, config, notes)
+    changed = {key: value for key, value in after.items() if before.get(key, _ABSENT) != value}
+    return with_text(whole, {key: value for key, value in changed.items() if value is not None or key not in before})
 
 
 def is_rotary(family: Spellings) -> bool:
@@ -293,7 +308,10 @@ def surplus(config: ModelConfig) -> list[str]:
 
 
 def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | None, float]:
-    """Base, scaling and rotated fraction of a head, from either spelling; 5.x's is the stronger one."""
+    """Base, scaling and rotated fraction of a head, from either spelling; 5.x's is the stronger one.
+
+    Sections of channels for positions in pictures (``mrope``) make no difference to text.
+    """
     stated = reader.mapping("rope_parameters")
     if "rotary_base_local" in known.said:  # theta of windowed layers, which they read
         stated = Reader(stated, "config.json's rope_parameters").mapping("full_attention")
@@ -313,7 +331,7 @@ def _rope(reader: Reader, known: HuggingFace) -> tuple[float, dict[str, Any] | N
             "config.json has rope parameters per kind of layer, which this family does not have",
             found=", ".join(map(str, scaling)),
         )
-    result = None if kind == "default" else {"rope_type": kind, **scaling}
+    result = None if kind in ("default", "mrope") else {"rope_type": kind, **scaling}
     if not reader.values.keys() & {"rope_parameters", "rope_scaling"} and known.rope_scaling is not None:
         result = dict(known.rope_scaling)
     return base, result, percent or known.rotary_percent

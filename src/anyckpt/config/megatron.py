@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.config.encoder_keys import SOFTMAX_SCALE, parse_encoders, render_encoders, stack_sizes
 from anyckpt.config.fields import OPTIONAL, Field, four_widths, render_changed, render_fields, share_of_a_head
-from anyckpt.config.model import ModelConfig, check, whole
+from anyckpt.config.model import PART_OF, WHOLE, ModelConfig, check, whole
 from anyckpt.config.other_targets import other_targets
+from anyckpt.config.own_part import any_text_part
 from anyckpt.config.reader import Reader
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import Spellings
@@ -51,6 +53,8 @@ _GATED = ("swiglu", "quick_geglu", "gated_linear_unit", "geglu")
 """The last is of forks such as MindSpeed."""
 _DEFAULTS = {"kv_lora_rank": 32}
 """Where Megatron-LM's arguments and ``MLATransformerConfig`` differ."""
+_WHOLE = "hf_config"
+"""An argument of ours: ``config.json`` of the larger model whose text part the arguments describe."""
 
 
 def has_own_modules(config: ModelConfig) -> bool:
@@ -88,6 +92,9 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
     fields = sizes(config)
     reader.require(_SIZES, fields)
     fields |= reader.fields((*_OTHERS, *OPTIONAL), {})
+    larger = _whole(reader)
+    if larger and fields["position_embedding_type"] == "mrope":  # which differs for pictures alone
+        fields["position_embedding_type"] = "rope"
     fields |= parse_encoders(reader, fields)
     fields |= parse_blocks(reader, {}, fields)
     yarn = parse_yarn(reader, {}, fields)
@@ -104,7 +111,7 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
             window_size=reader.pair("window_size"),
             rope_scaling=yarn or from_factors(rope, reader.number("rotary_seq_len_interpolation_factor")),
             dtype=_dtype(reader),
-            extra={"features": reader.features()},
+            extra={"features": reader.features(), **larger},
         )
     )
 
@@ -159,6 +166,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         "expert_model_parallel_size": 1,
         "context_parallel_size": 1,
         "hf_model_type": family.hugging_face.model_types[0],
+        **_render_whole(config),
         **render_blocks(config, "num_experts"),
         **render_encoders(config),
         **(yarn or {}),
@@ -187,6 +195,31 @@ _ARGUMENTS = {
     "gelu_tanh": "openai_gelu",
     "quick_gelu": "quick_geglu",
 }
+
+
+def _render_whole(config: ModelConfig) -> dict[str, Any]:
+    """What a larger model, of which this one is the text part, makes of the arguments."""
+    if WHOLE not in config.extra:
+        return {}
+    rope = any_text_part(config.extra[WHOLE])
+    stated = rope.get("rope_parameters") or rope.get("rope_scaling")
+    sections = stated.get("mrope_section") if isinstance(stated, Mapping) else None
+    positions = {} if sections is None else {"position_embedding_type": "mrope", "mrope_section": sections}
+    return {_WHOLE: json.dumps(config.extra[WHOLE]), **positions}
+
+
+def _whole(reader: Reader) -> dict[str, Any]:
+    """What the arguments say of the larger model of which this one is the text part."""
+    text = reader.text(_WHOLE)
+    if text is None:
+        return {}
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MappingError(f"the {_WHAT} have an {_WHOLE} that is no JSON", found=text[:80]) from error
+    if not isinstance(whole, dict):
+        raise MappingError(f"the {_WHAT} have an {_WHOLE} that is no object", found=text[:80])
+    return {PART_OF: str(whole.get("model_type")), WHOLE: whole}
 
 
 def _activation(reader: Reader) -> str:

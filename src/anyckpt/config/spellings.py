@@ -48,6 +48,8 @@ class HuggingFace:
     Attributes:
         model_types: ``model_type`` values that are read; the first is written.
         architectures: classes that are read; the first is written.
+        text_parts: ``model_type`` values of the text parts of larger models, which are the family's models, too; each
+            with what its class takes, by key, where that is not what the family's takes.
         defaults: by key, what the configuration class takes where ``config.json`` has no such key; None for those of
             transformers' class (``class_defaults`` has them).
         defaults_of: the ``model_type`` of that class; None for the first of ``model_types``.
@@ -80,6 +82,7 @@ class HuggingFace:
     architectures: tuple[str, ...]
     fields: tuple[Field, ...]
     codecs: tuple[Codec, ...] = ()
+    text_parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     defaults: Mapping[str, Any] | None = None
     defaults_of: str | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)

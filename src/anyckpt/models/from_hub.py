@@ -8,17 +8,21 @@ from dataclasses import replace
 import numpy as np
 
 from anyckpt.config import meta_names
-from anyckpt.config.hub_names import EMBEDDING, HEAD
+from anyckpt.config.hub_names import EMBEDDING, HEAD, LANGUAGE
 from anyckpt.config.megatron import has_own_modules
+from anyckpt.config.model import PART_OF, WHOLE
 from anyckpt.config.trtllm import class_of
 from anyckpt.errors import MappingError
-from anyckpt.models.complete import check_complete
+from anyckpt.models.complete import SHOWN, check_complete
 from anyckpt.models.dialects import spellings, trtllm
 from anyckpt.models.dialects.before_core import own_names
+from anyckpt.models.dialects.spellings import with_beside
 from anyckpt.models.hub import Hub, Model, Named, head_and_embedding, names_of_meta, remarks
 from anyckpt.models.language.rules import Instance
 from anyckpt.models.language.variants import stored_names
+from anyckpt.models.peel import of_another_part, text_alone
 from anyckpt.models.vocabulary import resized
+from anyckpt.models.wholes import as_published, beside_in_megatron
 from anyckpt.tensor import LazyTensor
 
 _KINDS = {"nemo-flat": "nemo1", "nemo-sharded": "nemo1", "nemo2": "nemo2"}
@@ -34,8 +38,9 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
     What is to be cut for ranks is padded when it is cut: then ``padded`` is False.
 
     Everything of the checkpoint that the hub was made of is among the tensors or in ``ignored``.  With ``in_place``
-    Hugging Face's names are those of that checkpoint if it is a larger model of which the hub is the text part, and
-    what no rule knows is among the tensors: the other parts, and buffers.
+    a larger model of which the hub is the text part stays whole: what no rule knows, the other parts and buffers, is
+    among the tensors.  Hugging Face's names are those of that checkpoint if it has such; Megatron-Core's are those of
+    its multimodal models; other namings have no such models.
 
     Raises:
         MappingError: hub tensors are missing or of no rule, the true vocabulary is larger than what is stored, or a
@@ -57,7 +62,11 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
     if dialect == trtllm.NAME:
         return _accounted(hub, _by_trtllm_names(tensors, model, notes), notes)
     if not by_family:
-        return _accounted(hub, _by_megatron_names(tensors, model, dialect), notes)
+        named = _by_megatron_names(tensors, model, dialect)
+        if in_place and hub.beside and carries_whole(model, dialect):
+            notes.append(_carried(hub))
+            return _with_all_parts(hub, with_beside(named, beside_in_megatron(model, hub.beside), dialect), notes)
+        return _accounted(hub, named, notes)
     tensors = _by_family_names(expected, tensors, model)
     notes += remarks(expected)
     if dialect in meta_names.SPELLINGS:
@@ -65,6 +74,8 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
     elif in_place and hub.spelling is not None:
         named = as_written(tensors, model) if hub.spelling.part_of is None else hub.spelling.of(tensors)
         named |= {**hub.spelling.buffers, **hub.spelling.parts}
+    elif in_place and hub.beside and carries_whole(model, dialect):
+        return _with_all_parts(hub, as_published(model, tensors, hub.beside), notes)
     else:
         named = as_written(tensors, model)
     return _accounted(hub, named, notes)
@@ -75,6 +86,28 @@ def _accounted(hub: Hub, named: dict[str, LazyTensor], notes: list[str]) -> Name
     ignored = {name: reason for name, reason in hub.ignored.items() if name not in named}
     spared = hub.spelling.notes if hub.spelling is not None and hub.spelling.parts.keys() <= named.keys() else ()
     return Named(named, ignored, [*(note for note in hub.notes if note not in spared), *notes])
+
+
+def carries_whole(model: Model, dialect: str) -> bool:
+    """Whether a naming has larger models of which a model is the text part."""
+    return WHOLE in model.config.extra and dialect in ("hf", "megatron-core")
+
+
+def _carried(hub: Hub) -> str:
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in hub.beside))
+    return (
+        f"the {hub.model.config.extra[PART_OF]} model stays whole: its text part is {LANGUAGE[:-1]}, and "
+        f"{len(hub.beside)} tensors of {', '.join(parts[:SHOWN])} are carried beside it (leave them out with --exclude "
+        "for the text part alone)"
+    )
+
+
+def _with_all_parts(hub: Hub, named: dict[str, LazyTensor], notes: list[str]) -> Named:
+    """The larger model, of which nothing is left out."""
+    parts = hub.beside if hub.spelling is None else hub.spelling.parts
+    told = text_alone(hub.model, parts)
+    kept = {name: reason for name, reason in hub.ignored.items() if reason != of_another_part(hub.model)}
+    return Named(named, kept, [*(note for note in hub.notes if note != told), *notes])
 
 
 def _by_megatron_names(tensors: dict[str, LazyTensor], model: Model, dialect: str) -> dict[str, LazyTensor]:

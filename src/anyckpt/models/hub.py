@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.meta_names import MetaNames
-from anyckpt.config.model import ModelConfig
+from anyckpt.config.model import WHOLE, ModelConfig
 from anyckpt.errors import MappingError
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Instance
@@ -54,6 +54,8 @@ class Hub:
         notes: what a user should know.
         restated: keys of the configuration as stored that hold no longer for these tensors -> what holds.
         spelling: how the checkpoint spells them, and what else it holds; None if the names are not Hugging Face's.
+        beside: the other parts of the larger model whose text part this one is, under Hugging Face's names that do not
+            depend on the release of transformers.
     """
 
     model: Model
@@ -62,6 +64,7 @@ class Hub:
     notes: list[str] = field(default_factory=list)
     restated: dict[str, Any] = field(default_factory=dict)
     spelling: Spelling | None = None
+    beside: dict[str, LazyTensor] = field(default_factory=dict)
 
 
 class Named(NamedTuple):
@@ -70,6 +73,12 @@ class Named(NamedTuple):
     tensors: dict[str, LazyTensor]
     ignored: dict[str, str]
     notes: list[str]
+
+
+def without_whole(model: Model) -> Model:
+    """The same model as one that is no larger model's text part any more."""
+    extra = {key: value for key, value in model.config.extra.items() if key != WHOLE}
+    return replace(model, config=replace(model.config, extra=extra))
 
 
 def head_and_embedding(model: Model) -> tuple[str, str]:

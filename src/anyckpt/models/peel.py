@@ -7,13 +7,13 @@ stored name of each for messages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config import meta_names
 from anyckpt.config.hub_names import EMBEDDING, HEADS
-from anyckpt.config.model import PART_OF
+from anyckpt.config.model import PART_OF, WHOLE
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import SHOWN, check_complete, some
@@ -22,8 +22,9 @@ from anyckpt.models.dialects import spellings, trtllm
 from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.hub import Model, head_and_embedding, names_of_meta
 from anyckpt.models.language.rules import Instance
-from anyckpt.models.language.variants import family_names, stored_name
+from anyckpt.models.language.variants import family_names, fitting, stored_name
 from anyckpt.models.spelling import Spelling, variants_of
+from anyckpt.models.wholes import beside_from_megatron
 from anyckpt.tensor import Constant, LazyTensor
 
 
@@ -37,6 +38,7 @@ class Peeled:
         tensors: by the family's own names, or by the hub's.
         ignored: stored names of what was left out, with the reason.
         spelling: how the checkpoint spells the family's names; None if the names are the hub's.
+        beside: as in ``Hub``.
     """
 
     model: Model
@@ -44,6 +46,7 @@ class Peeled:
     tensors: dict[str, LazyTensor]
     ignored: dict[str, str]
     spelling: Spelling | None = None
+    beside: dict[str, LazyTensor] = field(default_factory=dict)
 
     def stored(self, name: str) -> str:
         """The name of one of the tensors in the checkpoint, as messages have it."""
@@ -67,7 +70,8 @@ def peel(checkpoint: Checkpoint, model: Model, expected: Sequence[Instance]) -> 
     if dialect == "hf":
         found = unwrapped(weights, model.definition.rules, PART_OF in model.config.extra)
         spelling = _spelling(model, {name: weights[name] for name in found.others})
-        return _of_family(found.tensors, replace(spelling, stored=found.stored), model, expected, path)
+        peeled = _of_family(found.tensors, replace(spelling, stored=found.stored), model, expected, path)
+        return replace(peeled, beside=spelling.common_parts())
     if dialect in meta_names.SPELLINGS:
         named = meta_names.to_family(weights, names_of_meta(model), model.config)
         peeled = _of_family(named.tensors, replace(_spelling(model), stored=named.stored), model, expected, path)
@@ -84,10 +88,11 @@ def peel(checkpoint: Checkpoint, model: Model, expected: Sequence[Instance]) -> 
 
 def _of_hub(weights: dict[str, LazyTensor], model: Model, expected: Sequence[Instance], path: str) -> Peeled:
     """From TensorRT-LLM's names or a Megatron dialect; what a checkpoint may lack is made."""
+    text, beside = spellings.text_and_beside(weights)
     if trtllm.is_of(weights):
         tensors, ignored = trtllm.to_hub_names(weights, model.config), dict[str, str]()
     else:
-        tensors, ignored = spellings.to_hub_names(weights)
+        tensors, ignored = spellings.to_hub_names(text)
     for head in HEADS:  # the last pipeline stage keeps a copy of the embedding as its output layer
         _drop_tied(tensors, ignored, head, EMBEDDING, model, None)
     ignored |= drop_copies(tensors, model.definition.twins, path)
@@ -95,7 +100,15 @@ def _of_hub(weights: dict[str, LazyTensor], model: Model, expected: Sequence[Ins
         if item.rule.optional:
             tensors.setdefault(item.hub, Constant(dtype(model.config.dtype or "float32"), item.shape))
     check_complete([(item.hub,) for item in expected], tensors, model.family, path)
-    return Peeled(model, path, tensors, ignored)
+    ignored |= {name: of_another_part(model) for name in weights if name not in text}
+    if WHOLE in model.config.extra:
+        beside = beside_from_megatron(model, beside)
+    return Peeled(model, path, tensors, ignored, beside=beside)
+
+
+def of_another_part(model: Model) -> str:
+    """Why a tensor of a larger model is left out."""
+    return f"of another part of the {model.config.extra.get(PART_OF, 'larger')} model than its text"
 
 
 def _of_family(
@@ -115,11 +128,23 @@ def _of_family(
         ignored[own] = reason
         if spelling.part_of is not None or own == name:
             buffers[own] = tensor
-    ignored |= dict.fromkeys(spelling.parts, f"of another part of the {spelling.part_of} model than its text")
-    spelling = replace(spelling, buffers=buffers, variants=variants_of(kept, known.variants))
+    ignored |= dict.fromkeys(spelling.parts, of_another_part(model))
+    variants = known.variants
+    if len({variant.stored for variant in variants}) < len(variants):
+        shapes = {
+            name: tuple(shape)
+            for item in expected
+            for name, shape in zip(
+                item.sources,
+                item.rule.operation.source_shapes(item.shape, item.config) if item.sources else (),
+                strict=True,
+            )
+        }
+        variants = fitting(kept, variants, shapes)
+    spelling = replace(spelling, buffers=buffers, variants=variants_of(kept, variants))
     if any(variant.written for variant in known.variants):
         _check_as_written(kept, model, expected, path, spelling)
-    kept = family_names(kept, known.variants)
+    kept = family_names(kept, variants)
     dropped = drop_copies(kept, known.copies, path)
     _drop_tied(kept, dropped, *head_and_embedding(model), model, path)
     ignored |= {stored(name): reason for name, reason in dropped.items()}
@@ -152,9 +177,14 @@ def _spelling(model: Model, parts: Mapping[str, LazyTensor] | None = None) -> Sp
     part_of = model.config.extra.get(PART_OF)
     if not parts:
         return Spelling(part_of)
-    beside = list(dict.fromkeys(name.removeprefix("model.").partition(".")[0] for name in parts))
-    note = (
-        f"only the text part of the {part_of} model is taken: {len(parts)} tensors of {', '.join(beside[:SHOWN])} "
-        "are left out"
+    return Spelling(part_of, parts, notes=(text_alone(model, parts),))
+
+
+def text_alone(model: Model, parts: Iterable[str]) -> str:
+    """What is said where only the text part of a larger model is taken."""
+    names = [name.removeprefix("model.") for name in parts]
+    beside = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    return (
+        f"only the text part of the {model.config.extra.get(PART_OF, 'larger')} model is taken: {len(names)} tensors "
+        f"of {', '.join(beside[:SHOWN])} are left out"
     )
-    return Spelling(part_of, parts, notes=(note,))

@@ -14,7 +14,7 @@ from anyckpt.errors import MappingError
 from anyckpt.indexing import Array, Shape
 from anyckpt.models.hub import Hub, Model, remarks
 from anyckpt.models.language.rules import Instance
-from anyckpt.models.peel import Peeled, peel
+from anyckpt.models.peel import Peeled, peel, text_alone
 from anyckpt.tensor import Constant, LazyTensor, Mapped
 
 _NORM_WEIGHTS = ("norm.weight", "norm_weight")
@@ -39,14 +39,15 @@ def to_hub(checkpoint: Checkpoint, model: Model, *, widen: bool = False) -> Hub:
         for item in expected:
             _check_shape(peeled, item.hub, item.shape, item)
         tensors = {item.hub: peeled.tensors[item.hub] for item in expected}
-        hub = Hub(model, tensors, peeled.ignored, list(model.notes))
+        notes = [*model.notes, *([text_alone(model, peeled.beside)] if peeled.beside else [])]
+        hub = Hub(model, tensors, peeled.ignored, notes, beside=peeled.beside)
         if WHOLE_NORMS not in model.config.extra:
             return hub
         centred = _with_centred_norms(hub)
         return centred if checkpoint.config_kind in model.definition.whole_norms else replace(centred, restated={})
     tensors = {item.hub: _mapped(item, peeled, widen) for item in expected}
     notes = [*model.notes, *remarks(expected), *peeled.spelling.notes]
-    return Hub(model, tensors, peeled.ignored, notes, spelling=peeled.spelling)
+    return Hub(model, tensors, peeled.ignored, notes, spelling=peeled.spelling, beside=peeled.beside)
 
 
 def _mapped(item: Instance, peeled: Peeled, widen: bool) -> LazyTensor:
@@ -72,7 +73,8 @@ def _with_centred_norms(hub: Hub) -> Hub:
     }
     note = "norms are stored as gamma; the family's are gamma - 1, which is computed"
     model = replace(hub.model, config=plain)
-    return Hub(model, tensors, hub.ignored, [*hub.notes, note], {"layernorm_zero_centered_gamma": True})
+    restated = {"layernorm_zero_centered_gamma": True}
+    return replace(hub, model=model, tensors=tensors, notes=[*hub.notes, note], restated=restated)
 
 
 def _less_one(gamma: Array) -> Array:

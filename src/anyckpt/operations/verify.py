@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint, StoredChecksum
+from anyckpt.config.model import PART_OF
 from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UnknownFormatError
@@ -327,20 +328,20 @@ def _check_scales(whole: Checkpoint, result: Verification) -> None:
 
 def _check_hub(hub: models.Hub, result: Verification) -> None:
     """What a complete hub says of the model: all, or all of its text."""
-    spelling = hub.spelling
-    if spelling is None or spelling.part_of is None:
+    whole = hub.model.config.extra.get(PART_OF)
+    if whole is None and not hub.beside:
         result.checked.model = True
         return
     result.checked.text = True
-    if not spelling.parts:
+    if not hub.beside:
         result.warnings.append(
-            f"the configuration is of a {spelling.part_of} model, and no tensor is of another part of it than its text"
+            f"the configuration is of a {whole} model, and no tensor is of another part of it than its text"
         )
         return
-    parts = dict.fromkeys(name.partition(".")[0] for name in spelling.common_parts())
+    parts = dict.fromkeys(name.partition(".")[0] for name in hub.beside)
     result.unchecked.append(
-        f"whether {', '.join(parts)} of the {spelling.part_of} model are complete: no rule knows their "
-        f"{len(spelling.parts)} tensors"
+        f"whether {', '.join(parts)} of the {whole or 'larger'} model are complete: no rule knows their "
+        f"{len(hub.beside)} tensors"
     )
 
 

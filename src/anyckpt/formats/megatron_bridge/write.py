@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
-from anyckpt.config.hub_names import EMBEDDING
+from anyckpt.config.hub_names import EMBEDDING, LANGUAGE
 from anyckpt.config.megatron_bridge import Facts, described, run_config_of
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
@@ -55,7 +55,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         common.pop("args", None)  # Megatron-Bridge takes these for a Megatron-LM checkpoint's
     common.update(iteration=step)
     common.setdefault("content_metadata", dict(_METADATA))
-    embedding = checkpoint.tensors.get(EMBEDDING)
+    embedding = checkpoint.tensors.get(EMBEDDING, checkpoint.tensors.get(LANGUAGE + EMBEDDING))
     facts = Facts(
         dtype=None if embedding is None else embedding.dtype.name,
         has_optimizer=any("optimizer." in name for name in checkpoint.tensors),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from anyckpt.config import meta_names
+from anyckpt.config.hub_names import LANGUAGE
 from anyckpt.errors import MappingError, UsageError, did_you_mean
 from anyckpt.models.dialects import trtllm
 from anyckpt.models.dialects.before_core import EVIDENCE, core_names
@@ -77,6 +78,12 @@ _EVIDENCE = re.compile(
 )
 """Names that only Megatron gives: other models have an ``encoder.layers.0`` too."""
 
+_TEXT = re.compile(
+    rf"((?:model\.|module\.)*{re.escape(LANGUAGE)})decoder\.layers\.(?:\d+\.)?"
+    r"(?:self_attention\.(?:linear_|in_proj)|mlp\.(?:linear_fc|experts\.)|mixer\.in_proj)"
+)
+"""A name of Megatron-Core's layers in such a part; Megatron-LM's older modules, called so too, have none of these."""
+
 _LAYER = re.compile(r"((?:decoder|encoder)\.layers)\.(\d{1,7})\.(.+)")
 _STACK = re.compile(r"((?:decoder|encoder)\.layers)\.(?!\d+\.)(.+)")
 _MOST_LAYERS = 10_000
@@ -129,13 +136,14 @@ def detect(names: Iterable[str]) -> str | None:
         return spelled
     if trtllm.is_of(known):
         return trtllm.NAME
-    if any(_FAMILIES.match(without_between(name)) for name in known):
+    if text_prefix(known) is None and any(_FAMILIES.match(without_between(name)) for name in known):
         return "hf"
     prefix = find_prefix(known)
     if prefix is None:
         other = spelled_as(known)
         return None if other is None else other.name
     plain = [name[len(prefix) :] for name in known if name.startswith(prefix)]
+    prefix = prefix.removesuffix(LANGUAGE)
     stacked = any(_STACK.fullmatch(name) and not _is_ignored(name) for name in plain)
     if prefix == "":
         return "megatron-core" if stacked else "hub"
@@ -147,10 +155,38 @@ def detect(names: Iterable[str]) -> str | None:
 def find_prefix(names: Iterable[str]) -> str | None:
     """The wrapper's prefix of Megatron names, or None if they are not Megatron names."""
     known = list(names)
+    of_text = text_prefix(known)
+    if of_text is not None:
+        return of_text
     for prefix in _PREFIXES:
         if any(name.startswith(prefix) and _EVIDENCE.match(name, len(prefix)) for name in known):
             return prefix
     return None
+
+
+def text_prefix(names: Iterable[str]) -> str | None:
+    """What Megatron's names of the text part of a larger model begin with; None if there is no such part."""
+    found = (_TEXT.match(name) for name in names if LANGUAGE in name)
+    return next((match[1] for match in found if match is not None), None)
+
+
+def text_and_beside(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """Megatron's tensors that are a text part's, or all, and those of the larger model's other parts, unwrapped."""
+    prefix = text_prefix(tensors)
+    if prefix is None:
+        return dict(tensors), {}
+    outer = prefix.removesuffix(LANGUAGE)
+    text = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) or _is_ignored(name)}
+    return text, {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name not in text}
+
+
+def with_beside(
+    text: Mapping[str, LazyTensor], beside: Mapping[str, LazyTensor], dialect: str
+) -> dict[str, LazyTensor]:
+    """The inverse of ``text_and_beside``, of tensors under a dialect's names."""
+    outer = by_name(dialect).prefix
+    named = {outer + LANGUAGE + name.removeprefix(outer): tensor for name, tensor in text.items()}
+    return {**named, **{outer + name: tensor for name, tensor in beside.items()}}
 
 
 def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -214,8 +250,10 @@ def rename(tensors: Mapping[str, LazyTensor], source: str, target: str) -> tuple
     """
     if source == target:
         return dict(tensors), {}
-    named, ignored = to_hub_names(tensors)
-    return from_hub_names(named, target), ignored
+    text, beside = text_and_beside(tensors)
+    named, ignored = to_hub_names(text)
+    renamed = from_hub_names(named, target)
+    return with_beside(renamed, beside, target) if beside else renamed, ignored
 
 
 def is_megatron(name: str | None) -> TypeGuard[str]:

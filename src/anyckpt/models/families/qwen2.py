@@ -24,6 +24,11 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("qwen2",),
         architectures=("Qwen2ForCausalLM",),
+        text_parts={
+            "qwen2_vl_text": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+            "qwen2_5_vl_text": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+            "qwen2_5_omni_text": {"rope_theta": 1e6},
+        },
         registered=DECODER,
         fields=LLAMA_FIELDS,
         attention_bias=None,

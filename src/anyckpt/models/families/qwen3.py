@@ -23,6 +23,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("qwen3",),
         architectures=("Qwen3ForCausalLM",),
+        text_parts={"qwen3_vl_text": {"rope_theta": 5e5}},
         registered=DECODER,
         fields=LLAMA_FIELDS,
         codecs=(qwen2.WINDOW,),

@@ -56,6 +56,10 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("qwen3_moe",),
         architectures=("Qwen3MoeForCausalLM",),
+        text_parts={
+            "qwen3_vl_moe_text": {"norm_topk_prob": True, "rope_theta": 5e5},
+            "qwen3_omni_moe_text": {"norm_topk_prob": True, "rope_theta": 1e6},
+        },
         fields=(
             *LLAMA_FIELDS,
             *sparse.fields("num_experts", "num_local_experts"),
@@ -63,7 +67,7 @@ FAMILY = Family(
         ),
         expected=EXPECTED,
         codecs=(*CODECS, Written({"num_local_experts": same_as("num_moe_experts")})),  # as 4.x and as 5.x names it
-        variants=sparse.STACKED,
+        variants=(*sparse.STACKED, *sparse.READ_TRANSPOSED),
     ),
     nemo2=NeMo2(
         module="nemo.collections.llm.gpt.model.qwen3",

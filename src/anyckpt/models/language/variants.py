@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from anyckpt.config.spellings import Variant
 from anyckpt.config.starred import filled, starred
 from anyckpt.errors import MappingError
+from anyckpt.indexing import Shape
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
 _MOST_PARTS = 100_000
@@ -20,6 +21,40 @@ def name_in_memory(name: str, variants: tuple[Variant, ...]) -> str:
             if match is not None:
                 return filled(variant.stored, match.groups())
     return name
+
+
+def fitting(
+    tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...], shapes: Mapping[str, Shape]
+) -> tuple[Variant, ...]:
+    """Of variants that have one stored name, the one whose parts have the model's shapes: the first, if none has.
+
+    Args:
+        tensors: by stored name.
+        variants: the family's.
+        shapes: by the family's name, as the model's configuration says.
+    """
+    alike: dict[str, list[Variant]] = {}
+    for variant in variants:
+        alike.setdefault(variant.stored, []).append(variant)
+    chosen = {
+        stored: several[0] if len(several) == 1 else _fitting(tensors, stored, several, shapes)
+        for stored, several in alike.items()
+    }
+    return tuple(variant for variant in variants if chosen[variant.stored] is variant)
+
+
+def _fitting(
+    tensors: Mapping[str, LazyTensor], stored: str, several: list[Variant], shapes: Mapping[str, Shape]
+) -> Variant:
+    for name, match in ((name, starred(stored).fullmatch(name)) for name in tensors):
+        if match is None or tensors[name].ndim < 2:
+            continue
+        for variant in several:
+            shape = tensors[name].shape[1:][:: -1 if variant.transposed else 1]
+            first = filled(variant.names[0], (*match.groups(), "0"))
+            if shapes.get(first) == (shape[0] // len(variant.names), *shape[1:]):
+                return variant
+    return several[0]
 
 
 def family_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...]) -> dict[str, LazyTensor]:

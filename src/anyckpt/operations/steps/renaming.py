@@ -8,6 +8,7 @@ from functools import cached_property
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.hugging_face import render_whole
 from anyckpt.config.model import PART_OF
 from anyckpt.config.nemo1 import restated
 from anyckpt.config.own_part import with_vocabulary
@@ -15,8 +16,9 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import Hub, Model, Named
 from anyckpt.models.bare_names import Bare
 from anyckpt.models.dialects import spellings as dialects
+from anyckpt.models.from_hub import carries_whole
 from anyckpt.models.heads import complete_trunk
-from anyckpt.models.hub import head_and_embedding
+from anyckpt.models.hub import head_and_embedding, without_whole
 from anyckpt.models.identify import is_foreign
 from anyckpt.models.language.parameter_order import registered_order
 from anyckpt.operations.steps.naming import Naming, identify
@@ -248,7 +250,10 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
         return vocabulary.of(models.to_hub(held, model, widen=dtype is not None))
 
     hub = hub_of(weights)
-    whole = hub.spelling is not None and bool(hub.spelling.parts)
+    whole = bool(hub.beside) and carries_whole(hub.model, wanted)
+    if not whole:
+        model = without_whole(model)
+        hub = replace(hub, model=without_whole(hub.model))
 
     def named_from(hub: Hub) -> Named:
         padded = naming.options.layout is None
@@ -268,7 +273,10 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
         renamed = _with_dtype(replace(renamed, config=config), dtype)
     elif config_kind is not None:
         described = hub.model if dtype is None else hub.model.with_dtype(dtype)
-        config = models.render_config(described, config_kind, notes=out.notes)
+        if whole and config_kind == "hf":
+            config = render_whole(model.definition, described.config, out.notes)
+        else:
+            config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
     if order is not None:
         renamed = replace(renamed, registered_order=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.fields import Codec, Field
@@ -104,6 +105,12 @@ STACKED = (
     *of_mlx(),
 )
 """transformers 5's layout in memory, and on disk with ``save_original_format=False``; and mlx-lm's."""
+
+STACKED_TRANSPOSED = tuple(replace(variant, transposed=True, written=True) for variant in STACKED)
+"""Qwen3-VL's on disk, (in, out) for each expert under the names of the other layout."""
+
+READ_TRANSPOSED = tuple(replace(variant, transposed=True) for variant in STACKED)
+"""The same where only shapes tell which of the two it is."""
 
 
 class SteppedLayers(Codec):
