@@ -230,9 +230,55 @@ _PARALLEL = {
     "megatron-bridge": "no layers whose attention and MLP run side by side",
 }
 
+_CORE_ALONE = {**NO_NEMO_1, **NO_NEMO_2}
+_EXPERTS = {
+    **GROUPED, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 2, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+_LATENT = {
+    **_EXPERTS, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+
 PROOFS: dict[str, Proof] = {
     "deepseek-v2": proof(fixture("deepseek_v2_lite", NO_NEMO_1)),
-    "deepseek-v3": proof(fixture("deepseek_v3", NO_NEMO_1)),
+    "deepseek-v3": proof(
+        fixture("deepseek_v3", NO_NEMO_1),
+        tiny("moonlight", "deepseek_v3", NO_NEMO_1, **{**_LATENT, "q_lora_rank": None}, num_nextn_predict_layers=0),
+    ),
+    "glm4-moe": proof(
+        tiny("glm-4.5-air", "glm4_moe", _CORE_ALONE, **_EXPERTS, head_dim=16, attention_bias=True),
+        tiny("glm-4.5", "glm4_moe", _CORE_ALONE, **_EXPERTS, head_dim=16, attention_bias=True, use_qk_norm=True),
+        tiny("glm-4.5-plain", "glm4_moe", _CORE_ALONE, **{**_EXPERTS, "first_k_dense_replace": 3}),
+    ),
+    "glm4-moe-lite": proof(
+        tiny("glm-4.7-flash", "glm4_moe_lite", _CORE_ALONE, **{k: v for k, v in _LATENT.items() if k[0] != "f"}),
+        tiny(
+            "glm-4.7-flash-dense",
+            "glm4_moe_lite",
+            _CORE_ALONE,
+            **_LATENT,
+            mlp_layer_types=["dense"] * 2 + ["sparse"] * 2,
+        ),
+    ),
+    "seed-oss": proof(
+        tiny("seed-oss", "seed_oss", _CORE_ALONE, **_WIDE),
+        tiny("seed-oss-unbiased", "seed_oss", _CORE_ALONE, **_WIDE, attention_bias=False, tie_word_embeddings=True),
+    ),
+    "smollm3": proof(
+        tiny("smollm3", "smollm3", _CORE_ALONE, **GROUPED),
+        tiny(
+            "smollm3-listed",
+            "smollm3",
+            _CORE_ALONE,
+            **GROUPED,
+            no_rope_layers=[1, 0, 0, 1],
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+        ),
+        tiny("smollm3-rotary", "smollm3", _CORE_ALONE, **GROUPED, no_rope_layers=[1] * 4),
+    ),
     "falcon": proof(
         fixture("falcon_seq_mqa"),
         tiny("falcon-7b", "falcon", _PARALLEL, **_FALCON),

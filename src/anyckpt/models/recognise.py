@@ -29,7 +29,8 @@ class Resemblance:
     """The families that names resemble most.
 
     Attributes:
-        families: their names; several that name tensors alike, or that the tensors there do not tell apart.
+        families: their names; several that name tensors alike, or that the tensors there do not tell apart, but none
+            that is ``like`` another.
         strange: names that no rule of theirs explains.
     """
 
@@ -60,7 +61,8 @@ def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
     for name in names:
         alike.setdefault(_INDEX.sub("*", name), []).append(name)
     firsts = {each[0]: names[each[0]] for each in alike.values()}
-    kinds = [_Kind(family, by_hub, firsts) for family in each_family() if family.meta is not None or not by_meta]
+    told = [family for family in each_family() if not family.like and (family.meta is not None or not by_meta)]
+    kinds = [_Kind(family, by_hub, firsts) for family in told]
     best = min((kind.distance for kind in kinds), default=None)
     if best is None or best[0] == len(alike):
         return None

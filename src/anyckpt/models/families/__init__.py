@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 _BUILT_IN = (
     "mixtral", "llama4", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "mamba2", "nemotron_h",
     "qwen2", "qwen3", "gemma3", "gemma2", "gemma", "recurrent_gemma", "phi3", "starcoder2", "nemotron", "gpt2",
-    "gpt_bigcode", "gpt_neox", "mpt", "falcon", "mistral", "llama_nemotron", "llama", "baichuan", "chatglm", "glm",
-    "megatron_bert", "bert", "t5", "clip_vision", "vit",
+    "gpt_bigcode", "gpt_neox", "mpt", "falcon", "mistral", "llama_nemotron", "smollm3", "llama", "baichuan", "chatglm",
+    "glm", "megatron_bert", "bert", "t5", "clip_vision", "vit",
+    "glm4_moe", "glm4_moe_lite", "seed_oss",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 

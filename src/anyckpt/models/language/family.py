@@ -48,6 +48,8 @@ class Family(Spellings):
         prefixes: by dialect, what Megatron names begin with where it is not the dialect's own prefix.
         axes: what stars count besides layers.
         dimensions: lengths that the rules name beyond the common ones.
+        like: the family whose tensors have the same names and whose models are many more, which alone is said where
+            names alone tell; "" if there is none.
         layer: the configuration as one layer sees it, for models whose layers differ; the layer's lengths, operations
             and conditions get it.
     """
@@ -61,6 +63,7 @@ class Family(Spellings):
     prefixes: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, Axis] = field(default_factory=dict)
     dimensions: Mapping[str, Dimension] = field(default_factory=dict)
+    like: str = ""
     layer: Layer = same_layers
 
     @property

@@ -1,0 +1,101 @@
+"""Families that differ from another in a few keys: what those mean, and what they cannot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.models.cases import facts, with_weights
+from tests.models.proofs import Opened, samples, values
+
+from anyckpt import models
+from anyckpt.checkpoint import Checkpoint
+from anyckpt.errors import MappingError
+
+SAMPLES = samples()
+
+
+def identified(name: str, **config: Any) -> models.Model:
+    checkpoint = SAMPLES[name].open()[0]
+    model = models.identify(replace(checkpoint, config={**checkpoint.config, **config}))
+    assert model is not None
+    return model
+
+
+def with_layers_after(name: str) -> Opened:
+    """The sample with a layer of multi-token prediction."""
+    checkpoint = SAMPLES[name].open()[0]
+    config = {**checkpoint.config, "num_nextn_predict_layers": 1}
+    model = models.identify(replace(checkpoint, config=config, tensors={}))
+    assert model is not None
+    tensors = {}
+    for item in model.definition.expected(model.config):
+        shapes = item.rule.operation.source_shapes(item.shape, model.config)
+        tensors |= {n: values(n, tuple(s)) for n, s in zip(item.sources, shapes, strict=True)}
+    whole = Checkpoint(name, "hf", tensors, dialect="hf", config=config, config_kind="hf")
+    again = models.identify(whole)
+    assert again is not None
+    return whole, again
+
+
+def test_kimi_k2_is_deepseek_v3() -> None:
+    model = SAMPLES["moonlight"].open()[1]
+    for config in (
+        {"model_type": "kimi_k2"},
+        {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]},
+        {"model_type": "kimi_next", "architectures": ["KimiK2ForCausalLM"]},
+    ):
+        found = identified("moonlight", **config)
+        assert found.config == replace(model.config, extra=found.config.extra)
+        assert models.render_config(found, "hf")["model_type"] == "deepseek_v3"
+
+
+@pytest.mark.parametrize("name", ["glm-4.5", "glm-4.5-air", "glm-4.7-flash"])
+def test_layers_of_multi_token_prediction(name: str) -> None:
+    """Named as in the published files: after the last layer, with norms, a projection and the head's norm beside it."""
+    checkpoint, model = with_layers_after(name)
+    assert model.config.mtp_num_layers == 1
+    after = {key.removeprefix("model.layers.4.") for key in checkpoint.tensors if key.startswith("model.layers.4.")}
+    beside = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"}
+    assert after - beside == {
+        key.removeprefix("model.layers.3.") for key in checkpoint.tensors if key.startswith("model.layers.3.")
+    }
+    hub = models.to_hub(checkpoint, model)
+    assert "mtp.layers.0.transformer_layer.mlp.experts.linear_fc1.weight0" in hub.tensors
+    back = models.from_hub(models.to_hub(with_weights(checkpoint, hub.tensors, "hub"), model), "hf")
+    assert facts(back.tensors) == facts(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("value", [["sparse"], "sparse", ["dense", "dense", "dense", 7], [[]] * 4])
+def test_layers_that_have_experts_are_listed_right(value: Any) -> None:
+    with pytest.raises(MappingError, match="mlp_layer_types is not that of the model"):
+        identified("glm-4.7-flash", mlp_layer_types=value)
+
+
+def test_layers_with_experts_are_counted_or_listed() -> None:
+    listed = ["dense"] * 3 + ["sparse"]
+    assert identified("glm-4.7-flash").config.moe_layer_freq == (0, 1, 1, 1)
+    assert identified("glm-4.7-flash", first_k_dense_replace=2).config.moe_layer_freq == (0, 0, 1, 1)
+    both = identified("glm-4.7-flash", first_k_dense_replace=2, mlp_layer_types=listed)
+    assert both.config.moe_layer_freq == (0, 0, 0, 1)
+    assert models.render_config(both, "hf")["mlp_layer_types"] == listed
+
+
+@pytest.mark.parametrize("value", [[1, 0], "1111", [1, 1, 2, 1], 4])
+def test_layers_without_rope_are_listed_right(value: Any) -> None:
+    with pytest.raises(MappingError, match="no_rope_layers is not that of the model"):
+        identified("smollm3", no_rope_layers=value)
+
+
+def test_layers_without_rope() -> None:
+    assert identified("smollm3").config.no_rope_freq == (0, 0, 0, 1)
+    assert identified("smollm3", no_rope_layer_interval=2).config.no_rope_freq == (0, 1, 0, 1)
+    with pytest.raises(MappingError, match="use_sliding_window is not that of family smollm3"):
+        identified("smollm3", use_sliding_window=True)
+
+
+def test_seed_oss_has_no_other_biases() -> None:
+    assert identified("seed-oss").config.add_qkv_bias
+    with pytest.raises(MappingError, match="attention_out_bias is not that of family seed-oss"):
+        identified("seed-oss", attention_out_bias=True)
