@@ -7,6 +7,7 @@ import os
 import pytest
 from hypothesis import settings
 
+from tests.hub import hub, hub_servers  # noqa: F401 (fixtures)
 from tests.servers import moto_server, s3  # noqa: F401 (fixtures)
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing about it

@@ -110,7 +110,7 @@ def test_its_files_travel_and_no_others_are_fetched(hub: str, tmp_path: Path) ->
 
 def test_who_may_not_read_it_is_told_to_log_in(hub: str, tmp_path: Path) -> None:
     assert "hf auth login" in str(converted("org/gated", hub, tmp_path)["error"])
-    assert "is not on the hub, or is private" in str(converted("org/other", hub, tmp_path)["error"])
+    assert "is not on the Hub, or is private" in str(converted("org/other", hub, tmp_path)["error"])
 
 
 def test_without_a_network_the_name_is_recorded(tmp_path: Path) -> None:

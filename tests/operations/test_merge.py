@@ -516,7 +516,7 @@ def test_of_one_sum_of_rows_no_more_is_held_than_a_row() -> None:
         ({"models": [{"model": "a"}, {"model": "b"}]}, "needs the parameter 'weight'"),
         ({"models": [{"model": "a"}, {"model": "a"}]}, "names a model twice"),
         ({"models": [{"model": "a", "layers": 3}]}, "the key layers of models"),
-        ({"models": [{"model": "who/knows"}]}, "who/knows, which is not here.*hf download"),
+        ({"models": [{"model": "who/knows"}]}, "who/knows, which is not here.*write hf:who/knows"),
         ({"models": []}, "no list of entries"),
         ({"slices": []}, "models or slices"),
         ({"base_model": None}, "give the base"),

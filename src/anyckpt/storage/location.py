@@ -25,7 +25,15 @@ HEAD = 512
 
 _SMALL_FILES = 256
 _SMALL_BYTES = 4 << 20
-SCHEMES: dict[str, Callable[[str], Place]] = {}
+
+
+def _on_the_hub(path: str) -> Place:
+    from anyckpt.storage.hub.place import hub_place  # here, as are the others, so that local paths need none of them
+
+    return hub_place(path)
+
+
+SCHEMES: dict[str, Callable[[str], Place]] = {"hf": _on_the_hub}
 """What makes the place of a path that begins with ``scheme://``, from the path."""
 
 

@@ -20,7 +20,7 @@ from anyckpt.storage.source import ByteSource
 
 FILE, FOLDER, OTHER = "file", "folder", "other"
 """What may be at a path; ``OTHER`` is what does not stay as it is: a device, a pipe."""
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(hf):(?=[^/])")
 
 
 class Place(ABC):
@@ -92,6 +92,10 @@ class Place(ABC):
         """The local file or directory that it is, or lies in; None if it is on no disk."""
         return None
 
+    def digest(self, path: str) -> tuple[str, str] | None:
+        """The algorithm (of ``hashlib``, or ``git`` for a blob's id) and the value that the place has for a file."""
+        return None
+
     def nothing_at(self, path: str) -> FormatError:
         """What to raise where something should be."""
         return FormatError("does not exist", path=path or "''", remedy="check the path")
@@ -160,6 +164,6 @@ LOCAL = LocalPlace()
 
 
 def scheme_of(path: str) -> str | None:
-    """What a path begins with before ``://``; None of a path on a disk."""
+    """What a path begins with before ``://``, or before ``:`` where that names no file; None of a path on a disk."""
     found = _SCHEME.match(path)
-    return None if found is None else found[1]
+    return None if found is None else found[1] or found[2]

@@ -11,7 +11,6 @@ import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -20,10 +19,11 @@ from anyckpt.checkpoint import storage_key
 from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.errors import FormatError, MissingLibraryError, UsageError
+from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.operations.steps.live import Live
+from anyckpt.storage.hub.library import explained, failures, library
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
@@ -109,13 +109,13 @@ class Pretrained:
             MissingLibraryError: huggingface_hub is not installed.
             OutputError: files cannot be written.
         """
-        hub_library()
+        library()
         with tempfile.TemporaryDirectory(prefix="anyckpt-push-") as folder:
             self.save_pretrained(folder)
             return self._send(folder, repo_id, **options)
 
     def _send(self, folder: str, repo_id: str, **options: Any) -> Any:
-        hub = hub_library()
+        hub = library()
 
         def send() -> Any:
             api = hub.HfApi(token=options.pop("token", None))
@@ -219,21 +219,6 @@ def folder_state(folder: str) -> dict[str, Any]:
     return state
 
 
-def hub_library() -> ModuleType:
-    """The module ``huggingface_hub``.
-
-    Raises:
-        MissingLibraryError: it is not installed.
-    """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingLibraryError(
-            f"the Hugging Face hub needs huggingface_hub: {error}", remedy="pip install anyckpt[hub]"
-        ) from error
-    return huggingface_hub
-
-
 def _weights(state: Mapping[str, Any]) -> tuple[Any, ...]:
     """The parts of a safetensors file; of tied weights the first by name is stored, and the metadata says of which."""
     tree = Live().tree(state)
@@ -300,7 +285,7 @@ def _fetched(
 ) -> str:
     if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
         raise FormatError("does not exist", path=repo_id, expected="a path, or owner/name on the Hugging Face hub")
-    hub = hub_library()
+    hub = library()
     try:
         found: str = hub.snapshot_download(
             repo_id,
@@ -310,10 +295,9 @@ def _fetched(
             local_files_only=local_files_only,
             ignore_patterns=list(_OTHER_FILES),
         )
-    except Exception as error:  # its own, requests' and httpx's, by release
-        raise FormatError(
-            f"is neither a path nor could it be had from the Hugging Face hub: {str(error)[:200]}",
-            path=repo_id,
-            remedy="check the name, the network and the token",
-        ) from error
+    except failures() as error:
+        told = explained(error, repo_id)
+        raise told.told_as(
+            FormatError, f"is neither a path nor to be had from the Hugging Face Hub: {told.problem}"
+        ) from None
     return found

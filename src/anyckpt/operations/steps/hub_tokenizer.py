@@ -5,6 +5,7 @@ from __future__ import annotations
 from anyckpt.checkpoint import Tokenizer
 from anyckpt.errors import UsageError
 from anyckpt.formats.shared import hub_folder
+from anyckpt.storage.hub.library import explained, failures
 from anyckpt.storage.location import look_at
 
 _FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -29,21 +30,10 @@ def hub_tokenizer(name: str) -> tuple[Tokenizer, str | None]:
         return recorded, NOT_FETCHED.format(name=name, reason="install anyckpt[hub] to fetch them")
     try:
         folder = snapshot_download(name, allow_patterns=list(_FILES))
-    except errors.GatedRepoError as error:
-        raise UsageError(
-            "is gated on the hub",
-            path=name,
-            remedy="ask for access on its page and log in with `hf auth login`, or give a folder with the files",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UsageError(
-            "is not on the hub, or is private",
-            path=name,
-            remedy="check the name, or log in with `hf auth login`",
-        ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        return recorded, NOT_FETCHED.format(name=name, reason=f"the hub cannot be reached ({reason})")
+    except errors.RepositoryNotFoundError as error:  # a gated one, too
+        raise explained(error, name).told_as(UsageError) from None
+    except failures() as error:
+        return recorded, NOT_FETCHED.format(name=name, reason=explained(error, name).problem)
     found = hub_folder.read_tokenizer(look_at(folder))
     if found is None:
         raise UsageError("has no tokenizer", path=name, remedy="give the repository or folder that AutoTokenizer loads")

@@ -168,7 +168,7 @@ class _Reader:
                 raise UsageError(
                     f"the recipe names the model {path}, which is not here",
                     path=self.path,
-                    remedy="download it (hf download), and give its folder in the recipe",
+                    remedy=f"write hf:{path} in the recipe to read it from the Hub, or the folder of a copy",
                 )
         model = ModelSource(str(parts[0]), parts[1])
         if model not in self.models:

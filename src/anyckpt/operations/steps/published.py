@@ -25,6 +25,7 @@ _LARGEST_LIST = 64 << 20
 GIT = "git"
 """The id of a blob: SHA-1 of ``blob SIZE``, a zero byte and the contents."""
 HUB = "the Hub's metadata"
+LISTED = "the Hub's list of files"
 _BY_LENGTH = {32: "md5", 40: "sha1", 56: "sha224", 64: "sha256", 96: "sha384", 128: "sha512"}
 _ALGORITHMS = (*_BY_LENGTH.values(), "blake2b", GIT)
 
@@ -128,8 +129,12 @@ def listed_in(location: Location, path: str) -> tuple[list[Published], list[str]
 
 
 def known_to_hub(location: Location) -> list[Published]:
-    """What huggingface_hub noted of the files when it downloaded them, beside them or in its cache; mostly nothing."""
+    """What the Hub says of files on it, and what huggingface_hub noted of them when it downloaded them, beside them or
+    in its cache; mostly nothing."""
     place, found = location.place, []
+    if place.is_far:
+        said = ((file, place.digest(path_of(location, file))) for file in files_of(location))
+        return [Published(file, *digest, LISTED) for file, digest in said if digest is not None]
     root, above = _download_folder(location)
     in_cache = any(_SNAPSHOTS in f"/{path}/".replace("\\", "/") for path in (location.path, place.real(location.path)))
     for file in files_of(location) if root is not None or in_cache else ():
