@@ -2,8 +2,9 @@
 
 Makes environments of locked releases in the project's folder.  In ``.venv-core``, which has no torch, the tests of the
 core run; in ``.venv-test`` the linters, the type checker, the import contract, and the tests that load our output with
-the real torch, Megatron-Core, transformers and Lightning, and open our pages in a real browser, installed where there
-is none; in ``.venv-docs`` the documentation is built.  Arguments are passed on to pytest.
+the real torch, Megatron-Core (an older release and, in processes of their own, the newest), transformers and Lightning,
+and open our pages in a real browser, installed where there is none; in ``.venv-docs`` the documentation is built.
+Arguments are passed on to pytest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chromium import prepare_browser
+from current_peers import prepare as prepare_current_peers
 from environment import LOCKS, ROOT, prepare
 
 _QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -24,6 +26,7 @@ _QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM
 def main() -> None:
     core = prepare(".venv-core", lock=LOCKS / "core.txt", extras="test-core")
     full = prepare(".venv-test", lock=LOCKS / "test.txt", first=["torch"], extras="test,dev")
+    prepare_current_peers()
     prepare_browser()
     site = prepare(".venv-docs", lock=LOCKS / "docs.txt", extras="docs")
     steps = [*checks(core, full), ("documentation", documentation(site)), *tests(core, full, sys.argv[1:])]

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from chromium import prepare_browser
+from current_peers import prepare as prepare_current_peers
 from environment import prepare
 from lock import resolve
 from test import passes, tests
@@ -38,6 +39,7 @@ def main() -> None:
             prepare(f".venv-{which}-core", lock=core, extras="test-core"),
             prepare(f".venv-{which}-test", lock=full, first=["torch"], extras="test"),
         )
+    prepare_current_peers()
     prepare_browser()
     sys.exit(0 if passes(tests(*interpreters, arguments)) else 1)
 

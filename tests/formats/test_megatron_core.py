@@ -77,8 +77,8 @@ def test_fixtures(case: str) -> None:
     [
         ("torchdist_v012_w4_flat", "0.12 or older"),
         ("torchdist_v015_w2_flat", "0.13 to 0.15"),
-        ("torchdist_plain_w4", "0.16"),
-        ("torchdist_v020main_w2", "0.17 or newer"),
+        ("torchdist_plain_w4", "0.16 to 0.18"),
+        ("torchdist_v020main_w2", "0.19 or newer"),
     ],
 )
 def test_versions(case: str, version: str) -> None:
@@ -181,18 +181,43 @@ def test_dialects_of_nemo(tmp_path: Path, prefix: str, dialect: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_written_is_the_same_checkpoint(tmp_path: Path, case: str) -> None:
     source = opened(fixture_path(f"mcore/{case}/ckpt"))
-    plan = planned(source, ranks=2)
+    inside = case.startswith("current_")  # Megatron-Core 0.19 saves no common.pt
+    plan = planned(source, ranks=2, megatron_version=(0, 19) if inside else None)
     stages = {file.path: file.stage for file in plan.files}
-    assert stages["metadata.json"] == 2 and stages[".metadata"] == 1 and stages["common.pt"] == 0
+    assert stages["metadata.json"] == 2 and stages[".metadata"] == 1 and ("common.pt" in stages) is not inside
     assert plan.ignored == source.ignored
     again = opened(write_plan(plan, tmp_path / "out"))
     assert_tensors_equal_expected(again.tensors, expected_of(f"mcore/{case}")["tensors"])
     assert set(again.objects) == set(source.objects)
     assert again.config == source.config and again.training == source.training
     if case not in ("torchdist_v012_w4_flat", "torchdist_v015_w2_flat", "torchdist_v020main_w2"):
-        # The index and the commit marker are the same files as Megatron-Core 0.16 writes.
+        # The commit marker is the same file as Megatron-Core writes.
         marker = fixture_path(f"mcore/{case}/ckpt/metadata.json").read_bytes()
         assert (tmp_path / "out" / "metadata.json").read_bytes() == marker
+
+
+@pytest.mark.parametrize("case", ["gpt_dense_tp2pp2", "current_gpt_moe", "torchdist_v012_w4_flat"])
+@pytest.mark.parametrize("version", ["0.19", "0.18.2", None])
+def test_the_common_state_is_where_the_release_looks(tmp_path: Path, case: str, version: str | None) -> None:
+    """Only 0.19 and later find it inside; it is the same state, and nothing else changes."""
+    before, release = opened(fixture_path(f"mcore/{case}/ckpt")), LayoutRequest(megatron_version=version).release
+    after = opened(write_plan(planned(before, megatron_version=release), tmp_path / "out"))
+    assert (tmp_path / "out" / "common.pt").exists() is (version != "0.19")
+    assert after.format_version is not None and after.format_version.endswith("or newer") is (version == "0.19")
+    assert after.config == before.config and after.training == before.training
+    assert set(after.objects) == set(before.objects) and after.tensors.keys() == before.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("to", "version", "message"),
+    [("megatron-lm", "0.19", "means nothing for megatron-lm"), ("hf", "0.19", "means nothing for hf"),
+     ("megatron-core", "newest", "is not a release")],
+)  # fmt: skip
+def test_a_release_that_is_none_or_means_nothing(tmp_path: Path, to: str, version: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        convert(
+            fixture_path("families/llama/hf"), tmp_path / "out", to=to, layout=LayoutRequest(megatron_version=version)
+        )
 
 
 def common_of(folder: Path) -> dict[str, Any]:

@@ -116,6 +116,12 @@ layout_options = together(
         help="megatron-core: leave out args, checkpoint_version and iteration, which Megatron-LM reads and a bare "
         "model's load_state_dict refuses.",
     ),
+    option(
+        "--megatron-version",
+        title=_MEGATRON,
+        metavar="X.Y",
+        help="The Megatron-Core that loads it; by default, what all releases load.",
+    ),
 )
 """In the order in which ``--help`` shows them."""
 

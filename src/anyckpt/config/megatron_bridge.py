@@ -154,18 +154,21 @@ class Facts:
     has_rng: bool
 
 
-def run_config_of(arguments: Mapping[str, Any], rows: int | None, facts: Facts) -> dict[str, Any]:
+def run_config_of(
+    arguments: Mapping[str, Any], rows: int | None, facts: Facts, release: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """A ``run_config.yaml`` with what Megatron-Bridge needs to build the model and to load the checkpoint.
 
     Args:
         arguments: the model in Megatron-LM's words.
         rows: of the stored vocabulary.
         facts: what is in the checkpoint.
+        release: of Megatron-Core that will load it; None for the newest.
 
     Raises:
         MappingError: Megatron-Bridge has no such models.
     """
-    provider = provider_of(arguments)
+    provider = provider_of(arguments, release)
     gated = any(arguments.get(key) for key in ("swiglu", "quick_geglu", "gated_linear_unit"))
     model: dict[str, Any] = {
         "_target_": provider,

@@ -1,7 +1,8 @@
 """Which class of Megatron-Bridge describes a model, and the fields that only some models or classes have.
 
-Facts: ``models/*_provider.py`` and the bridges of DeepSeek and GLM in Megatron-Bridge 0.3.1, and the fields of
-Megatron-Core 0.16's ``TransformerConfig``, which all these classes have.
+Facts: ``models/*_provider.py`` and the bridges of DeepSeek and GLM in Megatron-Bridge 0.3.1 and 0.6.2, and the fields
+of the ``TransformerConfig`` of Megatron-Core 0.16, which all these classes have.  Megatron-Bridge 0.4 took the classes
+of Llama 3.1 and GPT-OSS out: its class of every GPT has their fields.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ GEMMA2 = f"{_MODELS}.gemma.gemma2_provider.Gemma2ModelProvider"
 GEMMA3 = f"{_MODELS}.gemma.gemma3_provider.Gemma3ModelProvider"
 
 ENCODED = "heterogeneous_layers_config_encoded_json"
+CLASSES_OUT_SINCE = (0, 17)
+"""The release of Megatron-Core with which Megatron-Bridge 0.4 goes."""
 _BLOCKS = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
 
 _ANYWHERE = (
@@ -62,8 +65,12 @@ _YARN = "yarn_"
 _CAPS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 
 
-def provider_of(arguments: Mapping[str, Any]) -> str:
+def provider_of(arguments: Mapping[str, Any], release: tuple[int, int] | None = None) -> str:
     """The class that builds what Megatron-LM's arguments, or ours beside them, describe.
+
+    Args:
+        arguments: of the model.
+        release: of Megatron-Core that will load it; None for the newest.
 
     Raises:
         MappingError: there is none.
@@ -95,6 +102,8 @@ def provider_of(arguments: Mapping[str, Any]) -> str:
         return GEMMA2
     if _is_gemma(arguments):
         return GEMMA  # its class multiplies embeddings by the root of the width
+    if release is None or release >= CLASSES_OUT_SINCE:
+        return GPT
     if arguments.get("softmax_type") == "learnable" or arguments.get("position_embedding_type") == "yarn":
         return GPT_OSS
     return LLAMA31 if scaled else GPT
@@ -111,7 +120,7 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
         names += _MAMBA
     if provider == GEMMA2:
         names += _CAPS
-    if provider == GPT_OSS:
+    if provider in (GPT, GPT_OSS):
         names += [key for key in arguments if key.startswith(_YARN)]
     fields = {key: arguments[key] for key in names if arguments.get(key) is not None}
     if provider == LATENT:

@@ -52,6 +52,8 @@ class WriteOptions:
         backend: formats with ``Format.backends``: which of them the distributed checkpoint inside is of; None for the
             first.
         megatron_args: formats with ``Format.leaves_out_arguments``: write what Megatron-LM reads besides the model.
+        megatron_version: formats with ``Format.by_release``: the release of Megatron-Core that loads it,
+            as (0, 19); None for what most releases load.
     """
 
     max_shard_size: int | None = None
@@ -62,6 +64,7 @@ class WriteOptions:
     compress: bool = False
     backend: str | None = None
     megatron_args: bool = True
+    megatron_version: tuple[int, int] | None = None
     held: Held | None = None
 
 
@@ -94,6 +97,8 @@ class Format:
         in_fp32: globs of weights that its software has in float32 whatever the others are cast to.
         leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
             ``WriteOptions.megatron_args`` says.
+        by_release: whether ``plan`` writes as the release of Megatron-Core does that ``WriteOptions.megatron_version``
+            names.
         quantizes: forms of ``quantization.forms`` in which it holds quantized weights, the usual ones first; none if it
             says nothing of how they are quantized.
         optimizer: how it keeps an optimizer's state, None if it has no place for it.
@@ -116,6 +121,7 @@ class Format:
     backends: tuple[str, ...] = ()
     in_fp32: tuple[str, ...] = ()
     leaves_out_arguments: bool = False
+    by_release: bool = False
     quantizes: tuple[str, ...] = ()
     optimizer: OptimizerForm | None = None
 

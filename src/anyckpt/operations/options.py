@@ -211,6 +211,7 @@ class ConvertOptions:
             compress=self.compress,
             backend=self.backend,
             megatron_args=self.request.megatron_args,
+            megatron_version=self.request.release,
         )
 
     @cached_property

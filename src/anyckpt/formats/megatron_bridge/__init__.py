@@ -1,7 +1,7 @@
 """Megatron-Bridge checkpoints: a Megatron-Core payload with ``run_config.yaml`` and ``train_state.pt`` beside it.
 
 Facts: ``training/checkpointing.py``, ``training/state.py``, ``training/utils/checkpoint_utils.py`` and
-``models/gpt_provider.py`` of Megatron-Bridge 0.1 to 0.4, and a ``run_config.yaml`` that a training run of 2025-10
+``models/gpt_provider.py`` of Megatron-Bridge 0.1 to 0.6, and a ``run_config.yaml`` that a training run of 2025-10
 printed.  Megatron-Bridge itself has not been run on what is written here.
 """
 
@@ -22,5 +22,6 @@ FORMAT = Format(
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     adapters="megatron",
+    by_release=True,
     optimizer=OPTIMIZER,
 )

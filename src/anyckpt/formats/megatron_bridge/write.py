@@ -67,7 +67,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     else:
         _check_decoder(checkpoint)
         rows = None if embedding is None else embedding.shape[0]
-        run_config = run_config_of(checkpoint.config, rows, facts)
+        run_config = run_config_of(checkpoint.config, rows, facts, options.megatron_version)
     if checkpoint.adapter is not None:
         run_config = _with_adapter(run_config, checkpoint.adapter)
     state = _train_state(checkpoint, step)
@@ -81,6 +81,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         file_bytes=options.max_shard_size,
         implementation=built_of,
         states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
+        release=options.megatron_version,
     )
     files += [OutputFile(f"{folder}/{file.path}", file.parts, file.stage) for file in tokenizer_files(checkpoint)]
     if ours:

@@ -19,6 +19,7 @@ FORMAT = Format(
     dialect=lambda options: "megatron-core",
     config_kind="megatron-args",
     leaves_out_arguments=True,
+    by_release=True,
     adapters="megatron",
     optimizer=OPTIMIZER,
 )

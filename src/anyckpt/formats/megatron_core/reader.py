@@ -163,7 +163,7 @@ def _configuration(arguments: Any, common: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def read_common(folder: Folder, contents: DcpContents) -> dict[str, Any]:
-    """What is not sharded: ``common.pt`` up to 0.16, an item of the index afterwards; empty if there is neither.
+    """What is not sharded: ``common.pt`` up to 0.18, an item of the index afterwards; empty if there is neither.
 
     The item is taken out of ``contents.objects``.
 
@@ -197,8 +197,8 @@ def _version(folder: Folder, contents: DcpContents) -> str:
     if contents.has_mcore_data:
         return "torch_dist, Megatron-Core 0.12 or older"
     if COMMON not in folder.names():
-        return "torch_dist, Megatron-Core 0.17 or newer"
-    return "torch_dist, Megatron-Core 0.16"
+        return "torch_dist, Megatron-Core 0.19 or newer"
+    return "torch_dist, Megatron-Core 0.16 to 0.18"
 
 
 def _dialect(contents: DcpContents, state_prefixes: tuple[str, ...]) -> tuple[str, str]:

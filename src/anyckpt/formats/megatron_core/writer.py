@@ -1,4 +1,8 @@
-"""Laying out a Megatron-Core ``torch_dist`` checkpoint as Megatron-Core 0.16 writes it; later versions read it too."""
+"""Laying out a Megatron-Core ``torch_dist`` checkpoint as Megatron-Core 0.16 writes it, which later releases read, too.
+
+From 0.19 on, Megatron-Core itself saves no ``common.pt``: what is not sharded is one more object of the checkpoint.  It
+is written so where it is asked for by release.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,9 @@ BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_ONLY_BACKEND = ("sharded_backend", "sharded_backend_version")
+_COMMON_OBJECT = "common_state/shard_0_1"
+_COMMON_INSIDE_SINCE = (0, 19)
 _SHARDED_OBJECT = re.compile(r"/shard_[\d.]+(_[\d.]+)?$")
 _CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0 the rows of fused QKV are grouped as they are today
 _FOREIGN = "state of another framework, which Megatron-Core has no place for"
@@ -55,6 +62,7 @@ def torch_dist_files(
     implementation: Implementation | None = None,
     states: Mapping[str, Any] | None = None,
     held: Held | None = None,
+    release: tuple[int, int] | None = None,
 ) -> list[OutputFile]:
     """The files of a ``torch_dist`` checkpoint; ``metadata.json``, which marks it as whole, has stage 2.
 
@@ -62,13 +70,14 @@ def torch_dist_files(
         tensors: under their stored names, layers stacked.
         objects: sharded objects (``rng_state/shard_0.0_1.1``), without Megatron-Core's list of one.  The
             ``_extra_state`` objects that models with these tensors ask for are added, with None.
-        common: what goes into ``common.pt``.
+        common: what is not sharded.
         prefix: directory inside the output; empty for the output itself.
         ranks: over how many ranks' files the bytes are spread.
         file_bytes: bytes per file, or None for the default.
         implementation: what these models are built of, None if it may be either.
         states: the modules' own states by the hub's name, in place of None.
         held: which boxes of the tensors the processes have that write together; nothing is added to what they have.
+        release: of Megatron-Core that will load it; None for what all load.
 
     Raises:
         UsageError: an object cannot be pickled.
@@ -77,6 +86,13 @@ def torch_dist_files(
     if held is None:
         tensors = with_second_names(tensors)
         objects = {**state_objects(extra_states(tensors, implementation), states), **objects}
+    if release is not None and release >= _COMMON_INSIDE_SINCE:
+        objects = {**objects, _COMMON_OBJECT: dict(common)}
+        shards = dcp_files(
+            tensors, objects, prefix=prefix, ranks=ranks, megatron=True, file_bytes=file_bytes, held=held
+        )
+        backend = {key: BACKENDS[key] for key in _ONLY_BACKEND}
+        return [*shards, small_file(f"{folder}metadata.json", json.dumps(backend), stage=2)]
     shards = dcp_files(tensors, objects, prefix=prefix, ranks=ranks, megatron=True, file_bytes=file_bytes, held=held)
     common_parts = zip_parts(
         dict(common), archive_name="common", tensor_name=lambda path: ".".join(["common", *map(str, path)])
@@ -89,7 +105,7 @@ def torch_dist_files(
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
-    """A ``torch_dist`` checkpoint directory with the model's arguments in ``common.pt``.
+    """A ``torch_dist`` checkpoint directory with the model's arguments in its common state.
 
     What was in the source's common state stays there and nothing is added to it; that of another format gets what
     Megatron-LM reads (see ``common_and_sharded``).  Sharded objects stay sharded objects.  ``_extra_state``
@@ -115,6 +131,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         implementation=built_of,
         states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
         held=options.held,
+        release=options.megatron_version,
     )
     files += tokenizer_files(checkpoint)
     note = f"for Megatron-LM's --load, move it to <root>/release and write 'release' into <root>/{TRACKER}"
@@ -130,7 +147,7 @@ def state_objects(keys: Iterable[str], states: Mapping[str, Any] | None) -> dict
 def common_and_sharded(
     checkpoint: Checkpoint, *, megatron_args: bool = True, of_training: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """What goes into ``common.pt``, the sharded objects by key, and the names that have no place, with the reason.
+    """What goes into the common state, the sharded objects by key, and the names that have no place, with the reason.
 
     ``dist_checkpointing.load`` hands all of the common state to its caller, so that a source that has a common state
     keeps what it has.  From any other come the three that Megatron-LM's ``load_checkpoint`` reads: ``args``,

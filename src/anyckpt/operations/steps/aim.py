@@ -99,6 +99,12 @@ def wanted_layout(
             expected="a distributed checkpoint of Megatron-Core",
             remedy="leave it out",
         )
+    if request.megatron_version is not None and not target.by_release:
+        raise UsageError(
+            f"--megatron-version means nothing for {target.name}",
+            expected="a format that differs between releases of Megatron-Core: megatron-core or megatron-bridge",
+            remedy="leave it out",
+        )
     parallelism = request.over(present)
     parallelism.check()
     layout = sizes_of(parallelism)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from anyckpt.layout.division import Padding
 from anyckpt.operations.steps.naming import Vocabulary
 
 NewRows = Literal["mean", "zeros"]
+
+_RELEASE = re.compile(r"v?(\d{1,4})\.(\d{1,4})(?:[.\w+-]{0,40})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class LayoutRequest:
         keep_extra_state: ``--keep-extra-state``: carry modules' own states.
         megatron_args: ``--no-megatron-args`` is False: ``megatron-core`` without what Megatron-LM reads besides the
             model.
+        megatron_version: ``--megatron-version``: the release of Megatron-Core that will load the output, such as
+            ``0.19``.
     """
 
     tensor_parallel: int | None = None
@@ -61,12 +66,32 @@ class LayoutRequest:
     transformer_impl: str | None = None
     keep_extra_state: bool = False
     megatron_args: bool = True
+    megatron_version: str | None = None
 
     def __post_init__(self) -> None:
         if self.new_rows not in (None, "mean", "zeros"):
             raise UsageError("no such rows for new tokens", expected="mean or zeros", found=self.new_rows)
         if self.new_rows is not None and self.vocab_size is None:
             raise UsageError("--new-rows needs to know how many tokens there are to be", remedy="say --vocab-size")
+        _ = self.release
+
+    @property
+    def release(self) -> tuple[int, int] | None:
+        """The release of Megatron-Core that is said, without what only mends it.
+
+        Raises:
+            UsageError: it is not one.
+        """
+        if self.megatron_version is None:
+            return None
+        found = _RELEASE.fullmatch(self.megatron_version)
+        if found is None:
+            raise UsageError(
+                "--megatron-version is not a release of Megatron-Core",
+                expected="such as 0.16 or 0.19.2",
+                found=self.megatron_version[:40],
+            )
+        return int(found[1]), int(found[2])
 
     @property
     def vocabulary(self) -> Vocabulary:
