@@ -231,6 +231,14 @@ _PARALLEL = {
 }
 
 _CORE_ALONE = {**NO_NEMO_1, **NO_NEMO_2}
+_HUB_ALONE = NEMO_1_ALONE | NO_NEMO_1
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 8,
+}  # fmt: skip
+_GRANITE = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_scaling": 8.0,
+}  # fmt: skip
 _EXPERTS = {
     **GROUPED, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 2, "routed_scaling_factor": 1.5,
@@ -259,6 +267,63 @@ PROOFS: dict[str, Proof] = {
             _CORE_ALONE,
             **_LATENT,
             mlp_layer_types=["dense"] * 2 + ["sparse"] * 2,
+        ),
+    ),
+    "olmo2": proof(
+        tiny("olmo2", "olmo2", _HUB_ALONE, **GROUPED),
+        tiny("olmo2-tied", "olmo2", _HUB_ALONE, **_SIZES, tie_word_embeddings=True),
+    ),
+    "olmo3": proof(
+        tiny("olmo3", "olmo3", _HUB_ALONE, **GROUPED, sliding_window=4),
+        tiny(
+            "olmo3-scaled",
+            "olmo3",
+            _HUB_ALONE,
+            **GROUPED,
+            sliding_window=4,
+            layer_types=_ALTERNATING,
+            rope_parameters={"full_attention": _YARN, "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}},
+        ),
+    ),
+    "olmoe": proof(
+        tiny("olmoe", "olmoe", _CORE_ALONE, **GROUPED, num_experts=4, num_experts_per_tok=2),
+        tiny(
+            "olmoe-normalised",
+            "olmoe",
+            _CORE_ALONE,
+            **_SIZES,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+        ),
+    ),
+    "granite": proof(
+        tiny("granite", "granite", _HUB_ALONE, **GROUPED, **_GRANITE),
+        tiny(
+            "granite-tied",
+            "granite",
+            _HUB_ALONE,
+            **GROUPED,
+            **_GRANITE,
+            tie_word_embeddings=True,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+    ),
+    "granitemoe": proof(
+        tiny("granitemoe", "granitemoe", _HUB_ALONE, **GROUPED, **_GRANITE, num_local_experts=4),
+    ),
+    "exaone4": proof(
+        tiny("exaone4", "exaone4", _CORE_ALONE, **GROUPED, sliding_window=None, layer_types=["full_attention"] * 4),
+        tiny("exaone4-window", "exaone4", _CORE_ALONE, **_WIDE, sliding_window=4),
+        tiny(
+            "exaone4-letters",
+            "exaone4",
+            _CORE_ALONE,
+            **_WIDE,
+            sliding_window=4,
+            layer_types=_ALTERNATING,
+            sliding_window_pattern="LG",
         ),
     ),
     "seed-oss": proof(

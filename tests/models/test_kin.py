@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.models.cases import facts, with_weights
 from tests.models.proofs import Opened, samples, values
 
+import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
@@ -37,6 +40,12 @@ def with_layers_after(name: str) -> Opened:
     again = models.identify(whole)
     assert again is not None
     return whole, again
+
+
+def somewhere(folder: Path) -> Path:
+    """An empty folder for a checkpoint that is made up."""
+    (folder / "source").mkdir()
+    return folder / "source"
 
 
 def test_kimi_k2_is_deepseek_v3() -> None:
@@ -99,3 +108,57 @@ def test_seed_oss_has_no_other_biases() -> None:
     assert identified("seed-oss").config.add_qkv_bias
     with pytest.raises(MappingError, match="attention_out_bias is not that of family seed-oss"):
         identified("seed-oss", attention_out_bias=True)
+
+
+def test_exaone4_rotates_in_windows_alone() -> None:
+    assert identified("exaone4").config.no_rope_freq is None
+    windows = identified("exaone4-window").config
+    assert (windows.window_attn_skip_freq, windows.no_rope_freq) == (4, (0, 0, 0, 1))
+    letters = identified("exaone4-window", layer_types=None, sliding_window_pattern="LG").config
+    assert (letters.window_attn_skip_freq, letters.no_rope_freq) == (2, (0, 1, 0, 1))
+    assert identified("exaone4-window", layer_types=None, sliding_window_pattern=0).config.window_size is None
+    other = replace(windows, no_rope_freq=None)
+    model = identified("exaone4-window")
+    with pytest.raises(MappingError, match="rotates in layers with a window alone"):
+        models.render_config(replace(model, config=other), "hf")
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("olmoe", "megatron.bridge.models.olmoe.olmoe_provider.olmoe_layer_spec"),
+        ("exaone4", "megatron.bridge.models.exaone.exaone4.exaone4_provider.exaone4_layer_spec"),
+    ],
+)
+def test_run_config_names_the_layers_of_the_family(name: str, function: str, tmp_path: Path) -> None:
+    source = replace(SAMPLES[name].open()[0], path=str(somewhere(tmp_path)))
+    done = anyckpt.convert(source, tmp_path / "out", to="megatron-bridge")
+    assert any(function in note for note in done.notes)
+    (written,) = tmp_path.rglob("run_config.yaml")
+    assert yaml.safe_load(written.read_text())["model"]["transformer_layer_spec"] == {
+        "_target_": function,
+        "_call_": False,
+    }
+    found = anyckpt.inspect(tmp_path / "out")
+    assert found.family == name
+
+
+@pytest.mark.parametrize("name", ["granite", "granitemoe"])
+def test_multipliers_stay_in_the_configuration(name: str, tmp_path: Path) -> None:
+    checkpoint, model = SAMPLES[name].open()
+    rendered = models.render_config(model, "hf")
+    keys = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    assert [rendered[key] for key in keys] == [checkpoint.config[key] for key in keys] == [12.0, 0.22, 0.2, 8.0]
+    with pytest.raises(MappingError, match="Megatron-Core has no models of family granite"):
+        anyckpt.convert(replace(checkpoint, path=str(somewhere(tmp_path))), tmp_path / "out", to="megatron-core")
+    with pytest.raises(MappingError, match="embedding_multiplier changes what the model computes"):
+        models.identify(checkpoint, family="llama")
+
+
+def test_rope_of_olmo3_is_scaled_without_a_window_alone() -> None:
+    scaled = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}
+    found = identified("olmo3", rope_parameters=None, rope_theta=3e5, rope_scaling=scaled).config
+    assert (found.rotary_base, found.rotary_base_local, found.rope_scaling) == (3e5, 3e5, scaled)
+    assert identified("olmo3").config.rotary_base_local == 500_000.0
+    with pytest.raises(MappingError, match="scales rope in layers with a window"):
+        identified("olmo3", rope_parameters={"sliding_attention": {"rope_type": "yarn", "factor": 2.0}})

@@ -130,7 +130,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             remedy="convert the unquantized model, or convert the files with --to safetensors",
         )
     check_expected(family, config)
-    check_decisive(family.name, config, known.handled | known.expected.keys())
+    check_decisive(family.name, config, known.handled | known.expected.keys() | known.carried)
     result = ModelConfig(
         **{
             **{name: value for name, value in family.traits.items() if name not in fields},

@@ -23,6 +23,8 @@ GEMMA = f"{_MODELS}.gemma.gemma_provider.GemmaModelProvider"
 GEMMA2 = f"{_MODELS}.gemma.gemma2_provider.Gemma2ModelProvider"
 GEMMA3 = f"{_MODELS}.gemma.gemma3_provider.Gemma3ModelProvider"
 
+_LAYER_SPEC = "bridge_layer_spec"
+"""The function that gives a family's layers, where it has layers of its own."""
 ENCODED = "heterogeneous_layers_config_encoded_json"
 CLASSES_OUT_SINCE = (0, 17)
 """The release of Megatron-Core with which Megatron-Bridge 0.4 goes."""
@@ -134,6 +136,8 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
             "_args_": [],
             "use_transformer_engine": not local,
         }
+    if arguments.get(_LAYER_SPEC):
+        fields["transformer_layer_spec"] = {"_target_": arguments[_LAYER_SPEC], "_call_": False}
     if provider == GEMMA3:
         fields |= _local_and_global(arguments, fields)
     return fields

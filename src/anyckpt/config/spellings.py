@@ -68,6 +68,8 @@ class HuggingFace:
         attention_bias: what ``attention_bias`` is where the key is absent; None if the family has no such key.
         activation_key: key of the MLP's activation; None if it is none of the configuration's.
         keys: names of keys that say nothing of the model.
+        carried: keys that change what the model computes, which no other framework has words for: they go with a
+            ``config.json`` as they are.
         variants: other spellings under which tensors are stored.
         prefix: what names begin with, but those of the head, where a class has one.
         headless: whether the class written has no head, so that names are written without ``prefix``.
@@ -97,6 +99,7 @@ class HuggingFace:
     attention_bias: bool | None = False
     activation_key: str | None = "hidden_act"
     keys: frozenset[str] = frozenset()
+    carried: frozenset[str] = frozenset()
     variants: tuple[Variant, ...] = ()
     prefix: str = ""
     headless: Callable[[ModelConfig], bool] = field(default=lambda config: False)

@@ -21,12 +21,16 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 def windowed_layers(config: ModelConfig) -> list[bool]:
     """For each layer whether it has the window."""
-    every = config.window_attn_skip_freq
-    if config.window_size is None:
-        return [False] * config.num_layers
+    return windowed(config.window_size, config.window_attn_skip_freq, config.num_layers)
+
+
+def windowed(window: tuple[int, int] | None, every: int | tuple[int, ...] | None, layers: int) -> list[bool]:
+    """The same of the fields ``window_size``, ``window_attn_skip_freq`` and ``num_layers``."""
+    if window is None:
+        return [False] * layers
     if isinstance(every, tuple):
         return [bool(layer) for layer in every]
-    return [every is None or (layer + 1) % every != 0 for layer in range(config.num_layers)]
+    return [every is None or (layer + 1) % every != 0 for layer in range(layers)]
 
 
 class Layers:

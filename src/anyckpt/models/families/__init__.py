@@ -23,7 +23,7 @@ _BUILT_IN = (
     "qwen2", "qwen3", "gemma3", "gemma2", "gemma", "recurrent_gemma", "phi3", "starcoder2", "nemotron", "gpt2",
     "gpt_bigcode", "gpt_neox", "mpt", "falcon", "mistral", "llama_nemotron", "smollm3", "llama", "baichuan", "chatglm",
     "glm", "megatron_bert", "bert", "t5", "clip_vision", "vit",
-    "glm4_moe", "glm4_moe_lite", "seed_oss",
+    "glm4_moe", "glm4_moe_lite", "seed_oss", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "exaone4",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 

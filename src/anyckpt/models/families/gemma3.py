@@ -21,37 +21,11 @@ from anyckpt.config.windows import AllBut, LayerWindow, windowed_layers
 from anyckpt.errors import MappingError
 from anyckpt.models.families import gemma2
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts.local_theta import LocalTheta
 from anyckpt.models.language.family import Family
 
 _LOCAL, _GLOBAL = 10_000.0, 1_000_000.0
 _PERIOD = 6
-
-
-class _LocalTheta(Codec):
-    """Theta of layers with a window, in either spelling."""
-
-    hubs = ("rotary_base_local",)
-    keys = ("rope_local_base_freq", "rope_parameters")
-
-    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        nested = Reader(reader.mapping("rope_parameters"), "config.json's rope_parameters").mapping("sliding_attention")
-        local = Reader(nested, "config.json's rope_parameters")
-        if local.values.get("rope_type", "default") != "default":
-            raise MappingError(
-                "config.json scales rope in layers with a window, which Gemma 3 does not",
-                expected="rope_type default", found=repr(local.values["rope_type"])[:80],
-            )  # fmt: skip
-        theta = local.number("rope_theta") or reader.number("rope_local_base_freq") or _LOCAL
-        return {"rotary_base_local": theta}
-
-    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-        local = config.rotary_base_local or _LOCAL
-        scaled = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
-        plain = {"rope_theta": local, "rope_type": "default"}
-        return {
-            "rope_local_base_freq": local,
-            "rope_parameters": {"full_attention": scaled, "sliding_attention": plain},
-        }
 
 
 def _caveats(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -128,7 +102,7 @@ FAMILY = Family(
         rotary_base=_GLOBAL,
         codecs=(
             LayerWindow(AllBut(_PERIOD, ("sliding_window_pattern", "_sliding_window_pattern")), unset=4096),
-            _LocalTheta(),
+            LocalTheta(_LOCAL, "rope_local_base_freq"),
         ),
     ),
     nemo2=NeMo2(

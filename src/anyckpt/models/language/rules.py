@@ -86,6 +86,7 @@ DIMENSIONS: Mapping[str, Dimension] = {
     "vocabulary": lambda config: config.rows or 0,
     "attention": lambda config: config.num_attention_heads * config.kv_channels,
     "qkv": lambda config: (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels,
+    "keys": lambda config: config.num_query_groups * config.kv_channels,
     "head": lambda config: config.kv_channels,
     "positions": lambda config: config.max_position_embeddings or 0,
     "ffn": lambda config: config.ffn_hidden_size,

@@ -59,3 +59,19 @@ def best_of_each_group(transformers: int) -> Caveats:
             )
 
     return caveats
+
+
+LAYER_SPEC = "bridge_layer_spec"
+"""An argument of ours: the function of Megatron-Bridge that gives the layers of a family."""
+
+
+def own_layers(spec: str) -> Caveats:
+    """Megatron-LM has no arguments for a family's layers, which Megatron-Bridge has a function for.
+
+    Args:
+        spec: the function.
+    """
+    return of_kind(
+        "megatron-args",
+        f"Megatron-LM has no arguments for such layers: build the model with {spec}, which run_config.yaml names",
+    )

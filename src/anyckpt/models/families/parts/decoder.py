@@ -48,6 +48,12 @@ QUERY_KEY_NORMS = tuple(
     for which in ("q", "k")
 )
 
+WIDE_QUERY_KEY_NORMS = tuple(
+    Rule((f"{_ATTENTION}.{which}_norm.weight",), f"{_HUB}.self_attention.{which}_layernorm.weight", (width,))
+    for which, width in (("q", "attention"), ("k", "keys"))
+)
+"""Of all heads together, which Megatron-Core's own attention has not."""
+
 NORM_BIASES = (
     Rule((f"{_LAYER}.input_layernorm.bias",), f"{_HUB}.self_attention.linear_qkv.layer_norm_bias", ("hidden",)),
     Rule((f"{_LAYER}.post_attention_layernorm.bias",), f"{_HUB}.mlp.linear_fc1.layer_norm_bias", ("hidden",)),
