@@ -1,19 +1,18 @@
 """Hugging Face model folders: ``config.json`` beside safetensors files or older ``pytorch_model*.bin``.
 
-File names, the index and the rule by which weights are spread over shards are those of transformers 5.23 and
-huggingface_hub 2.4 (``save_pretrained`` and ``split_state_dict_into_shards_factory``).
+File names are those of transformers 5.23 and diffusers 0.42 (``save_pretrained``).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.errors import FormatError, UsageError
+from anyckpt.errors import FormatError
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import (
     check_plain_name,
@@ -24,6 +23,7 @@ from anyckpt.formats.shared.hub_folder import (
     tokenizer_of,
     training_state,
 )
+from anyckpt.formats.shared.hub_weights import DIFFUSERS_STEM, weight_files
 from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only
 from anyckpt.formats.shared.rank_safetensors import (
     FILES_OF_NAMES,
@@ -37,12 +37,19 @@ from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 
-DEFAULT_SHARD_SIZE = 5_000_000_000
-"""Bytes of weights per file unless the user says otherwise; decimal, as transformers counts ``5GB``."""
+_WEIGHTS = tuple(
+    f"{stem}.{kind}{index}"
+    for stems, kind in ((("model", DIFFUSERS_STEM), "safetensors"), (("pytorch_model", DIFFUSERS_STEM), "bin"))
+    for stem in stems
+    for index in ("", ".index.json")
+)
+"""In the order in which transformers and diffusers prefer them."""
 
-
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""In the order in which transformers prefers them."""
+_VARIANT = re.compile(
+    rf"(?:model|pytorch_model|{DIFFUSERS_STEM})\.(?!safetensors|bin)(\w+)(?:-\d{{5}}-of-\d{{5}})?\.(safetensors|bin)",
+    re.ASCII,
+)
+"""A second set of the same weights, in another type mostly (``model.fp16.safetensors``)."""
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _TUNE = re.compile(r"hf_model_(\d{4})_(\d{1,6})\.pt", re.ASCII)
@@ -136,6 +143,7 @@ _FACTS_BESIDE: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any] | No
 
 
 def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
+    location = _without_variants(location, beside)
     names = set(location.names)
     chosen = next((name for name in _WEIGHTS if name in names), None)
     if chosen is not None and chosen.endswith(".index.json"):
@@ -160,6 +168,16 @@ def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
             remedy="open one of the files, or copy the index too",
         )
     return read_weight_file(location, loose[0], beside)
+
+
+def _without_variants(location: Location, beside: Beside) -> Location:
+    """The folder as it is without second sets of weights, where there is a first one."""
+    variants = [name for name in location.names if _VARIANT.fullmatch(name)]
+    others = tuple(name for name in location.names if name not in variants)
+    if not variants or not any(name.endswith((".safetensors", ".bin")) for name in others):
+        return location
+    beside.warnings.append(f"weights of another variant are not read: {', '.join(variants[:5])}")
+    return replace(location, names=others)
 
 
 def _read_indexed(location: Location, index_name: str, beside: Beside) -> dict[str, LazyTensor]:
@@ -270,7 +288,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     weights, ignored = weights_only(checkpoint)
     notes: list[str] = list(told_of_parts(checkpoint))
     metadata = {**(checkpoint.details.get("metadata", {}) if checkpoint.format == "hf" else {}), "format": "pt"}
-    files = _weight_files(weights, options.max_shard_size or DEFAULT_SHARD_SIZE, metadata)
+    files = weight_files(weights, options.max_shard_size, metadata, count_parameters=True)
     extra: dict[str, OutputFile] = {}
     if checkpoint.config:
         extra["config.json"] = small_file("config.json", json_text(checkpoint.config))
@@ -289,44 +307,6 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     taken = {file.path for file in files}
     kept = tuple(file for name, file in extra.items() if name not in taken)
     return Plan("hf", (*files, *kept), ignored=ignored, notes=tuple(notes))
-
-
-def _weight_files(tensors: Mapping[str, LazyTensor], limit: int, metadata: Mapping[str, str]) -> list[OutputFile]:
-    if limit <= 0:
-        raise UsageError("the shard size must be positive", found=limit)
-    shards = _split(tensors, limit)
-    if len(shards) <= 1:
-        return [OutputFile("model.safetensors", safetensors_parts(tensors, metadata))]
-    files: list[OutputFile] = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.append(OutputFile(name, safetensors_parts(shard, metadata)))
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    parameters = sum(tensor.size for tensor in tensors.values())
-    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-    files.append(small_file("model.safetensors.index.json", json_text(index)))
-    return files
-
-
-def _split(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
-    """Greedily in the given order; a tensor above the limit gets a file of its own."""
-    shards: list[dict[str, LazyTensor]] = []
-    current: dict[str, LazyTensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > limit:
-            shards.append({name: tensor})
-            continue
-        if size + tensor.nbytes > limit:
-            shards.append(current)
-            current, size = {}, 0
-        current[name] = tensor
-        size += tensor.nbytes
-    if current:
-        shards.append(current)
-    return shards
 
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -138,6 +138,7 @@ _BUILT_IN = {
     "peft": "peft",
     "meta": "meta",
     "trtllm": "trtllm",
+    "diffusers": "diffusers",
     "hf": "hf",
     "fsdp": "fsdp",
     "deepspeed": "deepspeed",
