@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 from tests.hub import hub, hub_servers  # noqa: F401 (fixtures)
-from tests.servers import moto_server, s3  # noqa: F401 (fixtures)
+from tests.servers import moto_server, proxy, s3  # noqa: F401 (fixtures)
 
 settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing about it
 settings.load_profile("any machine")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,15 +24,9 @@ KEY, SECRET, TOKEN = "AKIAKEYOFTHETESTS", "secret/of+the+tests", "token-of-the-t
 
 @dataclass
 class S3Server:
-    """An S3 server and what it was asked.
-
-    Attributes:
-        url: where it is.
-        requests: method and path with query of each request, in their order.
-    """
+    """An S3 server, at an address."""
 
     url: str
-    requests: list[str] = field(default_factory=list)
 
     def client(self) -> Any:
         """Boto3's client of it."""
@@ -39,17 +41,17 @@ class S3Server:
             aws_session_token=TOKEN,
         )
 
-    def bucket(self, name: str, files: Mapping[str, bytes] | None = None) -> str:
-        """Make a bucket that holds files; its path."""
+    def bucket(self, name: str, files: Mapping[str, bytes] | None = None, *, everybody: bool = False) -> str:
+        """Make a bucket that holds files, which everybody may read or not; its path."""
         self.client().create_bucket(Bucket=name)
-        self.put(name, files or {})
+        self.put(name, files or {}, everybody=everybody)
         return f"s3://{name}"
 
-    def put(self, bucket: str, files: Mapping[str, bytes]) -> None:
-        """Put files into a bucket."""
+    def put(self, bucket: str, files: Mapping[str, bytes], *, everybody: bool = False) -> None:
+        """Put files into a bucket, which everybody may read or not."""
         client = self.client()
         for key, data in files.items():
-            client.put_object(Bucket=bucket, Key=key, Body=data)
+            client.put_object(Bucket=bucket, Key=key, Body=data, ACL="public-read" if everybody else "private")
 
     def files(self, bucket: str) -> dict[str, bytes]:
         """What a bucket holds."""
@@ -74,9 +76,11 @@ def moto_server() -> Iterator[S3Server]:
 @pytest.fixture
 def s3(moto_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """An empty S3 server, which this process's environment leads to."""
-    from moto.core.model_instances import reset_model_data
-
-    reset_model_data()
+    address = urlsplit(moto_server.url)
+    connection = http.client.HTTPConnection(address.netloc)
+    connection.request("POST", "/moto-api/reset")
+    assert connection.getresponse().status == 200
+    connection.close()
     nowhere(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto_server.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
@@ -94,3 +98,169 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, "/nonexistent/aws")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@dataclass
+class Asked:
+    """A request that passed a proxy.
+
+    Attributes:
+        method: of HTTP.
+        path: with the query.
+        range: first byte and byte past the last; None if all was asked for.
+        nbytes: of the answer's body.
+    """
+
+    method: str
+    path: str
+    range: tuple[int, int] | None
+    nbytes: int = 0
+
+
+class Proxy:
+    """Stands before a server, notes what it is asked, and does to answers what networks do.
+
+    Args:
+        target: the server's address.
+        fault: what becomes of a request, by its number and itself: one of ``FAULTS``; ``all``, as of a server that
+            knows no ranges; a status with a word of S3's, such as ``403 AccessDenied``; or None.
+        latency: seconds before each answer.
+
+    Attributes:
+        asked: the requests, in their order.
+    """
+
+    def __init__(
+        self, target: str, fault: Callable[[int, Asked], str | None] = lambda number, asked: None, latency: float = 0.0
+    ) -> None:
+        self.asked: list[Asked] = []
+        self.fault = fault
+        self.latency = latency
+        self.target = urlsplit(target).netloc
+        self.lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Passing,), {"proxy": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(asked.nbytes for asked in self.asked)
+
+    @contextmanager
+    def running(self) -> Iterator[Proxy]:
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            self._server.server_close()
+            thread.join()
+
+
+FAULTS = ("reset", "503", "slow", "cut", "reframed", "other range")
+"""A connection that is reset; a server that fails; an answer that comes in drops; one that breaks off; one that is
+shorter than what was asked for; and one of another range."""
+
+
+class _Passing(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: Proxy
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _pass(self) -> None:
+        given = self.headers.get("Range")
+        span = None
+        if given:
+            first, _, last = given.removeprefix("bytes=").partition("-")
+            span = int(first or -int(last)), int(last) + 1 if first and last else 0
+        asked = Asked(self.command, self.path, span)
+        with self.proxy.lock:
+            number = len(self.proxy.asked)
+            self.proxy.asked.append(asked)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.proxy.latency:
+            time.sleep(self.proxy.latency)
+        fault = self.proxy.fault(number, asked)
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        if fault is not None and fault.split(" ", 1)[0].isdigit():
+            status, _, code = fault.partition(" ")
+            self._answer(int(status), {}, f"<Error><Code>{code}</Code></Error>".encode() if code else b"", None)
+            return
+        connection = http.client.HTTPConnection(self.proxy.target, timeout=30)
+        given_headers = {
+            name: value for name, value in self.headers.items() if fault != "all" or name.lower() != "range"
+        }
+        connection.request(self.command, self.path, body, given_headers)
+        answer = connection.getresponse()
+        data = answer.read()
+        asked.nbytes = len(data)
+        dropped = ("transfer-encoding", "connection", "content-length", "date", "server")
+        headers = {name.lower(): value for name, value in answer.getheaders() if name.lower() not in dropped}
+        if self.command == "HEAD":
+            headers["content-length"] = answer.getheader("Content-Length") or "0"
+        connection.close()
+        self._answer(answer.status, headers, data, fault if answer.status in (200, 206) else None)
+
+    def _answer(self, status: int, headers: dict[str, str], data: bytes, fault: str | None) -> None:
+        length = len(data)
+        if fault == "reframed":
+            data = data[: length // 2]
+            length = len(data)
+        elif fault == "cut":
+            data = data[: length // 2]
+        elif fault == "other range" and "content-range" in headers:
+            total = headers["content-range"].rpartition("/")[2]
+            headers["content-range"] = f"bytes 0-{length - 1}/{total}"
+        try:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if "content-length" not in headers:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
+            pieces = (
+                [data[start : start + 97] for start in range(0, min(len(data), 970), 97)] if fault == "slow" else []
+            )
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
+                time.sleep(0.002)
+            self.wfile.write(data[sum(map(len, pieces)) :])
+            if fault == "cut":
+                self.wfile.flush()
+                self.close_connection = True
+        except OSError:  # the other side has gone
+            self.close_connection = True
+
+    def do_GET(self) -> None:
+        self._pass()
+
+    def do_HEAD(self) -> None:
+        self._pass()
+
+    def do_PUT(self) -> None:
+        self._pass()
+
+    def do_POST(self) -> None:
+        self._pass()
+
+    def do_DELETE(self) -> None:
+        self._pass()
+
+
+@pytest.fixture
+def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Stands before the S3 server, and the environment leads to it; what fails is tried again without waiting."""
+    from anyckpt.storage.remote import stores
+
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
+    with Proxy(s3.url).running() as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running

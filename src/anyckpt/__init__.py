@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MissingLibraryError,
         OutputError,
         UnknownTensorError,
+        UnreachableError,
         UnsafeError,
         UsageError,
     )
@@ -71,6 +72,7 @@ __all__ = [
     "Tokenizer",
     "TrainingState",
     "UnknownTensorError",
+    "UnreachableError",
     "UnsafeError",
     "UsageError",
     "Verification",

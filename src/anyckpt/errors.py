@@ -7,6 +7,7 @@ found, and what to do next.  The command line prints it without a traceback and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 Told = TypeVar("Told", bound="AnyckptError")
 
+_USER = re.compile(r"(https?://)[^/\s@]+@")
+_ASKED = re.compile(r"(https?://[^\s?'\"]*)\?(?:(?!::)[^\s'\"])*")
 _COMPARED = 5000
 _SHOWN = 3
 _FEWEST_LETTERS = 4
@@ -61,7 +64,7 @@ class AnyckptError(Exception):
             text += f" ({', '.join(facts)})"
         if self.remedy is not None:
             text += f"; {self.remedy}"
-        return text.replace("\n", " ")
+        return without_secrets(text.replace("\n", " "))
 
     def told_as(self, kind: type[Told], problem: str | None = None, **instead: Any) -> Told:
         """The same in an error of another kind.
@@ -89,6 +92,10 @@ class UnfinishedError(FormatError):
 
 class UnsafeError(FormatError):
     """A file asks for something that a checkpoint has no business asking for (path traversal, links, bombs)."""
+
+
+class UnreachableError(AnyckptError):
+    """What is far away cannot be read at this moment; no error of the file, so that nobody takes it for missing."""
 
 
 class MappingError(AnyckptError):
@@ -121,6 +128,11 @@ class MissingLibraryError(AnyckptError, ImportError):
 
 class UnknownTensorError(AnyckptError, KeyError):
     """A checkpoint has no tensor of the name that was asked for."""
+
+
+def without_secrets(text: str) -> str:
+    """A text in which web addresses have neither the user and token nor the signature that they may be given with."""
+    return _ASKED.sub(r"\1", _USER.sub(r"\1", text)) if "http" in text else text
 
 
 def alike(name: str, names: Iterable[str]) -> str:

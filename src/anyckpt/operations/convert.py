@@ -35,7 +35,7 @@ from anyckpt.operations.steps.training_state import without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.user_names import called, new_name
 from anyckpt.operations.steps.writing import write
-from anyckpt.storage.location import look_at
+from anyckpt.storage.location import disk_file_of
 from anyckpt.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def converted(
         count = len({part.name for part in plan.tensors()})
         done = Conversion(output, plan.format, count, 0, plan.nbytes, 0.0, 0, dry_run=True)
     else:
-        on_disk = [file for path in origins if (file := look_at(path).on_disk) is not None]
+        on_disk = [file for path in origins if (file := disk_file_of(path)) is not None]
         report = write(
             plan,
             output,

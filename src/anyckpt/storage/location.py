@@ -33,7 +33,16 @@ def _on_the_hub(path: str) -> Place:
     return hub_place(path)
 
 
-SCHEMES: dict[str, Callable[[str], Place]] = {"hf": _on_the_hub}
+def _remote(path: str) -> Place:
+    from anyckpt.storage.remote.places import place_at
+
+    return place_at(path)
+
+
+SCHEMES: dict[str, Callable[[str], Place]] = {
+    "hf": _on_the_hub,
+    **dict.fromkeys(("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "https", "http"), _remote),
+}
 """What makes the place of a path that begins with ``scheme://``, from the path."""
 
 
@@ -44,16 +53,22 @@ def place_of(path: str) -> Place:
         FormatError: what should be an archive is none, or holds no such archive.
         UnsafeError: see ``ArchivePlace``.
     """
+    return _place_and_path(path)[0]
+
+
+def _place_and_path(path: str) -> tuple[Place, str]:
+    """The place of a path, and the path as it may be shown."""
     scheme = scheme_of(path)
     place = SCHEMES[scheme](path) if scheme in SCHEMES else LOCAL
+    path = place.shown(path)
     if SEPARATOR not in path or place.exists(path):
-        return place
+        return place, path
     parts = path.split(SEPARATOR)
     for count in range(len(parts) - 1, 0, -1):
         file = SEPARATOR.join(parts[:count])
         if place.is_file(file):
-            return _into(place, file, parts[count:])
-    return place
+            return _into(place, file, parts[count:]), path
+    return place, path
 
 
 def _into(place: Place, file: str, inner: Sequence[str]) -> Place:
@@ -148,8 +163,7 @@ def look_at(path: str | os.PathLike[str] | Location) -> Location:
     """
     if isinstance(path, Location):
         return path
-    text = os.fspath(path)
-    return look_in(place_of(text), text)
+    return look_in(*_place_and_path(os.fspath(path)))
 
 
 def look_in(place: Place, path: str) -> Location:
@@ -187,7 +201,13 @@ def _first_rank(place: Place, path: str) -> str | None:
 
 def file_of(path: str) -> str:
     """The local file or directory that a path leads to or into; the path itself where that is on no disk."""
-    return place_of(path).on_disk(path) or path
+    place, shown = _place_and_path(path)
+    return place.on_disk(shown) or shown
+
+
+def disk_file_of(path: str) -> str | None:
+    """The local file or directory that a path leads to or into; None where that is on no disk."""
+    return place_of(path).on_disk(path)
 
 
 @contextmanager

@@ -32,6 +32,10 @@ class Place(ABC):
     is_far = False
     """Whether every read of its files is waited for, so that it pays to ask for many at once."""
 
+    def shown(self, path: str) -> str:
+        """The path as it may be shown and kept: without what a signed address is signed with."""
+        return path
+
     @abstractmethod
     def kind(self, path: str) -> str | None:
         """``FILE``, ``FOLDER`` or ``OTHER``, links followed; None if nothing is there.

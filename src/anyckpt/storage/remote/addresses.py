@@ -24,6 +24,8 @@ KINDS = {
 }
 """What kind of store a path is in, by its scheme."""
 _ACCOUNT = re.compile(r"([^@]+)@([a-z0-9]+)(\.(dfs|blob)\.core\.windows\.net)?")
+_USER = re.compile(r"^(https?://)[^/@]+@")
+_SIGNED = re.compile(r"[?#](?:(?!::).)*", re.DOTALL)
 _EXAMPLES = {
     S3: "s3://bucket/folder",
     GCS: "gs://bucket/folder",
@@ -101,6 +103,11 @@ def address_of(url: str) -> Address:
     return Address(kind, scheme, holder, key, account)
 
 
+def without_secret(path: str) -> str:
+    """A web path without what it is signed with; what follows ``::``, a member of an archive, stays."""
+    return _SIGNED.sub("", _USER.sub(r"\1", path))
+
+
 def _web(url: str, scheme: str) -> Address:
     try:
         split = urlsplit(url)
@@ -110,7 +117,7 @@ def _web(url: str, scheme: str) -> Address:
     if split is None or not split.hostname or "\0" in url:
         raise _no_address(url, WEB)
     user, _, host = split.netloc.rpartition("@")
-    return Address(WEB, scheme, host, unquote(split.path).strip("/"), secret=(user, split.query))
+    return Address(WEB, scheme, host, unquote(split.path).strip("/"), secret=(user, split.query.partition("::")[0]))
 
 
 def _no_address(url: str, kind: str) -> UsageError:

@@ -17,6 +17,9 @@ Store = Any
 """A store of obstore, whose types are not there where it is not installed."""
 
 RETRIES = 6
+FIRST_WAIT = 0.1
+"""Seconds before something is tried again for the first time; later ones are longer."""
+
 _PATIENCE = timedelta(minutes=2)
 _CLIENT = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "10m"}
 _PREFIXES = {S3: "AWS_", GCS: "GOOGLE_", AZURE: "AZURE_", WEB: "HTTPS_PROXY"}
@@ -104,7 +107,8 @@ def _made(library: Any, address: Address, given: dict[str, Any]) -> Store:
     if address.kind == S3 and bundle and os.path.isfile(bundle):
         with open(bundle, "rb") as file:
             client["root_certificate"] = file.read()
-    patience = {"max_retries": RETRIES, "retry_timeout": _PATIENCE}
+    waiting = {"init_backoff": timedelta(seconds=FIRST_WAIT)}
+    patience = {"max_retries": RETRIES, "retry_timeout": _PATIENCE, "backoff": waiting}
     options: dict[str, Any] = {"client_options": client, "retry_config": patience}
     if address.kind == S3:
         return library.S3Store(address.holder, **options, **given)
