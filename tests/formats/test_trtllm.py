@@ -820,3 +820,58 @@ def test_experts_over_ranks_are_refused(tmp_path: Path) -> None:
 def test_compress_is_of_formats_with_archives(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--compress means nothing for hf"):
         anyckpt.convert(fixture_path("quant/src_llama_a/hf"), tmp_path / "out", to="hf", compress=True)
+
+
+@pytest.mark.parametrize("target", ["trtllm", "nemo"])
+def test_gzip_compresses_an_archive(target: str, tmp_path: Path) -> None:
+    source = fixture_path("families/llama/hf")
+    named = tmp_path / {"trtllm": "m.qnemo", "nemo": "m.nemo"}[target]
+    plain = anyckpt.convert(source, tmp_path / "plain", to=target, compress=True if target == "trtllm" else None)
+    done = anyckpt.convert(source, named, gzip=True, workers=8)
+    anyckpt.convert(source, tmp_path / "one", to=target, gzip=True, workers=1)
+    assert (tmp_path / "one").read_bytes() == named.read_bytes()
+    assert done.bytes_written == named.stat().st_size < plain.bytes_written
+    with tarfile.open(named, "r:gz") as found, tarfile.open(tmp_path / "plain", "r:") as expected:
+        assert found.getnames() == expected.getnames()
+        for one, other in zip(found.getmembers(), expected.getmembers(), strict=True):
+            if one.isfile():
+                read, stored = found.extractfile(one), expected.extractfile(other)
+                assert read is not None
+                assert stored is not None
+                assert read.read() == stored.read()
+    assert anyckpt.diff(named, tmp_path / "plain").equal
+    result = anyckpt.verify(named)
+    assert result.sound
+    assert result.checked.digests == 1
+    damaged = bytearray(named.read_bytes())
+    damaged[-9] ^= 1
+    named.write_bytes(damaged)
+    assert not anyckpt.verify(named)
+
+
+def test_gzip_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    source = fixture_path("families/llama/hf")
+    for text, options in {
+        "--gzip means nothing for hf": {"to": "hf"},
+        "--no-compress asks for none": {"to": "trtllm", "compress": False},
+        "--resume means nothing with --gzip": {"to": "trtllm", "resume": True},
+        "--share means nothing with --gzip": {"to": "nemo", "share": "1/2"},
+    }.items():
+        with pytest.raises(UsageError, match=text):
+            anyckpt.convert(source, tmp_path / "out", gzip=True, **options)  # type: ignore[arg-type]
+    planned = anyckpt.convert(source, tmp_path / "out", to="trtllm", gzip=True, dry_run=True)
+    assert any("before --gzip" in note for note in planned.notes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gzip_goes_with_quantizing_and_packing(tmp_path: Path) -> None:
+    archive = tmp_path / "q.qnemo"
+    settings = {"export": {"compress": False}, "quantization": {"algorithm": "fp8_per_channel"}}
+    anyckpt.quantize(fixture_path("quant/src_llama_a/hf"), archive, config=settings, gzip=True)
+    assert anyckpt.open(archive).details["container"] == "gzip tar"
+    unpack(archive, tmp_path / "files")
+    pack(tmp_path / "files", tmp_path / "again.qnemo", gzip=True)
+    assert anyckpt.open(tmp_path / "again.qnemo").details["container"] == "gzip tar"
+    assert anyckpt.diff(archive, tmp_path / "again.qnemo").equal
+    anyckpt.convert(archive, tmp_path / "named.qnemo", compress=False)
+    assert (tmp_path / "named.qnemo").is_dir()

@@ -94,9 +94,10 @@ _SHOWN_LAYERS = 12
 @option(
     "--compress/--no-compress",
     title=OUTPUT,
-    default=False,
+    default=None,
     help="trtllm: one archive (.qnemo), not a directory.",
 )
+@option("--gzip", title=OUTPUT, is_flag=True, help="trtllm, nemo: an archive that is compressed by gzip.")
 @shared.shard_size
 @shared.family
 @shared.config("Model configuration, or a model that has it, where SRC has none.")

@@ -138,6 +138,7 @@ _CALIBRATION = "What to calibrate with"
     default=None,
     help="trtllm: one archive (.qnemo), not a directory.",
 )
+@option("--gzip", title=OUTPUT, is_flag=True, help="trtllm: an archive that is compressed by gzip.")
 @shared.family
 @shared.config("Model configuration, or a model that has it, where SRC has none.", "--model-config")
 @shared.tokenizer

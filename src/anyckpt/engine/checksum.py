@@ -78,6 +78,32 @@ def chunk_digests(data: bytes) -> dict[int, int]:
     return {start: chunk_digest(data[start : start + CHUNK_BYTES]) for start in range(0, len(data), CHUNK_BYTES)}
 
 
+class RunningDigest:
+    """The digest of bytes that come one after another."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, int] = {}
+        self._chunk = xxhash.xxh3_64()
+        self._nbytes = 0
+
+    def add(self, data: bytes) -> None:
+        """Bytes that follow those before."""
+        left = memoryview(data)
+        while left:
+            start = self._nbytes // CHUNK_BYTES * CHUNK_BYTES
+            part = left[: start + CHUNK_BYTES - self._nbytes]
+            self._chunk.update(part)
+            self._nbytes += len(part)
+            left = left[len(part) :]
+            self._done[start] = self._chunk.intdigest()
+            if self._nbytes == start + CHUNK_BYTES:
+                self._chunk.reset()
+
+    def value(self) -> str:
+        """What ``digest_of`` says of all of them."""
+        return join_digests(self._done)
+
+
 def digest_of(read: Any, nbytes: int) -> str:
     """Digest of ``nbytes`` bytes.
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from anyckpt.engine.files import Bytes
+from anyckpt.engine.manifest import Manifest
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.errors import OutputError, UsageError
@@ -116,6 +117,12 @@ class Destination(ABC):
         Raises:
             OutputError: the system refuses.
         """
+
+    def described(self, manifest: Manifest) -> Manifest:
+        """What the manifest says of the output, whose files are sealed: what the engine wrote, unless that is changed
+        on the way (compressed).
+        """
+        return manifest
 
     @abstractmethod
     def publish(self, manifest: bytes) -> None:

@@ -142,7 +142,8 @@ def carry_out(
         entries.sort(key=lambda entry: (order[entry.file], entry.offset))
         sizes = {file.path: file.nbytes for file in plan.files}
         identity.check_unchanged()
-        place.publish(Manifest(plan.format, identity.value, sizes, tuple(entries), plan.notes).to_bytes())
+        manifest = place.described(Manifest(plan.format, identity.value, sizes, tuple(entries), plan.notes))
+        place.publish(manifest.to_bytes())
     except OutputError:
         place.close() if resumable and run.records else place.discard()
         raise
@@ -155,7 +156,8 @@ def carry_out(
     except BaseException:
         place.close() if resumable else place.discard()
         raise
-    return report_of(plan, place, run.reads.nbytes, started, run.resumed_bytes)
+    report = report_of(plan, place, run.reads.nbytes, started, run.resumed_bytes)
+    return replace(report, bytes_written=sum(manifest.files.values()))
 
 
 def report_of(plan: Plan, place: Destination, bytes_read: int, started: float, resumed_bytes: int) -> Report:

@@ -90,6 +90,7 @@ class Format:
         divides: sizes of ``WriteOptions.layout`` by which ``plan`` itself divides whole tensors into files; none if it
             does not.
         archives: whether ``plan`` can pack its files in one archive, as ``WriteOptions.compress`` asks.
+        packs: whether what ``plan`` writes is one archive in any case.
         suffixes: how the names of its files and folders end, where that tells the format; the usual one first.
         archive_suffixes: the same of its archives.
         backends: what kinds of distributed checkpoint ``plan`` can put inside, the usual one first; none if it has no
@@ -116,6 +117,7 @@ class Format:
     adapters: str | None = None
     divides: tuple[str, ...] = ()
     archives: bool = False
+    packs: bool = False
     suffixes: tuple[str, ...] = ()
     archive_suffixes: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.engine.execute import execute
+from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan, SourceData
 from anyckpt.engine.run import Progress
 from anyckpt.errors import FormatError, UnsafeError, UsageError
@@ -20,6 +20,7 @@ from anyckpt.formats.nemo.members import ARCHIVES as NEMO
 from anyckpt.formats.shared.archive import ArchiveKind, ArchiveWriter
 from anyckpt.formats.trtllm.members import ARCHIVES as QNEMO
 from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.writing import write
 from anyckpt.plain_yaml import load_yaml
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.location import look_at
@@ -77,12 +78,15 @@ def unpack(
     return _carry_out(Plan(_kind(names).format, files), archive, directory, names, (), overwrite, progress)
 
 
-def pack(directory: Path, archive: Path, *, overwrite: bool = False, progress: Progress | None = None) -> ArchiveReport:
-    """Pack an unpacked ``.nemo`` or ``.qnemo`` into a plain tar archive: configuration first, weights last.
+def pack(
+    directory: Path, archive: Path, *, gzip: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> ArchiveReport:
+    """Pack an unpacked ``.nemo`` or ``.qnemo`` into a tar archive: configuration first, weights last.
 
     Args:
         directory: has its configuration (``model_config.yaml``, ``config.json``) and weights at its top.
         archive: the file to make.
+        gzip: compress it.
         overwrite: replace an archive that is there.
         progress: called with (bytes done, bytes in all).
 
@@ -113,7 +117,8 @@ def pack(directory: Path, archive: Path, *, overwrite: bool = False, progress: P
                 writer.add_directory(f"./{parent}")
                 made.add(parent)
         writer.add_source(f"./{name}", LocalFile(os.path.join(path, name)))
-    return _carry_out(Plan(kind.format, (writer.file(),)), directory, archive, names, (), overwrite, progress)
+    plan = Plan(kind.format, (writer.file(),))
+    return _carry_out(plan, directory, archive, names, (), overwrite, progress, gzip=gzip)
 
 
 def edit(
@@ -127,7 +132,8 @@ def edit(
 ) -> ArchiveReport:
     """Change configuration values or swap artifacts of a ``.nemo`` or ``.qnemo``.
 
-    Everything else is copied byte for byte.  Members keep their order and names; a gzip archive becomes a plain one.
+    Everything else is copied byte for byte.  Members keep their order and names;
+    a gzip archive becomes a plain one, which ``unpack`` and ``pack`` can compress again.
 
     Args:
         archive: what to change.
@@ -218,11 +224,24 @@ def _carry_out(
     changed: tuple[str, ...],
     overwrite: bool,
     progress: Progress | None,
+    *,
+    gzip: bool = False,
 ) -> ArchiveReport:
     started = time.monotonic()
     output = os.fspath(destination)
-    report = execute(plan, output, overwrite=overwrite, progress=progress, source_paths=[os.fspath(source)])
-    return ArchiveReport(output, tuple(members), changed, report.bytes_written, time.monotonic() - started)
+    report = write(
+        plan,
+        output,
+        share=None,
+        gzip=gzip,
+        overwrite=overwrite,
+        resume=False,
+        workers=None,
+        memory=DEFAULT_MEMORY,
+        progress=progress,
+        source_paths=[os.fspath(source)],
+    )
+    return ArchiveReport(output, tuple(members), changed, report["bytes_written"], time.monotonic() - started)
 
 
 def _kind(names: Sequence[str]) -> ArchiveKind:

@@ -144,7 +144,8 @@ def convert(
     sharded: bool = False,
     optimizer: str = "drop",
     layout: LayoutRequest | None = None,
-    compress: bool = False,
+    compress: bool | None = None,
+    gzip: bool = False,
     backend: str | None = None,
     keep_layout: bool = False,
     force: bool = False,
@@ -176,6 +177,8 @@ def convert(
         UsageError: the options contradict each other, or no rule leads from this source to this target.
     """
     told = told_by_name(destination) if to is None else {}
+    if compress is not None:
+        told.pop("compress", None)
     return converted(source, destination, asked(locals(), **told), sources=sources)
 
 
@@ -212,6 +215,7 @@ def converted(
             plan,
             output,
             share=options.part,
+            gzip=options.gzip,
             overwrite=options.overwrite,
             resume=options.resume,
             workers=options.workers,
@@ -232,10 +236,13 @@ def converted(
         done,
         ignored=dict(plan.ignored),
         casts=dict(plan.casts),
-        notes=plan.notes,
+        notes=(*plan.notes, *((_UNCOMPRESSED,) if options.dry_run and options.gzip else ())),
         files=files,
         holds_states=opened.holds_states,
     )
+
+
+_UNCOMPRESSED = "sizes are those before --gzip, of which no more is known until the file is written"
 
 
 def _path(source: str | os.PathLike[str] | Checkpoint) -> str | os.PathLike[str]:

@@ -85,7 +85,9 @@ class ConvertOptions:
         optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where weights keep their names
             and the target has the source's form, else by parameter, through the same rules as the weights.
         layout: parallel sizes and vocabulary of the target, where it keeps a file per rank.
-        compress: ``trtllm``: pack all in one archive (``.qnemo``), rather than write a directory.
+        compress: ``trtllm``: pack all in one archive (``.qnemo``), rather than write a directory; if None, where
+            ``gzip`` asks for one.
+        gzip: ``trtllm``, ``nemo``: compress the archive by gzip while it is written.
         keep_layout: take what ``layout`` does not say from the source's files rather than leave tensors whole.
         force: read a source that is marked as unfinished, too.
         overwrite: replace an existing checkpoint at the end.
@@ -131,7 +133,8 @@ class ConvertOptions:
     sharded: bool = False
     optimizer: str = "drop"
     layout: LayoutRequest | None = None
-    compress: bool = False
+    compress: bool | None = None
+    gzip: bool = False
     backend: str | None = None
     keep_layout: bool = False
     force: bool = False
@@ -162,6 +165,8 @@ class ConvertOptions:
                 expected="a format that is written as a directory or as an archive, such as trtllm",
                 remedy="leave it out",
             )
+        if self.gzip:
+            self._check_gzip()
         if self.tokenizer is None and self.tokenizer_library is not None:
             raise UsageError("--tokenizer-library says how to read a tokenizer", remedy="give one with --tokenizer")
         if self.config is not None and self.model_id is not None:
@@ -190,6 +195,22 @@ class ConvertOptions:
 
             check_request(self.quantization, self.target, only, keeps_state=self.keeps_state)
 
+    def _check_gzip(self) -> None:
+        if not (self.target.archives or self.target.packs):
+            raise UsageError(
+                f"--gzip means nothing for {self.to}",
+                expected="a format that is written as an archive, such as trtllm or nemo",
+                remedy="leave it out",
+            )
+        if self.compress is False and not self.target.packs:
+            raise UsageError("--gzip compresses an archive and --no-compress asks for none", remedy="give one of them")
+        for name, value in {"--resume": self.resume, "--share": self.share is not None}.items():
+            if value:
+                raise UsageError(
+                    f"{name} means nothing with --gzip: what is compressed is written at one go, by one process",
+                    remedy="leave out one of them",
+                )
+
     @cached_property
     def target(self) -> registry.Format:
         """The format to write."""
@@ -208,7 +229,7 @@ class ConvertOptions:
             max_shard_size=limit,
             sharded=self.sharded,
             transformer_impl=self.request.transformer_impl,
-            compress=self.compress,
+            compress=bool(self.compress) or (self.gzip and self.target.archives),
             backend=self.backend,
             megatron_args=self.request.megatron_args,
             megatron_version=self.request.release,

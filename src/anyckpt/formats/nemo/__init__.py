@@ -18,6 +18,7 @@ FORMAT = Format(
     config_kind="nemo1",
     unknown_names=True,
     sharded=True,
+    packs=True,
     adapters="nemo1",
     suffixes=(".nemo",),
 )

@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from anyckpt.engine.destination import BusyError, Share
+from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.execute import execute, peak_rss_bytes
 from anyckpt.engine.plan import Plan
-from anyckpt.engine.run import Progress
+from anyckpt.engine.run import Progress, worker_count
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.errors import UsageError
 
@@ -34,6 +34,7 @@ def write(
     output: str,
     *,
     share: Share | None,
+    gzip: bool = False,
     overwrite: bool,
     resume: bool,
     workers: int | None,
@@ -45,6 +46,7 @@ def write(
 
     Args:
         share: which share; None if this is the only process.
+        gzip: compress the output, a single file, while it is written; with no share.
         plan, output, overwrite, resume, workers, memory, progress, source_paths: as for ``execute``.
 
     Returns:
@@ -56,7 +58,7 @@ def write(
     if share is None:
         report = execute(
             plan,
-            output,
+            _compressed(output, overwrite, worker_count(workers, memory, plan)) if gzip else output,
             overwrite=overwrite,
             resume=resume,
             workers=workers,
@@ -86,3 +88,9 @@ def write(
         "share": f"{share.number}/{share.of}",
         "missing_shares": tuple(f"{one.number}/{one.of}" for one in missing),
     }
+
+
+def _compressed(output: str, overwrite: bool, threads: int) -> Destination:
+    from anyckpt.engine.gzip_file import GzipFile
+
+    return GzipFile(output, overwrite=overwrite, threads=threads)
