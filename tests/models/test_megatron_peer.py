@@ -65,3 +65,16 @@ def test_llama_4(name: str) -> None:
     found = json.loads(done.stdout.strip().splitlines()[-1])[name]
     assert found["difference"] < 1e-4, found["difference"]
     assert found["least of rolled"] > 0.05
+
+
+def test_gated_delta_nets() -> None:
+    """Megatron-Core's net computes what transformers' does, with our weights, and saves what we write."""
+    pytest.importorskip("transformers")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.models.megatron_delta"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for found in json.loads(done.stdout.strip().splitlines()[-1]).values():
+        assert found["difference"] < 1e-3, found["difference"]
+        assert found["rolled"] > 1
+        assert found["saved"] == found["written"]

@@ -16,6 +16,7 @@ from tests.models.proofs import PROOFS, Fixture, Opened, samples
 from anyckpt import models
 from anyckpt.errors import MappingError
 from anyckpt.models import Hub, Model, families
+from anyckpt.models.language.delta_operations import ZeroCentred
 from anyckpt.tensor import LazyTensor, from_array
 
 SAMPLES = samples()
@@ -134,12 +135,19 @@ def test_every_value_has_one_place(name: str) -> None:
     checkpoint, model = opened(name)
     numbered = numbers(checkpoint.tensors)
     numbered |= {key: checkpoint.tensors[key] for key in getattr(SAMPLES[name], "unit_rows", ())}
+    less_one = [i for i in model.definition.expected(model.config) if isinstance(i.rule.operation, ZeroCentred)]
+    numbered |= {item.sources[0]: full(item.shape, 2) for item in less_one}  # and its odd part without 1 is the same
     hub = models.to_hub(with_weights(checkpoint, numbered, "hf"), model)
     assert np.array_equal(odd_parts(hub.tensors.values()), odd_parts(numbered.values()))
     zeros = {item.hub for item in model.definition.expected(model.config) if not item.sources}
     there = {**numbers(hub.tensors), **{name: hub.tensors[name] for name in zeros}}
+    there |= {item.hub: full(item.shape, 1) for item in less_one}
     back = models.from_hub(Hub(model, there), "hf").tensors
     assert np.array_equal(odd_parts(back.values()), odd_parts(there.values()))
+
+
+def full(shape: tuple[int, ...], value: float) -> LazyTensor:
+    return from_array(np.full(shape, value))
 
 
 def without(tensors: Mapping[str, LazyTensor], name: str) -> dict[str, LazyTensor]:

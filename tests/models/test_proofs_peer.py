@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peer
 
 from tests.models.cases import facts, with_weights  # noqa: E402
-from tests.models.proofs import PROOFS, Tiny  # noqa: E402
+from tests.models.proofs import PROOFS, Tiny, near_one  # noqa: E402
 from tests.support import write_plan  # noqa: E402
 
 from anyckpt import models  # noqa: E402
@@ -46,8 +46,10 @@ def saved(sample: Tiny, folder: Path) -> Path:
     kind = getattr(transformers, sample.open()[0].config["architectures"][0])
     theirs = kind._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for name, parameter in theirs.named_parameters():
             parameter.normal_(std=0.2)
+            if name.endswith(sample.near_one or ("\n",)):
+                parameter.copy_(torch.from_numpy(near_one(parameter.numpy())))
     theirs.save_pretrained(folder)
     return folder
 
@@ -112,7 +114,11 @@ def test_the_comparison_can_fail(name: str, tmp_path: Path) -> None:
     model = models.identify(source)
     assert model is not None
     expected = computed(tmp_path / "theirs", architecture)
-    matrices = [key for key, tensor in source.tensors.items() if tensor.ndim == 2 and ".experts." not in key]
+    matrices = [
+        key
+        for key, tensor in source.tensors.items()
+        if tensor.ndim == 2 and tensor.shape[0] > 1 and ".experts." not in key
+    ]
     changed = matrices[len(matrices) // 2]
     rolled = from_array(np.roll(source.tensors[changed].numpy(), 1, axis=0))
     other = with_weights(source, {**source.tensors, changed: rolled}, "hf")

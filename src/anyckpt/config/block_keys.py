@@ -43,6 +43,14 @@ _MAMBA = (
     Field("mamba_num_groups", "mamba_num_groups", default=8, aliases=("mamba_ssm_ngroups", "ngroups_mamba")),
     Field("mamba_state_dim", "mamba_state_dim", default=128),
 )
+_DELTA = (
+    Field("linear_conv_kernel_dim", "linear_conv_kernel_dim", default=4),
+    Field("linear_key_head_dim", "linear_key_head_dim", default=128),
+    Field("linear_value_head_dim", "linear_value_head_dim", default=128),
+    Field("linear_num_key_heads", "linear_num_key_heads", default=16),
+    Field("linear_num_value_heads", "linear_num_value_heads", default=32),
+)
+_VARIANT, DELTA_NET = "experimental_attention_variant", "gated_delta_net"
 _ATTENTION = (
     Field("attention_output_gate", "attention_output_gate", "flag", False),
     Field("softmax_type", "softmax_type", "text", "vanilla"),
@@ -93,6 +101,9 @@ def block_sizes(reader: Reader, defaults: Mapping[str, Any], common: Mapping[str
         found["heterogeneous_blocks"] = decode(blocks, common["num_attention_heads"], common["hidden_size"])
     if reader.values.get("multi_latent_attention", defaults.get("multi_latent_attention")):
         found |= {"multi_latent_attention": True, **reader.fields(_LATENT, defaults)}
+    if reader.values.get(_VARIANT, defaults.get(_VARIANT)) == DELTA_NET and common["num_layers"]:
+        found["linear_attention_freq"] = _linear_layers(reader, common["num_layers"])
+        found |= reader.fields(_DELTA, defaults)
     if pattern or reader.values.get("is_hybrid_model"):
         found |= {"hybrid_override_pattern": pattern, **reader.fields(_MAMBA, defaults)}
         if found["mamba_num_heads"] is None and common["hidden_size"]:
@@ -153,6 +164,9 @@ def render_blocks(config: ModelConfig, experts: str = "num_moe_experts") -> dict
     if config.hybrid_override_pattern is not None:
         rendered |= {"hybrid_override_pattern": config.hybrid_override_pattern, **render_fields(_MAMBA, config)}
         rendered["is_hybrid_model"] = True
+    if config.linear_attention_freq is not None:
+        rendered |= {_VARIANT: DELTA_NET, **render_fields(_DELTA, config)}
+        rendered["linear_attention_freq"] = list(config.linear_attention_freq)
     if config.mtp_num_layers is not None:
         rendered["mtp_num_layers"] = config.mtp_num_layers
     return rendered | render_changed(_ATTENTION, config)
@@ -249,6 +263,20 @@ def _without_rope(reader: Reader, value: int | tuple[int, ...] | None, layers: i
             f"the {reader.what}'s no_rope_freq is not possible", expected=f"up to {layers} layers", found=value
         )
     return tuple(int((layer + 1) % value == 0) for layer in layers_of(layers)) if value else None
+
+
+def _linear_layers(reader: Reader, layers: int) -> tuple[int, ...] | None:
+    """Megatron-Core's ``linear_attention_freq``: all layers but every n-th, or a list of 0 and 1."""
+    value = reader.values.get("linear_attention_freq")
+    if type(value) is int and value > 0:
+        return tuple(int((layer + 1) % value != 0) for layer in layers_of(layers))
+    if isinstance(value, (list, tuple)) and all(type(one) is int and one in (0, 1) for one in value):
+        return tuple(value)
+    raise MappingError(
+        f"the {reader.what}'s linear_attention_freq is not possible",
+        expected="a number of layers, or 0 or 1 for each",
+        found=repr(value)[:80],
+    )
 
 
 def _layer_pattern(reader: Reader, defaults: Mapping[str, Any], layers: int) -> tuple[int, ...] | None:

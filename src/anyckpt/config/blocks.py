@@ -46,6 +46,12 @@ class BlockConfig:
         mamba_num_groups: groups that share B and C.
         mamba_state_dim: width of the state.
         attention_output_gate: attention's output is multiplied by a gate, which the fused QKV has beside each query.
+        linear_attention_freq: for each layer 1 if it has a gated delta net in place of attention; None if none has.
+        linear_conv_kernel_dim: width of that net's convolution, in tokens.
+        linear_key_head_dim: width of a head of its queries and keys.
+        linear_value_head_dim: width of a head of its values.
+        linear_num_key_heads: heads of its queries and keys.
+        linear_num_value_heads: heads of its values, a multiple.
         heterogeneous_blocks: what each layer is, where they differ in width, in query groups, or in what they are;
             None if they do not.
         softmax_type: ``vanilla``, or ``learnable`` for an attention sink per head.
@@ -87,6 +93,12 @@ class BlockConfig:
     mamba_num_groups: int | None = None
     mamba_state_dim: int | None = None
     attention_output_gate: bool = False
+    linear_attention_freq: tuple[int, ...] | None = None
+    linear_conv_kernel_dim: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
     heterogeneous_blocks: tuple[LayerBlock, ...] | None = None
     softmax_type: str = "vanilla"
     glu_linear_offset: float = 0.0
@@ -98,6 +110,10 @@ class BlockConfig:
     attn_temperature_tuning: bool = False
     attn_scale: float = 0.1
     floor_scale: float = 8192.0
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has a gated delta net in place of attention."""
+        return self.linear_attention_freq is not None and self.linear_attention_freq[layer] == 1
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has experts in place of a dense MLP."""
@@ -113,10 +129,27 @@ _SIZES = tuple(
     num_moe_experts moe_router_topk moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk
     moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     mtp_num_layers mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim attention_chunk_size
+    linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads
     """.split()
 )
 _LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
+
+
+_OF_LAYERS = (
+    "moe_layer_freq",
+    "hybrid_override_pattern",
+    "heterogeneous_blocks",
+    "no_rope_freq",
+    "linear_attention_freq",
+)
+_DELTA = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
 
 
 def check_blocks(config: BlockConfig, num_layers: int) -> None:
@@ -137,7 +170,14 @@ def check_blocks(config: BlockConfig, num_layers: int) -> None:
             expected=f"at most {_MOST_EXPERTS} in all layers",
             found=f"{config.num_moe_experts} in {num_layers} layers",
         )
-    for name in ("moe_layer_freq", "hybrid_override_pattern", "heterogeneous_blocks", "no_rope_freq"):
+    if config.linear_attention_freq is not None:
+        keys, values = config.linear_num_key_heads or 1, config.linear_num_value_heads or 0
+        if values % keys:
+            raise MappingError(
+                "the heads of the gated delta net's values do not divide among those of its keys",
+                expected=f"a multiple of {keys}", found=values,
+            )  # fmt: skip
+    for name in _OF_LAYERS:
         value = getattr(config, name)
         if value is not None and len(value) != num_layers:
             raise MappingError(
@@ -152,4 +192,5 @@ def _needed(config: BlockConfig) -> tuple[tuple[bool, tuple[str, ...]], ...]:
         (config.multi_latent_attention, _LATENT),
         ("M" in (config.hybrid_override_pattern or ""), _MAMBA),
         ("E" in (config.hybrid_override_pattern or ""), ("num_moe_experts",)),
+        (config.linear_attention_freq is not None, _DELTA),
     )

@@ -30,6 +30,11 @@ CLASSES_OUT_SINCE = (0, 17)
 """The release of Megatron-Core with which Megatron-Bridge 0.4 goes."""
 _BLOCKS = "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec"
 
+_VARIANTS = (
+    "megatron.core.models.gpt.experimental_attention_variant_module_specs."
+    "get_transformer_block_with_experimental_attention_variant_spec"
+)
+
 _ANYWHERE = (
     "window_attn_skip_freq",
     "softmax_scale",
@@ -40,6 +45,14 @@ _ANYWHERE = (
     "qk_l2_norm",
     "mtp_num_layers",
     "is_hybrid_model",
+    "attention_output_gate",
+    "experimental_attention_variant",
+    "linear_attention_freq",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
     ENCODED,
 )
 _EXPERTS = tuple(
@@ -138,6 +151,9 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
         }
     if arguments.get(_LAYER_SPEC):
         fields["transformer_layer_spec"] = {"_target_": arguments[_LAYER_SPEC], "_call_": False}
+    if "linear_attention_freq" in fields:
+        fields["transformer_layer_spec"] = {"_target_": _VARIANTS, "_partial_": True, "_args_": []}
+        fields["hetereogenous_dist_checkpoint"] = True
     if provider == GEMMA3:
         fields |= _local_and_global(arguments, fields)
     return fields
@@ -177,7 +193,7 @@ def arguments_of_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What ``own_fields`` writes in another form than arguments have, read again."""
     found: dict[str, Any] = {
         key: list(fields[key])
-        for key in ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq")
+        for key in ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq", "linear_attention_freq")
         if isinstance(fields.get(key), (list, tuple))
     }
     base, pattern, window = (fields.get(key) for key in ("rotary_base", "interleaved_attn_pattern", "window_size"))

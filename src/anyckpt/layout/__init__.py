@@ -5,12 +5,13 @@ and of a layout, ``partition`` for how each kind of parameter is divided.
 """
 
 from anyckpt.layout.cut import cut
-from anyckpt.layout.geometry import Geometry, Latent, Mamba, Parallelism
+from anyckpt.layout.geometry import Delta, Geometry, Latent, Mamba, Parallelism
 from anyckpt.layout.join import join
 from anyckpt.layout.pipeline import hybrid_layout, parse_layout
 from anyckpt.layout.replicas import compare
 
 __all__ = [
+    "Delta",
     "Geometry",
     "Latent",
     "Mamba",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anyckpt.layout.geometry import Geometry, Latent, Mamba
+from anyckpt.layout.geometry import Delta, Geometry, Latent, Mamba
 
 _SAME = (
     "num_layers",
@@ -17,6 +17,7 @@ _SAME = (
     "padded_vocab_size",
 )
 _FLAGS = ("attention_output_gate", "gated_linear_unit", "share_embeddings_and_output_weights")
+_DELTA = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
 _MAMBA = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim")
 
 
@@ -32,12 +33,14 @@ def geometry_of(config: Mapping[str, Any], *, down_parallel: bool = False) -> Ge
     same: dict[str, Any] = {name: config.get(name) for name in _SAME}
     flags = {name: bool(config.get(name)) for name in _FLAGS}
     mamba: list[Any] = [config.get(name) for name in _MAMBA]
+    delta: list[Any] = [config.get(name) for name in _DELTA]
     return Geometry(
         **same,
         **flags,
         num_experts=config.get("num_moe_experts"),
         make_vocab_size_divisible_by=config.get("make_vocab_size_divisible_by") or 128,
         mamba=None if None in mamba else Mamba(*mamba),
+        delta=None if None in delta else Delta(*delta),
         latent=_latent(config, down_parallel) if config.get("multi_latent_attention") else None,
         blocks=config.get("heterogeneous_blocks"),
     )

@@ -39,6 +39,27 @@ class Mamba:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """Sizes of a gated delta net, in Megatron-Core's words (``linear_num_key_heads`` and so on)."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+
+    @property
+    def in_proj(self) -> tuple[int, ...]:
+        """Rows of ``in_proj``: query, key, value, z, beta, alpha."""
+        keys, values = self.num_key_heads * self.key_head_dim, self.num_value_heads * self.value_head_dim
+        return (keys, keys, values, values, self.num_value_heads, self.num_value_heads)
+
+    @property
+    def conv1d(self) -> tuple[int, ...]:
+        """Rows of ``conv1d``: query, key, value."""
+        return self.in_proj[:3]
+
+
+@dataclass(frozen=True)
 class Latent:
     """Sizes of multi-head latent attention, in Megatron-Core's words.
 
@@ -79,6 +100,7 @@ class Geometry:
             ``make_vocab_size_divisible_by`` says.
         make_vocab_size_divisible_by: rows are padded to a multiple of this times the tensor-parallel size.
         mamba: sizes of its Mamba-2 mixers, None if it has none.
+        delta: sizes of its gated delta nets, None if it has none.
         blocks: what each layer of the stack is where they differ; None if they do not.
         latent: sizes of its multi-head latent attention, None if it has none or they are not known.
     """
@@ -97,6 +119,7 @@ class Geometry:
     padded_vocab_size: int | None = None
     make_vocab_size_divisible_by: int = 128
     mamba: Mamba | None = None
+    delta: Delta | None = None
     latent: Latent | None = None
     blocks: tuple[LayerBlock, ...] | None = None
 

@@ -120,6 +120,14 @@ def check_parallel(geometry: Geometry, tensor_parallel: int, expert_parallel: in
             found=f"{mamba.num_heads} heads in {mamba.num_groups} groups",
             remedy="choose another --tp",
         )
+    delta = geometry.delta
+    if delta is not None and (delta.num_key_heads % tensor_parallel or delta.num_value_heads % tensor_parallel):
+        raise MappingError(
+            "the heads of gated delta nets cannot be spread over the tensor-parallel ranks",
+            expected=f"heads of keys and of values in multiples of {tensor_parallel}",
+            found=f"{delta.num_key_heads} heads of keys and {delta.num_value_heads} of values",
+            remedy="choose another --tp",
+        )
     if (geometry.num_experts or 0) % expert_parallel:
         raise MappingError(
             "experts cannot be spread over the expert-parallel ranks",

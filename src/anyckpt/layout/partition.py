@@ -26,6 +26,8 @@ KINDS: Mapping[str, str] = {
     "latent-down": "not at all, or along axis 0: MLA's down projections",
     "mamba-in": "each of z, x, B, C, dt along axis 0",
     "mamba-conv": "each of x, B, C along axis 0",
+    "delta-in": "each of query, key, value, z, beta, alpha along axis 0",
+    "delta-conv": "each of query, key, value along axis 0",
     "alone": "not at all, nor are there several ranks: its framework cannot divide the module",
     "dropped": "carries no weights",
 }
@@ -88,6 +90,12 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("**.mixer.{A_log,D,dt_bias}", "column"),
     ("**.mixer.out_proj.weight", "row"),
     ("**.mixer.out_proj.bias", "replicated"),
+    # gated delta nets
+    ("**.self_attention.in_proj.{weight,bias}", "delta-in"),
+    ("**.self_attention.conv1d.{weight,bias}", "delta-conv"),
+    ("**.self_attention.{A_log,dt_bias}", "column"),
+    ("**.self_attention.out_norm.weight", "replicated"),
+    ("**.self_attention.out_proj.weight", "row"),
     # Griffin of NeMo 1, whose convolution and gated recurrence are as wide as the model on every rank
     ("**.recurrent_layer.{linear_in,linear_out,conv_1d.conv_1d}.{weight,bias}", "alone"),
     ("**.recurrent_layer.rg_lru.a_param", "alone"),
@@ -250,6 +258,14 @@ def division(kind: Kind, name: str, geometry: Geometry) -> Division:
                 remedy="give a complete configuration with --config",
             )
         return Division(0, geometry.mamba.in_proj if kind.name == "mamba-in" else geometry.mamba.conv1d)
+    if kind.name.startswith("delta"):
+        if geometry.delta is None:
+            raise MappingError(
+                "is a gated delta net's, but the sizes of the model's are not known",
+                tensor=name,
+                remedy="give a complete configuration with --config",
+            )
+        return Division(0, geometry.delta.in_proj if kind.name == "delta-in" else geometry.delta.conv1d)
     if kind.name == "latent-down":
         return _latent_down(name, geometry)
     if kind.name == "qkv":

@@ -305,7 +305,7 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
     if sizes:
         config = replace(config, dtype=max(sizes, key=lambda name: sizes[name]))
-    if config.mtp_num_layers and weights and not any(".eh_proj." in name for name in weights):
+    if config.mtp_num_layers and weights and not any(".eh_proj." in name or "mtp.fc." in name for name in weights):
         config = replace(config, mtp_num_layers=None)
         notes.append("the configuration's layers of multi-token prediction are not in the checkpoint")
     config = model.definition.refine(config, _outside_layers(model, checkpoint))

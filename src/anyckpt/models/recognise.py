@@ -22,6 +22,9 @@ from anyckpt.tensor import LazyTensor
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$")
 _OPTIONAL = re.compile(r".*\.bias|output_layer\.weight|mtp\..*")
 """Hub names that models of one family may have or not."""
+_ROUTER = re.compile(r"decoder\.layers\.\*\.mlp\.router\.weight")
+_DENSE = re.compile(r"decoder\.layers\.\*\.mlp\.linear_fc.*")
+"""Of a family with experts, all of whose layers may have them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class _Kind:
             if not explained and family.reason_to_ignore(name) is None:
                 self.strange.append(stored[name])
         absent = {rule.hub for rule in rules} - hubs
-        needed = sum(_OPTIONAL.fullmatch(hub) is None for hub in absent)
+        sparse = any(_ROUTER.fullmatch(hub) for hub in hubs)
+        needed = sum(not (_OPTIONAL.fullmatch(hub) or (sparse and _DENSE.fullmatch(hub))) for hub in absent)
         wrong = sum(family.traits.get(trait, said) != said for trait, said in _said(hubs).items())
         self.distance = (len(self.strange), wrong, needed)
 

@@ -15,6 +15,7 @@ from anyckpt.config.hugging_face import surplus
 from anyckpt.errors import AnyckptError, MappingError
 from anyckpt.models import Family, Hub, Model
 from anyckpt.models.from_hub import as_written
+from anyckpt.models.language.delta_operations import ZeroCentred
 from anyckpt.models.language.rules import Instance
 from anyckpt.tensor import LazyTensor, from_array
 from anyckpt.testing.observing import facts, require
@@ -61,7 +62,7 @@ def check_family(
     model = _model(Checkpoint("config.json", "hf", {}, dialect="hf", config=dict(config), config_kind="hf"))
     require(model.family == family.name, f"config.json is taken for one of family {model.family}")
     expected = model.definition.expected(model.config)
-    tensors = {**_numbered(_stored_shapes(model, expected)), **(values or {})}
+    tensors = {**_numbered(_stored_shapes(model, expected)), **_centred(expected, 2), **(values or {})}
     checkpoint = Checkpoint("sample", "hf", tensors, dialect="hf", config=dict(config), config_kind="hf")
     model = _model(checkpoint)
     dropped = [key for key in surplus(model.config) if key not in unread]
@@ -106,6 +107,7 @@ def _check_both_ways(checkpoint: Checkpoint, model: Model) -> None:
     require(facts(models.from_hub(hub, "hf").tensors) == stored, "the way back from the hub gives other tensors")
     made = {name for name, item in expected.items() if not item.sources}
     there = {**_numbered({n: t.shape for n, t in hub.tensors.items()}), **{n: hub.tensors[n] for n in made}}
+    there |= _centred(expected.values(), 1)
     back = models.from_hub(Hub(model, there), "hf").tensors
     require(
         np.array_equal(_odd_parts(back.values()), _odd_parts(there.values())),
@@ -115,6 +117,18 @@ def _check_both_ways(checkpoint: Checkpoint, model: Model) -> None:
         named = models.from_hub(hub, dialect).tensors
         again = models.to_hub(replace(checkpoint, tensors=named, dialect=None), model)
         require(facts(models.from_hub(again, "hf").tensors) == stored, f"{dialect} names do not lead back")
+
+
+def _centred(expected: Iterable[Instance], value: int) -> dict[str, LazyTensor]:
+    """Norms of which the hub has 1 less, all of one value: of 2 and of 1 the odd part is the same.
+
+    Args:
+        expected: what the model consists of.
+        value: 2 for the family's tensors, 1 for the hub's.
+    """
+    items = [item for item in expected if isinstance(item.rule.operation, ZeroCentred)]
+    names = {(item.sources[0] if value == 2 else item.hub): item.shape for item in items}
+    return {name: from_array(np.full(shape, float(value))) for name, shape in names.items()}
 
 
 def _check_complete(checkpoint: Checkpoint, model: Model) -> None:

@@ -74,7 +74,7 @@ parts of other models these are not transformers' own."""
 
 _EVIDENCE = re.compile(
     EVIDENCE + r"|embedding\.word_embeddings\.weight"
-    r"|(?:decoder|encoder)\.layers\.(?:\d+\.)?(?:self_attention\.linear_|mlp\.linear_fc|mlp\.experts\.|mixer\.in_proj)"
+    r"|(?:decoder|encoder)\.layers\.(?:\d+\.)?(?:self_attention\.linear_|mlp\.linear_fc|mlp\.experts\.|mixer\.in_proj|self_attention\.in_proj)"
 )
 """Names that only Megatron gives: other models have an ``encoder.layers.0`` too."""
 
@@ -97,6 +97,7 @@ IGNORED = (
 
 _NORMS = (
     ("input_layernorm", "self_attention.linear_qkv.layer_norm", "self_attention.linear_qkv.weight"),
+    ("input_layernorm", "self_attention.in_proj.layer_norm", "self_attention.in_proj.weight"),
     ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm", "mlp.linear_fc1.weight"),
     (
         "self_attention.q_layernorm",

@@ -20,6 +20,8 @@ BETWEEN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_
 """What torch.compile, FSDP, activation checkpointing and Lightning's Fabric put before the names of any module."""
 
 _TEXT = "language_model."
+_FURTHER = "mtp."
+"""Layers of multi-token prediction where they are beside the model, as its head is."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _patterns(rules: Iterable[Rule]) -> tuple[str, list[str]]:
 
 def _base(anchor: str, patterns: list[str]) -> str:
     """The prefix that all of the model but its head has."""
-    shared = [anchor, *(pattern for pattern in patterns if "*" in pattern)]
+    shared = [anchor, *(pattern for pattern in patterns if "*" in pattern and not pattern.startswith(_FURTHER))]
     parts = zip(*(pattern.split(".")[:-1] for pattern in shared), strict=False)
     return "".join(f"{same[0]}." for same in takewhile(lambda each: len(set(each)) == 1, parts))
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from anyckpt.facts import FamilyFacts
 
 _BUILT_IN = (
-    "mixtral", "llama4", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "mamba2", "nemotron_h",
+    "mixtral", "llama4", "qwen3_next", "qwen3_5_moe", "qwen3_5", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2",
+    "gpt_oss", "mamba2", "nemotron_h",
     "qwen2", "qwen3", "gemma3", "gemma2", "gemma", "recurrent_gemma", "phi3", "starcoder2", "nemotron", "gpt2",
     "gpt_bigcode", "gpt_neox", "mpt", "falcon", "mistral", "llama_nemotron", "smollm3", "llama", "baichuan", "chatglm",
     "glm", "megatron_bert", "bert", "t5", "clip_vision", "vit",

@@ -13,13 +13,6 @@ from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rule_operations import GATE_UP
-from anyckpt.models.language.rules import Rule
-
-_ATTENTION = f"{sparse.LAYER}.self_attn"
-_SHARED = f"{sparse.LAYER}.mlp.shared_expert"
-_HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
-
 
 FAMILY = Family(
     name="qwen2-moe",
@@ -30,12 +23,7 @@ FAMILY = Family(
         sparse.BIAS_OF_QUERY_KEY_VALUE,
         *sparse.DENSE,
         *sparse.experts(),
-        Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",
-             ("shared-fc1", "hidden"), GATE_UP, sparse.is_sparse),
-        Rule((f"{_SHARED}.down_proj.weight",), f"{_HUB_SHARED}.linear_fc2.weight", ("hidden", "shared-ffn"),
-             when=sparse.is_sparse),
-        Rule((f"{sparse.LAYER}.mlp.shared_expert_gate.weight",), f"{_HUB_SHARED}.gate_weight", ("one", "hidden"),
-             when=sparse.is_sparse),
+        *sparse.GATED_SHARED,
         *sparse.TRAILING,
     ),
     traits={

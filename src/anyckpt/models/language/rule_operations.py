@@ -245,10 +245,15 @@ class Scaled(Operation):
         factor = self._factor(config)
         if factor == 1:
             return list(tensors)
-        return [_scaled(t, factor, change) if part in self._parts else t for part, t in enumerate(tensors)]
+        return [changed_by(t, factor, change) if part in self._parts else t for part, t in enumerate(tensors)]
 
 
-def _scaled(tensor: LazyTensor, factor: float, change: Callable[..., np.ndarray]) -> LazyTensor:
+def changed_by(tensor: LazyTensor, factor: float, change: Callable[..., np.ndarray]) -> LazyTensor:
+    """A tensor with ``Scale`` done to it.
+
+    Raises:
+        MappingError: it is of a type that numpy does not compute with.
+    """
     if tensor.dtype.numpy is None:
         raise MappingError(
             "this family's values are scaled on the way, which their type does not allow",
@@ -264,7 +269,7 @@ class Scale(ElementWise):
 
     Attributes:
         factor: a number.
-        change: ``numpy.multiply`` or ``numpy.divide``.
+        change: ``numpy.multiply``, ``numpy.divide``, ``numpy.add`` or ``numpy.subtract``.
     """
 
     factor: float

@@ -71,6 +71,18 @@ def experts(
     )  # fmt: skip
 
 
+_SHARED, _HUB_SHARED = f"{LAYER}.mlp.shared_expert", f"{HUB}.mlp.shared_experts"
+
+GATED_SHARED = (
+    Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",
+         ("shared-fc1", "hidden"), GATE_UP, is_sparse),
+    Rule((f"{_SHARED}.down_proj.weight",), f"{_HUB_SHARED}.linear_fc2.weight", ("hidden", "shared-ffn"),
+         when=is_sparse),
+    Rule((f"{LAYER}.mlp.shared_expert_gate.weight",), f"{_HUB_SHARED}.gate_weight", ("one", "hidden"), when=is_sparse),
+)  # fmt: skip
+"""Qwen's expert that every token goes to, with its gate."""
+
+
 def fields(count: str, *aliases: str) -> tuple[Field, ...]:
     """How many experts there are, by its key, how many a token goes to, and the loss that balances them."""
     return (
