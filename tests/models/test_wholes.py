@@ -61,6 +61,7 @@ CASES = {
     "mistral3": ("mistral_swa", "language_model.model.", "language_model.", "", EYES, {}),
     "llava": ("llama", "language_model.model.", "language_model.", "", EYES, {}),
     "qwen2_5_vl": ("qwen2", "model.", "", "", {"visual.blocks.0.attn.qkv.weight": (24, 8)}, {}),
+    "qwen2_5_omni_thinker": ("qwen2", "model.", "", "", {"audio_tower.conv1.weight": (4, 3, 2)}, {}),
     "unheard_of": ("mixtral", "model.language_model.", "", "model.", EYES, {}),
 }
 """Type -> fixture of the text part, how its names begin, what is before the head's and the others', and the others."""
@@ -226,6 +227,30 @@ def test_a_damaged_record_of_the_whole(text: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(MappingError, match="hf_config"):
             models.identify(replace(checkpoint, dialect="hub"))
+
+
+def test_a_model_that_also_speaks(tmp_path: Path) -> None:
+    """Qwen's Omni: its text part is that of its thinker, and its talker has layers of the same names."""
+    case, _ = whole("qwen2_5_vl")
+    named: dict[str, LazyTensor] = {f"thinker.{key}": tensor for key, tensor in case.checkpoint.tensors.items()}
+    others = {
+        "thinker.visual.blocks.0.norm1.weight": (8,), "thinker.audio_tower.conv1.weight": (4, 3, 2),
+        "talker.model.embed_tokens.weight": (5, 4), "talker.model.layers.0.input_layernorm.weight": (4,),
+        "token2wav.x": (2,),
+    }  # fmt: skip
+    named |= {key: values(key, shape) for key, shape in others.items()}
+    text = {key: value for key, value in case.checkpoint.config.items() if key != "architectures"}
+    thinker = {"text_config": {**text, "model_type": "qwen2_5_omni_text"}, "audio_config": {"x": 1}}
+    config = {"model_type": "qwen2_5_omni", "architectures": ["Omni"], "thinker_config": thinker, "talker_config": {}}
+    source = replace(case.checkpoint, tensors=named, config=config, artifacts={}, details={})
+    anyckpt.convert(saved(source, tmp_path / "hf"), tmp_path / "there", to="megatron-core")
+    there = read(str(tmp_path / "there")).tensors
+    assert "thinker.language_model.embedding.word_embeddings.weight" in there
+    assert {"thinker.audio_model.conv1.weight", "thinker.visual.blocks.0.norm1.weight", "token2wav.x"} <= there.keys()
+    anyckpt.convert(tmp_path / "there", tmp_path / "back", to="hf")
+    after = read(str(tmp_path / "back"))
+    assert facts(after.tensors) == facts(source.tensors)
+    assert after.config == source.config
 
 
 def test_positions_in_pictures() -> None:

@@ -37,6 +37,10 @@ _QWENS = {
     "patch_size": 4,
 }
 _TOWER = {**_QWENS, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_EARS = {
+    "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8,
+    "output_dim": 32,
+}  # fmt: skip
 _TOKENS = {
     "image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63,
 }  # fmt: skip
@@ -57,6 +61,19 @@ WHOLES: dict[str, dict[str, Any]] = {
             "model_type": "qwen2_5_vl_text", **_PLAIN, "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]},
         },
         "vision_config": {**_QWENS, "fullatt_block_indexes": [0]}, **_TOKENS,
+    },
+    "qwen2_5_omni_thinker": {
+        "text_config": {
+            "model_type": "qwen2_5_omni_text", **_PLAIN, "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {**_QWENS, "fullatt_block_indexes": [0]}, "audio_config": _EARS,
+    },
+    "qwen3_omni_moe_thinker": {
+        "text_config": {
+            "model_type": "qwen3_omni_moe_text", **_TEXT, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20, "rope_parameters": _MROPE,
+        },
+        "vision_config": _TOWER, "audio_config": {**_EARS, "downsample_hidden_size": 8},
     },
     "internvl": {"text_config": {"model_type": "qwen2", **_PLAIN}, "vision_config": _EYES, "image_token_id": 60},
     "gemma3": {
@@ -88,7 +105,14 @@ WHOLES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-TEXT_ALONE = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe", "qwen2_5_vl_text": "qwen2"}
+CLASSES = {
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+TEXT_ALONE = {
+    "qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe", "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2", "qwen3_omni_moe_text": "qwen3_moe",
+}  # fmt: skip
 """Of text parts that transformers has no class for by themselves: what they are written as."""
 
 NO_IMAGE_OUTPUTS = broken_by(
@@ -98,9 +122,13 @@ NO_IMAGE_OUTPUTS = broken_by(
 
 
 def saved(model_type: str, folder: Path, original: bool) -> Any:
-    config = transformers.AutoConfig.for_model(model_type, **WHOLES[model_type])
     torch.manual_seed(0)
-    whole = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    if model_type in CLASSES:
+        kind = getattr(transformers, CLASSES[model_type])
+        whole = kind._from_config(kind.config_class(**WHOLES[model_type]), attn_implementation="eager").eval()
+    else:
+        config = transformers.AutoConfig.for_model(model_type, **WHOLES[model_type])
+        whole = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.normal_(std=0.2)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from anyckpt.config import meta_names
-from anyckpt.config.hub_names import EMBEDDING, HEAD, LANGUAGE
+from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.megatron import has_own_modules
 from anyckpt.config.model import PART_OF, WHOLE
 from anyckpt.config.trtllm import class_of
@@ -22,7 +22,7 @@ from anyckpt.models.language.rules import Instance
 from anyckpt.models.language.variants import stored_names
 from anyckpt.models.peel import of_another_part, text_alone
 from anyckpt.models.vocabulary import resized
-from anyckpt.models.wholes import as_published, beside_in_megatron
+from anyckpt.models.wholes import as_published, beside_in_megatron, whole_of
 from anyckpt.tensor import LazyTensor
 
 _KINDS = {"nemo-flat": "nemo1", "nemo-sharded": "nemo1", "nemo2": "nemo2"}
@@ -65,7 +65,8 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
         named = _by_megatron_names(tensors, model, dialect)
         if in_place and hub.beside and carries_whole(model, dialect):
             notes.append(_carried(hub))
-            return _with_all_parts(hub, with_beside(named, beside_in_megatron(model, hub.beside), dialect), notes)
+            beside = beside_in_megatron(model, hub.beside)
+            return _with_all_parts(hub, with_beside(named, beside, dialect, whole_of(model).language), notes)
         return _accounted(hub, named, notes)
     tensors = _by_family_names(expected, tensors, model)
     notes += remarks(expected)
@@ -95,8 +96,9 @@ def carries_whole(model: Model, dialect: str) -> bool:
 
 def _carried(hub: Hub) -> str:
     parts = list(dict.fromkeys(name.partition(".")[0] for name in hub.beside))
+    language = whole_of(hub.model).language[:-1]
     return (
-        f"the {hub.model.config.extra[PART_OF]} model stays whole: its text part is {LANGUAGE[:-1]}, and "
+        f"the {hub.model.config.extra[PART_OF]} model stays whole: its text part is {language}, and "
         f"{len(hub.beside)} tensors of {', '.join(parts[:SHOWN])} are carried beside it (leave them out with --exclude "
         "for the text part alone)"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from anyckpt.config.hub_names import LANGUAGE
 from anyckpt.config.model import WHOLE, ModelConfig
 from anyckpt.config.own_part import of_place
 from anyckpt.config.possible import LARGEST
@@ -48,6 +49,8 @@ class Whole:
         model_types: whose they are.
         text: what Hugging Face's names of the text part begin with, in place of ``model.``.
         head: what is before the names that do not begin so, such as ``lm_head.weight``.
+        language: what Megatron's names of the text part begin with.
+        again: what begins another part's names -> what begins Megatron's.
         parts: what the other parts' names begin with.
         moved: pattern of another part's name without that -> what becomes of it in Megatron.
         tower: what begins Megatron's names of a part that is made of Megatron-Core's layers.
@@ -58,6 +61,8 @@ class Whole:
     model_types: tuple[str, ...] = ()
     text: str = "model.language_model."
     head: str = ""
+    language: str = LANGUAGE
+    again: Mapping[str, str] = field(default_factory=dict)
     parts: str = _MODEL
     moved: Mapping[str, Moved] = field(default_factory=dict)
     tower: str = ""
@@ -110,8 +115,17 @@ WHOLES = (
             "multi_modal_projector.mm_input_projection_weight": Moved("multi_modal_projector.proj.weight", TRANSPOSED),
         },
     ),
-    Whole(model_types=("qwen2_vl", "qwen2_5_vl"), text=_MODEL, parts=""),
-    Whole(model_types=("qwen2_5_omni", "qwen3_omni_moe"), text="thinker.model.", head="thinker.", parts=""),
+    Whole(
+        model_types=("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), text=_MODEL, parts=""
+    ),
+    Whole(
+        model_types=("qwen2_5_omni", "qwen3_omni_moe"),
+        text="thinker.model.",
+        head="thinker.",
+        language=f"thinker.{LANGUAGE}",
+        again={"thinker.audio_tower.": "thinker.audio_model."},
+        parts="",
+    ),
 )
 """As they are published, and as transformers 5.24 saves them; Megatron's are those of Megatron-Bridge 0.6.2."""
 
@@ -135,7 +149,7 @@ def beside_in_megatron(model: Model, beside: Mapping[str, LazyTensor]) -> dict[s
     for name, tensor in beside.items():
         found = _found(name, {pattern: pattern for pattern in known.moved})
         if found is None:
-            result[name] = tensor
+            result[_again(name, known.again)] = tensor
         else:
             moved = known.moved[found[0]]
             result[filled(moved.name, found[1])] = moved.operation.to_hub([tensor], _tower(known, model, name, tensor))
@@ -160,11 +174,16 @@ def beside_from_megatron(model: Model, beside: Mapping[str, LazyTensor]) -> dict
     for name, tensor in named.items():
         found = _found(name, back)
         if found is None:
-            result[name] = tensor
+            result[_again(name, {there: own for own, there in known.again.items()})] = tensor
         else:
             operation = known.moved[found[0]].operation
             result[filled(*found)] = operation.from_hub(tensor, _tower(known, model, name, tensor))[0]
     return result
+
+
+def _again(name: str, begins: Mapping[str, str]) -> str:
+    """A name that begins otherwise, if it begins with one of these."""
+    return next((other + name[len(own) :] for own, other in begins.items() if name.startswith(own)), name)
 
 
 def _found(name: str, patterns: Mapping[str, str]) -> tuple[str, tuple[str, ...]] | None:

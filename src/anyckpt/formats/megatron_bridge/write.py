@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
-from anyckpt.config.hub_names import EMBEDDING, LANGUAGE
+from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.megatron_bridge import Facts, described, run_config_of
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
@@ -18,6 +18,7 @@ from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_f
 from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_adapters import call_of
 from anyckpt.formats.shared.tracker import TRACKER
+from anyckpt.models.dialects.spellings import text_prefix
 from anyckpt.plain_yaml import dump_yaml
 from anyckpt.tensor import from_array
 
@@ -55,7 +56,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         common.pop("args", None)  # Megatron-Bridge takes these for a Megatron-LM checkpoint's
     common.update(iteration=step)
     common.setdefault("content_metadata", dict(_METADATA))
-    embedding = checkpoint.tensors.get(EMBEDDING, checkpoint.tensors.get(LANGUAGE + EMBEDDING))
+    prefix = text_prefix(checkpoint.tensors) or ""
+    embedding = checkpoint.tensors.get(prefix + EMBEDDING)
     facts = Facts(
         dtype=None if embedding is None else embedding.dtype.name,
         has_optimizer=any("optimizer." in name for name in checkpoint.tensors),

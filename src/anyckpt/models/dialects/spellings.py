@@ -79,7 +79,7 @@ _EVIDENCE = re.compile(
 """Names that only Megatron gives: other models have an ``encoder.layers.0`` too."""
 
 _TEXT = re.compile(
-    rf"((?:model\.|module\.)*{re.escape(LANGUAGE)})decoder\.layers\.(?:\d+\.)?"
+    rf"(((?:model\.|module\.)*)(?:thinker\.)?{re.escape(LANGUAGE)})decoder\.layers\.(?:\d+\.)?"
     r"(?:self_attention\.(?:linear_|in_proj)|mlp\.(?:linear_fc|experts\.)|mixer\.in_proj)"
 )
 """A name of Megatron-Core's layers in such a part; Megatron-LM's older modules, called so too, have none of these."""
@@ -144,7 +144,7 @@ def detect(names: Iterable[str]) -> str | None:
         other = spelled_as(known)
         return None if other is None else other.name
     plain = [name[len(prefix) :] for name in known if name.startswith(prefix)]
-    prefix = prefix.removesuffix(LANGUAGE)
+    prefix = _outer(prefix)
     stacked = any(_STACK.fullmatch(name) and not _is_ignored(name) for name in plain)
     if prefix == "":
         return "megatron-core" if stacked else "hub"
@@ -176,17 +176,22 @@ def text_and_beside(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTe
     prefix = text_prefix(tensors)
     if prefix is None:
         return dict(tensors), {}
-    outer = prefix.removesuffix(LANGUAGE)
+    outer = _outer(prefix)
     text = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix) or _is_ignored(name)}
     return text, {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name not in text}
 
 
+def _outer(prefix: str) -> str:
+    """What is before all names of a larger model, by that of its text part."""
+    return prefix.removesuffix(LANGUAGE).removesuffix("thinker.")
+
+
 def with_beside(
-    text: Mapping[str, LazyTensor], beside: Mapping[str, LazyTensor], dialect: str
+    text: Mapping[str, LazyTensor], beside: Mapping[str, LazyTensor], dialect: str, language: str = LANGUAGE
 ) -> dict[str, LazyTensor]:
     """The inverse of ``text_and_beside``, of tensors under a dialect's names."""
     outer = by_name(dialect).prefix
-    named = {outer + LANGUAGE + name.removeprefix(outer): tensor for name, tensor in text.items()}
+    named = {outer + language + name.removeprefix(outer): tensor for name, tensor in text.items()}
     return {**named, **{outer + name: tensor for name, tensor in beside.items()}}
 
 
@@ -254,7 +259,9 @@ def rename(tensors: Mapping[str, LazyTensor], source: str, target: str) -> tuple
     text, beside = text_and_beside(tensors)
     named, ignored = to_hub_names(text)
     renamed = from_hub_names(named, target)
-    return with_beside(renamed, beside, target) if beside else renamed, ignored
+    prefix = text_prefix(tensors) or LANGUAGE
+    language = prefix.removeprefix(_outer(prefix))
+    return with_beside(renamed, beside, target, language) if beside else renamed, ignored
 
 
 def is_megatron(name: str | None) -> TypeGuard[str]:

@@ -19,7 +19,8 @@ from anyckpt.tensor import LazyTensor
 BETWEEN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """What torch.compile, FSDP, activation checkpointing and Lightning's Fabric put before the names of any module."""
 
-_TEXT = "language_model."
+_TEXTS = ("language_model.", "thinker.")
+"""Of names of other stacks that end alike, those of the text: of two such parts that are both in a model."""
 _FURTHER = "mtp."
 """Layers of multi-token prediction where they are beside the model, as its head is."""
 
@@ -166,7 +167,7 @@ def _prefix(names: Set[str], anchor: str, base: str) -> str | None:
         return base if anchor else None
     tail = anchor[len(base) :]
     found = [name[: -len(tail)] for name in names if name == tail or name.endswith(f".{tail}")]
-    for candidates in (found, [prefix for prefix in found if _TEXT in prefix]):
+    for candidates in (found, *([prefix for prefix in found if text in prefix] for text in _TEXTS)):
         shortest = min(candidates, key=len, default=None)
         if shortest is not None and all(prefix.startswith(shortest) for prefix in candidates):
             return shortest
