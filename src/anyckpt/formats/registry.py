@@ -145,6 +145,7 @@ _BUILT_IN = {
     "fsdp": "fsdp",
     "deepspeed": "deepspeed",
     "safetensors": "safetensors",
+    "npz": "npz",
     "torch": "torch",
 }
 """Name -> module of this package, in the order in which they are asked; each module has ``FORMAT``."""

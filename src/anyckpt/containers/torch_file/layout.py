@@ -1,4 +1,4 @@
-"""How records lie in the zip archive of a torch file: headers, padding, descriptors and directory.
+"""How records lie in a zip archive, as that of a torch file has them: headers, padding, descriptors and directory.
 
 Every length is known when planning.  The CRC-32 of a tensor stands in the descriptor behind it and in the
 directory, so both are computed when the tensor has been written.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from anyckpt.engine.checksum import crc32, join_crc32
 from anyckpt.engine.plan import Computed, Literal, Part, SourceData, TensorData
 from anyckpt.errors import UsageError
 
@@ -31,11 +32,13 @@ class Record:
         name: full name.
         part: its contents.
         alignment: its contents begin at a multiple of this.
+        head: bytes of the contents before ``part``, which has some itself.
     """
 
     name: str
     part: Literal | TensorData | SourceData
     alignment: int
+    head: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,21 @@ class _Placed:
         size: bytes.
         header: offset of the local header from the start of the archive.
         crc: CRC-32, or None while unknown.
+        head: its first bytes, which are known.
     """
 
     name: bytes
     size: int
     header: int
     crc: int | None
+    head: bytes = b""
+
+    def with_rest(self, crc: int) -> _Placed:
+        """The same with the CRC-32 of all, from that of what follows the first bytes."""
+        if self.head:
+            known, rest = len(self.head), self.size - len(self.head)
+            crc = join_crc32({0: (crc32(self.head), known), known: (crc, rest)})
+        return replace(self, crc=crc)
 
     @property
     def _is_wide(self) -> bool:
@@ -113,12 +125,12 @@ class _Placed:
         return fixed + self.name + extra
 
 
-def zip_layout(records: Sequence[Record], folder: str, base: int) -> tuple[Part, ...]:
+def zip_layout(records: Sequence[Record], folder: str | None, base: int) -> tuple[Part, ...]:
     """The parts of an archive of ``records``, of torch's serialization id, and of the directory.
 
     Args:
         records: contents in order.
-        folder: root folder of the serialization id.
+        folder: root folder of the serialization id; None for an archive without one.
         base: the archive's own offset in its file to align contents there, or 0 to align them within the archive.
 
     Raises:
@@ -135,10 +147,12 @@ def zip_layout(records: Sequence[Record], folder: str, base: int) -> tuple[Part,
             raise UsageError("cannot align to that", expected="a power of two up to 32768", found=record.alignment)
         known = record.part.data if isinstance(record.part, Literal) else b"" if not record.part.nbytes else None
         crc = None if known is None else zlib.crc32(known)
-        place = _Placed(record.name.encode(), record.part.nbytes, position, crc)
+        place = _Placed(record.name.encode(), len(record.head) + record.part.nbytes, position, crc, record.head)
+        if record.head and crc is not None:
+            place = place.with_rest(crc)
         placed.append(place)
-        header = place.local(base, record.alignment)
-        position += len(header) + place.size + place.descriptor_size
+        header = place.local(base, record.alignment) + record.head
+        position += len(header) + record.part.nbytes + place.descriptor_size
         if known is not None:
             fixed += header + known + place.descriptor()
             continue
@@ -148,7 +162,8 @@ def zip_layout(records: Sequence[Record], folder: str, base: int) -> tuple[Part,
         parts.append(record.part)
         before, fixed = place, bytearray()
     gap = _Gap(before, bytes(fixed))
-    end = partial(_end, tuple(placed), gap, f"{folder}/.data/serialization_id", position, base)
+    identity = None if folder is None else f"{folder}/.data/serialization_id"
+    end = partial(_end, tuple(placed), gap, identity, position, base)
     tail = end([0] * len(data))
     parts.append(Computed(len(tail), tuple(data), end) if data else Literal(tail))
     return tuple(parts)
@@ -177,20 +192,23 @@ class _Gap:
     def build(self, crcs: Sequence[int]) -> bytes:
         if self.before is None:
             return self.fixed
-        return replace(self.before, crc=crcs[-1]).descriptor() + self.fixed
+        return self.before.with_rest(crcs[-1]).descriptor() + self.fixed
 
 
 def _end(
-    records: tuple[_Placed, ...], gap: _Gap, identity: str, position: int, base: int, crcs: Sequence[int]
+    records: tuple[_Placed, ...], gap: _Gap, identity: str | None, position: int, base: int, crcs: Sequence[int]
 ) -> bytes:
     """What follows the last record of unknown CRC-32: the last gap, the serialization id, the directory."""
     left = iter(crcs)
-    known = [record if record.crc is not None else replace(record, crc=next(left)) for record in records]
-    digits = _serialization_id(known)
-    last = _Placed(identity.encode(), len(digits), position, zlib.crc32(digits))
-    closing = last.local(base, _CLOSING_ALIGNMENT) + digits + last.descriptor()
-    directory = b"".join(record.central() for record in [*known, last])
-    start, count = position + len(closing), len(known) + 1
+    known = [record if record.crc is not None else record.with_rest(next(left)) for record in records]
+    closing = b""
+    if identity is not None:
+        digits = _serialization_id(known)
+        last = _Placed(identity.encode(), len(digits), position, zlib.crc32(digits))
+        closing = last.local(base, _CLOSING_ALIGNMENT) + digits + last.descriptor()
+        known.append(last)
+    directory = b"".join(record.central() for record in known)
+    start, count = position + len(closing), len(known)
     entries, size = min(count, 0xFFFF), len(directory)
     return b"".join(
         (
