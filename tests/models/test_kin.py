@@ -15,6 +15,8 @@ import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
+from anyckpt.formats import registry
+from anyckpt.operations.steps.layout_request import LayoutRequest
 
 SAMPLES = samples()
 
@@ -162,3 +164,70 @@ def test_rope_of_olmo3_is_scaled_without_a_window_alone() -> None:
     assert identified("olmo3").config.rotary_base_local == 500_000.0
     with pytest.raises(MappingError, match="scales rope in layers with a window"):
         identified("olmo3", rope_parameters={"sliding_attention": {"rope_type": "yarn", "factor": 2.0}})
+
+
+@pytest.mark.parametrize("name", ["olmo2", "granite", "granitemoe", "cohere2", "hunyuan"])
+def test_what_megatron_cannot_compute_does_not_go_there(name: str, tmp_path: Path) -> None:
+    source = replace(SAMPLES[name].open()[0], path=str(somewhere(tmp_path)))
+    for target in ("megatron-core", "megatron-bridge", "nemo", "nemo2"):
+        with pytest.raises(MappingError, match="has no models of family"):
+            anyckpt.convert(source, tmp_path / "out", to=target)
+    anyckpt.convert(source, tmp_path / "out", to="safetensors", names="hub")
+    assert set(anyckpt.open(tmp_path / "out").tensors) == set(models.to_hub(*SAMPLES[name].open()).tensors)
+
+
+def test_layers_of_ernie_that_have_experts() -> None:
+    assert identified("ernie-4.5-moe").config.moe_layer_freq == (0, 1, 1, 1)
+    assert identified("ernie-4.5-moe", moe_layer_end_index=2).config.moe_layer_freq == (0, 1, 1, 0)
+    model = identified("ernie-4.5-interval")
+    assert model.config.moe_layer_freq == (0, 1, 0, 1)
+    with pytest.raises(MappingError, match="ERNIE has no such layers"):
+        models.render_config(replace(model, config=replace(model.config, moe_layer_freq=(1, 1, 0, 1))), "hf")
+    notes: list[str] = []
+    models.render_config(model, "megatron-args", notes=notes)
+    assert any("scores are by softmax" in note for note in notes)
+
+
+def test_ernie_and_granite_are_not_llama() -> None:
+    for name, why in (("ernie-4.5", "rotary_interleaved"), ("granite", "_multiplier"), ("cohere2", "LayerNorm")):
+        with pytest.raises(MappingError, match=why):
+            models.identify(SAMPLES[name].open()[0], family="llama")
+
+
+def test_channels_that_minimax_rotates() -> None:
+    assert identified("minimax-m2-partial", rope_parameters=None).config.rotary_percent == 0.5
+    assert identified("minimax-m2", rope_parameters=None).config.rotary_percent == 1.0
+    both = identified("minimax-m2", rotary_dim=4, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    assert both.config.rotary_percent == 0.5
+    with pytest.raises(MappingError, match="qk_norm_type is not that of family minimax-m2"):
+        identified("minimax-m2", qk_norm_type="per_head")
+
+
+def test_norms_of_all_heads_are_cut_with_them(tmp_path: Path) -> None:
+    """Megatron-Bridge's class keeps on each rank the part of the norm that is of its heads."""
+    source = replace(SAMPLES["minimax-m2"].open()[0], path=str(somewhere(tmp_path)))
+    anyckpt.convert(source, tmp_path / "out", to="megatron-lm", layout=LayoutRequest(tensor_parallel=2))
+    ranks = registry.read(tmp_path / "out").ranks
+    shapes = [rank.tensors["decoder.layers.0.self_attention.q_layernorm.weight"].shape for rank in ranks]
+    assert shapes == [(32,), (32,)]
+
+
+def test_biases_of_internlm3() -> None:
+    released = identified("internlm3", mlp_bias=None, attention_bias=None, bias=False, qkv_bias=False)
+    assert not released.config.add_bias_linear
+    assert models.render_config(identified("internlm3-biased"), "hf")["qkv_bias"] is True
+
+
+def test_queries_of_ministral_that_grow_are_told() -> None:
+    notes: list[str] = []
+    model = identified("ministral3")
+    arguments = models.render_config(model, "megatron-args", notes=notes)
+    assert (arguments["position_embedding_type"], arguments["llama_4_scaling_beta"]) == ("yarn", 0.1)
+    assert any("does not scale queries by position" in note for note in notes)
+    checkpoint = SAMPLES["ministral3"].open()[0]
+    silent = {key: value for key, value in checkpoint.config.items() if key != "rope_parameters"}
+    whole = models.identify(replace(checkpoint, config=silent))
+    assert whole is not None
+    assert (whole.config.rope_scaling or {})["llama_4_scaling_beta"] == 0.1
+    repeated = {**model.config.rope_scaling, "rope_theta": 1e4, "max_position_embeddings": 64}  # type: ignore[dict-item]
+    assert identified("ministral3", rope_parameters=repeated).config.rope_scaling == model.config.rope_scaling

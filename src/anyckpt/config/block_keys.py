@@ -75,6 +75,8 @@ _YARN = {
 }
 """transformers' name -> ``MLATransformerConfig``'s, and its default; other models' names begin with ``yarn_``."""
 
+QUERY_SCALING = "llama_4_scaling_beta"
+"""transformers' number by which queries grow with their position; ours in arguments, for Megatron-Core has none."""
 _ROUND = "yarn_correction_range_round_to_int"
 _COUNTS = ("num_moe_experts", "num_experts")
 
@@ -203,6 +205,8 @@ def parse_yarn(reader: Reader, defaults: Mapping[str, Any], fields: dict[str, An
         if scaling[theirs] is None:
             scaling[theirs] = defaults.get(name if latent else f"yarn_{name}", defaults.get(name, default))
     scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
+    if not latent and (scales := reader.number(QUERY_SCALING)) is not None:
+        scaling[QUERY_SCALING] = scales
     rounded = reader.flag(_ROUND)
     if not latent and not (rounded if rounded is not None else defaults.get(_ROUND, True)):
         scaling["truncate"] = False
@@ -234,7 +238,8 @@ def render_yarn(family: Spellings, config: ModelConfig, target: str) -> dict[str
     if scaling.get("original_max_position_embeddings") is None:
         numbers["original_max_position_embeddings"] = config.max_position_embeddings
     truncated = scaling.get("truncate", True)
-    odd = scaling.keys() - {"rope_type", "truncate", *_YARN} or (latent and not truncated)
+    own = {QUERY_SCALING} & scaling.keys() & family.features
+    odd = scaling.keys() - {"rope_type", "truncate", *_YARN, *own} or (latent and not truncated)
     if odd or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers.values()):
         raise MappingError(
             f"{target} cannot express this rope scaling",
@@ -250,7 +255,7 @@ def render_yarn(family: Spellings, config: ModelConfig, target: str) -> dict[str
     if target == "NeMo 2":  # whose class has another name for it, and no others
         said["rotary_scaling_factor"] = said.pop("yarn_rotary_scaling_factor")
     else:
-        said = {"yarn_mscale": None, "yarn_mscale_all_dim": None, **said}
+        said = {"yarn_mscale": None, "yarn_mscale_all_dim": None, **said, **{key: scaling[key] for key in own}}
     return {"position_embedding_type": "yarn", **said, _ROUND: bool(truncated)}
 
 

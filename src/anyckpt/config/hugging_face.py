@@ -144,7 +144,7 @@ def parse(family: Spellings, config: Mapping[str, Any]) -> ModelConfig:
             "rotary_percent": percent,
             "rope_scaling": scaling,
             "dtype": _dtype(config),
-            **reader.fields(known.codecs, known.class_defaults, known=fields),
+            **reader.fields(known.codecs, known.class_defaults, known={**fields, "rope_scaling": scaling}),
             "extra": {
                 "hf": {key: value for key, value in config.items() if key not in keys},
                 **({PART_OF: str(whole.get("model_type")), WHOLE: whole} if is_part(family, whole) else {}),

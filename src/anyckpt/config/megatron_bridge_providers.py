@@ -119,7 +119,7 @@ def provider_of(arguments: Mapping[str, Any], release: tuple[int, int] | None = 
         return GEMMA  # its class multiplies embeddings by the root of the width
     if release is None or release >= CLASSES_OUT_SINCE:
         return GPT
-    if arguments.get("softmax_type") == "learnable" or arguments.get("position_embedding_type") == "yarn":
+    if arguments.get("softmax_type") == "learnable":
         return GPT_OSS
     return LLAMA31 if scaled else GPT
 

@@ -25,6 +25,7 @@ _BUILT_IN = (
     "gpt_bigcode", "gpt_neox", "mpt", "falcon", "mistral", "llama_nemotron", "smollm3", "llama", "baichuan", "chatglm",
     "glm", "megatron_bert", "bert", "t5", "clip_vision", "vit",
     "glm4_moe", "glm4_moe_lite", "seed_oss", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "exaone4",
+    "ernie4_5", "ernie4_5_moe", "cohere2", "hunyuan_dense", "internlm3", "ministral3", "minimax_m2",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 

@@ -24,20 +24,13 @@ from anyckpt.models.families.parts import caveats, decoder
 from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.families.parts.fields import llama_fields_without
 from anyckpt.models.language.family import Family
-from anyckpt.models.language.rule_operations import GATE_UP
 from anyckpt.models.language.rules import Condition, Rule, has, lacks
 
 _ATTENTION = f"{sparse.LAYER}.self_attn"
 _HUB_ATTENTION = f"{sparse.HUB}.self_attention"
-_SHARED = f"{sparse.LAYER}.mlp.shared_experts"
-_HUB_SHARED = f"{sparse.HUB}.mlp.shared_experts"
 
 
 _narrow, _wide = has("q_lora_rank"), lacks("q_lora_rank")
-
-
-def _shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.moe_shared_expert_intermediate_size is not None and config.is_sparse(indices[0])
 
 
 def _biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -56,9 +49,7 @@ OF_EXPERTS = (
     *sparse.experts(),
     Rule((f"{sparse.LAYER}.mlp.gate.e_score_correction_bias",), f"{sparse.HUB}.mlp.router.expert_bias", ("experts",),
          when=_biased),
-    Rule((f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"), f"{_HUB_SHARED}.linear_fc1.weight",
-         ("shared-fc1", "hidden"), GATE_UP, _shared),
-    Rule((f"{_SHARED}.down_proj.weight",), f"{_HUB_SHARED}.linear_fc2.weight", ("hidden", "shared-ffn"), when=_shared),
+    *sparse.shared_experts(),
 )  # fmt: skip
 """All of a layer but its attention."""
 

@@ -83,6 +83,21 @@ GATED_SHARED = (
 """Qwen's expert that every token goes to, with its gate."""
 
 
+def has_shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """Whether the layer has experts, and one for every token beside them."""
+    return config.moe_shared_expert_intermediate_size is not None and config.is_sparse(indices[0])
+
+
+def shared_experts() -> tuple[Rule, ...]:
+    """The expert for every token, as DeepSeek names it."""
+    shared, hub = f"{LAYER}.mlp.shared_experts", f"{HUB}.mlp.shared_experts"
+    return (
+        Rule((f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"), f"{hub}.linear_fc1.weight",
+             ("shared-fc1", "hidden"), GATE_UP, has_shared),
+        Rule((f"{shared}.down_proj.weight",), f"{hub}.linear_fc2.weight", ("hidden", "shared-ffn"), when=has_shared),
+    )  # fmt: skip
+
+
 def fields(count: str, *aliases: str) -> tuple[Field, ...]:
     """How many experts there are, by its key, how many a token goes to, and the loss that balances them."""
     return (
