@@ -24,6 +24,7 @@ from anyckpt.operations.steps.writing import write
 from anyckpt.plain_yaml import load_yaml
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.location import look_at
+from anyckpt.storage.place import LOCAL
 
 Path = str | os.PathLike[str]
 
@@ -99,6 +100,8 @@ def pack(
     location = look_at(path)
     if not location.is_directory:
         raise UsageError("is not a directory", path=path, remedy="give the directory of an unpacked .nemo")
+    if location.place is not LOCAL:
+        raise UsageError("is on no disk, from where alone a directory is packed", path=path, remedy="copy it to one")
     names = _files_to_pack(path)
     kind = _kind(names)
     config = _read_config(kind, open_container(location), names)

@@ -19,7 +19,7 @@ from anyckpt.operations.steps.configurations import Setting, Settings, compare_c
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
 from anyckpt.operations.steps.movement import Movement, Sums, by_layer, most_moved
-from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
+from anyckpt.operations.steps.threads import Advance, Meter, Progress, each_of_tensors
 from anyckpt.operations.steps.tolerances import Tolerances
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
@@ -417,5 +417,5 @@ def _compare_all(
         counts = (found.elements, found.nonfinite, found.nan)
         return TensorDifference(name, found.reason, found.max_abs, found.max_rel, *facts, *counts), moved
 
-    results = each(one, pairs, meter, workers)
+    results = each_of_tensors(one, pairs, lambda pair: pair[1:], meter, workers)
     return [found for found, _ in results if found is not None], [moved for _, moved in results if moved is not None]

@@ -22,10 +22,10 @@ from anyckpt.operations.steps.loader_calls import asked_of_loaders
 from anyckpt.operations.steps.module_tree import Leaf, module_tree
 from anyckpt.operations.steps.stages import stages_of
 from anyckpt.operations.steps.statistics import Scan, scan
-from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
+from anyckpt.operations.steps.threads import Advance, Meter, Progress, each_of_tensors
 from anyckpt.operations.steps.training_facts import learning_rates, loss_scale
 from anyckpt.pickling.plain import to_plain
-from anyckpt.storage.location import file_of
+from anyckpt.storage.location import name_below, root_of
 from anyckpt.tensor import LazyTensor
 from anyckpt.units import size_label
 
@@ -265,6 +265,7 @@ def _list(
             path=path,
             remedy="list all with --tensors '*'",
         )
+    root = root_of(path)
     first: dict[Any, str] = {}
     same = {}
     for name in names:
@@ -272,7 +273,7 @@ def _list(
         if key is not None and first.setdefault(key, name) != name:
             same[name] = first[key]
     if not stats and not digest:
-        return [_facts(path, name, tensors[name], Scan(None, None), same.get(name)) for name in names]
+        return [_facts(root, name, tensors[name], Scan(None, None), same.get(name)) for name in names]
 
     def one(name: str, advance: Advance) -> TensorFacts:
         try:
@@ -280,13 +281,14 @@ def _list(
         except AnyckptError as error:
             error.tensor = error.tensor or name
             raise
-        return _facts(path, name, tensors[name], found, same.get(name))
+        return _facts(root, name, tensors[name], found, same.get(name))
 
-    return each(one, names, Meter(sum(tensors[name].nbytes for name in names), progress))
+    meter = Meter(sum(tensors[name].nbytes for name in names), progress)
+    return each_of_tensors(one, names, lambda name: [tensors[name]], meter)
 
 
-def _facts(path: str, name: str, tensor: LazyTensor, found: Scan, same_as: str | None) -> TensorFacts:
-    shards, files = _where(path, tensor)
+def _facts(root: str, name: str, tensor: LazyTensor, found: Scan, same_as: str | None) -> TensorFacts:
+    shards, files = _where(root, tensor)
     return TensorFacts(
         name,
         tensor.dtype.name,
@@ -302,20 +304,13 @@ def _facts(path: str, name: str, tensor: LazyTensor, found: Scan, same_as: str |
     )
 
 
-def _where(path: str, tensor: LazyTensor) -> tuple[int, dict[str, int]]:
+def _where(root: str, tensor: LazyTensor) -> tuple[int, dict[str, int]]:
     """Number of stored pieces, and the files that hold them, each with its bytes of these."""
     files: dict[str, int] = {}
     count = 0
-    root = os.path.abspath(file_of(path))
     for piece in tensor.pieces():
         count += 1
-        file = piece.source.path
-        if file is None:
-            name = piece.source.name
-        elif file == root:
-            name = os.path.basename(file)
-        else:
-            name = os.path.relpath(file, root) if file.startswith(root + os.sep) else file
+        name = name_below(root, piece.source.path or piece.source.name.partition(" » ")[0])
         files[name] = files.get(name, 0) + piece.nbytes
     return count, files
 

@@ -22,7 +22,8 @@ from anyckpt.operations.inspection import Inspection
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.text_file import check_text_file, write_text
 from anyckpt.operations.steps.threads import Progress
-from anyckpt.storage.location import file_of
+from anyckpt.storage.location import file_of, name_below, root_of
+from anyckpt.storage.place import scheme_of
 
 _FRAME = 'style="width:100%;height:48rem;border:1px solid #8888;border-radius:8px"'
 
@@ -146,7 +147,7 @@ def _name(path: str) -> str:
 def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
     """File -> which ranks it is of, as the inspection calls the file."""
     told: dict[str, list[str]] = {}
-    root = os.path.abspath(file_of(checkpoint.path))
+    root = root_of(checkpoint.path)
     for shard in checkpoint.ranks:
         layout = checkpoint.layout
         places = (
@@ -155,7 +156,7 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
             ("chunk", shard.virtual_rank, layout.virtual_pipeline),
             ("expert", shard.expert_rank, layout.expert_parallel),
         )
-        file = os.path.relpath(os.path.abspath(shard.source), root)
+        file = name_below(root, shard.source if scheme_of(shard.source) else os.path.abspath(shard.source))
         name = ", ".join(f"{word} {rank}" for word, rank, size in places if size > 1)
         told.setdefault(file, []).append(name)
     return {file: "; ".join(dict.fromkeys(filter(None, names))) for file, names in told.items()}

@@ -205,6 +205,19 @@ def file_of(path: str) -> str:
     return place.on_disk(shown) or shown
 
 
+def root_of(path: str) -> str:
+    """The file or folder that a path leads to or into, as files in it begin; see ``name_below``."""
+    file = file_of(path)
+    return os.path.abspath(file) if scheme_of(file) is None else file.rstrip("/")
+
+
+def name_below(root: str, file: str) -> str:
+    """What a file is called in the folder ``root``; of ``root`` itself its name, of a file elsewhere its path."""
+    if file == root:
+        return os.path.basename(file)
+    return file[len(root) + 1 :] if file.startswith(f"{root}/") else file
+
+
 def disk_file_of(path: str) -> str | None:
     """The local file or directory that a path leads to or into; None where that is on no disk."""
     return place_of(path).on_disk(path)

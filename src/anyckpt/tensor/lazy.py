@@ -22,7 +22,7 @@ from anyckpt.indexing import (
     flat_boxes,
 )
 from anyckpt.storage.gather import SCRATCH_BYTES, hole, needed
-from anyckpt.storage.requests import in_few, is_far
+from anyckpt.storage.requests import HELD_BYTES, in_few, is_far
 
 if TYPE_CHECKING:
     from anyckpt.storage.requests import Wanted
@@ -133,11 +133,18 @@ class LazyTensor(ABC):
             FormatError: bytes are missing from a file.
         """
         step = max(1, nbytes // self.dtype.itemsize)
-        buffer = np.empty(min(step, self.size), dtype=self.dtype.raw)
-        for start in range(0, self.size, step):
-            part = buffer[: min(step, self.size - start)]
+        window = self.window(step)
+        buffer = np.empty(min(window, self.size), dtype=self.dtype.raw)
+        for start in range(0, self.size, window):
+            part = buffer[: min(window, self.size - start)]
             self.fill(start, part)
-            yield as_numbers(part, self.dtype)
+            for first in range(0, len(part), step):
+                yield as_numbers(part[first : first + step], self.dtype)
+
+    def window(self, step: int) -> int:
+        """How many elements to read at a time where they are looked at by ``step``: of a far tensor, several steps."""
+        most = HELD_BYTES // self.dtype.itemsize
+        return step * max(1, most // step) if self.is_far else step
 
     # -- facts -----------------------------------------------------------------------------------------------
 

@@ -228,3 +228,26 @@ def test_a_file_that_cannot_be_read_now_is_not_taken_for_missing(s3: S3Server, p
     with pytest.raises(UnreachableError, match=f"^{path}/generation_config.json: these credentials may not read it"):
         checkpoint = registry.read(path)
         checkpoint.artifacts["generation_config.json"].read(0, 1)
+
+
+def test_small_tensors_are_asked_for_together(s3: S3Server, proxy: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    path = put(s3, "families/qwen2_moe/hf", "hf")
+    here = fixture_path("families/qwen2_moe/hf")
+    run = Runner(capsys)
+    for words, most in (
+        (("diff", path, here), 12),
+        (("inspect", "--stats", "--digest", path), 12),
+        (("verify", "--deep", path), 14),
+    ):
+        proxy.asked.clear()
+        found = run(*words)
+        assert found.code == 0
+        assert len(proxy.asked) <= most, words
+        assert found.out == run(*(here if word == path else word for word in words)).out.replace(str(here), path)
+
+
+def test_what_cannot_be_reached_is_no_damage(s3: S3Server, proxy: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    path = put(s3, NEMO, "toy.nemo")
+    asked = iter(range(10_000))
+    proxy.fault = lambda number, request: "403 ExpiredToken" if request.range and next(asked) > 2 else None
+    assert f"{path}: the credentials have expired" in Runner(capsys)("verify", "--deep", path).error

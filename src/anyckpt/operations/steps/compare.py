@@ -135,13 +135,17 @@ def compare(
     numbers = a.dtype.numpy is not None and b.dtype.numpy is not None
     step = min(_CHUNK_ELEMENTS, max(1, a.size))
     worst = _Worst(step)
-    left, right = np.empty(step, dtype=a.dtype.raw), np.empty(step, dtype=b.dtype.raw)
+    window = min(max(a.window(step), b.window(step)), max(1, a.size))
+    left, right = np.empty(window, dtype=a.dtype.raw), np.empty(window, dtype=b.dtype.raw)
     with np.errstate(all="ignore"):
         for start in range(0, a.size, step):
             count = min(step, a.size - start)
-            x, y = left[:count], right[:count]
-            a.read_flat(start, x)
-            b.read_flat(start, y)
+            at = start % window
+            if not at:
+                there = min(window, a.size - start)
+                a.fill(start, left[:there])
+                b.fill(start, right[:there])
+            x, y = left[at : at + count], right[at : at + count]
             if advance is not None:
                 advance(y.nbytes)
             same_bits = _same_bits(x, y) if same_type else None

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError, few
+from anyckpt.errors import AnyckptError, UnreachableError, few
 from anyckpt.operations.steps.compare_objects import leaves_within
 from anyckpt.operations.steps.statistics import Statistics, counts, scan
-from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
+from anyckpt.operations.steps.threads import Advance, Meter, Progress, each_of_tensors
 from anyckpt.tensor import LazyTensor
 
 _MASK = re.compile(r"(^|[._])(masks?|\w*_masks?|masked_bias|alibi\w*)\Z")
@@ -74,15 +74,18 @@ def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
                 return found
             again = None if found is not None else advance
             return scan(tensors[name], statistics=True, digest=False, advance=again).statistics
+        except UnreachableError:
+            raise
         except AnyckptError as error:
             return error
 
     values = Values()
     _judge_numbers(leaves, values)
     meter = Meter(sum(tensor.nbytes for tensor in tensors.values()), progress)
+    found_of = each_of_tensors(one, tensors, lambda name: [tensors[name]], meter)
     strays: list[str] = []
     tiny: list[str] = []
-    for stored, found in zip(tensors, each(one, tensors, meter), strict=True):
+    for stored, found in zip(tensors, found_of, strict=True):
         tensor = tensors[stored]
         name = stored.removeprefix(prefix) if stored in own else stored
         if isinstance(found, AnyckptError):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
+
+from anyckpt.storage.requests import HELD_BYTES
+from anyckpt.tensor import LazyTensor, held
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -51,6 +55,44 @@ class Meter:
     def stop(self) -> None:
         """Make threads that advance give up."""
         self._stopped = True
+
+
+def each_of_tensors(
+    work: Callable[[Item, Advance], Result],
+    items: Iterable[Item],
+    tensors: Callable[[Item], Sequence[LazyTensor]],
+    meter: Meter,
+    workers: int | None = None,
+) -> list[Result]:
+    """As ``each``; of far tensors, small ones of several items are asked for together, in more threads.
+
+    Args:
+        work: see ``each``.
+        items: see ``each``.
+        tensors: what ``work`` reads of an item.
+        meter: see ``each``.
+        workers: see ``each``.
+    """
+    groups: list[list[Item]] = []
+    left = 0
+    some_far = False
+    for item in items:
+        read = tensors(item)
+        own = sum(tensor.nbytes for tensor in read)
+        far = any(tensor.is_far for tensor in read)
+        if far and own <= left:
+            groups[-1].append(item)
+            left -= own
+        else:
+            groups.append([item])
+            left = HELD_BYTES - own if far else 0
+        some_far = some_far or far
+
+    def several(group: list[Item], advance: Advance) -> list[Result]:
+        with held(tensor for item in group for tensor in tensors(item)) if len(group) > 1 else nullcontext():
+            return [work(item, advance) for item in group]
+
+    return [one for found in each(several, groups, meter, workers or (_WORKERS if some_far else None)) for one in found]
 
 
 def each(
