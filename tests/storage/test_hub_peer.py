@@ -14,7 +14,7 @@ from tests.places import files_below
 from tests.support import fixture_path
 
 import anyckpt
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, UnreachableError
 from anyckpt.storage.hub import library, place
 from anyckpt.storage.location import look_at
 from anyckpt.storage.requests import holding
@@ -115,11 +115,11 @@ def test_what_does_not_pass_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     hub.add("org/m", {"model.bin": DATA})
     source = look_at("hf://org/m").open("model.bin")
     hub.faults.append(answering(503, 99))
-    with pytest.raises(FormatError, match="model.bin: the Hub's storage answers with HTTP 503; try again later"):
+    with pytest.raises(UnreachableError, match="model.bin: the Hub's storage answers with HTTP 503; try again later"):
         source.read(0, 10)
     hub.faults[:] = [answering(429, 99, whom="hub", Retry_After="300")]
     place.forget("org/m")
-    with pytest.raises(FormatError, match="asked too often; try again in 300 seconds"):
+    with pytest.raises(UnreachableError, match="asked too often; try again in 300 seconds"):
         look_at("hf://org/m")
     assert len(hub.of("hub", "/api/models")) == 2, "nobody waits so long"
 

@@ -122,6 +122,8 @@ running = together(
     option("--force", title=RUN, is_flag=True, help="Read a checkpoint that is marked as unfinished, too."),
     option("--workers", title=RUN, type=click.IntRange(min=1), metavar="N", help="Threads."),
     option("--memory", title=RUN, metavar="SIZE", help="Bytes for blocks in flight, such as 512MB."),
+    option("--private", title=RUN, is_flag=True, help="hf://: make the repository a private one, if there is none."),
+    option("--commit-message", title=RUN, metavar="TEXT", help="hf://: what the commit says."),
 )
 """Of every command that writes a checkpoint."""
 

@@ -7,7 +7,7 @@ processes may each do a share of this; each begins for itself, and the last one 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from anyckpt.engine.files import Bytes
@@ -51,11 +51,13 @@ class Destination(ABC):
         name: what to call it in a message.
         in_order: bytes of a file are taken only one after another and from one process (an object store); otherwise at
             any offset and from any process.  Several files are always written at once.
+        passes: how often all bytes are gone through: where digests are wanted before bytes, once more by ``publish``.
         page: processes must not write to one file closer together than this many bytes, counted from its start.
     """
 
     name: str
     in_order: bool = False
+    passes: int = 1
     page: int = 1
 
     @abstractmethod
@@ -147,6 +149,9 @@ class Destination(ABC):
     @abstractmethod
     def discard(self) -> None:
         """Remove every trace of the work."""
+
+    def tell(self, advance: Callable[[int], None]) -> None:  # noqa: B027 (most have nothing to tell)
+        """Have ``publish`` call ``advance`` with numbers of bytes that it has gone through, where that takes long."""
 
     def troubles(self) -> dict[Share, str]:
         """Shares that no process is at work on, as far as can be seen, with what is known of why."""

@@ -131,7 +131,9 @@ def carry_out(
     """
     resumable = identity.obstacle is None
     known = place.records(identity.value)
-    run = Run(plan, cut, place, known, workers=workers, memory=memory, progress=progress, total=plan.nbytes)
+    total = plan.nbytes * place.passes
+    run = Run(plan, cut, place, known, workers=workers, memory=memory, progress=progress, total=total)
+    place.tell(run.advance)
     try:
         entries = []
         for stage in sorted({file.stage for file in plan.files}):

@@ -101,7 +101,7 @@ class Run:
         due = [block for block in wanted if (block.file, block.offset) not in self.records]
         resumed = sum(block.nbytes for block in wanted) - sum(block.nbytes for block in due)
         self.resumed_bytes += resumed
-        self._advance(resumed)
+        self.advance(resumed)
         if self._destination.in_order:
             files = dict.fromkeys(block.file for block in wanted)
             self._run_workers(self._file_job(number) for number in files)
@@ -183,7 +183,7 @@ class Run:
                 self._since_sync = 0
         if due:
             self.sync()
-        self._advance(nbytes)
+        self.advance(nbytes)
 
     def _gang_job(self, gang: Gang) -> _Job:
         return lambda buffers: self._written(gang, buffers)
@@ -274,7 +274,8 @@ class Run:
             memory[:] = memoryview(part)
             self._destination.write(number, offset + start, memory)
 
-    def _advance(self, nbytes: int) -> None:
+    def advance(self, nbytes: int) -> None:
+        """Count bytes as done."""
         with self._lock:
             self._done += nbytes
             done = self._done

@@ -26,6 +26,7 @@ from anyckpt.operations.steps.extra_states import choose_states, lost
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.operations.steps.model_card import card_of
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline
@@ -34,7 +35,7 @@ from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.user_names import called, new_name
-from anyckpt.operations.steps.writing import write
+from anyckpt.operations.steps.writing import Said, write
 from anyckpt.storage.location import disk_file_of
 from anyckpt.tensor import LazyTensor
 
@@ -152,6 +153,8 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     share: str | None = None,
+    private: bool = False,
+    commit_message: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     dry_run: bool = False,
@@ -222,6 +225,11 @@ def converted(
             memory=options.budget,
             progress=options.progress,
             source_paths=on_disk,
+            said=Said(
+                options.private,
+                options.commit_message,
+                card_of(plan, made_of or [opened], quantized=options.quantize),
+            ),
         )
         done = Conversion(**report)
     files = tuple(describe(plan)["files"])

@@ -61,6 +61,8 @@ def merge(
     overwrite: bool = False,
     resume: bool = False,
     share: str | None = None,
+    private: bool = False,
+    commit_message: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     dry_run: bool = False,

@@ -93,6 +93,8 @@ class ConvertOptions:
         overwrite: replace an existing checkpoint at the end.
         resume: continue what an interrupted run of the same work left.
         share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
+        private: on the Hugging Face Hub: make the repository a private one, if there is none.
+        commit_message: on the Hugging Face Hub: what the commit says.
         workers: threads.
         memory: bytes for blocks in flight, or a text such as ``512MB``.
         dry_run: plan, and write nothing.
@@ -141,6 +143,8 @@ class ConvertOptions:
     overwrite: bool = False
     resume: bool = False
     share: str | None = None
+    private: bool = False
+    commit_message: str | None = None
     workers: int | None = None
     memory: int | str | None = None
     dry_run: bool = False

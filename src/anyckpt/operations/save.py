@@ -43,6 +43,8 @@ def save(
     optimizer: str | None = None,
     layout: LayoutRequest | None = None,
     overwrite: bool = False,
+    private: bool = False,
+    commit_message: str | None = None,
     workers: int | None = None,
     memory: int | str | None = None,
     dry_run: bool = False,

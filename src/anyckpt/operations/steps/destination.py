@@ -11,6 +11,7 @@ from anyckpt.engine.manifest import beside, read_manifest
 from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
+from anyckpt.operations.steps.writing import DESTINATIONS
 from anyckpt.storage.location import file_of, look_at
 from anyckpt.storage.place import scheme_of
 
@@ -90,12 +91,16 @@ def check_destination(
         OutputError: it exists, and may not be replaced.
     """
     if (scheme := scheme_of(destination)) is not None:
-        raise UsageError(
-            "cannot be written to: only folders and files on a disk can",
-            path=destination,
-            found=f"{scheme}://",
-            remedy="write it to a disk and copy it there",
-        )
+        if scheme not in DESTINATIONS:
+            raise UsageError(
+                "cannot be written to: only folders and files on a disk can",
+                path=destination,
+                found=f"{scheme}://",
+                remedy="write it to a disk and copy it there",
+            )
+        if destination.rstrip("/") in [source.rstrip("/") for source in sources]:
+            raise UsageError("source and destination are the same", path=destination, remedy="choose another path")
+        return  # what is there is looked at by what writes to it
     target = os.path.realpath(destination)
     for source in sources:
         origin = os.path.realpath(file_of(source))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from anyckpt.engine.destination import BusyError, Destination, Share
@@ -13,6 +13,67 @@ from anyckpt.engine.plan import Plan
 from anyckpt.engine.run import Progress, worker_count
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.errors import UsageError
+from anyckpt.storage.place import scheme_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """An output that is on no disk.
+
+    Attributes:
+        path: where it goes.
+        overwrite: a checkpoint that is there may be replaced.
+        said: what is said of it where others may see it.
+    """
+
+    path: str
+    overwrite: bool
+    said: Said
+
+
+@dataclass(frozen=True)
+class Said:
+    """What is said of an output where others may see it.
+
+    Attributes:
+        private: others are not to see it.
+        message: of the commit, where it is one.
+        card: a text about it, from the sizes and SHA-256 of its files.
+    """
+
+    private: bool = False
+    message: str | None = None
+    card: Callable[[Mapping[str, tuple[int, str]]], str] | None = None
+
+
+NOTHING_SAID = Said()
+
+
+def _on_the_hub(target: Target) -> Destination:
+    from anyckpt.engine.hub_destination import HubDestination  # here, so that outputs on disks do not need it
+
+    said = target.said
+    return HubDestination(
+        target.path, overwrite=target.overwrite, private=said.private, message=said.message, card=said.card
+    )
+
+
+DESTINATIONS: dict[str, Callable[[Target], Destination]] = {"hf": _on_the_hub}
+"""What writes an output whose path begins with ``scheme://``; all others are on disks."""
+
+
+def destination_at(path: str, *, overwrite: bool, said: Said) -> str | Destination:
+    """What writes to a path; the path itself if it is on a disk.
+
+    Raises:
+        UsageError: something is asked for that means nothing there.
+    """
+    scheme = scheme_of(path)
+    if scheme in DESTINATIONS:
+        return DESTINATIONS[scheme](Target(path, overwrite, said))
+    if said.private or said.message is not None:
+        raise UsageError("--private and --commit-message are for the Hub", path=path, expected="hf://org/name")
+    return path
 
 
 def parse_share(text: str | None) -> Share | None:
@@ -41,12 +102,14 @@ def write(
     memory: int,
     progress: Progress | None,
     source_paths: Sequence[str],
+    said: Said = NOTHING_SAID,
 ) -> dict[str, Any]:
     """Write a plan, or one share of it; the process that finds all shares written publishes the output.
 
     Args:
         share: which share; None if this is the only process.
-        gzip: compress the output, a single file, while it is written; with no share.
+        gzip: compress the output, a single file on a disk, while it is written; with no share.
+        said: what is said of it where others may see it.
         plan, output, overwrite, resume, workers, memory, progress, source_paths: as for ``execute``.
 
     Returns:
@@ -55,10 +118,15 @@ def write(
     Raises:
         AnyckptError: as for ``execute`` and ``SharedRun``.
     """
+    place = destination_at(output, overwrite=overwrite, said=said)
+    if gzip:
+        if isinstance(place, Destination):
+            raise UsageError("is compressed by gzip on a disk only", path=output, remedy="write it to a disk")
+        place = _compressed(output, overwrite, worker_count(workers, memory, plan))
     if share is None:
         report = execute(
             plan,
-            _compressed(output, overwrite, worker_count(workers, memory, plan)) if gzip else output,
+            place,
             overwrite=overwrite,
             resume=resume,
             workers=workers,
@@ -68,7 +136,7 @@ def write(
         )
         return {name: value for name, value in asdict(report).items() if name != "published"}
     run = SharedRun(
-        plan, output, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
+        plan, place, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
     )
     part = run.write(share, progress)
     missing = run.missing()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import AnyckptError, FormatError, UnreachableError
 from anyckpt.identity import Identity
 from anyckpt.storage.hub import library
 from anyckpt.storage.local_file import LocalFile
@@ -71,11 +71,13 @@ class _Answer:
             for _ in self.body:
                 pass
 
-    def refusal(self, path: str) -> FormatError:
+    def refusal(self, path: str) -> AnyckptError:
         """What it means if it has no bytes."""
         if self.of_hub:
             return library.answered(self.status, self.told, path)
-        return FormatError(f"the Hub's storage answers with HTTP {self.status}", path=path, remedy="try again later")
+        return UnreachableError(
+            f"the Hub's storage answers with HTTP {self.status}", path=path, remedy="try again later"
+        )
 
 
 class _PassingError(Exception):

@@ -6,6 +6,7 @@ Releases before 1.0 speak through requests, later ones through httpx; what diffe
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import sys
@@ -16,7 +17,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from anyckpt.errors import FormatError, MissingLibraryError
+from anyckpt.errors import AnyckptError, FormatError, MissingLibraryError, UnreachableError
 
 Answer = TypeVar("Answer")
 
@@ -34,6 +35,10 @@ _TRIES = 6
 _PASSING = frozenset((408, 429, 500, 502, 503, 504))
 _ADDRESS = re.compile(r"https?://\S+")
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{6,}|(?i:bearer)\s+\S+")
+
+
+class NoRevisionError(FormatError):
+    """A repository has no such revision."""
 
 
 def library() -> ModuleType:
@@ -95,7 +100,8 @@ def asked(call: Callable[[], Answer], path: str, *, patience: int = _TRIES) -> A
         patience: how often it is made at most.
 
     Raises:
-        FormatError: what keeps it from an answer, by its name and with the remedy.
+        FormatError: it is not there, or not for this user, which another try would not change.
+        UnreachableError: another try may have an answer.
     """
     for tried in range(1, patience + 1):
         try:
@@ -139,7 +145,7 @@ def _wait_asked_for(told: Mapping[str, str]) -> float | None:
     return None if limit is None else float(limit[1])
 
 
-def explained(error: Exception, path: str) -> FormatError:
+def explained(error: Exception, path: str) -> AnyckptError:
     """What a failure of huggingface_hub means, and what to do about it."""
     from huggingface_hub import errors
 
@@ -163,8 +169,8 @@ def explained(error: Exception, path: str) -> FormatError:
     return _unreachable(plain(error) or type(error).__name__, path)
 
 
-def _unreachable(why: str, path: str) -> FormatError:
-    return FormatError(
+def _unreachable(why: str, path: str) -> UnreachableError:
+    return UnreachableError(
         f"the Hub cannot be reached: {why}",
         path=path,
         remedy="check the network, proxies and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to read from the local cache",
@@ -194,10 +200,11 @@ _BY_CODE = {
 
 def _told_by_code(code: str, path: str) -> FormatError:
     problem, remedy = _BY_CODE[code]
-    return FormatError(problem, path=path, remedy=remedy)
+    kind = NoRevisionError if code == "RevisionNotFound" else FormatError
+    return kind(problem, path=path, remedy=remedy)
 
 
-def answered(status: int, told: Mapping[str, str], path: str) -> FormatError:
+def answered(status: int, told: Mapping[str, str], path: str) -> AnyckptError:
     """What an answer of the Hub without what was asked for means."""
     code = told.get("x-error-code", "")
     if code in _BY_CODE:
@@ -212,18 +219,42 @@ def answered(status: int, told: Mapping[str, str], path: str) -> FormatError:
         )
     if status == 429:
         wait = _wait_asked_for(told)
-        return FormatError(
+        return UnreachableError(
             "the Hub answers that it was asked too often",
             path=path,
             remedy=f"try again in {'some minutes' if wait is None else f'{wait:.0f} seconds'}; "
             "the limit is higher for who has logged in",
         )
-    return FormatError(f"the Hub answers with HTTP {status}", path=path, remedy="try again later")
+    return UnreachableError(f"the Hub answers with HTTP {status}", path=path, remedy="try again later")
 
 
-def plain(error: Exception) -> str:
+def plain(error: Exception | str) -> str:
     """An error's words on one line, without addresses and tokens."""
     return _TOKEN.sub("...", _ADDRESS.sub("...", " ".join(str(error).split())))[:200]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, huggingface_hub shows no bars of its own, and logs no addresses."""
+    utilities, logger = _utilities(), logging.getLogger("huggingface_hub")
+    shown = not utilities.are_progress_bars_disabled()
+    if shown:
+        utilities.disable_progress_bars()
+    for handler in logger.handlers:
+        handler.addFilter(_without_addresses)
+    try:
+        yield
+    finally:
+        for handler in logger.handlers:
+            handler.removeFilter(_without_addresses)
+        if shown:
+            utilities.enable_progress_bars()
+
+
+def _without_addresses(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    record.msg, record.args = plain(text), ()
+    return "not supported by Xet" not in text  # which is known, and nothing to do about
 
 
 @contextmanager

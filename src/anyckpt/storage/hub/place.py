@@ -58,7 +58,8 @@ def hub_place(path: str) -> HubPlace:
     """The repository that a path is in, at the commit that its revision means now.
 
     Raises:
-        FormatError: there is none, it may not be read, or the Hub cannot be reached.
+        FormatError: there is none, or it may not be read.
+        UnreachableError: the Hub does not answer.
         MissingLibraryError: huggingface_hub is not installed.
     """
     named = parse(path)

@@ -71,7 +71,8 @@ def opened(path: HubPath) -> Repository:
     """Ask the Hub for a repository; while HF_HUB_OFFLINE is set, look into the cache.
 
     Raises:
-        FormatError: there is none, it may not be read, or the Hub cannot be reached.
+        FormatError: there is none, or it may not be read.
+        UnreachableError: the Hub does not answer.
         MissingLibraryError: huggingface_hub is not installed.
     """
     hub = library.library()

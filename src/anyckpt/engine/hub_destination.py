@@ -1,0 +1,379 @@
+"""An output as one commit to a repository of the Hugging Face Hub.
+
+The Hub wants the SHA-256 of a large file before its bytes, and huggingface_hub takes a file object that it reads as it
+sends.  So every byte is made twice, and nothing lies on a disk: while the engine writes in order, digests are taken;
+when the output is published, the files are sent as ``PlannedFile``s, and one commit names them all.  Until then nobody
+sees anything of it, and what a run that died had sent whole is not sent again, since the Hub knows it by its digest.
+
+The protocol is that of Git LFS, which every repository takes; huggingface_hub's other one, Xet, takes paths and whole
+bytes, not file objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, TypeVar
+
+from anyckpt.blockwise import Tiles
+from anyckpt.engine.blocks import cut_all
+from anyckpt.engine.destination import Destination, Share
+from anyckpt.engine.files import Bytes
+from anyckpt.engine.filling import is_far
+from anyckpt.engine.manifest import Manifest, read_manifest
+from anyckpt.engine.plan import MANIFEST_NAME, Plan
+from anyckpt.engine.planned_file import PlannedFile
+from anyckpt.engine.records import BlockKey, BlockRecord
+from anyckpt.errors import AnyckptError, OutputError, UsageError
+from anyckpt.storage.hub import library
+from anyckpt.storage.hub.paths import MAIN, HubPath, parse
+from anyckpt.storage.hub.place import HubPlace, forget
+from anyckpt.storage.hub.repository import opened
+
+CARD = "README.md"
+_FILES_AT_ONCE = 4
+_SAMPLE = 512
+_TILES = 24 << 20
+_OF_REPOSITORY = re.compile(
+    r"(?:.*/)?(?:\.git.*|README\.md|LICEN[CS]E.*|NOTICE.*|USE_POLICY.*|.*\.(?:md|png|jpe?g|svg))"
+)
+"""Files that are about a model and stay when another checkpoint takes its place."""
+
+_WEIGHTS = re.compile(r".*\.(?:safetensors|bin|pt|pth|ckpt|nemo|distcp|gguf|h5|msgpack|index\.json)")
+_SHOWN = 5
+_MOVED_ON = 412
+
+Answer = TypeVar("Answer")
+Card = Callable[[Mapping[str, tuple[int, str]]], str]
+"""The text of a model card, from the sizes and SHA-256 of the files."""
+
+
+class _MetError(Exception):
+    """An error of ours that huggingface_hub has wrapped in its own."""
+
+    def __init__(self, error: AnyckptError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass
+class _Known:
+    """What is known of a file when its bytes have been made for the first time.
+
+    Attributes:
+        sha256: of what was made so far.
+        sample: its first bytes.
+        waiting: first bytes and lengths of parts that wait for checksums.
+        late: what these are, by their first byte.
+        records: of its blocks, by their first byte.
+    """
+
+    waiting: dict[int, int]
+    sha256: Any = field(default_factory=hashlib.sha256)
+    sample: bytes = b""
+    late: dict[int, bytes] = field(default_factory=dict)
+    records: dict[int, BlockRecord] = field(default_factory=dict)
+
+    def take(self, offset: int, data: bytes) -> None:
+        self.sha256.update(data)
+        if offset < _SAMPLE:
+            self.sample += data[: _SAMPLE - offset]
+        for start, nbytes in self.waiting.items():
+            if start <= offset < start + nbytes:
+                self.late[start] = self.late.get(start, b"") + data
+
+
+class HubDestination(Destination):
+    """A repository of the Hub, or a folder or file in it.
+
+    Args:
+        path: ``hf://org/name[@branch][/folder or file]``.
+        overwrite: a checkpoint that is there may be replaced; it stays in the repository's history.
+        private: make the repository, if there is none, a private one.
+        message: of the commit.
+        card: makes a model card where the repository has none.
+
+    Raises:
+        UsageError: the path is of something that is not written to.
+    """
+
+    in_order = True
+    passes = 2
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        overwrite: bool = False,
+        private: bool = False,
+        message: str | None = None,
+        card: Card | None = None,
+    ) -> None:
+        self.name = path
+        self._path = _writable(parse(path))
+        self._overwrite = overwrite
+        self._private = private
+        self._message = message
+        self._card = card
+        self._plan = Plan("", ())
+        self._fingerprint = ""
+        self._parent: str | None = None
+        self._there: tuple[str, ...] = ()
+        self._known: list[_Known] = []
+        self._advance: Callable[[int], None] = lambda nbytes: None
+
+    def begin(self, plan: Plan, fingerprint: str, *, share: Share | None, resume: bool) -> None:
+        if share is not None:
+            raise UsageError(
+                "is one commit, which several processes cannot make together",
+                path=self.name,
+                remedy="leave --share out, or write to a disk and upload that",
+            )
+        if not plan.is_directory and not self._path.inner:
+            raise UsageError(
+                "is a repository, and one file is to be written",
+                path=self.name,
+                remedy=f"name the file: {self._path.root}/model.{plan.format}",
+            )
+        self._plan, self._fingerprint = plan, fingerprint
+        self._look()
+        self._check_absent()
+        cut = cut_all(plan.files)
+        self._known = [
+            _Known({late.offset: file.parts[late.part].nbytes for late in waiting})
+            for file, waiting in zip(plan.files, cut.late, strict=True)
+        ]
+
+    def _look(self) -> None:
+        """See what is there and that it may be written to; make the repository if there is none."""
+        hub = library.library()
+        if library.is_offline():
+            raise OutputError(
+                "cannot be written to while HF_HUB_OFFLINE is set", path=self.name, remedy="unset HF_HUB_OFFLINE"
+            )
+        if hub.get_token() is None:
+            raise OutputError("nobody has logged in to the Hub", path=self.name, remedy=library.LOG_IN)
+        api, name = self._api(), self._path.repository
+        if not self._asked(lambda: api.repo_exists(name)):
+            self._asked(lambda: api.create_repo(name, private=self._private, exist_ok=True))
+        else:
+            self._asked(lambda: _check_may_write(api, name))
+            if self._private and not self._asked(lambda: api.repo_info(name)).private:
+                raise OutputError(
+                    "is there and public, and --private was asked for",
+                    path=self.name,
+                    remedy="choose another repository, or make this one private in its settings",
+                )
+        found = self._opened()
+        if found is None:
+            self._asked(lambda: api.create_branch(name, branch=self._branch, exist_ok=True))
+            found = self._opened()
+        assert found is not None
+        self._parent, self._there = found.repository.commit, tuple(found.repository.entries)
+
+    @property
+    def _branch(self) -> str:
+        return self._path.revision or MAIN
+
+    def _opened(self) -> HubPlace | None:
+        """The branch as it is now; None if there is none."""
+        try:
+            with _as_of_output():
+                return HubPlace(opened(self._path))
+        except library.NoRevisionError:
+            return None
+
+    def _api(self) -> Any:
+        return library.library().HfApi(library_name="anyckpt")
+
+    def _asked(self, call: Callable[[], Answer]) -> Answer:
+        with _as_of_output():
+            return library.asked(call, self.name)
+
+    def _inside(self, file: str) -> str:
+        return "/".join(filter(None, (self._path.inner, file)))
+
+    def _of_output(self) -> list[str]:
+        """Files that are where the output goes, and are not about the repository."""
+        if not self._plan.is_directory:
+            return [name for name in self._there if name == self._path.inner]
+        below = self._inside("")
+        found = [name for name in self._there if not below or name.startswith(f"{below}/")]
+        return [name for name in found if _OF_REPOSITORY.fullmatch(name) is None]
+
+    def _check_absent(self) -> None:
+        found = self._of_output()
+        if found and not self._overwrite:
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            raise OutputError(
+                "already has files",
+                path=self.name,
+                found=", ".join(found[:_SHOWN]) + more,
+                remedy="choose another repository, branch or folder, or pass --overwrite",
+            )
+
+    def records(self, fingerprint: str) -> dict[BlockKey, BlockRecord]:
+        return {}
+
+    def write(self, file: int, offset: int, data: Bytes) -> None:
+        self._known[file].take(offset, data.tobytes())
+
+    def sync(self, files: Collection[int]) -> None:
+        """Nothing is kept before the commit."""
+
+    def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
+        for (file, offset), record in blocks.items():
+            self._known[file].records[offset] = record
+
+    def seal(self, files: Collection[int]) -> None:
+        """Nothing is kept before the commit."""
+
+    def tell(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def publish(self, manifest: bytes) -> None:
+        hub = library.library()
+        additions = self._additions(hub, manifest)
+        gone = [hub.CommitOperationDelete(name) for name in self._replaced({one.path_in_repo for one in additions})]
+        api = self._api()
+        with library.quietly():
+            self._sending(
+                lambda: api.preupload_lfs_files(
+                    self._path.repository,
+                    additions=additions,
+                    revision=self._branch,
+                    num_threads=_FILES_AT_ONCE,
+                    free_memory=False,
+                )
+            )
+            self._sending(
+                lambda: api.create_commit(
+                    self._path.repository,
+                    operations=[*gone, *additions],
+                    commit_message=self._message or f"Add a checkpoint ({self._plan.format})",
+                    revision=self._branch,
+                    parent_commit=self._parent,
+                )
+            )
+        forget(self._path.repository)
+
+    def _additions(self, hub: Any, manifest: bytes) -> list[Any]:
+        cut, tiles, far = cut_all(self._plan.files), Tiles(_TILES), is_far(self._plan)
+        additions = []
+        about: dict[str, tuple[int, str]] = {}
+        for number, file in enumerate(self._plan.files):
+            known = self._known[number]
+            addition = hub.CommitOperationAdd(self._inside(file.path), b"")
+            addition.path_or_fileobj = PlannedFile(
+                file, cut.blocks[number], known.late, known.records, tiles, is_far=far, advance=self._advance
+            )
+            addition.upload_info = type(addition.upload_info)(  # it would read all of the file for its digest
+                size=file.nbytes, sample=known.sample, sha256=known.sha256.digest()
+            )
+            additions.append(addition)
+            about[file.path or self._path.inner] = (file.nbytes, known.sha256.hexdigest())
+        additions.append(hub.CommitOperationAdd(self._manifest_name(), manifest))
+        named = {addition.path_in_repo for addition in additions}
+        if self._card is not None and CARD not in (*self._there, *named):
+            additions.append(hub.CommitOperationAdd(CARD, self._card(about).encode()))
+        return additions
+
+    def _manifest_name(self) -> str:
+        if self._plan.is_directory:
+            return self._inside(MANIFEST_NAME)
+        folder, _, name = self._path.inner.rpartition("/")
+        return "/".join(filter(None, (folder, f".{name}{MANIFEST_NAME}")))
+
+    def _replaced(self, written: Collection[str]) -> list[str]:
+        """Files of a checkpoint that was there which the new one has not: those of its manifest, and other weights."""
+        if not self._plan.is_directory or not self._overwrite:
+            return []
+        manifest = self._manifest_there()
+        old = () if manifest is None else {self._inside(name) for name in manifest.files}
+        return [name for name in self._of_output() if name not in written and (name in old or _WEIGHTS.fullmatch(name))]
+
+    def _manifest_there(self) -> Manifest | None:
+        try:
+            return read_manifest(self.name.rstrip("/"), HubPlace(opened(self._path)))
+        except AnyckptError:
+            return None  # of a damaged one nothing is known, and whoever goes on meets what else it may be
+
+    def _sending(self, call: Callable[[], Any]) -> None:
+        """Have something sent, again if the trouble passes.
+
+        Raises:
+            AnyckptError: what keeps it from being sent, or what is wrong with the bytes.
+        """
+        try:
+            self._asked(lambda: self._unwrapped(call))
+        except _MetError as met:
+            raise met.error from None
+
+    def _unwrapped(self, call: Callable[[], Any]) -> Any:
+        """What a call gives, or raises at the bottom: huggingface_hub wraps what its threads raise."""
+        try:
+            return call()
+        except Exception as error:
+            chain: list[BaseException] = [error]
+            while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+                chain.append(cause)
+            own = next((one for one in chain if isinstance(one, AnyckptError)), None)
+            failure = next((one for one in chain if isinstance(one, library.failures())), None)
+            if own is not None:
+                raise _MetError(own) from None
+            if getattr(getattr(failure, "response", None), "status_code", None) == _MOVED_ON:
+                if self.is_published(self._fingerprint):
+                    return None  # the commit was made, and the answer was lost
+                raise _MetError(self._moved_on()) from None
+            if failure is not None:
+                raise failure from None
+            raise _MetError(OutputError(f"the Hub does not take it: {library.plain(error)}", path=self.name)) from None
+
+    def _moved_on(self) -> OutputError:
+        return OutputError(
+            "somebody else has made a commit there meanwhile",
+            path=self.name,
+            remedy="run it again: what is sent is not sent again",
+        )
+
+    def is_published(self, fingerprint: str) -> bool:
+        found = self._manifest_there()
+        return found is not None and found.plan == fingerprint
+
+    def close(self, failure: str = "") -> None:
+        self._known = []
+
+    def discard(self) -> None:
+        self._known = []
+
+
+def _writable(path: HubPath) -> HubPath:
+    if path.kind != "model" or path.is_commit:
+        raise UsageError(
+            "is not written to",
+            path=path.root,
+            expected="a branch of a model's repository",
+            found=f"a {path.kind}" if path.kind != "model" else "a commit",
+        )
+    return path
+
+
+def _check_may_write(api: Any, name: str) -> None:
+    """Raise what keeps the user from writing, as far as this release of huggingface_hub can ask for it."""
+    if hasattr(api, "auth_check") and "write" in signature(api.auth_check).parameters:
+        api.auth_check(name, write=True)
+
+
+@contextmanager
+def _as_of_output() -> Iterator[None]:
+    """Within, what the Hub does not do is an error of the output."""
+    try:
+        yield
+    except (OutputError, library.NoRevisionError):
+        raise
+    except AnyckptError as error:
+        raise error.told_as(OutputError) from None

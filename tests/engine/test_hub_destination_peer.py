@@ -1,0 +1,227 @@
+"""Outputs as commits to the Hub: whole, once, over nobody's work, and in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tests.cli.runner import Result, Runner
+from tests.hub import TOKEN, Hub, answering, blob, breaking, logged_in
+from tests.places import files_below
+from tests.support import fixture_path
+
+import anyckpt
+from anyckpt.errors import OutputError, UsageError
+from anyckpt.storage.hub import place
+
+pytest.importorskip("huggingface_hub")
+pytestmark = pytest.mark.peer
+
+LOCAL = fixture_path("families/llama/hf")
+LLAMA = files_below(LOCAL)
+MCORE = fixture_path("mcore/gpt_opt_plain/ckpt")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(capsys)
+
+
+@pytest.fixture(autouse=True)
+def user(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged_in(monkeypatch)
+
+
+def written(done: Result) -> Result:
+    assert done.code == 0, done.err
+    return done
+
+
+@pytest.mark.parametrize("part_size", [None, 50_000])
+def test_an_output_is_one_commit(hub: Hub, run: Runner, tmp_path: Path, part_size: int | None) -> None:
+    hub.part_size = part_size
+    written(run("convert", LOCAL, "hf://me/new", "--to", "hf", "--max-shard-size", "100kB"))
+    written(run("convert", LOCAL, tmp_path / "out", "--to", "hf", "--max-shard-size", "100kB"))
+    repository = hub.repositories["me/new"]
+    assert len(repository.commits) == 2, "one that made it, and one of ours"
+    found = dict(repository.files)
+    assert found.pop(".gitattributes") and found.pop("README.md")
+    wanted = files_below(tmp_path / "out")
+    assert found == wanted
+    assert not repository.private
+    assert written(run("verify", "hf://me/new", "--json")).json["checked"]["digests"]
+    assert run("diff", "hf://me/new", LOCAL).code == 0
+
+
+def test_the_card_says_what_is_known(hub: Hub, run: Runner) -> None:
+    hub.add("org/base", LLAMA)
+    written(run("convert", "hf:org/base", "hf:me/int8", "--to", "hf", "--quantize", "int8", "--private",
+                "--commit-message", "In eight bits"))  # fmt: skip
+    repository = hub.repositories["me/int8"]
+    assert repository.private and repository.messages[-1] == "In eight bits"
+    card = repository.files["README.md"].decode()
+    assert card.startswith(
+        '---\nlibrary_name: transformers\nbase_model:\n- "org/base"\nbase_model_relation: quantized\n'
+    )
+    (base,) = hub.repositories["org/base"].commits
+    assert base in card and "int8" in card and "license" not in card
+    rows = dict(re.findall(r"\| `(\S+)` \| [\d,]+ \| `([0-9a-f]{64})` \|", card))
+    assert rows["model.safetensors"] and str(LOCAL) not in card
+
+
+def test_a_card_that_is_there_stays(hub: Hub, run: Runner) -> None:
+    hub.add("me/m", {"README.md": b"mine", ".gitattributes": b""})
+    written(run("convert", LOCAL, "hf://me/m", "--to", "hf"))
+    assert hub.repositories["me/m"].files["README.md"] == b"mine"
+
+
+@pytest.mark.parametrize("name", ["model.nemo", "sub/model.safetensors", "model.pt", "x.ckpt"])
+def test_single_files_are_written(hub: Hub, run: Runner, tmp_path: Path, name: str) -> None:
+    local = tmp_path / Path(name).name
+    path = f"hf://me/new/{name}"
+    config = ["--config", str(LOCAL)] if name.endswith(".nemo") else []
+    written(run("convert", LOCAL, path, *config))
+    written(run("convert", LOCAL, local, *config))
+    files = hub.repositories["me/new"].files
+    assert files[name] == local.read_bytes()
+    assert written(run("verify", path)).code == 0
+    assert "already has files" in run("convert", LOCAL, path, *config).error
+    assert "one file is to be written" in run("convert", LOCAL, "hf://me/new", "--to", "safetensors").error
+
+
+def test_folders_and_branches(hub: Hub, run: Runner) -> None:
+    written(run("convert", LOCAL, "hf://me/m@dev/a/b", "--to", "megatron-core"))
+    repository = hub.repositories["me/m"]
+    assert "a/b/.metadata" in repository.commits[repository.branches["dev"]]
+    assert "a/b/.metadata" not in repository.files
+    assert run("diff", "hf://me/m@dev/a/b", LOCAL).code == 0
+
+
+def test_what_is_there_is_replaced_if_that_is_asked_for(hub: Hub, run: Runner) -> None:
+    written(run("convert", LOCAL, "hf://me/m", "--to", "hf", "--max-shard-size", "100kB"))
+    repository = hub.repositories["me/m"]
+    other = {**repository.files, "README.md": b"mine", "notes.txt": b"n", "pytorch_model.bin": b"old"}
+    before = repository.commit(other)
+    place.forget("me/m")
+    error = run("convert", LOCAL, "hf://me/m", "--to", "hf").error
+    assert "already has files" in error and "--overwrite" in error
+    assert repository.branches["main"] == before
+    written(run("convert", LOCAL, "hf://me/m", "--to", "hf", "--overwrite"))
+    assert sorted(repository.files) == sorted(
+        [".anyckpt-manifest.json", ".gitattributes", "README.md", "notes.txt", *LLAMA]
+    )
+    assert repository.files["README.md"] == b"mine"
+    assert run("diff", f"hf://me/m@{before}", LOCAL).code == 0, "history keeps it"
+
+
+def test_a_commit_of_another_is_not_lost(hub: Hub, run: Runner) -> None:
+    repository = hub.add("me/m", {})
+
+    def other(handler: object) -> bool:
+        if "/commit/" in handler.note.what and len(repository.commits) == 1:  # type: ignore[attr-defined]
+            repository.commit({"theirs.txt": b"x"})
+        return False
+
+    hub.faults.append(other)
+    error = run("convert", LOCAL, "hf://me/m", "--to", "hf").error
+    assert "somebody else has made a commit there meanwhile; run it again" in error
+    assert repository.files == {"theirs.txt": b"x"}
+
+
+@pytest.mark.parametrize("fault", ["busy", "reset", "lost answer", "busy commit"])
+def test_what_passes_is_waited_for(hub: Hub, run: Runner, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add("me/m", {})
+    if fault == "busy":
+        hub.faults.append(answering(503, 2))
+    elif fault == "reset":
+        hub.faults.append(breaking(2))
+    elif fault == "busy commit":
+        hub.faults.append(answering(503, 2, whom="hub", what="/commit/"))
+    else:
+        hub.faults.append(losing_the_answer())
+    written(run("convert", LOCAL, "hf://me/m", "--to", "hf"))
+    assert len(hub.repositories["me/m"].commits) == 2
+    assert run("diff", "hf://me/m", LOCAL).code == 0
+
+
+def losing_the_answer() -> object:
+    left = [1]
+
+    def fault(handler: object) -> bool:
+        if "/commit/" not in handler.note.what or not left[0]:  # type: ignore[attr-defined]
+            return False
+        left[0] = 0
+        real = handler.send  # type: ignore[attr-defined]
+        handler.send = lambda *a, **k: None  # type: ignore[attr-defined]
+        name, revision = re.findall(r"/api/models/(.+)/commit/(.+)", handler.path)[0]  # type: ignore[attr-defined]
+        handler._commit(name, revision)  # type: ignore[attr-defined]
+        handler.send = real  # type: ignore[attr-defined]
+        handler.close_connection = True  # type: ignore[attr-defined]
+        handler.connection.shutdown(2)  # type: ignore[attr-defined]
+        return True
+
+    return fault
+
+
+def test_a_run_that_dies_leaves_nothing_and_sends_little_again(
+    hub: Hub, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add("me/m", {})
+    hub.faults.append(answering(500, 99, whom="hub", what="/commit/"))
+    words = ("convert", LOCAL, "hf://me/m", "--to", "hf", "--max-shard-size", "100kB")
+    assert "the Hub answers with HTTP 500; try again later" in run(*words).error
+    assert hub.repositories["me/m"].files == {}
+    sent = len(hub.of("storage", "PUT"))
+    assert sent
+    hub.faults.clear()
+    written(run(*words, "--resume"))
+    assert len(hub.of("storage", "PUT")) == sent, "the Hub has them"
+    place.forget("me/m")
+    again = written(run(*words, "--resume", "--json"))
+    assert again.json["bytes_read"] == 0 and len(hub.repositories["me/m"].commits) == 2
+
+
+def test_refusals(hub: Hub, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("me/m", {})
+    to = ("--to", "hf")
+    assert "leave --share out" in run("convert", LOCAL, "hf://me/m", *to, "--share", "1/2").error
+    assert "a branch of a model's repository" in run("convert", LOCAL, "hf://datasets/me/m", *to).error
+    assert "found a commit" in run("convert", LOCAL, f"hf://me/m@{blob(b'')}", *to).error
+    assert "is there and public" in run("convert", LOCAL, "hf://me/m", *to, "--private").error
+    assert "are for the Hub" in run("convert", LOCAL, "/nonexistent/x", *to, "--private").error
+    hub.may_write = False
+    for path in ("hf://me/m", "hf://me/new"):
+        error = run("convert", LOCAL, path, *to).error
+        assert "does not allow this with the token" in error and TOKEN not in error
+    monkeypatch.delenv("HF_TOKEN")
+    assert (
+        "nobody has logged in to the Hub; log in with `hf auth login`" in run("convert", LOCAL, "hf://me/m", *to).error
+    )
+    assert list(hub.repositories) == ["me/m"] and hub.repositories["me/m"].files == {}
+
+
+def test_bytes_that_come_out_otherwise_are_not_sent(hub: Hub) -> None:
+    import numpy as np
+
+    array = np.arange(400_000, dtype=np.float32)
+
+    def changing(done: int, total: int) -> None:
+        if done >= total // 2:
+            array[7] += 1
+
+    with pytest.raises((anyckpt.FormatError, OutputError), match="came out otherwise"):
+        anyckpt.save({"w": array}, "hf://me/m/w.safetensors", progress=changing)
+    assert list(hub.repositories["me/m"].files) == [".gitattributes"]
+    with pytest.raises(UsageError):
+        anyckpt.save({"w": array}, "hf://datasets/me/m/w.safetensors")
+
+
+def test_progress_counts_what_is_sent(hub: Hub) -> None:
+    seen: list[tuple[int, int]] = []
+    done = anyckpt.convert(LOCAL, "hf://me/m", to="hf", progress=lambda *at: seen.append(at))
+    assert max(seen) == (2 * done.bytes_written, 2 * done.bytes_written)
+    assert json.loads(hub.repositories["me/m"].files["config.json"])["model_type"] == "llama"
