@@ -243,6 +243,13 @@ _NET_IN_CORE = "and in Megatron-Core's own gated delta net, of which what is sav
 _NET_NORM = ("linear_attn.norm.weight",)
 _SOME_NETS = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
 
+_LATENT = {
+    **_SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 20, "n_routed_experts": 8, "num_experts_per_tok": 4,
+    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 12,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16,
+    "index_topk": 6,
+}  # fmt: skip
+
 NO_NEMO_1 = {"nemo": "NeMo 1 has no models of family"}
 NO_NEMO_2 = {"nemo2": "NeMo 2 has no models of family"}
 _NO_NEMO = {**NO_NEMO_1, **NO_NEMO_2}
@@ -462,6 +469,11 @@ PROOFS: dict[str, Proof] = {
             tie_word_embeddings=False,
         ),
         tiny("smollm3-rotary", "smollm3", _CORE_ALONE, **GROUPED, no_rope_layers=[1] * 4),
+    ),
+    "deepseek-v3.2": proof(tiny("deepseek-v3.2", "deepseek_v32", _NO_NEMO, **_LATENT)),
+    "glm-moe-dsa": proof(
+        tiny("glm-5", "glm_moe_dsa", _NO_NEMO, **{**_LATENT, "n_group": 1, "topk_group": 1}),
+        note="layers that share the tokens another layer's indexer chose are refused",
     ),
     "falcon": proof(
         fixture("falcon_seq_mqa"),

@@ -50,7 +50,10 @@ _DELTA = (
     Field("linear_num_key_heads", "linear_num_key_heads", default=16),
     Field("linear_num_value_heads", "linear_num_value_heads", default=32),
 )
-_VARIANT, DELTA_NET = "experimental_attention_variant", "gated_delta_net"
+_VARIANT, DELTA_NET, INDEXED = "experimental_attention_variant", "gated_delta_net", "dsa"
+_INDEXER = tuple(
+    Field(name, name, default=None) for name in ("dsa_indexer_n_heads", "dsa_indexer_head_dim", "dsa_indexer_topk")
+)
 _ATTENTION = (
     Field("attention_output_gate", "attention_output_gate", "flag", False),
     Field("softmax_type", "softmax_type", "text", "vanilla"),
@@ -103,6 +106,8 @@ def block_sizes(reader: Reader, defaults: Mapping[str, Any], common: Mapping[str
         found["heterogeneous_blocks"] = decode(blocks, common["num_attention_heads"], common["hidden_size"])
     if reader.values.get("multi_latent_attention", defaults.get("multi_latent_attention")):
         found |= {"multi_latent_attention": True, **reader.fields(_LATENT, defaults)}
+    if reader.values.get(_VARIANT, defaults.get(_VARIANT)) == INDEXED:
+        found |= reader.fields(_INDEXER, defaults)
     if reader.values.get(_VARIANT, defaults.get(_VARIANT)) == DELTA_NET and common["num_layers"]:
         found["linear_attention_freq"] = _linear_layers(reader, common["num_layers"])
         found |= reader.fields(_DELTA, defaults)
@@ -166,6 +171,8 @@ def render_blocks(config: ModelConfig, experts: str = "num_moe_experts") -> dict
     if config.hybrid_override_pattern is not None:
         rendered |= {"hybrid_override_pattern": config.hybrid_override_pattern, **render_fields(_MAMBA, config)}
         rendered["is_hybrid_model"] = True
+    if config.dsa_indexer_n_heads is not None:
+        rendered |= {_VARIANT: INDEXED, **render_fields(_INDEXER, config)}
     if config.linear_attention_freq is not None:
         rendered |= {_VARIANT: DELTA_NET, **render_fields(_DELTA, config)}
         rendered["linear_attention_freq"] = list(config.linear_attention_freq)

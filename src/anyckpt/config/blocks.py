@@ -52,6 +52,9 @@ class BlockConfig:
         linear_value_head_dim: width of a head of its values.
         linear_num_key_heads: heads of its queries and keys.
         linear_num_value_heads: heads of its values, a multiple.
+        dsa_indexer_n_heads: heads of the indexer that chooses which tokens latent attention sees; None if it sees all.
+        dsa_indexer_head_dim: width of one.
+        dsa_indexer_topk: how many tokens it chooses.
         heterogeneous_blocks: what each layer is, where they differ in width, in query groups, or in what they are;
             None if they do not.
         softmax_type: ``vanilla``, or ``learnable`` for an attention sink per head.
@@ -99,6 +102,9 @@ class BlockConfig:
     linear_value_head_dim: int | None = None
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
+    dsa_indexer_n_heads: int | None = None
+    dsa_indexer_head_dim: int | None = None
+    dsa_indexer_topk: int | None = None
     heterogeneous_blocks: tuple[LayerBlock, ...] | None = None
     softmax_type: str = "vanilla"
     glu_linear_offset: float = 0.0
@@ -130,6 +136,7 @@ _SIZES = tuple(
     moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     mtp_num_layers mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim attention_chunk_size
     linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads
+    dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
     """.split()
 )
 _LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")

@@ -53,6 +53,10 @@ _ANYWHERE = (
     "linear_value_head_dim",
     "linear_num_key_heads",
     "linear_num_value_heads",
+    "dsa_indexer_n_heads",
+    "dsa_indexer_head_dim",
+    "dsa_indexer_topk",
+    "dsa_indexer_rope_interleaved",
     ENCODED,
 )
 _EXPERTS = tuple(
@@ -151,8 +155,9 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
         }
     if arguments.get(_LAYER_SPEC):
         fields["transformer_layer_spec"] = {"_target_": arguments[_LAYER_SPEC], "_call_": False}
-    if "linear_attention_freq" in fields:
+    if "experimental_attention_variant" in fields:
         fields["transformer_layer_spec"] = {"_target_": _VARIANTS, "_partial_": True, "_args_": []}
+    if "linear_attention_freq" in fields:
         fields["hetereogenous_dist_checkpoint"] = True
     if provider == GEMMA3:
         fields |= _local_and_global(arguments, fields)

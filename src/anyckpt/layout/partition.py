@@ -90,6 +90,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("**.mixer.{A_log,D,dt_bias}", "column"),
     ("**.mixer.out_proj.weight", "row"),
     ("**.mixer.out_proj.bias", "replicated"),
+    # the indexer of sparse attention
+    ("**.core_attention.indexer.{linear_wq_b,linear_wk,k_norm,linear_weights_proj}.{weight,bias}", "replicated"),
     # gated delta nets
     ("**.self_attention.in_proj.{weight,bias}", "delta-in"),
     ("**.self_attention.conv1d.{weight,bias}", "delta-conv"),

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from anyckpt.facts import FamilyFacts
 
 _BUILT_IN = (
-    "mixtral", "llama4", "qwen3_next", "qwen3_5_moe", "qwen3_5", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2",
-    "gpt_oss", "mamba2", "nemotron_h",
-    "qwen2", "qwen3", "gemma3", "gemma2", "gemma", "recurrent_gemma", "phi3", "starcoder2", "nemotron", "gpt2",
-    "gpt_bigcode", "gpt_neox", "mpt", "falcon", "mistral", "llama_nemotron", "smollm3", "llama", "baichuan", "chatglm",
-    "glm", "megatron_bert", "bert", "t5", "clip_vision", "vit",
-    "glm4_moe", "glm4_moe_lite", "seed_oss", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "exaone4",
-    "ernie4_5", "ernie4_5_moe", "cohere2", "hunyuan_dense", "internlm3", "ministral3", "minimax_m2",
+    "mixtral", "llama4", "qwen3_next", "qwen3_5_moe", "qwen3_5", "qwen3_moe", "qwen2_moe", "deepseek_v32",
+    "glm_moe_dsa", "deepseek_v3", "deepseek_v2", "gpt_oss", "mamba2", "nemotron_h", "qwen2", "qwen3", "gemma3",
+    "gemma2", "gemma", "recurrent_gemma", "phi3", "starcoder2", "nemotron", "gpt2", "gpt_bigcode", "gpt_neox", "mpt",
+    "falcon", "mistral", "llama_nemotron", "smollm3", "llama", "baichuan", "chatglm", "glm", "megatron_bert", "bert",
+    "t5", "clip_vision", "vit", "glm4_moe", "glm4_moe_lite", "seed_oss", "olmo2", "olmo3", "olmoe", "granite",
+    "granitemoe", "exaone4", "ernie4_5", "ernie4_5_moe", "cohere2", "hunyuan_dense", "internlm3", "ministral3",
+    "minimax_m2",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 
