@@ -210,6 +210,13 @@ MAMBA = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 
+NEMOTRON_3 = {
+    **_WIDE, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "num_hidden_layers": 4,
+    "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40,
+    "moe_latent_size": 20, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+
 _BERT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
     "max_position_embeddings": 64,
@@ -593,7 +600,10 @@ PROOFS: dict[str, Proof] = {
     "nemotron": proof(
         fixture("nemotron"), tiny("nemotron-biased", "nemotron", **GROUPED, mlp_bias=True, attention_bias=True)
     ),
-    "nemotron-h": proof(fixture("nemotron_h", NO_NEMO_1)),
+    "nemotron-h": proof(
+        fixture("nemotron_h", NO_NEMO_1),
+        tiny("nemotron-3-super", "nemotron_h", NO_NEMO_1, **NEMOTRON_3),
+    ),
     "phi3": proof(fixture("phi3"), tiny("phi4-partial", "phi3", **GROUPED, rope_parameters=_PARTIAL)),
     "qwen2": proof(
         fixture("qwen2"),

@@ -57,6 +57,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 _OF_LAYERS = {
     "layers_block_type", "hybrid_override_pattern", "block_configs", "no_rope_layers", "moe_layers", "mlp_only_layers",
+    "mlp_layer_types",
 }  # fmt: skip
 """Keys that say something of each layer: with one of them the number of layers stays."""
 

@@ -31,8 +31,12 @@ def identified(name: str, **config: Any) -> models.Model:
 def with_layers_after(name: str) -> Opened:
     """The sample with a layer of multi-token prediction."""
     checkpoint = SAMPLES[name].open()[0]
-    config = {**checkpoint.config, "num_nextn_predict_layers": 1}
-    model = models.identify(replace(checkpoint, config=config, tensors={}))
+    return made(name, {**checkpoint.config, "num_nextn_predict_layers": 1})
+
+
+def made(name: str, config: dict[str, Any]) -> Opened:
+    """A model of such a configuration, of random values."""
+    model = models.identify(Checkpoint(name, "hf", {}, dialect="hf", config=config, config_kind="hf"))
     assert model is not None
     tensors = {}
     for item in model.definition.expected(model.config):
@@ -231,3 +235,36 @@ def test_queries_of_ministral_that_grow_are_told() -> None:
     assert (whole.config.rope_scaling or {})["llama_4_scaling_beta"] == 0.1
     repeated = {**model.config.rope_scaling, "rope_theta": 1e4, "max_position_embeddings": 64}  # type: ignore[dict-item]
     assert identified("ministral3", rope_parameters=repeated).config.rope_scaling == model.config.rope_scaling
+
+
+def test_a_step_of_multi_token_prediction_of_nemotron(tmp_path: Path) -> None:
+    """The published files count its layers from 0, and have what joins and ends the step on the first and last."""
+    sample = SAMPLES["nemotron-3-super"].open()[0]
+    config = {**sample.config, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
+    checkpoint, model = made(sample.path, config)
+    after = [key for key in checkpoint.tensors if key.startswith("mtp.")]
+    assert {"mtp.layers.0.eh_proj.weight", "mtp.layers.0.enorm.weight", "mtp.layers.0.mixer.q_proj.weight"} <= {*after}
+    assert {"mtp.layers.1.mixer.experts.3.up_proj.weight", "mtp.layers.1.final_layernorm.weight"} <= {*after}
+    assert "mtp.layers.0.final_layernorm.weight" not in after
+    hub = models.to_hub(checkpoint, model)
+    assert "mtp.layers.0.transformer_layer.layers.1.mlp.fc1_latent_proj.weight" in hub.tensors
+    for dialect in ("hub", "megatron-core"):
+        named = models.from_hub(hub, dialect).tensors
+        arguments = models.render_config(model, "megatron-args")
+        assert arguments["hybrid_override_pattern"] == "ME*E/*E"
+        between = replace(with_weights(checkpoint, named), config=arguments, config_kind="megatron-args")
+        again = models.identify(between)
+        assert again is not None
+        assert (again.family, again.config.mtp_hybrid_override_pattern) == ("nemotron-h", "*E")
+        assert facts(models.from_hub(models.to_hub(between, again), "hf").tensors) == facts(checkpoint.tensors)
+    assert "mtp_layers_block_type" in models.render_config(model, "hf")
+    source = replace(checkpoint, path=str(somewhere(tmp_path)))
+    anyckpt.convert(source, tmp_path / "two", to="megatron-lm", layout=LayoutRequest(tensor_parallel=2))
+    anyckpt.convert(tmp_path / "two", tmp_path / "back", to="hf")
+    assert facts(anyckpt.open(tmp_path / "back").tensors) == facts(checkpoint.tensors)
+
+
+@pytest.mark.parametrize("wrong", [{"num_nextn_predict_layers": 2}, {"mtp_hybrid_override_pattern": "*Q"}])
+def test_steps_that_nemotron_has_not(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MappingError, match="layers of multi-token prediction are not those"):
+        identified("nemotron-3-super", **{"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", **wrong})

@@ -29,6 +29,7 @@ _EXPERTS = (
     Field("moe_aux_loss_coeff", "moe_aux_loss_coeff", "number", 0.0),
     Field("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=None),
     Field("moe_shared_expert_gate", "moe_shared_expert_gate", "flag", False),
+    Field("moe_latent_size", "moe_latent_size", default=None, terse=True),
 )
 _LATENT = (
     Field("q_lora_rank", "q_lora_rank", default=None),
@@ -97,7 +98,7 @@ def block_sizes(reader: Reader, defaults: Mapping[str, Any], common: Mapping[str
     """
     found: dict[str, Any] = reader.fields(_ATTENTION[:1], defaults)
     pattern, further = _pattern(reader, defaults)
-    found["mtp_num_layers"] = reader.integer("mtp_num_layers") or further
+    found["mtp_num_layers"] = reader.integer("mtp_num_layers") or len(further) or None
     experts = next((count for key in _COUNTS if (count := reader.integer(key))), None) or defaults.get(_COUNTS[0])
     if experts and "E" in (pattern or "E"):  # NeMo 1's megatron_mamba_config.yaml has 16 of which no layer is made
         found["num_moe_experts"] = experts
@@ -113,6 +114,7 @@ def block_sizes(reader: Reader, defaults: Mapping[str, Any], common: Mapping[str
         found |= reader.fields(_DELTA, defaults)
     if pattern or reader.values.get("is_hybrid_model"):
         found |= {"hybrid_override_pattern": pattern, **reader.fields(_MAMBA, defaults)}
+        found["mtp_hybrid_override_pattern"] = further[0] if further else None
         if found["mamba_num_heads"] is None and common["hidden_size"]:
             # Megatron-Core's default: twice the model's width
             found["mamba_num_heads"] = 2 * common["hidden_size"] // max(1, found["mamba_head_dim"])
@@ -139,15 +141,15 @@ def parse_blocks(reader: Reader, defaults: Mapping[str, Any], found: Mapping[str
     return fields
 
 
-def _pattern(reader: Reader, defaults: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """A letter per layer of a hybrid model, and how many layers of multi-token prediction follow.
+def _pattern(reader: Reader, defaults: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """A letter per layer of a hybrid model, and of each step of multi-token prediction that follows.
 
     Megatron-Core writes ``/`` before the layers of each of these, and since its ``hybrid_layer_pattern`` ``|`` between
     pipeline stages.
     """
     stated = reader.text("hybrid_layer_pattern") or reader.text("hybrid_override_pattern")
     body, *further = (stated or defaults.get("hybrid_override_pattern") or "").split("/")
-    return body.replace("|", "") or None, len(further) or None
+    return body.replace("|", "") or None, further
 
 
 def render_blocks(config: ModelConfig, experts: str = "num_moe_experts") -> dict[str, Any]:
@@ -169,7 +171,11 @@ def render_blocks(config: ModelConfig, experts: str = "num_moe_experts") -> dict
     if config.multi_latent_attention:
         rendered |= {"multi_latent_attention": True, **render_fields(_LATENT, config)}
     if config.hybrid_override_pattern is not None:
-        rendered |= {"hybrid_override_pattern": config.hybrid_override_pattern, **render_fields(_MAMBA, config)}
+        steps = [config.mtp_hybrid_override_pattern or ""] * (config.mtp_num_layers or 0)
+        rendered |= {
+            "hybrid_override_pattern": "/".join([config.hybrid_override_pattern, *steps]),
+            **render_fields(_MAMBA, config),
+        }
         rendered["is_hybrid_model"] = True
     if config.dsa_indexer_n_heads is not None:
         rendered |= {_VARIANT: INDEXED, **render_fields(_INDEXER, config)}

@@ -33,6 +33,8 @@ class BlockConfig:
         moe_aux_loss_coeff: weight of the loss that balances experts.
         moe_shared_expert_intermediate_size: width of the expert that every token goes to; None if there is none.
         moe_shared_expert_gate: its output is multiplied by a gate.
+        moe_latent_size: width of what experts take and give, where tokens are projected to and from it; None for the
+            model's width.
         multi_latent_attention: keys, values and perhaps queries come from a narrow latent vector.
         q_lora_rank: width of the queries' latent; None if queries have none.
         kv_lora_rank: width of the keys' and values' latent.
@@ -41,6 +43,7 @@ class BlockConfig:
         v_head_dim: width of a value head.
         mtp_num_layers: layers behind the last that predict further tokens; None if there are none.
         hybrid_override_pattern: a letter per layer: M Mamba-2, * attention, - MLP, E experts; None if not hybrid.
+        mtp_hybrid_override_pattern: the same of the layers of one step of multi-token prediction.
         mamba_num_heads: heads of a Mamba-2 mixer.
         mamba_head_dim: width of one.
         mamba_num_groups: groups that share B and C.
@@ -83,6 +86,7 @@ class BlockConfig:
     moe_aux_loss_coeff: float = 0.0
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
+    moe_latent_size: int | None = None
     multi_latent_attention: bool = False
     q_lora_rank: int | None = None
     kv_lora_rank: int | None = None
@@ -91,6 +95,7 @@ class BlockConfig:
     v_head_dim: int | None = None
     mtp_num_layers: int | None = None
     hybrid_override_pattern: str | None = None
+    mtp_hybrid_override_pattern: str | None = None
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
     mamba_num_groups: int | None = None
@@ -132,7 +137,7 @@ class BlockConfig:
 
 _SIZES = tuple(
     """
-    num_moe_experts moe_router_topk moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk
+    num_moe_experts moe_router_topk moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk moe_latent_size
     moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     mtp_num_layers mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim attention_chunk_size
     linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads

@@ -64,6 +64,7 @@ _EXPERTS = tuple(
     moe_router_topk moe_ffn_hidden_size moe_router_pre_softmax moe_router_score_function
     moe_router_enable_expert_bias moe_router_num_groups moe_router_group_topk moe_router_topk_scaling_factor
     moe_aux_loss_coeff moe_shared_expert_intermediate_size moe_shared_expert_gate moe_layer_freq moe_grouped_gemm
+    moe_latent_size
     moe_token_dispatcher_type moe_router_load_balancing_type moe_apply_probs_on_input
     """.split()
 )

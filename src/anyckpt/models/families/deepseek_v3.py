@@ -147,7 +147,14 @@ FIELDS = (
 
 
 class Layers(Codec):
-    """Dense layers before those with experts, and experts for every token as one as wide as they are together."""
+    """Dense layers before those with experts, and experts for every token as one as wide as they are together.
+
+    Attributes:
+        of: what the layers are of, for messages.
+    """
+
+    def __init__(self, of: str = "DeepSeek") -> None:
+        self.of = of
 
     hubs = ("moe_layer_freq", "moe_shared_expert_intermediate_size")
     keys: tuple[str, ...] = ("n_shared_experts", "first_k_dense_replace", "moe_layer_freq")
@@ -169,7 +176,7 @@ class Layers(Codec):
         width, each = config.moe_shared_expert_intermediate_size or 0, config.moe_ffn_hidden_size or 1
         if dense != list(range(len(dense))) or width % each:
             raise MappingError(
-                "transformers has no such layers",
+                f"transformers' {self.of} has no such layers",
                 expected="dense layers first, and a shared expert as wide as so many experts",
                 found=f"dense layers {dense[:8]}, widths {width} and {each}",
             )

@@ -45,8 +45,10 @@ class _Layers(Codec):
 
     def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
         having = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+        if not having:
+            return dict(zip(self.keys, (config.num_layers, config.num_layers - 1, 1), strict=True))
         every = having[1] - having[0] if len(having) > 1 else 1
-        if not having or having != list(range(having[0], having[-1] + 1, every)) or (having[0] + 1) % every:
+        if having != list(range(having[0], having[-1] + 1, every)) or (having[0] + 1) % every:
             raise MappingError(
                 "transformers' ERNIE has no such layers",
                 expected="experts in every so many layers between two",

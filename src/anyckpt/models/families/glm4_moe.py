@@ -53,7 +53,7 @@ FAMILY = Family(
         expected={"norm_topk_prob": True},
         rotary_percent=0.5,
         attention_bias=None,
-        codecs=(deepseek_v3.Layers(), deepseek_v3.SIGMOID, *deepseek_v3.MULTI_TOKEN),
+        codecs=(deepseek_v3.Layers("GLM"), deepseek_v3.SIGMOID, *deepseek_v3.MULTI_TOKEN),
         variants=sparse.STACKED,
     ),
 )

@@ -68,7 +68,7 @@ FAMILY = Family(
         expected=_EXPECTED,
         codecs=(
             *(row for row in deepseek_v3.CODECS if not isinstance(row, deepseek_v3.Layers)),
-            _Layers(),
+            _Layers("GLM"),
             deepseek_v3.SIGMOID,
             *deepseek_v3.MULTI_TOKEN,
         ),

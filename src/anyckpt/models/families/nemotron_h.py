@@ -21,7 +21,7 @@ from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import caveats, decoder
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
-from anyckpt.models.language.rules import Condition, Rule
+from anyckpt.models.language.rules import Condition, Rule, has
 
 _LAYER = "backbone.layers.*"
 _MIXER = f"{_LAYER}.mixer"
@@ -44,6 +44,10 @@ def _shared(config: ModelConfig, indices: tuple[int, ...]) -> bool:
 
 def _biased(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return config.moe_router_enable_expert_bias and _EXPERTS(config, indices)
+
+
+def _narrow(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    return config.moe_latent_size is not None and _EXPERTS(config, indices)
 
 
 _MAMBA, _ATTENTION, _MLP, _EXPERTS = (_kind(letter) for letter in "M*-E")
@@ -71,9 +75,13 @@ RULES = (
     Rule((f"{_LAYER}.norm.weight",), f"{_HUB}.pre_mlp_layernorm.weight", ("hidden",), when=_EXPERTS),
     Rule((f"{_MIXER}.gate.weight",), f"{_HUB}.mlp.router.weight", ("experts", "hidden"), when=_EXPERTS),
     Rule((f"{_MIXER}.gate.e_score_correction_bias",), f"{_HUB}.mlp.router.expert_bias", ("experts",), when=_biased),
-    Rule((f"{_MIXER}.experts.*.up_proj.weight",), f"{_HUB}.mlp.experts.linear_fc1.weight*", ("expert-ffn", "hidden"),
+    Rule((f"{_MIXER}.fc1_latent_proj.weight",), f"{_HUB}.mlp.fc1_latent_proj.weight", ("latent", "hidden"),
+         when=_narrow, partition="replicated"),
+    Rule((f"{_MIXER}.fc2_latent_proj.weight",), f"{_HUB}.mlp.fc2_latent_proj.weight", ("hidden", "latent"),
+         when=_narrow, partition="replicated"),
+    Rule((f"{_MIXER}.experts.*.up_proj.weight",), f"{_HUB}.mlp.experts.linear_fc1.weight*", ("expert-ffn", "latent"),
          when=_EXPERTS),
-    Rule((f"{_MIXER}.experts.*.down_proj.weight",), f"{_HUB}.mlp.experts.linear_fc2.weight*", ("hidden", "expert-ffn"),
+    Rule((f"{_MIXER}.experts.*.down_proj.weight",), f"{_HUB}.mlp.experts.linear_fc2.weight*", ("latent", "expert-ffn"),
          when=_EXPERTS),
     Rule((f"{_MIXER}.shared_experts.up_proj.weight",), f"{_HUB}.mlp.shared_experts.linear_fc1.weight",
          ("shared-ffn", "hidden"), when=_shared),
@@ -82,6 +90,51 @@ RULES = (
     Rule(("backbone.norm_f.weight",), "decoder.final_norm.weight", ("hidden",)),
     Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
+
+
+_MTP, _STEP = "mtp.layers.*", "mtp.layers.0"
+_MOST_LAYERS = 8
+
+
+def _in_step(inner: Condition) -> Condition:
+    def condition(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+        return inner(replace(config, hybrid_override_pattern=config.mtp_hybrid_override_pattern), indices)
+
+    return condition
+
+
+def _layers_of_step(config: ModelConfig) -> range:
+    return range(len(config.mtp_hybrid_override_pattern or "") if config.mtp_num_layers else 0)
+
+
+def _ends_at(layer: int) -> Condition:
+    return lambda config, indices: (
+        bool(config.mtp_num_layers) and len(config.mtp_hybrid_override_pattern or "") == layer
+    )
+
+
+MTP_RULES = (
+    *(
+        replace(rule, hub=rule.hub.replace(_HUB, f"{_STEP}.transformer_layer.layers.*"),
+                source=tuple(name.replace(_LAYER, _MTP) for name in rule.source), when=_in_step(rule.when),
+                axes=("mtp-layer", "expert"))
+        for rule in RULES
+        if rule.hub.startswith(_HUB)
+    ),
+    *(
+        Rule((f"{_STEP}.{name}.weight",), f"{_STEP}.{name}.weight", shape, when=has("mtp_num_layers"))
+        for name, shape in (("enorm", ("hidden",)), ("hnorm", ("hidden",)), ("eh_proj", ("hidden", "twice-hidden")))
+    ),
+    *(
+        Rule((f"mtp.layers.{layer}.final_layernorm.weight",), f"{_STEP}.final_layernorm.weight", ("hidden",),
+             when=_ends_at(layer + 1))
+        for layer in range(_MOST_LAYERS)
+    ),
+)  # fmt: skip
+"""One step of multi-token prediction: layers of its own, what joins the embedding before them, and a norm after them.
+
+Names are those of Megatron-Bridge 0.6; transformers does not use these layers.
+"""
 
 
 def _in_memory(pattern: str) -> str:
@@ -111,6 +164,8 @@ def _states(config: ModelConfig) -> int:
 
 
 DIMENSIONS = {
+    "latent": lambda config: config.moe_latent_size or config.hidden_size,
+    "twice-hidden": lambda config: 2 * config.hidden_size,
     "mamba-heads": lambda config: config.mamba_num_heads or 0,
     "mamba-inner": _inner,
     "mamba-conv": lambda config: _inner(config) + 2 * _states(config),
@@ -126,7 +181,6 @@ _FIXED: Mapping[str, Any] = {
     "use_conv_bias": True,
     "mamba_hidden_act": "silu",
     "norm_topk_prob": True,
-    "moe_latent_size": None,
 }
 """What a model must be for Megatron-Core to have its layers, and transformers' defaults."""
 
@@ -135,6 +189,7 @@ _OF_EXPERTS = (
     Field("moe_router_topk", "num_experts_per_tok"),
     Field("moe_ffn_hidden_size", "moe_intermediate_size"),
     Field("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=None),
+    Field("moe_latent_size", "moe_latent_size", default=None),
     Field("moe_router_num_groups", "n_group", default=None),
     Field("moe_router_group_topk", "topk_group", default=None),
     Field("moe_router_topk_scaling_factor", "routed_scaling_factor", "number", 1.0),
@@ -178,10 +233,44 @@ class _Pattern(Codec):
         }
 
 
+class _Step(Codec):
+    """What each layer of a step of multi-token prediction is, in words or in letters."""
+
+    hubs = ("mtp_num_layers", "mtp_hybrid_override_pattern")
+    keys = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern", "mtp_layers_block_type")
+
+    def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+        steps = reader.integer("num_nextn_predict_layers") or 0
+        if not steps:
+            return dict.fromkeys(self.hubs)
+        words, letters = reader.values.get("mtp_layers_block_type"), reader.text("mtp_hybrid_override_pattern")
+        if letters is None and isinstance(words, list):
+            known = {**_WORDS, **_OLD_WORDS}
+            letters = "".join(known.get(word, "?") if isinstance(word, str) else "?" for word in words)
+        if steps != 1 or not letters or len(letters) > _MOST_LAYERS or set(letters) - _LETTERS.keys():
+            raise MappingError(
+                "config.json's layers of multi-token prediction are not those of such a model",
+                expected=f"one step, and mtp_hybrid_override_pattern of up to {_MOST_LAYERS} of {' '.join(_LETTERS)}",
+                found=f"{steps} of {letters if letters else words!r}"[:80],
+            )
+        return {"mtp_num_layers": 1, "mtp_hybrid_override_pattern": letters}
+
+    def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
+        letters = config.mtp_hybrid_override_pattern if config.mtp_num_layers else None
+        if not letters:
+            return {}
+        notes.append("transformers does not use the layers of multi-token prediction that are written")
+        return {
+            "num_nextn_predict_layers": config.mtp_num_layers,
+            "mtp_hybrid_override_pattern": letters,
+            "mtp_layers_block_type": [_LETTERS[letter] for letter in letters],
+        }
+
+
 FAMILY = Family(
     name="nemotron-h",
-    title="Nemotron-H, Nemotron 3 Nano",
-    rules=RULES,
+    title="Nemotron-H, Nemotron 3 Nano, Super, Ultra",
+    rules=(*RULES, *MTP_RULES),
     traits={
         "normalization": "RMSNorm",
         "layernorm_zero_centered_gamma": False,
@@ -195,7 +284,9 @@ FAMILY = Family(
     },
     features=frozenset({
         "hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model", "num_moe_experts", "num_experts",
+        "mtp_num_layers",
     }),
+    axes={"mtp-layer": _layers_of_step},
     recognise=lambda config: config.hybrid_override_pattern is not None and config.activation in _ACTIVATIONS,
     caveats=caveats.of_kind(
         "nemo2",
@@ -218,8 +309,7 @@ FAMILY = Family(
             *_OF_EXPERTS,
         ),
         activation_key="mlp_hidden_act",
-        codecs=(Fixed(_FIXED, "what Megatron-Core's layers are"), _Pattern()),
-        keys=frozenset({"mtp_layers_block_type"}),
+        codecs=(Fixed(_FIXED, "what Megatron-Core's layers are"), _Pattern(), _Step()),
         variants=_VARIANTS,
     ),
     nemo2=NeMo2(
