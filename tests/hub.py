@@ -206,6 +206,8 @@ class _Storage(Handler):
     def _object(self, oid: str) -> None:
         if self.path.partition("?signature=")[2] not in self.hub.signatures:
             self.send(403, b"<Error><Code>AccessDenied</Code></Error>")
+        elif self.command == "PUT" and sha256(self.body) != oid:
+            self.send(400, b"<Error><Code>BadDigest</Code></Error>")
         elif self.command == "PUT":
             self.hub.objects[oid] = self.body
             self.send(200, b"", {"ETag": '"e"'})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.cli.runner import Result, Runner
-from tests.hub import TOKEN, Hub, answering, blob, breaking, logged_in
+from tests.hub import TOKEN, Handler, Hub, answering, blob, breaking, logged_in
 from tests.places import files_below
 from tests.support import fixture_path
 
@@ -130,14 +132,15 @@ def test_a_commit_of_another_is_not_lost(hub: Hub, run: Runner) -> None:
     assert repository.files == {"theirs.txt": b"x"}
 
 
-@pytest.mark.parametrize("fault", ["busy", "reset", "lost answer", "busy commit"])
+@pytest.mark.parametrize("fault", ["busy", "busy long", "reset", "reset long", "lost answer", "busy commit"])
 def test_what_passes_is_waited_for(hub: Hub, run: Runner, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.add("me/m", {})
-    if fault == "busy":
-        hub.faults.append(answering(503, 2))
-    elif fault == "reset":
-        hub.faults.append(breaking(2))
+    times = 8 if "long" in fault else 2  # huggingface_hub itself tries six times
+    if "busy" in fault and "commit" not in fault:
+        hub.faults.append(answering(503, times))
+    elif "reset" in fault:
+        hub.faults.append(breaking(times))
     elif fault == "busy commit":
         hub.faults.append(answering(503, 2, whom="hub", what="/commit/"))
     else:
@@ -225,3 +228,39 @@ def test_progress_counts_what_is_sent(hub: Hub) -> None:
     done = anyckpt.convert(LOCAL, "hf://me/m", to="hf", progress=lambda *at: seen.append(at))
     assert max(seen) == (2 * done.bytes_written, 2 * done.bytes_written)
     assert json.loads(hub.repositories["me/m"].files["config.json"])["model_type"] == "llama"
+
+
+def unreliable(seed: int) -> Callable[[Handler], bool]:
+    """About every fifth answer is none: an error, or a connection that breaks, before or within the body."""
+    chance = random.Random(seed)
+
+    def fault(handler: Handler) -> bool:
+        if chance.random() > 0.2:
+            return False
+        kinds = [answering(503, 1, handler.whom), answering(429, 1, handler.whom, Retry_After="0")]
+        kinds += [breaking(1, handler.whom)]
+        if handler.command == "GET":
+            kinds += [breaking(1, handler.whom, after=chance.randrange(1, 500)), answering(403, 1, "storage")]
+        return chance.choice(kinds)(handler)
+
+    return fault
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_wrong_whatever_fails(
+    hub: Hub, run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
+) -> None:
+    """From the Hub to the Hub: the same bytes, or an error and no commit."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add("org/base", LLAMA)
+    hub.add("me/out", {})
+    hub.faults.append(unreliable(seed))
+    done = run("convert", "hf://org/base", "hf://me/out/m.safetensors", "--names", "hf")
+    hub.faults.clear()
+    files = hub.repositories["me/out"].files
+    assert TOKEN not in done.err and "SECRET" not in done.err
+    if done.code == 0:
+        anyckpt.convert(LOCAL, tmp_path / "m.safetensors", to="safetensors", names="hf")
+        assert files["m.safetensors"] == (tmp_path / "m.safetensors").read_bytes()
+    else:
+        assert done.code == 2 and done.err.startswith("error: ") and not files

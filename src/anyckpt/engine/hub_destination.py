@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -242,22 +242,24 @@ class HubDestination(Destination):
         api = self._api()
         with library.quietly():
             self._sending(
+                additions,
                 lambda: api.preupload_lfs_files(
                     self._path.repository,
                     additions=additions,
                     revision=self._branch,
                     num_threads=_FILES_AT_ONCE,
                     free_memory=False,
-                )
+                ),
             )
             self._sending(
+                additions,
                 lambda: api.create_commit(
                     self._path.repository,
                     operations=[*gone, *additions],
                     commit_message=self._message or f"Add a checkpoint ({self._plan.format})",
                     revision=self._branch,
                     parent_commit=self._parent,
-                )
+                ),
             )
         forget(self._path.repository)
 
@@ -302,14 +304,23 @@ class HubDestination(Destination):
         except AnyckptError:
             return None  # of a damaged one nothing is known, and whoever goes on meets what else it may be
 
-    def _sending(self, call: Callable[[], Any]) -> None:
+    def _sending(self, additions: Iterable[Any], call: Callable[[], Any]) -> None:
         """Have something sent, again if the trouble passes.
 
         Raises:
             AnyckptError: what keeps it from being sent, or what is wrong with the bytes.
         """
+
+        def sent() -> Any:
+            for (
+                addition
+            ) in additions:  # huggingface_hub sends from where a file stands, and leaves it there if it fails
+                if isinstance(addition.path_or_fileobj, PlannedFile):
+                    addition.path_or_fileobj.seek(0)
+            return self._unwrapped(call)
+
         try:
-            self._asked(lambda: self._unwrapped(call))
+            self._asked(sent)
         except _MetError as met:
             raise met.error from None
 
@@ -329,9 +340,12 @@ class HubDestination(Destination):
                 if self.is_published(self._fingerprint):
                     return None  # the commit was made, and the answer was lost
                 raise _MetError(self._moved_on()) from None
-            if failure is not None:
+            if isinstance(failure, Exception):
                 raise failure from None
-            raise _MetError(OutputError(f"the Hub does not take it: {library.plain(error)}", path=self.name)) from None
+            text = library.plain(str(chain[-1]))
+            if isinstance(chain[-1], ValueError):  # what huggingface_hub makes of answers that refuse files
+                raise _MetError(OutputError(f"the Hub does not take the files: {text}", path=self.name)) from None
+            raise ConnectionError(text) from None
 
     def _moved_on(self) -> OutputError:
         return OutputError(
@@ -376,4 +390,5 @@ def _as_of_output() -> Iterator[None]:
     except (OutputError, library.NoRevisionError):
         raise
     except AnyckptError as error:
-        raise error.told_as(OutputError) from None
+        again = "check the network, proxies and HF_ENDPOINT, and run it again: what is sent is not sent again"
+        raise error.told_as(OutputError, remedy=again if error.remedy == library.REACH else error.remedy) from None

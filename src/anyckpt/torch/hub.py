@@ -19,7 +19,7 @@ from anyckpt.checkpoint import storage_key
 from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.errors import FormatError, UsageError
+from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.operations.steps.live import Live
@@ -107,7 +107,7 @@ class Pretrained:
 
         Raises:
             MissingLibraryError: huggingface_hub is not installed.
-            OutputError: files cannot be written.
+            OutputError: files cannot be written, or the Hub does not take them.
         """
         library()
         with tempfile.TemporaryDirectory(prefix="anyckpt-push-") as folder:
@@ -119,8 +119,11 @@ class Pretrained:
 
         def send() -> Any:
             api = hub.HfApi(token=options.pop("token", None))
-            made = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
-            return api.upload_folder(repo_id=made.repo_id, folder_path=folder, **options)
+            try:
+                made = api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
+                return api.upload_folder(repo_id=made.repo_id, folder_path=folder, **options)
+            except failures() as error:
+                raise explained(error, repo_id).told_as(OutputError) from None
 
         return Ranks().broadcast(send, what="to send the folder")
 

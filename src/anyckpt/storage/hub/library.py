@@ -23,6 +23,7 @@ Answer = TypeVar("Answer")
 
 INSTALL = "pip install 'anyckpt[hub]'"
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+REACH = "check the network, proxies and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to read from the local cache"
 TIMEOUT = 30.0
 """Seconds for a connection, and for each of its reads."""
 
@@ -173,7 +174,7 @@ def _unreachable(why: str, path: str) -> UnreachableError:
     return UnreachableError(
         f"the Hub cannot be reached: {why}",
         path=path,
-        remedy="check the network, proxies and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to read from the local cache",
+        remedy=REACH,
     )
 
 
@@ -265,7 +266,7 @@ def streamed(address: str, carried: Mapping[str, str]) -> Iterator[tuple[int, Ma
         Exception: one of ``failures()``, also while the body is read.
     """
     speaking = session()
-    if hasattr(speaking, "stream"):
+    if callable(speaking.stream):  # of requests it is a setting
         with speaking.stream(
             "GET", address, headers=dict(carried), timeout=TIMEOUT, follow_redirects=False
         ) as response:
