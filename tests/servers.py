@@ -122,8 +122,9 @@ class Proxy:
 
     Args:
         target: the server's address.
-        fault: what becomes of a request, by its number and itself: one of ``FAULTS``; ``all``, as of a server that
-            knows no ranges; a status with a word of S3's, such as ``403 AccessDenied``; or None.
+        fault: what becomes of a request, by its number and itself: one of ``FAULTS``; ``stall``, as of one that
+            sends nothing more; ``all``, as of a server that knows no ranges; a status with a word of S3's, such as
+            ``403 AccessDenied``; or None.
         latency: seconds before each answer.
 
     Attributes:
@@ -213,7 +214,7 @@ class _Passing(BaseHTTPRequestHandler):
         if fault == "reframed":
             data = data[: length // 2]
             length = len(data)
-        elif fault == "cut":
+        elif fault in ("cut", "stall"):
             data = data[: length // 2]
         elif fault == "other range" and "content-range" in headers:
             total = headers["content-range"].rpartition("/")[2]
@@ -233,8 +234,9 @@ class _Passing(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.002)
             self.wfile.write(data[sum(map(len, pieces)) :])
-            if fault == "cut":
+            if fault in ("cut", "stall"):
                 self.wfile.flush()
+                time.sleep(1.0 if fault == "stall" else 0.0)
                 self.close_connection = True
         except OSError:  # the other side has gone
             self.close_connection = True

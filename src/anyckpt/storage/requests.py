@@ -12,7 +12,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -93,30 +93,48 @@ def at_once(tasks: Sequence[Callable[[], None]], width: int) -> None:
 
     left = iter(tasks)
     lock = threading.Lock()
+    stop = threading.Event()
+    failed: list[BaseException] = []
 
     def work() -> None:
-        while True:
+        while not stop.is_set():
             with lock:
                 task = next(left, None)
             if task is None:
                 return
             try:
                 task()
-            except BaseException:
-                with lock:
-                    for _ in left:  # the others need not begin
-                        pass
-                raise
+            except BaseException as error:
+                failed.append(error)
+                stop.set()  # the others need not begin, nor wait any longer
+                return
 
     helpers: list[Future[None]] = []
-    for _ in range(min(width, len(tasks)) - 1):
-        helpers.append(_pool().submit(copy_context().run, work))
+    token = _stopping.set(stop)
     try:
+        for _ in range(min(width, len(tasks)) - 1):
+            helpers.append(_pool().submit(copy_context().run, work))
         work()
-    finally:
         wait(helpers)
-    for helper in helpers:
-        helper.result()
+    except BaseException:  # an interrupt from the keyboard, while this thread does nothing but wait
+        stop.set()
+        raise
+    finally:
+        _stopping.reset(token)
+    if failed:
+        try:
+            raise failed[0]
+        finally:
+            failed.clear()  # which holds what holds this
+
+
+_stopping: ContextVar[threading.Event | None] = ContextVar("stopping", default=None)
+
+
+def is_given_up() -> bool:
+    """Whether this thread carries out tasks of which one has failed, or was interrupted: it need not wait any more."""
+    stop = _stopping.get()
+    return stop is not None and stop.is_set()
 
 
 _shared: list[ThreadPoolExecutor] = []

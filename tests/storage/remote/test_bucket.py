@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from anyckpt.errors import FormatError, UnreachableError
 from anyckpt.formats import registry
 from anyckpt.storage.location import look_at
 from anyckpt.storage.remote import bucket, stores
+from anyckpt.storage.requests import at_once
 
 pytestmark = pytest.mark.peer
 NEMO = "nemo/nemo1_basic_v3_0_0/toy.nemo"
@@ -251,3 +253,52 @@ def test_what_cannot_be_reached_is_no_damage(s3: S3Server, proxy: Proxy, capsys:
     asked = iter(range(10_000))
     proxy.fault = lambda number, request: "403 ExpiredToken" if request.range and next(asked) > 2 else None
     assert f"{path}: the credentials have expired" in Runner(capsys)("verify", "--deep", path).error
+
+
+def test_an_answer_that_stands_still_is_asked_for_again(
+    s3: S3Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(stores._CLIENT, "read_timeout", "200ms")
+    source = look_at(put(s3, NEMO, "toy.nemo")).open()
+    proxy.asked.clear()
+    proxy.fault = lambda number, asked: "stall" if number < 2 else None
+    assert source.read(100, 5000) == fixture_path(NEMO).read_bytes()[100:5100]
+    assert len(proxy.asked) == 3
+
+
+def test_who_is_interrupted_does_not_wait_for_answers(s3: S3Server, proxy: Proxy) -> None:
+    source = look_at(put(s3, NEMO, "toy.nemo")).open()
+    proxy.latency = 3.0
+    started = time.monotonic()
+
+    def interrupt() -> None:
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    def read() -> None:
+        source.read(0, 5000)
+
+    with pytest.raises(KeyboardInterrupt):
+        at_once([interrupt, read, read], 3)
+    assert time.monotonic() - started < 2.0
+
+
+def test_work_goes_on_only_with_the_same_objects(s3: S3Server) -> None:
+    path = put(s3, NEMO, "toy.nemo")
+    before = look_at(path).open().identity()
+    assert look_at(path).open().identity() == before
+    s3.put("weights", {"toy.nemo": fixture_path(NEMO).read_bytes()[:-1] + b"x"})
+    assert look_at(path).open().identity() != before
+
+
+def test_training_loads_from_a_bucket(s3: S3Server, tmp_path: Path) -> None:
+    import torch
+
+    import anyckpt.torch
+
+    torch.save({"w": torch.arange(5.0)}, tmp_path / "a.pt")
+    s3.bucket("weights", {"run/a.pt": (tmp_path / "a.pt").read_bytes()})
+    state = {"w": torch.zeros(5)}
+    anyckpt.torch.load(state, "s3://weights/run/a.pt")
+    assert state["w"].tolist() == [0, 1, 2, 3, 4]
+    assert anyckpt.open("s3://weights/run/a.pt")["w"].numpy().tolist() == [0, 1, 2, 3, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,11 +12,13 @@ from anyckpt.storage.remote import stores
 from anyckpt.storage.remote.addresses import Address
 from anyckpt.storage.remote.failures import Failure, failure_of, named
 from anyckpt.storage.remote.stores import Store, is_anonymous
+from anyckpt.storage.requests import is_given_up
 
 T = TypeVar("T")
 
 TRIES = 5
 _LONGEST_WAIT = 5.0
+_LOOK = 0.2
 
 
 class WrongAnswerError(Exception):
@@ -27,6 +30,33 @@ def wait_before(attempt: int) -> None:
     time.sleep(min(_LONGEST_WAIT, stores.FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0))
 
 
+class _GivenUpError(BaseException):
+    """Nobody waits for the answer any more."""
+
+
+def _apart(ask: Callable[[], T]) -> T:
+    """What a request gives, waited for so that an interrupt from the keyboard ends it: obstore looks for none."""
+    answers: list[T] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            answers.append(ask())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=work, name="anyckpt-request", daemon=True).start()
+    while not done.wait(_LOOK):
+        if is_given_up():
+            raise _GivenUpError
+    if errors:
+        raise errors[0]
+    return answers[0]
+
+
 def asked(ask: Callable[[], T]) -> T | Failure:
     """What a request gives, tried a few times; or why it failed.
 
@@ -36,7 +66,9 @@ def asked(ask: Callable[[], T]) -> T | Failure:
         if attempt:
             wait_before(attempt - 1)
         try:
-            return ask()
+            return _apart(ask)
+        except _GivenUpError:
+            raise InterruptedError from None
         except WrongAnswerError as error:
             failure = Failure(None, "", str(error), "", is_final=False)
         except Exception as error:  # obstore's errors have a common base only in its compiled part
