@@ -154,7 +154,8 @@ def configs(draw: st.DrawFn, family: str) -> Config:
             config[key] = draw(VALUES[hub])
     config |= _heads(draw, keys, model)
     if "num_layers" in keys and not any(config.get(key) for key in _OF_LAYERS):
-        config.pop("layer_types", None)
+        for key in ("layer_types", "mlp_layer_types", "indexer_types"):
+            config.pop(key, None)
         config[keys["num_layers"]] = draw(st.integers(1, 40))
     config |= _rope(draw, definition, model, config)
     config |= EXTRAS.get(family, lambda draw, config: {})(draw, config)

@@ -53,6 +53,13 @@ _SHOWN_LAYERS = 12
     "nemo2, or another package's); as the source does if not given.",
 )
 @option(
+    "--experts",
+    title=OUTPUT,
+    type=click.Choice(["each", "stacked"]),
+    help="hf: a tensor for each expert, or one for all of a layer, which transformers 5 reads as well; as is usual for "
+    "the family if not given.",
+)
+@option(
     "--include",
     title=OUTPUT,
     metavar="GLOB",

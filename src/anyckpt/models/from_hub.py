@@ -11,6 +11,7 @@ from anyckpt.config import meta_names
 from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.megatron import has_own_modules
 from anyckpt.config.model import PART_OF, WHOLE
+from anyckpt.config.spellings import Variant
 from anyckpt.config.trtllm import class_of
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import SHOWN, check_complete
@@ -19,7 +20,7 @@ from anyckpt.models.dialects.before_core import own_names
 from anyckpt.models.dialects.spellings import with_beside
 from anyckpt.models.hub import Hub, Model, Named, head_and_embedding, names_of_meta, remarks
 from anyckpt.models.language.rules import Instance
-from anyckpt.models.language.variants import stored_names
+from anyckpt.models.language.variants import stored_names, with_experts
 from anyckpt.models.peel import of_another_part, text_alone
 from anyckpt.models.vocabulary import resized
 from anyckpt.models.wholes import as_published, beside_in_megatron, whole_of
@@ -29,7 +30,15 @@ _KINDS = {"nemo-flat": "nemo1", "nemo-sharded": "nemo1", "nemo2": "nemo2"}
 """Whose models have a dialect's names, where it is one framework alone."""
 
 
-def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zeros", in_place: bool = False) -> Named:
+def from_hub(
+    hub: Hub,
+    dialect: str,
+    *,
+    padded: bool = True,
+    padding: str = "zeros",
+    in_place: bool = False,
+    experts: str | None = None,
+) -> Named:
     """The hub's tensors under another naming; views only.
 
     For ``hf``, and for Meta's, torchtitan's and TensorRT-LLM's names, the vocabulary is cut to its true size; for
@@ -40,7 +49,8 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
     Everything of the checkpoint that the hub was made of is among the tensors or in ``ignored``.  With ``in_place``
     a larger model of which the hub is the text part stays whole: what no rule knows, the other parts and buffers, is
     among the tensors.  Hugging Face's names are those of that checkpoint if it has such; Megatron-Core's are those of
-    its multimodal models; other namings have no such models.
+    its multimodal models; other namings have no such models.  ``experts`` says in which form Hugging Face's names have
+    them: ``each`` or ``stacked``; as is usual if None.
 
     Raises:
         MappingError: hub tensors are missing or of no rule, the true vocabulary is larger than what is stored, or a
@@ -70,15 +80,17 @@ def from_hub(hub: Hub, dialect: str, *, padded: bool = True, padding: str = "zer
         return _accounted(hub, named, notes)
     tensors = _by_family_names(expected, tensors, model)
     notes += remarks(expected)
+    variants = with_experts(model.definition.hugging_face.variants, experts, model.family)
     if dialect in meta_names.SPELLINGS:
         named = _by_meta_names(tensors, model, dialect, notes)
     elif in_place and hub.spelling is not None:
-        named = as_written(tensors, model) if hub.spelling.part_of is None else hub.spelling.of(tensors)
+        spelling = hub.spelling if experts is None else replace(hub.spelling, variants=variants)
+        named = as_written(tensors, model, variants) if spelling.part_of is None else spelling.of(tensors)
         named |= {**hub.spelling.buffers, **hub.spelling.parts}
     elif in_place and hub.beside and carries_whole(model, dialect):
-        return _with_all_parts(hub, as_published(model, tensors, hub.beside), notes)
+        return _with_all_parts(hub, as_published(model, tensors, hub.beside, experts), notes)
     else:
-        named = as_written(tensors, model)
+        named = as_written(tensors, model, variants)
     return _accounted(hub, named, notes)
 
 
@@ -161,10 +173,18 @@ def _by_trtllm_names(tensors: dict[str, LazyTensor], model: Model, notes: list[s
     return trtllm.from_hub_names(tensors, model.config)
 
 
-def as_written(tensors: Mapping[str, LazyTensor], model: Model) -> dict[str, LazyTensor]:
-    """Tensors under the family's names as they are written for the class that the model is."""
+def as_written(
+    tensors: Mapping[str, LazyTensor], model: Model, variants: tuple[Variant, ...] | None = None
+) -> dict[str, LazyTensor]:
+    """Tensors under the family's names as they are written for the class that the model is.
+
+    Args:
+        tensors: under the family's names.
+        model: what they are of.
+        variants: the family's, with those marked that are written, where that is not as usual.
+    """
     known = model.definition.hugging_face
-    named = stored_names(tensors, known.variants)
+    named = stored_names(tensors, known.variants if variants is None else variants)
     if not known.headless(model.config):
         return named
     return {name.removeprefix(known.prefix): tensor for name, tensor in named.items()}

@@ -22,7 +22,7 @@ from anyckpt.models.dialects.wrappers import base_of
 from anyckpt.models.families.parts import experts
 from anyckpt.models.hub import Model
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV, IDENTITY, TRANSPOSED, Operation
-from anyckpt.models.language.variants import stored_names
+from anyckpt.models.language.variants import stored_names, with_experts
 from anyckpt.tensor import LazyTensor
 
 _MODEL = "model."
@@ -219,7 +219,7 @@ def _tower(known: Whole, model: Model, name: str, tensor: LazyTensor) -> ModelCo
 
 
 def as_published(
-    model: Model, text: Mapping[str, LazyTensor], beside: Mapping[str, LazyTensor]
+    model: Model, text: Mapping[str, LazyTensor], beside: Mapping[str, LazyTensor], form: str | None = None
 ) -> dict[str, LazyTensor]:
     """The larger model under Hugging Face's names.
 
@@ -227,11 +227,14 @@ def as_published(
         model: its text part.
         text: under the family's names.
         beside: the other parts, under names that do not depend on the release of transformers.
+        form: of experts, as a user asks for it; None for the type's.
     """
     known = whole_of(model)
+    variants = (*known.variants, *model.definition.hugging_face.variants)
+    variants = with_experts(variants, form, model.family)
     base = base_of(model.definition.rules)
     named = {
         known.text + name.removeprefix(base) if name.startswith(base) else known.head + name: tensor
-        for name, tensor in stored_names(text, (*known.variants, *model.definition.hugging_face.variants)).items()
+        for name, tensor in stored_names(text, variants).items()
     }
     return {**named, **{known.parts + name: tensor for name, tensor in beside.items()}}

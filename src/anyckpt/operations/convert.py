@@ -121,6 +121,7 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     tokenizer_library: str | None = None,
     names: str | None = None,
+    experts: str | None = None,
     adapter_form: str | None = None,
     alpha: float | None = None,
     dtype: str | None = None,
@@ -321,6 +322,7 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         options.cast_to,
         options.names,
         request.vocabulary,
+        options.experts,
     )
     chosen = steps.take(choose_states(chosen, keep=request.keep_extra_state))
     if not options.keeps_state:

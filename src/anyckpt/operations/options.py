@@ -14,6 +14,7 @@ from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
+from anyckpt.models.language.variants import EXPERTS
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.steps.full_precision import config_in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
@@ -49,6 +50,8 @@ class ConvertOptions:
             does not tell; with ``huggingface`` the tokenizer may also be a name on the hub, which is recorded, and
             fetched where ``anyckpt[hub]`` is installed.
         names: ``hf`` or one of ``models.dialects.DIALECTS``: how to name weights where the target takes any names.
+        experts: where weights get Hugging Face's names: ``each``, a tensor for each expert, or ``stacked``, one for all
+            of a layer, which transformers 5 reads as well; the form that is usual for the family if None.
         adapter_form: of an adapter: ``canonical``, an update per Hugging Face module, or ``fused``, one per fused
             weight of Megatron, at a higher rank; as the source has it if None.
         alpha: of an adapter: updates are multiplied by it over their rank; what the adapter says if None.
@@ -111,6 +114,7 @@ class ConvertOptions:
     tokenizer: str | os.PathLike[str] | None = None
     tokenizer_library: str | None = None
     names: str | None = None
+    experts: str | None = None
     adapter_form: str | None = None
     alpha: float | None = None
     dtype: str | None = None
@@ -175,6 +179,8 @@ class ConvertOptions:
             raise UsageError("--tokenizer-library says how to read a tokenizer", remedy="give one with --tokenizer")
         if self.config is not None and self.model_id is not None:
             raise UsageError("--config and --model-id both say what the model is", remedy="give one of them")
+        if self.experts not in (None, *EXPERTS):
+            raise UsageError("unknown value for experts", expected=" or ".join(EXPERTS), found=self.experts)
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
         _ = self.writing, self.part, self.budget, self.renames

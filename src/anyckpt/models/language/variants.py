@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from anyckpt.config.spellings import Variant
 from anyckpt.config.starred import filled, starred
-from anyckpt.errors import MappingError
+from anyckpt.errors import MappingError, UsageError
 from anyckpt.indexing import Shape
 from anyckpt.tensor import LazyTensor, concatenate, stack
 
 _MOST_PARTS = 100_000
+EXPERTS = ("each", "stacked")
+"""Forms in which transformers reads experts: a tensor for each, or one for all of a layer."""
 
 
 def name_in_memory(name: str, variants: tuple[Variant, ...]) -> str:
@@ -97,6 +100,34 @@ def stored_names(tensors: Mapping[str, LazyTensor], variants: tuple[Variant, ...
     for key, (variant, parts) in stacks.items():
         result[key] = _stacked(variant, [parts[place] for place in sorted(parts)])
     return result
+
+
+def with_experts(variants: tuple[Variant, ...], experts: str | None, family: str) -> tuple[Variant, ...]:
+    """A family's variants, of which those are marked as written that give experts the form that a user asks for.
+
+    Args:
+        variants: the family's, with those marked that are usual.
+        experts: one of ``EXPERTS``, or None for the usual form.
+        family: its name, for messages.
+
+    Raises:
+        UsageError: transformers has no such form for the family.
+    """
+    if experts is None:
+        return variants
+    stacks = [variant for variant in variants if variant.stacked and ".experts." in variant.stored]
+    usual = any(variant.written for variant in stacks)
+    if not stacks or (usual and experts == "each"):
+        raise UsageError(
+            f"experts of family {family} have one form",
+            expected="no --experts, or stacked" if stacks else "no --experts",
+            found=experts,
+            remedy="leave --experts out",
+        )
+    if usual or experts == "each":
+        return variants
+    chosen = {variant.stored: variant for variant in reversed(stacks)}
+    return tuple(replace(v, written=True) if v is chosen.get(v.stored) else v for v in variants)
 
 
 def stored_name(name: str, variants: tuple[Variant, ...]) -> str:

@@ -62,6 +62,7 @@ class Naming:
         dtype: what the weights will be cast to, for the configuration to say so, or None.
         names: dialect that the user asks for, where the target takes any names.
         vocabulary: what the user says of it.
+        experts: the form that experts get under Hugging Face's names, ``each`` or ``stacked``; None for the usual one.
     """
 
     target: Format
@@ -71,6 +72,7 @@ class Naming:
     dtype: str | None = None
     names: str | None = None
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    experts: str | None = None
 
     @property
     def dialect(self) -> str | None:

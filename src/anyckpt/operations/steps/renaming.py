@@ -52,6 +52,12 @@ def rename_for(checkpoint: Checkpoint, naming: Naming) -> Renamed:
         MappingError: names, shapes or configuration do not fit the family, or the model is incomplete.
         UsageError: no rule leads from the source's names to the target's, or the target has names of its own.
     """
+    if naming.experts is not None and naming.dialect != "hf":
+        raise UsageError(
+            "--experts says in which form Hugging Face's names have experts",
+            expected="--to hf, or --names hf",
+            remedy="leave it out",
+        )
     if naming.dialect is None and not naming.trims:
         return unmoved(_with_dtype(checkpoint, naming.dtype))
     case = _Case(naming.described(checkpoint), naming)
@@ -144,7 +150,7 @@ def _unwrapped(checkpoint: Checkpoint, bare: Bare, naming: Naming) -> Renamed:
 def _by_family(case: _Case) -> Renamed | None:
     """Through the hub, by the rules of the model's family; None if that is unknown or nothing needs to be done."""
     checkpoint, naming, wanted = case.checkpoint, case.naming, case.wanted
-    told = naming.family is not None or naming.config is not None or naming.trims
+    told = naming.family is not None or naming.config is not None or naming.trims or naming.experts is not None
     if case.alike and not told and not (wanted == "hf" and case.bare is None):
         return None
     model = identify(checkpoint, family=naming.family, config=naming.config)
@@ -257,7 +263,9 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
 
     def named_from(hub: Hub) -> Named:
         padded = naming.options.layout is None
-        return models.from_hub(hub, wanted, padded=padded, padding=vocabulary.padding, in_place=whole)
+        return models.from_hub(
+            hub, wanted, padded=padded, padding=vocabulary.padding, in_place=whole, experts=naming.experts
+        )
 
     if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(weights) == "hf":
         _check_vocabulary(checkpoint, hub)

@@ -133,10 +133,11 @@ STACKED = (
 )
 """transformers 5's layout in memory, and on disk with ``save_original_format=False``; and mlx-lm's."""
 
-STACKED_TRANSPOSED = tuple(replace(variant, transposed=True, written=True) for variant in STACKED)
+_TOGETHER = tuple(variant for variant in STACKED if ".experts." in variant.stored)
+STACKED_TRANSPOSED = tuple(replace(variant, transposed=True, written=True) for variant in _TOGETHER)
 """Qwen3-VL's on disk, (in, out) for each expert under the names of the other layout."""
 
-READ_TRANSPOSED = tuple(replace(variant, transposed=True) for variant in STACKED)
+READ_TRANSPOSED = tuple(replace(variant, transposed=True) for variant in _TOGETHER)
 """The same where only shapes tell which of the two it is."""
 
 
