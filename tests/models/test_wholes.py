@@ -215,6 +215,38 @@ def test_megatron_files_that_do_not_say_what_they_are_part_of(tmp_path: Path) ->
     assert after.config == source.config
 
 
+@pytest.mark.parametrize(
+    ("prefix", "outer", "eyes"),
+    [("model.text_part.", "", "model."), ("language_model.model.", "language_model.", ""), ("llm.", "llm.", "eyes.")],
+)
+def test_names_of_a_type_that_is_not_known(prefix: str, outer: str, eyes: str, tmp_path: Path) -> None:
+    """They are recorded as they are stored, those of other parts by their first word."""
+    case, source = whole("unheard_of")
+    named = {
+        prefix + key.removeprefix("model.") if key.startswith("model.") else outer + key: tensor
+        for key, tensor in case.checkpoint.tensors.items()
+    }
+    named |= {eyes + key: values(key, shape) for key, shape in EYES.items()}
+    named["image_newline"] = values("image_newline", (4,))
+    checkpoint = replace(source, tensors=named)
+    anyckpt.convert(saved(checkpoint, tmp_path / "hf"), tmp_path / "there", to="megatron-core")
+    anyckpt.convert(tmp_path / "there", tmp_path / "back", to="hf")
+    after = read(str(tmp_path / "back"))
+    assert facts(after.tensors) == facts(named)
+    assert after.config == source.config
+
+
+@pytest.mark.parametrize(
+    "text", ["1", "{}", '{"text": "a.", "head": "", "parts": []}', '{"text": 1, "head": "", "parts": {}}']
+)
+def test_a_damaged_record_of_names(text: str) -> None:
+    case = open_case("llama")
+    arguments = {**models.render_config(case.model, "megatron-args"), "hf_config": "{}", "hf_names": text}
+    checkpoint = replace(case.checkpoint, tensors=case.megatron, config=arguments, config_kind="megatron-args")
+    with pytest.raises(MappingError, match="hf_names"):
+        models.identify(replace(checkpoint, dialect="hub"))
+
+
 @pytest.mark.parametrize("text", ["no JSON", "[1]", '{"model_type": 3}'])
 def test_a_damaged_record_of_the_whole(text: str, tmp_path: Path) -> None:
     case = open_case("llama")

@@ -9,7 +9,7 @@ from typing import Any
 from anyckpt.config.block_keys import block_sizes, parse_blocks, parse_yarn, render_blocks, render_yarn
 from anyckpt.config.encoder_keys import SOFTMAX_SCALE, parse_encoders, render_encoders, stack_sizes
 from anyckpt.config.fields import OPTIONAL, Field, four_widths, render_changed, render_fields, share_of_a_head
-from anyckpt.config.model import PART_OF, WHOLE, ModelConfig, check, whole
+from anyckpt.config.model import PART_OF, WHOLE, WHOLE_NAMES, ModelConfig, check, whole
 from anyckpt.config.other_targets import other_targets
 from anyckpt.config.own_part import any_text_part
 from anyckpt.config.reader import Reader
@@ -55,6 +55,8 @@ _DEFAULTS = {"kv_lora_rank": 32}
 """Where Megatron-LM's arguments and ``MLATransformerConfig`` differ."""
 _WHOLE = "hf_config"
 """An argument of ours: ``config.json`` of the larger model whose text part the arguments describe."""
+_NAMES = "hf_names"
+"""Another: what the names of that model's parts begin with, where its type does not tell."""
 
 
 def has_own_modules(config: ModelConfig) -> bool:
@@ -205,21 +207,40 @@ def _render_whole(config: ModelConfig) -> dict[str, Any]:
     stated = rope.get("rope_parameters") or rope.get("rope_scaling")
     sections = stated.get("mrope_section") if isinstance(stated, Mapping) else None
     positions = {} if sections is None else {"position_embedding_type": "mrope", "mrope_section": sections}
-    return {_WHOLE: json.dumps(config.extra[WHOLE]), **positions}
+    names = {_NAMES: json.dumps(config.extra[WHOLE_NAMES])} if WHOLE_NAMES in config.extra else {}
+    return {_WHOLE: json.dumps(config.extra[WHOLE]), **names, **positions}
 
 
 def _whole(reader: Reader) -> dict[str, Any]:
     """What the arguments say of the larger model of which this one is the text part."""
-    text = reader.text(_WHOLE)
-    if text is None:
+    whole = _object(reader, _WHOLE)
+    if whole is None:
         return {}
+    names = _object(reader, _NAMES)
+    if names is not None and not _are_names(names):
+        raise MappingError(f"the {_WHAT} have an {_NAMES} of the wrong form", found=repr(names)[:80])
+    told = {} if names is None else {WHOLE_NAMES: names}
+    return {PART_OF: str(whole.get("model_type")), WHOLE: whole, **told}
+
+
+def _object(reader: Reader, key: str) -> dict[str, Any] | None:
+    """An object of JSON in an argument."""
+    text = reader.text(key)
+    if text is None:
+        return None
     try:
-        whole = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MappingError(f"the {_WHAT} have an {_WHOLE} that is no JSON", found=text[:80]) from error
-    if not isinstance(whole, dict):
-        raise MappingError(f"the {_WHAT} have an {_WHOLE} that is no object", found=text[:80])
-    return {PART_OF: str(whole.get("model_type")), WHOLE: whole}
+        raise MappingError(f"the {_WHAT} have an {key} that is no JSON", found=text[:80]) from error
+    if not isinstance(value, dict):
+        raise MappingError(f"the {_WHAT} have an {key} that is no object", found=text[:80])
+    return value
+
+
+def _are_names(names: Mapping[str, Any]) -> bool:
+    parts = names.get("parts")
+    texts = [names.get("text"), names.get("head"), *(parts.values() if isinstance(parts, dict) else [None])]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _activation(reader: Reader) -> str:

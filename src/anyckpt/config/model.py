@@ -44,7 +44,7 @@ They are Megatron-Core's, but for ``glu_activation`` of Megatron-DeepSpeed and M
 half.
 """
 
-PART_OF, WHOLE, WHOLE_NORMS = "part_of", "whole", "whole_norms"
+PART_OF, WHOLE, WHOLE_NAMES, WHOLE_NORMS = "part_of", "whole", "whole_names", "whole_norms"
 """Keys of ``ModelConfig.extra``."""
 
 
@@ -97,7 +97,8 @@ class ModelConfig(BlockConfig, EncoderConfig):
         dtype: element type of the weights, in torch's name.
         extra: under ``hf`` the keys of a Hugging Face configuration that are no fields here; under ``features`` those
             of ``FEATURES`` that a Megatron or NeMo configuration has; under ``PART_OF`` the type of the larger model
-            whose text part this one is, and under ``WHOLE`` its ``config.json``; under ``WHOLE_NORMS`` that the
+            whose text part this one is, under ``WHOLE`` its ``config.json``, and under ``WHOLE_NAMES`` what its
+            tensors' names begin with, by ``text``, ``head`` and other parts; under ``WHOLE_NORMS`` that the
             checkpoint's norms are gamma, although the family's are gamma - 1.
     """
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.meta_names import MetaNames
-from anyckpt.config.model import WHOLE, ModelConfig
+from anyckpt.config.model import WHOLE, WHOLE_NAMES, ModelConfig
 from anyckpt.errors import MappingError
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Instance
@@ -77,7 +77,7 @@ class Named(NamedTuple):
 
 def without_whole(model: Model) -> Model:
     """The same model as one that is no larger model's text part any more."""
-    extra = {key: value for key, value in model.config.extra.items() if key != WHOLE}
+    extra = {key: value for key, value in model.config.extra.items() if key not in (WHOLE, WHOLE_NAMES)}
     return replace(model, config=replace(model.config, extra=extra))
 
 

@@ -13,7 +13,7 @@ from anyckpt.config import meta as config_meta
 from anyckpt.config import meta_names, nemo1, nemo2, own_part
 from anyckpt.config import trtllm as config_trtllm
 from anyckpt.config.hub_names import EMBEDDING
-from anyckpt.config.model import PART_OF, WHOLE_NORMS, ModelConfig
+from anyckpt.config.model import PART_OF, WHOLE, WHOLE_NAMES, WHOLE_NORMS, ModelConfig
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.indexing import Shape
 from anyckpt.models.dialects import spellings, trtllm
@@ -25,6 +25,7 @@ from anyckpt.models.language.family import Family, unrefined
 from anyckpt.models.language.variants import family_names
 from anyckpt.models.tokens import TokenFacts, token_facts
 from anyckpt.models.vocabulary import misfit, true_vocabulary
+from anyckpt.models.wholes import published, stored_names_of
 from anyckpt.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -312,7 +313,11 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
     head, embedding = head_and_embedding(model)
     dialect = checkpoint.dialect or spellings.detect(weights)
     if dialect == "hf":
-        named = unwrapped(weights, model.definition.rules, PART_OF in config.extra).tensors
+        found = unwrapped(weights, model.definition.rules, PART_OF in config.extra)
+        named = found.tensors
+        if found.others and WHOLE in config.extra and published(config) is None:
+            names = stored_names_of(found.wrapper, found.others)
+            config = replace(config, extra={**config.extra, WHOLE_NAMES: names})
         said = kind != "hf" or "tie_word_embeddings" in own_part.own_part(model.definition, values)
         tied = config.share_embeddings_and_output_weights
         if not (said or tied) and embedding in named and head not in named:

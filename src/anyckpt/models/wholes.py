@@ -2,23 +2,24 @@
 
 In Megatron's multimodal models the text part is called ``language_model``, and its names are the hub's.  Whatever else
 there is (towers, projectors) is carried as it is under its own name, ``model.`` taken off; the table below has what is
-otherwise.  A type that it has not is named as transformers 5 names all of them.
+otherwise.  Of a type that it has not, names are recorded as they are stored, else they are those of transformers 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from anyckpt.config.hub_names import LANGUAGE
-from anyckpt.config.model import WHOLE, ModelConfig
+from anyckpt.config.model import WHOLE, WHOLE_NAMES, ModelConfig
 from anyckpt.config.own_part import of_place
 from anyckpt.config.possible import LARGEST
 from anyckpt.config.spellings import Variant
 from anyckpt.config.starred import filled, starred
 from anyckpt.errors import MappingError
 from anyckpt.models.dialects import spellings
-from anyckpt.models.dialects.wrappers import base_of
+from anyckpt.models.dialects.wrappers import Wrapper, base_of
 from anyckpt.models.families.parts import experts
 from anyckpt.models.hub import Model
 from anyckpt.models.language.rule_operations import CONCATENATED_QKV, IDENTITY, TRANSPOSED, Operation
@@ -52,6 +53,7 @@ class Whole:
         language: what Megatron's names of the text part begin with.
         again: what begins another part's names -> what begins Megatron's.
         parts: what the other parts' names begin with.
+        stored: the same by the first word of what follows, for some parts.
         moved: pattern of another part's name without that -> what becomes of it in Megatron.
         tower: what begins Megatron's names of a part that is made of Megatron-Core's layers.
         heads: keys of ``config.json`` that lead to the number of heads of that part.
@@ -64,6 +66,7 @@ class Whole:
     language: str = LANGUAGE
     again: Mapping[str, str] = field(default_factory=dict)
     parts: str = _MODEL
+    stored: Mapping[str, str] = field(default_factory=dict)
     moved: Mapping[str, Moved] = field(default_factory=dict)
     tower: str = ""
     heads: tuple[str, ...] = ("vision_config", "num_heads")
@@ -95,7 +98,7 @@ _QWEN3_TOWER = {
         for name, moved in _linear(f"{own}.{module}", f"{there}.{megatron}.").items()
     },
 }
-_QWEN3 = Whole(model_types=("qwen3_vl", "qwen3_5", "qwen3_5_moe"), moved=_QWEN3_TOWER, tower="vision_model.")
+_QWEN3 = Whole(model_types=("qwen3_vl", "qwen3_5"), moved=_QWEN3_TOWER, tower="vision_model.")
 _LLAVA = Whole(
     model_types=(
         "llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "paligemma", "aya_vision", "mistral3",
@@ -106,6 +109,7 @@ _LLAVA = Whole(
 WHOLES = (
     _QWEN3,
     replace(_QWEN3, model_types=("qwen3_vl_moe",), variants=experts.STACKED_TRANSPOSED),
+    replace(_QWEN3, model_types=("qwen3_5_moe",), variants=experts.STACKED_WRITTEN),
     _LLAVA,
     replace(
         _LLAVA,
@@ -115,6 +119,7 @@ WHOLES = (
             "multi_modal_projector.mm_input_projection_weight": Moved("multi_modal_projector.proj.weight", TRANSPOSED),
         },
     ),
+    Whole(model_types=("idefics2", "idefics3", "smolvlm"), text="model.text_model."),
     Whole(
         model_types=("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), text=_MODEL, parts=""
     ),
@@ -134,8 +139,31 @@ _ANY = Whole()
 
 def whole_of(model: Model) -> Whole:
     """How the larger model whose text part a model is is named."""
-    model_type = model.config.extra[WHOLE].get("model_type")
-    return next((whole for whole in WHOLES if model_type in whole.model_types), _ANY)
+    known = published(model.config)
+    if known is not None:
+        return known
+    stored = model.config.extra.get(WHOLE_NAMES)
+    if stored is None:
+        return _ANY
+    return replace(_ANY, text=stored["text"], head=stored["head"], stored=stored["parts"])
+
+
+def published(config: ModelConfig) -> Whole | None:
+    """How a larger model of this type is published; None if that is not known."""
+    model_type = config.extra[WHOLE].get("model_type")
+    return next((whole for whole in WHOLES if model_type in whole.model_types), None)
+
+
+def stored_names_of(wrapper: Wrapper, parts: Iterable[str]) -> dict[str, Any]:
+    """How a larger model's tensors are named that a checkpoint has, where its type tells nothing.
+
+    Args:
+        wrapper: of its text part.
+        parts: stored names of the others.
+    """
+    begins = {name.removeprefix(_MODEL).partition(".")[0]: name.startswith(_MODEL) for name in parts}
+    inside = {word: _MODEL if before else "" for word, before in begins.items()}
+    return {"text": wrapper.prefix, "head": wrapper.outer, "parts": inside}
 
 
 def beside_in_megatron(model: Model, beside: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -237,4 +265,5 @@ def as_published(
         known.text + name.removeprefix(base) if name.startswith(base) else known.head + name: tensor
         for name, tensor in stored_names(text, variants).items()
     }
-    return {**named, **{known.parts + name: tensor for name, tensor in beside.items()}}
+    begins = {name: known.stored.get(name.partition(".")[0], known.parts) for name in beside}
+    return {**named, **{begins[name] + name: tensor for name, tensor in beside.items()}}

@@ -134,6 +134,8 @@ STACKED = (
 """transformers 5's layout in memory, and on disk with ``save_original_format=False``; and mlx-lm's."""
 
 _TOGETHER = tuple(variant for variant in STACKED if ".experts." in variant.stored)
+STACKED_WRITTEN = tuple(replace(variant, written=True) for variant in _TOGETHER)
+"""As Qwen3.5 is published."""
 STACKED_TRANSPOSED = tuple(replace(variant, transposed=True, written=True) for variant in _TOGETHER)
 """Qwen3-VL's on disk, (in, out) for each expert under the names of the other layout."""
 
