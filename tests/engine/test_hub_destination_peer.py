@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import random
 import re
 from collections.abc import Callable
@@ -223,10 +225,12 @@ def test_bytes_that_come_out_otherwise_are_not_sent(hub: Hub) -> None:
         anyckpt.save({"w": array}, "hf://datasets/me/m/w.safetensors")
 
 
-def test_progress_counts_what_is_sent(hub: Hub) -> None:
+def test_progress_counts_what_is_sent(hub: Hub, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     done = anyckpt.convert(LOCAL, "hf://me/m", to="hf", progress=lambda *at: seen.append(at))
     assert max(seen) == (2 * done.bytes_written, 2 * done.bytes_written)
+    once = anyckpt.convert(LOCAL, tmp_path / "out", to="hf").bytes_read
+    assert done.bytes_read == 2 * once
     assert json.loads(hub.repositories["me/m"].files["config.json"])["model_type"] == "llama"
 
 
@@ -263,4 +267,26 @@ def test_nothing_is_wrong_whatever_fails(
         anyckpt.convert(LOCAL, tmp_path / "m.safetensors", to="safetensors", names="hf")
         assert files["m.safetensors"] == (tmp_path / "m.safetensors").read_bytes()
     else:
-        assert done.code == 2 and done.err.startswith("error: ") and not files
+        assert done.code == 2 and done.err.splitlines()[-1].startswith("error: ") and not files
+
+
+def test_what_huggingface_hub_logs_has_no_signature(hub: Hub, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.add("me/m", {})
+    hub.faults.append(answering(503, 2))
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [handler])
+    written(run("convert", LOCAL, "hf://me/m", "--to", "hf"))
+    text = stream.getvalue()
+    assert "HTTP Error 503 thrown while requesting PUT ..." in text
+    assert "SECRET" not in text and "Xet" not in text
+
+
+def test_nothing_is_written_offline(hub: Hub, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    error = run("convert", LOCAL, "hf://me/m", "--to", "hf").error
+    assert "cannot be written to while HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE" in error
+    assert not hub.asked

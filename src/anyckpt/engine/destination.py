@@ -15,6 +15,7 @@ from anyckpt.engine.manifest import Manifest
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.errors import OutputError, UsageError
+from anyckpt.storage.read_count import ReadCount
 
 
 class BusyError(OutputError):
@@ -150,8 +151,13 @@ class Destination(ABC):
     def discard(self) -> None:
         """Remove every trace of the work."""
 
-    def tell(self, advance: Callable[[int], None]) -> None:  # noqa: B027 (most have nothing to tell)
-        """Have ``publish`` call ``advance`` with numbers of bytes that it has gone through, where that takes long."""
+    def tell(self, advance: Callable[[int], None], reads: ReadCount) -> None:  # noqa: B027 (most have nothing to tell)
+        """Have ``publish`` tell what it goes through once more, where it does.
+
+        Args:
+            advance: called with numbers of bytes of the output, from any thread.
+            reads: counts what is read of sources for them.
+        """
 
     def troubles(self) -> dict[Share, str]:
         """Shares that no process is at work on, as far as can be seen, with what is known of why."""

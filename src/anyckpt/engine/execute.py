@@ -133,7 +133,7 @@ def carry_out(
     known = place.records(identity.value)
     total = plan.nbytes * place.passes
     run = Run(plan, cut, place, known, workers=workers, memory=memory, progress=progress, total=total)
-    place.tell(run.advance)
+    place.tell(run.advance, run.reads)
     try:
         entries = []
         for stage in sorted({file.stage for file in plan.files}):

@@ -11,11 +11,9 @@ bytes, not file objects.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -26,17 +24,17 @@ from anyckpt.engine.files import Bytes
 from anyckpt.engine.filling import is_far
 from anyckpt.engine.manifest import Manifest, read_manifest
 from anyckpt.engine.plan import MANIFEST_NAME, Plan
-from anyckpt.engine.planned_file import PlannedFile
+from anyckpt.engine.planned_file import Known, PlannedFile
 from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.errors import AnyckptError, OutputError, UsageError
 from anyckpt.storage.hub import library
 from anyckpt.storage.hub.paths import MAIN, HubPath, parse
 from anyckpt.storage.hub.place import HubPlace, forget
 from anyckpt.storage.hub.repository import opened
+from anyckpt.storage.read_count import ReadCount
 
 CARD = "README.md"
 _FILES_AT_ONCE = 4
-_SAMPLE = 512
 _TILES = 24 << 20
 _OF_REPOSITORY = re.compile(
     r"(?:.*/)?(?:\.git.*|README\.md|LICEN[CS]E.*|NOTICE.*|USE_POLICY.*|.*\.(?:md|png|jpe?g|svg))"
@@ -58,33 +56,6 @@ class _MetError(Exception):
     def __init__(self, error: AnyckptError) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-@dataclass
-class _Known:
-    """What is known of a file when its bytes have been made for the first time.
-
-    Attributes:
-        sha256: of what was made so far.
-        sample: its first bytes.
-        waiting: first bytes and lengths of parts that wait for checksums.
-        late: what these are, by their first byte.
-        records: of its blocks, by their first byte.
-    """
-
-    waiting: dict[int, int]
-    sha256: Any = field(default_factory=hashlib.sha256)
-    sample: bytes = b""
-    late: dict[int, bytes] = field(default_factory=dict)
-    records: dict[int, BlockRecord] = field(default_factory=dict)
-
-    def take(self, offset: int, data: bytes) -> None:
-        self.sha256.update(data)
-        if offset < _SAMPLE:
-            self.sample += data[: _SAMPLE - offset]
-        for start, nbytes in self.waiting.items():
-            if start <= offset < start + nbytes:
-                self.late[start] = self.late.get(start, b"") + data
 
 
 class HubDestination(Destination):
@@ -123,8 +94,9 @@ class HubDestination(Destination):
         self._fingerprint = ""
         self._parent: str | None = None
         self._there: tuple[str, ...] = ()
-        self._known: list[_Known] = []
+        self._known: list[Known] = []
         self._advance: Callable[[int], None] = lambda nbytes: None
+        self._reads = ReadCount()
 
     def begin(self, plan: Plan, fingerprint: str, *, share: Share | None, resume: bool) -> None:
         if share is not None:
@@ -139,14 +111,15 @@ class HubDestination(Destination):
                 path=self.name,
                 remedy=f"name the file: {self._path.root}/model.{plan.format}",
             )
+        if plan.links:
+            raise UsageError(
+                "would have links, which the Hub does not keep", path=self.name, remedy="write it to a disk"
+            )
         self._plan, self._fingerprint = plan, fingerprint
         self._look()
         self._check_absent()
         cut = cut_all(plan.files)
-        self._known = [
-            _Known({late.offset: file.parts[late.part].nbytes for late in waiting})
-            for file, waiting in zip(plan.files, cut.late, strict=True)
-        ]
+        self._known = [Known.of(file, late) for file, late in zip(plan.files, cut.late, strict=True)]
 
     def _look(self) -> None:
         """See what is there and that it may be written to; make the repository if there is none."""
@@ -232,8 +205,8 @@ class HubDestination(Destination):
     def seal(self, files: Collection[int]) -> None:
         """Nothing is kept before the commit."""
 
-    def tell(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
+    def tell(self, advance: Callable[[int], None], reads: ReadCount) -> None:
+        self._advance, self._reads = advance, reads
 
     def publish(self, manifest: bytes) -> None:
         hub = library.library()
@@ -271,10 +244,16 @@ class HubDestination(Destination):
             known = self._known[number]
             addition = hub.CommitOperationAdd(self._inside(file.path), b"")
             addition.path_or_fileobj = PlannedFile(
-                file, cut.blocks[number], known.late, known.records, tiles, is_far=far, advance=self._advance
+                file,
+                cut.blocks[number],
+                known,
+                tiles,
+                is_far=far,
+                advance=self._advance,
+                reads=self._reads,
             )
             addition.upload_info = type(addition.upload_info)(  # it would read all of the file for its digest
-                size=file.nbytes, sample=known.sample, sha256=known.sha256.digest()
+                size=file.nbytes, sample=known.head, sha256=known.sha256.digest()
             )
             additions.append(addition)
             about[file.path or self._path.inner] = (file.nbytes, known.sha256.hexdigest())

@@ -169,4 +169,5 @@ FORMAT = Format(
     detect=_detect,
     read=_read,
     plan=_plan,
+    library="diffusers",
 )

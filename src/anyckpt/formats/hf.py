@@ -329,4 +329,5 @@ FORMAT = Format(
     dialect=lambda options: "hf",
     config_kind="hf",
     quantizes=("compressed-tensors", "modelopt", "fp8", "mxfp4"),
+    library="transformers",
 )

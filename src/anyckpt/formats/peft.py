@@ -226,4 +226,5 @@ FORMAT = Format(
     plan=_plan,
     dialect=lambda options: "peft",
     adapters="peft",
+    library="peft",
 )

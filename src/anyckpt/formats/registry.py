@@ -103,6 +103,7 @@ class Format:
         quantizes: forms of ``quantization.forms`` in which it holds quantized weights, the usual ones first; none if it
             says nothing of how they are quantized.
         optimizer: how it keeps an optimizer's state, None if it has no place for it.
+        library: what the Hub calls the software that loads it, for a model card; None if no one does, or several.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Format:
     by_release: bool = False
     quantizes: tuple[str, ...] = ()
     optimizer: OptimizerForm | None = None
+    library: str | None = None
 
 
 _BUILT_IN = {

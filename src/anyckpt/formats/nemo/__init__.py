@@ -21,4 +21,5 @@ FORMAT = Format(
     packs=True,
     adapters="nemo1",
     suffixes=(".nemo",),
+    library="nemo",
 )

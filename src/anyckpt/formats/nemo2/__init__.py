@@ -19,4 +19,5 @@ FORMAT = Format(
     adapters="megatron",
     backends=("torch_dist", "zarr"),
     optimizer=OPTIMIZER,
+    library="nemo",
 )

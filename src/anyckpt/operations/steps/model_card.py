@@ -42,8 +42,9 @@ def _front(plan: Plan, sources: Sequence[Checkpoint], quantized: str | None) -> 
     """Metadata that the Hub reads: YAML, whose strings may be written as JSON's."""
     bases = list(dict.fromkeys(named.repository for source in sources if (named := _on_hub(source)) is not None))
     lines = ["---"]
-    if plan.format == "hf":
-        lines.append("library_name: transformers")
+    library = registry.by_name(plan.format).library
+    if library is not None:
+        lines.append(f"library_name: {library}")
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(name)}" for name in bases)]
     if bases and quantized is not None:

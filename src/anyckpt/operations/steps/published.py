@@ -134,7 +134,9 @@ def known_to_hub(location: Location) -> list[Published]:
     place, found = location.place, []
     if place.is_far:
         said = ((file, place.digest(path_of(location, file))) for file in files_of(location))
-        return [Published(file, *digest, LISTED) for file, digest in said if digest is not None]
+        found = [Published(file, *digest, LISTED) for file, digest in said if digest is not None]
+    if found:
+        return found
     root, above = _download_folder(location)
     in_cache = any(_SNAPSHOTS in f"/{path}/".replace("\\", "/") for path in (location.path, place.real(location.path)))
     for file in files_of(location) if root is not None or in_cache else ():
