@@ -302,3 +302,16 @@ def test_training_loads_from_a_bucket(s3: S3Server, tmp_path: Path) -> None:
     anyckpt.torch.load(state, "s3://weights/run/a.pt")
     assert state["w"].tolist() == [0, 1, 2, 3, 4]
     assert anyckpt.open("s3://weights/run/a.pt")["w"].numpy().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_google_is_asked_in_its_own_words(s3: S3Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Google's XML interface is S3's, but for its signatures, which an emulator does not look at."""
+    name = "families/qwen2_moe/hf"
+    put(s3, name, "hf")
+    s3.put("weights", {f"hf/{file}": data for file, data in files_below(fixture_path(name)).items()}, everybody=True)
+    s3.client().put_bucket_acl(Bucket="weights", ACL="public-read")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+    path = "gs://weights/hf"
+    assert told(registry.read(path), path) == told(registry.read(fixture_path(name)), str(fixture_path(name)))
+    with pytest.raises(FormatError, match="the bucket 'other' does not exist"):
+        look_at("gs://other/x")

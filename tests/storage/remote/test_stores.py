@@ -123,3 +123,43 @@ def test_every_kind_of_path_has_a_store(path: str, home: Path) -> None:
     store, key = store_of(path)
     assert key == "k"
     assert "Store" in repr(store)
+
+
+def test_a_bucket_of_amazon_is_asked_for_its_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connection:
+        def __init__(self, host: str, timeout: float) -> None:
+            assert host == "s3.amazonaws.com"
+
+        def request(self, method: str, path: str) -> None:
+            assert (method, path) == ("HEAD", "/some.bucket")
+
+        def getresponse(self) -> Connection:
+            return self
+
+        def getheader(self, name: str) -> str | None:
+            return {"x-amz-bucket-region": "ap-south-1"}.get(name)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(aws, "HTTPSConnection", Connection)
+    aws.region_of.cache_clear()
+    assert aws.region_of("some.bucket") == "ap-south-1"
+    aws.region_of.cache_clear()
+
+
+def test_who_has_no_cloud_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def answer(method: str, path: str, headers: dict[str, str]) -> str:
+        asked.append((method, path))
+        return "role" if path.startswith("/latest/meta-data") else "token"
+
+    for name in ("AWS_EC2_METADATA_DISABLED", "AWS_METADATA_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(metadata_service, "_answer", answer)
+    metadata_service.gives_aws_credentials.cache_clear()
+    assert metadata_service.gives_aws_credentials()
+    assert metadata_service.gives_aws_credentials()
+    assert [method for method, _ in asked] == ["PUT", "GET"]
+    metadata_service.gives_aws_credentials.cache_clear()
