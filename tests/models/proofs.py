@@ -227,6 +227,11 @@ _IMAGES = {
 }  # fmt: skip
 _BERTS = ("BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertModel")
 
+_ROBERTAS = ("RobertaForMaskedLM", "RobertaModel")
+_DISTILBERT = {
+    "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "max_position_embeddings": 64,
+}  # fmt: skip
+
 _T5 = {
     "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64,
     "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False,
@@ -307,6 +312,39 @@ PROOFS: dict[str, Proof] = {
             _CORE_ALONE,
             **_LATENT,
             mlp_layer_types=["dense"] * 2 + ["sparse"] * 2,
+        ),
+    ),
+    "roberta": proof(
+        *(tiny(name, "roberta", _HUB_ALONE, **_BERT, architectures=[name]) for name in _ROBERTAS),
+        tiny("roberta-one-type", "roberta", _HUB_ALONE, **_BERT, type_vocab_size=1),
+    ),
+    "xlm-roberta": proof(
+        *(tiny(f"XLM{name}", "xlm-roberta", _HUB_ALONE, **_BERT, architectures=[f"XLM{name}"]) for name in _ROBERTAS),
+    ),
+    "distilbert": proof(
+        *(
+            tiny(name, "distilbert", _HUB_ALONE, **_DISTILBERT, architectures=[name])
+            for name in ("DistilBertForMaskedLM", "DistilBertModel")
+        ),
+    ),
+    "lfm2": proof(
+        tiny(
+            "lfm2",
+            "lfm2",
+            _HUB_ALONE,
+            **GROUPED,
+            layer_types=["conv", "conv", "full_attention", "conv"],
+            block_multiple_of=8,
+        ),
+        tiny(
+            "lfm2-plain",
+            "lfm2",
+            _HUB_ALONE,
+            **GROUPED,
+            full_attn_idxs=[1, 3],
+            block_auto_adjust_ff_dim=False,
+            tie_word_embeddings=False,
+            conv_L_cache=4,
         ),
     ),
     "ernie4-5": proof(

@@ -268,3 +268,28 @@ def test_a_step_of_multi_token_prediction_of_nemotron(tmp_path: Path) -> None:
 def test_steps_that_nemotron_has_not(wrong: dict[str, Any]) -> None:
     with pytest.raises(MappingError, match="layers of multi-token prediction are not those"):
         identified("nemotron-3-super", **{"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", **wrong})
+
+
+def test_width_of_lfm2_is_computed_or_stated() -> None:
+    """transformers: two thirds of what is stated, times a factor, up to a multiple."""
+    stated = {"intermediate_size": 48, "block_multiple_of": 8}
+    assert identified("lfm2", **stated).config.ffn_hidden_size == 32
+    assert identified("lfm2", **stated, block_ffn_dim_multiplier=1.3).config.ffn_hidden_size == 48
+    assert identified("lfm2", **stated, block_auto_adjust_ff_dim=False).config.ffn_hidden_size == 48
+    assert identified("lfm2", block_ff_dim=96, block_multiple_of=8).config.ffn_hidden_size == 64
+    with pytest.raises(MappingError, match="width of the MLP is not possible"):
+        identified("lfm2", block_multiple_of=-8)
+
+
+@pytest.mark.parametrize("value", [["conv"], "conv", ["conv", "mamba", "conv", "conv"]])
+def test_layers_of_lfm2_are_listed_right(value: Any) -> None:
+    with pytest.raises(MappingError, match="layer_types is not that of the model"):
+        identified("lfm2", layer_types=value)
+
+
+@pytest.mark.parametrize("name", ["RobertaForMaskedLM", "XLMRobertaForMaskedLM", "DistilBertForMaskedLM"])
+def test_encoders_keep_their_type(name: str) -> None:
+    checkpoint, model = SAMPLES[name].open()
+    rendered = models.render_config(model, "hf")
+    assert rendered["model_type"] == checkpoint.config["model_type"]
+    assert rendered["architectures"] == [name]

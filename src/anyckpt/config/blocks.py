@@ -55,6 +55,8 @@ class BlockConfig:
         linear_value_head_dim: width of a head of its values.
         linear_num_key_heads: heads of its queries and keys.
         linear_num_value_heads: heads of its values, a multiple.
+        short_conv_freq: for each layer 1 if it has a short convolution in place of attention; None if none has.
+        short_conv_kernel_dim: width of that convolution, in tokens.
         dsa_indexer_n_heads: heads of the indexer that chooses which tokens latent attention sees; None if it sees all.
         dsa_indexer_head_dim: width of one.
         dsa_indexer_topk: how many tokens it chooses.
@@ -107,6 +109,8 @@ class BlockConfig:
     linear_value_head_dim: int | None = None
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
+    short_conv_freq: tuple[int, ...] | None = None
+    short_conv_kernel_dim: int | None = None
     dsa_indexer_n_heads: int | None = None
     dsa_indexer_head_dim: int | None = None
     dsa_indexer_topk: int | None = None
@@ -141,7 +145,7 @@ _SIZES = tuple(
     moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     mtp_num_layers mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim attention_chunk_size
     linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads
-    dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
+    short_conv_kernel_dim dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
     """.split()
 )
 _LATENT = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
@@ -154,6 +158,7 @@ _OF_LAYERS = (
     "heterogeneous_blocks",
     "no_rope_freq",
     "linear_attention_freq",
+    "short_conv_freq",
 )
 _DELTA = (
     "linear_conv_kernel_dim",

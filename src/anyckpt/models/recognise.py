@@ -20,7 +20,9 @@ from anyckpt.models.language.family import Family
 from anyckpt.tensor import LazyTensor
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$")
-_OPTIONAL = re.compile(r".*\.bias|output_layer\.weight|mtp\..*|.*\.self_attention\.[qk]_layernorm\.weight")
+_OPTIONAL = re.compile(
+    r".*\.bias|output_layer\.weight|mtp\..*|.*\.self_attention\.[qk]_layernorm\.weight|(lm_head|pooler|binary_head)\..*"
+)
 """Hub names that models of one family may have or not."""
 _ROUTER = re.compile(r"decoder\.layers\.\*\.mlp\.router\.weight")
 _DENSE = re.compile(r"decoder\.layers\.\*\.mlp\.linear_fc.*")

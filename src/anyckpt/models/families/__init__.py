@@ -26,6 +26,7 @@ _BUILT_IN = (
     "t5", "clip_vision", "vit", "glm4_moe", "glm4_moe_lite", "seed_oss", "olmo2", "olmo3", "olmoe", "granite",
     "granitemoe", "exaone4", "ernie4_5", "ernie4_5_moe", "cohere2", "hunyuan_dense", "internlm3", "ministral3",
     "minimax_m2",
+    "roberta", "xlm_roberta", "distilbert", "lfm2",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 
