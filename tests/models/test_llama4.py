@@ -173,9 +173,10 @@ def test_switches_of_llama_4_are_no_other_familys() -> None:
     model = models.identify(checkpoint)
     assert model is not None
     arguments = models.render_config(model, "megatron-args")
-    for key, value in (("no_rope_freq", 2), ("qk_l2_norm", True)):
+    for key, value, known in (("no_rope_freq", 2, "smollm3"), ("qk_l2_norm", True, None)):
         strange = {k: v for k, v in {**arguments, key: value}.items() if k != "hf_model_type"}
-        assert models.identify(replace(checkpoint, tensors={}, config=strange, config_kind="megatron-args")) is None
+        found = models.identify(replace(checkpoint, tensors={}, config=strange, config_kind="megatron-args"))
+        assert (None if found is None else found.family) == known
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,18 @@ WHOLES: dict[str, dict[str, Any]] = {
         },
         "vision_config": {**_QWENS, "fullatt_block_indexes": [0]}, **_TOKENS,
     },
+    "glm4v_moe": {
+        "text_config": {
+            "model_type": "glm4v_moe_text", **_TEXT, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20, "rope_parameters": {**_MROPE, "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32,
+            "patch_size": 4, "image_size": 16,
+        },
+        **_TOKENS,
+    },
     "qwen2_5_omni_thinker": {
         "text_config": {
             "model_type": "qwen2_5_omni_text", **_PLAIN, "rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]},
@@ -111,7 +123,7 @@ CLASSES = {
 }
 TEXT_ALONE = {
     "qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe", "qwen2_5_vl_text": "qwen2",
-    "qwen2_5_omni_text": "qwen2", "qwen3_omni_moe_text": "qwen3_moe",
+    "glm4v_moe_text": "glm4_moe", "qwen2_5_omni_text": "qwen2", "qwen3_omni_moe_text": "qwen3_moe",
 }  # fmt: skip
 """Of text parts that transformers has no class for by themselves: what they are written as."""
 

@@ -43,6 +43,7 @@ FAMILY = Family(
     hugging_face=HuggingFace(
         model_types=("glm4_moe",),
         architectures=("Glm4MoeForCausalLM",),
+        text_parts={"glm4v_moe_text": {"attention_bias": True}},
         fields=(
             *LLAMA_FIELDS,
             Field("add_qkv_bias", "attention_bias", "flag", False),
