@@ -118,7 +118,7 @@ def writing(action: str, destination: str) -> Iterator[Progress]:
 
 
 def _how_to_go_on(destination: str, done: int, total: int) -> str:
-    from anyckpt.engine.staging import is_begun
+    from anyckpt.operations.steps.writing import is_begun
     from anyckpt.units import format_bytes
 
     if not is_begun(destination):

@@ -159,6 +159,14 @@ class Destination(ABC):
             reads: counts what is read of sources for them.
         """
 
+    def is_begun(self) -> bool:
+        """Whether interrupted work has left what going on with it would not write again."""
+        return False
+
+    def weaker(self) -> tuple[str, ...]:
+        """What this place could not give of what is promised of outputs elsewhere, in sentences for a user."""
+        return ()
+
     def troubles(self) -> dict[Share, str]:
         """Shares that no process is at work on, as far as can be seen, with what is known of why."""
         return {}

@@ -39,6 +39,7 @@ class Report:
         peak_rss_bytes: the process's largest resident set so far.
         resumed_bytes: bytes that an earlier, interrupted run had written.
         published: whether this run gave the output its name; False where it was there, whole, by another one's doing.
+        notes: what the place of the output could not give of what is promised elsewhere.
     """
 
     output: str
@@ -50,6 +51,7 @@ class Report:
     peak_rss_bytes: int
     resumed_bytes: int = 0
     published: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def execute(
@@ -83,7 +85,7 @@ def execute(
     """
     started = time.monotonic()
     place = place_of(destination, overwrite)
-    count = worker_count(workers, memory, plan)
+    count = worker_count(workers, memory, plan, waits=place.in_order)
     identity = fingerprint(plan, source_paths)
     if resume and identity.obstacle is not None:
         raise UsageError(
@@ -173,6 +175,7 @@ def report_of(plan: Plan, place: Destination, bytes_read: int, started: float, r
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
         resumed_bytes=resumed_bytes,
+        notes=place.weaker(),
     )
 
 

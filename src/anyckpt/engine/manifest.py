@@ -104,10 +104,21 @@ def read_manifest(output: str, place: Place = LOCAL) -> Manifest | None:
         FormatError: it is damaged.
     """
     path = manifest_path(output, place)
-    if not place.exists(path):
-        return None
+    return parse_manifest(place.open(path).read_all(), path) if place.exists(path) else None
+
+
+def parse_manifest(text: bytes, path: str) -> Manifest:
+    """A manifest from its bytes.
+
+    Args:
+        text: the bytes.
+        path: where they are from, for messages.
+
+    Raises:
+        FormatError: it is damaged.
+    """
     try:
-        data = json.loads(place.open(path).read_all())
+        data = json.loads(text)
         if data["anyckpt_manifest"] != _VERSION or data["digest"] != DIGEST:
             raise FormatError("is a manifest of another version of anyckpt", path=path)
         notes = tuple(str(note) for note in data.get("notes", ()))

@@ -35,6 +35,17 @@ class BlockRecord:
         edges = [[offset, base64.b64encode(data).decode("ascii")] for offset, data in self.edges]
         return [*key, self.crcs, self.digests, *([edges] if edges else [])]
 
+    @staticmethod
+    def of_row(row: list[Any]) -> tuple[BlockKey, BlockRecord]:
+        """What ``to_row`` was given."""
+        file, offset, crcs, digests, *edges = row
+        record = BlockRecord(
+            [tuple(crc) for crc in crcs],
+            [tuple(digest) for digest in digests],
+            [(at, base64.b64decode(text)) for at, text in (edges[0] if edges else ())],
+        )
+        return (file, offset), record
+
 
 class Journal:
     """The list of durable blocks that one process keeps, a line for each time that it made some durable.
@@ -103,12 +114,7 @@ class JournalReader:
         for entry in entries:
             self.header = self.header or entry
             self.failure = str(entry.get("failed", ""))
-            for file, offset, crcs, digests, *edges in entry.get("blocks", ()):
-                self.records[file, offset] = BlockRecord(
-                    [tuple(c) for c in crcs],
-                    [tuple(d) for d in digests],
-                    [(at, base64.b64decode(text)) for at, text in (edges[0] if edges else ())],
-                )
+            self.records.update(BlockRecord.of_row(row) for row in entry.get("blocks", ()))
         return self
 
     def is_kept(self) -> bool:

@@ -283,10 +283,10 @@ class Run:
             self._progress(done, self._total)
 
 
-def worker_count(workers: int | None, memory: int, plan: Plan) -> int:
+def worker_count(workers: int | None, memory: int, plan: Plan, *, waits: bool = False) -> int:
     """How many threads to use: as many as processors, up to 8, unless said; no more than ``memory`` allows.
 
-    Where reads are waited for, they are more: while some wait, others write.
+    Where reads are waited for, they are more: while some wait, others write.  So they are if writing ``waits``.
 
     Raises:
         UsageError: it does not allow one, or less than one is asked for.
@@ -301,7 +301,7 @@ def worker_count(workers: int | None, memory: int, plan: Plan) -> int:
         )
     if workers is not None and workers < 1:
         raise UsageError("at least one worker is needed", found=workers)
-    usual = _FAR_WORKERS if is_far(plan) else min(8, max(2, os.cpu_count() or 2))
+    usual = _FAR_WORKERS if waits or is_far(plan) else min(8, max(2, os.cpu_count() or 2))
     return min(workers or usual, affordable)
 
 

@@ -74,7 +74,7 @@ class SharedRun:
     ) -> None:
         self._plan = plan
         self._place = place_of(destination, overwrite)
-        self._workers = worker_count(workers, memory, plan)
+        self._workers = worker_count(workers, memory, plan, waits=self._place.in_order)
         self._memory = memory
         self._identity = fingerprint(plan, source_paths)
         if self._identity.obstacle is not None:
@@ -166,6 +166,10 @@ class SharedRun:
         value = self._identity.value
         missing = self._division.missing(self._place.records(value))
         return {} if missing and self._place.is_published(value) else missing
+
+    def notes(self) -> tuple[str, ...]:
+        """What the place of the output could not give of what is promised elsewhere."""
+        return self._place.weaker()
 
     def finish(self, wait: float = 0.0) -> Report:
         """Write what the shares leave, and publish the output, when all of them are there.

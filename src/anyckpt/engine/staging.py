@@ -17,7 +17,7 @@ from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.files import PAGE, Bytes, sync_directory, write_error
 from anyckpt.engine.manifest import beside, read_manifest
 from anyckpt.engine.outputs import OutputFiles
-from anyckpt.engine.plan import MANIFEST_NAME, Plan
+from anyckpt.engine.plan import MANIFEST_NAME, PARTIAL, Plan
 from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, lock
 from anyckpt.errors import FormatError, OutputError
 from anyckpt.storage.local_file import forget_open_file
@@ -25,14 +25,13 @@ from anyckpt.storage.local_file import forget_open_file
 _EXCHANGE = 2
 _AT_FDCWD = -100
 _JOURNAL = "journal"
-_PARTIAL = ".anyckpt-partial"
 
 
 def destination_of(directory: str) -> str | None:
     """The path of the output that is prepared in a directory; None if that is no staging directory."""
     parent, name = os.path.split(directory)
-    inner = name[1:].removesuffix(_PARTIAL)
-    return os.path.join(parent, inner) if name.startswith(".") and name.endswith(_PARTIAL) and inner else None
+    inner = name[1:].removesuffix(PARTIAL)
+    return os.path.join(parent, inner) if name.startswith(".") and name.endswith(PARTIAL) and inner else None
 
 
 def is_begun(destination: str) -> bool:
@@ -55,7 +54,7 @@ class StagingDirectory(Destination):
         self.destination = os.path.abspath(destination)
         self.overwrite = overwrite
         parent, name = os.path.split(self.destination)
-        self._directory = os.path.join(parent, f".{name}{_PARTIAL}")
+        self._directory = os.path.join(parent, f".{name}{PARTIAL}")
         self.output = os.path.join(self._directory, "output")
         self._readers: dict[str, JournalReader] = {}
         self._lock = -1

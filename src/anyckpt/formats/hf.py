@@ -291,7 +291,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     files = weight_files(weights, options.max_shard_size, metadata, count_parameters=True)
     extra: dict[str, OutputFile] = {}
     if checkpoint.config:
-        extra["config.json"] = small_file("config.json", json_text(checkpoint.config))
+        extra["config.json"] = small_file("config.json", json_text(checkpoint.config), stage=2)
     else:
         notes.append("there is no configuration to write: add a config.json before transformers can load this folder")
     if checkpoint.tokenizer is not None:

@@ -304,7 +304,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         stem = f"consolidated.{number:02d}"
         parts = zip_parts(part, archive_name=stem, tensor_name=lambda path: str(path[-1]))
         files.append(OutputFile(f"{stem}.pth", parts))
-    files.append(small_file(PARAMS, json.dumps(checkpoint.config) + "\n"))
+    files.append(small_file(PARAMS, json.dumps(checkpoint.config) + "\n", stage=2))
     notes: list[str] = []
     if checkpoint.tokenizer is not None:
         sources = checkpoint.tokenizer.files

@@ -209,7 +209,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     defaults = _DEFAULTS if checkpoint.config.get("peft_type", "LORA") == "LORA" else {}
     files = [
         OutputFile(_WEIGHTS[0], safetensors_parts(weights, {"format": "pt"})),
-        small_file(CONFIG, json.dumps({**defaults, **checkpoint.config}, indent=2, sort_keys=True)),
+        small_file(CONFIG, json.dumps({**defaults, **checkpoint.config}, indent=2, sort_keys=True), stage=2),
     ]
     if checkpoint.tokenizer is not None:
         files += tokenizer_files(checkpoint.tokenizer, notes).values()

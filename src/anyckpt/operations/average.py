@@ -86,7 +86,9 @@ def average(
     if to is not None:
         registry.by_name(to)
     origins = [os.fspath(path) for path in sources]
-    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
+    check_destination(
+        os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
+    )
     stored = [registry.read(path, force=force) for path in sources]
     options = asked(
         locals(),

@@ -206,7 +206,7 @@ def converted(
     output = os.fspath(destination)
     origins = [os.fspath(path) for path in ([_path(source)] if sources is None else sources)]
     resumes = options.resume or options.share is not None
-    check_destination(output, origins, overwrite=options.overwrite, resume=resumes)
+    check_destination(output, origins, overwrite=options.overwrite, resume=resumes, anywhere=True)
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=options.force)
     made = prepared(opened, options)
     plan = _planned(made, made_of)
@@ -245,7 +245,7 @@ def converted(
         done,
         ignored=dict(plan.ignored),
         casts=dict(plan.casts),
-        notes=(*plan.notes, *((_UNCOMPRESSED,) if options.dry_run and options.gzip else ())),
+        notes=(*plan.notes, *done.notes, *((_UNCOMPRESSED,) if options.dry_run and options.gzip else ())),
         files=files,
         holds_states=opened.holds_states,
     )

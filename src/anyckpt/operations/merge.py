@@ -113,7 +113,9 @@ def merge(
     opener = Opener(force, None if layout is None else layout.rules, family)
     paths = [path for model in request.models for path in (model.path, model.adapter) if path is not None]
     origins = [*dict.fromkeys(paths if request.adapted is None else [*paths, request.adapted])]
-    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
+    check_destination(
+        os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
+    )
     request = opener.with_bases(request)
     leading = opener.read(request.models[request.leading].path)
     options = asked(

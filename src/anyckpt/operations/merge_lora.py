@@ -101,7 +101,9 @@ def merge_lora(
     if to is not None:
         registry.by_name(to)
     origins = [os.fspath(base), os.fspath(adapter)]
-    check_destination(os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None)
+    check_destination(
+        os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
+    )
     stored = registry.read(base, force=force)
     options = asked(
         locals(),

@@ -144,7 +144,7 @@ def quantize(
     }
     output = os.fspath(destination)
     origins = [source.path if isinstance(source, Checkpoint) else os.fspath(source)]
-    check_destination(output, origins, overwrite=overwrite, resume=resume)
+    check_destination(output, origins, overwrite=overwrite, resume=resume, anywhere=True)
     if save_statistics is not None:
         _check_saved(os.fspath(save_statistics), output)
     notes = [f"no effect has {key}: {reason}" for key, reason in _together(settings.unused).items()]

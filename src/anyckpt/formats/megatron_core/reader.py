@@ -17,7 +17,7 @@ from anyckpt.containers.dcp import DcpContents, read_dcp
 from anyckpt.containers.dcp.items import LazyObjects
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
-from anyckpt.engine.plan import MANIFEST_NAME
+from anyckpt.engine.plan import MANIFEST_NAME, UNFINISHED_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint
@@ -35,7 +35,7 @@ _EXTRA_STATE = re.compile(r"^(?P<key>.*_extra_state)(/shard_[\d._]+)?$")
 _STATE_PREFIX = re.compile(r"^(chained_\d+\.)?optimizer\.")
 _RNG_GRID = re.compile(r"^rng_state/shard_\d+\.\d+_(\d+)\.(\d+)$")
 _NEMO_KEYS = ("num_layers", "hidden_size", "num_attention_heads")
-_OWN_FILES = (COMMIT, COMMON, ".metadata", "integrity.json", MANIFEST_NAME)
+_OWN_FILES = (COMMIT, COMMON, ".metadata", "integrity.json", MANIFEST_NAME, UNFINISHED_NAME)
 
 
 def read(location: Location) -> Checkpoint:

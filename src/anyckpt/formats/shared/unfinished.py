@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from anyckpt.engine.plan import UNFINISHED_NAME
 from anyckpt.errors import UnfinishedError
 from anyckpt.storage.location import Location
 from anyckpt.storage.place import LOCAL, Place
@@ -46,7 +47,14 @@ def is_marker(name: str) -> bool:
 
 
 def check_finished(location: Location) -> None:
-    """Raise UnfinishedError if NeMo marked the checkpoint at ``location`` as unfinished."""
+    """Raise UnfinishedError if the checkpoint at ``location`` is marked as unfinished, by NeMo or by the engine."""
+    if UNFINISHED_NAME in location.names:
+        raise UnfinishedError(
+            "is unfinished: anyckpt is writing it, or was interrupted",
+            path=location.path,
+            found=UNFINISHED_NAME,
+            remedy="wait for whoever writes it, or run the same command with --resume; anyckpt clean removes it",
+        )
     marker = marker_of(location.place, location.path)
     if marker is not None:
         raise UnfinishedError(

@@ -58,7 +58,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     files: dict[str, OutputFile] = {}
     for number, part in enumerate(_ranks(weights, layout, checkpoint)):
         files[rank_file(number)] = OutputFile(rank_file(number), safetensors_parts(part))
-    files[CONFIG] = _json(CONFIG, _config(checkpoint, layout))
+    files[CONFIG] = _json(CONFIG, _config(checkpoint, layout), stage=2)
     layers = _layers(checkpoint)
     if layers is not None:
         files[LAYERS] = _json(LAYERS, layers)
@@ -159,8 +159,8 @@ def _layers(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {key: facts.get(key) for key in keys}
 
 
-def _json(name: str, value: Mapping[str, Any]) -> OutputFile:
-    return small_file(name, json.dumps(value, indent=4))
+def _json(name: str, value: Mapping[str, Any], stage: int = 1) -> OutputFile:
+    return small_file(name, json.dumps(value, indent=4), stage)
 
 
 def _archive(files: Mapping[str, OutputFile]) -> OutputFile:

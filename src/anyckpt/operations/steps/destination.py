@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.manifest import beside, read_manifest
-from anyckpt.engine.plan import MANIFEST_NAME
+from anyckpt.engine.plan import MANIFEST_NAME, UNFINISHED_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
-from anyckpt.operations.steps.writing import DESTINATIONS
-from anyckpt.storage.location import file_of, look_at
+from anyckpt.operations.steps.writing import DESTINATIONS, OBJECT_STORES
+from anyckpt.storage.location import file_of, look_at, look_in, place_of
 from anyckpt.storage.place import scheme_of
 
 _OTHER_SUFFIXES = (".bin",)
@@ -75,6 +76,7 @@ def check_destination(
     overwrite: bool,
     resume: bool = False,
     known: Collection[str] = (),
+    anywhere: bool = False,
 ) -> None:
     """Raise unless ``destination`` can be written without touching a source or replacing what is no checkpoint.
 
@@ -83,45 +85,89 @@ def check_destination(
         sources: paths that are read.
         overwrite: whether an existing checkpoint may be replaced.
         resume: whether the destination may be there because the same work is done already, which the engine tells.
-
         known: files of a checkpoint there that its manifest does not list.
+        anywhere: whether it may be on no disk.
 
     Raises:
         UsageError: the destination is a source, lies inside one, or holds one.
         OutputError: it exists, and may not be replaced.
     """
     if (scheme := scheme_of(destination)) is not None:
-        if scheme not in DESTINATIONS:
+        if not anywhere or scheme not in DESTINATIONS:
+            kinds = "disks, object stores (s3://, gs://, az://) and the Hub (hf://)"
             raise UsageError(
-                "cannot be written to: only folders and files on a disk can",
+                f"cannot be written to: only {kinds if anywhere else 'folders and files on a disk'} can",
                 path=destination,
                 found=f"{scheme}://",
                 remedy="write it to a disk and copy it there",
             )
-        if destination.rstrip("/") in [source.rstrip("/") for source in sources]:
-            raise UsageError("source and destination are the same", path=destination, remedy="choose another path")
+        for source in sources:
+            _check_apart(source, destination, source.rstrip("/"), destination.rstrip("/"), "/")
+        if scheme in OBJECT_STORES:
+            _check_in_store(destination, overwrite, resume)
         return  # what is there is looked at by what writes to it
     target = os.path.realpath(destination)
     for source in sources:
         origin = os.path.realpath(file_of(source))
-        if target == origin:
-            raise UsageError("source and destination are the same", path=destination, remedy="choose another path")
-        if target.startswith(origin + os.sep):
-            raise UsageError("lies inside the source", path=destination, remedy="choose a path outside of it")
-        if origin.startswith(target + os.sep):
-            raise UsageError("holds the source", path=destination, remedy="choose another path")
+        _check_apart(source, destination, origin, target, os.sep)
     if not os.path.lexists(destination):
         return
     if not overwrite and not resume:
-        raise OutputError("already exists", path=destination, remedy="choose another path or pass --overwrite")
+        raise _exists(destination)
     if overwrite and os.path.exists(destination) and not _replaceable(destination):
-        what = "a directory that holds something else than" if os.path.isdir(destination) else "a file that is not"
-        raise OutputError(
-            f"is {what} a checkpoint, which --overwrite does not replace",
-            path=destination,
-            remedy="choose another path or remove it yourself",
-        )
-    strange = _others_files(destination, known) if overwrite else []
+        raise _no_checkpoint(destination, os.path.isdir(destination))
+    _check_no_others(destination, _others_files(destination, known) if overwrite else [])
+
+
+def _check_apart(source: str, destination: str, origin: str, target: str, separator: str) -> None:
+    """Raise unless neither of a source and the destination lies in the other."""
+    if target == origin:
+        raise UsageError("source and destination are the same", path=destination, remedy="choose another path")
+    if target.startswith(origin + separator):
+        raise UsageError("lies inside the source", path=destination, remedy="choose a path outside of it")
+    if origin.startswith(target + separator):
+        raise UsageError("holds the source", path=destination, remedy="choose another path")
+
+
+def _check_in_store(destination: str, overwrite: bool, resume: bool) -> None:
+    """The same as for a disk of what an object store has there; unfinished work is left to what writes."""
+    place = place_of(destination)
+    if not place.exists(destination):
+        return
+    location = look_in(place, destination)
+    if UNFINISHED_NAME in location.names:
+        return
+    if not overwrite:
+        if resume:
+            return
+        raise _exists(destination)
+    manifest = None
+    with suppress(FormatError):
+        manifest = read_manifest(destination, place)
+    if location.is_directory and manifest is not None:
+        there = location.folder().names()
+        _check_no_others(destination, [name for name in there if name not in (*manifest.files, MANIFEST_NAME)])
+    elif manifest is None and not (not location.is_directory and _is_named_so(destination)):
+        try:
+            registry.detect(location)
+        except FormatError:
+            raise _no_checkpoint(destination, location.is_directory) from None
+
+
+def _exists(destination: str) -> OutputError:
+    return OutputError("already exists", path=destination, remedy="choose another path or pass --overwrite")
+
+
+def _no_checkpoint(destination: str, is_directory: bool) -> OutputError:
+    what = "a directory that holds something else than" if is_directory else "a file that is not"
+    return OutputError(
+        f"is {what} a checkpoint, which --overwrite does not replace",
+        path=destination,
+        remedy="choose another path or remove it yourself",
+    )
+
+
+def _check_no_others(destination: str, strange: Sequence[str]) -> None:
     if strange:
         raise OutputError(
             "holds files beside the checkpoint, which would go with it",

@@ -12,6 +12,7 @@ from anyckpt.engine.execute import execute, peak_rss_bytes
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.run import Progress, worker_count
 from anyckpt.engine.shared_run import SharedRun
+from anyckpt.engine.staging import is_begun as has_begun
 from anyckpt.errors import UsageError
 from anyckpt.storage.place import scheme_of
 
@@ -58,7 +59,25 @@ def _on_the_hub(target: Target) -> Destination:
     )
 
 
-DESTINATIONS: dict[str, Callable[[Target], Destination]] = {"hf": _on_the_hub}
+def _in_a_store(target: Target) -> Destination:
+    from anyckpt.engine.object_destination import ObjectDestination
+    from anyckpt.storage.remote.objects import objects_at
+
+    said = target.said
+    if said.private or said.message is not None:
+        raise UsageError(_FOR_THE_HUB, path=target.path, expected="hf://org/name")
+    objects, key = objects_at(target.path)
+    return ObjectDestination(objects, key, overwrite=target.overwrite)
+
+
+_FOR_THE_HUB = "--private and --commit-message are for the Hub"
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss")
+"""Schemes of paths in object stores, which are written as files are."""
+
+DESTINATIONS: dict[str, Callable[[Target], Destination]] = {
+    "hf": _on_the_hub,
+    **dict.fromkeys(OBJECT_STORES, _in_a_store),
+}
 """What writes an output whose path begins with ``scheme://``; all others are on disks."""
 
 
@@ -72,8 +91,14 @@ def destination_at(path: str, *, overwrite: bool, said: Said) -> str | Destinati
     if scheme in DESTINATIONS:
         return DESTINATIONS[scheme](Target(path, overwrite, said))
     if said.private or said.message is not None:
-        raise UsageError("--private and --commit-message are for the Hub", path=path, expected="hf://org/name")
+        raise UsageError(_FOR_THE_HUB, path=path, expected="hf://org/name")
     return path
+
+
+def is_begun(path: str) -> bool:
+    """Whether interrupted work on an output has left what going on with it would not write again."""
+    place = destination_at(path, overwrite=True, said=NOTHING_SAID)
+    return has_begun(path) if isinstance(place, str) else place.is_begun()
 
 
 def parse_share(text: str | None) -> Share | None:
@@ -153,6 +178,7 @@ def write(
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "resumed_bytes": part.resumed_bytes,
+        "notes": run.notes(),
         "share": f"{share.number}/{share.of}",
         "missing_shares": tuple(f"{one.number}/{one.of}" for one in missing),
     }

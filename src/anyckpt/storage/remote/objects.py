@@ -1,0 +1,209 @@
+"""Objects through obstore: Amazon's S3 and what speaks as it does, Google Cloud Storage, Azure Blob Storage."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
+
+from anyckpt.errors import AnyckptError, OutputError
+from anyckpt.storage.objects import ConflictError, ObjectFacts, Objects, Upload, part_bytes
+from anyckpt.storage.remote.addresses import Address, address_of
+from anyckpt.storage.remote.failures import failure_of, named
+from anyckpt.storage.remote.stores import Store, is_anonymous, store_at
+
+_DELETED_AT_ONCE = 1000
+_ABANDON_SECONDS = 10.0
+_LACKS, _AT_ONCE = 501, 409
+_NO_CONDITIONS = (
+    "this store creates no object only if there is none, so that another writer of the same output at the same moment "
+    "would not be noticed"
+)
+_CONFLICTS = ("AlreadyExistsError", "PreconditionError")
+_LACKING = ("NotImplementedError", "NotSupportedError")
+Result = TypeVar("Result")
+
+
+def objects_at(url: str) -> tuple[Objects, str]:
+    """The store that a path is in, to be written, and what the path is called in it.
+
+    Raises:
+        MissingLibraryError: obstore is not installed.
+        UsageError: the path names no bucket, or its settings contradict each other.
+    """
+    address = address_of(url)
+    return BucketObjects(store_at(address), address), address.key
+
+
+class BucketObjects(Objects):
+    """The objects of a bucket or container.
+
+    Args:
+        store: obstore's.
+        address: of anything in it.
+    """
+
+    def __init__(self, store: Store, address: Address) -> None:
+        self._library = import_module("obstore")
+        self._store = store
+        self._address = address
+        self.root = f"{address.root}/"
+
+    def listed(self, prefix: str) -> dict[str, ObjectFacts]:
+        found: dict[str, ObjectFacts] = {}
+        with self.telling(prefix):
+            for batch in self._library.list(self._store, prefix or None):
+                found.update({meta["path"]: _facts(meta) for meta in batch})
+        return found
+
+    def facts(self, key: str) -> ObjectFacts | None:
+        with self.telling(key):
+            try:
+                return _facts(self._library.head(self._store, key))
+            except FileNotFoundError:
+                return None
+
+    def read(self, key: str) -> tuple[bytes, str] | None:
+        with self.telling(key):
+            try:
+                found = self._library.get(self._store, key)
+                return bytes(found.bytes()), found.meta["e_tag"] or ""
+            except FileNotFoundError:
+                return None
+
+    def put(self, key: str, data: bytes, *, new: bool = False, instead_of: str | None = None) -> str:
+        mode: Any = "create" if new else {"e_tag": instead_of} if instead_of else "overwrite"
+        with self.telling(key):
+            try:
+                return self._put(key, data, mode)
+            except Exception as error:
+                failure = failure_of(error)
+                lacking = failure.kind in _LACKING or failure.status == _LACKS
+                if mode == "overwrite" or not (lacking or failure.kind in _CONFLICTS or failure.status == _AT_ONCE):
+                    raise
+            if not lacking:
+                there = self.read(key)  # a request that was repeated may have met its own doing
+                if there is None or there[0] != data:
+                    raise ConflictError(self.name_of(key))
+                return there[1]
+        self.weaker = (_NO_CONDITIONS,)
+        before = self.facts(key)
+        if (new and before is not None) or (instead_of and (before is None or before.tag != instead_of)):
+            raise ConflictError(self.name_of(key))
+        return self.put(key, data)
+
+    def _put(self, key: str, data: bytes, mode: Any) -> str:
+        return str(self._library.put(self._store, key, data, mode=mode, use_multipart=False)["e_tag"] or "")
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            batch = list(keys[start : start + _DELETED_AT_ONCE])
+            with self.telling(batch[0]):
+                try:
+                    self._library.delete(self._store, batch)
+                except FileNotFoundError:
+                    for key in batch:
+                        with suppress(FileNotFoundError):
+                            self._library.delete(self._store, [key])
+
+    def upload(self, key: str, nbytes: int, at_once: int) -> Upload:
+        return _PartedUpload(self, self._store, key, part_bytes(nbytes), at_once)
+
+    @contextmanager
+    def telling(self, key: str) -> Iterator[None]:
+        """Within, what the store refuses is an error of the output."""
+        try:
+            yield
+            return
+        except (AnyckptError, ConflictError):
+            raise
+        except Exception as error:
+            failure = failure_of(error)
+        path = self._address.path_of(key)  # raised here, where no error with obstore's text is its context
+        if failure.is_denied and failure.code in ("", "AccessDenied"):
+            raise OutputError(
+                "may not be written with these credentials",
+                path=path,
+                found=failure.shown,
+                remedy="use credentials that may write and delete objects there",
+            )
+        raise named(failure, self._address, path, unsigned=is_anonymous(self._store)).told_as(OutputError)
+
+
+class _PartedUpload(Upload):
+    """An upload that obstore makes of what it is fed; it completes it when there is no more, and aborts it on errors.
+
+    All uploads run in one thread's event loop, so that thousands can wait to be finished.
+    """
+
+    def __init__(self, objects: BucketObjects, store: Store, key: str, part: int, at_once: int) -> None:
+        self._objects = objects
+        self._key = key
+        self._waiting: asyncio.Queue[bytes | None] = asyncio.Queue(1)
+        self._abandoned = False
+
+        async def put() -> str:
+            done = await import_module("obstore").put_async(
+                store, key, self._fed(), use_multipart=True, chunk_size=part, max_concurrency=at_once
+            )
+            return str(done["e_tag"] or "")
+
+        async def begun() -> asyncio.Task[str]:
+            return asyncio.ensure_future(put())
+
+        self._task = _in_loop(begun())
+
+    async def _fed(self) -> AsyncIterator[bytes]:
+        while (data := await self._waiting.get()) is not None:
+            yield data
+        if self._abandoned:
+            raise _AbandonedError
+
+    def write(self, data: bytes) -> None:
+        with self._objects.telling(self._key):
+            _in_loop(self._feed(data))
+
+    def finish(self) -> str:
+        with self._objects.telling(self._key):
+            return _in_loop(self._finished())
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        with suppress(Exception):
+            _in_loop(asyncio.wait_for(self._finished(), _ABANDON_SECONDS))
+
+    async def _feed(self, data: bytes | None) -> None:
+        if self._task.done():
+            self._task.result()
+        put = asyncio.ensure_future(self._waiting.put(data))
+        await asyncio.wait({put, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        if not put.done():
+            put.cancel()
+            self._task.result()
+
+    async def _finished(self) -> str:
+        await self._feed(None)
+        return await self._task
+
+
+class _AbandonedError(Exception):
+    pass
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="anyckpt-uploads", daemon=True).start()
+    return loop
+
+
+def _in_loop(work: Coroutine[Any, Any, Result]) -> Result:
+    return asyncio.run_coroutine_threadsafe(work, _event_loop()).result()
+
+
+def _facts(meta: Any) -> ObjectFacts:
+    return ObjectFacts(meta["size"], meta["e_tag"] or "", meta["last_modified"])
