@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.cli.runner import Runner
@@ -22,6 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
     [
         ("hf://org/name", "model", "org/name", None, ""),
         ("hf:org/name", "model", "org/name", None, ""),
+        (str(Path("hf://org/name/x.bin")), "model", "org/name", None, "x.bin"),
         ("hf:org/name/", "model", "org/name", None, ""),
         ("hf:gpt2", "model", "gpt2", None, ""),
         ("hf:gpt2@main/config.json", "model", "gpt2", "main", "config.json"),
@@ -45,6 +47,11 @@ def test_paths_are_taken_apart(text: str, kind: str, repository: str, revision: 
 def test_what_is_no_path_is_refused(text: str) -> None:
     with pytest.raises(FormatError, match="is not a path on the Hugging Face Hub"):
         parse(text)
+
+
+def test_other_kinds_are_refused_by_name() -> None:
+    with pytest.raises(FormatError, match=r"hf://buckets/org/name/x: is of a kind that is not read here .*buckets"):
+        parse("hf://buckets/org/name/x")
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from anyckpt.storage.source import ByteSource
 
 FILE, FOLDER, OTHER = "file", "folder", "other"
 """What may be at a path; ``OTHER`` is what does not stay as it is: a device, a pipe."""
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(hf):(?=[^/])")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(hf):(?=[^/]|/[^/])")
 
 
 class Place(ABC):

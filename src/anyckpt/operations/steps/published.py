@@ -18,9 +18,11 @@ from typing import Any
 from anyckpt.errors import AnyckptError, FormatError, UnreachableError, UsageError
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.storage.location import Location, look_at
+from anyckpt.storage.requests import is_far
 from anyckpt.storage.source import ByteSource
 
 _BLOCK = 4 << 20
+_FAR_WORKERS = 8
 _LARGEST_LIST = 64 << 20
 GIT = "git"
 """The id of a blob: SHA-1 of ``blob SIZE``, a zero byte and the contents."""
@@ -205,7 +207,8 @@ def check(location: Location, published: Iterable[Published], progress: Progress
         return [(digest, _problem(digest, values[digest.algorithm])) for digest in digests]
 
     meter = Meter(sum(source.size for source in sources.values()), progress)
-    return [*result, *(pair for pairs in each(one, sources, meter) for pair in pairs)]
+    workers = _FAR_WORKERS if any(map(is_far, sources.values())) else None
+    return [*result, *(pair for pairs in each(one, sources, meter, workers) for pair in pairs)]
 
 
 def _digests(source: ByteSource, algorithms: Iterable[str], advance: Advance) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Paths on the Hub: ``hf://[datasets/|spaces/]org/name[@revision][/file or folder]``, or ``hf:`` for short.
 
+With one slash, as ``pathlib`` makes it, they mean the same.
+
 The spelling is that of huggingface_hub's ``parse_hf_uri``: a revision of pull requests and of converted data sets has
 slashes (``refs/pr/3``), and any other is written with ``%2F`` for them.
 """
@@ -16,12 +18,13 @@ SCHEME = "hf"
 MAIN = "main"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _PATH = re.compile(
-    r"(?P<root>hf:(?://)?(?:(?P<kind>model|dataset|space)s/)?"
+    r"(?P<root>hf:/{0,2}(?:(?P<kind>model|dataset|space)s/)?"
     rf"(?:(?P<long>{_NAME}/{_NAME})|(?P<short>{_NAME})(?=@|/*\Z))"
     r"(?:@(?P<revision>refs/(?:pr/[0-9]+|convert/[\w.-]+)|[^/]+))?)"
     r"(?P<inner>/.*)?",
     re.DOTALL,
 )
+_OTHER = ("buckets", "kernels")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -61,6 +64,13 @@ def parse(path: str) -> HubPath:
         FormatError: it is not spelled as one.
     """
     found = _PATH.fullmatch(path)
+    if found is not None and (found["long"] or "").startswith(tuple(f"{kind}/" for kind in _OTHER)):
+        raise FormatError(
+            "is of a kind that is not read here",
+            path=path,
+            expected="a model, datasets/org/name or spaces/org/name",
+            found=f"one of {found['long'].partition('/')[0]}",
+        )
     if found is None:
         raise FormatError(
             "is not a path on the Hugging Face Hub",
