@@ -340,11 +340,13 @@ class _Hub(Handler):
 
     def _preupload(self, name: str, revision: str) -> None:
         if self._may_write():
+            repository = self.hub.repositories[name]
+            ignored = repository.commits[repository.branches[revision]].get(".gitignore", b"").split()
             modes = [
                 {
                     "path": file["path"],
                     "uploadMode": "lfs" if self.hub.is_large(file["path"], file["size"]) else "regular",
-                    "shouldIgnore": False,
+                    "shouldIgnore": file["path"].encode() in ignored,
                 }
                 for file in json.loads(self.body)["files"]
             ]

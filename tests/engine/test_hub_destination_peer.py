@@ -101,6 +101,10 @@ def test_folders_and_branches(hub: Hub, run: Runner) -> None:
     assert "a/b/.metadata" in repository.commits[repository.branches["dev"]]
     assert "a/b/.metadata" not in repository.files
     assert run("diff", "hf://me/m@dev/a/b", LOCAL).code == 0
+    assert "already has files" in run("convert", LOCAL, "hf://me/m@dev/a", "--to", "hf").error
+    hub.add("me/full", LLAMA)
+    assert "already has files" in run("convert", LOCAL, "hf://me/full@dev", "--to", "hf").error
+    assert list(hub.repositories["me/full"].branches) == ["main"]
 
 
 def test_what_is_there_is_replaced_if_that_is_asked_for(hub: Hub, run: Runner) -> None:
@@ -188,6 +192,13 @@ def test_a_run_that_dies_leaves_nothing_and_sends_little_again(
     place.forget("me/m")
     again = written(run(*words, "--resume", "--json"))
     assert again.json["bytes_read"] == 0 and len(hub.repositories["me/m"].commits) == 2
+
+
+def test_no_file_is_left_out_in_silence(hub: Hub, run: Runner) -> None:
+    repository = hub.add("me/m", {".gitignore": b"model.safetensors\n"})
+    error = run("convert", LOCAL, "hf://me/m", "--to", "hf").error
+    assert "has a .gitignore by which files of the output would be left out (found model.safetensors)" in error
+    assert list(repository.files) == [".gitignore"]
 
 
 def test_refusals(hub: Hub, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,21 +12,22 @@ bytes, not file objects.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any
 
 from anyckpt.blockwise import Tiles
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import Destination, Share
 from anyckpt.engine.files import Bytes
 from anyckpt.engine.filling import is_far
+from anyckpt.engine.hub_sending import answer_of, of_output, send
 from anyckpt.engine.manifest import Manifest, read_manifest
 from anyckpt.engine.plan import MANIFEST_NAME, Plan
 from anyckpt.engine.planned_file import Known, PlannedFile
 from anyckpt.engine.records import BlockKey, BlockRecord
-from anyckpt.errors import AnyckptError, OutputError, UsageError
+from anyckpt.errors import AnyckptError, OutputError, UsageError, few
 from anyckpt.storage.hub import library
 from anyckpt.storage.hub.paths import MAIN, HubPath, parse
 from anyckpt.storage.hub.place import HubPlace, forget
@@ -43,19 +44,9 @@ _OF_REPOSITORY = re.compile(
 
 _WEIGHTS = re.compile(r".*\.(?:safetensors|bin|pt|pth|ckpt|nemo|distcp|gguf|h5|msgpack|index\.json)")
 _SHOWN = 5
-_MOVED_ON = 412
 
-Answer = TypeVar("Answer")
 Card = Callable[[Mapping[str, tuple[int, str]]], str]
 """The text of a model card, from the sizes and SHA-256 of the files."""
-
-
-class _MetError(Exception):
-    """An error of ours that huggingface_hub has wrapped in its own."""
-
-    def __init__(self, error: AnyckptError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class HubDestination(Destination):
@@ -117,12 +108,11 @@ class HubDestination(Destination):
             )
         self._plan, self._fingerprint = plan, fingerprint
         self._look()
-        self._check_absent()
         cut = cut_all(plan.files)
         self._known = [Known.of(file, late) for file, late in zip(plan.files, cut.late, strict=True)]
 
     def _look(self) -> None:
-        """See what is there and that it may be written to; make the repository if there is none."""
+        """See what is there, and that it may be written to; make the repository and branch that are not there."""
         hub = library.library()
         if library.is_offline():
             raise OutputError(
@@ -131,22 +121,23 @@ class HubDestination(Destination):
         if hub.get_token() is None:
             raise OutputError("nobody has logged in to the Hub", path=self.name, remedy=library.LOG_IN)
         api, name = self._api(), self._path.repository
-        if not self._asked(lambda: api.repo_exists(name)):
-            self._asked(lambda: api.create_repo(name, private=self._private, exist_ok=True))
+        if not answer_of(lambda: api.repo_exists(name), self.name):
+            private = True if self._private else None  # an organization has its own mind where nothing is said
+            answer_of(lambda: api.create_repo(name, private=private, exist_ok=True), self.name)
         else:
-            self._asked(lambda: _check_may_write(api, name))
-            if self._private and not self._asked(lambda: api.repo_info(name)).private:
+            answer_of(lambda: _check_may_write(api, name), self.name)
+            if self._private and not answer_of(lambda: api.repo_info(name), self.name).private:
                 raise OutputError(
                     "is there and public, and --private was asked for",
                     path=self.name,
                     remedy="choose another repository, or make this one private in its settings",
                 )
         found = self._opened()
+        known = HubPlace(opened(replace(self._path, revision=None))) if found is None else found  # what it begins as
+        self._parent, self._there = known.repository.commit, tuple(known.repository.entries)
+        self._check_absent()
         if found is None:
-            self._asked(lambda: api.create_branch(name, branch=self._branch, exist_ok=True))
-            found = self._opened()
-        assert found is not None
-        self._parent, self._there = found.repository.commit, tuple(found.repository.entries)
+            answer_of(lambda: api.create_branch(name, branch=self._branch, exist_ok=True), self.name)
 
     @property
     def _branch(self) -> str:
@@ -155,17 +146,13 @@ class HubDestination(Destination):
     def _opened(self) -> HubPlace | None:
         """The branch as it is now; None if there is none."""
         try:
-            with _as_of_output():
+            with of_output():
                 return HubPlace(opened(self._path))
         except library.NoRevisionError:
             return None
 
     def _api(self) -> Any:
         return library.library().HfApi(library_name="anyckpt")
-
-    def _asked(self, call: Callable[[], Answer]) -> Answer:
-        with _as_of_output():
-            return library.asked(call, self.name)
 
     def _inside(self, file: str) -> str:
         return "/".join(filter(None, (self._path.inner, file)))
@@ -181,11 +168,10 @@ class HubDestination(Destination):
     def _check_absent(self) -> None:
         found = self._of_output()
         if found and not self._overwrite:
-            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise OutputError(
                 "already has files",
                 path=self.name,
-                found=", ".join(found[:_SHOWN]) + more,
+                found=few(found, _SHOWN),
                 remedy="choose another repository, branch or folder, or pass --overwrite",
             )
 
@@ -214,7 +200,8 @@ class HubDestination(Destination):
         gone = [hub.CommitOperationDelete(name) for name in self._replaced({one.path_in_repo for one in additions})]
         api = self._api()
         with library.quietly():
-            self._sending(
+            send(
+                self.name,
                 additions,
                 lambda: api.preupload_lfs_files(
                     self._path.repository,
@@ -224,7 +211,9 @@ class HubDestination(Destination):
                     free_memory=False,
                 ),
             )
-            self._sending(
+            self._check_taken(additions)
+            send(
+                self.name,
                 additions,
                 lambda: api.create_commit(
                     self._path.repository,
@@ -233,6 +222,7 @@ class HubDestination(Destination):
                     revision=self._branch,
                     parent_commit=self._parent,
                 ),
+                is_made=lambda: self.is_published(self._fingerprint),
             )
         forget(self._path.repository)
 
@@ -263,6 +253,17 @@ class HubDestination(Destination):
             additions.append(hub.CommitOperationAdd(CARD, self._card(about).encode()))
         return additions
 
+    def _check_taken(self, additions: Iterable[Any]) -> None:
+        """Raise if the Hub would leave files out of the commit, of which huggingface_hub says nothing."""
+        ignored = [addition.path_in_repo for addition in additions if getattr(addition, "_should_ignore", False)]
+        if ignored:
+            raise OutputError(
+                "has a .gitignore by which files of the output would be left out",
+                path=self.name,
+                found=few(ignored),
+                remedy="remove the lines from .gitignore, or choose another repository",
+            )
+
     def _manifest_name(self) -> str:
         if self._plan.is_directory:
             return self._inside(MANIFEST_NAME)
@@ -282,56 +283,6 @@ class HubDestination(Destination):
             return read_manifest(self.name.rstrip("/"), HubPlace(opened(self._path)))
         except AnyckptError:
             return None  # of a damaged one nothing is known, and whoever goes on meets what else it may be
-
-    def _sending(self, additions: Iterable[Any], call: Callable[[], Any]) -> None:
-        """Have something sent, again if the trouble passes.
-
-        Raises:
-            AnyckptError: what keeps it from being sent, or what is wrong with the bytes.
-        """
-
-        def sent() -> Any:
-            for (
-                addition
-            ) in additions:  # huggingface_hub sends from where a file stands, and leaves it there if it fails
-                if isinstance(addition.path_or_fileobj, PlannedFile):
-                    addition.path_or_fileobj.seek(0)
-            return self._unwrapped(call)
-
-        try:
-            self._asked(sent)
-        except _MetError as met:
-            raise met.error from None
-
-    def _unwrapped(self, call: Callable[[], Any]) -> Any:
-        """What a call gives, or raises at the bottom: huggingface_hub wraps what its threads raise."""
-        try:
-            return call()
-        except Exception as error:
-            chain: list[BaseException] = [error]
-            while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-                chain.append(cause)
-            own = next((one for one in chain if isinstance(one, AnyckptError)), None)
-            failure = next((one for one in chain if isinstance(one, library.failures())), None)
-            if own is not None:
-                raise _MetError(own) from None
-            if getattr(getattr(failure, "response", None), "status_code", None) == _MOVED_ON:
-                if self.is_published(self._fingerprint):
-                    return None  # the commit was made, and the answer was lost
-                raise _MetError(self._moved_on()) from None
-            if isinstance(failure, Exception):
-                raise failure from None
-            text = library.plain(str(chain[-1]))
-            if isinstance(chain[-1], ValueError):  # what huggingface_hub makes of answers that refuse files
-                raise _MetError(OutputError(f"the Hub does not take the files: {text}", path=self.name)) from None
-            raise ConnectionError(text) from None
-
-    def _moved_on(self) -> OutputError:
-        return OutputError(
-            "somebody else has made a commit there meanwhile",
-            path=self.name,
-            remedy="run it again: what is sent is not sent again",
-        )
 
     def is_published(self, fingerprint: str) -> bool:
         found = self._manifest_there()
@@ -359,15 +310,3 @@ def _check_may_write(api: Any, name: str) -> None:
     """Raise what keeps the user from writing, as far as this release of huggingface_hub can ask for it."""
     if hasattr(api, "auth_check") and "write" in signature(api.auth_check).parameters:
         api.auth_check(name, write=True)
-
-
-@contextmanager
-def _as_of_output() -> Iterator[None]:
-    """Within, what the Hub does not do is an error of the output."""
-    try:
-        yield
-    except (OutputError, library.NoRevisionError):
-        raise
-    except AnyckptError as error:
-        again = "check the network, proxies and HF_ENDPOINT, and run it again: what is sent is not sent again"
-        raise error.told_as(OutputError, remedy=again if error.remedy == library.REACH else error.remedy) from None
