@@ -232,6 +232,12 @@ _DISTILBERT = {
     "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "max_position_embeddings": 64,
 }  # fmt: skip
 
+GROUPED_BERT = {**_SIZES, "local_attention": 8}
+_TWO_THETAS = {
+    "full_attention": {"rope_theta": 2e4, "rope_type": "default"},
+    "sliding_attention": {"rope_theta": 5e3, "rope_type": "default"},
+}
+
 _T5 = {
     "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64,
     "feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False,
@@ -325,6 +331,20 @@ PROOFS: dict[str, Proof] = {
         *(
             tiny(name, "distilbert", _HUB_ALONE, **_DISTILBERT, architectures=[name])
             for name in ("DistilBertForMaskedLM", "DistilBertModel")
+        ),
+    ),
+    "modernbert": proof(
+        *(
+            tiny(name, "modernbert", _HUB_ALONE, **GROUPED_BERT, architectures=[name])
+            for name in ("ModernBertForMaskedLM", "ModernBertModel")
+        ),
+        tiny(
+            "modernbert-listed",
+            "modernbert",
+            _HUB_ALONE,
+            **GROUPED_BERT,
+            layer_types=_ALTERNATING,
+            rope_parameters=_TWO_THETAS,
         ),
     ),
     "lfm2": proof(

@@ -293,3 +293,41 @@ def test_encoders_keep_their_type(name: str) -> None:
     rendered = models.render_config(model, "hf")
     assert rendered["model_type"] == checkpoint.config["model_type"]
     assert rendered["architectures"] == [name]
+
+
+def test_layers_of_modernbert_that_have_a_window() -> None:
+    model = identified("ModernBertForMaskedLM")
+    assert (model.config.window_size, model.config.window_attn_skip_freq) == ((4, 4), (0, 1, 1, 0))
+    older = identified("ModernBertForMaskedLM", layer_types=None, global_attn_every_n_layers=2, rope_parameters=None)
+    assert older.config.window_attn_skip_freq == (0, 1, 0, 1)
+    assert (older.config.rotary_base, older.config.rotary_base_local) == (160_000.0, 10_000.0)
+    assert models.render_config(older, "hf")["global_attn_every_n_layers"] == 2
+    assert identified("ModernBertForMaskedLM", global_attn_every_n_layers=1).config.window_size is None
+    for wrong in ({"layer_types": ["full_attention"]}, {"local_attention": 1}):
+        with pytest.raises(MappingError, match="is not (that of the model|possible)"):
+            identified("ModernBertForMaskedLM", **wrong)
+
+
+def test_kimi_k25_is_kimi_k2_beside_its_tower(tmp_path: Path) -> None:
+    text = SAMPLES["moonlight"].open()[0]
+    beside = {
+        "vision_tower.encoder.blocks.0.norm0.weight": (8,),
+        "vision_tower.patch_embed.proj.weight": (8, 3, 2, 2),
+        "mm_projector.proj.0.weight": (8, 8),
+    }
+    tensors = {f"language_model.{name}": tensor for name, tensor in text.tensors.items()}
+    tensors |= {name: values(name, shape) for name, shape in beside.items()}
+    config = {
+        "model_type": "kimi_k25",
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "text_config": {**text.config, "model_type": "kimi_k2"},
+        "vision_config": {"model_type": "kimi_k25_vision", "hidden_size": 8},
+        "tie_word_embeddings": False,
+    }
+    source = replace(text, tensors=tensors, config=config, path=str(somewhere(tmp_path)))
+    anyckpt.convert(source, tmp_path / "out", to="megatron-core")
+    assert anyckpt.inspect(tmp_path / "out").family == "deepseek-v3"
+    anyckpt.convert(tmp_path / "out", tmp_path / "back", to="hf")
+    back = anyckpt.open(tmp_path / "back")
+    assert facts(back.tensors) == facts(tensors)
+    assert back.config["model_type"] == "kimi_k25"

@@ -70,6 +70,8 @@ WITHOUT_MEANING = {
     "transformers_version",
     "use_cache",
     "pretraining_tp",
+    "ep_size",
+    "seq_aux",
     "auto_map",
     "_attn_implementation",
     "output_attentions",

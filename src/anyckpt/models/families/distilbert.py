@@ -5,7 +5,7 @@ Checked against transformers 5.24.  NVIDIA has no converter, so that the family 
 
 from __future__ import annotations
 
-from anyckpt.config.codecs import Fixed, Implied, OfClass, same_as
+from anyckpt.config.codecs import Fixed, Implied, OfClass
 from anyckpt.config.fields import Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace
@@ -73,7 +73,6 @@ FAMILY = Family(
         activation_key="activation",
         attention_bias=None,
         codecs=(
-            Implied({"num_query_groups": same_as("num_attention_heads")}),
             Implied({"layernorm_epsilon": 1e-12}, "DistilBERT has one epsilon"),
             Fixed({"sinusoidal_pos_embds": False}, "what is known", written=False),
             OfClass("DistilBert", {"ForMaskedLM": {"add_lm_head": True}, "Model": {}}, told_by=("add_lm_head",)),
