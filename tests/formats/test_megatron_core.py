@@ -210,9 +210,12 @@ def test_the_common_state_is_where_the_release_looks(tmp_path: Path, case: str, 
 
 @pytest.mark.parametrize(
     ("to", "version", "message"),
-    [("megatron-lm", "0.19", "means nothing for megatron-lm"), ("hf", "0.19", "means nothing for hf"),
-     ("megatron-core", "newest", "is not a release")],
-)  # fmt: skip
+    [
+        ("megatron-lm", "0.19", "means nothing for megatron-lm"),
+        ("hf", "0.19", "means nothing for hf"),
+        ("megatron-core", "newest", "is not a release"),
+    ],
+)
 def test_a_release_that_is_none_or_means_nothing(tmp_path: Path, to: str, version: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         convert(

@@ -117,6 +117,12 @@ layout_options = together(
         "model's load_state_dict refuses.",
     ),
     option(
+        "--megatron-model",
+        title=_MEGATRON,
+        type=click.Choice(["gpt", "hybrid"]),
+        help="Write a decoder as GPTModel, or as HybridModel, whose layers are attention or MLP; by default, as it is.",
+    ),
+    option(
         "--megatron-version",
         title=_MEGATRON,
         metavar="X.Y",

@@ -117,7 +117,7 @@ def block_sizes(reader: Reader, defaults: Mapping[str, Any], common: Mapping[str
         found["mtp_hybrid_override_pattern"] = further[0] if further else None
         if found["mamba_num_heads"] is None and common["hidden_size"]:
             # Megatron-Core's default: twice the model's width
-            found["mamba_num_heads"] = 2 * common["hidden_size"] // max(1, found["mamba_head_dim"])
+            found["mamba_num_heads"] = max(1, 2 * common["hidden_size"] // max(1, found["mamba_head_dim"]))
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config.hybrid import PATTERN, letters_of
 from anyckpt.errors import MappingError
 
 _MODELS = "megatron.bridge.models"
@@ -18,6 +19,7 @@ LLAMA31 = f"{_MODELS}.llama.llama_provider.Llama31ModelProvider"
 HETEROGENEOUS = f"{_MODELS}.llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider"
 LATENT = f"{_MODELS}.mla_provider.MLAModelProvider"
 MAMBA = f"{_MODELS}.mamba.mamba_provider.MambaModelProvider"
+HYBRID = f"{_MODELS}.hybrid.hybrid_provider.HybridModelProvider"
 GPT_OSS = f"{_MODELS}.gpt_oss.gpt_oss_provider.GPTOSSProvider"
 GEMMA = f"{_MODELS}.gemma.gemma_provider.GemmaModelProvider"
 GEMMA2 = f"{_MODELS}.gemma.gemma2_provider.Gemma2ModelProvider"
@@ -57,6 +59,7 @@ _ANYWHERE = (
     "dsa_indexer_head_dim",
     "dsa_indexer_topk",
     "dsa_indexer_rope_interleaved",
+    PATTERN,
     ENCODED,
 )
 _EXPERTS = tuple(
@@ -112,6 +115,8 @@ def provider_of(arguments: Mapping[str, Any], release: tuple[int, int] | None = 
                 remedy="convert to megatron-core",
             )
         return HETEROGENEOUS
+    if letters_of(arguments) is not None:
+        return _hybrid(arguments)
     if arguments.get("multi_latent_attention"):
         return LATENT
     if arguments.get("hybrid_override_pattern"):
@@ -129,6 +134,23 @@ def provider_of(arguments: Mapping[str, Any], release: tuple[int, int] | None = 
     return LLAMA31 if scaled else GPT
 
 
+def _hybrid(arguments: Mapping[str, Any]) -> str:
+    """The class of every HybridModel.
+
+    Raises:
+        MappingError: it has no such models.
+    """
+    latent, caps = arguments.get("multi_latent_attention"), arguments.get("attn_logit_softcapping")
+    gemma = _is_gemma(arguments) and "embeddings that are multiplied as Gemma's"
+    unsaid = "latent attention" if latent else "capped scores" if caps else gemma
+    if unsaid:
+        raise MappingError(
+            f"Megatron-Bridge's class of HybridModel has no {unsaid}",
+            remedy="leave --megatron-model out or say gpt, or convert to megatron-core or megatron-lm",
+        )
+    return HYBRID
+
+
 def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
     """What a model's blocks, or its class, have fields for beyond those of every model."""
     names = list(_ANYWHERE)
@@ -140,7 +162,7 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
         names += _MAMBA
     if provider == GEMMA2:
         names += _CAPS
-    if provider in (GPT, GPT_OSS):
+    if provider in (GPT, GPT_OSS, HYBRID):
         names += [key for key in arguments if key.startswith(_YARN)]
     fields = {key: arguments[key] for key in names if arguments.get(key) is not None}
     if provider == LATENT:

@@ -54,6 +54,8 @@ class WriteOptions:
         megatron_args: formats with ``Format.leaves_out_arguments``: write what Megatron-LM reads besides the model.
         megatron_version: formats with ``Format.by_release``: the release of Megatron-Core that loads it,
             as (0, 19); None for what most releases load.
+        megatron_model: Megatron's formats: ``gpt`` or ``hybrid``, which of its models is written; None for the
+            source's.
     """
 
     max_shard_size: int | None = None
@@ -65,6 +67,7 @@ class WriteOptions:
     backend: str | None = None
     megatron_args: bool = True
     megatron_version: tuple[int, int] | None = None
+    megatron_model: str | None = None
     held: Held | None = None
 
 

@@ -38,6 +38,7 @@ def from_hub(
     padding: str = "zeros",
     in_place: bool = False,
     experts: str | None = None,
+    in_halves: bool = False,
 ) -> Named:
     """The hub's tensors under another naming; views only.
 
@@ -50,7 +51,8 @@ def from_hub(
     a larger model of which the hub is the text part stays whole: what no rule knows, the other parts and buffers, is
     among the tensors.  Hugging Face's names are those of that checkpoint if it has such; Megatron-Core's are those of
     its multimodal models; other namings have no such models.  ``experts`` says in which form Hugging Face's names have
-    them: ``each`` or ``stacked``; as is usual if None.
+    them: ``each`` or ``stacked``; as is usual if None.  With ``in_halves`` blocks are two layers each in Megatron's
+    dialects, as HybridModel has them.
 
     Raises:
         MappingError: hub tensors are missing or of no rule, the true vocabulary is larger than what is stored, or a
@@ -72,7 +74,7 @@ def from_hub(
     if dialect == trtllm.NAME:
         return _accounted(hub, _by_trtllm_names(tensors, model, notes), notes)
     if not by_family:
-        named = _by_megatron_names(tensors, model, dialect)
+        named = _by_megatron_names(tensors, model, dialect, in_halves)
         if in_place and hub.beside and carries_whole(model, dialect):
             notes.append(_carried(hub))
             beside = beside_in_megatron(model, hub.beside)
@@ -124,11 +126,14 @@ def _with_all_parts(hub: Hub, named: dict[str, LazyTensor], notes: list[str]) ->
     return Named(named, kept, [*(note for note in hub.notes if note != told), *notes])
 
 
-def _by_megatron_names(tensors: dict[str, LazyTensor], model: Model, dialect: str) -> dict[str, LazyTensor]:
+def _by_megatron_names(
+    tensors: dict[str, LazyTensor], model: Model, dialect: str, in_halves: bool
+) -> dict[str, LazyTensor]:
     """Under the names of a dialect of Megatron's, with what the family has before them there."""
     if dialect == "nemo-flat" and has_own_modules(model.config):
         tensors = own_names(tensors)
-    named = spellings.from_hub_names(tensors, dialect, numbered=model.config.heterogeneous_blocks is not None)
+    numbered = model.config.heterogeneous_blocks is not None
+    named = spellings.from_hub_names(tensors, dialect, numbered=numbered, in_halves=in_halves)
     prefix = model.definition.prefixes.get(dialect)
     if prefix is None:
         return named

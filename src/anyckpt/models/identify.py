@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.config import hugging_face as config_hf
+from anyckpt.config import hybrid, meta_names, nemo1, nemo2, own_part
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
-from anyckpt.config import meta_names, nemo1, nemo2, own_part
 from anyckpt.config import trtllm as config_trtllm
 from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE, WHOLE_NAMES, WHOLE_NORMS, ModelConfig
@@ -118,6 +118,11 @@ def identify(
         found = None if of is None else (of, config_hf.parse(of, values))
     else:
         found = _parse(kind, values, chosen, _parts(checkpoint.weights()))
+        letters = hybrid.letters_of(values) if kind == "megatron-args" else None
+        if found is not None and letters is not None and found[1].hybrid_override_pattern is None:
+            notes.append(
+                f"{found[1].num_layers} blocks are {len(letters)} layers of a HybridModel: attention, then MLP"
+            )
     if found is None:
         return None
     definition, parsed = found
@@ -238,8 +243,21 @@ def _parse(
     inner = with_class_defaults(nemo1.unwrapped(values)) if kind == "nemo1" else values
     if chosen is None and not inner.keys() >= _TRANSFORMER:
         return None
-    parse = nemo1.parse if kind == "nemo1" else config_megatron.parse
-    return _by_traits(parse(inner), inner, chosen, parts, kind)
+    if kind == "nemo1":
+        return _by_traits(nemo1.parse(inner), inner, chosen, parts, kind)
+    as_gpt = hybrid.gpt_arguments(inner)
+    if hybrid.letters_of(inner) is not None and not _is_of_hybrids(inner, chosen):
+        found = _by_traits(config_megatron.parse(as_gpt), as_gpt, chosen, parts, kind)
+        if found is not None:
+            return found
+    return _by_traits(config_megatron.parse(inner), inner, chosen, parts, kind)
+
+
+def _is_of_hybrids(values: Mapping[str, Any], chosen: Family | None) -> bool:
+    """Whether the user or the arguments name a family whose own layers are attention or MLP."""
+    hint = values.get("hf_model_type")
+    named = chosen or _first(lambda family: hint in family.hugging_face.model_types)
+    return named is not None and hybrid.PATTERN in named.features
 
 
 def with_class_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -92,7 +92,8 @@ def _of_hub(weights: dict[str, LazyTensor], model: Model, expected: Sequence[Ins
     if trtllm.is_of(weights):
         tensors, ignored = trtllm.to_hub_names(weights, model.config), dict[str, str]()
     else:
-        tensors, ignored = spellings.to_hub_names(text)
+        in_blocks = model.config.hybrid_override_pattern is None
+        tensors, ignored = spellings.to_hub_names(text, in_blocks=in_blocks)
     for head in HEADS:  # the last pipeline stage keeps a copy of the embedding as its output layer
         _drop_tied(tensors, ignored, head, EMBEDDING, model, None)
     ignored |= drop_copies(tensors, model.definition.twins, path)

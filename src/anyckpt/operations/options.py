@@ -243,6 +243,7 @@ class ConvertOptions:
             backend=self.backend,
             megatron_args=self.request.megatron_args,
             megatron_version=self.request.release,
+            megatron_model=self.request.megatron_model,
         )
 
     @cached_property

@@ -61,7 +61,7 @@ class LocalModels:
         self._path = checkpoint.path
         self._config = checkpoint.config
         self._stored = checkpoint.weights()
-        hub, _ = spellings.to_hub_names(self._stored)
+        hub, _ = spellings.to_hub_names(self._stored, in_blocks=False)
         self._experts = sum(1 for name in hub if parse_expert(name)) > 0
         self.parallelism = _parallelism(checkpoint, expert_groups)
         if self.parallelism != Parallelism() and checkpoint.config_kind != "megatron-args" and _divided(checkpoint):
@@ -154,7 +154,7 @@ class LocalModels:
         names = list(self._stored)
         tags = {name: tag(self._stored[name].shape, number) for number, name in enumerate(names)}
         parts: dict[str, list[LazyTensor]] = {}
-        for name, tensor in spellings.to_hub_names(tags)[0].items():
+        for name, tensor in spellings.to_hub_names(tags, in_blocks=False)[0].items():
             if name in whole:
                 parts.setdefault(names[tagged(tensor)], []).append(whole[name])
         result: dict[str, LazyTensor] = {}

@@ -30,7 +30,8 @@ _LINEAR = re.compile(
     r"\.weight(_w)?$"
 )
 _OUTPUT = re.compile(r"^(?P<outer>(?:model\.|module\.)*)(?:lm_head\.)?output_layer\.(?P<kind>weight|bias)$")
-_NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:\w+_)?layernorm)\.weight$")
+_NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:(?:\w+_)?layernorm|final_norm))\.weight$")
+_LAST_OF_HYBRIDS = re.compile(r"^(?P<outer>(?:model\.|module\.)*)decoder\.final_norm\.weight$")
 _ATTENTION = re.compile(r"^(?P<attention>.*(?:self|cross)_attention)\.linear_proj$")
 _STATE = re.compile(r"^(chained_\d+\.)?optimizer\.")
 _STATE_KEY = re.compile(r"^(?P<module>.*)\._extra_state/shard_(?P<index>\d{1,9}(?:\.\d{1,9})*)_[\d.]+$")
@@ -115,7 +116,10 @@ def extra_states(tensors: Mapping[str, LazyTensor], implementation: Implementati
                 modules.append(f"{attention['attention']}.core_attention")
         elif norm is not None and implementation != "local":
             modules.append(norm["module"])
-        elif _has_output_state(name, tensors):
+        hybrid = _LAST_OF_HYBRIDS.match(name)
+        if hybrid is not None:  # only GPTModel leaves out what its output layer, tied or not, asks for
+            modules.append(f"{hybrid['outer']}output_layer")
+        if _has_output_state(name, tensors):
             modules.append(name.rpartition(".")[0])
         grid = tensor.shape[: min(stacked_axes(name), tensor.ndim)] or (1,)
         whole = ".".join(map(str, grid))

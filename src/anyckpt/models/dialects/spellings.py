@@ -15,7 +15,7 @@ from typing import TypeGuard
 from anyckpt.config import meta_names
 from anyckpt.config.hub_names import LANGUAGE
 from anyckpt.errors import MappingError, UsageError, did_you_mean
-from anyckpt.models.dialects import trtllm
+from anyckpt.models.dialects import hybrid, trtllm
 from anyckpt.models.dialects.before_core import EVIDENCE, core_names
 from anyckpt.models.dialects.external import other_dialects, spelled_as
 from anyckpt.models.dialects.mamba_sections import has_mixers, joined_mixers, separate_mixers
@@ -195,10 +195,16 @@ def with_beside(
     return {**named, **{outer + name: tensor for name, tensor in beside.items()}}
 
 
-def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def to_hub_names(
+    tensors: Mapping[str, LazyTensor], *, in_blocks: bool = True
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Tensors of any Megatron dialect under the hub's names, and what carries no weights, with the reason.
 
     Names that no dialect has are kept as they are.
+
+    Args:
+        tensors: by stored name.
+        in_blocks: two layers of a HybridModel that are the halves of one block are one layer; else each is as it is.
 
     Raises:
         MappingError: two stored tensors are the same hub tensor, or halves do not fit together.
@@ -222,43 +228,55 @@ def to_hub_names(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTenso
     for name, tensor in core_names(kept).items():
         for key, value in unstacked(name, tensor):
             _put(found, key, value, prefix + name)
-    return _fused_norms(_separate_experts(_joined_halves(joined_mixers(found)))), ignored
+    named = _fused_norms(_separate_experts(_joined_halves(joined_mixers(found))))
+    return hybrid.as_blocks(named) if in_blocks and hybrid.in_halves(named) else named, ignored
 
 
-def from_hub_names(tensors: Mapping[str, LazyTensor], dialect: str, *, numbered: bool = False) -> dict[str, LazyTensor]:
+def from_hub_names(
+    tensors: Mapping[str, LazyTensor], dialect: str, *, numbered: bool = False, in_halves: bool = False
+) -> dict[str, LazyTensor]:
     """Tensors under a dialect's names, from the hub's.
 
     Args:
         tensors: by hub name.
         dialect: one of ``DIALECTS``, or of another package's.
         numbered: layers are never stacked: Megatron-Core numbers those of a heterogeneous model, though they be alike.
+        in_halves: blocks are two layers each, as HybridModel has them, which numbers them, too.
 
     Raises:
         UsageError: no such dialect.
-        MappingError: an expert is missing.
+        MappingError: an expert is missing, or a HybridModel has no such tensor.
     """
     if dialect not in DIALECTS and dialect in other_dialects():
         return other_dialects()[dialect].from_hub(tensors)
     target = by_name(dialect)
-    named = dict(tensors)
+    named = hybrid.as_halves(tensors) if in_halves else dict(tensors)
     if target.stacked:
-        named = _stacked_experts(separate_mixers(tensors))
-        named = named if numbered else _stacked(named)
+        named = _stacked_experts(separate_mixers(named))
+        named = named if numbered or in_halves else _stacked(named)
     return {target.prefix + name: tensor for name, tensor in named.items()}
 
 
-def rename(tensors: Mapping[str, LazyTensor], source: str, target: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def rename(
+    tensors: Mapping[str, LazyTensor], source: str, target: str, *, in_halves: bool | None = None
+) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Tensors of a model of no known family from one Megatron dialect to another, and what is left out and why.
+
+    Args:
+        tensors: by stored name.
+        source: the dialect that they are of.
+        target: the dialect that they get.
+        in_halves: whether blocks are two layers each, as HybridModel has them; None for as they are.
 
     Raises:
         UsageError: no such dialect.
         MappingError: two stored tensors are the same tensor.
     """
-    if source == target:
+    if source == target and in_halves is None:
         return dict(tensors), {}
     text, beside = text_and_beside(tensors)
-    named, ignored = to_hub_names(text)
-    renamed = from_hub_names(named, target)
+    named, ignored = to_hub_names(text, in_blocks=in_halves is not None)
+    renamed = from_hub_names(named, target, in_halves=bool(in_halves))
     prefix = text_prefix(tensors) or LANGUAGE
     language = prefix.removeprefix(_outer(prefix))
     return with_beside(renamed, beside, target, language) if beside else renamed, ignored

@@ -86,6 +86,7 @@ def wanted_layout(
         for option, said in (
             ("--transformer-impl", request.transformer_impl is not None),
             ("--keep-extra-state", request.keep_extra_state),
+            ("--megatron-model", request.megatron_model is not None),
         ):
             if said:
                 raise UsageError(

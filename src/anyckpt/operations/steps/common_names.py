@@ -10,6 +10,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, few
 from anyckpt.models import Hub, Model
 from anyckpt.models.dialects import spellings as dialects
+from anyckpt.models.dialects.hybrid import has_halves
 from anyckpt.operations.steps.full_precision import obstacle, seen_in_full_precision
 from anyckpt.operations.steps.naming import identify
 from anyckpt.operations.steps.recorded_renaming import Renaming
@@ -76,7 +77,8 @@ def common_names(a: Checkpoint, b: Checkpoint, *, raw: bool) -> CommonNames:
     kinds = [c.dialect or dialects.detect(c.weights()) for c in (a, b)]
     first, second = a.weights(), b.weights()
     note = f"compared under stored names, because {why}"
-    if kinds[0] != kinds[1] and all(map(dialects.is_megatron, kinds)):
+    alike = kinds[0] == kinds[1] and has_halves(first) == has_halves(second)
+    if not alike and all(map(dialects.is_megatron, kinds)):
         renamings = Renaming(_by_dialect, first, whole=False), Renaming(_by_dialect, second, whole=False)
         return CommonNames(_by_dialect(first), _by_dialect(second), "weights", (note,), renamings=renamings)
     return CommonNames(first, second, "weights", (note,))

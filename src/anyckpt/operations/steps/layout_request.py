@@ -46,6 +46,8 @@ class LayoutRequest:
             model.
         megatron_version: ``--megatron-version``: the release of Megatron-Core that will load the output, such as
             ``0.19``.
+        megatron_model: ``--megatron-model``: ``gpt`` or ``hybrid``, which of Megatron-Core's models a decoder is
+            written as.
     """
 
     tensor_parallel: int | None = None
@@ -67,12 +69,15 @@ class LayoutRequest:
     keep_extra_state: bool = False
     megatron_args: bool = True
     megatron_version: str | None = None
+    megatron_model: str | None = None
 
     def __post_init__(self) -> None:
         if self.new_rows not in (None, "mean", "zeros"):
             raise UsageError("no such rows for new tokens", expected="mean or zeros", found=self.new_rows)
         if self.new_rows is not None and self.vocab_size is None:
             raise UsageError("--new-rows needs to know how many tokens there are to be", remedy="say --vocab-size")
+        if self.megatron_model not in (None, "gpt", "hybrid"):
+            raise UsageError("no such model of Megatron-Core", expected="gpt or hybrid", found=self.megatron_model)
         _ = self.release
 
     @property

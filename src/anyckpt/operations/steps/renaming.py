@@ -21,6 +21,13 @@ from anyckpt.models.heads import complete_trunk
 from anyckpt.models.hub import head_and_embedding, without_whole
 from anyckpt.models.identify import is_foreign
 from anyckpt.models.language.parameter_order import registered_order
+from anyckpt.operations.steps.megatron_models import (
+    changes,
+    check_arguments,
+    in_model,
+    states_in_model,
+    wants_halves,
+)
 from anyckpt.operations.steps.naming import Naming, identify
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.operations.steps.recorded_renaming import Renaming, Tensors
@@ -101,6 +108,8 @@ class _Case:
         """Whether names and configuration are as the target has them."""
         target = self.naming.target
         own = self.checkpoint.format == target.name or (target.unknown_names and bool(self.checkpoint.config))
+        if changes(self.checkpoint, self.naming):
+            return False
         return self.fits and (self.known == self.wanted or (self.known is None and own))
 
     @cached_property
@@ -184,12 +193,12 @@ def _respelled(case: _Case) -> Renamed | None:
     weights = case.checkpoint.weights()
     if not case.alike or case.wanted != "hub" or case.checkpoint.dialect is not None:
         return None
-    named, ignored = dialects.to_hub_names(weights)
+    named, ignored = dialects.to_hub_names(weights, in_blocks=False)
     if list(named) == list(weights):
         return None
     respelled = _with_dtype(_with_weights(case.checkpoint, named, case.wanted), case.naming.dtype)
     left_out = {**state_of(case.checkpoint), **ignored}
-    return _renamed(respelled, weights, lambda tensors: dialects.to_hub_names(tensors)[0], left_out)
+    return _renamed(respelled, weights, lambda tensors: dialects.to_hub_names(tensors, in_blocks=False)[0], left_out)
 
 
 def _alike(case: _Case) -> Renamed | None:
@@ -212,7 +221,9 @@ def _by_dialect(case: _Case) -> Renamed | None:
         return None
     source: str = known
     weights = checkpoint.weights()
-    renamed, ignored = dialects.rename(weights, source, wanted)
+    check_arguments(checkpoint, case.naming)
+    halves = wants_halves(checkpoint, case.naming) if changes(checkpoint, case.naming) else None
+    renamed, ignored = dialects.rename(weights, source, wanted, in_halves=halves)
     notes = ["the model family is unknown: names are translated, and completeness is not checked"]
     named = _with_weights(checkpoint, renamed, wanted)
     if not case.fits:
@@ -220,10 +231,12 @@ def _by_dialect(case: _Case) -> Renamed | None:
             f"the configuration is left out: only that of a known family is translated from {checkpoint.config_kind}"
         )
         named = replace(named, config={}, config_kind=None)
+    if halves is not None:
+        named = states_in_model(in_model(named, halves, notes), checkpoint, halves)
     return _renamed(
         _with_dtype(named, case.naming.dtype),
         weights,
-        lambda tensors: dialects.rename(tensors, source, wanted)[0],
+        lambda tensors: dialects.rename(tensors, source, wanted, in_halves=halves)[0],
         {**state_of(checkpoint), **ignored},
         notes,
     )
@@ -261,10 +274,18 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
         model = without_whole(model)
         hub = replace(hub, model=without_whole(hub.model))
 
+    halves = wants_halves(checkpoint, naming) and hub.model.config.hybrid_override_pattern is None
+
     def named_from(hub: Hub) -> Named:
         padded = naming.options.layout is None
         return models.from_hub(
-            hub, wanted, padded=padded, padding=vocabulary.padding, in_place=whole, experts=naming.experts
+            hub,
+            wanted,
+            padded=padded,
+            padding=vocabulary.padding,
+            in_place=whole,
+            experts=naming.experts,
+            in_halves=halves,
         )
 
     if vocabulary.size is None and checkpoint.config_kind == "hf" and dialects.detect(weights) == "hf":
@@ -286,6 +307,10 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
         else:
             config = models.render_config(described, config_kind, notes=out.notes)
         renamed = replace(renamed, config=config, config_kind=config_kind)
+    if hub.model.config.hybrid_override_pattern is None:
+        renamed = states_in_model(in_model(renamed, halves, out.notes), checkpoint, halves)
+    elif naming.options.megatron_model is not None:
+        in_model(renamed, True, out.notes)  # refuses it
     if order is not None:
         renamed = replace(renamed, registered_order=True)
 

@@ -1,0 +1,268 @@
+"""Decoders as Megatron-Core's HybridModel, whose layers are attention or MLP, and as GPTModel; both ways."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.models.proofs import samples
+from tests.support import expected_of, fixture_path
+
+import anyckpt
+from anyckpt.cli import run
+from anyckpt.config.hybrid import gpt_arguments, hybrid_arguments, letters_of
+from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.formats import registry
+from anyckpt.models import render_config
+from anyckpt.models.dialects.hybrid import as_blocks, as_halves, block_name, half_name, in_halves
+from anyckpt.operations.steps.joining import open_checkpoint
+from anyckpt.operations.steps.layout_request import LayoutRequest
+
+FAMILIES = {
+    "llama": "*-*-",
+    "llama_tied_bf16": "*-*-",
+    "gpt2": "*-*-",
+    "qwen2": "*-*-",
+    "qwen3": "*-*-",
+    "mixtral": "*E*E",
+    "deepseek_v3": "+-+E+E",
+    "deepseek_v2_lite": "+-+E",
+    "qwen3_moe": "*E*E",
+    "mistral_swa": "*-*-",
+    "phi3": "*-*-",
+    "nemotron": "*-*-",
+    "gpt_neox": "*-*-",
+    "starcoder2": "*-*-",
+    "gemma": "*-*-",
+    "falcon_seq_mqa": "*-*-",
+    "qwen2_moe": "*E*E",
+    "gpt_oss": "*E*E",
+}
+LAYOUTS: dict[str, LayoutRequest] = {
+    "megatron-core": LayoutRequest(megatron_model="hybrid"),
+    "megatron-core-zarr": LayoutRequest(megatron_model="hybrid"),
+    "megatron-lm": LayoutRequest(megatron_model="hybrid", pipeline_parallel=4),
+}
+OPTIMIZERS = ["mcore/gpt_opt_fully_reshardable_dp2", "mcore/gpt_opt_plain", "mcore/gpt_moe_opt_chained_ep2"]
+
+
+def hub(family: str) -> Path:
+    return fixture_path(f"families/{family}/hf")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_there_and_back(family: str, tmp_path: Path) -> None:
+    anyckpt.convert(hub(family), tmp_path / "hybrid", to="megatron-core", layout=LayoutRequest(megatron_model="hybrid"))
+    found = registry.read(tmp_path / "hybrid")
+    assert re.sub("(..)+", r"\1", found.config["hybrid_layer_pattern"]) in FAMILIES[family]
+    assert found.config["num_layers"] == len(found.config["hybrid_layer_pattern"])
+    layers = {int(match[1]) for name in found.tensors if (match := re.match(r"decoder\.layers\.(\d+)\.", name))}
+    assert layers == set(range(found.config["num_layers"])) and "decoder.final_norm.weight" in found.tensors
+    assert not anyckpt.diff(hub(family), tmp_path / "hybrid")
+    for to, layout in (("hf", None), ("megatron-core", LayoutRequest(megatron_model="gpt"))):
+        anyckpt.convert(tmp_path / "hybrid", tmp_path / to, to=to, layout=layout)
+        assert not anyckpt.diff(hub(family), tmp_path / to)
+    anyckpt.convert(hub(family), tmp_path / "direct", to="megatron-core")
+    back, direct = registry.read(tmp_path / "megatron-core"), registry.read(tmp_path / "direct")
+    assert list(back.tensors) == list(direct.tensors)
+    assert {key: back.config.get(key) or None for key in direct.config} == {
+        key: value or None for key, value in direct.config.items()
+    }
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_every_layout(family: str, to: str, tmp_path: Path) -> None:
+    """A pipeline stage may end between the halves of a block."""
+    anyckpt.convert(hub(family), tmp_path / "hybrid", to=to, layout=LAYOUTS[to])
+    assert letters_of(registry.read(tmp_path / "hybrid").config) is not None
+    assert not anyckpt.diff(hub(family), tmp_path / "hybrid")
+    for other in ("megatron-core", "megatron-lm"):  # which model it is stays, unless another is asked for
+        anyckpt.convert(tmp_path / "hybrid", tmp_path / other, to=other)
+        assert letters_of(registry.read(tmp_path / other).config) is not None
+        assert not anyckpt.diff(hub(family), tmp_path / other)
+    anyckpt.convert(tmp_path / "megatron-lm", tmp_path / "gpt", to=to, layout=LayoutRequest(megatron_model="gpt"))
+    assert letters_of(registry.read(tmp_path / "gpt").config) is None
+    assert not anyckpt.diff(hub(family), tmp_path / "gpt")
+
+
+def test_megatron_bridge(tmp_path: Path) -> None:
+    anyckpt.convert(hub("mixtral"), tmp_path / "b", to="megatron-bridge", layout=LayoutRequest(megatron_model="hybrid"))
+    found = registry.read(tmp_path / "b")
+    model = found.details["run_config"]["model"]
+    assert model["_target_"].endswith(".HybridModelProvider") and model["hybrid_layer_pattern"] == "*E*E"
+    assert not anyckpt.diff(hub("mixtral"), tmp_path / "b")
+    for family in ("deepseek_v3", "gemma"):
+        with pytest.raises(MappingError, match="class of HybridModel has no"):
+            anyckpt.convert(
+                hub(family), tmp_path / family, to="megatron-bridge", layout=LayoutRequest(megatron_model="hybrid")
+            )
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_the_optimizers_state_goes_with_its_weights(case: str, tmp_path: Path) -> None:
+    source = fixture_path(f"{case}/ckpt")
+    for path, name, model in ((source, "hybrid", "hybrid"), (tmp_path / "hybrid", "gpt", "gpt")):
+        layout = LayoutRequest(megatron_model=model, transformer_impl="local")
+        anyckpt.convert(path, tmp_path / name, to="megatron-core", optimizer="keep", layout=layout)
+    there, back = open_checkpoint(tmp_path / "hybrid"), open_checkpoint(tmp_path / "gpt")
+    moments = [name for name in there.tensors if name.startswith("optimizer.state.exp_avg.decoder.layers.")]
+    assert moments and all(name.removeprefix("optimizer.state.exp_avg.") in there.tensors for name in moments)
+    assert back.training.step == there.training.step == open_checkpoint(source).training.step
+    for path in (tmp_path / "hybrid", tmp_path / "gpt"):
+        found = anyckpt.diff(source, path)
+        assert not (found.different or found.only_in_a or found.only_in_b)
+        # of several optimizers one is made, whose groups are theirs
+        assert all(setting.name.startswith("optimizer.") for setting in found.state)
+        assert found.compared >= len(open_checkpoint(source).tensors) - 1
+
+
+@pytest.mark.parametrize("case", ["current_hybrid_dense", "current_hybrid_moe"])
+def test_what_megatron_core_saved(case: str, tmp_path: Path) -> None:
+    """The tensors of a HybridModel that the newest release saved are those of the GPTModel, two layers each."""
+    source = fixture_path(f"mcore/{case}/ckpt")
+    anyckpt.convert(source, tmp_path / "gpt", to="megatron-lm", layout=LayoutRequest(megatron_model="gpt"))
+    found, stored = open_checkpoint(tmp_path / "gpt"), expected_of(f"mcore/{case}")["tensors"]
+    assert found.config["num_layers"] == 2 and "hybrid_layer_pattern" not in found.config
+    assert any(name.startswith("decoder.layers.1.self_attention.") for name in found.tensors)
+    assert not any(name.startswith("decoder.layers.2.") for name in found.tensors)
+    assert len(stored) <= len(found.tensors) and "decoder.final_layernorm.weight" in found.tensors
+    difference = anyckpt.diff(source, tmp_path / "gpt")
+    assert not (difference.different or difference.only_in_a or difference.only_in_b)
+
+
+def test_a_model_of_no_known_family(tmp_path: Path) -> None:
+    """Names and arguments change together; without arguments nothing tells what there is."""
+    source = fixture_path("mcore/current_gpt_moe/ckpt")
+    anyckpt.convert(source, tmp_path / "h", to="megatron-core", layout=LayoutRequest(megatron_model="hybrid"))
+    found = registry.read(tmp_path / "h")
+    assert found.config["hybrid_layer_pattern"] == "*-*E" and in_halves(found.tensors)
+    difference = anyckpt.diff(source, tmp_path / "h")
+    assert difference.compared and not (difference.different or difference.only_in_a or difference.only_in_b)
+    anyckpt.convert(tmp_path / "h", tmp_path / "weights", to="safetensors")
+    with pytest.raises(AnyckptError):
+        anyckpt.convert(
+            tmp_path / "weights", tmp_path / "x", to="megatron-core", layout=LayoutRequest(megatron_model="gpt")
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "to", "message"),
+    [
+        ("llama31_ropescale", "megatron-core", "does not scale rope"),
+        ("nemotron_h", "megatron-core", "is a hybrid one already"),
+        ("gemma3", "megatron-core", "one base of rope"),
+        ("t5_v1_1", "megatron-core", "has no such tensor"),
+        ("llama", "nemo2", "means nothing for nemo2"),
+        ("llama", "hf", "means nothing for hf"),
+    ],
+)
+def test_what_no_hybrid_model_is(family: str, to: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises((MappingError, UsageError), match=message):
+        anyckpt.convert(hub(family), tmp_path / "x", to=to, layout=LayoutRequest(megatron_model="hybrid"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_multi_token_prediction_is_refused() -> None:
+    arguments = {"num_layers": 2, "mtp_num_layers": 1}
+    with pytest.raises(MappingError, match="multi-token prediction"):
+        hybrid_arguments(arguments, [])
+
+
+def test_a_model_of_hybrid_layers_keeps_them(tmp_path: Path) -> None:
+    """One whose family's layers are attention or MLP, even if none of them is Mamba's."""
+    model = samples()["nemotron_h"].open()[1]
+    arguments = render_config(model, "megatron-args")
+    assert letters_of(arguments) is None
+    assert (
+        letters_of({"hybrid_layer_pattern": "*-|*-"}) == "*-*-"
+        and letters_of({"hybrid_layer_pattern": "*-/*-"}) is None
+    )
+
+
+def test_norms_that_the_stock_layers_lack_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["convert", str(hub("qwen3")), str(tmp_path / "x"), "--to", "megatron-core", "--megatron-model", "hybrid"]
+    assert run(command) == 0
+    assert "no norms of queries and keys" in capsys.readouterr().err
+
+
+def test_extra_states_go_with_their_modules(tmp_path: Path) -> None:
+    source = fixture_path("mcore/gpt_dense_tp2pp2/ckpt")
+    layout = LayoutRequest(megatron_model="hybrid", keep_extra_state=True)
+    anyckpt.convert(source, tmp_path / "h", to="megatron-core", layout=layout)
+    names = registry.read(tmp_path / "h").ignored
+    assert "decoder.layers.0.self_attention.linear_qkv._extra_state" in names
+    assert "decoder.layers.3.mlp.linear_fc2._extra_state" in names and "output_layer._extra_state" in names
+
+
+def test_the_output_layer_of_every_hybrid_asks_for_a_state(tmp_path: Path) -> None:
+    """MambaModel of 0.16 and HybridModel of 0.19 do; only GPTModel takes the key out."""
+    for family, model in (("nemotron_h", None), ("llama_tied_bf16", "hybrid"), ("llama", None)):
+        anyckpt.convert(hub(family), tmp_path / family, to="megatron-core", layout=LayoutRequest(megatron_model=model))
+        asked = "output_layer._extra_state" in registry.read(tmp_path / family).ignored
+        assert asked is (family != "llama")
+
+
+@given(
+    st.integers(1, 12).flatmap(
+        lambda layers: st.fixed_dictionaries(
+            {
+                "num_layers": st.just(layers),
+                "num_experts": st.sampled_from([None, 4]),
+                "moe_layer_freq": st.one_of(
+                    st.integers(1, layers), st.lists(st.integers(0, 1), min_size=layers, max_size=layers)
+                ),
+                "window_attn_skip_freq": st.one_of(st.none(), st.integers(1, 5)),
+                "no_rope_freq": st.one_of(st.none(), st.integers(1, 5)),
+                "multi_latent_attention": st.booleans(),
+                "num_layers_in_first_pipeline_stage": st.sampled_from([None, 1]),
+            }
+        )
+    )
+)
+def test_arguments_there_and_back(arguments: dict[str, Any]) -> None:
+    """What is said of single layers is said of the same ones, whatever their numbers are."""
+    there = hybrid_arguments(arguments, [])
+    assert hybrid_arguments(there, []) == there
+    layers = arguments["num_layers"]
+    back = gpt_arguments(there)
+    assert back["num_layers"] == layers and back.get("num_layers_in_first_pipeline_stage") in (None, 1)
+    every = arguments["window_attn_skip_freq"]
+    if every is not None:
+        assert there["window_attn_skip_freq"][::2] == [int((layer + 1) % every != 0) for layer in range(layers)]
+        assert back["window_attn_skip_freq"] == (every if every <= layers else [1] * layers)
+    if arguments["num_experts"]:
+        frequency = arguments["moe_layer_freq"]
+        wanted = frequency if isinstance(frequency, list) else [int(n % frequency == 0) for n in range(layers)]
+        assert [int(letter == "E") for letter in there["hybrid_layer_pattern"][1::2]] == wanted
+        if any(wanted):
+            assert back["moe_layer_freq"] == (1 if all(wanted) else wanted)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 40),
+            st.sampled_from(
+                [
+                    "self_attention.linear_qkv.weight",
+                    "mlp.router.weight",
+                    "input_layernorm.bias",
+                    "pre_mlp_layernorm.weight",
+                    "mlp.experts.linear_fc1.weight7",
+                ]
+            ),
+        ),
+        unique=True,
+    )
+)
+def test_names_there_and_back(parts: list[tuple[int, str]]) -> None:
+    names = [f"decoder.layers.{layer}.{rest}" for layer, rest in parts]
+    names += ["decoder.final_layernorm.weight", "embedding.word_embeddings.weight", "output_layer.weight"]
+    halves = as_halves(dict.fromkeys(names, 0))
+    assert list(as_blocks(halves)) == names and len(halves) == len(names)
+    assert [block_name(half_name(name)) for name in names] == names
