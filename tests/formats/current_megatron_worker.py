@@ -4,9 +4,9 @@
 
 JOBS is a JSON file with a list of jobs, OUT gets a list of what came of each.  A job has ``model``, arguments of
 Megatron-LM, which say which model is built: a GPTModel of the local layers, or with ``hybrid_layer_pattern`` a
-HybridModel of the same layers.  ``load`` names a checkpoint that is loaded into it, strictly both ways; then its
-parameters are told, and its logits for ``tokens``.  ``save`` names the folder that the model is saved to; what the
-library itself finds there is told.
+HybridModel of the same layers.  ``load`` names a checkpoint that is loaded into it, strictly both ways, and
+``load_fsdp`` one of Megatron-FSDP; then its parameters are told, and its logits for ``tokens``.  ``save`` names the
+folder that the model is saved to; what the library itself finds there is told.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ logging.disable(logging.WARNING)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint  # noqa: E402
 from tests import current_megatron  # noqa: E402
 
 current_megatron.install()
@@ -42,6 +43,7 @@ from megatron.core.models.hybrid import hybrid_block  # noqa: E402
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
 from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
+from megatron.core.transformer.fsdp_dtensor_checkpoint import handle_experts_in_state_dict  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
@@ -55,12 +57,29 @@ hybrid_block.TENorm = WrappedTorchNorm
 torch.serialization.add_safe_globals([argparse.Namespace])
 
 SAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "normalization", "add_bias_linear", "add_qkv_bias", "hidden_dropout", "attention_dropout", "qk_layernorm",
-    "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_layer_freq", "is_hybrid_model",
-    "moe_router_score_function", "moe_router_enable_expert_bias", "moe_shared_expert_intermediate_size",
-    "window_size", "window_attn_skip_freq",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "hidden_dropout",
+    "attention_dropout",
+    "qk_layernorm",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
+    "moe_layer_freq",
+    "is_hybrid_model",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_shared_expert_intermediate_size",
+    "window_size",
+    "window_attn_skip_freq",
+)
 OFF = (
     "bias_activation_fusion",
     "bias_dropout_fusion",
@@ -69,6 +88,11 @@ OFF = (
     "persist_layer_norm",
     "gradient_accumulation_fusion",
 )
+
+
+def activation(arguments: dict[str, Any]) -> Any:
+    gelu = partial(torch.nn.functional.gelu, approximate="tanh" if arguments.get("openai_gelu") else "none")
+    return torch.nn.functional.silu if arguments.get("swiglu") else gelu
 
 
 def config_of(arguments: dict[str, Any], world: int) -> TransformerConfig:
@@ -80,7 +104,7 @@ def config_of(arguments: dict[str, Any], world: int) -> TransformerConfig:
         num_moe_experts=arguments.get("num_experts"),
         layernorm_epsilon=arguments.get("norm_epsilon", 1e-5),
         gated_linear_unit=bool(arguments.get("swiglu")),
-        activation_func=torch.nn.functional.silu if arguments.get("swiglu") else torch.nn.functional.gelu,
+        activation_func=activation(arguments),
         use_cpu_initialization=True,
         tensor_model_parallel_size=world,
         params_dtype=dtype,
@@ -144,6 +168,17 @@ def logits(model: Any, tokens: list[list[int]]) -> list[Any]:
     return found
 
 
+def load_fsdp(model: Any, arguments: dict[str, Any], checkpoint: str) -> None:
+    """As Megatron-FSDP's runs do, with the module's names and Megatron-Core's for experts; strictly."""
+    own = {f"module.{name}": value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    state = handle_experts_in_state_dict(dict(own), arguments.get("num_experts"))
+    assert state.keys() == own.keys(), "one rank has all experts"
+    for name in [name for name in state if arguments.get("swiglu") and "linear_fc1.weight" in name]:
+        state[f"{name}_w"], state[f"{name}_v"] = state.pop(name).chunk(2)  # views, which are loaded into
+    held = {"model": state, "iteration": 0, "checkpoint_version": 0.0}
+    torch.distributed.checkpoint.load(held, checkpoint_id=checkpoint)
+
+
 def found_in(checkpoint: str) -> dict[str, Any]:
     """Whole tensors by dtype, shape and digest, and the keys of objects."""
     tensors = {}
@@ -168,6 +203,10 @@ def done(job: dict[str, Any], world: int) -> dict[str, Any]:
         model.load_state_dict(loaded["model"])
         result["missing"], result["unexpected"] = sorted(missing), sorted(unexpected)
         result["common"] = {key: repr(value) for key, value in loaded.items() if key != "model"}
+    if "load_fsdp" in job:
+        for parameter in model.parameters():
+            parameter.data.fill_(7)
+        load_fsdp(model, job["model"], job["load_fsdp"])
     if "save" in job:
         state = {"args": argparse.Namespace(**job["model"]), "iteration": 10, "checkpoint_version": 3.0}
         Path(job["save"]).mkdir(parents=True, exist_ok=True)

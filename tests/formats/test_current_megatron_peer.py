@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 
 from tests import current_megatron
 from tests.models.proofs import samples
-from tests.support import fixture_path
+from tests.support import expected_of, fixture_path
 
 import anyckpt
 from anyckpt.config.megatron_bridge import Facts, run_config_of
@@ -29,7 +29,20 @@ pytestmark = pytest.mark.peer
 
 LEFT_OUT = {"llama-nemotron": {"scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len"}}
 """Fields of Megatron-Bridge 0.3's class alone, which a later one drops with a warning."""
-CASES = [("llama", None), ("llama", "0.19"), ("llama_tied_bf16", "0.19"), ("mixtral", "0.19")]
+CASES = [
+    ("llama", None, "gpt"),
+    ("llama", "0.19", "gpt"),
+    ("llama_tied_bf16", "0.19", "gpt"),
+    ("mixtral", "0.19", "gpt"),
+    ("llama", None, "hybrid"),
+    ("llama_tied_bf16", "0.19", "hybrid"),
+    ("mixtral", "0.19", "hybrid"),
+    ("gpt2", "0.19", "hybrid"),
+    ("qwen2", "0.19", "hybrid"),
+    ("qwen3", "0.19", "hybrid"),
+]
+FSDP = [("llama", "gpt"), ("mixtral", "hybrid")]
+FIXTURES = ["current_gpt_dense", "current_gpt_moe", "current_hybrid_dense", "current_hybrid_moe"]
 
 
 def in_megatron(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -38,8 +51,12 @@ def in_megatron(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]
     command = [sys.executable, "-m", "tests.formats.current_megatron_worker", "0", "1", folder / "store"]
     done = subprocess.run(
         [*map(str, command), str(folder / "jobs.json"), str(folder / "out.json")],
-        env=current_megatron.environment(), cwd=current_megatron.ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=current_megatron.environment(),
+        cwd=current_megatron.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     results: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
     assert not [result["error"] for result in results if "error" in result]
@@ -47,20 +64,36 @@ def in_megatron(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str | None], dict[str, Any]]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
     folder, jobs = tmp_path_factory.mktemp("current"), []
-    for number, (family, version) in enumerate(CASES):
-        layout = LayoutRequest(transformer_impl="local", megatron_version=version)
+    for number, (family, version, model) in enumerate(CASES):
+        layout = LayoutRequest(transformer_impl="local", megatron_version=version, megatron_model=model)
         out = folder / str(number)
         anyckpt.convert(fixture_path(f"families/{family}/hf"), out, to="megatron-core", layout=layout)
         tokens = np.load(fixture_path(f"families/{family}/expected.npz"))["input_ids"].tolist()
-        model = {**registry.read(out).config, "params_dtype": "torch.float32"}  # to compute as the expected values were
-        jobs.append({"model": model, "load": str(out), "tokens": tokens})
-    return dict(zip(CASES, in_megatron(jobs, folder), strict=True))
+        jobs.append({"model": in_float32(out), "load": str(out), "tokens": tokens})
+    for case in FIXTURES:
+        out, other = folder / case, "hybrid" if "gpt" in case else "gpt"
+        anyckpt.convert(
+            fixture_path(f"mcore/{case}/ckpt"), out, to="megatron-core", layout=LayoutRequest(megatron_model=other)
+        )
+        jobs.append({"model": in_float32(out), "load": str(out), "tokens": expected_of(f"mcore/{case}")["tokens"]})
+    for family, model in FSDP:
+        out, layout = folder / f"fsdp-{family}", LayoutRequest(transformer_impl="local", megatron_model=model)
+        source = fixture_path(f"families/{family}")
+        anyckpt.convert(source / "hf", out, to="megatron-core", backend="fsdp_dtensor", layout=layout)
+        tokens = np.load(source / "expected.npz")["input_ids"].tolist()
+        jobs.append({"model": in_float32(out), "load_fsdp": str(out), "tokens": tokens})
+    return dict(zip([*CASES, *FIXTURES, *FSDP], in_megatron(jobs, folder), strict=True))
+
+
+def in_float32(checkpoint: Path) -> dict[str, Any]:
+    """Its model as the expected values were computed."""
+    return {**registry.read(checkpoint).config, "params_dtype": "torch.float32"}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_loads_and_computes_the_same(case: tuple[str, str | None], loaded: Any) -> None:
+def test_it_loads_and_computes_the_same(case: tuple[str, str | None, str], loaded: Any) -> None:
     """With every key that either side has, wherever the common state is; outputs are the original model's."""
     result = loaded[case]
     assert result["missing"] == [] and result["unexpected"] == []
@@ -70,6 +103,21 @@ def test_it_loads_and_computes_the_same(case: tuple[str, str | None], loaded: An
     assert np.abs(found - expected).max() < 2e-5
 
 
+@pytest.mark.parametrize("case", FIXTURES)
+def test_what_it_saved_computes_the_same_as_its_other_model(case: str, loaded: Any) -> None:
+    """A GPTModel's checkpoint in a HybridModel, and the other way round; outputs are those of what was saved."""
+    result = loaded[case]
+    assert result["missing"] == [] and result["unexpected"] == []
+    assert np.abs(np.array(result["logits"]) - np.array(expected_of(f"mcore/{case}")["logits"])).max() < 1e-6
+
+
+@pytest.mark.parametrize("case", FSDP)
+def test_the_module_that_megatron_fsdp_wraps_loads_it(case: tuple[str, str], loaded: Any) -> None:
+    """Megatron-FSDP itself needs a GPU: its names are the module's, and PyTorch's own loader finds all of them."""
+    expected = np.load(fixture_path(f"families/{case[0]}/expected.npz"))["logits"]
+    assert np.abs(np.array(loaded[case]["logits"])[..., : expected.shape[-1]] - expected).max() < 2e-5
+
+
 def classes_of(folder: Path) -> dict[str, tuple[list[str], set[str]]]:
     """Every class in the sources under a folder: its bases, and the names of the fields that its body has."""
     found = {}
@@ -77,8 +125,11 @@ def classes_of(folder: Path) -> dict[str, tuple[list[str], set[str]]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                own = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)
-                       and isinstance(item.target, ast.Name)}  # fmt: skip
+                own = {
+                    item.target.id
+                    for item in node.body
+                    if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                }
                 found[node.name] = (bases, own)
     return found
 
@@ -97,8 +148,19 @@ def test_bridges_classes_have_the_fields_that_are_written() -> None:
         for base in bases:
             yield from fields(base, classes if base in classes else core)
 
-    for name in ("llama", "llama31_ropescale", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma", "gemma2",
-                 "gemma3", "nemotron_h", "llama-nemotron"):  # fmt: skip
+    for name in (
+        "llama",
+        "llama31_ropescale",
+        "mixtral",
+        "qwen3_moe",
+        "deepseek_v3",
+        "gpt_oss",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "nemotron_h",
+        "llama-nemotron",
+    ):
         model = samples()[name].open()[1]
         arguments = render_config(model, "megatron-args")
         written = run_config_of(arguments, model.config.rows, Facts("bfloat16", False, False))["model"]

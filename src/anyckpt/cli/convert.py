@@ -95,8 +95,9 @@ _SHOWN_LAYERS = 12
 @option(
     "--backend",
     title=OUTPUT,
-    type=click.Choice(["torch_dist", "zarr"]),
-    help="nemo2: kind of distributed checkpoint inside; torch_dist if not given.",
+    type=click.Choice(["torch_dist", "zarr", "fsdp_dtensor"]),
+    help="nemo2: torch_dist or zarr inside; megatron-core: torch_dist or fsdp_dtensor, which Megatron-FSDP loads; "
+    "the first if not given.",
 )
 @option(
     "--compress/--no-compress",

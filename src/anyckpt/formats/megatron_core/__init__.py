@@ -20,6 +20,7 @@ FORMAT = Format(
     config_kind="megatron-args",
     leaves_out_arguments=True,
     by_release=True,
+    backends=("torch_dist", "fsdp_dtensor"),
     adapters="megatron",
     optimizer=OPTIMIZER,
 )
