@@ -9,11 +9,14 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import LowRank, Target, check_factors, check_vectors
 from anyckpt.models.hub import Model
+from anyckpt.models.language.delta_operations import GATED_QKV
 from anyckpt.models.language.rule_operations import GATE_UP, INTERLEAVED_QKV, Operation
 from anyckpt.models.language.rules import Instance
 
+_QKV = re.compile(r".*\.self_attention\.linear_qkv\.weight")
 _SPLIT: tuple[tuple[re.Pattern[str], Operation, Callable[[ModelConfig], bool]], ...] = (
-    (re.compile(r".*\.self_attention\.linear_qkv\.weight"), INTERLEAVED_QKV, lambda config: True),
+    (_QKV, GATED_QKV, lambda config: config.attention_output_gate),
+    (_QKV, INTERLEAVED_QKV, lambda config: not config.attention_output_gate),
     (re.compile(r".*\.linear_fc1\.weight\d*"), GATE_UP, lambda config: config.gated_linear_unit),
 )
 """Which weights have parts that Megatron-Bridge's ``CanonicalLoRA`` adapts one by one, and how rows go together."""

@@ -190,7 +190,8 @@ def _stem(live: Mapping[str, list[Instance]]) -> set[str]:
 
 def _live(module: str, layers: Layers) -> list[str]:
     """What transformers of today calls a module of experts, from the family's name of it."""
-    named = (variant for variant in layers.model.definition.hugging_face.variants if variant.stacked)
+    known = layers.model.definition.hugging_face.variants
+    named = (variant for variant in known if variant.stacked and ".experts." in variant.stored)
     result: dict[str, None] = {}
     for variant in named:
         match = starred(variant.names[0].rpartition(".experts.")[0] + ".experts").fullmatch(module)

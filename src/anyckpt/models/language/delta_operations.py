@@ -35,9 +35,6 @@ class GatedQueryKeyValue(Interleaved):
         heads = config.num_attention_heads // config.num_query_groups
         return [_turned(query, config, (config.num_query_groups, 2, heads)), *others]
 
-    def of_part(self, number: int) -> Operation:
-        return _Turned() if number == 0 else super().of_part(number)
-
     def source_shapes(self, shape: Shape, config: ModelConfig) -> Sequence[Shape]:
         query = 2 * config.num_attention_heads * config.kv_channels
         key = config.num_query_groups * config.kv_channels
@@ -46,18 +43,6 @@ class GatedQueryKeyValue(Interleaved):
     @staticmethod
     def _by_head(config: ModelConfig) -> tuple[int, int, int]:
         return config.num_query_groups, config.num_attention_heads // config.num_query_groups, 2
-
-
-class _Turned(RowWise):
-    """The rows of a gated query alone."""
-
-    def to_hub(self, sources: Sequence[LazyTensor], config: ModelConfig) -> LazyTensor:
-        heads = config.num_attention_heads // config.num_query_groups
-        return _turned(sources[0], config, (config.num_query_groups, heads, 2))
-
-    def from_hub(self, tensor: LazyTensor, config: ModelConfig) -> Sequence[LazyTensor]:
-        heads = config.num_attention_heads // config.num_query_groups
-        return [_turned(tensor, config, (config.num_query_groups, 2, heads))]
 
 
 def _turned(tensor: LazyTensor, config: ModelConfig, counts: tuple[int, int, int]) -> LazyTensor:
