@@ -23,6 +23,7 @@ from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.weighted_mean import check_shares, shown
+from anyckpt.storage.location import public_path
 
 
 @documented
@@ -85,7 +86,7 @@ def average(
     shares = _shares(len(sources), weights)
     if to is not None:
         registry.by_name(to)
-    origins = [os.fspath(path) for path in sources]
+    origins = [public_path(path) for path in sources]
     check_destination(
         os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
     )

@@ -36,7 +36,7 @@ from anyckpt.operations.steps.training_state import without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.user_names import called, new_name
 from anyckpt.operations.steps.writing import Said, write
-from anyckpt.storage.location import disk_file_of
+from anyckpt.storage.location import disk_file_of, public_path
 from anyckpt.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def converted(
         made_of: what an open checkpoint was made of, whose tensors all are accounted for; itself if None.
     """
     output = os.fspath(destination)
-    origins = [os.fspath(path) for path in ([_path(source)] if sources is None else sources)]
+    origins = [public_path(path) for path in ([_path(source)] if sources is None else sources)]
     resumes = options.resume or options.share is not None
     check_destination(output, origins, overwrite=options.overwrite, resume=resumes, anywhere=True)
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=options.force)

@@ -28,6 +28,7 @@ from anyckpt.operations.steps.merge_request import (
 )
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
+from anyckpt.storage.location import public_path
 
 
 @documented
@@ -154,7 +155,7 @@ def _request(
     method = method or "linear"
     if not sources:
         raise UsageError("there is nothing to merge", expected="models, or adapters of --base", found="no source")
-    paths, count = [os.fspath(path) for path in sources], len(sources)
+    paths, count = [public_path(path) for path in sources], len(sources)
     given = {"--weights": weights, "--density": density, "--t": t, "--scale": scale, "--rescale": rescale}
     given["--normalize"] = normalize
     _check_known(method, given)
@@ -170,7 +171,7 @@ def _request(
         }
         for number in range(count)
     ]
-    adapted = None if base is None else os.fspath(base)
+    adapted = None if base is None else public_path(base)
     models, each, leads = _base_first(method, adapted, paths, own)
     shared = {"t": t, "lambda": scale, "normalize": normalize, "rescale": rescale}
     stretch = Stretch(tuple(range(len(models))), None, tuple(each))

@@ -34,6 +34,7 @@ from anyckpt.operations.steps.pipeline import Pipeline, Stepped
 from anyckpt.operations.steps.renaming import state_of
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
+from anyckpt.storage.location import public_path
 
 _SHOWN = 5
 _TIED = "the adapter changes the embedding, which is the output layer, too: both are changed, as peft's merge does"
@@ -100,7 +101,7 @@ def merge_lora(
         raise UsageError("--scale must be a number", found=scale)
     if to is not None:
         registry.by_name(to)
-    origins = [os.fspath(base), os.fspath(adapter)]
+    origins = [public_path(base), public_path(adapter)]
     check_destination(
         os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
     )

@@ -26,6 +26,7 @@ from anyckpt.operations.steps.user_files import read_config, read_statistics, re
 from anyckpt.quantization.calibrated import groups_do_not_divide
 from anyckpt.quantization.forms import layout_of, layouts_of
 from anyckpt.quantization.statistics import Statistics, check_replaceable
+from anyckpt.storage.location import public_path
 
 _SIZE, _BATCH, _LENGTH = 512, 64, 512
 """Samples, sequences of a batch, and tokens of a sequence where nothing is said, as in NeMo 1."""
@@ -143,7 +144,7 @@ def quantize(
         "progress": progress,
     }
     output = os.fspath(destination)
-    origins = [source.path if isinstance(source, Checkpoint) else os.fspath(source)]
+    origins = [source.path if isinstance(source, Checkpoint) else public_path(source)]
     check_destination(output, origins, overwrite=overwrite, resume=resume, anywhere=True)
     if save_statistics is not None:
         _check_saved(os.fspath(save_statistics), output)

@@ -22,7 +22,7 @@ from anyckpt.operations.inspection import Inspection
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.text_file import check_text_file, write_text
 from anyckpt.operations.steps.threads import Progress
-from anyckpt.storage.location import file_of, name_below, root_of
+from anyckpt.storage.location import file_of, name_below, public_path, root_of
 from anyckpt.storage.place import scheme_of
 
 _FRAME = 'style="width:100%;height:48rem;border:1px solid #8888;border-radius:8px"'
@@ -93,7 +93,9 @@ def report(
     path = os.fspath(output)
     if not path.lower().endswith((".html", ".htm")):
         raise UsageError("a page is written as HTML", path=path, expected="a name that ends in .html")
-    read = [one.path if isinstance(one, Checkpoint) else os.fspath(one) for one in (source, against) if one is not None]
+    read = [
+        one.path if isinstance(one, Checkpoint) else public_path(one) for one in (source, against) if one is not None
+    ]
     check_text_file(path, [file_of(one) for one in read], overwrite=overwrite)
     drawings = Drawings()
     checkpoint = source if isinstance(source, Checkpoint) else registry.read(source)
@@ -104,7 +106,7 @@ def report(
         globs = None if names == "stored" else tensors  # of hub names, by which the two meet
         whole = join_ranks(checkpoint) if checkpoint.ranks else checkpoint
         moved = diff(whole, against, tensors=globs, statistics=True, progress=progress)
-    other = "" if against is None else against.path if isinstance(against, Checkpoint) else os.fspath(against)
+    other = "" if against is None else against.path if isinstance(against, Checkpoint) else public_path(against)
     parts, html = _page(checkpoint, found, moved, other, drawings, stats)
     write_text(path, html, overwrite=overwrite)
     return Report(

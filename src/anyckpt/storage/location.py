@@ -155,6 +155,13 @@ class Location:
         return ()
 
 
+def public_path(path: str | os.PathLike[str]) -> str:
+    """A path as it may be shown and kept, under which it is found again in this process; see ``Place.shown``."""
+    text = os.fspath(path)
+    scheme = scheme_of(text)
+    return SCHEMES[scheme](text).shown(text) if scheme in SCHEMES else text
+
+
 def look_at(path: str | os.PathLike[str] | Location) -> Location:
     """What is at ``path``.
 

@@ -315,3 +315,16 @@ def test_google_is_asked_in_its_own_words(s3: S3Server, proxy: Proxy, monkeypatc
     assert told(registry.read(path), path) == told(registry.read(fixture_path(name)), str(fixture_path(name)))
     with pytest.raises(FormatError, match="the bucket 'other' does not exist"):
         look_at("gs://other/x")
+
+
+def test_a_conversion_goes_on_after_its_credentials_expired(
+    s3: S3Server, proxy: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = s3.bucket("weights", {f"hf/{name}": data for name, data in sharded(6).items()}) + "/hf"
+    run, words = Runner(capsys), ("convert", path, tmp_path / "out", "--to", "safetensors")
+    count = iter(range(1000))
+    proxy.fault = lambda number, asked: "400 ExpiredToken" if asked.range and next(count) > 10 else None
+    assert "the credentials have expired" in run(*words).error
+    proxy.fault = lambda number, asked: None
+    assert run(*words, "--resume").code == 0
+    assert run("diff", "--weights-only", path, tmp_path / "out").code == 0

@@ -156,17 +156,44 @@ def test_no_output_tells_what_an_address_is_signed_with(
     s3: S3Server, proxy: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = put(s3, proxy, "families/qwen2_moe/hf/model.safetensors", "model.safetensors") + SIGNED
-    run = Runner(capsys)
-    results = [
-        run("convert", path, tmp_path / "out", "--to", "safetensors"),
-        run("verify", path),
-        run("report", path, "-o", tmp_path / "page.html"),
-        run("diff", path, tmp_path / "out"),
-        run("diff", path, tmp_path / "out", "--json"),
-        run("average", path, path, "-o", tmp_path / "mean"),
-        run("convert", path, path),
+    run, out = Runner(capsys), tmp_path
+    commands = [
+        ("inspect", path, "--json"),
+        ("inspect", path, "--tensors", "*", "--stats"),
+        ("convert", path, out / "one", "--to", "safetensors"),
+        ("convert", path, out / "two", "--to", "safetensors", "--json"),
+        ("verify", path),
+        ("verify", path, "--deep", "--json"),
+        ("report", path, "-o", out / "page.html"),
+        ("report", out / "one", "--against", path, "-o", out / "against.html"),
+        ("diff", path, out / "one"),
+        ("diff", path, path, "--json"),
+        ("average", path, path, "-o", out / "mean"),
+        ("average", path, path, "-o", out / "mean.2", "--json"),
+        ("merge", path, path, "-o", out / "merged", "--method", "linear", "--json"),
     ]
-    assert [result.code for result in results] == [0, 0, 0, 0, 0, 0, 2]
+    refused = [
+        ("convert", path, path),
+        ("convert", path, out / "one"),
+        ("convert", path, out / "three", "--to", "nemo"),
+        ("merge-lora", path, path, out / "four"),
+        ("inspect", f"{path}::x"),
+        ("reshard", path, out / "five", "--tp", "2"),
+        ("inspect", path, "--tensors", "nothing"),
+        ("diff", path, path.replace("model", "other")),
+        ("pack", path, out / "six"),
+        ("unpack", path, out / "seven"),
+        ("quantize", path, out / "eight", "--to", "fp8"),
+    ]
+    recipe = tmp_path.parent / "recipe.yaml"  # which says it itself, and is the user's
+    recipe.write_text(
+        f"models:\n- model: {path}\n- model: {out / 'one'}\nmerge_method: linear\nparameters: {{weight: 0.5}}\n"
+    )
+    commands.append(("merge", "--recipe", recipe, "-o", out / "by_recipe"))
+    results = [run(*words) for words in commands]
+    assert [result.err for result in results if result.code] == []
+    results += [run(*words) for words in refused]
+    assert {result.code for result in results[len(commands) :]} <= {1, 2}
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     for text in [*written, *(f"{result.out}{result.err}".encode() for result in results)]:
         assert b"5ec4e7" not in text

@@ -21,6 +21,7 @@ from anyckpt.operations.steps.merge_request import (
     check_setting,
 )
 from anyckpt.operations.steps.user_files import read_config
+from anyckpt.storage.location import public_path
 
 _TOP = {
     "models",
@@ -170,7 +171,8 @@ class _Reader:
                     path=self.path,
                     remedy=f"write hf:{path} in the recipe to read it from the Hub, or the folder of a copy",
                 )
-        model = ModelSource(str(parts[0]), parts[1])
+        adapter = None if parts[1] is None else public_path(parts[1])
+        model = ModelSource(public_path(str(parts[0])), adapter)
         if model not in self.models:
             self.models.append(model)
         return self.models.index(model)
