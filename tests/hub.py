@@ -224,7 +224,8 @@ class _Storage(Handler):
     ]
 
 
-_REPOSITORY = r"/api/models/(?P<name>[^/]+(?:/(?!revision/|tree/|commit/|preupload/|branch/|auth-check)[^/]+)?)"
+_AFTER = "revision|tree|commit|preupload|branch|auth-check"
+_REPOSITORY = rf"/api/(?:models|datasets|spaces)/(?P<name>[^/]+(?:/(?!(?:{_AFTER})/)[^/]+)?)"
 
 
 class _Hub(Handler):
@@ -288,7 +289,7 @@ class _Hub(Handler):
         data = files[file]
         told = {"X-Repo-Commit": self.commit, "ETag": f'"{blob(data)}"'}
         if not self.hub.is_large(file, data):
-            self.send(307, b"", {**told, "Location": f"/api/resolve-cache/models/{name}/{self.commit}/{file}"})
+            self.send(307, b"", {**told, "Location": f"/api/resolve-cache/{name}/{self.commit}/{file}"})
         elif self.hub.direct:
             self.ranged(data, told)
         else:
@@ -410,8 +411,8 @@ class _Hub(Handler):
         (rf"{_REPOSITORY}/revision/(?P<revision>.+)", _about),
         (rf"{_REPOSITORY}/tree/(?P<revision>[^?]+?)/?", _tree),
         (rf"{_REPOSITORY}/auth-check/write", _check_write),
-        (r"/api/resolve-cache/models/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)", _resolve_cache),
-        (r"/(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _resolve),
+        (r"/api/resolve-cache/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file>.+)", _resolve_cache),
+        (r"/(?:datasets/|spaces/)?(?P<name>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _resolve),
         (r"POST /api/repos/create", _create),
         (rf"POST {_REPOSITORY}/branch/(?P<branch>.+)", _branch),
         (rf"POST {_REPOSITORY}/preupload/(?P<revision>.+)", _preupload),

@@ -14,7 +14,7 @@ from tests.places import files_below
 from tests.support import fixture_path
 
 import anyckpt
-from anyckpt.errors import FormatError, UnreachableError
+from anyckpt.errors import FormatError, UnreachableError, UnsafeError
 from anyckpt.storage.hub import library, place
 from anyckpt.storage.location import look_at
 from anyckpt.storage.requests import holding
@@ -142,7 +142,7 @@ def test_what_keeps_a_repository_from_being_read_is_named(
     gated, private, none, revision, file, spelled = messages(
         run, "hf://org/gated", "hf://org/private", "hf://org/none", "hf://org/m@v9", "hf://org/m/x.nemo", "hf://a//b"
     )
-    assert "is gated on the Hub; ask for access on its page, and log in with `hf auth login`" in gated
+    assert f"is gated on the Hub; ask for access on {hub.url}/org/gated, and log in with `hf auth login`" in gated
     assert private == (
         "hf://org/private: is not on the Hub, or is private; check the name, or log in with `hf auth login` or set "
         "HF_TOKEN"
@@ -268,6 +268,20 @@ def test_a_tokenizer_travels_from_a_repository(hub: Hub, run: Runner, tmp_path: 
     written = tmp_path / "out" / "context" / "nemo_tokenizer" / "tokenizer.json"
     assert written.read_bytes() == LLAMA["tokenizer.json"]
     assert not hub.of("storage"), "weights are not read"
+
+
+@pytest.mark.parametrize("kind", ["datasets", "spaces"])
+def test_data_sets_and_spaces_are_read(hub: Hub, kind: str) -> None:
+    hub.add("org/other", {"sub/model.bin": DATA, "config.json": b"{}"})
+    found = look_at(f"hf://{kind}/org/other/sub")
+    assert found.names == ("model.bin",) and found.open("model.bin").read(9, 99) == DATA[9:108]
+    assert any(f"/{kind}/org/other/resolve/" in one.what for one in hub.of("hub"))
+
+
+def test_a_name_that_leads_out_is_refused(hub: Hub) -> None:
+    hub.add("org/m", {"../model.bin": DATA})
+    with pytest.raises(UnsafeError, match="hf://org/m: a file is named that is not inside"):
+        look_at("hf://org/m")
 
 
 def test_members_of_archives_in_repositories(hub: Hub, run: Runner) -> None:

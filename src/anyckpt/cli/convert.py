@@ -35,6 +35,10 @@ _SHOWN_LAYERS = 12
             "anyckpt convert a b --to hf --dtype bfloat16 --dry-run",
         ),
         ("quantized for serving", "anyckpt convert llama-hf llama-fp8 --to hf --quantize fp8"),
+        (
+            "from the Hugging Face Hub, and to it",
+            "anyckpt convert hf:org/model hf://me/model-fp8 --to hf --quantize fp8",
+        ),
         ("go on after an interruption", "anyckpt convert llama-hf llama.nemo --resume"),
     ),
 )

@@ -12,12 +12,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
 from anyckpt.errors import AnyckptError, FormatError, MissingLibraryError, UnreachableError
+from anyckpt.storage.hub.paths import parse
 
 Answer = TypeVar("Answer")
 
@@ -201,6 +202,8 @@ _BY_CODE = {
 
 def _told_by_code(code: str, path: str) -> FormatError:
     problem, remedy = _BY_CODE[code]
+    with suppress(FormatError):
+        remedy = remedy.replace("its page", f"{endpoint().rstrip('/')}/{parse(path).title}")
     kind = NoRevisionError if code == "RevisionNotFound" else FormatError
     return kind(problem, path=path, remedy=remedy)
 

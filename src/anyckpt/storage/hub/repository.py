@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.errors import FormatError
+from anyckpt.storage.folder import check_inside
 from anyckpt.storage.hub import library
 from anyckpt.storage.hub.paths import MAIN, HubPath
 
@@ -73,6 +74,7 @@ def opened(path: HubPath) -> Repository:
     Raises:
         FormatError: there is none, or it may not be read.
         UnreachableError: the Hub does not answer.
+        UnsafeError: it lists a file that would lie outside of it.
         MissingLibraryError: huggingface_hub is not installed.
     """
     hub = library.library()
@@ -92,7 +94,11 @@ def opened(path: HubPath) -> Repository:
     listed = [(item.rfilename, item.size, item.lfs, item.blob_id) for item in about.siblings or ()]
     if len(listed) >= _MOST_LISTED or any(size is None for _, size, _, _ in listed):
         listed = library.asked(lambda: _tree(api, path, about.sha), path.root)
-    return Repository(path, about.sha, {name: _entry(size, large, blob) for name, size, large, blob in listed})
+    return Repository(
+        path,
+        about.sha,
+        {check_inside(name, path.root): _entry(size, large, blob) for name, size, large, blob in listed},
+    )
 
 
 def _tree(api: Any, path: HubPath, commit: str) -> list[tuple[str, int, Any, str]]:
