@@ -232,6 +232,11 @@ _DISTILBERT = {
     "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "max_position_embeddings": 64,
 }  # fmt: skip
 
+_FALCON_H1 = {
+    "mamba_n_heads": 4, "mamba_d_ssm": 32, "mamba_n_groups": 2, "mamba_d_state": 8, "embedding_multiplier": 5.6,
+    "lm_head_multiplier": 0.04, "mlp_multipliers": [0.9, 0.3], "key_multiplier": 0.4, "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.2, "ssm_multipliers": [0.35, 0.25, 0.18, 0.5, 0.35], "attention_out_multiplier": 0.9,
+}  # fmt: skip
 GROUPED_BERT = {**_SIZES, "local_attention": 8}
 _TWO_THETAS = {
     "full_attention": {"rope_theta": 2e4, "rope_type": "default"},
@@ -345,6 +350,19 @@ PROOFS: dict[str, Proof] = {
             **GROUPED_BERT,
             layer_types=_ALTERNATING,
             rope_parameters=_TWO_THETAS,
+        ),
+    ),
+    "falcon-h1": proof(
+        tiny("falcon-h1", "falcon_h1", _HUB_ALONE, **GROUPED, **_FALCON_H1),
+        tiny(
+            "falcon-h1-norm",
+            "falcon_h1",
+            _HUB_ALONE,
+            **GROUPED,
+            **{**_FALCON_H1, "mamba_d_head": 8},
+            mamba_rms_norm=True,
+            mamba_norm_before_gate=False,
+            tie_word_embeddings=True,
         ),
     ),
     "lfm2": proof(

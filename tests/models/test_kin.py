@@ -170,7 +170,7 @@ def test_rope_of_olmo3_is_scaled_without_a_window_alone() -> None:
         identified("olmo3", rope_parameters={"sliding_attention": {"rope_type": "yarn", "factor": 2.0}})
 
 
-@pytest.mark.parametrize("name", ["olmo2", "granite", "granitemoe", "cohere2", "hunyuan"])
+@pytest.mark.parametrize("name", ["olmo2", "granite", "granitemoe", "cohere2", "hunyuan", "falcon-h1", "lfm2"])
 def test_what_megatron_cannot_compute_does_not_go_there(name: str, tmp_path: Path) -> None:
     source = replace(SAMPLES[name].open()[0], path=str(somewhere(tmp_path)))
     for target in ("megatron-core", "megatron-bridge", "nemo", "nemo2"):
@@ -331,3 +331,12 @@ def test_kimi_k25_is_kimi_k2_beside_its_tower(tmp_path: Path) -> None:
     back = anyckpt.open(tmp_path / "back")
     assert facts(back.tensors) == facts(tensors)
     assert back.config["model_type"] == "kimi_k25"
+
+
+def test_width_of_falcon_h1s_mixer() -> None:
+    assert identified("falcon-h1").config.mamba_head_dim == 8
+    assert identified("falcon-h1", mamba_d_head="auto", mamba_d_ssm=None).config.mamba_head_dim == 16
+    rendered = models.render_config(SAMPLES["falcon-h1"].open()[1], "hf")
+    assert (rendered["mamba_d_head"], rendered["mamba_d_ssm"], rendered["ssm_in_multiplier"]) == (8, 32, 1.25)
+    with pytest.raises(MappingError, match="projectors_bias is not what is known"):
+        identified("falcon-h1", projectors_bias=True)

@@ -48,6 +48,7 @@ class BlockConfig:
         mamba_head_dim: width of one.
         mamba_num_groups: groups that share B and C.
         mamba_state_dim: width of the state.
+        mamba_rms_norm: a mixer norms its gated output before the last projection.
         attention_output_gate: attention's output is multiplied by a gate, which the fused QKV has beside each query.
         linear_attention_freq: for each layer 1 if it has a gated delta net in place of attention; None if none has.
         linear_conv_kernel_dim: width of that net's convolution, in tokens.
@@ -102,6 +103,7 @@ class BlockConfig:
     mamba_head_dim: int | None = None
     mamba_num_groups: int | None = None
     mamba_state_dim: int | None = None
+    mamba_rms_norm: bool = True
     attention_output_gate: bool = False
     linear_attention_freq: tuple[int, ...] | None = None
     linear_conv_kernel_dim: int | None = None
