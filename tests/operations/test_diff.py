@@ -111,13 +111,20 @@ def test_configurations_that_tensors_contradict_are_compared_by_meaning(tmp_path
 
 
 def test_what_only_one_says_is_told(tmp_path: Path) -> None:
-    first, second = llama(tmp_path / "first"), llama(tmp_path / "second", embedding_multiplier=2.0)
+    first, second = llama(tmp_path / "first"), llama(tmp_path / "second", a_switch_of_ours=2.0)
     found = anyckpt.diff(first, second)
     assert found.equal
     assert not found.complete
-    assert any("only one of them says embedding_multiplier" in text for text in found.not_compared)
-    other = anyckpt.diff(second, llama(tmp_path / "third", embedding_multiplier=3.0))
-    assert [setting.name for setting in other.configuration] == ["embedding_multiplier"]
+    assert any("only one of them says a_switch_of_ours" in text for text in found.not_compared)
+    other = anyckpt.diff(second, llama(tmp_path / "third", a_switch_of_ours=3.0))
+    assert [setting.name for setting in other.configuration] == ["a_switch_of_ours"]
+
+
+def test_what_changes_the_model_is_a_difference_where_only_one_says_it(tmp_path: Path) -> None:
+    first, second = llama(tmp_path / "first"), llama(tmp_path / "second", embedding_multiplier=2.0)
+    found = anyckpt.diff(first, second)
+    assert not found.equal
+    assert [setting.name for setting in found.configuration] == ["embedding_multiplier"]
 
 
 def test_settings_that_are_not_of_the_model_are_named(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_an_adapter_of_the_text_leaves_all_else(spelling: tuple[str, str, str], 
 def test_a_target_without_a_place_for_other_parts_is_told(tmp_path: Path) -> None:
     base = seeing(tmp_path / "base")
     for done in (
-        anyckpt.merge_lora(base, ADAPTER, tmp_path / "merged", to="megatron-core"),
+        anyckpt.merge_lora(base, ADAPTER, tmp_path / "merged", to="nemo"),
         anyckpt.average([base, base], tmp_path / "mean", to="nemo2"),
     ):
         assert set(PARTS) <= done.ignored.keys()

@@ -42,11 +42,13 @@ from anyckpt.testing import (
     sample_checkpoint,
 )
 
-SAMPLES = {"peft": "families/lora_llama/hf_adapter"}
+SAMPLES = {"peft": "families/lora_llama/hf_adapter", "diffusers": "diffusers/stable_diffusion"}
 READ_ONLY = {"fsdp": "fsdp/fsdp1_2", "deepspeed": "deepspeed/zero1"}
 FORMATS = registry.built_in()
 ANY_NAMES = [
-    name for name, known in FORMATS.items() if known.plan and known.dialect(WriteOptions()) is None and name != "peft"
+    name
+    for name, known in FORMATS.items()
+    if known.plan and known.dialect(WriteOptions()) is None and name not in SAMPLES
 ]
 KINDS = {"nemo": "nemo1", "nemo2": "nemo2", "megatron-core": "megatron-args"}
 

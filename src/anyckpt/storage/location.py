@@ -226,8 +226,10 @@ def name_below(root: str, file: str) -> str:
 
 
 def disk_file_of(path: str) -> str | None:
-    """The local file or directory that a path leads to or into; None where that is on no disk."""
-    return place_of(path).on_disk(path)
+    """The local file or directory that a path leads to or into, as ``look_in`` finds it; None if that is on no disk."""
+    place = place_of(path)
+    found = place.on_disk(path)
+    return found if found is None or place.exists(path) else look_in(place, path).on_disk
 
 
 @contextmanager
