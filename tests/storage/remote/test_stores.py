@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,3 +164,14 @@ def test_who_has_no_cloud_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert metadata_service.gives_aws_credentials()
     assert [method for method, _ in asked] == ["PUT", "GET"]
     metadata_service.gives_aws_credentials.cache_clear()
+
+
+def test_local_paths_need_nothing_of_this(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("no checkpoint")
+    code = (
+        "import sys, anyckpt\n"
+        f"try: anyckpt.inspect({str(tmp_path / 'x.txt')!r})\n"
+        "except anyckpt.FormatError: pass\n"
+        "print([name for name in sys.modules if name.startswith(('obstore', 'anyckpt.storage.remote', 'boto'))])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

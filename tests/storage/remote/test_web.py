@@ -198,3 +198,17 @@ def test_no_output_tells_what_an_address_is_signed_with(
     for text in [*written, *(f"{result.out}{result.err}".encode() for result in results)]:
         assert b"5ec4e7" not in text
         assert b"AKIASIGNED" not in text
+
+
+@peer
+@pytest.mark.parametrize(
+    ("page", "path"),
+    [
+        ("https://huggingface.co/org/model", "hf://org/model"),
+        ("https://huggingface.co/org/model/tree/main/", "hf://org/model"),
+        ("https://huggingface.co/org/model/blob/v1/a/model.nemo", "hf://org/model@v1/a/model.nemo"),
+    ],
+)
+def test_a_page_of_the_hub_is_no_file(page: str, path: str) -> None:
+    with pytest.raises(FormatError, match=f"^{page}: is a page of the Hugging Face Hub, not a file; give {path}$"):
+        look_at(page)

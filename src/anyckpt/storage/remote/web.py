@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,7 @@ LOOKED_FOR = (
 )
 """Files of a folder that Hugging Face's libraries write, which are asked for where nothing can be listed."""
 
+_HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/(?:blob|tree)/([^/]+)(/.+)?)?")
 _MARKS = (INDEX, "model.safetensors", "adapter_model.safetensors")
 _LARGEST_INDEX = 64 << 20
 
@@ -119,6 +121,14 @@ class WebPlace(Place):
 
     def kind(self, path: str) -> str | None:
         key = address_of(path).key
+        page = _HUB_PAGE.fullmatch(path.rstrip("/"))
+        if page is not None:
+            revision = f"@{page[2]}" if page[2] and page[2] != "main" else ""
+            raise FormatError(
+                "is a page of the Hugging Face Hub, not a file",
+                path=path,
+                remedy=f"give hf://{page[1]}{revision}{page[3] or ''}",
+            )
         with self._lock:
             if self._tree is not None and self._tree.holds(key):
                 return self._tree.kind(path)
