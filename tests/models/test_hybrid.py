@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from tests.models.proofs import samples
 from tests.support import expected_of, fixture_path
 
 import anyckpt
+from anyckpt import models
 from anyckpt.cli import run
+from anyckpt.config import megatron as config_megatron
 from anyckpt.config.hybrid import gpt_arguments, hybrid_arguments, letters_of
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.models import render_config
 from anyckpt.models.dialects.hybrid import as_blocks, as_halves, block_name, half_name, in_halves
+from anyckpt.models.dialects.spellings import to_hub_names
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.operations.steps.layout_request import LayoutRequest
 
@@ -88,6 +92,49 @@ def test_every_layout(family: str, to: str, tmp_path: Path) -> None:
     anyckpt.convert(tmp_path / "megatron-lm", tmp_path / "gpt", to=to, layout=LayoutRequest(megatron_model="gpt"))
     assert letters_of(registry.read(tmp_path / "gpt").config) is None
     assert not anyckpt.diff(hub(family), tmp_path / "gpt")
+
+
+@pytest.mark.parametrize(
+    ("layout", "letters"),
+    [
+        ({"pipeline_parallel": 2}, "*-|*-"),
+        ({"pipeline_parallel": 2, "first_stage_layers": 1, "last_stage_layers": 3}, "*|-*-"),
+        ({"pipeline_parallel": 2, "virtual_pipeline": 2}, "*|-|*|-"),
+        ({"pipeline_parallel": 2, "pipeline_layout": "Ettt|tL"}, "*-*|-"),
+        ({"tensor_parallel": 2}, "*-*-"),
+    ],
+)
+def test_letters_say_what_each_stage_has(layout: dict[str, Any], letters: str, tmp_path: Path) -> None:
+    """HybridModel takes its stages from them, and has no other way to say virtual ones."""
+    request = LayoutRequest(megatron_model="hybrid", **layout)
+    anyckpt.convert(hub("llama"), tmp_path / "a", to="megatron-lm", layout=request)
+    found = registry.read(tmp_path / "a")
+    assert found.config["hybrid_layer_pattern"] == letters
+    assert not anyckpt.diff(hub("llama"), tmp_path / "a")
+    again = LayoutRequest(pipeline_parallel=4, megatron_model="hybrid")
+    anyckpt.convert(tmp_path / "a", tmp_path / "b", to="megatron-lm", layout=again)
+    assert registry.read(tmp_path / "b").config["hybrid_layer_pattern"] == "*|-|*|-"
+    assert not anyckpt.diff(hub("llama"), tmp_path / "b")
+    anyckpt.convert(tmp_path / "b", tmp_path / "c", to="megatron-lm", layout=LayoutRequest(pipeline_parallel=1))
+    assert registry.read(tmp_path / "c").config["hybrid_layer_pattern"] == "*-*-"
+
+
+@pytest.mark.parametrize("name", samples())
+def test_every_model_is_written_so_or_refused(name: str) -> None:
+    """Whatever is not the same model in halves is refused, and what is comes back with the same names and arguments."""
+    checkpoint, model = samples()[name].open()
+    try:
+        arguments = render_config(model, "megatron-args")
+        halves = hybrid_arguments(arguments, [])
+        hub_tensors = models.to_hub(checkpoint, model)
+        named = models.from_hub(hub_tensors, "megatron-core", in_halves=True).tensors
+    except MappingError as error:
+        assert re.search("HybridModel|hybrid one already|Megatron-Core has no", str(error)), str(error)
+        return
+    assert in_halves(to_hub_names(named, in_blocks=False)[0])
+    assert to_hub_names(named)[0].keys() == models.from_hub(hub_tensors, "hub").tensors.keys()
+    first, second = config_megatron.parse(arguments), config_megatron.parse(gpt_arguments(halves))
+    assert replace(first, extra={}) == replace(second, extra={})
 
 
 def test_megatron_bridge(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ Names are those of core 0.16 (``megatron/training/arguments.py``), of the releas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout
+from anyckpt.config.hybrid import PATTERN
 from anyckpt.config.reader import Reader
 from anyckpt.errors import MappingError
 from anyckpt.layout.experts import Spelling
 from anyckpt.layout.geometry import Parallelism
+from anyckpt.layout.pipeline import hybrid_layout
 
 
 def parallelism_from_args(arguments: Mapping[str, Any], layout: ParallelLayout) -> Parallelism:
@@ -40,9 +43,29 @@ def parallelism_from_args(arguments: Mapping[str, Any], layout: ParallelLayout) 
         ),
         account_for_embedding=bool(arguments.get("account_for_embedding_in_pipeline_split")),
         account_for_loss=bool(arguments.get("account_for_loss_in_pipeline_split")),
-        pipeline_layout=arguments.get("pipeline_model_parallel_layout"),
+        pipeline_layout=arguments.get("pipeline_model_parallel_layout") or _parted_by_letters(arguments),
         pipeline_split_rank=_size(arguments, "pipeline_model_parallel_split_rank"),
     )
+
+
+def _parted_by_letters(arguments: Mapping[str, Any]) -> list[list[str]] | None:
+    """The pipeline stages that a HybridModel's letters say, None if they say none."""
+    letters = arguments.get(PATTERN)
+    return hybrid_layout(letters) if isinstance(letters, str) else None
+
+
+def letters_in_parts(letters: str, layers: Sequence[int]) -> str:
+    """A HybridModel's letters with ``|`` between pipeline stages; those of further predictions follow as they are.
+
+    Args:
+        letters: ``hybrid_layer_pattern``, parted or not.
+        layers: how many layers each stage has, chunk by chunk in the order in which data flows through them.
+    """
+    body, *further = letters.split("/")
+    ends = list(accumulate(layers))
+    plain = body.replace("|", "")
+    parted = "|".join(plain[end - count : end] for end, count in zip(ends, layers, strict=True))
+    return "/".join([parted, *further])
 
 
 def args_from_parallelism(parallelism: Parallelism) -> dict[str, Any]:

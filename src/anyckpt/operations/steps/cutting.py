@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState, RankShard
 from anyckpt.config.hub_names import EMBEDDING
+from anyckpt.config.hybrid import PATTERN
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import Geometry, Parallelism, cut
 from anyckpt.layout.division import Padding
-from anyckpt.layout.from_run import args_from_parallelism, expert_spelling_from_args
+from anyckpt.layout.from_run import args_from_parallelism, expert_spelling_from_args, letters_in_parts
+from anyckpt.layout.pipeline import chunks
 from anyckpt.models import partitions
 from anyckpt.operations.steps.aim import Aim, sizes_of
 from anyckpt.operations.steps.extra_states import with_states
@@ -66,6 +69,7 @@ def cut_for_ranks(
     shards: Sequence[RankShard] = divide(checkpoint.tensors, padding=padding, complete=checkpoint.adapter is None)
     optimizer = checkpoint.optimizer
     arguments = args_from_parallelism(parallelism) if checkpoint.config_kind == "megatron-args" else {}
+    arguments |= _in_parts(checkpoint.config, parallelism, geometry)
     if checkpoint.extra_states is not None:
         shards = with_states(shards, checkpoint.extra_states(), parallelism, geometry, spelling)
     rows = _embedding_rows(shards)
@@ -79,6 +83,17 @@ def cut_for_ranks(
         config={**checkpoint.config, **arguments},
         optimizer=None if optimizer is None else partial(_cut_optimizer, optimizer, divide),
     )
+
+
+def _in_parts(config: Mapping[str, Any], parallelism: Parallelism, geometry: Geometry) -> dict[str, Any]:
+    """Arguments of a HybridModel, whose letters say which layers each stage has; nothing for any other model."""
+    letters, layers = config.get(PATTERN), geometry.num_layers
+    if not isinstance(letters, str) or layers is None:
+        return {}
+    found = chunks(parallelism, geometry, {"decoder": layers})
+    counts = [len(chunk.layers["decoder"]) for chunk in found]
+    unsaid = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
+    return {**dict.fromkeys(unsaid), PATTERN: letters_in_parts(letters, counts)}
 
 
 def cut_as_asked(whole: Checkpoint, aim: Aim, request: LayoutRequest, family: str | None) -> Stepped:
