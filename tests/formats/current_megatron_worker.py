@@ -4,9 +4,9 @@
 
 JOBS is a JSON file with a list of jobs, OUT gets a list of what came of each.  A job has ``model``, arguments of
 Megatron-LM, which say which model is built: a GPTModel of the local layers, or with ``hybrid_layer_pattern`` a
-HybridModel of the same layers.  ``load`` names a checkpoint that is loaded into it, strictly both ways, and
-``load_fsdp`` one of Megatron-FSDP; then its parameters are told, and its logits for ``tokens``.  ``save`` names the
-folder that the model is saved to; what the library itself finds there is told.
+HybridModel of the same layers.  ``load`` names a checkpoint that is loaded into it, strictly both ways, ``load_fsdp``
+one of Megatron-FSDP, and ``load_rank`` a file of the only rank; then its parameters are told, and its logits for
+``tokens``.  ``save`` names the folder that the model is saved to; what the library itself finds there is told.
 """
 
 from __future__ import annotations
@@ -207,6 +207,8 @@ def done(job: dict[str, Any], world: int) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.data.fill_(7)
         load_fsdp(model, job["model"], job["load_fsdp"])
+    if "load_rank" in job:
+        model.load_state_dict(torch.load(job["load_rank"], weights_only=True)["model"], strict=True)
     if "save" in job:
         state = {"args": argparse.Namespace(**job["model"]), "iteration": 10, "checkpoint_version": 3.0}
         Path(job["save"]).mkdir(parents=True, exist_ok=True)

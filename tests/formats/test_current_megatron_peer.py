@@ -42,6 +42,7 @@ CASES = [
     ("qwen3", "0.19", "hybrid"),
 ]
 FSDP = [("llama", "gpt"), ("mixtral", "hybrid")]
+RANKS = [("llama", "gpt", "rank"), ("llama", "hybrid", "rank"), ("gpt2", "hybrid", "rank")]
 FIXTURES = ["current_gpt_dense", "current_gpt_moe", "current_hybrid_dense", "current_hybrid_moe"]
 
 
@@ -84,7 +85,14 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]
         anyckpt.convert(source / "hf", out, to="megatron-core", backend="fsdp_dtensor", layout=layout)
         tokens = np.load(source / "expected.npz")["input_ids"].tolist()
         jobs.append({"model": in_float32(out), "load_fsdp": str(out), "tokens": tokens})
-    return dict(zip([*CASES, *FIXTURES, *FSDP], in_megatron(jobs, folder), strict=True))
+    for family, model, _ in RANKS:
+        out, layout = folder / f"rank-{family}-{model}", LayoutRequest(transformer_impl="local", megatron_model=model)
+        source = fixture_path(f"families/{family}")
+        anyckpt.convert(source / "hf", out, to="megatron-lm", layout=layout)
+        tokens = np.load(source / "expected.npz")["input_ids"].tolist()
+        file = str(out / "release" / "mp_rank_00" / "model_optim_rng.pt")
+        jobs.append({"model": in_float32(out), "load_rank": file, "tokens": tokens})
+    return dict(zip([*CASES, *FIXTURES, *FSDP, *RANKS], in_megatron(jobs, folder), strict=True))
 
 
 def in_float32(checkpoint: Path) -> dict[str, Any]:
@@ -109,6 +117,13 @@ def test_what_it_saved_computes_the_same_as_its_other_model(case: str, loaded: A
     result = loaded[case]
     assert result["missing"] == [] and result["unexpected"] == []
     assert np.abs(np.array(result["logits"]) - np.array(expected_of(f"mcore/{case}")["logits"])).max() < 1e-6
+
+
+@pytest.mark.parametrize("case", RANKS)
+def test_the_only_ranks_file_is_the_modules_state_dict(case: tuple[str, str, str], loaded: Any) -> None:
+    """Loaded strictly."""
+    expected = np.load(fixture_path(f"families/{case[0]}/expected.npz"))["logits"]
+    assert np.abs(np.array(loaded[case]["logits"])[..., : expected.shape[-1]] - expected).max() < 2e-5
 
 
 @pytest.mark.parametrize("case", FSDP)
