@@ -301,3 +301,13 @@ def test_nothing_is_written_offline(hub: Hub, run: Runner, monkeypatch: pytest.M
     error = run("convert", LOCAL, "hf://me/m", "--to", "hf").error
     assert "cannot be written to while HF_HUB_OFFLINE is set; unset HF_HUB_OFFLINE" in error
     assert not hub.asked
+
+
+def test_transformers_loads_what_was_written(hub: Hub, run: Runner, tmp_path: Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    written(run("convert", LOCAL, "hf://me/m", "--to", "hf", "--max-shard-size", "100kB"))
+    found = transformers.AutoModelForCausalLM.from_pretrained("me/m", cache_dir=tmp_path)
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(LOCAL)
+    assert hub.of("hub", "/me/m/resolve/"), "it was read from there"
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
