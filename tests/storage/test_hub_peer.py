@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from pathlib import Path
 
@@ -177,6 +178,16 @@ def test_secrets_are_never_told(hub: Hub, run: Runner, monkeypatch: pytest.Monke
         for secret in (TOKEN, "SECRET", "signature"):
             assert secret not in told.err + told.out
     assert library.plain(OSError(f"GET https://x/y?signature=SECRET1 with Bearer {TOKEN}")) == "GET ... with ..."
+
+
+def test_no_log_has_a_signature(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    hub.add("org/m", {"model.bin": DATA})
+    caplog.set_level(logging.INFO)
+    look_at("hf://org/m").open("model.bin").read(0, 10)
+    assert f"GET {hub.storage}/objects/" in caplog.text
+    assert "SECRET" not in caplog.text and "signature" not in caplog.text
+    spoken = type(library.session()).__module__.partition(".")[0]
+    assert not logging.getLogger(spoken).filters, "what others log is theirs"
 
 
 def test_files_in_the_cache_are_read_from_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import logging
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from anyckpt.errors import AnyckptError, FormatError, MissingLibraryError, UnreachableError
+from anyckpt.errors import AnyckptError, FormatError, MissingLibraryError, UnreachableError, without_secrets
 from anyckpt.storage.hub.paths import parse
 
 Answer = TypeVar("Answer")
@@ -247,7 +248,8 @@ def quietly() -> Iterator[None]:
     for handler in logger.handlers:
         handler.addFilter(_without_addresses)
     try:
-        yield
+        with _without_signatures():
+            yield
     finally:
         for handler in logger.handlers:
             handler.removeFilter(_without_addresses)
@@ -262,6 +264,31 @@ def _without_addresses(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
+def _without_signatures() -> Iterator[None]:
+    """Within, httpx logs addresses without their queries; it logs every request where a program asks for such words."""
+    logger = logging.getLogger(type(session()).__module__.partition(".")[0])
+    with _counting:
+        _count[0] += 1
+        logger.addFilter(_without_query)
+    try:
+        yield
+    finally:
+        with _counting:
+            _count[0] -= 1
+            if not _count[0]:
+                logger.removeFilter(_without_query)
+
+
+_counting = threading.Lock()
+_count = [0]
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_secrets(record.getMessage()), ()
+    return True
+
+
+@contextmanager
 def streamed(address: str, carried: Mapping[str, str]) -> Iterator[tuple[int, Mapping[str, str], Iterator[bytes]]]:
     """A GET that follows no redirect: its status, headers (by names in small letters), and body as it arrives.
 
@@ -270,9 +297,8 @@ def streamed(address: str, carried: Mapping[str, str]) -> Iterator[tuple[int, Ma
     """
     speaking = session()
     if callable(speaking.stream):  # of requests it is a setting
-        with speaking.stream(
-            "GET", address, headers=dict(carried), timeout=TIMEOUT, follow_redirects=False
-        ) as response:
+        asked = {"headers": dict(carried), "timeout": TIMEOUT, "follow_redirects": False}
+        with _without_signatures(), speaking.stream("GET", address, **asked) as response:
             yield response.status_code, response.headers, response.iter_raw()
         return
     with speaking.get(address, headers=carried, timeout=TIMEOUT, allow_redirects=False, stream=True) as response:
