@@ -152,7 +152,7 @@ class LocalPlace(Place):
         return FormatError(
             f"is in a place that is not known: {scheme}://",
             path=path,
-            expected="a path on a disk",
+            expected="a path on a disk, or hf://, s3://, gs://, az:// or https://",
             remedy="copy it to a disk first",
         )
 
