@@ -708,10 +708,14 @@ def test_models_go_to_the_hub_and_come_from_it(tmp_path: Path, monkeypatch: pyte
     register_class(Small)
     try:
         assert torch.equal(Small.from_pretrained("me/it", revision="main").lin.weight, model.lin.weight)
+        assert torch.equal(Small.from_pretrained("hf://me/it@v1").lin.weight, model.lin.weight)
+        assert hub.asked[-2:] == [("me/it", "main"), ("me/it", "v1")]
     finally:
         from anyckpt.torch import classes
 
         del classes._registered[classes.class_path(Small)]
+    with pytest.raises(anyckpt.FormatError, match="is not the repository of a model"):
+        Small.from_pretrained("hf://me/it/model.nemo")
     hub.answer = ""
     with pytest.raises(anyckpt.FormatError, match="me/it.*no network"):
         Small.from_pretrained("me/it")

@@ -24,7 +24,9 @@ from anyckpt.formats import registry
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.operations.steps.live import Live
 from anyckpt.storage.hub.library import explained, failures, library
+from anyckpt.storage.hub.paths import SCHEME, parse
 from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.place import scheme_of
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.artifacts import restoring
@@ -163,7 +165,7 @@ class Pretrained:
         """Build a model from a folder of ``save_pretrained``, a ``.nemo``, or a repository of the hub with either.
 
         Args:
-            model_id: a path, or ``owner/name`` on the Hugging Face hub.
+            model_id: a path, or ``owner/name`` on the Hugging Face hub, also as ``hf://owner/name@revision``.
             map_location: the device to put the model on; where its constructor makes it if None.
             strict: weights that are missing or unexpected are an error; another shape always is.
             trainer: Lightning's; handed to the constructor if that takes it.
@@ -181,7 +183,7 @@ class Pretrained:
         """
         place = os.fspath(model_id)
         if not os.path.exists(os.path.expanduser(place)):
-            place = _fetched(place, revision, token, cache_dir, local_files_only)
+            place = _fetched(*_named(place, revision), token, cache_dir, local_files_only)
         place = os.path.expanduser(place)
         if os.path.isdir(place) and not os.path.exists(os.path.join(place, CONFIG)):
             place = _only_archive(place)
@@ -281,6 +283,16 @@ def _only_archive(folder: str) -> str:
             remedy="name the .nemo file" if found else "check the path",
         )
     return os.path.join(folder, found[0])
+
+
+def _named(model_id: str, revision: str | None) -> tuple[str, str | None]:
+    """The name of a repository, and the revision that is asked for or named with it."""
+    if scheme_of(model_id) != SCHEME:
+        return model_id, revision
+    found = parse(model_id)
+    if found.inner or found.kind != "model":
+        raise FormatError("is not the repository of a model", path=model_id, expected="hf://owner/name@revision")
+    return found.repository, revision or found.revision
 
 
 def _fetched(
