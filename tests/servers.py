@@ -117,6 +117,14 @@ class Asked:
     nbytes: int = 0
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The other side has gone, as it may."""
+
+
 class Proxy:
     """Stands before a server, notes what it is asked, and does to answers what networks do.
 
@@ -139,8 +147,7 @@ class Proxy:
         self.latency = latency
         self.target = urlsplit(target).netloc
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Passing,), {"proxy": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Passing,), {"proxy": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     @property

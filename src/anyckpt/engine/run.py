@@ -23,6 +23,7 @@ from anyckpt.engine.together import MOST_TOGETHER, Gang, gangs
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.gather import SCRATCH_BYTES
 from anyckpt.storage.read_count import ReadCount, counting
+from anyckpt.storage.requests import given_up_with
 
 _MEMORY_PER_WORKER = 16 << 20
 _SYNC_EVERY = 1 << 30
@@ -148,7 +149,7 @@ class Run:
             raise self._failure
 
     def _work(self, jobs: Iterator[_Job]) -> None:
-        with counting(self.reads):
+        with counting(self.reads), given_up_with(self._stop):
             self._work_off(jobs)
 
     def _work_off(self, jobs: Iterator[_Job]) -> None:

@@ -110,17 +110,15 @@ def at_once(tasks: Sequence[Callable[[], None]], width: int) -> None:
                 return
 
     helpers: list[Future[None]] = []
-    token = _stopping.set(stop)
     try:
-        for _ in range(min(width, len(tasks)) - 1):
-            helpers.append(_pool().submit(copy_context().run, work))
-        work()
+        with given_up_with(stop):
+            for _ in range(min(width, len(tasks)) - 1):
+                helpers.append(_pool().submit(copy_context().run, work))
+            work()
         wait(helpers)
     except BaseException:  # an interrupt from the keyboard, while this thread does nothing but wait
         stop.set()
         raise
-    finally:
-        _stopping.reset(token)
     if failed:
         try:
             raise failed[0]
@@ -128,13 +126,22 @@ def at_once(tasks: Sequence[Callable[[], None]], width: int) -> None:
             failed.clear()  # which holds what holds this
 
 
-_stopping: ContextVar[threading.Event | None] = ContextVar("stopping", default=None)
+_stopping: ContextVar[tuple[threading.Event, ...]] = ContextVar("stopping", default=())
+
+
+@contextmanager
+def given_up_with(stop: threading.Event) -> Iterator[None]:
+    """Within, this thread and those that read for it need not wait for answers any more when ``stop`` is set."""
+    token = _stopping.set((*_stopping.get(), stop))
+    try:
+        yield
+    finally:
+        _stopping.reset(token)
 
 
 def is_given_up() -> bool:
-    """Whether this thread carries out tasks of which one has failed, or was interrupted: it need not wait any more."""
-    stop = _stopping.get()
-    return stop is not None and stop.is_set()
+    """Whether this thread's work has failed elsewhere, or was interrupted: it need not wait any more."""
+    return any(stop.is_set() for stop in _stopping.get())
 
 
 _shared: list[ThreadPoolExecutor] = []

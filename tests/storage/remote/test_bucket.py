@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -328,3 +330,18 @@ def test_a_conversion_goes_on_after_its_credentials_expired(
     proxy.fault = lambda number, asked: None
     assert run(*words, "--resume").code == 0
     assert run("diff", "--weights-only", path, tmp_path / "out").code == 0
+
+
+def test_a_conversion_that_is_interrupted_does_not_wait_for_answers(
+    s3: S3Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Ctrl-C on a connection over which nothing comes any more."""
+    path = s3.bucket("weights", {f"hf/{name}": data for name, data in sharded(6).items()}) + "/hf"
+    checkpoint = anyckpt.open(path)
+    proxy.latency = 20.0
+    interrupted = threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,))
+    started = time.monotonic()
+    interrupted.start()
+    with pytest.raises(KeyboardInterrupt):
+        anyckpt.convert(checkpoint, tmp_path / "out", to="safetensors")
+    assert time.monotonic() - started < 10.0

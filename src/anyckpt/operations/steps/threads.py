@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
-from anyckpt.storage.requests import HELD_BYTES
+from anyckpt.storage.requests import HELD_BYTES, given_up_with
 from anyckpt.tensor import LazyTensor, held
 
 Item = TypeVar("Item")
@@ -36,7 +36,7 @@ class Meter:
         self._progress = progress
         self._done = 0
         self._lock = threading.Lock()
-        self._stopped = False
+        self.stopped = threading.Event()
 
     def advance(self, count: int) -> None:
         """Add ``count`` bytes.
@@ -44,7 +44,7 @@ class Meter:
         Raises:
             InterruptedError: another thread has failed, so this one need not go on.
         """
-        if self._stopped:
+        if self.stopped.is_set():
             raise InterruptedError
         if self._progress is None:
             return
@@ -54,7 +54,7 @@ class Meter:
 
     def stop(self) -> None:
         """Make threads that advance give up."""
-        self._stopped = True
+        self.stopped.set()
 
 
 def each_of_tensors(
@@ -110,8 +110,12 @@ def each(
     """
     from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
+    def one(item: Item) -> Result:
+        with given_up_with(meter.stopped):
+            return work(item, meter.advance)
+
     with ThreadPoolExecutor(workers or min(_WORKERS, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(work, item, meter.advance) for item in items]
+        futures = [pool.submit(one, item) for item in items]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
             failed = next((future for future in futures if future.done() and future.exception() is not None), None)
