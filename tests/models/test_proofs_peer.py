@@ -40,8 +40,12 @@ THROUGH = (
 """Format, naming, and kind of configuration."""
 
 
-def saved(sample: Tiny, folder: Path) -> Path:
-    """A random model of transformers', saved by it."""
+def _has_variants(sample: Tiny) -> bool:
+    return bool(sample.open()[1].definition.hugging_face.variants)
+
+
+def saved(sample: Tiny, folder: Path, original: bool = True) -> Path:
+    """A random model of transformers', saved by it: in its published format, or named as it is in memory."""
     values = dict(sample.config)
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
@@ -52,7 +56,7 @@ def saved(sample: Tiny, folder: Path) -> Path:
             parameter.normal_(std=0.2)
             if name.endswith(sample.near_one or ("\n",)):
                 parameter.copy_(torch.from_numpy(near_one(parameter.numpy())))
-    theirs.save_pretrained(folder)
+    theirs.save_pretrained(folder, **({} if original else {"save_original_format": False}))
     return folder
 
 
@@ -134,3 +138,16 @@ def test_the_comparison_can_fail(name: str, tmp_path: Path) -> None:
         return
     other = replace(source, config=models.render_config(blurred, "hf"))
     assert not torch.equal(computed(written(other, tmp_path / "epsilon"), architecture), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if _has_variants(sample)])
+def test_names_in_memory_are_read(name: str, tmp_path: Path) -> None:
+    """What transformers' conversion of a family renames or stacks on loading is the same model in either spelling."""
+    stored, in_memory = (saved(SAMPLES[name], tmp_path / str(kind), kind) for kind in (True, False))
+    hubs = []
+    for path in (stored, in_memory):
+        source = FORMAT.read(look_at(path))
+        model = models.identify(source)
+        assert model is not None
+        hubs.append(models.to_hub(source, model))
+    assert facts(hubs[0].tensors) == facts(hubs[1].tensors)

@@ -14,6 +14,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.config import meta_names
 from anyckpt.config.hub_names import EMBEDDING, HEADS
 from anyckpt.config.model import PART_OF, WHOLE
+from anyckpt.config.starred import starred
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import SHOWN, check_complete, some
@@ -158,6 +159,9 @@ def _check_as_written(
 ) -> None:
     """Where all tensors have the names that are written, those are what messages tell of."""
     variants = model.definition.hugging_face.variants
+    others = [starred(variant.stored) for variant in variants if not variant.written]
+    if any(other.fullmatch(name) for name in kept for other in others):
+        return  # they are spelled in another way
     if all(stored_name(name, variants) == name for name in kept):
         whole = dict.fromkeys(stored_name(name, variants) for item in expected for name in item.sources)
         check_complete([tuple(whole)], kept, model.family, path, spelling.stored)
