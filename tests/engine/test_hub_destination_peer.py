@@ -100,6 +100,7 @@ def test_folders_and_branches(hub: Hub, run: Runner) -> None:
     repository = hub.repositories["me/m"]
     assert "a/b/.metadata" in repository.commits[repository.branches["dev"]]
     assert "a/b/.metadata" not in repository.files
+    assert "| `a/b/.metadata` |" in repository.commits[repository.branches["dev"]]["README.md"].decode()
     assert run("diff", "hf://me/m@dev/a/b", LOCAL).code == 0
     assert "already has files" in run("convert", LOCAL, "hf://me/m@dev/a", "--to", "hf").error
     hub.add("me/full", LLAMA)

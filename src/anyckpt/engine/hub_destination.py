@@ -246,7 +246,7 @@ class HubDestination(Destination):
                 size=file.nbytes, sample=known.head, sha256=known.sha256.digest()
             )
             additions.append(addition)
-            about[file.path or self._path.inner] = (file.nbytes, known.sha256.hexdigest())
+            about[self._inside(file.path)] = (file.nbytes, known.sha256.hexdigest())
         additions.append(hub.CommitOperationAdd(self._manifest_name(), manifest))
         named = {addition.path_in_repo for addition in additions}
         if self._card is not None and CARD not in (*self._there, *named):
