@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from tests.models.larger_models import NAMED, WHOLES  # noqa: E402
 from tests.models.proofs import PROOFS, Proof, Synthetic, in_training  # noqa: E402
 
 from anyckpt import models  # noqa: E402
@@ -136,6 +137,26 @@ def format_row(known: Format, sample: Checkpoint, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
+LARGER = """
+## Models that also see or hear
+
+`hf`, `megatron-core`, `megatron-core-zarr` and `megatron-bridge` keep them whole, the text part by its family's rules
+and the others as they are; any type goes this way whose text part is of a family above. transformers loads every tensor
+as it was after the way through Megatron's names, and the text part alone computes the same: """
+
+
+def larger() -> str:
+    """The larger models that are tested, each with the family of its text part."""
+    told = []
+    for kind, values in WHOLES.items():
+        config = {"model_type": kind, "architectures": ["Larger"], **values}
+        model = models.identify(Checkpoint(kind, "hf", {}, dialect="hf", config=config, config_kind="hf"))
+        assert model is not None, kind
+        told.append(f"`{kind}` ({model.family})")
+    named = ", ".join(f"`{kind}`" for kind in NAMED)
+    return f"{LARGER}{', '.join(told)}. Its names and shapes come back: {named}.\n"
+
+
 def provenance() -> str:
     """Where the samples that nobody computed come from."""
     known = [s for proof in PROOFS.values() for s in proof.samples if isinstance(s, Synthetic)]
@@ -163,7 +184,7 @@ def page() -> str:
         source.mkdir()
         sample = replace(in_training(*PROOFS["llama"].samples[0].open()), path=str(source))
         listed = [format_row(format, sample, Path(name)) for format in known]
-    text += provenance() + "\n## Formats\n\n"
+    text += larger() + provenance() + "\n## Formats\n\n"
     return (
         text + LATER + table(["`--to`", "what it is", "read", "write", "names", "configuration", "optimizer"], listed)
     )

@@ -12,25 +12,15 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peer
 
 from tests.models.cases import with_weights  # noqa: E402
+from tests.models.larger_models import NAMED  # noqa: E402
 
 from anyckpt import models  # noqa: E402
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.dtypes import BY_NAME  # noqa: E402
 from anyckpt.tensor import Constant  # noqa: E402
 
-CLASSES = {
-    "idefics3": "Idefics3ForConditionalGeneration",
-    "kimi_k25": "Kimi_K25ForConditionalGeneration",
-    "voxtral": "VoxtralForConditionalGeneration",
-    "qwen2_audio": "Qwen2AudioForConditionalGeneration",
-    "video_llava": "VideoLlavaForConditionalGeneration",
-    "janus": "JanusForConditionalGeneration",
-    "exaone4_5": "Exaone4_5_ForConditionalGeneration",
-    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
-}
 
-
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", NAMED)
 def test_names_come_back(model_type: str) -> None:
     config = transformers.AutoConfig.for_model(model_type)
     text = config.get_text_config()
@@ -38,7 +28,7 @@ def test_names_come_back(model_type: str) -> None:
     for key in ("layer_types", "mlp_layer_types"):
         if getattr(text, key, None):
             setattr(text, key, getattr(text, key)[:2])
-    kind = getattr(transformers, CLASSES[model_type])
+    kind = getattr(transformers, NAMED[model_type])
     with torch.device("meta"):
         whole = kind._from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
