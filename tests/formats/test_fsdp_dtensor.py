@@ -54,6 +54,23 @@ def test_a_run_of_torch_dist_goes_on_with_it(tmp_path: Path) -> None:
     assert not (difference.different or difference.only_in_a or difference.only_in_b)
 
 
+@pytest.mark.parametrize("model", ["gpt", "hybrid"])
+def test_megatron_bridge(model: str, tmp_path: Path) -> None:
+    """The configuration says which kind it is, also when it becomes another; the tokenizer is read again."""
+    source = fixture_path("families/llama/hf")
+    layout = LayoutRequest(megatron_model=model)
+    anyckpt.convert(source, tmp_path / "b", to="megatron-bridge", backend="fsdp_dtensor", layout=layout)
+    found = registry.read(tmp_path / "b")
+    assert found.details["backend"] == "fsdp_dtensor" and found.tokenizer is not None
+    assert found.details["run_config"]["checkpoint"]["ckpt_format"] == "fsdp_dtensor"
+    assert all(name.startswith("model.module.") for name in found.tensors) and set(found.artifacts) == set()
+    assert not anyckpt.diff(source, tmp_path / "b")
+    anyckpt.convert(tmp_path / "b", tmp_path / "torch_dist", to="megatron-bridge")
+    other = registry.read(tmp_path / "torch_dist")
+    assert other.details["run_config"]["checkpoint"]["ckpt_format"] == "torch_dist"
+    assert not anyckpt.diff(source, tmp_path / "torch_dist")
+
+
 def test_what_is_not_written_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="optimizer's state is not written"):
         anyckpt.convert(

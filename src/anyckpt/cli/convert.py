@@ -100,8 +100,8 @@ _SHOWN_LAYERS = 12
     "--backend",
     title=OUTPUT,
     type=click.Choice(["torch_dist", "zarr", "fsdp_dtensor"]),
-    help="nemo2: torch_dist or zarr inside; megatron-core: torch_dist or fsdp_dtensor, which Megatron-FSDP loads; "
-    "the first if not given.",
+    help="nemo2: torch_dist or zarr inside; megatron-core and megatron-bridge: torch_dist or fsdp_dtensor, which "
+    "Megatron-FSDP loads; the first if not given.",
 )
 @option(
     "--compress/--no-compress",

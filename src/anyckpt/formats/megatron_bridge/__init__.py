@@ -23,5 +23,6 @@ FORMAT = Format(
     config_kind="megatron-args",
     adapters="megatron",
     by_release=True,
+    backends=("torch_dist", "fsdp_dtensor"),
     optimizer=OPTIMIZER,
 )

@@ -9,10 +9,13 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer
 from anyckpt.config.megatron_bridge import arguments_of
 from anyckpt.containers.torch_file import read_torch
+from anyckpt.engine.plan import MANIFEST_NAME
 from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.dcp.read import read as read_dcp
 from anyckpt.formats.megatron_bridge.location import LATEST, RUN_CONFIG, TRAIN_STATE
+from anyckpt.formats.megatron_core.fsdp_dtensor import NAME as FSDP
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON
+from anyckpt.formats.megatron_core.reader import tokenizer_of
 from anyckpt.formats.megatron_core_zarr.reader import read_payload
 from anyckpt.formats.shared.megatron_adapters import settings_from
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder
@@ -24,6 +27,7 @@ from anyckpt.tensor import LazyTensor
 _HF = "hf/"
 _HF_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _HF_OTHERS = ("config.json", "generation_config.json")
+_OF_PAYLOAD = (".metadata", MANIFEST_NAME)
 _CONFIG_LIMIT = 64 << 20
 _LARGEST = 10**18
 
@@ -138,8 +142,15 @@ def _train_state(file: ByteSource) -> dict[str, int]:
 
 def _payload(inner: Location, path: str) -> Checkpoint:
     if COMMIT not in inner.names and COMMON not in inner.names and ".metadata" in inner.names:
-        found = read_dcp(inner)
-        return replace(found, details={**found.details, "backend": "fsdp_dtensor"})
+        found, folder = read_dcp(inner), inner.folder()
+        others = [name for name in folder.names() if not name.endswith(".distcp") and name not in _OF_PAYLOAD]
+        artifacts = {name: folder.open(name) for name in others}
+        return replace(
+            found,
+            tokenizer=tokenizer_of(artifacts),
+            artifacts={name: source for name, source in artifacts.items() if not name.startswith("tokenizer/")},
+            details={**found.details, "backend": FSDP},
+        )
     return read_payload(inner.folder(), path=path)
 
 

@@ -13,6 +13,8 @@ from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.megatron_bridge.location import LATEST, RUN_CONFIG, TRAIN_STATE
+from anyckpt.formats.megatron_core.fsdp_dtensor import NAME as FSDP
+from anyckpt.formats.megatron_core.fsdp_dtensor import OF_OTHER_RANKS, fsdp_dtensor_files
 from anyckpt.formats.megatron_core.implementation import implementation_of, spelled
 from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files, torch_dist_files
 from anyckpt.formats.registry import WriteOptions
@@ -23,6 +25,7 @@ from anyckpt.plain_yaml import dump_yaml
 from anyckpt.tensor import from_array
 
 _ADAPTERS = "megatron.bridge.peft"
+_TORCH_DIST = "torch_dist"
 _OTHERS = ("encoder.layers.", "conv1.")
 """What names of BERT, of T5, or of a vision transformer begin with."""
 
@@ -74,17 +77,25 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         run_config = _with_adapter(run_config, checkpoint.adapter)
     state = _train_state(checkpoint, step)
     built_of = implementation_of(checkpoint, options.transformer_impl)
-    files = torch_dist_files(
-        spelled(checkpoint.tensors, built_of),
-        sharded,
-        common,
-        prefix=folder,
-        ranks=options.ranks,
-        file_bytes=options.max_shard_size,
-        implementation=built_of,
-        states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
-        release=options.megatron_version,
-    )
+    kind = options.backend or _TORCH_DIST
+    if kind == FSDP:
+        kept = {name: common[name] for name in ("iteration", "checkpoint_version")}
+        files = fsdp_dtensor_files(checkpoint, kept, options, prefix=folder, implementation=built_of)
+        others = [name for name in common if name in checkpoint.objects and name not in kept]
+        foreign |= {**dict.fromkeys(sharded, OF_OTHER_RANKS), **dict.fromkeys(others, _NO_PLACE)}
+    else:
+        files = torch_dist_files(
+            spelled(checkpoint.tensors, built_of),
+            sharded,
+            common,
+            prefix=folder,
+            ranks=options.ranks,
+            file_bytes=options.max_shard_size,
+            implementation=built_of,
+            states=None if checkpoint.extra_states is None else checkpoint.extra_states(),
+            release=options.megatron_version,
+        )
+    run_config = {**run_config, "checkpoint": {**run_config["checkpoint"], "ckpt_format": kind}}
     files += [OutputFile(f"{folder}/{file.path}", file.parts, file.stage) for file in tokenizer_files(checkpoint)]
     if ours:
         files += [OutputFile(f"{folder}/{name}", (SourceData(s),)) for name, s in checkpoint.artifacts.items()]

@@ -31,6 +31,8 @@ NAME = "fsdp_dtensor"
 ARGUMENTS = {"ckpt_format": NAME, "use_megatron_fsdp": True}
 """Megatron-LM's arguments of a run that loads it."""
 
+OF_OTHER_RANKS = "state of the ranks of another run, which Megatron-FSDP's do not take"
+
 _MODEL = "model"
 _WRAPPER = "module."
 _HALVES = re.compile(

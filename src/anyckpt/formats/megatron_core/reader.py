@@ -106,7 +106,7 @@ def megatron_checkpoint(
     prefixes = sorted({found[0] for name in contents.tensors if (found := _STATE_PREFIX.match(name))})
     other = [name for name in folder.names() if name not in contents.files and name not in _OWN_FILES]
     artifacts = {name: folder.open(name) for name in other if not name.endswith(".distcp")}
-    tokenizer = _tokenizer(artifacts)
+    tokenizer = tokenizer_of(artifacts)
     dialect, prefix = _dialect(contents, tuple(prefixes))
     return Checkpoint(
         path=path,
@@ -255,7 +255,7 @@ def _training(
     )
 
 
-def _tokenizer(artifacts: Mapping[str, Any]) -> Tokenizer | None:
+def tokenizer_of(artifacts: Mapping[str, Any]) -> Tokenizer | None:
     """The files of ``tokenizer/``, which Megatron-Bridge writes and ``plan`` here too."""
     files = {name.removeprefix("tokenizer/"): source for name, source in artifacts.items() if "tokenizer/" in name[:10]}
     if not files:

@@ -16,7 +16,7 @@ from anyckpt.containers.dcp import dcp_files
 from anyckpt.containers.dcp.chunks import Held
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.formats.megatron_core.fsdp_dtensor import NAME, fsdp_dtensor_files, with_arguments
+from anyckpt.formats.megatron_core.fsdp_dtensor import NAME, OF_OTHER_RANKS, fsdp_dtensor_files, with_arguments
 from anyckpt.formats.megatron_core.implementation import (
     Implementation,
     extra_states,
@@ -49,7 +49,6 @@ _FOREIGN = "state of another framework, which Megatron-Core has no place for"
 _READ_BY_MEGATRON_LM = ("args", "checkpoint_version", "iteration")
 _TRAINING = ("args", "opt_param_scheduler", "num_floating_point_operations_so_far")
 _OF_EXPERT_RANKS = re.compile(r"rng_state/shard_\d+\.\d+\.\d+_")
-_OF_OTHER_RANKS = "state of the ranks of another run, which Megatron-FSDP's do not take"
 _NO_TOKENIZER = "a checkpoint of Megatron-FSDP has no place for it"
 _NO_EXPERT_RANKS = "random states of expert ranks, which a distributed checkpoint does not tell apart"
 
@@ -145,7 +144,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 def _of_megatron_fsdp(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     common, sharded, foreign = common_and_sharded(checkpoint, megatron_args=options.megatron_args)
-    ignored = {**checkpoint.ignored, **foreign, **dict.fromkeys(sharded, _OF_OTHER_RANKS)}
+    ignored = {**checkpoint.ignored, **foreign, **dict.fromkeys(sharded, OF_OTHER_RANKS)}
     ignored |= dict.fromkeys([name for name in common if name not in _READ_BY_MEGATRON_LM], _FOREIGN)
     if checkpoint.tokenizer is not None:
         ignored |= dict.fromkeys(checkpoint.tokenizer.files, _NO_TOKENIZER)
