@@ -287,7 +287,7 @@ def test_calls_of_the_only_weights_in_a_folder_are_said(anyckpt: Runner, tmp_pat
 
 @pytest.mark.parametrize(
     ("head", "title"),
-    [(b"GGUF\x03\0\0\0", "a GGUF file"), (b"\x93NUMPY\x01\0", "a NumPy array"),
+    [(b"tjgg\x03\0\0\0", "a GGML file"), (b"\x93NUMPY\x01\0", "a NumPy array"),
      (b"\x1f\x8b\x08\0", "compressed by gzip"), (b"\x1c\0\0\0TFL3", "a TensorFlow Lite model"),
      (b"\x89HDF\r\n\x1a\n", "an HDF5 file")],
 )  # fmt: skip

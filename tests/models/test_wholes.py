@@ -236,6 +236,23 @@ def test_names_of_a_type_that_is_not_known(prefix: str, outer: str, eyes: str, t
     assert after.config == source.config
 
 
+def test_a_text_part_under_another_key(tmp_path: Path) -> None:
+    """As InternVL's own code has it, which says beside it what its pad token is."""
+    case, source = whole("unheard_of")
+    named = {f"language_model.{key}": tensor for key, tensor in case.checkpoint.tensors.items()}
+    more = {"vision_model.x.weight": (3,), "mlp1.0.weight": (2, 2)}
+    named |= {key: values(key, shape) for key, shape in more.items()}
+    config = {**source.config, "llm_config": source.config["text_config"], "pad_token_id": 5}
+    del config["text_config"]
+    checkpoint = replace(source, tensors=named, config=config)
+    anyckpt.convert(saved(checkpoint, tmp_path / "hf"), tmp_path / "there", to="megatron-core")
+    assert more.keys() <= read(str(tmp_path / "there")).tensors.keys()
+    anyckpt.convert(tmp_path / "there", tmp_path / "back", to="hf")
+    after = read(str(tmp_path / "back"))
+    assert facts(after.tensors) == facts(named)
+    assert after.config == config
+
+
 @pytest.mark.parametrize(
     "text", ["1", "{}", '{"text": "a.", "head": "", "parts": []}', '{"text": 1, "head": "", "parts": {}}']
 )

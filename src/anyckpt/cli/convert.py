@@ -110,6 +110,12 @@ _SHOWN_LAYERS = 12
     help="trtllm: one archive (.qnemo), not a directory.",
 )
 @option("--gzip", title=OUTPUT, is_flag=True, help="trtllm, nemo: an archive that is compressed by gzip.")
+@option(
+    "--tensor-type",
+    title=OUTPUT,
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]),
+    help="gguf: how matrices are stored; as they are if not given.",
+)
 @shared.shard_size
 @shared.family
 @shared.config("Model configuration, or a model that has it, where SRC has none.")

@@ -115,6 +115,7 @@ class Plan:
         casts: "float32 -> bfloat16" -> number of tensors.
         notes: what a user should know about the output (a tie resolved, a tokenizer missing).
         links: symbolic links to make: path -> target, both relative; for formats whose directories have them.
+        carried: files of the source whose contents are in the output in another form than their bytes.
         formed: of what the source says beside elements, types and shapes (``Checkpoint.forms``), what the output says
             too, or tells in notes.
     """
@@ -125,6 +126,7 @@ class Plan:
     casts: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     links: Mapping[str, str] = field(default_factory=dict)
+    carried: frozenset[str] = frozenset()
     formed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:

@@ -27,12 +27,6 @@ class _Foreign:
 _DECOMPRESS = "decompress it first"
 _ARRAYS = "save its arrays as safetensors (safetensors.numpy.save_file)"
 _KINDS = (
-    _Foreign(
-        "a GGUF file (llama.cpp)",
-        b"GGUF",
-        "open the checkpoint that it was made of, or load it with transformers (from_pretrained with gguf_file) and"
-        " save that",
-    ),
     _Foreign("a GGML file (llama.cpp)", b"tjgg", "open the checkpoint that it was made of"),
     _Foreign("a GGML file (whisper.cpp)", b"lmgg", "open the checkpoint that it was made of"),
     _Foreign("an HDF5 file (Keras)", b"\x89HDF\r\n\x1a\n", _ARRAYS),

@@ -51,6 +51,7 @@ class WriteOptions:
         compress: formats with ``Format.archives``: pack all in one archive, rather than write a directory.
         backend: formats with ``Format.backends``: which of them the distributed checkpoint inside is of; None for the
             first.
+        tensor_type: formats with ``Format.tensor_types``: which of them matrices are stored in; their own if None.
         megatron_args: formats with ``Format.leaves_out_arguments``: write what Megatron-LM reads besides the model.
         megatron_version: formats with ``Format.by_release``: the release of Megatron-Core that loads it,
             as (0, 19); None for what most releases load.
@@ -69,6 +70,7 @@ class WriteOptions:
     megatron_version: tuple[int, int] | None = None
     megatron_model: str | None = None
     held: Held | None = None
+    tensor_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Format:
         archive_suffixes: the same of its archives.
         backends: what kinds of distributed checkpoint ``plan`` can put inside, the usual one first; none if it has no
             choice.
+        tensor_types: types of its own that ``plan`` can store matrices in; none if it has those of numbers alone.
         in_fp32: globs of weights that its software has in float32 whatever the others are cast to.
         leaves_out_arguments: whether ``plan`` can leave out what Megatron-LM reads besides the model, as
             ``WriteOptions.megatron_args`` says.
@@ -125,6 +128,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
     archive_suffixes: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()
+    tensor_types: tuple[str, ...] = ()
     in_fp32: tuple[str, ...] = ()
     leaves_out_arguments: bool = False
     by_release: bool = False
@@ -149,6 +153,7 @@ _BUILT_IN = {
     "hf": "hf",
     "fsdp": "fsdp",
     "deepspeed": "deepspeed",
+    "gguf": "gguf",
     "safetensors": "safetensors",
     "npz": "npz",
     "torch": "torch",

@@ -77,18 +77,22 @@ def _json(files: Mapping[str, ByteSource], name: str) -> dict[str, Any]:
 def _sentencepiece(data: bytes) -> TokenFacts:
     pieces = 0
     ids = dict(_SENTENCEPIECE_IDS.values())
-    for number, value in _protobuf(data):
+    for number, value in protobuf_fields(data):
         pieces += number == _PIECES
         if number == _TRAINER and isinstance(value, bytes):
-            for inner, token_id in _protobuf(value):
+            for inner, token_id in protobuf_fields(value):
                 if inner in _SENTENCEPIECE_IDS and isinstance(token_id, int):
                     ids[_SENTENCEPIECE_IDS[inner][0]] = token_id - (1 << 64 if token_id >> 63 else 0)
     special = {name: token_id for name, token_id in ids.items() if 0 <= token_id < pieces}
     return TokenFacts(pieces or None, special)
 
 
-def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a protocol buffer; fixed-width fields are skipped."""
+def protobuf_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of each field of a protocol buffer; bytes of what has a fixed width.
+
+    Raises:
+        ValueError: it is none, or is cut short.
+    """
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -101,7 +105,9 @@ def _protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             yield key >> 3, data[position : position + length]
             position += length
         elif kind in (1, 5):
-            position += 8 if kind == 1 else 4
+            length = 8 if kind == 1 else 4
+            yield key >> 3, data[position : position + length]
+            position += length
         else:
             raise ValueError("not a protocol buffer")
     if position > len(data):

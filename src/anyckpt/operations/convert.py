@@ -149,6 +149,7 @@ def convert(
     compress: bool | None = None,
     gzip: bool = False,
     backend: str | None = None,
+    tensor_type: str | None = None,
     keep_layout: bool = False,
     force: bool = False,
     overwrite: bool = False,

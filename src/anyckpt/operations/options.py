@@ -91,6 +91,7 @@ class ConvertOptions:
         compress: ``trtllm``: pack all in one archive (``.qnemo``), rather than write a directory; if None, where
             ``gzip`` asks for one.
         gzip: ``trtllm``, ``nemo``: compress the archive by gzip while it is written.
+        tensor_type: ``gguf``: how matrices are stored, such as ``q8_0`` or ``bf16``; as they are if None.
         keep_layout: take what ``layout`` does not say from the source's files rather than leave tensors whole.
         force: read a source that is marked as unfinished, too.
         overwrite: replace an existing checkpoint at the end.
@@ -142,6 +143,7 @@ class ConvertOptions:
     compress: bool | None = None
     gzip: bool = False
     backend: str | None = None
+    tensor_type: str | None = None
     keep_layout: bool = False
     force: bool = False
     overwrite: bool = False
@@ -166,6 +168,12 @@ class ConvertOptions:
                 f"{self.to} has no such backend",
                 expected=", ".join(self.target.backends) or "no --backend: there is no choice",
                 found=self.backend,
+            )
+        if self.tensor_type is not None and self.tensor_type not in self.target.tensor_types:
+            raise UsageError(
+                f"{self.to} has no such type of tensors",
+                expected=", ".join(self.target.tensor_types) or "no --tensor-type: --dtype casts",
+                found=self.tensor_type,
             )
         if self.compress and not self.target.archives:
             raise UsageError(
@@ -241,6 +249,7 @@ class ConvertOptions:
             transformer_impl=self.request.transformer_impl,
             compress=bool(self.compress) or (self.gzip and self.target.archives),
             backend=self.backend,
+            tensor_type=self.tensor_type,
             megatron_args=self.request.megatron_args,
             megatron_version=self.request.release,
             megatron_model=self.request.megatron_model,

@@ -46,7 +46,11 @@ def _unused_files(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
     """Artifacts and tokenizer files that no part of the plan copies."""
     files = {**checkpoint.artifacts, **(checkpoint.tokenizer.files if checkpoint.tokenizer is not None else {})}
     used = {id(part.source) for file in plan.files for part in file.parts if isinstance(part, SourceData)}
-    return {name: f"a {plan.format} checkpoint has no place for it" for name, s in files.items() if id(s) not in used}
+    return {
+        name: f"a {plan.format} checkpoint has no place for it"
+        for name, source in files.items()
+        if id(source) not in used and name not in plan.carried
+    }
 
 
 def unaccounted(sources: Iterable[Checkpoint], plan: Plan) -> dict[str, str]:
