@@ -340,3 +340,89 @@ def test_width_of_falcon_h1s_mixer() -> None:
     assert (rendered["mamba_d_head"], rendered["mamba_d_ssm"], rendered["ssm_in_multiplier"]) == (8, 32, 1.25)
     with pytest.raises(MappingError, match="projectors_bias is not what is known"):
         identified("falcon-h1", projectors_bias=True)
+
+
+_GLM_4_5_AIR = {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "pad_token_id": 151329,
+    "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "partial_rotary_factor": 0.5, "initializer_range": 0.02, "intermediate_size": 10944,
+    "max_position_embeddings": 131072, "model_type": "glm4_moe", "moe_intermediate_size": 1408, "norm_topk_prob": True,
+    "num_attention_heads": 96, "n_group": 1, "topk_group": 1, "n_routed_experts": 128, "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "num_hidden_layers": 46,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
+    "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_qk_norm": False, "vocab_size": 151552,
+}  # fmt: skip
+_COMMAND_R7B = {
+    "architectures": ["Cohere2ForCausalLM"], "attention_bias": False, "cache_implementation": "hybrid", "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "layer_norm_eps": 1e-05, "layer_switch": 4,
+    "logit_scale": 0.25, "max_position_embeddings": 8192, "model_type": "cohere2", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj", "rope_scaling": None, "rope_theta": 50000, "rotary_pct": 1.0,
+    "sliding_window": 4096, "sliding_window_pattern": 4, "use_embedding_sharing": True, "use_gated_activation": True,
+    "use_parallel_block": True, "use_parallel_embedding": True, "vocab_size": 256000,
+}  # fmt: skip
+_SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+    "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+    "use_sliding_window": False, "vocab_size": 128256,
+}  # fmt: skip
+_LFM2 = {
+    "architectures": ["Lfm2ForCausalLM"], "block_auto_adjust_ff_dim": True, "block_dim": 2048, "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "block_norm_eps": 1e-05, "block_use_swiglu": True,
+    "conv_L_cache": 3, "conv_bias": False, "conv_dim": 2048, "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048, "max_position_embeddings": 128000, "model_type": "lfm2", "norm_eps": 1e-05,
+    "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "rope_theta": 1000000.0,
+    "tie_embedding": True, "use_pos_enc": True, "vocab_size": 65536,
+}  # fmt: skip
+_EXAONE_4_32B = {
+    "architectures": ["Exaone4ForCausalLM"], "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+    "intermediate_size": 27392, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+    "max_position_embeddings": 131072, "model_type": "exaone4", "num_attention_heads": 40, "num_hidden_layers": 64,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000, "sliding_window": 4096,
+    "rope_scaling": {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "sliding_window_pattern": "LLLG", "tie_word_embeddings": False, "vocab_size": 102400,
+}  # fmt: skip
+_ERNIE_21B = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"], "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 12288,
+    "max_position_embeddings": 131072, "model_type": "ernie4_5_moe", "moe_capacity": [64, 64, 64], "moe_gate": "topk",
+    "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_end_index": 28, "moe_layer_interval": 1,
+    "moe_layer_start_index": 1, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": True,
+    "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 500000.0, "tie_word_embeddings": True, "use_bias": False, "vocab_size": 103424,
+}  # fmt: skip
+_MINIMAX_M2 = {
+    "architectures": ["MiniMaxM2ForCausalLM"], "attn_type_list": [1] * 62, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 3072, "intermediate_size": 1536, "max_position_embeddings": 196608, "model_type": "minimax_m2",
+    "num_attention_heads": 48, "num_experts_per_tok": 8, "num_hidden_layers": 62, "num_key_value_heads": 8,
+    "num_local_experts": 256, "qk_norm_type": "per_layer", "rms_norm_eps": 1e-06, "rope_theta": 5000000,
+    "rotary_dim": 64, "router_aux_loss_coef": 0.001, "scoring_func": "sigmoid", "shared_intermediate_size": 0,
+    "tie_word_embeddings": False, "use_mtp": True, "use_qk_norm": True, "use_routing_bias": True, "vocab_size": 200064,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "said"),
+    [
+        (_GLM_4_5_AIR, "glm4-moe", {"rotary_percent": 0.5, "moe_shared_expert_intermediate_size": 1408}),
+        (_COMMAND_R7B, "cohere2", {"window_attn_skip_freq": 4, "share_embeddings_and_output_weights": True}),
+        (_SMOLLM3, "smollm3", {"no_rope_freq": (0, 0, 0, 1) * 9, "rotary_base": 5e6}),
+        (_LFM2, "lfm2", {"ffn_hidden_size": 8192, "share_embeddings_and_output_weights": True}),
+        (_EXAONE_4_32B, "exaone4", {"window_size": (4095, 0), "window_attn_skip_freq": 4}),
+        (_ERNIE_21B, "ernie4-5-moe", {"moe_layer_freq": (0, *(1,) * 27), "moe_shared_expert_intermediate_size": 3072}),
+        (_MINIMAX_M2, "minimax-m2", {"rotary_percent": 0.5, "moe_ffn_hidden_size": 1536}),
+    ],
+)
+def test_published_configurations_are_read(config: dict[str, Any], family: str, said: dict[str, Any]) -> None:
+    """Keys as they are in the ``config.json`` of released models, with what those say besides."""
+    model = models.identify(Checkpoint(family, "hf", {}, dialect="hf", config=config, config_kind="hf"))
+    assert model is not None
+    assert (model.family, {key: getattr(model.config, key) for key in said}) == (family, said)
+    again = models.render_config(model, "hf")
+    back = models.identify(Checkpoint(family, "hf", {}, dialect="hf", config=again, config_kind="hf"))
+    assert back is not None
+    assert replace(back.config, extra={}) == replace(model.config, extra={})

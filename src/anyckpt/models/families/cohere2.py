@@ -53,7 +53,7 @@ FAMILY = Family(
             LayerWindow(AllBut(4, ("sliding_window_pattern", "_sliding_window_pattern"))),
             Implied({"no_rope_freq": _without_rope}, "Cohere 2 rotates in layers with a window alone"),
         ),
-        expected={"use_qk_norm": False},
+        expected={"use_qk_norm": False, "use_parallel_block": True, "use_gated_activation": True},
         carried=frozenset({"logit_scale"}),
     ),
 )

@@ -24,6 +24,7 @@ from anyckpt.models.language.rules import Rule
 
 _LAYER, _HUB = "model.layers.*", "decoder.layers.*"
 _CONV, _FULL = "conv", "full_attention"
+_TIED = "share_embeddings_and_output_weights"
 
 
 def _convolves(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -147,7 +148,8 @@ FAMILY = Family(
         model_types=("lfm2",),
         architectures=("Lfm2ForCausalLM",),
         fields=(
-            *llama_fields_without("ffn_hidden_size", "layernorm_epsilon", "kv_channels"),
+            *llama_fields_without("ffn_hidden_size", "layernorm_epsilon", "kv_channels", _TIED),
+            Field(_TIED, "tie_word_embeddings", "flag", True, aliases=("tie_embedding",)),
             Field("layernorm_epsilon", "norm_eps", "number", aliases=("block_norm_eps",)),
             Field("short_conv_kernel_dim", "conv_L_cache"),
         ),

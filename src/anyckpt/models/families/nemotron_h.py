@@ -244,6 +244,7 @@ class _Step(Codec):
         if not steps:
             return dict.fromkeys(self.hubs)
         words, letters = reader.values.get("mtp_layers_block_type"), reader.text("mtp_hybrid_override_pattern")
+        words = ["full_attention", "moe"] if words is None else words  # as transformers' class has it
         if letters is None and isinstance(words, list):
             known = {**_WORDS, **_OLD_WORDS}
             letters = "".join(known.get(word, "?") if isinstance(word, str) else "?" for word in words)
