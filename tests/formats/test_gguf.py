@@ -224,6 +224,7 @@ def write(path: Path, metadata: dict[str, Any], kinds: dict[str, tuple[str, tupl
         ({**SMALL, "general.architecture": "rwkv7"}, {}, MappingError, "not known here.*found rwkv7"),
         ({**SMALL, "split.count": 3, "split.no": 1}, {}, FormatError, "one of 3 parts.*part 2.*llama-gguf-split"),
         ({**SMALL, "llama.block_count": "two"}, {}, FormatError, "block_count is no number"),
+        ({**SMALL, "llama.attention.head_count": 2.5}, {}, FormatError, "head_count is no count"),
         ({"general.architecture": "llama"}, {}, FormatError, "lacks llama.embedding_length"),
         ({**SMALL, "llama.attention.head_count": Typed(4, [2, 4])}, {}, MappingError, "layers differ in attention"),
         (SMALL, {"blk.0.other.weight": ("F32", (2, 64))}, MappingError, "blk.0.other.weight.*not one of the tensors"),

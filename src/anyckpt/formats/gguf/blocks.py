@@ -14,6 +14,7 @@ import numpy as np
 
 from anyckpt.errors import MissingLibraryError
 from anyckpt.indexing import Array
+from anyckpt.storage.gather import scratch
 
 SIZE = 32
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
@@ -139,11 +140,12 @@ _DECODERS: dict[str, Callable[[Array], Array]] = {
 
 def _largest(numbers: Array, choose: np.ufunc) -> Array:
     """The largest (smallest) number of each block, ``[n, 1]``: halves against halves, which numpy does at once."""
-    left = numbers
-    while left.shape[1] > 1:
-        half = left.shape[1] // 2
-        left = choose(left[:, :half], left[:, half:])
-    return left
+    with scratch(numbers.nbytes // 2) as buffer:
+        left: Array = choose(numbers[:, :16], numbers[:, 16:], out=buffer.view(np.float32).reshape(-1, 16))
+        while left.shape[1] > 1:
+            half = left.shape[1] // 2
+            left = choose(left[:, :half], left[:, half:])
+        return left
 
 
 def _inverse(scale: Array) -> Array:
@@ -157,13 +159,19 @@ def _put(*fields: Array) -> Array:
 
 def _encode_q8_0(numbers: Array) -> Array:
     blocks = np.empty((len(numbers), 34), np.uint8)
-    scale = _largest(np.abs(numbers), np.maximum) / np.float32(127)
-    scaled = numbers * _inverse(scale)
-    halves = scaled.view(np.uint32) & _SIGN  # copysign takes ten times as long
-    halves |= _BELOW_HALF.view(np.uint32)
-    scaled += halves.view(np.float32)
-    blocks[:, :2] = scale.astype(np.float16).view(np.uint8)
-    blocks[:, 2:] = scaled.astype(np.int8).view(np.uint8)
+    with scratch(numbers.nbytes) as one, scratch(numbers.nbytes) as other:
+        scaled, work = (buffer.view(np.float32).reshape(numbers.shape) for buffer in (one, other))
+        np.abs(numbers, out=work)
+        scale = _largest(work, np.maximum) / np.float32(127)
+        np.multiply(numbers, _inverse(scale), out=scaled)
+        halves = work.view(np.uint32)  # half of each number's sign: copysign takes ten times as long
+        np.bitwise_and(scaled.view(np.uint32), _SIGN, out=halves)
+        np.bitwise_or(halves, _BELOW_HALF.view(np.uint32), out=halves)
+        np.add(scaled, work, out=scaled)
+        blocks[:, :2] = scale.astype(np.float16).view(np.uint8)
+        codes = work.view(np.int8)[:, :32]
+        np.copyto(codes, scaled, casting="unsafe")
+        blocks[:, 2:] = codes.view(np.uint8)
     return blocks
 
 

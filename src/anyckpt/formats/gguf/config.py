@@ -72,6 +72,8 @@ def to_config(
             )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise FormatError(f"{known.name}.{key} is no number", path=path, found=value)
+        if own not in _FLOATS and (not isinstance(value, int) or value < 0):
+            raise FormatError(f"{known.name}.{key} is no count", path=path, found=value)
         config[own] = short(value) if own in _FLOATS else value
     if known.pairs_of_experts:
         config.pop("moe_intermediate_size", None)
