@@ -23,15 +23,19 @@ LOCK = LOCKS / "current.txt"
 _PYTHON = "3.12"
 
 
-def prepare() -> Path:
-    """The folder that holds the locked releases; it is made anew when the lock has changed."""
+def prepare(python: str | Path = sys.executable) -> Path:
+    """The folder that holds the locked releases; it is made anew when the lock has changed.
+
+    Args:
+        python: an interpreter that has pip, of any version.
+    """
     stamp, wanted = FOLDER / "made-of", hashlib.sha256(LOCK.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return FOLDER
     print(f"making {FOLDER.name}: the newest releases of Megatron", flush=True)
     shutil.rmtree(FOLDER, ignore_errors=True)
     with tempfile.TemporaryDirectory() as wheels:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        pip = [str(python), "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         what = ["--no-deps", "--only-binary", ":all:", "--python-version", _PYTHON, "--requirement", str(LOCK)]
         subprocess.run([*pip, *what, "--dest", wheels], check=True)
         for wheel in sorted(Path(wheels).glob("*.whl")):

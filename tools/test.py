@@ -26,7 +26,7 @@ _QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM
 def main() -> None:
     core = prepare(".venv-core", lock=LOCKS / "core.txt", extras="test-core")
     full = prepare(".venv-test", lock=LOCKS / "test.txt", first=["torch"], extras="test,dev")
-    prepare_current_peers()
+    prepare_current_peers(full)
     prepare_browser()
     site = prepare(".venv-docs", lock=LOCKS / "docs.txt", extras="docs")
     steps = [*checks(core, full), ("documentation", documentation(site)), *tests(core, full, sys.argv[1:])]

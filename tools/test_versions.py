@@ -39,7 +39,7 @@ def main() -> None:
             prepare(f".venv-{which}-core", lock=core, extras="test-core"),
             prepare(f".venv-{which}-test", lock=full, first=["torch"], extras="test"),
         )
-    prepare_current_peers()
+    prepare_current_peers(interpreters[1])
     prepare_browser()
     sys.exit(0 if passes(tests(*interpreters, arguments)) else 1)
 
