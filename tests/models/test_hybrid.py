@@ -313,3 +313,21 @@ def test_names_there_and_back(parts: list[tuple[int, str]]) -> None:
     halves = as_halves(dict.fromkeys(names, 0))
     assert list(as_blocks(halves)) == names and len(halves) == len(names)
     assert [block_name(half_name(name)) for name in names] == names
+
+
+def test_adapters_are_of_the_base_models_layers(tmp_path: Path) -> None:
+    """An adapter names some modules of some layers, which does not tell the models apart: its configuration does."""
+    peft = fixture_path("families/lora_llama/hf_adapter")
+    with pytest.raises(UsageError, match="leave --megatron-model out"):
+        anyckpt.convert(
+            peft,
+            tmp_path / "x",
+            to="megatron-core",
+            config=registry.read(hub("llama")).config,
+            layout=LayoutRequest(megatron_model="hybrid"),
+        )
+    anyckpt.convert(peft, tmp_path / "core", to="megatron-core", config=registry.read(hub("llama")).config)
+    found = registry.read(tmp_path / "core")
+    halves = replace(found, config=hybrid_arguments({"num_layers": 2, **found.config}, []), config_kind="megatron-args")
+    with pytest.raises(MappingError, match="adapter of Megatron-Core's HybridModel"):
+        anyckpt.convert(halves, tmp_path / "y", to="peft")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import Plan, describe
-from anyckpt.errors import AnyckptError, IncompleteError, MappingError
+from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.chosen_parts import chosen_parts
 from anyckpt.operations.options import ConvertOptions, asked, documented
@@ -403,6 +403,12 @@ def _under_target_names(
     """The adapter or the model that the source is, under the names that the target gives it."""
     adapter = opened_adapter(source, request, target=naming.target, names=naming.names, optimizer=optimizer)
     try:
+        if adapter is not None and naming.options.megatron_model is not None:
+            raise UsageError(
+                "is an adapter, whose layers are numbered as its base model's",
+                path=source.path,
+                remedy="leave --megatron-model out",
+            )
         if adapter is not None:
             return rename_adapter(source, adapter, naming, request)
         try:

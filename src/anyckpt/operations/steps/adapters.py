@@ -9,6 +9,7 @@ from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
+from anyckpt.config.hybrid import letters_of
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.registry import Format
 from anyckpt.models import Model
@@ -73,6 +74,7 @@ def opened_adapter(
 
     Raises:
         UsageError: what is asked for is for the other.
+        MappingError: it is an adapter of a model whose layers are numbered otherwise.
     """
     if request.form not in (None, *FORMS):
         raise UsageError("unknown form of adapter", expected=" or ".join(FORMS), found=request.form)
@@ -91,6 +93,14 @@ def opened_adapter(
             "is an adapter, of which only the tensors are converted",
             path=checkpoint.path,
             remedy="leave --names out" if names is not None else "leave --optimizer keep out",
+        )
+    if checkpoint.config_kind == "megatron-args" and letters_of(checkpoint.config) is not None:
+        raise MappingError(
+            "is an adapter of Megatron-Core's HybridModel, whose layers are numbered as no other model's",
+            path=checkpoint.path,
+            expected="an adapter of a GPTModel",
+            found=f"layers {letters_of(checkpoint.config)}"[:80],
+            remedy="merge it in the software that trained it",
         )
     return with_alpha(settings, request.alpha)
 
