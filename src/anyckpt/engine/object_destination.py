@@ -284,6 +284,9 @@ class ObjectDestination(Destination):
         self._growing.abandon()
         with suppress(OutputError):
             self._notes.write(failure)
+        with suppress(OutputError):
+            if self._publishing and not self._plan.is_directory and self._objects.facts(self._key) is None:
+                self._objects.delete([beside(self._key)])
         self._release()
 
     def discard(self) -> None:

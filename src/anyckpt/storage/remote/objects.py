@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
-from anyckpt.errors import AnyckptError, OutputError
+from anyckpt.errors import OutputError
 from anyckpt.storage.objects import ConflictError, ObjectFacts, Objects, Upload, part_bytes
 from anyckpt.storage.remote.addresses import Address, address_of
-from anyckpt.storage.remote.failures import failure_of, named
+from anyckpt.storage.remote.failures import Failure, failure_of, named
+from anyckpt.storage.remote.requesting import asked
 from anyckpt.storage.remote.stores import Store, is_anonymous, store_at
 
 _DELETED_AT_ONCE = 1000
@@ -54,84 +55,88 @@ class BucketObjects(Objects):
         self.root = f"{address.root}/"
 
     def listed(self, prefix: str) -> dict[str, ObjectFacts]:
-        found: dict[str, ObjectFacts] = {}
-        with self.telling(prefix):
-            for batch in self._library.list(self._store, prefix or None):
-                found.update({meta["path"]: _facts(meta) for meta in batch})
-        return found
+        def ask() -> dict[str, ObjectFacts]:
+            pages = self._library.list(self._store, prefix or None)
+            return {meta["path"]: _facts(meta) for page in pages for meta in page}
+
+        return self._asked(prefix, ask)
 
     def facts(self, key: str) -> ObjectFacts | None:
-        with self.telling(key):
-            try:
-                return _facts(self._library.head(self._store, key))
-            except FileNotFoundError:
-                return None
+        return self._if_there(key, lambda: _facts(self._library.head(self._store, key)))
 
     def read(self, key: str) -> tuple[bytes, str] | None:
-        with self.telling(key):
-            try:
-                found = self._library.get(self._store, key)
-                return bytes(found.bytes()), found.meta["e_tag"] or ""
-            except FileNotFoundError:
-                return None
+        def ask() -> tuple[bytes, str]:
+            found = self._library.get(self._store, key)
+            return bytes(found.bytes()), found.meta["e_tag"] or ""
+
+        return self._if_there(key, ask)
 
     def put(self, key: str, data: bytes, *, new: bool = False, instead_of: str | None = None) -> str:
         mode: Any = "create" if new else {"e_tag": instead_of} if instead_of else "overwrite"
-        with self.telling(key):
-            try:
-                return self._put(key, data, mode)
-            except Exception as error:
-                failure = failure_of(error)
-                lacking = failure.kind in _LACKING or failure.status == _LACKS
-                if mode == "overwrite" or not (lacking or failure.kind in _CONFLICTS or failure.status == _AT_ONCE):
-                    raise
-            if not lacking:
-                there = self.read(key)  # a request that was repeated may have met its own doing
-                if there is None or there[0] != data:
-                    raise ConflictError(self.name_of(key))
-                return there[1]
+        found = asked(lambda: self._put(key, data, mode))
+        if not isinstance(found, Failure):
+            return found
+        if mode == "overwrite":
+            raise self.refused(found, key)
+        if found.kind in _LACKING or found.status == _LACKS:
+            return self._put_without_conditions(key, data, new, instead_of)
+        if found.kind not in _CONFLICTS and found.status != _AT_ONCE:
+            raise self.refused(found, key)
+        there = self.read(key)  # a request that was repeated may have met its own doing
+        if there is None or there[0] != data:
+            raise ConflictError(self.name_of(key))
+        return there[1]
+
+    def _put(self, key: str, data: bytes, mode: Any) -> str:
+        return str(self._library.put(self._store, key, data, mode=mode, use_multipart=False)["e_tag"] or "")
+
+    def _put_without_conditions(self, key: str, data: bytes, new: bool, instead_of: str | None) -> str:
         self.weaker = (_NO_CONDITIONS,)
         before = self.facts(key)
         if (new and before is not None) or (instead_of and (before is None or before.tag != instead_of)):
             raise ConflictError(self.name_of(key))
         return self.put(key, data)
 
-    def _put(self, key: str, data: bytes, mode: Any) -> str:
-        return str(self._library.put(self._store, key, data, mode=mode, use_multipart=False)["e_tag"] or "")
-
     def delete(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), _DELETED_AT_ONCE):
-            batch = list(keys[start : start + _DELETED_AT_ONCE])
-            with self.telling(batch[0]):
-                try:
-                    self._library.delete(self._store, batch)
-                except FileNotFoundError:
-                    for key in batch:
-                        with suppress(FileNotFoundError):
-                            self._library.delete(self._store, [key])
+            self._delete(list(keys[start : start + _DELETED_AT_ONCE]))
+
+    def _delete(self, keys: list[str]) -> None:
+        found = asked(lambda: self._library.delete(self._store, keys))
+        if isinstance(found, Failure) and found.is_missing and len(keys) > 1:
+            for key in keys:
+                self._delete([key])
+        elif isinstance(found, Failure) and not found.is_missing:
+            raise self.refused(found, keys[0])
+
+    def _if_there(self, key: str, ask: Callable[[], Result]) -> Result | None:
+        found = asked(ask)
+        if isinstance(found, Failure):
+            if found.is_missing:
+                return None
+            raise self.refused(found, key)
+        return found
+
+    def _asked(self, key: str, ask: Callable[[], Result]) -> Result:
+        found = asked(ask)
+        if isinstance(found, Failure):  # raised here, where no error with obstore's text is its context
+            raise self.refused(found, key)
+        return found
 
     def upload(self, key: str, nbytes: int, at_once: int) -> Upload:
         return _PartedUpload(self, self._store, key, part_bytes(nbytes), at_once)
 
-    @contextmanager
-    def telling(self, key: str) -> Iterator[None]:
-        """Within, what the store refuses is an error of the output."""
-        try:
-            yield
-            return
-        except (AnyckptError, ConflictError):
-            raise
-        except Exception as error:
-            failure = failure_of(error)
-        path = self._address.path_of(key)  # raised here, where no error with obstore's text is its context
+    def refused(self, failure: Failure, key: str) -> OutputError:
+        """What to raise for a request that failed."""
+        path = self._address.path_of(key)
         if failure.is_denied and failure.code in ("", "AccessDenied"):
-            raise OutputError(
+            return OutputError(
                 "may not be written with these credentials",
                 path=path,
                 found=failure.shown,
                 remedy="use credentials that may write and delete objects there",
             )
-        raise named(failure, self._address, path, unsigned=is_anonymous(self._store)).told_as(OutputError)
+        return named(failure, self._address, path, unsigned=is_anonymous(self._store)).told_as(OutputError)
 
 
 class _PartedUpload(Upload):
@@ -164,12 +169,17 @@ class _PartedUpload(Upload):
             raise _AbandonedError
 
     def write(self, data: bytes) -> None:
-        with self._objects.telling(self._key):
-            _in_loop(self._feed(data))
+        self._told(self._feed(data))
 
     def finish(self) -> str:
-        with self._objects.telling(self._key):
-            return _in_loop(self._finished())
+        return self._told(self._finished())
+
+    def _told(self, work: Coroutine[Any, Any, Result]) -> Result:
+        try:
+            return _in_loop(work)
+        except Exception as error:
+            failure = failure_of(error)
+        raise self._objects.refused(failure, self._key)
 
     def abandon(self) -> None:
         self._abandoned = True

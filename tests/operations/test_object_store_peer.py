@@ -1,0 +1,157 @@
+"""Checkpoints written to a bucket of a real server: the files of a disk, through faults of the network, too."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tests.cli.runner import Runner
+from tests.places import files_below
+from tests.servers import SECRET, TOKEN, Proxy, S3Server
+from tests.support import fixture_path
+
+import anyckpt
+from anyckpt.errors import OutputError
+from anyckpt.storage import objects
+from anyckpt.storage.remote import stores
+from anyckpt.storage.remote.objects import objects_at
+
+pytestmark = pytest.mark.peer
+LLAMA = "families/llama/hf"
+LARGE = 13_000_000
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> S3Server:
+    s3.bucket("models")
+    return s3
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A file of more than two parts."""
+    weights = np.random.default_rng(1).integers(0, 256, LARGE, dtype=np.uint8)
+    save_file({"w": weights, "b": weights[:5]}, tmp_path / "large.safetensors")
+    return tmp_path / "large.safetensors"
+
+
+@pytest.fixture
+def runner(capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(capsys)
+
+
+def unfinished_uploads(s3: S3Server) -> int:
+    return len(s3.client().list_multipart_uploads(Bucket="models").get("Uploads", []))
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron-core", "megatron-core-zarr", "megatron-lm", "dcp", "nemo", "torch"])
+def test_the_files_are_those_of_a_disk(to: str, bucket: S3Server, tmp_path: Path) -> None:
+    source, path = fixture_path(LLAMA), "s3://models/run 1/out"
+    anyckpt.convert(source, tmp_path / "out", to=to)
+    anyckpt.convert(source, path, to=to)
+    assert {f"run 1/{name}": data for name, data in files_below(tmp_path).items()} == bucket.files("models")
+    assert anyckpt.verify(path).problems == []
+    assert list(anyckpt.open(path)) == list(anyckpt.open(tmp_path / "out"))
+
+
+def test_a_large_file_goes_up_in_parts(large: Path, bucket: S3Server, proxy: Proxy, tmp_path: Path) -> None:
+    anyckpt.convert(large, "s3://models/out.safetensors", to="safetensors")
+    parts = [asked for asked in proxy.asked if "partNumber=" in asked.path]
+    assert len(parts) == 3, "two, and what is left of so many bytes"
+    assert sum("uploads" in asked.path for asked in proxy.asked) == 1
+    anyckpt.convert(large, tmp_path / "out.safetensors", to="safetensors")
+    (tmp_path / "back.safetensors").write_bytes(bucket.files("models")["out.safetensors"])
+    assert files_below(tmp_path)["out.safetensors"] == files_below(tmp_path)["back.safetensors"]
+    assert load_file(tmp_path / "back.safetensors")["w"].nbytes == LARGE
+    assert unfinished_uploads(bucket) == 0
+
+
+def test_few_requests_are_made(bucket: S3Server, proxy: Proxy) -> None:
+    anyckpt.convert(fixture_path(LLAMA), "s3://models/out", to="hf")
+    files = len([key for key in bucket.files("models") if "anyckpt" not in key])
+    assert len([asked for asked in proxy.asked if asked.method == "PUT"]) == files + 4, "claim, twice; marker; manifest"
+    assert len(proxy.asked) <= files + 20
+
+
+def test_every_command_writes_there(bucket: S3Server) -> None:
+    llama, lora = fixture_path(LLAMA), fixture_path("families/lora_llama/hf_adapter")
+    anyckpt.average([llama, llama], "s3://models/average", to="hf")
+    anyckpt.reshard(fixture_path("legacy/megatron_gpt_tp2_pp2"), "s3://models/reshard", layout=anyckpt.LayoutRequest())
+    anyckpt.merge([llama, llama], "s3://models/merge", method="slerp")
+    anyckpt.merge_lora(llama, lora, "s3://models/merged", to="hf")
+    anyckpt.quantize(llama, "s3://models/quantized", algorithm="fp8_per_channel", to="hf")
+    for name in ("average", "reshard", "merge", "merged", "quantized"):
+        assert len(anyckpt.open(f"s3://models/{name}"))
+
+
+def test_what_is_there_stays_unless_it_is_to_go(bucket: S3Server, runner: Runner) -> None:
+    path, other = str(fixture_path(LLAMA)), "s3://models/notes"
+    runner("convert", path, "s3://models/out", "--to", "hf")
+    before = bucket.files("models")
+    assert "already exists" in runner("convert", path, "s3://models/out", "--to", "dcp").error
+    assert bucket.files("models") == before
+    again = runner("convert", path, "s3://models/out", "--to", "hf", "--resume", "--json").json
+    assert again["resumed_bytes"] == again["bytes_written"]
+    runner("convert", path, "s3://models/out", "--to", "dcp", "--overwrite")
+    assert not before.keys() & {key for key in bucket.files("models") if "manifest" not in key}
+    bucket.put("models", {"out/thesis.tex": b"years of work"})
+    assert "thesis" in runner("convert", path, "s3://models/out", "--to", "hf", "--overwrite").error
+    bucket.put("models", {"notes/a.txt": b"1"})
+    assert "something else" in runner("convert", path, other, "--to", "hf", "--overwrite").error
+    assert "holds the source" in runner("convert", "s3://models/out", "s3://models", "--to", "hf").error
+    assert "lies inside" in runner("convert", "s3://models/out", "s3://models/out/x", "--to", "hf").error
+
+
+def test_a_failing_network_is_survived(large: Path, bucket: S3Server, proxy: Proxy, tmp_path: Path) -> None:
+    generator = random.Random(3)
+    anyckpt.convert(large, tmp_path / "out", to="dcp")
+    wanted = {f"out/{name}": data for name, data in files_below(tmp_path / "out").items()}
+    for round_number in range(6):
+        chosen = {generator.randrange(4, 14) for _ in range(3)}
+        fault = generator.choice(["503", "reset", "500"])
+        proxy.asked.clear()
+        proxy.fault = lambda number, asked, chosen=chosen, fault=fault: fault if number in chosen else None
+        anyckpt.convert(large, f"s3://models/{round_number}/out", to="dcp")
+        proxy.fault = lambda number, asked: None
+        found = {
+            key.partition("/")[2]: data for key, data in bucket.files("models").items() if key[0] == str(round_number)
+        }
+        assert found == wanted
+
+
+@pytest.mark.parametrize("fault", ["403 AccessDenied", "403 ExpiredToken", "404 NoSuchBucket"])
+def test_what_may_not_be_written_is_said_without_credentials(
+    fault: str, bucket: S3Server, proxy: Proxy, runner: Runner
+) -> None:
+    proxy.fault = lambda number, asked: fault if asked.method in ("PUT", "POST") else None
+    error = runner("convert", str(fixture_path(LLAMA)), "s3://models/out", "--to", "hf").error
+    assert {"403 A": "may not be written", "403 E": "expired", "404 N": "does not exist"}[fault[:5]] in error
+    assert "s3://models/" in error
+    assert SECRET not in error and TOKEN not in error
+    assert bucket.files("models") == {}
+
+
+def test_a_run_that_ends_in_an_error_aborts_its_uploads(
+    large: Path, bucket: S3Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "PART_BYTES", 5 << 20)
+    proxy.fault = lambda number, asked: "403 AccessDenied" if "partNumber=2" in asked.path else None
+    with pytest.raises(OutputError, match="may not be written"):
+        anyckpt.convert(large, "s3://models/out.safetensors", to="safetensors")
+    assert unfinished_uploads(bucket) == 0
+    assert [key for key in bucket.files("models") if "notes" not in key] == []
+
+
+def test_a_store_without_conditions_is_written_and_that_is_said(bucket: S3Server, proxy: Proxy) -> None:
+    tries = stores.RETRIES + 1
+    proxy.fault = lambda number, asked: "501" if number < tries else None
+    found, key = objects_at("s3://models/a")
+    found.put(key, b"1", new=True)
+    assert found.weaker and "another writer" in found.weaker[0]
+    tries += len(proxy.asked)
+    with pytest.raises(objects.ConflictError):
+        found.put(key, b"2", new=True)
+    assert bucket.files("models") == {"a": b"1"}
