@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from anyckpt.models.families import facts as families
     from anyckpt.operations.archive import ArchiveReport, edit, pack, unpack
     from anyckpt.operations.average import average
+    from anyckpt.operations.clean import Cleaned, clean
     from anyckpt.operations.convert import Conversion, convert
     from anyckpt.operations.diff import Difference, diff
     from anyckpt.operations.inspect import inspect
@@ -55,6 +56,7 @@ __all__ = [
     "AnyckptError",
     "ArchiveReport",
     "Checkpoint",
+    "Cleaned",
     "Conversion",
     "Difference",
     "FamilyFacts",
@@ -78,6 +80,7 @@ __all__ = [
     "Verification",
     "__version__",
     "average",
+    "clean",
     "convert",
     "diff",
     "edit",
@@ -105,6 +108,7 @@ _WHERE = {
     "LayoutRequest": "operations.steps.layout_request",
     **dict.fromkeys(("ArchiveReport", "edit", "pack", "unpack"), "operations.archive"),
     "average": "operations.average",
+    **dict.fromkeys(("Cleaned", "clean"), "operations.clean"),
     **dict.fromkeys(("Conversion", "convert"), "operations.convert"),
     **dict.fromkeys(("Difference", "diff"), "operations.diff"),
     "families": "models.families:facts",

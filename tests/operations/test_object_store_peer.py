@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,24 @@ def test_a_store_without_conditions_is_written_and_that_is_said(bucket: S3Server
     with pytest.raises(objects.ConflictError):
         found.put(key, b"2", new=True)
     assert bucket.files("models") == {"a": b"1"}
+
+
+def test_unfinished_uploads_of_dead_runs_are_removed(bucket: S3Server, runner: Runner) -> None:
+    anyckpt.convert(fixture_path(LLAMA), "s3://models/whole", to="hf")
+    whole = bucket.files("models")
+    found, _ = objects_at("s3://models/x")
+    left = [found.upload(key, LARGE, 1) for key in ("dead/data.bin", "whole/model.safetensors", "elsewhere/data.bin")]
+    for upload in left:
+        upload.write(bytes(LARGE))
+    bucket.put("models", {"dead/.anyckpt-unfinished": b'{"files": ["data.bin"]}', ".dead.anyckpt-partial/claim": b"{}"})
+    while unfinished_uploads(bucket) < 3:
+        time.sleep(0.05)
+    shown = runner("clean", "s3://models", "--dry-run")
+    assert "s3://models/dead/data.bin (unfinished upload)" in shown.out
+    assert unfinished_uploads(bucket) == 3
+    runner("clean", "s3://models", "--yes")
+    assert bucket.files("models") == whole
+    assert [one["Key"] for one in bucket.client().list_multipart_uploads(Bucket="models")["Uploads"]] == [
+        "elsewhere/data.bin"
+    ], "of other software, for all that is known"
+    left[2].abandon()

@@ -28,6 +28,7 @@ _COMMANDS = {
     "diff": "Compare two checkpoints by value.",
     "report": "Write a page about a checkpoint for a browser.",
     "verify": "Check a checkpoint for damage.",
+    "clean": "Remove what interrupted runs left.",
     "unpack": "Unpack a .nemo archive into a directory.",
     "pack": "Pack a directory into a .nemo archive.",
     "edit": "Change configuration or artifacts of a .nemo archive.",

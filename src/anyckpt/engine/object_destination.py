@@ -346,13 +346,15 @@ def unfinished_files(marker: bytes) -> list[str]:
         return []
 
 
-def holds_all(objects: Objects, key: str, there: Mapping[str, ObjectFacts], manifest: bytes, fingerprint: str) -> bool:
-    """Whether every file that a manifest of a plan lists is there, in its size."""
+def holds_all(
+    objects: Objects, key: str, there: Mapping[str, ObjectFacts], manifest: bytes, fingerprint: str | None = None
+) -> bool:
+    """Whether every file that a manifest, of a plan or of any, lists is there, in its size."""
     try:
         parsed = parse_manifest(manifest, objects.name_of(key))
     except FormatError:
         return False
-    if parsed.plan != fingerprint:
+    if fingerprint is not None and parsed.plan != fingerprint:
         return False
     found = dict(there)
     if "" in parsed.files and (alone := objects.facts(key)) is not None:

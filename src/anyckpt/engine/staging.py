@@ -287,6 +287,33 @@ class StagingDirectory(Destination):
         paths = {os.path.join(root, *name.split("/")) if name else root: n for name, n in manifest.files.items()}
         return all(os.path.isfile(path) and os.path.getsize(path) == nbytes for path, nbytes in paths.items())
 
+    @property
+    def directory(self) -> str:
+        """Where the output is prepared."""
+        return self._directory
+
+    def nbytes(self) -> int:
+        """Bytes on the disk that unfinished work takes."""
+        return sum(
+            os.lstat(os.path.join(folder, name)).st_blocks * 512
+            for folder, _, names in os.walk(self._directory)
+            for name in names
+        )
+
+    def is_held(self) -> bool:
+        """Whether a process is at work here, as far as can be seen."""
+        try:
+            descriptor = os.open(os.path.join(self._directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            lock(descriptor, fcntl.LOCK_EX)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     def remove_abandoned(self) -> bool:
         """Remove what processes that are gone left of their work; whether there was any and nobody is at it."""
         if not os.path.isdir(self._directory):

@@ -37,6 +37,19 @@ class ObjectFacts:
     modified: datetime
 
 
+@dataclass(frozen=True)
+class UnfinishedUpload:
+    """An upload that somebody began and did not finish.
+
+    Attributes:
+        key: of the object that it was to be.
+        number: what the store calls it.
+    """
+
+    key: str
+    number: str
+
+
 class Upload(ABC):
     """An object that goes up in parts and is not there until it is finished."""
 
@@ -125,6 +138,18 @@ class Objects(ABC):
     @abstractmethod
     def upload(self, key: str, nbytes: int, at_once: int) -> Upload:
         """Begin an object of ``nbytes`` bytes, of which ``at_once`` parts are on their way at a time."""
+
+    def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
+        """Uploads of the object of a key and of those below it that are not finished, as far as they are seen."""
+        return []
+
+    def forget(self, upload: UnfinishedUpload) -> None:
+        """Have the store forget an upload that it told of.
+
+        Raises:
+            OutputError: the store refuses.
+        """
+        raise NotImplementedError
 
     def name_of(self, key: str) -> str:
         """What to call an object in a message."""

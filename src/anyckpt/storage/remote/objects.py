@@ -11,8 +11,16 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from anyckpt.errors import OutputError
-from anyckpt.storage.objects import ConflictError, ObjectFacts, Objects, Upload, part_bytes
-from anyckpt.storage.remote.addresses import Address, address_of
+from anyckpt.storage.objects import (
+    ConflictError,
+    ObjectFacts,
+    Objects,
+    UnfinishedUpload,
+    Upload,
+    part_bytes,
+)
+from anyckpt.storage.remote import aws
+from anyckpt.storage.remote.addresses import S3, Address, address_of
 from anyckpt.storage.remote.failures import Failure, failure_of, named
 from anyckpt.storage.remote.requesting import asked
 from anyckpt.storage.remote.stores import Store, is_anonymous, store_at
@@ -26,6 +34,11 @@ _NO_CONDITIONS = (
 )
 _CONFLICTS = ("AlreadyExistsError", "PreconditionError")
 _LACKING = ("NotImplementedError", "NotSupportedError")
+_UPLOADS_UNSEEN = (
+    "uploads that a killed run did not finish are seen only with boto3 (pip install boto3); a lifecycle rule of the "
+    "bucket, AbortIncompleteMultipartUpload, removes them without it"
+)
+_NOT_LISTED = "unfinished uploads cannot be listed with these credentials"
 Result = TypeVar("Result")
 
 
@@ -125,6 +138,40 @@ class BucketObjects(Objects):
 
     def upload(self, key: str, nbytes: int, at_once: int) -> Upload:
         return _PartedUpload(self, self._store, key, part_bytes(nbytes), at_once)
+
+    def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
+        client = self._boto3() if self._address.kind == S3 else None
+        if client is None:
+            self.weaker += (_UPLOADS_UNSEEN,) if self._address.kind == S3 else ()
+            return []
+        try:
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._address.holder, Prefix=prefix)
+            found = [UnfinishedUpload(one["Key"], one["UploadId"]) for page in pages for one in page.get("Uploads", ())]
+        except Exception as error:  # boto3's errors are made while it runs
+            self.weaker += (f"{_NOT_LISTED} ({type(error).__name__})",)
+            return []
+        return [one for one in found if not prefix or one.key == prefix or one.key.startswith(f"{prefix}/")]
+
+    def forget(self, upload: UnfinishedUpload) -> None:
+        try:
+            self._boto3().abort_multipart_upload(Bucket=self._address.holder, Key=upload.key, UploadId=upload.number)
+        except Exception as error:
+            if "NoSuchUpload" in str(error):
+                return
+            kind = type(error).__name__
+        else:
+            return
+        path = self._address.path_of(upload.key)
+        raise OutputError("has an unfinished upload that cannot be removed", path=path, found=kind)
+
+    def _boto3(self) -> Any:
+        """The client of boto3, which lists uploads as obstore does not; None where it is not installed."""
+        try:
+            boto3 = import_module("boto3")
+        except ImportError:
+            return None
+        given = aws.settings(self._address.holder)
+        return boto3.client("s3", endpoint_url=given.get("endpoint"), region_name=given.get("region"))
 
     def refused(self, failure: Failure, key: str) -> OutputError:
         """What to raise for a request that failed."""
