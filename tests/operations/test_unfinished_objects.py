@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": (LLAMA, {}),
     "safetensors": (LLAMA, {}),
     "npz": (LLAMA, {}),
+    "gguf": (LLAMA, {}),
     "peft": ("families/lora_llama/hf_adapter", {}),
     "lightning": ("nemo/nemo1_basic_v2_5_3/toy.nemo", {"sharded": True}),
 }
