@@ -245,6 +245,11 @@ DEEPSEEK_V3 = DeepSeekShape(
     nope=128, rope=64, value=128, vocabulary=129280, predicting=1, fp8=True,
 )  # fmt: skip
 """DeepSeek-V3 as it is published: 91,991 tensors with these names, 688 GB."""
+KIMI_K2 = DeepSeekShape(
+    layers=61, dense=1, hidden=7168, intermediate=18432, expert=2048, experts=384, heads=64, q_rank=1536, kv_rank=512,
+    nope=128, rope=64, value=128, vocabulary=163840,
+)  # fmt: skip
+"""Kimi-K2: 1.03 T parameters, 2.05 TB in bfloat16; with ``fp8=True`` as it is published."""
 
 
 def write_model(folder: Path, shape: Shape, *, shard_bytes: int = 1 << 30, sparse: bool = False) -> Path:

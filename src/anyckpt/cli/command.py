@@ -7,6 +7,11 @@ from typing import Any, TypeVar
 
 import click
 
+SLURM = "anyckpt.slurm"
+"""Of a context: the option that asked for a script, in place of running the command."""
+
+_WORDS = "anyckpt.words"
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -39,6 +44,18 @@ class Command(click.Command):
     def __init__(self, *arguments: Any, examples: Sequence[tuple[str, str]] = (), **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.examples = tuple(examples)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, or print the script that does so in several processes, if that is asked for."""
+        if SLURM not in ctx.meta:
+            return super().invoke(ctx)
+        from anyckpt.cli.slurm import print_script
+
+        return print_script(ctx.info_name or "", ctx.meta[_WORDS], ctx.meta[SLURM])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Options under their titles, in the order in which titles first come; those without one at the end."""

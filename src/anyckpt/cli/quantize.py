@@ -144,6 +144,7 @@ _CALIBRATION = "What to calibrate with"
 @shared.tokenizer
 @option("--dry-run", title=RUN, is_flag=True, help="Calibrate, print the plan and write no checkpoint.")
 @shared.running
+@shared.share
 @shared.as_json
 def command(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """Quantize the model at SRC, whatever its format, to DST, as NeMo's post-training quantization does.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from anyckpt.cli import completion
-from anyckpt.cli.command import option
+from anyckpt.cli.command import SLURM, option
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
@@ -116,6 +116,36 @@ def _begun(where: str, sentence: str) -> str:
     return where + sentence[0].lower() + sentence[1:] if where else sentence
 
 
+def _ask_for_script(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        ctx.meta[SLURM] = parameter.opts[0]
+
+
+share = together(
+    option(
+        "--share",
+        title=RUN,
+        metavar="I/N",
+        help="Do the I-th of N parts; the last of N processes publishes DST.  auto: as torchrun, srun or mpirun says.",
+    ),
+    option(
+        "--wait",
+        title=RUN,
+        type=float,
+        metavar="SECONDS",
+        help="With --share: the first waits for the others, so long without a sign of them.  [default: 600 with auto]",
+    ),
+    option(
+        "--slurm",
+        title=RUN,
+        is_flag=True,
+        expose_value=False,
+        callback=_ask_for_script,
+        help="Print a script for sbatch in which several tasks do this, and do nothing.",
+    ),
+)
+"""Of every command whose work several processes can do."""
+
 running = together(
     option("--overwrite", title=RUN, is_flag=True, help="Replace an existing checkpoint, at the end."),
     option("--resume", title=RUN, is_flag=True, help="Continue what an interrupted run left."),
@@ -138,7 +168,7 @@ writing = together(
     ),
     option("--dry-run", title=RUN, is_flag=True, help="Print the plan and write nothing."),
     running,
-    option("--share", title=RUN, metavar="I/N", help="Do the I-th of N parts; the last of N processes publishes DST."),
+    share,
     as_json,
 )
 """The same of those that write what they read, in another type if that is asked for."""

@@ -45,6 +45,19 @@ class Share:
         return f"{self.number} of {self.of}"
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """What is known of a share that no process is at work on.
+
+    Attributes:
+        text: in words.
+        gave_up: its process said itself that it does not go on.
+    """
+
+    text: str
+    gave_up: bool = False
+
+
 class Destination(ABC):
     """Where an output is prepared, unseen as such, and published when it is whole.
 
@@ -167,6 +180,19 @@ class Destination(ABC):
         """What this place could not give of what is promised of outputs elsewhere, in sentences for a user."""
         return ()
 
-    def troubles(self) -> dict[Share, str]:
-        """Shares that no process is at work on, as far as can be seen, with what is known of why."""
+    def beat(self) -> None:
+        """Show whoever waits for this process's share that it is at work; called every few seconds, from a thread."""
+
+    def signs(self) -> dict[Share, int]:
+        """Shares that were begun -> a number that grows whenever the process of one has shown that it is at work.
+
+        No clock takes part: who waits compares what it sees with what it saw before.
+        """
+        return {}
+
+    def troubles(self) -> dict[Share, Trouble]:
+        """Shares that no process is at work on, as far as can be seen, with what is known of why.
+
+        A lock of a process on another host cannot be seen everywhere, so that only signs tell for sure.
+        """
         return {}

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from anyckpt.engine.claim import Claim, is_of_dead_here, tag_of_dead
-from anyckpt.engine.destination import Destination, Share
+from anyckpt.engine.destination import Destination, Share, Trouble
 from anyckpt.engine.files import Bytes
 from anyckpt.engine.growing import Growing
 from anyckpt.engine.manifest import parse_manifest
@@ -319,8 +319,8 @@ class ObjectDestination(Destination):
             return bool(self._notes.files())
         return False
 
-    def troubles(self) -> dict[Share, str]:
-        return self._notes.failures()
+    def troubles(self) -> dict[Share, Trouble]:
+        return {share: Trouble(f"gave up: {text}", gave_up=True) for share, text in self._notes.failures().items()}
 
     def weaker(self) -> tuple[str, ...]:
         return self._objects.weaker

@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Journal:
     Args:
         path: where; continued after its last whole line if it exists.
         header: what the first line says.
+        by: who writes it now, as people say it.
 
     Attributes:
         path: where it is.
@@ -63,8 +65,9 @@ class Journal:
         OSError: it cannot be opened or written.
     """
 
-    def __init__(self, path: str, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, header: Mapping[str, Any], by: str = "") -> None:
         self.path = path
+        self._lock = threading.Lock()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._file = os.fdopen(descriptor, "a", encoding="ascii")
         try:
@@ -72,16 +75,18 @@ class Journal:
             entries, length = _entries(path, 0)
             os.truncate(path, length)
             self.is_new = not entries
-            self.append(header if self.is_new else {})
+            self.append({**(header if self.is_new else {}), **({"by": by} if by else {})})
         except BaseException:
             self._file.close()
             raise
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line, durably."""
-        self._file.write(json.dumps(entry, separators=(",", ":")) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Add a line, durably; from any thread."""
+        line = json.dumps(entry, separators=(",", ":")) + "\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
         """Note blocks whose bytes are durable."""
@@ -98,6 +103,8 @@ class JournalReader:
         header: what the first line says; empty as long as there is none.
         records: the blocks that it lists.
         failure: why its process gave up, empty if it did not.
+        by: who wrote it last.
+        length: bytes that were read; more whenever its process has shown that it is at work.
     """
 
     def __init__(self, path: str) -> None:
@@ -105,15 +112,17 @@ class JournalReader:
         self.header: dict[str, Any] = {}
         self.records: dict[BlockKey, BlockRecord] = {}
         self.failure = ""
-        self._length = 0
+        self.by = ""
+        self.length = 0
 
     def read_on(self) -> JournalReader:
         """Take in the lines that were added; a line that is not whole yet is left for later."""
-        entries, length = _entries(self.path, self._length)
-        self._length += length
+        entries, length = _entries(self.path, self.length)
+        self.length += length
         for entry in entries:
             self.header = self.header or entry
             self.failure = str(entry.get("failed", ""))
+            self.by = str(entry.get("by", self.by))
             self.records.update(BlockRecord.of_row(row) for row in entry.get("blocks", ()))
         return self
 

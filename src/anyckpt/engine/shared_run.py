@@ -6,13 +6,15 @@ Each makes the plan and writes its share of the blocks; when the records of all 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 
 from anyckpt.engine.blocks import cut_all
-from anyckpt.engine.destination import BusyError, Destination, Share
+from anyckpt.engine.destination import BusyError, Destination, Share, Trouble
 from anyckpt.engine.execute import DEFAULT_MEMORY, Report, carry_out, place_of, report_of
 from anyckpt.engine.files import write_error
 from anyckpt.engine.fingerprint import fingerprint
@@ -22,6 +24,9 @@ from anyckpt.engine.share import Division
 from anyckpt.errors import OutputError, UsageError
 
 _POLL_SECONDS = 0.2
+_LONGEST_POLL_SECONDS = 2.0
+_BEAT_SECONDS = 5.0
+_SILENT_BEATS = 3  # without so many, what no lock is seen of is no longer at work
 _SHOWN = 8
 
 
@@ -145,7 +150,8 @@ class SharedRun:
                 total=total,
                 ends=self._division.ends,
             )
-            run.write(blocks)
+            with _beating(place):
+                run.write(blocks)
             self._identity.check_unchanged()
             run.sync()
         except OSError as error:
@@ -177,7 +183,8 @@ class SharedRun:
         Any process may call it, also several: one does it, the others find it done.
 
         Args:
-            wait: seconds to wait for shares that are not whole.
+            wait: seconds to wait for shares that are not whole, counted anew whenever one of them shows that its
+                process is at work; when none of their processes is, it is given up at once.
 
         Raises:
             BusyError: another process finishes it at this moment.
@@ -185,9 +192,12 @@ class SharedRun:
         """
         started = time.monotonic()
         plan, place, identity = self._plan, self._place, self._identity
+        watch, pause = _Watch(wait), _POLL_SECONDS
+        missing = self.missing()
         while True:
-            late = time.monotonic() - started >= wait
-            missing = self.missing()
+            if watch.looks_other(place):
+                missing = self.missing()
+            late = watch.is_over(missing)
             if place.is_published(identity.value):
                 return replace(report_of(plan, place, 0, started, plan.nbytes), published=False)
             if not missing:
@@ -203,14 +213,13 @@ class SharedRun:
                         plan, self._cut, place, identity, self._workers, self._memory, None, started, shared=True
                     )
             elif late:
-                raise self._unfinished(missing)
-            time.sleep(_POLL_SECONDS)
+                raise self._unfinished(missing, watch)
+            time.sleep(pause)
+            pause = min(_LONGEST_POLL_SECONDS, pause * 1.2)
 
-    def _unfinished(self, missing: dict[Share, int]) -> OutputError:
-        troubles = self._place.troubles()
+    def _unfinished(self, missing: dict[Share, int], watch: _Watch) -> OutputError:
         told = [
-            f"share {share} ({troubles.get(share, 'not begun, or still at work')}; {nbytes:,} bytes)"
-            for share, nbytes in list(missing.items())[:_SHOWN]
+            f"share {share} ({watch.told(share)}; {nbytes:,} bytes)" for share, nbytes in list(missing.items())[:_SHOWN]
         ]
         more = len(missing) - len(told)
         return OutputError(
@@ -219,6 +228,77 @@ class SharedRun:
             found="missing: " + ", ".join(told) + (f" and {more} more" if more else ""),
             remedy="run the processes of these shares again; they go on from what is there",
         )
+
+
+class _Watch:
+    """What one process sees of others that it waits for, by its own clock alone.
+
+    Args:
+        wait: seconds without any sign of them after which it gives up.
+    """
+
+    def __init__(self, wait: float) -> None:
+        self._wait = wait
+        self._began = time.monotonic()
+        self._whole = 0.0
+        self._last: dict[Share, tuple[object, float]] = {}
+        self._signs: Mapping[Share, int] = {}
+        self._troubles: Mapping[Share, Trouble] = {}
+
+    def looks_other(self, place: Destination) -> bool:
+        """Look for signs; whether what is missing may have changed since the last look."""
+        before, self._signs, self._troubles = self._signs, place.signs(), place.troubles()
+        return before != self._signs or not self._signs
+
+    def is_over(self, missing: Mapping[Share, int]) -> bool:
+        """Whether to give up: nothing was seen of any of them for too long, or none of them is at work any more.
+
+        Args:
+            missing: shares -> the bytes that are missing; if none are, who publishes is waited for.
+        """
+        now = time.monotonic()
+        if not missing:
+            self._whole = self._whole or now
+            return now - self._whole >= self._wait
+        for share, nbytes in missing.items():
+            sign = (self._signs.get(share), nbytes)
+            known = self._last.get(share)
+            if known is None or known[0] != sign:
+                self._last[share] = (sign, now if known is not None or share in self._signs else self._began)
+        late = now - max(self._last[share][1] for share in missing) >= self._wait
+        return late or all(self._is_dead(share, now) for share in missing)
+
+    def _is_dead(self, share: Share, now: float) -> bool:
+        trouble = self._troubles.get(share)
+        silent = now - self._last[share][1] > _SILENT_BEATS * _BEAT_SECONDS
+        return trouble is not None and (trouble.gave_up or silent)
+
+    def told(self, share: Share) -> str:
+        """What is known of a share that is missing."""
+        if share in self._troubles:
+            return self._troubles[share].text
+        if share in self._signs:
+            silent = time.monotonic() - self._last[share][1]
+            return "still at work" if silent < _BEAT_SECONDS else f"silent for {silent:.0f} s"
+        return "not begun" + (f" in {time.monotonic() - self._began:.0f} s" if self._wait else ", or still planning")
+
+
+@contextmanager
+def _beating(place: Destination) -> Iterator[None]:
+    """Meanwhile the destination shows that this process is at work."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_BEAT_SECONDS):
+            place.beat()
+
+    thread = threading.Thread(target=beat, name="anyckpt-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def finish(

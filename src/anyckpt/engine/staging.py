@@ -10,10 +10,13 @@ import ctypes
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
+from typing import Any
 
-from anyckpt.engine.destination import BusyError, Destination, Share
+from anyckpt.engine.destination import BusyError, Destination, Share, Trouble
 from anyckpt.engine.files import PAGE, Bytes, sync_directory, write_error
 from anyckpt.engine.manifest import beside, read_manifest
 from anyckpt.engine.outputs import OutputFiles
@@ -84,10 +87,13 @@ class StagingDirectory(Destination):
                 self._check_journals(fingerprint, None)
             if not (resume and self._known() and os.path.lexists(self.output)):
                 self._clear()
-        header = {"fingerprint": fingerprint, **({} if share is None else {"share": [share.number, share.of]})}
-        name = _JOURNAL if share is None else f"{_JOURNAL}.{share.number}-of-{share.of}"
+        header: dict[str, Any] = {"fingerprint": fingerprint}
+        name, by = _JOURNAL, ""
+        if share is not None:
+            header |= {"share": [share.number, share.of], "version": _version()}
+            name, by = f"{_JOURNAL}.{share.number}-of-{share.of}", f"process {os.getpid()} on {socket.gethostname()}"
         try:
-            self._journal = Journal(os.path.join(self._directory, name), header)
+            self._journal = Journal(os.path.join(self._directory, name), header, by)
         except BlockingIOError as error:
             raise self._busy("this share is") from error
         self._check_journals(fingerprint, share)
@@ -159,6 +165,16 @@ class StagingDirectory(Destination):
                     remedy="run without --resume to begin anew"
                     if share is None
                     else "give all processes the same sources and options; remove this directory to begin anew",
+                )
+            version = reader.header.get("version", _version())
+            if share is not None and version != _version():
+                self._forget_journal()
+                raise OutputError(
+                    "is being written by processes of another version of anyckpt",
+                    path=self.name,
+                    expected=f"anyckpt {_version()}, as here",
+                    found=f"anyckpt {version}, {reader.by or 'another process'}",
+                    remedy=f"give all processes the same version, and remove {self._directory} to begin anew with it",
                 )
             other = reader.header.get("share")
             if share is not None and other and other[1] != share.of and reader.is_kept():
@@ -346,11 +362,26 @@ class StagingDirectory(Destination):
         shutil.rmtree(self._directory, ignore_errors=True)
         self.close()
 
-    def troubles(self) -> dict[Share, str]:
+    def beat(self) -> None:
+        journal = self._journal
+        if journal is not None:
+            with suppress(OSError, ValueError):  # a full disk is told by who writes; it may be closed at this moment
+                journal.append({})
+
+    def signs(self) -> dict[Share, int]:
+        return {
+            Share(*reader.header["share"]): reader.length
+            for reader in self._read_journals()
+            if "share" in reader.header
+        }
+
+    def troubles(self) -> dict[Share, Trouble]:
         found = {}
         for reader in self._read_journals():
             if "share" in reader.header and not reader.is_kept():
-                found[Share(*reader.header["share"])] = reader.failure or "stopped"
+                what = f"gave up: {reader.failure}" if reader.failure else "stopped"
+                by = f"{reader.by} " if reader.by else ""
+                found[Share(*reader.header["share"])] = Trouble(by + what, bool(reader.failure))
         return found
 
     def _clear(self) -> None:
@@ -361,6 +392,13 @@ class StagingDirectory(Destination):
             elif name != "lock":
                 os.unlink(path)
         self._readers.clear()
+
+
+@cache
+def _version() -> str:
+    from anyckpt import __version__
+
+    return __version__
 
 
 def put_in_place(new: str, destination: str, aside: str) -> None:

@@ -49,6 +49,7 @@ def average(
     overwrite: bool = False,
     resume: bool = False,
     share: str | None = None,
+    wait: float | None = None,
     private: bool = False,
     commit_message: str | None = None,
     workers: int | None = None,

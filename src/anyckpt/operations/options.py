@@ -24,7 +24,7 @@ from anyckpt.operations.steps.model_ids import named_configuration
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_scales, read_statistics
 from anyckpt.operations.steps.user_names import Rename, parse_renames
-from anyckpt.operations.steps.writing import parse_share
+from anyckpt.operations.steps.writing import parse_share, patience
 from anyckpt.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ class ConvertOptions:
         overwrite: replace an existing checkpoint at the end.
         resume: continue what an interrupted run of the same work left.
         share: ``I/N``: do the I-th of N parts of the writing, which as many processes do; the last one publishes.
+            ``auto``: the one that ``torchrun``, ``srun`` or ``mpirun`` says in the environment.
+        wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
+            and publishes; 600 with ``auto`` if None, else 0.
         private: on the Hugging Face Hub: make the repository a private one, if there is none.
         commit_message: on the Hugging Face Hub: what the commit says.
         workers: threads.
@@ -149,6 +152,7 @@ class ConvertOptions:
     overwrite: bool = False
     resume: bool = False
     share: str | None = None
+    wait: float | None = None
     private: bool = False
     commit_message: str | None = None
     workers: int | None = None
@@ -191,7 +195,7 @@ class ConvertOptions:
             raise UsageError("unknown value for experts", expected=" or ".join(EXPERTS), found=self.experts)
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
-        _ = self.writing, self.part, self.budget, self.renames
+        _ = self.writing, self.patience, self.budget, self.renames
         if self.drop_layers is not None and self.keep_layers is not None:
             raise UsageError("--drop-layers and --keep-layers both say which layers stay", remedy="give one of them")
         if self.layers is not None and self.request.keep_extra_state:
@@ -259,6 +263,11 @@ class ConvertOptions:
     def part(self) -> Share | None:
         """Which share of the writing is this process's, None for all of it."""
         return parse_share(self.share)
+
+    @cached_property
+    def patience(self) -> float:
+        """Seconds to wait for a sign of the processes that do the other shares."""
+        return patience(self.share, self.part, self.wait)
 
     @cached_property
     def renames(self) -> tuple[Rename, ...]:

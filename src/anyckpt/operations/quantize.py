@@ -70,6 +70,8 @@ def quantize(
     force: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    share: str | None = None,
+    wait: float | None = None,
     private: bool = False,
     commit_message: str | None = None,
     workers: int | None = None,
@@ -136,6 +138,8 @@ def quantize(
         "force": force,
         "overwrite": overwrite,
         "resume": resume,
+        "share": share,
+        "wait": wait,
         "private": private,
         "commit_message": commit_message,
         "workers": workers,
@@ -145,7 +149,7 @@ def quantize(
     }
     output = os.fspath(destination)
     origins = [source.path if isinstance(source, Checkpoint) else public_path(source)]
-    check_destination(output, origins, overwrite=overwrite, resume=resume, anywhere=True)
+    check_destination(output, origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True)
     if save_statistics is not None:
         _check_saved(os.fspath(save_statistics), output)
     notes = [f"no effect has {key}: {reason}" for key, reason in _together(settings.unused).items()]
@@ -160,6 +164,11 @@ def quantize(
         own["quantize_form"] = _form_with_activations(name)
     own |= {"quantize": name, "decoder_type": None, **_of_algorithm(name, said, notes, group)}
     seen = read_statistics(statistics)
+    if seen is None and share is not None and _sees_activations(name, own):
+        raise UsageError(
+            f"{name} depends on activations, which each of several processes would find anew, and not the same to the bit",
+            remedy="calibrate once, with --dry-run --save-stats FILE, and give all processes --stats FILE",
+        )
     if seen is None and _sees_activations(name, own):
         seen = _calibrated(opened, own, said, notes, calib_field, _TYPES.get(calib_dtype or ""), progress)
     if seen is not None:

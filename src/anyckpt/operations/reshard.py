@@ -38,6 +38,7 @@ def reshard(
     overwrite: bool = False,
     resume: bool = False,
     share: str | None = None,
+    wait: float | None = None,
     private: bool = False,
     commit_message: str | None = None,
     workers: int | None = None,

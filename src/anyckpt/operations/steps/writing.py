@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.execute import execute, peak_rss_bytes
+from anyckpt.engine.launchers import launched_share
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.run import Progress, worker_count
 from anyckpt.engine.shared_run import SharedRun
@@ -101,18 +103,51 @@ def is_begun(path: str) -> bool:
     return has_begun(path) if isinstance(place, str) else place.is_begun()
 
 
-def parse_share(text: str | None) -> Share | None:
-    """``I/N``: the I-th of N processes that do one piece of work together.
+AUTO = "auto"
+_PATIENCE_SECONDS = 600.0
+
+
+def parse_share(text: str | None, environment: Mapping[str, str] = os.environ) -> Share | None:
+    """``I/N``: the I-th of N processes that do one piece of work together; ``auto``: which one the environment says.
+
+    Args:
+        text: what was asked for.
+        environment: variables by which launchers tell each process its rank.
 
     Raises:
         UsageError: it is something else.
     """
     if text is None:
         return None
+    if text == AUTO:
+        return launched_share(environment)
     number, slash, of = text.partition("/")
     if not (slash and number.isascii() and number.isdecimal() and of.isascii() and of.isdecimal()):
-        raise UsageError("--share is not I/N", expected="such as 1/4, the first of four processes", found=text)
+        raise UsageError("--share is not I/N", expected="such as 1/4, the first of four processes, or auto", found=text)
     return Share(int(number), int(of))
+
+
+def patience(text: str | None, share: Share | None, wait: float | None) -> float:
+    """Seconds for which this process waits for a sign of the others, when it has done its share.
+
+    The first share's waits: so long as is said, or where a launcher has started all of them, ten minutes.  Without a
+    launcher they may be run one after another, so that nobody waits unasked.
+
+    Args:
+        text: of ``--share``.
+        share: what it comes to.
+        wait: what was asked for.
+
+    Raises:
+        UsageError: there is nothing to wait for, or it is less than nothing.
+    """
+    if wait is not None and share is None:
+        raise UsageError("--wait is for the other processes of --share", remedy="leave it out, or give --share")
+    if wait is not None and not 0 <= wait < float("inf"):
+        raise UsageError("--wait is no time", expected="seconds, 0 or more", found=wait)
+    if share is None or share.number != 1:
+        return 0.0
+    return wait if wait is not None else _PATIENCE_SECONDS if text == AUTO and share.of > 1 else 0.0
 
 
 def write(
@@ -120,6 +155,7 @@ def write(
     output: str,
     *,
     share: Share | None,
+    wait: float = 0.0,
     gzip: bool = False,
     overwrite: bool,
     resume: bool,
@@ -133,6 +169,7 @@ def write(
 
     Args:
         share: which share; None if this is the only process.
+        wait: with a share, seconds to wait for a sign of the others.
         gzip: compress the output, a single file on a disk, while it is written; with no share.
         said: what is said of it where others may see it.
         plan, output, overwrite, resume, workers, memory, progress, source_paths: as for ``execute``.
@@ -166,7 +203,10 @@ def write(
     part = run.write(share, progress)
     missing = run.missing()
     seconds = part.seconds
-    if not missing:
+    if wait:
+        seconds += run.finish(wait).seconds
+        missing = {}
+    elif not missing:
         with suppress(BusyError):  # another process that found all shares there publishes it
             seconds += run.finish().seconds
     return {
