@@ -180,7 +180,7 @@ class Destination(ABC):
         """What this place could not give of what is promised of outputs elsewhere, in sentences for a user."""
         return ()
 
-    def beat(self) -> None:
+    def beat(self) -> None:  # noqa: B027 (most have nothing to show)
         """Show whoever waits for this process's share that it is at work; called every few seconds, from a thread."""
 
     def signs(self) -> dict[Share, int]:

@@ -320,7 +320,7 @@ class ObjectDestination(Destination):
         return False
 
     def troubles(self) -> dict[Share, Trouble]:
-        return {share: Trouble(f"gave up: {text}", gave_up=True) for share, text in self._notes.failures().items()}
+        return {share: Trouble(f"gave up: {text}") for share, text in self._notes.failures().items()}
 
     def weaker(self) -> tuple[str, ...]:
         return self._objects.weaker

@@ -270,7 +270,7 @@ class _Watch:
 
     def _is_dead(self, share: Share, now: float) -> bool:
         trouble = self._troubles.get(share)
-        silent = now - self._last[share][1] > _SILENT_BEATS * _BEAT_SECONDS
+        silent = share in self._signs and now - self._last[share][1] > _SILENT_BEATS * _BEAT_SECONDS
         return trouble is not None and (trouble.gave_up or silent)
 
     def told(self, share: Share) -> str:

@@ -166,7 +166,7 @@ def quantize(
     seen = read_statistics(statistics)
     if seen is None and share is not None and _sees_activations(name, own):
         raise UsageError(
-            f"{name} depends on activations, which each of several processes would find anew, and not the same to the bit",
+            f"{name} depends on activations, which each of several processes would find anew, and otherwise",
             remedy="calibrate once, with --dry-run --save-stats FILE, and give all processes --stats FILE",
         )
     if seen is None and _sees_activations(name, own):
