@@ -40,7 +40,8 @@ def test_the_command_offers_nothing_that_the_function_does_not_take(name: str) -
         "tp", "pp", "vpp", "ep", "etp", "partition_rules", "vocab_padding",
     }  # fmt: skip
     taken = set(inspect.signature(getattr(anyckpt, name)).parameters)
-    offered = {str(parameter.name) for parameter in command.params if parameter.expose_value} - layout - {"as_json", "help"}
+    values = [parameter for parameter in command.params if parameter.expose_value]
+    offered = {str(parameter.name) for parameter in values} - layout - {"as_json", "help"}
     assert offered <= taken
 
 
