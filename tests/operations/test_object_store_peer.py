@@ -8,19 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from tests.cli.runner import Runner
-from tests.places import files_below
-from tests.servers import SECRET, TOKEN, Proxy, S3Server
-from tests.support import fixture_path
 
-import anyckpt
-from anyckpt.errors import OutputError
-from anyckpt.storage import objects
-from anyckpt.storage.remote import stores
-from anyckpt.storage.remote.objects import objects_at
-
+pytest.importorskip("obstore")
+pytest.importorskip("moto")
+safetensors = pytest.importorskip("safetensors.numpy")
 pytestmark = pytest.mark.peer
+
+from tests.cli.runner import Runner  # noqa: E402
+from tests.places import files_below  # noqa: E402
+from tests.servers import SECRET, TOKEN, Proxy, S3Server  # noqa: E402
+from tests.support import fixture_path  # noqa: E402
+
+import anyckpt  # noqa: E402
+from anyckpt.errors import OutputError  # noqa: E402
+from anyckpt.storage import objects  # noqa: E402
+from anyckpt.storage.remote import stores  # noqa: E402
+from anyckpt.storage.remote.objects import objects_at  # noqa: E402
+
 LLAMA = "families/llama/hf"
 LARGE = 13_000_000
 
@@ -35,7 +39,7 @@ def bucket(s3: S3Server) -> S3Server:
 def large(tmp_path: Path) -> Path:
     """A file of more than two parts."""
     weights = np.random.default_rng(1).integers(0, 256, LARGE, dtype=np.uint8)
-    save_file({"w": weights, "b": weights[:5]}, tmp_path / "large.safetensors")
+    safetensors.save_file({"w": weights, "b": weights[:5]}, tmp_path / "large.safetensors")
     return tmp_path / "large.safetensors"
 
 
@@ -66,7 +70,7 @@ def test_a_large_file_goes_up_in_parts(large: Path, bucket: S3Server, proxy: Pro
     anyckpt.convert(large, tmp_path / "out.safetensors", to="safetensors")
     (tmp_path / "back.safetensors").write_bytes(bucket.files("models")["out.safetensors"])
     assert files_below(tmp_path)["out.safetensors"] == files_below(tmp_path)["back.safetensors"]
-    assert load_file(tmp_path / "back.safetensors")["w"].nbytes == LARGE
+    assert safetensors.load_file(tmp_path / "back.safetensors")["w"].nbytes == LARGE
     assert unfinished_uploads(bucket) == 0
 
 
