@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 from anyckpt.errors import OutputError
-from anyckpt.storage.objects import MOST_PARTS, ConflictError, ObjectFacts, Objects, Upload, part_bytes
+from anyckpt.storage.objects import (
+    MOST_PARTS,
+    ConflictError,
+    ObjectFacts,
+    Objects,
+    UnfinishedUpload,
+    Upload,
+    part_bytes,
+)
 
 
 class DeadError(BaseException):
@@ -99,6 +107,12 @@ class MemoryObjects(Objects):
             self.request(f"delete {key}")  # a batch is not deleted at once
             with self.store.lock:
                 self.store.objects.pop(key, None)
+
+    def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
+        return []
+
+    def forget(self, upload: UnfinishedUpload) -> None:
+        raise AssertionError("no unfinished upload was told of")
 
     def upload(self, key: str, nbytes: int, at_once: int) -> Upload:
         self.request(f"begin {key}")

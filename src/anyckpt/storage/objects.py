@@ -139,17 +139,17 @@ class Objects(ABC):
     def upload(self, key: str, nbytes: int, at_once: int) -> Upload:
         """Begin an object of ``nbytes`` bytes, of which ``at_once`` parts are on their way at a time."""
 
+    @abstractmethod
     def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
         """Uploads of the object of a key and of those below it that are not finished, as far as they are seen."""
-        return []
 
+    @abstractmethod
     def forget(self, upload: UnfinishedUpload) -> None:
         """Have the store forget an upload that it told of.
 
         Raises:
             OutputError: the store refuses.
         """
-        raise NotImplementedError
 
     def name_of(self, key: str) -> str:
         """What to call an object in a message."""

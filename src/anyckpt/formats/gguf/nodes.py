@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from math import prod
 
 import numpy as np
@@ -40,9 +41,9 @@ class _OfBlocks(View):
     def identity(self) -> Identity:
         return type(self).__name__, self.child, self.kind.name
 
+    @abstractmethod
     def computed(self, units: Array) -> Array:
         """Of ``[blocks, taken]`` raw elements the ``[blocks, given]`` ones."""
-        raise NotImplementedError
 
     def read_box(self, start: Shape, out: Array) -> None:
         if not out.size:
