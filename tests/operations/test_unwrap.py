@@ -137,3 +137,14 @@ def test_adapters_alone_are_no_models() -> None:
     ]
     assert not is_wrapped(names)
     assert not is_wrapped(["model.layers.0.q_proj.weight"])
+
+
+def test_names_that_are_given_are_those_of_its_modules(tmp_path: Path) -> None:
+    """An adapter that is taken out adapts modules as they are called then."""
+    source = saved(tmp_path / "in.safetensors", wrapped("net.base_model.model."))
+    done = anyckpt.convert(source, tmp_path / "adapter", to="peft", alpha=4.0, rename="net.*=*")
+    left_out = {name for name in done.ignored if "lm_head" in name}
+    assert left_out == {"net.base_model.model.lm_head.weight"}
+    anyckpt.merge_lora(LLAMA, tmp_path / "adapter", tmp_path / "merged", to="hf")
+    for name, array in expected(2.0).items():
+        np.testing.assert_allclose(tensors_of(tmp_path / "merged")[name], array, rtol=1e-6)

@@ -64,6 +64,12 @@ _SHOWN_LAYERS = 12
     "the family if not given.",
 )
 @option(
+    "--module",
+    title=OUTPUT,
+    metavar="NAME",
+    help="Take one module of the model alone, such as llm or perception.encoder, its name taken off.",
+)
+@option(
     "--include",
     title=OUTPUT,
     metavar="GLOB",

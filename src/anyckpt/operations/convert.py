@@ -29,12 +29,12 @@ from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_card import card_of
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
-from anyckpt.operations.steps.pipeline import Pipeline
+from anyckpt.operations.steps.pipeline import Pipeline, Stepped
 from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
-from anyckpt.operations.steps.user_names import called, new_name
+from anyckpt.operations.steps.user_names import Called, called, new_name
 from anyckpt.operations.steps.writing import Said, write
 from anyckpt.storage.location import disk_file_of, public_path
 from anyckpt.tensor import LazyTensor
@@ -137,6 +137,7 @@ def convert(
     quantize_exclude: str | Sequence[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
+    module: str | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     rename: str | Sequence[str] | None = None,
@@ -308,6 +309,11 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         options: what the user asks for.
     """
     request, steps = options.request, Pipeline()
+    if options.module is not None:
+        from anyckpt.operations.steps.model_module import alone
+
+        taken = alone(opened, options.module, options)
+        opened, options = steps.take(taken), taken.options
     if options.model_id is not None and options.given is not None:
         check_agreement(opened, options.given, os.fspath(options.model_id))
     stored = request.described(opened)
@@ -339,14 +345,21 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         source = steps.take(seen_as_numbers(chosen, type_beside(chosen)))
     else:
         source = steps.take(in_full_precision(chosen, options.cast_to, options.given))
+    given: Called | None = None
     if holds_adapter(source):
         cast = ChangedType(options.cast_to, options.keep_in_fp32)
-        source = steps.take(without_adapter(source, naming, adapter, cast, keep_state=options.keeps_state))
+        if options.renames and not keeps_codes:  # so that what is then said of modules has the names asked for
+            given = called(source, options.renames)
+            source = steps.take(Stepped(given.checkpoint, notes=given.notes))
+            options = replace(options, rename=None)
+        apart = without_adapter(source, naming, adapter, cast, keep_state=options.keeps_state)
+        source = steps.take(apart if given is None else replace(apart, ignored=given.ignored(apart.ignored)))
         adapter = replace(adapter, alpha=None)
     if options.renames:
         source, renamed = _called_as_asked(source, naming, adapter, parts.unwanted, options)
     else:
         renamed = _under_target_names(source, naming, adapter, parts.unwanted, options.optimizer)
+        renamed = renamed if given is None else replace(renamed, ignored=given.ignored(renamed.ignored))
     uncast = steps.take(renamed)
     ready = steps.take(cast_checkpoint(uncast, options.cast_to, options.kept_in_fp32))
     if keeps_codes:

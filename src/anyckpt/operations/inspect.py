@@ -120,7 +120,7 @@ def inspect(
         details=to_plain(checkpoint.details),
         adapter=_adapter(checkpoint),
         warnings=[*_part(checkpoint), *calls.told_with(checkpoint.warnings), *([] if warning is None else [warning])],
-        notes=_notes(checkpoint),
+        notes=[*_notes(checkpoint), *_modules(checkpoint)],
         tensors=listed,
         likely_families=_likely(checkpoint) if model is None else (),
         calls=tuple(calls),
@@ -202,6 +202,16 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     except FormatError:
         return []
     return [] if manifest is None else list(manifest.notes)
+
+
+def _modules(checkpoint: Checkpoint) -> list[str]:
+    """What a model of several consists of, where that is known."""
+    prefix = f"{checkpoint.model_prefix}perception."
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        return []
+    from anyckpt.operations.steps.model_module import told_of_modules
+
+    return told_of_modules(checkpoint)
 
 
 def _likely(checkpoint: Checkpoint) -> tuple[str, ...]:

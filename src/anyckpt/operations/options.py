@@ -72,6 +72,9 @@ class ConvertOptions:
         quantize_exclude: glob or globs of modules that are not quantized, besides the output layer and routers.
         report: a file for what quantizing did to every weight: JSON, or a page if its name ends in ``.html``.
         keep_in_fp32: globs of weights that a cast leaves alone.
+        module: the name of one module of the model, such as ``llm`` or ``perception.encoder``, to be taken alone: short
+            for the ``include`` and ``rename`` that take its tensors without its name, and for the ``config`` and
+            ``alpha`` that lie beside the model.
         include: glob or globs of the source's weight names; others are left out.  A glob that matches no weight chooses
             what is stored beside them, such as an averaged copy, to be written as the weights.
         exclude: glob or globs of weight names to leave out.
@@ -134,6 +137,7 @@ class ConvertOptions:
     quantize_exclude: str | Sequence[str] | None = None
     report: str | os.PathLike[str] | None = None
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32
+    module: str | None = None
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     rename: str | Sequence[str] | None = None
@@ -191,6 +195,8 @@ class ConvertOptions:
             raise UsageError("--tokenizer-library says how to read a tokenizer", remedy="give one with --tokenizer")
         if self.config is not None and self.model_id is not None:
             raise UsageError("--config and --model-id both say what the model is", remedy="give one of them")
+        if self.module is not None and self.include:
+            raise UsageError("--module and --include both say what is taken", remedy="give one of them")
         if self.experts not in (None, *EXPERTS):
             raise UsageError("unknown value for experts", expected=" or ".join(EXPERTS), found=self.experts)
         if self.optimizer not in ("keep", "drop"):
@@ -334,6 +340,7 @@ class ConvertOptions:
             family=self.family,
             config=self.config,
             model_id=self.model_id,
+            module=self.module,
             include=self.include,
             exclude=self.exclude,
             rename=self.rename,

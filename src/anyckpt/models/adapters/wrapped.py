@@ -1,8 +1,9 @@
 """A model's state dict with the adapter still in it, as trainers of models that peft has wrapped save it.
 
 Every adapted module has its own weight as ``base_layer.weight`` beside ``lora_A.default.weight`` and
-``lora_B.default.weight``; all other tensors are the model's under ``base_model.model.``, or without that prefix where
-the trainer took it away.  Nothing of it says the adapter's alpha.
+``lora_B.default.weight``, or as ``weight`` beside ``lora_A.weight`` and ``lora_B.weight`` where it is one of NeMo
+Automodel's (``LinearLoRA``); all other tensors are the model's under ``base_model.model.``, or without that prefix
+where the trainer took it away.  Nothing of it says the adapter's alpha.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class Wrapped:
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
-    """Whether these are the names of a whole model that peft has wrapped, and not those of an adapter alone."""
+    """Whether these are the names of a whole model with an adapter in it, and not those of an adapter alone."""
     based: set[str] = set()
+    plain: set[str] = set()
     adapted: set[str] = set()
-    others = False
     for name in names:
         factor, base = _FACTOR.fullmatch(name), _BASE.fullmatch(name)
         if factor is not None:
@@ -60,8 +61,10 @@ def is_wrapped(names: Iterable[str]) -> bool:
         elif base is not None:
             based.add(base[1])
         else:
-            others = True
-    return bool(based) and others and adapted <= based
+            plain.add(name)
+    if based:
+        return bool(plain) and adapted <= based
+    return bool(adapted) and all(f"{module}.weight" in plain for module in adapted)
 
 
 def taken_apart(tensors: Mapping[str, LazyTensor]) -> Wrapped:

@@ -116,14 +116,18 @@ class Called:
 
     def told(self, renamed: Renamed, source: Checkpoint) -> Renamed:
         """What was then made of it, told of the checkpoint as it was."""
-        old, prefix = self.stored, source.model_prefix
-        shown = {prefix + new: prefix + name for new, name in old.items()} | dict(old)
         return replace(
             renamed,
-            ignored={shown.get(name, name): reason for name, reason in renamed.ignored.items()},
+            ignored=self.ignored(renamed.ignored),
             notes=(*self.notes, *renamed.notes),
-            renaming=renamed.renaming.after(old, source.weights()),
+            renaming=renamed.renaming.after(self.stored, source.weights()),
         )
+
+    def ignored(self, names: Mapping[str, str]) -> dict[str, str]:
+        """What was left out later, with the reason, by the names that it had."""
+        prefix = self.checkpoint.model_prefix
+        shown = {prefix + new: prefix + name for new, name in self.stored.items()} | dict(self.stored)
+        return {shown.get(name, name): reason for name, reason in names.items()}
 
     def keeps_state(self, source: Checkpoint) -> bool:
         """Whether what is stored beside the weights stays true, because it names none that has another name now."""
