@@ -232,6 +232,12 @@ _DISTILBERT = {
     "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "max_position_embeddings": 64,
 }  # fmt: skip
 
+_WHISPER = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": 64, "num_mel_bins": 8, "max_source_positions": 10,
+    "max_target_positions": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+
 _FALCON_H1 = {
     "mamba_n_heads": 4, "mamba_d_ssm": 32, "mamba_n_groups": 2, "mamba_d_state": 8, "embedding_multiplier": 5.6,
     "lm_head_multiplier": 0.04, "mlp_multipliers": [0.9, 0.3], "key_multiplier": 0.4, "ssm_in_multiplier": 1.25,
@@ -336,6 +342,12 @@ PROOFS: dict[str, Proof] = {
         *(
             tiny(name, "distilbert", _HUB_ALONE, **_DISTILBERT, architectures=[name])
             for name in ("DistilBertForMaskedLM", "DistilBertModel")
+        ),
+    ),
+    "whisper": proof(
+        tiny("whisper", "whisper", _HUB_ALONE, **_WHISPER),
+        tiny(
+            "whisper-distilled", "whisper", _HUB_ALONE, **{**_WHISPER, "decoder_layers": 1}, tie_word_embeddings=False
         ),
     ),
     "modernbert": proof(

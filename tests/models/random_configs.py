@@ -123,6 +123,11 @@ def _falcons_keys(draw: Draw, config: Config) -> Config:
     return {"num_kv_heads": draw(st.sampled_from(groups))} if config.get("new_decoder_architecture") else {}
 
 
+def _whispers_decoder(draw: Draw, config: Config) -> Config:
+    """Of the encoder's sizes."""
+    return {f"decoder_{key}": config[f"encoder_{key}"] for key in ("attention_heads", "ffn_dim")}
+
+
 EXTRAS: Mapping[str, Callable[[Draw, Config], Config]] = {
     "falcon": _falcons_keys,
     "llama": _biases,
@@ -138,6 +143,7 @@ EXTRAS: Mapping[str, Callable[[Draw, Config], Config]] = {
     "mistral": _window,
     "mixtral": _window,
     "deepseek-v3": _deepseeks_experts,
+    "whisper": _whispers_decoder,
 }
 """Keys of families that are no one-to-one keys."""
 

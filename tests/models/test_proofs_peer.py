@@ -68,6 +68,10 @@ def computed(path: Path, architecture: str) -> Any:
     if model.main_input_name == "pixel_values":
         shape = (2, config.num_channels, config.image_size, config.image_size)
         inputs = {"pixel_values": torch.randn(shape, generator=generator)}
+    elif model.main_input_name == "input_features":
+        shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
+        tokens = torch.randint(3, config.vocab_size, (2, 12), generator=generator)
+        inputs = {"input_features": torch.randn(shape, generator=generator), "decoder_input_ids": tokens}
     else:
         tokens = torch.randint(3, config.vocab_size, (2, 24), generator=generator)
         inputs = {"input_ids": tokens}

@@ -42,7 +42,11 @@ from anyckpt.testing import (
     sample_checkpoint,
 )
 
-SAMPLES = {"peft": "families/lora_llama/hf_adapter", "diffusers": "diffusers/stable_diffusion"}
+SAMPLES = {
+    "peft": "families/lora_llama/hf_adapter",
+    "diffusers": "diffusers/stable_diffusion",
+    "whisper": "whisper/tiny.pt",
+}
 READ_ONLY = {"fsdp": "fsdp/fsdp1_2", "deepspeed": "deepspeed/zero1"}
 FORMATS = registry.built_in()
 ANY_NAMES = [

@@ -1,4 +1,4 @@
-"""Fields of the hub's configuration for models that are not decoders alone: BERT, T5, vision transformers.
+"""Fields of the hub's configuration for models that are not decoders alone: BERT, T5, Whisper, vision transformers.
 
 Names are Megatron-Core's, Megatron-LM's or NeMo's where they have one.  What a model does not have is None, 0 or False.
 """
@@ -36,6 +36,8 @@ class EncoderConfig:
             leaves it to the model around it.
         output_dim: width to which the pooled output is projected; None if it is not.
         num_classes: of a classifier behind the first token's output; None if there is none.
+        num_mel_bins: of the spectrogram that an encoder of speech gets.
+        max_source_positions: the most that an encoder of speech makes of it, half as many as it has frames.
     """
 
     encoder_num_layers: int | None = None
@@ -55,6 +57,8 @@ class EncoderConfig:
     add_post_layernorm: bool = False
     output_dim: int | None = None
     num_classes: int | None = None
+    num_mel_bins: int | None = None
+    max_source_positions: int | None = None
 
     @property
     def patches(self) -> int:
@@ -66,7 +70,7 @@ class EncoderConfig:
 _SIZES = tuple(
     """
     encoder_num_layers relative_attention_num_buckets relative_attention_max_distance patch_dim img_h img_w
-    class_token_len output_dim num_classes
+    class_token_len output_dim num_classes num_mel_bins max_source_positions
     """.split()
 )
 

@@ -156,6 +156,7 @@ _BUILT_IN = {
     "gguf": "gguf",
     "safetensors": "safetensors",
     "npz": "npz",
+    "whisper": "whisper",
     "torch": "torch",
 }
 """Name -> module of this package, in the order in which they are asked; each module has ``FORMAT``."""

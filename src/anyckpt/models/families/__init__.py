@@ -28,6 +28,7 @@ _BUILT_IN = (
     "minimax_m2",
     "roberta", "xlm_roberta", "distilbert", "lfm2",
     "modernbert", "falcon_h1",
+    "whisper",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 
