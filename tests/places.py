@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import UnreachableError
 from anyckpt.storage import requests
 from anyckpt.storage.location import SCHEMES
 from anyckpt.storage.place import Place
@@ -155,6 +155,8 @@ class FaultySource(FarSource):
             if self._fault == "fails":
                 raise ConnectionResetError(104, "Connection reset by peer")
             if self._fault == "changed":
-                raise FormatError("changed while it was being read", path=self.name, expected="tag 1", found="tag 2")
+                raise UnreachableError(
+                    "changed while it was being read", path=self.name, expected="tag 1", found="tag 2"
+                )
             check_filled(self, offset, len(buffer), len(buffer) // 2)
         super()._read_into(offset, buffer)

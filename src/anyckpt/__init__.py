@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from anyckpt.errors import (
         AnyckptError,
         FormatError,
+        LastingError,
         MappingError,
         MissingLibraryError,
         OutputError,
@@ -63,6 +64,7 @@ __all__ = [
     "FormatError",
     "FormatFacts",
     "Inspection",
+    "LastingError",
     "LayoutRequest",
     "LazyTensor",
     "MappingError",

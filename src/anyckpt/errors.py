@@ -6,6 +6,7 @@ found, and what to do next.  The command line prints it without a traceback and 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,14 @@ Told = TypeVar("Told", bound="AnyckptError")
 
 _USER = re.compile(r"(https?://)[^/\s@]+@")
 _ASKED = re.compile(r"(https?://[^\s?'\"]*)\?(?:(?!::)[^\s'\"])*")
+_OF_THE_MOMENT = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "ESHUTDOWN", "EPIPE"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ENOLINK", "EREMOTEIO"),
+    )
+    if hasattr(errno, name)
+)
 _COMPARED = 5000
 _SHOWN = 3
 _FEWEST_LETTERS = 4
@@ -78,7 +87,18 @@ class AnyckptError(Exception):
         return kind(self.problem if problem is None else problem, **{**facts, **instead})
 
 
-class FormatError(AnyckptError):
+class UnreachableError(AnyckptError):
+    """What is far away cannot be read at this moment, or another is in its place since it was found."""
+
+
+class LastingError(AnyckptError):
+    """An error that another try would meet again: of what was given, and not of the moment.
+
+    Who goes on without what is damaged catches this one, so that nobody takes what a network kept for missing.
+    """
+
+
+class FormatError(LastingError):
     """A file or directory is missing, truncated, damaged, or not of the format that it claims."""
 
 
@@ -94,11 +114,7 @@ class UnsafeError(FormatError):
     """A file asks for something that a checkpoint has no business asking for (path traversal, links, bombs)."""
 
 
-class UnreachableError(AnyckptError):
-    """What is far away cannot be read at this moment; no error of the file, so that nobody takes it for missing."""
-
-
-class MappingError(AnyckptError):
+class MappingError(LastingError):
     """Names, shapes or configuration do not fit the model family, or a model is incomplete."""
 
 
@@ -114,20 +130,36 @@ class IncompleteError(MappingError):
     unknown: tuple[str, ...] = ()
 
 
-class OutputError(AnyckptError):
+class OutputError(LastingError):
     """A destination cannot be written: it exists, the disk is full, the work to resume is of another plan."""
 
 
-class UsageError(AnyckptError):
+class UsageError(LastingError):
     """The options asked for contradict each other, or this source or target cannot do them."""
 
 
-class MissingLibraryError(AnyckptError, ImportError):
+class MissingLibraryError(LastingError, ImportError):
     """What was asked for needs a library that is not installed: ``tensor.torch()`` without torch."""
 
 
-class UnknownTensorError(AnyckptError, KeyError):
+class UnknownTensorError(LastingError, KeyError):
     """A checkpoint has no tensor of the name that was asked for."""
+
+
+def reading_error(what: str, path: str | os.PathLike[str], error: OSError | ValueError) -> AnyckptError:
+    """What it means that the system refuses to read.
+
+    Args:
+        what: is refused, after "cannot".
+        path: of the file or directory.
+        error: the system's.
+
+    Returns:
+        UnreachableError: of a mounted file system whose server does not answer, or of a disk that fails.
+        FormatError: of what is missing or may not be read.
+    """
+    kind = UnreachableError if getattr(error, "errno", None) in _OF_THE_MOMENT else FormatError
+    return kind(f"cannot {what}: {getattr(error, 'strerror', None) or error}", path=path)
 
 
 def without_secrets(text: str) -> str:

@@ -22,7 +22,7 @@ from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, checksum
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.errors import FormatError
+from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats import registry
 from anyckpt.storage.requests import HELD_BYTES, at_once, coalesced, holding
 from anyckpt.storage.source import MemorySource
@@ -303,7 +303,7 @@ def test_a_source_that_fails(fault: str, after: int, tmp_path: Path) -> None:
     log = Log()
     files = files_below(fixture_path("legacy/megatron_gpt_tp2_pp2"))
     place = MemoryPlace(ROOT, files, lambda data, name: FaultySource(data, name, log, fault, after))
-    with registered("far", place), pytest.raises(FormatError, match=told[fault]) as caught:
+    with registered("far", place), pytest.raises(AnyckptError, match=told[fault]) as caught:
         anyckpt.convert(ROOT, tmp_path / "out", to="hf")
     assert ROOT in str(caught.value)
     assert not list(tmp_path.iterdir())

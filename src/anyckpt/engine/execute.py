@@ -19,7 +19,7 @@ from anyckpt.engine.manifest import Manifest
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.run import Progress, Run, of_files, worker_count
 from anyckpt.engine.staging import StagingDirectory
-from anyckpt.errors import AnyckptError, OutputError, UsageError
+from anyckpt.errors import AnyckptError, OutputError, UnreachableError, UsageError
 
 DEFAULT_MEMORY = 96 << 20
 """Bytes for blocks in flight; the interpreter and its libraries take some 50 MB besides."""
@@ -148,7 +148,7 @@ def carry_out(
         identity.check_unchanged()
         manifest = place.described(Manifest(plan.format, identity.value, sizes, tuple(entries), plan.notes))
         place.publish(manifest.to_bytes())
-    except OutputError:
+    except (OutputError, UnreachableError):  # another try may go on
         place.close() if resumable and run.records else place.discard()
         raise
     except OSError as error:

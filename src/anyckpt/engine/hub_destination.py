@@ -27,7 +27,7 @@ from anyckpt.engine.manifest import Manifest, read_manifest
 from anyckpt.engine.plan import MANIFEST_NAME, Plan
 from anyckpt.engine.planned_file import Known, PlannedFile
 from anyckpt.engine.records import BlockKey, BlockRecord
-from anyckpt.errors import AnyckptError, OutputError, UsageError, few
+from anyckpt.errors import LastingError, OutputError, UsageError, few
 from anyckpt.storage.hub import library
 from anyckpt.storage.hub.paths import MAIN, HubPath, parse
 from anyckpt.storage.hub.place import HubPlace, forget
@@ -281,7 +281,7 @@ class HubDestination(Destination):
     def _manifest_there(self) -> Manifest | None:
         try:
             return read_manifest(self.name.rstrip("/"), HubPlace(opened(self._path)))
-        except AnyckptError:
+        except LastingError:
             return None  # of a damaged one nothing is known, and whoever goes on meets what else it may be
 
     def is_published(self, fingerprint: str) -> bool:

@@ -20,7 +20,7 @@ from anyckpt.engine.manifest import ManifestEntry
 from anyckpt.engine.plan import Computed, Plan, TensorData
 from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.engine.together import MOST_TOGETHER, Gang, gangs
-from anyckpt.errors import OutputError, UsageError
+from anyckpt.errors import OutputError, UnreachableError, UsageError
 from anyckpt.storage.gather import SCRATCH_BYTES
 from anyckpt.storage.read_count import ReadCount, counting
 from anyckpt.storage.requests import given_up_with
@@ -143,7 +143,7 @@ class Run:
             self.sync()
             raise
         if self._failure is not None:
-            if isinstance(self._failure, OutputError):
+            if isinstance(self._failure, (OutputError, UnreachableError)):
                 with suppress(OutputError):
                     self.sync()
             raise self._failure

@@ -20,7 +20,7 @@ from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.distributed import Piece, is_sharded_tensor, mesh_of, piece_of, sharded_pieces
 from anyckpt.containers.torch_file.values import DistributedTensor, brief
-from anyckpt.errors import AnyckptError, FormatError
+from anyckpt.errors import FormatError, LastingError
 from anyckpt.formats.registry import Format
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.formats.shared.one_save import GATHER, apart
@@ -245,10 +245,10 @@ class _Joined:
             return whole.first.reshape(whole.shape)
         try:
             if not own:
-                raise AnyckptError("no rank holds anything of it", expected=whole.shape)
+                raise FormatError("no rank holds anything of it", expected=whole.shape)
             pieces = [piece.tensor for piece in own]
             return mosaic(pieces[0].dtype, whole.shape, [piece.start for piece in own], pieces)
-        except AnyckptError as error:
+        except LastingError as error:
             problem = f"the ranks' parts do not make up the tensor: {error.problem}"
             raise error.told_as(FormatError, problem, path=self._path, tensor=name, remedy=GATHER) from error
 

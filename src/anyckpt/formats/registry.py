@@ -19,7 +19,7 @@ from anyckpt import pickling
 from anyckpt.checkpoint import Checkpoint, OptimizerForm, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.entry_points import loaded, registered
-from anyckpt.errors import AnyckptError, FormatError, UnknownFormatError, UsageError, did_you_mean
+from anyckpt.errors import AnyckptError, FormatError, LastingError, UnknownFormatError, UsageError, did_you_mean
 from anyckpt.formats.foreign import refusal
 from anyckpt.formats.shared.unfinished import check_finished
 from anyckpt.pickling.calls import Calls, danger, recording
@@ -433,5 +433,5 @@ def _read_there(location: Location, force: bool) -> Checkpoint:
 def _look_for_names(location: Location) -> None:
     """Record what a file that is of no format asks for if it begins as a pickle does: an attack may be no more."""
     if location.head[:1] in (b"\x80", b"c", b"(", b"]", b"}"):
-        with suppress(AnyckptError):
+        with suppress(LastingError):
             pickling.load_prefix(location.open(), 0, persistent_load=lambda _: None, name=location.path)

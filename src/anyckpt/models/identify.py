@@ -14,7 +14,7 @@ from anyckpt.config import meta as config_meta
 from anyckpt.config import trtllm as config_trtllm
 from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.config.model import PART_OF, WHOLE, WHOLE_NAMES, WHOLE_NORMS, ModelConfig
-from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.errors import LastingError, MappingError, UsageError
 from anyckpt.indexing import Shape
 from anyckpt.models.dialects import spellings, trtllm
 from anyckpt.models.dialects.before_core import core_names
@@ -154,7 +154,7 @@ def partitions(checkpoint: Checkpoint, *, family: str | None = None) -> Mapping[
     weights = {name: tensor for shard in checkpoint.ranks for name, tensor in shard.tensors.items()}
     try:
         found = _parse(checkpoint.config_kind, checkpoint.config, None, _parts(weights or checkpoint.weights()))
-    except AnyckptError:
+    except LastingError:
         return {}  # of which ``identify`` tells where the family is needed
     return {} if found is None else found[0].partitions
 

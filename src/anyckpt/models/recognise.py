@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from anyckpt.config import meta_names
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import LastingError
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.wrappers import unwrapped
 from anyckpt.models.families import by_name, each_family
@@ -60,7 +60,7 @@ def resemblance(weights: Mapping[str, LazyTensor]) -> Resemblance | None:
     by_hub, by_meta = spellings.is_megatron(dialect), dialect in meta_names.SPELLINGS
     try:
         names = spellings.to_hub_names(weights)[0] if by_hub else weights
-    except AnyckptError:
+    except LastingError:
         return None  # two names are the same tensor, or its other half is missing
     alike: dict[str, list[str]] = {}
     for name in names:

@@ -10,7 +10,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.hub_names import EMBEDDING, HEAD
-from anyckpt.errors import AnyckptError, UsageError, few
+from anyckpt.errors import AnyckptError, LastingError, UsageError, few
 from anyckpt.operations.steps.adapter_names import adapter_names
 from anyckpt.operations.steps.common_names import CommonNames, common_names
 from anyckpt.operations.steps.compare import compare
@@ -281,7 +281,7 @@ def _with_optimizers(names: CommonNames, a: Checkpoint, b: Checkpoint, left_out:
             try:
                 for slot, own in checkpoint.optimizer().slots.items():
                     slots.update({f"optimizer.{slot}.{name}": tensor for name, tensor in own.items()})
-            except AnyckptError as error:
+            except LastingError as error:
                 left_out.append(f"the optimizer's state of {checkpoint.path} by parameter: {error}")
         found.append(slots)
     if left_out:
@@ -353,7 +353,7 @@ def _unlike_files(a: Checkpoint, b: Checkpoint) -> _UnlikeFiles:
     for name in sorted(first.keys() & second.keys()):
         try:
             sides = _contents(first[name]), _contents(second[name])
-        except AnyckptError as error:
+        except LastingError as error:
             found.unread.append(f"{name}: {error}")
         else:
             found.looked_at.add(name)

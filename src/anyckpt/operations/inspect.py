@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.config import of_ranks
 from anyckpt.engine.manifest import read_manifest
-from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
+from anyckpt.errors import AnyckptError, FormatError, LastingError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.layout.pipeline import Chunk
 from anyckpt.operations.inspection import Inspection, TensorFacts
@@ -138,7 +138,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
         return None
     try:
         told = of_ranks.sizes(checkpoint.config, checkpoint.config_kind)
-    except AnyckptError:  # what is not possible in it is told elsewhere
+    except LastingError:  # what is not possible in it is told elsewhere
         return None
     return {name: told[name] for name in _MODEL_FIELDS if type(told.get(name)) is int}
 
@@ -243,7 +243,7 @@ def _identify(checkpoint: Checkpoint) -> tuple[Model | None, str | None]:
 
     try:
         return identify(checkpoint), None
-    except AnyckptError as error:
+    except LastingError as error:
         return None, f"the model family cannot be told: {_obstacle(checkpoint) or error}"
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 from anyckpt.engine.manifest import check_sizes, read_manifest
-from anyckpt.errors import AnyckptError, UnfinishedError
+from anyckpt.errors import LastingError, UnfinishedError
 from anyckpt.formats import registry
 from anyckpt.formats.shared.unfinished import averaged_from
 from anyckpt.operations.retention import Saved
@@ -141,7 +141,7 @@ def condition(path: str) -> Condition:
             for piece in tensor.pieces():
                 piece.check()
         manifest = read_manifest(path) if os.path.isdir(path) else None
-    except AnyckptError as error:
+    except LastingError as error:
         return Condition(str(error), isinstance(error, UnfinishedError))
     finally:
         close_open_files()  # it may be deleted while this process lives on

@@ -10,7 +10,7 @@ from anyckpt.checkpoint import Checkpoint, StoredChecksum
 from anyckpt.config.model import PART_OF
 from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
-from anyckpt.errors import AnyckptError, FormatError, MappingError, UnknownFormatError, UnreachableError
+from anyckpt.errors import AnyckptError, FormatError, LastingError, MappingError, UnknownFormatError
 from anyckpt.formats import registry
 from anyckpt.models import Model, adapters
 from anyckpt.models.complete import some
@@ -144,7 +144,7 @@ def _opened(
 def _format_of(location: Location) -> str:
     try:
         return registry.detect(location).name
-    except AnyckptError:
+    except LastingError:
         return ""
 
 
@@ -222,9 +222,7 @@ def _check_pieces(checkpoint: Checkpoint, result: Verification) -> None:
             for piece in tensor.pieces():
                 piece.check()
                 result.checked.pieces += 1
-        except UnreachableError:
-            raise
-        except AnyckptError as error:
+        except LastingError as error:
             result.problems.append(Problem(name, str(error)))
         else:
             result.checked.tensors += 1
@@ -234,9 +232,7 @@ def _check_digests(path: str, place: Place, result: Verification, progress: Prog
     """Whether there is a manifest and every byte agrees with it."""
     try:
         manifest = read_manifest(path, place)
-    except UnreachableError:
-        raise
-    except AnyckptError as error:
+    except LastingError as error:
         result.problems.append(Problem("manifest", str(error)))
         return False
     if manifest is None:
@@ -267,9 +263,7 @@ def _check_checksums(checkpoint: Checkpoint, result: Verification, proof: Proof,
                 with holding((item.source, 0, item.source.size) for item in batch if len(batch) > 1):
                     for item in batch:
                         _check_checksum(item, result, proof, meter)
-        except UnreachableError:
-            raise
-        except AnyckptError as error:
+        except LastingError as error:
             result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
     checkpoint.calls.take(met)
 
@@ -328,9 +322,7 @@ def _check_scales(whole: Checkpoint, result: Verification) -> None:
             result.checked.scales += 1
             if scale.problem is not None:
                 result.problems.append(Problem(scale.name, scale.problem))
-    except UnreachableError:
-        raise
-    except AnyckptError as error:  # of a file that is cut short, which its pieces show too
+    except LastingError as error:  # of a file that is cut short, which its pieces show too
         result.problems.append(Problem(whole.path, f"{error}; scales after it were not checked"))
 
 

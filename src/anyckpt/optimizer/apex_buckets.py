@@ -17,7 +17,7 @@ import numpy as np
 
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.dtypes import BY_NAME
-from anyckpt.errors import AnyckptError, FormatError
+from anyckpt.errors import FormatError, LastingError
 from anyckpt.indexing import Array
 from anyckpt.optimizer.state import unproved
 from anyckpt.pickling import Record
@@ -130,7 +130,7 @@ def _whole(parts: Sequence[Any], number: int, source: str) -> dict[str, LazyTens
             raise FormatError(f"bucket {number} has no {key}", path=source)
         try:
             whole[slot] = concatenate(flat, 0)
-        except AnyckptError as error:
+        except LastingError as error:
             raise FormatError(f"bucket {number}: its {key} {error.problem}", path=source) from None
     size = fields[0].get("bucket_size")
     held = whole[_MOMENTS[0]].size
@@ -172,7 +172,7 @@ def _parameter(
     size = max((start[0] + tile.size for start, tile in zip(starts, tiles, strict=True)), default=0)
     try:
         return mosaic(kind, (size,), starts, tiles)
-    except AnyckptError as error:
+    except LastingError as error:
         raise unproved(
             f"the fragments of parameter {index} do not cover it: {error.problem}",
             path=source,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
-from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.errors import UnsafeError, reading_error
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import ByteSource
 
@@ -92,7 +92,7 @@ class LocalFolder:
                         elif depth < _MAX_DEPTH and entry.is_dir():
                             todo.append((f"{prefix}{entry.name}/", depth + 1))
             except OSError as error:
-                raise FormatError(f"cannot be listed: {error.strerror}", path=self.name) from error
+                raise reading_error("be listed", self.name, error) from error
         return sorted(found)
 
     def open(self, name: str) -> ByteSource:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections import OrderedDict
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, reading_error
 from anyckpt.identity import Identity
 from anyckpt.storage.read_count import count_read
 from anyckpt.storage.source import ByteSource, check_filled
@@ -90,7 +90,7 @@ class LocalFile(ByteSource):
         try:
             status = os.stat(self.path)
         except OSError as error:
-            raise FormatError(f"cannot be opened: {error.strerror}", path=path) from error
+            raise reading_error("be opened", path, error) from error
         if not os.path.isfile(self.path):
             raise FormatError("is not a regular file", path=path)
         self.size = status.st_size
@@ -123,7 +123,7 @@ class LocalFile(ByteSource):
         try:
             entry = _open_files.acquire(self.path)
         except OSError as error:
-            raise FormatError(f"cannot be opened: {error.strerror}", path=self.name) from error
+            raise reading_error("be opened", self.name, error) from error
         try:
             position = 0
             while position < len(buffer):
@@ -133,7 +133,7 @@ class LocalFile(ByteSource):
                 position += count
             count_read(len(buffer))
         except OSError as error:
-            raise FormatError(f"cannot be read at byte {offset}: {error.strerror}", path=self.name) from error
+            raise reading_error(f"be read at byte {offset}", self.name, error) from error
         finally:
             _open_files.release(entry)
 

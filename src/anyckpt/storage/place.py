@@ -13,7 +13,7 @@ import stat
 from abc import ABC, abstractmethod
 from contextlib import suppress
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, reading_error
 from anyckpt.storage.folder import Folder, LocalFolder
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import ByteSource
@@ -114,7 +114,7 @@ class LocalPlace(Place):
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise _cannot("be opened", path, error) from error
+            raise reading_error("be opened", path, error) from error
         return FOLDER if stat.S_ISDIR(mode) else FILE if stat.S_ISREG(mode) else OTHER
 
     def exists(self, path: str) -> bool:
@@ -124,7 +124,7 @@ class LocalPlace(Place):
         try:
             return tuple(sorted(os.listdir(path)))
         except OSError as error:
-            raise _cannot("be listed", path, error) from error
+            raise reading_error("be listed", path, error) from error
 
     def open(self, path: str) -> ByteSource:
         return LocalFile(path)
@@ -158,10 +158,6 @@ class LocalPlace(Place):
 
     def on_disk(self, path: str) -> str | None:
         return path
-
-
-def _cannot(what: str, path: str, error: OSError | ValueError) -> FormatError:
-    return FormatError(f"cannot {what}: {getattr(error, 'strerror', None) or error}", path=path)
 
 
 LOCAL = LocalPlace()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from anyckpt.errors import FormatError
+from anyckpt.errors import FormatError, reading_error
 from anyckpt.identity import Identity
 from anyckpt.storage import requests
 
@@ -78,20 +78,21 @@ class ByteSource(ABC):
         """Fill ``buffer`` from what this thread holds (see ``storage.requests``), else by reading; checks no bounds.
 
         Raises:
-            FormatError: the bytes cannot be read.
+            FormatError, UnreachableError: the bytes cannot be read.
         """
         if requests.answer(self, offset, buffer):
             return
         try:
             self._read_into(offset, buffer)
         except OSError as error:
-            raise FormatError(f"cannot be read at byte {offset}: {error.strerror or error}", path=self.name) from error
+            raise reading_error(f"be read at byte {offset}", self.name, error) from error
 
     def read_into(self, offset: int, buffer: Any) -> None:
         """Fill ``buffer`` (any writable contiguous buffer) with the bytes from ``offset`` on.
 
         Raises:
             FormatError: the range is not inside the source, or the file has become shorter.
+            UnreachableError: it cannot be read at this moment.
         """
         view = memoryview(buffer).cast("B") if memoryview(buffer).nbytes else memoryview(b"")
         self.check_range(offset, len(view))

@@ -18,7 +18,7 @@ from anyckpt.containers.dcp.items import Chunks, ItemTable, LazyObjects, Unread
 from anyckpt.containers.dcp.metadata import Index, ItemPlace, TensorEntry, merge, read_index
 from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
-from anyckpt.errors import AnyckptError, FormatError, UnfinishedError, UnsafeError
+from anyckpt.errors import AnyckptError, FormatError, LastingError, UnfinishedError, UnsafeError
 from anyckpt.indexing import Array
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.heads import read_each, whole
@@ -93,7 +93,7 @@ def read_dcp(folder: Folder) -> DcpContents:
         return _Opener(folder, names, index).open(extra)
     except UnsafeError:
         raise
-    except AnyckptError as problem:
+    except LastingError as problem:
         path, remedy = problem.path or metadata_name, problem.remedy or _AGAIN
         raise problem.told_as(FormatError, path=path, remedy=remedy) from problem
 

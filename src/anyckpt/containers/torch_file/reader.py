@@ -12,7 +12,7 @@ from anyckpt.containers.torch_file.legacy_stream import is_stream, read_stream
 from anyckpt.containers.torch_file.legacy_tar import is_tape, read_tape
 from anyckpt.containers.torch_file.rebuild import TensorBuilder, storage_dtype
 from anyckpt.containers.torch_file.values import Storage, brief, brief_text
-from anyckpt.errors import AnyckptError, FormatError, UnsafeError
+from anyckpt.errors import FormatError, LastingError, UnsafeError
 from anyckpt.pickling import load
 from anyckpt.pickling.calls import current
 from anyckpt.storage.heads import edges, read_each
@@ -220,7 +220,7 @@ def _note_others(records: dict[str, ZipRecord], folder: str) -> None:
             if record.source.size > _LARGEST_DEFLATED_PICKLE:
                 raise UnsafeError("a pickle is too large to be looked at", path=record.source.name)
             load(record.source.read_all(), persistent_load=lambda _: None, name=record.source.name)
-        except AnyckptError as error:
+        except LastingError as error:
             wanted.unread[record.source.name] = error.problem
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import LastingError
 from anyckpt.formats.lightning.keys import META, VERSION
 from anyckpt.formats.shared.rank_folders import parse_folder
 from anyckpt.storage.location import Location
@@ -25,7 +25,7 @@ def detect(location: Location) -> bool:
         return META in location.names and any(name.endswith((".metadata", ".distcp")) for name in location.names)
     try:
         return VERSION.encode() in _pickle_head(location)
-    except AnyckptError:
+    except LastingError:
         return False  # a damaged file is the torch format's to report
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Part
 from anyckpt.containers.safetensors import read_safetensors_files
-from anyckpt.errors import AnyckptError, FormatError
+from anyckpt.errors import FormatError, LastingError
 from anyckpt.indexing import Shape
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, mosaic
@@ -187,7 +187,7 @@ def _whole(folder: str, name: str, parts: Sequence[tuple[Shape, LazyTensor]], fi
     shape = tuple(map(max, zip(*ends, strict=True)))
     try:
         return mosaic(parts[0][1].dtype, shape, [start for start, _ in parts], [tensor for _, tensor in parts])
-    except AnyckptError as error:
+    except LastingError as error:
         problem = f"the ranks' parts do not make up the tensor: {error.problem}"
         raise error.told_as(FormatError, problem, path=folder, tensor=name, remedy=_GATHER) from error
 

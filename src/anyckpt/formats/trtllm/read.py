@@ -7,7 +7,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.containers.safetensors import read_safetensors_files
-from anyckpt.errors import AnyckptError, FormatError, MappingError
+from anyckpt.errors import AnyckptError, FormatError, LastingError, MappingError
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.formats.trtllm import tokenizer
 from anyckpt.formats.trtllm.container import CONFIG, LAYERS, RANK, opened, rank_file
@@ -193,7 +193,7 @@ def _joined_one(
         how = division(name, parts[0], config)
         whole = join(pieces, how, heads)
         warnings += compare(_replicas(name, pieces, how, heads))
-    except AnyckptError as error:
+    except LastingError as error:
         error.tensor = error.tensor or name
         raise error.told_as(MappingError) from None
     return _without_padding(name, whole, how, config, heads.ranks)

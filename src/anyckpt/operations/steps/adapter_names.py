@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import LastingError
 from anyckpt.models.adapters import Adapter, Layers, read_adapter, separated, settings_of, spelling_of
 from anyckpt.models.adapters.loose import SPELLINGS, as_peft
 from anyckpt.models.adapters.peft_names import by_module
@@ -35,7 +35,7 @@ def adapter_names(a: Checkpoint, b: Checkpoint) -> CommonNames | None:
         found = [_updates(checkpoint, layers) for checkpoint in (a, b)]
         if layers is not None and any(target.part for adapter in found for target in adapter.updates):
             found = [separated(adapter, layers) for adapter in found]
-    except AnyckptError as error:
+    except LastingError as error:
         return CommonNames(a.weights(), b.weights(), "weights", (f"compared under stored names: {error}",))
     return CommonNames(_named(found[0]), _named(found[1]), "hub")
 

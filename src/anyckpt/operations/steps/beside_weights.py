@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor, storage_key
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import LastingError, UsageError
 from anyckpt.models.complete import some
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.tensor import LazyTensor
@@ -75,7 +75,7 @@ def _of_optimizer(
     find = with_optimizer(checkpoint).optimizer
     try:
         slots = {} if find is None else find().slots
-    except AnyckptError:
+    except LastingError:
         return None
     owners = {key: name for own in slots.values() for name, tensor in own.items() if (key := storage_key(tensor))}
     found = {stored: owners.get(storage_key(tensor)) for stored, tensor in chosen.items()}

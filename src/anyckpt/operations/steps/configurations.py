@@ -12,7 +12,7 @@ from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hugging_face import WITHOUT_MEANING
 from anyckpt.config.model import PART_OF
-from anyckpt.errors import AnyckptError, few
+from anyckpt.errors import LastingError, few
 from anyckpt.models import Model, ModelConfig
 from anyckpt.models.adapters import KINDS, settings_of, spelling_of
 
@@ -142,7 +142,7 @@ def _told_alone(a: Checkpoint, b: Checkpoint) -> tuple[Model, Model] | None:
         bare = Checkpoint("", "", {}, config=checkpoint.config, config_kind=checkpoint.config_kind)
         try:
             model = models.identify(bare)
-        except AnyckptError:
+        except LastingError:
             return None
         if model is None:
             return None
@@ -223,7 +223,7 @@ def _respelled(model: Model, kind: str | None) -> ModelConfig | None:
     """What is left of a model's configuration in another framework's spelling; None if that cannot say it."""
     try:
         config = models.render_config(model, kind or "")
-    except AnyckptError:
+    except LastingError:
         return None
     again = _identified(config, kind, model.family)
     return None if again is None else again.config
@@ -233,7 +233,7 @@ def _identified(config: Mapping[str, Any], kind: str | None, family: str) -> Mod
     """The model that a configuration alone tells of; None if none."""
     try:
         return models.identify(Checkpoint("", "", {}, config=dict(config), config_kind=kind), family=family)
-    except AnyckptError:
+    except LastingError:
         return None
 
 

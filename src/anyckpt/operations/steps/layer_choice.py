@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.config.model import ModelConfig
-from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.errors import LastingError, MappingError, UsageError
 from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers, with_stack_layers
 from anyckpt.operations.steps.layer_stack import Stack, find_stack, two_stacked, two_stacks
 from anyckpt.operations.steps.pipeline import Stepped
@@ -339,7 +339,7 @@ def _checked(
         if old is None:
             return [], config
         models.to_hub(before, old)
-    except AnyckptError:
+    except LastingError:
         return [], config  # not even the whole was one: whoever needs to know says so
     wanted = [_kind(old.config, layer) for layer in kept]
     stated = config
@@ -383,7 +383,7 @@ def _with(config: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 def _kinds(checkpoint: Checkpoint, family: str | None) -> list[tuple[bool, bool, bool]] | None:
     try:
         model = models.identify(checkpoint, family=family)
-    except AnyckptError:
+    except LastingError:
         return None
     return None if model is None else [_kind(model.config, layer) for layer in range(model.config.num_layers)]
 

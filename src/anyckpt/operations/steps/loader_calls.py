@@ -8,7 +8,7 @@ from typing import Any
 
 from anyckpt import pickling
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import LastingError
 from anyckpt.pickling.calls import Calls, recording
 from anyckpt.pickling.plain import view
 from anyckpt.storage.place import LOCAL
@@ -41,7 +41,7 @@ def asked_of_loaders(checkpoint: Checkpoint, *, states: bool = False) -> Calls:
         for name in list(checkpoint.objects):
             try:
                 value = checkpoint.objects[name]
-            except AnyckptError as error:
+            except LastingError as error:
                 calls.unread[name] = str(error)
             else:
                 if states:
@@ -100,7 +100,7 @@ def _look_into(name: str, state: Any, calls: Calls) -> None:
             if len(data.shape) == 1 and not _begins_a_pickle(data[:4].numpy().tobytes()):
                 return
             data = data.numpy().tobytes()
-        except AnyckptError as error:
+        except LastingError as error:
             calls.unread[name] = str(error)
             return
     if not isinstance(data, (bytes, bytearray)) or not _begins_a_pickle(bytes(data[:512])):
@@ -122,7 +122,7 @@ def _look_at_nested(calls: Calls) -> None:
 def _look_at_file(name: str, source: ByteSource, calls: Calls) -> None:
     try:
         head = source.read(0, min(512, source.size))
-    except AnyckptError as error:
+    except LastingError as error:
         calls.unread[name] = str(error)
         return
     if head.startswith(_NUMPY):
@@ -139,7 +139,7 @@ def _look_at_array(name: str, source: ByteSource, calls: Calls) -> None:
     start = (12 if wide else 10) + int.from_bytes(head[8 : 12 if wide else 10], "little")
     try:
         pickling.load_prefix(source, start, persistent_load=_nothing, name=source.name)
-    except AnyckptError as error:
+    except LastingError as error:
         calls.unread[name] = str(error)
 
 
@@ -154,7 +154,7 @@ def _look_at(name: str, source: ByteSource, calls: Calls) -> None:
             _look_at_pickles(source)
         else:
             calls.unread[name] = "the pickle is too large to be looked at"
-    except AnyckptError as error:
+    except LastingError as error:
         calls.unread[name] = error.problem
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.errors import AnyckptError, FormatError, UnreachableError, UsageError
+from anyckpt.errors import FormatError, LastingError, UsageError
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.storage.location import Location, look_at
 from anyckpt.storage.requests import is_far
@@ -200,9 +200,7 @@ def check(location: Location, published: Iterable[Published], progress: Progress
         digests = by_file[file]
         try:
             values = _digests(sources[file], {digest.algorithm for digest in digests}, advance)
-        except UnreachableError:
-            raise
-        except AnyckptError as error:
+        except LastingError as error:
             return [(digest, str(error)) for digest in digests]
         return [(digest, _problem(digest, values[digest.algorithm])) for digest in digests]
 

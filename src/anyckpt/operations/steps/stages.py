@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from anyckpt.checkpoint import Checkpoint, RankShard
 from anyckpt.config import of_ranks
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import LastingError
 from anyckpt.layout.pipeline import Chunk, chunks
 from anyckpt.operations.steps.joining import geometry_of, parallelism_of
 
@@ -32,7 +32,7 @@ def stages_of(checkpoint: Checkpoint) -> tuple[Chunk, ...]:
         stacks = {"decoder": geometry.num_layers, "mtp": geometry.mtp_num_layers}
         known = {name: count for name, count in stacks.items() if count}
         return chunks(parallelism_of(checkpoint), geometry, known) if "decoder" in known else ()
-    except AnyckptError:  # words that contradict one another say nothing of the files, which are not divided so
+    except LastingError:  # words that contradict one another say nothing of the files, which are not divided so
         return ()
 
 

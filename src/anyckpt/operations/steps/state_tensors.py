@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.errors import AnyckptError, MappingError
+from anyckpt.errors import AnyckptError, LastingError, MappingError
 from anyckpt.operations.steps.common_names import CommonNames
 from anyckpt.operations.steps.compare_objects import compare_objects
 from anyckpt.operations.steps.configurations import Setting
@@ -82,7 +82,7 @@ def _state_of(checkpoint: Checkpoint) -> OptimizerState | str | None:
         return "is of a kind that is not understood" if checkpoint.training.has_optimizer else None
     try:
         state = found.optimizer()
-    except AnyckptError as error:
+    except LastingError as error:
         return _reason(error)
     return state if parameters_of(state) else None
 

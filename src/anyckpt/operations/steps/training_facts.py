@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import LastingError
 from anyckpt.pickling.plain import view
 from anyckpt.pickling.records import Record
 from anyckpt.tensor import LazyTensor
@@ -81,7 +81,7 @@ def _parts(objects: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in objects:
         try:
             todo.append((name, objects[name], 0))
-        except AnyckptError:  # what is damaged is told elsewhere
+        except LastingError:  # what is damaged is told elsewhere
             continue
     todo.reverse()
     while todo and left > 0:
@@ -110,7 +110,7 @@ def _numbers(value: Any) -> list[float]:
     if isinstance(value, LazyTensor) and value.size == 1:
         try:
             value = value.numpy().reshape(-1)[0].item()
-        except (AnyckptError, OSError):
+        except (LastingError, OSError):
             return []
     value = view(value)
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:

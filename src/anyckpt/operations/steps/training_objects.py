@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError, FormatError
+from anyckpt.errors import FormatError, LastingError
 from anyckpt.formats.shared.random_states import random_states
 from anyckpt.formats.shared.rank_folders import parse_folder
 from anyckpt.models.complete import some
@@ -146,7 +146,7 @@ def _compare_extra(a: Checkpoint, b: Checkpoint, result: TrainingObjects) -> Non
     """The states that modules have beside their weights, which not every format keeps."""
     try:
         first, second = ({} if c.extra_states is None else c.extra_states() for c in (a, b))
-    except AnyckptError as error:
+    except LastingError as error:
         result.not_compared.append(f"modules' states beside their weights: {error}")
         return
     if (first and second) or a.format == b.format:

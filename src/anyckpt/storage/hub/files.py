@@ -229,7 +229,7 @@ class HubFile(ByteSource):
 
     def _check_size(self, total: str | None) -> None:
         if total is not None and total.isdecimal() and int(total) != self.size:
-            raise FormatError(
+            raise UnreachableError(
                 "is of another size than the Hub's list of files says",
                 path=self.name,
                 expected=f"{self.size} bytes",

@@ -108,7 +108,7 @@ class ObjectSource(ByteSource):
         else:
             count_read(len(buffer))
             return
-        raise FormatError(
+        raise UnreachableError(
             "changed while it was being read",
             path=self.name,
             expected=self._stamp,
