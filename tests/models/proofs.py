@@ -89,7 +89,7 @@ class Tiny(Sample):
         model = _identified(empty)[1]
         tensors: dict[str, LazyTensor] = {}
         for item in model.definition.expected(model.config):
-            shapes = item.rule.operation.source_shapes(item.shape, model.config)
+            shapes = item.rule.operation.source_shapes(item.shape, item.config)
             if item.sources:
                 tensors.update({n: self._values(n, tuple(s)) for n, s in zip(item.sources, shapes, strict=True)})
         return _identified(replace(empty, tensors=as_written(tensors, model)))
@@ -225,6 +225,12 @@ _IMAGES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
     "patch_size": 4,
 }  # fmt: skip
+_TEXT_TOWER = {**_BERT, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_size": 24}
+_TALL = {**_IMAGES, "num_hidden_layers": 3}
+TWO_TOWERS = {
+    "text_config": {**_TEXT_TOWER, "model_type": "clip_text_model"},
+    "vision_config": {**_TALL, "model_type": "clip_vision_model"},
+}
 _BERTS = ("BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertModel")
 
 _ROBERTAS = ("RobertaForMaskedLM", "RobertaModel")
@@ -759,6 +765,32 @@ PROOFS: dict[str, Proof] = {
             projection_dim=24,
             architectures=["CLIPVisionModelWithProjection"],
         ),
+    ),
+    "clip-text": proof(
+        tiny("clip-text", "clip_text_model", _HUB_ALONE, **_TEXT_TOWER),
+        tiny(
+            "clip-text-projection",
+            "clip_text_model",
+            _HUB_ALONE,
+            **_TEXT_TOWER,
+            projection_dim=20,
+            architectures=["CLIPTextModelWithProjection"],
+        ),
+    ),
+    "clip": proof(tiny("clip", "clip", _HUB_ALONE, **TWO_TOWERS, projection_dim=20)),
+    "siglip-text": proof(tiny("siglip-text", "siglip_text_model", _HUB_ALONE, **_TEXT_TOWER, projection_size=28)),
+    "siglip-vision": proof(
+        tiny("siglip-vision", "siglip_vision_model", _HUB_ALONE, **_IMAGES),
+        tiny("siglip-headless", "siglip_vision_model", _HUB_ALONE, **_IMAGES, vision_use_head=False),
+    ),
+    "siglip": proof(
+        tiny(
+            "siglip",
+            "siglip",
+            _HUB_ALONE,
+            text_config={**_TEXT_TOWER, "projection_size": 32, "model_type": "siglip_text_model"},
+            vision_config=_TALL,
+        )
     ),
     "vit": proof(
         fixture("vit", {**_VISION, **NO_NEMO_2}, ("layernorm.weight", "layernorm.bias")),

@@ -40,7 +40,7 @@ def made(name: str, config: dict[str, Any]) -> Opened:
     assert model is not None
     tensors = {}
     for item in model.definition.expected(model.config):
-        shapes = item.rule.operation.source_shapes(item.shape, model.config)
+        shapes = item.rule.operation.source_shapes(item.shape, item.config)
         tensors |= {n: values(n, tuple(s)) for n, s in zip(item.sources, shapes, strict=True)}
     whole = Checkpoint(name, "hf", tensors, dialect="hf", config=config, config_kind="hf")
     again = models.identify(whole)

@@ -65,16 +65,18 @@ def computed(path: Path, architecture: str) -> Any:
     model = getattr(transformers, architecture).from_pretrained(path, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(1)
     config = model.config
-    if model.main_input_name == "pixel_values":
-        shape = (2, config.num_channels, config.image_size, config.image_size)
-        inputs = {"pixel_values": torch.randn(shape, generator=generator)}
-    elif model.main_input_name == "input_features":
+    seeing, reading = getattr(config, "vision_config", config), getattr(config, "text_config", config)
+    inputs = {}
+    if model.main_input_name == "pixel_values" or seeing is not config:
+        shape = (2, seeing.num_channels, seeing.image_size, seeing.image_size)
+        inputs["pixel_values"] = torch.randn(shape, generator=generator)
+    if model.main_input_name == "input_features":
         shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
-        tokens = torch.randint(3, config.vocab_size, (2, 12), generator=generator)
-        inputs = {"input_features": torch.randn(shape, generator=generator), "decoder_input_ids": tokens}
-    else:
-        tokens = torch.randint(3, config.vocab_size, (2, 24), generator=generator)
-        inputs = {"input_ids": tokens}
+        inputs["input_features"] = torch.randn(shape, generator=generator)
+        inputs["decoder_input_ids"] = torch.randint(3, config.vocab_size, (2, 12), generator=generator)
+    elif model.main_input_name != "pixel_values":
+        tokens = torch.randint(3, reading.vocab_size, (2, 24), generator=generator)
+        inputs["input_ids"] = tokens
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = tokens[:, :12]
     with torch.no_grad():

@@ -95,6 +95,8 @@ class ModelConfig(BlockConfig, EncoderConfig):
         eos_token_id: one, several, or None.
         pad_token_id: or None.
         dtype: element type of the weights, in torch's name.
+        towers: by the key that a Hugging Face configuration has it under, each of the models that this one is made of;
+            where they are two that are trained together, and its own fields are those of the one that reads.
         extra: under ``hf`` the keys of a Hugging Face configuration that are no fields here; under ``features`` those
             of ``FEATURES`` that a Megatron or NeMo configuration has; under ``PART_OF`` the type of the larger model
             whose text part this one is, under ``WHOLE`` its ``config.json``, and under ``WHOLE_NAMES`` what its
@@ -142,6 +144,7 @@ class ModelConfig(BlockConfig, EncoderConfig):
     eos_token_id: Tokens = None
     pad_token_id: Tokens = None
     dtype: str | None = None
+    towers: Mapping[str, ModelConfig] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property

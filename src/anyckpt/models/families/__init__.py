@@ -27,8 +27,7 @@ _BUILT_IN = (
     "granitemoe", "exaone4", "ernie4_5", "ernie4_5_moe", "cohere2", "hunyuan_dense", "internlm3", "ministral3",
     "minimax_m2",
     "roberta", "xlm_roberta", "distilbert", "lfm2",
-    "modernbert", "falcon_h1",
-    "whisper",
+    "modernbert", "falcon_h1", "whisper", "clip", "clip_text", "siglip", "siglip_text", "siglip_vision",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""
 

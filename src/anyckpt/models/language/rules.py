@@ -61,6 +61,8 @@ class Rule:
         after: a length as in ``shape``, by which the first star of the source is more than that of the hub; "" for 0.
         partition: how tensor parallelism divides the hub tensor, where that is not what ``layout.partition.TABLE`` says
             of its name: one of its words, or a way of the family's own.
+        tower: of a model that is made of several, that which the tensor is of (a key of ``ModelConfig.towers``):
+            lengths, indices, condition and operation are by its configuration; "" for the model's own.
     """
 
     source: tuple[str, ...]
@@ -72,6 +74,7 @@ class Rule:
     after: str = ""
     optional: bool = False
     partition: str | Partition | None = None
+    tower: str = ""
 
     @property
     def of_vocabulary(self) -> bool:
@@ -148,32 +151,37 @@ def instances(
         config: the model.
         layer: the configuration as one layer sees it, by the index along the axis called ``layer``.
     """
-    lengths = {name: dimension(config) for name, dimension in dimensions.items()}
     prepared = [
         _Prepared(
             entry,
             tuple(pattern.split("*") for pattern in entry.source),
             entry.hub.split("*"),
-            tuple(lengths[name] for name in entry.shape),
-            lengths[entry.after] if entry.after else 0,
+            tuple(dimensions[name](seen) for name in entry.shape),
+            dimensions[entry.after](seen) if entry.after else 0,
         )
-        for entry in rules
+        for entry, seen in ((entry, of_tower(config, entry.tower)) for entry in rules)
     ]
     leading = list(itertools.takewhile(lambda item: not item.axes, prepared))
     starred = [item for item in prepared if item.axes]
     for item in leading:
-        yield from item.at((), config)
-    for outer in dict.fromkeys(item.axes[0] for item in starred):
-        together = [item for item in starred if item.axes[0] == outer]
-        for first in axes[outer](config):
-            seen = layer(config, first) if outer == "layer" else config
-            own = together if seen is config else [item.seen_by(seen, dimensions) for item in together]
+        yield from item.at((), of_tower(config, item.rule.tower))
+    for tower, outer in dict.fromkeys((item.rule.tower, item.axes[0]) for item in starred):
+        together = [item for item in starred if (item.rule.tower, item.axes[0]) == (tower, outer)]
+        whole = of_tower(config, tower)
+        for first in axes[outer](whole):
+            seen = layer(whole, first) if outer == "layer" else whole
+            own = together if seen is whole else [item.seen_by(seen, dimensions) for item in together]
             for item in own:
                 for rest in itertools.product(*(axes[name](seen) for name in item.axes[1:])):
                     yield from item.at((first, *rest), seen)
     for item in prepared[len(leading) :]:
         if not item.axes:
-            yield from item.at((), config)
+            yield from item.at((), of_tower(config, item.rule.tower))
+
+
+def of_tower(config: ModelConfig, tower: str) -> ModelConfig:
+    """The configuration of one of the models that a model is made of; its own if none is named."""
+    return config.towers[tower] if tower else config
 
 
 @dataclass(frozen=True)
