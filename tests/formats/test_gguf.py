@@ -198,6 +198,121 @@ def test_sentencepiece_models_travel(tmp_path: Path) -> None:
     assert read_model((tmp_path / "back" / "tokenizer.model").read_bytes(), "back") == pieces
 
 
+PIECES = {
+    "added_tokens": [
+        {"id": 0, "content": "<unk>", "special": True},
+        {"id": 1, "content": "<s>", "special": True},
+        {"id": 9, "content": "<tool>", "special": False},
+    ],
+    "normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]},
+    "pre_tokenizer": None,
+    "model": {
+        "type": "BPE",
+        "unk_token": "<unk>",
+        "byte_fallback": True,
+        "vocab": {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "▁": 3, "a": 4, "b": 5, "ab": 6, "▁ab": 7, "▁a": 8},
+        "merges": [["a", "b"], ["▁", "ab"], ["▁a", "b"], ["▁", "a"]],
+    },
+}  # fmt: skip
+
+
+def test_pieces_that_only_json_has_left_travel(tmp_path: Path) -> None:
+    done = anyckpt.convert(with_tokenizer(tmp_path / "source", PIECES), tmp_path / "m.gguf")
+    assert not {"tokenizer.json", "tokenizer_config.json"} & {*done.ignored}
+    said = read_header(MemorySource((tmp_path / "m.gguf").read_bytes())).metadata
+    assert said["tokenizer.ggml.model"] == "llama" and said["tokenizer.ggml.add_space_prefix"] is True
+    assert said["tokenizer.ggml.tokens"][:11] == [*PIECES["model"]["vocab"], "<tool>", "[PAD10]"]
+    assert said["tokenizer.ggml.token_type"][:11] == [2, 3, 6, 1, 1, 1, 1, 1, 1, 4, 5]
+    scores = said["tokenizer.ggml.scores"]
+    assert scores[6] > scores[7] > scores[8] > scores[4]
+    anyckpt.convert(tmp_path / "m.gguf", tmp_path / "back", to="hf")
+    assert read_model((tmp_path / "back" / "tokenizer.model").read_bytes(), "back").tokens[6:8] == ("ab", "▁ab")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"normalizer": {"type": "NFKC"}}, "not what sentencepiece models do"),
+        ({"normalizer": None}, "not what sentencepiece models do"),
+        ({"pre_tokenizer": {"type": "Digits"}}, "not what sentencepiece models do"),
+        ({"model": {**PIECES["model"], "merges": [["▁", "ab"], ["a", "b"], ["▁a", "b"]]}}, "in the order of scores"),
+        ({"added_tokens": [{"id": 4000, "content": "<x>"}]}, "4,001 tokens and the embedding 151 rows"),
+    ],
+)
+def test_pieces_that_would_be_cut_otherwise_are_told(change: dict[str, Any], why: str, tmp_path: Path) -> None:
+    done = anyckpt.convert(with_tokenizer(tmp_path / "source", {**PIECES, **change}), tmp_path / "m.gguf")
+    assert any(why in note for note in done.notes), done.notes
+    assert "tokenizer.json" in done.ignored
+
+
+@pytest.mark.parametrize(
+    ("change", "space"),
+    [
+        ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+          "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}}, False),
+        ({"normalizer": None, "pre_tokenizer":
+          {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}}, True),
+        ({"normalizer": None, "pre_tokenizer":
+          {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}}, False),
+    ],
+)  # fmt: skip
+def test_a_space_in_front_is_as_the_tokenizer_has_it(change: dict[str, Any], space: bool, tmp_path: Path) -> None:
+    anyckpt.convert(with_tokenizer(tmp_path / "source", {**PIECES, **change}), tmp_path / "m.gguf")
+    said = read_header(MemorySource((tmp_path / "m.gguf").read_bytes())).metadata
+    assert said["tokenizer.ggml.add_space_prefix"] is space
+
+
+# -- what is said of the model ---------------------------------------------------------------------------------
+
+CARD = """---
+license: other
+license_name: llama3
+license_link: https://example.org/licence
+language: [en, no]
+pipeline_tag: text-generation
+tags: [chat]
+base_model: meta-llama/Llama-3-8B
+datasets: [org/some-data, "https://example.org/data"]
+---
+# A model
+"""
+
+
+def test_the_model_card_is_carried(tmp_path: Path) -> None:
+    source = tmp_path / "my-llama-2-tuned"
+    shutil.copytree(LLAMA, source)
+    (source / "README.md").write_text(CARD)
+    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "top_k": 40, "do_sample": True}))
+    anyckpt.convert(source, tmp_path / "m.gguf")
+    said = read_header(MemorySource((tmp_path / "m.gguf").read_bytes())).metadata
+    expected = {
+        "name": "My Llama 2 Tuned", "size_label": "75K", "license": "other", "license.name": "llama3",
+        "license.link": "https://example.org/licence", "tags": ["chat", "text-generation"], "languages": ["en", "no"],
+        "base_model.count": 1, "base_model.0.name": "Llama 3 8B", "base_model.0.organization": "Meta Llama",
+        "base_model.0.repo_url": "https://huggingface.co/meta-llama/Llama-3-8B", "dataset.count": 2,
+        "dataset.0.name": "Some Data", "dataset.0.organization": "Org",
+        "dataset.0.repo_url": "https://huggingface.co/org/some-data", "dataset.1.repo_url": "https://example.org/data",
+        "sampling.temp": 0.5, "sampling.top_k": 40,
+    }  # fmt: skip
+    made = {key.removeprefix("general."): value for key, value in said.items() if key.startswith("general.")}
+    assert {key: made[key] for key in expected} == expected
+    assert made.keys() - expected.keys() == {"architecture", "type", "file_type", "quantization_version"}
+
+
+@pytest.mark.parametrize(
+    "card", ["", "no front matter", "---\nunfinished: yes\n", "---\n- a list\n---\n", "---\n\x00\n---\n"]
+)
+def test_cards_that_say_nothing(card: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(LLAMA, source)
+    (source / "README.md").write_text(card)
+    done = anyckpt.convert(source, tmp_path / "m.gguf")
+    assert any("front matter cannot be read" in note for note in done.notes) == card.endswith("---\n")
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 SMALL = {
@@ -222,7 +337,12 @@ def write(path: Path, metadata: dict[str, Any], kinds: dict[str, tuple[str, tupl
     [
         ({}, {}, FormatError, "does not say of which architecture"),
         ({**SMALL, "general.architecture": "rwkv7"}, {}, MappingError, "not known here.*found rwkv7"),
-        ({**SMALL, "split.count": 3, "split.no": 1}, {}, FormatError, "one of 3 parts.*part 2.*llama-gguf-split"),
+        (
+            {**SMALL, "split.count": 3, "split.no": 1},
+            {},
+            FormatError,
+            "one of 3 parts.*model-00002-of-00003.gguf, found part 2",
+        ),
         ({**SMALL, "llama.block_count": "two"}, {}, FormatError, "block_count is no number"),
         ({**SMALL, "llama.attention.head_count": 2.5}, {}, FormatError, "head_count is no count"),
         ({"general.architecture": "llama"}, {}, FormatError, "lacks llama.embedding_length"),
@@ -249,6 +369,53 @@ def test_files_that_hold_no_model(
     with pytest.raises(error, match=text) as caught:
         anyckpt.open(path)
     assert str(path) in str(caught.value)
+
+
+def in_parts(folder: Path) -> list[Path]:
+    anyckpt.convert(LLAMA, folder, to="gguf", max_shard_size="100KB")
+    return sorted(folder.glob("model-*.gguf"))
+
+
+def test_a_model_in_parts_is_one_from_any_of_them(tmp_path: Path) -> None:
+    parts = in_parts(tmp_path / "parts")
+    assert [part.name for part in parts] == [f"model-0000{number}-of-00004.gguf" for number in (1, 2, 3, 4)]
+    whole = {name: tensor.numpy().tobytes() for name, tensor in anyckpt.open(LLAMA).items()}
+    for path in (tmp_path / "parts", parts[0], parts[2]):
+        opened = anyckpt.open(path)
+        assert opened.format == "gguf" and opened.details["parts"] == 4
+        assert {name: tensor.numpy().tobytes() for name, tensor in opened.items()} == whole
+    assert not anyckpt.verify(tmp_path / "parts").problems
+    headers = [read_header(MemorySource(part.read_bytes())) for part in parts]
+    assert max(sum(4 * int(np.prod(info.shape)) for info in header.tensors) for header in headers) <= 100_000
+    anyckpt.convert(LLAMA, tmp_path / "one.gguf", max_shard_size="1GB")
+    assert (tmp_path / "one.gguf").is_file()
+
+
+def test_parts_that_are_no_model(tmp_path: Path) -> None:
+    parts = in_parts(tmp_path / "parts")
+    second, contents = parts[1], parts[1].read_bytes()
+    second.unlink()
+    for path in (tmp_path / "parts", parts[0]):
+        with pytest.raises(FormatError, match="1 of 4 parts of the model are missing: model-00002-of-00004.gguf"):
+            anyckpt.open(path)
+    second.write_bytes(parts[2].read_bytes())
+    with pytest.raises(FormatError, match="not the part that its name says.*split.no 2"):
+        anyckpt.open(parts[0])
+    second.write_bytes(contents)
+    other = write(tmp_path / "other", {"split.no": Typed(2, 1), "split.count": Typed(2, 4)}, {})
+    second.write_bytes(other.read_bytes())
+    with pytest.raises(FormatError, match="not of one model.*expected 21 tensors"):
+        anyckpt.open(parts[0])
+    first = read_header(MemorySource(parts[0].read_bytes())).tensors[0]
+    other = write(
+        tmp_path / "other", {"split.no": Typed(2, 1), "split.count": Typed(2, 4)}, {first.name: ("F32", (2,))}
+    )
+    second.write_bytes(other.read_bytes())
+    with pytest.raises(FormatError, match="is in two parts"):
+        anyckpt.open(parts[0])
+    (tmp_path / "parts" / "b-00001-of-00001.gguf").write_bytes(contents)
+    with pytest.raises(FormatError, match="the parts of several models"):
+        anyckpt.open(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(

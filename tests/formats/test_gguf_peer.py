@@ -14,7 +14,7 @@ from tests.formats.test_gguf import byte_pairs, with_tokenizer
 from tests.support import fixture_path
 
 import anyckpt
-from anyckpt.formats.gguf import blocks
+from anyckpt.formats.gguf import blocks, general
 from anyckpt.formats.gguf.architectures import ARCHITECTURES, OUTER
 from anyckpt.formats.gguf.byte_pairs import _EXPRESSIONS
 from anyckpt.formats.gguf.container import read_header
@@ -210,3 +210,96 @@ def test_sentencepiece_cuts_texts_alike(tmp_path: Path) -> None:
         assert one.id_to_piece(number) == other.id_to_piece(number)
         assert one.get_score(number) == other.get_score(number)
         assert one.is_control(number) == other.is_control(number)
+
+
+def test_pieces_of_json_are_cut_as_the_model_they_were_made_of(tmp_path: Path) -> None:
+    """transformers saves a sentencepiece model as ``tokenizer.json`` alone; scores that are found again do the same."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            ["the quick brown fox jumps over 123 lazy dogs"] * 50 + Path(__file__).read_text().split("\n")
+        ),
+        model_writer=trained,
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    source = tmp_path / "source"
+    shutil.copytree(fixture_path("families/llama/hf"), source)
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(trained.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    AutoTokenizer.from_pretrained(source).save_pretrained(source)
+    (source / "tokenizer.model").unlink()
+    enlarge(source, 620)
+    done = anyckpt.convert(source, tmp_path / "m.gguf")
+    assert "tokenizer.json" not in done.ignored, done.notes
+    anyckpt.convert(tmp_path / "m.gguf", tmp_path / "back", to="hf")
+    one = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    other = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "back" / "tokenizer.model"))
+    for text in (
+        "the quick brown fox",
+        "  more   words, 12 dogs",
+        "unknown Ω 你好",
+        "def test(source) -> None:\n\treturn",
+    ):
+        assert one.encode(text) == other.encode(text), text
+
+
+def test_parts_that_the_package_wrote(tmp_path: Path) -> None:
+    import gguf
+
+    whole = tmp_path / "whole.gguf"
+    anyckpt.convert(fixture_path("families/llama/hf"), whole)
+    reader = gguf.GGUFReader(whole)
+    writer = gguf.GGUFWriter(tmp_path / "parts.gguf", "llama", split_max_tensors=7)
+    for key, field in reader.fields.items():
+        if key.startswith("llama."):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
+    assert len(parts) > 2
+    found, expected = anyckpt.open(parts[1]), anyckpt.open(whole)
+    assert {name: tensor.numpy().tobytes() for name, tensor in found.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in expected.items()
+    }
+    anyckpt.convert(whole, tmp_path / "ours", to="gguf", max_shard_size="100KB")
+    ours = sorted((tmp_path / "ours").glob("*.gguf"))
+    said = [gguf.GGUFReader(part).fields["split.no"].contents() for part in ours]
+    assert said == list(range(len(ours)))
+
+
+@pytest.mark.parametrize("shapes", [
+    {"a": (123, 456)}, {"a": (1000, 1000), "b.ffn_up_exps.weight": (8, 300, 400), "c.ffn_down_exps.weight": (8, 4, 4)},
+    {"a": (7_000, 1_000_000)}, {"a": (3, 4)},
+])  # fmt: skip
+def test_sizes_are_called_as_by_the_package(shapes: dict[str, tuple[int, ...]]) -> None:
+    from math import prod
+
+    from gguf.utility import size_label
+
+    experts = {name: shape for name, shape in shapes.items() if "_exps" in name}
+    shared = sum(prod(shape) for name, shape in shapes.items() if name not in experts)
+    each = sum(prod(shape[1:]) for shape in experts.values())
+    total = sum(map(prod, shapes.values()))
+    assert general.size_label(shapes) == size_label(total, shared, each, 8 if experts else 0)
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b-chat", "Qwen3-8B", "my-v1.5-model", "phi", "meta-llama"])
+def test_names_are_titled_as_by_the_package(name: str) -> None:
+    from gguf.metadata import Metadata
+
+    assert general.title(name) == Metadata.id_to_title(name)

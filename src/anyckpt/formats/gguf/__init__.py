@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyckpt.formats.gguf.container import detect
+from anyckpt.formats.gguf.parts import detect
 from anyckpt.formats.gguf.types import WRITTEN
 from anyckpt.formats.registry import Format, deferred
 

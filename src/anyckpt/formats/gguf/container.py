@@ -15,7 +15,6 @@ from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats.gguf.types import BY_NUMBER, ElementType
-from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
 
 MAGIC = b"GGUF"
@@ -44,7 +43,7 @@ _SCALARS = {
 }
 """Number of a type of value -> how ``struct`` has it."""
 _STRING, _ARRAY = 8, 9
-UINT32, FLOAT32, BOOL, INT32 = 4, 6, 7, 5
+UINT16, UINT32, INT32, FLOAT32, BOOL = 2, 4, 5, 6, 7
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,6 @@ class Header:
     version: int
     metadata: Mapping[str, Any]
     tensors: tuple[TensorInfo, ...]
-
-
-def detect(location: Location) -> bool:
-    return not location.is_directory and location.head.startswith(MAGIC)
 
 
 def read_header(source: ByteSource) -> Header:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -15,9 +15,10 @@ from anyckpt.errors import FormatError, MappingError
 from anyckpt.formats.gguf.architectures import ARCHITECTURES, Architecture, architecture_of
 from anyckpt.formats.gguf.blocks import check_decodes
 from anyckpt.formats.gguf.config import llama3_scaling, to_config
-from anyckpt.formats.gguf.container import Header, read_header
+from anyckpt.formats.gguf.container import TensorInfo
 from anyckpt.formats.gguf.names import ROPE, to_hub
 from anyckpt.formats.gguf.nodes import Decoded
+from anyckpt.formats.gguf.parts import metadata_of, read_parts, tensors_of
 from anyckpt.formats.gguf.tokenizer import read_tokenizer
 from anyckpt.storage.location import Location
 from anyckpt.storage.source import ByteSource
@@ -27,19 +28,17 @@ _SHOWN = ("general.name", "general.basename", "general.size_label", "general.qua
 
 
 def read(location: Location) -> Checkpoint:
-    """Open a file.
+    """Open a file, or all files of a model in parts.
 
     Raises:
-        FormatError: it is damaged, or one part of several.
+        FormatError: it is damaged, or a part of it is missing.
         MappingError: it holds a model of an architecture that is not known here.
         MissingLibraryError: its tensors are of a type that the package ``gguf`` decodes.
     """
-    source = location.open()
-    header = read_header(source)
-    metadata = header.metadata
-    _check_whole(metadata, location.path)
+    parts = read_parts(location)
+    metadata, listed = metadata_of(parts), list(tensors_of(parts))
     known = _architecture(metadata, location.path)
-    stored = {info.name: _tensor(info, source) for info in header.tensors}
+    stored = {info.name: _tensor(info, source) for info, source in listed}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     config = to_config(metadata, known, shapes, location.path)
     warnings: list[str] = []
@@ -47,14 +46,15 @@ def read(location: Location) -> Checkpoint:
     if ROPE in stored:
         _take_divisors(stored.pop(ROPE), config, warnings)
         ignored[ROPE] = "divisors of rotary frequencies, which the configuration says"
-    config["dtype"] = _usual_type(header)
+    infos = [info for info, _ in listed]
+    config["dtype"] = _usual_type(infos)
     tokenizer = read_tokenizer(metadata, location.path, warnings)
-    kinds = Counter(info.type.name for info in header.tensors)
+    kinds = Counter(info.type.name for info in infos)
     return Checkpoint(
         location.path,
         "gguf",
         to_hub(stored, known, config, location.path),
-        format_version=f"GGUF {header.version}",
+        format_version=f"GGUF {parts[0].header.version}",
         dialect="hf",
         config=config,
         config_kind="hf",
@@ -64,20 +64,10 @@ def read(location: Location) -> Checkpoint:
         details={
             "architecture": known.name,
             "stored_types": dict(kinds.most_common()),
+            **({"parts": len(parts)} if len(parts) > 1 else {}),
             **{key: metadata[key] for key in _SHOWN if isinstance(metadata.get(key), str)},
         },
     )
-
-
-def _check_whole(metadata: Mapping[str, Any], path: str) -> None:
-    count = metadata.get("split.count", 0)
-    if isinstance(count, int) and count > 1:
-        raise FormatError(
-            f"is one of {count} parts of a model",
-            path=path,
-            found=f"part {metadata.get('split.no', 0) + 1}",
-            remedy="join them with llama.cpp's own llama-gguf-split --merge",
-        )
 
 
 def _architecture(metadata: Mapping[str, Any], path: str) -> Architecture:
@@ -98,7 +88,7 @@ def _architecture(metadata: Mapping[str, Any], path: str) -> Architecture:
     return known
 
 
-def _tensor(info: Any, source: ByteSource) -> LazyTensor:
+def _tensor(info: TensorInfo, source: ByteSource) -> LazyTensor:
     kind = info.type
     if kind.dtype:
         return Stored(source, info.offset, dtype(kind.dtype), info.shape)
@@ -120,9 +110,9 @@ def _take_divisors(divisors: LazyTensor, config: dict[str, Any], warnings: list[
         config["rope_scaling"] = found
 
 
-def _usual_type(header: Header) -> str:
+def _usual_type(infos: Sequence[TensorInfo]) -> str:
     """The type of most elements, float32 where they lie in blocks."""
     counts: Counter[str] = Counter()
-    for info in header.tensors:
+    for info in infos:
         counts[info.type.dtype or "float32"] += prod(info.shape)
     return counts.most_common(1)[0][0] if counts else "float32"

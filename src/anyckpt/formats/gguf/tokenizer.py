@@ -11,6 +11,7 @@ from anyckpt.errors import FormatError
 from anyckpt.formats.gguf.architectures import Architecture
 from anyckpt.formats.gguf.byte_pairs import json_of_byte_pairs, read_byte_pairs
 from anyckpt.formats.gguf.container import FLOAT32, INT32, Typed
+from anyckpt.formats.gguf.pieces import are_pieces, read_pieces
 from anyckpt.formats.gguf.sentencepiece import CONTROL, USER_DEFINED, Vocabulary, model_bytes, read_model
 from anyckpt.formats.shared.hub_folder import json_object
 from anyckpt.models.tokens import token_facts
@@ -75,19 +76,24 @@ def _vocabulary(
         if isinstance(size, int) and len(pieces.tokens) > size:
             many = f"it has {len(pieces.tokens):,} tokens and the embedding {size:,} rows"
             raise _NoVocabularyError(f"the tokenizer is not written: {many}; llama.cpp's programs take token ids alone")
-        found = _with_added(pieces, settings, size)
-        yield f"{_PREFIX}model", "llama"
-        yield f"{_PREFIX}pre", "default"
-        yield f"{_PREFIX}tokens", list(found.tokens)
-        yield f"{_PREFIX}scores", Typed(FLOAT32, list(found.scores))
-        yield f"{_PREFIX}token_type", Typed(INT32, list(found.types))
+        yield from _pieces(_with_added(pieces, settings, size))
         if known.name in _WITHOUT_SPACE:
             yield f"{_PREFIX}add_space_prefix", False
         return
     if "tokenizer.json" not in files:
         raise _NoVocabularyError("there is no tokenizer to write: llama.cpp's programs take token ids alone")
     source = files["tokenizer.json"]
-    pairs = read_byte_pairs(json_object(source.read_all(_LIMIT), source.name), size, source.name)
+    content = json_object(source.read_all(_LIMIT), source.name)
+    if are_pieces(content):
+        of_json = read_pieces(content, size, source.name)
+        if isinstance(of_json, str):
+            raise _NoVocabularyError(
+                f"the tokenizer is not written: {of_json}; llama.cpp's programs take token ids alone"
+            )
+        yield from _pieces(of_json[0])
+        yield f"{_PREFIX}add_space_prefix", of_json[1]
+        return
+    pairs = read_byte_pairs(content, size, source.name)
     if isinstance(pairs, str):
         raise _NoVocabularyError(f"the tokenizer is not written: {pairs}; llama.cpp's programs take token ids alone")
     yield f"{_PREFIX}model", "gpt2"
@@ -95,6 +101,14 @@ def _vocabulary(
     yield f"{_PREFIX}tokens", list(pairs.vocabulary.tokens)
     yield f"{_PREFIX}token_type", Typed(INT32, list(pairs.vocabulary.types))
     yield f"{_PREFIX}merges", list(pairs.merges)
+
+
+def _pieces(found: Vocabulary) -> Iterator[tuple[str, Any]]:
+    yield f"{_PREFIX}model", "llama"
+    yield f"{_PREFIX}pre", "default"
+    yield f"{_PREFIX}tokens", list(found.tokens)
+    yield f"{_PREFIX}scores", Typed(FLOAT32, list(found.scores))
+    yield f"{_PREFIX}token_type", Typed(INT32, list(found.types))
 
 
 def _settings(files: Mapping[str, ByteSource]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -11,8 +11,10 @@ from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.gguf.architectures import OF_MODEL_TYPE, Architecture
 from anyckpt.formats.gguf.config import WITH_WINDOW, divisors_of, rope_of, to_metadata
 from anyckpt.formats.gguf.container import aligned, header_bytes
+from anyckpt.formats.gguf.general import general
 from anyckpt.formats.gguf.names import ROPE, from_hub
 from anyckpt.formats.gguf.nodes import Encoded
+from anyckpt.formats.gguf.parts import name_of, said_of_part
 from anyckpt.formats.gguf.tokenizer import written_tokenizer
 from anyckpt.formats.gguf.types import OF_DTYPE, TYPES, ElementType
 from anyckpt.formats.registry import WriteOptions
@@ -23,10 +25,12 @@ _IN_FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight
 """Ends of names of what stays in float32; tensors of one axis do, too."""
 _FALLBACK = "F16"
 _QUANTIZATION_VERSION = 2
+_STEM = "model"
+_Listed = tuple[str, ElementType, tuple[int, ...]]
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
-    """One file: metadata, tokenizer, tensors.
+    """One file: metadata, tokenizer, tensors; or a folder of several, each with some of the tensors.
 
     Raises:
         UsageError: there is no configuration, or tensors are of a type that GGUF has not.
@@ -60,23 +64,59 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     asked = None if options.tensor_type is None else TYPES[options.tensor_type.upper()]
     kinds = {name: _kind(name, tensor, asked, checkpoint.path) for name, tensor in tensors.items()}
     notes += _cut_short(tensors, kinds, asked)
-    metadata = dict(_metadata(checkpoint, known, kinds, asked, notes))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    metadata = dict(_metadata(checkpoint, known, kinds, shapes, asked, notes))
     listed = [(name, kinds[name], tensor.shape) for name, tensor in tensors.items()]
-    parts: list[Part] = [Literal(header_bytes(metadata, listed))]
-    for name, tensor in tensors.items():
-        stored = _stored(tensor, kinds[name])
-        parts.append(TensorData(name, stored))
-        gap = aligned(stored.nbytes) - stored.nbytes
-        if gap:
-            parts.append(Literal(bytes(gap)))
+    stored = {name: _stored(tensor, kinds[name]) for name, tensor in tensors.items()}
+    files = _files(stored, listed, metadata, options.max_shard_size)
+    if len(files) > 1:
+        notes.append(f"llama.cpp opens {files[0].path}, and finds the other parts beside it")
     has_tokens = "tokenizer.ggml.tokens" in metadata
     carried = frozenset(checkpoint.tokenizer.files) if has_tokens and checkpoint.tokenizer is not None else frozenset()
     window = config.get("sliding_window")
     if known.name not in WITH_WINDOW and window and config.get("use_sliding_window", True):
         notes.append(f"llama.cpp does not take sliding_window {window} from the file: longer texts come out otherwise")
-    if checkpoint.artifacts:
-        ignored.update(dict.fromkeys(checkpoint.artifacts, "GGUF has no place for it"))
-    return Plan("gguf", (OutputFile("", tuple(parts)),), ignored=ignored, notes=tuple(notes), carried=carried)
+    ignored.update(dict.fromkeys(checkpoint.artifacts, "of it a GGUF file keeps what it has keys for, if anything"))
+    return Plan("gguf", files, ignored=ignored, notes=tuple(notes), carried=carried)
+
+
+def _files(
+    stored: Mapping[str, LazyTensor], listed: Sequence[_Listed], metadata: Mapping[str, Any], limit: int | None
+) -> tuple[OutputFile, ...]:
+    """The files, in each as many tensors in their order as there is room for; the first one has the metadata."""
+    if limit is not None and limit <= 0:
+        raise UsageError("the shard size must be positive", found=limit)
+    shares: list[list[_Listed]] = [[]]
+    size = 0
+    for one in listed:
+        nbytes = aligned(stored[one[0]].nbytes)
+        if limit is not None and shares[-1] and size + nbytes > limit:
+            shares.append([])
+            size = 0
+        shares[-1].append(one)
+        size += nbytes
+    if len(shares) == 1:
+        return (OutputFile("", _contents(stored, listed, metadata)),)
+    count = len(shares)
+    return tuple(
+        OutputFile(
+            name_of(_STEM, number, count),
+            _contents(stored, share, {**(metadata if not number else {}), **said_of_part(number, count, len(listed))}),
+        )
+        for number, share in enumerate(shares)
+    )
+
+
+def _contents(
+    stored: Mapping[str, LazyTensor], listed: Sequence[_Listed], metadata: Mapping[str, Any]
+) -> tuple[Part, ...]:
+    parts: list[Part] = [Literal(header_bytes(metadata, listed))]
+    for name, _, _ in listed:
+        parts.append(TensorData(name, stored[name]))
+        gap = aligned(stored[name].nbytes) - stored[name].nbytes
+        if gap:
+            parts.append(Literal(bytes(gap)))
+    return tuple(parts)
 
 
 def _kind(name: str, tensor: LazyTensor, asked: ElementType | None, path: str) -> ElementType:
@@ -119,14 +159,13 @@ def _metadata(
     checkpoint: Checkpoint,
     known: Architecture,
     kinds: dict[str, ElementType],
+    shapes: Mapping[str, tuple[int, ...]],
     asked: ElementType | None,
     notes: list[str],
 ) -> Iterator[tuple[str, Any]]:
     yield "general.architecture", known.name
     yield "general.type", "model"
-    stated = checkpoint.details.get("general.name") or checkpoint.config.get("_name_or_path")
-    if isinstance(stated, str) and stated:
-        yield "general.name", stated
+    yield from general(checkpoint, shapes, notes)
     usual = asked or next((kind for name, kind in kinds.items() if name == "token_embd.weight"), TYPES["F32"])
     yield "general.file_type", usual.file_type
     yield "general.quantization_version", _QUANTIZATION_VERSION
