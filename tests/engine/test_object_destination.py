@@ -17,8 +17,9 @@ from tests.support import file_bytes
 from anyckpt.engine import blocks, checksum, claim, execute, files, growing, object_notes, run
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.manifest import parse_manifest
+from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
 from anyckpt.engine.object_destination import ObjectDestination
-from anyckpt.engine.plan import MANIFEST_NAME, UNFINISHED_NAME, Literal, OutputFile, Plan, small_file
+from anyckpt.engine.plan import Literal, OutputFile, Plan, small_file
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.objects import MOST_PARTS, PART_BYTES, part_bytes

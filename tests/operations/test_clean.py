@@ -13,8 +13,9 @@ from tests.support import fixture_path
 
 import anyckpt
 from anyckpt.engine import claim, execute, leftovers, object_notes
+from anyckpt.engine.names import UNFINISHED_NAME
 from anyckpt.engine.object_destination import ObjectDestination
-from anyckpt.engine.plan import UNFINISHED_NAME, Plan
+from anyckpt.engine.plan import Plan
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import UsageError
 

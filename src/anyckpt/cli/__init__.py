@@ -51,6 +51,13 @@ _RARELY = (200_000, 20, 100)
 Only the command's own process is tuned; in a program that imports anyckpt the collector is the program's.
 """
 
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+"""numpy starts OpenBLAS's threads when it is imported, one for each processor, which then wait busily for work.
+
+There is none for them: what multiplies matrices here is divided among threads already.  With one, ``import numpy``
+takes half of the processor's time, and sums do not depend on how many processors there are.
+"""
+
 
 class _LazyGroup(click.Group):
     """Imports a command's module when it is run."""
@@ -107,6 +114,7 @@ def group() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave the process with its exit code."""
     gc.set_threshold(*_RARELY)
+    os.environ.setdefault(_BLAS_THREADS, "1")
     sys.exit(run(arguments))
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from anyckpt.engine.checksum import CHUNK_BYTES
 from anyckpt.engine.plan import Computed, OutputFile, Part, SourceData, TensorData
 from anyckpt.errors import UsageError
 from anyckpt.indexing import flat_boxes
 from anyckpt.tensor import Stored
-
-CHUNK_BYTES = 4 << 20
-"""Bytes per chunk; on a 2-core machine 4 MiB moved faster than 1, 16 or 64 (docs/performance.md)."""
 
 
 @dataclass(frozen=True)

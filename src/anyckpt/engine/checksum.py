@@ -7,13 +7,16 @@ A container's CRC-32 is joined from the CRCs of its blocks.  A tensor's digest i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from isal import isal_zlib
 
-from anyckpt.engine.blocks import CHUNK_BYTES
-from anyckpt.engine.records import BlockRecord
+if TYPE_CHECKING:
+    from anyckpt.engine.records import BlockRecord
+
+CHUNK_BYTES = 4 << 20
+"""Bytes per chunk; on a 2-core machine 4 MiB moved faster than 1, 16 or 64 (docs/performance.md)."""
 
 DIGEST = "xxh3-128 of xxh3-64 per 4 MiB"
 

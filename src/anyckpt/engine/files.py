@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from anyckpt.engine.blocks import CHUNK_BYTES
+from anyckpt.engine.checksum import CHUNK_BYTES
 from anyckpt.errors import OutputError
 
 PAGE = 4096

@@ -24,7 +24,8 @@ from anyckpt.engine.files import Bytes
 from anyckpt.engine.filling import is_far
 from anyckpt.engine.hub_sending import answer_of, of_output, send
 from anyckpt.engine.manifest import Manifest, read_manifest
-from anyckpt.engine.plan import MANIFEST_NAME, Plan
+from anyckpt.engine.names import MANIFEST_NAME
+from anyckpt.engine.plan import Plan
 from anyckpt.engine.planned_file import Known, PlannedFile
 from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.errors import LastingError, OutputError, UsageError, few

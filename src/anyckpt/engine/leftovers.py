@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from anyckpt.engine.claim import Claim, tag_of_dead
 from anyckpt.engine.destination import BusyError
 from anyckpt.engine.files import write_error
+from anyckpt.engine.names import MANIFEST_NAME, PARTIAL, UNFINISHED_NAME
 from anyckpt.engine.object_destination import beside, holds_all, partial_of, unfinished_files
-from anyckpt.engine.plan import MANIFEST_NAME, PARTIAL, UNFINISHED_NAME
 from anyckpt.engine.staging import StagingDirectory, destination_of
 from anyckpt.storage.objects import ObjectFacts, Objects, UnfinishedUpload
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.engine.checksum import DIGEST, digest_of
-from anyckpt.engine.plan import MANIFEST_NAME
+from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.errors import FormatError
 from anyckpt.storage.place import LOCAL, Place
 from anyckpt.storage.requests import holding, in_batches

@@ -23,8 +23,9 @@ from anyckpt.engine.destination import Destination, Share, Trouble
 from anyckpt.engine.files import Bytes
 from anyckpt.engine.growing import Growing
 from anyckpt.engine.manifest import parse_manifest
+from anyckpt.engine.names import MANIFEST_NAME, PARTIAL, UNFINISHED_NAME
 from anyckpt.engine.object_notes import Notes
-from anyckpt.engine.plan import MANIFEST_NAME, PARTIAL, UNFINISHED_NAME, Plan
+from anyckpt.engine.plan import Plan
 from anyckpt.engine.records import BlockKey, BlockRecord
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.storage.objects import ConflictError, ObjectFacts, Objects

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 
 from anyckpt.blockwise import Tiles, keeping
-from anyckpt.engine.blocks import CHUNK_BYTES, Block, Cut, LatePart
-from anyckpt.engine.checksum import PartSums, chunk_digests
+from anyckpt.engine.blocks import Block, Cut, LatePart
+from anyckpt.engine.checksum import CHUNK_BYTES, PartSums, chunk_digests
 from anyckpt.engine.destination import Destination
 from anyckpt.engine.files import BlockBuffer, Bytes
 from anyckpt.engine.filling import Filling, built, fill_together, held, is_far

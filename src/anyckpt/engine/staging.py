@@ -10,7 +10,6 @@ import ctypes
 import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -19,8 +18,9 @@ from typing import Any
 from anyckpt.engine.destination import BusyError, Destination, Share, Trouble
 from anyckpt.engine.files import PAGE, Bytes, sync_directory, write_error
 from anyckpt.engine.manifest import beside, read_manifest
+from anyckpt.engine.names import MANIFEST_NAME, PARTIAL
 from anyckpt.engine.outputs import OutputFiles
-from anyckpt.engine.plan import MANIFEST_NAME, PARTIAL, Plan
+from anyckpt.engine.plan import Plan
 from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, lock
 from anyckpt.errors import FormatError, OutputError
 from anyckpt.storage.local_file import forget_open_file
@@ -91,7 +91,7 @@ class StagingDirectory(Destination):
         name, by = _JOURNAL, ""
         if share is not None:
             header |= {"share": [share.number, share.of], "version": _version()}
-            name, by = f"{_JOURNAL}.{share.number}-of-{share.of}", f"process {os.getpid()} on {socket.gethostname()}"
+            name, by = f"{_JOURNAL}.{share.number}-of-{share.of}", f"process {os.getpid()} on {os.uname().nodename}"
         try:
             self._journal = Journal(os.path.join(self._directory, name), header, by)
         except BlockingIOError as error:

@@ -15,7 +15,7 @@ from anyckpt.config import own_part
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import some
 from anyckpt.models.dialects.wrappers import BETWEEN, unwrapped, without_between
-from anyckpt.models.families import each_family
+from anyckpt.models.families import of_config
 from anyckpt.tensor import LazyTensor
 
 _AROUND = ("pretrained_model.", "base_model.model.")
@@ -71,7 +71,7 @@ def bare_names(checkpoint: Checkpoint) -> Bare | None:
     plain = {name: without_between(name) for name in weights}
     parallel = _PARALLEL if weights and all(name.startswith(_PARALLEL) for name in plain.values()) else ""
     plain = _distinct({name: own.removeprefix(parallel) for name, own in plain.items()}, path)
-    family = next((each for each in each_family() if config and own_part.is_known(each, config)), None)
+    family = of_config(config) if config else None
     if family is None or own_part.is_part(family, config):
         outer = _around(plain.values(), path)
     else:

@@ -19,7 +19,7 @@ from anyckpt.indexing import Shape
 from anyckpt.models.dialects import spellings, trtllm
 from anyckpt.models.dialects.before_core import core_names
 from anyckpt.models.dialects.wrappers import unwrapped
-from anyckpt.models.families import by_name, each_family
+from anyckpt.models.families import by_name, each_family, of_config
 from anyckpt.models.hub import Model, head_and_embedding
 from anyckpt.models.language.family import Family, unrefined
 from anyckpt.models.language.variants import family_names
@@ -62,7 +62,7 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
         return "nemo1"
     if {"num_layers", "num_attention_heads"} <= config.keys():
         return "megatron-args"
-    return "hf" if any(own_part.is_known(family, config) for family in each_family()) else None
+    return None if of_config(config) is None else "hf"
 
 
 def is_foreign(config: Mapping[str, Any]) -> bool:
@@ -146,7 +146,7 @@ def partitions(checkpoint: Checkpoint, *, family: str | None = None) -> Mapping[
     """
     if family is not None:
         return by_name(family).partitions
-    if checkpoint.config_kind not in KINDS or not any(each.partitions for each in each_family()):
+    if checkpoint.config_kind not in KINDS:
         return {}
     if checkpoint.config_kind == "hf":
         known = _of_hugging_face(checkpoint.config)
@@ -166,8 +166,7 @@ def _first(is_of: Callable[[Family], bool]) -> Family | None:
 
 def _of_hugging_face(values: Mapping[str, Any]) -> Family | None:
     """The family that ``model_type`` says, or that the class says whose type is of no family."""
-    known = _first(lambda family: own_part.is_known(family, values))
-    return known or _first(lambda family: own_part.is_class(family, values))
+    return of_config(values) or _first(lambda family: own_part.is_class(family, values))
 
 
 def _taken_as(family: Family, values: Mapping[str, Any]) -> list[str]:

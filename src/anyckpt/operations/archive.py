@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.engine.execute import DEFAULT_MEMORY
-from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan, SourceData
+from anyckpt.engine.names import MANIFEST_NAME
+from anyckpt.engine.plan import OutputFile, Plan, SourceData
 from anyckpt.engine.run import Progress
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.nemo.container import Container, open_container

@@ -11,6 +11,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import Plan, describe
 from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.shared.no_weights import lost
 from anyckpt.operations.chosen_parts import chosen_parts
 from anyckpt.operations.options import ConvertOptions, asked, documented
 from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_write
@@ -22,11 +23,10 @@ from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_check
 from anyckpt.operations.steps.choosing import renamed_choice
 from anyckpt.operations.steps.cutting import cut_as_asked
 from anyckpt.operations.steps.destination import check_destination, told_by_name
-from anyckpt.operations.steps.extra_states import choose_states, lost
+from anyckpt.operations.steps.extra_states import choose_states
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layout_request import LayoutRequest
-from anyckpt.operations.steps.model_card import card_of
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline, Stepped
@@ -217,6 +217,8 @@ def converted(
         count = len({part.name for part in plan.tensors()})
         done = Conversion(output, plan.format, count, 0, plan.nbytes, 0.0, 0, dry_run=True)
     else:
+        from anyckpt.operations.steps.model_card import card_of
+
         on_disk = [file for path in origins if (file := disk_file_of(path)) is not None]
         report = write(
             plan,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,10 @@ from anyckpt.config import of_ranks
 from anyckpt.engine.manifest import read_manifest
 from anyckpt.errors import AnyckptError, FormatError, LastingError, MappingError, UsageError
 from anyckpt.formats import registry
-from anyckpt.layout.pipeline import Chunk
+from anyckpt.formats.shared.no_weights import why_ignored
 from anyckpt.operations.inspection import Inspection, TensorFacts
-from anyckpt.operations.steps.extra_states import why_ignored
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.loader_calls import asked_of_loaders
-from anyckpt.operations.steps.module_tree import Leaf, module_tree
-from anyckpt.operations.steps.stages import stages_of
-from anyckpt.operations.steps.statistics import Scan, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each_of_tensors
 from anyckpt.operations.steps.training_facts import learning_rates, loss_scale
 from anyckpt.pickling.plain import to_plain
@@ -30,7 +26,10 @@ from anyckpt.tensor import LazyTensor
 from anyckpt.units import size_label
 
 if TYPE_CHECKING:
+    from anyckpt.layout.pipeline import Chunk
     from anyckpt.models import Model
+    from anyckpt.operations.steps.module_tree import Leaf, Module
+    from anyckpt.operations.steps.statistics import Scan
 
 _MODEL_FIELDS = tuple(
     """
@@ -127,8 +126,8 @@ def inspect(
         sizes=_sizes(stored) if model is None else None,
         learning_rates=learning_rates(checkpoint.objects, state),
         loss_scale=loss_scale(checkpoint.objects, state),
-        stages=[_stage(chunk) for chunk in stages_of(stored)] or None,
-        tree=module_tree(map(_leaf, listed)) if tree and listed is not None else None,
+        stages=_stages(stored),
+        tree=_tree(listed) if tree and listed is not None else None,
     )
 
 
@@ -143,6 +142,15 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int] | None:
     return {name: told[name] for name in _MODEL_FIELDS if type(told.get(name)) is int}
 
 
+def _stages(checkpoint: Checkpoint) -> list[dict[str, Any]] | None:
+    """The stages of a pipeline; None if there is none, or none is known."""
+    if checkpoint.layout.pipeline_parallel == 1:
+        return None
+    from anyckpt.operations.steps.stages import stages_of
+
+    return [_stage(chunk) for chunk in stages_of(checkpoint)] or None
+
+
 def _stage(chunk: Chunk) -> dict[str, Any]:
     return {
         "pipeline_rank": chunk.pipeline_rank,
@@ -151,6 +159,13 @@ def _stage(chunk: Chunk) -> dict[str, Any]:
         "embedding": chunk.embedding,
         "output": chunk.output,
     }
+
+
+def _tree(listed: Iterable[TensorFacts]) -> Module:
+    """What each module of the listed tensors takes."""
+    from anyckpt.operations.steps.module_tree import module_tree
+
+    return module_tree(map(_leaf, listed))
 
 
 def _leaf(tensor: TensorFacts) -> Leaf:
@@ -283,7 +298,8 @@ def _list(
         if key is not None and first.setdefault(key, name) != name:
             same[name] = first[key]
     if not stats and not digest:
-        return [_facts(root, name, tensors[name], Scan(None, None), same.get(name)) for name in names]
+        return [_facts(root, name, tensors[name], None, same.get(name)) for name in names]
+    from anyckpt.operations.steps.statistics import scan
 
     def one(name: str, advance: Advance) -> TensorFacts:
         try:
@@ -297,7 +313,7 @@ def _list(
     return each_of_tensors(one, names, lambda name: [tensors[name]], meter)
 
 
-def _facts(root: str, name: str, tensor: LazyTensor, found: Scan, same_as: str | None) -> TensorFacts:
+def _facts(root: str, name: str, tensor: LazyTensor, found: Scan | None, same_as: str | None) -> TensorFacts:
     shards, files = _where(root, tensor)
     return TensorFacts(
         name,
@@ -306,10 +322,10 @@ def _facts(root: str, name: str, tensor: LazyTensor, found: Scan, same_as: str |
         tensor.nbytes,
         shards,
         tuple(files),
-        found.sha256,
-        found.statistics,
+        None if found is None else found.sha256,
+        None if found is None else found.statistics,
         same_as,
-        found.magnitudes,
+        None if found is None else found.magnitudes,
         tuple(files.values()),
     )
 

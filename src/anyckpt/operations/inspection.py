@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint.grouping import grouped
 from anyckpt.errors import UsageError
-from anyckpt.operations.steps.extra_states import lost
+from anyckpt.formats.shared import no_weights
 from anyckpt.operations.steps.globs import as_patterns, matching
-from anyckpt.operations.steps.module_tree import Module
-from anyckpt.operations.steps.statistics import Magnitudes, Statistics
-from anyckpt.pickling import Callee
+
+if TYPE_CHECKING:
+    from anyckpt.operations.steps.module_tree import Module
+    from anyckpt.operations.steps.statistics import Magnitudes, Statistics
+    from anyckpt.pickling import Callee
 
 _IN_JSON = tuple(
     """
@@ -199,7 +201,7 @@ class Inspection:
 
     def lost(self) -> dict[str, str]:
         """What of ``ignored`` holds something; with a placeholder nothing is lost."""
-        return lost(self.ignored)
+        return no_weights.lost(self.ignored)
 
     def groups(self) -> list[TensorGroup]:
         """The listed tensors, those of alike layers together; none if none are listed."""

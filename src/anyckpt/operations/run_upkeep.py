@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 
 from anyckpt.engine.files import sync_directory, write_error
 from anyckpt.engine.manifest import beside
-from anyckpt.engine.plan import MANIFEST_NAME
+from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.engine.staging import StagingDirectory, destination_of
 from anyckpt.errors import OutputError
 from anyckpt.formats.shared.tracker import TRACKER, iteration_number

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from anyckpt.checkpoint import Checkpoint, OptimizerState
-from anyckpt.optimizer.flat_buffers import has_flat_buffers, read_flat_buffers
-from anyckpt.optimizer.model_space import has_model_space, read_model_space
-from anyckpt.optimizer.named import has_named, read_named
-from anyckpt.optimizer.numbered import has_numbered, read_numbered
-
-_READERS: tuple[tuple[Callable[[Checkpoint], bool], Callable[[Checkpoint], OptimizerState]], ...] = (
-    (has_flat_buffers, read_flat_buffers),
-    (has_model_space, read_model_space),
-    (has_numbered, read_numbered),
-    (has_named, read_named),
-)
+from anyckpt.checkpoint import Checkpoint
 
 _OBJECT = re.compile(
     r"(?:.*/)?(?:chained_\d+\.)?(?:optimizers?|optim|optimizer_states|optimizer_\d+|distrib_optim|content_metadata"
@@ -39,5 +27,16 @@ def with_optimizer(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.optimizer is not None:
         return checkpoint
-    reader = next((read for has, read in _READERS if has(checkpoint)), None)
+    from anyckpt.optimizer.flat_buffers import has_flat_buffers, read_flat_buffers
+    from anyckpt.optimizer.model_space import has_model_space, read_model_space
+    from anyckpt.optimizer.named import has_named, read_named
+    from anyckpt.optimizer.numbered import has_numbered, read_numbered
+
+    readers = (
+        (has_flat_buffers, read_flat_buffers),
+        (has_model_space, read_model_space),
+        (has_numbered, read_numbered),
+        (has_named, read_named),
+    )
+    reader = next((read for has, read in readers if has(checkpoint)), None)
     return checkpoint if reader is None else replace(checkpoint, optimizer=partial(reader, checkpoint))

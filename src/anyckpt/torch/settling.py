@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from anyckpt.engine.blocks import CHUNK_BYTES
+from anyckpt.engine.checksum import CHUNK_BYTES
 from anyckpt.engine.plan import OutputFile, Plan, TensorData
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape, c_strides, flat_boxes

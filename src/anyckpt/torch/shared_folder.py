@@ -18,7 +18,8 @@ from anyckpt.engine.checksum import digest_of
 from anyckpt.engine.destination import BusyError
 from anyckpt.engine.files import sync_directory, write_error
 from anyckpt.engine.manifest import Manifest, ManifestEntry
-from anyckpt.engine.plan import MANIFEST_NAME, OutputFile, Plan
+from anyckpt.engine.names import MANIFEST_NAME
+from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import OutputError
 from anyckpt.storage.local_file import LocalFile

@@ -9,7 +9,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout, Tokenizer
 from anyckpt.config.megatron_bridge import arguments_of
 from anyckpt.containers.torch_file import read_torch
-from anyckpt.engine.plan import MANIFEST_NAME
+from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.errors import FormatError, UnfinishedError
 from anyckpt.formats.dcp.read import read as read_dcp
 from anyckpt.formats.megatron_bridge.location import LATEST, RUN_CONFIG, TRAIN_STATE

@@ -17,7 +17,7 @@ from anyckpt.containers.dcp import DcpContents, read_dcp
 from anyckpt.containers.dcp.items import LazyObjects
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
-from anyckpt.engine.plan import MANIFEST_NAME, UNFINISHED_NAME
+from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_core.implementation import hub_state_name
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON, check_commit, is_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, ParallelLayout, RankShard, StoredChecksum
 from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
-from anyckpt.engine.plan import MANIFEST_NAME, UNFINISHED_NAME
+from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.nemo.config import adapter_settings, is_megatron_config, missing_artifacts
 from anyckpt.formats.nemo.container import (

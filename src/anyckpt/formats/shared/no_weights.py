@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anyckpt.checkpoint.grouping import grouped
@@ -25,6 +25,35 @@ def note_extra_state(ignored: dict[str, str], name: str, state: Any) -> None:
     """Enter a module's own state, of one rank of several, among what carries no weights."""
     if ignored.get(name) != EXTRA_STATE_REASON:
         ignored[name] = extra_state_reason(state)
+
+
+def why_ignored(ignored: Mapping[str, str], hold_something: Callable[[], bool] | None) -> dict[str, str]:
+    """What carries no weights and why, states that are only read when asked for looked at: most are placeholders.
+
+    Args:
+        ignored: names, and the reasons that are known without looking.
+        hold_something: ``Checkpoint.holds_states``.
+
+    Raises:
+        FormatError: one is damaged.
+    """
+    if hold_something is None or EXTRA_STATE_REASON not in ignored.values() or hold_something():
+        return dict(ignored)
+    return {name: PLACEHOLDER_REASON if why == EXTRA_STATE_REASON else why for name, why in ignored.items()}
+
+
+def lost(ignored: Mapping[str, str], hold_something: Callable[[], bool] | None = None) -> dict[str, str]:
+    """What carries no weights and why, but for placeholders, with which nothing is lost: they are no news.
+
+    Args:
+        ignored: names, and the reasons that are known without looking.
+        hold_something: ``Checkpoint.holds_states``.
+
+    Raises:
+        FormatError: a state is damaged.
+    """
+    told = why_ignored(ignored, hold_something)
+    return {name: reason for name, reason in told.items() if reason != PLACEHOLDER_REASON}
 
 
 def some_hold_something(states: Mapping[str, Any], names: Iterable[str]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from anyckpt.engine.plan import UNFINISHED_NAME
+from anyckpt.engine.names import UNFINISHED_NAME
 from anyckpt.errors import UnfinishedError
 from anyckpt.storage.location import Location
 from anyckpt.storage.place import LOCAL, Place

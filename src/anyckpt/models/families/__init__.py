@@ -6,11 +6,13 @@ A family is a ``models.family.Family``.  Another package adds one through an ent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from anyckpt.config import own_part
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import UsageError, did_you_mean
 from anyckpt.models.language.family import Family
@@ -45,9 +47,27 @@ def each_family() -> Iterator[Family]:
 
 def built_in() -> Iterator[Family]:
     """The families of this package, in the order in which a configuration is tried."""
-    for module in _BUILT_IN:
-        family: Family = import_module(f"anyckpt.models.families.{module}").FAMILY
-        yield family
+    yield from map(_of_module, _BUILT_IN)
+
+
+def _of_module(module: str) -> Family:
+    family: Family = import_module(f"anyckpt.models.families.{module}").FAMILY
+    return family
+
+
+def _likely(name: object) -> Family | None:
+    """The family whose module is called as a family or a ``model_type`` is: often the one, found without the others."""
+    module = re.sub(r"\W", "_", name) if isinstance(name, str) else ""
+    return _of_module(module) if module in _BUILT_IN else None
+
+
+def of_config(config: Mapping[str, Any]) -> Family | None:
+    """The first family that a ``config.json``, or its text part, is of."""
+    if not own_part.any_text_part(config):
+        likely = _likely(config.get("model_type"))
+        if likely is not None and own_part.is_known(likely, config):
+            return likely  # no two families have the same type
+    return next((family for family in each_family() if own_part.is_known(family, config)), None)
 
 
 def known_families() -> dict[str, Family]:
@@ -87,6 +107,9 @@ def by_name(name: str) -> Family:
     Raises:
         UsageError: there is none.
     """
+    likely = _likely(name)
+    if likely is not None and likely.name == name:
+        return likely
     for family in each_family():
         if family.name == name:
             return family

@@ -9,7 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.manifest import beside, read_manifest
-from anyckpt.engine.plan import MANIFEST_NAME, UNFINISHED_NAME
+from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.steps.writing import DESTINATIONS, OBJECT_STORES

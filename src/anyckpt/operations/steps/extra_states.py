@@ -8,12 +8,11 @@ module goes is found by joining and cutting tags in its place, by the weights' o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, RankShard
-from anyckpt.formats.shared.no_weights import EXTRA_STATE_REASON, PLACEHOLDER_REASON
 from anyckpt.layout import Geometry, Parallelism, cut, join
 from anyckpt.layout.experts import Spelling
 from anyckpt.operations.steps.pipeline import Stepped
@@ -29,35 +28,6 @@ _RULES = {
     "output_layer._extra_state": "replicated@last",
     "**._extra_state": "replicated",
 }
-
-
-def why_ignored(ignored: Mapping[str, str], hold_something: Callable[[], bool] | None) -> dict[str, str]:
-    """What carries no weights and why, states that are only read when asked for looked at: most are placeholders.
-
-    Args:
-        ignored: names, and the reasons that are known without looking.
-        hold_something: ``Checkpoint.holds_states``.
-
-    Raises:
-        FormatError: one is damaged.
-    """
-    if hold_something is None or EXTRA_STATE_REASON not in ignored.values() or hold_something():
-        return dict(ignored)
-    return {name: PLACEHOLDER_REASON if why == EXTRA_STATE_REASON else why for name, why in ignored.items()}
-
-
-def lost(ignored: Mapping[str, str], hold_something: Callable[[], bool] | None = None) -> dict[str, str]:
-    """What carries no weights and why, but for placeholders, with which nothing is lost: they are no news.
-
-    Args:
-        ignored: names, and the reasons that are known without looking.
-        hold_something: ``Checkpoint.holds_states``.
-
-    Raises:
-        FormatError: a state is damaged.
-    """
-    told = why_ignored(ignored, hold_something)
-    return {name: reason for name, reason in told.items() if reason != PLACEHOLDER_REASON}
 
 
 def choose_states(checkpoint: Checkpoint, *, keep: bool) -> Stepped:

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.config import own_part
 from anyckpt.errors import FormatError, UsageError, alike, few
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.models.adapters.rows import PREFIX
-from anyckpt.models.families import each_family
+from anyckpt.models.families import of_config
 from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.storage.location import look_in
@@ -201,5 +200,5 @@ def _family(checkpoint: Checkpoint) -> str:
         return f" (its configuration cannot be read: {error.problem})"
     if config is None:
         return " (give its configuration with --config)"
-    known = next((each.name for each in each_family() if own_part.is_known(each, config)), None)
-    return f" (family {known})" if known is not None else f" (of type {str(config.get('model_type'))[:80]})"
+    known = of_config(config)
+    return f" (family {known.name})" if known is not None else f" (of type {str(config.get('model_type'))[:80]})"

@@ -12,7 +12,6 @@ from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.nemo.tokenizer import is_sentencepiece
 from anyckpt.formats.shared import hub_folder
-from anyckpt.operations.steps.hub_tokenizer import hub_tokenizer
 from anyckpt.storage.location import Location, look_at
 from anyckpt.tensor import held
 
@@ -146,6 +145,8 @@ def read_tokenizer(path: str, library: str | None = None, notes: list[str] | Non
     if library not in (None, *TOKENIZER_LIBRARIES):
         raise UsageError("unknown tokenizer library", expected=", ".join(TOKENIZER_LIBRARIES), found=library)
     if library == "huggingface" and _HUB_NAME.fullmatch(path) and not os.path.exists(path):
+        from anyckpt.operations.steps.hub_tokenizer import hub_tokenizer
+
         found, note = hub_tokenizer(path)
         if notes is not None and note is not None:
             notes.append(note)
