@@ -14,7 +14,7 @@ from tests.engine.memory_objects import DeadError, MemoryObjects, Store
 from tests.engine.sample import make_source, run_share, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
-from anyckpt.engine import blocks, checksum, claim, execute, files, growing, object_notes, run
+from anyckpt.engine import blocks, checksum, claim, execute, files, growing, living, object_notes, run
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.manifest import parse_manifest
 from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
@@ -263,7 +263,7 @@ def test_a_writer_that_was_thought_dead_does_not_publish(plan: Plan, monkeypatch
 
 
 def test_a_writer_on_another_machine_lives_as_long_as_it_says_so(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "_machine", lambda: "")
+    monkeypatch.setattr(living, "_machine", lambda: "")
     monkeypatch.setattr(claim, "RENEWED_EVERY", 0.02)
     monkeypatch.setattr(claim, "WATCHED_FOR", 0.3)
     store = Store()

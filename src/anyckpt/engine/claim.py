@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from anyckpt.engine.destination import BusyError
+from anyckpt.engine.living import lives, this_process
 from anyckpt.errors import OutputError
 from anyckpt.storage.objects import ConflictError, Objects
 
@@ -48,7 +49,7 @@ class Claim:
         self.key = key
         self._output = output
         self._run = uuid.uuid4().hex
-        self._about = {**about, "run": self._run, "process": _this_process()}
+        self._about = {**about, "run": self._run, "process": this_process()}
         self._count = 0
         self._tag = ""
         self._lock = threading.Lock()
@@ -173,38 +174,13 @@ def is_of_dead_here(objects: Objects, key: str) -> bool:
     return found is None or _lives_here(found[0]) is False
 
 
-def _this_process() -> list[Any]:
-    """What tells this process from all others that are and were on its machine, and the machine from all others."""
-    return [_machine(), os.getpid(), _begun(os.getpid())]
-
-
 def _lives_here(claim: bytes) -> bool | None:
     """Whether a claim's writer lives; None if it is on another machine, or that cannot be told."""
     try:
         said = json.loads(claim)
-        run, (machine, number, begun) = said["run"], said["process"]
+        run, process = said["run"], said["process"]
+        found = lives(process)
+        number = process[1]
     except (ValueError, KeyError, TypeError):
         return False
-    if not machine or machine != _machine() or not isinstance(number, int):
-        return None
-    if number == os.getpid():
-        return run in _held
-    return bool(_begun(number) == begun)
-
-
-def _machine() -> str:
-    """This machine since it was started, and the process numbers that are seen in it; empty if that is not told."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
-
-
-def _begun(number: int) -> str:
-    """When a process began, in ticks of its machine; empty if there is none."""
-    try:
-        with open(f"/proc/{number}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    return run in _held if found and number == os.getpid() else found

@@ -21,6 +21,8 @@ from anyckpt.errors import OutputError
 PAGE = 4096
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _DIRECT_MINIMUM = 1 << 20
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems answer that cannot do what is asked."""
 
 
 class BlockBuffer:
@@ -57,6 +59,7 @@ class BlockFile:
         self._synced = keep
         self._lock = threading.Lock()
         self._direct: int | None = None
+        self._is_refused = False
         self._shared: dict[int, _SharedPage] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
         try:
@@ -82,7 +85,7 @@ class BlockFile:
             low = min(end, -(-offset // PAGE) * PAGE)
             high = max(low, end // PAGE * PAGE)
             if high > low:
-                _write_all(self._direct, data[low - offset : high - offset], low)
+                self._write_pages(data[low - offset : high - offset], low)
             for start, stop in ((offset, low), (high, end)):
                 if stop > start:
                     self._share(start, data[start - offset : stop - offset])
@@ -109,8 +112,21 @@ class BlockFile:
         page.memory[: len(data)] = data
 
     def _flush(self, number: int, page: _SharedPage) -> None:
-        assert self._direct is not None
-        _write_all(self._direct, page.whole, number * PAGE)
+        self._write_pages(page.whole, number * PAGE)
+
+    def _write_pages(self, data: Bytes, offset: int) -> None:
+        """Write whole pages past the page cache; through it, from now on, where the file system refuses after all."""
+        if not self._is_refused:
+            assert self._direct is not None
+            try:
+                _write_all(self._direct, data, offset)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                self._is_refused = True
+            else:
+                return
+        _write_all(self._buffered, data, offset)
 
     def sync(self) -> None:
         """Make everything written so far durable.
@@ -126,7 +142,7 @@ class BlockFile:
                 self._synced = True
                 if self._direct is not None:
                     os.ftruncate(self._buffered, self.nbytes)
-            os.fsync(self._buffered)
+            sync_file(self._buffered)
         except OSError as error:
             raise write_error(self.path, error) from error
 
@@ -161,14 +177,22 @@ def write_error(path: str, error: OSError) -> OutputError:
     return OutputError(f"cannot be written: {error.strerror}", path=path)
 
 
-def sync_directory(path: str) -> None:
-    """Make the entries of a directory durable, where the file system knows how to."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync_file(descriptor: int) -> bool:
+    """Make what is written to an open file durable; whether the file system knows how to (some of FUSE do not)."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in _REFUSED:
             raise
+        return False
+    return True
+
+
+def sync_directory(path: str) -> bool:
+    """Make the entries of a directory durable; whether the file system knows how to."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return sync_file(descriptor)
     finally:
         os.close(descriptor)
 
@@ -211,6 +235,6 @@ def _reserve(descriptor: int, nbytes: int) -> None:
             fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
             if fallocate(descriptor, 0, 0, nbytes) != 0:
                 code = ctypes.get_errno()
-                if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                if code not in _REFUSED:
                     raise OSError(code, os.strerror(code))
     os.ftruncate(descriptor, nbytes)

@@ -7,7 +7,6 @@ becomes shows only when it is written, so that nothing of it is reserved, contin
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from isal import isal_zlib
 
 from anyckpt.engine.checksum import RunningDigest
 from anyckpt.engine.destination import Destination, Share
-from anyckpt.engine.files import Bytes, write_error
+from anyckpt.engine.files import Bytes, sync_file, write_error
 from anyckpt.engine.manifest import Manifest, ManifestEntry
 from anyckpt.engine.plan import Computed, Plan
 from anyckpt.engine.records import BlockKey, BlockRecord
@@ -130,7 +129,7 @@ class GzipFile(Destination):
         while self._due:
             self._put(self._due.popleft().result())
         try:
-            os.fsync(self._file.fileno())
+            sync_file(self._file.fileno())
         except OSError as error:
             raise self._refused(error) from error
         self._stop()
@@ -142,6 +141,9 @@ class GzipFile(Destination):
 
     def publish(self, manifest: bytes) -> None:
         self._staging.publish(manifest)
+
+    def weaker(self) -> tuple[str, ...]:
+        return self._staging.weaker()
 
     def is_published(self, fingerprint: str) -> bool:
         return self._staging.is_published(fingerprint)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyckpt.engine.files import sync_file
+
 BlockKey = tuple[int, int]
 """A block by its file's index in the plan and its first byte there."""
 
@@ -86,7 +88,7 @@ class Journal:
         with self._lock:
             self._file.write(line)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            sync_file(self._file.fileno())
 
     def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
         """Note blocks whose bytes are durable."""
@@ -141,8 +143,8 @@ class JournalReader:
         return False
 
 
-def lock(descriptor: int, kind: int) -> None:
-    """Lock an open file against other processes, where the file system knows how to, without waiting.
+def lock(descriptor: int, kind: int) -> bool:
+    """Lock an open file against other processes, without waiting; whether the file system knows how to.
 
     Raises:
         BlockingIOError: another process has it.
@@ -154,7 +156,8 @@ def lock(descriptor: int, kind: int) -> None:
     except BlockingIOError:
         raise
     except OSError:
-        return
+        return False
+    return True
 
 
 def _lock_soon(descriptor: int) -> None:

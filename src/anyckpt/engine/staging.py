@@ -6,7 +6,7 @@ in that directory, one of each process, say which blocks are durable, so that in
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -16,17 +16,18 @@ from functools import cache
 from typing import Any
 
 from anyckpt.engine.destination import BusyError, Destination, Share, Trouble
-from anyckpt.engine.files import PAGE, Bytes, sync_directory, write_error
+from anyckpt.engine.files import PAGE, Bytes, sync_directory, sync_file, write_error
+from anyckpt.engine.living import is_signed_by_another, sign
 from anyckpt.engine.manifest import beside, read_manifest
 from anyckpt.engine.names import MANIFEST_NAME, PARTIAL
 from anyckpt.engine.outputs import OutputFiles
 from anyckpt.engine.plan import Plan
+from anyckpt.engine.publishing import put_in_place, put_new
 from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, lock
+from anyckpt.engine.shortfalls import MAY_REPLACE, NO_LOCKS, NOT_DURABLE, TWO_STEPS
 from anyckpt.errors import FormatError, OutputError
 from anyckpt.storage.local_file import forget_open_file
 
-_EXCHANGE = 2
-_AT_FDCWD = -100
 _JOURNAL = "journal"
 
 
@@ -64,6 +65,7 @@ class StagingDirectory(Destination):
         self._journal: Journal | None = None
         self._plan = Plan("", ())
         self._files = OutputFiles(self._plan, self.output, keep=frozenset())
+        self._weaker: dict[str, None] = {}
 
     def begin(self, plan: Plan, fingerprint: str, *, share: Share | None, resume: bool) -> None:
         self._check_absent()
@@ -134,7 +136,10 @@ class StagingDirectory(Destination):
             except FileNotFoundError:
                 continue  # another process has published the output and removed the directory meanwhile
             try:
-                lock(descriptor, kind)
+                if not lock(descriptor, kind):
+                    self._weaker[NO_LOCKS] = None
+                    if kind == fcntl.LOCK_EX:
+                        sign(descriptor)
                 if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     self._check_absent()
                     return descriptor
@@ -213,7 +218,7 @@ class StagingDirectory(Destination):
             for name in names
         )
         free = status.f_bavail * status.f_frsize + there
-        if self._plan.nbytes > free:
+        if self._plan.nbytes > free and status.f_blocks:  # some file systems do not tell how large they are
             raise OutputError(
                 "not enough space on the disk for the output",
                 path=self.destination,
@@ -260,12 +265,12 @@ class StagingDirectory(Destination):
                     os.symlink(target, path)
             if self._plan.is_directory:
                 for folder, _, _ in os.walk(self.output):
-                    sync_directory(folder)
+                    self._sync(folder)
             forget_open_file(self.destination)
             self._rename()
             if not self._plan.is_directory:
                 os.replace(manifest_path, beside(self.destination))
-            sync_directory(os.path.dirname(self.destination))
+            self._sync(os.path.dirname(self.destination))
         except OSError as error:
             raise write_error(self.destination, error) from error
         self.discard()
@@ -279,16 +284,29 @@ class StagingDirectory(Destination):
         with open(path, "wb") as file:
             file.write(manifest)
             file.flush()
-            os.fsync(file.fileno())
+            if not sync_file(file.fileno()):
+                self._weaker[NOT_DURABLE] = None
         return path
 
+    def _sync(self, folder: str) -> None:
+        if not sync_directory(folder):
+            self._weaker[NOT_DURABLE] = None
+
     def _rename(self) -> None:
-        if not os.path.lexists(self.destination):
-            os.rename(self.output, self.destination)
-        elif not self.overwrite:
-            raise OutputError("has appeared meanwhile", path=self.destination, remedy="choose another path")
-        else:
-            put_in_place(self.output, self.destination, os.path.join(self._directory, "old"))
+        if self.overwrite and os.path.lexists(self.destination):
+            if not put_in_place(self.output, self.destination, os.path.join(self._directory, "old")):
+                self._weaker[TWO_STEPS] = None
+            return
+        try:
+            if not put_new(self.output, self.destination):
+                self._weaker[MAY_REPLACE] = None
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise OutputError("has appeared meanwhile", path=self.destination, remedy="choose another path") from None
+
+    def weaker(self) -> tuple[str, ...]:
+        return tuple(self._weaker)
 
     def is_published(self, fingerprint: str) -> bool:
         if not os.path.lexists(self.destination):
@@ -323,12 +341,11 @@ class StagingDirectory(Destination):
         except OSError:
             return False
         try:
-            lock(descriptor, fcntl.LOCK_EX)
+            return not lock(descriptor, fcntl.LOCK_EX) and is_signed_by_another(descriptor)
         except BlockingIOError:
             return True
         finally:
             os.close(descriptor)
-        return False
 
     def remove_abandoned(self) -> bool:
         """Remove what processes that are gone left of their work; whether there was any and nobody is at it."""
@@ -336,7 +353,8 @@ class StagingDirectory(Destination):
             return False
         descriptor = os.open(os.path.join(self._directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            lock(descriptor, fcntl.LOCK_EX)
+            if not lock(descriptor, fcntl.LOCK_EX) and is_signed_by_another(descriptor):
+                return False
         except BlockingIOError:
             return False
         else:
@@ -399,29 +417,3 @@ def _version() -> str:
     from anyckpt import __version__
 
     return __version__
-
-
-def put_in_place(new: str, destination: str, aside: str) -> None:
-    """Give a file or directory the name of one that is there, in one step where the system can.
-
-    Args:
-        new: what gets the name.
-        destination: the name.
-        aside: where a directory that had it goes, if not to ``new``; the caller removes both.
-
-    Raises:
-        OSError: the system refuses.
-    """
-    if not os.path.isdir(new) and not os.path.isdir(destination):
-        os.replace(new, destination)
-    elif not _exchange(new, destination):
-        os.rename(destination, aside)
-        os.rename(new, destination)
-
-
-def _exchange(first: str, second: str) -> bool:
-    """Swap two directory entries in one step; False where the system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _EXCHANGE) == 0)

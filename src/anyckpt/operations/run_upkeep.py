@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from anyckpt.engine.files import sync_directory, write_error
+from anyckpt.engine.files import sync_directory, sync_file, write_error
 from anyckpt.engine.manifest import beside
 from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.engine.staging import StagingDirectory, destination_of
@@ -223,7 +223,7 @@ def _replace(path: str, text: str) -> None:
         with open(new, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            sync_file(file.fileno())
         os.replace(new, path)
         sync_directory(folder)
     except OSError as error:

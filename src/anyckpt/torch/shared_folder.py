@@ -16,7 +16,7 @@ from contextlib import suppress
 from anyckpt.containers.dcp import METADATA
 from anyckpt.engine.checksum import digest_of
 from anyckpt.engine.destination import BusyError
-from anyckpt.engine.files import sync_directory, write_error
+from anyckpt.engine.files import sync_directory, sync_file, write_error
 from anyckpt.engine.manifest import Manifest, ManifestEntry
 from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.engine.plan import OutputFile, Plan
@@ -196,4 +196,4 @@ def _write(path: str, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
 from anyckpt.engine.files import sync_directory, write_error
 from anyckpt.engine.manifest import beside
-from anyckpt.engine.staging import put_in_place
+from anyckpt.engine.publishing import put_in_place
 from anyckpt.errors import MappingError
 from anyckpt.formats.lightning.keys import META, OPTIMIZER_STATES, STATE_DICT
 from anyckpt.operations.steps.destination import check_destination
