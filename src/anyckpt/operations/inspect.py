@@ -28,7 +28,7 @@ from anyckpt.units import size_label
 if TYPE_CHECKING:
     from anyckpt.layout.pipeline import Chunk
     from anyckpt.models import Model
-    from anyckpt.operations.steps.module_tree import Leaf, Module
+    from anyckpt.operations.steps.module_tree import Module
     from anyckpt.operations.steps.statistics import Scan
 
 _MODEL_FIELDS = tuple(
@@ -162,18 +162,16 @@ def _stage(chunk: Chunk) -> dict[str, Any]:
 
 
 def _tree(listed: Iterable[TensorFacts]) -> Module:
-    """What each module of the listed tensors takes."""
-    from anyckpt.operations.steps.module_tree import module_tree
+    """What each module of the listed tensors takes; a tensor that is another's counts nothing."""
+    from anyckpt.operations.steps.module_tree import Leaf, module_tree
 
-    return module_tree(map(_leaf, listed))
+    def leaf(tensor: TensorFacts) -> Leaf:
+        look = f"{tensor.dtype} {list(tensor.shape)}"
+        if tensor.same_as is not None:
+            return Leaf(tensor.name, f"{look} (as {tensor.same_as})", 0, 0)
+        return Leaf(tensor.name, look, math.prod(tensor.shape), tensor.nbytes)
 
-
-def _leaf(tensor: TensorFacts) -> Leaf:
-    """A tensor of a tree; one that is another's counts nothing."""
-    look = f"{tensor.dtype} {list(tensor.shape)}"
-    if tensor.same_as is not None:
-        return Leaf(tensor.name, f"{look} (as {tensor.same_as})", 0, 0)
-    return Leaf(tensor.name, look, math.prod(tensor.shape), tensor.nbytes)
+    return module_tree(map(leaf, listed))
 
 
 def _part(checkpoint: Checkpoint) -> list[str]:
