@@ -24,8 +24,8 @@ from anyckpt.formats.gguf.blocks import ENCODERS, decode, encode
 from anyckpt.formats.gguf.byte_pairs import _EXPRESSIONS
 from anyckpt.formats.gguf.container import ALIGNMENT, Typed, header_bytes, read_header
 from anyckpt.formats.gguf.nodes import Decoded, Encoded
-from anyckpt.formats.gguf.sentencepiece import read_model
 from anyckpt.formats.gguf.types import TYPES
+from anyckpt.models.sentencepiece import read_model
 from anyckpt.storage import MemorySource
 from anyckpt.tensor import LazyTensor, from_array
 

@@ -316,7 +316,34 @@ _LATENT = {
     "qk_rope_head_dim": 4, "v_head_dim": 8,
 }  # fmt: skip
 
+_FAST_CONFORMER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_mel_bins": 16,
+    "subsampling_conv_channels": 8, "conv_kernel_size": 5,
+}  # fmt: skip
+_UNBIASED_CONFORMER = {
+    **_FAST_CONFORMER, "attention_bias": False, "convolution_bias": False, "scale_input": False,
+    "subsampling_factor": 4,
+}  # fmt: skip
+_CTC = {"vocab_size": 33, "pad_token_id": 32}
+_TRANSDUCER = {
+    "vocab_size": 33, "blank_token_id": 32, "pad_token_id": 2, "decoder_hidden_size": 12, "num_decoder_layers": 2,
+}  # fmt: skip
+_NEMO_SPEECH = {key: why for key, why in NEMO_1_ALONE.items() if key != "nemo"}
+
 PROOFS: dict[str, Proof] = {
+    "parakeet-ctc": proof(
+        tiny("parakeet-ctc", "parakeet_ctc", _NEMO_SPEECH, **_CTC, encoder_config=_FAST_CONFORMER),
+        tiny("parakeet-ctc-unbiased", "parakeet_ctc", _NEMO_SPEECH, **_CTC, encoder_config=_UNBIASED_CONFORMER),
+        note="and NeMo 3.0 of its own files",
+    ),
+    "parakeet-rnnt": proof(
+        tiny("parakeet-rnnt", "parakeet_rnnt", _NEMO_SPEECH, **_TRANSDUCER, encoder_config=_FAST_CONFORMER),
+        note="and NeMo 3.0 of its own files",
+    ),
+    "parakeet-tdt": proof(
+        tiny("parakeet-tdt", "parakeet_tdt", _NEMO_SPEECH, **_TRANSDUCER, encoder_config=_UNBIASED_CONFORMER),
+        note="and NeMo 3.0 of its own files",
+    ),
     "deepseek-v2": proof(fixture("deepseek_v2_lite", NO_NEMO_1)),
     "deepseek-v3": proof(
         fixture("deepseek_v3", NO_NEMO_1),

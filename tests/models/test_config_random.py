@@ -69,6 +69,9 @@ REFUSED: dict[str, str] = {
     "gemma3": r"have no (attn|final)_logit_softcapping",
     "llama-nemotron": "always scales rope as Llama 3.1",
     "llama4": "weights an expert's input only where|cannot express which layers have rotary embedding",
+    "parakeet-ctc": "NeMo's last label is the blank",
+    "parakeet-rnnt": "NeMo's last label is the blank",
+    "parakeet-tdt": "NeMo's last label is the blank",
     "recurrent-gemma": "has no output layer besides its embedding",
 }
 """What a framework cannot express and says so; for every family, and for some."""

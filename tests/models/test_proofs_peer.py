@@ -70,7 +70,12 @@ def computed(path: Path, architecture: str) -> Any:
     if model.main_input_name == "pixel_values" or seeing is not config:
         shape = (2, seeing.num_channels, seeing.image_size, seeing.image_size)
         inputs["pixel_values"] = torch.randn(shape, generator=generator)
-    if model.main_input_name == "input_features":
+    if hasattr(config, "encoder_config"):
+        inputs["input_features"] = torch.randn((2, 64, config.encoder_config.num_mel_bins), generator=generator)
+        inputs["attention_mask"] = torch.arange(64)[None] < torch.tensor([[64], [40]])
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.randint(3, config.vocab_size, (2, 1), generator=generator)
+    elif model.main_input_name == "input_features":
         shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
         inputs["input_features"] = torch.randn(shape, generator=generator)
         inputs["decoder_input_ids"] = torch.randint(3, config.vocab_size, (2, 12), generator=generator)

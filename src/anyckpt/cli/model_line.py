@@ -24,6 +24,7 @@ def model_line(model: Mapping[str, Any]) -> str:
         facts.append(f"{model['mamba_num_heads']} Mamba heads of {model['mamba_head_dim']}")
     if model["num_moe_experts"] is not None:
         facts.append(f"{model['num_moe_experts']} experts, {model['moe_router_topk']} for a token")
+    facts += _sound(model) if model["subsampling_factor"] is not None else []
     facts += _images(model) if model["img_h"] is not None else _vocabulary(model)
     return ", ".join(filter(None, facts))
 
@@ -80,7 +81,18 @@ def _vocabulary(model: Mapping[str, Any]) -> list[str]:
     if rows is not None and rows != true:
         vocabulary += f" padded to {rows:,} rows"
     kinds = f"{types} token type{'' if types == 1 else 's'}" if types else ""
+    if model["subsampling_factor"] is not None and not model["share_embeddings_and_output_weights"]:
+        return [vocabulary]
     return [vocabulary, kinds, f"{'tied' if model['share_embeddings_and_output_weights'] else 'untied'} embeddings"]
+
+
+def _sound(model: Mapping[str, Any]) -> list[str]:
+    heard = f"hears {model['num_mel_bins']} channels, {model['subsampling_factor']} frames a step"
+    layers, durations = model["prediction_num_layers"], model["durations"]
+    if layers is None:
+        return [heard]
+    predicts = f"predicts by {layers} LSTM{'' if layers == 1 else 's'} of {model['prediction_hidden_size']:,}"
+    return [heard, predicts, f"{len(durations)} durations" if durations else ""]
 
 
 def _images(model: Mapping[str, Any]) -> list[str]:

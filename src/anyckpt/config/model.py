@@ -10,6 +10,7 @@ from typing import Any
 from anyckpt.config.blocks import BlockConfig, check_blocks
 from anyckpt.config.encoders import EncoderConfig, check_encoders
 from anyckpt.config.possible import check_layers, check_sizes, impossible
+from anyckpt.config.speech import SpeechConfig, check_speech
 from anyckpt.errors import MappingError
 
 Tokens = int | tuple[int, ...] | None
@@ -49,9 +50,9 @@ PART_OF, WHOLE, WHOLE_NAMES, WHOLE_NORMS = "part_of", "whole", "whole_names", "w
 
 
 @dataclass(frozen=True)
-class ModelConfig(BlockConfig, EncoderConfig):
+class ModelConfig(BlockConfig, EncoderConfig, SpeechConfig):
     """What a model is, in Megatron-Core's words; what experts and other blocks add is in ``BlockConfig``, what models
-    that are not decoders alone add in ``EncoderConfig``.
+    that are not decoders alone add in ``EncoderConfig``, what those add that hear in ``SpeechConfig``.
 
     Attributes:
         family: name of the model family, as in ``--family``.
@@ -200,6 +201,7 @@ def check(config: ModelConfig) -> ModelConfig:
             raise impossible(name, "a positive number", number)
     check_blocks(config, config.num_layers)
     check_encoders(config)
+    check_speech(config, config.num_mel_bins)
     return config
 
 

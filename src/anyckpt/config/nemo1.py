@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anyckpt.config import nemo_speech
 from anyckpt.config.block_keys import block_sizes, parse_blocks, render_blocks
 from anyckpt.config.eight_bit import EXTRA, from_nemo1, to_nemo1
 from anyckpt.config.encoder_keys import (
@@ -137,6 +138,8 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     Raises:
         MappingError: NeMo 1 cannot express the configuration.
     """
+    if family.nemo_speech is not None:
+        return nemo_speech.render(family, config, notes)
     if not family.nemo1:
         raise MappingError(
             f"NeMo 1 has no models of family {family.name}",

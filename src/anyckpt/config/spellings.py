@@ -206,6 +206,21 @@ class TrtLlm:
     keys: Callable[[ModelConfig], Mapping[str, Any]] = field(default=lambda config: {})
 
 
+@dataclass(frozen=True)
+class NeMoSpeech:
+    """How NeMo's speech collection knows a family.
+
+    Attributes:
+        target: the class, with its module.
+        rows: what the sections of its configuration say, in the order in which they are read and written.
+        fits: whether a configuration of this class is of this family's models, where others have the class.
+    """
+
+    target: str
+    rows: tuple[Codec, ...]
+    fits: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spellings:
     """How the configurations of a family's models are spelled everywhere.
@@ -220,6 +235,7 @@ class Spellings:
         meta: names in Meta's, Mistral's and torchtitan's code; None if they have no such models.
         trtllm: how TensorRT-LLM knows them; None if that is not known.
         nemo1: whether NeMo 1 has such models.
+        nemo_speech: how NeMo's speech collection knows them, whose ``.nemo`` is NeMo 1's; None if it does not.
         nemo1_classes: NeMo 1's classes for them other than ``MegatronGPTModel``, without the module, and what these
             take where their configuration has no such key: a value, or a function of the configuration.
         megatron: whether Megatron-Core has such models.
@@ -239,6 +255,7 @@ class Spellings:
     meta: MetaNames | None = None
     trtllm: TrtLlm | None = None
     nemo1: bool = True
+    nemo_speech: NeMoSpeech | None = None
     nemo1_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     megatron: bool = True
     features: frozenset[str] = frozenset()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, storage_key
 from anyckpt.config import hugging_face as config_hf
-from anyckpt.config import hybrid, meta_names, nemo1, nemo2, own_part
+from anyckpt.config import hybrid, meta_names, nemo1, nemo2, nemo_speech, own_part
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config import meta as config_meta
 from anyckpt.config import trtllm as config_trtllm
@@ -55,6 +55,8 @@ def config_kind(config: Mapping[str, Any]) -> str | None:
         return "hf"
     if config_meta.is_params(config):
         return META
+    if nemo_speech.is_speech(config):
+        return "nemo1"
     unwrapped = nemo1.unwrapped(config)
     if "transformer_impl" in config and "mcore_gpt" not in config:
         return "megatron-args"  # those of encoder-decoders have an encoder_seq_length, too
@@ -239,6 +241,9 @@ def _parse(
             return None  # another model of the same class
         _check_traits(family, config)
         return family, config
+    if kind == "nemo1" and nemo_speech.is_speech(values):
+        heard = chosen or _first(lambda family: nemo_speech.spelling_of(family, values) is not None)
+        return None if heard is None else (heard, nemo_speech.parse(heard, values))
     inner = with_class_defaults(nemo1.unwrapped(values)) if kind == "nemo1" else values
     if chosen is None and not inner.keys() >= _TRANSFORMER:
         return None
@@ -327,6 +332,8 @@ def _with_facts_from_tensors(model: Model, checkpoint: Checkpoint, kind: str, va
         config = replace(config, mtp_num_layers=None)
         notes.append("the configuration's layers of multi-token prediction are not in the checkpoint")
     config = model.definition.refine(config, _outside_layers(model, checkpoint))
+    if model.definition.companions is not None:
+        config = model.definition.companions.read(config, checkpoint)
     head, embedding = head_and_embedding(model)
     dialect = checkpoint.dialect or spellings.detect(weights)
     if dialect == "hf":

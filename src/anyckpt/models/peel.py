@@ -95,6 +95,11 @@ def _of_hub(weights: dict[str, LazyTensor], model: Model, expected: Sequence[Ins
     else:
         in_blocks = model.config.hybrid_override_pattern is None
         tensors, ignored = spellings.to_hub_names(text, in_blocks=in_blocks)
+    for name in list(tensors):
+        reason = model.definition.reason_to_ignore(name)
+        if reason is not None and model.definition.nemo_speech is not None:
+            ignored[name] = reason
+            del tensors[name]
     for head in HEADS:  # the last pipeline stage keeps a copy of the embedding as its output layer
         _drop_tied(tensors, ignored, head, EMBEDDING, model, None)
     ignored |= drop_copies(tensors, model.definition.twins, path)

@@ -19,7 +19,7 @@ from anyckpt.models.families import by_name, each_family
 from anyckpt.models.language.family import Family
 from anyckpt.tensor import LazyTensor
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$")
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$|(?<=_l)\d+$")
 _OPTIONAL = re.compile(
     r".*\.bias|output_layer\.weight|mtp\..*|.*\.self_attention\.[qk]_layernorm\.weight|(lm_head|pooler|binary_head)\..*"
 )

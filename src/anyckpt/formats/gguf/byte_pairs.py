@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import FormatError
-from anyckpt.formats.gguf.sentencepiece import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
+from anyckpt.models.sentencepiece import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
 
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -12,8 +12,8 @@ from anyckpt.formats.gguf.architectures import Architecture
 from anyckpt.formats.gguf.byte_pairs import json_of_byte_pairs, read_byte_pairs
 from anyckpt.formats.gguf.container import FLOAT32, INT32, Typed
 from anyckpt.formats.gguf.pieces import are_pieces, read_pieces
-from anyckpt.formats.gguf.sentencepiece import CONTROL, USER_DEFINED, Vocabulary, model_bytes, read_model
 from anyckpt.formats.shared.hub_folder import json_object
+from anyckpt.models.sentencepiece import CONTROL, USER_DEFINED, Vocabulary, model_bytes, read_model
 from anyckpt.models.tokens import token_facts
 from anyckpt.storage.source import ByteSource, MemorySource
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from anyckpt.formats.registry import WriteOptions
 
+FLAT, _SHARDED = "nemo-flat", "nemo-sharded"
+
 
 def dialect(options: WriteOptions) -> str | None:
     """Megatron names begin with ``model.``; layers are stacked in a distributed checkpoint only.
@@ -12,4 +14,4 @@ def dialect(options: WriteOptions) -> str | None:
     """
     if options.layout is not None and not options.sharded:
         return "hub"
-    return "nemo-sharded" if options.sharded else "nemo-flat"
+    return _SHARDED if options.sharded else FLAT

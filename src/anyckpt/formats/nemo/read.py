@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, ParallelLayout, RankShard, StoredChecksum
+from anyckpt.config.nemo_speech import is_speech
 from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
@@ -22,6 +23,7 @@ from anyckpt.formats.nemo.container import (
     Subfolder,
     open_container,
 )
+from anyckpt.formats.nemo.naming import FLAT
 from anyckpt.formats.nemo.tokenizer import read_tokenizer
 from anyckpt.formats.shared.no_weights import extra_state_reason
 from anyckpt.formats.shared.rank_files import (
@@ -89,10 +91,10 @@ def read(location: Location) -> Checkpoint:
         format="nemo",
         format_version=_text(config.get("nemo_version")),
         tensors=weights.tensors,
-        dialect=weights.dialect,
+        dialect=weights.dialect or (FLAT if is_speech(config) and weights.kind == "flat" else None),
         objects=weights.objects,
         config=config,
-        config_kind="nemo1" if is_megatron_config(config) else None,
+        config_kind="nemo1" if is_megatron_config(config) or is_speech(config) else None,
         tokenizer=tokenizer,
         artifacts={name: source for name, source in others.items() if id(source) not in used},
         layout=weights.layout,
@@ -280,7 +282,7 @@ def _read_flat(source: ByteSource) -> _Weights:
     return _Weights(
         tensors,
         "flat",
-        "nemo-flat" if is_megatron else None,
+        FLAT if is_megatron else None,
         objects,
         warnings=list(contents.warnings),
         ignored={name: extra_state_reason(state) for name, state in objects.items() if _EXTRA_STATE.search(name)},

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.checkpoint import Tokenizer
+from anyckpt.config.nemo_speech import is_speech
 from anyckpt.formats.nemo.config import ARTIFACT_SCHEME
 from anyckpt.storage.source import ByteSource
 
@@ -119,6 +120,8 @@ def write_tokenizer(
     known = {text for text in section.values() if isinstance(text, str)}
     if members and all(f"{ARTIFACT_SCHEME}{name}" in known or name in known for name in members):
         return section, members, []
+    if is_speech(config):
+        return _speech_section(section, names), members, []
     model = tokenizer.model_file or next((n for n in tokenizer.files if n.endswith(".model")), None)
     fresh: dict[str, Any] = {"library": tokenizer.library, "type": None, "model": None}
     fresh.update({"vocab_file": None, "merge_file": None})
@@ -135,6 +138,13 @@ def write_tokenizer(
     if tokenizer.library == "huggingface" and tokenizer.files:
         fresh[HF_FILES] = {name: ARTIFACT_SCHEME + names[name] for name in tokenizer.files}
     return fresh, members, notes
+
+
+def _speech_section(section: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """What NeMo's speech classes look for, of a sentencepiece model and its list of pieces."""
+    keys = {"tokenizer.model": "model_path", "vocab.txt": "vocab_path", "tokenizer.vocab": "spe_tokenizer_vocab"}
+    found = {key: ARTIFACT_SCHEME + names[name] for name, key in keys.items() if name in names}
+    return {"dir": "", "type": "bpe", **section, **found}
 
 
 def _note(tokenizer: Tokenizer) -> str:

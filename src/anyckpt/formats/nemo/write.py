@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.nemo_speech import is_speech
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.containers.torch_file.writer import ALIGNMENT, PAGE
 from anyckpt.engine.plan import OutputFile, Part, Plan
@@ -52,6 +53,13 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         FormatError: the configuration refers to a file that the source lacks.
     """
     config = _configuration(checkpoint)
+    if is_speech(config) and (options.sharded or checkpoint.ranks):
+        raise UsageError(
+            "NeMo's speech models have no distributed checkpoint and no files of ranks",
+            path=checkpoint.path,
+            expected="model_weights.ckpt alone",
+            remedy="leave --sharded and the sizes of ranks out",
+        )
     ignored: dict[str, str] = {}
     notes: list[str] = []
     members: dict[str, ByteSource] = {}

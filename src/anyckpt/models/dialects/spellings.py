@@ -73,10 +73,11 @@ _FAMILIES = re.compile(
 parts of other models these are not transformers' own."""
 
 _EVIDENCE = re.compile(
-    EVIDENCE + r"|embedding\.word_embeddings\.weight"
+    EVIDENCE + r"|embedding\.word_embeddings\.weight|encoder\.layers\.(?:\d+\.)?self_attn\.linear_pos\."
     r"|(?:decoder|encoder)\.layers\.(?:\d+\.)?(?:self_attention\.linear_|mlp\.linear_fc|mlp\.experts\.|mixer\.in_proj|self_attention\.in_proj)"
 )
-"""Names that only Megatron gives: other models have an ``encoder.layers.0`` too."""
+"""Names that only Megatron gives: other models have an ``encoder.layers.0`` too.  Of NeMo's Conformers, which Megatron
+has not, the hub's names are NeMo's."""
 
 _TEXT = re.compile(
     rf"(((?:model\.|module\.)*)(?:thinker\.)?{re.escape(LANGUAGE)})decoder\.layers\.(?:\d+\.)?"

@@ -24,6 +24,7 @@ from anyckpt.models.language.rules import (
 
 if TYPE_CHECKING:
     from anyckpt.layout.partition import Partition
+    from anyckpt.models.speech.companions import Companions
 
 
 def unrefined(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
@@ -50,6 +51,8 @@ class Family(Spellings):
         dimensions: lengths that the rules name beyond the common ones.
         like: the family whose tensors have the same names and whose models are many more, which alone is said where
             names alone tell; "" if there is none.
+        companions: files beside the weights that say more of the models than a configuration does; None if there are
+            none but a tokenizer's, which go as they are.
         layer: the configuration as one layer sees it, for models whose layers differ; the layer's lengths, operations
             and conditions get it.
     """
@@ -64,6 +67,7 @@ class Family(Spellings):
     axes: Mapping[str, Axis] = field(default_factory=dict)
     dimensions: Mapping[str, Dimension] = field(default_factory=dict)
     like: str = ""
+    companions: Companions | None = None
     layer: Layer = same_layers
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.config.nemo_speech import CLASSES, class_name
 from anyckpt.errors import UsageError, about
 from anyckpt.formats.registry import Format, WriteOptions
 from anyckpt.models import Hub, Model
@@ -111,6 +112,15 @@ class Naming:
 
 def _check_described(checkpoint: Checkpoint, target: Format) -> None:
     """Raise UsageError for what no framework can load: a model with its training code's hyper-parameters alone."""
+    name = class_name(checkpoint.config)
+    if name and checkpoint.config_kind is None:
+        raise UsageError(
+            f"is of NeMo's {name[:80]}, of which no family is known: {target.name} has no class for it, or none "
+            "that is known",
+            path=checkpoint.path,
+            expected=f"one of {', '.join(sorted(CLASSES))}, or a Megatron model",
+            remedy="convert to safetensors, torch or dcp, which keep names, or to nemo",
+        )
     if checkpoint.config and checkpoint.config_kind is None:
         raise UsageError(
             "has hyper-parameters of the code that trained it, and no configuration of the model",

@@ -313,10 +313,13 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
         in_model(renamed, True, out.notes)  # refuses it
     if order is not None:
         renamed = replace(renamed, registered_order=True)
+    names = tuple(renamed.tensors)
+    if model.definition.companions is not None and config_kind is not None:
+        renamed = model.definition.companions.write(hub.model.config, checkpoint, renamed, config_kind, out.notes)
 
     def rename(tensors: Tensors) -> Tensors:
         made = named_from(hub_of(tensors)).tensors
-        return {name: made[name] for name in renamed.tensors}
+        return {name: made[name] for name in names}
 
     ignored = {**state_of(checkpoint), **out.ignored}
     return _renamed(renamed, weights, rename, ignored, out.notes, whole=True)

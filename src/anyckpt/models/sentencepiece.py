@@ -55,6 +55,46 @@ def read_model(data: bytes, name: str) -> Vocabulary:
     return Vocabulary(tokens, scores, types)
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What a model says of how it cuts texts.
+
+    Attributes:
+        kind: ``BYTE_PAIRS``, ``UNIGRAMS`` or another number of sentencepiece's.
+        unknown: the piece for what it does not know.
+        characters: table by which characters are replaced before, compiled; empty for none.
+    """
+
+    kind: int
+    unknown: str
+    characters: bytes
+
+
+UNIGRAMS, BYTE_PAIRS = 1, 2
+_KIND, _UNKNOWN_PIECE, _CHARACTERS = 3, 45, 2
+
+
+def read_spec(data: bytes, name: str) -> Spec:
+    """What a ``tokenizer.model`` says besides its pieces.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    kind, unknown, characters = UNIGRAMS, "<unk>", b""
+    try:
+        for section, value in protobuf_fields(data):
+            for number, inner in protobuf_fields(value) if isinstance(value, bytes) else ():
+                if section == _TRAINER and number == _KIND and isinstance(inner, int):
+                    kind = inner
+                elif section == _TRAINER and number == _UNKNOWN_PIECE and isinstance(inner, bytes):
+                    unknown = inner.decode(errors="replace")
+                elif section == _NORMALIZER and number == _CHARACTERS and isinstance(inner, bytes):
+                    characters = inner
+    except ValueError as error:
+        raise FormatError(f"is a damaged sentencepiece model: {error}", path=name) from error
+    return Spec(kind, unknown, characters)
+
+
 def _piece(data: int | bytes) -> tuple[str, float, int]:
     if not isinstance(data, bytes):
         raise ValueError("a piece is a number")
@@ -69,13 +109,24 @@ def _piece(data: int | bytes) -> tuple[str, float, int]:
     return text, score, kind
 
 
-def model_bytes(found: Vocabulary, ids: Mapping[str, Any], *, space: bool) -> bytes:
+def model_bytes(
+    found: Vocabulary,
+    ids: Mapping[str, Any],
+    *,
+    space: bool,
+    characters: bytes = b"",
+    kind: int = BYTE_PAIRS,
+    trimmed: bool = False,
+) -> bytes:
     """A ``tokenizer.model`` of a vocabulary.
 
     Args:
         found: its tokens, padding left out.
         ids: of the tokens ``unknown``, ``bos``, ``eos`` and ``padding``, as far as there are.
         space: a text is taken to begin with a space.
+        characters: table by which characters are replaced before, compiled.
+        kind: as ``Spec`` has it.
+        trimmed: spaces around a text, and all but one of several, are left out.
     """
     last = max((at for at, kind in enumerate(found.types) if kind != UNUSED), default=-1)
     pieces = b"".join(
@@ -85,10 +136,11 @@ def model_bytes(found: Vocabulary, ids: Mapping[str, Any], *, space: bool) -> by
     unknown = next((at for at, kind in enumerate(found.types) if kind == UNKNOWN), 0)
     numbers = {40: ids.get("unknown"), 41: ids.get("bos"), 42: ids.get("eos"), 43: ids.get("padding")}
     numbers[40] = unknown if numbers[40] is None else numbers[40]
-    numbers |= {3: 2, 4: last + 1, 35: int(found.types.count(BYTE) == 256)}  # byte pairs; size; unknown in bytes
+    numbers |= {_KIND: kind, 4: last + 1, 35: int(found.types.count(BYTE) == 256)}  # byte pairs; size; unknown in bytes
     trainer = b"".join(_number(field, value) for field, value in numbers.items() if type(value) is int)
     trainer += b"".join(_number(field, (1 << 64) - 1) for field, value in numbers.items() if type(value) is not int)
-    normalizer = _field(1, b"identity") + _number(3, int(space)) + _number(4, 0) + _number(5, 1)
+    table = _field(1, b"user_defined") + _field(_CHARACTERS, characters) if characters else _field(1, b"identity")
+    normalizer = table + _number(3, int(space)) + _number(4, int(trimmed)) + _number(5, 1)
     return pieces + _field(_TRAINER, trainer) + _field(_NORMALIZER, normalizer)
 
 

@@ -1,0 +1,105 @@
+"""Fields of the hub's configuration for models that hear: FastConformer encoders and what decodes them.
+
+Megatron-Core has no such models, so that most words are transformers' (``parakeet``), where these say what NeMo's do.
+What a model does not have is None, 0 or False.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anyckpt.config.possible import LARGEST, check_layers, check_sizes, impossible
+from anyckpt.errors import MappingError
+
+_MOST_HALVINGS = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # ``ModelConfig`` has its own
+class SpeechConfig:
+    """What speech models have; ``num_layers`` and the other sizes are the encoder's, but for an encoder-decoder.
+
+    Attributes:
+        sampling_rate: samples in a second.
+        window_length: samples of a window.
+        hop_length: samples from one window to the next.
+        fft_length: samples of a transform, of which a window is the middle.
+        preemphasis: share of the sample before that is taken off each; None for none.
+        audio_padding_value: what fills features behind the end of the shorter ones of a batch.
+        subsampling_factor: features that become one step of the encoder: a power of two.
+        subsampling_conv_channels: of the convolutions that do it.
+        conv_kernel_size: steps that a layer's convolution sees.
+        scale_input: what goes into the first layer is multiplied by the root of the width.
+        activation_dropout: of the MLP's activations, during training.
+        position_dropout: of the encodings of positions, during training.
+        layer_dropout: share of layers that are left out, during training.
+        prediction_hidden_size: width of the LSTM that predicts a transducer's next token, and of its joint network.
+        prediction_num_layers: its layers.
+        max_symbols_per_step: tokens that a transducer gives for one step at most.
+        joint_dropout: of the joint network, during training; NeMo numbers its modules by whether there is any.
+        durations: steps that a transducer may go on by after a token; None if it has no such head.
+        blank_token_id: the token that means none.
+    """
+
+    sampling_rate: int | None = None
+    window_length: int | None = None
+    hop_length: int | None = None
+    fft_length: int | None = None
+    preemphasis: float | None = None
+    audio_padding_value: float = 0.0
+    subsampling_factor: int | None = None
+    subsampling_conv_channels: int | None = None
+    conv_kernel_size: int | None = None
+    scale_input: bool = False
+    activation_dropout: float = 0.0
+    position_dropout: float = 0.0
+    layer_dropout: float = 0.0
+    prediction_hidden_size: int | None = None
+    prediction_num_layers: int | None = None
+    max_symbols_per_step: int | None = None
+    joint_dropout: float = 0.0
+    durations: tuple[int, ...] | None = None
+    blank_token_id: int | None = None
+
+    @property
+    def halvings(self) -> int:
+        """Convolutions that halve the steps."""
+        return (self.subsampling_factor or 1).bit_length() - 1
+
+
+_SIZES = tuple(
+    """
+    sampling_rate window_length hop_length fft_length subsampling_factor subsampling_conv_channels
+    conv_kernel_size prediction_hidden_size prediction_num_layers max_symbols_per_step
+    """.split()
+)
+
+
+def check_speech(config: SpeechConfig, channels: int | None) -> None:
+    """Check that a model of these sizes can exist.
+
+    Args:
+        config: of the model.
+        channels: of the spectrogram that it hears; None if it hears nothing.
+
+    Raises:
+        MappingError: sizes that are not positive or absurd, or that do not go into one another.
+    """
+    if channels is None:
+        return
+    check_sizes(config, _SIZES)
+    check_layers(config.prediction_num_layers or 0)
+    factor = config.subsampling_factor or 1
+    if factor & (factor - 1) or config.halvings > _MOST_HALVINGS:
+        raise impossible("subsampling_factor", "a power of two", factor)
+    if channels % factor:
+        raise MappingError(
+            "the spectrogram's channels are not halved evenly, which transformers takes them to be",
+            expected=f"num_mel_bins to be a multiple of {factor}",
+            found=channels,
+        )
+    if config.window_length is not None and config.fft_length is not None and config.window_length > config.fft_length:
+        raise impossible("window_length", f"at most fft_length {config.fft_length}", config.window_length)
+    if config.fft_length is not None and config.fft_length > 1 << 20:
+        raise impossible("fft_length", f"at most {1 << 20}", config.fft_length)
+    if config.durations is not None and not all(0 <= steps < LARGEST for steps in config.durations):
+        raise impossible("durations", "numbers of steps", config.durations)
