@@ -42,7 +42,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.models.hybrid import hybrid_block  # noqa: E402
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules  # noqa: E402
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules  # noqa: E402
+from megatron.core.ssm.gated_delta_net import common as gated_delta_net  # noqa: E402
 from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.transformer.fsdp_dtensor_checkpoint import handle_experts_in_state_dict  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
@@ -54,6 +57,7 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 )
 
 hybrid_block.TENorm = WrappedTorchNorm
+gated_delta_net.HAVE_FLA = True  # whose kernels are for GPUs, and are not run here
 torch.serialization.add_safe_globals([argparse.Namespace])
 
 SAME = (
@@ -77,8 +81,17 @@ SAME = (
     "moe_router_score_function",
     "moe_router_enable_expert_bias",
     "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
     "window_size",
     "window_attn_skip_freq",
+    "attention_output_gate",
+    "experimental_attention_variant",
+    "linear_attention_freq",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
 )
 OFF = (
     "bias_activation_fusion",
@@ -109,6 +122,7 @@ def config_of(arguments: dict[str, Any], world: int) -> TransformerConfig:
         tensor_model_parallel_size=world,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        deterministic_mode="experimental_attention_variant" in values,  # whose delta rule is written in torch
     )
 
 
@@ -126,6 +140,13 @@ def hybrid_layers(config: TransformerConfig) -> ModuleSpec:
         own = {name: getattr(submodules, name) for name in names}
         return ModuleSpec(kind, submodules=TransformerLayerSubmodules(**own, sharded_state_dict_keys_map=fused))
 
+    net = GatedDeltaNetSubmodules(ColumnParallelLinear, WrappedTorchNorm, RowParallelLinear)
+    of_net = TransformerLayerSubmodules(
+        input_layernorm=dense.input_layernorm,
+        self_attention=ModuleSpec(GatedDeltaNet, submodules=net),
+        self_attn_bda=dense.self_attn_bda,
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.in_proj.layer_norm_"},
+    )
     mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
     return ModuleSpec(
         HybridStack,
@@ -133,6 +154,7 @@ def hybrid_layers(config: TransformerConfig) -> ModuleSpec:
             attention_layer=part(
                 TransformerLayer, dense, ("input_layernorm", "self_attention", "self_attn_bda"), fused
             ),
+            gdn_layer=ModuleSpec(TransformerLayer, submodules=of_net),
             mlp_layer=part(MLPLayer, dense, mlp, fused),
             moe_layer=part(MoETransformerLayer, sparse, mlp, fused),
         ),

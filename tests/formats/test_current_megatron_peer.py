@@ -17,11 +17,13 @@ pytest.importorskip("torch")
 
 from tests import current_megatron
 from tests.models.proofs import samples
-from tests.support import expected_of, fixture_path
+from tests.support import expected_of, fixture_path, write_plan
 
 import anyckpt
 from anyckpt.config.megatron_bridge import Facts, run_config_of
 from anyckpt.formats import registry
+from anyckpt.formats.hf import FORMAT
+from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import render_config
 from anyckpt.operations.steps.layout_request import LayoutRequest
 
@@ -43,6 +45,8 @@ CASES = [
 ]
 FSDP = [("llama", "gpt"), ("mixtral", "hybrid")]
 RANKS = [("llama", "gpt", "rank"), ("llama", "hybrid", "rank"), ("gpt2", "hybrid", "rank")]
+NETS = ["qwen3.5", "qwen3-next"]
+"""Of which the local layers compute something else, for their norms store gamma."""
 FIXTURES = ["current_gpt_dense", "current_gpt_moe", "current_hybrid_dense", "current_hybrid_moe"]
 
 
@@ -79,6 +83,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]
             fixture_path(f"mcore/{case}/ckpt"), out, to="megatron-core", layout=LayoutRequest(megatron_model=other)
         )
         jobs.append({"model": in_float32(out), "load": str(out), "tokens": expected_of(f"mcore/{case}")["tokens"]})
+    for name in NETS:
+        checkpoint, out = samples()[name].open()[0], folder / name
+        layout = LayoutRequest(transformer_impl="local", megatron_model="hybrid")
+        assert FORMAT.plan is not None
+        source = write_plan(FORMAT.plan(checkpoint, WriteOptions()), folder / f"{name}-hf")
+        anyckpt.convert(source, out, to="megatron-core", layout=layout)
+        jobs.append({"model": in_float32(out), "load": str(out)})
     for family, model in FSDP:
         out, layout = folder / f"fsdp-{family}", LayoutRequest(transformer_impl="local", megatron_model=model)
         source = fixture_path(f"families/{family}")
@@ -92,7 +103,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]
         tokens = np.load(source / "expected.npz")["input_ids"].tolist()
         file = str(out / "release" / "mp_rank_00" / "model_optim_rng.pt")
         jobs.append({"model": in_float32(out), "load_rank": file, "tokens": tokens})
-    return dict(zip([*CASES, *FIXTURES, *FSDP, *RANKS], in_megatron(jobs, folder), strict=True))
+    return dict(zip([*CASES, *FIXTURES, *NETS, *FSDP, *RANKS], in_megatron(jobs, folder), strict=True))
 
 
 def in_float32(checkpoint: Path) -> dict[str, Any]:
@@ -117,6 +128,14 @@ def test_what_it_saved_computes_the_same_as_its_other_model(case: str, loaded: A
     result = loaded[case]
     assert result["missing"] == [] and result["unexpected"] == []
     assert np.abs(np.array(result["logits"]) - np.array(expected_of(f"mcore/{case}")["logits"])).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_hybrid_model_of_gated_delta_nets_loads_it(name: str, loaded: Any) -> None:
+    """With every key that either side has."""
+    result = loaded[name]
+    assert result["missing"] == [] and result["unexpected"] == []
+    assert any(key.endswith("self_attention.A_log") for key in result["parameters"])
 
 
 @pytest.mark.parametrize("case", RANKS)

@@ -471,3 +471,20 @@ def test_tensors_of_objects_stay_lazy() -> None:
     assert value["buckets_coalesced"] is True
     assert isinstance(next(iter(value[0].values()))["exp_avg"], LazyTensor)
     assert sha256_of(next(iter(value[0].values()))["exp_avg"])
+
+
+def test_every_linear_map_and_norm_asks_for_a_state() -> None:
+    """Those of Mamba's mixers and of gated delta nets, too, whose input projection is stored in pieces."""
+    layer, one = "decoder.layers.0", from_array(np.zeros((2, 2), "f4"))
+    linear = (
+        f"{layer}.mixer.in_proj", f"{layer}.mixer.out_proj", f"{layer}.self_attention.in_proj",
+        f"{layer}.self_attention.out_proj", f"{layer}.mlp.fc1_latent_proj", "mtp.layers.0.eh_proj",
+    )  # fmt: skip
+    norms = (f"{layer}.self_attention.out_norm", "mtp.layers.0.enorm", "mtp.layers.0.hnorm", "decoder.final_norm")
+    pieces = {f"{name}.weight.{piece}": one for name in linear if name.endswith("in_proj") for piece in "zx"}
+    whole = {f"{name}.weight": one for name in (*linear, *norms) if not name.endswith("in_proj")}
+    others = dict.fromkeys((f"{layer}.mixer.norm.weight", f"{layer}.self_attention.A_log"), one)
+    found = [key.split("._extra_state")[0] for key in extra_states(pieces | whole | others, "transformer_engine")]
+    assert sorted(found) == sorted((*linear, *norms, "output_layer"))
+    local = [key.split("._extra_state")[0] for key in extra_states(pieces | whole | others, "local")]
+    assert sorted(local) == sorted((*linear, "output_layer"))

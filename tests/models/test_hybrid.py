@@ -202,7 +202,7 @@ def test_a_model_of_no_known_family(tmp_path: Path) -> None:
     [
         ("llama31_ropescale", "megatron-core", "does not scale rope"),
         ("nemotron_h", "megatron-core", "is a hybrid one already"),
-        ("gemma3", "megatron-core", "one base of rope"),
+        ("gemma3", "megatron-core", "post_layernorm.*has no such tensor"),
         ("t5_v1_1", "megatron-core", "has no such tensor"),
         ("llama", "nemo2", "means nothing for nemo2"),
         ("llama", "hf", "means nothing for hf"),
@@ -214,10 +214,45 @@ def test_what_no_hybrid_model_is(family: str, to: str, message: str, tmp_path: P
     assert not (tmp_path / "x").exists()
 
 
-def test_multi_token_prediction_is_refused() -> None:
-    arguments = {"num_layers": 2, "mtp_num_layers": 1}
-    with pytest.raises(MappingError, match="multi-token prediction"):
-        hybrid_arguments(arguments, [])
+@pytest.mark.parametrize("name", ["gemma2", "exaone4", "olmoe", "minimax-m2"])
+def test_layers_that_the_stock_stack_has_not_are_refused(name: str) -> None:
+    """Norms behind attention and MLP, or of all heads together, are Megatron-Bridge's: a load would leave them out."""
+    checkpoint, model = samples()[name].open()
+    with pytest.raises(MappingError, match="HybridModel"):
+        hybrid_arguments(render_config(model, "megatron-args"), [])
+        models.from_hub(models.to_hub(checkpoint, model), "megatron-core", in_halves=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "letters"),
+    [
+        ("qwen3-next", "GEGEGE*E"),
+        ("qwen3-next-dense-layers", "*EG-GE*E"),
+        ("qwen3.5", "G-G-G-*-"),
+        ("qwen3.5-moe", "GEGEGE*E"),
+    ],
+)
+def test_gated_delta_nets_are_letters(name: str, letters: str) -> None:
+    checkpoint, model = samples()[name].open()
+    notes: list[str] = []
+    arguments = hybrid_arguments(render_config(model, "megatron-args"), notes)
+    assert arguments["hybrid_layer_pattern"] == letters
+    assert any("no norms of queries and keys" in note for note in notes)
+    named = models.from_hub(models.to_hub(checkpoint, model), "megatron-core", in_halves=True).tensors
+    nets = {2 * layer for layer, letter in enumerate(letters[::2]) if letter == "G"}
+    found = {int(key.split(".")[2]) for key in named if key.endswith(".self_attention.A_log")}
+    assert found == nets
+    plain = {key: value for key, value in arguments.items() if "linear_attention" not in key and "variant" not in key}
+    again = models.identify(replace(checkpoint, tensors=named, dialect=None, config=plain, config_kind="megatron-args"))
+    assert again is not None
+    assert again.config.linear_attention_freq == model.config.linear_attention_freq
+    assert again.family in (model.family, "qwen3-next")
+
+
+def test_arguments_that_it_has_not_are_refused() -> None:
+    for key, value, why in (("mtp_num_layers", 1, "multi-token prediction"), ("rotary_base_local", 5e3, "one base")):
+        with pytest.raises(MappingError, match=why):
+            hybrid_arguments({"num_layers": 2, key: value}, [])
 
 
 def test_a_model_of_hybrid_layers_keeps_them(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """A decoder as Megatron-Core's HybridModel, which gives attention and MLP a layer each, in arguments.
 
 Megatron-Core deprecates GPTModel for HybridModel: block i becomes the layers 2i, with attention, and 2i + 1, with the
-MLP or experts, and ``hybrid_layer_pattern`` has a letter for each: ``*`` attention, ``+`` latent attention, ``-`` an
-MLP, ``E`` experts; ``|`` parts pipeline stages and ``/`` precedes layers of multi-token prediction.
+MLP or experts, and ``hybrid_layer_pattern`` has a letter for each: ``*`` attention, ``+`` latent attention, ``G`` a
+gated delta net, ``-`` an MLP, ``E`` experts; ``|`` parts pipeline stages and ``/`` precedes layers of multi-token
+prediction.
 
 Facts: ``models/hybrid`` (``HybridModel``, ``hybrid_layer_allocation``, ``hybrid_layer_specs``) and
 ``transformer/{transformer_config,attention,utils}.py`` of Megatron-Core 0.19.2; ``training/checkpointing.py`` there.
@@ -18,7 +19,8 @@ from anyckpt.errors import MappingError
 PATTERN = "hybrid_layer_pattern"
 _PATTERNS = (PATTERN, "hybrid_override_pattern")
 """The latter is of Megatron-Core until 0.17 and deprecated since; both mean the same."""
-_ATTENTION, _LATENT, _DENSE, _SPARSE = "*+-E"
+_ATTENTION, _LATENT, _NET, _DENSE, _SPARSE = "*+G-E"
+_VARIANT, _DELTA_NET, _LINEAR = "experimental_attention_variant", "gated_delta_net", "linear_attention_freq"
 _STAGES = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -39,9 +41,14 @@ _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...] = (
     ("rotary_interleaved", lambda said: said.get("rotary_interleaved"), "whose rope is not interleaved"),
     ("rotary_base_local", lambda said: said.get("rotary_base_local"), "which has one base of rope for all layers"),
     (
-        "experimental_attention_variant",
-        lambda said: said.get("experimental_attention_variant"),
-        "for whose layers of linear or sparse attention there are no rules yet",
+        _VARIANT,
+        lambda said: said.get(_VARIANT) if said.get(_VARIANT) != _DELTA_NET else None,
+        "for whose layers of sparse attention there are no rules yet",
+    ),
+    (
+        "bridge_layer_spec",
+        lambda said: said.get("bridge_layer_spec"),
+        "whose layers are Megatron-Core's own, not those that Megatron-Bridge has for the family",
     ),
     ("encoder_num_layers", lambda said: said.get("encoder_num_layers"), "which has no encoder"),
     (
@@ -61,9 +68,14 @@ def letters_of(arguments: Mapping[str, Any]) -> str | None:
     said = next((text for key in _PATTERNS if isinstance(text := arguments.get(key), str) and text), "")
     letters = said.replace("|", "")
     pairs = len(letters) % 2 == 0 and 0 < len(letters) <= 2 * _MOST_LAYERS
-    if not pairs or set(letters[1::2]) - {_DENSE, _SPARSE} or set(letters[::2]) not in ({_ATTENTION}, {_LATENT}):
+    if not pairs or set(letters[1::2]) - {_DENSE, _SPARSE} or not _are_of_one_kind(set(letters[::2])):
         return None
     return letters
+
+
+def _are_of_one_kind(attention: set[str]) -> bool:
+    """Whether these letters are of layers of attention that one model can have (``hybrid_layer_allocation`` there)."""
+    return attention == {_LATENT} or attention <= {_ATTENTION, _NET}
 
 
 def hybrid_arguments(arguments: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -96,7 +108,11 @@ def hybrid_arguments(arguments: Mapping[str, Any], notes: list[str]) -> dict[str
     layers = _layers(arguments)
     experts = _experts(arguments, layers)
     attention = _LATENT if arguments.get("multi_latent_attention") else _ATTENTION
-    pattern = "".join(attention + (_SPARSE if sparse else _DENSE) for sparse in experts)
+    nets = _with_window(arguments.get(_LINEAR), _LINEAR, layers) if arguments.get(_VARIANT) else [0] * layers
+    pattern = "".join(
+        (_NET if net else attention) + (_SPARSE if sparse else _DENSE)
+        for net, sparse in zip(nets, experts, strict=True)
+    )
     changed: dict[str, Any] = {"num_layers": 2 * layers, PATTERN: pattern, "is_hybrid_model": True}
     changed |= {key: 2 * value for key in _STAGES if type(value := arguments.get(key)) is int}
     if arguments.get("moe_layer_freq") is not None:
@@ -104,7 +120,7 @@ def hybrid_arguments(arguments: Mapping[str, Any], notes: list[str]) -> dict[str
     for key, of_layer in _OF_ATTENTION.items():
         if arguments.get(key) not in (None, 0):
             changed[key] = [part for one in of_layer(arguments[key], key, layers) for part in (one, 0)]
-    if arguments.get("qk_layernorm"):
+    if arguments.get("qk_layernorm") or arguments.get("qk_l2_norm"):
         notes.append(
             "Megatron-Core 0.19's hybrid_stack_spec has no norms of queries and keys: build the model with one that "
             "has, for a load does not ask for what the model lacks"
@@ -124,13 +140,16 @@ def gpt_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     layers = len(letters) // 2
     changed: dict[str, Any] = {"num_layers": layers, "is_hybrid_model": False}
     changed |= {key: value // 2 for key in _STAGES if type(value := arguments.get(key)) is int}
+    if _NET in letters:
+        nets = [int(letter == _NET) for letter in letters[::2]]
+        changed |= {_VARIANT: _DELTA_NET, _LINEAR: nets}
     sparse = [int(letter == _SPARSE) for letter in letters[1::2]]
     if any(sparse):
         changed["moe_layer_freq"] = 1 if all(sparse) else sparse
     elif arguments.get("num_experts"):
         changed["num_experts"] = None
     for key, of_layer in _OF_ATTENTION.items():
-        if arguments.get(key) not in (None, 0):
+        if arguments.get(key) not in (None, 0) and key not in changed:
             listed = of_layer(arguments[key], key, 2 * layers)[::2]
             numbers = (every for every in range(1, layers + 1) if of_layer(every, key, layers) == listed)
             changed[key] = next(numbers, listed)
@@ -173,6 +192,7 @@ def _without_rope(said: Any, key: str, layers: int) -> list[int]:
 _OF_ATTENTION: Mapping[str, Callable[[Any, str, int], list[int]]] = {
     "window_attn_skip_freq": _with_window,
     "no_rope_freq": _without_rope,
+    _LINEAR: _with_window,
 }
 """What is said of the attention of single layers, whose numbers differ between the two models."""
 

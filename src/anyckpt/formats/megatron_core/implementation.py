@@ -26,11 +26,12 @@ Implementation = Literal["local", "transformer_engine"]
 T = TypeVar("T")
 
 _LINEAR = re.compile(
-    r"^(?P<module>.*\.(?:linear_\w+|mixer\.in_proj|mixer\.out_proj|layers\.\d+\.(?:self_attention|mlp)))"
-    r"\.weight(_w)?$"
+    r"^(?P<module>.*\.(?:linear_\w+|(?:mixer|self_attention)\.(?:in|out)_proj|fc[12]_latent_proj|eh_proj|"
+    r"layers\.\d+\.(?:self_attention|mlp)))\.weight(?:_w|\.z)?$"
 )
+"""Of a weight that is stored in pieces, the name of one."""
 _OUTPUT = re.compile(r"^(?P<outer>(?:model\.|module\.)*)(?:lm_head\.)?output_layer\.(?P<kind>weight|bias)$")
-_NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:(?:\w+_)?layernorm|final_norm))\.weight$")
+_NORM = re.compile(r"^(?P<module>(?:.*\.)?(?:(?:\w+_)?layernorm|final_norm|out_norm|k_norm|[eh]norm))\.weight$")
 _LAST_OF_HYBRIDS = re.compile(r"^(?P<outer>(?:model\.|module\.)*)decoder\.final_norm\.weight$")
 _ATTENTION = re.compile(r"^(?P<attention>.*(?:self|cross)_attention)\.linear_proj$")
 _STATE = re.compile(r"^(chained_\d+\.)?optimizer\.")

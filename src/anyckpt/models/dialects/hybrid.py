@@ -17,6 +17,8 @@ T = TypeVar("T")
 _LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d{1,7})\.(?P<rest>(?P<part>\w+)\..+)")
 _ATTENTION = ("input_layernorm", "self_attention")
 _MLP = ("pre_mlp_layernorm", "mlp")
+_NORM_BEHIND = ".post_layernorm."
+"""In a module of Megatron-Bridge's, which a norm follows; ``hybrid_stack_spec`` has no place for that."""
 _GPT_NORM, _HYBRID_NORM = "decoder.final_layernorm.", "decoder.final_norm."
 _OUTSIDE = ("embedding.", "output_layer.", _GPT_NORM)
 
@@ -68,7 +70,7 @@ def half_name(name: str) -> str:
         MappingError: it has no such tensor.
     """
     match = _LAYER.fullmatch(name)
-    if match is not None and match["part"] in (*_ATTENTION, *_MLP):
+    if match is not None and match["part"] in (*_ATTENTION, *_MLP) and _NORM_BEHIND not in name:
         return f"decoder.layers.{2 * int(match['layer']) + (match['part'] in _MLP)}.{match['rest']}"
     if name.startswith(_GPT_NORM):
         return _HYBRID_NORM + name.removeprefix(_GPT_NORM)
