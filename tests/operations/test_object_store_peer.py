@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.peer
 from tests.cli.runner import Runner  # noqa: E402
 from tests.places import files_below  # noqa: E402
 from tests.servers import SECRET, TOKEN, Proxy, S3Server  # noqa: E402
-from tests.support import fixture_path  # noqa: E402
+from tests.support import FIXTURES, fixture_path  # noqa: E402
 
 import anyckpt  # noqa: E402
 from anyckpt.errors import OutputError  # noqa: E402
@@ -81,15 +82,69 @@ def test_few_requests_are_made(bucket: S3Server, proxy: Proxy) -> None:
     assert len(proxy.asked) <= files + 20
 
 
-def test_every_command_writes_there(bucket: S3Server) -> None:
-    llama, lora = fixture_path(LLAMA), fixture_path("families/lora_llama/hf_adapter")
-    anyckpt.average([llama, llama], "s3://models/average", to="hf")
-    anyckpt.reshard(fixture_path("legacy/megatron_gpt_tp2_pp2"), "s3://models/reshard", layout=anyckpt.LayoutRequest())
-    anyckpt.merge([llama, llama], "s3://models/merge", method="slerp")
-    anyckpt.merge_lora(llama, lora, "s3://models/merged", to="hf")
-    anyckpt.quantize(llama, "s3://models/quantized", algorithm="fp8_per_channel", to="hf")
-    for name in ("average", "reshard", "merge", "merged", "quantized"):
-        assert len(anyckpt.open(f"s3://models/{name}"))
+def test_every_command_writes_there_what_it_writes_to_a_disk(bucket: S3Server, tmp_path: Path) -> None:
+    """From a bucket to another place in it."""
+    llama, lora, ranks = "families/llama/hf", "families/lora_llama/hf_adapter", "legacy/megatron_gpt_tp2_pp2"
+    for name in (llama, lora, ranks):
+        bucket.put("models", {f"from/{name}/{file}": data for file, data in files_below(fixture_path(name)).items()})
+    for here, there in ((str(FIXTURES), str(tmp_path)), ("s3://models/from", "s3://models/to")):
+        base, adapter = f"{here}/{llama}", f"{here}/{lora}"
+        anyckpt.average([base, base], f"{there}/average", to="hf")
+        anyckpt.reshard(f"{here}/{ranks}", f"{there}/reshard", layout=anyckpt.LayoutRequest(tensor_parallel=1))
+        anyckpt.merge([base, base], f"{there}/merge", method="slerp")
+        anyckpt.merge_lora(base, adapter, f"{there}/merged", to="hf")
+        anyckpt.quantize(base, f"{there}/quantized", algorithm="fp8_per_channel", to="hf")
+    found = {key.removeprefix("to/"): data for key, data in bucket.files("models").items() if key.startswith("to/")}
+    wanted = files_below(tmp_path)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name] and not name.endswith("manifest.json")] == []
+
+
+@pytest.mark.parametrize("to", ["hf", "dcp", "megatron-core", "torch", "safetensors"])
+def test_libraries_load_what_was_written_to_a_bucket(to: str, bucket: S3Server, tmp_path: Path) -> None:
+    """From a bucket into a bucket, and from there by boto3 to a disk, where the format's own library reads it."""
+    torch = pytest.importorskip("torch")
+    source = fixture_path(LLAMA)
+    bucket.put("models", {f"llama/{name}": data for name, data in files_below(source).items()})
+    name = "out.pt" if to == "torch" else "out.safetensors" if to == "safetensors" else "out"
+    anyckpt.convert("s3://models/llama", f"s3://models/{name}", to=to)
+    for key in bucket.files("models"):
+        if key.startswith(name) and ".anyckpt" not in key:
+            (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+            bucket.client().download_file("models", key, str(tmp_path / key))
+    path = tmp_path / name
+    wanted = {key: tensor.torch() for key, tensor in anyckpt.open(source).tensors.items()}
+    if to == "hf":
+        transformers = pytest.importorskip("transformers")
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        found = {key: value for key, value in model.state_dict().items() if key in wanted}
+    elif to == "safetensors":
+        found = pytest.importorskip("safetensors.torch").load_file(path)
+    elif to == "torch":
+        found = torch.load(path, weights_only=True)
+    elif to == "dcp":
+        from torch.distributed.checkpoint import FileSystemReader, load
+
+        found = {key: torch.empty_like(tensor) for key, tensor in wanted.items()}
+        load(found, storage_reader=FileSystemReader(path), no_dist=True)
+    else:
+        anyckpt.convert(source, tmp_path / "right", to=to)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            wanted, found = plain_tensors(tmp_path / "right"), plain_tensors(path)
+        finally:
+            torch.distributed.destroy_process_group()
+    assert found.keys() == wanted.keys() and wanted
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def plain_tensors(path: Path) -> dict[str, Any]:
+    """What Megatron-Core itself reads of a checkpoint."""
+    dist_checkpointing = pytest.importorskip("megatron.core.dist_checkpointing")
+    found = dist_checkpointing.load_plain_tensors(str(path)).items()
+    return {name: tensor for name, tensor in found if hasattr(tensor, "dtype")}
 
 
 def test_what_is_there_stays_unless_it_is_to_go(bucket: S3Server, runner: Runner) -> None:
