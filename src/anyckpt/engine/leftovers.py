@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -84,9 +85,17 @@ def in_store(objects: Objects, key: str) -> Iterator[Leftover]:
                 objects.name_of(output),
                 (*map(objects.name_of, paths), *(f"{objects.name_of(one.key)} (unfinished upload)" for one in own)),
                 sum(there[path].nbytes for path in paths),
-                any(tag_of_dead(objects, claim) is None for claim in claims),
+                _lives(objects, claims),
                 _removal_in_store(objects, output, paths, own),
             )
+
+
+def _lives(objects: Objects, claims: list[str]) -> bool:
+    """Whether any of some claims' writers does; those of other machines are watched at the same time."""
+    if len(claims) < 2:
+        return any(tag_of_dead(objects, claim) is None for claim in claims)
+    with ThreadPoolExecutor(len(claims)) as pool:
+        return None in pool.map(lambda claim: tag_of_dead(objects, claim), claims)
 
 
 def _outputs(there: Mapping[str, ObjectFacts]) -> Iterator[str]:

@@ -20,7 +20,8 @@ from anyckpt.formats import registry
 from anyckpt.formats.shared.unfinished import averaged_from
 from anyckpt.operations.retention import Saved
 from anyckpt.storage.local_file import close_open_files
-from anyckpt.storage.location import look_at
+from anyckpt.storage.location import look_in, place_of
+from anyckpt.storage.place import scheme_of
 
 NOTE = "anyckpt-save.json"
 """``.NAME.anyckpt-save.json`` beside a checkpoint says what its trainer said of it: step, time, metric."""
@@ -36,7 +37,8 @@ class Candidate:
     Attributes:
         path: of the file or directory.
         step: optimizer steps, as its note, its name or else the checkpoint itself tells; None if nothing does.
-        time: when it was last written, or, where a note says so, saved; seconds since 1970.
+        time: when it was last written, or, where a note says so, saved; seconds since 1970.  In an object store 0
+            where no note says it.
         metric: as its note tells.
     """
 
@@ -110,15 +112,17 @@ def candidates(folder: str | os.PathLike[str]) -> list[Candidate]:
         FormatError: the folder cannot be listed.
     """
     root = os.fspath(folder)
-    if not os.path.isdir(root):
+    place = place_of(root)
+    if not place.is_folder(root):
         return []
+    on_disk = scheme_of(root) is None
     found = []
-    for name in look_at(root).names:
+    for name in look_in(place, root).names:
         path = os.path.join(root, name)
         if name.startswith(".") or os.path.islink(path):
             continue
         try:
-            written = os.stat(path).st_mtime
+            written = os.stat(path).st_mtime if on_disk else 0.0
         except OSError:
             continue  # it has gone since
         note = read_note(path)
@@ -140,12 +144,13 @@ def condition(path: str) -> Condition:
         for tensor in checkpoint.tensors.values():
             for piece in tensor.pieces():
                 piece.check()
-        manifest = read_manifest(path) if os.path.isdir(path) else None
+        place = place_of(path)
+        manifest = read_manifest(path, place) if place.is_folder(path) else None
     except LastingError as error:
         return Condition(str(error), isinstance(error, UnfinishedError))
     finally:
         close_open_files()  # it may be deleted while this process lives on
-    missing = [] if manifest is None else list(islice(check_sizes(path, manifest), 1))
+    missing = [] if manifest is None else list(islice(check_sizes(path, manifest, place), 1))
     return Condition(missing[0] if missing else "", step=step)
 
 
@@ -166,11 +171,18 @@ def note_text(saved: Saved) -> str:
 def read_note(path: str) -> Saved | None:
     """What the trainer said of the checkpoint at ``path``; None if it said nothing that can be read."""
     try:
-        with open(note_path(path), "rb") as file:
-            facts = json.loads(file.read(_NOTE_LIMIT))
+        facts = json.loads(_read(note_path(path)))
         metric = facts["metric"]
         return Saved(
             os.path.basename(path), int(facts["step"]), float(facts["time"]), None if metric is None else float(metric)
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (LastingError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _read(path: str) -> bytes:
+    """A small file, as it is now: one on a disk is not kept open."""
+    if scheme_of(path) is not None:
+        return place_of(path).open(path).read_all(_NOTE_LIMIT)
+    with open(path, "rb") as file:
+        return file.read(_NOTE_LIMIT)

@@ -23,6 +23,7 @@ from anyckpt.formats.shared.tracker import TRACKER, iteration_number
 from anyckpt.formats.shared.unfinished import is_marker, marker_of
 from anyckpt.operations.retention import Retention, Saved, deleted
 from anyckpt.operations.run_folder import NOTE, candidates, condition, note_path, note_text, read_note
+from anyckpt.operations.steps.unfinished import is_in_store
 from anyckpt.storage.local_file import forget_open_file
 from anyckpt.storage.place import LOCAL
 
@@ -43,7 +44,12 @@ def write_note(path: str, saved: Saved) -> None:
     Raises:
         OutputError: the system refuses.
     """
-    _replace(note_path(path), note_text(saved))
+    if is_in_store(path):
+        from anyckpt.operations import run_in_store  # here, so that folders on disks do not need obstore
+
+        run_in_store.write_note(path, saved)
+    else:
+        _replace(note_path(path), note_text(saved))
 
 
 def noted(folder: str) -> list[Saved]:
@@ -69,6 +75,10 @@ def published(folder: str, rules: Retention, *, pointer: bool = True) -> list[st
     Raises:
         OutputError: the system refuses.
     """
+    if is_in_store(folder):
+        from anyckpt.operations import run_in_store
+
+        return run_in_store.published(folder, rules)
     with _alone(folder):
         there = noted(folder)
         if not there:
@@ -116,6 +126,11 @@ def delete(path: str) -> None:
     Raises:
         OutputError: the system refuses.
     """
+    if is_in_store(path):
+        from anyckpt.operations import run_in_store
+
+        run_in_store.delete(path)
+        return
     folder, name = os.path.split(path)
     hidden = os.path.join(folder, f".{name}{_DELETED}")
     try:
@@ -139,7 +154,8 @@ def clean(folder: str | os.PathLike[str], *, others_after: float | None = OTHERS
     on one host, and on most network file systems), what was being deleted, notes and manifests of what is not there,
     and other software's checkpoints that it did not finish: a directory of ``.distcp`` files without ``.metadata``,
     Megatron's without ``metadata.json``, whatever has NeMo's marker.  A checkpoint that is damaged in another way
-    stays.
+    stays.  In an object store a process of another machine counts as gone when it has said nothing for 45 seconds,
+    which are waited for, and what other software left stays.
 
     Args:
         folder: which; nothing is done if it does not exist.
@@ -154,6 +170,10 @@ def clean(folder: str | os.PathLike[str], *, others_after: float | None = OTHERS
         FormatError: the folder cannot be listed.
     """
     root = os.fspath(folder)
+    if is_in_store(root):
+        from anyckpt.operations import run_in_store
+
+        return run_in_store.clean(root, time.time() - OTHERS_AFTER)
     if not os.path.isdir(root):
         return []
     removed = []

@@ -26,10 +26,11 @@ from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.shared_run import SharedRun
-from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import AnyckptError, OutputError
 from anyckpt.operations.retention import Retention, Saved
 from anyckpt.operations.run_upkeep import published, write_note
+from anyckpt.operations.steps.unfinished import remove_abandoned
+from anyckpt.operations.steps.writing import NOTHING_SAID, destination_at
 from anyckpt.storage.shared_memory import receive, received
 
 _HEAD = 8
@@ -210,8 +211,7 @@ class _Writer:
     def _work(self) -> None:
         while (message := self.messages.get()) is not None:
             if isinstance(message, Discard):
-                with suppress(OSError):
-                    StagingDirectory(message.destination).remove_abandoned()
+                remove_abandoned(message.destination)
                 continue
             outcome = self._done(message)
             with suppress(OSError):
@@ -232,12 +232,13 @@ class _Writer:
 
     def _written(self, job: Job) -> Outcome:
         plan: Plan = pickle.loads(received(job.memory, *job.plan))
+        place = destination_at(job.destination, overwrite=job.overwrite, said=NOTHING_SAID)
         if job.share is None:
             _announce(job)
-            nbytes = execute(plan, job.destination, overwrite=job.overwrite, workers=job.workers).bytes_written
+            nbytes = execute(plan, place, overwrite=job.overwrite, workers=job.workers).bytes_written
             return _followed(job, Outcome(job.number, published=True, bytes_written=nbytes))
-        run = SharedRun(plan, job.destination, job.share.of, overwrite=job.overwrite, workers=job.workers)
-        run = run.renewed(plan, job.destination, job.key, overwrite=job.overwrite)
+        run = SharedRun(plan, place, job.share.of, overwrite=job.overwrite, workers=job.workers)
+        run = run.renewed(plan, place, job.key, overwrite=job.overwrite)
         outcome = Outcome(job.number, bytes_written=run.write(job.share).bytes_written)
         if not run.missing():
             _announce(job)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anyckpt.operations.background_writer import BackgroundWriter
+from anyckpt.storage.location import root_of
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.copying import PageLockedMemory, copy
 from anyckpt.torch.flights import Flights
@@ -83,7 +84,7 @@ def begun(prepared: Prepared, path: str | os.PathLike[str], options: Options, ra
     Raises:
         OutputError: that process cannot be started on some rank.
     """
-    destination = os.path.abspath(path)
+    destination = root_of(os.fspath(path))
     flights = Flights(ranks, ranks.together(_writer))
     flights.begin(prepared, destination, options)
     return SaveHandle(destination, flights)

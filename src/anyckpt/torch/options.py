@@ -12,6 +12,9 @@ from anyckpt.errors import UsageError
 FORMATS = ("dcp", "megatron-core", "megatron-core-zarr", "hf", "safetensors", "torch")
 """What live state is written as; others have a place for one model's weights, or a file per rank of its own kind."""
 
+WHOLE = ("hf", "safetensors", "torch")
+"""Those of which a file has bytes of several ranks."""
+
 STRICTNESS = (
     "assume_ok_unexpected",
     "log_unexpected",
@@ -49,7 +52,7 @@ class Options:
             tensors together, so is one in which any object changes.
         check_objects: refuse objects that should be alike on all ranks and are not; False: the first rank's is saved.
         config: the model's configuration, for formats that have a place for it (``hf``).
-        overwrite: replace what is there, when the new checkpoint is whole.
+        overwrite: replace what is there, when the new checkpoint is whole; nothing in an object store.
         max_shard_size: bytes per file where the format divides by size; None for its own default.
         parallel_load: every byte is read once by one rank, and passed to those that want it.
         exchange: how, one of ``EXCHANGES``: ``broadcast`` gives each box to those that load it, one box after another;

@@ -10,6 +10,8 @@ from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.indexing import Shape
+from anyckpt.operations.steps.writing import NOTHING_SAID, destination_at
+from anyckpt.storage.place import scheme_of
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.integrity import RankRecord
 from anyckpt.torch.laid_out import Laid
@@ -65,7 +67,9 @@ class Earlier:
             for start, source in was.sources:
                 source.follow(piece, start)
         ready = settled(plan, ranks, key) if self.settled else plan
-        return ready, self.run.renewed(ready, path, key, overwrite=self.laid.options.overwrite)
+        overwrite = self.laid.options.overwrite
+        place = destination_at(path, overwrite=overwrite, said=NOTHING_SAID)
+        return ready, self.run.renewed(ready, place, key, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,9 @@ Plans = dict[Any, Earlier]
 PLANNED: Plans = {}
 
 
-def kind_of(options: Options, ranks: Ranks) -> Any:
+def kind_of(options: Options, ranks: Ranks, path: str) -> Any:
     """What a plan is kept by."""
-    return ranks.group, ranks.size, options.format, options.parallel_save, options.max_shard_size
+    return ranks.group, ranks.size, options.format, options.parallel_save, options.max_shard_size, scheme_of(path)
 
 
 def objects_of(records: list[RankRecord]) -> dict[str, Frozen]:

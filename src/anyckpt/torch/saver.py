@@ -15,9 +15,11 @@ from anyckpt.engine.destination import BusyError
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.retention import Retention, Saved
-from anyckpt.operations.run_folder import latest
-from anyckpt.operations.run_upkeep import clean
+from anyckpt.operations.run_folder import latest, read_note
+from anyckpt.operations.run_upkeep import clean, delete
+from anyckpt.operations.steps.unfinished import is_in_store
 from anyckpt.operations.writer_process import Upkeep
+from anyckpt.storage.location import root_of
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.copying import PageLockedMemory, copy
 from anyckpt.torch.describing import described
@@ -68,13 +70,15 @@ class Saver:
     use, kept until ``close``; and in the writer blocks of at most 96 MiB.
 
     Args:
-        folder: where checkpoints are kept; made if it is not there.
+        folder: where checkpoints are kept; made if it is not there.  In an object store (``s3://``, ``gs://``,
+            ``az://``), too: there an earlier save of the same step is deleted before another one begins, and a
+            writer of another machine counts as gone after 45 seconds of silence.
         options: as for ``save``; or its fields as keywords, ``overwrite`` and ``assume_constant_structure`` being true
             if they are not given.
         name: of a checkpoint, with ``{step}``; ``iter_{step:07d}`` is Megatron's, which then finds the newest.
         keep: which checkpoints stay; all if None.  Only what was saved by a ``Saver`` is deleted.
         in_flight: so many saves may be under way.
-        pointer: whether there is a link ``latest``.
+        pointer: whether there is a link ``latest``; an object store has none.
         group: the ranks that save together; all if None.
 
     Raises:
@@ -98,7 +102,7 @@ class Saver:
             raise UsageError("no save may be in flight", expected="in_flight of at least 1", found=in_flight)
         if _named(name, 1) == _named(name, 2):
             raise UsageError("the name of a checkpoint does not tell its step", expected="{step} in it", found=name)
-        self.folder = os.path.abspath(folder)
+        self.folder = root_of(os.fspath(folder))
         usual = {"overwrite": True, "assume_constant_structure": True} if options is None else {}
         self._options = asked(options, {**usual, **settings})
         self._plans: Plans = {}
@@ -145,6 +149,8 @@ class Saver:
             )
         path = os.path.join(self.folder, _named(self._name, step))
         saved = Saved(os.path.basename(path), step, said[0].time, said[0].metric)
+        if is_in_store(path) and self._options.overwrite:
+            self._ranks.broadcast(lambda: _make_way(path), what="to remove an earlier save of a step")
         prepared = self._prepared(state, path)
         self._flights.begin(prepared, path, self._options, Upkeep(saved, self._keep, self._pointer))
         return path
@@ -206,7 +212,8 @@ class Saver:
     def _open(self) -> None:
         if self._ranks.rank == 0:
             try:
-                os.makedirs(self.folder, exist_ok=True)
+                if not is_in_store(self.folder):
+                    os.makedirs(self.folder, exist_ok=True)
             except OSError as error:
                 raise OutputError(f"cannot be made: {error.strerror}", path=self.folder) from error
             clean(self.folder)
@@ -214,6 +221,12 @@ class Saver:
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise UsageError("the saver is closed", path=self.folder, remedy="make another one")
+
+
+def _make_way(path: str) -> None:
+    """Delete what a ``Saver`` saved of the same step, since ranks together replace nothing in an object store."""
+    if read_note(path) is not None:
+        delete(path)
 
 
 def _number(step: Any) -> int:

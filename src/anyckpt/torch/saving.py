@@ -20,18 +20,20 @@ from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import Report
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.engine.shared_run import SharedRun
-from anyckpt.engine.staging import StagingDirectory
-from anyckpt.errors import UsageError
+from anyckpt.errors import OutputError, UsageError
 from anyckpt.formats.lightning.keys import META
 from anyckpt.formats.megatron_core.location import COMMIT
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.destination import check_destination
+from anyckpt.operations.steps.unfinished import clear, discard, is_finished
+from anyckpt.operations.steps.writing import NOTHING_SAID, OBJECT_STORES, destination_at
+from anyckpt.storage.place import scheme_of
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.describing import described
 from anyckpt.torch.integrity import RankRecord, record_of, survey
 from anyckpt.torch.laid_out import Laid
 from anyckpt.torch.live import LiveState
-from anyckpt.torch.options import Options, check_agreed
+from anyckpt.torch.options import WHOLE, Options, check_agreed
 from anyckpt.torch.planned_before import PLANNED, Earlier, Plans, kind_of, nesting_of, objects_of, pieces_read
 from anyckpt.torch.settling import settled
 from anyckpt.torch.whole import LiveSource, shared_out, whole_of
@@ -122,7 +124,8 @@ def save(
 
     Args:
         state: what this rank has; must not change until the call returns.
-        path: the checkpoint, which every rank reaches.
+        path: the checkpoint, which every rank reaches: on a disk, or in an object store (``s3://``, ``gs://``,
+            ``az://``), where each file must be one rank's (``dcp``, ``megatron-core``) and nothing is replaced.
         options: see ``Options``; its fields may be given as keywords instead.
         group: the ranks that save together; all if None.
 
@@ -206,12 +209,13 @@ def prepare(
     kept: list[LiveState] = []
     plans = PLANNED if plans is None else plans
     constant = options.assume_constant_structure and beside is None
-    earlier = plans.get(kind_of(options, ranks)) if constant else None
+    earlier = plans.get(kind_of(options, ranks, destination)) if constant else None
 
     def look() -> _Look:
         if ranks.rank == 0:
-            check_destination(destination, (), overwrite=options.overwrite, known=_AFTERWARDS)
-            StagingDirectory(destination, overwrite=options.overwrite).clear()
+            _check_reachable(destination, options.format, ranks.size)
+            check_destination(destination, (), overwrite=options.overwrite, known=_AFTERWARDS, anywhere=True)
+            clear(destination, overwrite=options.overwrite)
         kept.append(describe())
         if not options.save_optimizer:
             kept[0].leave_out_optimizer()
@@ -233,7 +237,7 @@ def prepare(
         if again is not None and earlier is not None:
             ready, run = earlier.again(again, live.pieces, destination, key, ranks)
             return Prepared(ready, run, earlier.laid.sources, key, time.monotonic() - started, planned=False)
-        plans.pop(kind_of(options, ranks), None)
+        plans.pop(kind_of(options, ranks, destination), None)
         return prepare(lambda: live, path, options, ranks, plans)
     groups = tuple({frozenset(one.members) for one in found if one.members})
 
@@ -251,14 +255,45 @@ def prepare(
             plan = replace(plan, files=(*plan.files, *beside(key)))
         ready = settled(plan, ranks, key)
         run = ranks.together(
-            lambda: SharedRun(ready, destination, ranks.size, overwrite=options.overwrite, workers=options.workers)
+            lambda: SharedRun(
+                ready,
+                destination_at(destination, overwrite=options.overwrite, said=NOTHING_SAID),
+                ranks.size,
+                overwrite=options.overwrite,
+                workers=options.workers,
+            )
         )
     if constant:
         only_objects = laid.plan({}, objects_of(records))
-        plans[kind_of(options, ranks)] = Earlier(
+        plans[kind_of(options, ranks, destination)] = Earlier(
             laid, plan, only_objects, ready is not plan, run, pieces_read(live.pieces, laid.sources), nesting_of(live)
         )
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
+
+
+def _check_reachable(destination: str, format: str, ranks: int) -> None:
+    """Raise unless ranks can write a format to where the destination is."""
+    scheme = scheme_of(destination)
+    if scheme in OBJECT_STORES and ranks > 1 and format in WHOLE:
+        raise UsageError(
+            f"{format} has files with bytes of several ranks, of which an object store takes each from one only",
+            path=destination,
+            expected="dcp or megatron-core, whose files are one rank's each",
+            remedy="save dcp there and convert it, or save to a disk",
+        )
+    if scheme in OBJECT_STORES and is_finished(destination):
+        raise OutputError(
+            "already exists, and ranks that save together replace nothing in an object store",
+            path=destination,
+            remedy="choose another path, or remove it first",
+        )
+    if scheme is not None and scheme not in OBJECT_STORES:
+        raise UsageError(
+            "is no place to which ranks write together",
+            path=destination,
+            expected="a path on a disk, or s3://, gs:// or az://",
+            remedy="save to a disk, and convert what was saved to there",
+        )
 
 
 @contextmanager
@@ -285,7 +320,7 @@ def write(prepared: Prepared, path: str | os.PathLike[str], ranks: Ranks) -> tup
         report = ranks.broadcast(run.finish, what="to the end of a save")
     except BaseException:
         if ranks.rank == 0:
-            StagingDirectory(os.fspath(path)).discard()
+            discard(os.fspath(path))
         raise
     return own.bytes_written, report
 

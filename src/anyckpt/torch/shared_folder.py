@@ -21,8 +21,9 @@ from anyckpt.engine.manifest import Manifest, ManifestEntry
 from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.engine.staging import StagingDirectory
-from anyckpt.errors import OutputError
+from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.local_file import LocalFile
+from anyckpt.storage.place import scheme_of
 
 _SHARD = re.compile(r"__\d+_\d+\.distcp|__\d+\.metadata")
 
@@ -39,6 +40,14 @@ class SharedFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        scheme = scheme_of(os.fspath(path))
+        if scheme is not None:
+            raise UsageError(
+                "is no folder on a disk, which those who save with torch's or Megatron-Core's own functions share",
+                path=path,
+                found=f"{scheme}://",
+                remedy="save with anyckpt.torch.save or a Saver, or to a disk",
+            )
         self.path = os.path.realpath(path)
         # Beside the root of a file system there is another one, into which nothing can be renamed.
         inside = os.path.ismount(self.path)
