@@ -105,8 +105,9 @@ def generate(folder: Path, files: int, chunks: int, plans: bool) -> None:
 def measure(folder: Path) -> None:
     """Open and plan in this process; print the figures as JSON."""
     import anyckpt.formats.dcp as dcp
+    from anyckpt.formats.format import WriteOptions
     from anyckpt.formats.megatron_core.writer import plan
-    from anyckpt.formats.registry import WriteOptions, look_at
+    from anyckpt.formats.registry import look_at
 
     start = time.perf_counter()
     checkpoint = dcp.FORMAT.read(look_at(folder))

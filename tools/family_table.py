@@ -22,7 +22,7 @@ from anyckpt import models  # noqa: E402
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.errors import AnyckptError, MappingError, UsageError  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
-from anyckpt.formats.registry import Format, WriteOptions  # noqa: E402
+from anyckpt.formats.format import Format, WriteOptions  # noqa: E402
 from anyckpt.operations.convert import convert  # noqa: E402
 from anyckpt.operations.steps.naming import Naming  # noqa: E402
 from anyckpt.operations.steps.renaming import rename_for  # noqa: E402

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from anyckpt.containers.torch_file import read_torch, zip_parts
     from anyckpt.dtypes import DType, dtype
     from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData, small_file
-    from anyckpt.formats.registry import Format, WriteOptions
+    from anyckpt.formats.format import Format, WriteOptions
     from anyckpt.formats.shared.loose_tensors import weights_only
     from anyckpt.identity import ElementWise
     from anyckpt.layout.partition import KINDS as PARTITIONS
@@ -213,7 +213,7 @@ _HOMES = {
     "containers.torch_file": ("read_torch", "zip_parts"),
     "dtypes": ("DType", "dtype"),
     "engine.plan": ("Computed", "Literal", "OutputFile", "Plan", "SourceData", "TensorData", "small_file"),
-    "formats.registry": ("Format", "WriteOptions"),
+    "formats.format": ("Format", "WriteOptions"),
     "formats.shared.loose_tensors": ("weights_only",),
     "identity": ("ElementWise",),
     "layout.partition": ("Partition",),

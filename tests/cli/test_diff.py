@@ -17,7 +17,8 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.formats.registry import WriteOptions, by_name
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import by_name
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = "families/llama/hf"

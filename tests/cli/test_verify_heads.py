@@ -14,7 +14,8 @@ from tests.support import fixture_path, write_plan
 
 import anyckpt as api
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.formats.registry import WriteOptions, by_name
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import by_name
 from anyckpt.tensor import LazyTensor, from_array
 
 Edit = Callable[[dict[str, LazyTensor]], dict[str, LazyTensor]]

@@ -17,7 +17,7 @@ from tests.support import fixture_path, write_plan
 
 import anyckpt
 from anyckpt.formats import safetensors
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 from anyckpt.tensor import LazyTensor, from_array
 
 ROOT = Path(__file__).resolve().parent.parent.parent

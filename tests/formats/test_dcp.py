@@ -30,7 +30,8 @@ from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import AnyckptError, FormatError
 from anyckpt.formats import dcp
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import look_at
 from anyckpt.indexing import check_cover
 from anyckpt.pickling.torch_objects import namespace
 from anyckpt.storage.folder import LocalFolder

@@ -21,7 +21,8 @@ from anyckpt.containers.dcp import dcp_files, read_dcp  # noqa: E402
 from anyckpt.dtypes import BY_NAME  # noqa: E402
 from anyckpt.engine.plan import Plan  # noqa: E402
 from anyckpt.formats import dcp  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 from anyckpt.storage.folder import LocalFolder  # noqa: E402
 from anyckpt.tensor import LazyTensor, Stored, from_array  # noqa: E402
 

@@ -14,8 +14,9 @@ from tests.support import assert_tensors_equal_expected, file_bytes, fixture_pat
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer
 from anyckpt.errors import FormatError, UnsafeError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.registry import look_at
 from anyckpt.storage import MemorySource
 from anyckpt.tensor import LazyTensor, from_array
 

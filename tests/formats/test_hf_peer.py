@@ -18,8 +18,9 @@ from tests.support import fixture_path, sha256_of, write_plan  # noqa: E402
 
 import anyckpt  # noqa: E402
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 
 
 def read(path: Path) -> Checkpoint:

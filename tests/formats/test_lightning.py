@@ -23,8 +23,9 @@ from anyckpt.containers.torch_file import read_torch
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.lightning import FORMAT
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.registry import look_at
 from anyckpt.pickling import Record
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import from_array

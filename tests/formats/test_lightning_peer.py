@@ -18,8 +18,8 @@ from tests.support import fixture_path, write_plan  # noqa: E402
 
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.lightning import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 

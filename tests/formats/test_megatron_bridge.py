@@ -21,8 +21,9 @@ from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, MappingError, UnsafeError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_bridge import FORMAT
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.registry import look_at
 from anyckpt.models import identify, render_config
 from anyckpt.plain_yaml import dump_yaml, load_yaml_mapping
 from anyckpt.storage.local_file import LocalFile

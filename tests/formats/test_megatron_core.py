@@ -25,9 +25,10 @@ from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import dcp, megatron_core
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.megatron_core.writer import torch_dist_files
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.registry import look_at
 from anyckpt.operations.convert import convert
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.pickling import Global, Record, dumps, load

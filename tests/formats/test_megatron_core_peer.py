@@ -20,8 +20,9 @@ from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.containers.dcp import dcp_files  # noqa: E402
 from anyckpt.engine.plan import Plan  # noqa: E402
 from anyckpt.formats import megatron_core  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.megatron_core.writer import torch_dist_files  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 from anyckpt.tensor import LazyTensor, from_array  # noqa: E402
 
 pytestmark = pytest.mark.peer

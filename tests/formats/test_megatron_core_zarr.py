@@ -22,8 +22,8 @@ from anyckpt.containers.zarr_array import open_array, read_metadata
 from anyckpt.dtypes import BY_ZARR, dtype
 from anyckpt.errors import AnyckptError, FormatError, UsageError
 from anyckpt.formats import megatron_core_zarr, registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_core_zarr import writer
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.pickling import Record
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import MemorySource

@@ -17,8 +17,8 @@ from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.dtypes import BY_ZARR  # noqa: E402
 from anyckpt.engine.execute import execute  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.megatron_core_zarr import FORMAT, writer  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 from anyckpt.tensor import from_array  # noqa: E402
 
 pytestmark = pytest.mark.peer

@@ -17,8 +17,8 @@ from tests.formats.megatron_lm_files import FILE, open_layout  # noqa: E402
 from tests.formats.test_megatron_lm_reader import MCORE  # noqa: E402
 from tests.support import fixture_path, write_plan  # noqa: E402
 
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.megatron_lm import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 from anyckpt.layout import Parallelism  # noqa: E402
 from anyckpt.operations.steps.cutting import cut_for_ranks  # noqa: E402
 from anyckpt.operations.steps.joining import open_checkpoint  # noqa: E402

@@ -16,8 +16,8 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout, RankShard, Tokenizer,
 from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_lm import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.models.dialects.registration import registered_order, with_extra_states
 from anyckpt.pickling import Global
 from anyckpt.pickling.plain import to_plain

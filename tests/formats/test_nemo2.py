@@ -15,9 +15,10 @@ from anyckpt.checkpoint import Checkpoint, Tokenizer
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.engine.execute import execute
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.nemo2 import FORMAT
 from anyckpt.formats.nemo2.fiddle import Call, Reference, decode, encode, from_plain, reference, to_plain
-from anyckpt.formats.registry import WriteOptions, detect, look_at
+from anyckpt.formats.registry import detect, look_at
 from anyckpt.plain_yaml import load_yaml
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import MemorySource

@@ -15,8 +15,9 @@ torch = pytest.importorskip("torch")
 from tests.support import expected_of, fixture_path  # noqa: E402
 
 from anyckpt.engine.execute import execute  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.nemo2 import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

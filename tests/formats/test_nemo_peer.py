@@ -17,8 +17,9 @@ from tests.support import expected_of, fixture_path  # noqa: E402
 
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.engine.execute import execute  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.nemo import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 
 pytestmark = pytest.mark.peer
 

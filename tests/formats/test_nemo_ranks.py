@@ -18,8 +18,9 @@ from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import AnyckptError, FormatError, MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.nemo import FORMAT
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.registry import look_at
 from anyckpt.layout import cut
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.joining import geometry_of, open_checkpoint, parallelism_of

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 from tests.support import expected_of, fixture_path  # noqa: E402
 
 from anyckpt.engine.execute import execute  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.nemo import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 from anyckpt.layout import cut  # noqa: E402
 from anyckpt.operations.steps.joining import geometry_of, open_checkpoint, parallelism_of  # noqa: E402
 

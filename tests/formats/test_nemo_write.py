@@ -16,9 +16,10 @@ from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import Literal, SourceData
 from anyckpt.errors import FormatError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.nemo import FORMAT
 from anyckpt.formats.nemo.config import GPT_TARGET
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.registry import look_at
 from anyckpt.formats.shared.archive import ArchiveWriter
 from anyckpt.plain_yaml import load_yaml
 from anyckpt.storage.local_file import LocalFile

@@ -15,9 +15,10 @@ from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT as HF
 from anyckpt.formats.peft import FORMAT, settings_from
-from anyckpt.formats.registry import WriteOptions, detect, look_at, read
+from anyckpt.formats.registry import detect, look_at, read
 
 
 @pytest.fixture

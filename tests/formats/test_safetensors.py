@@ -21,7 +21,8 @@ from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.dtypes import BY_NAME
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import look_at
 from anyckpt.formats.safetensors import FORMAT
 from anyckpt.operations.convert import convert
 from anyckpt.operations.verify import verify

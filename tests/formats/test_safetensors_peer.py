@@ -15,7 +15,8 @@ from tests.support import file_bytes, write_plan  # noqa: E402
 
 from anyckpt.containers.safetensors import safetensors_parts  # noqa: E402
 from anyckpt.dtypes import BY_NAME  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 from anyckpt.formats.safetensors import FORMAT  # noqa: E402
 from anyckpt.tensor import LazyTensor  # noqa: E402
 

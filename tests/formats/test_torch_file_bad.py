@@ -28,7 +28,8 @@ from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.formats import registry
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import look_at
 from anyckpt.formats.torch import FORMAT
 from anyckpt.pickling import Global, Record
 from anyckpt.pickling import torch_objects as objects

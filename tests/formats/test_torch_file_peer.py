@@ -23,7 +23,8 @@ from anyckpt.containers.torch_file import read_torch, zip_parts  # noqa: E402
 from anyckpt.containers.torch_file.values import DistributedTensor, QuantizedTensor, SparseTensor  # noqa: E402
 from anyckpt.engine.plan import OutputFile  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 from anyckpt.formats.torch import FORMAT  # noqa: E402
 from anyckpt.pickling import Global, Record  # noqa: E402
 from anyckpt.storage.local_file import LocalFile  # noqa: E402

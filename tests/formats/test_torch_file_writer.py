@@ -21,7 +21,8 @@ from anyckpt.containers.torch_file.layout import Record, zip_layout
 from anyckpt.dtypes import BY_NAME, dtype
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Part, TensorData
 from anyckpt.errors import UsageError
-from anyckpt.formats.registry import WriteOptions, look_at
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import look_at
 from anyckpt.formats.torch import FORMAT
 from anyckpt.pickling import torch_objects
 from anyckpt.storage.source import ByteSource, MemorySource

@@ -139,6 +139,6 @@ def test_what_openais_class_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 
 def whisper_options() -> Any:
-    from anyckpt.formats.registry import WriteOptions
+    from anyckpt.formats.format import WriteOptions
 
     return WriteOptions()

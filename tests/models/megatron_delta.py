@@ -19,8 +19,8 @@ from tests.models.proofs import samples
 from tests.support import write_plan
 
 from anyckpt import models
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
 
 from megatron.core import parallel_state  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # isort: skip

@@ -20,8 +20,8 @@ import transformers
 from tests.models.megatron_forward import LOCAL, OFF, SAME
 
 from anyckpt import models
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
 
 # what megatron_forward replaces must be in place before these
 from megatron.core import parallel_state  # isort: skip

@@ -93,8 +93,8 @@ from tests.models.rolled import differences  # noqa: E402
 from tests.support import write_plan  # noqa: E402
 
 from anyckpt import models  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 
 mamba_block.TENorm = WrappedTorchNorm
 CudaRNGStatesTracker.fork = lambda self, *names: contextlib.nullcontext()

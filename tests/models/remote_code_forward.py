@@ -28,8 +28,8 @@ from torch.nn import functional
 
 import anyckpt
 from anyckpt import models
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.tensor import from_array
 
 

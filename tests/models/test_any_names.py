@@ -16,7 +16,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import AnyckptError, UsageError
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.safetensors import FORMAT
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.wrappers import unwrapped

@@ -16,8 +16,8 @@ import anyckpt
 from anyckpt import models
 from anyckpt.errors import AnyckptError
 from anyckpt.formats import megatron_core
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.operations.steps.layout_request import LayoutRequest

@@ -17,8 +17,9 @@ import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions, read
+from anyckpt.formats.registry import read
 from anyckpt.models.dialects.mamba_sections import joined_mixers, separate_mixers
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import LazyTensor, from_array

@@ -23,8 +23,8 @@ from tests.support import fixture_path, write_plan  # noqa: E402
 
 import anyckpt  # noqa: E402
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 from anyckpt.models import by_name, render_config  # noqa: E402
 from anyckpt.operations.steps.layout_request import LayoutRequest  # noqa: E402
 from anyckpt.tensor import from_array  # noqa: E402

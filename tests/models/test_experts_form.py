@@ -11,8 +11,9 @@ from tests.support import fixture_path, write_plan
 
 import anyckpt
 from anyckpt.errors import UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions, read
+from anyckpt.formats.registry import read
 
 MIXED = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "qwen3-next", "qwen3.5-moe", "glm-5")
 

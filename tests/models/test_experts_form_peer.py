@@ -14,8 +14,8 @@ from tests.models.proofs import samples  # noqa: E402
 from tests.support import write_plan  # noqa: E402
 
 import anyckpt  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral", "qwen3.5-moe", "glm-5"])

@@ -14,8 +14,9 @@ from tests.support import write_plan
 import anyckpt
 from anyckpt import models
 from anyckpt.errors import MappingError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions, read
+from anyckpt.formats.registry import read
 from anyckpt.operations.steps.layout_request import LayoutRequest
 
 NAMES = ("deepseek-v3.2", "glm-5")

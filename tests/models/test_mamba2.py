@@ -17,7 +17,8 @@ from tests.support import write_plan
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
-from anyckpt.formats.registry import WriteOptions, read
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import read
 from anyckpt.formats.torch import FORMAT as TORCH
 from anyckpt.operations.convert import convert
 from anyckpt.tensor import LazyTensor, from_array

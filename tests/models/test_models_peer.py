@@ -18,8 +18,8 @@ from tests.models.proofs import PROOFS  # noqa: E402
 from tests.support import fixture_path, write_plan  # noqa: E402
 
 from anyckpt import models  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 
 
 def through(case: Case, dialect: str, kind: str, path: Path, drop: tuple[str, ...] = ()) -> Path:

@@ -13,8 +13,8 @@ from tests.support import write_plan
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.operations.convert import convert
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.operations.steps.layout_request import LayoutRequest

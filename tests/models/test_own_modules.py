@@ -16,8 +16,8 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
 from anyckpt.formats import nemo
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import Model
 from anyckpt.models.dialects.spellings import detect
 from anyckpt.operations.steps.layout_request import LayoutRequest

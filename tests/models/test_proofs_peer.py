@@ -21,8 +21,9 @@ from anyckpt import models  # noqa: E402
 from anyckpt.checkpoint import Checkpoint  # noqa: E402
 from anyckpt.config.codecs import Implied  # noqa: E402
 from anyckpt.errors import MappingError  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 from anyckpt.tensor import from_array  # noqa: E402
 
 SAMPLES = {

@@ -18,7 +18,7 @@ from anyckpt import models
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import safetensors
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 from anyckpt.models.recognise import resemblance
 from anyckpt.tensor import Constant, LazyTensor, from_array
 

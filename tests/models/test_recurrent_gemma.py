@@ -174,8 +174,9 @@ def test_nemo_cannot_divide_it(tmp_path: Path) -> None:
 def test_through_a_nemo_archive(tmp_path: Path) -> None:
     from tests.support import write_plan
 
+    from anyckpt.formats.format import WriteOptions
     from anyckpt.formats.hf import FORMAT
-    from anyckpt.formats.registry import WriteOptions, read
+    from anyckpt.formats.registry import read
 
     checkpoint, _ = opened()
     assert FORMAT.plan is not None

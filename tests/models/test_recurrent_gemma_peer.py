@@ -20,8 +20,8 @@ from tests.models.proofs import samples  # noqa: E402
 from tests.support import write_plan  # noqa: E402
 
 from anyckpt import models  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 
 functional = torch.nn.functional
 

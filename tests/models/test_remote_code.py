@@ -18,8 +18,8 @@ import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.models import Hub, Model
 from anyckpt.models.dialects.spellings import detect
 from anyckpt.models.language.unit_rows import RowsOfLengthOne

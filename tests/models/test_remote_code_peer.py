@@ -23,8 +23,9 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor  # noqa:
 
 import anyckpt  # noqa: E402
 from anyckpt import models  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions, look_at  # noqa: E402
+from anyckpt.formats.registry import look_at  # noqa: E402
 from anyckpt.operations.steps.layout_request import LayoutRequest  # noqa: E402
 
 LIMITS = {"llama-nemotron": 2e-5, "baichuan2": 5e-6, "chatglm": 5e-6}

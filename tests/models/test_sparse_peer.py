@@ -20,8 +20,8 @@ from tests.models.test_models_peer import NEW, OLD, logits, through  # noqa: E40
 from tests.support import fixture_path, write_plan  # noqa: E402
 
 from anyckpt import models  # noqa: E402
+from anyckpt.formats.format import WriteOptions  # noqa: E402
 from anyckpt.formats.hf import FORMAT  # noqa: E402
-from anyckpt.formats.registry import WriteOptions  # noqa: E402
 
 FOR_OTHERS = {"moe_layer_freq", "scoring_func", "topk_method"}
 """Keys of DeepSeek's own code and of vLLM, which transformers 5 does not write."""

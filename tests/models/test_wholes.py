@@ -20,8 +20,9 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.model import WHOLE
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions, read
+from anyckpt.formats.registry import read
 from anyckpt.tensor import LazyTensor, stack
 
 TOWER = {

@@ -19,8 +19,9 @@ from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.model import PART_OF
 from anyckpt.errors import MappingError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions, read
+from anyckpt.formats.registry import read
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.convert import convert
 from anyckpt.tensor import LazyTensor, from_array

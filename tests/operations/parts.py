@@ -11,7 +11,7 @@ from tests.support import fixture_path, write_plan
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.formats import registry
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 from anyckpt.tensor import LazyTensor, from_array
 
 PARTS = {

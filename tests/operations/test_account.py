@@ -21,6 +21,7 @@ from anyckpt.containers.torch_file import read_torch, zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.operations.convert import Conversion
 from anyckpt.operations.steps.account import unaccounted
 from anyckpt.operations.steps.joining import open_checkpoint
@@ -145,7 +146,7 @@ def test_what_an_operation_forgets_is_told() -> None:
     assert plan is not None
     for forgotten in PARTS:
         some = {name: tensor[1:] for name, tensor in held.items() if name not in (forgotten, "empty")}
-        planned = plan(replace(source, tensors=some), registry.WriteOptions())
+        planned = plan(replace(source, tensors=some), WriteOptions())
         assert list(unaccounted([source], planned)) == [forgotten]
         assert not unaccounted([source], replace(planned, ignored={forgotten: "why"}))
 

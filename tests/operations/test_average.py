@@ -19,7 +19,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, MappingError, OutputError, UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.average import average
 from anyckpt.operations.steps import weighted_mean as module

@@ -15,6 +15,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.execute import execute
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.tensor import from_array
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -29,9 +30,7 @@ def adapter(path: Path, rank: int, alpha: float, seed: int, **settings: Any) -> 
     path.mkdir()
     plan = registry.by_name("safetensors").plan
     assert plan is not None
-    execute(
-        plan(Checkpoint("made", "torch", tensors), registry.WriteOptions()), str(path / "adapter_model.safetensors")
-    )
+    execute(plan(Checkpoint("made", "torch", tensors), WriteOptions()), str(path / "adapter_model.safetensors"))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"], **settings}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path

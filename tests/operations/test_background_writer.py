@@ -24,6 +24,7 @@ from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.operations.background_writer import BackgroundWriter
 from anyckpt.operations.retention import Retention, Saved
 from anyckpt.operations.run_folder import latest
@@ -38,7 +39,7 @@ def plan_of(state: dict[str, Any], to: str = "dcp") -> Plan:
     """The plan of a save of live state, as ``anyckpt.save`` makes it."""
     plan = registry.by_name(to).plan
     assert plan is not None
-    return plan(_in_memory(state), registry.WriteOptions())
+    return plan(_in_memory(state), WriteOptions())
 
 
 @pytest.fixture

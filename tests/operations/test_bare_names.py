@@ -19,7 +19,8 @@ from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import hf
-from anyckpt.formats.registry import WriteOptions, read
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.registry import read
 from anyckpt.tensor import LazyTensor, from_array
 
 LLAMA = fixture_path("families/llama/hf")

@@ -14,8 +14,8 @@ from tests.formats.test_megatron_lm_reader import MCORE
 from tests.support import assert_tensors_equal_expected, expected_of, fixture_path, sha256_of, write_plan
 
 from anyckpt.errors import AnyckptError, MappingError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_lm import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.layout import Parallelism
 from anyckpt.layout.from_run import args_from_parallelism
 from anyckpt.models.dialects.rank_names import fuse_norms

@@ -15,8 +15,8 @@ from tests.support import assert_tensors_equal_expected, expected_of, fixture_pa
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.errors import MappingError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_lm import FORMAT
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.layout import Parallelism
 from anyckpt.operations.steps.cutting import cut_for_ranks
 from anyckpt.operations.steps.joining import open_checkpoint, parallelism_of

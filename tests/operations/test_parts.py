@@ -14,6 +14,7 @@ import anyckpt
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.tensor import LazyTensor, from_array
 
@@ -170,7 +171,7 @@ def saved(path: Path, **tensors: np.ndarray[Any, Any]) -> Path:
     made = Checkpoint("made", "torch", {name: from_array(array) for name, array in tensors.items()})
     from tests.support import write_plan
 
-    return write_plan(plan(made, registry.WriteOptions()), path)
+    return write_plan(plan(made, WriteOptions()), path)
 
 
 def test_task_arithmetic(tmp_path: Path) -> None:

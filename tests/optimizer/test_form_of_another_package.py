@@ -17,7 +17,7 @@ from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
 from anyckpt.engine.plan import Literal, OutputFile, Plan
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.operations.steps.carried_state import carry_optimizer
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.storage.location import Location

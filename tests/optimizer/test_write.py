@@ -13,7 +13,7 @@ from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 from anyckpt.models.dialects import spellings
 from anyckpt.optimizer.read import with_optimizer
 from anyckpt.optimizer.state import renamed, with_masters

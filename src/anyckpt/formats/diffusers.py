@@ -13,7 +13,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import AnyckptError, FormatError, UsageError
 from anyckpt.formats import hf
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import check_plain_name, json_text, read_json
 from anyckpt.formats.shared.hub_weights import DIFFUSERS_STEM, weight_files
 from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only

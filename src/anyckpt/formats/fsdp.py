@@ -21,7 +21,7 @@ from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.distributed import Piece, is_sharded_tensor, mesh_of, piece_of, sharded_pieces
 from anyckpt.containers.torch_file.values import DistributedTensor, brief
 from anyckpt.errors import FormatError, LastingError
-from anyckpt.formats.registry import Format
+from anyckpt.formats.format import Format
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.formats.shared.one_save import GATHER, apart
 from anyckpt.indexing import Shape

@@ -13,7 +13,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import (
     check_plain_name,
     json_text,

@@ -19,7 +19,7 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout, StoredChecksum
 from anyckpt.containers.safetensors import read_safetensors_files
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of
 from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.formats.shared.weight_files import put_together

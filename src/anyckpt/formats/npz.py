@@ -12,8 +12,8 @@ from anyckpt.containers.npy import MAGIC, OtherArrayError, npy_head, read_npy
 from anyckpt.containers.torch_file.layout import Record, zip_layout
 from anyckpt.engine.plan import OutputFile, Plan, TensorData
 from anyckpt.errors import FormatError
-from anyckpt.formats.registry import Format, WriteOptions, without_configuration
-from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only
+from anyckpt.formats.format import Format, WriteOptions
+from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only, without_configuration
 from anyckpt.storage.heads import EDGE
 from anyckpt.storage.location import Location
 from anyckpt.storage.requests import holding

@@ -15,7 +15,7 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_files, tokenizer_of, training_state
 from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.formats.shared.weight_files import Beside, read_weight_file

@@ -5,8 +5,8 @@ from __future__ import annotations
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.safetensors import HEADER_LIMIT, read_safetensors, safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan
-from anyckpt.formats.registry import Format, WriteOptions, without_configuration
-from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only
+from anyckpt.formats.format import Format, WriteOptions
+from anyckpt.formats.shared.loose_tensors import told_of_parts, weights_only, without_configuration
 from anyckpt.storage.location import Location
 
 

@@ -24,7 +24,7 @@ from anyckpt.containers.torch_file.weights_only import refused
 from anyckpt.containers.torch_file.writer import dotted, zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import few
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.pickling import DictRecord, torch_objects
 from anyckpt.storage.location import Location
 from anyckpt.storage.zip import read_zip

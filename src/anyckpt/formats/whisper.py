@@ -16,7 +16,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, Tokenizer
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, MappingError, UsageError
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.storage.location import Location
 from anyckpt.storage.source import MemorySource

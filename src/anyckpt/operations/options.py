@@ -14,6 +14,7 @@ from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.models.language.variants import EXPERTS
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.steps.full_precision import config_in_full_precision
@@ -240,7 +241,7 @@ class ConvertOptions:
                 )
 
     @cached_property
-    def target(self) -> registry.Format:
+    def target(self) -> Format:
         """The format to write."""
         return registry.by_name(self.to)
 
@@ -250,10 +251,10 @@ class ConvertOptions:
         return LayoutRequest() if self.layout is None else self.layout
 
     @cached_property
-    def writing(self) -> registry.WriteOptions:
+    def writing(self) -> WriteOptions:
         """What is asked of the format's writer."""
         limit = None if self.max_shard_size is None else parse_bytes(self.max_shard_size, "--max-shard-size")
-        return registry.WriteOptions(
+        return WriteOptions(
             max_shard_size=limit,
             sharded=self.sharded,
             transformer_impl=self.request.transformer_impl,

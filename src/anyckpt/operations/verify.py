@@ -12,6 +12,7 @@ from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, FormatError, LastingError, MappingError, UnknownFormatError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.models import Model, adapters
 from anyckpt.models.complete import some
 from anyckpt.models.heads import has_other_head, trunk_of
@@ -347,7 +348,7 @@ def _check_hub(hub: models.Hub, result: Verification) -> None:
 
 def _check_names(checkpoint: Checkpoint, result: Verification) -> None:
     """Whether weights have the names of transformers' classes in a format that these load."""
-    if registry.by_name(checkpoint.format).dialect(registry.WriteOptions()) != "hf":
+    if registry.by_name(checkpoint.format).dialect(WriteOptions()) != "hf":
         return
     try:
         bare = models.bare_names(checkpoint)

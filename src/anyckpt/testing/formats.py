@@ -19,7 +19,7 @@ from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import Computed, Literal, Plan, SourceData, describe
 from anyckpt.errors import AnyckptError
 from anyckpt.formats import registry
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.operations.steps.account import unaccounted
 from anyckpt.storage.location import look_at
 from anyckpt.tensor import LazyTensor, from_array

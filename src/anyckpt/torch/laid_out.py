@@ -10,6 +10,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp.chunks import HeldBox
 from anyckpt.engine.plan import Plan
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape
 from anyckpt.torch.live import Index, Path
@@ -54,7 +55,7 @@ class Laid:
             original_keys=keys,
             common=tuple(objects),
         )
-        asked = registry.WriteOptions(
+        asked = WriteOptions(
             max_shard_size=options.max_shard_size,
             held={name: self.boxes[name] for name in tensors},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from anyckpt.checkpoint import OptimizerForm
 from anyckpt.formats.dcp.location import detect
-from anyckpt.formats.registry import Format, deferred
+from anyckpt.formats.format import Format, deferred
 
 __all__ = ["FORMAT"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp.writer import dcp_files
 from anyckpt.engine.plan import Plan
-from anyckpt.formats.registry import WriteOptions, without_configuration
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.shared.loose_tensors import without_configuration
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:

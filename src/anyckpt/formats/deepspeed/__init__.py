@@ -1,7 +1,7 @@
 """Checkpoints of DeepSpeed: ZeRO stages 1 to 3, universal ones, and those of engines without ZeRO."""
 
 from anyckpt.formats.deepspeed.location import detect
-from anyckpt.formats.registry import Format, deferred
+from anyckpt.formats.format import Format, deferred
 
 __all__ = ["FORMAT"]
 

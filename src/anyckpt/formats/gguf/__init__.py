@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.gguf.parts import detect
 from anyckpt.formats.gguf.types import WRITTEN
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 

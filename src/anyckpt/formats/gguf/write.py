@@ -8,6 +8,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import Literal, OutputFile, Part, Plan, TensorData
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.gguf.architectures import OF_MODEL_TYPE, Architecture
 from anyckpt.formats.gguf.config import WITH_WINDOW, divisors_of, rope_of, to_metadata
 from anyckpt.formats.gguf.container import aligned, header_bytes
@@ -17,7 +18,6 @@ from anyckpt.formats.gguf.nodes import Encoded
 from anyckpt.formats.gguf.parts import name_of, said_of_part
 from anyckpt.formats.gguf.tokenizer import written_tokenizer
 from anyckpt.formats.gguf.types import OF_DTYPE, TYPES, ElementType
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.loose_tensors import weights_only
 from anyckpt.tensor import LazyTensor, from_array
 

@@ -1,8 +1,8 @@
 """Checkpoints of (PyTorch) Lightning: a file, or a directory ``*.ckpt`` of ``meta.pt`` and distributed shards."""
 
 from anyckpt.checkpoint import OptimizerForm
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.lightning.location import detect
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 

@@ -21,8 +21,8 @@ from anyckpt.containers.torch_file.roles import is_filled
 from anyckpt.containers.torch_file.weights_only import refused
 from anyckpt.containers.torch_file.writer import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, META, STATE_DICT, VERSION
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.torch import as_state_dict, assemble
 from anyckpt.tensor import LazyTensor
 

@@ -7,9 +7,9 @@ printed.  Megatron-Bridge itself has not been run on what is written here.
 
 from __future__ import annotations
 
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.megatron_bridge.location import detect
 from anyckpt.formats.megatron_core import OPTIMIZER
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 

@@ -12,12 +12,12 @@ from anyckpt.config.megatron_bridge import Facts, described, run_config_of
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_bridge.location import LATEST, RUN_CONFIG, TRAIN_STATE
 from anyckpt.formats.megatron_core.fsdp_dtensor import NAME as FSDP
 from anyckpt.formats.megatron_core.fsdp_dtensor import OF_OTHER_RANKS, fsdp_dtensor_files
 from anyckpt.formats.megatron_core.implementation import implementation_of, spelled
 from anyckpt.formats.megatron_core.writer import common_and_sharded, tokenizer_files, torch_dist_files
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_adapters import call_of
 from anyckpt.formats.shared.tracker import TRACKER
 from anyckpt.models.dialects.spellings import text_prefix

@@ -19,8 +19,8 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp import dcp_files
 from anyckpt.engine.plan import OutputFile
 from anyckpt.errors import MappingError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_core.implementation import Implementation
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.layout.from_run import expert_spelling_from_args
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.mamba_sections import has_mixers

@@ -16,6 +16,7 @@ from anyckpt.containers.dcp import dcp_files
 from anyckpt.containers.dcp.chunks import Held
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_core.fsdp_dtensor import NAME, OF_OTHER_RANKS, fsdp_dtensor_files, with_arguments
 from anyckpt.formats.megatron_core.implementation import (
     Implementation,
@@ -24,7 +25,6 @@ from anyckpt.formats.megatron_core.implementation import (
     implementation_of,
     spelled,
 )
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_adapters import ADAPTER, call_of
 from anyckpt.formats.shared.megatron_arguments import pickled_arguments
 from anyckpt.formats.shared.nesting import nested

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.megatron_core import OPTIMIZER
 from anyckpt.formats.megatron_core_zarr.location import detect
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 

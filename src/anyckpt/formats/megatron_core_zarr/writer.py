@@ -15,10 +15,10 @@ from anyckpt.containers.zarr_array import ZARRAY, boxes, render_metadata
 from anyckpt.engine.plan import OutputFile, Plan, TensorData, small_file
 from anyckpt.errors import UsageError
 from anyckpt.escaping import is_text
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_core.implementation import extra_states, implementation_of, spelled
 from anyckpt.formats.megatron_core.location import COMMIT, COMMON
 from anyckpt.formats.megatron_core.writer import BACKENDS, common_and_sharded, state_objects, tokenizer_files
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.nesting import nested
 from anyckpt.indexing import Shape
 from anyckpt.models.dialects.registration import with_second_names

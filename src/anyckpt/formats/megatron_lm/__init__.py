@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from anyckpt.checkpoint import OptimizerForm
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.megatron_lm.location import detect
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 

@@ -11,9 +11,9 @@ from anyckpt.config.hub_names import EMBEDDING
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan, small_file
 from anyckpt.errors import UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_lm.location import MODEL_FILE
 from anyckpt.formats.megatron_lm.ranks import folder_name
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_arguments import pickled_arguments
 from anyckpt.formats.shared.random_states import place_name, random_states
 from anyckpt.formats.shared.tracker import TRACKER

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.nemo.container import detect
 from anyckpt.formats.nemo.naming import dialect
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 

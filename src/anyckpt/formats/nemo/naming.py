@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 
 FLAT, _SHARDED = "nemo-flat", "nemo-sharded"
 

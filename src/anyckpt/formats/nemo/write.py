@@ -13,6 +13,7 @@ from anyckpt.containers.torch_file import zip_parts
 from anyckpt.containers.torch_file.writer import ALIGNMENT, PAGE
 from anyckpt.engine.plan import OutputFile, Part, Plan
 from anyckpt.errors import FormatError, MappingError, UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.nemo.config import (
     GPT_TARGET,
@@ -26,7 +27,6 @@ from anyckpt.formats.nemo.config import (
 )
 from anyckpt.formats.nemo.container import CONFIG, FLAT_WEIGHTS, SHARDED_WEIGHTS
 from anyckpt.formats.nemo.tokenizer import has_prefix, write_tokenizer
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.archive import ArchiveWriter
 from anyckpt.formats.shared.rank_folders import Place, folder_name
 from anyckpt.models.dialects.rank_names import part_norms

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.megatron_core import OPTIMIZER
 from anyckpt.formats.nemo2.location import detect
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 

@@ -8,6 +8,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import UsageError
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.megatron_core.writer import torch_dist_files
 from anyckpt.formats.megatron_core_zarr.writer import zarr_files
 from anyckpt.formats.nemo2 import template
@@ -15,7 +16,6 @@ from anyckpt.formats.nemo2.fiddle import encode
 from anyckpt.formats.nemo2.location import CONTEXT, IO_JSON, MODEL_YAML, WEIGHTS
 from anyckpt.formats.nemo2.read import ADAPTER_METADATA, query_groups
 from anyckpt.formats.nemo2.tokenizer import write_tokenizer
-from anyckpt.formats.registry import WriteOptions
 from anyckpt.formats.shared.megatron_adapters import CANONICAL_ROWS, call_of, is_canonical
 from anyckpt.optimizer.original_groups import ORIGINAL_GROUPS
 from anyckpt.plain_yaml import dump_yaml

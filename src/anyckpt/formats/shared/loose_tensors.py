@@ -77,3 +77,10 @@ def told_of_parts(checkpoint: Checkpoint) -> tuple[str, ...]:
         f"{few(names, 3)}: tensors of several parts (quantized, sparse, nested) are written as their"
         " parts, with scale, zero_point, axis and shape as tensors beside them; software has to put them together",
     )
+
+
+def without_configuration(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The note of a format that holds weights and no configuration, if the source has one."""
+    if not checkpoint.config:
+        return ()
+    return ("the output has no place for the model's configuration: to convert it again, give the source's --config",)

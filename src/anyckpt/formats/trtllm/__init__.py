@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anyckpt.formats.registry import Format, deferred
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.trtllm.container import detect
 
 __all__ = ["FORMAT"]

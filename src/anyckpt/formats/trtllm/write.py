@@ -12,7 +12,7 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
 from anyckpt.errors import AnyckptError, UsageError
-from anyckpt.formats.registry import WriteOptions
+from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.shared.archive import ArchiveWriter
 from anyckpt.formats.shared.hub_folder import check_plain_name
 from anyckpt.formats.shared.loose_tensors import weights_only

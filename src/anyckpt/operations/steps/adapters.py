@@ -11,7 +11,7 @@ from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hybrid import letters_of
 from anyckpt.errors import MappingError, UsageError
-from anyckpt.formats.registry import Format
+from anyckpt.formats.format import Format
 from anyckpt.models import Model
 from anyckpt.models.adapters import (
     KINDS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import UsageError
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.layout import Parallelism
 from anyckpt.operations.steps.joining import parallelism_of
 from anyckpt.operations.steps.layout_request import LayoutRequest

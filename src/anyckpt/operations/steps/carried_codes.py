@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import AnyckptError
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.operations.steps.casts import TARGETS
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.pipeline import Stepped

@@ -8,7 +8,7 @@ from dataclasses import replace
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
-from anyckpt.formats.registry import Format
+from anyckpt.formats.format import Format
 from anyckpt.formats.shared.random_states import random_states
 from anyckpt.operations.steps.aim import Aim
 from anyckpt.operations.steps.layout_request import LayoutRequest

@@ -9,7 +9,7 @@ from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.nemo_speech import CLASSES, class_name
 from anyckpt.errors import UsageError, about
-from anyckpt.formats.registry import Format, WriteOptions
+from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.models import Hub, Model
 
 

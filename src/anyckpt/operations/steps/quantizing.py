@@ -9,7 +9,7 @@ from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
-from anyckpt.formats.registry import Format
+from anyckpt.formats.format import Format
 from anyckpt.operations.steps.pipeline import Stepped
 from anyckpt.quantization import method_of
 from anyckpt.quantization.calibrated import Calibration
