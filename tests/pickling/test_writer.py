@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import datetime
 import functools
 import io
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UsageError
-from anyckpt.pickling import DictRecord, Global, PersistentId, Record, dumps, load
+from anyckpt.pickling import Afresh, DictRecord, Global, PersistentId, Record, dumps, load
 from anyckpt.pickling import torch_objects as make
 
 _ZOO = pathlib.Path(__file__).parents[1] / "fixtures" / "legacy" / "zoo_objects"
@@ -204,6 +205,30 @@ class WithKeywords:
 
 class WithContent(dict[Any, Any]):
     pass
+
+
+@settings(max_examples=80, deadline=None)
+@given(value=_DATA, protocol=st.sampled_from([2, 4]))
+def test_what_is_written_afresh_is_as_if_it_was_made_each_time(value: Any, protocol: int) -> None:
+    def make() -> Any:
+        return Record(Global("a", "B"), (copy.deepcopy(value), shared), state={"value": copy.deepcopy(value)})
+
+    shared, afresh = ("shared",), Afresh(make)
+    assert dumps([shared, *[afresh] * 4, {"k": afresh}], protocol=protocol) == dumps(
+        [shared, *(make() for _ in range(4)), {"k": make()}], protocol=protocol
+    )
+
+
+def test_what_is_written_afresh_is_gone_through_until_its_bytes_are_known() -> None:
+    made: list[Record] = []
+
+    def make() -> Record:
+        made.append(Record(Global("a", "B"), ("text",)))
+        return made[-1]
+
+    back = load(dumps([Afresh(make)] * 1000, protocol=4), name="t")
+    assert len({id(one) for one in back}) == 1000
+    assert len(made) == 2  # once with new texts
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -9,10 +9,11 @@ from anyckpt.on_demand import on_demand
 if TYPE_CHECKING:
     from anyckpt.pickling.calls import Callee, Calls, recording
     from anyckpt.pickling.reader import load, load_prefix
-    from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
+    from anyckpt.pickling.records import Afresh, DictRecord, Global, PersistentId, Record
     from anyckpt.pickling.writer import dumps
 
 __all__ = [
+    "Afresh",
     "Callee",
     "Calls",
     "DictRecord",
@@ -30,7 +31,7 @@ __getattr__, __dir__ = on_demand(
     {
         **dict.fromkeys(("Callee", "Calls", "recording"), "pickling.calls"),
         **dict.fromkeys(("load", "load_prefix"), "pickling.reader"),
-        **dict.fromkeys(("DictRecord", "Global", "PersistentId", "Record"), "pickling.records"),
+        **dict.fromkeys(("Afresh", "DictRecord", "Global", "PersistentId", "Record"), "pickling.records"),
         "dumps": "pickling.writer",
     },
 )

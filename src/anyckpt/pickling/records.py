@@ -7,7 +7,7 @@ class that nobody has installed survives a conversion unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
@@ -180,6 +180,23 @@ class PersistentId:
 
     def __repr__(self) -> str:
         return "<PersistentId>"
+
+
+class Afresh:
+    """A value that a pickle has in full at each place where this stands, as equal objects that are not one.
+
+    What is written is the same each time, so that a writer need not go through its parts again.
+
+    Args:
+        make: gives a new one of plain data and records, always the same.
+    """
+
+    __slots__ = ("make",)
+
+    make: Callable[[], object]
+
+    def __init__(self, make: Callable[[], object]) -> None:
+        self.make = make
 
 
 # Hashing a tuple recurses in C and visits shared parts again and again, so a small hostile file could

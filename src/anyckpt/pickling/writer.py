@@ -11,10 +11,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
+from anyckpt.pickling.records import Afresh, DictRecord, Global, PersistentId, Record
 
 _PYTHON2_NAMES = {"builtins": "__builtin__", "copyreg": "copy_reg"}
 _UINT8 = struct.Struct("<cB").pack  # an opcode and its argument
@@ -37,7 +37,7 @@ def dumps(
 
     Args:
         obj: None, bool, int, float, complex, str, bytes, bytearray, range, slice, tuple, list, dict, set,
-            frozenset, Global, Record, DictRecord or PersistentId, nested in any way; objects met twice are
+            frozenset, Global, Record, DictRecord, PersistentId or Afresh, nested in any way; objects met twice are
             written once, so what was shared stays shared.
         protocol: 2 or 4.
         name: the file's name, for messages.
@@ -66,7 +66,11 @@ class _Writer:
         self._stand_in = stand_in
         self._out = bytearray(b"\x80" + bytes([protocol]))
         self._memo: dict[int, int] = {}
-        self._texts: dict[object, int] = {}
+        self._texts: dict[str, bytes] = {}  # text, and the opcode that gives it again
+        self._globals: dict[Global, bytes] = {}
+        self._globals_met: dict[int, bytes] = {}  # the same by identity, which takes no hashing
+        self._repeats: dict[int, _Repeated] = {}
+        self._returned = -1  # the latest place in the memo of a value that was met again
         self._count = 0
         self._open: set[int] = set()
         self._kept: list[object] = []
@@ -74,10 +78,22 @@ class _Writer:
     def dump(self, obj: object) -> bytes:
         waiting: list[Iterator[Any]] = []
         parts: Iterator[Any] = iter((obj,))
-        leaf_of, place_of = _LEAVES.get, self._memo.get  # local names: this runs for every value
+        # Local names, and what most values are first: this runs for every value.
+        out, text_of, global_of, leaf_of, place_of = (
+            self._out,
+            self._texts.get,
+            self._globals_met.get,
+            _LEAVES.get,
+            self._memo.get,
+        )
         while True:
             for part in parts:
-                leaf = leaf_of(type(part))
+                kind = type(part)
+                again = text_of(part) if kind is str else global_of(id(part)) if kind is Global else None
+                if again is not None:
+                    out += again
+                    continue
+                leaf = leaf_of(kind)
                 if leaf is not None:
                     leaf(self, part)
                     continue
@@ -86,7 +102,7 @@ class _Writer:
                     self._get(known)
                     continue
                 waiting.append(parts)
-                holder = _HOLDERS.get(type(part))
+                holder = _HOLDERS.get(kind)
                 parts = holder(self, part) if holder is not None else self._other(part)
                 break
             else:
@@ -98,7 +114,7 @@ class _Writer:
 
     def _put(self) -> int:
         index = self._count
-        self._count += 1
+        self._count = index + 1
         if self._protocol == 4:
             self._out += b"\x94"
         else:
@@ -106,7 +122,8 @@ class _Writer:
         return index
 
     def _get(self, index: int) -> None:
-        self._out += _UINT8(b"h", index) if index < 256 else _UINT32(b"j", index)
+        self._returned = max(self._returned, index)
+        self._out += _again(index)
 
     def _memoize(self, obj: object) -> None:
         self._memo[id(obj)] = self._put()
@@ -136,7 +153,7 @@ class _Writer:
     def _str(self, obj: str) -> None:
         known = self._texts.get(obj)
         if known is not None:
-            self._get(known)
+            self._out += known
             return
         raw = obj.encode("utf-8", "surrogatepass")
         if self._protocol == 4 and len(raw) < 256:
@@ -146,13 +163,18 @@ class _Writer:
         else:
             raise UsageError("a string of 4 GiB or more cannot be written to a pickle", path=self._name)
         self._out += raw
-        self._texts[obj] = self._put()
+        self._texts[obj] = _again(self._put())
 
     def _global(self, obj: Global) -> None:
-        known = self._texts.get(obj)
+        known = self._globals.get(obj)
         if known is not None:
-            self._get(known)
-            return
+            self._out += known
+        else:
+            known = self._new_global(obj)
+        self._kept.append(obj)
+        self._globals_met[id(obj)] = known
+
+    def _new_global(self, obj: Global) -> bytes:
         if self._protocol == 4:
             self._str(obj.module)
             self._str(obj.name)
@@ -163,7 +185,8 @@ class _Writer:
             if "\n" in module + name:
                 raise FormatError("a class name contains a line break", path=self._name)
             self._out += b"c" + f"{module}\n{name}\n".encode()
-        self._texts[obj] = self._put()
+        known = self._globals[obj] = _again(self._put())
+        return known
 
     def _other(self, obj: object) -> Iterator[Any]:
         """What stands in for an object of a type that is not written."""
@@ -273,7 +296,10 @@ class _Writer:
             self._out += b"R"
         else:
             yield obj.type
-            yield obj.args
+            if obj.args:
+                yield obj.args
+            else:
+                self._out += b")"
             if keywords:
                 yield keywords
                 self._out += b"\x92"
@@ -292,9 +318,38 @@ class _Writer:
             yield obj.state
             self._out += b"b"
 
+    def _afresh(self, obj: Afresh) -> Iterator[Any]:
+        """Its parts, until all texts and names in them are known: from then on its bytes are always the same."""
+        known = self._repeats.get(id(obj))
+        if known is not None:
+            self._out += known.written
+            self._count += known.places
+            return
+        value = obj.make()
+        self._kept.append((obj, value))
+        begin, first, named = len(self._out), self._count, len(self._texts) + len(self._globals)
+        returned, self._returned = self._returned, -1
+        yield value
+        # Protocol 2 numbers every place; what was met again inside is elsewhere the next time.
+        if self._protocol == 4 and len(self._texts) + len(self._globals) == named and self._returned < first:
+            self._repeats[id(obj)] = _Repeated(bytes(self._out[begin:]), self._count - first)
+        self._returned = max(returned, self._returned)
+
     def _persistent(self, obj: PersistentId) -> Iterator[Any]:
         yield obj.id
         self._out += b"Q"
+
+
+class _Repeated(NamedTuple):
+    """What a value is written as each time, and how many places in the memo it takes."""
+
+    written: bytes
+    places: int
+
+
+def _again(index: int) -> bytes:
+    """The opcode that gives what is at a place in the memo."""
+    return _UINT8(b"h", index) if index < 256 else _UINT32(b"j", index)
 
 
 _LEAVES: dict[type, Callable[[_Writer, Any], None]] = {
@@ -320,5 +375,6 @@ _HOLDERS: dict[type, Callable[[_Writer, Any], Iterator[Any]]] = {
     Record: _Writer._record,
     DictRecord: _Writer._record,
     PersistentId: _Writer._persistent,
+    Afresh: _Writer._afresh,
 }
 """Those that are written with parts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from anyckpt.containers.dcp.chunks import Held, HeldBox, cut, stacked_axes
@@ -16,7 +17,7 @@ from anyckpt.containers.torch_file.writer import LARGE, PAGE
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
 from anyckpt.indexing import Shape
-from anyckpt.pickling import Global, Record, dumps
+from anyckpt.pickling import Afresh, Global, Record, dumps
 from anyckpt.pickling.torch_objects import dtype_global, size
 from anyckpt.tensor import Constant, LazyTensor
 from anyckpt.tensor.nodes import Mosaic
@@ -205,9 +206,13 @@ def _metadata(
         name: Record(Global(_METADATA, "BytesStorageMetadata"), (), True) for name in object_items
     }
     storage: dict[Record, Record] = {_key(name, None, None): _place(item) for name, item in object_items.items()}
+    properties: dict[DType, Afresh] = {}
     for name, items in tensor_items.items():
+        dtype = tensors[name].dtype
+        if dtype not in properties:
+            properties[dtype] = Afresh(partial(_properties, dtype))
         fields = {
-            "properties": _properties(tensors[name].dtype),
+            "properties": properties[dtype],
             "size": size(tensors[name].shape),
             "chunks": [
                 _record("ChunkStorageMetadata", {"offsets": size(item.offsets), "sizes": size(item.sizes)})
