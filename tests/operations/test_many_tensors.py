@@ -45,6 +45,21 @@ def calls_of(work: Callable[[], object]) -> int:
     return counted[0]
 
 
+MOST_CALLS = {"dcp": 1300, "torch": 800, "safetensors": 345}
+"""For each tensor of 16 bytes; a twentieth to a tenth above what it takes."""
+
+
+@pytest.mark.parametrize("to", MOST_CALLS)
+def test_a_small_tensor_takes_no_more_calls_than_it_did(to: str, tmp_path: Path) -> None:
+    few, more = (many(tmp_path / f"{count}.safetensors", count) for count in (FEW, 2 * FEW))
+
+    def convert(source: Path, name: str) -> int:
+        return calls_of(lambda: anyckpt.convert(source, tmp_path / name, to=to, workers=1))
+
+    convert(few, "first")
+    assert (convert(more, "more") - convert(few, "few")) / FEW < MOST_CALLS[to]
+
+
 @pytest.mark.parametrize("to", ["dcp", "torch", "safetensors", "lightning"])
 def test_four_times_as_many_take_four_times_as_much(to: str, tmp_path: Path) -> None:
     few, more = (many(tmp_path / f"{count}.safetensors", count) for count in (FEW, FEW * TIMES))

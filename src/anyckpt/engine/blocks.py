@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from anyckpt.engine.checksum import CHUNK_BYTES
 from anyckpt.engine.plan import Computed, OutputFile, Part, SourceData, TensorData
@@ -16,8 +17,7 @@ from anyckpt.indexing import flat_boxes
 from anyckpt.tensor import Stored
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes ``[start, stop)`` of the part with index ``part`` in its file."""
 
     part: int

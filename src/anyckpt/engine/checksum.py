@@ -50,7 +50,7 @@ def join_digests(chunks: Mapping[int, int]) -> str:
     Args:
         chunks: first byte in the tensor -> digest.
     """
-    listed = b"".join(chunks[start].to_bytes(8, "little") for start in sorted(chunks))
+    listed = b"".join([chunks[start].to_bytes(8, "little") for start in sorted(chunks)])
     return xxhash.xxh3_128_hexdigest(listed)
 
 

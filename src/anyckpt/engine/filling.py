@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from anyckpt.engine.blocks import Block
@@ -42,25 +42,33 @@ class Filling:
 
     def finish_piece(self, number: int, *, filled: bool, wanted: set[int]) -> None:
         """Fill a piece unless it is, and note its checksums; pieces come in order."""
-        piece, part, out = self.block.pieces[number], self.part(number), self.out(number)
-        if filled:
-            pass
+        piece = self.block.pieces[number]
+        index, start, length = piece.part, piece.start, piece.stop - piece.start
+        out = self.memory[self._position : self._position + length]
+        if not filled:
+            self._fill(self.file.parts[index], start, out)
+        self._position += length
+        if index in wanted:
+            self._crcs[index] = crc32(out)
+            self.record.crcs.append((index, start, self._crcs[index], length))
+        self.record.digests.append((index, start, chunk_digest(out)))
+
+    def _fill(self, part: Part, start: int, out: Bytes) -> None:
+        """Put a part's bytes from ``start`` on there."""
+        if isinstance(part, TensorData):
+            dtype = part.tensor.dtype
+            try:
+                part.tensor.fill(start // dtype.itemsize, out.view(dtype.raw))
+            except AnyckptError as error:
+                error.tensor = error.tensor or part.name
+                raise
         elif isinstance(part, Literal):
-            out[:] = memoryview(part.data)[piece.start : piece.stop]
+            out[:] = memoryview(part.data)[start : start + len(out)]
         elif isinstance(part, SourceData):
-            with holding([(part.source, piece.start, len(out))]):
-                part.source.read_into(piece.start, out)
-        elif isinstance(part, TensorData):
-            with _naming(part):
-                itemsize = part.tensor.dtype.itemsize
-                part.tensor.fill(piece.start // itemsize, out.view(part.tensor.dtype.raw))
+            with holding([(part.source, start, len(out))]):
+                part.source.read_into(start, out)
         else:
             out[:] = memoryview(built(self.file, part, [self._crcs.get(i, 0) for i in part.parts]))
-        self._position += len(out)
-        if piece.part in wanted:
-            self._crcs[piece.part] = crc32(out)
-            self.record.crcs.append((piece.part, piece.start, self._crcs[piece.part], len(out)))
-        self.record.digests.append((piece.part, piece.start, chunk_digest(out)))
 
     def needed(self) -> list[Wanted]:
         """What the whole block needs of far sources."""
@@ -99,17 +107,10 @@ def fill_together(filling: Sequence[Filling], number: int) -> None:
     start = filling[0].block.pieces[number].start // tensors[0].dtype.itemsize
     first = parts[0]
     assert isinstance(first, TensorData)
-    with _naming(first):
-        read_together(tensors, start, [one.out(number).view(tensors[0].dtype.raw) for one in filling])
-
-
-@contextmanager
-def _naming(part: TensorData) -> Iterator[None]:
-    """Errors say which tensor they are about."""
     try:
-        yield
+        read_together(tensors, start, [one.out(number).view(tensors[0].dtype.raw) for one in filling])
     except AnyckptError as error:
-        error.tensor = error.tensor or part.name
+        error.tensor = error.tensor or first.name
         raise
 
 

@@ -70,10 +70,8 @@ class Manifest:
             return self._json(ensure_ascii=True).encode()
 
     def _json(self, *, ensure_ascii: bool) -> str:
-        rows = ",\n".join(
-            json.dumps([e.name, e.piece, e.file, e.offset, e.nbytes, e.digest], ensure_ascii=ensure_ascii)
-            for e in self.entries
-        )
+        encode = json.JSONEncoder(ensure_ascii=ensure_ascii).encode
+        rows = ",\n".join(encode([e.name, e.piece, e.file, e.offset, e.nbytes, e.digest]) for e in self.entries)
         head: dict[str, Any] = {
             "anyckpt_manifest": _VERSION,
             "format": self.format,

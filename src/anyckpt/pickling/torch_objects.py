@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from anyckpt.dtypes import DType
@@ -13,8 +14,11 @@ ORDERED_DICT = Global("collections", "OrderedDict")
 NAMESPACE = Global("argparse", "Namespace")
 _SIZE = Global("torch", "Size")
 UNTYPED_STORAGE = Global("torch.storage", "UntypedStorage")
+_REBUILD_TYPED = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_UNTYPED = Global("torch._utils", "_rebuild_tensor_v3")
 
 
+@cache
 def dtype_global(dtype: DType) -> Global:
     """``torch.bfloat16`` and the like, which a pickle names as a constant.
 
@@ -53,7 +57,12 @@ def storage(dtype: DType, key: str, count: int, *, location: str = "cpu") -> Per
     """
     if dtype.storage is None:
         return PersistentId(("storage", UNTYPED_STORAGE, key, location, count * dtype.itemsize))
-    return PersistentId(("storage", Global("torch", dtype.storage), key, location, count))
+    return PersistentId(("storage", _storage_global(dtype.storage), key, location, count))
+
+
+@cache
+def _storage_global(name: str) -> Global:
+    return Global("torch", name)
 
 
 def tensor(
@@ -68,5 +77,5 @@ def tensor(
     """A tensor over ``reference``; ``offset`` and ``stride`` count elements of ``dtype``."""
     arguments = (reference, offset, tuple(shape), tuple(stride), requires_grad, DictRecord(ORDERED_DICT))
     if dtype.storage is None:
-        return Record(Global("torch._utils", "_rebuild_tensor_v3"), (*arguments, dtype_global(dtype)))
-    return Record(Global("torch._utils", "_rebuild_tensor_v2"), arguments)
+        return Record(_REBUILD_UNTYPED, (*arguments, dtype_global(dtype)))
+    return Record(_REBUILD_TYPED, arguments)

@@ -78,22 +78,10 @@ class _Writer:
     def dump(self, obj: object) -> bytes:
         waiting: list[Iterator[Any]] = []
         parts: Iterator[Any] = iter((obj,))
-        # Local names, and what most values are first: this runs for every value.
-        out, text_of, global_of, leaf_of, place_of = (
-            self._out,
-            self._texts.get,
-            self._globals_met.get,
-            _LEAVES.get,
-            self._memo.get,
-        )
+        leaf_of, place_of = _LEAVES.get, self._memo.get  # local names: this runs for every value
         while True:
             for part in parts:
-                kind = type(part)
-                again = text_of(part) if kind is str else global_of(id(part)) if kind is Global else None
-                if again is not None:
-                    out += again
-                    continue
-                leaf = leaf_of(kind)
+                leaf = leaf_of(type(part))
                 if leaf is not None:
                     leaf(self, part)
                     continue
@@ -102,7 +90,7 @@ class _Writer:
                     self._get(known)
                     continue
                 waiting.append(parts)
-                holder = _HOLDERS.get(kind)
+                holder = _HOLDERS.get(type(part))
                 parts = holder(self, part) if holder is not None else self._other(part)
                 break
             else:
@@ -166,6 +154,10 @@ class _Writer:
         self._texts[obj] = _again(self._put())
 
     def _global(self, obj: Global) -> None:
+        known = self._globals_met.get(id(obj))
+        if known is not None:
+            self._out += known
+            return
         known = self._globals.get(obj)
         if known is not None:
             self._out += known

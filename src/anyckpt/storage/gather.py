@@ -102,6 +102,9 @@ def gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.nd
         if is_far(source):
             _local.needed.extend((source, *span) for span in _spans(offset, strides, out.shape, out.itemsize))
         return
+    if out.ndim == 1 and out.size > 1:
+        _gather(source, offset, strides, out)
+        return
     kept = sorted((a for a in range(out.ndim) if out.shape[a] > 1), key=lambda axis: -strides[axis])
     dropped: tuple[Any, ...] = tuple(slice(None) if n > 1 else 0 for n in out.shape)
     position = {axis: rank for rank, axis in enumerate(sorted(kept))}

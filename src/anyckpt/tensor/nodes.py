@@ -19,6 +19,7 @@ from anyckpt.indexing import (
     with_axes,
 )
 from anyckpt.storage.gather import gather
+from anyckpt.storage.requests import is_far
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor.lazy import LazyTensor
 from anyckpt.tensor.views import Permuted, Reshaped
@@ -56,6 +57,17 @@ class Stored(LazyTensor):
         strides = self.strides or c_strides(self.shape)
         first = self.offset + itemsize * sum(b * s for b, s in zip(start, strides, strict=True))
         gather(self.source, first, tuple(s * itemsize for s in strides), out)
+
+    def read_flat(self, start: int, out: Array) -> None:
+        if self.strides is not None:
+            super().read_flat(start, out)
+        else:
+            itemsize = self.dtype.itemsize
+            gather(self.source, self.offset + start * itemsize, (itemsize,), out)
+
+    @property
+    def is_far(self) -> bool:
+        return is_far(self.source)
 
     def pieces(self) -> Iterator[Stored]:
         yield self

@@ -12,7 +12,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from anyckpt.engine.checksum import crc32, join_crc32
 from anyckpt.engine.plan import Computed, Literal, Part, SourceData, TensorData
@@ -49,22 +48,20 @@ class _Placed:
         name: encoded name.
         size: bytes.
         header: offset of the local header from the start of the archive.
-        crc: CRC-32, or None while unknown.
         head: its first bytes, which are known.
     """
 
     name: bytes
     size: int
     header: int
-    crc: int | None
     head: bytes = b""
 
-    def with_rest(self, crc: int) -> _Placed:
-        """The same with the CRC-32 of all, from that of what follows the first bytes."""
-        if self.head:
-            known, rest = len(self.head), self.size - len(self.head)
-            crc = join_crc32({0: (crc32(self.head), known), known: (crc, rest)})
-        return replace(self, crc=crc)
+    def crc_with(self, rest: int) -> int:
+        """The CRC-32 of all, from that of what follows the first bytes."""
+        if not self.head:
+            return rest
+        known = len(self.head)
+        return join_crc32({0: (crc32(self.head), known), known: (rest, self.size - known)})
 
     @property
     def _is_wide(self) -> bool:
@@ -93,12 +90,13 @@ class _Placed:
     def descriptor_size(self) -> int:
         return 0 if not self.size else 24 if self._is_wide else 16
 
-    def descriptor(self) -> bytes:
+    def descriptor(self, crc: int) -> bytes:
+        """What follows the contents, whose CRC-32 is given."""
         if not self.size:
             return b""
-        return struct.pack("<4sIQQ" if self._is_wide else "<4sIII", b"PK\x07\x08", self.crc, self.size, self.size)
+        return struct.pack("<4sIQQ" if self._is_wide else "<4sIII", b"PK\x07\x08", crc, self.size, self.size)
 
-    def central(self) -> bytes:
+    def central(self, crc: int) -> bytes:
         """The entry in the directory."""
         extra = self._extra()
         size = min(self.size, _WIDE)
@@ -111,7 +109,7 @@ class _Placed:
             0,
             0,
             0,
-            self.crc,
+            crc,
             size,
             size,
             len(self.name),
@@ -137,7 +135,7 @@ def zip_layout(records: Sequence[Record], folder: str | None, base: int) -> tupl
         UsageError: an alignment that is not a power of two up to 32768.
     """
     parts: list[Part] = []
-    placed: list[_Placed] = []
+    placed: list[tuple[_Placed, int | None]] = []  # with the CRC-32 where it is known
     data: list[int] = []  # which parts have a CRC-32 that is not known yet
     before: _Placed | None = None  # the last of these
     fixed = bytearray()  # what follows its descriptor
@@ -146,15 +144,13 @@ def zip_layout(records: Sequence[Record], folder: str | None, base: int) -> tupl
         if not 0 < record.alignment <= _LARGEST_ALIGNMENT or record.alignment & (record.alignment - 1):
             raise UsageError("cannot align to that", expected="a power of two up to 32768", found=record.alignment)
         known = record.part.data if isinstance(record.part, Literal) else b"" if not record.part.nbytes else None
-        crc = None if known is None else zlib.crc32(known)
-        place = _Placed(record.name.encode(), len(record.head) + record.part.nbytes, position, crc, record.head)
-        if record.head and crc is not None:
-            place = place.with_rest(crc)
-        placed.append(place)
+        place = _Placed(record.name.encode(), len(record.head) + record.part.nbytes, position, record.head)
+        crc = None if known is None else place.crc_with(zlib.crc32(known))
+        placed.append((place, crc))
         header = place.local(base, record.alignment) + record.head
         position += len(header) + record.part.nbytes + place.descriptor_size
-        if known is not None:
-            fixed += header + known + place.descriptor()
+        if known is not None and crc is not None:
+            fixed += header + known + place.descriptor(crc)
             continue
         fixed += header
         parts.append(_Gap(before, bytes(fixed)).part(tuple(data[-1:])))
@@ -163,7 +159,7 @@ def zip_layout(records: Sequence[Record], folder: str | None, base: int) -> tupl
         before, fixed = place, bytearray()
     gap = _Gap(before, bytes(fixed))
     identity = None if folder is None else f"{folder}/.data/serialization_id"
-    end = partial(_end, tuple(placed), gap, identity, position, base)
+    end = _End(placed, gap, identity, position, base)
     tail = end([0] * len(data))
     parts.append(Computed(len(tail), tuple(data), end) if data else Literal(tail))
     return tuple(parts)
@@ -192,39 +188,63 @@ class _Gap:
     def build(self, crcs: Sequence[int]) -> bytes:
         if self.before is None:
             return self.fixed
-        return self.before.with_rest(crcs[-1]).descriptor() + self.fixed
+        return self.before.descriptor(self.before.crc_with(crcs[-1])) + self.fixed
 
 
-def _end(
-    records: tuple[_Placed, ...], gap: _Gap, identity: str | None, position: int, base: int, crcs: Sequence[int]
-) -> bytes:
-    """What follows the last record of unknown CRC-32: the last gap, the serialization id, the directory."""
-    left = iter(crcs)
-    known = [record if record.crc is not None else record.with_rest(next(left)) for record in records]
-    closing = b""
-    if identity is not None:
-        digits = _serialization_id(known)
-        last = _Placed(identity.encode(), len(digits), position, zlib.crc32(digits))
-        closing = last.local(base, _CLOSING_ALIGNMENT) + digits + last.descriptor()
-        known.append(last)
-    directory = b"".join(record.central() for record in known)
-    start, count = position + len(closing), len(known)
-    entries, size = min(count, 0xFFFF), len(directory)
-    return b"".join(
-        (
-            gap.build(crcs),
-            closing,
-            directory,
-            struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, start),
-            struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1),
-            struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, entries, entries, size, min(start, _WIDE), 0),
+class _End:
+    """What follows the last record of unknown CRC-32: the last gap, the serialization id, the directory.
+
+    Called with those CRC-32, in the order of their records.  Archives of alike tensors share one, and what their
+    records of known CRC-32 have in the directory is made once.
+    """
+
+    def __init__(
+        self, records: Sequence[tuple[_Placed, int | None]], gap: _Gap, identity: str | None, position: int, base: int
+    ) -> None:
+        self._gap = gap
+        self._identity = identity
+        self._position = position
+        self._base = base
+        self._records = [record if crc is None else _entered(record, crc) for record, crc in records]
+        self._names = _digits(b"\0".join(record.name for record, _ in records))
+
+    def __call__(self, crcs: Sequence[int]) -> bytes:
+        left = iter(crcs)
+        entered = [
+            _entered(record, record.crc_with(next(left))) if isinstance(record, _Placed) else record
+            for record in self._records
+        ]
+        entries = [entry for entry, _ in entered]
+        closing = b""
+        if self._identity is not None:
+            digits = self._names + _digits(b"".join(crc for _, crc in entered))
+            crc = zlib.crc32(digits)
+            last = _Placed(self._identity.encode(), len(digits), self._position)
+            closing = last.local(self._base, _CLOSING_ALIGNMENT) + digits + last.descriptor(crc)
+            entries.append(last.central(crc))
+        directory = b"".join(entries)
+        start, count = self._position + len(closing), len(entries)
+        few, size = min(count, 0xFFFF), len(directory)
+        return b"".join(
+            (
+                self._gap.build(crcs),
+                closing,
+                directory,
+                struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, start),
+                struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1),
+                struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, few, few, size, min(start, _WIDE), 0),
+            )
         )
-    )
 
 
-def _serialization_id(records: Sequence[_Placed]) -> bytes:
-    """Forty digits that are equal for equal names and contents, as torch's are; nothing checks them."""
-    names = hashlib.sha256(b"\0".join(record.name for record in records)).digest()
-    contents = hashlib.sha256(b"".join(struct.pack("<I", record.crc) for record in records)).digest()
-    halves = (int.from_bytes(digest[:8], "little") for digest in (names, contents))
-    return "".join(str(half).zfill(_ID_DIGITS) for half in halves).encode()
+def _entered(record: _Placed, crc: int) -> tuple[bytes, bytes]:
+    """A record's entry in the directory, and its CRC-32 as the serialization id is made of it."""
+    return record.central(crc), struct.pack("<I", crc)
+
+
+def _digits(said: bytes) -> bytes:
+    """Half of a serialization id, which has forty digits, equal for equal names and contents as torch's are.
+
+    Nothing checks them.
+    """
+    return str(int.from_bytes(hashlib.sha256(said).digest()[:8], "little")).zfill(_ID_DIGITS).encode()
