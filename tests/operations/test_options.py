@@ -8,7 +8,8 @@ from dataclasses import fields
 import pytest
 
 import anyckpt
-from anyckpt.operations.options import ConvertOptions, asked
+from anyckpt.operations.keywords import ConvertWords, ReshardWords, SaveWords
+from anyckpt.operations.options import ConvertOptions
 
 OWN = {
     "convert": {"source", "destination", "sources"},
@@ -51,6 +52,16 @@ def test_what_operations_take_are_options_of_a_conversion(name: str) -> None:
         assert taken[parameter].annotation == OTHERWISE.get((name, parameter), known[parameter]), parameter
 
 
-def test_what_a_function_was_given_is_asked_but_for_what_holds_instead() -> None:
-    arguments = {"to": "hf", "alpha": 2.0, "dtype": "bf16", "source": "elsewhere", "memory": "1MB"}
-    assert asked(arguments, alpha=None) == ConvertOptions(to="hf", dtype="bf16", memory="1MB")
+@pytest.mark.parametrize("words", [SaveWords, ReshardWords, ConvertWords])
+def test_words_that_operations_have_in_common_are_options_of_a_conversion(words: type) -> None:
+    known = {each.name: each.type for each in fields(ConvertOptions)}
+    assert {name: word.__forward_arg__ for name, word in words.__annotations__.items()}.items() <= known.items()
+
+
+def test_a_conversion_takes_every_option() -> None:
+    assert {each.name for each in fields(ConvertOptions)} <= inspect.signature(anyckpt.convert).parameters.keys()
+
+
+def test_an_operation_takes_no_option_but_its_own() -> None:
+    with pytest.raises(TypeError, match=r"average\(\) got an unexpected keyword argument 'quantize'"):
+        anyckpt.average(["a", "b"], "c", quantize="fp8")  # type: ignore[call-arg]

@@ -6,27 +6,29 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.average_adapters import are_adapters, mean_of_adapters
 from anyckpt.operations.convert import Conversion, converted
-from anyckpt.operations.options import asked, documented
+from anyckpt.operations.keywords import MergeWords, check_writable, taking
+from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.aligned_models import Choice, align, chosen
-from anyckpt.operations.steps.casts import KEEP_IN_FP32
-from anyckpt.operations.steps.destination import aimed_at, check_destination
+from anyckpt.operations.steps.destination import aimed_at
 from anyckpt.operations.steps.full_precision import codes_side_by_side, in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.layout_request import LayoutRequest
-from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.operations.steps.weighted_mean import check_shares, shown
 from anyckpt.storage.location import public_path
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@documented
+
+@taking(MergeWords)
 def average(
     sources: Sequence[str | os.PathLike[str]],
     destination: str | os.PathLike[str],
@@ -39,23 +41,9 @@ def average(
     exclude: str | Sequence[str] | None = None,
     layout: LayoutRequest | None = None,
     force: bool = False,
-    tokenizer: str | os.PathLike[str] | None = None,
     names: str | None = None,
     adapter_form: str | None = None,
-    dtype: str | None = None,
-    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
-    max_shard_size: int | str | None = None,
-    sharded: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    share: str | None = None,
-    wait: float | None = None,
-    private: bool = False,
-    commit_message: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **others: Unpack[MergeWords],
 ) -> Conversion:
     """Write the mean of checkpoints of one model, of any formats and layouts.
 
@@ -88,17 +76,16 @@ def average(
     if to is not None:
         registry.by_name(to)
     origins = [public_path(path) for path in sources]
-    check_destination(
-        os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
-    )
+    check_writable(destination, origins, others)
     stored = [registry.read(path, force=force) for path in sources]
-    options = asked(
-        locals(),
+    options = ConvertOptions(
         **aimed_at(destination, to, stored[0]),
+        **others,
+        family=family,
         config=read_config(config),
-        include=None,
-        exclude=None,
-        force=False,
+        layout=layout,
+        names=names,
+        adapter_form=adapter_form,
     )
     rules = options.request.rules
     plain = [

@@ -13,25 +13,24 @@ from anyckpt.errors import AnyckptError, IncompleteError, MappingError, UsageErr
 from anyckpt.formats import registry
 from anyckpt.formats.shared.no_weights import lost
 from anyckpt.operations.chosen_parts import chosen_parts
-from anyckpt.operations.options import ConvertOptions, asked, documented
+from anyckpt.operations.keywords import ConvertWords, taking
+from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.account import accounted, names_alone, nothing_to_write
 from anyckpt.operations.steps.adapter_inside import holds_adapter, without_adapter
 from anyckpt.operations.steps.adapters import AdapterRequest, opened_adapter, rename_adapter
 from anyckpt.operations.steps.aim import Aim, aim_at
 from anyckpt.operations.steps.carried_codes import carries, seen_as_numbers, type_beside, with_codes
-from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType, cast_checkpoint
+from anyckpt.operations.steps.casts import ChangedType, cast_checkpoint
 from anyckpt.operations.steps.choosing import renamed_choice
 from anyckpt.operations.steps.cutting import cut_as_asked
 from anyckpt.operations.steps.destination import check_destination, told_by_name
 from anyckpt.operations.steps.extra_states import choose_states
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
-from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
 from anyckpt.operations.steps.pipeline import Pipeline, Stepped
 from anyckpt.operations.steps.renaming import Renamed, rename_for
-from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.training_state import without_state
 from anyckpt.operations.steps.user_files import read_tokenizer
 from anyckpt.operations.steps.user_names import Called, called, new_name
@@ -40,8 +39,9 @@ from anyckpt.storage.location import disk_file_of, public_path
 from anyckpt.tensor import LazyTensor
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from anyckpt.operations.steps.quantizing import Quantized
-    from anyckpt.quantization.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -109,61 +109,16 @@ class Conversion:
         return of_conversion(self)
 
 
-@documented
+@taking(ConvertWords)
 def convert(
     source: str | os.PathLike[str] | Checkpoint,
     destination: str | os.PathLike[str],
     *,
     to: str | None = None,
-    family: str | None = None,
-    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    model_id: str | os.PathLike[str] | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    tokenizer_library: str | None = None,
-    names: str | None = None,
-    experts: str | None = None,
-    adapter_form: str | None = None,
-    alpha: float | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    quantize_form: str | None = None,
-    group_size: int | None = None,
-    activation_scale: float | None = None,
-    activation_scales: str | os.PathLike[str] | Mapping[str, float] | None = None,
-    statistics: str | os.PathLike[str] | Statistics | None = None,
-    sq_alpha: float | None = None,
-    enable_kv_cache: bool | None = None,
-    decoder_type: str | None = None,
-    quantize_exclude: str | Sequence[str] | None = None,
-    report: str | os.PathLike[str] | None = None,
-    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
     module: str | None = None,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    rename: str | Sequence[str] | None = None,
-    drop_layers: str | Sequence[int] | None = None,
-    keep_layers: str | Sequence[int] | None = None,
-    max_shard_size: int | str | None = None,
-    sharded: bool = False,
-    optimizer: str = "drop",
-    layout: LayoutRequest | None = None,
     compress: bool | None = None,
-    gzip: bool = False,
-    backend: str | None = None,
-    tensor_type: str | None = None,
-    keep_layout: bool = False,
-    force: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    share: str | None = None,
-    wait: float | None = None,
-    private: bool = False,
-    commit_message: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
     sources: Sequence[str | os.PathLike[str]] | None = None,
+    **others: Unpack[ConvertWords],
 ) -> Conversion:
     """Write the checkpoint at ``source`` in another format, bit for bit unless a cast is asked for.
 
@@ -183,10 +138,10 @@ def convert(
         OutputError: the destination exists or cannot be written.
         UsageError: the options contradict each other, or no rule leads from this source to this target.
     """
-    told = told_by_name(destination) if to is None else {}
+    told: dict[str, Any] = told_by_name(destination) if to is None else {"to": to}
     if compress is not None:
-        told.pop("compress", None)
-    return converted(source, destination, asked(locals(), **told), sources=sources)
+        told["compress"] = compress
+    return converted(source, destination, ConvertOptions(**told, **others), sources=sources)
 
 
 def converted(

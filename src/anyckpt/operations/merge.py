@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.convert import Conversion, converted
+from anyckpt.operations.keywords import MergeWords, check_writable, taking
 from anyckpt.operations.merged_models import Opener, merged
-from anyckpt.operations.options import asked, documented
-from anyckpt.operations.steps.casts import KEEP_IN_FP32
-from anyckpt.operations.steps.destination import aimed_at, check_destination
+from anyckpt.operations.options import ConvertOptions
+from anyckpt.operations.steps.destination import aimed_at
 from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.merge_recipe import read_recipe
@@ -26,12 +26,14 @@ from anyckpt.operations.steps.merge_request import (
     Stretch,
     check_setting,
 )
-from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.storage.location import public_path
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@documented
+
+@taking(MergeWords)
 def merge(
     sources: Sequence[str | os.PathLike[str]],
     destination: str | os.PathLike[str],
@@ -53,22 +55,8 @@ def merge(
     exclude: str | Sequence[str] | None = None,
     layout: LayoutRequest | None = None,
     force: bool = False,
-    tokenizer: str | os.PathLike[str] | None = None,
     names: str | None = None,
-    dtype: str | None = None,
-    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
-    max_shard_size: int | str | None = None,
-    sharded: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    share: str | None = None,
-    wait: float | None = None,
-    private: bool = False,
-    commit_message: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **others: Unpack[MergeWords],
 ) -> Conversion:
     """Write what a way of merging makes of several models of one architecture, of any formats and layouts.
 
@@ -115,19 +103,18 @@ def merge(
     opener = Opener(force, None if layout is None else layout.rules, family)
     paths = [path for model in request.models for path in (model.path, model.adapter) if path is not None]
     origins = [*dict.fromkeys(paths if request.adapted is None else [*paths, request.adapted])]
-    check_destination(
-        os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
-    )
+    check_writable(destination, origins, others)
     request = opener.with_bases(request)
+    if others.get("dtype") is None:
+        others["dtype"] = request.dtype
     leading = opener.read(request.models[request.leading].path)
-    options = asked(
-        locals(),
+    options = ConvertOptions(
         **aimed_at(destination, to, leading),
+        **others,
+        family=family,
         config=read_config(config),
-        dtype=request.dtype if dtype is None else dtype,
-        include=None,
-        exclude=None,
-        force=False,
+        layout=layout,
+        names=names,
     )
     made = merged(request, opener, options, as_patterns(include), as_patterns(exclude))
     if options.names is None and made.naming is not None and options.target.dialect(options.writing) is None:

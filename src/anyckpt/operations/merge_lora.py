@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
@@ -19,12 +19,13 @@ from anyckpt.models.adapters import Adapter, Layers, idle, merged, place_by_name
 from anyckpt.models.adapters.by_name import block_of
 from anyckpt.models.dialects import spellings
 from anyckpt.operations.convert import Conversion, converted
+from anyckpt.operations.keywords import MergeWords, check_writable, taking
 from anyckpt.operations.merge_in_place import is_tied, merged_in_place
-from anyckpt.operations.options import asked, documented
+from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.adapters import AdapterRequest, check_kind, opened_adapter, unused_targets
-from anyckpt.operations.steps.casts import KEEP_IN_FP32, ChangedType
+from anyckpt.operations.steps.casts import ChangedType
 from anyckpt.operations.steps.choosing import choose
-from anyckpt.operations.steps.destination import aimed_at, check_destination
+from anyckpt.operations.steps.destination import aimed_at
 from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.grown_vocabulary import grow_vocabulary
 from anyckpt.operations.steps.joining import join_ranks
@@ -32,15 +33,17 @@ from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.naming import identify
 from anyckpt.operations.steps.pipeline import Pipeline, Stepped
 from anyckpt.operations.steps.renaming import state_of
-from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config
 from anyckpt.storage.location import public_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SHOWN = 5
 _TIED = "the adapter changes the embedding, which is the output layer, too: both are changed, as peft's merge does"
 
 
-@documented
+@taking(MergeWords)
 def merge_lora(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -51,25 +54,11 @@ def merge_lora(
     alpha: float | None = None,
     family: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    dtype: str | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     layout: LayoutRequest | None = None,
     force: bool = False,
-    tokenizer: str | os.PathLike[str] | None = None,
-    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
-    max_shard_size: int | str | None = None,
-    sharded: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    share: str | None = None,
-    wait: float | None = None,
-    private: bool = False,
-    commit_message: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **others: Unpack[MergeWords],
 ) -> Conversion:
     """Write the base model with a LoRA or DoRA adapter in its weights.
 
@@ -103,18 +92,10 @@ def merge_lora(
     if to is not None:
         registry.by_name(to)
     origins = [public_path(base), public_path(adapter)]
-    check_destination(
-        os.fspath(destination), origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True
-    )
+    check_writable(destination, origins, others)
     stored = registry.read(base, force=force)
-    options = asked(
-        locals(),
-        **aimed_at(destination, to, stored),
-        config=read_config(config),
-        alpha=None,
-        include=None,
-        exclude=None,
-        force=False,
+    options = ConvertOptions(
+        **aimed_at(destination, to, stored), **others, family=family, config=read_config(config), layout=layout
     )
     steps, rules, given = Pipeline(), options.request.rules, options.plain_config
     whole = steps.take(
@@ -129,7 +110,7 @@ def merge_lora(
             options = replace(options, config=grown.given)
         given = options.plain_config
     found = steps.take(choose(join_ranks(registry.read(adapter, force=force), rules=rules), include, exclude))
-    cast = ChangedType(options.cast_to, keep_in_fp32)
+    cast = ChangedType(options.cast_to, options.keep_in_fp32)
     added = with_adapter(whole, found, scale=scale, alpha=alpha, family=family, config=given, cast=cast)
     notes = (*added.notes, *steps.notes, *whole.warnings, *found.warnings)
     ready = replace(

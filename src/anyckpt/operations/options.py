@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import DEFAULT_MEMORY
@@ -31,8 +29,6 @@ from anyckpt.units import parse_bytes
 if TYPE_CHECKING:
     from anyckpt.quantization.statistics import Statistics
     from anyckpt.quantization.stored import Request
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,28 +363,3 @@ class ConvertOptions:
     def keeps_state(self) -> bool:
         """Whether training state goes along."""
         return self.optimizer == "keep"
-
-
-def asked(arguments: Mapping[str, Any], **instead: Any) -> ConvertOptions:
-    """The options that are among a function's arguments, by their names, and what holds in place of some.
-
-    Raises:
-        UsageError: see ``ConvertOptions``.
-    """
-    known = {name: arguments[name] for name in ConvertOptions.__dataclass_fields__ if name in arguments}
-    return ConvertOptions(**{**known, **instead})
-
-
-def documented(function: Function) -> Function:
-    """The function with what ``ConvertOptions`` says of those of its options that its docstring does not name."""
-    text = inspect.getdoc(function)
-    if text is None:  # python -OO
-        return function
-    said = re.findall(r"^    (\w+): (.+?)(?=^    \w|\Z|^\n)", _ATTRIBUTES, re.MULTILINE | re.DOTALL)
-    taken = inspect.signature(function).parameters
-    more = "".join(f"    {name}: {what}" for name, what in said if name in taken and f"    {name}: " not in text)
-    function.__doc__ = text.replace("\n\nRaises:", f"\n{more.rstrip()}\n\nRaises:", 1)
-    return function
-
-
-_ATTRIBUTES = (inspect.getdoc(ConvertOptions) or "").partition("Attributes:\n")[2].partition("\n\n")[0] + "\n"

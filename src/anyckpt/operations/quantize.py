@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MissingLibraryError, UsageError
 from anyckpt.formats import registry
 from anyckpt.indexing import Array
 from anyckpt.operations.convert import Conversion, converted, under_hub_names
-from anyckpt.operations.options import ConvertOptions, documented
+from anyckpt.operations.keywords import AgainWords, check_writable, taking
+from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.calibrating import linear_weights
 from anyckpt.operations.steps.calibration_data import Samples, batches_of, check_positions, cut, read_samples
-from anyckpt.operations.steps.destination import check_destination
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.ptq_settings import read_ptq_settings
 from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_quantizable
@@ -28,6 +28,9 @@ from anyckpt.quantization.forms import layout_of, layouts_of
 from anyckpt.quantization.statistics import Statistics, check_replaceable
 from anyckpt.storage.location import public_path
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _SIZE, _BATCH, _LENGTH = 512, 64, 512
 """Samples, sequences of a batch, and tokens of a sequence where nothing is said, as in NeMo 1."""
 
@@ -36,7 +39,7 @@ _TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _NOTHING = ("null", "none", "no_quant")
 
 
-@documented
+@taking(AgainWords)
 def quantize(
     source: str | os.PathLike[str] | Checkpoint,
     destination: str | os.PathLike[str],
@@ -68,16 +71,7 @@ def quantize(
     tokenizer: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     force: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    share: str | None = None,
-    wait: float | None = None,
-    private: bool = False,
-    commit_message: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **others: Unpack[AgainWords],
 ) -> Conversion:
     """Quantize the model at ``source``, whatever its format, with calibration where the algorithm asks for it.
 
@@ -136,20 +130,11 @@ def quantize(
         "compress": compress if gzip else bool(said.get("compress", False)),
         "gzip": gzip,
         "force": force,
-        "overwrite": overwrite,
-        "resume": resume,
-        "share": share,
-        "wait": wait,
-        "private": private,
-        "commit_message": commit_message,
-        "workers": workers,
-        "memory": memory,
-        "dry_run": dry_run,
-        "progress": progress,
+        **others,
     }
     output = os.fspath(destination)
     origins = [source.path if isinstance(source, Checkpoint) else public_path(source)]
-    check_destination(output, origins, overwrite=overwrite, resume=resume or share is not None, anywhere=True)
+    check_writable(output, origins, others)
     if save_statistics is not None:
         _check_saved(os.fspath(save_statistics), output)
     notes = [f"no effect has {key}: {reason}" for key, reason in _together(settings.unused).items()]
@@ -164,13 +149,13 @@ def quantize(
         own["quantize_form"] = _form_with_activations(name)
     own |= {"quantize": name, "decoder_type": None, **_of_algorithm(name, said, notes, group)}
     seen = read_statistics(statistics)
-    if seen is None and share is not None and _sees_activations(name, own):
+    if seen is None and others.get("share") is not None and _sees_activations(name, own):
         raise UsageError(
             f"{name} depends on activations, which each of several processes would find anew, and otherwise",
             remedy="calibrate once, with --dry-run --save-stats FILE, and give all processes --stats FILE",
         )
     if seen is None and _sees_activations(name, own):
-        seen = _calibrated(opened, own, said, notes, calib_field, _TYPES.get(calib_dtype or ""), progress)
+        seen = _calibrated(opened, own, said, notes, calib_field, _TYPES.get(calib_dtype or ""), others.get("progress"))
     if seen is not None:
         if save_statistics is not None:
             seen.save(save_statistics)

@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from anyckpt.formats import registry
 from anyckpt.operations.convert import Conversion, converted
-from anyckpt.operations.options import asked, documented
-from anyckpt.operations.steps.casts import KEEP_IN_FP32
+from anyckpt.operations.keywords import ReshardWords, taking
+from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.layout_request import LayoutRequest
-from anyckpt.operations.steps.threads import Progress
 from anyckpt.storage.location import look_at
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-@documented
+
+@taking(ReshardWords)
 def reshard(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
     layout: LayoutRequest,
     optimizer: str = "keep",
-    family: str | None = None,
-    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    names: str | None = None,
-    adapter_form: str | None = None,
-    alpha: float | None = None,
-    dtype: str | None = None,
-    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    max_shard_size: int | str | None = None,
-    sharded: bool = False,
-    force: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    share: str | None = None,
-    wait: float | None = None,
-    private: bool = False,
-    commit_message: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **others: Unpack[ReshardWords],
 ) -> Conversion:
     """Write the checkpoint at ``source`` in its own format and another parallel layout.
 
@@ -60,5 +39,6 @@ def reshard(
         OutputError: the destination exists or cannot be written.
         UsageError: the layout is impossible for the model or the format.
     """
-    options = asked(locals(), to=registry.detect(look_at(source)).name, keep_layout=True)
+    target = registry.detect(look_at(source)).name
+    options = ConvertOptions(to=target, keep_layout=True, layout=layout, optimizer=optimizer, **others)
     return converted(source, destination, options)

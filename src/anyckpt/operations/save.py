@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
 from anyckpt.containers.torch_file.contents import TorchContents
@@ -13,42 +13,26 @@ from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.errors import UsageError
 from anyckpt.formats.torch import torch_checkpoint
 from anyckpt.operations.convert import Conversion, converted
-from anyckpt.operations.options import asked, documented
-from anyckpt.operations.steps.casts import KEEP_IN_FP32
+from anyckpt.operations.keywords import SaveWords, taking
+from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.destination import told_by_name
-from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.live import Live
-from anyckpt.operations.steps.threads import Progress
 from anyckpt.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _WHERE = "tensors in memory"
 
 
-@documented
+@taking(SaveWords)
 def save(
     tensors: Mapping[str, Any],
     destination: str | os.PathLike[str],
     *,
     to: str | None = None,
-    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    family: str | None = None,
-    names: str | None = None,
-    dtype: str | None = None,
-    keep_in_fp32: Sequence[str] = KEEP_IN_FP32,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-    max_shard_size: int | str | None = None,
-    sharded: bool = False,
     optimizer: str | None = None,
-    layout: LayoutRequest | None = None,
-    overwrite: bool = False,
-    private: bool = False,
-    commit_message: str | None = None,
-    workers: int | None = None,
-    memory: int | str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
+    **others: Unpack[SaveWords],
 ) -> Conversion:
     """Write a state dict as a checkpoint: the bytes that converting a ``torch.save`` of it would give, without that.
 
@@ -88,8 +72,8 @@ def save(
         bare = len(checkpoint.weights()) == len(checkpoint.tensors) and not checkpoint.objects
         optimizer = "drop" if bare and checkpoint.optimizer is None else "keep"
     files = None if checkpoint is tensors else _files(checkpoint)
-    told = told_by_name(destination) if to is None else {}
-    return converted(checkpoint, destination, asked(locals(), **told), sources=files)
+    told = told_by_name(destination) if to is None else {"to": to}
+    return converted(checkpoint, destination, ConvertOptions(**told, optimizer=optimizer, **others), sources=files)
 
 
 def _in_memory(tensors: Mapping[str, Any]) -> Checkpoint:
