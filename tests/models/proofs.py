@@ -217,6 +217,11 @@ NEMOTRON_3 = {
     "moe_latent_size": 20, "routed_scaling_factor": 2.5,
 }  # fmt: skip
 
+GEMMA_4 = {
+    **_WIDE, "num_hidden_layers": 6, "global_head_dim": 24, "sliding_window": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+
 _BERT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
     "max_position_embeddings": 64,
@@ -655,6 +660,33 @@ PROOFS: dict[str, Proof] = {
             rope_parameters=_SCALED,
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
+    ),
+    "gemma4": proof(
+        tiny(
+            "gemma4-inputs",
+            "gemma4_text",
+            _HUB_ALONE,
+            **GEMMA_4,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=64,
+            num_kv_shared_layers=3,
+            use_double_wide_mlp=True,
+        ),
+        tiny(
+            "gemma4-experts",
+            "gemma4_text",
+            _HUB_ALONE,
+            **GEMMA_4,
+            hidden_size_per_layer_input=0,
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=20,
+            final_logit_softcapping=30.0,
+        ),
+        tiny("gemma4-dense", "gemma4_text", _HUB_ALONE, **GEMMA_4, hidden_size_per_layer_input=0),
     ),
     "gpt2": proof(
         fixture("gpt2"), tiny("gpt2-untied", "gpt2", **_GPT, tie_word_embeddings=False, activation_function="gelu")

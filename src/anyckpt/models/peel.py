@@ -126,8 +126,9 @@ def _of_family(
     kept: dict[str, LazyTensor] = {}
     buffers: dict[str, LazyTensor] = {}
     ignored: dict[str, str] = {}
+    wanted = {name for item in expected for name in item.sources} if model.definition.ignorable else set[str]()
     for name, tensor in tensors.items():
-        reason = model.definition.reason_to_ignore(name)
+        reason = None if name in wanted else model.definition.reason_to_ignore(name)
         if reason is None:
             kept[name] = tensor
             continue
