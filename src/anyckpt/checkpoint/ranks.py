@@ -40,3 +40,8 @@ class RankShard:
     tensors: dict[str, LazyTensor]
     source: str
     extra_states: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """What tells it from the other shards: tensor, pipeline, virtual and expert rank."""
+        return self.tensor_rank, self.pipeline_rank, self.virtual_rank, self.expert_rank

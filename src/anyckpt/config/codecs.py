@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.config.fields import Codec, OneKey
+from anyckpt.config.fields import Codec, OfKey, OneKey
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.errors import MappingError
@@ -136,7 +136,7 @@ class Present(Codec):
 
 
 @dataclass(eq=False, repr=False, match_args=False)
-class Words(Codec):
+class Words(OfKey):
     """A field, or several, that a key spells in other words; of several words for one value the first is written.
 
     Attributes:
@@ -158,10 +158,6 @@ class Words(Codec):
     @property
     def hubs(self) -> tuple[str, ...]:
         return (self.hub,) if isinstance(self.hub, str) else self.hub
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
         word = getattr(reader, self.reader)(self.key)

@@ -63,24 +63,32 @@ class Codec:
         return {}
 
 
-class OneKey(Codec):
-    """A hub field and the one key that says it.
+class OfKey(Codec):
+    """What one key says.
 
     Attributes:
-        hub: field of ``ModelConfig``.
         key: the framework's key.
     """
 
-    hub: str
     key: str
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return (self.hub,)
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
+
+
+class OneKey(OfKey):
+    """A hub field and the one key that says it.
+
+    Attributes:
+        hub: field of ``ModelConfig``.
+    """
+
+    hub: str
+
+    @property
+    def hubs(self) -> tuple[str, ...]:
+        return (self.hub,)
 
 
 @dataclass(frozen=True)

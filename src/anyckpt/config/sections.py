@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from anyckpt.config.fields import Codec
+from anyckpt.config.fields import Codec, OfKey, OneKey
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.errors import MappingError
 
 
 @dataclass(eq=False, repr=False, match_args=False)
-class Section(Codec):
+class Section(OfKey):
     """What a section of a configuration says, by rows of its own.
 
     Every key of the section is one that its rows know or that says nothing: any other may change what the model
@@ -38,10 +38,6 @@ class Section(Codec):
     def hubs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(hub for row in self.rows for hub in row.hubs))
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
-
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
         inner = Reader(reader.mapping(self.key), f"{reader.what}'s {self.key}")
         known = {key for row in self.rows for key in row.keys} | self.idle | self.constants.keys()
@@ -63,7 +59,7 @@ class Section(Codec):
 
 
 @dataclass(eq=False, repr=False, match_args=False)
-class Only(Codec):
+class Only(OfKey):
     """A key that has one value in every model that can be converted, or one of a few.
 
     Attributes:
@@ -79,10 +75,6 @@ class Only(Codec):
     absent: Any = None
     also: Callable[[Any, Mapping[str, Any]], bool] = field(default=lambda value, fields: False)
     written: bool = True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
         stated = reader.values.get(self.key)
@@ -104,7 +96,7 @@ class Only(Codec):
 
 
 @dataclass(eq=False, repr=False, match_args=False)
-class Sum(Codec):
+class Sum(OneKey):
     """A field that is what a key says and a constant.
 
     Attributes:
@@ -116,14 +108,6 @@ class Sum(Codec):
     hub: str
     key: str
     more: int
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return (self.hub,)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
         stated = reader.integer(self.key)
@@ -137,7 +121,7 @@ class Sum(Codec):
 
 
 @dataclass(eq=False, repr=False, match_args=False)
-class Share(Codec):
+class Share(OneKey):
     """A field that a key says in parts of another: seconds of samples.
 
     Attributes:
@@ -151,14 +135,6 @@ class Share(Codec):
     key: str
     unit: str
     default: float
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return (self.hub,)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
         stated = reader.number(self.key)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.config.fields import Codec
+from anyckpt.config.fields import Codec, OfKey
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
@@ -100,7 +100,7 @@ class From(Layers):
 
 
 @dataclass(eq=False, repr=False, match_args=False)
-class Window(Codec):
+class Window(OfKey):
     """The window that every layer has, if a model has one.
 
     Attributes:
@@ -112,10 +112,6 @@ class Window(Codec):
     unset: int | None = None
 
     hubs = ("window_size",)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
         length = reader.integer(self.key)

@@ -103,7 +103,7 @@ class _Joiner:
         """Sort the shards by chunk and rank, and understand their names."""
         sizes = self.parallelism
         for shard in ranks:
-            numbers = (shard.tensor_rank, shard.pipeline_rank, shard.virtual_rank, shard.expert_rank)
+            numbers = shard.place
             limits = (sizes.tensor_parallel, sizes.pipeline_parallel, self._virtual(), sizes.expert_parallel)
             if any(not 0 <= number < limit for number, limit in zip(numbers, limits, strict=True)):
                 raise MappingError(

@@ -57,7 +57,7 @@ class OptimizerWriter:
         self._arguments = arguments
         self._local = local
         held = state.ranks or {slot: (RankShard(0, 0, 0, 0, own, ""),) for slot, own in state.slots.items()}
-        self._slots = {slot: {_place(shard): shard.tensors for shard in own} for slot, own in held.items()}
+        self._slots = {slot: {shard.place: shard.tensors for shard in own} for slot, own in held.items()}
         everything = [parameter for shard in shards for parameter in parameters_of([shard])]
         self._half = any(parameter.weight.dtype.name in HALF for parameter in everything)
         self._separate = any(flag(group, "is_decoupled_lr") for group in state.groups)
@@ -80,7 +80,7 @@ class OptimizerWriter:
         slots: dict[Parameter, Mapping[str, LazyTensor]] = {}
         for number, shard in enumerate(chunks):
             tensors = self._spelled(shard.tensors)
-            own = {slot: self._spelled(held.get(_place(shard), {})) for slot, held in self._slots.items()}
+            own = {slot: self._spelled(held.get(shard.place, {})) for slot, held in self._slots.items()}
             ordered = {name: tensors[name] for name in registered_order(tensors)}
             for parameter in parameters_of([RankShard(0, 0, 0, 0, ordered, shard.source)]):
                 placed = Parameter(number, parameter.name, parameter.weight)
@@ -157,7 +157,3 @@ class OptimizerWriter:
         found = {key: self._arguments[name] for key, name in _DEFAULTS.items() if name in self._arguments}
         betas = tuple(self._arguments.get(f"adam_beta{number}") for number in (1, 2))
         return found if None in betas else {**found, "betas": betas}
-
-
-def _place(shard: RankShard) -> tuple[int, int, int, int]:
-    return shard.tensor_rank, shard.pipeline_rank, shard.virtual_rank, shard.expert_rank

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from anyckpt.dtypes import DType
 from anyckpt.quantization.choosing import ASKED, Choice, is_asked
@@ -79,8 +80,10 @@ def _facts(algorithm: str) -> Callable[[Request, Sequence[str]], Facts]:
     return facts
 
 
+_layout = partial(Layout, choose=_choose, unrounded=True, key="")
+
 TRTLLM = {
-    "fp8": Layout(
+    "fp8": _layout(
         "fp8",
         _NAMES,
         _facts("FP8"),
@@ -88,20 +91,14 @@ TRTLLM = {
         instead=_PER_TOKEN,
         siblings=True,
         apart=True,
-        unrounded=True,
-        choose=_choose,
-        key="",
         caches=_CACHES,
     ),
-    "fp8_per_channel": Layout(
+    "fp8_per_channel": _layout(
         "fp8_per_channel",
         {**_NAMES, "scale": "per_channel_scale"},
         _facts("FP8_PER_CHANNEL_PER_TOKEN"),
-        unrounded=True,
-        choose=_choose,
-        key="",
     ),
-    "int8": Layout(
+    "int8": _layout(
         "int8_wo",
         _NAMES,
         _facts("W8A8_SQ_PER_CHANNEL"),
@@ -110,12 +107,9 @@ TRTLLM = {
         instead=_PER_TOKEN,
         inputs=_INPUTS,
         over=127,
-        unrounded=True,
-        choose=_choose,
-        key="",
         caches=_CACHES,
     ),
-    "int8_sq": Layout(
+    "int8_sq": _layout(
         "int8_wo",
         _NAMES,
         _facts("W8A8_SQ_PER_CHANNEL"),
@@ -123,36 +117,28 @@ TRTLLM = {
         inputs=_INPUTS,
         smoothing="smoothquant",
         over=127,
-        unrounded=True,
         choose=_choose_without_experts,
-        key="",
         caches=_CACHES,
     ),
-    "int8_wo": Layout("", {}, _facts("W8A16"), choose=_choose, key=""),
-    "int4_wo": Layout("", {}, _facts("W4A16"), choose=_choose, key=""),
-    "int4": Layout(
+    "int8_wo": _layout("", {}, _facts("W8A16"), unrounded=False),
+    "int4_wo": _layout("", {}, _facts("W4A16"), unrounded=False),
+    "int4": _layout(
         "int4",
         _NAMES,
         _facts("W4A16_AWQ"),
         _groups,
         inputs=_INPUTS,
-        unrounded=True,
-        choose=_choose,
-        key="",
     ),
-    "int4_awq": Layout(
+    "int4_awq": _layout(
         "int4",
         _NAMES,
         _facts("W4A16_AWQ"),
         _groups,
         inputs=_INPUTS,
         smoothing="awq",
-        unrounded=True,
-        choose=_choose,
-        key="",
         caches=_CACHES,
     ),
-    "w4a8_awq": Layout(
+    "w4a8_awq": _layout(
         "int4",
         _NAMES,
         _facts("W4A8_AWQ"),
@@ -161,12 +147,10 @@ TRTLLM = {
         inputs=_INPUTS,
         smoothing="awq",
         second=_NAMES["scale_2"],
-        unrounded=True,
         choose=_choose_without_experts,
-        key="",
         caches=_CACHES,
     ),
-    "nvfp4": Layout(
+    "nvfp4": _layout(
         "nvfp4",
         _NAMES,
         _facts("NVFP4"),
@@ -176,9 +160,6 @@ TRTLLM = {
         siblings=True,
         apart=True,
         over=_NVFP4_OVER,
-        unrounded=True,
-        choose=_choose,
-        key="",
         caches=_CACHES,
     ),
 }

@@ -29,7 +29,7 @@ def of_tensor(name: str, leaf: Any, put: Put) -> Found | None:
     if not isinstance(leaf, torch.Tensor):
         return None
     local = _elements(name, leaf)
-    return [LivePiece(name, _dtype(name, local), tuple(local.shape), (0,) * local.ndim, local)]
+    return [LivePiece(name, dtype_of(name, local), tuple(local.shape), (0,) * local.ndim, local)]
 
 
 def of_dtensor(name: str, leaf: Any, put: Put) -> Found | None:
@@ -56,7 +56,7 @@ def of_dtensor(name: str, leaf: Any, put: Put) -> Found | None:
     if hasattr(shard, "trigger_wait"):  # of a collective that may not have ended
         shard = shard.trigger_wait()
     local = _elements(name, shard)
-    kind, shape = _dtype(name, local), tuple(dtensor.shape)
+    kind, shape = dtype_of(name, local), tuple(dtensor.shape)
     boxes = _shard_boxes(shape, tuple(ways), tuple(coordinate), tuple(mesh.shape))
     if len(boxes) == 1 and boxes[0][2] == local.shape and 0 not in local.shape:
         return [LivePiece(name, kind, shape, boxes[0][0], local)]
@@ -79,7 +79,7 @@ def of_sharded_tensor(name: str, leaf: Any, put: Put) -> Found | None:
     for shard in leaf.local_shards():
         local = _elements(name, shard.tensor)
         offset = tuple(shard.metadata.shard_offsets)
-        found.append(LivePiece(name, _dtype(name, local), shape, offset, local))
+        found.append(LivePiece(name, dtype_of(name, local), shape, offset, local))
     return found
 
 
@@ -159,7 +159,12 @@ def _elements(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return plain.data if type(plain) is torch.nn.Parameter else plain
 
 
-def _dtype(name: str, tensor: torch.Tensor) -> DType:
+def dtype_of(name: str, tensor: torch.Tensor) -> DType:
+    """The element type of a live tensor.
+
+    Raises:
+        UsageError: it is none that files have.
+    """
     try:
         return dtype(tensor.dtype)
     except FormatError as error:

@@ -120,7 +120,7 @@ def _by_file(shards: Sequence[RankShard], layout: ParallelLayout) -> dict[str, d
     """
     files: dict[str, dict[int, RankShard]] = {}
     for shard in sorted(shards, key=lambda s: (s.tensor_rank, s.pipeline_rank, s.expert_rank, s.virtual_rank)):
-        at = (shard.tensor_rank, shard.pipeline_rank, shard.virtual_rank, shard.expert_rank)
+        at = shard.place
         sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.virtual_pipeline, layout.expert_parallel)
         folder = folder_name(
             shard.tensor_rank,

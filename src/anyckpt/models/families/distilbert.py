@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from anyckpt.config.codecs import Fixed, Implied, OfClass
 from anyckpt.config.fields import Field
-from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import bert
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS
 from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
@@ -19,10 +19,6 @@ from anyckpt.models.language.rules import Rule, has
 _STEM = "distilbert"
 _LAYER, _HUB = f"{_STEM}.transformer.layer.*", "encoder.layers.*"
 _LM_HEAD = has("add_lm_head")
-
-
-def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.add_lm_head and not config.share_embeddings_and_output_weights
 
 
 RULES = (
@@ -39,7 +35,7 @@ RULES = (
     *norm(f"{_LAYER}.output_layer_norm", f"{_HUB}.post_mlp_layernorm."),
     *linear("vocab_transform", "lm_head.dense", ("hidden", "hidden"), when=_LM_HEAD),
     *norm("vocab_layer_norm", "lm_head.layer_norm.", _LM_HEAD),
-    Rule(("vocab_projector.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=_untied),
+    Rule(("vocab_projector.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied_head),
     Rule(("vocab_projector.bias",), "output_layer.bias", ("vocabulary",), when=_LM_HEAD),
 )  # fmt: skip
 

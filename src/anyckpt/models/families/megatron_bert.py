@@ -30,10 +30,6 @@ _HUB = "encoder.layers.*"
 PARTS = ("weight", "bias")
 
 
-def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.add_lm_head and not config.share_embeddings_and_output_weights
-
-
 def embeddings() -> tuple[Rule, ...]:
     """Of words, positions, and types of tokens."""
     return (
@@ -65,7 +61,8 @@ def heads() -> tuple[Rule, ...]:
         *linear("bert.pooler.dense", "pooler.dense", ("hidden", "hidden"), when=pooler),
         *linear(f"{transform}.dense", "lm_head.dense", ("hidden", "hidden"), when=lm_head),
         *norm(f"{transform}.LayerNorm", "lm_head.layer_norm.", lm_head),
-        Rule(("cls.predictions.decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=_untied),
+        Rule(("cls.predictions.decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"),
+             when=decoder.untied_head),
         Rule(("cls.predictions.bias",), "output_layer.bias", ("vocabulary",), when=lm_head),
         Rule((), "output_layer.bias", ("vocabulary",), when=lacks("add_lm_head"), optional=True),
         *linear("cls.seq_relationship", "binary_head", ("two", "hidden"), when=binary),

@@ -16,6 +16,7 @@ from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.config.windows import windowed_layers
 from anyckpt.errors import MappingError
+from anyckpt.models.families.parts import decoder
 from anyckpt.models.families.parts.fields import TIED_AND_TOKENS
 from anyckpt.models.families.parts.local_theta import LocalTheta
 from anyckpt.models.language.family import Family
@@ -39,10 +40,6 @@ def _not_first(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     return indices[0] > 0
 
 
-def _untied(config: ModelConfig, indices: tuple[int, ...]) -> bool:
-    return config.add_lm_head and not config.share_embeddings_and_output_weights
-
-
 RULES = (
     Rule(("model.embeddings.tok_embeddings.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     Rule(("model.embeddings.norm.weight",), "encoder.initial_layernorm.weight", ("hidden",)),
@@ -57,7 +54,7 @@ RULES = (
     Rule(("model.final_norm.weight",), "encoder.final_layernorm.weight", ("hidden",)),
     Rule(("head.dense.weight",), "lm_head.dense.weight", ("hidden", "hidden"), when=_LM_HEAD),
     Rule(("head.norm.weight",), "lm_head.layer_norm.weight", ("hidden",), when=_LM_HEAD),
-    Rule(("decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=_untied),
+    Rule(("decoder.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied_head),
     Rule(("decoder.bias",), "output_layer.bias", ("vocabulary",), when=_LM_HEAD),
 )  # fmt: skip
 

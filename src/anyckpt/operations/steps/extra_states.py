@@ -86,12 +86,8 @@ def with_states(
         elif expert is None and (parallelism.expert_parallel == 1 or not OF_ALL_EXPERTS.match(name)):
             tags[name] = tag((1,), number)
     shards = cut(tags, parallelism, geometry, rules=_RULES, spelling=spelling, complete=False)
-    own = {_place(shard): shard.tensors for shard in shards}
+    own = {shard.place: shard.tensors for shard in shards}
     return tuple(
-        replace(shard, extra_states={name: values[tagged(t)] for name, t in own.get(_place(shard), {}).items()})
+        replace(shard, extra_states={name: values[tagged(t)] for name, t in own.get(shard.place, {}).items()})
         for shard in ranks
     )
-
-
-def _place(shard: RankShard) -> tuple[int, int, int, int]:
-    return shard.tensor_rank, shard.pipeline_rank, shard.virtual_rank, shard.expert_rank

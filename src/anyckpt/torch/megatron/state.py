@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from anyckpt.dtypes import DType, dtype
-from anyckpt.errors import FormatError, UsageError
+from anyckpt.errors import UsageError
 from anyckpt.indexing import Shape, flat_boxes
 from anyckpt.torch.live import LiveObject, LivePiece, LiveState
 from anyckpt.torch.megatron.entities import (
@@ -28,6 +27,7 @@ from anyckpt.torch.megatron.entities import (
     name_of,
     unique_key,
 )
+from anyckpt.torch.tensor_kinds import dtype_of
 
 ABSENT: Any = object()
 """What stands for a part of a state that there is nothing of."""
@@ -172,7 +172,7 @@ def pieces_of(entity: Any) -> list[LivePiece]:
     name = str(entity.key)
     if data is None:
         raise UsageError("has no elements to save", tensor=name, remedy="give the sharded tensor its data")
-    kind, data = _dtype(name, data), _plain(data)
+    kind, data = dtype_of(name, data), _plain(data)
     lead, local = (1,) * entity.prepend_axis_num, tuple(entity.local_shape)
     shape, offset = tuple(entity.global_shape), tuple(entity.global_offset)
     if len(shape) != len(lead) + len(local) or len(offset) != len(shape):
@@ -297,13 +297,6 @@ def _count(sizes: Shape) -> int:
     for length in sizes:
         total *= length
     return total
-
-
-def _dtype(name: str, tensor: torch.Tensor) -> DType:
-    try:
-        return dtype(tensor.dtype)
-    except FormatError as error:
-        raise UsageError(error.problem, tensor=name, expected=error.expected) from None
 
 
 def _nowhere(value: Any) -> None:

@@ -21,6 +21,11 @@ untied = lacks("share_embeddings_and_output_weights")
 """Whether there is an output layer of its own."""
 
 
+def untied_head(config: ModelConfig, indices: tuple[int, ...]) -> bool:
+    """Whether a language model's head has an output layer of its own."""
+    return config.add_lm_head and not config.share_embeddings_and_output_weights
+
+
 def biased_qkv(config: ModelConfig, indices: tuple[int, ...]) -> bool:
     """Whether query, key and value have biases."""
     return config.add_bias_linear or config.add_qkv_bias
