@@ -2,8 +2,8 @@
 
 A code block that follows a line with a file's name, as in `` `examples/x.py`: ``, is that file.  A ``console`` block is
 a session: each line that begins with ``$ `` is run by a shell in a folder of the page's own, and what follows is what
-it prints.  ``<!-- here: NAME = FIXTURE -->`` copies fixtures there first.  Times, speeds and memory are compared as
-numbers that differ from run to run.
+it prints.  ``<!-- here: NAME = FIXTURE -->`` copies fixtures there first.  A line stays as it is where nothing but
+times, speeds and memory is another, which differ from run to run.
 """
 
 from __future__ import annotations
@@ -69,24 +69,35 @@ def printed(command: str, folder: Path) -> str:
     return done.stdout.replace(f"{folder}/", "")
 
 
+def current(text: str) -> str:
+    """A page as it should be, in which lines that differ in numbers that vary alone stay as they are."""
+    old, new = text.splitlines(keepends=True), made(text).splitlines(keepends=True)
+    sides = [[_VARYING.sub("N", line) for line in side] for side in (old, new)]
+    kept: list[str] = []
+    for what, first, last, start, end in difflib.SequenceMatcher(None, *sides, autojunk=False).get_opcodes():
+        kept += old[first:last] if what == "equal" else new[start:end]
+    return "".join(kept)
+
+
 def differences(page: Path) -> str:
-    """How a page differs from what it should be, but for numbers that vary; empty if it is current."""
+    """How a page differs from what it should be; empty if it is current."""
     text = page.read_text(encoding="utf-8")
-    sides = (_VARYING.sub("N", side).splitlines() for side in (text, made(text)))
+    sides = text.splitlines(), current(text).splitlines()
     return "\n".join(difflib.unified_diff(*sides, str(page), "as it should be", lineterm="", n=1))
 
 
 def main() -> None:
     if shutil.which("anyckpt", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None:
         sys.exit("there is no anyckpt to run: install it, or put it on the path")
+    if "--check" not in sys.argv[1:]:
+        for page in pages():
+            page.write_text(current(page.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     wrong = []
     for page in pages():
-        found = differences(page)
-        if found and "--check" in sys.argv[1:]:
+        if found := differences(page):
             print(found)
             wrong.append(page.name)
-        elif found:
-            page.write_text(made(page.read_text(encoding="utf-8")), encoding="utf-8")
     if wrong:
         sys.exit(f"not current: {', '.join(wrong)}; run python3 tools/guides.py")
 
