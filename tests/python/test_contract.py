@@ -47,7 +47,7 @@ SAMPLES = {
     "diffusers": "diffusers/stable_diffusion",
     "whisper": "whisper/tiny.pt",
 }
-READ_ONLY = {"fsdp": "fsdp/fsdp1_2", "deepspeed": "deepspeed/zero1"}
+READ_ONLY = {"fsdp": "fsdp/fsdp1_2", "gpt-neox": "gpt_neox/tp2", "deepspeed": "deepspeed/zero1"}
 FORMATS = registry.built_in()
 ANY_NAMES = [
     name

@@ -47,6 +47,7 @@ _BUILT_IN = {
     "diffusers": "diffusers",
     "hf": "hf",
     "fsdp": "fsdp",
+    "gpt-neox": "gpt_neox",
     "deepspeed": "deepspeed",
     "gguf": "gguf",
     "safetensors": "safetensors",
