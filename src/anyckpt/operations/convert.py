@@ -115,7 +115,6 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     to: str | None = None,
-    module: str | None = None,
     compress: bool | None = None,
     sources: Sequence[str | os.PathLike[str]] | None = None,
     **others: Unpack[ConvertWords],

@@ -89,6 +89,7 @@ class ConvertWords(ReshardWords, total=False):
     model_id: str | os.PathLike[str] | None
     tokenizer_library: str | None
     experts: str | None
+    module: str | None
     quantize: str | None
     quantize_form: str | None
     group_size: int | None

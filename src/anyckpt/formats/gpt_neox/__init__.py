@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from anyckpt.formats.format import Format, deferred
 from anyckpt.formats.gpt_neox.location import detect
-from anyckpt.formats.registry import Format, deferred
 
 __all__ = ["FORMAT"]
 
