@@ -333,6 +333,10 @@ _CTC = {"vocab_size": 33, "pad_token_id": 32}
 _TRANSDUCER = {
     "vocab_size": 33, "blank_token_id": 32, "pad_token_id": 2, "decoder_hidden_size": 12, "num_decoder_layers": 2,
 }  # fmt: skip
+_TEXT_DECODER = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 32,
+}  # fmt: skip
 _NEMO_SPEECH = {key: why for key, why in NEMO_1_ALONE.items() if key != "nemo"}
 
 PROOFS: dict[str, Proof] = {
@@ -343,6 +347,17 @@ PROOFS: dict[str, Proof] = {
     ),
     "parakeet-rnnt": proof(
         tiny("parakeet-rnnt", "parakeet_rnnt", _NEMO_SPEECH, **_TRANSDUCER, encoder_config=_FAST_CONFORMER),
+        note="and NeMo 3.0 of its own files",
+    ),
+    "canary": proof(
+        tiny(
+            "canary",
+            "canary",
+            _NEMO_SPEECH,
+            vocab_size=64,
+            encoder_config={"layerdrop": 0.0, **_FAST_CONFORMER},
+            decoder_config=_TEXT_DECODER,
+        ),
         note="and NeMo 3.0 of its own files",
     ),
     "parakeet-tdt": proof(

@@ -75,7 +75,7 @@ def computed(path: Path, architecture: str) -> Any:
         inputs["input_features"] = torch.randn((2, 64, config.encoder_config.num_mel_bins), generator=generator)
         inputs["attention_mask"] = torch.arange(64)[None] < torch.tensor([[64], [40]])
         if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = torch.randint(3, config.vocab_size, (2, 1), generator=generator)
+            inputs["decoder_input_ids"] = torch.randint(3, config.vocab_size, (2, 12), generator=generator)
     elif model.main_input_name == "input_features":
         shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
         inputs["input_features"] = torch.randn(shape, generator=generator)

@@ -26,6 +26,7 @@ class Section(OfKey):
         defaults: by key, what its class takes where it says nothing.
         idle: keys that say nothing of what the model computes.
         constants: keys that are written as they are, before the others.
+        closed: no other keys are known.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Section(OfKey):
     defaults: Mapping[str, Any] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
     constants: Mapping[str, Any] = field(default_factory=dict)
+    closed: bool = True
 
     @cached_property
     def hubs(self) -> tuple[str, ...]:
@@ -41,7 +43,7 @@ class Section(OfKey):
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
         inner = Reader(reader.mapping(self.key), f"{reader.what}'s {self.key}")
         known = {key for row in self.rows for key in row.keys} | self.idle | self.constants.keys()
-        for key, value in inner.values.items():
+        for key, value in inner.values.items() if self.closed else ():
             if key not in known and value not in (None, False, 0, "", [], {}):
                 raise MappingError(
                     f"the {inner.what} says {key}, which may change what the model computes",

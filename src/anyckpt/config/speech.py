@@ -38,6 +38,12 @@ class SpeechConfig:
         joint_dropout: of the joint network, during training; NeMo numbers its modules by whether there is any.
         durations: steps that a transducer may go on by after a token; None if it has no such head.
         blank_token_id: the token that means none.
+        text_num_layers: layers of the decoder of text beside the encoder, which is as wide.
+        text_ffn_hidden_size: width of its MLPs.
+        text_num_attention_heads: heads of its attention, which share the width.
+        text_max_positions: tokens that it has encodings of positions for.
+        text_attention_dropout: of its attention, during training.
+        first_token_id: the token that it begins with.
     """
 
     sampling_rate: int | None = None
@@ -59,6 +65,12 @@ class SpeechConfig:
     joint_dropout: float = 0.0
     durations: tuple[int, ...] | None = None
     blank_token_id: int | None = None
+    text_num_layers: int | None = None
+    text_ffn_hidden_size: int | None = None
+    text_num_attention_heads: int | None = None
+    text_max_positions: int | None = None
+    text_attention_dropout: float = 0.0
+    first_token_id: int | None = None
 
     @property
     def halvings(self) -> int:
@@ -69,7 +81,8 @@ class SpeechConfig:
 _SIZES = tuple(
     """
     sampling_rate window_length hop_length fft_length subsampling_factor subsampling_conv_channels
-    conv_kernel_size prediction_hidden_size prediction_num_layers max_symbols_per_step
+    conv_kernel_size prediction_hidden_size prediction_num_layers max_symbols_per_step text_num_layers
+    text_ffn_hidden_size text_num_attention_heads text_max_positions
     """.split()
 )
 
@@ -88,6 +101,7 @@ def check_speech(config: SpeechConfig, channels: int | None) -> None:
         return
     check_sizes(config, _SIZES)
     check_layers(config.prediction_num_layers or 0)
+    check_layers(config.text_num_layers or 0)
     factor = config.subsampling_factor or 1
     if factor & (factor - 1) or config.halvings > _MOST_HALVINGS:
         raise impossible("subsampling_factor", "a power of two", factor)

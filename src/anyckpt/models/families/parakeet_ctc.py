@@ -74,7 +74,7 @@ FAMILY = Family(
         ),
     ),
     companions=Companions(
-        pieces=lambda config: (config.vocab_size or 1) - 1,
+        pieces=lambda config, tokens: (config.vocab_size or 1) - 1,
         more=("<unk>", "<pad>"),
         marked=("<pad>", "<unk>"),
         tokenizer=fastconformer.tokenizer_words("<pad>"),

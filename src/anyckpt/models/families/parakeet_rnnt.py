@@ -211,7 +211,7 @@ FAMILY = Family(
         fits=lambda config: durations_of(config) is None,
     ),
     companions=Companions(
-        pieces=lambda config: (config.vocab_size or 1) - 1,
+        pieces=lambda config, tokens: (config.vocab_size or 1) - 1,
         more=("<unk>", "<blank>"),
         marked=("<blank>", "<unk>"),
         tokenizer=fastconformer.tokenizer_words("<blank>"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer
@@ -14,10 +14,13 @@ from anyckpt.errors import FormatError, MappingError
 from anyckpt.models.sentencepiece import read_model
 from anyckpt.models.speech.featurizer import buffers, check_buffers
 from anyckpt.models.speech.tokenizer_json import Special, as_bytes, from_sentencepiece, is_control, to_sentencepiece
+from anyckpt.models.tokens import token_facts
 from anyckpt.storage.source import ByteSource, MemorySource
+from anyckpt.tensor import LazyTensor
 
 _PROCESSOR, _FEATURES = "processor_config.json", "preprocessor_config.json"
 _GENERATION, _TOKENIZER, _TOKENS = "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+_CHATS = "chat_template.jinja"
 _MODEL, _VOCABULARY, _SCORES = "tokenizer.model", "vocab.txt", "tokenizer.vocab"
 _LARGEST = 64 << 20
 _OF_GENERATION = {"_from_model_config": True, "output_attentions": False, "output_hidden_states": False}
@@ -40,17 +43,20 @@ class Companions:
     """What is beside the weights and the configuration.
 
     Attributes:
-        pieces: how many tokens are pieces of the sentencepiece model.
+        pieces: how many tokens are pieces of the sentencepiece model, of so many.
         more: tokens behind them, unless they are among them.
         marked: tokens that are special.
         unread: names of embeddings, in NeMo's and transformers' words, of whose blank only transformers reads the row.
+        template: of chats, for transformers' processor; "" for none.
+        made: buffers of NeMo's model, which follow from the configuration.
+        twice: NeMo's names of tensors that are there a second time, each with the other one.
         special: which tokens that texts are cut at first are no text; those of type ``CONTROL`` if None.
         tokenizer: keys of ``tokenizer_config.json``.
         processor: keys of ``processor_config.json`` besides the feature extractor's.
         generation: keys of ``generation_config.json``.
     """
 
-    pieces: Callable[[ModelConfig], int]
+    pieces: Callable[[ModelConfig, int], int]
     more: tuple[str, ...]
     marked: tuple[str, ...]
     tokenizer: Mapping[str, Any]
@@ -58,6 +64,9 @@ class Companions:
     generation: Callable[[ModelConfig], Mapping[str, Any]]
     unread: tuple[str, ...] = ()
     special: Special | None = None
+    template: str = ""
+    made: Callable[[ModelConfig], dict[str, LazyTensor]] = buffers
+    twice: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
         """The configuration with what the feature extractor's file says.
@@ -111,13 +120,15 @@ class Companions:
                     "that outputs will differ"
                 )
         if kind == "hf":
-            check_buffers(config, source.weights(), source.path)
+            if not spelled:
+                check_buffers(self.made(config), source.weights(), source.path)
             return checkpoint if spelled else self._for_transformers(config, checkpoint, notes)
         if kind == "nemo1":
             stored = source.weights()
-            made = {name: stored.get(name, tensor) for name, tensor in buffers(config).items()}
+            made = {name: stored.get(name, tensor) for name, tensor in self.made(config).items()}
             whole = checkpoint if spelled else self._for_nemo(config, checkpoint, notes)
-            return replace(whole, tensors={**made, **whole.tensors})
+            twice = {name: whole.tensors[other] for name, other in self.twice.items()}
+            return replace(whole, tensors={**made, **whole.tensors, **twice})
         return checkpoint
 
     def _for_transformers(self, config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
@@ -129,6 +140,8 @@ class Companions:
         }
         processor = {"feature_extractor": extractor, **self.processor}
         artifacts = {_PROCESSOR: _json(_PROCESSOR, processor)}
+        if self.template:
+            artifacts[_CHATS] = MemorySource(self.template.encode(), _CHATS)
         generation = self.generation(config)
         if generation:
             artifacts[_GENERATION] = _json(_GENERATION, {**_OF_GENERATION, **generation})
@@ -155,19 +168,21 @@ class Companions:
     def _for_nemo(self, config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
         tokenizer = checkpoint.tokenizer
         held = {} if tokenizer is None else {name.rpartition("/")[2]: file for name, file in tokenizer.files.items()}
-        count = self.pieces(config)
         model: ByteSource
         if _MODEL in held:
             model = held[_MODEL]
         elif _TOKENIZER in held:
             content = _read_json(held[_TOKENIZER])
-            data = to_sentencepiece(content, count, held[_TOKENIZER].name, self._is_control)
+            data = to_sentencepiece(
+                content, self.pieces(config, token_facts(tokenizer).count or 0), held[_TOKENIZER].name, self._is_control
+            )
             model = MemorySource(data, _MODEL)
             notes.append("the tokenizer's sentencepiece model is made of tokenizer.json")
         else:
             notes.append("there is no tokenizer, without which NeMo restores no such model: give it with --tokenizer")
             return replace(checkpoint, artifacts={}, tokenizer=None)
         pieces = read_model(model.read_all(_LARGEST), model.name)
+        count = self.pieces(config, len(pieces.tokens))
         if len(pieces.tokens) != count:
             raise MappingError(
                 "the tokenizer is of another model",
@@ -205,6 +220,12 @@ def with_labels(config: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, A
 def _word_piece(token: str) -> str:
     """A token as NeMo's ``vocab.txt`` has it, in which what goes on with a word is marked and not what begins one."""
     return token[1:] if token.startswith("\N{LOWER ONE EIGHTH BLOCK}") else f"##{token}"
+
+
+def pieces_of(tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    """The pieces of a checkpoint's sentencepiece model, none if it has none."""
+    model = _sentencepiece(tokenizer)
+    return () if model is None else read_model(model.read_all(_LARGEST), model.name).tokens
 
 
 def _sentencepiece(tokenizer: Tokenizer | None) -> ByteSource | None:

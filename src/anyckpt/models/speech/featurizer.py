@@ -31,22 +31,22 @@ def buffers(config: ModelConfig) -> dict[str, LazyTensor]:
     return {WINDOW: from_array(window(config)), FILTERS: from_array(filterbank(config))}
 
 
-def check_buffers(config: ModelConfig, stored: Mapping[str, LazyTensor], path: str) -> None:
+def check_buffers(made: Mapping[str, LazyTensor], stored: Mapping[str, LazyTensor], path: str) -> None:
     """Check that what is stored is what transformers computes in its place.
 
     Args:
-        config: of the model.
+        made: what that is, by NeMo's names.
         stored: its tensors, of which few numbers are read.
         path: of the checkpoint, for the message.
 
     Raises:
         MappingError: it is something else.
     """
-    for name, made in buffers(config).items():
+    for name, computed in made.items():
         found = stored.get(name)
         if found is None:
             continue
-        wanted = made.numpy()
+        wanted = computed.numpy()
         numbers = found.cast(dtype("float32")).numpy() if found.shape == wanted.shape else None
         short = _ROUNDING_OF_SHORT if found.dtype.itemsize < 4 else _ROUNDING
         if numbers is None or not np.allclose(numbers, wanted, rtol=short, atol=short * float(wanted.max(initial=0.0))):

@@ -126,7 +126,7 @@ AUDIO: Mapping[str, Any] = {
 }
 """What transformers' feature extractor takes where it is told nothing."""
 
-_IDLE = frozenset(
+IDLE = frozenset(
     "return_dict output_hidden_states output_attentions torch_dtype dtype architectures transformers_version".split()
     + "chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type _name_or_path".split()
     + "num_key_value_groups".split()
@@ -172,7 +172,7 @@ def hugging_face(**class_defaults: Any) -> Section:
             Field("init_method_std", "initializer_range", "number", 0.02),
         ),
         class_defaults,
-        _IDLE,
+        IDLE,
         {"model_type": "parakeet_encoder"},
     )
 
