@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anyckpt.errors import AnyckptError
+from anyckpt.errors import LastingError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int, ...]
@@ -30,7 +30,7 @@ def in_cache(*arrays: Array) -> Iterator[tuple[Array, ...]]:
 
 
 def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
-    """Raise AnyckptError unless the boxes ``[starts, stops)`` cover ``shape`` exactly once.
+    """Raise LastingError unless the boxes ``[starts, stops)`` cover ``shape`` exactly once.
 
     Args:
         shape: the whole.
@@ -39,7 +39,7 @@ def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
     """
     if (starts < 0).any() or (stops > np.array(shape, dtype=np.int64)).any():
         worst = int(np.flatnonzero((starts < 0).any(1) | (stops > np.array(shape, dtype=np.int64)).any(1))[0])
-        raise AnyckptError(
+        raise LastingError(
             "a piece lies outside the tensor",
             expected=f"within {shape}",
             found=f"{starts[worst].tolist()} to {stops[worst].tolist()}",
@@ -48,7 +48,7 @@ def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
     starts, stops = starts[full], stops[full]
     covered = sum(math.prod(row) for row in (stops - starts).tolist())
     if covered != math.prod(shape):
-        raise AnyckptError(
+        raise LastingError(
             "pieces overlap" if covered > math.prod(shape) else "pieces are missing",
             expected=f"{math.prod(shape)} elements of shape {shape}",
             found=f"{covered} elements",
@@ -62,7 +62,7 @@ def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
     for i in np.flatnonzero(reach > np.arange(len(starts)) + 1):
         others = slice(i + 1, reach[i])
         if ((starts[others] < stops[i]) & (stops[others] > starts[i])).all(axis=1).any():
-            raise AnyckptError("pieces overlap", found=f"{starts[i].tolist()} to {stops[i].tolist()}")
+            raise LastingError("pieces overlap", found=f"{starts[i].tolist()} to {stops[i].tolist()}")
 
 
 def flat_boxes(shape: Shape, start: int, count: int) -> Iterator[tuple[Shape, Shape]]:

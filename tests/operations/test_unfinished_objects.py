@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "npz": (LLAMA, {}),
     "gguf": (LLAMA, {}),
     "peft": ("families/lora_llama/hf_adapter", {}),
+    "whisper": ("whisper/tiny.pt", {}),
     "lightning": ("nemo/nemo1_basic_v2_5_3/toy.nemo", {"sharded": True}),
 }
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from anyckpt.dtypes import DType, from_numpy
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import LastingError, UsageError
 from anyckpt.indexing import (
     Array,
     Shape,
@@ -67,13 +67,13 @@ def mosaic(dtype: DType, shape: Shape, starts: Sequence[Sequence[int]], tiles: S
     """Boxes laid side by side at ``starts``, which must cover ``shape`` exactly once.
 
     Raises:
-        AnyckptError: a piece of another dtype, a piece outside, an overlap or a gap.
+        LastingError: a piece of another dtype, a piece outside, an overlap or a gap.
     """
     stops = [[b + n for b, n in zip(start, tile.shape, strict=True)] for start, tile in zip(starts, tiles, strict=True)]
     check_cover(shape, corners(starts, len(shape)), corners(stops, len(shape)))
     for tile in tiles:
         if tile.dtype != dtype:
-            raise AnyckptError("a piece has another element type", expected=dtype.name, found=tile.dtype.name)
+            raise LastingError("a piece has another element type", expected=dtype.name, found=tile.dtype.name)
     return tiled(dtype, shape, starts, stops, tiles)
 
 

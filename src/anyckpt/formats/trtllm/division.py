@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anyckpt.errors import AnyckptError, MappingError
+from anyckpt.errors import LastingError, MappingError
 from anyckpt.tensor import LazyTensor, concatenate
 
 _LAYER = re.compile(r"transformer\.layers\.(\d{1,5})\.(.+)")
@@ -51,10 +51,10 @@ class Heads:
         return max(1, self.ranks // self.keys)
 
     def check(self) -> None:
-        """Raise AnyckptError if heads are not divided by that many ranks."""
+        """Raise LastingError if heads are not divided by that many ranks."""
         fits = self.keys % self.ranks == 0 or self.ranks % self.keys == 0
         if self.queries % self.ranks or not fits:
-            raise AnyckptError(
+            raise LastingError(
                 f"its heads cannot be divided among {self.ranks} tensor-parallel ranks",
                 expected=f"a size that divides {self.queries} query heads and divides, or is a multiple of, "
                 f"{self.keys} key heads",
@@ -175,7 +175,7 @@ def cut(tensor: LazyTensor, how: Division, rank: int, heads: Heads) -> LazyTenso
     """A rank's part of a whole tensor; a view.
 
     Raises:
-        AnyckptError: it cannot be divided so.
+        LastingError: it cannot be divided so.
     """
     axis, count = how.axis, heads.ranks
     if axis is None or count == 1:
@@ -209,7 +209,7 @@ def _cut_heads(tensor: LazyTensor, axis: int, rank: int, heads: Heads) -> LazyTe
 def _head_rows(tensor: LazyTensor, axis: int, heads: int) -> int:
     """Rows of one head; of packed codes half as many."""
     if tensor.shape[axis] % heads:
-        raise AnyckptError(
+        raise LastingError(
             "its rows are not those of the configuration's heads",
             expected=f"a multiple of {heads} along axis {axis}",
             found=tensor.shape,
@@ -221,12 +221,12 @@ def join(parts: Sequence[LazyTensor], how: Division, heads: Heads) -> LazyTensor
     """The whole tensor of the ranks' parts, in their order; padding stays.
 
     Raises:
-        AnyckptError: the parts are not of one shape and type, or not those of heads.
+        LastingError: the parts are not of one shape and type, or not those of heads.
     """
     first = parts[0]
     for part in parts[1:]:
         if part.dtype != first.dtype or part.shape != first.shape:
-            raise AnyckptError(
+            raise LastingError(
                 "its parts do not fit one another",
                 expected=f"{first.dtype.name} {first.shape}",
                 found=f"{part.dtype.name} {part.shape}",
@@ -272,8 +272,8 @@ def _unknown(name: str) -> MappingError:
     )
 
 
-def _indivisible(tensor: LazyTensor, axis: int, count: int) -> AnyckptError:
-    return AnyckptError(
+def _indivisible(tensor: LazyTensor, axis: int, count: int) -> LastingError:
+    return LastingError(
         "cannot be divided among tensor-parallel ranks",
         expected=f"a multiple of {count} along axis {axis}",
         found=tensor.shape,

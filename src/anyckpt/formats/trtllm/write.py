@@ -11,7 +11,7 @@ from typing import Any
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
 from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile, Plan, SourceData, small_file
-from anyckpt.errors import AnyckptError, UsageError
+from anyckpt.errors import AnyckptError, LastingError, UsageError
 from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.shared.archive import ArchiveWriter
 from anyckpt.formats.shared.hub_folder import check_plain_name
@@ -108,7 +108,7 @@ def _ranks(
             error.tensor, error.path = error.tensor or name, error.path or checkpoint.path
             if own.endswith(".weights_scaling_factor"):
                 error.remedy = _another_division(tensor, layout.tensor_parallel, checkpoint)
-            if type(error) is AnyckptError:
+            if type(error) is LastingError:
                 raise error.told_as(UsageError) from None
             raise
     return ranks
