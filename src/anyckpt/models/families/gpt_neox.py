@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from anyckpt.config.fields import Field
 from anyckpt.config.hugging_face import COMMON
-from anyckpt.config.spellings import HuggingFace
+from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.models.families.parts import caveats, decoder, nemo2
 from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.family import Family
@@ -54,6 +54,7 @@ FAMILY = Family(
         rotary_percent_key="rotary_pct",
         rotary_percent=0.25,
         attention_bias=True,
+        variants=(Variant("lm_head.weight", ("embed_out.weight",), in_memory=True),),
     ),
     nemo2=nemo2.general(),
 )  # fmt: skip
