@@ -14,12 +14,15 @@ from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
-from anyckpt.config.spellings import Variant
+from anyckpt.config.spellings import HuggingFace, Variant
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import experts as sparse
 from anyckpt.models.families.parts.experts import HUB, LAYER
+from anyckpt.models.families.parts.fields import LLAMA_FIELDS, llama_fields_without
 from anyckpt.models.language.delta_operations import GATED_QKV, ZERO_CENTRED
+from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import Operation
 from anyckpt.models.language.rules import Dimension, Rule, has
 
@@ -181,3 +184,64 @@ def refine(config: ModelConfig, shapes: Mapping[str, Shape]) -> ModelConfig:
     if not shapes:
         return config
     return replace(config, mtp_num_layers=1 if "mtp.layers.0.eh_proj.weight" in shapes else None)
+
+
+_EXPERT_FIELDS = (
+    *sparse.fields("num_experts"),
+    Field("moe_ffn_hidden_size", "moe_intermediate_size"),
+    Field("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
+)
+
+
+def family(
+    name: str,
+    title: str,
+    model_type: str,
+    architecture: str,
+    *,
+    nets: tuple[Rule, ...],
+    mlp: tuple[Rule, ...],
+    dense: tuple[Rule, ...] = (),
+    traits: Mapping[str, Any],
+    codecs: tuple[Codec, ...] = (),
+    has_width: bool = True,
+) -> Family:
+    """A family of such models.
+
+    Args:
+        name: its name.
+        title: for people.
+        model_type: as transformers has it.
+        architecture: transformers' class.
+        nets: rules of a layer's net.
+        mlp: rules of a layer's MLP or experts, as the layer of further tokens has them, too.
+        dense: rules of the MLP of layers without experts, where others have them.
+        traits: what the family's models have besides those that all such models have.
+        codecs: rows of its configuration besides that of the nets' layers.
+        has_width: whether the configuration says how wide a dense MLP is.
+    """
+    has_experts = any(".experts." in rule.hub for rule in mlp)
+    fields = LLAMA_FIELDS if has_width else llama_fields_without("ffn_hidden_size")
+    variants = (*sparse.STACKED, *further_variants(sparse.STACKED)) if has_experts else ()
+    return Family(
+        name=name,
+        title=title,
+        rules=(*sparse.LEADING, *ATTENTION, *nets, *dense, *mlp, *further(mlp), *sparse.TRAILING),
+        traits={**TRAITS, **traits},
+        features=FEATURES | ({"num_moe_experts", "num_experts"} if has_experts else set()),
+        recognise=lambda config: (
+            config.linear_attention_freq is not None and (config.num_moe_experts is not None) == has_experts
+        ),
+        nemo1=False,
+        refine=refine,
+        dimensions=DIMENSIONS,
+        hugging_face=HuggingFace(
+            model_types=(model_type,),
+            architectures=(architecture,),
+            fields=(*fields, *(_EXPERT_FIELDS if has_experts else ()), *FIELDS),
+            rotary_percent=0.25,
+            codecs=(*codecs, NetLayers()),
+            keys=KEYS,
+            variants=variants,
+        ),
+    )
