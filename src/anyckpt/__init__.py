@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from anyckpt.operations.average import average
     from anyckpt.operations.clean import Cleaned, clean
     from anyckpt.operations.convert import Conversion, convert
-    from anyckpt.operations.diff import Difference, diff
+    from anyckpt.operations.diff import diff
+    from anyckpt.operations.difference import Difference
     from anyckpt.operations.inspect import inspect
     from anyckpt.operations.inspection import Inspection
     from anyckpt.operations.merge import merge
@@ -112,7 +113,8 @@ _WHERE = {
     "average": "operations.average",
     **dict.fromkeys(("Cleaned", "clean"), "operations.clean"),
     **dict.fromkeys(("Conversion", "convert"), "operations.convert"),
-    **dict.fromkeys(("Difference", "diff"), "operations.diff"),
+    "Difference": "operations.difference",
+    "diff": "operations.diff",
     "families": "models.families:facts",
     "formats": "formats:",  # a package that can be called
     "Inspection": "operations.inspection",

@@ -17,7 +17,7 @@ from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.containers.torch_file import zip_parts
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import MappingError
-from anyckpt.operations.diff import Difference
+from anyckpt.operations.difference import Difference
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.optimizer.read import with_optimizer

@@ -21,7 +21,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats.registry import read
 from anyckpt.operations.steps.joining import open_checkpoint
-from anyckpt.operations.steps.layer_choice import parse_layers
+from anyckpt.operations.steps.layer_request import parse_layers
 from anyckpt.operations.steps.layer_settings import with_layers, with_stack_layers
 from anyckpt.operations.steps.layer_stack import find_stack
 from anyckpt.optimizer.read import with_optimizer

@@ -14,7 +14,7 @@ from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
 from anyckpt.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
-    from anyckpt.operations.diff import Difference, TensorDifference
+    from anyckpt.operations.difference import Difference, TensorDifference
     from anyckpt.operations.steps.configurations import Setting
     from anyckpt.operations.steps.movement import Movement
 

@@ -17,7 +17,7 @@ from anyckpt.models.language.variants import EXPERTS
 from anyckpt.operations.steps.casts import KEEP_IN_FP32, cast_target
 from anyckpt.operations.steps.full_precision import config_in_full_precision
 from anyckpt.operations.steps.globs import as_patterns
-from anyckpt.operations.steps.layer_choice import LayerRequest, parse_layers
+from anyckpt.operations.steps.layer_request import LayerRequest, parse_layers
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
 from anyckpt.operations.steps.threads import Progress

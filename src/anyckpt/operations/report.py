@@ -12,7 +12,8 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.markup import text
-from anyckpt.operations.diff import Difference, diff
+from anyckpt.operations.diff import diff
+from anyckpt.operations.difference import Difference
 from anyckpt.operations.explorer import changes, depth, sections
 from anyckpt.operations.explorer.drawing import Drawings, Picture
 from anyckpt.operations.explorer.page import Section, page

@@ -17,6 +17,7 @@ from anyckpt.errors import MappingError, UsageError, few
 from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, check_factors
 from anyckpt.models.adapters.saved_rows import SECTIONS, in_true_order
 from anyckpt.models.dialects import spellings
+from anyckpt.models.dialects.tensors_of_layers import unstacked
 from anyckpt.tensor import LazyTensor, stack
 
 _WRAPPERS = re.compile(r"^(?:model\.|module\.)+")
@@ -112,7 +113,7 @@ def from_megatron(
         if found is None:
             strange.append(stored)
             continue
-        for module, layer in spellings.unstacked(found.module, tensor):
+        for module, layer in unstacked(found.module, tensor):
             for weight, value in _weights(module, layer, stored, experts):
                 own = fields.setdefault(Target(weight, found.part), {})
                 if found.field in own:

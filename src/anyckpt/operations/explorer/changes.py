@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from anyckpt.markup import Cell, Row, paragraphs, table
-from anyckpt.operations.diff import Difference
+from anyckpt.operations.difference import Difference
 from anyckpt.operations.explorer.depth import heat_of_stacks
 from anyckpt.operations.explorer.drawing import Drawings, Picture
 from anyckpt.operations.explorer.names import standings

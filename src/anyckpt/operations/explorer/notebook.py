@@ -12,7 +12,7 @@ from anyckpt.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion
-    from anyckpt.operations.diff import Difference
+    from anyckpt.operations.difference import Difference
     from anyckpt.operations.inspection import Inspection
     from anyckpt.operations.verification import Verification
 
