@@ -207,6 +207,7 @@ def test_names_of_nemos_configurations() -> None:
     assert Options.of({"dist_ckpt_parallel_dist_opt": False, "exchange_algo": "gather_rounds"}) == Options(
         parallel_optimizer=False, exchange="round-robin"
     )
+    assert Options.of({"dist_ckpt_optim_fully_reshardable": False}) == Options(reshardable_optimizer=False)
     optimizer = {"ckpt_parallel_save_optim": True, "ckpt_save_optimizer": False, "ckpt_load_optimizer": False}
     assert Options.of({**optimizer, "ckpt_load_main_params": False, "exchange_algo": "gather_object"}) == Options(
         save_optimizer=False, load_optimizer=False, exchange="all-gather"

@@ -11,33 +11,70 @@ from typing import Any
 
 import torch
 
+from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import UsageError
 from anyckpt.formats.shared import nesting
 from anyckpt.torch.live import Index, LiveObject, LiveState, Path, Put
 from anyckpt.torch.megatron.entities import has_entities
-from anyckpt.torch.megatron.state import live_state, state_to_fill
+from anyckpt.torch.megatron.optimizers import (
+    FULLY,
+    form_asked_for,
+    live_state_of,
+    state_to_fill_of,
+    without_optimizers,
+)
+from anyckpt.torch.options import DEFAULTS, Options
 from anyckpt.torch.tensor_kinds import KINDS, Found
 
 _DEEPEST = 100
 
 
 @torch.no_grad()
-def described(state: Mapping[str, Any], *, to_fill: bool = False, device: Any = None) -> LiveState:
-    """What this rank has of a nested state dict.
+def described(state: Mapping[str, Any], options: Options = DEFAULTS) -> LiveState:
+    """What this rank has of a nested state dict, to be saved.
 
-    What has ``state_dict`` and ``load_state_dict`` at the top (a module, an optimizer) is taken by the first and, when
-    all is loaded, given to the second.  A state with sharded entities of Megatron-Core's is described by
-    ``megatron.state``.
+    What has ``state_dict`` and ``load_state_dict`` at the top (a module, an optimizer) is taken by the first.  A state
+    with sharded entities of Megatron-Core's is described by ``megatron.state``, and optimizers in it by
+    ``megatron.optimizers``.
 
     Args:
         state: nested dictionaries and lists of tensors and objects.
-        to_fill: it is loaded into, not saved.
-        device: where memory is made for what is loaded and has none; the host's if None.
+        options: of the save.
 
     Raises:
-        UsageError: it is no mapping, two leaves have one name, or a tensor has no elements in memory that can be
-            written.
+        UsageError: it is no mapping, two leaves have one name, or a tensor has no elements in memory.
     """
+    check_mapping(state)
+    if not has_entities(state):
+        return _plain(state)
+    if not options.save_optimizer:
+        return live_state_of(without_optimizers(state), lambda: FULLY)
+    return live_state_of(state, lambda: form_asked_for(options))
+
+
+@torch.no_grad()
+def to_be_filled(state: Mapping[str, Any], options: Options, stored: Callable[[], Checkpoint]) -> LiveState:
+    """What this rank has of a nested state dict, to be loaded into.
+
+    What was taken by ``state_dict`` is given to ``load_state_dict`` when all is loaded.
+
+    Args:
+        state: as for ``described``.
+        options: of the load.
+        stored: gives the checkpoint.
+
+    Raises:
+        MappingError: the checkpoint has the state of an optimizer of Megatron-Core for another layout alone.
+        UsageError: as ``described``, or a tensor's memory cannot be written.
+    """
+    check_mapping(state)
+    if not has_entities(state):
+        return _plain(state)
+    return state_to_fill_of(state, options, stored)
+
+
+def check_mapping(state: Any) -> None:
+    """Raise UsageError if a state is none."""
     if not isinstance(state, Mapping):
         raise UsageError(
             "there is no mapping of state to save or load",
@@ -45,8 +82,10 @@ def described(state: Mapping[str, Any], *, to_fill: bool = False, device: Any = 
             found=f"a {type(state).__name__}",
             remedy="give the state_dict() of a module",
         )
-    if has_entities(state):
-        return state_to_fill(state, device) if to_fill else live_state(state)
+
+
+def _plain(state: Mapping[str, Any]) -> LiveState:
+    """Of a state without entities."""
     live = LiveState()
     for key, value in state.items():
         put = _setter(state, key)

@@ -25,7 +25,7 @@ from anyckpt.storage.read_count import ReadCount, counting
 from anyckpt.storage.requests import at_once
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.collectives import Ranks
-from anyckpt.torch.describing import described
+from anyckpt.torch.describing import to_be_filled
 from anyckpt.torch.finding import Finder
 from anyckpt.torch.live import LiveObject, LivePiece, LiveState, is_of_optimizer
 from anyckpt.torch.objects import Thawing
@@ -122,7 +122,7 @@ def load(
         return _whole(open_checkpoint(state), classes, chosen)
     try:
         return fill(
-            lambda: described(state, to_fill=True, device=chosen.device),
+            lambda: to_be_filled(state, chosen, lambda: open_checkpoint(path)),
             path,
             chosen,
             Ranks(group, timeout=chosen.timeout),

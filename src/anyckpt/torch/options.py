@@ -40,6 +40,10 @@ class Options:
             ``hf``, ``safetensors``, and ``torch``, a file of ``torch.save``.
         parallel_save: ranks that have copies of the same share the writing, evenly by bytes; False: the first has to.
         parallel_optimizer: the same of an optimizer's state by itself; False: the first has to write all copies of it.
+        reshardable_optimizer: save the state of an optimizer of Megatron-Core, which stands in the state itself, as
+            tensors of the weights' shapes, which every layout loads; False: each rank its own buffers as they are,
+            which only other numbers of data-parallel ranks load.  With ``parallel_optimizer=False`` the first
+            data-parallel rank gathers the buffers and writes them.
         save_optimizer: write the optimizer's state (what is under ``optimizer``, ``optim`` and the like, or is an
             optimizer of torch's); False: leave it out.
         within: the process group in which copies are shared, as this rank's data-parallel group; all ranks if None.
@@ -73,6 +77,7 @@ class Options:
     format: str = "dcp"
     parallel_save: bool = True
     parallel_optimizer: bool = True
+    reshardable_optimizer: bool = True
     save_optimizer: bool = True
     within: Any = None
     workers: int = 2
@@ -153,6 +158,9 @@ class Options:
         return {"name of the checkpoint": name, **{one: getattr(self, one) for one in names}}
 
 
+DEFAULTS = Options()
+
+
 def check_agreed(asked: Sequence[Mapping[str, Any]]) -> None:
     """Refuse ranks that are asked for different things.
 
@@ -189,6 +197,8 @@ ALIASES = {
     "ckpt_assume_constant_structure": "assume_constant_structure",
     "dist_ckpt_parallel_dist_opt": "parallel_optimizer",
     "ckpt_parallel_save_optim": "parallel_optimizer",
+    "dist_ckpt_optim_fully_reshardable": "reshardable_optimizer",
+    "ckpt_optim_fully_reshardable": "reshardable_optimizer",
     "ckpt_save_optimizer": "save_optimizer",
     "ckpt_load_optimizer": "load_optimizer",
     "dist_ckpt_load_on_device": "device",

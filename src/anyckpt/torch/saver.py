@@ -202,7 +202,7 @@ class Saver:
         """The plan, when the writer of a job that was killed a moment ago is gone: its last write may take long."""
         for left in range(_TRIES, 0, -1):
             try:
-                return prepare(lambda: described(state), path, self._options, self._ranks, self._plans)
+                return prepare(lambda: described(state, self._options), path, self._options, self._ranks, self._plans)
             except BusyError:  # on every rank, as whatever fails in planning
                 if left == 1:
                     raise

@@ -48,6 +48,7 @@ _AGREED = (
     "format",
     "parallel_save",
     "parallel_optimizer",
+    "reshardable_optimizer",
     "save_optimizer",
     "asynchronous",
     "assume_constant_structure",
@@ -138,7 +139,7 @@ def save(
     started = time.monotonic()
     chosen = asked(options, settings)
     ranks = Ranks(group, timeout=chosen.timeout)
-    prepared = prepare(lambda: described(state), path, chosen, ranks)
+    prepared = prepare(lambda: described(state, chosen), path, chosen, ranks)
     plan = prepared.plan
     if chosen.asynchronous:
         from anyckpt.torch.async_saving import begun
