@@ -19,6 +19,7 @@ from tests.support import FIXTURES, fixture_path
 
 import anyckpt
 from anyckpt import convert
+from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.sentencepiece import (
     BYTE_PAIRS,
@@ -32,6 +33,8 @@ from anyckpt.models.sentencepiece import (
 )
 from anyckpt.models.speech.featurizer import FILTERS, WINDOW
 from anyckpt.models.speech.tokenizer_json import from_sentencepiece, to_sentencepiece
+from anyckpt.operations.convert import planned
+from anyckpt.operations.options import ConvertOptions
 from anyckpt.plain_yaml import dump_yaml, load_yaml_mapping
 from anyckpt.storage.source import MemorySource
 
@@ -277,6 +280,44 @@ def test_another_model_of_nemo(tmp_path: Path) -> None:
     source = changed(nemo("rnnt"), tmp_path / "hybrid.nemo", change)
     with pytest.raises(UsageError, match="is of NeMo's EncDecHybridRNNTCTCBPEModel, of which no family"):
         convert(source, tmp_path / "hf", to="hf")
+
+
+def test_what_lightning_saved(tmp_path: Path) -> None:
+    """A training checkpoint has the configuration, and no tokenizer."""
+    convert(nemo("tdt"), tmp_path / "last.ckpt")
+    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece(nemo("tdt")))
+    assert anyckpt.inspect(tmp_path / "last.ckpt").family == "parakeet-tdt"
+    convert(tmp_path / "last.ckpt", tmp_path / "hf", to="hf", tokenizer=tmp_path / "tokenizer.model")
+    assert same(arrays(tmp_path / "hf"), arrays(converted("tdt")))
+    assert (tmp_path / "hf/tokenizer.json").read_text() == (converted("tdt") / "tokenizer.json").read_text()
+
+
+def test_a_table_that_nobody_could_hold(tmp_path: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["preprocessor"] |= {"n_fft": 1 << 38, "window_size": 0.025}
+
+    source = changed(nemo("ctc_plain"), tmp_path / "large.nemo", change)
+    with pytest.raises(MappingError, match="fft_length is not possible"):
+        convert(source, tmp_path / "hf", to="hf")
+
+
+def test_a_damaged_processor(tmp_path: Path) -> None:
+    convert(nemo("canary"), tmp_path / "hf", to="hf")
+    (tmp_path / "hf/processor_config.json").write_text("{")
+    with pytest.raises(MappingError, match="is not JSON"):
+        convert(tmp_path / "hf", tmp_path / "back.nemo")
+    assert anyckpt.inspect(tmp_path / "hf").family is None
+    (tmp_path / "hf/processor_config.json").write_text('{"feature_extractor": {"feature_size": 80}}')
+    with pytest.raises(MappingError, match="another feature extractor"):
+        convert(tmp_path / "hf", tmp_path / "back.nemo")
+
+
+def test_a_plan_is_known_again() -> None:
+    """What is computed is the same in every plan, so that an interrupted run goes on."""
+    made = [planned(anyckpt.open(converted("canary")), ConvertOptions(to="nemo")) for _ in range(2)]
+    first, second = (fingerprint(plan, [str(converted("canary"))]) for plan in made)
+    assert first.obstacle is None
+    assert first.value == second.value
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:

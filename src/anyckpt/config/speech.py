@@ -12,6 +12,7 @@ from anyckpt.config.possible import LARGEST, check_layers, check_sizes, impossib
 from anyckpt.errors import MappingError
 
 _MOST_HALVINGS = 16
+_MOST_NUMBERS, _MOST_POSITIONS = 1 << 24, 1 << 16  # of tables that are computed, each a few hundred times what is known
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)  # ``ModelConfig`` has its own
@@ -113,7 +114,11 @@ def check_speech(config: SpeechConfig, channels: int | None) -> None:
         )
     if config.window_length is not None and config.fft_length is not None and config.window_length > config.fft_length:
         raise impossible("window_length", f"at most fft_length {config.fft_length}", config.window_length)
-    if config.fft_length is not None and config.fft_length > 1 << 20:
-        raise impossible("fft_length", f"at most {1 << 20}", config.fft_length)
+    if channels * (config.fft_length or 1) > _MOST_NUMBERS:
+        raise impossible(
+            "fft_length", f"at most {_MOST_NUMBERS // channels} for {channels} channels", config.fft_length
+        )
+    if (config.text_max_positions or 0) > _MOST_POSITIONS:
+        raise impossible("text_max_positions", f"at most {_MOST_POSITIONS}", config.text_max_positions)
     if config.durations is not None and not all(0 <= steps < LARGEST for steps in config.durations):
         raise impossible("durations", "numbers of steps", config.durations)

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, TrainingState
+from anyckpt.config.nemo_speech import is_speech
 from anyckpt.containers.dcp import read_dcp
 from anyckpt.containers.torch_file import read_torch
 from anyckpt.containers.torch_file.checksums import stored_checksums
@@ -114,7 +115,7 @@ def _configuration(hyper_parameters: Any) -> tuple[dict[str, Any], str | None]:
         return {}, None
     config = plain["cfg"] if isinstance(plain.get("cfg"), dict) else plain
     is_megatron = all(type(config.get(key)) is int for key in _MEGATRON_KEYS)
-    return config, "nemo1" if is_megatron else None
+    return config, "nemo1" if is_megatron or is_speech(config) else None
 
 
 def _count(value: Any) -> int | None:

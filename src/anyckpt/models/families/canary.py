@@ -20,15 +20,15 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.sections import Only, Section
 from anyckpt.config.spellings import HuggingFace, NeMoSpeech
-from anyckpt.errors import MappingError
+from anyckpt.errors import FormatError, MappingError
 from anyckpt.models.families.parts import fastconformer
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import IDENTITY, Operation
 from anyckpt.models.language.rules import Rule
 from anyckpt.models.sentencepiece import USER_DEFINED
 from anyckpt.models.speech.companions import Companions, pieces_of
-from anyckpt.models.speech.featurizer import buffers
-from anyckpt.tensor import LazyTensor, from_array
+from anyckpt.models.speech.featurizer import buffers, computed
+from anyckpt.tensor import LazyTensor
 
 _OWN, _HUB = "model.decoder.layers.*", "transf_decoder._decoder.layers.*"
 _EMBEDDING, _HEAD = "transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.layer0.weight"
@@ -231,7 +231,7 @@ def _positions(config: ModelConfig) -> LazyTensor:
     rate = np.exp(np.arange(0, width, 2) * (-np.log(10000.0) / width)).astype(np.float32)
     angle = np.arange(length, dtype=np.float32)[:, np.newaxis] * rate
     table = np.stack([np.sin(angle), np.cos(angle)], axis=2).reshape(length, 2 * rate.size)[:, :width]
-    return from_array((table / np.float32(np.sqrt(width))).astype(np.float32))
+    return computed((table / np.float32(np.sqrt(width))).astype(np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,10 @@ class _Companions(Companions):
     def read(self, config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
         if checkpoint.config_kind != "nemo1":
             return super().read(config, checkpoint)
-        tokens = pieces_of(checkpoint.tokenizer)
+        try:
+            tokens = pieces_of(checkpoint.tokenizer)
+        except FormatError:  # of which whoever makes a tokenizer of it tells
+            return config
         found: dict[str, Any] = {field: tokens.index(token) for field, token in _TOKENS.items() if token in tokens}
         return replace(config, **found) if tokens else config
 

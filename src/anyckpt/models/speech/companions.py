@@ -74,8 +74,13 @@ class Companions:
         Raises:
             MappingError: it is of another kind, or says what a model cannot be.
         """
-        name, said = _feature_extractor(checkpoint.artifacts)
-        if said is None or checkpoint.config_kind != "hf":
+        if checkpoint.config_kind != "hf":
+            return config
+        try:
+            name, said = _feature_extractor(checkpoint.artifacts)
+        except FormatError as error:
+            raise MappingError(error.problem, path=error.path, remedy=error.remedy) from error
+        if said is None:
             return config
         reader = Reader(said, name)
         kind = reader.text("feature_extractor_type") or "ParakeetFeatureExtractor"
