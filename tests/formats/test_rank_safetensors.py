@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.cli.runner import Runner
-from tests.support import file_bytes
+from tests.support import file_bytes, fixture_path
 
+from anyckpt import convert, diff
 from anyckpt.containers.safetensors import safetensors_parts
 from anyckpt.engine.plan import OutputFile
 from anyckpt.formats import registry
@@ -166,3 +167,20 @@ def test_what_the_header_says_is_not_trusted(stated: str, tmp_path: Path, anyckp
     (tmp_path / shard(1)).write_bytes(file_bytes(OutputFile("", parts)))
     for path in (tmp_path, tmp_path / shard(1)):
         assert "its header does not say where" in anyckpt("inspect", path).error
+
+
+@pytest.mark.parametrize("limit", [None, "100KB"])
+def test_what_is_written_by_rank_is_read_whole(limit: str | None, tmp_path: Path) -> None:
+    source = fixture_path("families/llama/hf")
+    convert(source, tmp_path / "model", to="hf", sharded=True, max_shard_size=limit)
+    there = sorted(
+        str(path.relative_to(tmp_path / "model")) for path in (tmp_path / "model").rglob("*") if path.is_file()
+    )
+    weights = [name for name in there if name.startswith("shard-00001-model-")]
+    assert len(weights) == (1 if limit is None else 4)
+    assert {".hf_metadata/config.json", ".hf_metadata/tokenizer.json"} <= {*there}
+    assert not {"config.json", "model.safetensors"} & {*there}
+    assert diff(tmp_path / "model", source).equal
+    convert(tmp_path / "model", tmp_path / "consolidated", to="hf")
+    assert diff(tmp_path / "consolidated", source).equal
+    assert (tmp_path / "consolidated" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()

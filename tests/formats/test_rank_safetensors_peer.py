@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from tests.support import fixture_path
 
 torch = pytest.importorskip("torch")
 
+import anyckpt  # noqa: E402
 from anyckpt.formats import registry  # noqa: E402
 
 pytestmark = pytest.mark.peer
@@ -50,3 +53,25 @@ def test_what_torch_writes_by_rank_is_joined(tmp_path: Path) -> None:
     for name, tensor in joined.items():
         assert tensor.shape == tuple(whole[name].shape)
         assert tensor.numpy().tobytes() == whole[name].view(torch.uint8).numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("limit", [None, "100KB"])
+def test_torch_reads_what_is_written_by_rank(limit: str | None, tmp_path: Path) -> None:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    source = fixture_path("families/llama/hf")
+    anyckpt.convert(source, tmp_path / "model", to="hf", sharded=True, max_shard_size=limit)
+    expected = anyckpt.open(source).state_dict("torch")
+    state = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(tmp_path / "model")))
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+
+    (tmp_path / "consolidated").mkdir()
+    consolidate_safetensors_files(
+        input_dir=str(tmp_path / "model"), output_dir=str(tmp_path / "consolidated"),
+        fqn_to_index_mapping=json.loads((tmp_path / "model/.hf_metadata/fqn_to_file_index_mapping.json").read_text()),
+    )  # fmt: skip
+    shutil.copy(source / "config.json", tmp_path / "consolidated")
+    assert anyckpt.diff(tmp_path / "consolidated", source).equal

@@ -40,7 +40,12 @@ output = option(
     shell_complete=completion.paths,
     help="What to write.",
 )
-sharded = option("--sharded", title=OUTPUT, is_flag=True, help="nemo, lightning: a distributed checkpoint inside.")
+sharded = option(
+    "--sharded",
+    title=OUTPUT,
+    is_flag=True,
+    help="nemo, lightning: a distributed checkpoint inside; hf: by rank, as NeMo Automodel.",
+)
 shard_size = option("--max-shard-size", title=OUTPUT, metavar="SIZE", help="hf: bytes per weight file, such as 5GB.")
 family = option(
     "--family",

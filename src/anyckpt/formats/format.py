@@ -21,7 +21,8 @@ class WriteOptions:
 
     Attributes:
         max_shard_size: bytes per weight file where the format shards by size (``hf``); None for its default.
-        sharded: ``nemo``, ``lightning``: write a distributed checkpoint instead of one flat file.
+        sharded: ``nemo``, ``lightning``: write a distributed checkpoint instead of one flat file; ``hf``: files by
+            rank.
         ranks: how many files a distributed checkpoint is spread over.
         layout: for which ranks ``Checkpoint.ranks`` is cut, None if it is not.
         transformer_impl: Megatron's formats: ``local`` or ``transformer_engine``, what the model that will load it is

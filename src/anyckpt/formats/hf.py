@@ -30,6 +30,7 @@ from anyckpt.formats.shared.rank_safetensors import (
     HUB_FOLDER,
     check_last_ranks,
     is_rank_file,
+    rank_files,
     read_rank_files,
 )
 from anyckpt.formats.shared.weight_files import Beside, put_together, read_weight_file, read_weight_files
@@ -288,7 +289,10 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     weights, ignored = weights_only(checkpoint)
     notes: list[str] = list(told_of_parts(checkpoint))
     metadata = {**(checkpoint.details.get("metadata", {}) if checkpoint.format == "hf" else {}), "format": "pt"}
-    files = weight_files(weights, options.max_shard_size, metadata, count_parameters=True)
+    if options.sharded:
+        files, folder = rank_files(weights, options.max_shard_size), f"{HUB_FOLDER}/"
+    else:
+        files, folder = weight_files(weights, options.max_shard_size, metadata, count_parameters=True), ""
     extra: dict[str, OutputFile] = {}
     if checkpoint.config:
         extra["config.json"] = small_file("config.json", json_text(checkpoint.config), stage=2)
@@ -305,7 +309,7 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if generation is not None:
         extra.setdefault("generation_config.json", small_file("generation_config.json", json_text(generation)))
     taken = {file.path for file in files}
-    kept = tuple(file for name, file in extra.items() if name not in taken)
+    kept = tuple(replace(file, path=folder + name) for name, file in extra.items() if folder + name not in taken)
     return Plan("hf", (*files, *kept), ignored=ignored, notes=tuple(notes))
 
 
@@ -328,6 +332,7 @@ FORMAT = Format(
     plan=_plan,
     dialect=lambda options: "hf",
     config_kind="hf",
+    sharded=True,
     quantizes=("compressed-tensors", "modelopt", "fp8", "mxfp4"),
     library="transformers",
 )

@@ -83,7 +83,8 @@ class ConvertOptions:
             encoder-decoder, by stack: ``encoder:2-3,decoder:5``.
         keep_layers: the layers to keep alone, in place of ``drop_layers``.
         max_shard_size: bytes per weight file, or a text such as ``5GB``, where the target shards by size.
-        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file.
+        sharded: ``nemo``, ``lightning``: write a distributed checkpoint in place of a flat file; ``hf``: files as NeMo
+            Automodel writes them by rank.
         backend: ``nemo2``: ``torch_dist`` or ``zarr``, the kind of distributed checkpoint inside.
         optimizer: ``drop``, or ``keep`` to carry training state: as it is stored where weights keep their names
             and the target has the source's form, else by parameter, through the same rules as the weights.
@@ -166,7 +167,7 @@ class ConvertOptions:
             raise UsageError(f"{self.to} can be read but not written")
         if self.sharded and not self.target.sharded:
             raise UsageError(
-                f"--sharded means nothing for {self.to}", remedy="leave it out, or convert to nemo or lightning"
+                f"--sharded means nothing for {self.to}", remedy="leave it out, or convert to nemo, lightning or hf"
             )
         if self.backend is not None and self.backend not in self.target.backends:
             raise UsageError(

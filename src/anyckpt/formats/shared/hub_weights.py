@@ -46,7 +46,7 @@ def weight_files(
     """
     if limit is not None and limit <= 0:
         raise UsageError("the shard size must be positive", found=limit)
-    shards = _split(tensors, limit or DEFAULT_SHARD_SIZE)
+    shards = split_by_size(tensors, limit or DEFAULT_SHARD_SIZE)
     if len(shards) <= 1:
         return [OutputFile(f"{folder}{stem}.safetensors", safetensors_parts(tensors, metadata))]
     files: list[OutputFile] = []
@@ -63,7 +63,7 @@ def weight_files(
     return files
 
 
-def _split(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
+def split_by_size(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
     """Greedily in the given order; a tensor above the limit gets a file of its own."""
     shards: list[dict[str, LazyTensor]] = []
     current: dict[str, LazyTensor] = {}

@@ -15,8 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyckpt.checkpoint import Part
-from anyckpt.containers.safetensors import read_safetensors_files
-from anyckpt.errors import FormatError, LastingError
+from anyckpt.containers.safetensors import read_safetensors_files, safetensors_parts
+from anyckpt.engine.plan import OutputFile, small_file
+from anyckpt.errors import FormatError, LastingError, UsageError
+from anyckpt.formats.shared.hub_folder import json_text, read_json
+from anyckpt.formats.shared.hub_weights import split_by_size
 from anyckpt.indexing import Shape
 from anyckpt.storage.location import Location
 from anyckpt.tensor import LazyTensor, mosaic
@@ -88,6 +91,29 @@ def read_rank_files(
     _check_listed(location, joined)
     details.update({"world_size": ranks, "rank_files": len(names)})
     return joined
+
+
+def rank_files(tensors: Mapping[str, LazyTensor], limit: int | None) -> list[OutputFile]:
+    """Files as a world of one rank writes them, and the list of names; a world of any size reads them.
+
+    Args:
+        tensors: by the names that they have in the files.
+        limit: bytes of weights per file; None for one file.
+
+    Raises:
+        UsageError: the limit is not positive.
+    """
+    if limit is not None and limit <= 0:
+        raise UsageError("the shard size must be positive", found=limit)
+    shares = [dict(tensors)] if limit is None else split_by_size(tensors, limit)
+    files, places = [], {}
+    for number, share in enumerate(shares, 1):
+        starts = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in share.items()}
+        metadata = {"format": "pt", "DCP_VERSION": "1.0", SHARDING: json.dumps(starts)}
+        name = f"shard-00001-model-{number:05d}-of-{len(shares):05d}.safetensors"
+        files.append(OutputFile(name, safetensors_parts(share, metadata)))
+        places.update(dict.fromkeys(share, number))
+    return [*files, small_file(f"{HUB_FOLDER}/{FILES_OF_NAMES}", json_text(places))]
 
 
 def check_last_ranks(
@@ -197,8 +223,6 @@ def _check_listed(location: Location, tensors: Mapping[str, LazyTensor]) -> None
     if not location.is_file(HUB_FOLDER, FILES_OF_NAMES):
         return
     path = location.join(HUB_FOLDER, FILES_OF_NAMES)
-    from anyckpt.formats.shared.hub_folder import read_json
-
     lost = [name for name in read_json(location.open(HUB_FOLDER, FILES_OF_NAMES)) if name not in tensors]
     if lost:
         raise _incomplete(f"{len(lost)} tensors of the model's list are in no rank's file", path=path, tensor=lost[0])
