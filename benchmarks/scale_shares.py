@@ -4,12 +4,13 @@
     python benchmarks/scale_shares.py --to hf nemo2 --fp8    # Kimi-K2 as it is published, in FP8
 
 The model has Kimi-K2's shape and its files are sparse.  One rank's planning is timed in a process of its own, with its
-largest resident set; the shares' bytes are compared with their mean.
+largest resident set, with the collector tuned as by the command; the shares' bytes are compared with their mean.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -27,6 +28,7 @@ OF = 64
 def measure(source: str, to: str, options: dict[str, Any]) -> dict[str, Any]:
     """What one process takes until it could write, and how the work is divided."""
     started, cpu = time.monotonic(), time.process_time()
+    gc.set_threshold(200_000, 20, 100)  # as the command line does
     from anyckpt.engine.destination import Share
     from anyckpt.engine.execute import peak_rss_bytes
     from anyckpt.engine.shared_run import SharedRun

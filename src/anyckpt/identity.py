@@ -15,12 +15,17 @@ from typing import Any
 
 Identity = tuple[Any, ...]
 
+_FIELDS: dict[type, tuple[str, ...]] = {}  # names of a class's fields, which are the same for all that are of it
+
 
 class OfFields:
     """What is a frozen dataclass, all of it in its fields."""
 
     def identity(self) -> Identity:
-        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        names = _FIELDS.get(type(self))
+        if names is None:
+            names = _FIELDS[type(self)] = tuple(field.name for field in fields(self))  # type: ignore[arg-type]
+        return tuple([getattr(self, name) for name in names])
 
 
 class ElementWise(OfFields, ABC):

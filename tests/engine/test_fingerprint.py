@@ -18,12 +18,12 @@ import anyckpt
 from anyckpt.dtypes import dtype
 from anyckpt.engine import execute, run
 from anyckpt.engine.fingerprint import fingerprint
-from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
+from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData, TensorData
 from anyckpt.errors import UsageError
 from anyckpt.identity import ElementWise, Identity
 from anyckpt.storage.local_file import LocalFile
 from anyckpt.storage.source import ByteSource, MemorySource
-from anyckpt.tensor import LazyTensor, Mapped, Stored, from_array
+from anyckpt.tensor import Constant, LazyTensor, Mapped, Stored, from_array
 
 FLOAT32 = dtype("float32")
 ONES = from_array(np.ones(16, np.float32))
@@ -35,6 +35,14 @@ class Times(ElementWise):
 
     def __call__(self, array: Any) -> Any:
         return array * np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class Told(ElementWise):
+    values: Any
+
+    def __call__(self, array: Any) -> Any:
+        return array
 
 
 class TimesUntold:
@@ -124,6 +132,22 @@ def test_live_state_is_not_read_to_tell_it_apart() -> None:
 
     state = np.zeros(1 << 20, np.float32).view(Unread)
     assert fingerprint(plan(from_array(state)), ()).obstacle is not None
+
+
+def test_a_later_release_knows_the_work_of_this_one() -> None:
+    """Everything that a digest is made of, as it always was: what is interrupted can be continued after an update."""
+    ones = Constant(FLOAT32, (2, 3), b"\0\0\x80?")
+    sums = Mapped((ones, ones), FLOAT32, np.add)
+    told = Told((1, -2, "\udc80", None, True, 2.5, b"raw", (), (3,), [4], {"k": 5}, np.arange(3)))
+    parts = (
+        Literal(b"abc"),
+        TensorData("t", sums, "a piece"),
+        SourceData(MemorySource(b"xyz")),
+        Computed(4, (0,), bytes),
+    )
+    files = (OutputFile("a", (*parts, TensorData("u", Mapped((ones,), FLOAT32, told)))), OutputFile("b", (), 1))
+    found = fingerprint(Plan("made", files, links={"l": "a"}), ())
+    assert found.value == "2f6dd9da6f65f5e60bcf9ac722bbdbafdbf27e7148f0d5af6d532597411dd580"
 
 
 def test_fixed_bytes_are_told_by_their_contents() -> None:

@@ -309,3 +309,10 @@ def test_an_object_store_that_fails_is_gone_on_with(source: Path, seed: int) -> 
     finish(plan, MemoryDestination(store, "m"), of)
     assert failures and resumed
     assert all(store.objects[file.path] == file_bytes(file) for file in plan.files)
+
+
+def test_a_block_takes_little_memory() -> None:
+    """A model of a trillion parameters has half a million of them."""
+    (block,), _ = blocks.cut(0, OutputFile("", (Literal(b"a"),)))
+    taken = sys.getsizeof(block) + sys.getsizeof(block.pieces) + sys.getsizeof(block.pieces[0])
+    assert not hasattr(block, "__dict__") and not hasattr(block.pieces[0], "__dict__") and taken < 250

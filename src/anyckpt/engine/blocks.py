@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """A run of bytes of one output file.
 

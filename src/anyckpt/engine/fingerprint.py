@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,8 +71,21 @@ def fingerprint(plan: Plan, source_paths: Sequence[str]) -> Fingerprint:
     return Fingerprint(describer.hexdigest(), None, describer.sources(), describer.owned)
 
 
-_TEXTS = 1024
-"""So many pieces of text go into the digest at once."""
+_TEXTS = 4096
+"""About so many pieces of text go into the digest at once."""
+
+
+class _Kind(NamedTuple):
+    """What is asked of every value of a type."""
+
+    name: str
+    is_source: bool
+    is_owned: bool
+
+
+@cache
+def _spelling(dtype: np.dtype[Any]) -> str:
+    return str(dtype)
 
 
 class _Describer:
@@ -79,13 +93,15 @@ class _Describer:
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._texts: list[bytes] = []
+        self._texts: list[str] = []
+        self._kinds: dict[type, _Kind] = {}
         self._seen: dict[int, int] = {}
+        self._sources: list[ByteSource] = []
         self.owned = False
         self._kept: list[Any] = []  # so that no other value gets the identity of one that was seen
 
     def sources(self) -> tuple[ByteSource, ...]:
-        return tuple(value for value in self._kept if isinstance(value, ByteSource))
+        return tuple(self._sources)
 
     def add_plan(self, plan: Plan) -> None:
         self.add(plan.format, dict(plan.links))
@@ -102,52 +118,68 @@ class _Describer:
                     self.add("computed", part.nbytes, part.parts)
 
     def add(self, *values: Any) -> None:
+        self._add_all(values)
+
+    def _add_all(self, values: Iterable[Any]) -> None:
+        say = self._texts.append
         for value in values:
-            self._add(value)
-
-    def _add(self, value: Any) -> None:
-        kind = type(value)
-        if kind is int or kind is str or value is None:
-            self._text(repr(value))
-        elif kind is tuple:
-            self._text(f"sequence {len(value)}")
-            for inner in value:
-                self._add(inner)
-        elif isinstance(value, DType):
-            self._text(value.name)
-        elif value is None or isinstance(value, bool | int | float | str | np.generic | np.dtype):
-            self._text(repr(value))
-        elif isinstance(value, bytes | memoryview):
-            self._text(f"bytes {len(value)}")
-            self._bytes(value)
-        elif isinstance(value, np.ndarray):
-            self._text(f"array {value.dtype} {value.shape}")
-            self._bytes(value.tobytes())
-        elif isinstance(value, tuple | list):
-            self._text(f"sequence {len(value)}")
-            self.add(*value)
-        elif isinstance(value, dict):
-            self._add([(str(key), item) for key, item in value.items()])
-        elif id(value) in self._seen:
-            self._text(f"seen {self._seen[id(value)]}")
-        else:
-            self._seen[id(value)] = len(self._seen)
-            self._kept.append(value)
-            self.owned = self.owned or isinstance(value, OwnedSource)
-            said = identity_of(value)
-            if said is None:
-                raise _UnidentifiedError(value)
-            self._text(f"{type(value).__module__}.{type(value).__qualname__}")
-            self.add(*said)
-
-    def _text(self, text: str) -> None:
-        self._texts.append(b"\0" + text.encode("utf-8", "surrogatepass"))
+            kind = type(value)
+            if kind is int or kind is str or value is None:  # most are
+                say(repr(value))
+            elif kind is tuple:
+                say(f"sequence {len(value)}")
+                self._add_all(value)
+            elif kind is DType:
+                say(value.name)
+            else:
+                self._add(value)
         if len(self._texts) >= _TEXTS:
             self._bytes(b"")
 
+    def _add(self, value: Any) -> None:
+        say = self._texts.append
+        if isinstance(value, bool | int | float | str | np.generic | np.dtype):
+            say(repr(value))
+        elif isinstance(value, bytes | memoryview):
+            say(f"bytes {len(value)}")
+            self._bytes(value)
+        elif isinstance(value, np.ndarray):
+            say(f"array {_spelling(value.dtype)} {value.shape}")
+            self._bytes(value.tobytes())
+        elif isinstance(value, tuple | list):
+            say(f"sequence {len(value)}")
+            self._add_all(value)
+        elif isinstance(value, dict):
+            self._add([(str(key), item) for key, item in value.items()])
+        elif id(value) in self._seen:
+            say(f"seen {self._seen[id(value)]}")
+        else:
+            self._add_new(value)
+
+    def _add_new(self, value: Any) -> None:
+        kind = self._kind(type(value))
+        self._seen[id(value)] = len(self._seen)
+        self._kept.append(value)
+        if kind.is_source:
+            self._sources.append(value)
+            self.owned = self.owned or kind.is_owned
+        said = identity_of(value)
+        if said is None:
+            raise _UnidentifiedError(value)
+        self._texts.append(kind.name)
+        self._add_all(said)
+
+    def _kind(self, kind: type) -> _Kind:
+        known = self._kinds.get(kind)
+        if known is None:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            known = self._kinds[kind] = _Kind(name, issubclass(kind, ByteSource), issubclass(kind, OwnedSource))
+        return known
+
     def _bytes(self, data: bytes | memoryview) -> None:
-        self._digest.update(b"".join(self._texts))
-        self._texts.clear()
+        if self._texts:
+            self._digest.update("\0".join(["", *self._texts]).encode("utf-8", "surrogatepass"))
+            self._texts.clear()
         self._digest.update(data)
 
     def hexdigest(self) -> str:

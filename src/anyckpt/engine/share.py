@@ -38,7 +38,7 @@ class Division:
         self._page = destination.page
         self.files = first_stage(plan)
         self.of = of
-        self._share: dict[BlockKey, int] = {}
+        self._share: dict[int, dict[int, int]] = {number: {} for number in self.files}  # by file and first byte
         units = [self._unowned(cut.blocks[number], plan, destination) for number in self.files]
         if not destination.in_order and of > 1:
             blocks = (block for unit in units for block in unit)
@@ -50,7 +50,8 @@ class Division:
             begun |= new
             weights.append(sum(block.nbytes for block in unit) + _FILE_COST * len(new))
         for unit, number in zip(units, divided(weights, of), strict=True):
-            self._share.update(((block.file, block.offset), number) for block in unit)
+            for block in unit:
+                self._share[block.file][block.offset] = number
         self._shared_pages = self._find_shared_pages() if of > 1 else {}
 
     def _unowned(self, blocks: Sequence[Block], plan: Plan, destination: Destination) -> Sequence[Block]:
@@ -78,14 +79,14 @@ class Division:
         for block in blocks:
             owner = block.owner or alone
             if owner is not None:
-                self._share[block.file, block.offset] = owner
-        return [block for block in blocks if (block.file, block.offset) not in self._share]
+                self._share[block.file][block.offset] = owner
+        return [block for block in blocks if block.offset not in self._share[block.file]]
 
     def blocks(self, share: Share) -> Iterator[Block]:
         """Those of one share, in the order of the files."""
         for number in self.files:
             for block in self._cut.blocks[number]:
-                if self._share[number, block.offset] == share.number:
+                if self._share[number][block.offset] == share.number:
                     yield block
 
     def missing(self, present: Container[BlockKey]) -> dict[Share, int]:
@@ -98,7 +99,7 @@ class Division:
         for number in self.files:
             for block in self._cut.blocks[number]:
                 if (number, block.offset) not in present:
-                    share = Share(self._share[number, block.offset], self.of)
+                    share = Share(self._share[number][block.offset], self.of)
                     found[share] = found.get(share, 0) + block.nbytes
         return dict(sorted(found.items()))
 
@@ -118,7 +119,7 @@ class Division:
         for number in self.files:
             page, owner = -1, 0
             for block in self._cut.blocks[number]:
-                share = self._share[number, block.offset]
+                share = self._share[number][block.offset]
                 if block.nbytes and block.offset // self._page == page and share != owner:
                     found.setdefault(number, set()).add(page)
                 if block.nbytes:
