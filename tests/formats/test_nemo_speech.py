@@ -282,6 +282,20 @@ def test_another_model_of_nemo(tmp_path: Path) -> None:
         convert(source, tmp_path / "hf", to="hf")
 
 
+def test_tables_stay_as_exact_as_they_are(tmp_path: Path) -> None:
+    """NeMo has them in float32, whatever the weights are in."""
+    for source in (nemo("canary"), converted("canary")):
+        convert(source, tmp_path / "half.nemo", dtype="bf16", overwrite=True)
+        kinds = {name: tensor.dtype.name for name, tensor in anyckpt.open(tmp_path / "half.nemo").items()}
+        assert {name for name, kind in kinds.items() if kind == "float32"} == {WINDOW, FILTERS, POSITIONS}
+        convert(tmp_path / "half.nemo", tmp_path / "hf", to="hf", overwrite=True)
+
+
+def test_a_state_dict_without_its_output_layer(tmp_path: Path) -> None:
+    done = convert(nemo("canary"), tmp_path / "named.safetensors", names="hf")
+    assert any("proj_out.weight is tied to model.decoder.embed_tokens.weight" in note for note in done.notes)
+
+
 def test_what_lightning_saved(tmp_path: Path) -> None:
     """A training checkpoint has the configuration, and no tokenizer."""
     convert(nemo("tdt"), tmp_path / "last.ckpt")

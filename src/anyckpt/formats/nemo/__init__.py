@@ -21,5 +21,6 @@ FORMAT = Format(
     packs=True,
     adapters="nemo1",
     suffixes=(".nemo",),
+    in_fp32=("preprocessor.featurizer.*", "*.position_embedding.pos_enc"),
     library="nemo",
 )

@@ -182,9 +182,10 @@ def _by_family(case: _Case) -> Renamed | None:
             raise
         return replace(other, checkpoint=_with_dtype(other.checkpoint, naming.dtype))
     if naming.names == "hf" and model.config.share_embeddings_and_output_weights:
-        head, embedding = head_and_embedding(model)
-        left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
-        renamed = replace(renamed, notes=(*renamed.notes, left_out))
+        tied = head_and_embedding(model)
+        for head, embedding in (tied,) if tied[1] else model.definition.hugging_face.copies:
+            left_out = f"{head} is tied to {embedding} and left out: load the state dict with strict=False"
+            renamed = replace(renamed, notes=(*renamed.notes, left_out))
     return renamed
 
 
