@@ -10,6 +10,7 @@ from anyckpt.config.fields import Field
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import clip_text, clip_vision
 from anyckpt.models.families.parts import towers
+from anyckpt.models.families.parts.modules import alone
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
@@ -23,8 +24,10 @@ FAMILY = Family(
         *clip_text.RULES,
         *towers.of_vision(_VISION),
         Rule(("visual_projection.weight",), "visual_projection.weight", ("output", "seen")),
-        Rule(("text_projection.weight",), "text_projection.weight", ("output", "hidden")),
-        Rule(("logit_scale",), "logit_scale", ()),
+        *alone(
+            Rule(("text_projection.weight",), "text_projection.weight", ("output", "hidden")),
+            Rule(("logit_scale",), "logit_scale", ()),
+        ),
     ),
     ignorable=tuple(
         (f"{tower}.embeddings.position_ids", "numbers of positions, which follow from the configuration")

@@ -47,7 +47,13 @@ _RULES = (
 )
 RULES = tuple(replace(rule, hub=rule.hub.replace("decoder.", "encoder.", 1)) for rule in _RULES)
 """Megatron's names of an encoder, for those of a decoder would be GPT-2's."""
-PROJECTION = Rule(("text_projection.weight",), "text_projection.weight", ("output", "hidden"), when=has("output_dim"))
+PROJECTION = Rule(
+    ("text_projection.weight",),
+    "text_projection.weight",
+    ("output", "hidden"),
+    when=has("output_dim"),
+    partition="alone",
+)
 IGNORABLE = tuple(
     (f"{prefix}embeddings.position_ids", "numbers of positions, which follow from the configuration")
     for prefix in ("", PREFIX)

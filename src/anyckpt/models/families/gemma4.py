@@ -112,7 +112,7 @@ def _attention(names: str, hub: str, shape: tuple[str, ...], **how: Any) -> Rule
 
 
 _EXPERT, _EXPERTS = f"{_LAYER}.experts.*", f"{_HUB}.mlp"
-RULES = (
+_RULES = (
     Rule(("model.embed_tokens.weight",), "embedding.word_embeddings.weight", ("vocabulary", "hidden")),
     Rule(("model.embed_tokens_per_layer.weight",), "per_layer_embedding.weight", ("inputs-vocabulary", "all-inputs"),
          when=_has_inputs),
@@ -162,6 +162,10 @@ RULES = (
     Rule(("model.norm.weight",), "decoder.final_layernorm.weight", ("hidden",)),
     Rule(("lm_head.weight",), "output_layer.weight", ("vocabulary", "hidden"), when=decoder.untied),
 )  # fmt: skip
+
+_OWN = ("per_layer_", "scale", "scalar", "linear_qk.weight", "post_per_layer_input_norm.weight")
+RULES = tuple(replace(rule, partition="alone") if any(own in rule.hub for own in _OWN) else rule for rule in _RULES)
+"""What stock Megatron-Core has no modules for is divided between no ranks."""
 
 
 class _Experts(Codec):

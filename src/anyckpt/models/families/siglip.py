@@ -8,6 +8,7 @@ from __future__ import annotations
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.models.families import siglip_text, siglip_vision
 from anyckpt.models.families.parts import towers
+from anyckpt.models.families.parts.modules import alone
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
@@ -19,8 +20,7 @@ FAMILY = Family(
     rules=(
         *siglip_text.RULES,
         *towers.of_vision(siglip_vision.RULES),
-        Rule(("logit_scale",), "logit_scale", ("one",)),
-        Rule(("logit_bias",), "logit_bias", ("one",)),
+        *alone(Rule((name,), name, ("one",)) for name in ("logit_scale", "logit_bias")),
     ),
     ignorable=tuple(
         (f"{tower}.embeddings.position_ids", "numbers of positions, which follow from the configuration")

@@ -11,10 +11,10 @@ from anyckpt.config.codecs import Implied
 from anyckpt.config.fields import Field
 from anyckpt.models.families import clip_text
 from anyckpt.models.families.clip_text import PREFIX
-from anyckpt.models.families.parts.modules import linear
+from anyckpt.models.families.parts.modules import alone, linear
 from anyckpt.models.language.family import Family
 
-RULES = (*clip_text.RULES, *linear(f"{PREFIX}head", "text_projection", ("output", "hidden")))
+RULES = (*clip_text.RULES, *alone(linear(f"{PREFIX}head", "text_projection", ("output", "hidden"))))
 
 FAMILY: Family = replace(
     clip_text.FAMILY,

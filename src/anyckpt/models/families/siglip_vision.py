@@ -17,7 +17,7 @@ from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
 from anyckpt.indexing import Shape
 from anyckpt.models.families import clip_vision
-from anyckpt.models.families.parts.modules import linear, norm
+from anyckpt.models.families.parts.modules import alone, linear, norm
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule, has
 
@@ -30,16 +30,18 @@ RULES = (
     Rule((f"{_EMBEDDINGS}.position_embedding.weight",), "position_embeddings.weight", ("patches", "hidden")),
     *(rule for rule in clip_vision.RULES if "*" in rule.hub),
     *norm(f"{PREFIX}post_layernorm", "post_layernorm."),
-    Rule((f"{_HEAD}.probe",), "pooler.probe", ("one", "one", "hidden"), when=_POOLS),
-    Rule(
-        (f"{_HEAD}.attention.in_proj_weight",), "pooler.attention.in_proj_weight", ("three-hidden", "hidden"),
-        when=_POOLS,
+    *alone(
+        Rule((f"{_HEAD}.probe",), "pooler.probe", ("one", "one", "hidden"), when=_POOLS),
+        Rule(
+            (f"{_HEAD}.attention.in_proj_weight",), "pooler.attention.in_proj_weight", ("three-hidden", "hidden"),
+            when=_POOLS,
+        ),
+        Rule((f"{_HEAD}.attention.in_proj_bias",), "pooler.attention.in_proj_bias", ("three-hidden",), when=_POOLS),
+        *linear(f"{_HEAD}.attention.out_proj", "pooler.attention.out_proj", ("hidden", "hidden"), when=_POOLS),
+        *norm(f"{_HEAD}.layernorm", "pooler.layernorm.", _POOLS),
+        *linear(f"{_HEAD}.mlp.fc1", "pooler.mlp.fc1", ("fc1", "hidden"), when=_POOLS),
+        *linear(f"{_HEAD}.mlp.fc2", "pooler.mlp.fc2", ("hidden", "ffn"), when=_POOLS),
     ),
-    Rule((f"{_HEAD}.attention.in_proj_bias",), "pooler.attention.in_proj_bias", ("three-hidden",), when=_POOLS),
-    *linear(f"{_HEAD}.attention.out_proj", "pooler.attention.out_proj", ("hidden", "hidden"), when=_POOLS),
-    *norm(f"{_HEAD}.layernorm", "pooler.layernorm.", _POOLS),
-    *linear(f"{_HEAD}.mlp.fc1", "pooler.mlp.fc1", ("fc1", "hidden"), when=_POOLS),
-    *linear(f"{_HEAD}.mlp.fc2", "pooler.mlp.fc2", ("hidden", "ffn"), when=_POOLS),
 )  # fmt: skip
 
 

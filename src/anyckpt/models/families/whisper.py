@@ -27,7 +27,7 @@ def _attention(source: str, hub: str, axes: tuple[str, ...]) -> tuple[Rule, ...]
     return (
         *(
             Rule((f"{source}.{own}",), f"{hub}.{name}", ("attention", "hidden")[: 1 + own.endswith("weight")],
-                 axes=axes, partition="column")
+                 axes=axes, partition=None if name.startswith("linear_q.") else "column")
             for own, name in parts.items()
         ),
         Rule((f"{source}.out_proj.weight",), f"{hub}.linear_proj.weight", ("hidden", "attention"), axes=axes),

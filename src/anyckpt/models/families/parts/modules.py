@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from anyckpt.models.language.rule_operations import IDENTITY, Operation
 from anyckpt.models.language.rules import Condition, Rule, always
 
@@ -37,3 +40,9 @@ def norm(source: str, hub: str, when: Condition = always) -> tuple[Rule, Rule]:
     """A norm with a bias; of the hub's names what is before ``weight`` and ``bias``."""
     weight, bias = (Rule((f"{source}.{part}",), f"{hub}{part}", ("hidden",), when=when) for part in ("weight", "bias"))
     return weight, bias
+
+
+def alone(*rules: Rule | Iterable[Rule]) -> tuple[Rule, ...]:
+    """Rules of what no framework of ours divides between ranks, for none has such modules."""
+    given = (rule for each in rules for rule in ([each] if isinstance(each, Rule) else each))
+    return tuple(replace(rule, partition="alone") for rule in given)

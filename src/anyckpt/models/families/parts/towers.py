@@ -24,7 +24,8 @@ _OF_CLASSES = ("architectures", "dtype", "torch_dtype", "use_cache")
 
 def of_vision(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """Rules of the tower that sees, of a whole model."""
-    return tuple(replace(rule, hub=f"vision_model.{rule.hub}", tower=VISION) for rule in rules)
+    moved = [replace(rule, hub=f"vision_model.{rule.hub}", tower=VISION) for rule in rules]
+    return tuple(rule if "*" in rule.hub else replace(rule, partition="alone") for rule in moved)
 
 
 @dataclass(eq=False, repr=False, match_args=False)
