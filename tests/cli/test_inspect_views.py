@@ -324,7 +324,7 @@ def test_stages_in_the_files_are_those_that_the_run_was_told(path: Path) -> None
     stored = registry.read(path)
     held = held_by(stored.ranks)
     geometry = geometry_of(stored)
-    told = chunks(parallelism_of(stored), geometry, {"decoder": geometry.num_layers or 0})
+    told = chunks(parallelism_of(stored), {"decoder": geometry.num_layers or 0})
     assert [(c.pipeline_rank, c.virtual_rank, c.layers["decoder"]) for c in held] == [
         (c.pipeline_rank, c.virtual_rank, c.layers["decoder"]) for c in told if not c.empty
     ]

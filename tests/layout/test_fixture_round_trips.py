@@ -58,7 +58,7 @@ def parallelisms(draw: st.DrawFn, geometry: Geometry) -> Parallelism:
     possible = {"layout": replace(sizes, pipeline_layout=words)}
     for how, way in ways.items():
         with suppress(UsageError):
-            chunks(way, geometry, {"decoder": layers})
+            chunks(way, {"decoder": layers})
             possible[how] = way
     how = draw(st.sampled_from(sorted(possible)))
     event(f"{how}, {stages} stages of {virtual}")

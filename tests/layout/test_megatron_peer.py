@@ -70,7 +70,7 @@ def test_layers_are_where_megatron_puts_them() -> None:
             )  # fmt: skip
             expected = theirs(parallelism, layers)
             try:
-                found = chunks(parallelism, Geometry(), {"decoder": layers})
+                found = chunks(parallelism, {"decoder": layers})
             except UsageError:
                 # Megatron checks less: numbers that leave layers over, or that fit no stage
                 assert expected is None or [n for _, _, r in expected for n in r] != list(range(layers)) or stages == 1
@@ -106,7 +106,7 @@ def test_layout_strings_mean_what_megatron_reads(text: str, stages: int, monkeyp
     assert parts == [[part.name for part in layout.layout[i % stages][i // stages]] for i in range(len(parts))]
     count, mtp = (sum(stage.count(part) for stage in parts) for part in ("decoder", "mtp"))
     parallelism = Parallelism(pipeline_parallel=stages, virtual_pipeline=virtual, pipeline_layout=text)
-    for chunk in chunks(parallelism, Geometry(), {"decoder": count, "mtp": mtp}):
+    for chunk in chunks(parallelism, {"decoder": count, "mtp": mtp}):
         expected = layout.get_layer_id_list(vp_stage=chunk.virtual_rank, pp_rank=chunk.pipeline_rank)
         assert list(chunk.layers["decoder"]) == expected
 

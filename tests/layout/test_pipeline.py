@@ -15,7 +15,7 @@ from tests.layout.sample import model
 
 def laid_out(parallelism: Parallelism, layers: int, mtp: int = 0) -> list[list[list[int]]]:
     """Global layers of each chunk of each stage."""
-    found = chunks(parallelism, Geometry(num_layers=layers), {"decoder": layers, "mtp": mtp})
+    found = chunks(parallelism, {"decoder": layers, "mtp": mtp})
     stages: list[list[list[int]]] = [[] for _ in range(parallelism.pipeline_parallel)]
     for chunk in found:
         stages[chunk.pipeline_rank].append(list(chunk.layers["decoder"]))
@@ -101,17 +101,17 @@ def test_hybrid_patterns_part_stages() -> None:
 
 def test_final_norm_follows_the_last_layer_where_tokens_are_predicted_ahead() -> None:
     layout = Parallelism(pipeline_parallel=4, pipeline_layout="Et|t|m|L")
-    found = chunks(layout, Geometry(num_layers=2), {"decoder": 2, "mtp": 1})
+    found = chunks(layout, {"decoder": 2, "mtp": 1})
     assert [sorted(chunk.norms) for chunk in found] == [[], ["decoder"], [], []]
     assert [chunk.embedding for chunk in found] == [True, False, True, False]
     assert [chunk.output for chunk in found] == [False, False, False, True]
-    without = chunks(Parallelism(pipeline_parallel=3, pipeline_layout="Et|t|L"), Geometry(num_layers=2), {"decoder": 2})
+    without = chunks(Parallelism(pipeline_parallel=3, pipeline_layout="Et|t|L"), {"decoder": 2})
     assert [sorted(chunk.norms) for chunk in without] == [[], [], ["decoder"]]
 
 
 def test_encoder_and_decoder_part_at_the_split_rank() -> None:
     layout = Parallelism(pipeline_parallel=3, pipeline_split_rank=1)
-    found = chunks(layout, Geometry(), {"encoder": 2, "decoder": 4})
+    found = chunks(layout, {"encoder": 2, "decoder": 4})
     assert [dict(chunk.layers) for chunk in found] == [
         {"encoder": range(2)},
         {"decoder": range(2)},
@@ -124,7 +124,7 @@ def test_encoder_and_decoder_part_at_the_split_rank() -> None:
 def refused(**options: object) -> Callable[[], tuple[Chunk, ...]]:
     layers = options.pop("layers", 4)
     stacks = options.pop("stacks", {"decoder": layers})
-    return lambda: chunks(Parallelism(**options), Geometry(), stacks)  # type: ignore[arg-type]
+    return lambda: chunks(Parallelism(**options), stacks)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

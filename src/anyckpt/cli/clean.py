@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_json, print_line, print_note
 
@@ -24,7 +24,7 @@ _SHOWN = 5
 @click.argument("path", metavar="PATH", shell_complete=completion.paths)
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Remove it without asking.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(path: str, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove what interrupted runs left of the output PATH, or of outputs in the folder PATH.
 

@@ -109,12 +109,7 @@ _SHOWN_LAYERS = 12
     help="nemo2: torch_dist or zarr inside; megatron-core and megatron-bridge: torch_dist or fsdp_dtensor, which "
     "Megatron-FSDP loads; the first if not given.",
 )
-@option(
-    "--compress/--no-compress",
-    title=OUTPUT,
-    default=None,
-    help="trtllm: one archive (.qnemo), not a directory.",
-)
+@shared.compress
 @option("--gzip", title=OUTPUT, is_flag=True, help="trtllm, nemo: an archive that is compressed by gzip.")
 @option(
     "--tensor-type",

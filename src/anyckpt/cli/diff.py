@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
 from anyckpt.cli.tables import Column, print_table
@@ -73,7 +73,7 @@ def _tolerance(option: str, word: str) -> Callable[[Callable[..., int]], Callabl
     help="Compare all tensors, objects and files of one name as they are stored, under stored names.",
 )
 @click.option("--weights-only", is_flag=True, help="Leave aside configuration and training state.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(
     a: str,
     b: str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_archive, progress_bar
 
@@ -36,7 +36,7 @@ from anyckpt.cli.console import print_archive, progress_bar
     help="Write another archive; ARCHIVE itself is replaced otherwise.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(
     archive: str,
     settings: tuple[str, ...],

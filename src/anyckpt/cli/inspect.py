@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from anyckpt.cli import completion, tables
+from anyckpt.cli import completion, shared, tables
 from anyckpt.cli.command import Command, option
 from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, print_note, progress_bar
 from anyckpt.cli.model_line import model_line, sizes_line
@@ -71,7 +71,7 @@ _QUANTIZATION = "quantization"
     metavar="GLOB",
     help="Print the state besides tensors whose names, or dotted paths in it, match, as YAML and nothing else.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(
     path: str,
     tensors: str | None,

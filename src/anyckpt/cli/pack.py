@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_archive, progress_bar
 
@@ -17,7 +17,7 @@ from anyckpt.cli.console import print_archive, progress_bar
 @click.argument("archive", shell_complete=completion.paths)
 @click.option("--gzip", is_flag=True, help="Compress the archive.")
 @click.option("--overwrite", is_flag=True, help="Replace an archive, at the end.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(directory: str, archive: str, gzip: bool, overwrite: bool, as_json: bool) -> None:
     """Pack DIR, an unpacked .nemo or .qnemo, into the new file ARCHIVE."""
     from anyckpt.operations.archive import pack

@@ -132,12 +132,7 @@ _CALIBRATION = "What to calibrate with"
     type=click.Choice(["16", "fp16", "bf16", "fp32"]),
     help="Of what is not quantized; its own if not given.",
 )
-@option(
-    "--compress/--no-compress",
-    title=OUTPUT,
-    default=None,
-    help="trtllm: one archive (.qnemo), not a directory.",
-)
+@shared.compress
 @option("--gzip", title=OUTPUT, is_flag=True, help="trtllm: an archive that is compressed by gzip.")
 @shared.family
 @shared.config("Model configuration, or a model that has it, where SRC has none.", "--model-config")

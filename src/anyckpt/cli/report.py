@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
 
@@ -35,7 +35,7 @@ from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
     help="Names as stored, or Megatron-Core names with shards joined and layers un-stacked.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(
     path: str,
     output: str,

@@ -61,6 +61,9 @@ tokenizer = option(
     shell_complete=completion.paths,
     help="Sentencepiece model or folder of tokenizer files to send along.",
 )
+compress = option(
+    "--compress/--no-compress", title=OUTPUT, default=None, help="trtllm: one archive (.qnemo), not a directory."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

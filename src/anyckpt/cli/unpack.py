@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
 from anyckpt.cli.console import print_archive, progress_bar
 
@@ -15,7 +15,7 @@ from anyckpt.cli.console import print_archive, progress_bar
 @click.argument("archive", shell_complete=completion.paths)
 @click.argument("directory", metavar="DIR", shell_complete=completion.paths)
 @click.option("--overwrite", is_flag=True, help="Replace an unpacked checkpoint, at the end.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(archive: str, directory: str, overwrite: bool, as_json: bool) -> None:
     """Unpack the .nemo or .qnemo ARCHIVE into the new directory DIR."""
     from anyckpt.operations.archive import unpack

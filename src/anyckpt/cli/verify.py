@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from anyckpt.cli import completion
+from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
 from anyckpt.cli.console import calls_line, print_json, print_line, print_note, progress_bar
 
@@ -28,7 +28,7 @@ from anyckpt.cli.console import calls_line, print_json, print_line, print_note, 
     help="A list of digests (SHA256SUMS and the like, the Hub's JSON) that files must have.",
 )
 @click.option("--expect", multiple=True, metavar="[FILE=]sha256:HEX", help="The digest that a file must have.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@shared.as_json
 def command(path: str, deep: bool, checksum: tuple[str, ...], expect: tuple[str, ...], as_json: bool) -> int:
     """Check the checkpoint at PATH: byte ranges, checksums, digests, completeness of the model, calls in pickles.
 

@@ -153,7 +153,7 @@ def _read_weights(location: Location, beside: Beside) -> dict[str, LazyTensor]:
         return read_weight_file(location, chosen, beside)
     shards = [name for name in location.names if _SHARD.fullmatch(name)]
     if shards and all(map(is_rank_file, shards)):
-        return read_rank_files(location, shards, beside.warnings, beside.details)
+        return read_rank_files(location, shards, beside.details)
     if shards:
         return _read_shards(location, shards, beside)
     tuned = [match for name in location.names if (match := _TUNE.fullmatch(name))]

@@ -68,7 +68,7 @@ def torch_checkpoint(path: str, contents: TorchContents, flat: Flat) -> Checkpoi
         objects=flat.objects,
         training=training_state(contents.root, flat),
         warnings=[*contents.warnings, *_kind(contents, flat, told), *_oddities(contents, flat)],
-        details=torch_details(contents, flat),
+        details=torch_details(contents),
         key_paths=flat.paths,
         original_keys=flat.original_keys,
         checksums=lambda: stored_checksums(contents),
@@ -83,7 +83,7 @@ def _weights(flat: Flat, told: Roles) -> Iterator[str]:
     return (n for n in flat.tensors if n.startswith(told.prefix) and not n.startswith(told.states or ("\0",)))
 
 
-def torch_details(contents: TorchContents, flat: Flat) -> dict[str, Any]:
+def torch_details(contents: TorchContents) -> dict[str, Any]:
     """What ``inspect`` shows of a torch file."""
     details: dict[str, Any] = {
         "generation": contents.generation,

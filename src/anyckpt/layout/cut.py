@@ -59,7 +59,7 @@ def cut(
         if name.division is not None:
             own[index or 0] = tensor
     held = {name: own for name, own in held.items() if own}
-    stages = chunks(parallelism, geometry, stack_sizes(held, geometry))
+    stages = chunks(parallelism, stack_sizes(held, geometry))
     _check(held, stages, geometry, complete)
     tied = _tied(held, names, parallelism) if geometry.share_embeddings_and_output_weights else {}
     cutter = _Cutter(parallelism, geometry, padding, spelling)

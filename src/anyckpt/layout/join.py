@@ -154,7 +154,7 @@ class _Joiner:
                 "pipeline stages cannot be joined without knowing how many layers the model has",
                 remedy="give the model's configuration with --config",
             )
-        for chunk in chunks(self.parallelism, self.geometry, stack_sizes(names, self.geometry)):
+        for chunk in chunks(self.parallelism, stack_sizes(names, self.geometry)):
             ranks = self.chunks.get((chunk.pipeline_rank, chunk.virtual_rank), {})
             if ranks or not chunk.empty:
                 self._check(chunk, ranks)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.errors import UsageError
-from anyckpt.layout.geometry import Geometry, Parallelism
+from anyckpt.layout.geometry import Parallelism
 
 _MOST_LAYERS = 100_000
 _LETTERS = {"E": "embedding", "L": "loss", "t": "decoder", "m": "mtp"}
@@ -55,12 +55,11 @@ class Chunk:
         return f"pipeline rank {self.pipeline_rank}" + (f", chunk {self.virtual_rank}" if self.virtual_rank else "")
 
 
-def chunks(parallelism: Parallelism, geometry: Geometry, stacks: Mapping[str, int]) -> tuple[Chunk, ...]:
+def chunks(parallelism: Parallelism, stacks: Mapping[str, int]) -> tuple[Chunk, ...]:
     """Every chunk, in the order in which data flows through them.
 
     Args:
         parallelism: the layout.
-        geometry: the model.
         stacks: layers of each stack that the model has: ``decoder`` or ``encoder`` or both, and ``mtp``.
 
     Raises:

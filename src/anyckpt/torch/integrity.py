@@ -86,12 +86,11 @@ class Survey:
         return is_of_optimizer(name, self.paths, self.optimizers)
 
 
-def record_of(live: LiveState, rank: int, *, check_objects: bool = True) -> RankRecord:
+def record_of(live: LiveState, *, check_objects: bool = True) -> RankRecord:
     """What a rank tells the others.
 
     Args:
         live: what it has.
-        rank: its number; objects that all have alike come from rank 0 if it has them.
         check_objects: compare the copies of objects that should be alike.
 
     Raises:

@@ -222,7 +222,7 @@ def prepare(
             kept[0].leave_out_optimizer()
         known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0])
         told = LiveState(objects=kept[0].objects) if known else kept[0]
-        record = record_of(told, ranks.rank, check_objects=options.check_objects and not known)
+        record = record_of(told, check_objects=options.check_objects and not known)
         return _Look(
             uuid.uuid4().hex, record, _members(options, ranks), known, options.to_agree_on(_AGREED, destination)
         )

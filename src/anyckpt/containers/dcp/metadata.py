@@ -189,7 +189,7 @@ def read_index(source: ByteSource) -> Index:
             found=root.path if isinstance(root, Record) else type(root).__name__,
         )
     try:
-        return _index(root, source.name)
+        return _index(root)
     except FormatError as problem:
         if problem.path is None:
             problem.path = source.name
@@ -197,7 +197,7 @@ def read_index(source: ByteSource) -> Index:
         raise
 
 
-def _index(root: Record, name: str) -> Index:
+def _index(root: Record) -> Index:
     fields = root.fields()
     tensors: dict[str, TensorEntry] = {}
     objects: list[str] = []

@@ -45,7 +45,7 @@ def read_pieces(content: Mapping[str, Any], size: Any, name: str) -> tuple[Vocab
     begins = _begins_with_space(content)
     if begins is None:
         return "what it does to texts before it cuts them is not what sentencepiece models do"
-    scores = _scores(vocabulary, list(_pairs(merges, name)))
+    scores = _scores(list(_pairs(merges, name)))
     if scores is None:
         return "its merges are not in the order of scores, as those of sentencepiece models are"
     unknown = model.get("unk_token")
@@ -104,7 +104,7 @@ def _pairs(merges: Sequence[Any], name: str) -> Iterator[tuple[str, str]]:
         yield parts[0], parts[1]
 
 
-def _scores(vocabulary: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, float] | None:
+def _scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float] | None:
     """The score of every token that merges make; None if those that make one token are not together."""
     scores: dict[str, float] = {}
     last = ""

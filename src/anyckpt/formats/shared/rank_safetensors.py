@@ -63,15 +63,12 @@ def part_of(path: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str,
     return Part(f"is {rank} and no whole model ({SHARDING}){told}", _FOLDER)
 
 
-def read_rank_files(
-    location: Location, names: Sequence[str], warnings: list[str], details: dict[str, Any]
-) -> dict[str, LazyTensor]:
+def read_rank_files(location: Location, names: Sequence[str], details: dict[str, Any]) -> dict[str, LazyTensor]:
     """The whole tensors that the files of all ranks make up.
 
     Args:
         location: the folder that they are in.
         names: every name of the folder that ``is_rank_file``.
-        warnings: gets what a user should know.
         details: gets how many ranks and files there are.
 
     Raises:
@@ -79,15 +76,13 @@ def read_rank_files(
     """
     ranks = _check_names(location.path, names)
     parts: dict[str, list[tuple[Shape, LazyTensor]]] = {}
-    first: dict[str, str] = {}
     for name, (tensors, metadata) in zip(names, read_safetensors_files(map(location.open, names)), strict=True):
         path = location.join(name)
         for tensor, start in _starts(path, tensors, metadata or {}).items():
             parts.setdefault(tensor, []).append((start, tensors[tensor]))
-            first.setdefault(tensor, path)
         if metadata and "metadata" not in details:
             details["metadata"] = {key: value for key, value in metadata.items() if key not in _OF_DCP}
-    joined = {name: _whole(location.path, name, own, first[name]) for name, own in parts.items()}
+    joined = {name: _whole(location.path, name, own) for name, own in parts.items()}
     _check_listed(location, joined)
     details.update({"world_size": ranks, "rank_files": len(names)})
     return joined
@@ -206,7 +201,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 48
 
 
-def _whole(folder: str, name: str, parts: Sequence[tuple[Shape, LazyTensor]], first: str) -> LazyTensor:
+def _whole(folder: str, name: str, parts: Sequence[tuple[Shape, LazyTensor]]) -> LazyTensor:
     if len({tensor.ndim for _, tensor in parts}) > 1:
         raise _incomplete("its parts have different numbers of axes", path=folder, tensor=name)
     ends = [tuple(at + length for at, length in zip(start, tensor.shape, strict=True)) for start, tensor in parts]

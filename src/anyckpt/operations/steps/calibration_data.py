@@ -155,7 +155,7 @@ def _text(location: Location) -> str:
 
 def _records(location: Location, field: str | None) -> Samples:
     text = _text(location)
-    records = _whole(text, location.path) if text.lstrip().startswith("[") else None
+    records = _whole(text) if text.lstrip().startswith("[") else None
     numbered = enumerate(records, 1) if records is not None else _lines(text, location.path)
     texts: list[str] = []
     ids: list[Array] = []
@@ -178,7 +178,7 @@ def _records(location: Location, field: str | None) -> Samples:
     return Samples(location.path, tuple(texts), tuple(ids))
 
 
-def _whole(text: str, path: str) -> list[Any] | None:
+def _whole(text: str) -> list[Any] | None:
     """A list in JSON; None for lines that are lists themselves."""
     try:
         found = json.loads(text)

@@ -90,7 +90,7 @@ def _in_parts(config: Mapping[str, Any], parallelism: Parallelism, geometry: Geo
     letters, layers = config.get(PATTERN), geometry.num_layers
     if not isinstance(letters, str) or layers is None:
         return {}
-    found = chunks(parallelism, geometry, {"decoder": layers})
+    found = chunks(parallelism, {"decoder": layers})
     counts = [len(chunk.layers["decoder"]) for chunk in found]
     unsaid = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
     return {**dict.fromkeys(unsaid), PATTERN: letters_in_parts(letters, counts)}

@@ -102,14 +102,13 @@ def check_destination(
                 remedy="write it to a disk and copy it there",
             )
         for source in sources:
-            _check_apart(source, destination, source.rstrip("/"), destination.rstrip("/"), "/")
+            _check_apart(destination, source.rstrip("/"), destination.rstrip("/"), "/")
         if scheme in OBJECT_STORES:
             _check_in_store(destination, overwrite, resume)
         return  # what is there is looked at by what writes to it
     target = os.path.realpath(destination)
     for source in sources:
-        origin = os.path.realpath(file_of(source))
-        _check_apart(source, destination, origin, target, os.sep)
+        _check_apart(destination, os.path.realpath(file_of(source)), target, os.sep)
     if not os.path.lexists(destination):
         return
     if not overwrite and not resume:
@@ -119,7 +118,7 @@ def check_destination(
     _check_no_others(destination, _others_files(destination, known) if overwrite else [])
 
 
-def _check_apart(source: str, destination: str, origin: str, target: str, separator: str) -> None:
+def _check_apart(destination: str, origin: str, target: str, separator: str) -> None:
     """Raise unless neither of a source and the destination lies in the other."""
     if target == origin:
         raise UsageError("source and destination are the same", path=destination, remedy="choose another path")

@@ -31,7 +31,7 @@ def stages_of(checkpoint: Checkpoint) -> tuple[Chunk, ...]:
         geometry = geometry_of(checkpoint)
         stacks = {"decoder": geometry.num_layers, "mtp": geometry.mtp_num_layers}
         known = {name: count for name, count in stacks.items() if count}
-        return chunks(parallelism_of(checkpoint), geometry, known) if "decoder" in known else ()
+        return chunks(parallelism_of(checkpoint), known) if "decoder" in known else ()
     except LastingError:  # words that contradict one another say nothing of the files, which are not divided so
         return ()
 
