@@ -171,9 +171,10 @@ def test_what_is_replaced_is_a_checkpoint_and_nothing_else(tmp_path: Path) -> No
     assert anyckpt.torch.load(tmp_path / "y")["w"].tolist() == [0]
 
 
-def test_places_that_are_no_file_system_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="only folders and files on a disk"):
-        anyckpt.torch.save({"w": torch.ones(1)}, "s3://bucket/step-1")
+@pytest.mark.parametrize("place", ["hf://org/model", "https://host/step-1", "nowhere://step-1"])
+def test_places_where_ranks_cannot_write_together_are_refused(place: str) -> None:
+    with pytest.raises(UsageError, match="no place to which ranks write together.*a disk, or s3://"):
+        anyckpt.torch.save({"w": torch.ones(1)}, place)
 
 
 @pytest.mark.parametrize("key", ["", 0, None, (1, 2), "a.b", "../x", "new\nline", "x" * 300])

@@ -6,7 +6,7 @@ descended into, a list where it holds a tensor or a mapping, and anything else i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from anyckpt.torch.megatron.optimizers import (
     without_optimizers,
 )
 from anyckpt.torch.options import DEFAULTS, Options
-from anyckpt.torch.tensor_kinds import KINDS, Found
+from anyckpt.torch.tensor_kinds import KINDS, Found, of_tensor
 
 _DEEPEST = 100
+_WHOLE = (torch.Tensor, torch.nn.Parameter)
+"""Types that are nothing but tensors; what is of another one is asked for."""
 
 
 @torch.no_grad()
@@ -104,12 +106,13 @@ def _walk(live: LiveState, path: Path, value: Any, put: Put) -> None:
     for inner, leaf, replace in _leaves(path, value, put):
         name = ".".join(map(str, inner))
         found = _found(name, leaf, replace)
+        names: Collection[str]
         if isinstance(found, LiveObject):
             live.objects.append(found)
-            names = {found.name}
+            names = (found.name,)
         else:
             live.pieces += found
-            names = {piece.name for piece in found}
+            names = (found[0].name,) if len(found) == 1 else {piece.name for piece in found}
         if name in names and name in live.paths:
             raise UsageError(
                 "two parts of the state have one name",
@@ -122,7 +125,7 @@ def _walk(live: LiveState, path: Path, value: Any, put: Put) -> None:
 
 
 def _found(name: str, leaf: Any, put: Put) -> Found:
-    for kind in KINDS:
+    for kind in (of_tensor,) if type(leaf) in _WHOLE else KINDS:
         found = kind(name, leaf, put)
         if found is not None:
             return found
@@ -132,7 +135,9 @@ def _found(name: str, leaf: Any, put: Put) -> Found:
 def _leaves(path: Path, value: Any, put: Put) -> Iterator[tuple[Path, Any, Put]]:
     if len(path) > _DEEPEST:
         raise UsageError("containers are nested too deep, or hold themselves", expected=f"{_DEEPEST} levels")
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, torch.Tensor):
+        yield path, value, put
+    elif isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _leaves((*path, key), inner, _setter(value, key))
     elif isinstance(value, list) and _is_descended(value):

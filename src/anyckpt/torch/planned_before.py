@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.indexing import Shape
@@ -21,13 +21,18 @@ from anyckpt.torch.options import Options
 from anyckpt.torch.settling import settled
 from anyckpt.torch.whole import LiveSource
 
-Nesting = tuple[tuple[Any, ...], ...]
+Nesting = tuple[list[Any], ...]
 
 
 def nesting_of(live: LiveState) -> Nesting:
-    """Names with the keys that lead to them and these keys' types, in order, and which of the names are objects'."""
-    names = tuple((name, path, tuple(map(type, path))) for name, path in live.paths.items())
-    return (*names, tuple(one.name for one in live.objects))
+    """Names, the keys that lead to them and these keys' types, in order, and which of the names are objects'."""
+    paths = list(live.paths.values())
+    return list(live.paths), paths, list(map(type, chain.from_iterable(paths))), [one.name for one in live.objects]
+
+
+def boxes_of(pieces: Sequence[LivePiece]) -> list[tuple[Any, ...]]:
+    """What a plan depends on of each piece: all but its elements."""
+    return [(one.name, one.dtype, one.offset, one.shape, one.tensor.shape) for one in pieces]
 
 
 @dataclass(frozen=True)
@@ -39,21 +44,13 @@ class Earlier:
     only_objects: Plan
     settled: bool
     run: SharedRun
-    pieces: tuple[PieceRead, ...]
+    boxes: list[tuple[Any, ...]]
+    reads: tuple[Reads, ...]
     nesting: Nesting
 
     def is_of(self, live: LiveState) -> bool:
         """Whether a rank has boxes of the same tensors, in a state of the same names that is nested alike."""
-        pieces = live.pieces
-        same = len(pieces) == len(self.pieces) and all(
-            piece.name == was.name
-            and piece.tensor.shape == was.sizes
-            and piece.offset == was.offset
-            and piece.shape == was.shape
-            and piece.dtype is was.dtype
-            for piece, was in zip(pieces, self.pieces, strict=True)
-        )
-        return same and nesting_of(live) == self.nesting
+        return boxes_of(live.pieces) == self.boxes and nesting_of(live) == self.nesting
 
     def plan_of(self, objects: Mapping[str, Frozen]) -> Plan | None:
         """The plan with other objects; None if they take another size."""
@@ -63,40 +60,37 @@ class Earlier:
         self, plan: Plan, pieces: Sequence[LivePiece], path: str, key: str, ranks: Ranks
     ) -> tuple[Plan, SharedRun]:
         """The same with other contents."""
-        for piece, was in zip(pieces, self.pieces, strict=True):
-            for start, source in was.sources:
-                source.follow(piece, start)
+        for piece, reads in zip(pieces, self.reads, strict=True):
+            for start, source in reads:
+                if start is None:
+                    source.follow(piece.tensor)
+                else:
+                    source.follow(piece.part(start, source.shape))
         ready = settled(plan, ranks, key) if self.settled else plan
         overwrite = self.laid.options.overwrite
         place = destination_at(path, overwrite=overwrite, said=NOTHING_SAID)
         return ready, self.run.renewed(ready, place, key, overwrite=overwrite)
 
 
-@dataclass(frozen=True)
-class PieceRead:
-    """A box that a rank had, and what is read of it, by where that begins."""
-
-    name: str
-    dtype: DType
-    offset: Shape
-    shape: Shape
-    sizes: Shape
-    sources: tuple[tuple[Shape, LiveSource], ...]
+Reads = tuple[tuple[Shape | None, LiveSource], ...]
+"""What is read of a piece, by where that begins in the whole tensor; None if it is all of the piece."""
 
 
-def pieces_read(pieces: Sequence[LivePiece], sources: Mapping[tuple[str, Shape], LiveSource]) -> tuple[PieceRead, ...]:
-    """What is read of each piece, by its tensor's name and first index."""
+def pieces_read(pieces: Sequence[LivePiece], sources: Mapping[tuple[str, Shape], LiveSource]) -> tuple[Reads, ...]:
+    """What is read of each piece.
+
+    Args:
+        pieces: of a rank.
+        sources: by tensor's name and first index.
+    """
     by_name: dict[str, list[tuple[Shape, LiveSource]]] = {}
     for (name, start), source in sources.items():
         by_name.setdefault(name, []).append((start, source))
     return tuple(
-        PieceRead(
-            piece.name,
-            piece.dtype,
-            piece.offset,
-            piece.shape,
-            piece.sizes,
-            tuple(one for one in by_name.get(piece.name, ()) if piece.holds(one[0], tuple(one[1].tensor.shape))),
+        tuple(
+            (None if source.shape == piece.tensor.shape else start, source)
+            for start, source in by_name.get(piece.name, ())
+            if piece.holds(start, source.shape)
         )
         for piece in pieces
     )

@@ -34,7 +34,7 @@ from anyckpt.torch.integrity import RankRecord, record_of, survey
 from anyckpt.torch.laid_out import Laid
 from anyckpt.torch.live import LiveState
 from anyckpt.torch.options import WHOLE, Options, check_agreed
-from anyckpt.torch.planned_before import PLANNED, Earlier, Plans, kind_of, nesting_of, objects_of, pieces_read
+from anyckpt.torch.planned_before import PLANNED, Earlier, Plans, boxes_of, kind_of, nesting_of, objects_of, pieces_read
 from anyckpt.torch.settling import settled
 from anyckpt.torch.whole import LiveSource, shared_out, whole_of
 
@@ -217,7 +217,8 @@ def prepare(
             _check_reachable(destination, options.format, ranks.size)
             check_destination(destination, (), overwrite=options.overwrite, known=_AFTERWARDS, anywhere=True)
             clear(destination, overwrite=options.overwrite)
-        kept.append(describe())
+        with _no_collecting():
+            kept.append(describe())
         if not options.save_optimizer:
             kept[0].leave_out_optimizer()
         known = earlier is not None and earlier.laid.options == options and earlier.is_of(kept[0])
@@ -267,7 +268,14 @@ def prepare(
     if constant:
         only_objects = laid.plan({}, objects_of(records))
         plans[kind_of(options, ranks, destination)] = Earlier(
-            laid, plan, only_objects, ready is not plan, run, pieces_read(live.pieces, laid.sources), nesting_of(live)
+            laid,
+            plan,
+            only_objects,
+            ready is not plan,
+            run,
+            boxes_of(live.pieces),
+            pieces_read(live.pieces, laid.sources),
+            nesting_of(live),
         )
     return Prepared(ready, run, laid.sources, key, time.monotonic() - started)
 

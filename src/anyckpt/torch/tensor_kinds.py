@@ -166,9 +166,13 @@ def dtype_of(name: str, tensor: torch.Tensor) -> DType:
         UsageError: it is none that files have.
     """
     try:
-        return dtype(tensor.dtype)
+        return _of_torch(tensor.dtype)
     except FormatError as error:
         raise UsageError(error.problem, tensor=name, expected=error.expected) from None
+
+
+_of_torch = lru_cache(maxsize=None)(dtype)
+"""The entry of an element type; the state of a large model has ten thousands of tensors of a few types."""
 
 
 KINDS: list[Kind] = [of_sharded_tensor, of_dtensor, of_tensor]

@@ -37,7 +37,7 @@ class LiveSource(ByteSource):
         name: what to call it in a message.
     """
 
-    __slots__ = ("_itemsize", "_lazy", "_shape", "_where", "tensor")
+    __slots__ = ("_address", "_itemsize", "_lazy", "_stride", "shape", "tensor")
 
     def __init__(self, tensor: torch.Tensor, name: str) -> None:
         self.name = name
@@ -49,19 +49,17 @@ class LiveSource(ByteSource):
     def bind(self, tensor: torch.Tensor) -> None:
         """Read from this tensor from now on."""
         self.tensor = tensor.resolve_conj().resolve_neg()
-        self._shape = tensor.shape
+        self.shape = tuple(tensor.shape)
         # Where nobody is sure to find the same elements again, there is no place: what is resolved is a copy.
-        self._where = (tensor.data_ptr(), tensor.stride()) if self.tensor is tensor else None
+        self._address = tensor.data_ptr() if self.tensor is tensor else None
+        self._stride = tensor.stride()
         lazy = Live().tensor(self.tensor)
         assert lazy is not None
         self._lazy = lazy
 
-    def follow(self, piece: LivePiece, start: Shape) -> None:
-        """Read what a piece has of the same box from now on."""
-        tensor, where = piece.tensor, self._where
-        if tensor.shape != self._shape:
-            tensor = piece.part(start, self._shape)
-        if where is None or tensor.data_ptr() != where[0] or tensor.stride() != where[1]:
+    def follow(self, tensor: torch.Tensor) -> None:
+        """Read from this tensor of the same shape from now on."""
+        if tensor.data_ptr() != self._address or tensor.stride() != self._stride:
             self.bind(tensor)
 
     def identity(self) -> None:
