@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tests.support import assert_tensors_equal_expected, file_bytes, fixture_path, sha256_of, write_plan
 
+import anyckpt
 from anyckpt.checkpoint import Checkpoint, Tokenizer
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 from anyckpt.formats.format import WriteOptions
@@ -233,3 +234,22 @@ def test_a_configuration_may_say_anything_of_its_architectures(value: Any, tmp_p
     assert FORMAT.plan is not None
     written = {file.path for file in FORMAT.plan(checkpoint, WriteOptions()).files}
     assert written == {"model.safetensors", "config.json"}
+
+
+def test_folders_that_belong_to_a_model_go_along(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(fixture_path("families/llama/hf"), source)
+    for name in ("1_Pooling/config.json", "llm_backbone/config.json", "checkpoint-500/config.json"):
+        (source / name).parent.mkdir()
+        (source / name).write_text(name)
+    done = anyckpt.convert(source, tmp_path / "copy", to="hf")
+    assert not done.ignored
+    for name in ("1_Pooling/config.json", "llm_backbone/config.json"):
+        assert (tmp_path / "copy" / name).read_text() == name
+    assert not (tmp_path / "copy" / "checkpoint-500").exists()
+    told = anyckpt.convert(source, tmp_path / "weights.safetensors")
+    assert {"1_Pooling/config.json", "llm_backbone/config.json"} <= told.ignored.keys()
+    anyckpt.convert(source, tmp_path / "model.nemo")
+    anyckpt.convert(source, tmp_path / "bridge", to="megatron-bridge")
+    anyckpt.convert(source, tmp_path / "nemo2", to="nemo2")
+    anyckpt.convert(source, tmp_path / "trtllm", to="trtllm")

@@ -58,6 +58,9 @@ _TUNE = re.compile(r"hf_model_(\d{4})_(\d{1,6})\.pt", re.ASCII)
 
 
 _MODELOPT = "hf_quant_config.json"
+_BESIDE = re.compile(r"llm_backbone|\d{1,3}_[A-Z]\w*", re.ASCII)
+"""Folders that go along as they are: that of NeMo's SpeechLM2 with its language model's configuration, and those of the
+modules that sentence-transformers puts behind a model (``1_Pooling``)."""
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -85,6 +88,7 @@ def _read(location: Location) -> Checkpoint:
     part = None if ranks is None else check_last_ranks(location.path, tensors, config, ranks, warnings)
     tokenizer_files, artifacts = other_files(folder, "config.json")
     artifacts.pop(FILES_OF_NAMES, None)
+    artifacts |= _in_folders(location)
     quantized = _quantization(config, artifacts)
     if quantized is not None:
         from anyckpt.quantization import method_of
@@ -107,6 +111,17 @@ def _read(location: Location) -> Checkpoint:
         part=part,
         forms=beside.all_forms(),
     )
+
+
+def _in_folders(location: Location) -> dict[str, ByteSource]:
+    """Files of folders that belong to the model."""
+    folders = [name for name in location.names if _BESIDE.fullmatch(name) and location.is_folder(name)]
+    return {
+        f"{folder}/{name}": location.open(folder, name)
+        for folder in folders
+        for name in location.names_in(folder)
+        if location.is_file(folder, name)
+    }
 
 
 def _version(config: Mapping[str, Any]) -> str | None:
@@ -301,7 +316,8 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if checkpoint.tokenizer is not None:
         extra.update(tokenizer_files(checkpoint.tokenizer, notes))
     for name, source in checkpoint.artifacts.items():
-        check_plain_name(name, checkpoint.path)
+        for part in name.split("/"):
+            check_plain_name(part, checkpoint.path)
         if name in _FACTS_BESIDE and checkpoint.quantization is None:
             continue  # of weights that have been dequantized
         extra.setdefault(name, OutputFile(name, (SourceData(source),), 1))

@@ -65,6 +65,9 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     if checkpoint.tokenizer is not None:
         files.update(tokenizer.written(checkpoint.tokenizer, notes))
     for name, source in checkpoint.artifacts.items():
+        if "/" in name.strip("/"):
+            ignored[name] = "a trtllm checkpoint has no folders"
+            continue
         check_plain_name(name, checkpoint.path)
         if RANK.fullmatch(name):
             ignored[name] = "has the name of a rank's file"

@@ -78,7 +78,7 @@ def alone(checkpoint: Checkpoint, name: str, options: ConvertOptions) -> Taken:
         config=options.config if given else found.config,
         alpha=found.alpha if options.alpha is None and (named or adapters) else options.alpha,
     )
-    beside = [*checkpoint.artifacts]
+    beside = [name for name in checkpoint.artifacts if found.config is None or name != "/".join(_BACKBONE)]
     if not found.has_tokenizer and checkpoint.tokenizer is not None:
         beside += checkpoint.tokenizer.files
     bare = replace(
