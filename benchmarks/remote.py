@@ -69,7 +69,7 @@ def _told(store: subprocess.Popen[str]) -> tuple[int, int]:
     assert store.stdout is not None
     store.stdin.write("\n")
     store.stdin.flush()
-    requests, sent = store.stdout.readline().split()
+    requests, sent, _ = store.stdout.readline().split()
     return int(requests), int(sent)
 
 

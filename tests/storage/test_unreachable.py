@@ -118,7 +118,7 @@ def answer(run: Runner, command: str, name: str, files: dict[str, bytes], networ
 
 def moments(asked: int) -> list[int]:
     """Numbers of requests: every one, or, of many, the first and others that are spread evenly."""
-    few = 24
+    few = 16
     return list(range(asked)) if asked <= 2 * few else [*range(few), *range(few, asked, -(-(asked - few) // few))]
 
 
