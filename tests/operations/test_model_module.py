@@ -14,6 +14,7 @@ from tests.support import fixture_path
 
 import anyckpt
 from anyckpt.errors import FormatError, UsageError
+from anyckpt.tensor import from_array
 
 LLAMA = fixture_path("families/llama/hf")
 ADAPTED = "model.layers.1.mlp.up_proj"
@@ -151,10 +152,11 @@ def test_a_configuration_that_is_given_is_the_language_models(tmp_path: Path) ->
     assert "cannot be read" in " ".join(anyckpt.inspect(speech).notes)
 
 
-def test_a_runs_checkpoint_has_it_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_runs_checkpoint_has_it_too(sharded: bool, tmp_path: Path) -> None:
     """In training all lies in a Lightning checkpoint, whose hyper-parameters are the model's settings."""
     speech = folder(tmp_path / "speech", with_adapter(own_names("salm"), "salm"), lora={"r": 2, "lora_alpha": 6})
-    anyckpt.convert(speech, tmp_path / "run.ckpt")
+    anyckpt.convert(speech, tmp_path / "run.ckpt", sharded=sharded)
     anyckpt.convert(tmp_path / "run.ckpt", tmp_path / "llm", to="hf", module="llm", config=LLAMA, alpha=6.0)
     check_equal(tmp_path / "llm", merged(3.0))
 
@@ -184,3 +186,15 @@ def test_what_it_consists_of_is_told(tmp_path: Path) -> None:
     (bare / "config.json").write_text(json.dumps({"model_type": "nemo_speechlm"}))
     assert "of NeMo: llm (give its configuration with --config)" in " ".join(anyckpt.inspect(bare).notes)
     assert not anyckpt.inspect(LLAMA).notes
+
+
+def test_another_language_model_is_put_in(tmp_path: Path) -> None:
+    """As the guide has it."""
+    salm = anyckpt.open(folder(tmp_path / "speech", own_names("salm")))
+    outside = {"model.embed_tokens.weight": "embed_tokens.weight"}
+    tuned = {name: from_array(array + 1) for name, array in language().items()}
+    new = {outside.get(name, f"llm.{name}"): tensor for name, tensor in tuned.items()}
+    anyckpt.save({**salm.weights(), **new}, tmp_path / "tuned", to="hf", config=salm.config)
+    assert anyckpt.open(tmp_path / "tuned").keys() == salm.keys()
+    anyckpt.convert(tmp_path / "tuned", tmp_path / "llm", to="hf", module="llm", config=LLAMA)
+    check_equal(tmp_path / "llm", {name: array + 1 for name, array in language().items()})
