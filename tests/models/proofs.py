@@ -312,6 +312,10 @@ _YARN = {
 _GRANITE = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.2, "logits_scaling": 8.0,
 }  # fmt: skip
+GRANITE_4 = {
+    "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
 _EXPERTS = {
     **GROUPED, "moe_intermediate_size": 24, "n_routed_experts": 8, "n_group": 1, "topk_group": 1,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 2, "routed_scaling_factor": 1.5,
@@ -586,6 +590,30 @@ PROOFS: dict[str, Proof] = {
     ),
     "granitemoe": proof(
         tiny("granitemoe", "granitemoe", _HUB_ALONE, **GROUPED, **_GRANITE, num_local_experts=4),
+    ),
+    "granitemoehybrid": proof(
+        tiny(
+            "granite-4-experts",
+            "granitemoehybrid",
+            _HUB_ALONE,
+            **GROUPED,
+            **_GRANITE,
+            **GRANITE_4,
+            num_local_experts=4,
+            shared_intermediate_size=40,
+        ),
+        tiny(
+            "granite-4-dense",
+            "granitemoehybrid",
+            _HUB_ALONE,
+            **GROUPED,
+            **_GRANITE,
+            **GRANITE_4,
+            num_local_experts=0,
+            shared_intermediate_size=40,
+            position_embedding_type="rope",
+            tie_word_embeddings=True,
+        ),
     ),
     "exaone4": proof(
         tiny("exaone4", "exaone4", _CORE_ALONE, **GROUPED, sliding_window=None, layer_types=["full_attention"] * 4),

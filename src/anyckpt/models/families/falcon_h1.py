@@ -15,8 +15,7 @@ from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
-from anyckpt.models.families import nemotron_h
-from anyckpt.models.families.parts import decoder
+from anyckpt.models.families.parts import decoder, mamba
 from anyckpt.models.families.parts.fields import LLAMA_FIELDS
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import GATE_UP
@@ -28,16 +27,6 @@ _ATTENTION = tuple(
     for rule in decoder.RULES
     if ".self_attention." in rule.hub and not rule.hub.endswith((".bias", ".layer_norm_weight"))
 )
-_MIXER: Mapping[str, tuple[str, ...]] = {
-    "A_log": ("mamba-heads",),
-    "D": ("mamba-heads",),
-    "dt_bias": ("mamba-heads",),
-    "in_proj.weight": ("mamba-in", "hidden"),
-    "conv1d.weight": ("mamba-conv", "one", "kernel"),
-    "conv1d.bias": ("mamba-conv",),
-    "norm.weight": ("mamba-inner",),
-    "out_proj.weight": ("hidden", "mamba-inner"),
-}
 _MLP = f"{_LAYER}.feed_forward"
 
 RULES = (
@@ -47,7 +36,7 @@ RULES = (
     *(
         Rule((f"{_LAYER}.mamba.{name}",), f"{_HUB}.mamba_mixer.{name}", shape, partition="alone",
              when=has("mamba_rms_norm") if name.startswith("norm.") else always)
-        for name, shape in _MIXER.items()
+        for name, shape in mamba.MIXER.items()
     ),
     Rule((f"{_LAYER}.pre_ff_layernorm.weight",), f"{_HUB}.mlp.linear_fc1.layer_norm_weight", ("hidden",)),
     Rule((f"{_MLP}.gate_proj.weight", f"{_MLP}.up_proj.weight"), f"{_HUB}.mlp.linear_fc1.weight", ("fc1", "hidden"),
@@ -96,7 +85,7 @@ FAMILY = Family(
     recognise=lambda config: False,
     nemo1=False,
     megatron=False,
-    dimensions=nemotron_h.DIMENSIONS,
+    dimensions=mamba.DIMENSIONS,
     hugging_face=HuggingFace(
         model_types=("falcon_h1",),
         architectures=("FalconH1ForCausalLM",),

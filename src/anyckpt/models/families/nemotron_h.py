@@ -18,7 +18,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2, Variant
 from anyckpt.errors import MappingError
-from anyckpt.models.families.parts import caveats, decoder
+from anyckpt.models.families.parts import caveats, decoder, mamba
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import INTERLEAVED_QKV
 from anyckpt.models.language.rules import Condition, Rule, has
@@ -155,22 +155,10 @@ _VARIANTS = (
 )
 
 
-def _inner(config: ModelConfig) -> int:
-    return (config.mamba_num_heads or 0) * (config.mamba_head_dim or 0)
-
-
-def _states(config: ModelConfig) -> int:
-    return (config.mamba_num_groups or 0) * (config.mamba_state_dim or 0)
-
-
 DIMENSIONS = {
     "latent": lambda config: config.moe_latent_size or config.hidden_size,
     "twice-hidden": lambda config: 2 * config.hidden_size,
-    "mamba-heads": lambda config: config.mamba_num_heads or 0,
-    "mamba-inner": _inner,
-    "mamba-conv": lambda config: _inner(config) + 2 * _states(config),
-    "mamba-in": lambda config: 2 * _inner(config) + 2 * _states(config) + (config.mamba_num_heads or 0),
-    "kernel": lambda config: 4,
+    **mamba.DIMENSIONS,
 }
 
 _FIXED: Mapping[str, Any] = {
