@@ -82,21 +82,57 @@ class Magnitudes:
         return Magnitudes(lowest, tuple(counts.tolist()))
 
 
+_PATTERNS = {
+    "bfloat16": ("<u2", 0x7F80, 0x0080),
+    "float16": ("<u2", 0x7C00, 0x0400),
+    "float32": ("<u4", 0x7F80_0000, 0x0080_0000),
+    "float64": ("<u8", 0x7FF0_0000_0000_0000, 0x0010_0000_0000_0000),
+}
+"""Numbers as integers without their sign: the type, infinity, above which is what is no number, and the smallest
+normal number."""
+
+
+class _Bits:
+    """What of elements shows in their bits, counted a chunk at a time.  That of most is neither 0 nor special."""
+
+    def __init__(self, pattern: tuple[str, int, int], most: int) -> None:
+        self.kind, self._infinity, self._normal = np.dtype(pattern[0]), pattern[1], pattern[2]
+        self._sizes, self._some = np.empty(most, self.kind), np.empty(most, np.bool_)
+        self.zeros = self.nan = self.inf = self.negative_inf = self.denormals = 0
+
+    def add(self, chunk: Array) -> None:
+        bits = chunk.view(self.kind)
+        size, where = self._sizes[: len(bits)], self._some[: len(bits)]
+        np.bitwise_and(bits, np.iinfo(self.kind).max >> 1, out=size)
+        least, most = size.min(), size.max()
+        if least < self._normal:
+            nothing = int(np.count_nonzero(np.equal(size, 0, out=where)))
+            self.zeros += nothing
+            self.denormals += int(np.count_nonzero(np.less(size, self._normal, out=where))) - nothing
+        if most >= self._infinity:
+            self.nan += int(np.count_nonzero(np.greater(size, self._infinity, out=where)))
+            infinite = np.equal(size, self._infinity, out=where)
+            self.inf += int(np.count_nonzero(infinite))
+            self.negative_inf += int(np.count_nonzero(bits[infinite] != self._infinity))
+
+
 class _Moments:
     """Count, mean and squared deviations, merged chunk by chunk (Chan, Golub and LeVeque) so that nothing cancels."""
 
-    def __init__(self, smallest_normal: float, most: int, magnitudes: bool) -> None:
+    def __init__(self, bits: _Bits | None, most: int, magnitudes: bool) -> None:
         self.count = 0
         self.mean = self.squares = 0.0
         self.low: float | None = None
         self.high: float | None = None
-        self.zeros = self.nan = self.inf = self.negative_inf = self.denormals = 0
-        self.smallest_normal = smallest_normal
+        self._bits = bits
+        self.zeros = self.nan = self.inf = self.negative_inf = 0  # of types that are not counted by their bits
         self._values, self._deviation = (np.empty(most, np.float64) for _ in range(2))
         self._some = np.empty(most, np.bool_)
         self._powers = np.zeros(_POWERS, np.int64) if magnitudes else None
 
     def add(self, chunk: Array) -> None:
+        if self._bits is not None:
+            self._bits.add(chunk)
         values = self._values[: len(chunk)]
         if chunk.itemsize == 1 and chunk.dtype.kind not in "iu":
             np.take(_numbers_of_a_byte(chunk.dtype), chunk.view(np.uint8), out=values, mode="clip")
@@ -121,8 +157,8 @@ class _Moments:
         self.high = high if self.high is None else max(self.high, high)
         count = len(values)
         deviation, some = self._deviation[:count], self._some[:count]
-        zeros = int(np.count_nonzero(np.equal(values, 0, out=some)))
-        self.zeros += zeros
+        if self._bits is None:
+            self.zeros += int(np.count_nonzero(np.equal(values, 0, out=some)))
         mean = total / count
         np.subtract(values, mean, out=deviation)
         squares = float(np.multiply(deviation, deviation, out=deviation).sum())  # np.dot would start BLAS's threads
@@ -130,22 +166,20 @@ class _Moments:
         self.squares += squares + shift * shift * self.count * count / both
         self.mean += shift * count / both
         self.count = both
-        if self.smallest_normal:
-            small = np.less(np.abs(values, out=deviation), self.smallest_normal, out=some)
-            self.denormals += int(np.count_nonzero(small)) - zeros
 
     def result(self) -> Statistics:
         some = self.count > 0
+        counted = self if self._bits is None else self._bits
         return Statistics(
             self.low,
             self.high,
             self.mean if some else None,
             math.sqrt(self.squares / self.count) if some else None,
-            self.zeros,
-            self.nan,
-            self.inf,
-            self.denormals,
-            self.negative_inf,
+            counted.zeros,
+            counted.nan,
+            counted.inf,
+            0 if self._bits is None else self._bits.denormals,
+            counted.negative_inf,
         )
 
     def magnitudes(self) -> Magnitudes | None:
@@ -202,7 +236,9 @@ def scan(
     _check_expansion(tensor)
     sha = _sha256() if digest else None
     most = min(_CHUNK_ELEMENTS, tensor.size)
-    moments = _Moments(_smallest_normal(tensor), most, magnitudes) if statistics and _is_number(tensor) else None
+    pattern = _PATTERNS.get(tensor.dtype.name)
+    bits = _Bits(pattern, most) if pattern is not None and statistics else None
+    moments = _Moments(bits, most, magnitudes) if statistics and _is_number(tensor) else None
     with np.errstate(all="ignore"):
         for chunk in tensor.chunks(_CHUNK_ELEMENTS * tensor.dtype.itemsize):
             if sha is not None:
@@ -213,16 +249,6 @@ def scan(
                 advance(chunk.nbytes)
     told = None if sha is None else sha.hexdigest()
     return Scan(None, told) if moments is None else Scan(moments.result(), told, moments.magnitudes())
-
-
-_PATTERNS = {
-    "bfloat16": ("<u2", 0x7F80, 0x0080),
-    "float16": ("<u2", 0x7C00, 0x0400),
-    "float32": ("<u4", 0x7F80_0000, 0x0080_0000),
-    "float64": ("<u8", 0x7FF0_0000_0000_0000, 0x0010_0000_0000_0000),
-}
-"""Numbers as integers without their sign: the type, infinity, above which is what is no number, and the smallest
-normal number."""
 
 
 def counts(tensor: LazyTensor, advance: Advance | None = None) -> Statistics | None:
@@ -238,27 +264,12 @@ def counts(tensor: LazyTensor, advance: Advance | None = None) -> Statistics | N
     if pattern is None:
         return None
     _check_expansion(tensor)
-    kind, infinity, normal = np.dtype(pattern[0]), pattern[1], pattern[2]
-    most = min(_CHUNK_ELEMENTS, tensor.size)
-    sizes, some = np.empty(most, kind), np.empty(most, np.bool_)
-    zeros = nan = inf = negative = denormals = 0
-    for chunk in tensor.chunks(_CHUNK_ELEMENTS * kind.itemsize):
-        bits = chunk.view(kind)
-        size, where = sizes[: len(bits)], some[: len(bits)]
-        np.bitwise_and(bits, np.iinfo(kind).max >> 1, out=size)
-        least, most = size.min(), size.max()
-        if least < normal:
-            nothing = int(np.count_nonzero(np.equal(size, 0, out=where)))
-            zeros += nothing
-            denormals += int(np.count_nonzero(np.less(size, normal, out=where))) - nothing
-        if most >= infinity:
-            nan += int(np.count_nonzero(np.greater(size, infinity, out=where)))
-            infinite = np.equal(size, infinity, out=where)
-            inf += int(np.count_nonzero(infinite))
-            negative += int(np.count_nonzero(bits[infinite] != infinity))
+    bits = _Bits(pattern, min(_CHUNK_ELEMENTS, tensor.size))
+    for chunk in tensor.chunks(_CHUNK_ELEMENTS * bits.kind.itemsize):
+        bits.add(chunk)
         if advance is not None:
             advance(chunk.nbytes)
-    return Statistics(None, None, None, None, zeros, nan, inf, denormals, negative)
+    return Statistics(None, None, None, None, bits.zeros, bits.nan, bits.inf, bits.denormals, bits.negative_inf)
 
 
 def _check_expansion(tensor: LazyTensor) -> None:
@@ -276,13 +287,6 @@ def _check_expansion(tensor: LazyTensor) -> None:
 
 def _is_number(tensor: LazyTensor) -> bool:
     return tensor.dtype.numpy is not None or tensor.dtype.name == "complex32"
-
-
-def _smallest_normal(tensor: LazyTensor) -> float:
-    kind = tensor.dtype
-    if not kind.is_floating or kind.itemsize < 2:
-        return 0.0
-    return 2.0 ** {"float64": -1022, "float16": -14}.get(kind.name, -126)
 
 
 def _real(chunk: Array, name: str) -> Array:
