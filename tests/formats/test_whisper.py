@@ -61,6 +61,16 @@ def test_there_and_back_nothing_changes(tmp_path: Path) -> None:
     assert not anyckpt.verify(tmp_path / "back.pt").problems
 
 
+def test_a_model_without_its_output_layer_is_the_same(tmp_path: Path) -> None:
+    anyckpt.convert(TINY, tmp_path / "hf", to="hf")
+    (tmp_path / "bare").mkdir()
+    anyckpt.convert(tmp_path / "hf", tmp_path / "bare/model.safetensors", rename="model.*=*")
+    config = (tmp_path / "hf/config.json").read_text().replace("WhisperForConditionalGeneration", "WhisperModel")
+    (tmp_path / "bare/config.json").write_text(config)
+    anyckpt.convert(tmp_path / "bare", tmp_path / "back.pt", to="whisper")
+    assert anyckpt.diff(TINY, tmp_path / "back.pt").equal
+
+
 @pytest.mark.parametrize(
     ("dims", "name", "end"),
     [

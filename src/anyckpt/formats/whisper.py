@@ -235,10 +235,10 @@ def _plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         )
     weights, ignored = weights_only(checkpoint)
     dims = dict(_dimensions(config, checkpoint.path))
-    state = {}
+    state: dict[str, LazyTensor] = {}
     for name, tensor in weights.items():
-        own = _in_file(name)
-        if own is None:
+        own = _in_file(name) or _in_file(f"model.{name}")  # the latter of WhisperModel alone
+        if own is None or own in state:
             raise MappingError(
                 "OpenAI's Whisper has no such tensor",
                 path=checkpoint.path,
