@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.sample import run_share, shrink_blocks
-from tests.engine.test_execute import restored_block_sizes  # noqa: F401
 from tests.support import file_bytes
 
 from anyckpt import blockwise as module

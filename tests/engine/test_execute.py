@@ -25,7 +25,7 @@ from tests.engine.sample import make_source, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
 from anyckpt.dtypes import dtype
-from anyckpt.engine import blocks, checksum, execute, files, outputs, run
+from anyckpt.engine import blocks, execute, outputs, run
 from anyckpt.engine.blocks import Block, LatePart, cut
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
@@ -46,15 +46,6 @@ class AtMost(ElementWise):
 
     def __call__(self, values: Any) -> Any:
         return np.minimum(values, np.float32(self.limit))
-
-
-@pytest.fixture(autouse=True)
-def restored_block_sizes() -> Iterator[None]:
-    before = (blocks.CHUNK_BYTES, run._SYNC_EVERY, files._DIRECT_MINIMUM)
-    yield
-    for module in (blocks, checksum, files):
-        module.CHUNK_BYTES = before[0]
-    run._SYNC_EVERY, files._DIRECT_MINIMUM = before[1:]
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from tests.engine.memory_destination import MemoryDestination, ObjectStore
 from tests.engine.sample import run_share, shrink_blocks
-from tests.engine.test_execute import restored_block_sizes  # noqa: F401
 
 from anyckpt.dtypes import dtype
 from anyckpt.engine.destination import Share
@@ -28,7 +27,7 @@ ROWS = 64  # of 64 float32: 16,384 bytes
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(restored_block_sizes: None) -> Iterator[None]:  # noqa: F811
+def small_blocks(restored_block_sizes: None) -> Iterator[None]:
     shrink_blocks(8192)
     yield
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from tests.engine.sample import make_source, run_share, sample_plan, shrink_bloc
 from tests.support import file_bytes
 
 from anyckpt.dtypes import dtype
-from anyckpt.engine import blocks, checksum, files, run
+from anyckpt.engine import blocks, run
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.execute import execute
@@ -34,15 +33,6 @@ from anyckpt.storage import LocalFile, MemorySource
 from anyckpt.tensor import Stored, from_array
 
 SAMPLE = Path(__file__).with_name("sample.py")
-
-
-@pytest.fixture(autouse=True)
-def restored_block_sizes() -> Iterator[None]:
-    before = (blocks.CHUNK_BYTES, run._SYNC_EVERY, files._DIRECT_MINIMUM)
-    yield
-    for module in (blocks, checksum, files):
-        module.CHUNK_BYTES = before[0]
-    run._SYNC_EVERY, files._DIRECT_MINIMUM = before[1:]
 
 
 @pytest.fixture
