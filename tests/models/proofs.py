@@ -221,6 +221,11 @@ GEMMA_4 = {
     **_WIDE, "num_hidden_layers": 6, "global_head_dim": 24, "sliding_window": 4,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+GEMMA_3N = {
+    **_WIDE, "num_hidden_layers": 6, "sliding_window": 4, "num_kv_shared_layers": 3, "laurel_rank": 6,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 
 _BERT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
@@ -702,6 +707,17 @@ PROOFS: dict[str, Proof] = {
             sliding_window=4,
             rope_parameters=_SCALED,
             layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
+    "gemma3n": proof(
+        tiny("gemma3n", "gemma3n_text", _HUB_ALONE, **GEMMA_3N),
+        tiny(
+            "gemma3n-widths",
+            "gemma3n_text",
+            _HUB_ALONE,
+            **{**GEMMA_3N, "intermediate_size": [48, 40, 56, 48, 48, 32]},
+            activation_sparsity_pattern=[0.9, 0.9, 0.0, 0.0, 0.0, 0.0],
+            altup_num_inputs=2,
         ),
     ),
     "gemma4": proof(
