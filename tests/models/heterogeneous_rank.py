@@ -39,8 +39,13 @@ def main(rank: int, world: int, folder: Path) -> None:
     with torch.no_grad():
         np.save(folder / f"logits_{rank}.npy", model(*inputs()).numpy())
     torch.distributed.barrier()
+    # Megatron-Core keeps groups of its own: those that live until the interpreter ends may meet their threads there,
+    # which ends the process by std::terminate.
+    parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to be said, and no thread of a library is waited for

@@ -20,7 +20,7 @@ import anyckpt
 from anyckpt.dtypes import dtype
 from anyckpt.engine.copied import Copies
 from anyckpt.engine.destination import Share
-from anyckpt.engine.plan import OutputFile, Plan, SourceData, TensorData
+from anyckpt.engine.plan import Literal, OutputFile, Plan, SourceData, TensorData
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.formats import registry
@@ -278,3 +278,22 @@ time.sleep(60)
         assert path.name.startswith(".") or anyckpt.verify(path)
     newest = latest(tmp_path)
     assert newest is None or anyckpt.verify(newest)
+
+
+def test_what_has_to_be_copied_is_found_once_for_plans_that_read_the_same(
+    writer: BackgroundWriter, tmp_path: Path
+) -> None:
+    live = {name: np.zeros(300, np.uint8) for name in "ab"}
+    parts = {name: SourceData(MemorySource(array)) for name, array in live.items()}
+    kept: list[Copies] = []
+    found = []
+    for step, names in enumerate(("ab", "ab", "a")):
+        for array in live.values():
+            array[:] = step
+        plan = Plan("sample", (OutputFile("f", (Literal(bytes([step])), *(parts[name] for name in names))),))
+        done(writer, writer.submit(plan, str(tmp_path / str(step)), kept=kept))
+        found.append(kept[0])
+        wanted = bytes([step]) + bytes([step]) * 300 * len(names)
+        assert (tmp_path / str(step) / "f").read_bytes() == wanted
+    assert found[0] is found[1] is not found[2]
+    assert (found[1].nbytes, found[2].nbytes) == (640, 320)

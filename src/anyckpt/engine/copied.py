@@ -41,6 +41,7 @@ class Copies:
 
     def __init__(self, plan: Plan, share: int | None) -> None:
         self._share = share
+        self._parts = _read_by(plan)
         ranges: dict[int, tuple[ByteSource, list[tuple[int, int]]]] = {}
         for source, start, length in _wanted(plan, share):
             if length and source.is_live:
@@ -56,6 +57,10 @@ class Copies:
             self._runs[key] = tuple(runs)
             self._sources.append(source)
         self.nbytes = position
+
+    def are_of(self, plan: Plan, share: int | None) -> bool:
+        """Whether another plan reads the very same things, whatever else it writes."""
+        return share == self._share and _read_by(plan) == self._parts
 
     def pickled(self, plan: Plan, number: int) -> bytes:
         """The plan, with what was copied in the place of live state, for whoever receives the memory ``number``."""
@@ -91,8 +96,23 @@ def read(pieces: Sequence[Piece]) -> None:
         source.read_into(start, memory)
 
 
-def put(plan: Plan, share: int | None, memory: SharedMemory, number: int, copy: Copy = read) -> tuple[int, int]:
+def put(
+    plan: Plan,
+    share: int | None,
+    memory: SharedMemory,
+    number: int,
+    copy: Copy = read,
+    kept: list[Copies] | None = None,
+) -> tuple[int, int]:
     """Copy live state and plan into shared memory.
+
+    Args:
+        plan: what will be written.
+        share: as for ``Copies``.
+        memory: for all of it.
+        number: of the memory.
+        copy: copies live state.
+        kept: what was found out for an earlier plan, which is used again where it does, and else exchanged.
 
     Returns:
         where the plan lies in it: first byte and length.
@@ -101,12 +121,19 @@ def put(plan: Plan, share: int | None, memory: SharedMemory, number: int, copy: 
         OutputError: there is not enough memory.
         FormatError: a source turns out to be damaged.
     """
-    copies = Copies(plan, share)
+    copies = kept[0] if kept and kept[0].are_of(plan, share) else Copies(plan, share)
+    if kept is not None:
+        kept[:] = [copies]
     data = copies.pickled(plan, number)
     view = memory.reserve(copies.nbytes + len(data))
     copy(copies.pieces(view))
     view[copies.nbytes : copies.nbytes + len(data)] = data
     return copies.nbytes, len(data)
+
+
+def _read_by(plan: Plan) -> list[SourceData | TensorData]:
+    """The parts of a plan that read something."""
+    return [part for file in plan.files for part in file.parts if isinstance(part, (SourceData, TensorData))]
 
 
 def _wanted(plan: Plan, share: int | None) -> Iterator[tuple[ByteSource, int, int]]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from anyckpt.engine.copied import Copy, put, read
+from anyckpt.engine.copied import Copies, Copy, put, read
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import OutputError, UsageError
@@ -67,6 +67,7 @@ class BackgroundWriter:
         overwrite: bool = False,
         workers: int | None = None,
         upkeep: Upkeep | None = None,
+        kept: list[Copies] | None = None,
     ) -> int:
         """Copy what a plan reads and have it written; the number by which its outcome is asked for.
 
@@ -80,6 +81,7 @@ class BackgroundWriter:
             overwrite: replace what is there, at the end.
             workers: threads that write; as for ``execute``.
             upkeep: what follows publication.
+            kept: as for ``copied.put``; it holds what plans read.
 
         Raises:
             OutputError: there is not enough memory, or the process cannot be started.
@@ -93,7 +95,7 @@ class BackgroundWriter:
         number, memory = self._free.pop() if self._free else (self._made, self._make_memory())
         self._made = max(self._made, number + 1)
         try:
-            where = put(plan, None if share is None else share.number, memory, number, self._copy)
+            where = put(plan, None if share is None else share.number, memory, number, self._copy, kept)
         except BaseException:
             self._free.append((number, memory))
             raise

@@ -77,6 +77,7 @@ class Flights:
                 overwrite=options.overwrite,
                 workers=options.workers,
                 upkeep=upkeep,
+                kept=prepared.copies,
             )
         except AnyckptError as error:
             flight.failure = error

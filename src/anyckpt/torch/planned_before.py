@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
+from anyckpt.engine.copied import Copies
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.indexing import Shape
@@ -47,6 +48,7 @@ class Earlier:
     boxes: list[tuple[Any, ...]]
     reads: tuple[Reads, ...]
     nesting: Nesting
+    copies: list[Copies] = field(default_factory=list)
 
     def is_of(self, live: LiveState) -> bool:
         """Whether a rank has boxes of the same tensors, in a state of the same names that is nested alike."""

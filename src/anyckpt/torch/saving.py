@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from anyckpt.engine.copied import Copies
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import Report
 from anyckpt.engine.plan import OutputFile, Plan
@@ -100,6 +101,7 @@ class Prepared:
         key: names this save among all others.
         planning_seconds: what planning took.
         planned: False if the plan of an earlier save did.
+        copies: what of its sources has to be copied for another process, kept as long as the plan.
     """
 
     plan: Plan
@@ -108,6 +110,7 @@ class Prepared:
     key: str
     planning_seconds: float
     planned: bool = True
+    copies: list[Copies] | None = None
 
 
 def save(
@@ -238,7 +241,8 @@ def prepare(
         again = earlier.plan_of(objects_of(records)) if same and earlier is not None else None  # alike on all ranks
         if again is not None and earlier is not None:
             ready, run = earlier.again(again, live.pieces, destination, key, ranks)
-            return Prepared(ready, run, earlier.laid.sources, key, time.monotonic() - started, planned=False)
+            seconds = time.monotonic() - started
+            return Prepared(ready, run, earlier.laid.sources, key, seconds, planned=False, copies=earlier.copies)
         plans.pop(kind_of(options, ranks, destination), None)
         return prepare(lambda: live, path, options, ranks, plans)
     groups = tuple({frozenset(one.members) for one in found if one.members})
