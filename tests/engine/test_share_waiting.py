@@ -13,8 +13,9 @@ import pytest
 from tests.engine.sample import make_source, run_share, sample_plan, shrink_blocks
 
 from anyckpt.engine import blocks, checksum, files, run, shared_run, staging
-from anyckpt.engine.destination import Share, Trouble
+from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import Plan
+from anyckpt.engine.records import Trouble
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.engine.staging import StagingDirectory
 from anyckpt.errors import OutputError

@@ -14,11 +14,13 @@ from anyckpt.escaping import printable
 
 if TYPE_CHECKING:
     from anyckpt.operations.archive import ArchiveReport
+    from anyckpt.operations.steps.looking import LookedAt
     from anyckpt.pickling import Callee
 
 Progress = Callable[[int, int], None]
 
 _PATIENCE_SECONDS = 0.3
+_SHOWN_SHARES = 8
 _LOG_SECONDS = 30.0
 
 
@@ -86,6 +88,18 @@ def print_archive(done: ArchiveReport, as_json: bool) -> None:
         print_line(f"changed: {name}")
     size = format_bytes(done.bytes_written)
     print_line(f"{done.output}: {len(done.members)} files, {size} in {format_seconds(done.seconds)}")
+
+
+def print_part(what: str, part: LookedAt) -> None:
+    """What one of several processes did of a work on which another one answers, or will."""
+    from anyckpt.units import format_bytes, format_seconds
+
+    print_line(f"{what}: share {part.share}, {format_bytes(part.bytes_read)} in {format_seconds(part.seconds)}")
+    if part.missing_shares:
+        shown = ", ".join(part.missing_shares[:_SHOWN_SHARES]) + " ..." * (len(part.missing_shares) > _SHOWN_SHARES)
+        print_line(f"the answer comes when all shares are done; missing: {shown}")
+    else:
+        print_line("another process answers")
 
 
 class StoppedError(Exception):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
-from anyckpt.cli.console import print_json, print_line, print_note, progress_bar
+from anyckpt.cli.console import print_json, print_line, print_note, print_part, progress_bar
 from anyckpt.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def _tolerance(option: str, word: str) -> Callable[[Callable[..., int]], Callabl
     help="Compare all tensors, objects and files of one name as they are stored, under stored names.",
 )
 @click.option("--weights-only", is_flag=True, help="Leave aside configuration and training state.")
+@shared.looking
 @shared.as_json
 def command(
     a: str,
@@ -87,6 +88,7 @@ def command(
     raw: bool,
     weights_only: bool,
     as_json: bool,
+    **sharing: Any,
 ) -> int:
     """Compare weights, configuration and training state of checkpoints A and B by value, whatever their formats.
 
@@ -112,12 +114,15 @@ def command(
             raw=raw,
             weights_only=weights_only,
             progress=progress,
+            **sharing,
         )
     if as_json:
         print_json(found.to_json(sort=sort, top=top))
+    elif found.part is not None:
+        print_part(f"{a} and {b}", found.part)
     else:
         _print(found, layers, sort, top)
-    return 0 if found.equal else 1
+    return 0 if found.part is not None or found.equal else 1
 
 
 def _print(found: Difference, layers: bool, sort: str | None, top: int | None) -> None:

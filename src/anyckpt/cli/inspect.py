@@ -10,7 +10,7 @@ import click
 
 from anyckpt.cli import completion, shared, tables
 from anyckpt.cli.command import Command, option
-from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, print_note, progress_bar
+from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, print_note, print_part, progress_bar
 from anyckpt.cli.model_line import model_line, sizes_line
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ _QUANTIZATION = "quantization"
     metavar="GLOB",
     help="Print the state besides tensors whose names, or dotted paths in it, match, as YAML and nothing else.",
 )
+@shared.looking
 @shared.as_json
 def command(
     path: str,
@@ -85,6 +86,7 @@ def command(
     config: bool,
     objects: str | None,
     as_json: bool,
+    **sharing: Any,
 ) -> None:
     """Say what is in the checkpoint at PATH, without loading it.
 
@@ -97,9 +99,14 @@ def command(
         tensors = "*"
     tree = tree or depth is not None
     with progress_bar("reading") as progress:
-        found = inspect(path, tensors=tensors, stats=stats, digest=digest, names=names, tree=tree, progress=progress)
+        found = inspect(
+            path, tensors=tensors, stats=stats, digest=digest, names=names, tree=tree, progress=progress, **sharing
+        )
     if as_json:
         print_json(found.to_json())
+        return
+    if found.part is not None:
+        print_part(path, found.part)
         return
     if config or objects is not None:
         _print_yaml(found, config, objects)

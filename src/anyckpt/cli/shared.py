@@ -17,6 +17,7 @@ OUTPUT = "What to write"
 MODEL = "What the model is"
 QUANTIZED = "Quantizing"
 RUN = "How to do it"
+SHARED = "By several processes"
 
 
 def together(*options: Decorator) -> Callable[[Decorated], Decorated]:
@@ -129,30 +130,44 @@ def _ask_for_script(ctx: click.Context, parameter: click.Parameter, asked: bool)
         ctx.meta[SLURM] = parameter.opts[0]
 
 
-share = together(
-    option(
-        "--share",
-        title=RUN,
-        metavar="I/N",
-        help="Do the I-th of N parts; the last of N processes publishes DST.  auto: as torchrun, srun or mpirun says.",
-    ),
-    option(
-        "--wait",
-        title=RUN,
-        type=float,
-        metavar="SECONDS",
-        help="With --share: the first waits for the others, so long without a sign of them.  [default: 600 with auto]",
-    ),
-    option(
-        "--slurm",
-        title=RUN,
-        is_flag=True,
-        expose_value=False,
-        callback=_ask_for_script,
-        help="Print a script for sbatch in which several tasks do this, and do nothing.",
-    ),
+def _sharing(title: str, help_of_share: str) -> Callable[[Decorated], Decorated]:
+    return together(
+        option("--share", title=title, metavar="I/N", help=help_of_share),
+        option(
+            "--wait",
+            title=title,
+            type=float,
+            metavar="SECONDS",
+            help="With --share: the first waits for the others, so long without a sign of them.  "
+            "[default: 600 with auto]",
+        ),
+        option(
+            "--slurm",
+            title=title,
+            is_flag=True,
+            expose_value=False,
+            callback=_ask_for_script,
+            help="Print a script for sbatch in which several tasks do this, and do nothing.",
+        ),
+    )
+
+
+share = _sharing(
+    RUN, "Do the I-th of N parts; the last of N processes publishes DST.  auto: as torchrun, srun or mpirun says."
 )
 """Of every command whose work several processes can do."""
+
+looking = together(
+    _sharing(SHARED, "Read the I-th of N parts; one of N processes answers.  auto: as torchrun, srun or mpirun says."),
+    option(
+        "--records",
+        title=SHARED,
+        metavar="DIR",
+        shell_complete=completion.paths,
+        help="With --share: a folder that all processes see, for what each finds until one answers.",
+    ),
+)
+"""The same of those that write nothing."""
 
 running = together(
     option("--overwrite", title=RUN, is_flag=True, help="Replace an existing checkpoint, at the end."),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from anyckpt.cli import completion, shared
 from anyckpt.cli.command import Command
-from anyckpt.cli.console import calls_line, print_json, print_line, print_note, progress_bar
+from anyckpt.cli.console import calls_line, print_json, print_line, print_note, print_part, progress_bar
 
 
 @click.command(
@@ -28,8 +30,11 @@ from anyckpt.cli.console import calls_line, print_json, print_line, print_note, 
     help="A list of digests (SHA256SUMS and the like, the Hub's JSON) that files must have.",
 )
 @click.option("--expect", multiple=True, metavar="[FILE=]sha256:HEX", help="The digest that a file must have.")
+@shared.looking
 @shared.as_json
-def command(path: str, deep: bool, checksum: tuple[str, ...], expect: tuple[str, ...], as_json: bool) -> int:
+def command(
+    path: str, deep: bool, checksum: tuple[str, ...], expect: tuple[str, ...], as_json: bool, **sharing: Any
+) -> int:
     """Check the checkpoint at PATH: byte ranges, checksums, digests, completeness of the model, calls in pickles.
 
     Contents are proved by digests (of anyckpt's manifest, of what the Hub published, of --checksum and --expect) and by
@@ -40,10 +45,13 @@ def command(path: str, deep: bool, checksum: tuple[str, ...], expect: tuple[str,
     from anyckpt.operations.verify import verify
 
     with progress_bar("verifying") as progress:
-        found = verify(path, deep=deep, checksum=checksum, expect=expect, progress=progress)
+        found = verify(path, deep=deep, checksum=checksum, expect=expect, progress=progress, **sharing)
     if as_json:
         print_json(found.to_json())
-        return 0 if found.sound else 1
+        return 0 if found.part is not None or found.sound else 1
+    if found.part is not None:
+        print_part(found.path, found.part)
+        return 0
     for problem in found.problems:
         print_line(f"{problem.where}: {problem.problem}")
     for warning in found.warnings:

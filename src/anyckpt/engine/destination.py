@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from anyckpt.engine.files import Bytes
 from anyckpt.engine.manifest import Manifest
 from anyckpt.engine.plan import Plan
-from anyckpt.engine.records import BlockKey, BlockRecord
+from anyckpt.engine.records import BlockKey, BlockRecord, Trouble
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.read_count import ReadCount
 
@@ -43,19 +43,6 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.number} of {self.of}"
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """What is known of a share that no process is at work on.
-
-    Attributes:
-        text: in words.
-        gave_up: its process said itself that it does not go on.
-    """
-
-    text: str
-    gave_up: bool = False
 
 
 class Destination(ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -59,9 +59,18 @@ def fingerprint(plan: Plan, source_paths: Sequence[str]) -> Fingerprint:
     These are the files under the paths, and those that the plan reads, which may lie beside them: a rank's file is
     opened by the name of another rank's.
     """
+    return _told(lambda describer: describer.add_plan(plan), source_paths)
+
+
+def fingerprint_of(values: Iterable[Any], source_paths: Sequence[str]) -> Fingerprint:
+    """Identifies what is looked at, with no plan: plain values, tensors and sources, and files under paths."""
+    return _told(lambda describer: describer.add(*values), source_paths)
+
+
+def _told(describe: Callable[[_Describer], None], source_paths: Sequence[str]) -> Fingerprint:
     describer = _Describer()
     try:
-        describer.add_plan(plan)
+        describe(describer)
     except _UnidentifiedError as obstacle:
         return Fingerprint(uuid.uuid4().hex, obstacle.what, describer.sources())
     for root in source_paths:

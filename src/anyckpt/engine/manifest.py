@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +129,16 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
     return Manifest(str(data["format"]), str(data.get("plan", "")), files, entries, notes)
 
 
-def check_manifest(output: str, manifest: Manifest, place: Place = LOCAL) -> Iterator[tuple[ManifestEntry | None, str]]:
-    """Read every byte that a manifest answers for.
+def check_manifest(
+    output: str, manifest: Manifest, place: Place = LOCAL, known: Mapping[int, str] | None = None
+) -> Iterator[tuple[ManifestEntry | None, str]]:
+    """Read every byte that a manifest answers for, or what was found by who did.
+
+    Args:
+        output: what it is of.
+        manifest: what should be there.
+        place: where the output is.
+        known: index of an entry -> what is wrong with it, of all entries whose files are there; None to read them.
 
     Yields (entry, problem) for each entry checked, with an empty problem if it is sound; (None, problem) for a file
     that is missing or of another size.
@@ -142,11 +150,47 @@ def check_manifest(output: str, manifest: Manifest, place: Place = LOCAL) -> Ite
             yield None, problem
         else:
             sources[name] = source
-    there = (entry for entry in manifest.entries if entry.file in sources)
-    for batch in in_batches(there, lambda entry: (sources[entry.file], entry.offset, entry.nbytes)):
-        with holding((sources[entry.file], entry.offset, entry.nbytes) for entry in batch if len(batch) > 1):
-            checked = [(entry, _problem(entry, sources[entry.file])) for entry in batch]
-        yield from checked
+    for batch in _in_batches(manifest, sources):
+        problems = [known[number] for number in batch.numbers] if known is not None else batch.problems()
+        yield from zip(batch.entries, problems, strict=True)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a manifest that are checked together, because they are far away.
+
+    Attributes:
+        numbers: their indices in the manifest.
+        entries: they.
+        sources: of each, its file.
+    """
+
+    numbers: list[int]
+    entries: list[ManifestEntry]
+    sources: list[ByteSource]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read to check them."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    def problems(self) -> list[str]:
+        """What is wrong with each, empty if it is sound."""
+        both = list(zip(self.entries, self.sources, strict=True))
+        with holding((source, entry.offset, entry.nbytes) for entry, source in both if len(both) > 1):
+            return [_problem(entry, source) for entry, source in both]
+
+
+def entries_there(output: str, manifest: Manifest, place: Place = LOCAL) -> Iterator[Entries]:
+    """All entries of a manifest whose files are there, in order, as many at a time as are read at once."""
+    opened = {name: _file_of(output, manifest, name, place)[0] for name in manifest.files}
+    return _in_batches(manifest, {name: source for name, source in opened.items() if source is not None})
+
+
+def _in_batches(manifest: Manifest, sources: Mapping[str, ByteSource]) -> Iterator[Entries]:
+    there = ((number, entry) for number, entry in enumerate(manifest.entries) if entry.file in sources)
+    for batch in in_batches(there, lambda item: (sources[item[1].file], item[1].offset, item[1].nbytes)):
+        yield Entries([n for n, _ in batch], [e for _, e in batch], [sources[e.file] for _, e in batch])
 
 
 def check_sizes(output: str, manifest: Manifest, place: Place = LOCAL) -> Iterator[str]:

@@ -19,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from anyckpt.engine.claim import Claim, is_of_dead_here, tag_of_dead
-from anyckpt.engine.destination import Destination, Share, Trouble
+from anyckpt.engine.destination import Destination, Share
 from anyckpt.engine.files import Bytes
 from anyckpt.engine.growing import Growing
 from anyckpt.engine.manifest import parse_manifest
 from anyckpt.engine.names import MANIFEST_NAME, PARTIAL, UNFINISHED_NAME
 from anyckpt.engine.object_notes import Notes
 from anyckpt.engine.plan import Plan
-from anyckpt.engine.records import BlockKey, BlockRecord
+from anyckpt.engine.records import BlockKey, BlockRecord, Trouble
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.storage.objects import ConflictError, ObjectFacts, Objects
 

@@ -98,6 +98,19 @@ class Journal:
         self._file.close()
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """What is known of a share that no process is at work on.
+
+    Attributes:
+        text: in words.
+        gave_up: its process said itself that it does not go on.
+    """
+
+    text: str
+    gave_up: bool = False
+
+
 class JournalReader:
     """What a journal says so far, which its process may go on to write; each line is read once.
 
@@ -125,8 +138,17 @@ class JournalReader:
             self.header = self.header or entry
             self.failure = str(entry.get("failed", ""))
             self.by = str(entry.get("by", self.by))
-            self.records.update(BlockRecord.of_row(row) for row in entry.get("blocks", ()))
+            self._take(entry)
         return self
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        """Take in what a line says of the work."""
+        self.records.update(BlockRecord.of_row(row) for row in entry.get("blocks", ()))
+
+    def trouble(self) -> Trouble:
+        """What is known of why no process is writing it."""
+        what = f"gave up: {self.failure}" if self.failure else "stopped"
+        return Trouble(f"{self.by} {what}".lstrip(), bool(self.failure))
 
     def is_kept(self) -> bool:
         """Whether a process that can be seen from here is writing it."""

@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from anyckpt.engine.blocks import cut_all
-from anyckpt.engine.destination import BusyError, Destination, Share, Trouble
+from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.execute import DEFAULT_MEMORY, Report, carry_out, place_of, report_of
 from anyckpt.engine.files import write_error
 from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import Plan
+from anyckpt.engine.records import Trouble
 from anyckpt.engine.run import Progress, Run, worker_count
 from anyckpt.engine.share import Division
 from anyckpt.errors import OutputError, UsageError
@@ -150,7 +152,7 @@ class SharedRun:
                 total=total,
                 ends=self._division.ends,
             )
-            with _beating(place):
+            with beating(place):
                 run.write(blocks)
             self._identity.check_unchanged()
             run.sync()
@@ -192,7 +194,7 @@ class SharedRun:
         """
         started = time.monotonic()
         plan, place, identity = self._plan, self._place, self._identity
-        watch, pause = _Watch(wait), _POLL_SECONDS
+        watch, pauses = Watch(wait), pausing()
         missing = self.missing()
         while True:
             if watch.looks_other(place):
@@ -214,23 +216,28 @@ class SharedRun:
                     )
             elif late:
                 raise self._unfinished(missing, watch)
-            time.sleep(pause)
-            pause = min(_LONGEST_POLL_SECONDS, pause * 1.2)
+            next(pauses)
 
-    def _unfinished(self, missing: dict[Share, int], watch: _Watch) -> OutputError:
-        told = [
-            f"share {share} ({watch.told(share)}; {nbytes:,} bytes)" for share, nbytes in list(missing.items())[:_SHOWN]
-        ]
-        more = len(missing) - len(told)
+    def _unfinished(self, missing: dict[Share, int], watch: Watch) -> OutputError:
         return OutputError(
             "cannot be finished, because not all of it is written",
             path=self._place.name,
-            found="missing: " + ", ".join(told) + (f" and {more} more" if more else ""),
+            found=watch.told_of(missing),
             remedy="run the processes of these shares again; they go on from what is there",
         )
 
 
-class _Watch:
+class Watched(Protocol):
+    """Where processes show one another that they are at work; see ``Destination``."""
+
+    def beat(self) -> None: ...
+
+    def signs(self) -> dict[Share, int]: ...
+
+    def troubles(self) -> dict[Share, Trouble]: ...
+
+
+class Watch:
     """What one process sees of others that it waits for, by its own clock alone.
 
     Args:
@@ -245,7 +252,7 @@ class _Watch:
         self._signs: Mapping[Share, int] = {}
         self._troubles: Mapping[Share, Trouble] = {}
 
-    def looks_other(self, place: Destination) -> bool:
+    def looks_other(self, place: Watched) -> bool:
         """Look for signs; whether what is missing may have changed since the last look."""
         before, self._signs, self._troubles = self._signs, place.signs(), place.troubles()
         return before != self._signs or not self._signs
@@ -273,8 +280,13 @@ class _Watch:
         silent = share in self._signs and now - self._last[share][1] > _SILENT_BEATS * _BEAT_SECONDS
         return trouble is not None and (trouble.gave_up or silent)
 
-    def told(self, share: Share) -> str:
-        """What is known of a share that is missing."""
+    def told_of(self, missing: Mapping[Share, int]) -> str:
+        """What is known of shares that are missing, of which so many bytes are."""
+        told = [f"share {share} ({self._told(share)}; {nbytes:,} bytes)" for share, nbytes in missing.items()]
+        more = len(told) - _SHOWN
+        return "missing: " + ", ".join(told[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+    def _told(self, share: Share) -> str:
         if share in self._troubles:
             return self._troubles[share].text
         if share in self._signs:
@@ -283,9 +295,18 @@ class _Watch:
         return "not begun" + (f" in {time.monotonic() - self._began:.0f} s" if self._wait else ", or still planning")
 
 
+def pausing() -> Iterator[None]:
+    """Pauses between looks at what others do, each longer than the one before."""
+    pause = _POLL_SECONDS
+    while True:
+        time.sleep(pause)
+        pause = min(_LONGEST_POLL_SECONDS, pause * 1.2)
+        yield
+
+
 @contextmanager
-def _beating(place: Destination) -> Iterator[None]:
-    """Meanwhile the destination shows that this process is at work."""
+def beating(place: Watched) -> Iterator[None]:
+    """Meanwhile the place shows that this process is at work."""
     done = threading.Event()
 
     def beat() -> None:

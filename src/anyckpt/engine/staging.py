@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from anyckpt.engine.destination import BusyError, Destination, Share, Trouble
+from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.files import PAGE, Bytes, sync_directory, sync_file, write_error
 from anyckpt.engine.living import is_signed_by_another, sign
 from anyckpt.engine.manifest import beside, read_manifest
@@ -23,7 +23,7 @@ from anyckpt.engine.names import MANIFEST_NAME, PARTIAL
 from anyckpt.engine.outputs import OutputFiles
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.publishing import put_in_place, put_new
-from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, lock
+from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, Trouble, lock
 from anyckpt.engine.shortfalls import MAY_REPLACE, NO_LOCKS, NOT_DURABLE, TWO_STEPS
 from anyckpt.errors import FormatError, OutputError
 from anyckpt.storage.local_file import forget_open_file
@@ -394,13 +394,11 @@ class StagingDirectory(Destination):
         }
 
     def troubles(self) -> dict[Share, Trouble]:
-        found = {}
-        for reader in self._read_journals():
-            if "share" in reader.header and not reader.is_kept():
-                what = f"gave up: {reader.failure}" if reader.failure else "stopped"
-                by = f"{reader.by} " if reader.by else ""
-                found[Share(*reader.header["share"])] = Trouble(by + what, bool(reader.failure))
-        return found
+        return {
+            Share(*reader.header["share"]): reader.trouble()
+            for reader in self._read_journals()
+            if "share" in reader.header and not reader.is_kept()
+        }
 
     def _clear(self) -> None:
         for name in os.listdir(self._directory):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.hub_names import EMBEDDING, HEAD
@@ -18,6 +20,7 @@ from anyckpt.operations.steps.compare_objects import compare_objects
 from anyckpt.operations.steps.configurations import Setting, Settings, compare_configurations
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.joining import check_whole, open_checkpoint
+from anyckpt.operations.steps.looking import Asked, Looking, Unit, looking
 from anyckpt.operations.steps.movement import Movement, Sums
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each_of_tensors
 from anyckpt.operations.steps.tolerances import Tolerances
@@ -39,6 +42,9 @@ def diff(
     weights_only: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
+    share: str | None = None,
+    wait: float | None = None,
+    records: str | os.PathLike[str] | None = None,
 ) -> Difference:
     """Compare two checkpoints: every weight, what the configurations say, and the training state.
 
@@ -63,15 +69,40 @@ def diff(
         weights_only: leave aside configurations and training state.
         workers: threads; as many as processors, up to 4, if None.
         progress: called with (bytes done, bytes to do) of the second checkpoint, from any thread.
+        share: ``I/N``: compare the I-th of N parts, as many processes do; one of them returns the whole, for the others
+            ``part`` says what they did.  ``auto``: which one ``torchrun``, ``srun`` or ``mpirun`` says.
+        wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
+            and returns the whole; 600 with ``auto``.  Otherwise the last one does.
+        records: with ``share``: a folder that all processes see, in which they find one another.
 
     Raises:
         FormatError: a checkpoint is damaged.
         MappingError: one is a part of a model, and ``raw`` is not asked for.
+        OutputError: with ``share``, records of other work are in the folder, or other shares do not come.
         UsageError: a tolerance is negative or of no element type, a glob matches nothing, or no tensor of the one has
             a name that the other has.
     """
     tolerances = Tolerances.of(rtol, atol)
     globs = as_patterns(tensors)
+    options = {"tolerances": tolerances, "tensors": globs, "statistics": statistics, "raw": raw}
+    options["weights_only"] = weights_only
+    paths = [side.path if isinstance(side, Checkpoint) else side for side in (a, b)]
+    with looking("diff", paths, options, Asked(share, wait, records), progress) as work:
+        return _diff(a, b, tolerances, globs, statistics, raw, weights_only, workers, progress, work)
+
+
+def _diff(
+    a: str | os.PathLike[str] | Checkpoint,
+    b: str | os.PathLike[str] | Checkpoint,
+    tolerances: Tolerances,
+    globs: Sequence[str],
+    statistics: bool,
+    raw: bool,
+    weights_only: bool,
+    workers: int | None,
+    progress: Progress | None,
+    work: Looking,
+) -> Difference:
     first = a if isinstance(a, Checkpoint) else open_checkpoint(a)
     second = b if isinstance(b, Checkpoint) else open_checkpoint(b)
     if not raw:
@@ -105,7 +136,11 @@ def diff(
             found=next(iter(names.b)),
         )
     pairs = [(name, names.a[name], names.b[name]) for name in shared]
-    different, movements = _compare_all(pairs, tolerances, statistics, workers, progress)
+    comparing = _Comparing(tolerances, statistics)
+    known = work.look(lambda: comparing.units(pairs))
+    if work.part is not None:
+        return Difference(len(shared), [], [], [], names.kind, complete=False, part=work.part)
+    different, movements = comparing.all(pairs, known, workers, progress)
     settings = Settings()
     if weights_only or globs:
         left_out += _state_aside(first, second)
@@ -267,25 +302,59 @@ def _chosen(names: CommonNames, globs: Sequence[str]) -> CommonNames:
     return replace(names, a=kept[0], b=kept[1])
 
 
-def _compare_all(
-    pairs: list[tuple[str, LazyTensor, LazyTensor]],
-    tolerances: Tolerances,
-    statistics: bool,
-    workers: int | None,
-    progress: Progress | None,
-) -> tuple[list[TensorDifference], list[Movement]]:
-    meter = Meter(sum(b.nbytes for _, a, b in pairs if a.shape == b.shape), progress)
+_Pair = tuple[str, LazyTensor, LazyTensor]
+_Compared = tuple[TensorDifference | None, Movement | None]
 
-    def one(
-        pair: tuple[str, LazyTensor, LazyTensor], advance: Advance
-    ) -> tuple[TensorDifference | None, Movement | None]:
+
+@dataclass(frozen=True)
+class _Comparing:
+    """Comparing tensors of one name.
+
+    Attributes:
+        tolerances: what counts as equal.
+        statistics: whether to tell how far each moved.
+    """
+
+    tolerances: Tolerances
+    statistics: bool
+
+    def all(
+        self, pairs: list[_Pair], known: Mapping[str, Any], workers: int | None, progress: Progress | None
+    ) -> tuple[list[TensorDifference], list[Movement]]:
+        """Those that differ, and how far each moved.
+
+        Args:
+            pairs: name, tensor and tensor.
+            known: what other processes found, by name.
+            workers: threads.
+            progress: told of bytes.
+        """
+        meter = Meter(sum(_nbytes(pair) for pair in pairs), progress)
+
+        def one(pair: _Pair, advance: Advance) -> _Compared:
+            return _of_json(known[pair[0]]) if pair[0] in known else self._one(pair, advance)
+
+        results = each_of_tensors(one, pairs, lambda pair: () if pair[0] in known else pair[1:], meter, workers)
+        return [found for found, _ in results if found is not None], [
+            moved for _, moved in results if moved is not None
+        ]
+
+    def units(self, pairs: list[_Pair]) -> Iterator[Unit]:
+        """The same by units, which several processes divide."""
+        for pair in pairs:
+            yield Unit(pair[0], _nbytes(pair), partial(self._told, pair), pair[1:])
+
+    def _told(self, pair: _Pair, advance: Advance) -> list[Any]:
+        return [None if value is None else asdict(value) for value in self._one(pair, advance)]
+
+    def _one(self, pair: _Pair, advance: Advance) -> _Compared:
         name, a, b = pair
         facts = (f"{a.dtype.name} {list(a.shape)}", f"{b.dtype.name} {list(b.shape)}")
         if a.shape != b.shape:
             return TensorDifference(name, "shape", None, None, *facts), None
-        sums = Sums() if statistics and a.dtype.numpy is not None and b.dtype.numpy is not None else None
+        sums = Sums() if self.statistics and a.dtype.numpy is not None and b.dtype.numpy is not None else None
         try:
-            found = compare(a, b, tolerances.for_types(a.dtype, b.dtype), advance, sums=sums)
+            found = compare(a, b, self.tolerances.for_types(a.dtype, b.dtype), advance, sums=sums)
         except AnyckptError as error:
             error.tensor = error.tensor or name
             raise
@@ -295,5 +364,14 @@ def _compare_all(
         counts = (found.elements, found.nonfinite, found.nan)
         return TensorDifference(name, found.reason, found.max_abs, found.max_rel, *facts, *counts), moved
 
-    results = each_of_tensors(one, pairs, lambda pair: pair[1:], meter, workers)
-    return [found for found, _ in results if found is not None], [moved for _, moved in results if moved is not None]
+
+def _of_json(values: list[Any]) -> _Compared:
+    different, moved = values
+    return (
+        None if different is None else TensorDifference(**different),
+        None if moved is None else Movement(**moved),
+    )
+
+
+def _nbytes(pair: _Pair) -> int:
+    return pair[2].nbytes if pair[1].shape == pair[2].shape else 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from anyckpt.errors import UsageError
 from anyckpt.operations.steps.configurations import Setting
+from anyckpt.operations.steps.looking import LookedAt
 from anyckpt.operations.steps.movement import Movement, by_layer, most_moved
 
 
@@ -58,6 +59,7 @@ class Difference:
         files: with ``raw``, files of one name besides weights and configuration whose bytes differ.
         movements: how far each tensor is from the other, if ``statistics`` asks for it, else None; not of tensors
             that differ in shape, nor of types that numpy cannot compute with.
+        part: what this process did of the comparing, if another one tells what differs; nothing else is told then.
     """
 
     compared: int
@@ -72,6 +74,7 @@ class Difference:
     complete: bool = True
     movements: tuple[Movement, ...] | None = None
     files: tuple[Setting, ...] = ()
+    part: LookedAt | None = None
 
     @property
     def layers(self) -> list[Movement] | None:
@@ -80,7 +83,13 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing that was compared differs; with ``complete``, that is all that was asked for."""
+        """Whether nothing that was compared differs; with ``complete``, that is all that was asked for.
+
+        Raises:
+            UsageError: this is a part of the work, and no answer.
+        """
+        if self.part is not None:
+            raise self.part.not_known()
         beside = self.configuration or self.state or self.files
         return not (self.only_in_a or self.only_in_b or self.different or beside)
 
@@ -106,6 +115,8 @@ class Difference:
 
     def to_json(self, *, sort: str | None = None, top: int | None = None) -> dict[str, Any]:
         """As ``diff --json`` prints it; ``sort`` and ``top`` as of ``most_moved``."""
+        if self.part is not None:
+            return self.part.to_json()
         told: list[Sequence[Movement] | None] = [self.movements, self.layers]
         if self.movements is not None and (sort is not None or top is not None):
             told = [self.most_moved(sort=sort, top=top, layers=layers) for layers in (False, True)]

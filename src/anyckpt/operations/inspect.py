@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
@@ -18,6 +19,7 @@ from anyckpt.formats.shared.no_weights import why_ignored
 from anyckpt.operations.inspection import Inspection, TensorFacts
 from anyckpt.operations.steps.globs import as_patterns, matching
 from anyckpt.operations.steps.loader_calls import asked_of_loaders
+from anyckpt.operations.steps.looking import Asked, Looking, Unit, looking
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each_of_tensors
 from anyckpt.operations.steps.training_facts import learning_rates, loss_scale
 from anyckpt.pickling.plain import to_plain
@@ -52,6 +54,9 @@ def inspect(
     tree: bool = False,
     magnitudes: bool = False,
     progress: Progress | None = None,
+    share: str | None = None,
+    wait: float | None = None,
+    records: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """Say what is in a checkpoint; no tensor data is read unless ``stats`` or ``digest`` ask for it.
 
@@ -65,14 +70,41 @@ def inspect(
         tree: tell what each module of the listed tensors takes, of all if ``tensors`` is None.
         magnitudes: with ``stats``, also count the listed tensors' elements by magnitude.
         progress: called with (bytes done, bytes to do) while tensors are read.
+        share: ``I/N``: read the I-th of N parts, as many processes do; one of them returns the whole, for the others
+            ``part`` says what they did.  ``auto``: which one ``torchrun``, ``srun`` or ``mpirun`` says.
+        wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
+            and returns the whole; 600 with ``auto``.  Otherwise the last one does.
+        records: with ``share``: a folder that all processes see, in which they find one another.
 
     Raises:
         FormatError: the checkpoint is damaged, or none.
         MappingError: hub names are asked for and the model is incomplete.
-        UsageError: hub names are asked for and the family is unknown, or a glob matches nothing.
+        OutputError: with ``share``, records of other work are in the folder, or other shares do not come.
+        UsageError: hub names are asked for and the family is unknown, a glob matches nothing, or there is nothing to
+            share out.
     """
     if names not in ("stored", "hub"):
         raise UsageError("unknown kind of names", expected="stored or hub", found=names)
+    if share is not None and not (stats or digest):
+        raise UsageError("there is nothing to share out", remedy="leave out --share, or ask for --stats or --digest")
+    options = {"tensors": as_patterns(tensors), "stats": stats, "digest": digest, "names": names, "tree": tree}
+    options["magnitudes"] = magnitudes
+    path = source.path if isinstance(source, Checkpoint) else source
+    with looking("inspect", [path], options, Asked(share, wait, records), progress) as work:
+        return _inspect(source, tensors, stats, digest, names, tree, magnitudes, progress, work)
+
+
+def _inspect(
+    source: str | os.PathLike[str] | Checkpoint,
+    tensors: str | Sequence[str] | None,
+    stats: bool,
+    digest: bool,
+    names: str,
+    tree: bool,
+    magnitudes: bool,
+    progress: Progress | None,
+    work: Looking,
+) -> Inspection:
     stored = source if isinstance(source, Checkpoint) else registry.read(source)
     checkpoint = _joined(stored)
     numbers = _as_numbers(checkpoint)
@@ -81,7 +113,7 @@ def inspect(
     globs = as_patterns(tensors)
     if globs or stats or digest or tree or names == "hub":
         chosen = _hub_names(numbers, model, warning) if names == "hub" else checkpoint.tensors
-        listed = _list(checkpoint.path, chosen, globs, stats, digest, magnitudes, progress)
+        listed = _list(checkpoint.path, chosen, globs, stats, digest, magnitudes, progress, work)
     parameters = numbers.parameters
     calls = asked_of_loaders(checkpoint)
     counts, sizes = _by_dtype(checkpoint.tensors)
@@ -129,6 +161,7 @@ def inspect(
         loss_scale=loss_scale(checkpoint.objects, state),
         stages=_stages(stored),
         tree=_tree(listed) if tree and listed is not None else None,
+        part=work.part,
     )
 
 
@@ -281,7 +314,9 @@ def _list(
     digest: bool,
     magnitudes: bool,
     progress: Progress | None,
-) -> list[TensorFacts]:
+    work: Looking,
+) -> list[TensorFacts] | None:
+    """What is told of tensors; None if another process tells it."""
     names = matching(tensors, globs) if globs else list(tensors)
     if globs and tensors and not names:
         raise UsageError(
@@ -298,18 +333,30 @@ def _list(
             same[name] = first[key]
     if not stats and not digest:
         return [_facts(root, name, tensors[name], None, same.get(name)) for name in names]
-    from anyckpt.operations.steps.statistics import scan
+    from anyckpt.operations.steps.statistics import Scan, scan
 
-    def one(name: str, advance: Advance) -> TensorFacts:
+    def look(name: str, advance: Advance) -> Scan:
         try:
-            found = scan(tensors[name], statistics=stats, digest=digest, magnitudes=magnitudes, advance=advance)
+            return scan(tensors[name], statistics=stats, digest=digest, magnitudes=magnitudes, advance=advance)
         except AnyckptError as error:
             error.tensor = error.tensor or name
             raise
+
+    def told(name: str, advance: Advance) -> dict[str, Any]:
+        return look(name, advance).to_json()
+
+    known = work.look(
+        lambda: [Unit(name, tensors[name].nbytes, partial(told, name), [tensors[name]]) for name in names]
+    )
+    if work.part is not None:
+        return None
+
+    def one(name: str, advance: Advance) -> TensorFacts:
+        found = Scan.of_json(known[name]) if name in known else look(name, advance)
         return _facts(root, name, tensors[name], found, same.get(name))
 
     meter = Meter(sum(tensors[name].nbytes for name in names), progress)
-    return each_of_tensors(one, names, lambda name: [tensors[name]], meter)
+    return each_of_tensors(one, names, lambda name: [] if name in known else [tensors[name]], meter)
 
 
 def _facts(root: str, name: str, tensor: LazyTensor, found: Scan | None, same_as: str | None) -> TensorFacts:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from anyckpt.operations.steps.statistics import Magnitudes, Statistics
     from anyckpt.pickling import Callee
 
+if TYPE_CHECKING:
+    from anyckpt.operations.steps.looking import LookedAt
+
 _IN_JSON = tuple(
     """
     path format format_version family parameters bytes tensor_count dtypes layout step has_optimizer artifacts
@@ -144,6 +147,7 @@ class Inspection:
         stages: of a pipeline, its chunks in the order in which data flows through them: ``pipeline_rank``,
             ``virtual_rank``, ``layers`` (stack -> indices), ``embedding`` and ``output``; None if there is no pipeline.
         tree: what each module takes, if asked for.
+        part: what this process did of the reading, if another one tells what was found; ``tensors`` is None then.
     """
 
     path: str
@@ -182,6 +186,7 @@ class Inspection:
     loss_scale: float | None = None
     stages: list[dict[str, Any]] | None = None
     tree: Module | None = None
+    part: LookedAt | None = None
 
     @property
     def has_optimizer(self) -> bool:
@@ -189,6 +194,8 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """As ``inspect --json`` prints it."""
+        if self.part is not None:
+            return {"path": self.path, "format": self.format, **self.part.to_json()}
         facts = {name: getattr(self, name) for name in _IN_JSON}
         facts["likely_families"] = list(self.likely_families)
         facts["calls"] = [callee.to_json() for callee in self.calls]

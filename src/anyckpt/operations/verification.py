@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anyckpt.operations.steps.looking import LookedAt
     from anyckpt.pickling import Callee
 
 
@@ -66,6 +67,7 @@ class Verification:
         unchecked: what was not looked at or not proved, and why, one line each.
         calls: names that the pickles in it ask for, those that run code first.
         opened: whether it could be opened; if not, digests of files alone were looked at.
+        part: what this process did of the reading, if another one tells what was found; nothing else is told then.
     """
 
     path: str
@@ -76,9 +78,17 @@ class Verification:
     unchecked: list[str] = field(default_factory=list)
     calls: tuple[Callee, ...] = ()
     opened: bool = True
+    part: LookedAt | None = None
 
     @property
     def sound(self) -> bool:
+        """Whether nothing is wrong.
+
+        Raises:
+            UsageError: this is a part of the work, and no answer.
+        """
+        if self.part is not None:
+            raise self.part.not_known()
         return not self.problems
 
     @property
@@ -91,6 +101,8 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """As ``verify --json`` prints it."""
+        if self.part is not None:
+            return {"path": self.path, "format": self.format, **self.part.to_json()}
         return {
             "path": self.path,
             "format": self.format,

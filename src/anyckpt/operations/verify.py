@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint, StoredChecksum
 from anyckpt.config.model import PART_OF
-from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import check_manifest, manifest_path, read_manifest
 from anyckpt.errors import AnyckptError, FormatError, LastingError, MappingError, UnknownFormatError
 from anyckpt.formats import registry
@@ -20,28 +19,29 @@ from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.impossible_numbers import check_values
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.loader_calls import asked_of_loaders
+from anyckpt.operations.steps.looking import Asked, looking
 from anyckpt.operations.steps.naming import identify
 from anyckpt.operations.steps.proof import Proof
 from anyckpt.operations.steps.published import (
     GIT,
     HUB,
+    Published,
+    PublishedFiles,
     files_of,
     known_to_hub,
     listed_in,
     path_of,
     said_by_user,
 )
-from anyckpt.operations.steps.published import check as check_published
-from anyckpt.operations.steps.threads import Advance, Meter, Progress
+from anyckpt.operations.steps.reading_all import Found, Reading, crc32_of
+from anyckpt.operations.steps.threads import Meter, Progress
 from anyckpt.operations.verification import Problem, Verification
 from anyckpt.pickling import recording
 from anyckpt.pickling.calls import Calls, danger
 from anyckpt.storage.location import Location, look_at
 from anyckpt.storage.place import Place
 from anyckpt.storage.requests import holding, in_batches
-from anyckpt.storage.source import ByteSource
 
-_BLOCK = 4 << 20
 _NAMES = (".nemo", ".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".qnemo", ".distcp")
 """How names of checkpoints' files end, whatever is in them."""
 
@@ -53,6 +53,9 @@ def verify(
     checksum: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     expect: str | Sequence[str] = (),
     progress: Progress | None = None,
+    share: str | None = None,
+    wait: float | None = None,
+    records: str | os.PathLike[str] | None = None,
 ) -> Verification:
     """Check structure, byte ranges, digests and checksums, the model's completeness, and what pickles call.
 
@@ -67,9 +70,15 @@ def verify(
             ``published.listed_in``).
         expect: digests that files must have: ``sha256:HEX``, in a directory ``FILE=sha256:HEX``.
         progress: called with (bytes done, bytes to do) of each pass over the data.
+        share: ``I/N``: read the I-th of N parts, as many processes do; one of them returns the whole, for the others
+            ``part`` says what they did.  ``auto``: which one ``torchrun``, ``srun`` or ``mpirun`` says.
+        wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
+            and returns the whole; 600 with ``auto``.  Otherwise the last one does.
+        records: with ``share``: a folder that all processes see, in which they find one another.
 
     Raises:
         FormatError: there is nothing, or no checkpoint, at the path.
+        OutputError: with ``share``, records of other work are in the folder, or other shares do not come.
         UsageError: a digest is none, or of no file of the checkpoint.
     """
     path = source.path if isinstance(source, Checkpoint) else source
@@ -77,20 +86,38 @@ def verify(
     asked = (expect,) if isinstance(expect, str) else tuple(expect)
     location = _location(path, needed=bool(lists or asked) or not isinstance(source, Checkpoint))
     result, checkpoint = _opened(source, location)
+    options = {"deep": deep, "checksum": tuple(os.fspath(file) for file in lists), "expect": asked}
+    with looking("verify", [path], options, Asked(share, wait, records), progress) as work:
+        reading = Reading(checkpoint, location, os.fspath(path), deep)
+        known = work.look(lambda: reading.units([*_published(location, lists, asked, Verification("", ""))]))
+        if work.part is not None:
+            return Verification(result.path, result.format, part=work.part)
+        return _verified(reading, lists, asked, result, progress, reading.found(known))
+
+
+def _verified(
+    reading: Reading,
+    lists: Sequence[str | os.PathLike[str]],
+    asked: Sequence[str],
+    result: Verification,
+    progress: Progress | None,
+    found: Found,
+) -> Verification:
+    """All that is wrong: what other processes found, and what is found by reading where none of them did."""
+    checkpoint, location, deep = reading.checkpoint, reading.location, reading.deep
     proof = Proof()
     if location is not None:
-        _check_published(location, lists, asked, result, proof, progress)
-    place = checkpoint.place if checkpoint is not None else None if location is None else location.place
-    proved = place is not None and _check_digests(os.fspath(path), place, result, progress)
+        _check_published(location, lists, asked, result, proof, progress, found)
+    proved = reading.place is not None and _check_digests(reading.path, reading.place, result, progress, found)
     if checkpoint is None:
         return result
     _check_pieces(checkpoint, result)
     if not proved:
-        _check_checksums(checkpoint, result, proof, progress)
+        _check_checksums(checkpoint, result, proof, progress, found)
     _check_model(checkpoint, result)
     _check_names(checkpoint, result)
     if deep:
-        values = check_values(checkpoint, progress)
+        values = check_values(checkpoint, progress, found.numbers)
         result.checked.values = values.read
         result.problems += [Problem(name, problem) for name, problem in values.problems]
         result.warnings += values.warnings
@@ -155,15 +182,15 @@ def _problem_of(error: AnyckptError, path: str) -> Problem:
     return Problem(where, str(error))
 
 
-def _check_published(
-    location: Location,
+def _published(
+    location: Location | None,
     lists: Sequence[str | os.PathLike[str]],
     asked: Sequence[str],
     result: Verification,
-    proof: Proof,
-    progress: Progress | None,
-) -> None:
+) -> list[Published]:
     """Digests that users and publishers give of whole files."""
+    if location is None:
+        return []
     published = said_by_user(location, asked)
     for file in lists:
         found, missing = listed_in(location, os.fspath(file))
@@ -176,9 +203,21 @@ def _check_published(
         others = [name for name in files_of(location) if name not in listed and not name.startswith(".")]
         if others:
             result.unchecked.append(f"{len(others)} file{'s' * (len(others) > 1)} that no list names: {some(others)}")
-    published += known_to_hub(location)
+    return published + known_to_hub(location)
+
+
+def _check_published(
+    location: Location,
+    lists: Sequence[str | os.PathLike[str]],
+    asked: Sequence[str],
+    result: Verification,
+    proof: Proof,
+    progress: Progress | None,
+    found: Found,
+) -> None:
+    published = PublishedFiles(location, _published(location, lists, asked, result))
     good: dict[str, bool] = {}
-    for digest, problem in check_published(location, published, progress):
+    for digest, problem in published.check(progress, found.published):
         where = digest.file or location.path
         good[digest.file] = good.get(digest.file, True) and not problem
         if problem and digest.algorithm == GIT and digest.origin == HUB:  # a text file, which users change on purpose
@@ -229,7 +268,7 @@ def _check_pieces(checkpoint: Checkpoint, result: Verification) -> None:
             result.checked.tensors += 1
 
 
-def _check_digests(path: str, place: Place, result: Verification, progress: Progress | None) -> bool:
+def _check_digests(path: str, place: Place, result: Verification, progress: Progress | None, found: Found) -> bool:
     """Whether there is a manifest and every byte agrees with it."""
     try:
         manifest = read_manifest(path, place)
@@ -241,7 +280,7 @@ def _check_digests(path: str, place: Place, result: Verification, progress: Prog
     total = sum(entry.nbytes for entry in manifest.entries)
     done = 0
     good = True
-    for entry, problem in check_manifest(path, manifest, place):
+    for entry, problem in check_manifest(path, manifest, place, found.digests):
         if problem:
             where = entry.name or entry.file if entry is not None else "manifest"
             if entry is None:
@@ -256,38 +295,35 @@ def _check_digests(path: str, place: Place, result: Verification, progress: Prog
     return good
 
 
-def _check_checksums(checkpoint: Checkpoint, result: Verification, proof: Proof, progress: Progress | None) -> None:
+def _check_checksums(
+    checkpoint: Checkpoint, result: Verification, proof: Proof, progress: Progress | None, found: Found
+) -> None:
     meter = Meter(sum(tensor.nbytes for tensor in checkpoint.tensors.values()), progress)
+    number = 0
     with recording() as met:
         try:
             for batch in in_batches(checkpoint.checksums(), lambda item: (item.source, 0, item.source.size)):
-                with holding((item.source, 0, item.source.size) for item in batch if len(batch) > 1):
+                known = found.checksums
+                unread = len(batch) > 1 and known is None
+                with holding((item.source, 0, item.source.size) for item in batch if unread):
                     for item in batch:
-                        _check_checksum(item, result, proof, meter)
+                        crc = crc32_of(item.source, meter.advance) if known is None else known[number]
+                        number += 1
+                        if isinstance(crc, str):
+                            raise FormatError(crc)
+                        _check_checksum(item, crc, result, proof)
         except LastingError as error:
             result.problems.append(Problem(checkpoint.path, f"{error}; checksums after it were not checked"))
     checkpoint.calls.take(met)
 
 
-def _check_checksum(item: StoredChecksum, result: Verification, proof: Proof, meter: Meter) -> None:
-    found = _crc32(item.source, meter.advance)
+def _check_checksum(item: StoredChecksum, found: int, result: Verification, proof: Proof) -> None:
     proof.add(item.source, holds=found == item.crc32)
     if found == item.crc32:
         result.checked.checksums += 1
     else:
         problem = f"the CRC-32 does not fit the bytes (expected {item.crc32:08x}, found {found:08x})"
         result.problems.append(Problem(item.name, problem))
-
-
-def _crc32(source: ByteSource, advance: Advance) -> int:
-    buffer = memoryview(bytearray(min(_BLOCK, source.size)))
-    found = 0
-    for start in range(0, source.size, _BLOCK):
-        part = buffer[: min(_BLOCK, source.size - start)]
-        source.read_into(start, part)
-        found = crc32(part, found)
-        advance(len(part))
-    return found
 
 
 def _check_model(checkpoint: Checkpoint, result: Verification) -> None:

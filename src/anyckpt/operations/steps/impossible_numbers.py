@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.errors import AnyckptError, LastingError, few
+from anyckpt.errors import LastingError, few
 from anyckpt.operations.steps.compare_objects import leaves_within
 from anyckpt.operations.steps.statistics import Statistics, counts, scan
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each_of_tensors
@@ -48,7 +48,37 @@ class Values:
     unread: list[str] = field(default_factory=list)
 
 
-def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
+def tensors_of_numbers(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """What ``check_values`` reads: every tensor of floating-point numbers, those among the objects included."""
+    return _tensors(checkpoint, list(leaves_within(checkpoint.objects)))
+
+
+def _tensors(checkpoint: Checkpoint, leaves: Iterable[tuple[str, Any]]) -> dict[str, LazyTensor]:
+    listed = {id(tensor) for tensor in checkpoint.tensors.values()}
+    inside = {name: t for name, t in leaves if isinstance(t, LazyTensor) and id(t) not in listed}
+    every = {**inside, **checkpoint.tensors}
+    return {name: t for name, t in every.items() if t.dtype.is_floating or t.dtype.kind == "complex"}
+
+
+def look_at_numbers(tensor: LazyTensor, advance: Advance) -> Statistics | str | None:
+    """What the elements of a tensor are like; why they cannot be read, or None if no arithmetic is known for the type.
+
+    Raises:
+        UnreachableError: they cannot be had at this moment.
+    """
+    try:
+        found = counts(tensor, advance)
+        if found is not None and not found.inf:
+            return found
+        again = None if found is not None else advance
+        return scan(tensor, statistics=True, digest=False, advance=again).statistics
+    except LastingError as error:
+        return str(error)
+
+
+def check_values(
+    checkpoint: Checkpoint, progress: Progress | None, known: Mapping[str, Statistics | str | None] | None = None
+) -> Values:
     """Read every floating-point tensor of a checkpoint, training state included, wherever it keeps it.
 
     NaN is a problem wherever it is, and so is infinity, but for masks of attention and what starts as infinity.  Single
@@ -59,35 +89,26 @@ def check_values(checkpoint: Checkpoint, progress: Progress | None) -> Values:
     """
     prefix = checkpoint.model_prefix
     own = {prefix + name for name in checkpoint.weights()}
-    listed = {id(tensor) for tensor in checkpoint.tensors.values()}
     leaves = [
         leaf for leaf in leaves_within(checkpoint.objects) if isinstance(leaf[1], (LazyTensor, float, np.floating))
     ]
-    inside = {name: t for name, t in leaves if isinstance(t, LazyTensor) and id(t) not in listed}
-    every = {**inside, **checkpoint.tensors}
-    tensors = {name: t for name, t in every.items() if t.dtype.is_floating or t.dtype.kind == "complex"}
-
-    def one(name: str, advance: Advance) -> Statistics | AnyckptError | None:
-        try:
-            found = counts(tensors[name], advance)
-            if found is not None and not found.inf:
-                return found
-            again = None if found is not None else advance
-            return scan(tensors[name], statistics=True, digest=False, advance=again).statistics
-        except LastingError as error:
-            return error
+    tensors = _tensors(checkpoint, leaves)
 
     values = Values()
     _judge_numbers(leaves, values)
     meter = Meter(sum(tensor.nbytes for tensor in tensors.values()), progress)
-    found_of = each_of_tensors(one, tensors, lambda name: [tensors[name]], meter)
+    found_of = (
+        [known[name] for name in tensors]
+        if known is not None
+        else each_of_tensors(look_at_numbers, tensors.values(), lambda tensor: [tensor], meter)
+    )
     strays: list[str] = []
     tiny: list[str] = []
     for stored, found in zip(tensors, found_of, strict=True):
         tensor = tensors[stored]
         name = stored.removeprefix(prefix) if stored in own else stored
-        if isinstance(found, AnyckptError):
-            values.problems.append((name, str(found)))
+        if isinstance(found, str):
+            values.problems.append((name, found))
         elif found is None:
             values.unread.append(name)
         else:

@@ -177,36 +177,57 @@ def path_of(location: Location, file: str) -> str:
     return location.place.join(location.path, *file.split("/")) if file else location.path
 
 
-def check(location: Location, published: Iterable[Published], progress: Progress | None) -> list[tuple[Published, str]]:
-    """Read each file once; each digest with what is wrong, which is empty if it agrees.
+class PublishedFiles:
+    """Files of which digests are given, each of which is read once.
 
     Args:
         location: the checkpoint.
         published: digests of its files.
-        progress: called with (bytes done, bytes to do).
+
+    Attributes:
+        sources: the files that are there, by their names.
     """
-    by_file: dict[str, dict[Published, None]] = {}
-    for digest in published:
-        by_file.setdefault(digest.file, {})[digest] = None
-    sources: dict[str, ByteSource] = {}
-    result: list[tuple[Published, str]] = []
-    for file, digests in by_file.items():
-        try:
-            sources[file] = location.place.open(path_of(location, file))
-        except FormatError as error:
-            result += [(digest, str(error)) for digest in digests]
 
-    def one(file: str, advance: Advance) -> list[tuple[Published, str]]:
-        digests = by_file[file]
+    def __init__(self, location: Location, published: Iterable[Published]) -> None:
+        self._by_file: dict[str, dict[Published, None]] = {}
+        for digest in published:
+            self._by_file.setdefault(digest.file, {})[digest] = None
+        self.sources: dict[str, ByteSource] = {}
+        self._unopened: list[tuple[Published, str]] = []
+        for file, digests in self._by_file.items():
+            try:
+                self.sources[file] = location.place.open(path_of(location, file))
+            except FormatError as error:
+                self._unopened += [(digest, str(error)) for digest in digests]
+
+    def problems(self, file: str, advance: Advance) -> list[str]:
+        """Of each digest of a file what is wrong, which is empty if it agrees."""
+        digests = self._by_file[file]
         try:
-            values = _digests(sources[file], {digest.algorithm for digest in digests}, advance)
+            values = _digests(self.sources[file], {digest.algorithm for digest in digests}, advance)
         except LastingError as error:
-            return [(digest, str(error)) for digest in digests]
-        return [(digest, _problem(digest, values[digest.algorithm])) for digest in digests]
+            return [str(error)] * len(digests)
+        return [_problem(digest, values[digest.algorithm]) for digest in digests]
 
-    meter = Meter(sum(source.size for source in sources.values()), progress)
-    workers = _FAR_WORKERS if any(map(is_far, sources.values())) else None
-    return [*result, *(pair for pairs in each(one, sources, meter, workers) for pair in pairs)]
+    def check(self, progress: Progress | None, known: Mapping[str, Any]) -> list[tuple[Published, str]]:
+        """Each digest with what is wrong.
+
+        Args:
+            progress: called with (bytes done, bytes to do).
+            known: name of a file -> its ``problems``, where another process found them.
+        """
+        meter = Meter(sum(source.size for source in self.sources.values()), progress)
+        workers = _FAR_WORKERS if any(map(is_far, self.sources.values())) else None
+
+        def one(file: str, advance: Advance) -> list[str]:
+            found: list[str] = known[file] if file in known else self.problems(file, advance)
+            return found
+
+        found = zip(self.sources, each(one, self.sources, meter, workers), strict=True)
+        return [
+            *self._unopened,
+            *(pair for file, told in found for pair in zip(self._by_file[file], told, strict=True)),
+        ]
 
 
 def _digests(source: ByteSource, algorithms: Iterable[str], advance: Advance) -> dict[str, str]:

@@ -211,6 +211,20 @@ class Scan:
     sha256: str | None
     magnitudes: Magnitudes | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """As ``of_json`` takes it."""
+        return asdict(self)
+
+    @staticmethod
+    def of_json(values: dict[str, Any]) -> Scan:
+        """What ``to_json`` was asked of, with the same numbers."""
+        statistics, magnitudes = values["statistics"], values["magnitudes"]
+        return Scan(
+            None if statistics is None else Statistics(**statistics),
+            values["sha256"],
+            None if magnitudes is None else Magnitudes(magnitudes["lowest"], tuple(magnitudes["counts"])),
+        )
+
 
 def scan(
     tensor: LazyTensor,
