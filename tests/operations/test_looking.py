@@ -172,7 +172,7 @@ def test_an_answer_that_fails_leaves_the_records(
         with pytest.raises(ZeroDivisionError):
             inspect(written, stats=True, share="2/2", records=folder)
     assert sorted(os.listdir(folder)) == ["anyckpt-share-1-of-2", "anyckpt-share-2-of-2"]
-    monkeypatch.setattr("anyckpt.operations.inspect.scan", lambda *_, **__: 1 // 0)  # nothing is read again
+    monkeypatch.setattr("anyckpt.operations.steps.statistics.scan", lambda *_, **__: 1 // 0)  # nothing is read again
     assert inspect(written, stats=True, share="1/2", records=folder).tensors
     assert not folder.exists()
 

@@ -152,8 +152,16 @@ def _sharing(title: str, help_of_share: str) -> Callable[[Decorated], Decorated]
     )
 
 
-share = _sharing(
-    RUN, "Do the I-th of N parts; the last of N processes publishes DST.  auto: as torchrun, srun or mpirun says."
+share = together(
+    _sharing(
+        RUN, "Do the I-th of N parts; the last of N processes publishes DST.  auto: as torchrun, srun or mpirun says."
+    ),
+    option(
+        "--engine",
+        title=RUN,
+        type=click.Choice(["ray"]),
+        help="ray: by the nodes of a Ray cluster, all of which see SRC and DST.",
+    ),
 )
 """Of every command whose work several processes can do."""
 

@@ -162,7 +162,7 @@ def converted(
     """
     output = os.fspath(destination)
     origins = [public_path(path) for path in ([_path(source)] if sources is None else sources)]
-    resumes = options.resume or options.share is not None
+    resumes = options.resume or options.share is not None or options.engine is not None
     check_destination(output, origins, overwrite=options.overwrite, resume=resumes, anywhere=True)
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=options.force)
     made = prepared(opened, options)
@@ -179,6 +179,7 @@ def converted(
             output,
             share=options.part,
             wait=options.patience,
+            engine=options.engine,
             gzip=options.gzip,
             overwrite=options.overwrite,
             resume=options.resume,

@@ -43,6 +43,7 @@ class AgainWords(RunWords, total=False):
     resume: bool
     share: str | None
     wait: float | None
+    engine: str | None
 
 
 class OutputWords(TypedDict, total=False):
@@ -122,7 +123,7 @@ def check_writable(destination: str | os.PathLike[str], origins: Sequence[str], 
         os.fspath(destination),
         origins,
         overwrite=words.get("overwrite", False),
-        resume=words.get("resume", False) or words.get("share") is not None,
+        resume=words.get("resume", False) or words.get("share") is not None or words.get("engine") is not None,
         anywhere=True,
     )
 

@@ -101,6 +101,8 @@ class ConvertOptions:
             ``auto``: the one that ``torchrun``, ``srun`` or ``mpirun`` says in the environment.
         wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
             and publishes; 600 with ``auto`` if None, else 0.
+        engine: ``ray``: the nodes of a Ray cluster, which see source and destination under the same paths, do the
+            writing.
         private: on the Hugging Face Hub: make the repository a private one, if there is none.
         commit_message: on the Hugging Face Hub: what the commit says.
         workers: threads.
@@ -155,6 +157,7 @@ class ConvertOptions:
     resume: bool = False
     share: str | None = None
     wait: float | None = None
+    engine: str | None = None
     private: bool = False
     commit_message: str | None = None
     workers: int | None = None
@@ -230,7 +233,11 @@ class ConvertOptions:
             )
         if self.compress is False and not self.target.packs:
             raise UsageError("--gzip compresses an archive and --no-compress asks for none", remedy="give one of them")
-        for name, value in {"--resume": self.resume, "--share": self.share is not None}.items():
+        for name, value in {
+            "--resume": self.resume,
+            "--share": self.share is not None,
+            "--engine": self.engine is not None,
+        }.items():
             if value:
                 raise UsageError(
                     f"{name} means nothing with --gzip: what is compressed is written at one go, by one process",
@@ -265,7 +272,13 @@ class ConvertOptions:
 
     @cached_property
     def part(self) -> Share | None:
-        """Which share of the writing is this process's, None for all of it."""
+        """Which share of the writing is this process's, None for all of it.
+
+        Raises:
+            UsageError: there is no such share, or an engine makes shares of its own.
+        """
+        if self.share is not None and self.engine is not None:
+            raise UsageError(f"--engine {self.engine} makes shares of its own", remedy="leave out --share")
         return parse_share(self.share)
 
     @cached_property

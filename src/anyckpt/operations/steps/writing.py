@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from anyckpt.engine.destination import BusyError, Destination, Share
-from anyckpt.engine.execute import execute, peak_rss_bytes
+from anyckpt.engine.execute import Report, execute, peak_rss_bytes
 from anyckpt.engine.launchers import launched_share
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.run import Progress, worker_count
@@ -104,6 +105,7 @@ def is_begun(path: str) -> bool:
 
 
 AUTO = "auto"
+RAY = "ray"
 _PATIENCE_SECONDS = 600.0
 
 
@@ -156,6 +158,7 @@ def write(
     *,
     share: Share | None,
     wait: float = 0.0,
+    engine: str | None = None,
     gzip: bool = False,
     overwrite: bool,
     resume: bool,
@@ -170,6 +173,7 @@ def write(
     Args:
         share: which share; None if this is the only process.
         wait: with a share, seconds to wait for a sign of the others.
+        engine: ``ray``: by the nodes of a Ray cluster; with no share.
         gzip: compress the output, a single file on a disk, while it is written; with no share.
         said: what is said of it where others may see it.
         plan, output, overwrite, resume, workers, memory, progress, source_paths: as for ``execute``.
@@ -185,7 +189,18 @@ def write(
         if isinstance(place, Destination):
             raise UsageError("is compressed by gzip on a disk only", path=output, remedy="write it to a disk")
         place = _compressed(output, overwrite, worker_count(workers, memory, plan))
-    if share is None:
+    if engine is not None:
+        report = _on_a_cluster(engine)(
+            plan,
+            place,
+            partial(destination_at, output, overwrite=overwrite, said=NOTHING_SAID),
+            overwrite=overwrite,
+            workers=workers,
+            memory=memory,
+            progress=progress,
+            source_paths=source_paths,
+        )
+    elif share is None:
         report = execute(
             plan,
             place,
@@ -196,6 +211,7 @@ def write(
             progress=progress,
             source_paths=source_paths,
         )
+    if share is None:
         return {name: value for name, value in asdict(report).items() if name != "published"}
     run = SharedRun(
         plan, place, share.of, overwrite=overwrite, workers=workers, memory=memory, source_paths=source_paths
@@ -222,6 +238,14 @@ def write(
         "share": f"{share.number}/{share.of}",
         "missing_shares": tuple(f"{one.number}/{one.of}" for one in missing),
     }
+
+
+def _on_a_cluster(engine: str) -> Callable[..., Report]:
+    if engine != RAY:
+        raise UsageError("there is no such engine", expected=RAY, found=engine)
+    from anyckpt.engine.ray_engine import write_on_ray
+
+    return write_on_ray
 
 
 def _compressed(output: str, overwrite: bool, threads: int) -> Destination:
