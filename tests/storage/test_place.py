@@ -204,3 +204,4 @@ def test_every_command_takes_a_place(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert missing.code == 2 and "does not exist" in missing.err
     nowhere = run("inspect", "elsewhere://bucket/model")
     assert nowhere.code == 2 and "is in a place that is not known" in nowhere.err
+    assert "give the address of the store that the profile names" in run("inspect", "msc://profile/run").error

@@ -22,6 +22,12 @@ FILE, FOLDER, OTHER = "file", "folder", "other"
 """What may be at a path; ``OTHER`` is what does not stay as it is: a device, a pipe."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(hf):(?=[^/]|/[^/])")
 
+_INSTEAD = {
+    "msc": "give the address of the store that the profile names (base_path of its storage_provider) in its place: "
+    "s3://BUCKET/FOLDER",
+}
+"""What to do with paths of schemes that are known and not read."""
+
 
 class Place(ABC):
     """Files by path, in folders.
@@ -153,7 +159,7 @@ class LocalPlace(Place):
             f"is in a place that is not known: {scheme}://",
             path=path,
             expected="a path on a disk, or hf://, s3://, gs://, az:// or https://",
-            remedy="copy it to a disk first",
+            remedy=_INSTEAD.get(scheme, "copy it to a disk first"),
         )
 
     def on_disk(self, path: str) -> str | None:
