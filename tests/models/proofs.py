@@ -310,6 +310,7 @@ _PARALLEL = {
 
 _CORE_ALONE = {**NO_NEMO_1, **NO_NEMO_2}
 _HUB_ALONE = NEMO_1_ALONE | NO_NEMO_1
+_OTHER_CLIP = {"nemo": "how NeMo 1 names models of family clip", "nemo2": "how NeMo 2 names models of family clip"}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
     "original_max_position_embeddings": 8,
@@ -895,7 +896,7 @@ PROOFS: dict[str, Proof] = {
             architectures=["CLIPTextModelWithProjection"],
         ),
     ),
-    "clip": proof(tiny("clip", "clip", _HUB_ALONE, **TWO_TOWERS, projection_dim=20)),
+    "clip": proof(tiny("clip", "clip", _HUB_ALONE | _OTHER_CLIP, **TWO_TOWERS, projection_dim=20)),
     "siglip-text": proof(tiny("siglip-text", "siglip_text_model", _HUB_ALONE, **_TEXT_TOWER, projection_size=28)),
     "siglip-vision": proof(
         tiny("siglip-vision", "siglip_vision_model", _HUB_ALONE, **_IMAGES),

@@ -24,7 +24,7 @@ from anyckpt.config.fields import OPTIONAL, Field, render_changed, render_fields
 from anyckpt.config.megatron import has_own_modules
 from anyckpt.config.model import ModelConfig, check, whole
 from anyckpt.config.nemo_fields import SHARED, SIZES
-from anyckpt.config.other_targets import other_targets
+from anyckpt.config.other_targets import lacking
 from anyckpt.config.reader import Reader
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import Spellings
@@ -141,10 +141,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
     if family.nemo_speech is not None:
         return nemo_speech.render(family, config, notes)
     if not family.nemo1:
-        raise MappingError(
-            f"NeMo 1 has no models of family {family.name}",
-            remedy=other_targets(family, config, "NeMo 1"),
-        )
+        raise lacking(family, config, "NeMo 1")
     factors, interpolation = to_factors(config.rope_scaling, "NeMo 1", fixed=True)
     if factors and factors["scale_factor"] != 8.0:
         notes.append(

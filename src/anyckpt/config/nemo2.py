@@ -14,7 +14,7 @@ from anyckpt.config.eight_bit import EXTRA, from_nemo2
 from anyckpt.config.fields import OPTIONAL, Field, render_fields
 from anyckpt.config.model import ModelConfig, check, whole
 from anyckpt.config.nemo_fields import SHARED, SIZES
-from anyckpt.config.other_targets import other_targets
+from anyckpt.config.other_targets import lacking, other_targets
 from anyckpt.config.reader import Reader
 from anyckpt.config.rope_scaling import from_factors, to_factors
 from anyckpt.config.spellings import NeMo2, Spellings
@@ -103,10 +103,7 @@ def render(family: Spellings, config: ModelConfig, notes: list[str]) -> dict[str
         MappingError: NeMo 2 cannot express the configuration.
     """
     if family.nemo2 is None:
-        raise MappingError(
-            f"NeMo 2 has no models of family {family.name}",
-            remedy=other_targets(family, config, "NeMo 2"),
-        )
+        raise lacking(family, config, "NeMo 2")
     yarn = render_yarn(family, config, "NeMo 2")
     factors, interpolation = to_factors(config.rope_scaling if yarn is None else None, "NeMo 2", fixed=False)
     _check_has(family, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import Spellings
+from anyckpt.errors import MappingError
 
 
 def other_targets(family: Spellings, config: ModelConfig, besides: str) -> str:
@@ -22,3 +23,14 @@ def other_targets(family: Spellings, config: ModelConfig, besides: str) -> str:
     }
     names = [name for framework, formats in there.items() if framework != besides for name in formats] or ["hf"]
     return f"convert to {', '.join(names[:-1])} or {names[-1]}" if names[1:] else f"convert to {names[0]}"
+
+
+def lacking(family: Spellings, config: ModelConfig, framework: str) -> MappingError:
+    """The error for a framework that has no models of a family, or whose names for them are not known."""
+    unknown = framework in family.unmapped
+    return MappingError(
+        f"how {framework} names models of family {family.name} is not known"
+        if unknown
+        else f"{framework} has no models of family {family.name}",
+        remedy=other_targets(family, config, framework),
+    )

@@ -235,6 +235,7 @@ class Spellings:
         meta: names in Meta's, Mistral's and torchtitan's code; None if they have no such models.
         trtllm: how TensorRT-LLM knows them; None if that is not known.
         nemo1: whether NeMo 1 has such models.
+        unmapped: of ``NeMo 1`` and ``NeMo 2``, those that have such models of their own, whose names are not known.
         nemo_speech: how NeMo's speech collection knows them, whose ``.nemo`` is NeMo 1's; None if it does not.
         nemo1_classes: NeMo 1's classes for them other than ``MegatronGPTModel``, without the module, and what these
             take where their configuration has no such key: a value, or a function of the configuration.
@@ -255,6 +256,7 @@ class Spellings:
     meta: MetaNames | None = None
     trtllm: TrtLlm | None = None
     nemo1: bool = True
+    unmapped: frozenset[str] = frozenset()
     nemo_speech: NeMoSpeech | None = None
     nemo1_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     megatron: bool = True

@@ -36,6 +36,7 @@ FAMILY = Family(
     traits=clip_text.TRAITS,
     recognise=lambda config: False,
     nemo1=False,
+    unmapped=frozenset({"NeMo 1", "NeMo 2"}),
     megatron=False,
     dimensions={
         **clip_vision.FAMILY.dimensions,
