@@ -33,7 +33,21 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "megatron-core": {"dtype": "fp16"},
     "megatron-core-zarr": {},
     "megatron-lm": {"layout": anyckpt.LayoutRequest(tensor_parallel=2)},
+    "megatron-bridge": {},
+    "meta": {},
+    "trtllm": {},
+    "gguf": {},
+    "npz": {},
+    "peft": {},
+    "diffusers": {"max_shard_size": 20_000},
+    "whisper": {},
 }
+SOURCES = {
+    "peft": fixture_path("families/lora_llama/hf_adapter"),
+    "diffusers": fixture_path("diffusers/stable_diffusion"),
+    "whisper": fixture_path("whisper/tiny.pt"),
+}
+READ_ONLY = {"deepspeed", "fsdp", "gpt-neox"}
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +71,23 @@ def contents(path: Path) -> dict[str, bytes]:
     }
 
 
+def test_every_format_that_is_written_is_among_them() -> None:
+    assert set(anyckpt.formats()) - READ_ONLY == set(CONVERSIONS)
+
+
 @pytest.mark.parametrize("to", CONVERSIONS)
 def test_every_format_in_shares(to: str, tmp_path: Path) -> None:
-    options = CONVERSIONS[to]
-    anyckpt.convert(LLAMA, tmp_path / "one", to=to, **options)
+    options, source = CONVERSIONS[to], SOURCES.get(to, LLAMA)
+    anyckpt.convert(source, tmp_path / "one", to=to, **options)
     expected = contents(tmp_path / "one")
-    for of in (2, 5):
+    for of in (1, 2, 4, 7):
         output = tmp_path / f"of-{of}"
         order = list(range(1, of + 1))
         random.Random(to).shuffle(order)
         written, missing = 0, None
         for number in order:
             assert output.exists() == (missing == ())
-            done = anyckpt.convert(LLAMA, output, to=to, share=f"{number}/{of}", **options)
+            done = anyckpt.convert(source, output, to=to, share=f"{number}/{of}", **options)
             written, missing = written + done.bytes_written, done.missing_shares
             assert done.share == f"{number}/{of}"
             later = order[order.index(number) + 1 :]
