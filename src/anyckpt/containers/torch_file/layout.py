@@ -11,7 +11,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from anyckpt.engine.checksum import crc32, join_crc32
 from anyckpt.engine.plan import Computed, Literal, Part, SourceData, TensorData
@@ -168,8 +168,12 @@ def zip_layout(records: Sequence[Record], folder: str | None, base: int) -> tupl
 def shift_parts(parts: Sequence[Part], by: int) -> tuple[Part, ...]:
     """The same parts for a file in which ``by`` other parts precede them: what is computed refers to parts by index."""
     return tuple(
-        replace(part, parts=tuple(index + by for index in part.parts)) if isinstance(part, Computed) else part
-        for part in parts
+        [
+            Computed(part.nbytes, tuple([index + by for index in part.parts]), part.build)
+            if isinstance(part, Computed)
+            else part
+            for part in parts
+        ]
     )
 
 
