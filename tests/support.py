@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anyckpt.engine.manifest import check_manifest, read_manifest
 from anyckpt.engine.plan import Computed, Literal, OutputFile, Plan, SourceData
 from anyckpt.tensor import LazyTensor
 
@@ -70,3 +72,17 @@ def file_bytes(file: OutputFile) -> bytes:
         assert len(data) == part.nbytes
         contents.append(data)
     return b"".join(contents)
+
+
+def assert_whole(plan: Plan, output: Path) -> None:
+    """An output holds what the plan says, and its manifest as well."""
+    for file in plan.files:
+        path = output / file.path if file.path else output
+        assert path.read_bytes() == file_bytes(file), file.path
+    for link, target in plan.links.items():
+        assert os.readlink(output / link) == target
+    manifest = read_manifest(str(output))
+    assert manifest is not None
+    problems = [problem for _, problem in check_manifest(str(output), manifest) if problem]
+    assert problems == []
+    assert {entry.name for entry in manifest.entries if entry.name} == {part.name for part in plan.tensors()}

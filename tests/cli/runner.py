@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,3 +59,19 @@ class Runner:
         code = run([str(word) for word in words])
         captured = self._capsys.readouterr()
         return Result(code, captured.out, captured.err)
+
+
+def shown_on(terminal: int, process: subprocess.Popen[bytes]) -> str:
+    """What a process that succeeds sends to a terminal, whose own side is a descriptor, which is closed."""
+    seen = b""
+    while True:
+        try:
+            data = os.read(terminal, 1 << 16)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += data
+    os.close(terminal)
+    assert process.wait() == 0
+    return seen.decode()

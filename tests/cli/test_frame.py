@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 import pytest
-from tests.cli.runner import Runner
+from tests.cli.runner import Runner, shown_on
 from tests.support import fixture_path
 
 import anyckpt.cli
@@ -117,18 +117,7 @@ def in_a_terminal(*words: str | Path, **environment: str) -> str:
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", **environment},
     )
     os.close(child)
-    seen = b""
-    while True:
-        try:
-            data = os.read(parent, 1 << 16)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    os.close(parent)
-    assert process.wait() == 0
-    return seen.decode()
+    return shown_on(parent, process)
 
 
 def test_colour_on_a_terminal_unless_it_is_not_wanted() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.cli.runner import Runner
+from tests.cli.runner import Runner, shown_on
 from tests.support import fixture_path
 
 import anyckpt as api
@@ -42,18 +42,7 @@ def on_a_terminal(columns: int, *words: str | Path, cwd: Path | None = None, **e
         env={**known, **told},
     )
     os.close(child)
-    seen = b""
-    while True:
-        try:
-            data = os.read(parent, 1 << 16)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    os.close(parent)
-    assert process.wait() == 0
-    return seen.decode().splitlines()
+    return shown_on(parent, process).splitlines()
 
 
 STATS_AT_60 = """\

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.engine.sample import make_source, sample_plan, shrink_blocks
-from tests.support import file_bytes
+from tests.support import assert_whole
 
 from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, execute, outputs, run
@@ -46,24 +46,6 @@ class AtMost(ElementWise):
 
     def __call__(self, values: Any) -> Any:
         return np.minimum(values, np.float32(self.limit))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make_source(tmp_path / "source.bin", 256 * 1024)
-
-
-def assert_whole(plan: Plan, output: Path) -> None:
-    for file in plan.files:
-        path = output / file.path if file.path else output
-        assert path.read_bytes() == file_bytes(file), file.path
-    for link, target in plan.links.items():
-        assert os.readlink(output / link) == target
-    manifest = read_manifest(str(output))
-    assert manifest is not None
-    problems = [problem for _, problem in check_manifest(str(output), manifest) if problem]
-    assert problems == []
-    assert {entry.name for entry in manifest.entries if entry.name} == {part.name for part in plan.tensors()}
 
 
 def leftovers(folder: Path) -> list[str]:

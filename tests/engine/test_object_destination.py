@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from tests.engine.memory_objects import DeadError, MemoryObjects, Store
 from tests.engine.sample import make_source, run_share, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
-from anyckpt.engine import blocks, checksum, claim, execute, files, growing, living, object_notes, run
+from anyckpt.engine import claim, execute, growing, living, object_notes
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.manifest import parse_manifest
 from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
@@ -28,16 +27,11 @@ OLD = {"old/weights": b"old weights", "metadata.json": b"the old marker", MANIFE
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small blocks and parts, so that a small plan has many; and put back afterwards."""
-    before = (blocks.CHUNK_BYTES, run._SYNC_EVERY, files._DIRECT_MINIMUM)
+def small_parts(restored_block_sizes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks and parts, so that a small plan has many."""
     shrink_blocks(32768)
     monkeypatch.setattr(growing, "PART_BYTES", 50_000)
     monkeypatch.setattr(claim, "RENEWED_EVERY", 3600.0)
-    yield
-    for module in (blocks, checksum, files):
-        module.CHUNK_BYTES = before[0]
-    run._SYNC_EVERY, files._DIRECT_MINIMUM = before[1:]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.memory_destination import MemoryDestination, ObjectStore
 from tests.engine.sample import make_source, run_share, sample_plan, shrink_blocks
-from tests.support import file_bytes
+from tests.support import assert_whole, file_bytes
 
 from anyckpt.dtypes import dtype
 from anyckpt.engine import blocks, run
@@ -23,7 +23,6 @@ from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.execute import execute
 from anyckpt.engine.fingerprint import fingerprint
-from anyckpt.engine.manifest import check_manifest, read_manifest
 from anyckpt.engine.plan import Literal, OutputFile, Plan, TensorData
 from anyckpt.engine.share import Division, divided
 from anyckpt.engine.shared_run import SharedRun, finish
@@ -35,19 +34,8 @@ from anyckpt.tensor import Stored, from_array
 SAMPLE = Path(__file__).with_name("sample.py")
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return make_source(tmp_path / "source.bin", 256 * 1024)
-
-
-def assert_whole(plan: Plan, output: Path) -> None:
-    for file in plan.files:
-        assert (output / file.path if file.path else output).read_bytes() == file_bytes(file), file.path
-    for link, target in plan.links.items():
-        assert os.readlink(output / link) == target
-    manifest = read_manifest(str(output))
-    assert manifest is not None
-    assert [problem for _, problem in check_manifest(str(output), manifest) if problem] == []
+def assert_published(plan: Plan, output: Path) -> None:
+    assert_whole(plan, output)
     assert [name for name in os.listdir(output.parent) if name.endswith(".anyckpt-partial")] == []
 
 
@@ -75,11 +63,11 @@ def test_shares_one_after_another_give_the_bytes_of_one_process(
         assert report.resumed_bytes == 0
     done = finish(plan, str(output), of, source_paths=[str(source)])
     assert done.bytes_written == plan.nbytes
-    assert_whole(plan, output)
+    assert_published(plan, output)
     again = run_share(plan, str(output), Share(1, of), source_paths=[str(source)])
     assert again.resumed_bytes == again.bytes_written
     finish(plan, str(output), of, source_paths=[str(source)])
-    assert_whole(plan, output)
+    assert_published(plan, output)
 
 
 @pytest.mark.parametrize("of", [2, 4])
@@ -99,7 +87,7 @@ def test_processes_at_once_of_which_some_are_killed_and_started_anew(tmp_path: P
             killed += process.returncode == -signal.SIGKILL
             assert process.returncode in (0, -signal.SIGKILL), error
     finish(plan, str(output), of, source_paths=[str(plan_source)])
-    assert_whole(plan, output)
+    assert_published(plan, output)
     assert killed
 
 
@@ -120,7 +108,7 @@ def test_pages_in_which_two_shares_meet(source: Path, tmp_path: Path, monkeypatc
     run_share(plan, output, Share(1, of), workers=1, source_paths=paths)
     monkeypatch.setattr(run.Run, "sync", real)
     finish(plan, output, of, source_paths=paths)
-    assert_whole(plan, tmp_path / "out")
+    assert_published(plan, tmp_path / "out")
 
 
 def test_one_process_goes_on_with_what_shares_left_and_shares_with_what_it_left(source: Path, tmp_path: Path) -> None:
@@ -131,11 +119,11 @@ def test_one_process_goes_on_with_what_shares_left_and_shares_with_what_it_left(
     run_share(plan, output, Share(1, 5), source_paths=paths)
     report = execute(plan, output, resume=True, source_paths=paths)
     assert report.resumed_bytes
-    assert_whole(plan, tmp_path / "out")
+    assert_published(plan, tmp_path / "out")
     shutil.rmtree(output)
     run_share(plan, output, Share(1, 2), source_paths=paths)
     execute(plan, output, source_paths=paths)  # anew
-    assert_whole(plan, tmp_path / "out")
+    assert_published(plan, tmp_path / "out")
 
 
 def test_ranks_of_different_plans_or_divisions_are_told(source: Path, tmp_path: Path) -> None:
@@ -162,7 +150,7 @@ def test_ranks_of_different_plans_or_divisions_are_told(source: Path, tmp_path: 
         finish(plan, output, 2, source_paths=paths)
     run_share(plan, output, Share(2, 2), source_paths=paths)
     finish(plan, output, 2, source_paths=paths)
-    assert_whole(plan, tmp_path / "out")
+    assert_published(plan, tmp_path / "out")
 
 
 def read_fingerprint(folder: Path) -> str:
@@ -237,7 +225,7 @@ def test_a_share_that_is_written_comes_while_another_process_publishes(
     publishing.close()
     run_share(plan, str(output), Share(2, 2), source_paths=[str(source)])
     finish(plan, str(output), 2, source_paths=[str(source)])
-    assert_whole(plan, output)
+    assert_published(plan, output)
 
 
 # -- a destination of another kind ----------------------------------------------------------------------------
@@ -258,7 +246,7 @@ def test_who_looks_what_is_missing_while_another_process_publishes(
 
     monkeypatch.setattr(os, "listdir", listdir)
     assert late.missing() == {}
-    assert_whole(plan, tmp_path / "out")
+    assert_published(plan, tmp_path / "out")
 
 
 @pytest.mark.parametrize("of", [1, 2, 4])

@@ -70,3 +70,17 @@ def partition_of(hub: str) -> str | None:
     expert = experts.parse(name)
     kind = Rules().kind(name) if expert is None else Rules().kind(expert.base, of_expert=True)
     return None if kind is None else kind.name
+
+
+def model_of(config: dict[str, Any]) -> Model:
+    """The model that a configuration is of."""
+    model = models.identify(Checkpoint("x", "x", {}, config=config, config_kind=models.config_kind(config)))
+    assert model is not None
+    return model
+
+
+def notes_of(model: Model, kind: str) -> str:
+    """What is told where a model's configuration is written."""
+    notes: list[str] = []
+    models.render_config(model, kind, notes=notes)
+    return "; ".join(notes)

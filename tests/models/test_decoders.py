@@ -7,28 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.models.cases import facts, open_case, with_weights
+from tests.models.cases import facts, model_of, notes_of, open_case, with_weights
 
 from anyckpt import models
-from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.windows import windowed_layers
 from anyckpt.errors import MappingError
-from anyckpt.models import Model
 from anyckpt.tensor import from_array
 
 NEMO2 = "nemo.collections.llm.gpt.model"
-
-
-def model_of(config: dict[str, Any]) -> Model:
-    model = models.identify(Checkpoint("x", "x", {}, config=config, config_kind=models.config_kind(config)))
-    assert model is not None
-    return model
-
-
-def notes_of(model: Model, kind: str) -> str:
-    notes: list[str] = []
-    models.render_config(model, kind, notes=notes)
-    return "; ".join(notes)
 
 
 # -- windows -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.models.cases import facts, with_weights
+from tests.models.cases import facts, model_of, notes_of, with_weights
 from tests.models.proofs import samples
 from tests.models.remote_code import BAICHUAN, BAICHUAN_13B, CHATGLM, baichuan_shapes, chatglm_shapes
 from tests.support import write_plan
@@ -20,7 +20,7 @@ from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
 from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.hf import FORMAT
-from anyckpt.models import Hub, Model
+from anyckpt.models import Hub
 from anyckpt.models.dialects.spellings import detect
 from anyckpt.models.language.unit_rows import RowsOfLengthOne
 from anyckpt.tensor import LazyTensor, from_array
@@ -31,18 +31,6 @@ MPT = {
     "expansion_ratio": 4, "max_seq_len": 64, "vocab_size": 64, "no_bias": True, "learned_pos_emb": True,
     "attn_config": {"alibi": True, "alibi_bias_max": 8, "attn_type": "multihead_attention", "clip_qkv": None},
 }  # fmt: skip
-
-
-def model_of(config: dict[str, Any]) -> Model:
-    model = models.identify(Checkpoint("x", "x", {}, config=config, config_kind=models.config_kind(config)))
-    assert model is not None
-    return model
-
-
-def notes_of(model: Model, kind: str) -> str:
-    notes: list[str] = []
-    models.render_config(model, kind, notes=notes)
-    return "; ".join(notes)
 
 
 def random(shapes: dict[str, tuple[int, ...]]) -> dict[str, LazyTensor]:

@@ -10,25 +10,21 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
-from functools import cache
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.files import PAGE, Bytes, sync_directory, sync_file, write_error
+from anyckpt.engine.journals import Journals
 from anyckpt.engine.living import is_signed_by_another, sign
 from anyckpt.engine.manifest import beside, read_manifest
 from anyckpt.engine.names import MANIFEST_NAME, PARTIAL
 from anyckpt.engine.outputs import OutputFiles
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.publishing import put_in_place, put_new
-from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, Trouble, lock
+from anyckpt.engine.records import BlockKey, BlockRecord, Trouble, lock
 from anyckpt.engine.shortfalls import MAY_REPLACE, NO_LOCKS, NOT_DURABLE, TWO_STEPS
 from anyckpt.errors import FormatError, OutputError
 from anyckpt.storage.local_file import forget_open_file
-
-_JOURNAL = "journal"
 
 
 def destination_of(directory: str) -> str | None:
@@ -40,7 +36,7 @@ def destination_of(directory: str) -> str | None:
 
 def is_begun(destination: str) -> bool:
     """Whether interrupted work on an output has left blocks, which going on with it would not write again."""
-    return bool(StagingDirectory(destination)._known())
+    return StagingDirectory(destination).is_begun()
 
 
 class StagingDirectory(Destination):
@@ -60,9 +56,8 @@ class StagingDirectory(Destination):
         parent, name = os.path.split(self.destination)
         self._directory = os.path.join(parent, f".{name}{PARTIAL}")
         self.output = os.path.join(self._directory, "output")
-        self._readers: dict[str, JournalReader] = {}
+        self._journals = Journals(self._directory, self.name)
         self._lock = -1
-        self._journal: Journal | None = None
         self._plan = Plan("", ())
         self._files = OutputFiles(self._plan, self.output, keep=frozenset())
         self._weaker: dict[str, None] = {}
@@ -77,7 +72,7 @@ class StagingDirectory(Destination):
         try:
             self._begin(fingerprint, share, resume)
         except BaseException as error:
-            keep = share is not None or bool(self._known())
+            keep = share is not None or self.is_begun()
             self.close() if keep or not isinstance(error, OutputError) else self.discard()
             if isinstance(error, OSError):
                 raise write_error(self.name, error) from error
@@ -86,25 +81,20 @@ class StagingDirectory(Destination):
     def _begin(self, fingerprint: str, share: Share | None, resume: bool) -> None:
         if share is None:
             if resume and os.path.lexists(self.output):
-                self._check_journals(fingerprint, None)
-            if not (resume and self._known() and os.path.lexists(self.output)):
+                self._journals.check(fingerprint, None)
+            if not (resume and self.is_begun() and os.path.lexists(self.output)):
                 self._clear()
-        header: dict[str, Any] = {"fingerprint": fingerprint}
-        name, by = _JOURNAL, ""
-        if share is not None:
-            header |= {"share": [share.number, share.of], "version": _version()}
-            name, by = f"{_JOURNAL}.{share.number}-of-{share.of}", f"process {os.getpid()} on {os.uname().nodename}"
         try:
-            self._journal = Journal(os.path.join(self._directory, name), header, by)
+            self._journals.begin(fingerprint, share)
         except BlockingIOError as error:
             raise self._busy("this share is") from error
-        self._check_journals(fingerprint, share)
+        self._journals.check(fingerprint, share)
         self._check_room()
         if self._plan.is_directory:
             os.makedirs(self.output, exist_ok=True)
         elif share is not None:  # what is there is continued, and of a small file all bytes may be in the journals
             os.close(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        known = range(len(self._plan.files)) if share is not None else {file for file, _ in self._known()}
+        known = range(len(self._plan.files)) if share is not None else {file for file, _ in self._journals.records()}
         self._files = OutputFiles(self._plan, self.output, keep=frozenset(known))
 
     def clear(self) -> None:
@@ -156,60 +146,6 @@ class StagingDirectory(Destination):
         text = f"{what} being written by another process"
         return BusyError(text, path=self.destination, remedy="wait for it to finish")
 
-    def _check_journals(self, fingerprint: str, share: Share | None) -> None:
-        """Raise unless all work here is of this plan, and all processes that do it divide it in one way."""
-        for reader in self._read_journals():
-            found = reader.header.get("fingerprint", fingerprint)
-            if found != fingerprint:
-                self._forget_journal()
-                raise OutputError(
-                    "the unfinished work here is of another conversion, or its source has changed since",
-                    path=self._directory,
-                    expected=f"plan {fingerprint[:12]}",
-                    found=f"plan {str(found)[:12]}",
-                    remedy="run without --resume to begin anew"
-                    if share is None
-                    else "give all processes the same sources and options; remove this directory to begin anew",
-                )
-            version = reader.header.get("version", _version())
-            if share is not None and version != _version():
-                self._forget_journal()
-                raise OutputError(
-                    "is being written by processes of another version of anyckpt",
-                    path=self.name,
-                    expected=f"anyckpt {_version()}, as here",
-                    found=f"anyckpt {version}, {reader.by or 'another process'}",
-                    remedy=f"give all processes the same version, and remove {self._directory} to begin anew with it",
-                )
-            other = reader.header.get("share")
-            if share is not None and other and other[1] != share.of and reader.is_kept():
-                self._forget_journal()
-                raise OutputError(
-                    f"is being written by processes of which each does 1/{other[1]} of the work",
-                    path=self.name,
-                    expected=f"1/{share.of}",
-                    remedy="give all processes the same number of shares",
-                )
-
-    def _forget_journal(self) -> None:
-        """Remove this process's journal if it holds nothing."""
-        if self._journal is not None and self._journal.is_new:
-            os.unlink(self._journal.path)
-            self._readers.pop(self._journal.path, None)
-
-    def _read_journals(self) -> Iterator[JournalReader]:
-        try:
-            names = sorted(os.listdir(self._directory))
-        except (FileNotFoundError, NotADirectoryError):
-            return  # nothing is begun, or the output is published
-        for name in names:
-            if name.partition(".")[0] == _JOURNAL:
-                path = os.path.join(self._directory, name)
-                try:
-                    yield self._readers.setdefault(path, JournalReader(path)).read_on()
-                except FileNotFoundError:
-                    continue  # the output was published meanwhile
-
     def _check_room(self) -> None:
         status = os.statvfs(os.path.dirname(self.destination))
         there = sum(
@@ -228,14 +164,8 @@ class StagingDirectory(Destination):
             )
 
     def records(self, fingerprint: str) -> dict[BlockKey, BlockRecord]:
-        self._check_journals(fingerprint, None)
-        return self._known()
-
-    def _known(self) -> dict[BlockKey, BlockRecord]:
-        found: dict[BlockKey, BlockRecord] = {}
-        for reader in self._read_journals():
-            found.update(reader.records)
-        return found
+        self._journals.check(fingerprint, None)
+        return self._journals.records()
 
     def write(self, file: int, offset: int, data: Bytes) -> None:
         self._files.write(file, offset, data)
@@ -244,9 +174,8 @@ class StagingDirectory(Destination):
         self._files.sync(files)
 
     def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
-        assert self._journal is not None
         try:
-            self._journal.record(blocks)
+            self._journals.record(blocks)
         except OSError as error:
             raise write_error(self.name, error) from error
 
@@ -365,12 +294,7 @@ class StagingDirectory(Destination):
 
     def close(self, failure: str = "") -> None:
         self._files.close_all()
-        if self._journal is not None:
-            if failure:
-                with suppress(OSError):
-                    self._journal.append({"failed": failure})
-            self._journal.close()
-            self._journal = None
+        self._journals.close(failure)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -381,24 +305,17 @@ class StagingDirectory(Destination):
         self.close()
 
     def beat(self) -> None:
-        journal = self._journal
-        if journal is not None:
-            with suppress(OSError, ValueError):  # a full disk is told by who writes; it may be closed at this moment
-                journal.append({})
+        self._journals.beat()
 
     def signs(self) -> dict[Share, int]:
-        return {
-            Share(*reader.header["share"]): reader.length
-            for reader in self._read_journals()
-            if "share" in reader.header
-        }
+        return self._journals.signs()
 
     def troubles(self) -> dict[Share, Trouble]:
-        return {
-            Share(*reader.header["share"]): reader.trouble()
-            for reader in self._read_journals()
-            if "share" in reader.header and not reader.is_kept()
-        }
+        return self._journals.troubles()
+
+    def is_begun(self) -> bool:
+        """Whether blocks of the output are here."""
+        return bool(self._journals.records())
 
     def _clear(self) -> None:
         for name in os.listdir(self._directory):
@@ -407,11 +324,4 @@ class StagingDirectory(Destination):
                 shutil.rmtree(path)
             elif name != "lock":
                 os.unlink(path)
-        self._readers.clear()
-
-
-@cache
-def _version() -> str:
-    from anyckpt import __version__
-
-    return __version__
+        self._journals.forget()
