@@ -63,7 +63,8 @@ LOST_KEYS: dict[str, set[str]] = {
 """Keys that no other framework's configuration has: of training, of kernels, or fixed in the model's class there."""
 
 REFUSED: dict[str, str] = {
-    "": r"cannot express this rope scaling|scales rope by YaRN alone|has no models of family|no such position embed",
+    "": r"cannot express this rope scaling|scales rope by YaRN alone|has no models of family|no such position embed"
+    r"|how NeMo [12] names models of family",
     "falcon": "have no parallel_residual",
     "gpt_neox": "have no parallel_residual",
     "gemma3": r"have no (attn|final)_logit_softcapping",
