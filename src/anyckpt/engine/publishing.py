@@ -49,7 +49,8 @@ def put_in_place(new: str, destination: str, aside: str) -> bool:
     Args:
         new: what gets the name.
         destination: the name.
-        aside: where a directory that had it goes, if not to ``new``; the caller removes both.
+        aside: where a directory that had it goes, if not to ``new``; the caller removes both.  It is put back where
+            the name can't be given.
 
     Returns:
         Whether at every moment one of both had the name.
@@ -68,7 +69,12 @@ def put_in_place(new: str, destination: str, aside: str) -> bool:
         if error.errno != errno.EXDEV:
             raise
         shutil.rmtree(destination)  # of a lower layer of an overlay, which renames no such directory
-    os.rename(new, destination)
+    try:
+        os.rename(new, destination)
+    except OSError:
+        if os.path.lexists(aside):
+            os.rename(aside, destination)
+        raise
     return False
 
 
