@@ -95,6 +95,9 @@ def test_a_part_is_no_answer(written: Path, tmp_path: Path) -> None:
     other = diff(written, written, share="1/2", records=tmp_path / "other")
     with pytest.raises(UsageError, match="no answer"):
         bool(other)
+    looked = inspect(written, stats=True, share="1/2", records=tmp_path / "third")
+    for one in (part, other, looked):
+        assert ">1/2<" in one._repr_html_() and ">2/2<" in one._repr_html_()
 
 
 def test_a_folder_that_was_there_stays(written: Path, tmp_path: Path) -> None:

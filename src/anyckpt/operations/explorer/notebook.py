@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.convert import Conversion
     from anyckpt.operations.difference import Difference
     from anyckpt.operations.inspection import Inspection
+    from anyckpt.operations.steps.looking import LookedAt
     from anyckpt.operations.verification import Verification
 
 _MOST_ROWS = 100
@@ -21,6 +22,8 @@ _MOST_ROWS = 100
 
 def of_inspection(found: Inspection) -> str:
     """What is in a checkpoint, and the tensors that were asked for."""
+    if found.part is not None:
+        return _of_part(found.part)
     parts = [table("", (), summary(found)), paragraphs(found.warnings, "warning"), paragraphs(found.notes, "note")]
     if found.tensors:
         from anyckpt.operations.explorer.sections import tensor_rows
@@ -36,6 +39,8 @@ def of_inspection(found: Inspection) -> str:
 
 def of_difference(found: Difference) -> str:
     """How two checkpoints differ."""
+    if found.part is not None:
+        return _of_part(found.part)
     from anyckpt.operations.explorer.changes import parts
 
     return notebook(*parts(found, _MOST_ROWS, explore=False))
@@ -43,6 +48,8 @@ def of_difference(found: Difference) -> str:
 
 def of_verification(found: Verification) -> str:
     """Whether a checkpoint is sound, and what was looked at."""
+    if found.part is not None:
+        return _of_part(found.part)
     verdict = "sound" if found.sound else f"not sound: {len(found.problems):,} problems"
     problems = [(one.where, one.problem) for one in found.problems[:_MOST_ROWS]]
     looked = [
@@ -60,6 +67,16 @@ def of_verification(found: Verification) -> str:
         table("looked at", (), looked) if looked else "",
         paragraphs(found.unchecked, "not looked at"),
     )
+
+
+def _of_part(part: LookedAt) -> str:
+    """What one of several processes did, where another one has the answer."""
+    lines = [
+        ("share", part.share),
+        ("read", f"{format_bytes(part.bytes_read)} in {format_seconds(part.seconds)}"),
+        ("missing shares", ", ".join(part.missing_shares)),
+    ]
+    return notebook(table("", (), [line for line in lines if line[1]]))
 
 
 def of_conversion(done: Conversion) -> str:
