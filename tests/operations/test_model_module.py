@@ -189,7 +189,7 @@ def test_what_it_consists_of_is_told(tmp_path: Path) -> None:
 
 
 def test_another_language_model_is_put_in(tmp_path: Path) -> None:
-    """As the guide has it."""
+    """By names, in Python."""
     salm = anyckpt.open(folder(tmp_path / "speech", own_names("salm")))
     outside = {"model.embed_tokens.weight": "embed_tokens.weight"}
     tuned = {name: from_array(array + 1) for name, array in language().items()}

@@ -70,6 +70,14 @@ _SHOWN_LAYERS = 12
     help="Take one module of the model alone, such as llm or perception.encoder, its name taken off.",
 )
 @option(
+    "--put",
+    title=OUTPUT,
+    metavar="MODULE=PATH",
+    multiple=True,
+    help="Replace one module of the model by that of another, of the same names and shapes: perception=asr.nemo, "
+    "llm=tuned-llama.",
+)
+@option(
     "--include",
     title=OUTPUT,
     metavar="GLOB",

@@ -162,6 +162,7 @@ def converted(
     """
     output = os.fspath(destination)
     origins = [public_path(path) for path in ([_path(source)] if sources is None else sources)]
+    origins += [public_path(put.path) for put in options.puts]
     resumes = options.resume or options.share is not None or options.engine is not None
     check_destination(output, origins, overwrite=options.overwrite, resume=resumes, anywhere=True)
     opened = source if isinstance(source, Checkpoint) else registry.read(source, force=options.force)
@@ -266,6 +267,10 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         options: what the user asks for.
     """
     request, steps = options.request, Pipeline()
+    if options.puts:
+        from anyckpt.operations.put_modules import with_modules_put
+
+        opened = steps.take(with_modules_put(opened, options.puts, options))
     if options.module is not None:
         from anyckpt.operations.steps.model_module import alone
 

@@ -91,6 +91,7 @@ class ConvertWords(ReshardWords, total=False):
     tokenizer_library: str | None
     experts: str | None
     module: str | None
+    put: str | Sequence[str] | Mapping[str, str | os.PathLike[str]] | None
     quantize: str | None
     quantize_form: str | None
     group_size: int | None

@@ -20,6 +20,7 @@ from anyckpt.operations.steps.globs import as_patterns
 from anyckpt.operations.steps.layer_request import LayerRequest, parse_layers
 from anyckpt.operations.steps.layout_request import LayoutRequest
 from anyckpt.operations.steps.model_ids import named_configuration
+from anyckpt.operations.steps.put_request import Put, parse_puts
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_scales, read_statistics
 from anyckpt.operations.steps.user_names import Rename, parse_renames
@@ -72,6 +73,9 @@ class ConvertOptions:
         module: the name of one module of the model, such as ``llm`` or ``perception.encoder``, to be taken alone: short
             for the ``include`` and ``rename`` that take its tensors without its name, and for the ``config`` and
             ``alpha`` that lie beside the model.
+        put: ``MODULE=PATH``, one or several, or a dictionary of such: what is in a module of the model is replaced by
+            the same of another model, whatever its format: its weights, which must be of the same names and shapes, and
+            its part of the configuration.  NeMo's ``perception`` takes encoder and preprocessor of an ASR model.
         include: glob or globs of the source's weight names; others are left out.  A glob that matches no weight chooses
             what is stored beside them, such as an averaged copy, to be written as the weights.
         exclude: glob or globs of weight names to leave out.
@@ -138,6 +142,7 @@ class ConvertOptions:
     report: str | os.PathLike[str] | None = None
     keep_in_fp32: Sequence[str] = KEEP_IN_FP32
     module: str | None = None
+    put: str | Sequence[str] | Mapping[str, str | os.PathLike[str]] | None = None
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     rename: str | Sequence[str] | None = None
@@ -203,6 +208,10 @@ class ConvertOptions:
         if self.optimizer not in ("keep", "drop"):
             raise UsageError("unknown value for optimizer", expected="keep or drop", found=self.optimizer)
         _ = self.writing, self.patience, self.budget, self.renames
+        if self.puts and self.keeps_state:
+            raise UsageError(
+                "--optimizer keep carries the state of weights that --put replaces", remedy="give one of them"
+            )
         if self.drop_layers is not None and self.keep_layers is not None:
             raise UsageError("--drop-layers and --keep-layers both say which layers stay", remedy="give one of them")
         if self.layers is not None and self.request.keep_extra_state:
@@ -292,6 +301,11 @@ class ConvertOptions:
         return parse_renames(self.rename)
 
     @cached_property
+    def puts(self) -> tuple[Put, ...]:
+        """What is put where."""
+        return parse_puts(self.put)
+
+    @cached_property
     def layers(self) -> LayerRequest | None:
         """The layers to keep or to leave out; None for all."""
         drop = parse_layers(self.drop_layers, drop=True)
@@ -352,6 +366,7 @@ class ConvertOptions:
             config=self.config,
             model_id=self.model_id,
             module=self.module,
+            put=self.put,
             include=self.include,
             exclude=self.exclude,
             rename=self.rename,

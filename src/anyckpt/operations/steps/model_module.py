@@ -19,12 +19,16 @@ from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.models.adapters.rows import PREFIX
 from anyckpt.models.families import of_config
 from anyckpt.operations.options import ConvertOptions
+from anyckpt.operations.steps.globs import matching
 from anyckpt.operations.steps.pipeline import Stepped
+from anyckpt.operations.steps.user_names import new_name, parse_renames
 from anyckpt.storage.location import look_in
 
-_LLM, _PERCEPTION = "llm", "perception"
+LLM, PERCEPTION = "llm", "perception"
+"""The two of NeMo's SpeechLM2 models."""
+
 _OUTSIDE = ("embed_tokens", "lm_head")
-_BACKBONE = ("llm_backbone", "config.json")
+BACKBONE = ("llm_backbone", "config.json")
 
 
 @dataclass(frozen=True)
@@ -67,24 +71,25 @@ def alone(checkpoint: Checkpoint, name: str, options: ConvertOptions) -> Taken:
     """
     found = _module(checkpoint, name)
     given = options.config is not None or options.model_id is not None
-    own = [options.rename] if isinstance(options.rename, str) else options.rename or ()
+    more = [options.rename] if isinstance(options.rename, str) else options.rename or ()
     named = options.names is not None or options.target.dialect(options.writing) is not None
     adapters = options.target.adapters == options.target.name
     taken = replace(
         options,
         module=None,
         include=found.include,
-        rename=(*found.rename, *own),
+        rename=(*found.rename, *more),
         config=options.config if given else found.config,
         alpha=found.alpha if options.alpha is None and (named or adapters) else options.alpha,
     )
-    beside = [name for name in checkpoint.artifacts if found.config is None or name != "/".join(_BACKBONE)]
+    beside = [name for name in checkpoint.artifacts if found.config is None or name != "/".join(BACKBONE)]
     if not found.has_tokenizer and checkpoint.tokenizer is not None:
         beside += checkpoint.tokenizer.files
+    own = _settings(checkpoint, name)
     bare = replace(
         checkpoint,
-        config={},
-        config_kind=None,
+        config=own,
+        config_kind=checkpoint.config_kind if own else None,
         tokenizer=checkpoint.tokenizer if found.has_tokenizer else None,
         artifacts={},
         details={key: value for key, value in checkpoint.details.items() if key != "metadata"},
@@ -102,9 +107,27 @@ def _module(checkpoint: Checkpoint, name: str) -> Module:
             expected=alike(name, modules) or few(list(modules), 8),
             remedy="list what there is with anyckpt inspect --tree",
         )
-    if name == _LLM and is_speech(names):
+    if name == LLM and is_speech(names):
         return _language_model(checkpoint, names)
     return Module((f"{_escaped(name)}.*",), (f"{_escaped(name)}.*=*",))
+
+
+def _settings(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """What NeMo makes the whole of ``perception`` by, which only another of its models reads; nothing of others."""
+    section = checkpoint.config.get(name) if name == PERCEPTION and is_speech(_names(checkpoint)) else None
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def names_inside(checkpoint: Checkpoint, name: str) -> dict[str, str]:
+    """Own names of a module's weights -> what they are called where the module is alone.
+
+    Raises:
+        FormatError: the configuration beside it is damaged.
+        UsageError: there is no such module.
+    """
+    found = _module(checkpoint, name)
+    renames = parse_renames(found.rename)
+    return {own: new_name(own, "", renames) for own in matching(checkpoint.weights(), found.include)}
 
 
 def _escaped(name: str) -> str:
@@ -130,22 +153,22 @@ def modules_of(names: Iterable[str]) -> dict[str, int]:
 
 def is_speech(names: Iterable[str]) -> bool:
     """Whether these are the names of one of SpeechLM2's models."""
-    return {_LLM, _PERCEPTION} <= modules_of(names).keys()
+    return {LLM, PERCEPTION} <= modules_of(names).keys()
 
 
 def _language_model(checkpoint: Checkpoint, names: list[str]) -> Module:
     settings = checkpoint.config
-    inner = [name.removeprefix(f"{_LLM}.") for name in names if name.startswith(f"{_LLM}.")]
+    inner = [name.removeprefix(f"{LLM}.") for name in names if name.startswith(f"{LLM}.")]
     wrapper = PREFIX if any(name.startswith(PREFIX) for name in inner) else ""
     model = f"{settings.get('llm_attr_name') or 'model'}."
     whole = any(name.startswith(wrapper + model) for name in inner)
     embedding = settings.get("embed_tokens_attr_name") or _OUTSIDE[0]
     outside = {"embed_tokens": f"{wrapper}{model}{embedding}", "lm_head": f"{wrapper}lm_head"}
     there = modules_of(names)
-    rename = [f"{_LLM}.{wrapper}*={wrapper}{'' if whole else model}*"]
+    rename = [f"{LLM}.{wrapper}*={wrapper}{'' if whole else model}*"]
     rename += [f"{word}.*={inside}.*" for word, inside in outside.items() if word in there]
     return Module(
-        (f"{_LLM}.*", *(f"{word}.*" for word in outside if word in there)),
+        (f"{LLM}.*", *(f"{word}.*" for word in outside if word in there)),
         tuple(rename),
         backbone_of(checkpoint),
         _alpha(settings) if any(".lora_" in name for name in inner) else None,
@@ -160,7 +183,7 @@ def backbone_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         FormatError: it is damaged.
     """
     location = look_in(checkpoint.place, checkpoint.path)
-    return read_json(location.open(*_BACKBONE)) if location.is_file(*_BACKBONE) else None
+    return read_json(location.open(*BACKBONE)) if location.is_file(*BACKBONE) else None
 
 
 def _alpha(settings: Mapping[str, Any]) -> float | None:
@@ -184,9 +207,9 @@ def told_of_modules(checkpoint: Checkpoint) -> list[str]:
     if not is_speech(names):
         return []
     counts, settings = modules_of(names), checkpoint.config
-    inside = modules_of(name.removeprefix(f"{_PERCEPTION}.") for name in names if name.startswith(f"{_PERCEPTION}."))
-    said = [f"{_LLM}{_family(checkpoint)}", f"{_PERCEPTION} ({', '.join(inside) or counts[_PERCEPTION]})"]
-    said += [word for word in counts if word not in (_LLM, _PERCEPTION, *_OUTSIDE)]
+    inside = modules_of(name.removeprefix(f"{PERCEPTION}.") for name in names if name.startswith(f"{PERCEPTION}."))
+    said = [f"{LLM}{_family(checkpoint)}", f"{PERCEPTION} ({', '.join(inside) or counts[PERCEPTION]})"]
+    said += [word for word in counts if word not in (LLM, PERCEPTION, *_OUTSIDE)]
     origins = [str(settings[key])[:80] for key in ("pretrained_llm", "pretrained_asr") if settings.get(key)]
     began = f", from {' and '.join(origins)}" if origins else ""
     return [f"a SpeechLM2 model of NeMo{began}: {', '.join(said)}; convert --module takes one alone"]
