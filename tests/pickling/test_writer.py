@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, FormatError, UsageError
-from anyckpt.pickling import Afresh, DictRecord, Global, PersistentId, Record, dumps, load
+from anyckpt.pickling import DictRecord, Filled, Global, PersistentId, Record, Template, dumps, load
 from anyckpt.pickling import torch_objects as make
 
 _ZOO = pathlib.Path(__file__).parents[1] / "fixtures" / "legacy" / "zoo_objects"
@@ -208,27 +208,52 @@ class WithContent(dict[Any, Any]):
 
 
 @settings(max_examples=80, deadline=None)
-@given(value=_DATA, protocol=st.sampled_from([2, 4]))
-def test_what_is_written_afresh_is_as_if_it_was_made_each_time(value: Any, protocol: int) -> None:
-    def make() -> Any:
-        return Record(Global("a", "B"), (copy.deepcopy(value), shared), state={"value": copy.deepcopy(value)})
+@given(value=_DATA, parts=st.lists(st.tuples(_DATA, _DATA), min_size=1, max_size=5), protocol=st.sampled_from([2, 4]))
+def test_what_fills_a_template_is_as_if_it_was_made_each_time(
+    value: Any, parts: list[tuple[Any, Any]], protocol: int
+) -> None:
+    shared = ("shared",)
 
-    shared, afresh = ("shared",), Afresh(make)
-    assert dumps([shared, *[afresh] * 4, {"k": afresh}], protocol=protocol) == dumps(
-        [shared, *(make() for _ in range(4)), {"k": make()}], protocol=protocol
+    def make(first: Any, second: Any) -> Any:
+        return Record(Global("a", "B"), (copy.deepcopy(value), first, shared), state={"value": [second, 1.5]})
+
+    def swapped(first: Any, second: Any) -> Any:
+        return [second, copy.deepcopy(value), first, second]
+
+    def without() -> Any:
+        return copy.deepcopy(value)
+
+    templates = Template(make), Template(swapped), Template(without)
+    filled = [[Filled(templates[0], *two), Filled(templates[1], *two), Filled(templates[2])] for two in parts * 2]
+    made = [[make(*two), swapped(*two), without()] for two in parts * 2]
+    assert dumps([shared, *filled, {"k": [*filled[0]]}], protocol=protocol) == dumps(
+        [shared, *made, {"k": [make(*parts[0]), swapped(*parts[0]), without()]}], protocol=protocol
     )
 
 
-def test_what_is_written_afresh_is_gone_through_until_its_bytes_are_known() -> None:
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_templates_fill_templates(protocol: int) -> None:
+    def pair(first: Any, second: Any) -> Any:
+        return {"first": first, "second": second}
+
+    template, shared = Template(pair), (1, 2)
+    filled = [Filled(template, Filled(template, f"text {n}", "second"), shared) for n in range(300)]
+    made = [pair(pair(f"text {n}", "second"), shared) for n in range(300)]
+    assert dumps(filled, protocol=protocol) == dumps(made, protocol=protocol)
+
+
+def test_a_template_is_gone_through_until_it_is_written_twice_alike() -> None:
     made: list[Record] = []
 
-    def make() -> Record:
-        made.append(Record(Global("a", "B"), ("text",)))
+    def make(number: Any) -> Record:
+        made.append(Record(Global("a", "B"), ("text", number)))
         return made[-1]
 
-    back = load(dumps([Afresh(make)] * 1000, protocol=4), name="t")
+    template = Template(make)
+    back = load(dumps([Filled(template, number) for number in range(1000)], protocol=4), name="t")
+    assert [one.args for one in back] == [("text", number) for number in range(1000)]
     assert len({id(one) for one in back}) == 1000
-    assert len(made) == 2  # once with new texts
+    assert len(made) == 3  # with new texts, with known ones, and the same again
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

@@ -9,17 +9,18 @@ from anyckpt.on_demand import on_demand
 if TYPE_CHECKING:
     from anyckpt.pickling.calls import Callee, Calls, recording
     from anyckpt.pickling.reader import load, load_prefix
-    from anyckpt.pickling.records import Afresh, DictRecord, Global, PersistentId, Record
+    from anyckpt.pickling.records import DictRecord, Filled, Global, PersistentId, Record, Template
     from anyckpt.pickling.writer import dumps
 
 __all__ = [
-    "Afresh",
     "Callee",
     "Calls",
     "DictRecord",
+    "Filled",
     "Global",
     "PersistentId",
     "Record",
+    "Template",
     "dumps",
     "load",
     "load_prefix",
@@ -31,7 +32,7 @@ __getattr__, __dir__ = on_demand(
     {
         **dict.fromkeys(("Callee", "Calls", "recording"), "pickling.calls"),
         **dict.fromkeys(("load", "load_prefix"), "pickling.reader"),
-        **dict.fromkeys(("Afresh", "DictRecord", "Global", "PersistentId", "Record"), "pickling.records"),
+        **dict.fromkeys(("DictRecord", "Filled", "Global", "PersistentId", "Record", "Template"), "pickling.records"),
         "dumps": "pickling.writer",
     },
 )

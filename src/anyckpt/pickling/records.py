@@ -182,21 +182,40 @@ class PersistentId:
         return "<PersistentId>"
 
 
-class Afresh:
-    """A value that a pickle has in full at each place where this stands, as equal objects that are not one.
-
-    What is written is the same each time, so that a writer need not go through its parts again.
+class Template:
+    """What many values of a pickle are alike in.
 
     Args:
-        make: gives a new one of plain data and records, always the same.
+        make: gives a new value of plain data and records, always the same but for its arguments, which it puts into
+            the value as they are.
     """
 
     __slots__ = ("make",)
 
-    make: Callable[[], object]
+    make: Callable[..., object]
 
-    def __init__(self, make: Callable[[], object]) -> None:
+    def __init__(self, make: Callable[..., object]) -> None:
         self.make = make
+
+
+class Filled:
+    """A value that a pickle has in full at each place where this stands, as equal objects that are not one.
+
+    What its template says is written the same each time, so that a writer need not go through it again.
+
+    Args:
+        template: of the value.
+        parts: what ``template.make`` is called with.
+    """
+
+    __slots__ = ("parts", "template")
+
+    template: Template
+    parts: tuple[Any, ...]
+
+    def __init__(self, template: Template, *parts: object) -> None:
+        self.template = template
+        self.parts = parts
 
 
 # Hashing a tuple recurses in C and visits shared parts again and again, so a small hostile file could

@@ -12,7 +12,7 @@ from anyckpt.pickling.records import DictRecord, Global, PersistentId, Record
 
 ORDERED_DICT = Global("collections", "OrderedDict")
 NAMESPACE = Global("argparse", "Namespace")
-_SIZE = Global("torch", "Size")
+SIZE = Global("torch", "Size")
 UNTYPED_STORAGE = Global("torch.storage", "UntypedStorage")
 _REBUILD_TYPED = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_UNTYPED = Global("torch._utils", "_rebuild_tensor_v3")
@@ -34,7 +34,7 @@ def dtype_global(dtype: DType) -> Global:
 
 def size(shape: Sequence[int]) -> Record:
     """A ``torch.Size``."""
-    return Record(_SIZE, (tuple(shape),))
+    return Record(SIZE, (tuple(shape),))
 
 
 def ordered_dict(items: Mapping[Any, Any], *, metadata: object = None) -> DictRecord:

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from anyckpt.errors import FormatError, UsageError
-from anyckpt.pickling.records import Afresh, DictRecord, Global, PersistentId, Record
+from anyckpt.pickling.records import DictRecord, Filled, Global, PersistentId, Record, Template
 
 _PYTHON2_NAMES = {"builtins": "__builtin__", "copyreg": "copy_reg"}
 _UINT8 = struct.Struct("<cB").pack  # an opcode and its argument
@@ -37,7 +37,7 @@ def dumps(
 
     Args:
         obj: None, bool, int, float, complex, str, bytes, bytearray, range, slice, tuple, list, dict, set,
-            frozenset, Global, Record, DictRecord, PersistentId or Afresh, nested in any way; objects met twice are
+            frozenset, Global, Record, DictRecord, PersistentId or Filled, nested in any way; objects met twice are
             written once, so what was shared stays shared.
         protocol: 2 or 4.
         name: the file's name, for messages.
@@ -69,8 +69,8 @@ class _Writer:
         self._texts: dict[str, bytes] = {}  # text, and the opcode that gives it again
         self._globals: dict[Global, bytes] = {}
         self._globals_met: dict[int, bytes] = {}  # the same by identity, which takes no hashing
-        self._repeats: dict[int, _Repeated] = {}
-        self._returned = -1  # the latest place in the memo of a value that was met again
+        self._latest: dict[Template, tuple[_Constant, ...]] = {}  # what each was written as when it was gone through
+        self._known: dict[Template, tuple[_Constant, ...]] = {}  # and will always be
         self._count = 0
         self._open: set[int] = set()
         self._kept: list[object] = []
@@ -110,7 +110,6 @@ class _Writer:
         return index
 
     def _get(self, index: int) -> None:
-        self._returned = max(self._returned, index)
         self._out += _again(index)
 
     def _memoize(self, obj: object) -> None:
@@ -310,33 +309,73 @@ class _Writer:
             yield obj.state
             self._out += b"b"
 
-    def _afresh(self, obj: Afresh) -> Iterator[Any]:
-        """Its parts, until all texts and names in them are known: from then on its bytes are always the same."""
-        known = self._repeats.get(id(obj))
-        if known is not None:
-            self._out += known.written
-            self._count += known.places
-            return
-        value = obj.make()
-        self._kept.append((obj, value))
-        begin, first, named = len(self._out), self._count, len(self._texts) + len(self._globals)
-        returned, self._returned = self._returned, -1
+    def _filled(self, obj: Filled) -> Iterator[Any]:
+        constants = self._known.get(obj.template)
+        return self._gone_through(obj) if constants is None else self._between(constants, obj.parts)
+
+    def _between(self, constants: tuple[_Constant, ...], parts: tuple[Any, ...]) -> Iterator[Any]:
+        for written, places, following in constants:
+            self._out += written
+            self._count += places
+            if following is not None:
+                yield parts[following]
+
+    def _gone_through(self, obj: Filled) -> Iterator[Any]:
+        """All of it, until it is written twice alike: texts, names and objects that it shares were met before then."""
+        marks: list[_Mark] = []
+        value = obj.template.make(*(_Hole(number, part, marks) for number, part in enumerate(obj.parts)))
+        self._kept.append(value)
+        marks.append(self._mark())
         yield value
-        # Protocol 2 numbers every place; what was met again inside is elsewhere the next time.
-        if self._protocol == 4 and len(self._texts) + len(self._globals) == named and self._returned < first:
-            self._repeats[id(obj)] = _Repeated(bytes(self._out[begin:]), self._count - first)
-        self._returned = max(returned, self._returned)
+        marks.append(self._mark())
+        if self._protocol == 2:
+            return  # which numbers every place
+        constants = tuple(
+            _Constant(bytes(self._out[begin.at : end.at]), end.places - begin.places, end.part)
+            for begin, end in zip(marks[::2], marks[1::2], strict=True)
+        )
+        if self._latest.get(obj.template) == constants:
+            self._known[obj.template] = constants
+        self._latest[obj.template] = constants
+
+    def _hole(self, hole: _Hole) -> Iterator[Any]:
+        hole.marks.append(self._mark(hole.number))
+        yield hole.part
+        hole.marks.append(self._mark(hole.number))
+
+    def _mark(self, part: int | None = None) -> _Mark:
+        return _Mark(len(self._out), self._count, part)
 
     def _persistent(self, obj: PersistentId) -> Iterator[Any]:
         yield obj.id
         self._out += b"Q"
 
 
-class _Repeated(NamedTuple):
-    """What a value is written as each time, and how many places in the memo it takes."""
+class _Constant(NamedTuple):
+    """A run of a template's bytes, how many places in the memo it takes, and the number of the part that follows."""
 
     written: bytes
     places: int
+    following: int | None
+
+
+class _Mark(NamedTuple):
+    """Bytes written and places taken where a template or a part of it begins or ends, and the number of the part."""
+
+    at: int
+    places: int
+    part: int | None
+
+
+class _Hole:
+    """Stands for a part while its template is written, and marks where it begins and ends."""
+
+    __slots__ = ("marks", "number", "part")
+
+    def __init__(self, number: int, part: object, marks: list[_Mark]) -> None:
+        self.number = number
+        self.part = part
+        self.marks = marks
 
 
 def _again(index: int) -> bytes:
@@ -367,6 +406,7 @@ _HOLDERS: dict[type, Callable[[_Writer, Any], Iterator[Any]]] = {
     Record: _Writer._record,
     DictRecord: _Writer._record,
     PersistentId: _Writer._persistent,
-    Afresh: _Writer._afresh,
+    Filled: _Writer._filled,
+    _Hole: _Writer._hole,
 }
 """Those that are written with parts."""

@@ -17,8 +17,8 @@ from anyckpt.containers.torch_file.writer import LARGE, PAGE
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
 from anyckpt.indexing import Shape
-from anyckpt.pickling import Afresh, Global, Record, dumps
-from anyckpt.pickling.torch_objects import dtype_global, size
+from anyckpt.pickling import Filled, Global, Record, Template, dumps
+from anyckpt.pickling.torch_objects import SIZE, dtype_global
 from anyckpt.tensor import Constant, LazyTensor
 from anyckpt.tensor.nodes import Mosaic
 
@@ -202,26 +202,17 @@ def _metadata(
     numbered: bool,
 ) -> Record:
     """The index, as torch 2.13 pickles it."""
-    state: dict[str, Record] = {
-        name: Record(Global(_METADATA, "BytesStorageMetadata"), (), True) for name in object_items
-    }
-    storage: dict[Record, Record] = {_key(name, None, None): _place(item) for name, item in object_items.items()}
-    properties: dict[DType, Afresh] = {}
+    state = {name: Filled(_BYTES) for name in object_items}
+    storage = {Filled(_OBJECT_KEY, name): _place(item) for name, item in object_items.items()}
+    properties: dict[DType, Filled] = {}
     for name, items in tensor_items.items():
-        dtype = tensors[name].dtype
+        dtype, shape = tensors[name].dtype, tensors[name].shape
         if dtype not in properties:
-            properties[dtype] = Afresh(partial(_properties, dtype))
-        fields = {
-            "properties": properties[dtype],
-            "size": size(tensors[name].shape),
-            "chunks": [
-                _record("ChunkStorageMetadata", {"offsets": size(item.offsets), "sizes": size(item.sizes)})
-                for item in items
-            ],
-        }
-        state[name] = _record("TensorStorageMetadata", fields)
+            properties[dtype] = Filled(Template(partial(_properties, dtype)))
+        chunks = [Filled(_CHUNK, item.offsets, item.sizes) for item in items]
+        state[name] = Filled(_TENSOR, properties[dtype], shape, chunks)
         for number, item in enumerate(items):
-            storage[_key(name, item.offsets, number if numbered else None)] = _place(item)
+            storage[Filled(_KEY, name, number if numbered else None, item.offsets)] = _place(item)
     meta: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
     return _record(
         "Metadata",
@@ -247,16 +238,8 @@ def _properties(dtype: DType) -> Record:
     )
 
 
-def _key(name: str, offsets: Shape | None, number: int | None) -> Record:
-    fields: dict[str, Any] = {"fqn": name, "index": number}
-    if offsets is not None:
-        fields["offset"] = size(offsets)
-    return _record("MetadataIndex", fields)
-
-
-def _place(item: _Item) -> Record:
-    fields = {"relative_path": item.file, "offset": item.offset, "length": item.length}
-    return Record(_STORAGE_INFO, (), True, state=fields)
+def _place(item: _Item) -> Filled:
+    return Filled(_PLACE, item.file, item.offset, item.length)
 
 
 _CLASSES = {
@@ -264,3 +247,28 @@ _CLASSES = {
     for name in ("ChunkStorageMetadata", "TensorStorageMetadata", "Metadata", "StorageMeta", "MetadataIndex")
 }
 _STORAGE_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+
+
+# What the index has for every tensor, chunk and object.
+_BYTES = Template(lambda: Record(Global(_METADATA, "BytesStorageMetadata"), (), True))
+_TENSOR = Template(
+    lambda properties, shape, chunks: _record(
+        "TensorStorageMetadata", {"properties": properties, "size": Record(SIZE, (shape,)), "chunks": chunks}
+    )
+)
+_CHUNK = Template(
+    lambda offsets, sizes: _record(
+        "ChunkStorageMetadata", {"offsets": Record(SIZE, (offsets,)), "sizes": Record(SIZE, (sizes,))}
+    )
+)
+_KEY = Template(
+    lambda name, number, offsets: _record(
+        "MetadataIndex", {"fqn": name, "index": number, "offset": Record(SIZE, (offsets,))}
+    )
+)
+_OBJECT_KEY = Template(lambda name: _record("MetadataIndex", {"fqn": name, "index": None}))
+_PLACE = Template(
+    lambda path, offset, length: Record(
+        _STORAGE_INFO, (), True, state={"relative_path": path, "offset": offset, "length": length}
+    )
+)
