@@ -19,6 +19,7 @@ from anyckpt.indexing import (
     runs,
 )
 from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
+from anyckpt.tensor.halves import widen
 from anyckpt.tensor.lazy import LazyTensor, as_numbers
 
 if TYPE_CHECKING:
@@ -251,4 +252,4 @@ class Cast(ElementWiseInto):
 
     def into(self, out: Array, array: Array) -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(out, array, casting="unsafe")
+            widen(out, array)

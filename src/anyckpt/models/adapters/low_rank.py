@@ -19,6 +19,7 @@ from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers
+from anyckpt.tensor.halves import widen
 
 TILE_ROWS = 32
 _TILE_PRODUCTS = 1 << 18  # multiplications up to which OpenBLAS keeps to one thread: the engine has threads of its own
@@ -176,4 +177,4 @@ def _read_into(numbers: Array, tensor: LazyTensor, start: Shape) -> None:
     with scratch(numbers.size * tensor.dtype.itemsize) as buffer:
         raw = buffer.view(tensor.dtype.raw).reshape(numbers.shape)
         tensor.read_box(start, raw)
-        np.copyto(numbers, as_numbers(raw, tensor.dtype), casting="unsafe")
+        widen(numbers, as_numbers(raw, tensor.dtype))

@@ -12,6 +12,7 @@ from anyckpt.indexing import Array, Shape
 from anyckpt.operations.steps.merge_rules import Rule
 from anyckpt.storage.gather import scratch
 from anyckpt.tensor import Combined, LazyTensor, as_numbers
+from anyckpt.tensor.halves import widen
 
 _BLOCK_ELEMENTS = 1 << 17  # what is computed stays in the processor's cache
 
@@ -63,5 +64,5 @@ class Merged(Combined):
         with scratch(size * child.dtype.itemsize) as buffer:
             raw = buffer.view(child.dtype.raw).reshape(shape)
             child.read_box(start, raw)
-            np.copyto(wide, as_numbers(raw, child.dtype))
+            widen(wide, as_numbers(raw, child.dtype))
         return wide

@@ -15,6 +15,7 @@ from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.storage.gather import scratch
 from anyckpt.tensor import LazyTensor, Pointwise, as_numbers, from_array
+from anyckpt.tensor.halves import widen
 
 _EQUAL_BYTES = 1 << 20
 _BLOCK_ELEMENTS = 1 << 17  # the sum and an operand stay in the processor's cache
@@ -159,7 +160,7 @@ class Mean(Pointwise):
             with np.errstate(all="ignore"):
                 for number, (child, share) in enumerate(zip(self.children, self._shares, strict=True)):
                     child.read_box(start, raw)
-                    np.copyto(numbers if number else total, as_numbers(raw, self.dtype))
+                    widen(numbers if number else total, as_numbers(raw, self.dtype))
                     if share != 1.0:
                         np.multiply(numbers if number else total, share, out=numbers if number else total)
                     if number:
