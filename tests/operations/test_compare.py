@@ -5,9 +5,13 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from anyckpt.dtypes import dtype
 from anyckpt.operations.steps import compare as module
-from anyckpt.operations.steps.compare import Deviation, compare
+from anyckpt.operations.steps.compare import compare
+from anyckpt.operations.steps.deviation import Deviation
 from anyckpt.operations.steps.tolerances import Tolerance
 from anyckpt.tensor import from_array
 
@@ -16,7 +20,7 @@ EXACT = Tolerance()
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 16)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 128)
 
 
 def deviation(a: np.ndarray, b: np.ndarray, rtol: float = 0.0, atol: float = 0.0) -> Deviation | None:
@@ -110,3 +114,52 @@ def test_scalars_and_empty_tensors() -> None:
     assert deviation(np.array(3.0), np.array(3.0)) is None
     assert deviation(np.zeros((0, 4)), np.zeros((0, 4))) is None
     assert deviation(np.zeros((0, 4)), np.zeros((0, 4), dtype=np.float32)) == Deviation("dtype", None, None, 0, 0)
+
+
+KINDS = ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "int8", "int32"]
+
+
+def over_all(a: np.ndarray, b: np.ndarray, raw: np.dtype) -> Deviation | None:
+    """What the definition says, by numpy on whole arrays in float64."""
+    unlike = a.view(raw) != b.view(raw)
+    if not unlike.any():
+        return None
+    with np.errstate(all="ignore"):
+        one, other = a.astype(np.float64), b.astype(np.float64)
+        gap, finite = np.abs(one - other), np.isfinite(one) & np.isfinite(other)
+        nonzero = finite & (other != 0)
+        largest = gap[finite].max() if finite.any() else None
+        steepest = (gap[nonzero] / np.abs(other[nonzero])).max() if nonzero.any() else None
+    told = [None if value is None or np.isinf(value) else value for value in (largest, steepest)]
+    nonfinite, nan = unlike & ~finite, unlike & (np.isnan(one) | np.isnan(other))
+    return Deviation("values", *told, *(int(np.count_nonzero(some)) for some in (unlike, nonfinite, nan)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(KINDS), st.sampled_from([0.02, 0.2, 1.0]), st.integers(0, 2**32 - 1), st.integers(0, 300))
+def test_what_is_told_is_what_float64_tells_of_the_whole_arrays(kind: str, often: float, seed: int, size: int) -> None:
+    """Bits of every sort, and neighbours that only rounding tells apart, few and many of which differ."""
+    random = np.random.default_rng(seed)
+    raw = dtype(kind).raw
+    a = random.integers(0, np.iinfo(raw).max, size, raw, endpoint=True)
+    if random.integers(2):
+        a = (random.standard_normal(size) * random.choice([1e-30, 1.0, 30.0])).astype(dtype(kind).numpy).view(raw)
+    b = np.where(random.random(size) < often, a ^ random.choice(np.array([1, 3, np.iinfo(raw).max], raw), size), a)
+    b[random.random(size) < random.choice([0.0, 0.3])] = 0
+    one, other = (side.view(dtype(kind).numpy) for side in (a, b))
+    assert deviation(one, other) == over_all(one, other, raw)
+
+
+def test_a_difference_of_nothing_is_told_of_numbers_alike_when_others_are_none() -> None:
+    """Wherever these are: in chunks of which every bit is the same, too."""
+    a = np.ones(1000, np.float32)
+    b = a.copy()
+    b[700] = np.nan
+    assert deviation(a, b) == Deviation("values", 0.0, 0.0, 1, 1, 1)
+    a[0], b[:] = 1, 0
+    b[700] = np.nan
+    assert deviation(b, np.where(np.arange(1000) == 0, a, b)) == Deviation("values", 1.0, 1.0, 1, 0)
+    nothing = np.full(1000, np.nan, np.float32)
+    some = nothing.copy()
+    some[3] = 1
+    assert deviation(nothing, some) == Deviation("values", None, None, 1, 1, 1)
