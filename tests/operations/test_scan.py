@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from anyckpt.dtypes import dtype
 from anyckpt.errors import UnsafeError
 from anyckpt.operations.steps import statistics as module
-from anyckpt.operations.steps.statistics import _PATTERNS, Statistics, counts, scan
+from anyckpt.operations.steps.number_bits import PATTERNS
+from anyckpt.operations.steps.statistics import Statistics, counts, scan
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import Constant, Stored, from_array
 
@@ -47,6 +48,20 @@ def test_moments_of_floats_are_those_of_the_whole_array(kind: object) -> None:
 def test_a_large_mean_does_not_cancel_the_deviation() -> None:
     array = 1e9 + np.arange(1000.0)
     assert statistics_of(array).std == pytest.approx(array.std(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["float64", "float32", "float16", ml_dtypes.bfloat16])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extremes_of_numbers_of_one_sign(kind: object, sign: int) -> None:
+    array = (sign * np.linspace(0.5, 8, 60)).astype(kind)
+    found = statistics_of(array)
+    assert (found.min, found.max) == (float(min(array)), float(max(array)))
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.1, 1.0, -30.0, 1e4])
+def test_deviations_are_exact_however_far_the_mean_is_from_zero(mean: float) -> None:
+    array = np.random.default_rng(3).standard_normal(5000) * 0.01 + mean
+    assert statistics_of(array).std == pytest.approx(array.std(), rel=1e-13)
 
 
 def test_nan_and_infinity_are_counted_and_left_out_of_moments() -> None:
@@ -148,7 +163,7 @@ def test_padding_of_zeros_is_no_repetition() -> None:
 def test_counts_of_bits_are_those_of_numbers(kind: str, data: st.DataObject) -> None:
     raw = dtype(kind).raw
     bits = data.draw(st.lists(st.integers(0, np.iinfo(raw).max), max_size=40))
-    special = [0, *_PATTERNS[kind][1:]]
+    special = [0, PATTERNS[kind].infinity, PATTERNS[kind].normal]
     top = 1 << 8 * raw.itemsize - 1
     edges = [(at + d) % (2 * top) | sign for at in special for d in (-1, 0, 1) for sign in (0, top)]
     near = data.draw(st.lists(st.sampled_from(edges)))
@@ -163,6 +178,8 @@ def test_counts_of_bits_are_those_of_numbers(kind: str, data: st.DataObject) -> 
         np.count_nonzero(np.isinf(values)),
         np.count_nonzero(np.isneginf(values)),
     )
+    finite = values[np.isfinite(values)]
+    assert (whole.min, whole.max) == ((finite.min(), finite.max()) if len(finite) else (None, None))
     assert whole.denormals == np.count_nonzero((np.abs(values) < normal) & (values != 0))
 
 

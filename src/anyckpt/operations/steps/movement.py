@@ -12,6 +12,8 @@ import numpy as np
 
 from anyckpt.errors import UsageError
 from anyckpt.indexing import CACHED_ELEMENTS, Array
+from anyckpt.operations.steps.dots import dot, total
+from anyckpt.tensor.halves import widen
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 _SUFFIXES = re.compile(r"\.[^.]*\Z")
@@ -104,23 +106,23 @@ class Sums:
 
     def _add_block(self, a: Array, b: Array, same: bool, *, gaps: bool) -> None:
         first, second, gap = (array[: len(a)] for array in self._scratch)
-        np.copyto(first, a, casting="unsafe")
-        squares = _dot(first, first)
+        widen(first, a)
+        squares = dot(first, first)
         self.squares_a += squares
         if same and math.isfinite(squares):
             self.squares_b += squares
             self.products += squares
             return
-        np.copyto(second, b, casting="unsafe")
-        self.squares_b += _dot(second, second)
-        self.products += _dot(first, second)
+        widen(second, b)
+        self.squares_b += dot(second, second)
+        self.products += dot(first, second)
         np.subtract(first, second, out=gap)
-        self.squares_of_gap += _dot(gap, gap)
+        self.squares_of_gap += dot(gap, gap)
         if gaps:
             self._add_gaps(np.abs(gap, out=gap))
 
     def _add_gaps(self, gaps: Array) -> None:
-        self.gaps += float(gaps.sum())
+        self.gaps += total(gaps)
         self.largest = _larger(self.largest, float(gaps.max()))  # which is NaN where any is
 
     def movement(self, name: str) -> Movement:
@@ -129,10 +131,6 @@ class Sums:
         mean = self.gaps / self.elements if self.elements else 0.0
         cosine = _cosine(self.products, a * b)
         return Movement(name, 1, self.elements, self.differing, a, b, gap, self.largest, mean, cosine)
-
-
-def _dot(a: Array, b: Array) -> float:
-    return float(np.einsum("i,i->", a, b))  # np.dot would start BLAS's threads
 
 
 def together(name: str, parts: Iterable[Movement]) -> Movement:

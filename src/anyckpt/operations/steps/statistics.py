@@ -9,15 +9,26 @@ from typing import Any
 
 import numpy as np
 
+from anyckpt.dtypes import DType
 from anyckpt.errors import UnsafeError
 from anyckpt.indexing import Array
+from anyckpt.operations.steps.dots import dot, total
+from anyckpt.operations.steps.number_bits import PATTERNS, NumberBits
 from anyckpt.operations.steps.threads import Advance
+from anyckpt.storage.gather import scratch
 from anyckpt.tensor import LazyTensor
+from anyckpt.tensor.halves import widen
 
 _CHUNK_ELEMENTS = 1 << 16  # their float64 copy stays in the processor's cache
 
 _POWERS, _BIAS = 1 << 11, 1023
 """Of float64's exponents: how many there are, and which of them is that of one."""
+
+_ROOM = 8 + 1
+"""Bytes to compute moments in for each element of a chunk."""
+
+_LEAST_LEFT = 0.25
+"""Of a sum of squares, the part that the deviations from the mean must be to be had by subtracting that of the mean."""
 
 _LARGE = 1 << 30
 _REPETITIONS = 1 << 16
@@ -82,52 +93,17 @@ class Magnitudes:
         return Magnitudes(lowest, tuple(counts.tolist()))
 
 
-_PATTERNS = {
-    "bfloat16": ("<u2", 0x7F80, 0x0080),
-    "float16": ("<u2", 0x7C00, 0x0400),
-    "float32": ("<u4", 0x7F80_0000, 0x0080_0000),
-    "float64": ("<u8", 0x7FF0_0000_0000_0000, 0x0010_0000_0000_0000),
-}
-"""Numbers as integers without their sign: the type, infinity, above which is what is no number, and the smallest
-normal number."""
-
-
-class _Bits:
-    """What of elements shows in their bits, counted a chunk at a time.  That of most is neither 0 nor special."""
-
-    def __init__(self, pattern: tuple[str, int, int], most: int) -> None:
-        self.kind, self._infinity, self._normal = np.dtype(pattern[0]), pattern[1], pattern[2]
-        self._sizes, self._some = np.empty(most, self.kind), np.empty(most, np.bool_)
-        self.zeros = self.nan = self.inf = self.negative_inf = self.denormals = 0
-
-    def add(self, chunk: Array) -> None:
-        bits = chunk.view(self.kind)
-        size, where = self._sizes[: len(bits)], self._some[: len(bits)]
-        np.bitwise_and(bits, np.iinfo(self.kind).max >> 1, out=size)
-        least, most = size.min(), size.max()
-        if least < self._normal:
-            nothing = int(np.count_nonzero(np.equal(size, 0, out=where)))
-            self.zeros += nothing
-            self.denormals += int(np.count_nonzero(np.less(size, self._normal, out=where))) - nothing
-        if most >= self._infinity:
-            self.nan += int(np.count_nonzero(np.greater(size, self._infinity, out=where)))
-            infinite = np.equal(size, self._infinity, out=where)
-            self.inf += int(np.count_nonzero(infinite))
-            self.negative_inf += int(np.count_nonzero(bits[infinite] != self._infinity))
-
-
 class _Moments:
     """Count, mean and squared deviations, merged chunk by chunk (Chan, Golub and LeVeque) so that nothing cancels."""
 
-    def __init__(self, bits: _Bits | None, most: int, magnitudes: bool) -> None:
+    def __init__(self, kind: DType, most: int, memory: Array, magnitudes: bool) -> None:
         self.count = 0
         self.mean = self.squares = 0.0
         self.low: float | None = None
         self.high: float | None = None
-        self._bits = bits
+        self._bits = NumberBits(kind, most, memory) if kind.name in PATTERNS else None
         self.zeros = self.nan = self.inf = self.negative_inf = 0  # of types that are not counted by their bits
-        self._values, self._deviation = (np.empty(most, np.float64) for _ in range(2))
-        self._some = np.empty(most, np.bool_)
+        self._values, self._some = memory[: 8 * most].view(np.float64), memory[8 * most :].view(np.bool_)
         self._powers = np.zeros(_POWERS, np.int64) if magnitudes else None
 
     def add(self, chunk: Array) -> None:
@@ -137,31 +113,35 @@ class _Moments:
         if chunk.itemsize == 1 and chunk.dtype.kind not in "iu":
             np.take(_numbers_of_a_byte(chunk.dtype), chunk.view(np.uint8), out=values, mode="clip")
         else:
-            np.copyto(values, chunk, casting="unsafe")
-        total = float(values.sum())
-        if not math.isfinite(total):
+            widen(values, chunk)
+        whole = total(values)
+        if not math.isfinite(whole):
             finite = np.isfinite(values)
             nan = int(np.count_nonzero(np.isnan(values)))
             self.nan += nan
             self.inf += len(values) - int(np.count_nonzero(finite)) - nan
             self.negative_inf += int(np.count_nonzero(np.isneginf(values)))
             chunk, values = chunk[finite], values[finite]
-            total = float(values.sum())
+            whole = total(values)
         if not len(values):
             return
         if self._powers is not None:
             self._powers += np.bincount((values.view(np.int64) >> 52) & (_POWERS - 1), minlength=_POWERS)
-        exact = chunk if chunk.dtype.kind in "iu" else values  # ml_dtypes compares a hundred times slower than numpy
-        low, high = exact.min().item(), exact.max().item()
-        self.low = low if self.low is None else min(self.low, low)
-        self.high = high if self.high is None else max(self.high, high)
         count = len(values)
-        deviation, some = self._deviation[:count], self._some[:count]
         if self._bits is None:
-            self.zeros += int(np.count_nonzero(np.equal(values, 0, out=some)))
-        mean = total / count
-        np.subtract(values, mean, out=deviation)
-        squares = float(np.multiply(deviation, deviation, out=deviation).sum())  # np.dot would start BLAS's threads
+            exact = chunk if chunk.dtype.kind in "iu" else values  # of which ml_dtypes takes a hundred times as long
+            low, high = exact.min().item(), exact.max().item()
+            self.low = low if self.low is None else min(self.low, low)
+            self.high = high if self.high is None else max(self.high, high)
+            self.zeros += int(np.count_nonzero(np.equal(values, 0, out=self._some[:count])))
+        else:
+            self._bits.add_extremes(chunk)
+        mean = whole / count
+        uncentred = dot(values, values)
+        squares = uncentred - whole * mean
+        if not squares >= _LEAST_LEFT * uncentred < math.inf:
+            np.subtract(values, mean, out=values)
+            squares = dot(values, values)
         shift, both = mean - self.mean, self.count + count
         self.squares += squares + shift * shift * self.count * count / both
         self.mean += shift * count / both
@@ -170,9 +150,10 @@ class _Moments:
     def result(self) -> Statistics:
         some = self.count > 0
         counted = self if self._bits is None else self._bits
+        low, high = (self.low, self.high) if self._bits is None else self._bits.extremes()
         return Statistics(
-            self.low,
-            self.high,
+            low,
+            high,
             self.mean if some else None,
             math.sqrt(self.squares / self.count) if some else None,
             counted.zeros,
@@ -250,10 +231,9 @@ def scan(
     _check_expansion(tensor)
     sha = _sha256() if digest else None
     most = min(_CHUNK_ELEMENTS, tensor.size)
-    pattern = _PATTERNS.get(tensor.dtype.name)
-    bits = _Bits(pattern, most) if pattern is not None and statistics else None
-    moments = _Moments(bits, most, magnitudes) if statistics and _is_number(tensor) else None
-    with np.errstate(all="ignore"):
+    with scratch(_ROOM * most) as memory, np.errstate(all="ignore"):
+        some = statistics and _is_number(tensor)
+        moments = _Moments(tensor.dtype, most, memory, magnitudes) if some else None
         for chunk in tensor.chunks(_CHUNK_ELEMENTS * tensor.dtype.itemsize):
             if sha is not None:
                 sha.update(chunk.view(np.uint8).data)
@@ -274,15 +254,16 @@ def counts(tensor: LazyTensor, advance: Advance | None = None) -> Statistics | N
         FormatError: bytes are missing from a file.
         UnsafeError: as of :func:`scan`.
     """
-    pattern = _PATTERNS.get(tensor.dtype.name)
-    if pattern is None:
+    if tensor.dtype.name not in PATTERNS:
         return None
     _check_expansion(tensor)
-    bits = _Bits(pattern, min(_CHUNK_ELEMENTS, tensor.size))
-    for chunk in tensor.chunks(_CHUNK_ELEMENTS * bits.kind.itemsize):
-        bits.add(chunk)
-        if advance is not None:
-            advance(chunk.nbytes)
+    most = min(_CHUNK_ELEMENTS, tensor.size)
+    with scratch(most * (tensor.dtype.itemsize + 1)) as memory:
+        bits = NumberBits(tensor.dtype, most, memory)
+        for chunk in tensor.chunks(_CHUNK_ELEMENTS * tensor.dtype.itemsize):
+            bits.add(chunk)
+            if advance is not None:
+                advance(chunk.nbytes)
     return Statistics(None, None, None, None, bits.zeros, bits.nan, bits.inf, bits.denormals, bits.negative_inf)
 
 
