@@ -1,7 +1,8 @@
 """Speech models of NeMo 3.0 (``.nemo``) and transformers' classes of them, both ways.
 
-``asr_fastconformer_v3_0_0`` has models that NeMo 3.0.0 saved, what transformers 5.24's converter made of them, told the
-widths that it takes for granted, and what NeMo computes on a signal.
+``asr_fastconformer_v3_0_0`` has models that NeMo 3.0.0 saved, what transformers 5.24's converter made of them, told
+what it takes for granted (widths, ``streaming``'s share of layers left out), and what NeMo computes on a signal.  Of
+``streaming`` it is the converter's steps, taken with the classes of 5.24.
 """
 
 from __future__ import annotations
@@ -203,6 +204,15 @@ REFUSED: tuple[tuple[str, str, tuple[str, ...], Any], ...] = (
     ("ctc", "preprocessor's frame_splicing", ("preprocessor", "frame_splicing"), 3),
     ("ctc", "preprocessor's highfreq", ("preprocessor", "highfreq"), 4000),
     ("ctc", "preprocessor's _target_", ("preprocessor", "_target_"), "nemo.AudioToMFCCPreprocessor"),
+    ("streaming", "encoder's att_context_size", ("encoder", "att_context_size"), [-1, 13]),
+    ("streaming", "encoder's att_context_size", ("encoder", "att_context_size"), [[8, 3], [4, 1]]),
+    ("streaming", "encoder's att_context_size", ("encoder", "att_context_size"), None),
+    ("streaming", "left_context is not possible", ("encoder", "att_context_size"), [[8, 4]]),
+    ("streaming", "encoder's att_context_style", ("encoder", "att_context_style"), "regular"),
+    ("streaming", "encoder's conv_norm_type", ("encoder", "conv_norm_type"), "batch_norm"),
+    ("streaming", "encoder's conv_context_size", ("encoder", "conv_context_size"), [4, 4]),
+    ("streaming", "encoder's causal_downsampling", ("encoder", "causal_downsampling"), False),
+    ("streaming", "preprocessor's normalize", ("preprocessor", "normalize"), "per_feature"),
     ("rnnt", "decoder's blank_as_pad", ("decoder", "blank_as_pad"), False),
     ("rnnt", "decoder's normalization_mode", ("decoder", "normalization_mode"), "layer"),
     ("rnnt", "jointnet's joint_hidden", ("joint", "jointnet", "joint_hidden"), 24),
@@ -252,6 +262,22 @@ def test_a_blank_of_its_own(tmp_path: Path) -> None:
     source = changed(nemo("rnnt"), tmp_path / "o.nemo", lambda config: None, **{"decoder.prediction.embed.weight": row})
     done = convert(source, tmp_path / "hf", to="hf")
     assert any("the blank's row is not zero" in note for note in done.notes)
+
+
+def test_lookaheads_are_the_processors(tmp_path: Path) -> None:
+    """The configuration has the usual one alone, and without the processor's file it is the only one."""
+    convert(nemo("streaming"), tmp_path / "hf", to="hf")
+    assert anyckpt.inspect(tmp_path / "hf").model["lookaheads"] == (3, 1, 0)  # type: ignore[index]
+    file = tmp_path / "hf/processor_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({**said, "feature_extractor": {**said["feature_extractor"], "mel_filters_dtype": "bfloat16"}})
+    )
+    with pytest.raises(MappingError, match="mel_filters_dtype is one that NeMo's features have not"):
+        convert(tmp_path / "hf", tmp_path / "none.nemo")
+    file.unlink()
+    convert(tmp_path / "hf", tmp_path / "one.nemo")
+    assert anyckpt.open(tmp_path / "one.nemo").config["encoder"]["att_context_size"] == [8, 3]
 
 
 def test_joint_networks_without_dropout(tmp_path: Path) -> None:

@@ -339,6 +339,10 @@ _UNBIASED_CONFORMER = {
     **_FAST_CONFORMER, "attention_bias": False, "convolution_bias": False, "scale_input": False,
     "subsampling_factor": 4,
 }  # fmt: skip
+_STREAMING_CONFORMER = {
+    **_FAST_CONFORMER, "attention_bias": False, "convolution_bias": False, "scale_input": False, "sliding_window": 5,
+    "default_num_lookahead_tokens": 3,
+}  # fmt: skip
 _CTC = {"vocab_size": 33, "pad_token_id": 32}
 _TRANSDUCER = {
     "vocab_size": 33, "blank_token_id": 32, "pad_token_id": 2, "decoder_hidden_size": 12, "num_decoder_layers": 2,
@@ -372,6 +376,12 @@ PROOFS: dict[str, Proof] = {
     ),
     "parakeet-tdt": proof(
         tiny("parakeet-tdt", "parakeet_tdt", _NEMO_SPEECH, **_TRANSDUCER, encoder_config=_UNBIASED_CONFORMER),
+        note="and NeMo 3.0 of its own files",
+    ),
+    "nemotron-asr-streaming": proof(
+        tiny(
+            "nemotron-asr", "nemotron_asr_streaming", _NEMO_SPEECH, **_TRANSDUCER, encoder_config=_STREAMING_CONFORMER
+        ),
         note="and NeMo 3.0 of its own files",
     ),
     "deepseek-v2": proof(fixture("deepseek_v2_lite", NO_NEMO_1)),

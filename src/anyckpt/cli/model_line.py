@@ -89,6 +89,9 @@ def _vocabulary(model: Mapping[str, Any]) -> list[str]:
 def _sound(model: Mapping[str, Any]) -> list[str]:
     heard = f"hears {model['num_mel_bins']} channels, {model['subsampling_factor']} frames a step"
     layers, durations = model["prediction_num_layers"], model["durations"]
+    if model["lookaheads"] is not None:
+        ahead = " or ".join(map(str, model["lookaheads"]))
+        heard += f", attends to {model['left_context']} steps before and {ahead} ahead"
     if model["text_num_layers"] is not None:
         text = f"{model['text_num_layers']} layers of text, MLP {model['text_ffn_hidden_size']:,}"
         return [heard, f"{text}, {model['text_num_attention_heads']} heads"]

@@ -29,6 +29,9 @@ class SpeechConfig:
         subsampling_factor: features that become one step of the encoder: a power of two.
         subsampling_conv_channels: of the convolutions that do it.
         conv_kernel_size: steps that a layer's convolution sees.
+        left_context: steps before its own that attention sees; None for all.
+        lookaheads: steps behind it, one number for each way in which the model was trained, first the usual one; None
+            for all.
         scale_input: what goes into the first layer is multiplied by the root of the width.
         activation_dropout: of the MLP's activations, during training.
         position_dropout: of the encodings of positions, during training.
@@ -56,6 +59,8 @@ class SpeechConfig:
     subsampling_factor: int | None = None
     subsampling_conv_channels: int | None = None
     conv_kernel_size: int | None = None
+    left_context: int | None = None
+    lookaheads: tuple[int, ...] | None = None
     scale_input: bool = False
     activation_dropout: float = 0.0
     position_dropout: float = 0.0
@@ -120,5 +125,18 @@ def check_speech(config: SpeechConfig, channels: int | None) -> None:
         )
     if (config.text_max_positions or 0) > _MOST_POSITIONS:
         raise impossible("text_max_positions", f"at most {_MOST_POSITIONS}", config.text_max_positions)
+    if config.lookaheads is not None:
+        _check_contexts(config.left_context, config.lookaheads)
     if config.durations is not None and not all(0 <= steps < LARGEST for steps in config.durations):
         raise impossible("durations", "numbers of steps", config.durations)
+
+
+def _check_contexts(left: int | None, lookaheads: tuple[int, ...]) -> None:
+    """Check that steps before a chunk are whole chunks, as NeMo has it."""
+    if left is None or not 0 <= left < LARGEST:
+        raise impossible("left_context", "a number of steps", left)
+    if not lookaheads or not all(0 <= steps < LARGEST for steps in lookaheads):
+        raise impossible("lookaheads", "numbers of steps", lookaheads)
+    odd = next((steps for steps in lookaheads if left % (steps + 1)), None)
+    if odd is not None:
+        raise impossible("left_context", f"a multiple of {odd + 1}, which a lookahead of {odd} needs", left)

@@ -311,7 +311,7 @@ FAMILY = Family(
             "tokenizer_class": "TokenizersBackend",
             "unk_token": "<unk>",
         },
-        processor={"processor_class": "CanaryProcessor"},
+        processor=lambda config: {"processor_class": "CanaryProcessor"},
         generation=lambda config: {**_ids(config), "use_cache": True},
         special=lambda piece, kind: kind != USER_DEFINED or (piece.startswith("<|") and piece.endswith("|>")),
         template=_TEMPLATE,

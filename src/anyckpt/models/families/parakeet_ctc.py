@@ -78,7 +78,7 @@ FAMILY = Family(
         more=("<unk>", "<pad>"),
         marked=("<pad>", "<unk>"),
         tokenizer=fastconformer.tokenizer_words("<pad>"),
-        processor=fastconformer.processor_words("ctc"),
+        processor=lambda config: fastconformer.processor_words("ctc"),
         generation=lambda config: {"pad_token_id": config.pad_token_id},
     ),
 )

@@ -24,8 +24,7 @@ from anyckpt.models.speech.companions import Companions
 
 _LSTM = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
-RULES = (
-    *fastconformer.encoder(),
+TRANSDUCER = (
     Rule(("decoder.embedding.weight",), "decoder.prediction.embed.weight", ("labels", "prediction")),
     *(
         Rule((f"decoder.lstm.{name}_l*",), f"decoder.prediction.dec_rnn.lstm.{name}_l*",
@@ -37,6 +36,9 @@ RULES = (
     *linear("joint.head", "joint.joint_net.2", ("outputs", "prediction"), when=has("joint_dropout")),
     *linear("joint.head", "joint.joint_net.1", ("outputs", "prediction"), when=lacks("joint_dropout")),
 )  # fmt: skip
+"""What predicts and joins."""
+
+RULES = (*fastconformer.encoder(), *TRANSDUCER)
 
 
 class Pad(Codec):
@@ -49,7 +51,7 @@ class Pad(Codec):
     keys = ("labels", "pad_token_id")
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        labels = reader.values.get("labels")
+        labels = reader.values.get("labels") or reader.mapping("joint").get("vocabulary")
         if isinstance(labels, list) and "<pad>" in labels:
             return {"pad_token_id": labels.index("<pad>")}
         return {"pad_token_id": reader.integer("pad_token_id")}
@@ -157,9 +159,7 @@ _JOINT = Section(
                "vocabulary": []},
 )  # fmt: skip
 
-NEMO: tuple[Codec, ...] = (
-    fastconformer.PREPROCESSOR,
-    fastconformer.NEMO_ENCODER,
+BEHIND_ENCODER: tuple[Codec, ...] = (
     _PREDICTION,
     _Wrappers(),
     _JOINT,
@@ -167,6 +167,8 @@ NEMO: tuple[Codec, ...] = (
     _First(),
     Implied({"blank_token_id": lambda found: (found["vocab_size"] or 1) - 1}, "NeMo's last label is the blank"),
 )
+
+NEMO: tuple[Codec, ...] = (fastconformer.PREPROCESSOR, fastconformer.NEMO_ENCODER, *BEHIND_ENCODER)
 
 FAMILY = Family(
     name="parakeet-rnnt",
@@ -208,14 +210,14 @@ FAMILY = Family(
     nemo_speech=NeMoSpeech(
         "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel",
         NEMO,
-        fits=lambda config: durations_of(config) is None,
+        fits=lambda config: durations_of(config) is None and not fastconformer.streams(config),
     ),
     companions=Companions(
         pieces=lambda config, tokens: (config.vocab_size or 1) - 1,
         more=("<unk>", "<blank>"),
         marked=("<blank>", "<unk>"),
         tokenizer=fastconformer.tokenizer_words("<blank>"),
-        processor=fastconformer.processor_words("rnnt"),
+        processor=lambda config: fastconformer.processor_words("rnnt"),
         unread=("decoder.prediction.embed.weight", "decoder.embedding.weight"),
         generation=lambda config: {
             "decoder_start_token_id": config.blank_token_id,

@@ -75,7 +75,7 @@ FAMILY = replace(
         more=("<unk>", "<pad>", "<blank>"),
         marked=("<pad>", "<unk>"),
         tokenizer=fastconformer.tokenizer_words("<pad>"),
-        processor=fastconformer.processor_words("tdt"),
+        processor=lambda config: fastconformer.processor_words("tdt"),
         generation=lambda config: {
             "decoder_start_token_id": config.blank_token_id,
             "pad_token_id": config.pad_token_id,

@@ -53,6 +53,8 @@ class Companions:
         special: which tokens that texts are cut at first are no text; those of type ``CONTROL`` if None.
         tokenizer: keys of ``tokenizer_config.json``.
         processor: keys of ``processor_config.json`` besides the feature extractor's.
+        extractor: the feature extractor's class.
+        extractor_settings: what it takes besides, of which each has one value in every model that can be converted.
         generation: keys of ``generation_config.json``.
     """
 
@@ -60,8 +62,10 @@ class Companions:
     more: tuple[str, ...]
     marked: tuple[str, ...]
     tokenizer: Mapping[str, Any]
-    processor: Mapping[str, Any]
+    processor: Callable[[ModelConfig], Mapping[str, Any]]
     generation: Callable[[ModelConfig], Mapping[str, Any]]
+    extractor: str = "ParakeetFeatureExtractor"
+    extractor_settings: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     special: Special | None = None
     template: str = ""
@@ -83,15 +87,24 @@ class Companions:
         if said is None:
             return config
         reader = Reader(said, name)
-        kind = reader.text("feature_extractor_type") or "ParakeetFeatureExtractor"
+        kind = reader.text("feature_extractor_type") or self.extractor
         channels = reader.integer("feature_size")
-        if kind != "ParakeetFeatureExtractor" or channels not in (None, config.num_mel_bins):
+        if kind != self.extractor or channels not in (None, config.num_mel_bins):
             raise MappingError(
                 f"{name} is of another feature extractor than the model's",
                 path=checkpoint.path,
-                expected=f"ParakeetFeatureExtractor of {config.num_mel_bins} channels",
+                expected=f"{self.extractor} of {config.num_mel_bins} channels",
                 found=f"{kind} of {channels}",
             )
+        for key, only in self.extractor_settings.items():
+            if said.get(key, only) != only:
+                raise MappingError(
+                    f"{name}'s {key} is one that NeMo's features have not",
+                    path=checkpoint.path,
+                    expected=only,
+                    found=f"{said[key]!r:.80}",
+                    remedy="convert to safetensors, torch or dcp, which keep names",
+                )
         found: dict[str, Any] = {}
         for key, hub in _SPELLED.items():
             if key in said:
@@ -138,12 +151,13 @@ class Companions:
 
     def _for_transformers(self, config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
         extractor = {
-            "feature_extractor_type": "ParakeetFeatureExtractor",
+            "feature_extractor_type": self.extractor,
             "padding_side": "right",
             "return_attention_mask": True,
+            **self.extractor_settings,
             **{key: getattr(config, hub) for key, hub in _SPELLED.items()},
         }
-        processor = {"feature_extractor": extractor, **self.processor}
+        processor = {"feature_extractor": extractor, **self.processor(config)}
         artifacts = {_PROCESSOR: _json(_PROCESSOR, processor)}
         if self.template:
             artifacts[_CHATS] = MemorySource(self.template.encode(), _CHATS)
@@ -238,6 +252,15 @@ def _sentencepiece(tokenizer: Tokenizer | None) -> ByteSource | None:
         return None
     named = tokenizer.model_file or next((name for name in tokenizer.files if name.endswith(".model")), None)
     return None if named is None else tokenizer.files.get(named)
+
+
+def processor_settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What a processor's file says; nothing of none, or of a damaged one, of which reading its features tells."""
+    source = checkpoint.artifacts.get(_PROCESSOR)
+    try:
+        return {} if source is None else _read_json(source)
+    except FormatError:
+        return {}
 
 
 def _feature_extractor(artifacts: Mapping[str, ByteSource]) -> tuple[str, Mapping[str, Any] | None]:

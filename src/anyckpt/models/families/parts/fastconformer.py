@@ -133,10 +133,12 @@ IDLE = frozenset(
 )
 
 
-def hugging_face(**class_defaults: Any) -> Section:
+def hugging_face(model_type: str = "parakeet_encoder", more: tuple[Codec, ...] = (), **class_defaults: Any) -> Section:
     """``encoder_config``.
 
     Args:
+        model_type: of the encoder.
+        more: rows of an encoder that has more settings.
         class_defaults: by key, what the model's class takes other than ``ParakeetEncoderConfig``.
     """
     return Section(
@@ -170,10 +172,11 @@ def hugging_face(**class_defaults: Any) -> Section:
             Field("position_dropout", "dropout_positions", "number", 0.0),
             Field("layer_dropout", "layerdrop", "number", 0.1),
             Field("init_method_std", "initializer_range", "number", 0.02),
+            *more,
         ),
         class_defaults,
         IDLE,
-        {"model_type": "parakeet_encoder"},
+        {"model_type": model_type},
     )
 
 
@@ -205,6 +208,14 @@ class _Preemphasis(Codec):
 
     def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
         return {} if config.preemphasis == 0.97 else {"preemph": config.preemphasis}
+
+
+def with_rows(section: Section, *rows: Codec) -> Section:
+    """A section with other rows in the place of those for the same keys."""
+    keys = {key for row in rows for key in row.keys}
+    kept = [row for row in section.rows if not keys & set(row.keys)]
+    assert len(kept) < len(section.rows)
+    return replace(section, rows=(*kept, *rows))
 
 
 def target(of: str) -> Only:
@@ -296,11 +307,19 @@ NEMO_ENCODER = Section(
 """Biases of positions that layers share are each layer's own where they are stored."""
 
 
-def tokenizer_words(pad: str) -> Mapping[str, Any]:
-    """Keys of ``tokenizer_config.json``, by the token that pads."""
+def streams(config: Mapping[str, Any]) -> bool:
+    """Whether a ``model_config.yaml`` is of a cache-aware encoder, which hears nothing of what comes later."""
+    encoder = config.get("encoder")
+    if not isinstance(encoder, Mapping):
+        return False
+    return bool(encoder.get("causal_downsampling")) or encoder.get("conv_context_size") == "causal"
+
+
+def tokenizer_words(pad: str, processor: str = "ParakeetProcessor") -> Mapping[str, Any]:
+    """Keys of ``tokenizer_config.json``, by the token that pads and the processor's class."""
     return {
         "pad_token": pad,
-        "processor_class": "ParakeetProcessor",
+        "processor_class": processor,
         "tokenizer_class": "ParakeetTokenizer",
         "unk_token": "<unk>",
     }
