@@ -3,7 +3,8 @@
     python benchmarks/between_buckets.py --directory /a/disk --megabytes 100
 
 Puts a sparse model behind a store that answers after 30 ms and carries so many megabytes in a second each way
-(``far_store.py``), and converts it into the same store, in a new process.
+(``far_store.py``), and converts it into the same store, in a new process.  Shares of the link are of what the store
+sent and of what it received, over the whole run and between the first tenth of the bytes and the last.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from far_store import TICK
 from startup import sparse_model
 from synthetic import SMALL, TWO_GB
 
@@ -59,23 +61,42 @@ def main() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     store.stdin.write("\n")
     store.stdin.flush()
-    requests, sent, received = map(int, store.stdout.readline().split())
+    asked = json.loads(store.stdout.readline())
     store.kill()
     shutil.rmtree(folder)
     told = json.loads(done.stdout)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    ways = ("sent", "received")
     print(
         json.dumps(
             {
                 "mb": round(told["bytes_written"] / 1e6),
                 "seconds": round(told["seconds"], 2),
                 "command_seconds": round(command, 2),
-                "share_of_link": round(max(sent, received) / 1e6 / options.megabytes / told["seconds"], 3),
-                "processor_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
+                "share_of_link": [round(asked[way] / 1e6 / options.megabytes / told["seconds"], 3) for way in ways],
+                "when_steady": [round(steady(asked["ticks"][way]) / 1e6 / options.megabytes, 3) for way in ways],
+                "processor_seconds": round(used, 2),
+                "processor_seconds_per_gb": round(used / told["bytes_written"] * 1e9, 2),
+                "processor_seconds_of_store": round(asked["processor_seconds"], 2),
                 "memory_mb": round(told["peak_rss_bytes"] / 1e6),
-                "requests": requests,
+                "requests": asked["requests"],
+                "load": os.getloadavg()[0],
             }
         )
     )
+
+
+def steady(ticks: dict[str, int]) -> float:
+    """Bytes in a second that passed between the first tenth of them and the last."""
+    total, before, inside, seconds = sum(ticks.values()), 0, 0, 0.0
+    first, last = min(map(int, ticks)), max(map(int, ticks))
+    for tick in range(first, last + 1):
+        passed = ticks.get(str(tick), 0)
+        if total / 10 <= before and before + passed <= total * 9 / 10:
+            inside += passed
+            seconds += TICK
+        before += passed
+    return inside / seconds if seconds else 0.0
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def _told(store: subprocess.Popen[str]) -> tuple[int, int]:
     assert store.stdout is not None
     store.stdin.write("\n")
     store.stdin.flush()
-    requests, sent, _ = store.stdout.readline().split()
-    return int(requests), int(sent)
+    told = json.loads(store.stdout.readline())
+    return sum(told["requests"].values()), told["sent"]
 
 
 def main() -> None:
