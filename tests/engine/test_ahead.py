@@ -49,7 +49,7 @@ def test_blocks_come_in_their_order(count: int, ahead: int, fails_at: int) -> No
     fill, got = Fake(fails_at), []
     blocks = [Block(0, number, 1, ()) for number in range(count)]
     try:
-        for one in filled(blocks, fill, ahead):
+        for one in filled(blocks, fill, None if ahead < 0 else lambda: ahead):
             assert int.from_bytes(one.memory.tobytes(), "little") == one.block.offset
             got.append(one.block.offset)
             assert len(fill.begun) <= len(got) + max(0, ahead)
@@ -108,6 +108,47 @@ def test_what_comes_next_is_read_while_a_block_is_written(files: int) -> None:
     assert place.waited > 20
     assert store.objects["0"] == DATA * 3
     assert log.nbytes == files * 3 * NBYTES
+
+
+def test_a_large_file_is_read_ahead_with_small_ones_beside_it() -> None:
+    """Which are done at once, and leave it their threads' memory."""
+    shrink_blocks(8192)
+    going, most = set(), 0
+
+    class Counting(FarSource):
+        def _read_into(self, offset: int, buffer: memoryview) -> None:
+            nonlocal most
+            going.add(offset)
+            most = max(most, len(going))
+            super()._read_into(offset, buffer)
+            going.discard(offset)
+
+    log = Log()
+    small = [OutputFile(f"{number}", (SourceData(FarSource(b"x", "far", log, 0.0)),)) for number in range(5)]
+    large = OutputFile("large", (SourceData(Counting(DATA * 3, "far://large", log, 0.005)),))
+    store = ObjectStore()
+    execute.execute(Plan("test", (*small, large)), MemoryDestination(store, "memory"), workers=4)
+    assert store.objects["large"] == DATA * 3
+    assert most == 4
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_one_request_brings_a_block_to_where_it_belongs(parts: int) -> None:
+    """Of several, what they bring is held until all are there."""
+    shrink_blocks(8192)
+    straight = []
+
+    class Seen(FarSource):
+        def _read_into(self, offset: int, buffer: memoryview) -> None:
+            straight.append(not isinstance(buffer.obj, bytearray))
+            super()._read_into(offset, buffer)
+
+    sources = [Seen(DATA[: 4096 // parts], f"far://{number}", Log(), 0.0) for number in range(parts)]
+    store = ObjectStore()
+    plan = Plan("test", (OutputFile("file", tuple(map(SourceData, sources))),))
+    execute.execute(plan, MemoryDestination(store, "memory"), workers=1)
+    assert store.objects["file"] == DATA[: 4096 // parts] * parts
+    assert straight == [parts == 1] * parts
 
 
 def test_a_source_that_fails_ahead_fails_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,43 +17,36 @@ from anyckpt.engine.filling import Filling
 Fill = Callable[[Block, BlockBuffer], Filling]
 
 
-def filled(blocks: Sequence[Block], fill: Fill, ahead: int) -> Generator[Filling, None, None]:
+def filled(blocks: Sequence[Block], fill: Fill, ahead: Callable[[], int] | None) -> Generator[Filling, None, None]:
     """Blocks in their order, each filled; what one gives is of use until the next is asked for.
 
     Args:
         blocks: to be filled.
         fill: fills one in the memory that it is given, in any thread.
-        ahead: blocks that are being filled while one is in use; with none, no thread is begun.
+        ahead: how many may be filled at this moment while one is in use; None if none ever, and no thread is begun.
 
     Raises:
         Exception: what filling a block raises, in that block's turn.
     """
-    if ahead < 1 or len(blocks) < 2:
+    if ahead is None or len(blocks) < 2:
         buffer = BlockBuffer()
         for block in blocks:
             yield fill(block, buffer)
         return
     from concurrent.futures import Future, ThreadPoolExecutor  # here, as it takes milliseconds to import
 
-    free = deque(BlockBuffer() for _ in range(min(ahead + 1, len(blocks))))
-    left = iter(blocks)
+    left = deque(blocks)
+    free = [BlockBuffer()]
     going: deque[tuple[Future[Filling], BlockBuffer]] = deque()
-    with ThreadPoolExecutor(ahead, thread_name_prefix="anyckpt-ahead") as pool:
-
-        def begin() -> None:
-            block = next(left, None)
-            if block is not None:
-                buffer = free.popleft()
-                going.append((pool.submit(copy_context().run, fill, block, buffer), buffer))
-
+    with ThreadPoolExecutor(len(blocks), thread_name_prefix="anyckpt-ahead") as pool:
         try:
-            for _ in range(len(free)):
-                begin()
-            while going:
+            while left or going:
+                while left and len(going) <= ahead():
+                    buffer = free.pop() if free else BlockBuffer()
+                    going.append((pool.submit(copy_context().run, fill, left.popleft(), buffer), buffer))
                 future, buffer = going.popleft()
                 yield future.result()
                 free.append(buffer)
-                begin()
         finally:
             for future, _ in going:
                 future.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from anyckpt.engine.blocks import Block
@@ -65,7 +65,7 @@ class Filling:
         elif isinstance(part, Literal):
             out[:] = memoryview(part.data)[start : start + len(out)]
         elif isinstance(part, SourceData):
-            with holding([(part.source, start, len(out))]):
+            with _held([(part.source, start, len(out))], len(out)):
                 part.source.read_into(start, out)
         else:
             out[:] = memoryview(built(self.file, part, [self._crcs.get(i, 0) for i in part.parts]))
@@ -86,7 +86,16 @@ class Filling:
 def held(filling: Sequence[Filling]) -> AbstractContextManager[None]:
     """What blocks need of far sources, asked for at once, where it is little enough to be held."""
     wanted = [one for filled in filling for one in filled.needed()]
-    return holding(wanted if sum(length for _, _, length in wanted) <= HELD_BYTES else ())
+    return _held(wanted, sum(filled.block.nbytes for filled in filling))
+
+
+def _held(wanted: Sequence[Wanted], nbytes: int) -> AbstractContextManager[None]:
+    """Hold what ``nbytes`` are made of, unless that is too much, or a single request brings it to where it belongs."""
+    if sum(length for _, _, length in wanted) > HELD_BYTES:
+        return nullcontext()
+    ranges = [(start, length) for source, first, count in wanted for _, start, length in source.wanted(first, count)]
+    straight = len(ranges) == 1 and ranges[0][1] == nbytes
+    return nullcontext() if straight else holding(wanted)
 
 
 def is_far(plan: Plan) -> bool:

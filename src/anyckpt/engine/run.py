@@ -29,7 +29,6 @@ from anyckpt.storage.requests import given_up_with
 _MEMORY_PER_WORKER = 16 << 20
 _SYNC_EVERY = 1 << 30
 _FAR_WORKERS = 16
-_AHEAD = 4  # blocks of one file that are asked for at once: with more, nothing went faster
 _FOR_TILES = 4  # of so many bytes for blocks in flight, one may be held of what is computed for several outputs
 
 Progress = Callable[[int, int], None]
@@ -85,7 +84,7 @@ class Run:
         self._unsynced: dict[BlockKey, BlockRecord] = {}
         self._since_sync = 0
         self._done = 0
-        self._ahead = 0
+        self._at_work = 0
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._wanted_crcs = [
@@ -107,11 +106,10 @@ class Run:
         self.resumed_bytes += resumed
         self.advance(resumed)
         if self._destination.in_order:
-            files = dict.fromkeys(block.file for block in wanted)
-            self._ahead = min(_AHEAD, self._workers // max(1, len(files)) - 1)
-            self._run_workers(self._file_job(number) for number in files)
+            numbers = dict.fromkeys(block.file for block in wanted)
+            self._run_workers((self._file_job(number) for number in numbers), len(numbers))
         else:
-            self._run_workers(self._gang_job(gang) for gang in gangs(self._plan.files, due, self._together))
+            self._run_workers((self._gang_job(gang) for gang in gangs(self._plan.files, due, self._together)), len(due))
 
     def sync(self) -> None:
         """Make the blocks written so far durable and note them."""
@@ -129,11 +127,13 @@ class Run:
         self._destination.seal(numbers)
         return entries
 
-    def _run_workers(self, jobs: Iterator[_Job]) -> None:
+    def _run_workers(self, jobs: Iterator[_Job], most: int) -> None:
+        """Carry out jobs, of which there are so many at most."""
         threads = [
             threading.Thread(target=self._work, args=(jobs,), name=f"anyckpt-{i}", daemon=True)
-            for i in range(self._workers)
+            for i in range(min(self._workers, most))
         ]
+        self._at_work = len(threads)
         for thread in threads:
             thread.start()
         try:
@@ -155,6 +155,12 @@ class Run:
     def _work(self, jobs: Iterator[_Job]) -> None:
         with counting(self.reads), given_up_with(self._stop):
             self._work_off(jobs)
+        with self._lock:
+            self._at_work -= 1
+
+    def _ahead(self) -> int:
+        """Blocks of a file that may be filled while one is written, with the memory of threads that have no file."""
+        return self._workers // self._at_work - 1
 
     def _work_off(self, jobs: Iterator[_Job]) -> None:
         with keeping(self._tiles):
@@ -241,7 +247,7 @@ class Run:
         items: list[Block | LatePart] = [*self._cut.blocks[number], *self._cut.late[number]]
         items.sort(key=lambda item: item.offset)
         due = [item for item in items if isinstance(item, Block) and (number, item.offset) not in self.records]
-        with closing(filled(due, self._filled_alone, self._ahead if self._far else 0)) as blocks:
+        with closing(filled(due, self._filled_alone, self._ahead if self._far else None)) as blocks:
             for item in items:
                 known = self.records.get((number, item.offset))
                 if known is not None:

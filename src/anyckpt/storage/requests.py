@@ -286,8 +286,10 @@ def _is_known(known: _Windows, source: ByteSource, begin: int, end: int) -> bool
 
 
 def _task(source: ByteSource, request: Request, into: list[tuple[int, memoryview]]) -> Callable[[], None]:
+    # made here: the allocator keeps some memory for each thread that takes any, and those that read are many
+    data = memoryview(bytearray(request.stop - request.start))
+
     def task() -> None:
-        data = memoryview(bytearray(request.stop - request.start))
         try:
             source.read_through(request.start, data)
         except AnyckptError:

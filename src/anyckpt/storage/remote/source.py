@@ -16,7 +16,7 @@ from anyckpt.storage.source import ByteSource
 AT_ONCE = 32
 """Reads of far objects worth making together: their round trips are waited for, and a link fills with several."""
 
-_CHUNK = 1 << 20
+_CHUNK = 64 << 10
 
 
 @dataclass(frozen=True)
