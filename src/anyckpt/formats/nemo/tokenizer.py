@@ -21,6 +21,14 @@ HF_FILES = "hf_files"
 
 _PREFIXED = re.compile(r"[0-9a-f]{32}_.")
 _MODEL_KEYS = ("model", "model_path", "tokenizer_model")
+_OF_LANGUAGE = re.compile(
+    r"(?P<what>tokenizer|vocab)\.(?P<number>\d{1,3})\.(?P<language>.+)\.(?P<kind>model|txt|vocab)"
+)
+_KEYS_OF_LANGUAGE = {
+    "tokenizer.model": "model_path",
+    "vocab.txt": "vocab_path",
+    "tokenizer.vocab": "spe_tokenizer_vocab",
+}
 _SENTENCEPIECE_TYPES = ("bpe", "sentencepiece", "spe")
 _SETTINGS_SPELLED = {"sentencepiece_legacy": "legacy"}
 """NeMo 1's configuration spells these otherwise than the tokenizer classes, whose spelling is ours."""
@@ -141,10 +149,23 @@ def write_tokenizer(
 
 
 def _speech_section(section: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """What NeMo's speech classes look for, of a sentencepiece model and its list of pieces."""
+    """What NeMo's speech classes look for, of a sentencepiece model and its list of pieces, or of several."""
+    if section.get("type") == "agg":
+        return {**section, "langs": _languages(names)}
     keys = {"tokenizer.model": "model_path", "vocab.txt": "vocab_path", "tokenizer.vocab": "spe_tokenizer_vocab"}
     found = {key: ARTIFACT_SCHEME + names[name] for name, key in keys.items() if name in names}
     return {"dir": "", "type": "bpe", **section, **found}
+
+
+def _languages(names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The models of an aggregate tokenizer, whose files have numbers and languages in their names, in that order."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for name, member in names.items():
+        match = _OF_LANGUAGE.fullmatch(name)
+        if match is not None:
+            section = found.setdefault((int(match["number"]), match["language"]), {"dir": "", "type": "bpe"})
+            section[_KEYS_OF_LANGUAGE[f"{match['what']}.{match['kind']}"]] = ARTIFACT_SCHEME + member
+    return {language: found[number, language] for number, language in sorted(found)}
 
 
 def _note(tokenizer: Tokenizer) -> str:

@@ -20,7 +20,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.sections import Only, Section
 from anyckpt.config.spellings import HuggingFace, NeMoSpeech
-from anyckpt.errors import FormatError, MappingError
+from anyckpt.errors import FormatError
 from anyckpt.models.families.parts import fastconformer
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rule_operations import IDENTITY, Operation
@@ -33,6 +33,7 @@ from anyckpt.tensor import LazyTensor
 _OWN, _HUB = "model.decoder.layers.*", "transf_decoder._decoder.layers.*"
 _EMBEDDING, _HEAD = "transf_decoder._embedding.token_embedding.weight", "log_softmax.mlp.layer0.weight"
 _POSITIONS = "transf_decoder._embedding.position_embedding.pos_enc"
+_TOKENIZERS = "nemo.collections.common.tokenizers.canary_tokenizer"
 _TOKENS = {
     "pad_token_id": "<pad>",
     "bos_token_id": "<|startoftranscript|>",
@@ -102,25 +103,24 @@ RULES = (
 )
 
 
-class _OneTokenizer(Codec):
-    """Not several in one: transformers has no tokenizer that is an aggregate of others."""
+class _Tokenizer(Codec):
+    """The tokenizer's class; of several in one, files and class are ``Companions``'."""
 
     keys = ("tokenizer",)
 
     def read(self, reader: Reader, defaults: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
-        section = reader.mapping("tokenizer")
-        if section.get("type") == "agg":
-            raise MappingError(
-                "model_config.yaml's tokenizer is an aggregate of several, which transformers' Canary has not",
-                expected="one sentencepiece model, as Canary 1B v2 has",
-                found=", ".join(map(str, section.get("langs") or {}))[:80],
-                remedy="convert to safetensors, torch or dcp, which keep names",
-            )
+        reader.mapping("tokenizer")
         return {}
 
     def write(self, config: ModelConfig, notes: list[str]) -> Mapping[str, Any]:
-        kind = "nemo.collections.common.tokenizers.canary_tokenizer.CanaryBPETokenizer"
+        kind = f"{_TOKENIZERS}.CanaryBPETokenizer"
         return {"tokenizer": {"dir": "", "type": "bpe", "custom_tokenizer": {"_target_": kind, "tokenizers": None}}}
+
+
+def _prompt_format(config: Mapping[str, Any]) -> str:
+    """NeMo's name of the prompt: that of Canary 1B begins with the transcript."""
+    first = config.get("first_token_id")
+    return "canary" if first is not None and first == config.get("bos_token_id") else "canary2"
 
 
 _NEMO_DECODER = Section(
@@ -150,8 +150,8 @@ _NEMO_DECODER = Section(
 )
 
 _NEMO: tuple[Codec, ...] = (
-    Only("prompt_format", "canary2"),
-    _OneTokenizer(),
+    Only("prompt_format", _prompt_format, also=lambda value, found: value in ("canary", "canary2")),
+    _Tokenizer(),
     fastconformer.PREPROCESSOR,
     fastconformer.NEMO_ENCODER,
     Section(
@@ -224,6 +224,20 @@ _TEMPLATE = (
 )
 """The prompt of NeMo's format ``canary2`` as transformers' processor fills it in."""
 
+_FIRST_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'assistant' -%}{{- message.content ~ '<|endoftext|>' -}}{%- endif -%}"
+    "{%- if message.role == 'user' -%}"
+    "{%- for part in message.content if part.type == 'text' -%}"
+    "{%- set task = '<|transcribe|>' if part.source_language == part.target_language else '<|translate|>' -%}"
+    "{%- set languages = '<|' ~ part.source_language ~ '|>' ~ task ~ '<|' ~ part.target_language ~ '|>' -%}"
+    "{{- '<|startoftranscript|>' ~ languages ~ ('<|pnc|>' if part.punctuation else '<|nopnc|>') -}}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+"""That of its older format ``canary``."""
+
 
 def _positions(config: ModelConfig) -> LazyTensor:
     """Alternating sines and cosines over the root of the width: float32 of shape (text_max_positions, hidden_size)."""
@@ -242,10 +256,13 @@ class _Companions(Companions):
         if checkpoint.config_kind != "nemo1":
             return super().read(config, checkpoint)
         try:
-            tokens = pieces_of(checkpoint.tokenizer)
+            tokens = pieces_of(checkpoint)
         except FormatError:  # of which whoever makes a tokenizer of it tells
             return config
-        found: dict[str, Any] = {field: tokens.index(token) for field, token in _TOKENS.items() if token in tokens}
+        names = dict(_TOKENS)
+        if checkpoint.config.get("prompt_format") == "canary":
+            names["first_token_id"] = names["bos_token_id"]
+        found: dict[str, Any] = {field: tokens.index(token) for field, token in names.items() if token in tokens}
         return replace(config, **found) if tokens else config
 
 
@@ -265,7 +282,7 @@ def _ids(config: ModelConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     name="canary",
-    title="Canary (FastConformer, 1B v2)",
+    title="Canary (FastConformer)",
     rules=fastconformer.undivided(RULES),
     ignorable=(*fastconformer.IGNORABLE, (_POSITIONS, "encodings of positions, which follow from the configuration")),
     traits={**fastconformer.TRAITS, "share_embeddings_and_output_weights": True},
@@ -314,7 +331,8 @@ FAMILY = Family(
         processor=lambda config: {"processor_class": "CanaryProcessor"},
         generation=lambda config: {**_ids(config), "use_cache": True},
         special=lambda piece, kind: kind != USER_DEFINED or (piece.startswith("<|") and piece.endswith("|>")),
-        template=_TEMPLATE,
+        template=lambda config: _FIRST_TEMPLATE if _prompt_format(vars(config)) == "canary" else _TEMPLATE,
+        aggregate_class=f"{_TOKENIZERS}.CanaryTokenizer",
         made=lambda config: {**buffers(config), _POSITIONS: _positions(config)},
         twice={_HEAD: _EMBEDDING},
     ),

@@ -11,7 +11,8 @@ from anyckpt.checkpoint import Checkpoint, Tokenizer
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.errors import FormatError, MappingError
-from anyckpt.models.sentencepiece import read_model
+from anyckpt.models.sentencepiece import Vocabulary, read_model
+from anyckpt.models.speech.aggregate import Part, from_parts, is_aggregate, is_marked, leading, parts_of, tokens_of
 from anyckpt.models.speech.featurizer import buffers, check_buffers
 from anyckpt.models.speech.tokenizer_json import Special, as_bytes, from_sentencepiece, is_control, to_sentencepiece
 from anyckpt.models.tokens import token_facts
@@ -48,6 +49,7 @@ class Companions:
         marked: tokens that are special.
         unread: names of embeddings, in NeMo's and transformers' words, of whose blank only transformers reads the row.
         template: of chats, for transformers' processor; "" for none.
+        aggregate_class: NeMo's class of tokenizers that are several in one; "" for its usual one.
         made: buffers of NeMo's model, which follow from the configuration.
         twice: NeMo's names of tensors that are there a second time, each with the other one.
         special: which tokens that texts are cut at first are no text; those of type ``CONTROL`` if None.
@@ -68,7 +70,8 @@ class Companions:
     extractor_settings: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     special: Special | None = None
-    template: str = ""
+    template: Callable[[ModelConfig], str] = field(default=lambda config: "")
+    aggregate_class: str = ""
     made: Callable[[ModelConfig], dict[str, LazyTensor]] = buffers
     twice: Mapping[str, str] = field(default_factory=dict)
 
@@ -140,16 +143,18 @@ class Companions:
         if kind == "hf":
             if not spelled:
                 check_buffers(self.made(config), source.weights(), source.path)
-            return checkpoint if spelled else self._for_transformers(config, checkpoint, notes)
+            return checkpoint if spelled else self._for_transformers(config, source, checkpoint, notes)
         if kind == "nemo1":
             stored = source.weights()
             made = {name: stored.get(name, tensor) for name, tensor in self.made(config).items()}
-            whole = checkpoint if spelled else self._for_nemo(config, checkpoint, notes)
+            whole = checkpoint if spelled else self._for_nemo(config, source, checkpoint, notes)
             twice = {name: whole.tensors[other] for name, other in self.twice.items()}
             return replace(whole, tensors={**made, **whole.tensors, **twice})
         return checkpoint
 
-    def _for_transformers(self, config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
+    def _for_transformers(
+        self, config: ModelConfig, source: Checkpoint, checkpoint: Checkpoint, notes: list[str]
+    ) -> Checkpoint:
         extractor = {
             "feature_extractor_type": self.extractor,
             "padding_side": "right",
@@ -159,18 +164,25 @@ class Companions:
         }
         processor = {"feature_extractor": extractor, **self.processor(config)}
         artifacts = {_PROCESSOR: _json(_PROCESSOR, processor)}
-        if self.template:
-            artifacts[_CHATS] = MemorySource(self.template.encode(), _CHATS)
+        template = self.template(config)
+        if template:
+            artifacts[_CHATS] = MemorySource(template.encode(), _CHATS)
         generation = self.generation(config)
         if generation:
             artifacts[_GENERATION] = _json(_GENERATION, {**_OF_GENERATION, **generation})
-        model = _sentencepiece(checkpoint.tokenizer)
+        parts = parts_of(source) if is_aggregate(source.config) else ()
+        model = leading(parts).model if parts else _sentencepiece(checkpoint.tokenizer)
         if model is None:
             notes.append(
                 "there is no sentencepiece model to make a tokenizer.json of: transformers' processor needs one"
             )
             return replace(checkpoint, artifacts=artifacts, tokenizer=None)
-        made = from_sentencepiece(model, self.more, self.marked, self.special or is_control)
+        special = self.special or is_control
+        made = (
+            from_parts(parts, self.more, self.marked, special)
+            if parts
+            else from_sentencepiece(model, self.more, self.marked, special)
+        )
         settings = {
             "backend": "tokenizers",
             "clean_up_tokenization_spaces": False,
@@ -180,18 +192,37 @@ class Companions:
         files: dict[str, ByteSource] = {
             _TOKENIZER: MemorySource(as_bytes(made), _TOKENIZER),
             _TOKENS: _json(_TOKENS, settings),
-            _MODEL: model,
         }
-        return replace(checkpoint, artifacts=artifacts, tokenizer=Tokenizer("huggingface", files, _MODEL))
+        if not parts:
+            files[_MODEL] = model
+            return replace(checkpoint, artifacts=artifacts, tokenizer=Tokenizer("huggingface", files, _MODEL))
+        languages = ", ".join(part.language for part in parts)
+        notes.append(
+            f"the tokenizer is {len(parts)} in one ({languages}): ids of all become text, and text becomes ids of "
+            f"{leading(parts).language} alone, as transformers is not told a text's language"
+        )
+        artifacts |= {part.file(number): part.model for number, part in enumerate(parts)}
+        return replace(checkpoint, artifacts=artifacts, tokenizer=Tokenizer("huggingface", files))
 
-    def _for_nemo(self, config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
-        tokenizer = checkpoint.tokenizer
+    def _for_nemo(
+        self, config: ModelConfig, source: Checkpoint, checkpoint: Checkpoint, notes: list[str]
+    ) -> Checkpoint:
+        tokenizer, parts = checkpoint.tokenizer, parts_of(source)
+        if parts:
+            return self._with_several(config, checkpoint, parts)
         held = {} if tokenizer is None else {name.rpartition("/")[2]: file for name, file in tokenizer.files.items()}
         model: ByteSource
         if _MODEL in held:
             model = held[_MODEL]
         elif _TOKENIZER in held:
             content = _read_json(held[_TOKENIZER])
+            if is_marked(content):
+                raise MappingError(
+                    "is of several sentencepiece models, which NeMo needs",
+                    path=held[_TOKENIZER].name,
+                    expected="them beside it, as tokenizer.0.LANGUAGE.model and so on",
+                    remedy="copy them from where it was written",
+                )
             data = to_sentencepiece(
                 content, self.pieces(config, token_facts(tokenizer).count or 0), held[_TOKENIZER].name, self._is_control
             )
@@ -209,15 +240,28 @@ class Companions:
                 expected=f"{count} pieces",
                 found=len(pieces.tokens),
             )
-        listed = "".join(f"{_word_piece(token)}\n" for token in pieces.tokens if token != "<unk>")
-        scored = "".join(f"{token}\t{score:g}\n" for token, score in zip(pieces.tokens, pieces.scores, strict=True))
-        files: dict[str, ByteSource] = {
-            _MODEL: model,
-            _VOCABULARY: MemorySource(listed.encode(), _VOCABULARY),
-            _SCORES: MemorySource(scored.encode(), _SCORES),
-        }
+        files: dict[str, ByteSource] = {_MODEL: model, **_lists(pieces, _VOCABULARY, _SCORES)}
         described = with_labels(checkpoint.config, pieces.tokens)
         return replace(checkpoint, config=described, artifacts={}, tokenizer=Tokenizer("sentencepiece", files, _MODEL))
+
+    def _with_several(self, config: ModelConfig, checkpoint: Checkpoint, parts: Sequence[Part]) -> Checkpoint:
+        """With an aggregate tokenizer of NeMo's, whose models are files of their own."""
+        tokens = tokens_of(parts)
+        if len(tokens) != self.pieces(config, len(tokens)):
+            raise MappingError(
+                "the tokenizers are of another model",
+                path=parts[0].model.name,
+                expected=f"{self.pieces(config, len(tokens))} pieces",
+                found=len(tokens),
+            )
+        files: dict[str, ByteSource] = {}
+        for number, part in enumerate(parts):
+            named = [part.file(number, kind) for kind in ("vocab.{}.txt", "tokenizer.{}.vocab")]
+            files |= {part.file(number): part.model, **_lists(part.vocabulary, *named)}
+        custom = {"custom_tokenizer": {"_target_": self.aggregate_class, "tokenizers": None}}
+        section = {"type": "agg", "dir": None, **(custom if self.aggregate_class else {})}
+        described = {**with_labels(checkpoint.config, tokens), "tokenizer": section}
+        return replace(checkpoint, config=described, artifacts={}, tokenizer=Tokenizer("sentencepiece", files))
 
     def _is_control(self, token: str) -> bool:
         """Whether a special token is so as a piece, and not because transformers marks it."""
@@ -241,9 +285,18 @@ def _word_piece(token: str) -> str:
     return token[1:] if token.startswith("\N{LOWER ONE EIGHTH BLOCK}") else f"##{token}"
 
 
-def pieces_of(tokenizer: Tokenizer | None) -> tuple[str, ...]:
-    """The pieces of a checkpoint's sentencepiece model, none if it has none."""
-    model = _sentencepiece(tokenizer)
+def _lists(pieces: Vocabulary, words: str, scores: str) -> dict[str, ByteSource]:
+    """The files of a model's pieces that NeMo has beside it, under these names."""
+    listed = "".join(f"{_word_piece(token)}\n" for token in pieces.tokens if token != "<unk>")
+    scored = "".join(f"{token}\t{score:g}\n" for token, score in zip(pieces.tokens, pieces.scores, strict=True))
+    return {words: MemorySource(listed.encode(), words), scores: MemorySource(scored.encode(), scores)}
+
+
+def pieces_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The pieces of a checkpoint's sentencepiece model, or of several, by their ids; none if it has none."""
+    if is_aggregate(checkpoint.config):
+        return tokens_of(parts_of(checkpoint))
+    model = _sentencepiece(checkpoint.tokenizer)
     return () if model is None else read_model(model.read_all(_LARGEST), model.name).tokens
 
 
