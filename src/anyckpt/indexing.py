@@ -29,6 +29,14 @@ def in_cache(*arrays: Array) -> Iterator[tuple[Array, ...]]:
         yield tuple(array[start : start + CACHED_ELEMENTS] for array in flat)
 
 
+def look_up(table: Array, codes: Array, out: Array) -> None:
+    """Fill ``out`` with the element of a table that each code is the place of; all of them are places in it.
+
+    Of numpy's modes "raise" takes a copy of the output, and "clip" half as long again.
+    """
+    np.take(table, codes, out=out, mode="wrap")
+
+
 def check_cover(shape: Shape, starts: Array, stops: Array) -> None:
     """Raise LastingError unless the boxes ``[starts, stops)`` cover ``shape`` exactly once.
 

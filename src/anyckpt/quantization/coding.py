@@ -14,7 +14,7 @@ import numpy as np
 from anyckpt.blockwise import BlockFunction, Output
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import Identity
-from anyckpt.indexing import Array, Shape, in_cache
+from anyckpt.indexing import Array, Shape, in_cache, look_up
 from anyckpt.quantization.largest import TensorScale, check_finite, magnitudes
 from anyckpt.quantization.numbers import values_of
 from anyckpt.quantization.rounding import E4M3, FLOAT4, Numbers
@@ -285,7 +285,7 @@ class TensorCodes(ElementWiseInto):
         if values.dtype.itemsize == 2:
             table = self._of_all(values.dtype)
             for codes, some in in_cache(out.view(np.uint8), values.view(np.uint16)):
-                np.take(table, some, out=codes, mode="clip")  # any other mode takes a copy of the output
+                look_up(table, some, codes)
             return
         for codes, some in in_cache(out.view(np.uint8), values):
             self._encode(some, codes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import ElementWise, Identity
-from anyckpt.indexing import Array, Shape, in_cache
+from anyckpt.indexing import Array, Shape, in_cache, look_up
 from anyckpt.quantization.numbers import values_of
 from anyckpt.storage.gather import Hole, hole, scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored, View
@@ -206,7 +206,7 @@ class Multiply(ElementWiseInto):
         for number, some, several in in_cache(out, codes.view("u1"), scales):
             with scratch(4 * some.size) as buffer, np.errstate(over="ignore", invalid="ignore"):
                 numbers = buffer.view(np.float32).reshape(some.shape)
-                np.take(self.table, some, out=numbers, mode="clip")  # any other mode takes a copy of the output
+                look_up(self.table, some, numbers)
                 np.multiply(numbers, several, out=numbers)
                 np.copyto(number, numbers, casting="unsafe")
 
@@ -224,7 +224,7 @@ class Product(Multiply):
                 pairs = buffer.view("u2").reshape(some.shape)
                 np.multiply(several, width, out=pairs, dtype=np.uint16)
                 np.add(pairs, some, out=pairs)
-                np.take(products, pairs, out=number, mode="clip")
+                look_up(products, pairs, number)
 
 
 @lru_cache(maxsize=32)

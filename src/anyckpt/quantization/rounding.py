@@ -15,7 +15,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import Identity
-from anyckpt.indexing import Array
+from anyckpt.indexing import Array, look_up
 from anyckpt.quantization.numbers import E2M1
 from anyckpt.storage.gather import scratch
 
@@ -47,7 +47,7 @@ class Floats(Numbers):
     """Narrow floats; not-a-number is the code of not-a-number, or of the largest number where there is none."""
 
     def encode(self, values: Array, out: Array) -> None:
-        np.take(_table(self.dtype), patterns(values), out=out, mode="clip")  # any other mode takes a copy of the output
+        look_up(_table(self.dtype), patterns(values), out)
 
 
 @dataclass(frozen=True)

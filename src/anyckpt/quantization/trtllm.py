@@ -18,7 +18,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import MappingError
-from anyckpt.indexing import Array, Shape, in_cache
+from anyckpt.indexing import Array, Shape, in_cache, look_up
 from anyckpt.quantization.methods import Facts, Scheme
 from anyckpt.quantization.nodes import Halved, Repeated, numbers_of, product, scaled
 from anyckpt.quantization.numbers import table_of
@@ -191,7 +191,7 @@ class MultiplyTwice(ElementWiseInto):
         for number, some, several, factors in in_cache(out, codes.view("u1"), scales, inputs):
             with scratch(4 * some.size) as buffer, np.errstate(over="ignore", invalid="ignore"):
                 numbers = buffer.view(np.float32).reshape(some.shape)
-                np.take(self.table, some, out=numbers, mode="clip")  # any other mode takes a copy of the output
+                look_up(self.table, some, numbers)
                 np.multiply(numbers, several, out=numbers)
                 np.multiply(numbers, factors, out=numbers)
                 np.copyto(number, numbers, casting="unsafe")

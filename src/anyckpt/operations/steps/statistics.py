@@ -11,7 +11,7 @@ import numpy as np
 
 from anyckpt.dtypes import DType
 from anyckpt.errors import UnsafeError
-from anyckpt.indexing import Array
+from anyckpt.indexing import Array, look_up
 from anyckpt.operations.steps.dots import dot, total
 from anyckpt.operations.steps.number_bits import PATTERNS, NumberBits
 from anyckpt.operations.steps.threads import Advance
@@ -111,7 +111,7 @@ class _Moments:
             self._bits.add(chunk)
         values = self._values[: len(chunk)]
         if chunk.itemsize == 1 and chunk.dtype.kind not in "iu":
-            np.take(_numbers_of_a_byte(chunk.dtype), chunk.view(np.uint8), out=values, mode="clip")
+            look_up(_numbers_of_a_byte(chunk.dtype), chunk.view(np.uint8), values)
         else:
             widen(values, chunk)
         whole = total(values)
