@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,13 +11,25 @@ import numpy as np
 
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import ElementWise, Identity
-from anyckpt.indexing import Array, Shape, in_cache, look_up
+from anyckpt.indexing import CACHED_ELEMENTS, Array, Shape, in_cache, look_up
 from anyckpt.quantization.numbers import values_of
 from anyckpt.storage.gather import Hole, hole, scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored, View
 from anyckpt.tensor.views import ElementWiseInto
 
 _BYTE, _FLOAT32 = dtype("uint8"), dtype("float32")
+
+_WORD = 4
+"""Places in a table, of two bytes each, that a word of eight bytes holds."""
+
+_BLOCKS = (8, 16, 32, 64, 128)
+
+_EACH_PLACE = np.uint64(0x0100_0100_0100_0100)
+"""Times a byte, this is in the high half of four places."""
+
+_PLACE = np.dtype(np.intp)
+
+_WORTH_A_TABLE = 1 << 17  # elements, which take about as long as making a table
 
 
 class Halved(View):
@@ -148,10 +161,25 @@ def scaled(codes: LazyTensor, table: Array, scales: LazyTensor, block: Shape, to
         block: elements of a block along each axis.
         to: bfloat16, float16 or float32.
     """
-    if scales.dtype.itemsize == 1:
-        products = Product(table, to, scales.dtype)
-        return Mapped((codes, Repeated(scales, block, codes.shape)), to, products)
-    return Mapped((codes, Repeated(numbers_of(scales), block, codes.shape)), to, Multiply(table, to))
+    narrow = scales.dtype.itemsize == 1
+    repeated = Repeated(scales if narrow else numbers_of(scales), block, codes.shape)
+    function = Product(table, to, scales.dtype) if narrow else Multiply(table, to)
+    if isinstance(codes, Halved) and table.size == 16 and _go_in_pairs(codes, scales, block):
+        return Paired((codes, repeated), function, codes.child, scales, block[-1])
+    return Mapped((codes, repeated), to, function)
+
+
+def _go_in_pairs(codes: Halved, scales: LazyTensor, block: Shape) -> bool:
+    """Whether both codes of a byte, and all of a few words, have one scale that is told by a byte."""
+    stored = scales.stored if isinstance(scales, CommonScale) else scales
+    return (
+        stored.dtype.itemsize == 1
+        and codes.axis == codes.ndim - 1
+        and block[-1] in _BLOCKS
+        and codes.shape[-1] % block[-1] == 0
+        and stored.shape == (*codes.shape[:-1], codes.shape[-1] // block[-1])
+        and codes.size >= _WORTH_A_TABLE
+    )
 
 
 def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
@@ -164,12 +192,18 @@ def as_bytes(tensor: LazyTensor) -> LazyTensor | None:
 
 def product(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
     """Scales times one number (a tensor of one element), or one for each along the first axis, in float32."""
-    return Mapped((numbers_of(scales), _everywhere(common, scales.shape)), _FLOAT32, np.multiply)
+    return _put_to(scales, common, np.multiply)
 
 
 def quotient(scales: LazyTensor, common: LazyTensor) -> LazyTensor:
     """Scales over one number (a tensor of one element), in float32."""
-    return Mapped((numbers_of(scales), _everywhere(common, scales.shape)), _FLOAT32, np.divide)
+    return _put_to(scales, common, np.divide)
+
+
+def _put_to(scales: LazyTensor, common: LazyTensor, function: Callable[[Array, Array], Array]) -> LazyTensor:
+    if scales.dtype.itemsize == 1 and common.size == 1:
+        return CommonScale(scales, common, function)
+    return Mapped((numbers_of(scales), _everywhere(common, scales.shape)), _FLOAT32, function)
 
 
 def _everywhere(number: LazyTensor, shape: Shape) -> LazyTensor:
@@ -218,7 +252,8 @@ class Product(Multiply):
     kind: DType
 
     def into(self, out: Array, codes: Array, scales: Array) -> None:
-        products, width = _products(self.table.tobytes(), self.kind, self.to), self.table.size
+        width = self.table.size
+        products = _products(self.table.tobytes(), values_of(self.kind).tobytes(), self.to)
         for number, some, several in in_cache(out, codes.view("u1"), scales.view("u1")):
             with scratch(2 * some.size) as buffer:
                 pairs = buffer.view("u2").reshape(some.shape)
@@ -228,8 +263,141 @@ class Product(Multiply):
 
 
 @lru_cache(maxsize=32)
-def _products(table: bytes, kind: DType, to: DType) -> Array:
+def _products(table: bytes, scales: bytes, to: DType) -> Array:
     """By scale and code, in one axis."""
-    numbers = np.frombuffer(table, np.float32)
+    numbers, several = (np.frombuffer(each, np.float32) for each in (table, scales))
     codes = np.arange(numbers.size, dtype=np.uint8)
-    return Multiply(numbers, to)(np.tile(codes, 256), np.repeat(values_of(kind), numbers.size))
+    return Multiply(numbers, to)(np.tile(codes, several.size), np.repeat(several, numbers.size))
+
+
+class CommonScale(Mapped):
+    """Scales of one byte, put to one number by a function, in float32.
+
+    Attributes:
+        stored: the scales.
+        common: the number.
+    """
+
+    __slots__ = ("common", "stored")
+
+    def __init__(self, stored: LazyTensor, common: LazyTensor, function: Callable[[Array, Array], Array]) -> None:
+        super().__init__((numbers_of(stored), _everywhere(common, stored.shape)), _FLOAT32, function)
+        self.stored = stored
+        self.common = common
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        return CommonScale(self.stored.box(start, shape), self.common, self.function)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        return CommonScale(self.stored.reshape(shape), self.common, self.function)
+
+    def _permute(self, axes: Shape) -> LazyTensor:
+        return CommonScale(self.stored.permute(axes), self.common, self.function)
+
+    def of_each_byte(self) -> Array:
+        """The scale that a byte comes to, ``[256]``.
+
+        Raises:
+            FormatError: bytes are missing from a file.
+        """
+        with np.errstate(all="ignore"):
+            found: Array = self.function(values_of(self.stored.dtype), numbers_of(self.common).numpy().reshape(-1))
+        return found
+
+
+class Paired(Mapped):
+    """Products of 4-bit codes along the last axis, two of a byte at a time: a table has those of each scale and byte.
+
+    A box that begins or ends within a block is computed one by one, and so is one that is not written in C order.
+
+    Args:
+        operands: codes, and scales repeated.
+        function: their product.
+        packed: the bytes of the codes.
+        scales: of one byte, or a ``CommonScale``; one for each ``block`` codes of a row.
+        block: one of ``_BLOCKS``.
+    """
+
+    __slots__ = ("block", "packed", "scales")
+
+    def __init__(
+        self,
+        operands: tuple[LazyTensor, LazyTensor],
+        function: Multiply,
+        packed: LazyTensor,
+        scales: LazyTensor,
+        block: int,
+    ) -> None:
+        super().__init__(operands, function.to, function)
+        self.packed = packed
+        self.scales = scales
+        self.block = block
+
+    def _compute(self, start: Shape, out: Array) -> None:
+        if start[-1] % self.block or out.shape[-1] % self.block or not out.flags.c_contiguous:
+            super()._compute(start, out)
+            return
+        stored = self.scales.stored if isinstance(self.scales, CommonScale) else self.scales
+        with scratch(out.size // 2) as codes, scratch(out.size // self.block) as scales:
+            self.packed.read_box((*start[:-1], start[-1] // 2), codes.reshape((*out.shape[:-1], out.shape[-1] // 2)))
+            shape = (*out.shape[:-1], out.shape[-1] // self.block)
+            stored.read_box((*start[:-1], start[-1] // self.block), scales.reshape(shape))
+            _look_up_pairs(self._table(), codes, scales, out.reshape(-1))
+
+    def _table(self) -> Array:
+        assert isinstance(self.function, Multiply)
+        scales = self.scales.of_each_byte() if isinstance(self.scales, CommonScale) else values_of(self.scales.dtype)
+        return _pairs(self.function.table.tobytes(), scales.tobytes(), self.dtype)
+
+    def _box(self, start: Shape, shape: Shape) -> LazyTensor:
+        if start[-1] % self.block or shape[-1] % self.block:
+            return super()._box(start, shape)
+        two, several = (
+            tensor.box((*start[:-1], start[-1] // each), (*shape[:-1], shape[-1] // each))
+            for tensor, each in ((self.packed, 2), (self.scales, self.block))
+        )
+        return self._alike(two, several)
+
+    def _reshape(self, shape: Shape) -> LazyTensor:
+        if not shape or shape[-1] != self.shape[-1]:
+            return super()._reshape(shape)
+        two, several = (
+            tensor.reshape((*shape[:-1], shape[-1] // each))
+            for tensor, each in ((self.packed, 2), (self.scales, self.block))
+        )
+        return self._alike(two, several)
+
+    def _alike(self, packed: LazyTensor, scales: LazyTensor) -> LazyTensor:
+        assert isinstance(self.function, Multiply)
+        block = (*(1 for _ in packed.shape[1:]), self.block)
+        return scaled(Halved(packed, packed.ndim - 1), self.function.table, scales, block, self.dtype)
+
+
+@lru_cache(maxsize=8)
+def _pairs(table: bytes, scales: bytes, to: DType) -> Array:
+    """Both products of each byte of two codes, by scale and byte, ``[65536]`` unsigned integers of two elements."""
+    products = _products(table, scales, to).reshape(256, 16)
+    codes = np.arange(256)
+    both = np.stack((products[:, codes & 15], products[:, codes >> 4]), axis=-1)
+    return both.view(f"<u{2 * to.itemsize}").reshape(-1)
+
+
+def _look_up_pairs(table: Array, codes: Array, scales: Array, out: Array) -> None:
+    """Fill ``out`` with products of the codes in bytes and of as many scales as there are blocks of these bytes."""
+    words = len(codes) // len(scales) // _WORD
+    blocks = max(1, CACHED_ELEMENTS // 2 // (words * _WORD))
+    pairs = out.view(table.dtype)
+    with scratch(2 * blocks * words * _WORD) as first, scratch(8 * blocks * words * _WORD) as second:
+        for at in range(0, len(scales), blocks):
+            some = scales[at : at + blocks]
+            count = len(some) * words * _WORD
+            low = at * words * _WORD
+            places, wide = first[: 2 * count].view(np.uint16), second[: _PLACE.itemsize * count].view(_PLACE)
+            spread = second[: 2 * count].view(np.uint64).reshape(len(some), -1)
+            np.copyto(places, codes[low : low + count])
+            np.multiply(some, _EACH_PLACE, out=spread[:, 0], dtype=np.uint64)
+            for number in range(1, spread.shape[1]):
+                spread[:, number] = spread[:, 0]
+            np.bitwise_or(places.view(np.uint64), spread.reshape(-1), out=places.view(np.uint64))
+            np.copyto(wide, places)
+            look_up(table, wide, pairs[low : low + count])
