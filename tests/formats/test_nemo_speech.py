@@ -2,7 +2,7 @@
 
 ``asr_fastconformer_v3_0_0`` has models that NeMo 3.0.0 saved, what transformers 5.24's converter made of them, told
 what it takes for granted (widths, ``streaming``'s share of layers left out), and what NeMo computes on a signal.  Of
-``streaming`` it is the converter's steps, taken with the classes of 5.24.
+``streaming`` and ``prompted`` it is the converter's steps, taken with the classes of 5.24.
 """
 
 from __future__ import annotations
@@ -213,6 +213,9 @@ REFUSED: tuple[tuple[str, str, tuple[str, ...], Any], ...] = (
     ("streaming", "encoder's conv_context_size", ("encoder", "conv_context_size"), [4, 4]),
     ("streaming", "encoder's causal_downsampling", ("encoder", "causal_downsampling"), False),
     ("streaming", "preprocessor's normalize", ("preprocessor", "normalize"), "per_feature"),
+    ("prompted", "model_defaults has no prompts", ("model_defaults", "initialize_prompt_feature"), False),
+    ("prompted", "prompts is not possible", ("model_defaults", "prompt_dictionary"), {"en": 8}),
+    ("prompted", "prompt_dictionary's en", ("model_defaults", "prompt_dictionary"), {"en": "first"}),
     ("rnnt", "decoder's blank_as_pad", ("decoder", "blank_as_pad"), False),
     ("rnnt", "decoder's normalization_mode", ("decoder", "normalization_mode"), "layer"),
     ("rnnt", "jointnet's joint_hidden", ("joint", "jointnet", "joint_hidden"), 24),
@@ -277,6 +280,20 @@ def test_lookaheads_are_the_processors(tmp_path: Path) -> None:
     file.unlink()
     convert(tmp_path / "hf", tmp_path / "one.nemo")
     assert anyckpt.open(tmp_path / "one.nemo").config["encoder"]["att_context_size"] == [8, 3]
+
+
+def test_languages_are_the_processors(tmp_path: Path) -> None:
+    convert(nemo("prompted"), tmp_path / "hf", to="hf")
+    said = json.loads((tmp_path / "hf/processor_config.json").read_text())
+    assert said["prompt_dictionary"] == {"en-US": 0, "en": 0, "de-DE": 1, "de": 1, "no": 2, "auto": 5}
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "default_prompt_id": 1}))
+    (tmp_path / "hf/processor_config.json").unlink()
+    done = convert(tmp_path / "hf", tmp_path / "back.nemo")
+    assert any("no names of languages are known" in note for note in done.notes)
+    assert any("where none is given, and transformers number 1" in note for note in done.notes)
+    convert(tmp_path / "back.nemo", tmp_path / "again", to="hf")
+    assert json.loads((tmp_path / "again/config.json").read_text())["default_prompt_id"] == 1
 
 
 def test_joint_networks_without_dropout(tmp_path: Path) -> None:

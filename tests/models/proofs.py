@@ -384,6 +384,19 @@ PROOFS: dict[str, Proof] = {
         ),
         note="and NeMo 3.0 of its own files",
     ),
+    "nemotron3.5-asr": proof(
+        tiny(
+            "nemotron-3.5-asr",
+            "nemotron3_5_asr",
+            _NEMO_SPEECH,
+            **_TRANSDUCER,
+            encoder_config=_STREAMING_CONFORMER,
+            num_prompts=6,
+            prompt_intermediate_size=64,
+            default_prompt_id=3,
+        ),
+        note="and NeMo 3.0 of its own files",
+    ),
     "deepseek-v2": proof(fixture("deepseek_v2_lite", NO_NEMO_1)),
     "deepseek-v3": proof(
         fixture("deepseek_v3", NO_NEMO_1),

@@ -74,6 +74,7 @@ REFUSED: dict[str, str] = {
     "parakeet-rnnt": "NeMo's last label is the blank",
     "parakeet-tdt": "NeMo's last label is the blank",
     "nemotron-asr-streaming": "NeMo's last label is the blank",
+    "nemotron3.5-asr": "NeMo's last label is the blank",
     "recurrent-gemma": "has no output layer besides its embedding",
 }
 """What a framework cannot express and says so; for every family, and for some."""

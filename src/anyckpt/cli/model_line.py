@@ -92,6 +92,8 @@ def _sound(model: Mapping[str, Any]) -> list[str]:
     if model["lookaheads"] is not None:
         ahead = " or ".join(map(str, model["lookaheads"]))
         heard += f", attends to {model['left_context']} steps before and {ahead} ahead"
+    if model["num_prompts"] is not None:
+        heard += f", is told one of {model['num_prompts']} languages"
     if model["text_num_layers"] is not None:
         text = f"{model['text_num_layers']} layers of text, MLP {model['text_ffn_hidden_size']:,}"
         return [heard, f"{text}, {model['text_num_attention_heads']} heads"]

@@ -18,7 +18,7 @@ from anyckpt.errors import MappingError
 NEMO_VERSION = "3.0.0"
 """The release whose classes the sections are written for."""
 
-CLASSES = frozenset({"EncDecCTCModelBPE", "EncDecRNNTBPEModel", "EncDecMultiTaskModel"})
+CLASSES = frozenset({"EncDecCTCModelBPE", "EncDecRNNTBPEModel", "EncDecRNNTBPEModelWithPrompt", "EncDecMultiTaskModel"})
 """NeMo's classes of which families read the configurations."""
 
 

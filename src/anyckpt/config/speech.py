@@ -32,6 +32,9 @@ class SpeechConfig:
         left_context: steps before its own that attention sees; None for all.
         lookaheads: steps behind it, one number for each way in which the model was trained, first the usual one; None
             for all.
+        num_prompts: languages that a model can be told, of which one is joined to every step; None for none.
+        prompts: names of languages with their numbers, of which several may have one.
+        usual_prompt: the number that is taken where none is given.
         scale_input: what goes into the first layer is multiplied by the root of the width.
         activation_dropout: of the MLP's activations, during training.
         position_dropout: of the encodings of positions, during training.
@@ -61,6 +64,9 @@ class SpeechConfig:
     conv_kernel_size: int | None = None
     left_context: int | None = None
     lookaheads: tuple[int, ...] | None = None
+    num_prompts: int | None = None
+    prompts: tuple[tuple[str, int], ...] = ()
+    usual_prompt: int | None = None
     scale_input: bool = False
     activation_dropout: float = 0.0
     position_dropout: float = 0.0
@@ -87,7 +93,7 @@ class SpeechConfig:
 _SIZES = tuple(
     """
     sampling_rate window_length hop_length fft_length subsampling_factor subsampling_conv_channels
-    conv_kernel_size prediction_hidden_size prediction_num_layers max_symbols_per_step text_num_layers
+    conv_kernel_size num_prompts prediction_hidden_size prediction_num_layers max_symbols_per_step text_num_layers
     text_ffn_hidden_size text_num_attention_heads text_max_positions
     """.split()
 )
@@ -127,6 +133,10 @@ def check_speech(config: SpeechConfig, channels: int | None) -> None:
         raise impossible("text_max_positions", f"at most {_MOST_POSITIONS}", config.text_max_positions)
     if config.lookaheads is not None:
         _check_contexts(config.left_context, config.lookaheads)
+    count = config.num_prompts or 0
+    far = next((number for _, number in config.prompts if not 0 <= number < count), None)
+    if far is not None:
+        raise impossible("prompts", f"numbers below {count}", far)
     if config.durations is not None and not all(0 <= steps < LARGEST for steps in config.durations):
         raise impossible("durations", "numbers of steps", config.durations)
 

@@ -39,7 +39,7 @@ _MODEL_FIELDS = tuple(
     padded_vocab_size share_embeddings_and_output_weights max_position_embeddings num_moe_experts moe_router_topk
     hybrid_override_pattern mamba_num_heads mamba_head_dim multi_latent_attention encoder_num_layers num_tokentypes
     patch_dim img_h img_w num_mel_bins subsampling_factor prediction_hidden_size prediction_num_layers durations
-    left_context lookaheads
+    left_context lookaheads num_prompts
     text_num_layers text_ffn_hidden_size text_num_attention_heads
     """.split()
 )

@@ -6,7 +6,6 @@ those that transformers' converter of ``.nemo`` writes; which lookaheads there a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +26,8 @@ _USUAL = (13, 6, 1, 0)
 """What the processor takes where it is told nothing."""
 
 
-def _processing(config: ModelConfig) -> Mapping[str, Any]:
+def processing(config: ModelConfig) -> dict[str, Any]:
+    """Keys of ``processor_config.json``."""
     lookaheads = list(config.lookaheads or ())
     return {
         "blank_token": "<blank>",
@@ -38,7 +38,7 @@ def _processing(config: ModelConfig) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Companions(Companions):
+class Streaming(Companions):
     """Also the lookaheads, of which the configuration says the usual one."""
 
     def read(self, config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
@@ -56,7 +56,7 @@ _BASE = parakeet_rnnt.FAMILY
 _BESIDE = _BASE.companions
 assert _BESIDE is not None
 
-_NEMO: tuple[Codec, ...] = (
+NEMO: tuple[Codec, ...] = (
     streaming_fastconformer.PREPROCESSOR,
     streaming_fastconformer.NEMO_ENCODER,
     *parakeet_rnnt.BEHIND_ENCODER,
@@ -92,15 +92,15 @@ FAMILY = replace(
     ),
     nemo_speech=NeMoSpeech(
         "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel",
-        _NEMO,
+        NEMO,
         fits=lambda config: durations_of(config) is None and fastconformer.streams(config),
     ),
-    companions=_Companions(
+    companions=Streaming(
         pieces=_BESIDE.pieces,
         more=("<unk>", "<pad>", "<blank>"),
         marked=("<pad>", "<unk>", "<blank>"),
         tokenizer=fastconformer.tokenizer_words("<pad>", _PROCESSOR),
-        processor=_processing,
+        processor=processing,
         extractor="NemotronAsrStreamingFeatureExtractor",
         extractor_settings={"mel_filters_dtype": "float32"},
         unread=_BESIDE.unread,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,6 +53,7 @@ class Companions:
         aggregate_class: NeMo's class of tokenizers that are several in one; "" for its usual one.
         made: buffers of NeMo's model, which follow from the configuration.
         twice: NeMo's names of tensors that are there a second time, each with the other one.
+        tags: pieces that are special in transformers, which lists them; None for none.
         special: which tokens that texts are cut at first are no text; those of type ``CONTROL`` if None.
         tokenizer: keys of ``tokenizer_config.json``.
         processor: keys of ``processor_config.json`` besides the feature extractor's.
@@ -69,6 +71,7 @@ class Companions:
     extractor: str = "ParakeetFeatureExtractor"
     extractor_settings: Mapping[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    tags: re.Pattern[str] | None = None
     special: Special | None = None
     template: Callable[[ModelConfig], str] = field(default=lambda config: "")
     aggregate_class: str = ""
@@ -178,15 +181,19 @@ class Companions:
             )
             return replace(checkpoint, artifacts=artifacts, tokenizer=None)
         special = self.special or is_control
+        tokens = tokens_of(parts) if parts else read_model(model.read_all(_LARGEST), model.name).tokens
+        tags = sorted(token for token in tokens if self._is_tag(token))
+        marked = (*self.marked, *tags)
         made = (
-            from_parts(parts, self.more, self.marked, special)
+            from_parts(parts, self.more, marked, special)
             if parts
-            else from_sentencepiece(model, self.more, self.marked, special)
+            else from_sentencepiece(model, self.more, marked, special)
         )
         settings = {
             "backend": "tokenizers",
             "clean_up_tokenization_spaces": False,
             "model_max_length": _UNLIMITED,
+            **({"extra_special_tokens": tags} if tags else {}),
             **self.tokenizer,
         }
         files: dict[str, ByteSource] = {
@@ -265,7 +272,10 @@ class Companions:
 
     def _is_control(self, token: str) -> bool:
         """Whether a special token is so as a piece, and not because transformers marks it."""
-        return self.special is None and token not in self.marked
+        return self.special is None and token not in self.marked and not self._is_tag(token)
+
+    def _is_tag(self, token: str) -> bool:
+        return self.tags is not None and self.tags.fullmatch(token) is not None
 
 
 def with_labels(config: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
