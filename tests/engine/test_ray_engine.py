@@ -12,6 +12,7 @@ from tests.support import fixture_path
 
 import anyckpt
 from anyckpt.engine import ray_engine
+from anyckpt.engine.ray_engine import Size
 from anyckpt.errors import UsageError
 
 LLAMA = fixture_path("families/llama/hf")
@@ -58,10 +59,18 @@ class _Ray:
 
 
 def test_how_many_tasks() -> None:
-    assert ray_engine._size(_Ray(0, 16, 64), None) == (8, 10)
-    assert ray_engine._size(_Ray(2, 4), None) == (2, 3)
-    assert ray_engine._size(_Ray(2, 4), 4) == (4, 1)
+    assert ray_engine.size_of(_Ray(0, 16, 64), None, 8) == Size(8, 10)
+    assert ray_engine.size_of(_Ray(2, 4), None, 8) == Size(2, 3)
+    assert ray_engine.size_of(_Ray(2, 4), 4, 8) == Size(4, 1)
     with pytest.raises(UsageError, match="--workers up to 4"):
-        ray_engine._size(_Ray(2, 4), 5)
+        ray_engine.size_of(_Ray(2, 4), 5, 8)
     with pytest.raises(UsageError, match="no processors"):
-        ray_engine._size(_Ray(0), None)
+        ray_engine.size_of(_Ray(0), None, 8)
+
+
+def test_a_node_of_another_version() -> None:
+    assert ray_engine._of_one_version(anyckpt.__version__, divmod, 7, 2) == (3, 1)
+    with pytest.raises(
+        UsageError, match=rf"another version of anyckpt \(expected 0.0.1, found {anyckpt.__version__}\)"
+    ):
+        ray_engine._of_one_version("0.0.1", divmod, 7, 2)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from anyckpt.errors import AnyckptError, OutputError, UsageError
 from anyckpt.operations.diff import diff
 from anyckpt.operations.inspect import inspect
 from anyckpt.operations.steps import shared_looking
+from anyckpt.operations.steps.looking import Looking, Unit
 from anyckpt.operations.verify import verify
 
 LLAMA = fixture_path("families/llama/hf")
@@ -86,6 +90,35 @@ def test_the_answer_of_one_process(name: str, written: Path, unproved: Path, dam
         assert done == alone and done.to_json() == expected
         assert of == 1 or read > 0
         assert not (tmp_path / "records").exists()
+
+
+class _Travelling(Looking):
+    """Units that are sent to another process, which looks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def look(self, units: Callable[[], Iterable[Unit]]) -> Mapping[str, Any]:
+        sent = pickle.dumps(list(units()))
+        there: list[Unit] = pickle.loads(sent)
+        self.count += len(there)
+        return json.loads(json.dumps({unit.key: unit.look(lambda _: None) for unit in there}))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_units_travel(name: str, written: Path, unproved: Path, damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = CASES[name](written, unproved, damaged)
+    work = _Travelling()
+    for module in ("verify", "diff", "inspect"):
+        monkeypatch.setattr(f"anyckpt.operations.{module}.looking", lambda *_: nullcontext(work))
+    assert CASES[name](written, unproved, damaged) == alone
+    assert work.count > 3
+
+
+def test_progress_is_told_once(written: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    verify(written, share="1/1", records=tmp_path / "records", progress=lambda *two: told.append(two))
+    assert told == sorted(told) and told[-1][0] == told[-1][1]
 
 
 def test_a_part_is_no_answer(written: Path, tmp_path: Path) -> None:
@@ -186,12 +219,18 @@ def test_what_cannot_be_shared_out(written: Path, tmp_path: Path) -> None:
         ({"records": tmp_path}, "--records is for"),
         ({"wait": 3.0}, "--wait is for"),
         ({"share": "1/2", "records": "s3://bucket/x"}, "in a folder of a file system"),
+        ({"engine": "dask"}, "no such engine"),
+        ({"engine": "ray", "share": "1/2"}, "shares of its own; leave out --share"),
+        ({"engine": "ray", "records": tmp_path}, "shares of its own; leave out --records"),
+        ({"engine": "ray", "wait": 3.0}, "shares of its own; leave out --wait"),
         ({"share": "3/2", "records": tmp_path}, "no such share"),
     ):
         with pytest.raises(UsageError, match=text):
             verify(written, **options)
     with pytest.raises(UsageError, match="nothing to share out"):
         inspect(written, share="1/2", records=tmp_path)
+    with pytest.raises(UsageError, match="nothing to share out; leave out --engine"):
+        inspect(written, engine="ray")
     with pytest.raises(AnyckptError, match="no such|does not|No such"):
         verify(written, share="1/2", records=tmp_path / "none" / "deeper")
 

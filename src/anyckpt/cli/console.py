@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
 from anyckpt.escaping import printable
@@ -146,12 +146,14 @@ def progress_bar(action: str) -> Iterator[Progress]:
     """Bytes, rate and time left on standard error: a bar on a terminal, elsewhere a line every half minute.
 
     The bar appears when work has lasted a moment, so that quick commands neither flicker nor wait for its imports.
+    What others print meanwhile (Ray, of a node that is lost) goes to standard error, as it is no part of the answer.
     """
     shown = _Bar(action) if sys.stderr.isatty() else _Log(action)
-    try:
-        yield shown.update
-    finally:
-        shown.close()
+    with redirect_stdout(sys.stderr):
+        try:
+            yield shown.update
+        finally:
+            shown.close()
 
 
 class _Log:

@@ -152,16 +152,20 @@ def _sharing(title: str, help_of_share: str) -> Callable[[Decorated], Decorated]
     )
 
 
+def _engine(title: str, what: str) -> Callable[[Decorated], Decorated]:
+    return option(
+        "--engine",
+        title=title,
+        type=click.Choice(["ray"]),
+        help=f"ray: by the nodes of a Ray cluster, all of which see {what}.",
+    )
+
+
 share = together(
     _sharing(
         RUN, "Do the I-th of N parts; the last of N processes publishes DST.  auto: as torchrun, srun or mpirun says."
     ),
-    option(
-        "--engine",
-        title=RUN,
-        type=click.Choice(["ray"]),
-        help="ray: by the nodes of a Ray cluster, all of which see SRC and DST.",
-    ),
+    _engine(RUN, "SRC and DST"),
 )
 """Of every command whose work several processes can do."""
 
@@ -174,6 +178,7 @@ looking = together(
         shell_complete=completion.paths,
         help="With --share: a folder that all processes see, for what each finds until one answers.",
     ),
+    _engine(SHARED, "what is read"),
 )
 """The same of those that write nothing."""
 

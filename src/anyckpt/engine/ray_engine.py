@@ -1,4 +1,4 @@
-"""The shares of one plan as tasks of a Ray cluster.
+"""The shares of one plan as tasks of a Ray cluster, and how any work is given to one.
 
 The plan travels once; each task writes one share, as a process of its own would (``shared_run``).  When a node is lost,
 Ray runs its tasks again on another one, which go on from the blocks that are durable; all nodes see the destination.
@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.engine.destination import BusyError, Destination, Share
@@ -58,26 +59,16 @@ def write_on_ray(
         OutputError: nodes were lost too often; the same command goes on from what is there.
         AnyckptError: as of ``SharedRun``.
     """
-    with _cluster() as ray:
-        threads, at_once = _size(ray, workers)
-        of = max(1, min(at_once * _SHARES_FOR_EACH, plan.nbytes // _SMALLEST_SHARE))
-        how: dict[str, Any] = {"overwrite": overwrite, "workers": threads, "memory": memory}
+    with cluster() as ray:
+        size = size_of(ray, workers, _THREADS)
+        of = max(1, min(size.at_once * _SHARES_FOR_EACH, plan.nbytes // _SMALLEST_SHARE))
+        how: dict[str, Any] = {"overwrite": overwrite, "workers": size.threads, "memory": memory}
         run = SharedRun(plan, place, of, source_paths=source_paths, **how)
-        task = ray.remote(_write_share).options(
-            num_cpus=threads, max_retries=_RETRIES, scheduling_strategy="SPREAD", name="anyckpt share"
-        )
         travelling = ray.put(plan)
-        left = [task.remote(travelling, place_at, Share(n, of), list(source_paths), how) for n in range(1, of + 1)]
-        try:
-            while left:
-                done, left = ray.wait(left, num_returns=len(left), timeout=_LOOK_SECONDS)
-                _take(ray, done)
-                if progress is not None:
-                    progress(max(0, plan.nbytes - sum(run.missing().values())), plan.nbytes)
-        except BaseException:
-            for one in left:
-                ray.cancel(one, force=True)
-            raise
+        work = [(travelling, place_at, Share(number, of), list(source_paths), how) for number in range(1, of + 1)]
+        for _ in ended(ray, _write_share, work, size.threads):
+            if progress is not None:
+                progress(max(0, plan.nbytes - sum(run.missing().values())), plan.nbytes)
         return run.finish()
 
 
@@ -101,10 +92,62 @@ def _write_share(
             time.sleep(_LOOK_SECONDS)
 
 
-def _take(ray: Any, done: Sequence[Any]) -> None:
-    """Raise what went wrong in tasks that ended, as it was raised there."""
+def ended(
+    ray: Any, work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], threads: int
+) -> Iterator[list[tuple[int, Any]]]:
+    """Do work by tasks, which are run again where a node is lost.
+
+    Args:
+        ray: of a ``cluster``.
+        work: a function of a module that all nodes have.
+        arguments: of each task.
+        threads: that a task has.
+
+    Yields:
+        every moment the tasks that ended since then: which, and what came of it.
+
+    Raises:
+        UsageError: nodes have another version of anyckpt.
+        OutputError: nodes were lost too often.
+        AnyckptError: of the first task that failed.
+    """
+    task = ray.remote(_of_one_version).options(
+        num_cpus=threads, max_retries=_RETRIES, scheduling_strategy="SPREAD", name="anyckpt share"
+    )
+    numbers = {task.remote(_version(), work, *own): number for number, own in enumerate(arguments)}
+    left = list(numbers)
     try:
-        ray.get(list(done))
+        while left:
+            done, left = ray.wait(left, num_returns=len(left), timeout=_LOOK_SECONDS)
+            yield list(zip((numbers[one] for one in done), _taken(ray, done), strict=True))
+    except BaseException:
+        for one in left:
+            ray.cancel(one, force=True)
+        raise
+
+
+def _of_one_version(version: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a task does, on a node that has what the driver has."""
+    if version != _version():
+        raise UsageError(
+            "a node of the Ray cluster has another version of anyckpt",
+            expected=version,
+            found=_version(),
+            remedy="install the same version on all nodes",
+        )
+    return work(*arguments)
+
+
+def _version() -> str:
+    from anyckpt import __version__
+
+    return __version__
+
+
+def _taken(ray: Any, done: Sequence[Any]) -> list[Any]:
+    """What came of tasks that ended; what went wrong in them is raised as it was there."""
+    try:
+        return list(ray.get(list(done)))
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, AnyckptError) else error) from None
@@ -112,17 +155,39 @@ def _take(ray: Any, done: Sequence[Any]) -> None:
         raise OutputError(
             f"nodes of the cluster were lost more than {_RETRIES} times",
             found=type(error).__name__,
-            remedy="run the same command again, which goes on from what is there",
+            remedy="run the same command again; it goes on from what was written",
         ) from error
 
 
-def _size(ray: Any, workers: int | None) -> tuple[int, int]:
-    """Threads of a task, and how many tasks the cluster runs at once."""
+@dataclass(frozen=True)
+class Size:
+    """How much a cluster does at once.
+
+    Attributes:
+        threads: of a task.
+        at_once: tasks.
+    """
+
+    threads: int
+    at_once: int
+
+
+def size_of(ray: Any, workers: int | None, most: int) -> Size:
+    """How large tasks are, and how many the cluster runs at once.
+
+    Args:
+        ray: of a ``cluster``.
+        workers: threads of a task; as many as the smallest node has, up to ``most``, if None.
+        most: threads that a task has a use for.
+
+    Raises:
+        UsageError: no node has so many processors, or any.
+    """
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     there = [count for count in nodes if count]
     if not there:
         raise UsageError("the Ray cluster has no processors")
-    threads = workers or min(_THREADS, min(there))
+    threads = workers or min(most, min(there))
     at_once = sum(count // threads for count in there)
     if not at_once:
         raise UsageError(
@@ -130,12 +195,16 @@ def _size(ray: Any, workers: int | None) -> tuple[int, int]:
             expected=f"--workers up to {max(there)}",
             found=threads,
         )
-    return threads, at_once
+    return Size(threads, at_once)
 
 
 @contextmanager
-def _cluster() -> Iterator[Any]:
-    """Ray, connected to a cluster; one that is there already stays as it is."""
+def cluster() -> Iterator[Any]:
+    """Ray, connected to a cluster; one that is there already stays as it is.
+
+    Raises:
+        UsageError: Ray is not installed.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of a cluster that is started here
     try:
         import ray

@@ -45,6 +45,7 @@ def diff(
     share: str | None = None,
     wait: float | None = None,
     records: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
 ) -> Difference:
     """Compare two checkpoints: every weight, what the configurations say, and the training state.
 
@@ -74,6 +75,7 @@ def diff(
         wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
             and returns the whole; 600 with ``auto``.  Otherwise the last one does.
         records: with ``share``: a folder that all processes see, in which they find one another.
+        engine: ``ray``: the nodes of a Ray cluster, which see what is read under the same paths, read it.
 
     Raises:
         FormatError: a checkpoint is damaged.
@@ -87,7 +89,7 @@ def diff(
     options = {"tolerances": tolerances, "tensors": globs, "statistics": statistics, "raw": raw}
     options["weights_only"] = weights_only
     paths = [side.path if isinstance(side, Checkpoint) else side for side in (a, b)]
-    with looking("diff", paths, options, Asked(share, wait, records), progress) as work:
+    with looking("diff", paths, options, Asked(share, wait, records, engine, workers), progress) as work:
         return _diff(a, b, tolerances, globs, statistics, raw, weights_only, workers, progress, work)
 
 

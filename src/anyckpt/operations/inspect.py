@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anyckpt.checkpoint import Checkpoint, Tokenizer, storage_key
 from anyckpt.config import of_ranks
 from anyckpt.engine.manifest import read_manifest
-from anyckpt.errors import AnyckptError, FormatError, LastingError, MappingError, UsageError
+from anyckpt.errors import FormatError, LastingError, MappingError, UsageError
 from anyckpt.formats import registry
 from anyckpt.formats.shared.no_weights import why_ignored
 from anyckpt.operations.inspection import Inspection, TensorFacts
@@ -58,6 +58,7 @@ def inspect(
     share: str | None = None,
     wait: float | None = None,
     records: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
 ) -> Inspection:
     """Say what is in a checkpoint; no tensor data is read unless ``stats`` or ``digest`` ask for it.
 
@@ -76,6 +77,7 @@ def inspect(
         wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
             and returns the whole; 600 with ``auto``.  Otherwise the last one does.
         records: with ``share``: a folder that all processes see, in which they find one another.
+        engine: ``ray``: the nodes of a Ray cluster, which see what is read under the same paths, read it.
 
     Raises:
         FormatError: the checkpoint is damaged, or none.
@@ -86,12 +88,15 @@ def inspect(
     """
     if names not in ("stored", "hub"):
         raise UsageError("unknown kind of names", expected="stored or hub", found=names)
-    if share is not None and not (stats or digest):
-        raise UsageError("there is nothing to share out", remedy="leave out --share, or ask for --stats or --digest")
+    if not (stats or digest):
+        for option, value in (("--share", share), ("--engine", engine)):
+            if value is not None:
+                remedy = f"leave out {option}, or ask for --stats or --digest"
+                raise UsageError("there is nothing to share out", remedy=remedy)
     options = {"tensors": as_patterns(tensors), "stats": stats, "digest": digest, "names": names, "tree": tree}
     options["magnitudes"] = magnitudes
     path = source.path if isinstance(source, Checkpoint) else source
-    with looking("inspect", [path], options, Asked(share, wait, records), progress) as work:
+    with looking("inspect", [path], options, Asked(share, wait, records, engine), progress) as work:
         return _inspect(source, tensors, stats, digest, names, tree, magnitudes, progress, work)
 
 
@@ -334,26 +339,20 @@ def _list(
             same[name] = first[key]
     if not stats and not digest:
         return [_facts(root, name, tensors[name], None, same.get(name)) for name in names]
-    from anyckpt.operations.steps.statistics import Scan, scan
+    from anyckpt.operations.steps.statistics import Scan, Scanning
 
-    def look(name: str, advance: Advance) -> Scan:
-        try:
-            return scan(tensors[name], statistics=stats, digest=digest, magnitudes=magnitudes, advance=advance)
-        except AnyckptError as error:
-            error.tensor = error.tensor or name
-            raise
+    scanning = Scanning(stats, digest, magnitudes)
 
-    def told(name: str, advance: Advance) -> dict[str, Any]:
-        return look(name, advance).to_json()
+    def unit(name: str) -> Unit:
+        tensor = tensors[name]
+        return Unit(name, tensor.nbytes, partial(scanning.told, name, tensor), [tensor])
 
-    known = work.look(
-        lambda: [Unit(name, tensors[name].nbytes, partial(told, name), [tensors[name]]) for name in names]
-    )
+    known = work.look(lambda: [unit(name) for name in names])
     if work.part is not None:
         return None
 
     def one(name: str, advance: Advance) -> TensorFacts:
-        found = Scan.of_json(known[name]) if name in known else look(name, advance)
+        found = Scan.of_json(known[name]) if name in known else scanning.of(name, tensors[name], advance)
         return _facts(root, name, tensors[name], found, same.get(name))
 
     meter = Meter(sum(tensors[name].nbytes for name in names), progress)

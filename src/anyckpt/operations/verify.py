@@ -56,6 +56,7 @@ def verify(
     share: str | None = None,
     wait: float | None = None,
     records: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
 ) -> Verification:
     """Check structure, byte ranges, digests and checksums, the model's completeness, and what pickles call.
 
@@ -75,6 +76,7 @@ def verify(
         wait: with ``share``: the first one waits for the others, until nothing was seen of them for so many seconds,
             and returns the whole; 600 with ``auto``.  Otherwise the last one does.
         records: with ``share``: a folder that all processes see, in which they find one another.
+        engine: ``ray``: the nodes of a Ray cluster, which see what is read under the same paths, read it.
 
     Raises:
         FormatError: there is nothing, or no checkpoint, at the path.
@@ -87,7 +89,7 @@ def verify(
     location = _location(path, needed=bool(lists or asked) or not isinstance(source, Checkpoint))
     result, checkpoint = _opened(source, location)
     options = {"deep": deep, "checksum": tuple(os.fspath(file) for file in lists), "expect": asked}
-    with looking("verify", [path], options, Asked(share, wait, records), progress) as work:
+    with looking("verify", [path], options, Asked(share, wait, records, engine), progress) as work:
         reading = Reading(checkpoint, location, os.fspath(path), deep)
         known = work.look(lambda: reading.units([*_published(location, lists, asked, Verification("", ""))]))
         if work.part is not None:
@@ -280,6 +282,8 @@ def _check_digests(path: str, place: Place, result: Verification, progress: Prog
     total = sum(entry.nbytes for entry in manifest.entries)
     done = 0
     good = True
+    if found.digests is not None:
+        progress = None  # it was told while others looked
     for entry, problem in check_manifest(path, manifest, place, found.digests):
         if problem:
             where = entry.name or entry.file if entry is not None else "manifest"

@@ -74,11 +74,15 @@ class Asked:
         share: ``I/N``, ``auto``, or None for a process that does it all.
         wait: seconds for which the first waits for a sign of the others.
         records: the folder in which the processes find one another.
+        engine: ``ray``: the nodes of a Ray cluster do it, and this process answers.
+        workers: with an engine, threads of each task.
     """
 
     share: str | None = None
     wait: float | None = None
     records: str | os.PathLike[str] | None = None
+    engine: str | None = None
+    workers: int | None = None
 
 
 class Looking:
@@ -122,13 +126,18 @@ def looking(
         paths: what is looked at.
         options: what else makes the answer what it is, as text shows it.
         asked: how the work is shared out.
-        progress: of this process's share.
+        progress: of this process's share; with an engine, of all of the work.
 
     Raises:
-        UsageError: the folder for records is missing or in no file system, or there is nobody to wait for or to tell.
+        UsageError: the folder for records is missing or in no file system, there is nobody to wait for or to tell, or
+            there is no such engine.
     """
     work = Looking()
-    if asked != Asked():
+    if asked.engine is not None:
+        from anyckpt.operations.steps.ray_looking import RayLooking
+
+        work = RayLooking(asked, progress)
+    elif (asked.share, asked.wait, asked.records) != (None, None, None):
         from anyckpt.operations.steps.shared_looking import SharedLooking
 
         work = SharedLooking(command, [os.fspath(path) for path in paths], options, asked, progress)

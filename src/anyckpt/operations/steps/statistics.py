@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from anyckpt.dtypes import DType
-from anyckpt.errors import UnsafeError
+from anyckpt.errors import AnyckptError, UnsafeError
 from anyckpt.indexing import Array, look_up
 from anyckpt.operations.steps.dots import dot, total
 from anyckpt.operations.steps.number_bits import PATTERNS, NumberBits
@@ -243,6 +243,33 @@ def scan(
                 advance(chunk.nbytes)
     told = None if sha is None else sha.hexdigest()
     return Scan(None, told) if moments is None else Scan(moments.result(), told, moments.magnitudes())
+
+
+@dataclass(frozen=True)
+class Scanning:
+    """How tensors of a checkpoint are read; see ``scan``."""
+
+    statistics: bool
+    digest: bool
+    magnitudes: bool
+
+    def of(self, name: str, tensor: LazyTensor, advance: Advance) -> Scan:
+        """What one pass finds in the tensor of this name, which an error tells.
+
+        Raises:
+            AnyckptError: as of :func:`scan`.
+        """
+        try:
+            return scan(
+                tensor, statistics=self.statistics, digest=self.digest, magnitudes=self.magnitudes, advance=advance
+            )
+        except AnyckptError as error:
+            error.tensor = error.tensor or name
+            raise
+
+    def told(self, name: str, tensor: LazyTensor, advance: Advance) -> dict[str, Any]:
+        """The same in values that JSON has."""
+        return self.of(name, tensor, advance).to_json()
 
 
 def counts(tensor: LazyTensor, advance: Advance | None = None) -> Statistics | None:
