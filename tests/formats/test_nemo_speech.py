@@ -322,6 +322,9 @@ def test_another_model_of_nemo(tmp_path: Path) -> None:
     source = changed(nemo("rnnt"), tmp_path / "hybrid.nemo", change)
     with pytest.raises(UsageError, match="is of NeMo's EncDecHybridRNNTCTCBPEModel, of which no family"):
         convert(source, tmp_path / "hf", to="hf")
+    for path in (source, fixture_path("nemo/asr_ctc_conformer_v3_0_0/ctc.nemo")):  # whose names look like the hub's
+        convert(path, tmp_path / "copy.nemo", overwrite=True)
+        assert same(arrays(path), arrays(tmp_path / "copy.nemo"))
 
 
 def test_tables_stay_as_exact_as_they_are(tmp_path: Path) -> None:

@@ -21,6 +21,12 @@ NEMO_VERSION = "3.0.0"
 CLASSES = frozenset({"EncDecCTCModelBPE", "EncDecRNNTBPEModel", "EncDecRNNTBPEModelWithPrompt", "EncDecMultiTaskModel"})
 """NeMo's classes of which families read the configurations."""
 
+HYBRIDS = {
+    "EncDecHybridRNNTCTCBPEModel": "EncDecRNNTBPEModel",
+    "EncDecHybridRNNTCTCBPEModelWithPrompt": "EncDecRNNTBPEModelWithPrompt",
+}
+"""Classes with a second head, a CTC one, each with that which has the transducer alone."""
+
 
 def class_name(config: Mapping[str, Any]) -> str:
     """The class that a configuration names, without its module; "" for none."""

@@ -29,6 +29,7 @@ from anyckpt.operations.steps.full_precision import in_full_precision
 from anyckpt.operations.steps.joining import join_ranks
 from anyckpt.operations.steps.model_ids import check_agreement
 from anyckpt.operations.steps.naming import Naming
+from anyckpt.operations.steps.one_head import is_hybrid, one_head
 from anyckpt.operations.steps.pipeline import Pipeline, Stepped
 from anyckpt.operations.steps.renaming import Renamed, rename_for
 from anyckpt.operations.steps.training_state import without_state
@@ -276,6 +277,8 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
 
         taken = alone(opened, options.module, options)
         opened, options = steps.take(taken), taken.options
+    if options.family is not None and is_hybrid(opened.config):
+        opened = steps.take(one_head(opened, options.family))
     if options.model_id is not None and options.given is not None:
         check_agreement(opened, options.given, os.fspath(options.model_id))
     stored = request.described(opened)

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from anyckpt.checkpoint import AdapterSettings, Checkpoint, ParallelLayout, RankShard, StoredChecksum
-from anyckpt.config.nemo_speech import is_speech
+from anyckpt.config.nemo_speech import class_name, is_speech
 from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
@@ -91,7 +91,7 @@ def read(location: Location) -> Checkpoint:
         format="nemo",
         format_version=_text(config.get("nemo_version")),
         tensors=weights.tensors,
-        dialect=weights.dialect or (FLAT if is_speech(config) and weights.kind == "flat" else None),
+        dialect=weights.dialect or (FLAT if weights.kind == "flat" and _is_own(config) else None),
         objects=weights.objects,
         config=config,
         config_kind="nemo1" if is_megatron_config(config) or is_speech(config) else None,
@@ -166,6 +166,14 @@ def read_members(location: Location) -> Members:
 def _files(container: Container) -> list[str]:
     names = list(container.members) if container.members else list(container.folder.names())
     return [name for name in names if not (container.members and container.members[name].is_directory)]
+
+
+def _is_own(config: dict[str, Any]) -> bool:
+    """Whether a model is of a class of NeMo's with an encoder that is none of Megatron's, and names are NeMo's own.
+
+    Such names may look like the hub's (``decoder.layers.0.``), and NeMo finds them under no others.
+    """
+    return bool(class_name(config)) and isinstance(config.get("encoder"), dict) and not is_megatron_config(config)
 
 
 def _others(container: Container, files: list[str]) -> dict[str, ByteSource]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from anyckpt.config.nemo_speech import CLASSES, class_name
 from anyckpt.errors import UsageError, about
 from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.models import Hub, Model
+from anyckpt.operations.steps.one_head import heads
 
 
 def identify(checkpoint: Checkpoint, *, family: str | None = None, config: Any = None) -> Model | None:
@@ -119,7 +121,7 @@ def _check_described(checkpoint: Checkpoint, target: Format) -> None:
             "that is known",
             path=checkpoint.path,
             expected=f"one of {', '.join(sorted(CLASSES))}, or a Megatron model",
-            remedy="convert to safetensors, torch or dcp, which keep names, or to nemo",
+            remedy=_one_of(checkpoint.config) + "convert to safetensors, torch or dcp, which keep names, or to nemo",
         )
     if checkpoint.config and checkpoint.config_kind is None:
         raise UsageError(
@@ -129,3 +131,9 @@ def _check_described(checkpoint: Checkpoint, target: Format) -> None:
             found=", ".join(map(str, list(checkpoint.config)[:5])),
             remedy="give the model's own with --config, or convert to safetensors, torch or dcp, which need none",
         )
+
+
+def _one_of(config: Mapping[str, Any]) -> str:
+    """What to do with a model of two heads, of which a family has one."""
+    choices = heads(config)
+    return f"take one of its heads with --family {' or --family '.join(choices)}, or " if choices else ""

@@ -323,6 +323,8 @@ def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: s
         return {name: made[name] for name in names}
 
     ignored = {**state_of(checkpoint), **out.ignored}
+    if model.definition.companions is not None:  # which may have put them back
+        ignored = {name: reason for name, reason in ignored.items() if name not in renamed.tensors}
     return _renamed(renamed, weights, rename, ignored, out.notes, whole=True)
 
 
