@@ -24,6 +24,11 @@ WRITING = {
     "merge": ("A", "B", "-o", "DST"),
     "merge-lora": ("BASE", "ADAPTER", "DST"),
 }
+LOOKING = {
+    "verify": ("SRC", "--deep"),
+    "diff": ("SRC", "OTHER"),
+    "inspect": ("SRC", "--stats"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +110,46 @@ def test_the_script_runs_the_command(anyckpt: Runner, tmp_path: Path) -> None:
     assert verify(output).sound
 
 
-@pytest.mark.parametrize("surplus", ["--share=1/2", "--dry-run"])
+def test_the_script_calibrates_once(anyckpt: Runner, tmp_path: Path) -> None:
+    words = [
+        "SRC",
+        "DST",
+        "--calib-dataset",
+        "it's",
+        "--tp=2",
+        "--calib-batch-size=4",
+        "--num-calib-size",
+        "9",
+        "--gzip",
+    ]
+    result = anyckpt("quantize", *words, "--save-stats", "all see", "--slurm")
+    script = tmp_path / "script"
+    script.write_text(result.out)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    lines = [shlex.split(line) for line in result.out.splitlines() if line.startswith(("srun ", "["))]
+    first, tasks = (line[line.index("anyckpt") + 1 :] for line in lines)
+    assert lines[0][: lines[0].index("||")] == ["[", "-e", "all see", "]"]
+    assert first == ["quantize", *words, "--save-stats", "all see", "--dry-run"]
+    assert tasks == ["quantize", "SRC", "DST", "--tp=2", "--gzip", "--stats", "all see", "--share", "auto"]
+    assert "--save-stats FILE" in anyckpt("quantize", *words, "--slurm").error
+    assert "srun" in anyckpt("quantize", *words, "--stats", "seen", "--slurm").out
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_the_script_of_those_that_write_nothing_needs_a_folder(anyckpt: Runner, name: str) -> None:
+    assert anyckpt(name, *LOOKING[name], "--slurm").error == (
+        "the tasks of the script need a folder that all of them see, for what each of them finds; "
+        "name one with --records DIR"
+    )
+    found = anyckpt(name, *LOOKING[name], "--slurm", "--records", "looks")
+    assert found.out.endswith(f"anyckpt {name} {' '.join(LOOKING[name])} --records looks --share auto\n")
+
+
+def test_a_script_to_share_out_nothing(anyckpt: Runner) -> None:
+    error = anyckpt("inspect", "SRC", "--slurm", "--records", "looks").error
+    assert error == "there is nothing to share out; leave out --slurm, or ask for --stats or --digest"
+
+
+@pytest.mark.parametrize("surplus", ["--share=1/2", "--dry-run", "--engine=ray"])
 def test_what_means_nothing_in_the_script_is_refused(anyckpt: Runner, surplus: str) -> None:
     assert f"{surplus} means nothing" in anyckpt("convert", "a", "b", "--to", "hf", "--slurm", surplus).error

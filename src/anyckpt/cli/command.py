@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from anyckpt.cli.slurm import Steps
 
 SLURM = "anyckpt.slurm"
 """Of a context: the option that asked for a script, in place of running the command."""
@@ -38,12 +41,20 @@ class Command(click.Command):
 
     Args:
         examples: what each is for, and its command line.
+        in_script: what a script for Slurm does, from what was given and its words; the same in each task if None.
         others: as ``click.Command`` takes them.
     """
 
-    def __init__(self, *arguments: Any, examples: Sequence[tuple[str, str]] = (), **others: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        examples: Sequence[tuple[str, str]] = (),
+        in_script: Callable[[Mapping[str, Any], Sequence[str]], Steps] | None = None,
+        **others: Any,
+    ) -> None:
         super().__init__(*arguments, **others)
         self.examples = tuple(examples)
+        self._in_script = in_script
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_WORDS] = tuple(args)
@@ -53,9 +64,11 @@ class Command(click.Command):
         """Run it, or print the script that does so in several processes, if that is asked for."""
         if SLURM not in ctx.meta:
             return super().invoke(ctx)
-        from anyckpt.cli.slurm import print_script
+        from anyckpt.cli.slurm import Steps, print_script
 
-        return print_script(ctx.info_name or "", ctx.meta[_WORDS], ctx.meta[SLURM])
+        words = ctx.meta[_WORDS]
+        steps = Steps(words) if self._in_script is None else self._in_script(ctx.params, words)
+        return print_script(ctx.info_name or "", steps, ctx.meta[SLURM], ctx.params)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Options under their titles, in the order in which titles first come; those without one at the end."""

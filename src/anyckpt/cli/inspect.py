@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ from anyckpt.cli.console import by_reason, calls_line, print_json, print_line, p
 from anyckpt.cli.model_line import model_line, sizes_line
 
 if TYPE_CHECKING:
+    from anyckpt.cli.slurm import Steps
     from anyckpt.operations.inspection import Inspection
 
 _LONGEST_VALUE = 100
@@ -24,8 +26,17 @@ _REST = "What is no tensor"
 _QUANTIZATION = "quantization"
 
 
+def _in_script(parameters: Mapping[str, Any], words: Sequence[str]) -> Steps:
+    from anyckpt.cli.slurm import Steps
+    from anyckpt.operations.inspect import check_shared
+
+    check_shared("--slurm", stats=parameters["stats"], digest=parameters["digest"])
+    return Steps(words)
+
+
 @click.command(
     cls=Command,
+    in_script=_in_script,
     examples=(
         ("what it is", "anyckpt inspect model.nemo"),
         ("its tensors, those of alike layers in one line", "anyckpt inspect llama-hf --tensors '*'"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,12 +13,40 @@ from anyckpt.cli.console import writing
 from anyckpt.cli.convert import show
 from anyckpt.cli.shared import OUTPUT, QUANTIZED, RUN
 
+if TYPE_CHECKING:
+    from anyckpt.cli.slurm import Steps
+
 _SIZE = click.IntRange(min=1)
 _CALIBRATION = "What to calibrate with"
 
 
+def _in_script(parameters: Mapping[str, Any], words: Sequence[str]) -> Steps:
+    """Calibration once, and what it saw given to all tasks, as each would find it otherwise to the last bit."""
+    from anyckpt.cli.slurm import Steps
+    from anyckpt.errors import UsageError
+
+    saved, dataset = parameters["save_statistics"], parameters["calib_dataset"]
+    if parameters["statistics"] is not None or saved is dataset is None:
+        return Steps(words)
+    if saved is None:
+        raise UsageError(
+            "one process calibrates in the script, and all tasks need what it saw",
+            remedy="name a file that all of them see with --save-stats FILE",
+        )
+    calibrating = {name for each in command.params if getattr(each, "title", "") == _CALIBRATION for name in each.opts}
+    left: list[str] = []
+    value_follows = False
+    for word in words:
+        name, is_whole, _ = word.partition("=")
+        if not value_follows and name not in calibrating:
+            left.append(word)
+        value_follows = not value_follows and name in calibrating and not is_whole
+    return Steps([*left, "--stats", saved], [*words, "--dry-run"], saved)
+
+
 @click.command(
     cls=Command,
+    in_script=_in_script,
     examples=(
         (
             "AWQ for TensorRT-LLM",

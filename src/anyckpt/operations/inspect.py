@@ -88,16 +88,20 @@ def inspect(
     """
     if names not in ("stored", "hub"):
         raise UsageError("unknown kind of names", expected="stored or hub", found=names)
-    if not (stats or digest):
-        for option, value in (("--share", share), ("--engine", engine)):
-            if value is not None:
-                remedy = f"leave out {option}, or ask for --stats or --digest"
-                raise UsageError("there is nothing to share out", remedy=remedy)
+    for option, value in (("--share", share), ("--engine", engine)):
+        if value is not None:
+            check_shared(option, stats=stats, digest=digest)
     options = {"tensors": as_patterns(tensors), "stats": stats, "digest": digest, "names": names, "tree": tree}
     options["magnitudes"] = magnitudes
     path = source.path if isinstance(source, Checkpoint) else source
     with looking("inspect", [path], options, Asked(share, wait, records, engine), progress) as work:
         return _inspect(source, tensors, stats, digest, names, tree, magnitudes, progress, work)
+
+
+def check_shared(option: str, *, stats: bool, digest: bool) -> None:
+    """Raise UsageError if nothing is read that several processes could divide, as an option asks."""
+    if not (stats or digest):
+        raise UsageError("there is nothing to share out", remedy=f"leave out {option}, or ask for --stats or --digest")
 
 
 def _inspect(

@@ -151,8 +151,10 @@ def quantize(
     seen = read_statistics(statistics)
     if seen is None and others.get("share") is not None and _sees_activations(name, own):
         raise UsageError(
-            f"{name} depends on activations, which each of several processes would find anew, and otherwise",
-            remedy="calibrate once, with --dry-run --save-stats FILE, and give all processes --stats FILE",
+            f"{name} depends on activations: each of several processes would run the whole model, and find other last "
+            "bits, as sums are added in other orders, so that their plans would not be the same",
+            remedy="calibrate once, with --dry-run --save-stats FILE, and give all processes --stats FILE, as "
+            "the script of --slurm does; or --engine ray, which calibrates once",
         )
     if seen is None and _sees_activations(name, own):
         seen = _calibrated(opened, own, said, notes, calib_field, _TYPES.get(calib_dtype or ""), others.get("progress"))
