@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.models.proofs import samples
-from tests.support import expected_of, fixture_path
+from tests.models.test_mtp import checkpoint as with_further_predictions
+from tests.support import expected_of, fixture_path, write_plan
 
 import anyckpt
 from anyckpt import models
 from anyckpt.cli import run
 from anyckpt.config import megatron as config_megatron
 from anyckpt.config.hybrid import gpt_arguments, hybrid_arguments, letters_of
+from anyckpt.config.megatron_bridge_providers import provider_of
 from anyckpt.errors import AnyckptError, MappingError, UsageError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.hf import FORMAT
+from anyckpt.layout.from_config import geometry_of
 from anyckpt.models import render_config
 from anyckpt.models.dialects.hybrid import as_blocks, as_halves, block_name, half_name, in_halves
-from anyckpt.models.dialects.spellings import to_hub_names
+from anyckpt.models.dialects.spellings import from_hub_names, to_hub_names
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.operations.steps.layout_request import LayoutRequest
+from anyckpt.tensor import from_array
 
 FAMILIES = {
     "llama": "*-*-",
@@ -143,11 +151,9 @@ def test_megatron_bridge(tmp_path: Path) -> None:
     model = found.details["run_config"]["model"]
     assert model["_target_"].endswith(".HybridModelProvider") and model["hybrid_layer_pattern"] == "*E*E"
     assert not anyckpt.diff(hub("mixtral"), tmp_path / "b")
-    for family in ("deepseek_v3", "gemma"):
+    for family in ("deepseek_v3", "gemma", "ministral3"):
         with pytest.raises(MappingError, match="class of HybridModel has no"):
-            anyckpt.convert(
-                hub(family), tmp_path / family, to="megatron-bridge", layout=LayoutRequest(megatron_model="hybrid")
-            )
+            provider_of(hybrid_arguments(render_config(samples()[family].open()[1], "megatron-args"), []))
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS)
@@ -250,9 +256,107 @@ def test_gated_delta_nets_are_letters(name: str, letters: str) -> None:
 
 
 def test_arguments_that_it_has_not_are_refused() -> None:
-    for key, value, why in (("mtp_num_layers", 1, "multi-token prediction"), ("rotary_base_local", 5e3, "one base")):
+    for key, value, why in (
+        ("parallel_residual", True, "one behind the other"),
+        ("rotary_base_local", 5e3, "one base"),
+        ("experimental_attention_variant", "another", "no rules yet"),
+        ("mtp_num_layers", "1", "not possible"),
+    ):
         with pytest.raises(MappingError, match=why):
             hybrid_arguments({"num_layers": 2, key: value}, [])
+
+
+def test_attention_beside_the_mlp_is_refused() -> None:
+    """Its names fit, and what it computes would be another's."""
+    for name in ("falcon-7b", "falcon-40b", "falcon-11b", "pythia"):
+        model = samples()[name].open()[1]
+        with pytest.raises(MappingError, match="not side by side"):
+            hybrid_arguments(render_config(model, "megatron-args"), [])
+
+
+def test_a_model_without_the_scaling_of_rope_is_written(tmp_path: Path) -> None:
+    """Which the user then scales: the error says so."""
+    source = hub("llama31_ropescale")
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    layout = LayoutRequest(megatron_model="hybrid")
+    with pytest.raises(MappingError, match="with --config of a configuration without the scaling"):
+        anyckpt.convert(source, tmp_path / "x", to="megatron-core", layout=layout)
+    anyckpt.convert(source, tmp_path / "x", to="megatron-core", layout=layout, config=config)
+    found = anyckpt.diff(source, tmp_path / "x")
+    assert found.compared and not (found.different or found.only_in_a or found.only_in_b)
+
+
+@pytest.mark.parametrize("to", ["megatron-core", "megatron-core-zarr", "megatron-lm"])
+def test_multi_token_prediction(to: str, tmp_path: Path) -> None:
+    """Its block is a stack of two layers, like the last block's; on two ranks of two stages, too."""
+    assert FORMAT.plan is not None
+    source = write_plan(FORMAT.plan(with_further_predictions(), WriteOptions()), tmp_path / "source")
+    sizes = {"tensor_parallel": 2, "pipeline_parallel": 2} if to == "megatron-lm" else {}
+    anyckpt.convert(source, tmp_path / "hybrid", to=to, layout=LayoutRequest(megatron_model="hybrid", **sizes))
+    found = open_checkpoint(tmp_path / "hybrid")
+    assert found.config["hybrid_layer_pattern"].replace("|", "") == "+-+E/+E" and found.config["mtp_num_layers"] == 1
+    stack = "mtp.layers.0.mtp_model_layer.layers"
+    names = [name[name.index("mtp.") :] for name in found.tensors if "mtp." in name]
+    assert {f"{stack}.0.input_layernorm.weight", f"{stack}.1.pre_mlp_layernorm.weight"} < set(names)
+    assert not any(".transformer_layer." in name for name in names) and "mtp.layers.0.eh_proj.weight" in names
+    for target, layout in (("hf", None), ("megatron-core", LayoutRequest(megatron_model="gpt"))):
+        anyckpt.convert(tmp_path / "hybrid", tmp_path / target, to=target, layout=layout)
+        assert not anyckpt.diff(source, tmp_path / target)
+    back = registry.read(tmp_path / "megatron-core")
+    assert back.config["mtp_num_layers"] == 1 and "hybrid_layer_pattern" not in back.config
+    assert "mtp.layers.0.transformer_layer.input_layernorm.weight" in back.tensors
+
+
+def test_letters_of_further_predictions() -> None:
+    """A GPTModel makes their blocks like its last; a HybridModel of other ones is none in halves."""
+    for pattern, letters in (("*-*E/*E", "*-*E"), ("*-*E/*-", None), ("*-/*", None), ("*-/", "*-")):
+        assert letters_of({"hybrid_layer_pattern": pattern}) == letters
+    assert gpt_arguments({"hybrid_layer_pattern": "*-|*E/*E/*E", "num_layers": 4})["mtp_num_layers"] == 2
+    names = ["decoder.final_norm.weight"]
+    names += [f"decoder.layers.{layer}.{part}.weight" for layer, part in ((0, "self_attention"), (1, "mlp"))]
+    step = "mtp.layers.0.transformer_layer.layers"
+    assert in_halves([*names, f"{step}.0.self_attention.x", f"{step}.1.mlp.x"])
+    for other in (f"{step}.0.mlp.x", f"{step}.2.self_attention.x", f"{step}.0.mixer.x"):
+        assert not in_halves([*names, other])
+
+
+def test_a_stack_of_further_predictions_keeps_its_name() -> None:
+    """What HybridModel asks for; a GPTModel's block is called as older releases call it."""
+    stored = {
+        f"mtp.layers.0.transformer_layer.{rest}.weight": from_array(np.ones(1, np.float32))
+        for rest in ("layers.0.mixer.out_proj", "self_attention.linear_proj")
+    }
+    assert list(from_hub_names(stored, "megatron-core")) == [
+        "mtp.layers.0.mtp_model_layer.layers.0.mixer.out_proj.weight",
+        "mtp.layers.0.transformer_layer.self_attention.linear_proj.weight",
+    ]
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5"])
+def test_attention_that_an_indexer_chooses_for(name: str, tmp_path: Path) -> None:
+    """Norms are modules of their own in every HybridModel and in a GPTModel of 0.19, and fused before."""
+    assert FORMAT.plan is not None
+    source = write_plan(FORMAT.plan(samples()[name].open()[0], WriteOptions()), tmp_path / "source")
+    for model, release, own in (("hybrid", None, True), ("gpt", None, False), ("gpt", "0.19", True)):
+        out = tmp_path / f"{model}-{release}"
+        layout = LayoutRequest(megatron_model=model, megatron_version=release)
+        anyckpt.convert(source, out, to="megatron-core", layout=layout)
+        found = registry.read(out)
+        assert (letters_of(found.config) or "D-DEDEDE") == "D-DEDEDE" and found.config["multi_latent_attention"]
+        assert ("decoder.layers.0.self_attention.q_layernorm.weight" in found.tensors) is own
+        assert ("decoder.layers.0.self_attention.linear_q_up_proj.layer_norm_weight" in found.tensors) is not own
+        assert not anyckpt.diff(source, out)
+        anyckpt.convert(out, tmp_path / f"{out.name}-hf", to="hf")
+        assert not anyckpt.diff(source, tmp_path / f"{out.name}-hf")
+
+
+def test_ranks_of_a_model_without_mambas_layers() -> None:
+    """The heads that mixers would have by default decide nothing."""
+    arguments = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "is_hybrid_model": True}
+    for pattern, mixers in (("*-", False), ("M-", True)):
+        found = config_megatron.sizes({**arguments, "hybrid_layer_pattern": pattern})
+        assert (geometry_of(found).mamba is not None) is mixers
 
 
 def test_a_model_of_hybrid_layers_keeps_them(tmp_path: Path) -> None:
@@ -260,10 +364,7 @@ def test_a_model_of_hybrid_layers_keeps_them(tmp_path: Path) -> None:
     model = samples()["nemotron_h"].open()[1]
     arguments = render_config(model, "megatron-args")
     assert letters_of(arguments) is None
-    assert (
-        letters_of({"hybrid_layer_pattern": "*-|*-"}) == "*-*-"
-        and letters_of({"hybrid_layer_pattern": "*-/*-"}) is None
-    )
+    assert letters_of({"hybrid_layer_pattern": "*-|*-"}) == "*-*-"
 
 
 def test_norms_that_the_stock_layers_lack_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """A decoder as Megatron-Core's HybridModel, which gives attention and MLP a layer each, in arguments.
 
 Megatron-Core deprecates GPTModel for HybridModel: block i becomes the layers 2i, with attention, and 2i + 1, with the
-MLP or experts, and ``hybrid_layer_pattern`` has a letter for each: ``*`` attention, ``+`` latent attention, ``G`` a
-gated delta net, ``-`` an MLP, ``E`` experts; ``|`` parts pipeline stages and ``/`` precedes layers of multi-token
-prediction.
+MLP or experts, and ``hybrid_layer_pattern`` has a letter for each: ``*`` attention, ``+`` latent attention, ``D`` the
+same of tokens that an indexer chooses, ``G`` a gated delta net, ``-`` an MLP, ``E`` experts; ``|`` parts pipeline
+stages, and ``/`` precedes the layers of a step of multi-token prediction, which GPTModel makes like its last block.
 
 Facts: ``models/hybrid`` (``HybridModel``, ``hybrid_layer_allocation``, ``hybrid_layer_specs``) and
 ``transformer/{transformer_config,attention,utils}.py`` of Megatron-Core 0.19.2; ``training/checkpointing.py`` there.
@@ -19,8 +19,10 @@ from anyckpt.errors import MappingError
 PATTERN = "hybrid_layer_pattern"
 _PATTERNS = (PATTERN, "hybrid_override_pattern")
 """The latter is of Megatron-Core until 0.17 and deprecated since; both mean the same."""
-_ATTENTION, _LATENT, _NET, _DENSE, _SPARSE = "*+G-E"
-_VARIANT, _DELTA_NET, _LINEAR = "experimental_attention_variant", "gated_delta_net", "linear_attention_freq"
+_ATTENTION, _LATENT, _INDEXED, _NET, _DENSE, _SPARSE = "*+DG-E"
+_VARIANT, _LINEAR = "experimental_attention_variant", "linear_attention_freq"
+_DELTA_NET, _SPARSE_ATTENTION = "gated_delta_net", "dsa"
+_STEPS, _SCALED = "mtp_num_layers", "use_rope_scaling"
 _STAGES = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -31,19 +33,23 @@ _STAGES = (
 _MOST_LAYERS = 10_000
 
 _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...] = (
-    ("mtp_num_layers", lambda said: said.get("mtp_num_layers"), "whose layers of multi-token prediction are others"),
+    (
+        "parallel_residual",
+        lambda said: said.get("parallel_residual"),
+        "whose attention and MLP are one behind the other, not side by side",
+    ),
     (
         "heterogeneous_layers_config_encoded_json",
         lambda said: said.get("heterogeneous_layers_config_encoded_json"),
         "whose layers of a kind are all alike",
     ),
-    ("use_rope_scaling", lambda said: said.get("use_rope_scaling"), "which does not scale rope as Llama 3.1 does"),
+    (_SCALED, lambda said: said.get(_SCALED), "which does not scale rope as Llama 3.1 does"),
     ("rotary_interleaved", lambda said: said.get("rotary_interleaved"), "whose rope is not interleaved"),
     ("rotary_base_local", lambda said: said.get("rotary_base_local"), "which has one base of rope for all layers"),
     (
         _VARIANT,
-        lambda said: said.get(_VARIANT) if said.get(_VARIANT) != _DELTA_NET else None,
-        "for whose layers of sparse attention there are no rules yet",
+        lambda said: said.get(_VARIANT) if said.get(_VARIANT) not in (_DELTA_NET, _SPARSE_ATTENTION) else None,
+        "for whose layers of this attention there are no rules yet",
     ),
     (
         "bridge_layer_spec",
@@ -63,19 +69,33 @@ _REFUSED: tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...] = (
 """What a GPTModel of Megatron-Core's can be and a HybridModel of 0.19 cannot, and in which way not."""
 
 
+_LEFT_OUT = "leave --megatron-model out, which writes a GPTModel"
+_SET_UP = (
+    f"{_LEFT_OUT}; or scale rope in your own HybridModel, and convert with --config of a configuration without the "
+    "scaling"
+)
+
+
 def letters_of(arguments: Mapping[str, Any]) -> str | None:
-    """A letter per layer if these are of a HybridModel that is a GPTModel's blocks in halves; None for any other."""
-    said = next((text for key in _PATTERNS if isinstance(text := arguments.get(key), str) and text), "")
-    letters = said.replace("|", "")
+    """A letter per layer if these are of a HybridModel that is a GPTModel's blocks in halves; None for any other.
+
+    Those of steps of multi-token prediction are not among them: they are all like the last block.
+    """
+    letters, *further = _pattern(arguments).split("/")
+    letters = letters.replace("|", "")
     pairs = len(letters) % 2 == 0 and 0 < len(letters) <= 2 * _MOST_LAYERS
     if not pairs or set(letters[1::2]) - {_DENSE, _SPARSE} or not _are_of_one_kind(set(letters[::2])):
         return None
-    return letters
+    return letters if set(further) <= {letters[-2:], ""} else None
+
+
+def _pattern(arguments: Mapping[str, Any]) -> str:
+    return next((text for key in _PATTERNS if isinstance(text := arguments.get(key), str) and text), "")
 
 
 def _are_of_one_kind(attention: set[str]) -> bool:
-    """Whether these letters are of layers of attention that one model can have (``hybrid_layer_allocation`` there)."""
-    return attention == {_LATENT} or attention <= {_ATTENTION, _NET}
+    """Whether these letters are of layers of attention that one GPTModel can have."""
+    return attention in ({_LATENT}, {_INDEXED}) or attention <= {_ATTENTION, _NET}
 
 
 def hybrid_arguments(arguments: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -96,7 +116,7 @@ def hybrid_arguments(arguments: Mapping[str, Any], notes: list[str]) -> dict[str
                 f"the model cannot be Megatron-Core's HybridModel, {why}",
                 expected=f"no {name}",
                 found=str(found(arguments))[:80],
-                remedy="leave --megatron-model out, which writes a GPTModel",
+                remedy=_SET_UP if name == _SCALED else _LEFT_OUT,
             )
     other = next((text for key in _PATTERNS if (text := arguments.get(key))), None)
     if other is not None or arguments.get("is_hybrid_model"):
@@ -108,12 +128,19 @@ def hybrid_arguments(arguments: Mapping[str, Any], notes: list[str]) -> dict[str
     layers = _layers(arguments)
     experts = _experts(arguments, layers)
     attention = _LATENT if arguments.get("multi_latent_attention") else _ATTENTION
-    nets = _with_window(arguments.get(_LINEAR), _LINEAR, layers) if arguments.get(_VARIANT) else [0] * layers
+    attention = _INDEXED if arguments.get(_VARIANT) == _SPARSE_ATTENTION else attention
+    has_nets = arguments.get(_VARIANT) == _DELTA_NET
+    nets = _with_window(arguments.get(_LINEAR), _LINEAR, layers) if has_nets else [0] * layers
     pattern = "".join(
         (_NET if net else attention) + (_SPARSE if sparse else _DENSE)
         for net, sparse in zip(nets, experts, strict=True)
     )
-    changed: dict[str, Any] = {"num_layers": 2 * layers, PATTERN: pattern, "is_hybrid_model": True}
+    steps = [pattern[-2:]] * _further(arguments)
+    changed: dict[str, Any] = {
+        "num_layers": 2 * layers,
+        PATTERN: "/".join([pattern, *steps]),
+        "is_hybrid_model": True,
+    }
     changed |= {key: 2 * value for key in _STAGES if type(value := arguments.get(key)) is int}
     if arguments.get("moe_layer_freq") is not None:
         changed["moe_layer_freq"] = 1
@@ -143,6 +170,11 @@ def gpt_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if _NET in letters:
         nets = [int(letter == _NET) for letter in letters[::2]]
         changed |= {_VARIANT: _DELTA_NET, _LINEAR: nets}
+    if _INDEXED in letters:
+        changed |= {_VARIANT: _SPARSE_ATTENTION, "multi_latent_attention": True}
+    steps = len([step for step in _pattern(arguments).split("/")[1:] if step])
+    if steps:
+        changed[_STEPS] = steps
     sparse = [int(letter == _SPARSE) for letter in letters[1::2]]
     if any(sparse):
         changed["moe_layer_freq"] = 1 if all(sparse) else sparse
@@ -163,6 +195,14 @@ def _layers(arguments: Mapping[str, Any]) -> int:
             "the arguments do not say how many layers there are", expected="num_layers", found=str(layers)[:40]
         )
     return layers
+
+
+def _further(arguments: Mapping[str, Any]) -> int:
+    """How many steps of multi-token prediction there are."""
+    steps = arguments.get(_STEPS)
+    if steps is not None and (type(steps) is not int or not 0 <= steps <= _MOST_LAYERS):
+        raise MappingError("the number of further predictions is not possible", expected=_STEPS, found=str(steps)[:40])
+    return steps or 0
 
 
 def _experts(arguments: Mapping[str, Any], layers: int) -> list[int]:

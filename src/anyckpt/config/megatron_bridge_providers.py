@@ -142,7 +142,8 @@ def _hybrid(arguments: Mapping[str, Any]) -> str:
     """
     latent, caps = arguments.get("multi_latent_attention"), arguments.get("attn_logit_softcapping")
     gemma = _is_gemma(arguments) and "embeddings that are multiplied as Gemma's"
-    unsaid = "latent attention" if latent else "capped scores" if caps else gemma
+    yarn = arguments.get("position_embedding_type") == "yarn" and "fields for rope that YaRN scales"
+    unsaid = "latent attention" if latent else "capped scores" if caps else yarn or gemma
     if unsaid:
         raise MappingError(
             f"Megatron-Bridge's class of HybridModel has no {unsaid}",
@@ -162,7 +163,7 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
         names += _MAMBA
     if provider == GEMMA2:
         names += _CAPS
-    if provider in (GPT, GPT_OSS, HYBRID):
+    if provider in (GPT, GPT_OSS):
         names += [key for key in arguments if key.startswith(_YARN)]
     fields = {key: arguments[key] for key in names if arguments.get(key) is not None}
     if provider == LATENT:
@@ -178,7 +179,7 @@ def own_fields(arguments: Mapping[str, Any], provider: str) -> dict[str, Any]:
         }
     if arguments.get(_LAYER_SPEC):
         fields["transformer_layer_spec"] = {"_target_": arguments[_LAYER_SPEC], "_call_": False}
-    if "experimental_attention_variant" in fields:
+    if "experimental_attention_variant" in fields and provider != HYBRID:  # whose stack goes by its letters
         fields["transformer_layer_spec"] = {"_target_": _VARIANTS, "_partial_": True, "_args_": []}
     if "linear_attention_freq" in fields:
         fields["hetereogenous_dist_checkpoint"] = True

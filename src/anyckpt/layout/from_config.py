@@ -39,7 +39,7 @@ def geometry_of(config: Mapping[str, Any], *, down_parallel: bool = False) -> Ge
         **flags,
         num_experts=config.get("num_moe_experts"),
         make_vocab_size_divisible_by=config.get("make_vocab_size_divisible_by") or 128,
-        mamba=None if None in mamba else Mamba(*mamba),
+        mamba=None if None in mamba or "M" not in (config.get("hybrid_override_pattern") or "M") else Mamba(*mamba),
         delta=None if None in delta else Delta(*delta),
         latent=_latent(config, down_parallel) if config.get("multi_latent_attention") else None,
         blocks=config.get("heterogeneous_blocks"),

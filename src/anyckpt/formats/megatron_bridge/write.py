@@ -85,7 +85,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         foreign |= {**dict.fromkeys(sharded, OF_OTHER_RANKS), **dict.fromkeys(others, _NO_PLACE)}
     else:
         files = torch_dist_files(
-            spelled(checkpoint.tensors, built_of),
+            spelled(checkpoint.tensors, built_of, options.megatron_version),
             sharded,
             common,
             prefix=folder,

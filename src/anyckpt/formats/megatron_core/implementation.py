@@ -18,6 +18,7 @@ import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp.chunks import stacked_axes
+from anyckpt.models.dialects.tensors_of_layers import with_own_norms
 from anyckpt.tensor import LazyTensor
 
 Implementation = Literal["local", "transformer_engine"]
@@ -39,6 +40,7 @@ _STATE_KEY = re.compile(r"^(?P<module>.*)\._extra_state/shard_(?P<index>\d{1,9}(
 _STACKED = re.compile(r"^(?P<stack>(?:.*\.)?(?:decoder|encoder|mtp)\.layers)\.(?P<rest>(?!\d+\.).*)$")
 _OF_TRANSFORMER_ENGINE = re.compile(r"(?:layernorm|core_attention)\._extra_state$")
 _BEFORE_EXPERTS = re.compile(r"^(?P<layer>.*\.)pre_mlp_layernorm\.(?P<kind>weight|bias)$")
+_OWN_NORM_SINCE = (0, 19)
 _AS_IF_FUSED = re.compile(r"^(?P<layer>.*\.)mlp\.linear_fc1\.layer_norm_(?P<kind>weight|bias)$")
 
 
@@ -62,13 +64,22 @@ def implementation_of(checkpoint: Checkpoint, asked: str | None = None) -> Imple
     return "local" if stated == "local" or (stated is None and evident) else None
 
 
-def spelled(tensors: Mapping[str, T], implementation: Implementation | None) -> dict[str, T]:
+def spelled(
+    tensors: Mapping[str, T], implementation: Implementation | None, release: tuple[int, int] | None = None
+) -> dict[str, T]:
     """Tensors under the names that models of this kind ask for.
 
-    They differ in the norm before experts: local layers call it as if it were fused into ``mlp.linear_fc1``.
+    They differ in the norm before experts: local layers call it as if it were fused into ``mlp.linear_fc1``.  Where an
+    indexer chooses what attention sees, releases differ: those up to 0.18 fuse the norms of queries and keys.
+
+    Args:
+        tensors: by the names of a distributed checkpoint.
+        implementation: what the model that will load them is built of, None if it may be either.
+        release: of Megatron-Core that will load them; None for what 0.16 reads.
     """
     result: dict[str, T] = {}
-    for name, tensor in tensors.items():
+    newest = (release or (0, 0)) >= _OWN_NORM_SINCE
+    for name, tensor in (with_own_norms(tensors) if newest else tensors).items():
         own, fused = _BEFORE_EXPERTS.match(name), _AS_IF_FUSED.match(name)
         if implementation == "local" and own is not None:
             name = f"{own['layer']}mlp.linear_fc1.layer_norm_{own['kind']}"

@@ -127,7 +127,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         common[ADAPTER] = call_of(checkpoint.adapter, "megatron.bridge.peft")
     built_of = implementation_of(checkpoint, options.transformer_impl)
     files = torch_dist_files(
-        spelled(checkpoint.tensors, built_of) if options.held is None else checkpoint.tensors,
+        spelled(checkpoint.tensors, built_of, options.megatron_version) if options.held is None else checkpoint.tensors,
         sharded,
         common,
         ranks=options.ranks,

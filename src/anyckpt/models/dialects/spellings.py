@@ -223,7 +223,7 @@ def from_hub_names(
     if dialect not in DIALECTS and dialect in other_dialects():
         return other_dialects()[dialect].from_hub(tensors)
     target = by_name(dialect)
-    named = hybrid.as_halves(tensors) if in_halves else dict(tensors)
+    named = hybrid.as_halves(tensors) if in_halves else hybrid.with_stacks(tensors)
     if target.stacked:
         named = stacked_experts(separate_mixers(named))
         named = named if numbered or in_halves else stacked(named)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from anyckpt.errors import MappingError
 from anyckpt.models.dialects.mamba_sections import has_mixers
 from anyckpt.tensor import LazyTensor, concatenate, stack
+
+T = TypeVar("T")
 
 _LAYER = re.compile(r"((?:decoder|encoder)\.layers)\.(\d{1,7})\.(.+)")
 _STACK = re.compile(r"((?:decoder|encoder)\.layers)\.(?!\d+\.)(.+)")
@@ -37,6 +40,11 @@ _NORMS = (
 )
 """Local specification's module, Transformer Engine's prefix of the fused norm, and the tensor that the layer must
 have for the norm to be fused into it (the norm before mixture-of-experts or latent attention has no such home)."""
+
+_OF_INDEXER = ".self_attention.core_attention.indexer."
+_INDEXED_NORM = re.compile(
+    r"(?P<attention>.*\.self_attention)\.linear_(?P<which>q|kv)_up_proj\.layer_norm_(?P<kind>weight|bias)"
+)
 
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d{1,7})")
 """One expert's tensor under the hub's name, which is that of Transformer Engine's grouped layers."""
@@ -151,6 +159,17 @@ def stacked_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
             raise MappingError(f"expert {missing} is missing", tensor=key)
         result[key] = stack([experts[number] for number in range(len(experts))])
     return result
+
+
+def with_own_norms(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The norms of latent queries and keys as modules of their own, where an indexer chooses what attention sees.
+
+    Since 0.19 these layers of Megatron-Core absorb a projection (``experimental_attention_variant/absorbed_mla.py``);
+    those of 0.16 to 0.18 fuse the norms into the projections, as all other latent attention does.
+    """
+    if not any(_OF_INDEXER in name for name in tensors):
+        return dict(tensors)
+    return {_INDEXED_NORM.sub(r"\g<attention>.\g<which>_layernorm.\g<kind>", name): t for name, t in tensors.items()}
 
 
 def joined_halves(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
