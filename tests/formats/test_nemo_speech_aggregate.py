@@ -97,6 +97,17 @@ def test_tokenizer_json_alone_is_not_enough_for_nemo(tmp_path: Path) -> None:
         convert(tmp_path / "other", tmp_path / "back.nemo")
 
 
+@pytest.mark.parametrize("language", ["../../de", "a/b", "", "de\n"])
+def test_languages_whose_names_are_none_for_files(language: str, tmp_path: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["tokenizer"]["langs"][language] = config["tokenizer"]["langs"].pop("de")
+
+    source = changed(aggregate(), tmp_path / "other.nemo", change)
+    with pytest.raises(MappingError, match="a language whose name is none for a file"):
+        convert(source, tmp_path / "hf", to="hf")
+    convert(source, tmp_path / "copy.nemo")
+
+
 def made(tokens: list[str], kind: int = BYTE_PAIRS) -> bytes:
     types = tuple(UNKNOWN if token == "<unk>" else NORMAL for token in tokens)
     scores = tuple(-float(number) for number in range(len(tokens)))

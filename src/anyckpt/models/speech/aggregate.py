@@ -20,7 +20,8 @@ from anyckpt.storage.source import ByteSource
 
 _LARGEST = 256 << 20
 _SPECIAL = "spl_tokens"
-_FILE = re.compile(r"tokenizer\.(\d{1,3})\.([^/\\\0]+)\.model")
+_LANGUAGE = re.compile(r"[\w+@-][\w.+@-]{0,99}", re.ASCII)
+_FILE = re.compile(rf"tokenizer\.(\d{{1,3}})\.({_LANGUAGE.pattern})\.model", re.ASCII)
 _OF_NEMO = "nemo:"
 
 
@@ -56,6 +57,7 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
 
     Raises:
         FormatError: a model is damaged.
+        MappingError: a language has a name that no file can have.
     """
     files = {**checkpoint.artifacts, **(checkpoint.tokenizer.files if checkpoint.tokenizer is not None else {})}
     found: list[tuple[str, ByteSource]] = []
@@ -66,6 +68,13 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
             source = files.get(named.removeprefix(_OF_NEMO)) if isinstance(named, str) else None
             if source is None:
                 return ()
+            if _LANGUAGE.fullmatch(str(language)) is None:
+                raise MappingError(
+                    "model_config.yaml's tokenizer has a language whose name is none for a file",
+                    path=checkpoint.path,
+                    expected="letters, digits and signs such as - and _",
+                    found=repr(language)[:80],
+                )
             found.append((str(language), source))
     else:
         named_so = {int(match[1]): (match[2], files[name]) for name in files if (match := _FILE.fullmatch(name))}
