@@ -223,6 +223,15 @@ def test_a_module_of_any_model(tmp_path: Path) -> None:
         put(LLAMA, tmp_path / "none", {"vision": LLAMA})
 
 
+def test_a_runs_checkpoint(tmp_path: Path) -> None:
+    """Where no configuration is, a note says what one elsewhere must say."""
+    anyckpt.convert(SALM, tmp_path / "run.ckpt")
+    done = put(tmp_path / "run.ckpt", tmp_path / "heard.ckpt", {"perception": nemo("tdt")})
+    assert any("there is no configuration here: what it says of perception.encoder" in note for note in done.notes)
+    heard = {name.removeprefix("state_dict."): array for name, array in arrays(tmp_path / "heard.ckpt").items()}
+    assert same(inside(heard, "perception.encoder."), inside(arrays(nemo("tdt")), "encoder."))
+
+
 @pytest.mark.parametrize("told", ["perception", "=asr.nemo", "perception=", ["llm=a", "llm=b"], ["llm=a", "llm.x=b"]])
 def test_what_cannot_be_understood(told: str | list[str]) -> None:
     with pytest.raises(UsageError, match="--put (cannot be understood|gives llm)"):

@@ -194,6 +194,11 @@ def _with_sections(
             f"--put {name}: what the configuration says of {', '.join(silent)} stays as it is, for nothing is known of "
             f"{other.path}'s: it must be the same"
         )
+    elif silent:
+        notes.append(
+            f"--put {name}: there is no configuration here: what it says of {', '.join(silent)} elsewhere must be what "
+            f"{other.path}'s does"
+        )
     return replace(model, config=config)
 
 
