@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -215,6 +216,8 @@ def _be(rank: int, world: int, function: Callable[..., Any], arguments: Any, fol
     except BaseException:
         traceback.print_exc()
     finally:
+        for left in multiprocessing.active_children():  # Megatron-Core's manager, which only an exit would end
+            left.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
