@@ -312,6 +312,24 @@ def test_work_of_another_plan_is_not_continued(source: Path, plan: Plan, monkeyp
     assert_whole(store, other)
 
 
+def test_processes_of_another_version_or_plan_are_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+
+    def share(number: int, of: Plan = plan) -> None:
+        run_share(of, ObjectDestination(MemoryObjects(store), "a/out"), Share(number, 2))
+
+    share(1)
+    other = Plan(plan.format, (*plan.files, small_file("more", b"x", 0)))
+    with pytest.raises(OutputError, match=r"found plan [0-9a-f]+ of share 1 of 2, process \d+ on .*anyckpt clean"):
+        share(2, other)
+    monkeypatch.setattr(object_notes, "_version", lambda: "9.9")
+    for changed in (plan, other):
+        with pytest.raises(
+            OutputError, match=r"another version of anyckpt \(expected anyckpt 9.9, .*share 1 of 2, process"
+        ):
+            share(2, changed)
+
+
 def test_small_files_that_wait_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing, "_HELD_BYTES", 1000)
     outputs = [OutputFile(f"{number}", (Literal(b"x" * 400),), 0) for number in range(12)]

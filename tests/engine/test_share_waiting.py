@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -178,6 +179,24 @@ def test_processes_of_another_version_are_told(plan: Plan, output: Path, monkeyp
     assert "another version of anyckpt (expected anyckpt 9.9, as here, found anyckpt " in told
     assert "give all processes the same version" in told
     assert not journal(output, 2, 2).exists()
+
+
+def test_another_version_is_told_before_its_other_plan(
+    plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_share(plan, str(output), Share(1, 2))
+    monkeypatch.setattr(journals, "_version", lambda: "9.9")
+    other = Plan("sample", plan.files[:-1])
+    told, _ = failing(lambda: run_share(other, str(output), Share(2, 2)))
+    assert "another version of anyckpt" in told and "share 1 of 2, process " in told
+
+
+def test_the_process_of_another_plan_is_named(plan: Plan, output: Path) -> None:
+    run_share(plan, str(output), Share(1, 2))
+    told, _ = failing(lambda: run_share(Plan("sample", plan.files[:-1]), str(output), Share(2, 2)))
+    assert re.search(
+        r"found plan [0-9a-f]{12} of share 1 of 2, process \d+ on \S+\); give all processes the same", told
+    )
 
 
 def test_who_waits_while_another_publishes_finds_it_done(plan: Plan, output: Path) -> None:

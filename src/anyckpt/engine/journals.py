@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from anyckpt.engine.destination import Share
-from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, Trouble
+from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, Trouble, check_maker, this_process
 from anyckpt.errors import OutputError
 
 _NAME = "journal"
@@ -40,7 +40,7 @@ class Journals:
         name, by = _NAME, ""
         if share is not None:
             header |= {"share": [share.number, share.of], "version": _version()}
-            name, by = f"{_NAME}.{share.number}-of-{share.of}", f"process {os.getpid()} on {os.uname().nodename}"
+            name, by = f"{_NAME}.{share.number}-of-{share.of}", this_process()
         self._own = Journal(os.path.join(self._directory, name), header, by)
 
     def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
@@ -72,28 +72,19 @@ class Journals:
             OutputError: it is of another plan, or of processes of another version or number.
         """
         for reader in self._read():
-            found = reader.header.get("fingerprint", fingerprint)
-            if found != fingerprint:
-                self._forget_own()
-                raise OutputError(
-                    "the unfinished work here is of another conversion, or its source has changed since",
-                    path=self._directory,
-                    expected=f"plan {fingerprint[:12]}",
-                    found=f"plan {str(found)[:12]}",
-                    remedy="run without --resume to begin anew"
-                    if share is None
-                    else "give all processes the same sources and options; remove this directory to begin anew",
+            try:
+                check_maker(
+                    reader.header,
+                    fingerprint,
+                    _version(),
+                    alone=share is None,
+                    by=reader.by,
+                    output=self._directory,
+                    anew="remove this directory",
                 )
-            version = reader.header.get("version", _version())
-            if share is not None and version != _version():
+            except OutputError:
                 self._forget_own()
-                raise OutputError(
-                    "is being written by processes of another version of anyckpt",
-                    path=self._output,
-                    expected=f"anyckpt {_version()}, as here",
-                    found=f"anyckpt {version}, {reader.by or 'another process'}",
-                    remedy=f"give all processes the same version, and remove {self._directory} to begin anew with it",
-                )
+                raise
             other = reader.header.get("share")
             if share is not None and other and other[1] != share.of and reader.is_kept():
                 self._forget_own()

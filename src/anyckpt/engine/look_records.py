@@ -7,14 +7,13 @@ Who has the records of all of them answers, and removes them.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.files import write_error
-from anyckpt.engine.records import Journal, JournalReader, Trouble
+from anyckpt.engine.records import Journal, JournalReader, Trouble, this_process
 from anyckpt.errors import OutputError
 
 _PREFIX = "anyckpt-share-"
@@ -73,7 +72,7 @@ class LookRecords:
         header = {"look": self._facts, "share": [share.number, share.of]}
         try:
             made = self._make_folder()
-            self._journal = Journal(self._own, header, f"process {os.getpid()} on {socket.gethostname()}")
+            self._journal = Journal(self._own, header, this_process())
             self._journal.append({"answers": answers, "made": made})
         except BlockingIOError as error:
             raise BusyError(f"share {share} is done by another process", path=self._folder) from error

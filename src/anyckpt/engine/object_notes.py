@@ -11,7 +11,7 @@ from typing import Any
 
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import OutputFile
-from anyckpt.engine.records import BlockKey, BlockRecord
+from anyckpt.engine.records import BlockKey, BlockRecord, check_maker, this_process
 from anyckpt.errors import OutputError
 from anyckpt.storage.objects import Objects
 
@@ -84,6 +84,7 @@ class Notes:
         said: dict[str, Any] = {"plan": self._fingerprint, "files": files}
         if self._share is not None:
             said |= {"share": [self._share.number, self._share.of], "failed": failure}
+            said |= {"version": _version(), "by": this_process()}
         try:
             self._objects.put(key, json.dumps(said, separators=(",", ":")).encode())
         except BaseException:
@@ -124,16 +125,15 @@ class Notes:
         """
         self.read()
         for note in self._notes():
-            if note["plan"] != fingerprint:
-                raise OutputError(
-                    "the unfinished work here is of another conversion, or its source has changed since",
-                    path=self._objects.name_of(self._folder),
-                    expected=f"plan {fingerprint[:12]}",
-                    found=f"plan {note['plan'][:12]}",
-                    remedy="run without --resume to begin anew"
-                    if alone
-                    else "give all processes the same sources and options; run anyckpt clean to begin anew",
-                )
+            check_maker(
+                {**note, "fingerprint": note["plan"]},
+                fingerprint,
+                _version(),
+                alone=alone,
+                by=note.get("by", ""),
+                output=self._objects.name_of(self._folder),
+                anew="run anyckpt clean",
+            )
             share = note.get("share")
             if share and self._share is not None and share[1] != self._share.of:
                 raise OutputError(
@@ -182,3 +182,9 @@ class Notes:
             names = [key for key in self._objects.listed(self._folder) if "/notes-" in key]
             self._objects.delete(names)
             self._read.clear()
+
+
+def _version() -> str:
+    from anyckpt import __version__
+
+    return __version__

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyckpt.engine.files import sync_file
+from anyckpt.errors import OutputError
 
 BlockKey = tuple[int, int]
 """A block by its file's index in the plan and its first byte there."""
@@ -111,6 +112,51 @@ class Trouble:
     gave_up: bool = False
 
 
+def this_process() -> str:
+    """This process, as people tell it from those of other hosts."""
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def check_maker(
+    header: Mapping[str, Any], fingerprint: str, version: str, *, alone: bool, by: str, output: str, anew: str
+) -> None:
+    """Raise unless what a process noted is of the plan of this one.
+
+    Args:
+        header: what it noted: ``fingerprint``, ``version`` and ``share``, where they are known.
+        fingerprint: of the plan.
+        version: of anyckpt, here.
+        alone: whether this process does all of the plan.
+        by: what the other one is called, if that is known.
+        output: what to call the output in a message.
+        anew: what processes that share the work do to begin anew.
+
+    Raises:
+        OutputError: it is of another version, whose plans may be others, or of another plan.
+    """
+    share = header.get("share")
+    who = ", ".join(filter(None, (f"share {share[0]} of {share[1]}" if share else "", by)))
+    found = header.get("version", version)
+    if found != version and not alone:
+        raise OutputError(
+            "is being written by processes of another version of anyckpt",
+            path=output,
+            expected=f"anyckpt {version}, as here",
+            found=f"anyckpt {found}, {who or 'another process'}",
+            remedy=f"give all processes the same version, and {anew} to begin anew with it",
+        )
+    plan = header.get("fingerprint", fingerprint)
+    if plan != fingerprint:
+        remedy = f"give all processes the same sources and options; {anew} to begin anew"
+        raise OutputError(
+            "the unfinished work here is of another conversion, or its source has changed since",
+            path=output,
+            expected=f"plan {fingerprint[:12]}",
+            found=f"plan {plan[:12]}" + (f" of {who}" if who else ""),
+            remedy="run without --resume to begin anew" if alone else remedy,
+        )
+
+
 class JournalReader:
     """What a journal says so far, which its process may go on to write; each line is read once.
 
@@ -118,7 +164,7 @@ class JournalReader:
         header: what the first line says; empty as long as there is none.
         records: the blocks that it lists.
         failure: why its process gave up, empty if it did not.
-        by: who wrote it last.
+        by: who wrote it last, empty if that is not known.
         length: bytes that were read; more whenever its process has shown that it is at work.
     """
 
