@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from anyckpt.checkpoint.opened import Checkpoint
 from anyckpt.checkpoint.training import OptimizerState
+from anyckpt.data_classes import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt.checkpoint.beside import AdapterSettings, ObjectForms, Part, StoredChecksum, Tokenizer
 from anyckpt.checkpoint.ranks import ParallelLayout, RankShard
 from anyckpt.checkpoint.training import OptimizerState, TrainingState
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, UnknownTensorError, UsageError, alike
 from anyckpt.pickling.calls import Calls
 from anyckpt.storage.place import LOCAL, Place

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.checkpoint.ranks import RankShard
+from anyckpt.data_classes import dataclass
 from anyckpt.tensor import LazyTensor
 
 

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from shutil import get_terminal_size
 from textwrap import wrap
@@ -18,6 +17,7 @@ from typing import TextIO
 
 import click
 
+from anyckpt.data_classes import dataclass
 from anyckpt.escaping import printable
 
 _GAP = "  "

@@ -6,10 +6,9 @@ Megatron-Core's; what a model does not have is None, or the default that Megatro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from anyckpt.config.layer_blocks import LayerBlock
 from anyckpt.config.possible import check_sizes
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 _MOST_EXPERTS = 1_000_000  # of all layers together; names are made for each

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.fields import Codec, OfKey, OneKey
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 Of = Callable[[Mapping[str, Any]], Any]

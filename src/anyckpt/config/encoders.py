@@ -5,9 +5,8 @@ Names are Megatron-Core's, Megatron-LM's or NeMo's where they have one.  What a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from anyckpt.config.possible import LARGEST, check_layers, check_sizes, impossible
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 

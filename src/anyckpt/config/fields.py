@@ -6,11 +6,11 @@ A row is a ``Codec``.  Most are a ``Field``, one key for one field; ``codecs`` h
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.model import ModelConfig, whole
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 
 
 class _Required:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 Part = Literal["whole", "linear", "none"]

@@ -7,7 +7,6 @@ The section ``model`` lists every field of a dataclass with ``_target_``, its cl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.megatron_bridge_providers import (
@@ -17,6 +16,7 @@ from anyckpt.config.megatron_bridge_providers import (
     own_fields,
     provider_of,
 )
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 
 _BESIDE = "anyckpt"

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.starred import filled, starred
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor
 

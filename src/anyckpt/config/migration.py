@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from anyckpt.config.defaults import of_class
 from anyckpt.config.interpolation import resolve
 from anyckpt.config.migration_values import CHANGES
+from anyckpt.data_classes import dataclass
 from anyckpt.plain_yaml import load_yaml_mapping
 
 Outcome = Literal["carried", "unset", "elsewhere", "gone", "not given", "unresolved", "unknown"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.config.blocks import BlockConfig, check_blocks
 from anyckpt.config.encoders import EncoderConfig, check_encoders
 from anyckpt.config.possible import check_layers, check_sizes, impossible
 from anyckpt.config.speech import SpeechConfig, check_speech
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 Tokens = int | tuple[int, ...] | None

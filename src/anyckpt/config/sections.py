@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
 from anyckpt.config.fields import Codec, OfKey, OneKey
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 

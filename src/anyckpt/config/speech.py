@@ -6,9 +6,8 @@ What a model does not have is None, 0 or False.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from anyckpt.config.possible import LARGEST, check_layers, check_sizes, impossible
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 _MOST_HALVINGS = 16

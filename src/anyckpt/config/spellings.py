@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from anyckpt.config.defaults import is_known, of_class
 from anyckpt.config.fields import Codec, Field
 from anyckpt.config.meta_names import MetaNames
 from anyckpt.config.model import ModelConfig
+from anyckpt.data_classes import dataclass
 
 
 @dataclass(frozen=True)

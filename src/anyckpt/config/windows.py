@@ -7,13 +7,13 @@ names every layer; older files have a rule in the family's code instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.fields import Codec, OfKey
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.possible import layers_of
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"

@@ -11,11 +11,11 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import BY_ZARR, DType
 from anyckpt.errors import FormatError
 from anyckpt.indexing import Shape

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.files import Bytes
 from anyckpt.engine.manifest import Manifest
 from anyckpt.engine.plan import Plan

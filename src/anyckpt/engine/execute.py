@@ -9,8 +9,9 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.blocks import Cut, cut_all
 from anyckpt.engine.destination import Destination
 from anyckpt.engine.files import write_error

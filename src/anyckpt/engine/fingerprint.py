@@ -10,12 +10,13 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import Computed, Literal, Plan, SourceData, TensorData
 from anyckpt.identity import identity_of

@@ -6,8 +6,8 @@ Nobody asks here but who is told to: a shell inside an allocation of Slurm has v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import Share
 from anyckpt.errors import UsageError
 

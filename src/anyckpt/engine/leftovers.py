@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.claim import Claim, tag_of_dead
 from anyckpt.engine.destination import BusyError
 from anyckpt.engine.files import write_error

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.checksum import DIGEST, digest_of
 from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.errors import FormatError

@@ -7,10 +7,11 @@ whatever the order in which its blocks are written, the bytes are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor

@@ -7,10 +7,11 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.blockwise import Tiles, keeping
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.blocks import Block, LatePart
 from anyckpt.engine.files import BlockBuffer, Bytes
 from anyckpt.engine.filling import Filling, held

@@ -12,9 +12,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.execute import Report
 from anyckpt.engine.plan import Plan

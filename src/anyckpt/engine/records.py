@@ -9,9 +9,10 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.files import sync_file
 from anyckpt.errors import OutputError
 

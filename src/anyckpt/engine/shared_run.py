@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.execute import DEFAULT_MEMORY, Report, carry_out, place_of, report_of

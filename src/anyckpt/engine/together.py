@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.blockwise import Computation, outputs_in
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.blocks import Block
 from anyckpt.engine.plan import OutputFile, TensorData
 from anyckpt.indexing import Array, c_strides

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UnknownFormatError
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerForm, ParallelLayout
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.plan import Plan
 from anyckpt.storage.location import Location
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.distributed import Piece, is_sharded_tensor, mesh_of, piece_of, sharded_pieces
 from anyckpt.containers.torch_file.values import DistributedTensor, brief
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, LastingError
 from anyckpt.formats.format import Format
 from anyckpt.formats.shared.hub_folder import other_files, read_json, tokenizer_of

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.layer_blocks import LayerBlock
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError, UsageError
 
 _LARGEST = 1 << 20  # of a parallel size; beyond it, arithmetic on a hostile file is the attack

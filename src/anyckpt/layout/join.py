@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 
 from anyckpt.checkpoint import RankShard
 from anyckpt.config.hub_names import EMBEDDING, HEADS
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.layout import experts
 from anyckpt.layout.division import join_parts, settled

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.layout import experts
 from anyckpt.layout.geometry import Geometry

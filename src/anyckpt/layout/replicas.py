@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from anyckpt.checkpoint import storage_key
+from anyckpt.data_classes import dataclass
 from anyckpt.storage.requests import HELD_BYTES
 from anyckpt.tensor import LazyTensor, held
 

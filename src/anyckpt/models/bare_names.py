@@ -8,10 +8,11 @@ model's own parts (``model.`` of all weights of a tied one) look the same from o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config import own_part
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import some
 from anyckpt.models.dialects.wrappers import BETWEEN, unwrapped, without_between

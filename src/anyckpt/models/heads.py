@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.model import PART_OF
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import some
 from anyckpt.models.dialects.wrappers import base_of, unwrapped

@@ -7,12 +7,13 @@ The hub's tensors have Megatron-Core's names in Transformer Engine spelling, who
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.meta_names import MetaNames
 from anyckpt.config.model import WHOLE, WHOLE_NAMES, ModelConfig
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Instance

@@ -8,13 +8,14 @@ stored name of each for messages.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config import meta_names
 from anyckpt.config.hub_names import EMBEDDING, HEADS
 from anyckpt.config.model import PART_OF, WHOLE
 from anyckpt.config.starred import starred
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.models.complete import SHOWN, check_complete, some

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 
 from anyckpt.config import meta_names
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import LastingError
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.wrappers import unwrapped

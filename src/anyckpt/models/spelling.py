@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from anyckpt.config.spellings import Variant
 from anyckpt.config.starred import starred
+from anyckpt.data_classes import dataclass
 from anyckpt.models.language.variants import stored_names
 from anyckpt.tensor import LazyTensor
 

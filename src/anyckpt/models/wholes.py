@@ -8,7 +8,7 @@ otherwise.  Of a type that it has not, names are recorded as they are stored, el
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt.config.hub_names import LANGUAGE
@@ -17,6 +17,7 @@ from anyckpt.config.own_part import of_place
 from anyckpt.config.possible import LARGEST
 from anyckpt.config.spellings import Variant
 from anyckpt.config.starred import filled, starred
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.dialects import spellings
 from anyckpt.models.dialects.wrappers import Wrapper, base_of

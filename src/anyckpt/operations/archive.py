@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.engine.names import MANIFEST_NAME
 from anyckpt.engine.plan import OutputFile, Plan, SourceData

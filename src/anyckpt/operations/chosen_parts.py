@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.account import nothing_to_write
 from anyckpt.operations.steps.aim import Aim

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine import leftovers
 from anyckpt.engine.destination import BusyError
 from anyckpt.engine.leftovers import Leftover

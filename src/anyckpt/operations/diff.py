@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.hub_names import EMBEDDING, HEAD
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, LastingError, UsageError, few
 from anyckpt.operations.difference import Difference, TensorDifference
 from anyckpt.operations.steps.adapter_names import adapter_names

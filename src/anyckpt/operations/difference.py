@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.operations.steps.configurations import Setting
 from anyckpt.operations.steps.looking import LookedAt

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.checkpoint.grouping import grouped
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.formats.shared import no_weights
 from anyckpt.operations.steps.globs import as_patterns, matching

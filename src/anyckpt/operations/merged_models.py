@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.nemo1 import restated
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats import registry

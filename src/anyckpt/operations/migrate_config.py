@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from anyckpt.config.migration import Migration, Setting, migrate
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.escaping import printable
 from anyckpt.operations.steps.configuration_text import Section, python_text, yaml_text

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.errors import UsageError

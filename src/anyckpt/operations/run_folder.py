@@ -11,9 +11,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.manifest import check_sizes, read_manifest
 from anyckpt.errors import LastingError, UnfinishedError
 from anyckpt.formats import registry

@@ -18,10 +18,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import Plan

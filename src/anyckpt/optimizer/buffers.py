@@ -15,10 +15,10 @@ Facts: ``_ParamAndGradBuffer`` in ``megatron/core/distributed/param_and_grad_buf
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.hub_names import EMBEDDING, HEAD
+from anyckpt.data_classes import dataclass
 from anyckpt.optimizer.rank_parameters import Parameter
 from anyckpt.optimizer.state import unproved
 

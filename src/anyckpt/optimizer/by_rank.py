@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import OptimizerState, ParallelLayout, RankShard
 from anyckpt.config import of_ranks
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import MappingError
 from anyckpt.optimizer.buffers import place, place_in_buckets, rules

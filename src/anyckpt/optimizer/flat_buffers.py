@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, MappingError
 from anyckpt.optimizer.flat_state import flat_buffers
 from anyckpt.optimizer.groups import assigned

@@ -18,9 +18,9 @@ Facts: ``save_parameter_state`` and ``get_parameter_state_dp_zero`` of ``distrib
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.optimizer.state import unproved
 from anyckpt.pickling import Global

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import Shape
 from anyckpt.optimizer.apex_buckets import shaped, whole_states
 from anyckpt.optimizer.group_rules import possible_groups

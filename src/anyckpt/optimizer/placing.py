@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from anyckpt.config.hub_names import EMBEDDING, HEAD
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.indexing import Shape
 from anyckpt.optimizer.buffers import Rule, starts

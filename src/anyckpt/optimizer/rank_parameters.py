@@ -12,11 +12,11 @@ before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import RankShard
 from anyckpt.config.hub_names import EMBEDDING, HEAD
+from anyckpt.data_classes import dataclass
 from anyckpt.optimizer.state import unproved
 from anyckpt.tensor import LazyTensor
 

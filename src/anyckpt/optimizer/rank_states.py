@@ -12,10 +12,11 @@ Facts: ``nemo/core/optim/optimizer_with_main_params.py`` of NeMo 1.0 to 2.2, ``_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol
 
 from anyckpt.checkpoint import GROUP
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import BY_NAME
 from anyckpt.indexing import Shape
 from anyckpt.models.dialects.rank_names import flattened

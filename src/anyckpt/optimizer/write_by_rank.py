@@ -7,12 +7,12 @@ Transformer Engine and Apex in the parameter groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from anyckpt.checkpoint import OptimizerState, RankShard
+from anyckpt.data_classes import dataclass
 from anyckpt.models.dialects.rank_names import part_norms
 from anyckpt.models.dialects.registration import registered_order
 from anyckpt.optimizer.rank_parameters import Parameter, decays, flag, parameters_of

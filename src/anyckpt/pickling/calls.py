@@ -11,9 +11,10 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import few
 from anyckpt.pickling.callees import KINDS, kind_of
 from anyckpt.pickling.reach import GETATTR, HANDED_ON, applied, applies, handed_on, may_hold, path_of

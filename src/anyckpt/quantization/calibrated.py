@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import UsageError
 from anyckpt.indexing import Array

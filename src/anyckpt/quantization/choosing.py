@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from anyckpt.data_classes import dataclass
 from anyckpt.tensor import LazyTensor
 
 NEVER = {

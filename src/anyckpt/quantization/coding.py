@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import threading
 from abc import abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from anyckpt.blockwise import BlockFunction, Output
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape, in_cache, look_up

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import dtype
 from anyckpt.errors import FormatError
 from anyckpt.identity import Identity

@@ -8,9 +8,9 @@ others ``assembled`` knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.quantization import mlx
 from anyckpt.quantization.assembled import Assembled, awq, gptq, int8_rows, modelopt_int4, modelopt_int8, nf4, packed

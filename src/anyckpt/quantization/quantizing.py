@@ -24,9 +24,8 @@ codes plus 8 or 128, from the least bits on, and scales [N, K/g] or [N, 1] of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from anyckpt.blockwise import blockwise
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import UsageError
 from anyckpt.quantization.coding import BlockCodes, NvFp4, Packing, PowersOfTwo, Scaled, TensorCodes

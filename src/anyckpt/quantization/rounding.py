@@ -8,11 +8,11 @@ the lower bits are folded into the lowest of the upper ones (rounding to odd), a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, look_up

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.quantization import trtllm
 from anyckpt.quantization.methods import Facts, Scheme, schemes_of

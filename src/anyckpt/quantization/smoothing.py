@@ -9,10 +9,10 @@ multiplied by their own and divided by it, and rounded again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError
 from anyckpt.identity import ElementWise

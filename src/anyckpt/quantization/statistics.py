@@ -10,12 +10,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 
 from anyckpt.containers.safetensors import read_safetensors, safetensors_parts
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.execute import execute
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, OutputError, UsageError

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Array, Shape, in_cache, look_up

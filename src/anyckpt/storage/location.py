@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.storage.folder import Folder
 from anyckpt.storage.heads import EDGE, edges

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
+
+from anyckpt.data_classes import dataclass
 
 PART_BYTES = 6 << 20
 """An upload has parts of at least so many bytes; Amazon's S3 takes none of less than 5 MiB but the last."""

@@ -13,9 +13,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.storage.folder import check_inside
 from anyckpt.storage.heads import Ahead

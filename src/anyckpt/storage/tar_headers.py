@@ -7,8 +7,8 @@ base-256 numbers), and Python's ``tarfile``, whose default (pax) headers are rep
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 
 BLOCK = 512

@@ -10,10 +10,10 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.identity import Identity
 from anyckpt.storage.inflate import RAW, InflatedSource

@@ -7,10 +7,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats.nemo.read import Members, read_members
 from anyckpt.plain_yaml import load_yaml_mapping

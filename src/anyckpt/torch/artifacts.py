@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, OutputError, UsageError
 from anyckpt.formats.nemo.config import ARTIFACT_SCHEME, texts
 from anyckpt.formats.nemo.tokenizer import artifact_name

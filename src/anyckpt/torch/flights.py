@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import Share
 from anyckpt.errors import AnyckptError, OutputError
 from anyckpt.operations.background_writer import BackgroundWriter

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.containers.dcp.chunks import HeldBox
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.plan import Plan
 from anyckpt.formats import registry
 from anyckpt.formats.format import WriteOptions

@@ -11,11 +11,12 @@ number, of which 0 is the copy that counts: a box without one is a hole, and one
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.formats.shared import nesting
 from anyckpt.indexing import Shape

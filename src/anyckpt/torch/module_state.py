@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError, alike, few
 
 _SHOWN = 20

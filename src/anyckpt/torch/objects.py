@@ -13,12 +13,12 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import dtype
 from anyckpt.errors import AnyckptError, UnsafeError, UsageError
 from anyckpt.operations.steps.live import obstacle

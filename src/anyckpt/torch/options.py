@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 
 FORMATS = ("dcp", "megatron-core", "megatron-core-zarr", "hf", "safetensors", "torch")

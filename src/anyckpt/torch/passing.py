@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import Shape
 from anyckpt.torch.collectives import Ranks
 from anyckpt.torch.live import LivePiece

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from anyckpt.containers.torch_file import shift_parts, tensor_zip_parts
 from anyckpt.containers.torch_file.writer import LARGE, PAGE
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.engine.blocks import cut_all
 from anyckpt.engine.destination import Destination, Share

@@ -7,10 +7,10 @@ import os
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import BusyError
 from anyckpt.errors import OutputError, UsageError
 from anyckpt.operations.background_writer import BackgroundWriter

@@ -13,9 +13,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.copied import Copies
 from anyckpt.engine.destination import Share
 from anyckpt.engine.execute import Report

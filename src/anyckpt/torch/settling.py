@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.checksum import CHUNK_BYTES
 from anyckpt.engine.plan import OutputFile, Plan, TensorData
 from anyckpt.identity import Identity

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from anyckpt.containers.dcp.chunks import HeldBox, cut
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.indexing import Shape
 from anyckpt.operations.steps.live import Live

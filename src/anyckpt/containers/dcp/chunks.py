@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import Shape
 
 _LAYERS = re.compile(r"(^|\.)layers\.(?!\d)")

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import BY_NAME, DType
 from anyckpt.errors import FormatError
 from anyckpt.pickling import Global, Record, load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import chain, islice
 from typing import Any
 
@@ -18,6 +18,7 @@ from anyckpt.containers.dcp.items import Chunks, ItemTable, LazyObjects, Unread
 from anyckpt.containers.dcp.metadata import Index, ItemPlace, TensorEntry, merge, read_index
 from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, FormatError, LastingError, UnfinishedError, UnsafeError
 from anyckpt.indexing import Array
 from anyckpt.storage.folder import Folder, check_inside

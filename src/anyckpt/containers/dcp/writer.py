@@ -7,13 +7,14 @@ file, by padding that torch's reader skips, so that they can be written past the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
 from anyckpt.containers.dcp.chunks import Held, HeldBox, cut, stacked_axes
 from anyckpt.containers.torch_file import shift_parts, tensor_zip_parts, zip_parts
 from anyckpt.containers.torch_file.writer import LARGE, PAGE
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.engine.plan import OutputFile, Part, TensorData, small_file
 from anyckpt.indexing import Shape

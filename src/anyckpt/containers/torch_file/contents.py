@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.containers.torch_file.values import Storage, TensorFacts
+from anyckpt.data_classes import dataclass
 from anyckpt.storage.zip import ZipRecord
 from anyckpt.tensor import LazyTensor
 

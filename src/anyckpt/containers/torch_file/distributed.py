@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from anyckpt.containers.torch_file.values import DistributedTensor, brief
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.indexing import Shape
 from anyckpt.pickling import Global, Record

@@ -7,13 +7,14 @@ A name is the path of dictionary keys, list indices and record fields, joined by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt.checkpoint import CompositeTensor
 from anyckpt.containers.torch_file import modules
 from anyckpt.containers.torch_file.containers import rebuilt
 from anyckpt.containers.torch_file.values import DistributedTensor, MetaTensor, SparseTensor, Storage, spelled
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.pickling import Record
 from anyckpt.pickling.plain import record_parts

@@ -6,13 +6,13 @@ What cannot be given back is named in notes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import storage_key
 from anyckpt.containers.torch_file.flatten import Path
 from anyckpt.containers.torch_file.forms import Forms, container_name, differ, waste
 from anyckpt.containers.torch_file.values import FormedTensor, QuantizedTensor, Storage, usual
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import few
 from anyckpt.tensor import LazyTensor, Stored
 

@@ -7,7 +7,7 @@ of containers tuples, subclasses of dictionaries and objects that hold tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt.checkpoint import ObjectForms
@@ -15,6 +15,7 @@ from anyckpt.containers.torch_file.contents import TorchContents
 from anyckpt.containers.torch_file.flatten import Flat, Path
 from anyckpt.containers.torch_file.modules import module_fields
 from anyckpt.containers.torch_file.values import Storage, TensorFacts, usual
+from anyckpt.data_classes import dataclass
 from anyckpt.pickling import DictRecord, Record
 from anyckpt.pickling.torch_objects import ORDERED_DICT, ordered_dict
 from anyckpt.tensor import LazyTensor

@@ -11,8 +11,8 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.checksum import crc32, join_crc32
 from anyckpt.engine.plan import Computed, Literal, Part, SourceData, TensorData
 from anyckpt.errors import UsageError

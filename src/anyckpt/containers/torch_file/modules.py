@@ -8,10 +8,10 @@ module and then for each child: what is in ``_parameters``, and in ``_buffers`` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.containers.torch_file.values import spelled
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.pickling import Record
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
 from anyckpt.checkpoint import TrainingState
 from anyckpt.containers.torch_file.flatten import Flat, Path
+from anyckpt.data_classes import dataclass
 from anyckpt.pickling import Record
 
 _OPTIMIZER = frozenset({"optim", "optimizer", "optimizers", "optimiser", "optimisers"})

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.containers.torch_file.modules import EXTRA
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.pickling import Global, Record
 from anyckpt.storage.source import ByteSource

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 
 from anyckpt.checkpoint import CompositeTensor
 from anyckpt.containers.torch_file.byteorder import SwappedSource
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import BY_NAME, DType
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.indexing import Array

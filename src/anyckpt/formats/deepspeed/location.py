@@ -11,8 +11,8 @@ Facts: ``runtime/engine.py`` and ``checkpoint/constants.py`` of DeepSpeed 0.5 to
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.storage.folder import check_inside
 from anyckpt.storage.location import Location, look_in

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from anyckpt.containers.torch_file.values import brief
+from anyckpt.data_classes import dataclass
 from anyckpt.formats.shared.one_save import apart
 from anyckpt.indexing import Shape
 from anyckpt.pickling import Record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.parts import stated_shapes
 from anyckpt.containers.torch_file.values import brief
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import dtype
 from anyckpt.errors import FormatError
 from anyckpt.formats.deepspeed.location import Files, find

@@ -7,8 +7,10 @@ llama.cpp's own converter does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
+
+from anyckpt.data_classes import dataclass
 
 OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",

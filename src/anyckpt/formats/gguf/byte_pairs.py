@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.models.sentencepiece import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary
 

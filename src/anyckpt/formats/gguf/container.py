@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UnsafeError
 from anyckpt.formats.gguf.types import BY_NUMBER, ElementType
 from anyckpt.storage.source import ByteSource

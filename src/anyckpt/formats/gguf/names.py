@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import dtype
 from anyckpt.errors import MappingError
 from anyckpt.formats.gguf.architectures import OUTER, Architecture

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, few
 from anyckpt.formats.gguf.container import INT32, MAGIC, UINT16, Header, TensorInfo, Typed, read_header
 from anyckpt.storage.location import Location

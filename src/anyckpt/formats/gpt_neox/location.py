@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, few
 from anyckpt.storage.folder import check_inside
 from anyckpt.storage.location import Location, look_in

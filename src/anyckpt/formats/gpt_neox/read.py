@@ -10,7 +10,6 @@ converter adds those up, too).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -20,6 +19,7 @@ from anyckpt.checkpoint import Checkpoint, ParallelLayout, TrainingState
 from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
 from anyckpt.containers.torch_file.flatten import flatten
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, few
 from anyckpt.formats.gpt_neox.location import FIRST_LAYER, Files, find
 from anyckpt.formats.gpt_neox.settings import configuration, others_than_transformers, read_settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor
@@ -20,6 +20,7 @@ from anyckpt.containers.torch_file.forms import Forms, container_name
 from anyckpt.containers.torch_file.roles import is_filled
 from anyckpt.containers.torch_file.weights_only import refused
 from anyckpt.containers.torch_file.writer import zip_parts
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.formats.format import WriteOptions
 from anyckpt.formats.lightning.keys import HYPER_PARAMETERS, META, STATE_DICT, VERSION

@@ -7,8 +7,8 @@ Facts: ``megatron/training/checkpointing.py`` of Megatron-LM 1.0 to core 0.16 (`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.formats.shared.tracker import TRACKER, iteration_folder, iteration_number
 from anyckpt.storage.location import Location

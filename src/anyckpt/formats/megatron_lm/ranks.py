@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.of_ranks import MOST_RANKS
 from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.values import brief
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_lm.location import MODEL_FILE, OPTIMIZER_FILE, OPTIMIZER_PART, RankFolder
 from anyckpt.formats.shared.megatron_arguments import SAME_ON_EVERY_RANK, Sizes, read_sizes

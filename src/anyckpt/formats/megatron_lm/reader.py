@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from anyckpt.checkpoint import Checkpoint, OptimizerState, ParallelLayout, RankS
 from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file import TorchContents, read_torch_files
 from anyckpt.containers.torch_file.values import brief
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.formats.megatron_lm.location import (
     OPTIMIZER_PART,

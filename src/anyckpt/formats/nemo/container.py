@@ -6,8 +6,9 @@ NeMo 1.7 and later write plain tar, earlier versions gzip tar; no other compress
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.inflate import GZIP, InflatedSource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from anyckpt.checkpoint import AdapterSettings, Checkpoint, ParallelLayout, Rank
 from anyckpt.config.nemo_speech import class_name, is_speech
 from anyckpt.containers.torch_file import read_torch, read_torch_files
 from anyckpt.containers.torch_file.checksums import stored_checksums
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.names import MANIFEST_NAME, UNFINISHED_NAME
 from anyckpt.errors import FormatError
 from anyckpt.formats.nemo.config import adapter_settings, is_megatron_config, missing_artifacts

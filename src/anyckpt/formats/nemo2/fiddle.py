@@ -12,9 +12,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UnsafeError, UsageError
 
 CONFIG = "fiddle._src.config"

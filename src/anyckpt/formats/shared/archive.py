@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.containers.torch_file import shift_parts
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.plan import Literal, OutputFile, Part, SourceData
 from anyckpt.storage.source import ByteSource
 from anyckpt.storage.tar_headers import tar_end, tar_header, tar_padding

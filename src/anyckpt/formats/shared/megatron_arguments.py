@@ -7,11 +7,11 @@ size before ``checkpoint_version`` 3.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.of_ranks import MOST_RANKS
 from anyckpt.containers.torch_file.values import brief
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import BY_NAME
 from anyckpt.errors import FormatError
 from anyckpt.pickling import Global, Record

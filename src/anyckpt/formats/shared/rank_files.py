@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import ParallelLayout, RankShard
 from anyckpt.config import of_ranks
 from anyckpt.containers.torch_file.values import brief
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.formats.shared.no_weights import FREQUENCIES_REASON, note_extra_state
 from anyckpt.formats.shared.rank_folders import Place, folder_name

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from anyckpt.containers.torch_file import parts, read_torch
 from anyckpt.containers.torch_file.flatten import flatten
 from anyckpt.containers.torch_file.forms import Forms, forms_of
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.storage.source import ByteSource
 from anyckpt.tensor import LazyTensor

@@ -6,10 +6,11 @@ What reads torch files is imported where there are some: most folders have safet
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from anyckpt.containers.safetensors import read_safetensors, safetensors_steps
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.formats.shared.rank_safetensors import part_of
 from anyckpt.storage.heads import read_each

@@ -8,11 +8,12 @@ them (the canonical form): ``q``, ``k``, ``v`` of a fused QKV, ``gate`` and ``up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError, few
 from anyckpt.tensor import LazyTensor, concatenate

@@ -10,9 +10,10 @@ must then be the only one that fits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from anyckpt.checkpoint import AdapterSettings, storage_key
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import Adapter, LowRank, Target, all_equal, check_vectors, put

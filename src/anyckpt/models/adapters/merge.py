@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType
 from anyckpt.errors import MappingError
 from anyckpt.identity import ElementWise

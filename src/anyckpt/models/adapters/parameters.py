@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from anyckpt.config.spellings import Variant
 from anyckpt.config.starred import filled, starred
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.adapters.adapter import LowRank
 from anyckpt.models.adapters.layers import Layers

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models.adapters.adapter import LowRank, Rows, all_equal, check_factors
 from anyckpt.models.adapters.rows import PREFIX

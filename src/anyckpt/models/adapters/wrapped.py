@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from anyckpt.data_classes import dataclass
 from anyckpt.models.adapters import peft_names
 from anyckpt.models.adapters.rows import PREFIX
 from anyckpt.tensor import LazyTensor

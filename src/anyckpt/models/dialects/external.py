@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache, cached_property
 
 from anyckpt.config.starred import filled, starred
+from anyckpt.data_classes import dataclass
 from anyckpt.entry_points import loaded, registered
 from anyckpt.errors import MappingError
 from anyckpt.tensor import LazyTensor

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TypeGuard
 
 from anyckpt.config import meta_names
 from anyckpt.config.hub_names import LANGUAGE
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError, did_you_mean
 from anyckpt.models.dialects import hybrid, trtllm
 from anyckpt.models.dialects.before_core import EVIDENCE, core_names

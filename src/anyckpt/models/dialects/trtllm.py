@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from anyckpt.config.hub_names import EMBEDDING, HEAD
 from anyckpt.config.model import ModelConfig
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import MappingError
 from anyckpt.identity import ElementWise

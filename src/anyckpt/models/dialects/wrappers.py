@@ -8,11 +8,11 @@ transformers 5), or may be saved without its head and so without the prefix of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count, takewhile
 
 from anyckpt.config.hub_names import EMBEDDING
+from anyckpt.data_classes import dataclass
 from anyckpt.models.language.rules import Rule
 from anyckpt.tensor import LazyTensor
 

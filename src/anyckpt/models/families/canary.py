@@ -8,7 +8,7 @@ are equally wide.  Names and settings are those of transformers 5.24's classes, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.sections import Only, Section
 from anyckpt.config.spellings import HuggingFace, NeMoSpeech
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.models.families.parts import fastconformer
 from anyckpt.models.language.family import Family

@@ -8,7 +8,7 @@ containers alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.codecs import Implied, class_of
@@ -17,6 +17,7 @@ from anyckpt.config.hugging_face import COMMON
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import Shape
 from anyckpt.models.families import clip_vision
 from anyckpt.models.families.parts import decoder

@@ -8,7 +8,7 @@ transformers 5 only in the class with the projection.  Checked by equal outputs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.codecs import Fixed, Implied, Written, class_of
@@ -16,6 +16,7 @@ from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMo2
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.indexing import Shape
 from anyckpt.models.families.parts import decoder

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from anyckpt.config.fields import Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import NeMoSpeech
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.families import nemotron_asr_streaming
 from anyckpt.models.families.parts import fastconformer

@@ -6,7 +6,7 @@ those that transformers' converter of ``.nemo`` writes; which lookaheads there a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
@@ -15,6 +15,7 @@ from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.spellings import HuggingFace, NeMoSpeech
+from anyckpt.data_classes import dataclass
 from anyckpt.models.families import parakeet_rnnt
 from anyckpt.models.families.parakeet_rnnt import durations_of
 from anyckpt.models.families.parts import fastconformer, streaming_fastconformer

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.spellings import Spellings
 from anyckpt.config.starred import SEGMENT, starred
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import Shape
 from anyckpt.models.language.rules import (
     AXES,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from anyckpt.config.model import ModelConfig
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.identity import ElementWise
 from anyckpt.indexing import Shape

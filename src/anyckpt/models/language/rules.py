@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from anyckpt.config.model import ModelConfig
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import Shape
 from anyckpt.models.language.rule_operations import IDENTITY, Operation
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_model
 from anyckpt.models.speech.tokenizer_json import Special, from_sentencepiece, is_control

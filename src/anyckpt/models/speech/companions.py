@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, Tokenizer
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, MappingError
 from anyckpt.models.sentencepiece import Vocabulary, read_model
 from anyckpt.models.speech.aggregate import Part, from_parts, is_aggregate, is_marked, leading, parts_of, tokens_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MissingLibraryError
 from anyckpt.escaping import printable
 from anyckpt.markup import text

@@ -10,10 +10,10 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.markup import text
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from anyckpt.checkpoint.grouping import grouped
+from anyckpt.data_classes import dataclass
 from anyckpt.operations.explorer.names import Standing, standings
 from anyckpt.operations.inspection import TensorFacts
 from anyckpt.operations.steps.statistics import Magnitudes, Statistics

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from anyckpt.data_classes import dataclass
 from anyckpt.markup import text
 
 _MOST_BOXES = 14

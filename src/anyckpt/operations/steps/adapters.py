@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hybrid import letters_of
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.formats.format import Format
 from anyckpt.models import Model

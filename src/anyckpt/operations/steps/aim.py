@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from anyckpt.checkpoint import Checkpoint, ParallelLayout
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.plan import Plan
 from anyckpt.errors import UsageError
 from anyckpt.formats.format import Format, WriteOptions

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.nemo1 import restated
 from anyckpt.config.own_part import with_vocabulary
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import Hub, Model
 from anyckpt.models.complete import some

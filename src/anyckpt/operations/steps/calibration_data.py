@@ -6,11 +6,11 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.indexing import Array
 from anyckpt.storage.location import Location, look_at

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from keyword import iskeyword
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.escaping import printable
 from anyckpt.plain_yaml import dump_yaml
 

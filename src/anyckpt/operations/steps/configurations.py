@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import AdapterSettings, Checkpoint
 from anyckpt.config.hugging_face import WITHOUT_MEANING
 from anyckpt.config.model import PART_OF
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import LastingError, few
 from anyckpt.models import Model, ModelConfig
 from anyckpt.models.adapters import KINDS, settings_of, spelling_of

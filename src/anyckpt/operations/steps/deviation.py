@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import CACHED_ELEMENTS, Array
 from anyckpt.operations.steps.tolerances import Tolerance
 from anyckpt.storage.gather import scratch

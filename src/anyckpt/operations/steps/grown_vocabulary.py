@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, OptimizerState, storage_key
 from anyckpt.config.own_part import with_vocabulary
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.models import Model
 from anyckpt.models.dialects import spellings

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import LastingError, few
 from anyckpt.operations.steps.compare_objects import leaves_within
 from anyckpt.operations.steps.statistics import Statistics, counts, scan

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint, OptimizerState
 from anyckpt.config.model import ModelConfig
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import LastingError, MappingError, UsageError
 from anyckpt.operations.steps.layer_request import LayerRequest
 from anyckpt.operations.steps.layer_settings import inside_with_layers, layers_of, with_layers, with_stack_layers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 
 _RANGE = re.compile(r"(\d{1,7})(?:-(\d{1,7}))?")

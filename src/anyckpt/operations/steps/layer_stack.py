@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.models.complete import some
 from anyckpt.tensor import LazyTensor, concatenate

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.layout import Parallelism, parse_layout
 from anyckpt.layout.division import Padding

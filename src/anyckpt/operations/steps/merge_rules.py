@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.identity import OfFields
 from anyckpt.indexing import Array, Shape
 from anyckpt.operations.steps.thinning import Sparsity, keep

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UsageError, alike, few
 from anyckpt.formats.shared.hub_folder import read_json
 from anyckpt.models.adapters.rows import PREFIX

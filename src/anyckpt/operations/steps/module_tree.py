@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.checkpoint.grouping import grouped
+from anyckpt.data_classes import dataclass
 
 _DEEPEST = 64
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import Any
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.indexing import CACHED_ELEMENTS, Array
 from anyckpt.operations.steps.dots import dot, total

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt import models, quantization
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.config.nemo_speech import CLASSES, class_name
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError, about
 from anyckpt.formats.format import Format, WriteOptions
 from anyckpt.models import Hub, Model

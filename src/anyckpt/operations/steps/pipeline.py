@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.plain_yaml import load_yaml_mapping
 from anyckpt.storage.location import look_at

@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, LastingError, UsageError
 from anyckpt.operations.steps.threads import Advance, Meter, Progress, each
 from anyckpt.storage.location import Location, look_at

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 
 

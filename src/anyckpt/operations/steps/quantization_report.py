@@ -7,12 +7,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from anyckpt.blockwise import Tiles, keeping
+from anyckpt.data_classes import dataclass
 from anyckpt.indexing import Array
 from anyckpt.operations.steps.quantizing import Quantized
 from anyckpt.operations.steps.report_page import page

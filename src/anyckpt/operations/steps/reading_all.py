@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import partial
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, StoredChecksum
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.checksum import crc32
 from anyckpt.engine.manifest import Entries, Manifest, entries_there, read_manifest
 from anyckpt.errors import LastingError

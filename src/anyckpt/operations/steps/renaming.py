@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 
 from anyckpt import models
@@ -12,6 +12,7 @@ from anyckpt.config.hugging_face import render_whole
 from anyckpt.config.model import PART_OF
 from anyckpt.config.nemo1 import restated
 from anyckpt.config.own_part import with_vocabulary
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError, UsageError
 from anyckpt.models import Hub, Model, Named
 from anyckpt.models.bare_names import Bare

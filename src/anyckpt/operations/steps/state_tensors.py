@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint, OptimizerState
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, LastingError, MappingError
 from anyckpt.operations.steps.common_names import CommonNames
 from anyckpt.operations.steps.compare_objects import compare_objects

@@ -7,11 +7,11 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import dtype
 from anyckpt.identity import ElementWise, Identity, OfFields
 from anyckpt.indexing import Array, Shape

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import FormatError, UsageError
 

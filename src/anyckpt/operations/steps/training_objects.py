@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, LastingError
 from anyckpt.formats.shared.random_states import random_states
 from anyckpt.formats.shared.rank_folders import parse_folder

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from anyckpt.checkpoint import Checkpoint, CompositeTensor
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.models.complete import some
 from anyckpt.operations.steps.beside_weights import objects_in_modules

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.execute import Report, execute, peak_rss_bytes
 from anyckpt.engine.launchers import launched_share

@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, FormatError, UnreachableError
 from anyckpt.identity import Identity
 from anyckpt.storage.hub import library

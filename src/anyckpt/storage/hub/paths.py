@@ -9,9 +9,9 @@ slashes (``refs/pr/3``), and any other is written with ``%2F`` for them.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from urllib.parse import unquote
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 
 SCHEME = "hf"

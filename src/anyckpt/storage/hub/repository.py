@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.storage.folder import check_inside
 from anyckpt.storage.hub import library

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import islice
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, FormatError, UnreachableError, did_you_mean, few
 from anyckpt.storage.folder import Folder, check_inside
 from anyckpt.storage.place import FILE, FOLDER, Place

@@ -7,8 +7,8 @@ the error and the kind of a failed connection are taken from them, so that no me
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, FormatError, UnreachableError
 from anyckpt.storage.remote.addresses import AZURE, GCS, S3, WEB, Address
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError, UnreachableError
 from anyckpt.identity import Identity
 from anyckpt.storage.read_count import count_read

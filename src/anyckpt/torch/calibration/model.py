@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.tensor import LazyTensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import FormatError
 from anyckpt.torch.calibration.model import LazyModel, Rows
 

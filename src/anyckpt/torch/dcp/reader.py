@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.futures import Future
 from anyckpt.containers.dcp import METADATA, read_dcp
 from anyckpt.containers.dcp.items import Unread
 from anyckpt.containers.torch_file import read_torch
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, UsageError
 from anyckpt.operations.steps.joining import open_checkpoint
 from anyckpt.storage.local_file import close_open_files

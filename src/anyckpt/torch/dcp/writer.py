@@ -7,7 +7,7 @@ import pickle
 import uuid
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.engine.manifest import ManifestEntry
 from anyckpt.errors import FormatError, UsageError

@@ -7,11 +7,12 @@ Theirs and ours are told by their attributes, so that any release's are taken as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import torch
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.indexing import Shape
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from anyckpt.containers.dcp import DcpContents
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import AnyckptError, MappingError, few
 from anyckpt.tensor import LazyTensor
 from anyckpt.torch.megatron.entities import is_tensor, name_of, unique_key

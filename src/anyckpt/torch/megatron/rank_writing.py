@@ -10,11 +10,12 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.engine.manifest import ManifestEntry
 from anyckpt.errors import OutputError

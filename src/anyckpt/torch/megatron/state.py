@@ -6,12 +6,12 @@ The state that is given stays as it is: factories are asked what they store, and
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.indexing import Shape, flat_boxes
 from anyckpt.torch.live import LiveObject, LivePiece, LiveState

@@ -17,7 +17,6 @@ import os
 import pickle
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from anyckpt.containers.dcp import read_dcp
+from anyckpt.data_classes import dataclass
 from anyckpt.engine.execute import DEFAULT_MEMORY
 from anyckpt.storage.local_file import close_open_files
 from anyckpt.storage.location import look_at

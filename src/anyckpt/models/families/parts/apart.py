@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.fields import Codec
 from anyckpt.config.model import ModelConfig
+from anyckpt.data_classes import dataclass
 
 
 @dataclass(eq=False, repr=False, match_args=False)

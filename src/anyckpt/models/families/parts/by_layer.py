@@ -6,7 +6,6 @@ Such keys are a family's ``carried`` ones: they stay in its configuration as the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.defaults import of_class
@@ -14,6 +13,7 @@ from anyckpt.config.fields import Codec
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.possible import LARGEST, impossible
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ norms, attention with a context) transformers' class cannot, and is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.codecs import Fixed, Implied, Times
@@ -16,6 +16,7 @@ from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.sections import Only, Section, Share
+from anyckpt.data_classes import dataclass
 from anyckpt.models.families.parts.modules import linear, norm
 from anyckpt.models.language.rules import Axis, Dimension, Rule, has
 from anyckpt.models.speech.featurizer import FILTERS, WINDOW

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from anyckpt.config.fields import Codec
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 
 _WHAT = "config.json's rope_parameters"

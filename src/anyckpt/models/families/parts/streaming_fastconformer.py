@@ -8,13 +8,14 @@ shapes and keys were compared with a model of NeMo 3.0 and transformers 5.24's c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.config.fields import Codec
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
 from anyckpt.config.sections import Only, Section
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import MappingError
 from anyckpt.models.families.parts import fastconformer
 from anyckpt.models.families.parts.modules import linear

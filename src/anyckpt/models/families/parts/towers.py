@@ -7,13 +7,14 @@ Names of its tensors in the hub have ``vision_model.`` before them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from anyckpt.config import hugging_face
 from anyckpt.config.fields import Codec
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
+from anyckpt.data_classes import dataclass
 from anyckpt.models.language.family import Family
 from anyckpt.models.language.rules import Rule
 
