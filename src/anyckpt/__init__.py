@@ -10,7 +10,7 @@ Everything here is imported when it is first used, so ``import anyckpt`` costs m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from anyckpt.on_demand import on_demand
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from anyckpt.operations.verify import verify
     from anyckpt.tensor import LazyTensor
 
-    __version__: str
+__version__ = "0.1.0"
 
 __all__ = [
     "AnyckptError",
@@ -131,12 +131,4 @@ _WHERE = {
     "verify": "operations.verify",
 }
 
-_find, __dir__ = on_demand(__name__, {**_WHERE, "__version__": ""})
-
-
-def __getattr__(name: str) -> Any:
-    if name != "__version__":
-        return _find(name)
-    from importlib.metadata import version
-
-    return version("anyckpt")
+__getattr__, __dir__ = on_demand(__name__, _WHERE)
