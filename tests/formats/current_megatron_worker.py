@@ -33,7 +33,10 @@ current_megatron.install()
 
 import megatron.core  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.activations import quick_gelu, squared_relu  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from megatron.core.fusions import fused_softmax  # noqa: E402
+from megatron.core.models import backends  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_submodules,
@@ -47,16 +50,74 @@ from megatron.core.ssm.gated_delta_net import common as gated_delta_net  # noqa:
 from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 from megatron.core.transformer.fsdp_dtensor_checkpoint import handle_experts_in_state_dict  # noqa: E402
+from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import (  # noqa: E402
     MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
 )
 
-hybrid_block.TENorm = WrappedTorchNorm
+
+class ZeroCentred(torch.nn.Module):
+    """Transformer Engine's norm that stores its scale less one, which Megatron-Core's local layers have not."""
+
+    def __init__(self, hidden_size: int, eps: float, centred: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size)) if centred else None
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return torch.nn.functional.rms_norm(x, (x.shape[-1],), 1 + self.weight, self.eps)
+        return torch.nn.functional.layer_norm(x, (x.shape[-1],), 1 + self.weight, self.bias, self.eps)
+
+
+class Norm:
+    """Of Transformer Engine's kind where the model has that, else PyTorch's."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
+        if not config.layernorm_zero_centered_gamma:
+            return WrappedTorchNorm(config, hidden_size, eps)
+        return ZeroCentred(hidden_size, eps, config.normalization == "LayerNorm")
+
+
+class LatentAttention(torch.nn.Module):
+    """Of keys wider than values, which Transformer Engine's kernel computes and Megatron-Core's own layer cannot."""
+
+    def __init__(self, softmax_scale: float, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return found.permute(2, 0, 1, 3).flatten(2)
+
+
+def window_mask(query: int, key: int, window: tuple[int, int]) -> torch.Tensor:
+    """As the library's, which makes it on a GPU."""
+    before = torch.arange(key)[None] - torch.arange(query)[:, None] - (key - query)
+    return ((before > 0) | (before < -window[0]) if window[0] >= 0 else before > 0)[None, None]
+
+
+def unit(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """What the kernel computes that gated delta nets call."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+hybrid_block.TENorm = Norm
+backends.LocalSpecProvider.layer_norm = lambda self, **_: Norm  # type: ignore[assignment, method-assign]
+gated_delta_net.l2norm = unit
+fused_softmax.get_sliding_window_causal_mask = window_mask
 gated_delta_net.HAVE_FLA = True  # whose kernels are for GPUs, and are not run here
 torch.serialization.add_safe_globals([argparse.Namespace])
 
@@ -92,6 +153,30 @@ SAME = (
     "linear_value_head_dim",
     "linear_num_key_heads",
     "linear_num_value_heads",
+    "mtp_num_layers",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "softmax_scale",
+    "softmax_type",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "no_rope_freq",
+)
+LATENT = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rope_type",
+    "rotary_base",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
 )
 OFF = (
     "bias_activation_fusion",
@@ -104,6 +189,10 @@ OFF = (
 
 
 def activation(arguments: dict[str, Any]) -> Any:
+    if arguments.get("squared_relu"):
+        return squared_relu
+    if arguments.get("quick_geglu"):
+        return quick_gelu
     gelu = partial(torch.nn.functional.gelu, approximate="tanh" if arguments.get("openai_gelu") else "none")
     return torch.nn.functional.silu if arguments.get("swiglu") else gelu
 
@@ -111,12 +200,17 @@ def activation(arguments: dict[str, Any]) -> Any:
 def config_of(arguments: dict[str, Any], world: int) -> TransformerConfig:
     values = {name: arguments[name] for name in SAME if arguments.get(name) is not None}
     dtype = getattr(torch, str(arguments.get("params_dtype") or "torch.float32").rpartition(".")[2])
-    return TransformerConfig(
+    latent = bool(arguments.get("multi_latent_attention"))
+    if latent:
+        values |= {"multi_latent_attention": True, "q_lora_rank": arguments.get("q_lora_rank")}
+        values |= {name: arguments[name] for name in LATENT if arguments.get(name) is not None}
+    return (MLATransformerConfig if latent else TransformerConfig)(
         **values,
+        layernorm_zero_centered_gamma=bool(arguments.get("apply_layernorm_1p")),
         **dict.fromkeys(OFF, False),
         num_moe_experts=arguments.get("num_experts"),
         layernorm_epsilon=arguments.get("norm_epsilon", 1e-5),
-        gated_linear_unit=bool(arguments.get("swiglu")),
+        gated_linear_unit=bool(arguments.get("swiglu") or arguments.get("gated_linear_unit")),
         activation_func=activation(arguments),
         use_cpu_initialization=True,
         tensor_model_parallel_size=world,
@@ -128,19 +222,26 @@ def config_of(arguments: dict[str, Any], world: int) -> TransformerConfig:
 
 def hybrid_layers(config: TransformerConfig) -> ModuleSpec:
     """The stack that Megatron-Core has of Transformer Engine's layers, of its own layers."""
-    common = {"qk_layernorm": config.qk_layernorm, "normalization": config.normalization}
+    common: dict[str, Any] = {"qk_layernorm": config.qk_layernorm, "normalization": config.normalization}
+    common["multi_latent_attention"] = config.multi_latent_attention
     dense = get_gpt_layer_local_submodules(**common)
     sparse = get_gpt_layer_local_submodules(num_experts=config.num_moe_experts, **common)
     fused = {
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
         "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
     }
+    if config.multi_latent_attention:  # there is no linear map to fuse the norm of the layer into
+        del fused["input_layernorm."]
+        dense.self_attention.submodules.core_attention = LatentAttention
+        for which in ("q", "kv"):
+            key = f"self_attention.{which}_layernorm."
+            fused[key] = f"self_attention.linear_{which}_up_proj.layer_norm_"
 
     def part(kind: Any, submodules: Any, names: tuple[str, ...], fused: dict[str, str]) -> ModuleSpec:
         own = {name: getattr(submodules, name) for name in names}
         return ModuleSpec(kind, submodules=TransformerLayerSubmodules(**own, sharded_state_dict_keys_map=fused))
 
-    net = GatedDeltaNetSubmodules(ColumnParallelLinear, WrappedTorchNorm, RowParallelLinear)
+    net = GatedDeltaNetSubmodules(ColumnParallelLinear, Norm, RowParallelLinear)
     of_net = TransformerLayerSubmodules(
         input_layernorm=dense.input_layernorm,
         self_attention=ModuleSpec(GatedDeltaNet, submodules=net),
@@ -148,15 +249,23 @@ def hybrid_layers(config: TransformerConfig) -> ModuleSpec:
         sharded_state_dict_keys_map={"input_layernorm.": "self_attention.in_proj.layer_norm_"},
     )
     mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    step = MultiTokenPredictionLayerSubmodules(
+        enorm=Norm, hnorm=Norm, eh_proj=ColumnParallelLinear, mtp_model_layer=None, layer_norm=Norm
+    )
+    further = ModuleSpec(MultiTokenPredictionLayer, submodules=step)
     return ModuleSpec(
         HybridStack,
         submodules=HybridStackSubmodules(
-            attention_layer=part(
-                TransformerLayer, dense, ("input_layernorm", "self_attention", "self_attn_bda"), fused
-            ),
+            **{
+                kind: part(TransformerLayer, dense, ("input_layernorm", "self_attention", "self_attn_bda"), fused)
+                for kind in ("attention_layer", "mla_layer")
+            },
             gdn_layer=ModuleSpec(TransformerLayer, submodules=of_net),
             mlp_layer=part(MLPLayer, dense, mlp, fused),
             moe_layer=part(MoETransformerLayer, sparse, mlp, fused),
+            mtp_block_spec=ModuleSpec(
+                MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules([further])
+            ),
         ),
     )
 
@@ -177,6 +286,7 @@ def build(arguments: dict[str, Any], world: int) -> Any:
         share_embeddings_and_output_weights=not arguments["untie_embeddings_and_output_weights"],
         position_embedding_type=arguments["position_embedding_type"],
         rotary_base=int(arguments.get("rotary_base", 10000)),
+        rotary_percent=arguments.get("rotary_percent") or 1.0,
     )
     return model.to(config.params_dtype).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,19 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
-from tests import current_megatron
-from tests.models.proofs import samples
-from tests.support import expected_of, fixture_path, write_plan
+from tests import current_megatron  # noqa: E402
+from tests.models.proofs import samples  # noqa: E402
+from tests.models.test_mtp import checkpoint as with_further_predictions  # noqa: E402
+from tests.support import expected_of, fixture_path, write_plan  # noqa: E402
 
-import anyckpt
-from anyckpt.config.megatron_bridge import Facts, run_config_of
-from anyckpt.formats import registry
-from anyckpt.formats.hf import FORMAT
-from anyckpt.formats.registry import WriteOptions
-from anyckpt.models import render_config
-from anyckpt.operations.steps.layout_request import LayoutRequest
+import anyckpt  # noqa: E402
+from anyckpt.checkpoint import Checkpoint  # noqa: E402
+from anyckpt.config.hybrid import hybrid_arguments  # noqa: E402
+from anyckpt.config.megatron_bridge import Facts, run_config_of  # noqa: E402
+from anyckpt.config.megatron_bridge_providers import HYBRID, provider_of  # noqa: E402
+from anyckpt.errors import MappingError  # noqa: E402
+from anyckpt.formats import registry  # noqa: E402
+from anyckpt.formats.hf import FORMAT  # noqa: E402
+from anyckpt.formats.registry import WriteOptions  # noqa: E402
+from anyckpt.models import render_config  # noqa: E402
+from anyckpt.operations.steps.layout_request import LayoutRequest  # noqa: E402
 
 pytestmark = pytest.mark.peer
 
@@ -45,8 +52,16 @@ CASES = [
 ]
 FSDP = [("llama", "gpt"), ("mixtral", "hybrid")]
 RANKS = [("llama", "gpt", "rank"), ("llama", "hybrid", "rank"), ("gpt2", "hybrid", "rank")]
-NETS = ["qwen3.5", "qwen3-next"]
-"""Of which the local layers compute something else, for their norms store gamma."""
+HALVES = {
+    **dict.fromkeys(("qwen3.5", "qwen3-next-dense-layers", "qwen3.5-moe"), "gated delta nets"),
+    **dict.fromkeys(("deepseek_v3", "glm-4.7-flash"), "latent attention"),
+    **dict.fromkeys(("mistral_swa", "qwen2-window", "ministral", "starcoder2-window"), "windows"),
+    **dict.fromkeys(("qwen3_moe", "qwen2_moe", "gpt_oss", "glm-4.5"), "experts"),
+    **dict.fromkeys(("phi3", "nemotron-biased", "gpt_neox", "falcon_seq_mqa", "starcoder_gpt_bigcode"), "dense"),
+    **dict.fromkeys(("internlm3", "seed-oss", "smollm3", "phi4-partial", "falcon-heads"), "dense"),
+}
+"""Models that are written as a HybridModel, by what their blocks are of."""
+FURTHER = ["multi-token"]
 FIXTURES = ["current_gpt_dense", "current_gpt_moe", "current_hybrid_dense", "current_hybrid_moe"]
 
 
@@ -65,7 +80,7 @@ def in_megatron(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]
     assert done.returncode == 0, done.stderr[-3000:]
     results: list[dict[str, Any]] = json.loads((folder / "out.json").read_text())
     assert not [result["error"] for result in results if "error" in result]
-    return results
+    return [{**job, **result} for job, result in zip(jobs, results, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +98,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]
             fixture_path(f"mcore/{case}/ckpt"), out, to="megatron-core", layout=LayoutRequest(megatron_model=other)
         )
         jobs.append({"model": in_float32(out), "load": str(out), "tokens": expected_of(f"mcore/{case}")["tokens"]})
-    for name in NETS:
-        checkpoint, out = samples()[name].open()[0], folder / name
-        layout = LayoutRequest(transformer_impl="local", megatron_model="hybrid")
-        assert FORMAT.plan is not None
-        source = write_plan(FORMAT.plan(checkpoint, WriteOptions()), folder / f"{name}-hf")
-        anyckpt.convert(source, out, to="megatron-core", layout=layout)
-        jobs.append({"model": in_float32(out), "load": str(out)})
+    for name in HALVES:
+        jobs.append(in_halves(samples()[name].open()[0], folder / name))
+    jobs.append(in_halves(with_further_predictions(), folder / FURTHER[0], tokens=False))
     for family, model in FSDP:
         out, layout = folder / f"fsdp-{family}", LayoutRequest(transformer_impl="local", megatron_model=model)
         source = fixture_path(f"families/{family}")
@@ -103,7 +114,24 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]
         tokens = np.load(source / "expected.npz")["input_ids"].tolist()
         file = str(out / "release" / "mp_rank_00" / "model_optim_rng.pt")
         jobs.append({"model": in_float32(out), "load_rank": file, "tokens": tokens})
-    return dict(zip([*CASES, *FIXTURES, *NETS, *FSDP, *RANKS], in_megatron(jobs, folder), strict=True))
+    return dict(zip([*CASES, *FIXTURES, *HALVES, *FURTHER, *FSDP, *RANKS], in_megatron(jobs, folder), strict=True))
+
+
+def in_halves(checkpoint: Checkpoint, folder: Path, *, tokens: bool = True) -> dict[str, Any]:
+    """A job that loads a Hugging Face model as a HybridModel, and which outputs transformers computes for it."""
+    assert FORMAT.plan is not None
+    source = write_plan(FORMAT.plan(checkpoint, WriteOptions()), folder / "hf")
+    layout = LayoutRequest(transformer_impl="local", megatron_model="hybrid")
+    anyckpt.convert(source, folder / "hybrid", to="megatron-core", layout=layout)
+    job = {"model": in_float32(folder / "hybrid"), "load": str(folder / "hybrid")}
+    if not tokens:
+        return job
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(source, attn_implementation="eager", dtype=torch.float32).eval()
+    ids = torch.randint(3, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        np.save(folder / "expected.npy", model(ids).logits.numpy())
+    return {**job, "tokens": ids.tolist(), "expected": str(folder / "expected.npy")}
 
 
 def in_float32(checkpoint: Path) -> dict[str, Any]:
@@ -130,12 +158,24 @@ def test_what_it_saved_computes_the_same_as_its_other_model(case: str, loaded: A
     assert np.abs(np.array(result["logits"]) - np.array(expected_of(f"mcore/{case}")["logits"])).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_a_hybrid_model_of_gated_delta_nets_loads_it(name: str, loaded: Any) -> None:
-    """With every key that either side has."""
+@pytest.mark.parametrize("name", HALVES)
+def test_a_hybrid_model_computes_what_transformers_does(name: str, loaded: Any) -> None:
+    """With every key that either side has, whatever the blocks are of."""
     result = loaded[name]
     assert result["missing"] == [] and result["unexpected"] == []
-    assert any(key.endswith("self_attention.A_log") for key in result["parameters"])
+    expected = np.load(result["expected"])
+    found = np.array(result["logits"])[..., : expected.shape[-1]]
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_hybrid_model_loads_further_predictions(loaded: Any) -> None:
+    """Its step has a stack of two layers, and asks for each tensor by the name that it has there."""
+    result = loaded[FURTHER[0]]
+    assert result["missing"] == [] and result["unexpected"] == []
+    step = "mtp.layers.0.mtp_model_layer.layers"
+    assert f"{step}.0.self_attention.linear_proj.weight" in result["parameters"]
+    assert any(key.startswith(f"{step}.1.mlp.experts.") for key in result["parameters"])
+    assert not any(value == 7 for value in np.ravel(result["parameters"]["mtp.layers.0.eh_proj.weight"]))
 
 
 @pytest.mark.parametrize("case", RANKS)
@@ -182,6 +222,13 @@ def test_bridges_classes_have_the_fields_that_are_written() -> None:
         for base in bases:
             yield from fields(base, classes if base in classes else core)
 
+    def check(arguments: dict[str, Any], rows: int, name: str) -> None:
+        written = run_config_of(arguments, rows, Facts("bfloat16", False, False))["model"]
+        module, _, kind = written.pop("_target_").rpartition(".")
+        file = current_megatron.FOLDER / (module.replace(".", "/") + ".py")
+        assert f"class {kind}(" in file.read_text(), name
+        assert set(written) - set(fields(kind, bridge)) <= LEFT_OUT.get(name, set()), name
+
     for name in (
         "llama",
         "llama31_ropescale",
@@ -196,9 +243,10 @@ def test_bridges_classes_have_the_fields_that_are_written() -> None:
         "llama-nemotron",
     ):
         model = samples()[name].open()[1]
-        arguments = render_config(model, "megatron-args")
-        written = run_config_of(arguments, model.config.rows, Facts("bfloat16", False, False))["model"]
-        module, _, kind = written.pop("_target_").rpartition(".")
-        file = current_megatron.FOLDER / (module.replace(".", "/") + ".py")
-        assert f"class {kind}(" in file.read_text(), name
-        assert set(written) - set(fields(kind, bridge)) <= LEFT_OUT.get(name, set()), name
+        check(render_config(model, "megatron-args"), model.config.rows, name)
+    for name in samples():
+        model = samples()[name].open()[1]
+        with contextlib.suppress(MappingError):
+            arguments = hybrid_arguments(render_config(model, "megatron-args"), [])
+            assert provider_of(arguments) == HYBRID
+            check(arguments, model.config.rows, name)
