@@ -237,6 +237,10 @@ class Tally:
         if found == GETATTR or found.path in _OPENERS or applies(found) or kind_of(found.path) in ("code", "function"):
             self._watched.add(id(found))
 
+    def only_counts(self, callee: Global) -> bool:
+        """Whether nothing but the number of its calls is noted of a name."""
+        return id(callee) not in self._watched
+
     def called(self, callee: Any, args: tuple[Any, ...]) -> None:
         """A call of a name, or of what a call gave."""
         known = id(callee)

@@ -2,7 +2,8 @@
 
 Distributed checkpoints carry an index of up to a hundred million opcodes, so the frequent ones are executed
 in place, in a chain of comparisons ordered by how often they occur in such an index (measured on files of
-Megatron-Core 0.12 to 0.16 and torch.save); a table of functions is half as fast.
+Megatron-Core 0.12 to 0.16 and torch.save); a table of functions is half as fast.  Objects that are like one before are
+taken as a whole (``alike``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+from anyckpt.pickling.alike import Alike
 from anyckpt.pickling.buffered import ShortDataError
 from anyckpt.pickling.opcodes import Machine
 from anyckpt.pickling.records import EMPTY, Global, Record, check_hashable
@@ -40,6 +42,8 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
     memo = machine.memo
     builders = machine.builders
     times = machine.tally.times
+    alike = machine.alike if used is not None else {}
+    begun: list[tuple[Any, Alike, int]] = []  # objects that have no state yet and may be alike, and where it begins
     stack: list[Any] = []
     count = 0
     data = buffer.data
@@ -67,8 +71,17 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                             if args is EMPTY and type(callee) is Global and id(callee) not in builders:
                                 times[id(callee)] += 1
                                 stack[-1] = Record(callee, EMPTY, True)
-                            else:
-                                stack[-1] = machine.call(callee, args, True)
+                                continue
+                            known = alike.get(id(callee))
+                            if known is not None and args is EMPTY and used is not None:
+                                found = known.next(data, at, used, count)
+                                if found is not None:
+                                    stack[-1], at, places = found
+                                    count += places
+                                    continue
+                            stack[-1] = machine.call(callee, args, True)
+                            if known is not None:
+                                begun.append((stack[-1], known, at))
                         elif code == 0x8C:  # SHORT_BINUNICODE
                             begin = at + 1
                             at = begin + data[at]
@@ -114,6 +127,11 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                             target.state = state
                         else:
                             machine.build(target, state)
+                            while begun:
+                                made, known, begin = begun.pop()
+                                if made is target:
+                                    known.learn(data, begin, at, made, machine.size)
+                                    break
                     elif code == 0x7D:  # EMPTY_DICT
                         stack.append({})
                     elif code == 0x75:  # SETITEMS
@@ -193,3 +211,5 @@ def execute(machine: Machine, used: bytearray | None) -> tuple[Any, int]:
                 start = at = 0
     finally:
         buffer.opcode = start
+        for one in alike.values():
+            one.count()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from anyckpt.errors import FormatError, UnsafeError
+from anyckpt.pickling.alike import Alike, Planned
 from anyckpt.pickling.buffered import BufferedPickle, ShortDataError
 from anyckpt.pickling.calls import Tally
 from anyckpt.pickling.rebuild import CONSTRUCTORS, Constructor
@@ -23,7 +24,9 @@ class Machine:
 
     __slots__ = (
         "_names",
+        "_planned",
         "_protocol",
+        "alike",
         "buffer",
         "builders",
         "callers",
@@ -41,6 +44,7 @@ class Machine:
         persistent_load: Callable[[Any], Any] | None,
         callers: Mapping[str, Constructor],
         leave: Callable[[int, int], Any] | None = None,
+        planned: Mapping[str, Planned] | None = None,
     ) -> None:
         self.buffer = buffer
         self.leave = leave
@@ -50,6 +54,8 @@ class Machine:
         self.memo: dict[int, Any] = {}
         # Keyed by the identity of a Global, which is far cheaper than hashing it; _names keeps them alive.
         self.builders: dict[int, Constructor] = {}
+        self.alike: dict[int, Alike] = {}
+        self._planned = planned or {}
         self._names: dict[tuple[str, str], Global] = {}
         # The identity of torch.Size, of which an index has more than of all else.
         self.size = 0
@@ -73,6 +79,8 @@ class Machine:
             found = self._names[module, name] = Global(module, name)
             caller = self.callers.get(found.path)
             self.tally.named(found, caller is not None)
+            if found.path in self._planned:
+                self.alike[id(found)] = Alike(found, self._planned[found.path], self.memo, self.tally)
             if caller is not None:
                 self.builders[id(found)] = caller
             elif found.path in CONSTRUCTORS:

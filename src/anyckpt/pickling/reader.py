@@ -16,6 +16,7 @@ import numpy as np
 
 from anyckpt.errors import AnyckptError, FormatError, UnsafeError
 from anyckpt.pickling import calls
+from anyckpt.pickling.alike import Planned
 from anyckpt.pickling.buffered import BufferedPickle, ByteReader, ShortDataError
 from anyckpt.pickling.interpreter import KeepAllError, execute
 from anyckpt.pickling.opcodes import Machine
@@ -36,6 +37,7 @@ def load(
     *,
     persistent_load: Callable[[Any], Any] | None = None,
     constructors: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None = None,
+    alike: Mapping[str, Planned] | None = None,
     name: str,
 ) -> Any:
     """The object that the pickle at the start of ``data`` describes, as plain data and inert records.
@@ -48,13 +50,16 @@ def load(
             pickle calls that name.  What it returns may have ``set_state(state)``; returning
             ``NotImplemented`` keeps the ordinary record.  This is how a reader of a million small objects
             keeps them compact.
+        alike: by the same names, how an object that differs from another in numbers and texts is made without its
+            parts (see ``pickling.alike``).
         name: the file's name, for messages.
 
     Raises:
         FormatError: the pickle is truncated or malformed.
         UnsafeError: it uses the extension registry, sets the state of a class, or has a bomb for a key.
     """
-    return load_prefix(data, 0, persistent_load=persistent_load, constructors=constructors, name=name)[0]
+    found = load_prefix(data, persistent_load=persistent_load, constructors=constructors, alike=alike, name=name)
+    return found[0]
 
 
 def load_prefix(
@@ -63,6 +68,7 @@ def load_prefix(
     *,
     persistent_load: Callable[[Any], Any] | None = None,
     constructors: Mapping[str, Callable[[tuple[Any, ...]], Any]] | None = None,
+    alike: Mapping[str, Planned] | None = None,
     leave: Callable[[int, int], Any] | None = None,
     name: str,
 ) -> tuple[Any, int]:
@@ -74,7 +80,7 @@ def load_prefix(
     """
     buffer = BufferedPickle(data, start, name)
     callers = {path: _guarded_constructor(call) for path, call in (constructors or {}).items()}
-    machine = Machine(buffer, _guarded(persistent_load), callers, leave)
+    machine = Machine(buffer, _guarded(persistent_load), callers, leave, alike)
     used = _used_entries(buffer.data) if buffer.whole else None
     try:
         try:

@@ -222,6 +222,7 @@ class Filled:
 # overflow the stack or never end; these types hash in constant time.
 _CONSTANT_TIME = frozenset({str, int, float, bool, type(None), bytes, complex, range, Global, Record})
 _UNHASHABLE = (list, dict, set, bytearray, slice)
+_LOOKED_INTO = (tuple, *_UNHASHABLE)
 _KEY_NODES = 1000
 
 
@@ -232,7 +233,7 @@ def check_hashable(key: object) -> None:
         FormatError: the key is, or contains, a list, dictionary, set, bytearray or slice.
         UnsafeError: the key is a tuple of more than a thousand nested parts.
     """
-    if type(key) in _CONSTANT_TIME:
+    if type(key) in _CONSTANT_TIME or not isinstance(key, _LOOKED_INTO):
         return
     todo: list[Iterator[object]] = [iter((key,))]
     seen = 0

@@ -11,7 +11,7 @@ to 0.20 ``dist_checkpointing/strategies/torch.py``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -19,6 +19,7 @@ from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import BY_NAME, DType
 from anyckpt.errors import FormatError
 from anyckpt.pickling import Global, Record, load
+from anyckpt.pickling.alike import Make, Planned
 from anyckpt.storage.source import ByteSource
 
 LARGEST = 1 << 60
@@ -94,6 +95,52 @@ class ItemPlace:
         self.transforms = state.get("transform_descriptors") or None
 
 
+def _chunks_like(fields: Sequence[str], chunk: Chunk) -> Make | None:
+    axes = len(fields) // 2
+    if fields != ("offsets",) * axes + ("sizes",) * axes or len(chunk.packed) != 16 * axes:
+        return None
+    pack = struct.Struct(f"<{2 * axes}q").pack
+
+    def make(numbers: list[Any]) -> Chunk:
+        made = Chunk()
+        made.packed = pack(*numbers)
+        return made
+
+    return make
+
+
+def _keys_like(fields: Sequence[str], key: ItemKey) -> Make | None:
+    if fields.count("fqn") != 1:
+        return None
+    name, axes = fields.index("fqn"), fields.count("offset")
+    begin = fields.index("offset") if axes else 0
+    end = begin + axes
+    if fields[begin:end] != ("offset",) * axes or len(key.packed or b"") != 8 * axes:
+        return None
+    pack, nowhere = struct.Struct(f"<{axes}q").pack, key.packed is None
+
+    def make(values: list[Any]) -> ItemKey:
+        made = ItemKey()
+        made.name = values[name]
+        made.packed = None if nowhere else pack(*values[begin:end])
+        return made
+
+    return make
+
+
+def _places_like(fields: Sequence[str], place: ItemPlace) -> Make | None:
+    if sorted(fields) != ["length", "offset", "relative_path"] or place.transforms is not None:
+        return None
+    path, offset, length = (fields.index(field) for field in ("relative_path", "offset", "length"))
+
+    def make(values: list[Any]) -> ItemPlace:
+        made = ItemPlace()
+        made.path, made.offset, made.length, made.transforms = values[path], values[offset], values[length], None
+        return made
+
+    return make
+
+
 class _Dropped:
     """Stands for everything that only a saver needs."""
 
@@ -129,6 +176,17 @@ def _constructors() -> dict[str, Callable[[tuple[Any, ...]], Any]]:
         table[f"{package}.filesystem._StorageInfo"] = _new(ItemPlace)
         for name in _DROPPED:
             table[f"{package}.{name}"] = lambda args: _dropped
+    return table
+
+
+def _alike() -> dict[str, Planned]:
+    table: dict[str, Planned] = {}
+    for package in _PACKAGES:
+        table[f"{package}.metadata.ChunkStorageMetadata"] = _chunks_like
+        table[f"{package}.metadata.MetadataIndex"] = _keys_like
+        table[f"{package}.filesystem._StorageInfo"] = _places_like
+        for name in _DROPPED:
+            table[f"{package}.{name}"] = lambda fields, one: lambda values: _dropped
     return table
 
 
@@ -181,7 +239,7 @@ def read_index(source: ByteSource) -> Index:
     """
     if source.size == 0:
         raise FormatError("is empty", path=source.name, remedy="the save was interrupted; use another checkpoint")
-    root = load(source.read_all(limit=1 << 36), constructors=_constructors(), name=source.name)
+    root = load(source.read_all(limit=1 << 36), constructors=_constructors(), alike=_alike(), name=source.name)
     if not isinstance(root, Record) or not isinstance(root.get("state_dict_metadata"), dict):
         raise FormatError(
             "is not the index of a distributed checkpoint",
