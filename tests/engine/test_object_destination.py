@@ -320,7 +320,9 @@ def test_processes_of_another_version_or_plan_are_told(plan: Plan, monkeypatch: 
 
     share(1)
     other = Plan(plan.format, (*plan.files, small_file("more", b"x", 0)))
-    with pytest.raises(OutputError, match=r"found plan [0-9a-f]+ of share 1 of 2, process \d+ on .*anyckpt clean"):
+    with pytest.raises(
+        OutputError, match=r"found plan [0-9a-f]+ of share 1 of 2, process \d+ on .*anyckpt clean \S+a/out to"
+    ):
         share(2, other)
     monkeypatch.setattr(object_notes, "_version", lambda: "9.9")
     for changed in (plan, other):

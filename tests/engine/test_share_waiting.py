@@ -78,7 +78,7 @@ def test_a_process_that_never_comes_is_named(plan: Plan, output: Path) -> None:
     run_share(plan, str(output), Share(3, 3))
     told, seconds = failing(lambda: work.finish(wait=0.5))
     assert "missing: share 2 of 3 (not begun in " in told and "share 3" not in told
-    assert "run the processes of these shares again" in told
+    assert "run the processes of these shares again" in told and "do not see the same place" in told
     assert 0.5 <= seconds < 5
 
 
@@ -96,6 +96,7 @@ def test_signs_of_work_prolong_the_wait_and_silence_ends_it(plan: Plan, output: 
     thread = threading.Thread(target=beat)
     thread.start()
     told, seconds = failing(lambda: work.finish(wait=0.6))
+    assert "do not see" not in told
     stop.set()
     thread.join()
     assert "share 2 of 2 (silent for " in told

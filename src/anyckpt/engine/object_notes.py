@@ -124,6 +124,7 @@ class Notes:
             OutputError: it is not, or the store refuses.
         """
         self.read()
+        clean = f"anyckpt clean {self._output}"
         for note in self._notes():
             check_maker(
                 {**note, "fingerprint": note["plan"]},
@@ -132,7 +133,7 @@ class Notes:
                 alone=alone,
                 by=note.get("by", ""),
                 output=self._objects.name_of(self._folder),
-                anew="run anyckpt clean",
+                anew=f"run {clean}",
             )
             share = note.get("share")
             if share and self._share is not None and share[1] != self._share.of:
@@ -140,7 +141,7 @@ class Notes:
                     f"is being written by processes of which each does 1/{share[1]} of the work",
                     path=self._output,
                     expected=f"1/{self._share.of}",
-                    remedy="give all processes the same number of shares; run anyckpt clean to begin anew",
+                    remedy=f"give all processes the same number of shares; run {clean} to begin anew",
                 )
 
     def keep_only(self, is_there: Callable[[str, int, str], bool]) -> None:

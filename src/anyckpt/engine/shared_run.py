@@ -224,7 +224,7 @@ class SharedRun:
             "cannot be finished, because not all of it is written",
             path=self._place.name,
             found=watch.told_of(missing),
-            remedy="run the processes of these shares again; they go on from what is there",
+            remedy=watch.remedy(missing),
         )
 
 
@@ -286,6 +286,13 @@ class Watch:
         told = [f"share {share} ({self._told(share)}; {nbytes:,} bytes)" for share, nbytes in missing.items()]
         more = len(told) - _SHOWN
         return "missing: " + ", ".join(told[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+    def remedy(self, missing: Mapping[Share, int]) -> str:
+        """What to do about shares that are missing."""
+        told = "run the processes of these shares again; they go on from what is there"
+        if any(share in self._signs or share in self._troubles for share in missing):
+            return told
+        return f"{told}; if they do run, they are on hosts that do not see the same place as this one"
 
     def _told(self, share: Share) -> str:
         if share in self._troubles:

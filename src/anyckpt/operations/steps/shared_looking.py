@@ -145,7 +145,7 @@ class SharedLooking(Looking):
                     "there is no answer, because not all shares of the work are done",
                     path=self.folder,
                     found=watch.told_of(missing),
-                    remedy="run the processes of these shares again; they go on from what is there",
+                    remedy=watch.remedy(missing),
                 )
             next(pauses)
 
