@@ -53,8 +53,8 @@ def run(installed: Path) -> Run:
     return call
 
 
-def internlm2(folder: Path) -> Path:
-    """The Llama fixture as InternLM2 stores such a model: its modelling code takes wqkv apart by query group."""
+def heron(folder: Path) -> Path:
+    """The Llama fixture as Heron, which the example invents, stores such a model: wqkv is fused by query group."""
     case = open_case("llama")
     config = case.model.config
     plain = {"embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm", "self_attn.o_proj": "attention.wo",
@@ -71,7 +71,7 @@ def internlm2(folder: Path) -> Path:
             own = next((name.replace(theirs, ours) for theirs, ours in plain.items() if theirs in name), name)
             tensors[own] = tensor
     values = {
-        "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, "hidden_act": "silu",
+        "model_type": "heron", "architectures": ["HeronForCausalLM"], "bias": False, "hidden_act": "silu",
         "num_hidden_layers": config.num_layers, "hidden_size": config.hidden_size, "rms_norm_eps": 1e-5,
         "intermediate_size": config.ffn_hidden_size, "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_query_groups, "vocab_size": config.vocab_size, "rope_theta": 1e6,
@@ -88,8 +88,8 @@ def internlm2(folder: Path) -> Path:
 
 
 def test_the_family(run: Run, tmp_path: Path) -> None:
-    source = internlm2(tmp_path / "internlm2")
-    assert json.loads(run("inspect", source, "--json").stdout)["family"] == "internlm2"
+    source = heron(tmp_path / "heron")
+    assert json.loads(run("inspect", source, "--json").stdout)["family"] == "heron"
     run("convert", source, tmp_path / "core", "--to", "megatron-core")
     anyckpt.convert(fixture_path("families/llama/hf"), tmp_path / "llama", to="megatron-core")
     assert facts(anyckpt.open(tmp_path / "core").tensors) == facts(anyckpt.open(tmp_path / "llama").tensors)
@@ -103,19 +103,17 @@ def test_the_family(run: Run, tmp_path: Path) -> None:
             key: value for key, value in config.items() if key != "torch_dtype"
         }
     refused = run("convert", source, tmp_path / "no.nemo", "--to", "nemo", fails=True)
-    assert "NeMo 1 has no models of family internlm2" in refused.stderr
+    assert "NeMo 1 has no models of family heron" in refused.stderr
 
 
 def test_without_the_package_the_error_says_what_to_do(tmp_path: Path) -> None:
-    source = internlm2(tmp_path / "internlm2")
-    with pytest.raises(
-        anyckpt.UsageError, match=r"model_type 'internlm2' is of none; .*python -m pydoc anyckpt\.extend"
-    ):
+    source = heron(tmp_path / "heron")
+    with pytest.raises(anyckpt.UsageError, match=r"model_type 'heron' is of none; .*python -m pydoc anyckpt\.extend"):
         anyckpt.convert(source, tmp_path / "core", to="megatron-core")
 
 
 def test_a_tensor_that_the_family_has_not(run: Run, tmp_path: Path) -> None:
-    source = internlm2(tmp_path / "internlm2")
+    source = heron(tmp_path / "heron")
     left = run("convert", source, tmp_path / "out", "--to", "megatron-core", "--exclude", "output.weight", fails=True)
     assert "1 tensors of the model are missing: output.weight" in left.stderr
 

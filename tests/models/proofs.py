@@ -534,6 +534,17 @@ PROOFS: dict[str, Proof] = {
             rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
         ),
     ),
+    "internlm2": proof(
+        Synthetic(
+            name="internlm2",
+            config=remote_code.INTERNLM2,
+            shapes=remote_code.internlm2_shapes(remote_code.INTERNLM2),
+            provenance=remote_code.INTERNLM2_SOURCE,
+            refused=_CORE_ALONE,
+        ),
+        outputs="Megatron-Core",
+        note="Megatron-Core gives the logits of transformers' Llama of the same weights",
+    ),
     "internlm3": proof(
         tiny("internlm3", "internlm3", _CORE_ALONE, **_WIDE, architectures=["LlamaForCausalLM"]),
         tiny(

@@ -215,3 +215,59 @@ def chatglm_shapes(config: dict[str, Any]) -> Shapes:
         }
     final = {"transformer.encoder.final_layernorm.weight": (hidden,)}
     return {**found, **final, "transformer.output_layer.weight": (rows, hidden)}
+
+
+# -- InternLM 2 ----------------------------------------------------------------------------------------------
+
+INTERNLM2_SOURCE = (
+    "modeling_internlm2.py, configuration_internlm2.py and config.json of internlm/internlm2_5-7b; vLLM's and "
+    "llama.cpp's converters"
+)
+INTERNLM2: dict[str, Any] = {
+    "architectures": ["InternLM2ForCausalLM"],
+    "attn_implementation": "eager",
+    "auto_map": {
+        "AutoConfig": "configuration_internlm2.InternLM2Config",
+        "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
+        "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
+    },
+    "bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "model_type": "internlm2",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "vocab_size": 128,
+    "pretraining_tp": 1,
+}
+
+
+def internlm2_shapes(config: dict[str, Any]) -> Shapes:
+    hidden, width, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    found: Shapes = {"model.tok_embeddings.weight": (rows, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        found |= {
+            f"{name}.attention.wqkv.weight": ((heads + 2 * groups) * hidden // heads, hidden),
+            f"{name}.attention.wo.weight": (hidden, hidden),
+            f"{name}.feed_forward.w1.weight": (width, hidden),
+            f"{name}.feed_forward.w3.weight": (width, hidden),
+            f"{name}.feed_forward.w2.weight": (hidden, width),
+            f"{name}.attention_norm.weight": (hidden,),
+            f"{name}.ffn_norm.weight": (hidden,),
+        }
+    return {**found, "model.norm.weight": (hidden,), "output.weight": (rows, hidden)}

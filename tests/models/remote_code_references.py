@@ -1,7 +1,8 @@
 """What models compute whose classes transformers never had, from their own tensors.
 
-By transformers' classes of the same mathematics (Llama for Baichuan 2, GLM for ChatGLM) or, for DeciLM, by parts of
-Llama put together layer by layer; tensors are split here, as the models' own code splits them, and not by our rules.
+By transformers' classes of the same mathematics (Llama for Baichuan 2 and InternLM 2, GLM for ChatGLM) or, for DeciLM,
+by parts of Llama put together layer by layer; tensors are split here, as the models' own code splits them, and not by
+our rules.
 """
 
 from __future__ import annotations
@@ -108,11 +109,36 @@ def chatglm(weights: Weights, config: dict[str, Any], tokens: Any) -> Any:
     return _logits(GlmForCausalLM(same), state, tokens)
 
 
+def internlm2(weights: Weights, config: dict[str, Any], tokens: Any) -> Any:
+    """``modeling_internlm2.py``: ``wqkv`` by query group, its queries, its key and its value."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    each, width = heads // groups, config["hidden_size"] // heads
+    renamed = {
+        "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
+        "feed_forward.w2": "mlp.down_proj",
+    }  # fmt: skip
+    state: Weights = {"lm_head.weight": weights["output.weight"]}
+    for name, tensor in weights.items():
+        if name.endswith("attention.wqkv.weight"):
+            grouped = tensor.unflatten(0, (groups, each + 2, width))
+            for part, rows in (("q", grouped[:, :each]), ("k", grouped[:, -2:-1]), ("v", grouped[:, -1:])):
+                state[name.replace("attention.wqkv", f"self_attn.{part}_proj")] = rows.flatten(0, 2)
+        elif name != "output.weight":
+            found = next((own for own in renamed if own in name), "")
+            state[name.replace(found, renamed[found]) if found else name] = tensor
+    keys = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "rms_norm_eps", "vocab_size", "max_position_embeddings", "rope_theta",
+    )  # fmt: skip
+    return _logits(LlamaForCausalLM(LlamaConfig(**{key: config[key] for key in keys})), state, tokens)
+
+
 def _logits(model: Any, state: Weights, tokens: Any) -> Any:
     model.load_state_dict(state, strict=True)
     return model.eval()(tokens).logits
 
 
 REFERENCES: dict[str, Callable[[Weights, dict[str, Any], Any], Any]] = {
-    "llama-nemotron": decilm, "baichuan2": baichuan, "chatglm": chatglm,
+    "llama-nemotron": decilm, "baichuan2": baichuan, "chatglm": chatglm, "internlm2": internlm2,
 }  # fmt: skip

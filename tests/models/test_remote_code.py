@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.models.cases import facts, model_of, notes_of, with_weights
 from tests.models.proofs import samples
-from tests.models.remote_code import BAICHUAN, BAICHUAN_13B, CHATGLM, baichuan_shapes, chatglm_shapes
+from tests.models.remote_code import BAICHUAN, BAICHUAN_13B, CHATGLM, INTERNLM2, baichuan_shapes, chatglm_shapes
 from tests.support import write_plan
 
 import anyckpt
@@ -310,3 +310,33 @@ def test_norms_have_biases_of_zeros_in_megatron() -> None:
     trained = {**hub.tensors, made[0]: from_array(np.ones(32, "<f4"))}
     with pytest.raises(MappingError, match="is not zero"):
         models.from_hub(Hub(model, trained), "hf")
+
+
+# -- InternLM 2 ----------------------------------------------------------------------------------------------
+
+
+def test_rope_of_internlm2_is_written_as_its_code_takes_it() -> None:
+    """``configuration_internlm2.py`` raises for any other keys than ``type`` and ``factor``."""
+    scaling = {"type": "linear", "factor": 2.0}
+    model = model_of({**INTERNLM2, "rope_scaling": scaling})
+    assert models.render_config(model, "hf")["rope_scaling"] == scaling
+    again = model_of(models.render_config(model, "megatron-args"))
+    assert (again.family, models.render_config(again, "hf")["rope_scaling"]) == ("internlm2", scaling)
+    dynamic = model_of({**INTERNLM2, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    assert models.render_config(dynamic, "hf")["rope_scaling"] == {"type": "dynamic", "factor": 2.0}
+    with pytest.raises(MappingError, match="cannot express this rope scaling"):
+        models.render_config(dynamic, "megatron-args")
+
+
+def test_rope_that_internlm2_has_not() -> None:
+    scaled = model_of({**INTERNLM2, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}})  # fmt: skip
+    notes: list[str] = []
+    models.render_config(scaled, "hf", notes=notes)
+    assert any("InternLM 2's own code has no such rope_scaling" in note for note in notes)
+
+
+def test_biases_of_internlm2_are_refused() -> None:
+    """They would be of attention alone, but in Megatron-Core also of the MLP."""
+    with pytest.raises(MappingError, match="bias is not that of family internlm2"):
+        model_of({**INTERNLM2, "bias": True})

@@ -28,7 +28,7 @@ from anyckpt.formats.hf import FORMAT  # noqa: E402
 from anyckpt.formats.registry import look_at  # noqa: E402
 from anyckpt.operations.steps.layout_request import LayoutRequest  # noqa: E402
 
-LIMITS = {"llama-nemotron": 2e-5, "baichuan2": 5e-6, "chatglm": 5e-6}
+LIMITS = {"llama-nemotron": 2e-5, "baichuan2": 5e-6, "chatglm": 5e-6, "internlm2": 5e-6}
 """Of the difference, as a part of the largest logit."""
 
 

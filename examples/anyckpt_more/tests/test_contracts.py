@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from anyckpt_more.internlm2 import FAMILY
+from anyckpt_more.heron import FAMILY
 from anyckpt_more.npy import FORMAT
 
 from anyckpt.testing import check_family, check_format
 
-INTERNLM2 = {
-    "model_type": "internlm2",
-    "architectures": ["InternLM2ForCausalLM"],
+HERON = {
+    "model_type": "heron",
+    "architectures": ["HeronForCausalLM"],
     "bias": False,
     "hidden_act": "silu",
     "num_hidden_layers": 2,
@@ -26,7 +26,7 @@ INTERNLM2 = {
 
 
 def test_the_family() -> None:
-    check_family(FAMILY, INTERNLM2)
+    check_family(FAMILY, HERON)
 
 
 def test_the_format(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""InternLM2: Llama's model, with query, key and value rows stored as Megatron-Core stores them.
+"""Heron, an invented model: Llama's, with query, key and value rows stored as Megatron-Core stores them.
 
-Names and keys are those of ``modeling_internlm2.py`` and ``configuration_internlm2.py`` of internlm/internlm2-7b, which
-takes ``wqkv`` apart as "b q (h gs d) -> b q h gs d": by query group, its queries, its key, its value.
+Its code would take ``wqkv`` apart as "b q (h gs d) -> b q h gs d": by query group, its queries, its key, its value.
 """
 
 from anyckpt.extend import DECODER_TRAITS, GATE_UP, HUGGING_FACE_FIELDS, Family, Field, HuggingFace, Rule, untied
@@ -26,13 +25,13 @@ RULES = (
 )
 
 FAMILY = Family(
-    name="internlm2",
-    title="InternLM2",
+    name="heron",
+    title="Heron",
     rules=RULES,
     traits={**DECODER_TRAITS, "add_bias_linear": False},
     hugging_face=HuggingFace(
-        model_types=("internlm2",),
-        architectures=("InternLM2ForCausalLM",),
+        model_types=("heron",),
+        architectures=("HeronForCausalLM",),
         defaults={
             "vocab_size": 103168,
             "hidden_size": 4096,
