@@ -163,10 +163,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def weights(self) -> dict[str, LazyTensor]:
         """The model's own tensors, without ``model_prefix`` and without training state."""
+        if not self.model_prefix and not self.state_prefixes:
+            return dict(self.tensors)
         return {
             name[len(self.model_prefix) :]: tensor
             for name, tensor in self.tensors.items()
-            if name.startswith(self.model_prefix) and not name.startswith(self.state_prefixes or ("\0",))
+            if name.startswith(self.model_prefix) and not name.startswith(self.state_prefixes)
         }
 
     def with_weights(self, weights: dict[str, LazyTensor], **changes: Any) -> Checkpoint:

@@ -169,7 +169,7 @@ def _tensor(source: ByteSource, name: str, entry: Any, base: int) -> tuple[int, 
         raise _damaged(source, "has an invalid shape", f"at most {_AXES_LIMIT} lengths, none negative", shape, name)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise _damaged(source, "has invalid data_offsets", "begin and end", offsets, name)
-    if math.prod(max(n, 1) for n in shape) * kind.itemsize >= 1 << 63:
+    if math.prod(filter(None, shape)) * kind.itemsize >= 1 << 63:
         raise _damaged(source, "has an impossible shape", "fewer than 2**63 bytes", shape, name)
     if packing is not None:
         _, numbers, held = packing

@@ -303,13 +303,13 @@ class LazyTensor(ABC):
         Raises:
             UsageError: the number of elements differs.
         """
-        wanted = tuple(shape)
+        wanted, size = tuple(shape), self.size
         if -1 in wanted:
             known = -math.prod(wanted)
-            wanted = tuple(self.size // known if n == -1 and known else n for n in wanted)
-        if math.prod(wanted) != self.size or any(n < 0 for n in wanted):
-            raise UsageError("cannot be reshaped", expected=f"{self.size} elements", found=tuple(shape))
-        if not self.size:
+            wanted = tuple(size // known if n == -1 and known else n for n in wanted)
+        if math.prod(wanted) != size or min(wanted, default=0) < 0:
+            raise UsageError("cannot be reshaped", expected=f"{size} elements", found=tuple(shape))
+        if not size:
             from anyckpt.tensor.nodes import Constant
 
             return Constant(self.dtype, wanted)

@@ -40,9 +40,10 @@ def concatenate(tensors: Sequence[LazyTensor], axis: int) -> LazyTensor:
         UsageError: dtypes differ, shapes differ off the axis, or there is no such axis.
     """
     first = tensors[0]
+    others = first.shape[:axis] + first.shape[axis + 1 :]
     starts, stops, at = [], [], 0
     for tensor in tensors:
-        same = tensor.shape[:axis] + tensor.shape[axis + 1 :] == first.shape[:axis] + first.shape[axis + 1 :]
+        same = tensor.shape == first.shape or tensor.shape[:axis] + tensor.shape[axis + 1 :] == others
         if tensor.dtype != first.dtype or not same or axis >= tensor.ndim:
             raise UsageError(
                 f"cannot be joined along axis {axis}",

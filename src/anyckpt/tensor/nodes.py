@@ -47,7 +47,7 @@ class Stored(LazyTensor):
         self.offset = offset
         self.dtype = dtype
         self.shape = shape
-        self.strides = strides if strides != c_strides(shape) else None
+        self.strides = None if strides is None or strides == c_strides(shape) else strides
 
     def identity(self) -> Identity:
         return self.source, self.offset, self.dtype, self.shape, self.strides

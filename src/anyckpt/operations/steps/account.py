@@ -70,7 +70,7 @@ def unaccounted(sources: Iterable[Checkpoint], plan: Plan) -> dict[str, str]:
         (name, tensor)
         for source in sources
         for name, tensor in source.tensors.items()
-        if id(tensor) not in written and not {name, name.removeprefix(source.model_prefix)} & told
+        if id(tensor) not in written and name not in told and name.removeprefix(source.model_prefix) not in told
     ]
     begun = {_start(piece) for part in plan.tensors() for piece in part.tensor.pieces() if piece.size}
     open_ends = [(name, tensor) for name, tensor in open_ends if not any(_start(p) in begun for p in tensor.pieces())]

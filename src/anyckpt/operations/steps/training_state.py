@@ -53,4 +53,10 @@ def _attached(checkpoint: Checkpoint, left_out: Iterable[str]) -> list[str]:
 
 def _holders(names: Iterable[str]) -> set[str]:
     """Every beginning of the names that ends before a dot."""
-    return {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
+    found: set[str] = set()
+    for name in names:
+        end = name.rfind(".")
+        while end >= 0 and name[:end] not in found:
+            found.add(name[:end])
+            end = name.rfind(".", 0, end)
+    return found
