@@ -25,7 +25,7 @@ from anyckpt.operations.steps.statistics import counts, scan
 from anyckpt.operations.steps.tolerances import Tolerance
 from anyckpt.operations.steps.weighted_mean import Mean
 from anyckpt.quantization.nodes import Halved, product, scaled
-from anyckpt.quantization.numbers import E2M1, values_of
+from anyckpt.quantization.numbers import e2m1, values_of
 from anyckpt.quantization.quantizing import ALGORITHMS, quantized
 from anyckpt.tensor import LazyTensor, Stored, from_array
 
@@ -82,7 +82,7 @@ def main() -> None:
     up = from_array(random.random((rows, 16), dtype=np.float32))
     down = from_array(random.random((16, COLUMNS), dtype=np.float32))
     fp8 = scaled(codes, values_of(e4m3), blocks, (128, 128), to)
-    mxfp4, nvfp4 = scaled(fours, E2M1, exponents, (1, 32), to), scaled(fours, E2M1, scales, (1, 16), to)
+    mxfp4, nvfp4 = scaled(fours, e2m1(), exponents, (1, 32), to), scaled(fours, e2m1(), scales, (1, 16), to)
     print("| work | CPU s per GB | thousand page faults per GB |\n|---|---|---|")
     measured("fp32 → bf16, of input", lambda: drained(full.cast(to)), full.nbytes)
     measured("bf16 → fp32, of input", lambda: drained(half.cast("float32")), half.nbytes)

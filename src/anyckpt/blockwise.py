@@ -23,7 +23,7 @@ from anyckpt.dtypes import DType
 from anyckpt.errors import UsageError
 from anyckpt.identity import Identity, OfFields
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import LONG_RUN, Hole, hole
+from anyckpt.storage.gather import LONG_RUN, hole, is_hole
 from anyckpt.tensor import LazyTensor, Mosaic, Stored, View, as_numbers
 
 _TILE_BYTES = 1 << 20  # of several rows of blocks that are computed at a time
@@ -155,7 +155,7 @@ class Blockwise(LazyTensor):
         if not out.size:
             return
         computation, per = self.computation, self.computation.outputs[self.number].per
-        if isinstance(out, Hole):
+        if is_hole(out):
             first = tuple(b * p for b, p in zip(start, per, strict=True))
             last = zip(start, out.shape, per, computation.child.shape, strict=True)
             shape = tuple(min((b + n) * p, whole) - b * p for b, n, p, whole in last)

@@ -21,7 +21,7 @@ from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import OutputFile, Plan, TensorData
 from anyckpt.errors import MappingError
 from anyckpt.quantization import METHODS, dequantize, method_of
-from anyckpt.quantization.numbers import E2M1
+from anyckpt.quantization.numbers import e2m1
 from anyckpt.storage import LocalFile
 from anyckpt.tensor import from_array
 
@@ -100,7 +100,7 @@ def test_gpt_oss_experts_through_megatron(to: str, tmp_path: Path) -> None:
     for name, array in found.items():
         if name.endswith("_proj") and ".experts." in name:
             packed, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
-            numbers = E2M1[np.stack([packed & 15, packed >> 4], -1)] * 2.0 ** (scales - 127.0)[..., None, None]
+            numbers = e2m1()[np.stack([packed & 15, packed >> 4], -1)] * 2.0 ** (scales - 127.0)[..., None, None]
             expected = numbers.reshape(*numbers.shape[:2], -1).transpose(0, 2, 1)
             assert array.tobytes() == expected.astype(kind).tobytes(), name
             assert close(array, original[name], 2), name
@@ -132,7 +132,7 @@ def test_modelopts_nvfp4(tmp_path: Path) -> None:
     for name in quantized_names:
         packed, scales, common = stored[name], stored[f"{name}_scale"], stored[f"{name}_scale_2"]
         both = scales.astype(np.float32) * common
-        numbers = E2M1[np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)]
+        numbers = e2m1()[np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)]
         assert found[name].tobytes() == (numbers * spread(both, numbers.shape, (1, 16))).tobytes(), name
         assert close(found[name], original[name], 2), name
     assert done.casts["float4_e2m1 -> float32"] == 7

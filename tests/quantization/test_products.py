@@ -11,7 +11,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.indexing import CACHED_ELEMENTS
 from anyckpt.quantization import nodes
 from anyckpt.quantization.nodes import Halved, Multiply, Paired, product, quotient, scaled
-from anyckpt.quantization.numbers import E2M1, values_of
+from anyckpt.quantization.numbers import e2m1, values_of
 from anyckpt.storage.source import MemorySource
 from anyckpt.tensor import Stored, from_array
 
@@ -20,7 +20,7 @@ from anyckpt.tensor import Stored, from_array
 @pytest.mark.parametrize("kind", ["float8_e8m0fnu", "uint8", "float8_e4m3fn"])
 @pytest.mark.parametrize("eight", [False, True])
 def test_a_table_of_products_has_every_bit_of_the_product(eight: bool, kind: str, to: str) -> None:
-    table = values_of(dtype("float8_e5m2")) if eight else E2M1
+    table = values_of(dtype("float8_e5m2")) if eight else e2m1()
     count = table.size
     codes = np.tile(np.arange(count, dtype=np.uint8), 256).reshape(256, count)
     scales = Stored(MemorySource(bytes(range(256))), 0, dtype(kind), (256, 1))
@@ -53,8 +53,8 @@ def paired(to: str, kind: str, width: int, how: str) -> tuple[Paired, np.ndarray
     given = {"": lambda: scales, "product": lambda: product(scales, from_array(common))}
     given["quotient"] = lambda: quotient(scales, from_array(common))
     codes = np.stack((packed & 15, packed >> 4), axis=-1).reshape(4, 256, columns)
-    exact = Multiply(E2M1, dtype(to))(codes, np.repeat(numbers, width, axis=-1))
-    found = scaled(Halved(from_array(packed), 2), E2M1, given[how](), (1, 1, width), dtype(to))
+    exact = Multiply(e2m1(), dtype(to))(codes, np.repeat(numbers, width, axis=-1))
+    found = scaled(Halved(from_array(packed), 2), e2m1(), given[how](), (1, 1, width), dtype(to))
     assert isinstance(found, Paired)
     return found, exact
 
@@ -98,8 +98,8 @@ def test_pairs_have_every_bit_of_the_products(
 def test_few_codes_and_scales_of_several_bytes_are_multiplied_one_by_one() -> None:
     packed = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     wide = from_array(np.ones((64, 4), np.float32))
-    assert not isinstance(scaled(Halved(from_array(packed), 1), E2M1, wide, (1, 32), dtype("bfloat16")), Paired)
+    assert not isinstance(scaled(Halved(from_array(packed), 1), e2m1(), wide, (1, 32), dtype("bfloat16")), Paired)
     narrow = from_array(np.full((64, 4), 127, np.uint8))
-    few = scaled(Halved(from_array(packed), 1), E2M1, narrow, (1, 32), dtype("float32"))
+    few = scaled(Halved(from_array(packed), 1), e2m1(), narrow, (1, 32), dtype("float32"))
     assert not isinstance(few, Paired)
-    np.testing.assert_array_equal(few.numpy()[:, ::2], E2M1[packed & 15])
+    np.testing.assert_array_equal(few.numpy()[:, ::2], e2m1()[packed & 15])

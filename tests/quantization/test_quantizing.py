@@ -25,7 +25,7 @@ from anyckpt.engine.fingerprint import fingerprint
 from anyckpt.engine.plan import OutputFile, Plan
 from anyckpt.errors import FormatError, UsageError
 from anyckpt.quantization.largest import ScaleOfTensor
-from anyckpt.quantization.numbers import E2M1
+from anyckpt.quantization.numbers import e2m1
 from anyckpt.quantization.quantizing import ALGORITHMS, Options, quantized
 from anyckpt.quantization.rounding import E4M3, FLOAT4
 from anyckpt.tensor import LazyTensor, concatenate, from_array
@@ -170,7 +170,7 @@ def values_of(made: dict[str, LazyTensor], algorithm: str, shape: tuple[int, ...
         halves = np.stack([pairs & 15, pairs >> 4], axis=-2).reshape(*shape).astype(np.int16)
         numbers = (halves - 16 * (halves > 7)).astype(np.float64)
     elif codes.dtype == np.uint8:
-        numbers = E2M1[np.stack([codes & 15, codes >> 4], axis=-1).reshape(shape)].astype(np.float64)
+        numbers = e2m1()[np.stack([codes & 15, codes >> 4], axis=-1).reshape(shape)].astype(np.float64)
     else:
         numbers = codes.astype(np.float64)
     if algorithm == "mxfp4":

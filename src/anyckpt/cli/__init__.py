@@ -16,6 +16,7 @@ from importlib import import_module
 import click
 
 from anyckpt.cli.command import write_examples
+from anyckpt.cli.late_packages import later
 
 _COMMANDS = {
     "inspect": "Say what is in a checkpoint.",
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and leave the process with its exit code."""
     gc.set_threshold(*_RARELY)
     os.environ.setdefault(_BLAS_THREADS, "1")
+    later("numpy")  # which takes as long as all else that is imported to inspect or plan, and computes nothing there
     sys.exit(run(arguments))
 
 

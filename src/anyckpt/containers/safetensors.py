@@ -37,7 +37,7 @@ _PACKED = {
 """Types smaller than a byte: ours, and how many numbers are how many bytes.  Their shapes count numbers in the header
 and bytes here, as torch's do."""
 
-_AXES_LIMIT = 32 if np.__version__.startswith("1.") else 64  # of numpy, by which elements are moved
+_AXES_OF_ANY = 32  # which all releases of numpy take, by which elements are moved
 _CODE_OF = {kind: code for code, (kind, _, _) in _PACKED.items()}
 
 _WRITING_ORDER = tuple(
@@ -165,8 +165,8 @@ def _tensor(source: ByteSource, name: str, entry: Any, base: int) -> tuple[int, 
     kind = packing[0] if packing is not None else BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if kind is None:
         raise _damaged(source, "has an unknown element type", f"one of {', '.join(_WRITING_ORDER)}", code, name)
-    if not isinstance(shape, list) or len(shape) > _AXES_LIMIT or not all(map(_is_count, shape)):
-        raise _damaged(source, "has an invalid shape", f"at most {_AXES_LIMIT} lengths, none negative", shape, name)
+    if not isinstance(shape, list) or _too_many(len(shape)) or not all(map(_is_count, shape)):
+        raise _damaged(source, "has an invalid shape", f"at most {_axes_limit()} lengths, none negative", shape, name)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise _damaged(source, "has invalid data_offsets", "begin and end", offsets, name)
     if math.prod(filter(None, shape)) * kind.itemsize >= 1 << 63:
@@ -212,6 +212,14 @@ def _check_ranges(source: ByteSource, ranges: list[tuple[int, int, str]], availa
         at = end
     if at != available:
         raise _damaged(source, "has bytes after its last tensor", f"{at} bytes of data", f"{available} bytes")
+
+
+def _too_many(axes: int) -> bool:
+    return axes > _AXES_OF_ANY and axes > _axes_limit()
+
+
+def _axes_limit() -> int:
+    return _AXES_OF_ANY if np.__version__.startswith("1.") else 64
 
 
 def _is_count(value: Any) -> bool:

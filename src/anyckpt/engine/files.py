@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from anyckpt.engine.checksum import CHUNK_BYTES
 from anyckpt.errors import OutputError
 
 PAGE = 4096
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 _DIRECT_MINIMUM = 1 << 20
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems answer that cannot do what is asked."""

@@ -236,10 +236,10 @@ def _leaf(obj: Any) -> Any:
         return f"bytes({len(obj)}): {start}" if len(obj) <= 16 else f"bytes({len(obj)}): {start}..."
     if isinstance(obj, complex):
         return f"{obj.real}{obj.imag:+}j"
-    if isinstance(obj, np.ndarray) and obj.size <= _SMALL_ARRAY and obj.dtype.kind in "biuf":
-        return _leaf_list(obj.tolist())
     if isinstance(obj, (list, tuple, dict, set, frozenset, Record, range, slice)):
         return None
+    if isinstance(obj, np.ndarray) and obj.size <= _SMALL_ARRAY and obj.dtype.kind in "biuf":
+        return _leaf_list(obj.tolist())
     if all(hasattr(obj, name) for name in ("dtype", "shape", "nbytes")):
         return f"tensor({list(obj.shape)}, {obj.dtype})"
     return f"<{type(obj).__name__}>"

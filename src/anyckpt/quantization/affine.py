@@ -12,7 +12,7 @@ from anyckpt.dtypes import DType, dtype
 from anyckpt.errors import MappingError
 from anyckpt.identity import ElementWise, Identity
 from anyckpt.indexing import Array, Shape, in_cache
-from anyckpt.storage.gather import Hole, hole, scratch
+from anyckpt.storage.gather import hole, is_hole, scratch
 from anyckpt.tensor import LazyTensor, View
 from anyckpt.tensor.views import ElementWiseInto
 
@@ -50,7 +50,7 @@ class Unpacked(View):
         first, last = low // each, -(-high // each)
         shape = (*out.shape[:axis], last - first, *out.shape[axis + 1 :])
         corner = (*start[:axis], first, *start[axis + 1 :])
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box(corner, hole(shape, self.child.dtype.raw))
             return
         with scratch(self.child.dtype.itemsize * math.prod(shape)) as buffer:
@@ -102,7 +102,7 @@ class RunningBits(View):
         first, last = low // 8, -(-high // 8)
         shape = (*out.shape[:-1], (last - first) * self.bits)
         corner = (*start[:-1], first * self.bits)
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box(corner, hole(shape, self.child.dtype.raw))
             return
         with scratch(math.prod(shape)) as buffer:
@@ -191,7 +191,7 @@ class Gathered(View):
         if not out.size:
             return
         shape = (out.shape[0], self.child.shape[1])
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box((start[0], 0), hole(shape, self.dtype.raw))
             return
         groups = np.empty(shape, self.dtype.raw)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,8 @@ _BYTE, _FLOAT32 = dtype("uint8"), dtype("float32")
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """For each of eight columns, which four bits of a word it is, from the least on."""
 
-_INT8_STEP = float(np.float32(7.874015718698502e-3))
-"""1/127 as bitsandbytes multiplies by it (``int8_vectorwise_dequant``)."""
-
-_SIGNED = np.array([*range(8), *range(-8, 0)], np.float32)
-"""The number of each of sixteen codes in two's complement."""
-
-_BYTES = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
-"""The same of each of 256."""
+_INT8_STEP = 7.874015718698502e-3
+"""1/127 in float32, as bitsandbytes multiplies by it (``int8_vectorwise_dequant``)."""
 
 _SCALES = ("scales", "weight_scale", "weight.absmax", "weight.nested_absmax", "SCB")
 
@@ -124,6 +119,13 @@ def _product(
     else:
         zero = spread(zeros)
     return Mapped((codes, zero, spread(numbers_of(scales))), to, Affine(to))
+
+
+@cache
+def _signed(bits: int) -> Array:
+    """The number of each code in two's complement, float32."""
+    half = 1 << bits - 1
+    return np.array([*range(half), *range(-half, 0)], np.float32)
 
 
 def _order(stored: LazyTensor | None, columns: int, count: int) -> Columns | None:
@@ -233,7 +235,7 @@ def modelopt_int4(stated: int | None) -> Assembled:
         rows, columns = 2 * pairs.shape[0], pairs.shape[1]
         group = stated or _group_of(columns, scales)
         check_shape("weight_scale", scales, (rows, -(-columns // group)))
-        return _smoothed(Halved(pairs, 0), _SIGNED, scales, (1, group), parts, to)
+        return _smoothed(Halved(pairs, 0), _signed(4), scales, (1, group), parts, to)
 
     others = ("pre_quant_scale", "weight_scale_2")
     return Assembled("weight", ("weight_scale",), others, "uint8", make, "int4")
@@ -253,7 +255,7 @@ def modelopt_int8() -> Assembled:
         if codes.ndim != 2 or not codes.size:
             raise fault("weight", "a matrix", codes.shape)
         column = check_shape("weight_scale", scales, (codes.shape[0],)).reshape((codes.shape[0], 1))
-        return _smoothed(codes, _BYTES, column, (1, codes.shape[1]), parts, to)
+        return _smoothed(codes, _signed(8), column, (1, codes.shape[1]), parts, to)
 
     return Assembled("weight", ("weight_scale",), ("pre_quant_scale",), "int8", make, "int8")
 

@@ -20,7 +20,7 @@ from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.quantization.nodes import Repeated, numbers_of
 from anyckpt.quantization.weights import Separated
-from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
+from anyckpt.storage.gather import SCRATCH_BYTES, hole, is_hole, scratch
 from anyckpt.tensor import Constant, LazyTensor, View
 
 
@@ -125,7 +125,7 @@ class PackedRows(View):
 
     def read_box(self, start: Shape, out: Array) -> None:
         begin, shape = (2 * start[0], start[1]), (2 * out.shape[0], out.shape[1])
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box(begin, hole(shape, self.child.dtype.raw))
             return
         with scratch(math.prod(shape)) as buffer:
@@ -160,7 +160,7 @@ class Sampled(View):
 
     def read_box(self, start: Shape, out: Array) -> None:
         first, width = start[1] * self.step, out.shape[1] * self.step
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box((start[0], first), hole((out.shape[0], width), self.dtype.raw))
             return
         rows = max(1, SCRATCH_BYTES // max(1, width * self.dtype.itemsize))

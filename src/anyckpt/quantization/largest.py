@@ -13,7 +13,7 @@ from anyckpt.dtypes import dtype
 from anyckpt.errors import FormatError
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import Hole
+from anyckpt.storage.gather import is_hole
 from anyckpt.tensor import LazyTensor, Reduction, Stored
 
 _FLOAT32 = dtype("float32")
@@ -148,7 +148,7 @@ class ScaleOfTensor(LazyTensor):
             yield from tensor.pieces()
 
     def read_box(self, start: Shape, out: Array) -> None:
-        if out.size and not isinstance(out, Hole):
+        if out.size and not is_hole(out):
             out[...] = np.array([self.scale.value()], np.float32).view(self.dtype.raw)[0]
 
     def _reshape(self, shape: Shape) -> LazyTensor:

@@ -13,7 +13,7 @@ from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import ElementWise, Identity
 from anyckpt.indexing import CACHED_ELEMENTS, Array, Shape, in_cache, look_up
 from anyckpt.quantization.numbers import values_of
-from anyckpt.storage.gather import Hole, hole, scratch
+from anyckpt.storage.gather import hole, is_hole, scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored, View
 from anyckpt.tensor.views import ElementWiseInto
 
@@ -24,10 +24,8 @@ _WORD = 4
 
 _BLOCKS = (8, 16, 32, 64, 128)
 
-_EACH_PLACE = np.uint64(0x0100_0100_0100_0100)
+_EACH_PLACE = 0x0100_0100_0100_0100
 """Times a byte, this is in the high half of four places."""
-
-_PLACE = np.dtype(np.intp)
 
 _WORTH_A_TABLE = 1 << 17  # elements, which take about as long as making a table
 
@@ -57,7 +55,7 @@ class Halved(View):
         axis, low, high = self.axis, start[self.axis], start[self.axis] + out.shape[self.axis]
         first, last = low // 2, -(-high // 2)
         shape = (*out.shape[:axis], last - first, *out.shape[axis + 1 :])
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box((*start[:axis], first, *start[axis + 1 :]), hole(shape, self.child.dtype.raw))
             return
         with scratch(math.prod(shape)) as buffer:
@@ -116,7 +114,7 @@ class Repeated(View):
         first = tuple(a // size for a, size in zip(begin, self.block, strict=True))
         last = tuple(-(-b // size) for b, size in zip(end, self.block, strict=True))
         shape = tuple(b - a for a, b in zip(first, last, strict=True))
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box(first, hole(shape, self.dtype.raw))
             return
         small = np.empty(shape, self.dtype.raw)
@@ -387,15 +385,16 @@ def _look_up_pairs(table: Array, codes: Array, scales: Array, out: Array) -> Non
     words = len(codes) // len(scales) // _WORD
     blocks = max(1, CACHED_ELEMENTS // 2 // (words * _WORD))
     pairs = out.view(table.dtype)
+    place = np.dtype(np.intp)
     with scratch(2 * blocks * words * _WORD) as first, scratch(8 * blocks * words * _WORD) as second:
         for at in range(0, len(scales), blocks):
             some = scales[at : at + blocks]
             count = len(some) * words * _WORD
             low = at * words * _WORD
-            places, wide = first[: 2 * count].view(np.uint16), second[: _PLACE.itemsize * count].view(_PLACE)
+            places, wide = first[: 2 * count].view(np.uint16), second[: place.itemsize * count].view(place)
             spread = second[: 2 * count].view(np.uint64).reshape(len(some), -1)
             np.copyto(places, codes[low : low + count])
-            np.multiply(some, _EACH_PLACE, out=spread[:, 0], dtype=np.uint64)
+            np.multiply(some, np.uint64(_EACH_PLACE), out=spread[:, 0], dtype=np.uint64)
             for number in range(1, spread.shape[1]):
                 spread[:, number] = spread[:, 0]
             np.bitwise_or(places.view(np.uint64), spread.reshape(-1), out=places.view(np.uint64))

@@ -16,8 +16,11 @@ from anyckpt.indexing import Array
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-E2M1 = np.array([sign * value for sign in (1.0, -1.0) for value in _MAGNITUDES], dtype=np.float32)
-"""By code: the sign is the highest of four bits, and minus zero is a code of its own."""
+
+@cache
+def e2m1() -> Array:
+    """By code, ``[16]`` float32: the sign is the highest of four bits, and minus zero is a code of its own."""
+    return np.array([sign * value for sign in (1.0, -1.0) for value in _MAGNITUDES], dtype=np.float32)
 
 
 @cache
@@ -41,7 +44,7 @@ def table_of(numbers: str, kind: DType) -> Array:
         kind: the element type of the codes, where that tells.
     """
     if numbers == "float4_e2m1":
-        return E2M1
+        return e2m1()
     if numbers.startswith("packed"):
         bits = 4 if numbers.endswith("4") else 8
         return np.arange(1 << bits, dtype=np.float32) - (1 << bits - 1)

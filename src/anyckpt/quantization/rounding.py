@@ -16,7 +16,7 @@ from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, look_up
-from anyckpt.quantization.numbers import E2M1
+from anyckpt.quantization.numbers import e2m1
 from anyckpt.storage.gather import scratch
 
 _PATTERNS = 1 << 16
@@ -88,7 +88,7 @@ def _table(kind: DType) -> Array:
     with np.errstate(invalid="ignore"):
         if kind == "float8_e4m3fn":
             return np.clip(numbers, -448, 448).astype(kind.numpy).view(np.uint8)
-        halfway = (E2M1[:7] + E2M1[1:8]) / 2
+        halfway = (e2m1()[:7] + e2m1()[1:8]) / 2
         size = np.abs(numbers)
         codes = np.searchsorted(halfway, size, side="left").astype(np.uint8)
         codes += np.isin(size, halfway[1::2])  # a tie goes to the even code

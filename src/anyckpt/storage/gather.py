@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,17 +61,27 @@ def read_ahead(source: ByteSource, start: int, stop: int) -> Iterator[None]:
             _local.ahead = None
 
 
-class Hole(np.ndarray[Any, Any]):
+@cache
+def _hole_type() -> type[np.ndarray[Any, Any]]:
+    class Hole(np.ndarray[Any, Any]):
+        """One element of memory, which stands for all."""
+
+    return Hole
+
+
+def hole(shape: tuple[int, ...], raw: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """What has the shape of an array and no place for elements: given to a read, it tells what the read needs.
 
     A node that only moves elements passes it on; one that computes passes on one of its operands' shape, and need not
     compute.  A node that knows nothing of holes reads and computes in vain, and is right all the same.
     """
+    one = np.zeros(1, raw)
+    return np.lib.stride_tricks.as_strided(one, shape, (0,) * len(shape), writeable=True).view(_hole_type())
 
 
-def hole(shape: tuple[int, ...], raw: np.dtype[Any]) -> Hole:
-    """A hole of a shape and raw dtype; one element of memory stands for all."""
-    return np.lib.stride_tricks.as_strided(np.zeros(1, raw), shape, (0,) * len(shape), writeable=True).view(Hole)
+def is_hole(array: object) -> bool:
+    """Whether it is one, or a part of one."""
+    return type(array) is not np.ndarray and isinstance(array, _hole_type())
 
 
 def needed(read: Callable[[], None]) -> list[Wanted]:
@@ -98,7 +109,7 @@ def gather(source: ByteSource, offset: int, strides: tuple[int, ...], out: np.nd
     """
     if out.size == 0:
         return
-    if isinstance(out, Hole):
+    if is_hole(out):
         if is_far(source):
             _local.needed.extend((source, *span) for span in _spans(offset, strides, out.shape, out.itemsize))
         return

@@ -9,10 +9,10 @@ from anyckpt.storage.gather import scratch
 
 _WIDER = ("float32", "float64", "bfloat16")
 _INFINITE, _NEGATIVE_INFINITE = 0x7C00, 0xFC00
-_PLACES = np.int32((1 << 28) - (1 << 13) - (1 << 31))
+_PLACES = (1 << 28) - (1 << 13) - (1 << 31)
 """Of float32: the sign, and exponent and fraction of float16 with the thirteen more bits of the fraction below them."""
 
-_BIAS = np.float32(2.0**112)
+_BIAS = 2.0**112
 """What a number is to be multiplied by that has float16's exponent in the place of float32's."""
 
 

@@ -18,7 +18,7 @@ from anyckpt.indexing import (
     flat_boxes,
     runs,
 )
-from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
+from anyckpt.storage.gather import SCRATCH_BYTES, hole, is_hole, scratch
 from anyckpt.tensor.halves import widen
 from anyckpt.tensor.lazy import LazyTensor, as_numbers
 
@@ -146,7 +146,7 @@ class Combined(LazyTensor):
     def read_box(self, start: Shape, out: Array) -> None:
         if out.size == 0:
             return
-        if isinstance(out, Hole):
+        if is_hole(out):
             for child in self.children:
                 child.read_box(start, hole(out.shape, child.dtype.raw))
             return

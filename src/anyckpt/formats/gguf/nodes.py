@@ -12,7 +12,7 @@ from anyckpt.formats.gguf.blocks import decode, encode
 from anyckpt.formats.gguf.types import ElementType
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import Hole, hole, scratch
+from anyckpt.storage.gather import hole, is_hole, scratch
 from anyckpt.tensor import Boxed, LazyTensor, Permuted, Reshaped, View
 
 _FLOAT32, _BYTE = dtype("float32"), dtype("uint8")
@@ -52,7 +52,7 @@ class _OfBlocks(View):
         first, last = low // self.given, -(-high // self.given)
         shape = (*out.shape[:-1], (last - first) * self.taken)
         begin = (*start[:-1], first * self.taken)
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box(begin, hole(shape, self.child.dtype.raw))
             return
         axis = next((axis for axis, count in enumerate(out.shape[:-1]) if count > 1), None)

@@ -17,7 +17,7 @@ import numpy as np
 from anyckpt.dtypes import DType
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
-from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
+from anyckpt.storage.gather import SCRATCH_BYTES, hole, is_hole, scratch
 from anyckpt.tensor import LazyTensor, Stored, as_numbers
 from anyckpt.tensor.halves import widen
 
@@ -74,7 +74,7 @@ class LowRankSum(LazyTensor):
     def read_box(self, start: Shape, out: Array) -> None:
         if out.size == 0:
             return
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.weight.read_box(start, hole(out.shape, self.weight.dtype.raw))
             self.up.read_box((start[0], 0), hole((out.shape[0], self.up.shape[1]), self.up.dtype.raw))
             return

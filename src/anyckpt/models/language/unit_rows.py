@@ -11,7 +11,7 @@ from anyckpt.errors import MappingError
 from anyckpt.identity import Identity
 from anyckpt.indexing import Array, Shape
 from anyckpt.models.language.rule_operations import Operation
-from anyckpt.storage.gather import SCRATCH_BYTES, Hole, hole, scratch
+from anyckpt.storage.gather import SCRATCH_BYTES, hole, is_hole, scratch
 from anyckpt.tensor import LazyTensor, View, as_numbers
 
 _SMALLEST = 1e-12  # of a length that is divided by: torch.nn.functional.normalize's
@@ -34,7 +34,7 @@ class RowsOfLengthOne(View):
 
     def read_box(self, start: Shape, out: Array) -> None:
         columns = self.shape[1]
-        if isinstance(out, Hole):
+        if is_hole(out):
             self.child.read_box((start[0], 0), hole((out.shape[0], columns), self.dtype.raw))
             return
         step = max(1, SCRATCH_BYTES // max(1, 8 * columns))

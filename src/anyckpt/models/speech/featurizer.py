@@ -7,6 +7,7 @@ Slaney's scale and norm), and keeps them as buffers; transformers' feature extra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 
@@ -22,7 +23,6 @@ WINDOW, FILTERS = "preprocessor.featurizer.window", "preprocessor.featurizer.fb"
 
 _LINEAR_STEP = 200.0 / 3  # Hz of a mel below the first of the logarithmic ones
 _FIRST_LOGARITHMIC = 1000.0  # Hz
-_LOGARITHMIC_STEP = np.log(6.4) / 27.0
 _ROUNDING = 1e-5
 _ROUNDING_OF_SHORT = 1e-2
 
@@ -88,13 +88,20 @@ def filterbank(config: ModelConfig) -> Array:
     return bank[np.newaxis]
 
 
+@cache
+def _logarithmic_step() -> float:
+    """In 27 of them the frequency becomes 6.4 times as high."""
+    step: float = np.log(6.4) / 27.0
+    return step
+
+
 def _mel(hertz: float) -> float:
     if hertz < _FIRST_LOGARITHMIC:
         return hertz / _LINEAR_STEP
-    return float(_FIRST_LOGARITHMIC / _LINEAR_STEP + np.log(hertz / _FIRST_LOGARITHMIC) / _LOGARITHMIC_STEP)
+    return float(_FIRST_LOGARITHMIC / _LINEAR_STEP + np.log(hertz / _FIRST_LOGARITHMIC) / _logarithmic_step())
 
 
 def _hertz(mels: Array) -> Array:
     first = _FIRST_LOGARITHMIC / _LINEAR_STEP
-    logarithmic = _FIRST_LOGARITHMIC * np.exp(_LOGARITHMIC_STEP * (mels - first))
+    logarithmic = _FIRST_LOGARITHMIC * np.exp(_logarithmic_step() * (mels - first))
     return np.where(mels >= first, logarithmic, _LINEAR_STEP * mels)
