@@ -132,7 +132,8 @@ class Proxy:
         target: the server's address.
         fault: what becomes of a request, by its number and itself: one of ``FAULTS``; ``stall``, as of one that
             sends nothing more; ``all``, as of a server that knows no ranges; a status with a word of S3's, such as
-            ``403 AccessDenied``; or None.
+            ``403 AccessDenied``; ``done`` and then ``reset`` or a status, as of one that did what it was asked before
+            it failed; or None.
         latency: seconds before each answer.
 
     Attributes:
@@ -192,14 +193,9 @@ class _Passing(BaseHTTPRequestHandler):
         if self.proxy.latency:
             time.sleep(self.proxy.latency)
         fault = self.proxy.fault(number, asked)
-        if fault == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-            self.close_connection = True
-            return
-        if fault is not None and fault.split(" ", 1)[0].isdigit():
-            status, _, code = fault.partition(" ")
-            self._answer(int(status), {}, f"<Error><Code>{code}</Code></Error>".encode() if code else b"", None)
+        is_done = fault is not None and fault.startswith("done ")
+        fault = fault.removeprefix("done ") if fault is not None else None
+        if not is_done and self._fails(fault):
             return
         connection = http.client.HTTPConnection(self.proxy.target, timeout=30)
         given_headers = {
@@ -214,7 +210,22 @@ class _Passing(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             headers["content-length"] = answer.getheader("Content-Length") or "0"
         connection.close()
+        if is_done and self._fails(fault):
+            return
         self._answer(answer.status, headers, data, fault if answer.status in (200, 206) else None)
+
+    def _fails(self, fault: str | None) -> bool:
+        """Whether the server fails instead of answering, which it then did."""
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return True
+        if fault is None or not fault.split(" ", 1)[0].isdigit():
+            return False
+        status, _, code = fault.partition(" ")
+        self._answer(int(status), {}, f"<Error><Code>{code}</Code></Error>".encode() if code else b"", None)
+        return True
 
     def _answer(self, status: int, headers: dict[str, str], data: bytes, fault: str | None) -> None:
         length = len(data)
