@@ -150,3 +150,46 @@ def test_a_file_system_that_does_not_tell_its_size(
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
     assert Runner(capsys)("convert", fixture_path(SOURCE), tmp_path / "out", "--to", "hf").code == 0
+
+
+@pytest.fixture
+def open_files_keep_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS and FUSE: a file that is removed while this process has it open has another name until it is closed."""
+    left: dict[int, str] = {}
+    unlink, close = os.unlink, os.close
+
+    def is_of(descriptor: int, status: os.stat_result) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), status)
+        except OSError:
+            return False
+
+    def unlinking(path: Any, *, dir_fd: int | None = None) -> None:
+        status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        holder = next((number for number in range(3, 200) if is_of(number, status)), None)
+        if holder is None or not os.fspath(path).endswith(("lock", "1-of-1")):
+            unlink(path, dir_fd=dir_fd)
+            return
+        folder = os.path.dirname(path) if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        left[holder] = os.path.join(folder, ".nfs01")
+        os.rename(path, left[holder], src_dir_fd=dir_fd)
+
+    def closing(descriptor: int) -> None:
+        close(descriptor)
+        hidden = left.pop(descriptor, None)
+        if hidden is not None:
+            unlink(hidden)
+
+    monkeypatch.setattr(os, "unlink", unlinking)
+    monkeypatch.setattr(os, "close", closing)
+
+
+@pytest.mark.usefixtures("open_files_keep_names")
+def test_nothing_is_left_where_open_files_keep_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Runner(capsys)
+    assert run("convert", fixture_path(SOURCE), tmp_path / "out", "--to", "hf").code == 0
+    assert os.listdir(tmp_path) == ["out"]
+    abandoned = StagingDirectory(str(tmp_path / "other"))
+    os.mkdir(abandoned.directory)
+    assert abandoned.remove_abandoned()
+    assert os.listdir(tmp_path) == ["out"]

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -186,6 +187,22 @@ def sync_file(descriptor: int) -> bool:
             raise
         return False
     return True
+
+
+def remove_emptied(directory: str) -> None:
+    """Remove a directory of which all was removed: on NFS and FUSE what was open keeps a name there until it is closed.
+
+    If something is in it all the same, as somebody has made it meanwhile, it stays.
+    """
+    for pause in (0.0, 0.01, 0.1, 0.5):  # FUSE closes a file a moment after it was asked to
+        time.sleep(pause)
+        try:
+            os.rmdir(directory)
+        except FileNotFoundError:
+            return
+        except OSError:
+            continue
+        return
 
 
 def sync_directory(path: str) -> bool:

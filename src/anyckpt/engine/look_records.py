@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from anyckpt.engine.destination import BusyError, Share
-from anyckpt.engine.files import write_error
+from anyckpt.engine.files import remove_emptied, write_error
 from anyckpt.engine.records import Journal, JournalReader, Trouble, this_process
 from anyckpt.errors import OutputError
 
@@ -165,9 +165,9 @@ class LookRecords:
         for path in (*own, self._path(_ANSWERING)):
             with suppress(FileNotFoundError):
                 os.unlink(path)
+        self.close()
         if any(reader.made for reader in self._readers.values()):
-            with suppress(OSError):  # there is something else in it by now
-                os.rmdir(self._folder)
+            remove_emptied(self._folder)
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping
 
 from anyckpt.engine.destination import BusyError, Destination, Share
-from anyckpt.engine.files import PAGE, Bytes, sync_directory, sync_file, write_error
+from anyckpt.engine.files import PAGE, Bytes, remove_emptied, sync_directory, sync_file, write_error
 from anyckpt.engine.journals import Journals
 from anyckpt.engine.living import is_signed_by_another, sign
 from anyckpt.engine.manifest import beside, read_manifest
@@ -287,10 +287,11 @@ class StagingDirectory(Destination):
         except BlockingIOError:
             return False
         else:
-            shutil.rmtree(self._directory)
-            return True
+            shutil.rmtree(self._directory, ignore_errors=True)
         finally:
             os.close(descriptor)
+        remove_emptied(self._directory)
+        return True
 
     def close(self, failure: str = "") -> None:
         self._files.close_all()
@@ -303,6 +304,7 @@ class StagingDirectory(Destination):
         self._files.close_all()
         shutil.rmtree(self._directory, ignore_errors=True)
         self.close()
+        remove_emptied(self._directory)
 
     def beat(self) -> None:
         self._journals.beat()
