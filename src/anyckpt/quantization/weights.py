@@ -12,7 +12,7 @@ from anyckpt.indexing import Array, Shape
 from anyckpt.quantization import trtllm
 from anyckpt.quantization.affine import Unpacked
 from anyckpt.quantization.assembled import Assembled
-from anyckpt.quantization.methods import Facts, Scheme, Stored, method_of, schemes_of
+from anyckpt.quantization.methods import Facts, Scheme, method_of, schemes_of
 from anyckpt.quantization.nodes import Halved, as_bytes, product, quotient, scaled
 from anyckpt.quantization.numbers import table_of
 from anyckpt.tensor import LazyTensor
@@ -133,10 +133,13 @@ def dequantize(tensors: Mapping[str, LazyTensor], facts: Facts, to: str, path: s
         else:
             made.setdefault(name, codes)
     result: dict[str, LazyTensor] = {}
+    ends = tuple(
+        end + suffix for one in products for suffix in (one.scales, one.common, one.codes) if suffix for end in _ENDS
+    )
     for name, tensor in made.items():
         if name in used:
             continue
-        result[name] = _checked(name, tensor, schemes, spared, to, path)
+        result[name] = _checked(name, tensor, ends, assembled, spared, to, path)
     return Dequantized(result, dict(casts), ignored)
 
 
@@ -330,23 +333,26 @@ def _arranged(
 
 
 def _checked(
-    name: str, tensor: LazyTensor, schemes: Iterable[Stored], spared: tuple[str, ...], to: str, path: str
+    name: str,
+    tensor: LazyTensor,
+    ends: tuple[str, ...],
+    assembled: Iterable[Assembled],
+    spared: tuple[str, ...],
+    to: str,
+    path: str,
 ) -> LazyTensor:
-    """A tensor of the result, if it is none of the parts of a quantized weight; unquantized 8-bit floats are cast."""
-    for scheme in schemes:
-        if isinstance(scheme, Assembled):
-            codes = scheme.codes if tensor.dtype.name == scheme.kind and tensor.dtype.itemsize > 1 else ""
-            ends = tuple(f".{part}" for part in (codes, *scheme.needed) if part and (part != scheme.weight or codes))
-        else:
-            suffixes = filter(None, (scheme.scales, scheme.common, scheme.codes))
-            ends = tuple(end + suffix for suffix in suffixes for end in _ENDS)
-        if name.endswith(ends):
-            raise MappingError(
-                "is part of a quantized weight whose other parts are missing or of other types",
-                path=path,
-                tensor=name,
-                remedy="copy the weight files again from the model's origin",
-            )
+    """A tensor of the result, if it is none of the parts of a quantized weight; unquantized 8-bit floats are cast.
+
+    Args:
+        ends: of the names of the parts of products.
+    """
+    if name.endswith(ends) or any(name.endswith(_ends_of(scheme, tensor)) for scheme in assembled):
+        raise MappingError(
+            "is part of a quantized weight whose other parts are missing or of other types",
+            path=path,
+            tensor=name,
+            remedy="copy the weight files again from the model's origin",
+        )
     if tensor.dtype.itemsize > 1:
         return tensor
     if not any(_names(pattern, name) for pattern in spared):
@@ -360,6 +366,12 @@ def _checked(
             "under modules_to_not_convert of the quantization_config, and its numbers are taken as they are",
         )
     return tensor.cast(to) if tensor.dtype.is_floating else tensor
+
+
+def _ends_of(scheme: Assembled, tensor: LazyTensor) -> tuple[str, ...]:
+    """Of the names of a weight's parts, if a tensor can be one of them."""
+    codes = scheme.codes if tensor.dtype.name == scheme.kind and tensor.dtype.itemsize > 1 else ""
+    return tuple(f".{part}" for part in (codes, *scheme.needed) if part and (part != scheme.weight or codes))
 
 
 def _spared(facts: Facts) -> tuple[str, ...]:

@@ -206,7 +206,8 @@ class Mosaic(LazyTensor):
             return Reshaped(self, shape)
         starts = with_axes(self.starts, moved, 0)
         stops = with_axes(self.stops, moved, 1)
-        tiles = [tile.reshape(tuple(int(n) for n in stops[i] - starts[i])) for i, tile in enumerate(self.tiles)]
+        extents = (stops - starts).tolist()
+        tiles = [tile.reshape(extent) for tile, extent in zip(self.tiles, extents, strict=True)]
         return Mosaic(self.dtype, shape, starts, stops, tiles)
 
     def _permute(self, axes: Shape) -> LazyTensor:

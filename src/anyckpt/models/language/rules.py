@@ -155,8 +155,8 @@ def instances(
     prepared = [
         _Prepared(
             entry,
-            tuple(pattern.split("*") for pattern in entry.source),
-            entry.hub.split("*"),
+            tuple(map(_format_of, entry.source)),
+            _format_of(entry.hub),
             tuple(dimensions[name](seen) for name in entry.shape),
             dimensions[entry.after](seen) if entry.after else 0,
         )
@@ -187,17 +187,17 @@ def of_tower(config: ModelConfig, tower: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A rule with its patterns cut at their stars and its shape in numbers."""
+    """A rule with its patterns as formats of their indices and its shape in numbers."""
 
     rule: Rule
-    sources: tuple[list[str], ...]
-    hub: list[str]
+    sources: tuple[str, ...]
+    hub: str
     shape: Shape
     after: int
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return self.rule.axes[: len(self.hub) - 1]
+        return self.rule.axes[: self.rule.hub.count("*")]
 
     def seen_by(self, config: ModelConfig, dimensions: Mapping[str, Dimension]) -> _Prepared:
         """The same with the shape that it has in a layer of this configuration."""
@@ -206,10 +206,10 @@ class _Prepared:
     def at(self, indices: tuple[int, ...], config: ModelConfig) -> Iterator[Instance]:
         if self.rule.when(config, indices):
             numbers = (indices[0] + self.after, *indices[1:]) if self.after else indices
-            sources = tuple(_fill(pattern, numbers) for pattern in self.sources)
-            yield Instance(self.rule, sources, _fill(self.hub, indices), self.shape, config)
+            sources = tuple([pattern % numbers for pattern in self.sources])
+            yield Instance(self.rule, sources, self.hub % indices, self.shape, config)
 
 
-def _fill(pieces: Sequence[str], indices: tuple[int, ...]) -> str:
-    """A pattern, cut at its stars, with the indices in their place."""
-    return pieces[0] + "".join(f"{index}{piece}" for index, piece in zip(indices, pieces[1:], strict=True))
+def _format_of(pattern: str) -> str:
+    """What gives a name of its indices by ``%``, which take the places of the stars."""
+    return pattern.replace("%", "%%").replace("*", "%s")
