@@ -15,7 +15,7 @@ from anyckpt.pickling.torch_objects import NAMESPACE
 from anyckpt.storage.location import Location
 
 _FSDP = "of Megatron-FSDP (fsdp_dtensor)"
-_STEPS = ("iteration", "global_step", "step")
+_STEPS = ("iteration", "global_step", "step", "train_state.step")  # the last is torchtitan's
 
 
 def read(location: Location) -> Checkpoint:
