@@ -131,7 +131,7 @@ class _MemoryUpload(Upload):
         self._objects.request(f"part {self._key}")
         self._data += data
 
-    def finish(self) -> str:
+    def finish(self, before: str = "") -> str:
         self._objects.request(f"finish {self._key}")
         assert len(self._data) == self._nbytes, f"{self._key} is not whole"
         assert -(-self._nbytes // part_bytes(self._nbytes)) <= MOST_PARTS

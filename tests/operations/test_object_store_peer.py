@@ -182,6 +182,38 @@ def test_a_failing_network_is_survived(large: Path, bucket: S3Server, proxy: Pro
         assert found == wanted
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize("fault", ["done reset", "done 500 InternalError", "done 503 SlowDown"])
+def test_an_upload_that_was_completed_although_nobody_was_told_so(
+    fault: str, replaces: bool, large: Path, bucket: S3Server, proxy: Proxy, tmp_path: Path
+) -> None:
+    if replaces:
+        bucket.put("models", {"out.safetensors": b"another"})
+    lost = iter([fault, "404 NoSuchUpload"])
+    proxy.fault = lambda number, asked: (
+        next(lost, None) if asked.method == "POST" and "uploadId=" in asked.path else None
+    )
+    anyckpt.convert(large, "s3://models/out.safetensors", to="safetensors", overwrite=replaces)
+    assert next(lost, None) is None, "an answer was lost, and the next said that there is no such upload"
+    anyckpt.convert(large, tmp_path / "out.safetensors", to="safetensors")
+    assert bucket.files("models")["out.safetensors"] == (tmp_path / "out.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("there", [None, b"another", bytes(LARGE)])
+def test_an_upload_that_is_gone_is_an_error(there: bytes | None, bucket: S3Server, proxy: Proxy) -> None:
+    """Of the same size, too, where it is the one that was there before."""
+    if there is not None:
+        bucket.put("models", {"data.bin": there})
+    found, key = objects_at("s3://models/data.bin")
+    facts = found.facts(key)
+    upload = found.upload(key, LARGE, 2)
+    upload.write(bytes(LARGE))
+    proxy.fault = lambda number, asked: "404 NoSuchUpload" if asked.method == "POST" else None
+    with pytest.raises(OutputError):
+        upload.finish("" if facts is None else facts.tag)
+    assert bucket.files("models") == ({} if there is None else {"data.bin": there})
+
+
 @pytest.mark.parametrize("fault", ["403 AccessDenied", "403 ExpiredToken", "404 NoSuchBucket"])
 def test_what_may_not_be_written_is_said_without_credentials(
     fault: str, bucket: S3Server, proxy: Proxy, runner: Runner

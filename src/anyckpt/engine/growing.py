@@ -67,13 +67,14 @@ class Growing:
         self._held += nbytes if waits else 0
         return self._small.setdefault(number, bytearray())
 
-    def finish(self, number: int, key: str, *, new: bool = False) -> str:
+    def finish(self, number: int, key: str, *, new: bool = False, before: str = "") -> str:
         """Let a file appear; its tag.
 
         Args:
             number: which.
             key: of its object.
             new: only if there is none, as far as the store can make sure of that.
+            before: the tag of the object that was there when the work began; empty if none was.
 
         Raises:
             ConflictError: there is one.
@@ -85,7 +86,7 @@ class Growing:
             return self._objects.put(key, bytes(small or b""), new=new)
         if new and self._objects.facts(key) is not None:
             raise ConflictError(key)
-        tag = upload.finish()
+        tag = upload.finish(before)
         with self._lock:
             del self._uploads[number]
         return tag

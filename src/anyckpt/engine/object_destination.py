@@ -61,6 +61,7 @@ class ObjectDestination(Destination):
         self._claim: Claim | None = None
         self._notes = Notes(objects, self._partial, self.name)
         self._lock = threading.Lock()
+        self._found: dict[str, ObjectFacts] = {}
         self._old: dict[str, ObjectFacts] = {}
         self._waits: frozenset[int] = frozenset()
         self._whole: set[int] = set()
@@ -98,7 +99,7 @@ class ObjectDestination(Destination):
 
     def _begin(self, fingerprint: str, share: Share | None, resume: bool) -> None:
         self.is_published(fingerprint)
-        there = self._there()
+        there = self._found = self._there()
         finished = bool(there) and UNFINISHED_NAME not in there
         if finished and not self.overwrite:
             raise OutputError("already exists", path=self.name, remedy="choose another path or pass --overwrite")
@@ -207,7 +208,7 @@ class ObjectDestination(Destination):
                 self._whole.add(number)
             if due:
                 file = self._plan.files[number]
-                tag = self._growing.finish(number, self._below(file.path))
+                tag = self._growing.finish(number, self._below(file.path), before=self._tag_before(file.path))
                 self._notes.whole(number, file, tag)
 
     def publish(self, manifest: bytes) -> None:
@@ -251,13 +252,17 @@ class ObjectDestination(Destination):
         """Finish a file that waited; a new one only if nobody has made it meanwhile, as far as the store tells."""
         path = self._plan.files[number].path
         try:
-            self._growing.finish(number, self._below(path), new=path not in self._old)
+            before = self._tag_before(path)
+            self._growing.finish(number, self._below(path), new=path not in self._old, before=before)
         except ConflictError:
             raise OutputError(
                 "has appeared meanwhile: another process writes there",
                 path=self._objects.name_of(self._below(path)),
                 remedy="choose another path",
             ) from None
+
+    def _tag_before(self, path: str) -> str:
+        return self._found[path].tag if path in self._found else ""
 
     def _each(self, numbers: list[int], work: Callable[[int], None]) -> None:
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:

@@ -63,8 +63,11 @@ class Upload(ABC):
         """
 
     @abstractmethod
-    def finish(self) -> str:
+    def finish(self, before: str = "") -> str:
         """Let the object appear, in place of one of its name; its tag.
+
+        Args:
+            before: the tag of the one of its name that was there when the work began; empty if none was.
 
         Raises:
             OutputError: the store refuses.

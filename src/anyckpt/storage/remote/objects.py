@@ -137,7 +137,7 @@ class BucketObjects(Objects):
         return found
 
     def upload(self, key: str, nbytes: int, at_once: int) -> Upload:
-        return _PartedUpload(self, self._store, key, part_bytes(nbytes), at_once)
+        return _PartedUpload(self, self._store, key, nbytes, at_once)
 
     def unfinished(self, prefix: str) -> list[UnfinishedUpload]:
         client = self._boto3() if self._address.kind == S3 else None
@@ -192,15 +192,16 @@ class _PartedUpload(Upload):
     All uploads run in one thread's event loop, so that thousands can wait to be finished.
     """
 
-    def __init__(self, objects: BucketObjects, store: Store, key: str, part: int, at_once: int) -> None:
+    def __init__(self, objects: BucketObjects, store: Store, key: str, nbytes: int, at_once: int) -> None:
         self._objects = objects
         self._key = key
+        self._nbytes = nbytes
         self._waiting: asyncio.Queue[bytes | None] = asyncio.Queue(1)
         self._abandoned = False
 
         async def put() -> str:
             done = await import_module("obstore").put_async(
-                store, key, self._fed(), use_multipart=True, chunk_size=part, max_concurrency=at_once
+                store, key, self._fed(), use_multipart=True, chunk_size=part_bytes(nbytes), max_concurrency=at_once
             )
             return str(done["e_tag"] or "")
 
@@ -218,15 +219,27 @@ class _PartedUpload(Upload):
     def write(self, data: bytes) -> None:
         self._told(self._feed(data))
 
-    def finish(self) -> str:
-        return self._told(self._finished())
+    def finish(self, before: str = "") -> str:
+        found = self._tried(self._finished())
+        if not isinstance(found, Failure):
+            return found
+        if found.is_missing:  # no such upload: a first try may have completed it, whose answer did not arrive
+            there = self._objects.facts(self._key)
+            if there is not None and there.nbytes == self._nbytes and there.tag != before:
+                return there.tag
+        raise self._objects.refused(found, self._key)
 
     def _told(self, work: Coroutine[Any, Any, Result]) -> Result:
+        found = self._tried(work)
+        if isinstance(found, Failure):
+            raise self._objects.refused(found, self._key)
+        return found
+
+    def _tried(self, work: Coroutine[Any, Any, Result]) -> Result | Failure:
         try:
             return _in_loop(work)
         except Exception as error:
-            failure = failure_of(error)
-        raise self._objects.refused(failure, self._key)
+            return failure_of(error)
 
     def abandon(self) -> None:
         self._abandoned = True
