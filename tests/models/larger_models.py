@@ -114,6 +114,41 @@ WHOLES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+OF_CONTAINERS: dict[str, dict[str, Any]] = {
+    "gemma4_unified": {
+        "text_config": {
+            "model_type": "gemma4_unified_text", **_TEXT,
+            "num_hidden_layers": 6, "global_head_dim": 24, "sliding_window": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        },
+        "vision_config": {
+            "patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 16, "mm_posemb_size": 4, "output_proj_dims": 16,
+        },
+        "audio_config": {"audio_embed_dim": 16},
+    },
+    "gemma4": {
+        "text_config": {
+            "model_type": "gemma4_text", **_TEXT, "num_hidden_layers": 6, "global_head_dim": 24, "sliding_window": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64,
+        },
+        "vision_config": {**_EYES, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8},
+        "audio_config": None,
+    },
+    "mllama": {
+        "text_config": {
+            "model_type": "mllama_text_model", **_PLAIN, "num_hidden_layers": 4, "cross_attention_layers": [1, 3],
+        },
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_global_layers": 1,
+            "attention_heads": 2, "image_size": 16, "patch_size": 8, "vision_output_dim": 32, "max_num_tiles": 2,
+            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2]],
+        },
+        "image_token_index": 60,
+    },
+}  # fmt: skip
+"""Those whose text part Megatron has no model for; containers keep them whole."""
+
 
 CLASSES = {
     "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",

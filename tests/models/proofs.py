@@ -755,6 +755,10 @@ PROOFS: dict[str, Proof] = {
             altup_num_inputs=2,
         ),
     ),
+    "mllama": proof(
+        tiny("mllama", "mllama_text_model", _HUB_ALONE, **GROUPED, cross_attention_layers=[1, 3]),
+        tiny("mllama-unlisted", "mllama_text_model", _HUB_ALONE, **GROUPED),
+    ),
     "gemma4": proof(
         tiny(
             "gemma4-inputs",

@@ -85,6 +85,8 @@ def computed(path: Path, architecture: str) -> Any:
         inputs["input_ids"] = tokens
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = tokens[:, :12]
+        if hasattr(config, "cross_attention_layers"):
+            inputs["cross_attention_states"] = torch.randn((2, 5, config.hidden_size), generator=generator)
     with torch.no_grad():
         found = model(**inputs)
     outputs = [value.flatten() for value in found.to_tuple() if isinstance(value, torch.Tensor)]

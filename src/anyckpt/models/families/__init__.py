@@ -30,7 +30,7 @@ _BUILT_IN = (
     "ministral3", "minimax_m2",
     "roberta", "xlm_roberta", "distilbert", "lfm2",
     "modernbert", "falcon_h1", "whisper", "clip", "clip_text", "siglip", "siglip_text", "siglip_vision",
-    "gemma3n", "gemma4", "granitemoehybrid", "parakeet_ctc", "parakeet_rnnt", "parakeet_tdt", "canary",
+    "gemma3n", "gemma4", "mllama", "granitemoehybrid", "parakeet_ctc", "parakeet_rnnt", "parakeet_tdt", "canary",
     "nemotron_asr_streaming", "nemotron3_5_asr",
 )  # fmt: skip
 """Modules of this package, each with ``FAMILY``; where several fit a configuration, the first is it."""

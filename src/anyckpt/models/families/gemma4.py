@@ -27,6 +27,11 @@ from anyckpt.models.language.rules import Condition, Rule, has, lacks
 _LAYER, _HUB = "model.layers.*", "decoder.layers.*"
 _TYPE = "gemma4_text"
 _KEYS = Carried(_TYPE)
+_UNIFIED = {
+    "hidden_size_per_layer_input": 0, "max_position_embeddings": 262_144, "sliding_window": 1024,
+    "use_bidirectional_attention": "vision",
+}  # fmt: skip
+"""What the class of the text part of a model without towers takes that Gemma 4's does not."""
 
 
 def _shares(config: ModelConfig, indices: tuple[int, ...]) -> bool:
@@ -208,6 +213,7 @@ FAMILY = Family(
     },
     hugging_face=HuggingFace(
         model_types=(_TYPE,),
+        text_parts={"gemma4_unified_text": _UNIFIED},
         architectures=("Gemma4ForCausalLM",),
         fields=(*LLAMA_FIELDS, Field("final_logit_softcapping", "final_logit_softcapping", "number", None, null=True)),
         activation_key="hidden_activation",
