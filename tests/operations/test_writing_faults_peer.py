@@ -99,8 +99,8 @@ def test_what_is_written_is_whole_or_none_and_can_be_finished(
         failed = True
     proxy.fault = lambda number, asked: None
     found = s3.files("models")
-    if not failed:
-        assert found == wanted
+    if not failed:  # where the network failed at the very end, a claim may be left, which the next writer removes
+        assert {name: data for name, data in found.items() if ".anyckpt-partial/" not in name} == wanted
         return
     with suppress(AnyckptError):
         anyckpt.open(output)
