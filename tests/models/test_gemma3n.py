@@ -3,16 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.models.cases import facts, with_weights
-from tests.models.proofs import samples
+from tests.models.proofs import samples, values
+from tests.support import write_plan
 
+import anyckpt
 from anyckpt import models
 from anyckpt.errors import MappingError
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.hf import FORMAT
+from anyckpt.formats.registry import read
 from anyckpt.tensor import from_array
+
+TOWERS = {
+    "vision_tower.timm_model.conv_stem.conv.weight": (4, 3, 3, 3),
+    "audio_tower.subsample_conv_projection.conv_0.conv.weight": (4, 1, 3, 3),
+    "audio_tower.subsample_conv_projection.input_proj_linear.weight": (8, 16),
+    "embed_vision.embedding.weight": (8, 12),
+    "embed_vision.hard_embedding_norm.weight": (12,),
+    "embed_vision.embedding_projection.weight": (32, 12),
+    "embed_audio.embedding_projection.weight": (32, 8),
+}
+"""Of the other parts, some as transformers' ``Gemma3nModel`` calls them."""
+
+
+def test_the_whole_stays_in_containers_and_its_text_comes_out(tmp_path: Path) -> None:
+    text = samples()["gemma3n"].open()[0]
+    named = {f"model.language_model.{name.removeprefix('model.')}": t for name, t in text.tensors.items()}
+    named |= {f"model.{name}": values(name, shape) for name, shape in TOWERS.items()}
+    parts = {
+        "text_config": {k: v for k, v in text.config.items() if k != "architectures"},
+        "vision_config": {"model_type": "gemma3n_vision", "hidden_size": 12},
+        "audio_config": {"model_type": "gemma3n_audio", "hidden_size": 8},
+    }
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], **parts}
+    whole = replace(with_weights(text, named, "hf"), config=config, artifacts={}, details={})
+    model = models.identify(whole)
+    assert model is not None
+    hub = models.to_hub(whole, model)
+    assert facts(models.from_hub(hub, "hf").tensors) == facts(text.tensors)
+    assert set(hub.ignored) == {f"model.{name}" for name in TOWERS}
+    assert FORMAT.plan is not None
+    source = write_plan(FORMAT.plan(whole, WriteOptions()), tmp_path / "hf")
+    anyckpt.convert(source, tmp_path / "dcp", to="dcp")
+    anyckpt.convert(tmp_path / "dcp", tmp_path / "back", to="hf", config=source / "config.json")
+    back = read(str(tmp_path / "back"))
+    assert facts(back.tensors) == facts(named)
+    assert back.config == config
+    with pytest.raises(MappingError, match=r"Megatron-Core has no models of family gemma3n.*convert to hf"):
+        anyckpt.convert(source, tmp_path / "megatron", to="megatron-core")
 
 
 def test_each_layer_s_width_is_its_own() -> None:
@@ -43,7 +87,7 @@ def test_the_theta_of_older_files() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    "changed",
     [
         {"intermediate_size": [48] * 5},
         {"intermediate_size": []},
@@ -55,9 +99,9 @@ def test_the_theta_of_older_files() -> None:
         {"use_bidirectional_attention": True},
     ],
 )
-def test_what_no_model_is_is_refused(values: dict[str, Any]) -> None:
+def test_what_no_model_is_is_refused(changed: dict[str, Any]) -> None:
     checkpoint = samples()["gemma3n"].open()[0]
     with pytest.raises(MappingError):
-        model = models.identify(replace(checkpoint, config={**checkpoint.config, **values}))
+        model = models.identify(replace(checkpoint, config={**checkpoint.config, **changed}))
         assert model is not None
         models.to_hub(checkpoint, model)
