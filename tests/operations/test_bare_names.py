@@ -200,6 +200,24 @@ def test_a_state_dict_of_another_class_is_to_be_whole(tmp_path: Path) -> None:
         anyckpt.convert(Checkpoint("x", "safetensors", tensors), tmp_path / "out", to="megatron-core", config=config)
 
 
+@pytest.mark.parametrize("target", ["megatron-core", "megatron-lm", "nemo", "nemo2", "megatron-bridge"])
+def test_a_head_that_megatron_has_no_place_for_is_refused_by_its_class(target: str, tmp_path: Path) -> None:
+    tensors, config = other_class("LlamaForSequenceClassification")
+    source = folder(tensors, config, tmp_path / "in")
+    with pytest.raises(
+        MappingError,
+        match=rf"{target} holds language models, .* the head of LlamaForSequenceClassification .*lm_head\.weight, "
+        r"found score\.weight.*convert to hf, safetensors, torch or dcp",
+    ):
+        anyckpt.convert(source, tmp_path / "out", to=target)
+    anyckpt.convert(source, tmp_path / "dcp", to="dcp")
+    anyckpt.convert(tmp_path / "dcp", tmp_path / "back", to="hf", config=config)
+    assert digests(read(tmp_path / "back").tensors) == digests(tensors)
+    lacking = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    with pytest.raises(MappingError, match="layer 1 is missing|tensors of the model are missing"):
+        anyckpt.convert(folder(lacking, config, tmp_path / "lacking"), tmp_path / "out", to=target)
+
+
 def test_what_a_wrapped_model_leaves_out_is_told_by_stored_names(tmp_path: Path) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in llama().items()}
     tensors["model.lm_head.weight"] = tensors["model.model.embed_tokens.weight"]

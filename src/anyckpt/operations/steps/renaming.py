@@ -13,12 +13,12 @@ from anyckpt.config.model import PART_OF
 from anyckpt.config.nemo1 import restated
 from anyckpt.config.own_part import with_vocabulary
 from anyckpt.data_classes import dataclass
-from anyckpt.errors import MappingError, UsageError
+from anyckpt.errors import IncompleteError, MappingError, UsageError
 from anyckpt.models import Hub, Model, Named
 from anyckpt.models.bare_names import Bare
 from anyckpt.models.dialects import spellings as dialects
 from anyckpt.models.from_hub import carries_whole
-from anyckpt.models.heads import complete_trunk
+from anyckpt.models.heads import complete_trunk, has_other_head
 from anyckpt.models.hub import head_and_embedding, without_whole
 from anyckpt.models.identify import is_foreign
 from anyckpt.models.language.parameter_order import registered_order
@@ -175,7 +175,9 @@ def _by_family(case: _Case) -> Renamed | None:
         return None
     try:
         renamed = _through_hub(checkpoint, model, naming, wanted)
-    except MappingError:
+    except MappingError as error:
+        if wanted != "hf" and isinstance(error, IncompleteError) and has_other_head(checkpoint):
+            raise _without_place_for_its_head(checkpoint, naming, error) from error
         if wanted != "hf" or case.known not in (None, "hf") or naming.trims or not case.fits:
             raise
         other = _of_another_class(checkpoint, model, naming)
@@ -260,6 +262,20 @@ def _of_another_class(checkpoint: Checkpoint, model: Model, naming: Naming) -> R
     if bare.wrappers:
         return _unwrapped(checkpoint, bare, naming)
     return unmoved(named, state_of(checkpoint), tuple(trunk.notes))
+
+
+def _without_place_for_its_head(checkpoint: Checkpoint, naming: Naming, error: IncompleteError) -> MappingError:
+    """What to say of a classifier or a reward model that Megatron's language models have no place for."""
+    kind, head = checkpoint.config["architectures"][0], error.unknown
+    if not head or any(".layers." in name for name in (*head, *error.missing)):
+        return error  # more is wrong than its head
+    return MappingError(
+        f"{naming.target.name} holds language models, which have no place for the head of {kind}",
+        path=checkpoint.path,
+        expected=f"the output layer {', '.join(error.missing)}" if error.missing else "no tensor beside the trunk",
+        found=", ".join(head[:5]),
+        remedy="convert to hf, safetensors, torch or dcp, which keep the head",
+    )
 
 
 def _through_hub(checkpoint: Checkpoint, model: Model, naming: Naming, wanted: str) -> Renamed:
