@@ -210,7 +210,7 @@ def test_a_model_of_no_known_family(tmp_path: Path) -> None:
         ("nemotron_h", "megatron-core", "is a hybrid one already"),
         ("gemma3", "megatron-core", "post_layernorm.*has no such tensor"),
         ("t5_v1_1", "megatron-core", "has no such tensor"),
-        ("llama", "nemo2", "means nothing for nemo2"),
+        ("llama", "nemo2", "means nothing for nemo2.*others get the blocks"),
         ("llama", "hf", "means nothing for hf"),
     ],
 )
@@ -467,3 +467,13 @@ def test_adapters_are_of_the_base_models_layers(tmp_path: Path) -> None:
     halves = replace(found, config=hybrid_arguments({"num_layers": 2, **found.config}, []), config_kind="megatron-args")
     with pytest.raises(MappingError, match="adapter of Megatron-Core's HybridModel"):
         anyckpt.convert(halves, tmp_path / "y", to="peft")
+
+
+@pytest.mark.parametrize("to", ["nemo2", "nemo"])
+def test_containers_without_such_a_model_get_its_blocks(to: str, tmp_path: Path) -> None:
+    """NeMo's classes of Megatron-Core's older releases have a GPTModel for it."""
+    anyckpt.convert(hub("llama"), tmp_path / "h", to="megatron-core", layout=LayoutRequest(megatron_model="hybrid"))
+    anyckpt.convert(tmp_path / "h", tmp_path / to, to=to)
+    assert not any("final_norm" in name for name in open_checkpoint(tmp_path / to).tensors)
+    found = anyckpt.diff(hub("llama"), tmp_path / to)
+    assert found.compared and not (found.different or found.only_in_a or found.only_in_b)

@@ -21,6 +21,10 @@ _SIZES = {
 }
 """Fields of ``ParallelLayout`` in words, and the option of each."""
 
+_ONE_MODEL = (
+    "leave it out: nothing but Megatron-Core since 0.18 has a HybridModel of attention and MLPs, and others get the "
+    "blocks that it is made of"
+)
 _ANY_SIZE = "its distributed checkpoints load at any parallel size: the layout asked for needs nothing done"
 
 
@@ -93,7 +97,7 @@ def wanted_layout(
                 raise UsageError(
                     f"{option} means nothing for {target.name}",
                     expected="one of Megatron's own formats, such as megatron-core or megatron-lm",
-                    remedy="leave it out",
+                    remedy="leave it out" if option != "--megatron-model" else _ONE_MODEL,
                 )
     if not request.megatron_args and not target.leaves_out_arguments:
         raise UsageError(
