@@ -10,12 +10,15 @@ import pytest
 import yaml
 from tests.models.cases import facts, with_weights
 from tests.models.proofs import Opened, samples, values
+from tests.support import write_plan
 
 import anyckpt
 from anyckpt import models
 from anyckpt.checkpoint import Checkpoint
 from anyckpt.errors import MappingError
 from anyckpt.formats import registry
+from anyckpt.formats.format import WriteOptions
+from anyckpt.formats.hf import FORMAT
 from anyckpt.operations.steps.layout_request import LayoutRequest
 
 SAMPLES = samples()
@@ -190,6 +193,29 @@ def test_layers_of_ernie_that_have_experts() -> None:
     notes: list[str] = []
     models.render_config(model, "megatron-args", notes=notes)
     assert any("scores are by softmax" in note for note in notes)
+
+
+def test_what_ernie_predicts_further_is_left_out_by_name(tmp_path: Path) -> None:
+    """As published: names are those that converters of other projects leave out."""
+    source, model = samples()["ernie-4.5-moe"].open()
+    block = ("input_layernorm", "self_attn.q_proj", "mlp.gate_proj", "mlp.gate", "mlp.experts.3.up_proj",
+             "mlp.shared_experts.down_proj")  # fmt: skip
+    further = {f"model.mtp_block.0.{name}.weight": values(name, (4,)) for name in block}
+    further["model.mtp_block.0.mlp.moe_statics.e_score_correction_bias"] = values("bias", (1, 8))
+    further |= {f"model.mtp_{name}.0.weight": values(name, (4,)) for name in ("emb_norm", "hidden_norm", "linear_proj")}
+    published = replace(
+        source, tensors={**source.tensors, **further}, config={**source.config, "num_nextn_predict_layers": 1}
+    )
+    hub = models.to_hub(published, model)
+    assert hub.ignored.keys() == further.keys()
+    assert all("a step of multi-token prediction" in reason for reason in hub.ignored.values())
+    assert hub.tensors.keys() == models.to_hub(source, model).tensors.keys()
+    assert FORMAT.plan is not None
+    folder = write_plan(FORMAT.plan(published, WriteOptions()), tmp_path / "published")
+    done = anyckpt.convert(folder, tmp_path / "megatron", to="megatron-core")
+    assert further.keys() <= set(done.lost())
+    anyckpt.convert(folder, tmp_path / "hf", to="hf", dtype="bf16")
+    assert set(registry.read(str(tmp_path / "hf")).tensors) == {*source.tensors, *further}
 
 
 def test_ernie_and_granite_are_not_llama() -> None:

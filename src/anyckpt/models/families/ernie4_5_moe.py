@@ -1,6 +1,8 @@
 """ERNIE 4.5 with experts: ERNIE's attention, dense layers at the ends, a bias that chooses experts but does not weigh.
 
-Names are those of Megatron-Bridge 0.6; outputs were checked against transformers 5.24.
+Names are those of Megatron-Bridge 0.6; outputs were checked against transformers 5.24.  Published models have a step
+of multi-token prediction, too, which neither of them knows: it reads the trunk after its last norm and has none of its
+own, as Megatron-Core's has.
 """
 
 from __future__ import annotations
@@ -24,6 +26,14 @@ from anyckpt.models.language.rule_operations import Leading
 from anyckpt.models.language.rules import Rule
 
 _BIAS = "moe_statics.e_score_correction_bias"
+_FURTHER = (
+    "mtp_emb_norm.*.weight", "mtp_hidden_norm.*.weight", "mtp_linear_proj.*.weight", f"mtp_block.*.*.{_BIAS}",
+    *(f"mtp_block.{'.'.join('*' * parts)}.weight" for parts in range(2, 6)),
+)  # fmt: skip
+_LEFT_OUT = (
+    "a step of multi-token prediction, which transformers does not load and Megatron-Core computes otherwise; files of "
+    "any names (dcp, safetensors, torch) keep it"
+)
 
 
 class _Layers(Codec):
@@ -70,7 +80,7 @@ FAMILY = Family(
         *sparse.shared_experts(),
         *sparse.TRAILING,
     ),
-    ignorable=decoder.IGNORABLE,
+    ignorable=(*decoder.IGNORABLE, *((f"model.{name}", _LEFT_OUT) for name in _FURTHER)),
     traits={
         **ernie4_5.TRAITS,
         "add_bias_linear": False,
