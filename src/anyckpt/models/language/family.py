@@ -82,7 +82,9 @@ class Family(Spellings):
     @property
     def partitions(self) -> dict[str, str | Partition]:
         """How tensor parallelism divides what its rules say it of: hub name with ``*`` for every number -> kind."""
-        return {rule.hub: rule.partition for rule in self.rules if rule.partition is not None}
+        said = {rule.hub: rule.partition for rule in self.rules if rule.partition is not None}
+        in_stacks = {hub.replace(".transformer_layer.", ".mtp_model_layer."): kind for hub, kind in said.items()}
+        return {**said, **in_stacks}  # as a HybridModel calls the layers of a step of prediction
 
     def expected(self, config: ModelConfig) -> list[Instance]:
         """Every tensor that a model of this configuration has."""
