@@ -310,6 +310,7 @@ _PARALLEL = {
 
 _CORE_ALONE = {**NO_NEMO_1, **NO_NEMO_2}
 _HUB_ALONE = NEMO_1_ALONE | NO_NEMO_1
+_OWN_CROSS = _HUB_ALONE | {"nemo2": "how NeMo 2 names models of family mllama is not known"}
 _OTHER_CLIP = {"nemo": "how NeMo 1 names models of family clip", "nemo2": "how NeMo 2 names models of family clip"}
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
@@ -756,8 +757,8 @@ PROOFS: dict[str, Proof] = {
         ),
     ),
     "mllama": proof(
-        tiny("mllama", "mllama_text_model", _HUB_ALONE, **GROUPED, cross_attention_layers=[1, 3]),
-        tiny("mllama-unlisted", "mllama_text_model", _HUB_ALONE, **GROUPED),
+        tiny("mllama", "mllama_text_model", _OWN_CROSS, **GROUPED, cross_attention_layers=[1, 3]),
+        tiny("mllama-unlisted", "mllama_text_model", _OWN_CROSS, **GROUPED),
     ),
     "gemma4": proof(
         tiny(

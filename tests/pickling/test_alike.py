@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from anyckpt.containers.dcp import metadata
 from anyckpt.errors import AnyckptError
-from anyckpt.pickling import load, reader, recording
+from anyckpt.pickling import alike, load, reader, recording
 from anyckpt.pickling.alike import Alike, Make
 from anyckpt.storage.source import MemorySource
 
@@ -88,13 +88,17 @@ def _read(data: bytes, *, patterns: bool) -> Any:
     return _plain(value), [(callee.name, callee.times) for callee in calls]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, around: tuple[Any, ...] = ()) -> Any:
+    """What can be compared; a damaged pickle may give a value that is in itself."""
+    if any(value is one for one in around):
+        return "itself"
+    inside = (*around, value)
     if isinstance(value, Seen):
-        return "thing", _plain(value.state)
+        return "thing", _plain(value.state, inside)
     if isinstance(value, (list, tuple)):
-        return type(value), [_plain(one) for one in value]
+        return type(value), [_plain(one, inside) for one in value]
     if isinstance(value, dict):
-        return [(_plain(key), _plain(one)) for key, one in value.items()]
+        return [(_plain(key, inside), _plain(one, inside)) for key, one in value.items()]
     return repr(value)
 
 
@@ -111,6 +115,17 @@ def _things(states: list[dict[str, Any]], *, shared: bool) -> bytes:
     for state in [] if shared else states:
         state["name"] = "".join([*state["name"]])
     return pickle.dumps([Thing(**state) for state in states], protocol=4)
+
+
+@pytest.mark.parametrize("texts", [1, 2, 8])
+def test_what_has_several_new_texts_is_read_opcode_by_opcode(texts: int) -> None:
+    """Where each of them ends would have to be tried with each end of the others."""
+    keys = [f"field{n}" for n in range(texts)]
+    states = [{"flag": None, **{key: f"{number} of {key}" for key in keys}} for number in range(4)]
+    with patch.object(alike, "_Pattern", side_effect=alike._Pattern) as patterns:
+        found = _read(_things(states, shared=True), patterns=True)
+    assert bool(patterns.call_count) == (texts == 1)
+    assert found == _read(_things(states, shared=True), patterns=False)
 
 
 @settings(max_examples=150, deadline=None)

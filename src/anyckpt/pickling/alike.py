@@ -45,6 +45,8 @@ _NUMBER = (
 """From 0 to 2**55; others are read opcode by opcode."""
 _KNOWN_TEXT = rb"(h.|j....)"
 _NEW_TEXT = rb"(\x8c.{1,256}?)"
+"""Its end is found by trying, so that a pattern has one of these at most: with more of them, a hostile file could have
+it try for years."""
 
 
 class _OtherwiseError(Exception):
@@ -156,7 +158,7 @@ class Alike:
         if len(self._patterns) >= _MOST_PATTERNS or end - begin > _LONGEST:
             return
         sketch = _Sketch(self._memo, self._tally, size)
-        if not sketch.follow(data[begin:end]):
+        if not sketch.follow(data[begin:end]) or sketch.expression().count(_NEW_TEXT) > 1:
             return
         make = self._planned(sketch.fields(), made)
         if make is not None:

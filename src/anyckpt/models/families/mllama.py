@@ -1,8 +1,8 @@
 """Llama 3.2 Vision's text part: Llama's layers, and between them some that look at the picture instead of the text.
 
 Names are near those of Megatron-Core's cross attention, which has neither their norms nor their gates, so that the
-family goes to containers alone.  Eight tokens more than the output layer knows have embeddings.  Outputs were checked
-against transformers 5.24.
+family goes to containers alone; NeMo 2 has modules of its own for it.  Eight tokens more than the output layer knows
+have embeddings.  Outputs were checked against transformers 5.24.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ FAMILY = Family(
     recognise=lambda config: False,
     nemo1=False,
     megatron=False,
+    unmapped=frozenset({"NeMo 2"}),
     dimensions={
         "embedded": lambda config: (config.vocab_size or 0) + _MORE_TOKENS,
         "key-value": lambda config: 2 * config.num_query_groups * config.kv_channels,
