@@ -296,6 +296,14 @@ def test_languages_are_the_processors(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again/config.json").read_text())["default_prompt_id"] == 1
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_differs_after_both_ways(name: str, tmp_path: Path) -> None:
+    convert(nemo(name), tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "back.nemo")
+    for other in (tmp_path / "hf", tmp_path / "back.nemo"):
+        assert anyckpt.diff(nemo(name), other).equal
+
+
 def test_joint_networks_without_dropout(tmp_path: Path) -> None:
     """NeMo numbers its modules by whether there is any."""
     stored = arrays(nemo("rnnt"))

@@ -232,10 +232,48 @@ def test_a_runs_checkpoint(tmp_path: Path) -> None:
     assert same(inside(heard, "perception.encoder."), inside(arrays(nemo("tdt")), "encoder."))
 
 
-@pytest.mark.parametrize("told", ["perception", "=asr.nemo", "perception=", ["llm=a", "llm=b"], ["llm=a", "llm.x=b"]])
-def test_what_cannot_be_understood(told: str | list[str]) -> None:
-    with pytest.raises(UsageError, match="--put (cannot be understood|gives llm)"):
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("perception", "MODULE=PATH, found perception[)]"),
+        ("=asr.nemo", "MODULE=PATH, found =asr.nemo[)]"),
+        ("perception=", "MODULE=PATH, found perception=[)]"),
+        ("", "MODULE=PATH, found nothing[)]"),
+        (["llm=a", "llm=b"], "--put gives llm two times"),
+        (["llm=a", "llm.x=b"], "--put gives llm.x with llm and alone"),
+        (["llm.x=a", "llm=b"], "--put gives llm.x with llm and alone"),
+    ],
+)
+def test_what_cannot_be_understood(told: str | list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
         ConvertOptions(to="hf", put=told)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("llm", {"module": "perception"}),
+        ("llm", {"include": ["perception*"]}),
+        ("perception", {"exclude": ["perception.encoder.*", "perception.preprocessor.*"]}),
+    ],
+)
+def test_what_is_put_in_must_be_taken(module: str, options: dict[str, Any], tmp_path: Path) -> None:
+    others = {"llm": LLAMA, "perception": nemo("tdt")}
+    with pytest.raises(UsageError, match=f"--put {module} is for what is not taken"):
+        put(SALM, tmp_path / "out", {module: others[module]}, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_put_in_may_be_taken_alone(tmp_path: Path) -> None:
+    put(SALM, tmp_path / "out", {"perception": nemo("tdt")}, module="perception.encoder")
+    assert same(arrays(tmp_path / "out"), inside(arrays(nemo("tdt")), "encoder."))
+
+
+def test_the_head_that_is_not_taken(tmp_path: Path) -> None:
+    hybrid = fixture_path("nemo/asr_hybrid_v3_0_0/model.nemo")
+    with pytest.raises(UsageError, match="--put ctc_decoder is for what is not taken"):
+        put(hybrid, tmp_path / "out", {"ctc_decoder": hybrid}, family="parakeet-tdt")
+    put(hybrid, tmp_path / "out", {"ctc_decoder": hybrid}, family="parakeet-ctc")
 
 
 def test_what_does_not_go_together(tmp_path: Path) -> None:

@@ -268,11 +268,12 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
         opened: the source, as it is stored.
         options: what the user asks for.
     """
-    request, steps = options.request, Pipeline()
+    request, steps, put = options.request, Pipeline(), None
     if options.puts:
         from anyckpt.operations.put_modules import with_modules_put
 
-        opened = steps.take(with_modules_put(opened, options.puts, options))
+        put = with_modules_put(opened, options.puts, options)
+        opened = steps.take(put)
     if options.module is not None:
         from anyckpt.operations.steps.model_module import alone
 
@@ -288,6 +289,8 @@ def prepared(opened: Checkpoint, options: ConvertOptions) -> Prepared:
     whole = join_ranks(stored, rules=request.rules, family=options.family)
     adapter = AdapterRequest(options.adapter_form, options.alpha)
     parts = chosen_parts(whole, options, aim, steps)
+    if put is not None:
+        put.check_taken(whole, steps.ignored.keys())
     chosen, options = parts.checkpoint, parts.options
     naming = Naming(
         aim.target,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import field, replace
 
 from anyckpt.checkpoint import Checkpoint
+from anyckpt.data_classes import dataclass
 from anyckpt.errors import UsageError
 from anyckpt.formats import registry
 from anyckpt.operations.convert import prepared
 from anyckpt.operations.options import ConvertOptions
 from anyckpt.operations.steps.joining import join_ranks
-from anyckpt.operations.steps.model_module import LLM, PERCEPTION, is_speech, modules_of
+from anyckpt.operations.steps.model_module import LLM, PERCEPTION, is_speech, modules_of, names_inside
 from anyckpt.operations.steps.naming import identify
 from anyckpt.operations.steps.pipeline import Pipeline, Stepped
 from anyckpt.operations.steps.put_module import put_in
 from anyckpt.operations.steps.put_request import Put
+from anyckpt.tensor import LazyTensor
 
 _ANEW = (
     "of a speech model for transformers all files but the tokenizer are made from NeMo's names and configuration, "
@@ -23,7 +25,30 @@ _ANEW = (
 )
 
 
-def with_modules_put(opened: Checkpoint, puts: Iterable[Put], options: ConvertOptions) -> Stepped:
+@dataclass(frozen=True)
+class WithModulesPut(Stepped):
+    """The model with what was put in, and that by the name of its module."""
+
+    placed: Mapping[str, tuple[LazyTensor, ...]] = field(kw_only=True)
+
+    def check_taken(self, whole: Checkpoint, left: Collection[str]) -> None:
+        """Raise UsageError if nothing of a module that was put in is taken.
+
+        Args:
+            whole: the model, or what was taken of it.
+            left: names in it that are left out.
+        """
+        taken = {id(tensor) for name, tensor in whole.tensors.items() if name not in left}
+        for module, tensors in self.placed.items():
+            if tensors and not any(id(tensor) in taken for tensor in tensors):
+                raise UsageError(
+                    f"--put {module} is for what is not taken",
+                    path=self.checkpoint.path,
+                    remedy="leave it out, or ask for another part of the model",
+                )
+
+
+def with_modules_put(opened: Checkpoint, puts: Iterable[Put], options: ConvertOptions) -> WithModulesPut:
     """A model with modules of others in the place of its own.
 
     A speech model of transformers is seen under NeMo's names, of which the modules are.
@@ -43,9 +68,14 @@ def with_modules_put(opened: Checkpoint, puts: Iterable[Put], options: ConvertOp
     if _hears(model):
         model = replace(_under(model, "nemo", steps, options.force), details=model.details)
         steps.notes.append(_ANEW)
+    placed = {}
     for put in sorted(puts, key=lambda put: put.module.rpartition(".")[2] != "preprocessor"):
+        before = model.weights()
         model = steps.take(put_in(model, put.module, _other(put, model, steps, options.force)))
-    return Stepped(model, steps.ignored, tuple(steps.notes), steps.casts)
+        after = model.weights()
+        inside = names_inside(model, put.module)
+        placed[put.module] = tuple(after[name] for name in inside if after[name] is not before[name])
+    return WithModulesPut(model, steps.ignored, tuple(steps.notes), steps.casts, placed=placed)
 
 
 def _other(put: Put, model: Checkpoint, steps: Pipeline, force: bool) -> Checkpoint:

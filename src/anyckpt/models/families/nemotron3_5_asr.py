@@ -33,10 +33,10 @@ _AUTOMATIC, _USUAL = "auto", 101
 
 
 def _listed(values: Mapping[str, Any], what: str) -> tuple[tuple[str, int], ...]:
-    """Names with their numbers; a name that YAML took for another type as text."""
+    """Names with their numbers, sorted, as files have any order; those that YAML took for other types as text."""
     named = Reader(values, what).mapping(_NAMES)
     numbers = Reader({str(name): number for name, number in named.items()}, f"{what}'s {_NAMES}")
-    return tuple((name, numbers.integer(name) or 0) for name in numbers.values)
+    return tuple((name, numbers.integer(name) or 0) for name in sorted(numbers.values))
 
 
 class _Prompts(Wrappers):

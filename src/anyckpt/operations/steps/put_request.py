@@ -29,17 +29,22 @@ def parse_puts(said: str | Sequence[str] | Mapping[str, str | os.PathLike[str]] 
         UsageError: one cannot be understood, or two are for one module.
     """
     if isinstance(said, Mapping):
-        pairs = [(module, os.fspath(path)) for module, path in said.items()]
+        texts = [f"{module}={os.fspath(path)}" for module, path in said.items()]
     else:
-        texts = [said] if isinstance(said, str) else said or ()
-        pairs = [(module, path) for module, _, path in (text.partition("=") for text in texts)]
-    for module, path in pairs:
-        if not module or not path:
-            raise UsageError("--put cannot be understood", expected="MODULE=PATH", found=f"{module}={path}".strip("="))
+        texts = [said] if isinstance(said, str) else list(said or ())
     found: dict[str, Put] = {}
-    for module, path in pairs:
-        around = next((name for name in found if f"{module}.".startswith(f"{name}.")), None)
-        if around is not None or any(name.startswith(f"{module}.") for name in found):
+    for text in texts:
+        module, _, path = text.partition("=")
+        if not module or not path:
+            raise UsageError("--put cannot be understood", expected="MODULE=PATH", found=text or "nothing")
+        if module in found:
             raise UsageError(f"--put gives {module} two times", remedy="give each module once")
+        for name in found:
+            inner, outer = sorted((module, name), key=len, reverse=True)
+            if inner.startswith(f"{outer}."):
+                raise UsageError(
+                    f"--put gives {inner} with {outer} and alone",
+                    remedy="put one of both in; the other goes into what comes of it",
+                )
         found[module] = Put(module, path)
     return tuple(found.values())
