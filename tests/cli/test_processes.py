@@ -18,7 +18,7 @@ LLAMA = fixture_path("families/llama/hf")
 HF = ("--to", "hf", "--max-shard-size", "100KB")
 WRITING = {
     "convert": ("SRC", "DST", "--to", "hf"),
-    "quantize": ("SRC", "DST", "--algorithm", "int8"),
+    "quantize": ("SRC", "DST", "--algorithm", "int8", "--stats", "seen"),
     "reshard": ("SRC", "DST", "--tp", "2"),
     "average": ("A", "B", "-o", "DST"),
     "merge": ("A", "B", "-o", "DST"),
@@ -133,6 +133,19 @@ def test_the_script_calibrates_once(anyckpt: Runner, tmp_path: Path) -> None:
     assert tasks == ["quantize", "SRC", "DST", "--tp=2", "--gzip", "--stats", "all see", "--share", "auto"]
     assert "--save-stats FILE" in anyckpt("quantize", *words, "--slurm").error
     assert "srun" in anyckpt("quantize", *words, "--stats", "seen", "--slurm").out
+
+
+@pytest.mark.parametrize("words", [[], ["--algorithm", "int4_awq"], ["--algorithm=int8", "--tp", "2"], ["--to", "hf"]])
+def test_a_script_whose_tasks_have_nothing_to_calibrate_with(anyckpt: Runner, words: list[str]) -> None:
+    error = anyckpt("quantize", "SRC", "DST", *words, "--slurm").error
+    assert "depends on activations, and the tasks of the script would have nothing to calibrate with" in error
+    for more in (["--stats", "seen"], ["--config", "ptq.yaml"], ["--calib-dataset", "texts", "--save-stats", "seen"]):
+        assert "srun" in anyckpt("quantize", "SRC", "DST", *words, *more, "--slurm").out
+    for alone in (
+        ["--algorithm", "null"],
+        ["--algorithm", "fp8", "--to", "hf", "--quantize-form", "compressed-tensors"],
+    ):
+        assert "srun" in anyckpt("quantize", "SRC", "DST", *alone, "--slurm").out
 
 
 @pytest.mark.parametrize("name", LOOKING)

@@ -154,6 +154,15 @@ def test_null_quantizes_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["quant_algo"] is None
 
 
+@pytest.mark.parametrize("said", [{}, {"calib_dataset": "texts.txt"}])
+def test_a_form_without_activations_is_written_without_any(said: dict[str, Any], tmp_path: Path) -> None:
+    model = FIXTURES.parent / "families/llama/hf"
+    done = anyckpt.quantize(model, tmp_path / "out", to="hf", algorithm="int8", **said)
+    anyckpt.convert(model, tmp_path / "other", to="hf", quantize="int8")
+    assert anyckpt.diff(tmp_path / "out", tmp_path / "other").equal
+    assert any("calib_dataset has no effect" in note for note in done.notes) == bool(said)
+
+
 def test_without_the_libraries_it_says_which_extra_brings_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("anyckpt.torch.calibration")]:
         monkeypatch.delitem(sys.modules, name)

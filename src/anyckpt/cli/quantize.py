@@ -26,7 +26,11 @@ def _in_script(parameters: Mapping[str, Any], words: Sequence[str]) -> Steps:
     from anyckpt.errors import UsageError
 
     saved, dataset = parameters["save_statistics"], parameters["calib_dataset"]
-    if parameters["statistics"] is not None or saved is dataset is None:
+    if parameters["statistics"] is not None:
+        return Steps(words)
+    if dataset is None and parameters["config"] is None:
+        _check_needs_nothing(parameters)
+    if saved is dataset is None:
         return Steps(words)
     if saved is None:
         raise UsageError(
@@ -42,6 +46,21 @@ def _in_script(parameters: Mapping[str, Any], words: Sequence[str]) -> Steps:
             left.append(word)
         value_follows = not value_follows and name in calibrating and not is_whole
     return Steps([*left, "--stats", saved], [*words, "--dry-run"], saved)
+
+
+def _check_needs_nothing(parameters: Mapping[str, Any]) -> None:
+    """Raise UsageError if the algorithm, as it is written, needs activations, which the tasks would be without."""
+    from anyckpt.errors import UsageError
+    from anyckpt.operations.quantize import written_form
+    from anyckpt.quantization.forms import layouts_of
+
+    name = parameters["algorithm"] or "fp8"
+    layout = layouts_of(name).get(written_form(name, parameters["to"] or "trtllm", parameters["quantize_form"]))
+    if layout is not None and layout.sees_activations:
+        raise UsageError(
+            f"{name} depends on activations, and the tasks of the script would have nothing to calibrate with",
+            remedy="give --calib-dataset FILE and --save-stats FILE, or --stats of an earlier calibration",
+        )
 
 
 @click.command(

@@ -24,7 +24,7 @@ from anyckpt.operations.steps.quantizing import DEFAULT_GROUP, check_quantizable
 from anyckpt.operations.steps.threads import Progress
 from anyckpt.operations.steps.user_files import read_config, read_statistics, read_tokenizer
 from anyckpt.quantization.calibrated import groups_do_not_divide
-from anyckpt.quantization.forms import layout_of, layouts_of
+from anyckpt.quantization.forms import layout_of, layouts_of, usual_form
 from anyckpt.quantization.statistics import Statistics, check_replaceable
 from anyckpt.storage.location import public_path
 
@@ -232,6 +232,13 @@ def _form_with_activations(name: str) -> str | None:
     return "modelopt" if layout is not None and layout.sees_activations else None
 
 
+def written_form(name: str, to: str, form: str | None) -> str:
+    """The form in which an algorithm's weights are written ``to`` trtllm or hf, where ``form`` is asked for."""
+    if form is not None:
+        return form
+    return "trtllm" if to == "trtllm" else _form_with_activations(name) or usual_form(name)
+
+
 def _sees_activations(name: str, own: Mapping[str, Any]) -> bool:
     """Whether an algorithm, as it is written, depends on activations; what cannot be written so is refused.
 
@@ -239,8 +246,8 @@ def _sees_activations(name: str, own: Mapping[str, Any]) -> bool:
         UsageError: the options are not possible, whatever calibration finds.
     """
     asked = {**own, "statistics": None}
-    form = own.get("quantize_form") or ("trtllm" if own["to"] == "trtllm" else None)
-    if not any(layout.sees_activations for key, layout in layouts_of(name).items() if form in (None, key)):
+    layout = layouts_of(name).get(written_form(name, own["to"], own.get("quantize_form")))
+    if layout is None or not layout.sees_activations:
         ConvertOptions(**asked)
         return False
     group = own.get("group_size") or DEFAULT_GROUP
