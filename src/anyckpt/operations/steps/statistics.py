@@ -31,6 +31,9 @@ _ROOM = 8 + 1
 _LEAST_LEFT = 0.25
 """Of a sum of squares, the part that the deviations from the mean must be to be had by subtracting that of the mean."""
 
+_UNIT_OF_LARGE = 2.0**-600
+"""What numbers are multiplied by whose squares float64 cannot hold."""
+
 _LARGE = 1 << 30
 _REPETITIONS = 1 << 16
 
@@ -99,7 +102,8 @@ class _Moments:
 
     def __init__(self, kind: DType, most: int, memory: Array, magnitudes: bool) -> None:
         self.count = 0
-        self.mean = self.squares = 0.0
+        self.mean = self.squares = 0.0  # of numbers times the unit
+        self._unit = 1.0
         self.low: float | None = None
         self.high: float | None = None
         self._bits = NumberBits(kind, most, memory) if kind.name in PATTERNS else None
@@ -137,8 +141,15 @@ class _Moments:
             self.zeros += int(np.count_nonzero(np.equal(values, 0, out=self._some[:count])))
         else:
             self._bits.add_extremes(chunk)
-        mean = whole / count
+        if self._unit != 1:
+            whole = total(np.multiply(values, self._unit, out=values))
         uncentred = dot(values, values)
+        if uncentred == math.inf:
+            self._unit = _UNIT_OF_LARGE
+            self.mean, self.squares = self.mean * self._unit, self.squares * self._unit * self._unit
+            whole = total(np.multiply(values, self._unit, out=values))
+            uncentred = dot(values, values)
+        mean = whole / count
         squares = uncentred - whole * mean
         if not squares >= _LEAST_LEFT * uncentred < math.inf:
             np.subtract(values, mean, out=values)
@@ -155,8 +166,8 @@ class _Moments:
         return Statistics(
             low,
             high,
-            self.mean if some else None,
-            math.sqrt(self.squares / self.count) if some else None,
+            self.mean / self._unit if some else None,
+            math.sqrt(self.squares / self.count) / self._unit if some else None,
             counted.zeros,
             counted.nan,
             counted.inf,
