@@ -13,6 +13,7 @@ from tests.engine.memory_objects import DeadError, MemoryObjects, Store
 from tests.engine.sample import make_source, run_share, sample_plan, shrink_blocks
 from tests.support import file_bytes
 
+import anyckpt
 from anyckpt.engine import claim, execute, growing, living, object_notes
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.manifest import parse_manifest
@@ -324,7 +325,7 @@ def test_processes_of_another_version_or_plan_are_told(plan: Plan, monkeypatch: 
         OutputError, match=r"found plan [0-9a-f]+ of share 1 of 2, process \d+ on .*anyckpt clean \S+a/out to"
     ):
         share(2, other)
-    monkeypatch.setattr(object_notes, "_version", lambda: "9.9")
+    monkeypatch.setattr(anyckpt, "__version__", "9.9")
     for changed in (plan, other):
         with pytest.raises(
             OutputError, match=r"another version of anyckpt \(expected anyckpt 9.9, .*share 1 of 2, process"

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from tests.engine.sample import make_source, run_share, sample_plan, shrink_blocks
 
-from anyckpt.engine import blocks, checksum, files, journals, run, shared_run
+import anyckpt
+from anyckpt.engine import blocks, checksum, files, run, shared_run
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import Plan
 from anyckpt.engine.records import Trouble
@@ -175,7 +176,7 @@ def test_no_clock_but_ones_own_is_looked_at(plan: Plan, output: Path, monkeypatc
 
 def test_processes_of_another_version_are_told(plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_share(plan, str(output), Share(1, 2))
-    monkeypatch.setattr(journals, "_version", lambda: "9.9")
+    monkeypatch.setattr(anyckpt, "__version__", "9.9")
     told, _ = failing(lambda: run_share(plan, str(output), Share(2, 2)))
     assert "another version of anyckpt (expected anyckpt 9.9, as here, found anyckpt " in told
     assert "give all processes the same version" in told
@@ -186,7 +187,7 @@ def test_another_version_is_told_before_its_other_plan(
     plan: Plan, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_share(plan, str(output), Share(1, 2))
-    monkeypatch.setattr(journals, "_version", lambda: "9.9")
+    monkeypatch.setattr(anyckpt, "__version__", "9.9")
     other = Plan("sample", plan.files[:-1])
     told, _ = failing(lambda: run_share(other, str(output), Share(2, 2)))
     assert "another version of anyckpt" in told and "share 1 of 2, process " in told

@@ -24,7 +24,6 @@ from anyckpt.engine import shared_run
 from anyckpt.errors import AnyckptError, OutputError, UsageError
 from anyckpt.operations.diff import diff
 from anyckpt.operations.inspect import inspect
-from anyckpt.operations.steps import shared_looking
 from anyckpt.operations.steps.looking import Looking, Unit
 from anyckpt.operations.verify import verify
 
@@ -191,9 +190,9 @@ def test_records_of_other_work_are_refused(written: Path, unproved: Path, tmp_pa
     os.utime(config, (1, 1))
     assert "of another state of what is read" in refused(verify, written)
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
-    version = (shared_looking._version(), "0.0.1")
+    version = (anyckpt.__version__, "0.0.1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_looking, "_version", lambda: version[1])
+        patch.setattr(anyckpt, "__version__", version[1])
         assert f"of another version of anyckpt (expected 0.0.1, found {version[0]})" in refused(verify, written)
     assert verify(written, share="2/2", records=folder).sound
 
@@ -204,7 +203,7 @@ def test_an_answer_that_fails_leaves_the_records(
     folder = tmp_path / "records"
     inspect(written, stats=True, share="1/2", records=folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anyckpt.operations.inspect._by_dtype", lambda tensors: 1 // 0)
+        patch.setattr("anyckpt.operations.inspect.by_dtype", lambda tensors: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             inspect(written, stats=True, share="2/2", records=folder)
     assert sorted(os.listdir(folder)) == ["anyckpt-share-1-of-2", "anyckpt-share-2-of-2"]

@@ -9,7 +9,7 @@ import pytest
 
 from anyckpt.dtypes import dtype
 from anyckpt.indexing import CACHED_ELEMENTS
-from anyckpt.quantization import nodes
+from anyckpt.quantization import nodes, pairs
 from anyckpt.quantization.nodes import Halved, Multiply, Paired, product, quotient, scaled
 from anyckpt.quantization.numbers import e2m1, values_of
 from anyckpt.storage.source import MemorySource
@@ -75,7 +75,7 @@ def test_pairs_have_every_bit_of_the_products(
 ) -> None:
     """Also where a part begins or ends within a block or a byte, and where they are read in another order."""
     monkeypatch.setattr(nodes, "_WORTH_A_TABLE", 1)
-    monkeypatch.setattr(nodes, "CACHED_ELEMENTS", 1024)
+    monkeypatch.setattr(pairs, "CACHED_ELEMENTS", 1024)
     found, exact = paired(to, kind, width, how)
     raw = exact.view(dtype(to).raw)
     assert found.numpy().tobytes() == exact.tobytes()

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 from anyckpt.engine.destination import Share
-from anyckpt.engine.records import BlockKey, BlockRecord, Journal, JournalReader, Trouble, check_maker, this_process
+from anyckpt.engine.records import (
+    BlockKey,
+    BlockRecord,
+    Journal,
+    JournalReader,
+    Trouble,
+    check_maker,
+    own_version,
+    process_in_words,
+)
 from anyckpt.errors import OutputError
 
 _NAME = "journal"
@@ -39,8 +47,8 @@ class Journals:
         header: dict[str, Any] = {"fingerprint": fingerprint}
         name, by = _NAME, ""
         if share is not None:
-            header |= {"share": [share.number, share.of], "version": _version()}
-            name, by = f"{_NAME}.{share.number}-of-{share.of}", this_process()
+            header |= {"share": [share.number, share.of], "version": own_version()}
+            name, by = f"{_NAME}.{share.number}-of-{share.of}", process_in_words()
         self._own = Journal(os.path.join(self._directory, name), header, by)
 
     def record(self, blocks: Mapping[BlockKey, BlockRecord]) -> None:
@@ -76,7 +84,6 @@ class Journals:
                 check_maker(
                     reader.header,
                     fingerprint,
-                    _version(),
                     alone=share is None,
                     by=reader.by,
                     output=self._directory,
@@ -139,10 +146,3 @@ class Journals:
             for reader in self._read()
             if "share" in reader.header and not reader.is_kept()
         }
-
-
-@cache
-def _version() -> str:
-    from anyckpt import __version__
-
-    return __version__

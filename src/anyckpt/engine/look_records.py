@@ -13,7 +13,7 @@ from typing import Any
 
 from anyckpt.engine.destination import BusyError, Share
 from anyckpt.engine.files import remove_emptied, write_error
-from anyckpt.engine.records import Journal, JournalReader, Trouble, this_process
+from anyckpt.engine.records import Journal, JournalReader, Trouble, process_in_words
 from anyckpt.errors import OutputError
 
 _PREFIX = "anyckpt-share-"
@@ -72,7 +72,7 @@ class LookRecords:
         header = {"look": self._facts, "share": [share.number, share.of]}
         try:
             made = self._make_folder()
-            self._journal = Journal(self._own, header, this_process())
+            self._journal = Journal(self._own, header, process_in_words())
             self._journal.append({"answers": answers, "made": made})
         except BlockingIOError as error:
             raise BusyError(f"share {share} is done by another process", path=self._folder) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from anyckpt.engine.destination import Share
 from anyckpt.engine.plan import OutputFile
-from anyckpt.engine.records import BlockKey, BlockRecord, check_maker, this_process
+from anyckpt.engine.records import BlockKey, BlockRecord, check_maker, own_version, process_in_words
 from anyckpt.errors import OutputError
 from anyckpt.storage.objects import Objects
 
@@ -84,7 +84,7 @@ class Notes:
         said: dict[str, Any] = {"plan": self._fingerprint, "files": files}
         if self._share is not None:
             said |= {"share": [self._share.number, self._share.of], "failed": failure}
-            said |= {"version": _version(), "by": this_process()}
+            said |= {"version": own_version(), "by": process_in_words()}
         try:
             self._objects.put(key, json.dumps(said, separators=(",", ":")).encode())
         except BaseException:
@@ -129,7 +129,6 @@ class Notes:
             check_maker(
                 {**note, "fingerprint": note["plan"]},
                 fingerprint,
-                _version(),
                 alone=alone,
                 by=note.get("by", ""),
                 output=self._objects.name_of(self._folder),
@@ -183,9 +182,3 @@ class Notes:
             names = [key for key in self._objects.listed(self._folder) if "/notes-" in key]
             self._objects.delete(names)
             self._read.clear()
-
-
-def _version() -> str:
-    from anyckpt import __version__
-
-    return __version__

@@ -18,6 +18,7 @@ from anyckpt.data_classes import dataclass
 from anyckpt.engine.destination import BusyError, Destination, Share
 from anyckpt.engine.execute import Report
 from anyckpt.engine.plan import Plan
+from anyckpt.engine.records import own_version
 from anyckpt.engine.run import Progress
 from anyckpt.engine.shared_run import SharedRun
 from anyckpt.errors import AnyckptError, OutputError, UsageError
@@ -114,7 +115,7 @@ def ended(
     task = ray.remote(_of_one_version).options(
         num_cpus=threads, max_retries=_RETRIES, scheduling_strategy="SPREAD", name="anyckpt share"
     )
-    numbers = {task.remote(_version(), work, *own): number for number, own in enumerate(arguments)}
+    numbers = {task.remote(own_version(), work, *own): number for number, own in enumerate(arguments)}
     left = list(numbers)
     try:
         while left:
@@ -128,20 +129,14 @@ def ended(
 
 def _of_one_version(version: str, work: Callable[..., Any], *arguments: Any) -> Any:
     """What a task does, on a node that has what the driver has."""
-    if version != _version():
+    if version != own_version():
         raise UsageError(
             "a node of the Ray cluster has another version of anyckpt",
             expected=version,
-            found=_version(),
+            found=own_version(),
             remedy="install the same version on all nodes",
         )
     return work(*arguments)
-
-
-def _version() -> str:
-    from anyckpt import __version__
-
-    return __version__
 
 
 def _taken(ray: Any, done: Sequence[Any]) -> list[Any]:

@@ -113,20 +113,24 @@ class Trouble:
     gave_up: bool = False
 
 
-def this_process() -> str:
+def process_in_words() -> str:
     """This process, as people tell it from those of other hosts."""
     return f"process {os.getpid()} on {os.uname().nodename}"
 
 
-def check_maker(
-    header: Mapping[str, Any], fingerprint: str, version: str, *, alone: bool, by: str, output: str, anew: str
-) -> None:
+def own_version() -> str:
+    """Of anyckpt, here."""
+    from anyckpt import __version__
+
+    return __version__
+
+
+def check_maker(header: Mapping[str, Any], fingerprint: str, *, alone: bool, by: str, output: str, anew: str) -> None:
     """Raise unless what a process noted is of the plan of this one.
 
     Args:
         header: what it noted: ``fingerprint``, ``version`` and ``share``, where they are known.
         fingerprint: of the plan.
-        version: of anyckpt, here.
         alone: whether this process does all of the plan.
         by: what the other one is called, if that is known.
         output: what to call the output in a message.
@@ -137,12 +141,12 @@ def check_maker(
     """
     share = header.get("share")
     who = ", ".join(filter(None, (f"share {share[0]} of {share[1]}" if share else "", by)))
-    found = header.get("version", version)
-    if found != version and not alone:
+    found = header.get("version", own_version())
+    if found != own_version() and not alone:
         raise OutputError(
             "is being written by processes of another version of anyckpt",
             path=output,
-            expected=f"anyckpt {version}, as here",
+            expected=f"anyckpt {own_version()}, as here",
             found=f"anyckpt {found}, {who or 'another process'}",
             remedy=f"give all processes the same version, and {anew} to begin anew with it",
         )

@@ -11,21 +11,16 @@ import numpy as np
 from anyckpt.data_classes import dataclass
 from anyckpt.dtypes import DType, dtype
 from anyckpt.identity import ElementWise, Identity
-from anyckpt.indexing import CACHED_ELEMENTS, Array, Shape, in_cache, look_up
+from anyckpt.indexing import Array, Shape, in_cache, look_up
 from anyckpt.quantization.numbers import values_of
+from anyckpt.quantization.pairs import look_up_pairs
 from anyckpt.storage.gather import hole, is_hole, scratch
 from anyckpt.tensor import Boxed, LazyTensor, Mapped, Stored, View
 from anyckpt.tensor.views import ElementWiseInto
 
 _BYTE, _FLOAT32 = dtype("uint8"), dtype("float32")
 
-_WORD = 4
-"""Places in a table, of two bytes each, that a word of eight bytes holds."""
-
 _BLOCKS = (8, 16, 32, 64, 128)
-
-_EACH_PLACE = 0x0100_0100_0100_0100
-"""Times a byte, this is in the high half of four places."""
 
 _WORTH_A_TABLE = 1 << 17  # elements, which take about as long as making a table
 
@@ -340,7 +335,7 @@ class Paired(Mapped):
             self.packed.read_box((*start[:-1], start[-1] // 2), codes.reshape((*out.shape[:-1], out.shape[-1] // 2)))
             shape = (*out.shape[:-1], out.shape[-1] // self.block)
             stored.read_box((*start[:-1], start[-1] // self.block), scales.reshape(shape))
-            _look_up_pairs(self._table(), codes, scales, out.reshape(-1))
+            look_up_pairs(self._table(), codes, scales, out.reshape(-1))
 
     def _table(self) -> Array:
         assert isinstance(self.function, Multiply)
@@ -378,25 +373,3 @@ def _pairs(table: bytes, scales: bytes, to: DType) -> Array:
     codes = np.arange(256)
     both = np.stack((products[:, codes & 15], products[:, codes >> 4]), axis=-1)
     return both.view(f"<u{2 * to.itemsize}").reshape(-1)
-
-
-def _look_up_pairs(table: Array, codes: Array, scales: Array, out: Array) -> None:
-    """Fill ``out`` with products of the codes in bytes and of as many scales as there are blocks of these bytes."""
-    words = len(codes) // len(scales) // _WORD
-    blocks = max(1, CACHED_ELEMENTS // 2 // (words * _WORD))
-    pairs = out.view(table.dtype)
-    place = np.dtype(np.intp)
-    with scratch(2 * blocks * words * _WORD) as first, scratch(8 * blocks * words * _WORD) as second:
-        for at in range(0, len(scales), blocks):
-            some = scales[at : at + blocks]
-            count = len(some) * words * _WORD
-            low = at * words * _WORD
-            places, wide = first[: 2 * count].view(np.uint16), second[: place.itemsize * count].view(place)
-            spread = second[: 2 * count].view(np.uint64).reshape(len(some), -1)
-            np.copyto(places, codes[low : low + count])
-            np.multiply(some, np.uint64(_EACH_PLACE), out=spread[:, 0], dtype=np.uint64)
-            for number in range(1, spread.shape[1]):
-                spread[:, number] = spread[:, 0]
-            np.bitwise_or(places.view(np.uint64), spread.reshape(-1), out=places.view(np.uint64))
-            np.copyto(wide, places)
-            look_up(table, wide, pairs[low : low + count])

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from anyckpt.checkpoint import Checkpoint
-from anyckpt.config.codecs import Fixed, Implied, Written, same_as
 from anyckpt.config.fields import Codec, Field
 from anyckpt.config.model import ModelConfig
 from anyckpt.config.reader import Reader
@@ -77,16 +76,11 @@ FAMILY = replace(
             Field("vocab_size", "vocab_size", default=1025),
             Field("pad_token_id", "pad_token_id", "tokens", 0),
             Field("blank_token_id", "blank_token_id", default=1024),
-            Field("prediction_hidden_size", "decoder_hidden_size", default=640),
-            Field("prediction_num_layers", "num_decoder_layers", default=2),
-            Field("max_symbols_per_step", "max_symbols_per_step", default=10),
+            *parakeet_rnnt.TRANSDUCER_FIELDS,
         ),
         codecs=(
             streaming_fastconformer.hugging_face(),
-            fastconformer.EPSILON,
-            Implied({**fastconformer.AUDIO, "joint_dropout": 0.2}),
-            Fixed({"hidden_act": "relu"}, "that of NeMo's joint network"),
-            Written({"initializer_range": same_as("init_method_std"), "is_encoder_decoder": True}),
+            *parakeet_rnnt.BESIDE_ENCODER,
         ),
         activation_key=None,
         attention_bias=None,

@@ -143,6 +143,21 @@ BEHIND_ENCODER: tuple[Codec, ...] = (
 
 NEMO: tuple[Codec, ...] = (fastconformer.PREPROCESSOR, fastconformer.NEMO_ENCODER, *BEHIND_ENCODER)
 
+TRANSDUCER_FIELDS = (
+    Field("prediction_hidden_size", "decoder_hidden_size", default=640),
+    Field("prediction_num_layers", "num_decoder_layers", default=2),
+    Field("max_symbols_per_step", "max_symbols_per_step", default=10),
+)
+"""Keys of transformers' classes of transducers that say how large the prediction network is."""
+
+BESIDE_ENCODER: tuple[Codec, ...] = (
+    fastconformer.EPSILON,
+    Implied({**fastconformer.AUDIO, "joint_dropout": 0.2}),
+    Fixed({"hidden_act": "relu"}, "that of NeMo's joint network"),
+    Written({"initializer_range": same_as("init_method_std"), "is_encoder_decoder": True}),
+)
+"""What all these classes have in common besides."""
+
 FAMILY = Family(
     name="parakeet-rnnt",
     title="Parakeet RNNT (FastConformer)",
@@ -166,16 +181,11 @@ FAMILY = Family(
             Field("vocab_size", "vocab_size", default=8193),
             Field("pad_token_id", "pad_token_id", "tokens", 2),
             Field("blank_token_id", "blank_token_id", default=8192),
-            Field("prediction_hidden_size", "decoder_hidden_size", default=640),
-            Field("prediction_num_layers", "num_decoder_layers", default=2),
-            Field("max_symbols_per_step", "max_symbols_per_step", default=10),
+            *TRANSDUCER_FIELDS,
         ),
         codecs=(
             fastconformer.hugging_face(),
-            fastconformer.EPSILON,
-            Implied({**fastconformer.AUDIO, "joint_dropout": 0.2}),
-            Fixed({"hidden_act": "relu"}, "that of NeMo's joint network"),
-            Written({"initializer_range": same_as("init_method_std"), "is_encoder_decoder": True}),
+            *BESIDE_ENCODER,
         ),
         activation_key=None,
         attention_bias=None,

@@ -11,6 +11,7 @@ from typing import Any
 from anyckpt.engine.destination import Share
 from anyckpt.engine.fingerprint import fingerprint_of
 from anyckpt.engine.look_records import LookRecords
+from anyckpt.engine.records import own_version
 from anyckpt.engine.share import divided
 from anyckpt.engine.shared_run import Watch, beating, pausing
 from anyckpt.errors import OutputError, UsageError
@@ -58,7 +59,7 @@ class SharedLooking(Looking):
         self.share, self.folder = share, os.path.abspath(folder)
         self._paths, self._progress = paths, progress
         self._facts = {
-            "version of anyckpt": _version(),
+            "version of anyckpt": own_version(),
             "command": command,
             "path": ", ".join(path if scheme_of(path) else os.path.abspath(path) for path in paths),
             "choice of options": ", ".join(f"{name}={value!r}" for name, value in sorted(options.items())),
@@ -161,9 +162,3 @@ class SharedLooking(Looking):
         if self._records is not None:
             self._records.remove() if answered else self._records.give_back()
             self._records.close()
-
-
-def _version() -> str:
-    from anyckpt import __version__
-
-    return __version__
